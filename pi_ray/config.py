@@ -1,0 +1,337 @@
+"""run.yaml: one frozen pydantic model per block, mirrored 1:1. Loading names file, line, key and closest match of every mistake."""
+
+from __future__ import annotations
+
+import json
+import re
+import types
+import typing
+from collections.abc import Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from pi_ray.errors import ConfigError
+
+Rate = Annotated[float, Field(ge=0, le=1)]
+Count = Annotated[int, Field(ge=0)]
+Positive = Annotated[int, Field(ge=1)]
+Money = Annotated[float, Field(ge=0)]
+
+
+class Block(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class RowsConfig(Block):
+    """How many rows of each split to use; 0 means all. The first rows after a seeded shuffle are taken."""
+
+    train: Count = 0
+    dev: Count = 0
+    test: Count = 0
+
+
+class TaskConfig(Block):
+    """The data, the template and the metric."""
+
+    name: str = Field("jsonl", description="jsonl (your own rows), opsql (bundled), nl2bash")
+    train: str = Field("train.jsonl", description="training rows, relative to run.yaml")
+    dev: str = Field("dev.jsonl", description="rows for choosing; may be missing")
+    test: str = Field("test.jsonl", description="held-out rows; only evaluated")
+    template: str = Field("template.md", description="instruction and documents")
+    folder: str = Field("", description="data folder of a named task such as nl2bash")
+    rows: RowsConfig = RowsConfig()
+    max_bad_rows: Count = Field(0, description="stop when more rows than this are rejected")
+    overlap: Literal["error", "drop"] = Field("error", description="a training query that also stands in dev or test: stop, or drop it from training")
+
+
+class ModelConfig(Block):
+    base: str = Field("smollm2-135m", description="packaged name, hub id, local folder, or .gguf file")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="auto: bfloat16 on GPU, float32 on CPU")
+    revision: str = Field("", description="hub revision, pinned")
+
+
+class PromptConfig(Block):
+    """How template, examples and query become one message. The same words in training, evaluation and serving."""
+
+    chat: Literal["model", "model+system", "chatml", "none"] = Field("model", description="the model's own chat template, bare ChatML, or plain text")
+    query: str = Field("{query}", description="how a query is worded")
+    example: str = Field("{query}\n{answer}", description="how an example is worded")
+    examples_heading: str = Field("Examples:", description="line before the examples; empty for none")
+
+    @model_validator(mode="after")
+    def _placeholders(self) -> PromptConfig:
+        if "{query}" not in self.query:
+            raise ValueError("prompt.query must contain {query}")
+        if not {"{query}", "{answer}"} <= set(re.findall(r"\{\w+\}", self.example)):
+            raise ValueError("prompt.example must contain {query} and {answer}")
+        return self
+
+
+class CompressConfig(Block):
+    """Template compression C(x, rate), paper equation 2."""
+
+    name: str = Field("llmlingua", description="llmlingua or none")
+    model: str = Field("smollm2-135m", description="the small model that scores tokens")
+    protect: tuple[str, ...] = Field((), description="terms that survive byte for byte, besides placeholders, code fences, URLs and numbers")
+    protect_numbers: bool = Field(True, description="numbers survive")
+    tolerance: Annotated[float, Field(gt=0, le=0.5)] = Field(0.05, description="accepted distance between asked and achieved rate")
+
+
+class RetrieveConfig(Block):
+    """Example retrieval, paper equation 3: FAISS candidates, then exact sentence BLEU on the answers."""
+
+    encoder: str = Field("ngram", description="ngram (hashed n-grams) or sentence-transformers")
+    encoder_model: str = Field("all-minilm-l6-v2", description="for sentence-transformers: packaged name, hub id or folder")
+    candidates: Positive = Field(64, description="rows that FAISS proposes for each row")
+
+
+class PhaseConfig(Block):
+    rate: Rate
+    shots: Count
+    epochs: Positive = 1
+
+
+class ScheduleConfig(Block):
+    """Phases: template rate and shots fall to nothing (paper 4.1, 4.2)."""
+
+    name: str = Field("linear", description="linear, exp, inverse-exp, constant, list")
+    phases: Positive = 3
+    rate_start: Rate = 1.0
+    rate_end: Rate = Field(0.0, description="above 0: that much template is still sent at inference")
+    shots: Count = Field(2, description="examples in the first phase")
+    epochs: Positive | tuple[Positive, ...] = Field(1, description="passes over the rows: one number, or one for each phase")
+    list: tuple[PhaseConfig, ...] = Field((), description="for name: list")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> ScheduleConfig:
+        if (self.name == "list") != bool(self.list):
+            raise ValueError("schedule.list goes with schedule.name: list, and only with it")
+        if self.rate_end > self.rate_start:
+            raise ValueError(f"schedule.rate_end {self.rate_end} is above rate_start {self.rate_start}; the template must shrink")
+        return self
+
+
+class LoraConfig(Block):
+    rank: Positive = Field(32, description="paper A.2")
+    alpha: Positive = 64
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    targets: str | tuple[str, ...] = Field("all-linear", description="module names as peft takes them")
+
+
+class BackendConfig(Block):
+    name: str = Field("deepspeed", description="deepspeed or ddp")
+    zero_stage: Literal[0, 1, 2, 3] = Field(2, description="DeepSpeed ZeRO stage")
+
+
+class TrainConfig(Block):
+    workers: Positive = Field(2, description="training processes; one for each GPU")
+    gpu: bool | Literal["auto"] = Field("auto", description="auto: use GPUs when the cluster has them")
+    backend: BackendConfig = BackendConfig()
+    lora: LoraConfig = LoraConfig()
+    batch_size: Positive = Field(16, description="rows of one update, over all workers")
+    micro_batch: Count = Field(0, description="rows of one forward pass on one worker; 0: as many as the batch gives it")
+    lr: Annotated[float, Field(gt=0)] = 5e-4
+    warmup: Annotated[float, Field(ge=0, lt=1)] = Field(0.05, description="share of the updates with rising learning rate")
+    lr_end: Annotated[float, Field(ge=0, le=1)] = Field(0.1, description="share of lr at the last update (cosine)")
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    grad_clip: Annotated[float, Field(gt=0)] = 1.0
+    border: Literal["carry", "rewarm", "reset"] = Field("carry", description="over a phase border: keep optimiser and learning rate, warm the rate up again, or also clear the optimiser")
+    share_prefix: bool = Field(True, description="compute the template once per batch")
+    gradient_checkpointing: bool = False
+    checkpoint_every: Positive = Field(20, description="updates between checkpoints")
+    keep_checkpoints: Annotated[int, Field(ge=2)] = 3
+    max_failures: Count = Field(3, description="restarts of the worker group before the run stops")
+    seed: Count = 0
+
+
+class EvaluateConfig(Block):
+    baseline: bool = Field(True, description="also train and evaluate plain fine-tuning without a prompt")
+    batch_size: Positive = 16
+    max_new_tokens: Count = Field(0, description="0: the longest answer of the data, plus a quarter")
+    shots: Count = Field(0, description="examples in the base model's full prompt; 0: as the first phase")
+    latency_rows: Positive = Field(12, description="rows timed one by one")
+    bootstrap: Positive = Field(2000, description="resamples for the 95% intervals")
+    samples: Positive = Field(10, description="rows shown side by side in the report")
+
+
+class CostConfig(Block):
+    """Prices in money per million tokens, for the cost table and the break-even."""
+
+    currency: str = "USD"
+    input: Money = Field(0.50, description="per million input tokens")
+    cached_input: Money = Field(0.05, description="per million input tokens read from a prefix cache")
+    output: Money = Field(1.50, description="per million output tokens")
+    training_hour: Money = Field(2.00, description="of one worker")
+    requests_per_month: Positive = 1_000_000
+
+
+class ServeConfig(Block):
+    host: str = "127.0.0.1"
+    port: Annotated[int, Field(ge=1, le=65535)] = 8000
+    engine: str = "transformers"
+    min_replicas: Count = 1
+    max_replicas: Positive = 1
+    max_ongoing_requests: Positive = 8
+    max_queued_requests: Positive = 16
+    request_timeout_s: Annotated[float, Field(gt=0)] = 60.0
+    max_new_tokens: Positive = Field(1028, description="upper bound of a request's max_tokens (paper A.2)")
+    max_loras: Positive = Field(4, description="adapters kept in memory per replica")
+    body_limit_bytes: Positive = 1_048_576
+    api_key_env: str = Field("PI_RAY_API_KEY", description="environment variable with the bearer key; required off loopback")
+
+
+class RunConfig(Block):
+    """One run.yaml."""
+
+    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")]
+    run_dir: str = Field("", description="default: runs/<name> under the current folder")
+    store: str = Field("", description="adapter store; default: store under the current folder")
+    task: TaskConfig = TaskConfig()
+    model: ModelConfig = ModelConfig()
+    prompt: PromptConfig = PromptConfig()
+    compress: CompressConfig = CompressConfig()
+    retrieve: RetrieveConfig = RetrieveConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    train: TrainConfig = TrainConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    cost: CostConfig = CostConfig()
+    serve: ServeConfig = ServeConfig()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> RunConfig:
+        if self.train.batch_size % self.train.workers:
+            raise ValueError(f"train.batch_size {self.train.batch_size} cannot be shared by train.workers {self.train.workers}; take a multiple")
+        if self.train.micro_batch and self.rows_per_worker % self.train.micro_batch:
+            raise ValueError(f"train.micro_batch {self.train.micro_batch} does not divide the {self.rows_per_worker} rows that each worker has of a batch")
+        return self
+
+    @property
+    def rows_per_worker(self) -> int:
+        return self.train.batch_size // self.train.workers
+
+    @property
+    def root(self) -> Path:
+        """The run directory."""
+        return Path(self.run_dir)
+
+    def replace(self, **changes: Any) -> RunConfig:
+        """A validated copy; dotted keys reach into blocks: `replace(**{"train.lr": 1e-3})`."""
+        data = self.model_dump(mode="json")
+        for key, value in changes.items():
+            _assign(data, key, value)
+        return RunConfig.model_validate(data)
+
+
+def load(path: Path | str, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read run.yaml, apply `section.key=value` overrides, check, and make its paths absolute.
+
+    Raises ConfigError: unknown key (with the closest match), wrong type, impossible value; each with file, line and key.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (FileNotFoundError, IsADirectoryError):
+        raise ConfigError(f"{path}: no such file; 'pi-ray init FOLDER' writes one to start from") from None
+    return parse(text, str(path), overrides, folder=path.resolve().parent)
+
+
+def parse(text: str, source: str, overrides: Sequence[str] = (), folder: Path | None = None) -> RunConfig:
+    """As `load`, from text; `source` is the name used in messages, `folder` what relative task paths start from."""
+    try:
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        data = yaml.safe_load(text) or {}
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{source}:{mark.line + 1}" if mark else source
+        raise ConfigError(f"{where}: not valid YAML: {getattr(error, 'problem', error)}") from None
+    if not isinstance(data, dict):
+        raise ConfigError(f"{source}: expected labelled blocks such as 'task:' and 'train:', found {type(data).__name__}")
+    lines = _lines(node) if node else {}
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        if not equals:
+            raise ConfigError(f"'{override}': an override is section.key=value, such as train.lr=0.0003")
+        _assign(data, key.strip(), yaml.safe_load(value) if value else "")
+        lines[tuple(key.strip().split("."))] = 0
+    try:
+        config = RunConfig.model_validate(data)
+    except ValidationError as error:
+        raise ConfigError("\n".join(_explain(e, source, lines) for e in error.errors())) from None
+    return _absolute(config, folder or Path.cwd())
+
+
+def dump(config: RunConfig) -> str:
+    """The resolved whole as YAML, which `load` reads back to an equal config."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
+
+
+def schema() -> str:
+    """JSON Schema of run.yaml, for editors."""
+    return json.dumps(RunConfig.model_json_schema(), indent=2)
+
+
+def _assign(data: dict[str, Any], key: str, value: Any) -> None:
+    *blocks, last = key.split(".")
+    for block in blocks:
+        data = data.setdefault(block, {})
+        if not isinstance(data, dict):
+            raise ConfigError(f"'{key}': '{block}' is a value, not a block")
+    data[last] = value
+
+
+def _absolute(config: RunConfig, folder: Path) -> RunConfig:
+    def at(base: Path, value: str) -> str:
+        return str(base / Path(value).expanduser()) if value else ""
+
+    task = config.task
+    paths = {k: at(folder, getattr(task, k)) for k in ("train", "dev", "test", "template", "folder")} if task.name != "opsql" else {}
+    return config.model_copy(update={
+        "task": task.model_copy(update=paths),
+        "run_dir": at(Path.cwd(), config.run_dir or f"runs/{config.name}"),
+        "store": at(Path.cwd(), config.store or "store"),
+    })
+
+
+def _lines(node: yaml.Node, path: tuple[str, ...] = ()) -> dict[tuple[str, ...], int]:
+    found = {path: node.start_mark.line + 1}
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            found.update(_lines(value, (*path, key.value)))
+            found[(*path, key.value)] = key.start_mark.line + 1
+    elif isinstance(node, yaml.SequenceNode):
+        for i, value in enumerate(node.value):
+            found.update(_lines(value, (*path, str(i))))
+    return found
+
+
+def _explain(error: dict[str, Any], source: str, lines: dict[tuple[str, ...], int]) -> str:
+    path = tuple(str(p) for p in error["loc"])
+    while path and path not in lines and len(path) > 1:  # pydantic appends union branches to the location
+        path = path[:-1]
+    line = lines.get(path)
+    where = "command line" if line == 0 else f"{source}:{line}" if line else source
+    key = ".".join(path) or "run.yaml"
+    if error["type"] == "extra_forbidden":
+        close = get_close_matches(path[-1], _known_keys(path[:-1]), n=1)
+        return f"{where}: unknown key '{key}'" + (f"; did you mean '{'.'.join((*path[:-1], close[0]))}'?" if close else f"; known here: {', '.join(_known_keys(path[:-1]))}")
+    if error["type"] == "missing":
+        return f"{where}: key '{'.'.join(str(p) for p in error['loc'])}' is missing"
+    message = error["msg"].removeprefix("Value error, ")
+    given = "" if isinstance(error.get("input"), dict) or error["type"] == "value_error" else f" (given: {error.get('input')!r})"
+    return f"{where}: {key}: {message}{given}"
+
+
+def _known_keys(path: Sequence[str]) -> list[str]:
+    model: Any = RunConfig
+    for part in path:
+        field = getattr(model, "model_fields", {}).get(part)
+        if field is None:
+            continue
+        model = field.annotation
+        while not isinstance(model, type) or isinstance(model, types.GenericAlias):
+            model = typing.get_args(model)[0]
+    return sorted(getattr(model, "model_fields", {}))

@@ -1,0 +1,49 @@
+"""The error tree. What a user did wrong is one of these, with a sentence that says what to do; a bug is anything else."""
+
+
+class PiRayError(Exception):
+    """Root of everything pi-ray raises on purpose. The command line prints it without a traceback and exits with `exit_code`."""
+
+    exit_code = 1
+
+
+class ConfigError(PiRayError):
+    """run.yaml (or an override) is wrong: unknown key, wrong type, impossible value. Names file, line, key and cure."""
+
+    exit_code = 2
+
+
+class DataError(PiRayError):
+    """The user's rows or template cannot be used: too many bad rows, splits that overlap, an empty split."""
+
+    exit_code = 3
+
+
+class ModelError(PiRayError):
+    """A base model, tokenizer or chat template is missing or unsuited."""
+
+    exit_code = 4
+
+
+class MissingExtraError(PiRayError):
+    """An optional package is needed; the message names the pip command that installs it."""
+
+    exit_code = 5
+
+
+class CorruptArtifactError(PiRayError):
+    """A file on disk does not match its recorded hash, or is not what its manifest says."""
+
+    exit_code = 6
+
+
+class TrainingError(PiRayError):
+    """Training stopped: NaN loss, lost workers, or a checkpoint that belongs to another configuration."""
+
+    exit_code = 7
+
+
+class AdapterError(PiRayError):
+    """An adapter is unknown, has a forbidden name, or fails verification."""
+
+    exit_code = 8

@@ -1,0 +1,103 @@
+"""The six Protocols that people extend. registry.py says how a name finds its implementation."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from pi_ray.config import ScheduleConfig
+    from pi_ray.prompt import Template
+    from pi_ray.schedule import Phase
+
+SPLITS = ("train", "dev", "test")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One labelled query. `id` is unique over all splits; `group` names a part of the test set that is reported apart."""
+
+    id: str
+    query: str
+    answer: str
+    group: str = ""
+
+
+@dataclass(frozen=True)
+class Reject:
+    """A row that could not be used: where it stood and why."""
+
+    source: str
+    line: int
+    reason: str
+
+
+class Task(Protocol):
+    """Data, template and metric. Constructed with a TaskConfig."""
+
+    def rows(self, split: str) -> Iterator[Row | Reject]:
+        """All rows of "train", "dev" or "test", streamed; what cannot be used comes as a Reject."""
+
+    def template(self) -> Template: ...
+
+    def score(self, row: Row, output: str) -> dict[str, float]:
+        """Per-row metrics in [0, 1]; always has "exact_match". Corpus BLEU is added by evaluate.py for every task."""
+
+    def fingerprint(self) -> str:
+        """Hash of everything the rows and the template are made from."""
+
+
+class Compressor(Protocol):
+    """Constructed with a CompressConfig."""
+
+    def compress(self, text: str, rate: float) -> str:
+        """Keep about `rate` (0 < rate < 1) of the tokens of `text`. Protected spans and rate control are the caller's."""
+
+
+class Encoder(Protocol):
+    """Constructed with a RetrieveConfig."""
+
+    def encode(self, texts: Sequence[str]) -> np.ndarray:
+        """Unit-length float32 vectors, shape (len(texts), d): near texts have a large inner product."""
+
+
+class Schedule(Protocol):
+    def __call__(self, config: ScheduleConfig) -> list[Phase]: ...
+
+
+class Backend(Protocol):
+    """How gradients become an update over all workers. Constructed with (model, TrainConfig) inside a worker."""
+
+    def backward(self, loss: Any, last: bool) -> None:
+        """Accumulate gradients of one micro-batch; `last` marks the one that completes the update."""
+
+    def step(self, lr: float) -> None:
+        """One AdamW update of the trainable weights with gradients summed over workers, clipped."""
+
+    def state(self) -> dict[str, Any]:
+        """name -> fp32 CPU tensor: full weights and Adam moments of the trainable parameters, equal on every worker."""
+
+    def load_state(self, state: dict[str, Any]) -> None: ...
+
+
+@dataclass(frozen=True)
+class GenerationRequest:
+    """What an engine is asked for. `prompt_ids` come from PromptEncoder; `adapter` is a verified folder or "" for the base."""
+
+    prompt_ids: list[int]
+    max_new_tokens: int
+    adapter: str = ""
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int | None = None
+    stop: tuple[str, ...] = field(default=())
+
+
+class Engine(Protocol):
+    """Constructed with (ModelConfig, ServeConfig) inside a Serve replica."""
+
+    def generate(self, request: GenerationRequest) -> AsyncIterator[int]:
+        """Token ids as they are generated, ending after the end-of-sequence token, `stop` or the limit. Closing it frees the slot."""

@@ -1,0 +1,66 @@
+"""Name -> implementation, for the six kinds of part that people extend.
+
+A part is a line `"name": "module:attribute"` below, or an entry point in the group `pi_ray.<kind>` of an installed package.
+Nothing is imported before it is asked for.
+"""
+
+from __future__ import annotations
+
+from difflib import get_close_matches
+from importlib import import_module
+from importlib.metadata import entry_points
+from typing import Any
+
+from pi_ray.errors import ConfigError
+
+
+class Registry:
+    """The parts of one kind. `registry["name"]` imports and returns the part; `names()` lists what can be asked for."""
+
+    def __init__(self, kind: str, parts: dict[str, str]):
+        self.kind = kind
+        self._parts = dict(parts)
+
+    def _all(self) -> dict[str, str]:
+        return {**{e.name: e.value for e in entry_points(group=f"pi_ray.{self.kind}")}, **self._parts}
+
+    def names(self) -> list[str]:
+        return sorted(self._all())
+
+    def __getitem__(self, name: str) -> Any:
+        parts = self._all()
+        if name not in parts:
+            close = get_close_matches(name, parts, n=1)
+            raise ConfigError(f"no {self.kind} named '{name}'" + (f"; did you mean '{close[0]}'?" if close else f"; there are: {', '.join(sorted(parts))}"))
+        module, _, attribute = parts[name].partition(":")
+        return getattr(import_module(module), attribute)
+
+
+tasks = Registry("task", {
+    "jsonl": "pi_ray.tasks.jsonl:JsonlTask",
+    "opsql": "pi_ray.tasks.opsql:OpsqlTask",
+    "nl2bash": "pi_ray.tasks.nl2bash:Nl2BashTask",
+})
+compressors = Registry("compressor", {
+    "llmlingua": "pi_ray.compress.llmlingua:LLMLingua",
+    "none": "pi_ray.compress.none:Keep",
+})
+encoders = Registry("encoder", {
+    "ngram": "pi_ray.retrieve.encoders:NgramEncoder",
+    "sentence-transformers": "pi_ray.retrieve.encoders:SentenceEncoder",
+})
+schedules = Registry("schedule", {
+    "linear": "pi_ray.schedule:linear",
+    "exp": "pi_ray.schedule:exp",
+    "inverse-exp": "pi_ray.schedule:inverse_exp",
+    "constant": "pi_ray.schedule:constant",
+    "list": "pi_ray.schedule:explicit",
+})
+backends = Registry("backend", {
+    "deepspeed": "pi_ray.train.backends:DeepSpeedBackend",
+    "ddp": "pi_ray.train.backends:DdpBackend",
+})
+engines = Registry("engine", {
+    "transformers": "pi_ray.serving.engines:TransformersEngine",
+})
+KINDS = {r.kind: r for r in (tasks, compressors, encoders, schedules, backends, engines)}
