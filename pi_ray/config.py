@@ -27,7 +27,10 @@ class Block(BaseModel):
 
 
 class RowsConfig(Block):
-    """How many rows of each split to use; 0 means all. The first rows after a seeded shuffle are taken."""
+    """How many rows of each split to use; 0, or more than there are, means all.
+
+    opsql takes the first n of its seeded order; tasks that read files take the n rows whose ids hash lowest, in file order.
+    """
 
     train: Count = 0
     dev: Count = 0

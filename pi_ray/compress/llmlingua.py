@@ -1,0 +1,130 @@
+"""LLMLingua (Jiang et al. 2023, arXiv 2310.05736): drop the tokens that a small language model finds least surprising.
+
+The algorithm is the `llmlingua` package's own token-level iterative compression. `Scorer` makes it run on current transformers and
+offline, and mends three faults of it: keys and values were handed over in a format that no longer exists; a token was judged by the
+surprise of the token after it; and a text, or its tail, shorter than one window was not compressed at all (microsoft/LLMLingua#196).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from inspect import signature
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from llmlingua import prompt_compressor
+from transformers import DynamicCache
+from transformers.utils import logging
+
+from pi_ray import models
+from pi_ray.compress import words
+from pi_ray.config import CompressConfig
+from pi_ray.errors import ModelError
+
+WINDOW = 200  # tokens compressed in one step, the package's default
+
+
+class LLMLingua:
+    """Compressor "llmlingua". Loads `config.model` on the CPU in float32 (about 2 s for 135M parameters)."""
+
+    def __init__(self, config: CompressConfig):
+        logging.disable_progress_bar()
+        try:
+            self.scorer = Scorer(models.resolve(config.model))
+        except OSError as error:
+            raise ModelError(f"compress.model '{config.model}' cannot be loaded: {str(error).splitlines()[0]}") from error
+
+    def compress(self, text: str, rate: float) -> str:
+        """The words of `text` of which LLMLingua keeps at least half the tokens, about `rate` of them all."""
+        offsets = self.scorer.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+        if len(offsets) < 4:
+            return text
+        kept = self.scorer.kept_tokens(text, len(offsets), rate)
+        pieces = words.spans(text)
+        total, survived = [0] * len(pieces), [0] * len(pieces)
+        for token, (start, end) in enumerate(offsets):
+            for w in _overlapping(pieces, start, end):
+                total[w] += 1
+                survived[w] += token in kept
+        return words.join(text, pieces, [2 * s >= t > 0 for s, t in zip(survived, total, strict=True)])
+
+
+def _overlapping(pieces: list[words.Span], start: int, end: int) -> Iterator[int]:
+    """Indices of the words that share characters with [start, end)."""
+    low, high = 0, len(pieces)
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (middle + 1, high) if pieces[middle][1] <= start else (low, middle)
+    while low < len(pieces) and pieces[low][0] < end:
+        yield low
+        low += 1
+
+
+class Scorer(prompt_compressor.PromptCompressor):
+    """The package's compressor, which also tells which token positions it kept."""
+
+    def __init__(self, model: str):
+        with _without_download():
+            super().__init__(model, device_map="cpu", model_config={"trust_remote_code": False})
+        self.model.eval()
+        # only used for numbers that are reported; ours are measured with the target model's tokenizer
+        self.oai_tokenizer = SimpleNamespace(encode=lambda text: self.tokenizer(text, add_special_tokens=False).input_ids)
+        # newer transformers call the argument `cache` and warn about the old name
+        self.cache_argument = "cache" if "cache" in signature(self.model.forward).parameters else "past_key_values"
+        self.positions = torch.empty(0, dtype=torch.long)
+
+    def kept_tokens(self, text: str, length: int, rate: float) -> set[int]:
+        """Positions of the tokens that stay, of `length` in all. Windows are of equal size: a shorter last one would be left whole."""
+        self.positions = torch.arange(length)
+        windows = -(-length // WINDOW)
+        self.compress_prompt(
+            [text], rate=rate, iterative_size=length // windows, use_context_level_filter=False, use_sentence_level_filter=False,
+        )
+        return set(self.positions.tolist())
+
+    def get_compressed_input(self, loss: Any, input_ids: Any, attention_mask: Any, *args: Any, **kwargs: Any) -> Any:
+        """As the package does, with the same choice applied to the positions (their head is set aside with very long texts)."""
+        aside = len(self.positions) - input_ids.shape[1]
+        ids = self.positions[aside:].unsqueeze(0)
+        kept, *rest = super().get_compressed_input(loss, ids, attention_mask, *args, **kwargs)
+        where = torch.searchsorted(ids[0], kept[0])
+        self.positions = torch.cat([self.positions[:aside], kept[0]])
+        return input_ids[:, where], *rest
+
+    def get_ppl(
+        self, text: str, granularity: str = "sentence", input_ids: Any = None, attention_mask: Any = None, past_key_values: Any = None,
+        return_kv: bool = False, end: int | None = None, condition_mode: str = "none", condition_pos_id: int = 0,
+    ) -> Any:
+        """Surprise -log p of tokens [past, end - 1), index for index; past is the length of `past_key_values`, a list of (key, value).
+
+        One cached token is computed again, because its output predicts the first token of the window. The very first token of a text
+        has nothing before it and counts as the most surprising one.
+        """
+        if granularity != "token" or condition_mode != "none":
+            raise NotImplementedError("only the token-level filter of LLMLingua is used here")
+        past = past_key_values[0][0].shape[2] if past_key_values else 0
+        begin = max(past - 1, 0)
+        end = min(end or input_ids.shape[1], past + self.max_position_embeddings)
+        cache = DynamicCache()
+        for layer, (key, value) in enumerate(past_key_values or ()):
+            cache.update(key[:, :, :begin], value[:, :, :begin], layer)
+        with torch.no_grad():
+            out = self.model(input_ids[:, begin:end], attention_mask=attention_mask[:, :end], use_cache=True, **{self.cache_argument: cache})
+        loss = torch.nn.functional.cross_entropy(out.logits[0, :-1], input_ids[0, begin + 1 : end], reduction="none")
+        if not past:
+            loss = torch.cat([loss.max().view(1), loss])
+        pairs = [(layer.keys, layer.values) for layer in cache.layers]
+        return (loss[:-1], pairs) if return_kv else loss[:-1]
+
+
+@contextmanager
+def _without_download() -> Iterator[None]:
+    """Let the package's constructor run without fetching an encoding from the network."""
+    original = prompt_compressor.tiktoken
+    prompt_compressor.tiktoken = SimpleNamespace(encoding_for_model=lambda name: None)
+    try:
+        yield
+    finally:
+        prompt_compressor.tiktoken = original

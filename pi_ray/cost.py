@@ -1,0 +1,130 @@
+"""Tokens -> money: the price of a request, of training, and the number of requests after which training is paid back.
+
+Pure functions. The adapter's tokens are priced like the base model's; hosts that charge more for adapters need other prices in
+run.yaml. Plain fine-tuning sends the same tokens as PromptIntern, so there is nothing to break even against: only quality differs.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from pi_ray import results
+
+if TYPE_CHECKING:
+    from pi_ray.config import CostConfig
+
+PATIENCE_MONTHS = 12  # a payback later than this is called not worth it: prompts and base models change sooner
+
+
+@dataclass(frozen=True)
+class Price:
+    """Money for one request, without a prefix cache and with one."""
+
+    uncached: float
+    cached: float
+
+
+@dataclass(frozen=True)
+class Economics:
+    """Money against the full prompt. `saving` may be negative; `requests` None where training is never paid back."""
+
+    training: float
+    prices: dict[str, Price]
+    saving: Price
+    requests_uncached: int | None
+    requests_cached: int | None
+
+
+def request_price(cost: CostConfig, input_tokens: float, output_tokens: float, cached_tokens: float = 0) -> float:
+    """Money for one request of which `cached_tokens` of the input are read from a prefix cache."""
+    fresh = max(input_tokens - cached_tokens, 0)
+    return (fresh * cost.input + min(cached_tokens, input_tokens) * cost.cached_input + output_tokens * cost.output) / 1e6
+
+
+def price(cost: CostConfig, input_tokens: float, output_tokens: float, prefix_tokens: float) -> Price:
+    """Both prices of a request whose first `prefix_tokens` are equal in all requests."""
+    return Price(request_price(cost, input_tokens, output_tokens), request_price(cost, input_tokens, output_tokens, prefix_tokens))
+
+
+def training_cost(cost: CostConfig, seconds: float, workers: int) -> float:
+    return seconds * workers * cost.training_hour / 3600
+
+
+def break_even(training: float, before: float, after: float) -> int | None:
+    """Requests after which `training` is paid back by requests that cost `after` instead of `before`; None for never."""
+    saving = before - after
+    return math.ceil(round(training / saving, 6)) if saving > 0 else None
+
+
+def monthly(cost: CostConfig, per_request: float) -> float:
+    return per_request * cost.requests_per_month
+
+
+def economics(cost: CostConfig, training: float, prices: dict[str, Price]) -> Economics:
+    """PromptIntern ("promptintern") against the full prompt ("base_full_prompt"), each priced without a prefix cache, and each with one."""
+    mine, full = prices["promptintern"], prices["base_full_prompt"]
+    return Economics(
+        training,
+        prices,
+        Price(full.uncached - mine.uncached, full.cached - mine.cached),
+        break_even(training, full.uncached, mine.uncached),
+        break_even(training, full.cached, mine.cached),
+    )
+
+
+def of_summary(summary: dict[str, Any], cost: CostConfig) -> Economics:
+    """Economics from the measured tokens and training time of eval/summary.json."""
+    trained = summary["train"]["promptintern"]
+    prices = {n: price(cost, c["input_tokens"], c["output_tokens"], c["prefix_tokens"]) for n, c in results.columns(summary).items()}
+    return economics(cost, training_cost(cost, trained["seconds"], trained["workers"]), prices)
+
+
+def verdict(summary: dict[str, Any], cost: CostConfig) -> str:
+    """One sentence or two on whether to keep the prompt: first by quality, then by money against the cached prompt."""
+    mine, full, metric = summary["promptintern"], summary["base_full_prompt"], results.main_metric(summary)
+    if results.standing(mine, full, metric) == "worse":
+        return (
+            f"Keep your prompt: the adapter is cheaper to ask but measurably worse, {results.in_sentence(metric)} "
+            f"{results.value(metric, mine[metric])} against {results.value(metric, full[metric])} with the full prompt."
+        )
+    return payback(of_summary(summary, cost), cost) + _plain_instead(summary, cost, metric)
+
+
+def _plain_instead(summary: dict[str, Any], cost: CostConfig, metric: str) -> str:
+    """Plain fine-tuning saves the same money; where it is no worse, the saving is no merit of PromptIntern's."""
+    plain = summary.get("plain")
+    against = results.standing(plain, summary["promptintern"], metric) if plain else "worse"
+    if against == "worse":
+        return ""
+    trained = summary["train"]["plain"]
+    price = money(training_cost(cost, trained["seconds"], trained["workers"]), cost.currency)
+    return f" Plain fine-tuning saves as much, its quality is {against}, and its training cost {price}."
+
+
+def payback(found: Economics, cost: CostConfig) -> str:
+    """The verdict by money alone."""
+    cached, uncached = found.requests_cached, found.requests_uncached
+    without = f"Without such a cache, the adapter is paid back {_after(uncached, cost)}." if uncached is not None else "Without such a cache nothing is saved either."
+    if cached is None:
+        return f"Keep your prompt and cache its prefix: a request then costs no more than one to the adapter. {without}"
+    if cached > PATIENCE_MONTHS * cost.requests_per_month:
+        return f"Keep your prompt and cache its prefix: against that, training is paid back only {_after(cached, cost)}. {without}"
+    return f"The adapter pays: against the full prompt with a cached prefix, training is paid back {_after(cached, cost)}. {without}"
+
+
+def _after(requests: int, cost: CostConfig) -> str:
+    """A number of requests, and how long that many take to come."""
+    days = requests / cost.requests_per_month * 365.25 / 12
+    time = "less than a day" if days < 1 else f"{days:.0f} days" if days < 60 else f"{days / 30.44:,.0f} months"
+    return f"after {requests:,} requests ({time} at {cost.requests_per_month:,} a month)"
+
+
+def money(amount: float, currency: str) -> str:
+    """An amount with cents; with three digits that matter where it is below one."""
+    if amount == 0:
+        return f"{currency} 0"
+    if abs(amount) < 1:
+        return f"{currency} {amount:.{max(2, 2 - math.floor(math.log10(abs(amount))))}f}"
+    return f"{currency} {amount:,.2f}"

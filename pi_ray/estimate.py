@@ -1,0 +1,194 @@
+"""How large, how long, how much memory: estimates before training, from the model's shape alone (no weights are loaded).
+
+Time counts multiply-adds: a frozen weight costs 2 operations per token forward and 2 backward, a LoRA weight 2 more. They are divided by the
+speed of a matrix product measured here for half a second, times the share of it that training reaches. Talk between workers is not counted.
+Expect a factor of two either way.
+"""
+
+from __future__ import annotations
+
+import time
+import warnings
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from pi_ray.errors import ConfigError, ModelError
+from pi_ray.models import resolve
+
+if TYPE_CHECKING:
+    from pi_ray.config import LoraConfig, ModelConfig, RunConfig
+
+REACHED = {"cpu": 0.4, "gpu": 0.3}  # share of a large matrix product's speed that a training step reaches
+LAUNCH = 0.003  # seconds that a GPU needs for one layer forward and backward however little it computes
+REFERENCE_GPU = ("A100", 312e12)  # for plans made on a machine without a GPU for a cluster that has them
+BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """Numbers of weights (all, used by one token without the output layer, output layer, LoRA) and widths of a base model."""
+
+    weights: int
+    active: int
+    head: int
+    lora: int
+    layers: int
+    hidden: int
+    inner: int
+    key_value: int
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Operations per second that training reaches on one worker, and on what device. CPU workers share one machine."""
+
+    device: str
+    name: str
+    operations: float
+    note: str
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Mean token counts of one phase: the shared prefix, a row (examples and query), its label."""
+
+    prefix: float
+    row: float
+    label: float
+
+    @property
+    def fed(self) -> float:
+        """Tokens of a row and its label that go through the model; the last label token is only predicted."""
+        return self.row + self.label - 1
+
+
+def model_size(model: ModelConfig, lora: LoraConfig) -> ModelSize:
+    """Count weights on the meta device. Raises ModelError for an unknown model, ConfigError for LoRA targets it does not have."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        shape = AutoConfig.from_pretrained(resolve(model.base), revision=model.revision or "main", trust_remote_code=False)
+        with torch.device("meta"):
+            net = AutoModelForCausalLM.from_config(shape)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"model '{model.base}' cannot be measured: {str(error).strip().splitlines()[0]}") from error
+    heads = shape.num_attention_heads
+    width = getattr(shape, "head_dim", None) or shape.hidden_size // heads
+    top = getattr(shape, "num_experts_per_tok", None) or 1
+    head = net.get_output_embeddings().weight
+    weights = sum(p.numel() for p in net.parameters())
+    return ModelSize(
+        weights=weights,
+        active=_active(net, shape, top),
+        head=head.numel(),
+        lora=_lora_weights(net, lora),
+        layers=shape.num_hidden_layers,
+        hidden=shape.hidden_size,
+        inner=getattr(shape, "intermediate_size", 4 * shape.hidden_size) * top,
+        key_value=(getattr(shape, "num_key_value_heads", None) or heads) * width,
+    )
+
+
+def _active(net: Any, shape: Any, top: int) -> int:
+    """Weights that one token is multiplied with: no embeddings, and of a mixture of experts only the chosen ones."""
+    experts = getattr(shape, "num_local_experts", None) or getattr(shape, "num_experts", None) or 1
+    tables = {id(net.get_input_embeddings().weight), id(net.get_output_embeddings().weight)}
+    counted = [(n, p.numel()) for n, p in net.named_parameters() if id(p) not in tables]
+    return round(sum(count * top / experts if ".experts." in name else count for name, count in counted))
+
+
+def _lora_weights(net: Any, lora: LoraConfig) -> int:
+    import peft
+
+    targets = lora.targets if isinstance(lora.targets, str) else list(lora.targets)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # peft and transformers about each other; nothing that a user can change
+            wrapped = peft.get_peft_model(net, peft.LoraConfig(r=lora.rank, target_modules=targets, task_type="CAUSAL_LM"), low_cpu_mem_usage=True)
+    except ValueError as error:
+        raise ConfigError(f"train.lora.targets: {str(error).splitlines()[0]}") from error
+    return sum(p.numel() for p in wrapped.parameters() if p.requires_grad)
+
+
+def device_of(config: RunConfig) -> str:
+    """ "gpu" when the config asks for GPUs, or leaves it open and this machine has one."""
+    import torch
+
+    return "gpu" if config.train.gpu is True or (config.train.gpu == "auto" and torch.cuda.is_available()) else "cpu"
+
+
+def dtype_of(config: RunConfig) -> str:
+    if config.model.dtype != "auto":
+        return config.model.dtype
+    return "bfloat16" if device_of(config) == "gpu" else "float32"
+
+
+def measure_speed(config: RunConfig, budget: float = 0.5) -> Speed:
+    """Probe this machine for `budget` seconds; without a GPU here, a plan for GPUs takes the reference one."""
+    import torch
+
+    if device_of(config) == "cpu":
+        return Speed("cpu", f"this CPU, {torch.get_num_threads()} threads", REACHED["cpu"] * _matmul("cpu", torch.float32, 1024, budget), "measured here")
+    if not torch.cuda.is_available():
+        name, peak = REFERENCE_GPU
+        return Speed("gpu", name, REACHED["gpu"] * peak, f"no GPU here, so an {name} is assumed")
+    peak = _matmul("cuda", getattr(torch, dtype_of(config)), 4096, budget)
+    return Speed("gpu", torch.cuda.get_device_name(), REACHED["gpu"] * peak, "measured here")
+
+
+def _matmul(device: str, dtype: Any, size: int, budget: float) -> float:
+    """Operations per second of a square matrix product."""
+    import torch
+
+    a = torch.ones(size, size, device=device, dtype=dtype)
+    wait = torch.cuda.synchronize if device == "cuda" else (lambda: None)
+    for _ in range(2):  # the first products start threads and libraries
+        a @ a
+    wait()
+    start, done = time.perf_counter(), 0
+    while time.perf_counter() - start < budget:
+        a @ a
+        wait()
+        done += 1
+    return 2 * size**3 * done / (time.perf_counter() - start)
+
+
+def update_operations(size: ModelSize, shape: Shape, config: RunConfig) -> float:
+    """Multiply-adds times two of one update, over all workers."""
+    train = config.train
+    micro = train.micro_batch or config.rows_per_worker
+    passes = train.batch_size / micro if train.share_prefix else train.batch_size
+    prefix, rows = passes * shape.prefix, train.batch_size * shape.fed
+    trips = 6 if train.gradient_checkpointing else 4  # recomputing adds one more forward pass
+    per_token = trips * size.active + 6 * size.lora
+    attention = 12 * size.layers * size.hidden * (prefix * shape.prefix / 2 + rows * (shape.prefix + shape.fed / 2))
+    return per_token * (prefix + rows) + 4 * size.head * train.batch_size * shape.label + attention
+
+
+def update_seconds(size: ModelSize, shape: Shape, config: RunConfig, speed: Speed) -> float:
+    """GPUs work side by side, one for each worker; CPU workers on one machine share its cores and gain nothing."""
+    seconds = update_operations(size, shape, config) / speed.operations
+    if speed.device == "cpu":
+        return seconds
+    passes = config.rows_per_worker // (config.train.micro_batch or config.rows_per_worker)
+    return max(seconds / config.train.workers, passes * size.layers * LAUNCH)
+
+
+def memory(size: ModelSize, shape: Shape, config: RunConfig) -> dict[str, float]:
+    """Bytes on one worker, by what holds them. ZeRO 1 shares Adam's state among workers, 2 also gradients, 3 also the weights."""
+    train, workers = config.train, config.train.workers
+    stage = train.backend.zero_stage if train.backend.name == "deepspeed" else 0
+    share = [1 if stage < level else workers for level in (3, 2, 1)]  # weights, gradients, Adam
+    width = BYTES[dtype_of(config)]
+    rows = train.micro_batch or config.rows_per_worker
+    tokens = (shape.prefix if train.share_prefix else rows * shape.prefix) + rows * shape.fed
+    one_layer = tokens * (8 * size.hidden + 2 * size.key_value + 4 * size.inner) + 2 * size.key_value * rows * (shape.prefix + shape.fed)
+    kept = size.layers * tokens * size.hidden + one_layer if train.gradient_checkpointing else size.layers * one_layer
+    vocabulary = size.head / size.hidden
+    return {
+        "base weights": size.weights * width / share[0],
+        "LoRA weights, gradients, Adam": size.lora * (4 / share[0] + 4 / share[1] + 8 / share[2]),
+        "activations": kept * width,
+        "logits": 3 * 4 * rows * shape.label * vocabulary,
+    }

@@ -1,0 +1,104 @@
+"""Ingest: the task's rows, checked, into rows/{train,dev,test}.parquet and rejects.jsonl.
+
+What is checked: how many rows are bad, ids that are not unique, splits that are empty, and training queries that also stand in dev or
+test, which would make every score a lie.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pi_ray.artifact import staged, write_atomic
+from pi_ray.config import TaskConfig
+from pi_ray.errors import DataError
+from pi_ray.protocols import SPLITS, Reject, Row, Task
+from pi_ray.retrieve.neighbours import normalised
+from pi_ray.rundir import RunDir
+
+DEV_SHARE = 0.1  # of the training rows, when the task has no dev rows
+SHOWN = 3  # examples named in an error
+
+Splits = dict[str, list[Row]]
+
+
+def ingest(task: Task, config: TaskConfig, run: RunDir, fingerprint: str, progress: Callable[[str], None]) -> None:
+    """Write the rows artefact. Raises DataError when the rows cannot be used; rejects.jsonl is written in any case."""
+    splits, rejects = read(task)
+    write_atomic(run.rejects, "".join(json.dumps(asdict(r), ensure_ascii=False) + "\n" for r in rejects))
+    _check_rejects(rejects, config.max_bad_rows, run)
+    _check_ids(splits)
+    notes = _make_dev(splits) + _separate(splits, config.overlap)
+    for split in ("train", "test"):
+        if not splits[split]:
+            raise DataError(f"task '{config.name}' has no {split} rows left; {len(rejects)} rows were rejected, see {run.rejects}")
+    with staged(run.rows, fingerprint=fingerprint, rows={s: len(splits[s]) for s in SPLITS}, rejected=len(rejects), notes=notes) as folder:
+        for split, rows in splits.items():
+            columns = {name: pa.array([getattr(r, name) for r in rows], pa.string()) for name in ("id", "query", "answer", "group")}
+            pq.write_table(pa.table(columns), folder / f"{split}.parquet", compression="zstd")
+    counts = ", ".join(f"{len(splits[s])} {s}" for s in SPLITS)
+    progress("; ".join([f"rows: {counts}, {len(rejects)} rejected", *notes]))
+
+
+def read(task: Task) -> tuple[Splits, list[Reject]]:
+    """All rows of the three splits, and all rejects, in the task's order."""
+    splits: Splits = {}
+    rejects: list[Reject] = []
+    for split in SPLITS:
+        splits[split] = []
+        for row in task.rows(split):
+            (rejects if isinstance(row, Reject) else splits[split]).append(row)
+    return splits, rejects
+
+
+def _check_rejects(rejects: Sequence[Reject], most: int, run: RunDir) -> None:
+    if len(rejects) <= most:
+        return
+    first = "\n".join(f"  {r.source}:{r.line}: {r.reason}" for r in rejects[:SHOWN])
+    raise DataError(
+        f"{len(rejects)} bad rows, and task.max_bad_rows is {most}:\n{first}\nAll of them are in {run.rejects}; mend the rows or raise task.max_bad_rows"
+    )
+
+
+def _check_ids(splits: Splits) -> None:
+    twice = [i for i, n in Counter(r.id for rows in splits.values() for r in rows).items() if n > 1]
+    if twice:
+        raise DataError(f"{len(twice)} ids stand more than once over train, dev and test, such as {', '.join(repr(i) for i in twice[:SHOWN])}; make them unique")
+
+
+def _make_dev(splits: Splits) -> list[str]:
+    """Without dev rows, the last tenth of the training rows becomes dev; training rows with the same query as one of them go."""
+    if splits["dev"] or len(splits["train"]) < 2:
+        return []
+    size = max(1, int(len(splits["train"]) * DEV_SHARE))
+    splits["train"], splits["dev"] = splits["train"][:-size], splits["train"][-size:]
+    dropped = _drop(splits, {normalised(r.query) for r in splits["dev"]})
+    note = f"no dev rows: the last {size} train rows serve as dev"
+    return [note + (f" ({dropped} more with the same queries left out of train)" if dropped else "")]
+
+
+def _separate(splits: Splits, overlap: str) -> list[str]:
+    """Refuse, or drop from train, the queries that also stand in dev or test."""
+    held = {normalised(r.query): s for s in ("dev", "test") for r in splits[s]}
+    shared = [r for r in splits["train"] if normalised(r.query) in held]
+    if not shared:
+        return []
+    if overlap == "error":
+        examples = "\n".join(f"  train row {r.id!r}, also in {held[normalised(r.query)]}: {r.query[:100]!r}" for r in shared[:SHOWN])
+        raise DataError(
+            f"{len(shared)} train queries also stand in dev or test, so scores would measure memory:\n{examples}\n"
+            "Remove them, or set task.overlap: drop to leave them out of train"
+        )
+    _drop(splits, set(held))
+    return [f"{len(shared)} train rows dropped, because their queries also stand in dev or test"]
+
+
+def _drop(splits: Splits, queries: set[str]) -> int:
+    before = len(splits["train"])
+    splits["train"] = [r for r in splits["train"] if normalised(r.query) not in queries]
+    return before - len(splits["train"])

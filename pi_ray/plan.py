@@ -1,0 +1,222 @@
+"""`pi-ray plan`: what a run will do, take, and save, told before anything is trained. Reads rows and tokenizer, no weights, starts no Ray.
+
+Token counts are the target model's own. A compressed template is counted as rate x tokens until it has been prepared; the
+numbers of time and money are estimates (estimate.py, cost.py).
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from itertools import pairwise
+from statistics import fmean
+from typing import TYPE_CHECKING
+
+from pi_ray import cost, estimate
+from pi_ray.errors import DataError
+from pi_ray.models import load_tokenizer
+from pi_ray.prompt import Example, PromptEncoder
+from pi_ray.protocols import Reject, Row
+from pi_ray.registry import tasks
+from pi_ray.rundir import RunDir, plain_config
+from pi_ray.schedule import Phase, plan_phases
+from pi_ray.train.updates import phase_updates
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from pi_ray.config import RunConfig
+    from pi_ray.protocols import Task
+
+SAMPLE = 256  # training rows whose tokens are counted
+
+
+@dataclass(frozen=True)
+class PhasePlan:
+    """One phase: mean tokens of its shape, updates, and seconds of training. `measured` when the template was already compressed."""
+
+    phase: Phase
+    rows: int
+    shape: estimate.Shape
+    updates: int
+    seconds: float
+    measured: bool
+
+    @property
+    def tokens(self) -> float:
+        """Tokens of one row as the model sees it: prefix, examples and query, label."""
+        return self.shape.prefix + self.shape.row + self.shape.label
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything `render` prints. Tokens are means per request; `memory` is bytes per worker in the largest phase."""
+
+    config: RunConfig
+    rows: dict[str, int]
+    rejects: int
+    size: estimate.ModelSize
+    speed: estimate.Speed
+    phases: list[PhasePlan]
+    plain: list[PhasePlan]
+    memory: dict[str, float]
+    full: estimate.Shape
+    query: estimate.Shape
+    money: cost.Economics
+
+    @property
+    def seconds(self) -> float:
+        return sum(p.seconds for p in self.phases)
+
+    @property
+    def saved(self) -> float:
+        """Input tokens per request that inference no longer sends."""
+        return self.full.prefix + self.full.row - self.query.prefix - self.query.row
+
+
+@dataclass(frozen=True)
+class Counter:
+    """Mean token counts of a sample of training rows, and of the template at any rate."""
+
+    head: int
+    template: int
+    query: float
+    shot: float
+    heading: float
+    label: float
+    achieved: dict[float, float]
+
+    def shape(self, rate: float, shots: int) -> estimate.Shape:
+        kept = self.achieved.get(rate, rate) * (self.template - self.head)
+        return estimate.Shape(self.head + kept, self.query + (self.heading + shots * self.shot if shots else 0), self.label)
+
+
+def plan(config: RunConfig) -> Plan:
+    """Count rows and tokens, and estimate. Raises DataError without usable training rows, and what the task and the model raise."""
+    task: Task = tasks[config.task.name](config.task)
+    rows, rejects = _count(task, config)
+    if not rows["train"]:
+        raise DataError(f"task '{config.task.name}': no usable training row ({rejects} rejected)")
+    counter = _counter(task, config)
+    size, speed = estimate.model_size(config.model, config.train.lora), estimate.measure_speed(config)
+    phases = [_phase(p, rows["train"], counter, size, speed, config) for p in plan_phases(config.schedule)]
+    plain = [_phase(p, rows["train"], counter, size, speed, config) for p in plan_phases(plain_config(config).schedule)]
+    full = counter.shape(1.0, config.evaluate.shots or phases[0].phase.shots)
+    query = phases[-1].shape
+    return Plan(
+        config, rows, rejects, size, speed, phases, plain if config.evaluate.baseline else [],
+        max((estimate.memory(size, p.shape, config) for p in phases), key=lambda m: sum(m.values())),
+        full, query, _money(config, sum(p.seconds for p in phases), full, query),
+    )
+
+
+def _count(task: Task, config: RunConfig) -> tuple[dict[str, int], int]:
+    """Rows that will be used of each split, and rows that cannot be."""
+    used, rejects = {}, 0
+    for split, limit in config.task.rows.model_dump().items():
+        found = [isinstance(r, Reject) for r in task.rows(split)]
+        rejects += sum(found)
+        used[split] = min(len(found) - sum(found), limit or len(found))
+    return used, rejects
+
+
+def _counter(task: Task, config: RunConfig) -> Counter:
+    encoder = PromptEncoder(load_tokenizer(config.model), config.prompt)
+    sample = _sample(task)
+    examples = [Example(r.query, r.answer) for r in sample]
+    others = [*examples[1:], examples[0]]
+    queries = [len(encoder.row(r.query)) for r in sample]
+    one = [len(encoder.row(r.query, [o])) for r, o in zip(sample, others, strict=True)]
+    two = [len(encoder.row(r.query, [o, o])) for r, o in zip(sample, others, strict=True)]
+    shot = fmean(b - a for a, b in zip(one, two, strict=True))
+    return Counter(
+        head=len(encoder.prefix("")),
+        template=len(encoder.prefix(task.template().text)),
+        query=fmean(queries),
+        shot=shot,
+        heading=fmean(one) - fmean(queries) - shot,
+        label=fmean(len(encoder.answer(r.answer)) for r in sample),
+        achieved=_achieved(config),
+    )
+
+
+def _sample(task: Task) -> list[Row]:
+    """Usable training rows, evenly spread over the file (files are often sorted)."""
+    usable = [r for r in task.rows("train") if isinstance(r, Row)]
+    return usable[:: max(1, len(usable) // SAMPLE)][:SAMPLE]
+
+
+def _achieved(config: RunConfig) -> dict[float, float]:
+    """asked rate -> achieved rate, where the run directory already has compressed templates."""
+    try:
+        return {t["rate"]: t["achieved"] for t in json.loads((RunDir(config.root).templates / "templates.json").read_bytes())}
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+
+
+def _phase(phase: Phase, rows: int, counter: Counter, size: estimate.ModelSize, speed: estimate.Speed, config: RunConfig) -> PhasePlan:
+    shape = counter.shape(phase.rate, phase.shots)
+    updates = phase_updates(rows, phase, config.train.batch_size)
+    seconds = updates * estimate.update_seconds(size, shape, config, speed)
+    return PhasePlan(phase, rows, shape, updates, seconds, phase.rate in (0, 1) or phase.rate in counter.achieved)
+
+
+def _money(config: RunConfig, seconds: float, full: estimate.Shape, query: estimate.Shape) -> cost.Economics:
+    prices = {n: cost.price(config.cost, s.prefix + s.row, s.label, s.prefix) for n, s in (("base_full_prompt", full), ("promptintern", query))}
+    return cost.economics(config.cost, cost.training_cost(config.cost, seconds, config.train.workers), prices)
+
+
+def render(plan: Plan, console: Console) -> None:
+    """Print the plan."""
+    from rich.text import Text
+
+    config, size = plan.config, plan.size
+    say = lambda text, style="": console.print(Text(text, style))  # noqa: E731  user text is never read as markup
+    say(f"{config.name}: {config.model.base}, {size.weights / 1e6:,.0f}M weights, {size.lora / 1e6:,.1f}M of LoRA (rank {config.train.lora.rank})", "bold")
+    say(", ".join(f"{n:,} {split}" for split, n in plan.rows.items()) + " rows" + (f"; {plan.rejects:,} rejected" if plan.rejects else ""))
+    console.print(_table(plan))
+    if any(not p.measured for p in plan.phases):
+        say("~ template counted as rate x tokens; measured once it is compressed", "dim")
+    say(f"Training: about {_duration(plan.seconds)}" + _plain(plan) + f" on {plan.speed.name} ({plan.speed.note}; expect a factor of two either way)")
+    parts = ", ".join(f"{name} {_bytes(b)}" for name, b in plan.memory.items())
+    say(f"Memory per worker: about {_bytes(sum(plan.memory.values()))} ({parts}), besides Python and its libraries")
+    say(_workers(plan))
+    full, query = plan.full.prefix + plan.full.row, plan.query.prefix + plan.query.row
+    say(f"Inference: {query:,.0f} input tokens instead of {full:,.0f}, {plan.saved / full:.0%} fewer", "bold")
+    say(f"Cost: training about {cost.money(plan.money.training, config.cost.currency)}. If quality holds: {cost.payback(plan.money, config.cost)}")
+
+
+def _table(plan: Plan):
+    from rich.table import Table
+
+    table = Table(title_justify="left")
+    for name in ("phase", "template", "examples", "rows x passes", "prefix", "row", "label", "updates", "time"):
+        table.add_column(name, justify="right")
+    named = [*((str(i), p) for i, p in enumerate(plan.phases)), *(("plain", p) for p in plan.plain)]
+    for (name, p), (following, _) in pairwise([*named, ("", None)]):
+        kept = f"{'' if p.measured else '~'}{p.phase.rate:.0%}"
+        tokens = [f"{t:,.0f}" for t in (p.shape.prefix, p.shape.row, p.shape.label)]
+        passes = f"{p.rows:,} x {p.phase.epochs}"
+        table.add_row(name, kept, str(p.phase.shots), passes, *tokens, f"{p.updates:,}", _duration(p.seconds), end_section=following == "plain")
+    return table
+
+
+def _plain(plan: Plan) -> str:
+    return f", and {_duration(sum(p.seconds for p in plan.plain))} for plain fine-tuning as baseline," if plan.plain else ""
+
+
+def _workers(plan: Plan) -> str:
+    train = plan.config.train
+    what = "one GPU" if plan.speed.device == "gpu" else "a share of the CPU cores, so that more workers on one machine are not faster"
+    return f"Workers: {train.workers} training processes, each with {what}; a batch of {train.batch_size} rows gives {plan.config.rows_per_worker} to each."
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{max(1, round(seconds))} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def _bytes(count: float) -> str:
+    return f"{count / 2**30:.1f} GiB" if count >= 2**29 else f"{count / 2**20:,.0f} MiB"
+

@@ -1,0 +1,226 @@
+"""Pictures of the report as SVG text: training by phase, tokens per request, quality with intervals.
+
+Written by hand rather than by a plotting library: they take the page's fonts, stay sharp in print, need no scripts, and every string
+that comes from outside passes through `_text`, which escapes it. Sizes are pixels of the viewBox; the page scales them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from html import escape
+from typing import Any
+
+from pi_ray import results
+from pi_ray.schedule import Phase
+
+# Okabe and Ito's palette: told apart by colour-blind readers; names are written beside the marks as well
+COLOURS = {"base": "#7a7f87", "base_full_prompt": "#0072b2", "plain": "#c25400", "promptintern": "#00795a"}
+INK, MUTED, GRID, BANDS = "#1d2329", "#5b646e", "#e3e7eb", ("#f3f5f8", "#ffffff")
+WIDTH = 960
+MOST_POINTS = 600  # of a curve; a longer log is averaged down to it
+
+
+@dataclass(frozen=True)
+class Panel:
+    """A rectangle of the picture with linear scales: data x[0]..x[1], y[0]..y[1] (upwards)."""
+
+    left: float
+    top: float
+    width: float
+    height: float
+    x: tuple[float, float]
+    y: tuple[float, float]
+
+    def px(self, x: float) -> float:
+        return self.left + (x - self.x[0]) / ((self.x[1] - self.x[0]) or 1) * self.width
+
+    def py(self, y: float) -> float:
+        return self.top + self.height - (y - self.y[0]) / ((self.y[1] - self.y[0]) or 1) * self.height
+
+
+@dataclass(frozen=True)
+class Span:
+    """Where a phase lies on the axis of updates, what it shows the model (achieved rate), and the dev loss at its end."""
+
+    index: int
+    phase: Phase
+    rate: float
+    start: int
+    end: int
+    dev_loss: float | None
+
+
+def training(updates: Sequence[dict[str, Any]], plain: Sequence[dict[str, Any]], spans: Sequence[Span]) -> str:
+    """Loss over updates, with phases as bands and dev losses as marks; below it, on the same axis, template rate and examples."""
+    last = max([s.end for s in spans] + [u["step"] for u in [*updates, *plain]], default=1)
+    losses = [u["loss"] for u in [*updates, *plain]] + [s.dev_loss for s in spans if s.dev_loss is not None]
+    most = max((s.phase.shots for s in spans), default=0)
+    loss = Panel(64, 26, WIDTH - 84, 250, (0, last), (0, _nice(max(losses, default=1.0))))
+    rate = Panel(64, 322, WIDTH - 84, 62, (0, last), (0, 1))
+    shots = Panel(64, 432, WIDTH - 84, 62, (0, last), (0, max(most, 1)))
+    parts = [_bands(panel, spans) for panel in (loss, rate, shots)]
+    parts += [_text((loss.px(s.start) + loss.px(s.end)) / 2, loss.top - 9, f"phase {s.index}", "middle", MUTED) for s in spans]
+    parts += [_scale(loss, _ticks(loss.y[1]), "loss"), _scale(rate, [0, 0.5, 1], "template kept", lambda v: f"{v:.0%}")]
+    parts.append(_scale(shots, sorted({0, max(most, 1)}), "examples", lambda v: f"{v:.0f}"))
+    parts += [_curve(loss, plain, COLOURS["plain"], "5 4"), _curve(loss, updates, COLOURS["promptintern"])]
+    parts += [_dev_mark(loss, s) for s in spans if s.dev_loss is not None]
+    parts += [_stairs(rate, [(s, s.rate) for s in spans]), _stairs(shots, [(s, s.phase.shots) for s in spans])]
+    parts += [_text(shots.px(t), shots.top + shots.height + 18, f"{t:,.0f}", "middle", MUTED) for t in _ticks(last, whole=True)]
+    parts.append(_text(shots.left + shots.width, shots.top + shots.height + 38, "updates", "end", MUTED))
+    names = [("PromptIntern", COLOURS["promptintern"], ""), *([("plain fine-tuning", COLOURS["plain"], "5 4")] if plain else [])]
+    parts.append(_legend(loss, names, dev=any(s.dev_loss is not None for s in spans)))
+    return _svg(540, "Training loss by phase, with the share of the template and the number of examples", parts)
+
+
+def tokens(summary: dict[str, Any]) -> str:
+    """One bar for each column: input tokens of a request, the part that all requests share in a lighter colour."""
+    found = results.columns(summary)
+    panel = Panel(190, 8, WIDTH - 190 - 190, 34 * len(found), (0, max(c["input_tokens"] for c in found.values()) or 1), (0, 1))
+    parts = []
+    for i, (name, column) in enumerate(found.items()):
+        top, prefix = panel.top + 34 * i, min(column["prefix_tokens"], column["input_tokens"])
+        middle, end = panel.px(prefix), panel.px(column["input_tokens"])
+        parts.append(_text(panel.left - 12, top + 19, results.label(name, column), "end", INK, bold=name == "promptintern"))
+        parts.append(_rect(panel.left, top + 4, middle - panel.left, 22, _colour(name), opacity=0.45))
+        parts.append(_rect(middle, top + 4, max(end - middle, 1.5), 22, _colour(name)))
+        note = f"{column['input_tokens']:,.0f} tokens ({prefix:,.0f} shared)"
+        parts.append(_text(end + 10, top + 19, note, "start", INK))
+    return _svg(panel.top + panel.height + 4, "Input tokens per request", parts)
+
+
+def quality(summary: dict[str, Any], metric: str) -> str:
+    """A dot with its 95% interval for each column, for all test rows and for each group of them (the first six)."""
+    found = results.columns(summary)
+    groups = [g for g in summary.get("groups", {}) if g or len(summary["groups"]) > 1][:6]
+    blocks = [("All test rows", summary["test_rows"], found)]
+    blocks += [(g or "Other rows", summary["groups"][g], {n: c.get("groups", {}).get(g, {}) for n, c in found.items()}) for g in groups]
+    step, gap = 24, 42
+    top_value = 100 if metric == "bleu" else 1
+    height = len(blocks) * (gap + step * len(found))
+    panel = Panel(190, 6, WIDTH - 190 - 210, height, (0, top_value), (0, 1))
+    parts = [_rule(panel.px(t), panel.top + 8, panel.px(t), height) for t in _quarters(top_value)]
+    parts += [_text(panel.px(t), height + 20, results.value(metric, t), "middle", MUTED) for t in _quarters(top_value)]
+    y = panel.top
+    for title, rows, block in blocks:
+        parts.append(_text(4, y + 20, f"{title} ({rows:,})", "start", INK, bold=True))
+        y += gap
+        for name, column in block.items():
+            parts.append(_dot(panel, y, name, results.label(name, found[name]), column, metric))
+            y += step
+    return _svg(height + 30, f"{results.metric_name(metric)} with 95% intervals", parts)
+
+
+def _dot(panel: Panel, y: float, name: str, label: str, column: dict[str, Any], metric: str) -> str:
+    parts = [_text(panel.left - 12, y + 4, label, "end", INK, bold=name == "promptintern")]
+    if column.get(metric) is None:
+        return "".join([*parts, _text(panel.left + 6, y + 4, "not measured", "start", MUTED)])
+    low, high = results.interval(column, metric)
+    parts.append(_line([(panel.px(low), y), (panel.px(high), y)], _colour(name), 2.5))
+    parts += [_rule(panel.px(v), y - 5, panel.px(v), y + 5, _colour(name)) for v in {low, high}]
+    parts.append(f'<circle cx="{panel.px(column[metric]):.1f}" cy="{y:.1f}" r="5.5" fill="{_colour(name)}"/>')
+    note = results.value(metric, column[metric], 1) + (f"  ({results.value(metric, low)} to {results.value(metric, high)})" if low != high else "")
+    parts.append(_text(panel.left + panel.width + 22, y + 4, note, "start", INK))
+    return "".join(parts)
+
+
+def _curve(panel: Panel, updates: Sequence[dict[str, Any]], colour: str, dashes: str = "") -> str:
+    """The raw losses thin and pale, their running mean on top."""
+    parts = []
+    for phase in sorted({u["phase"] for u in updates}):  # no mean over a border: the losses belong to different prompts
+        points = _thinned([(u["step"], u["loss"]) for u in updates if u["phase"] == phase])
+        pixels = [(panel.px(x), panel.py(y)) for x, y in points]
+        parts += ["" if dashes else _line(pixels, colour, 1, opacity=0.35), _line(_running_mean(pixels), colour, 2.2, dashes)]
+    return "".join(parts)
+
+
+def _running_mean(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    width = max(1, len(points) // 16)
+    windows = [points[max(0, i - width) : i + width + 1] for i in range(len(points))]
+    return [(x, sum(y for _, y in w) / len(w)) for (x, _), w in zip(points, windows, strict=True)]
+
+
+def _thinned(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    size = math.ceil(len(points) / MOST_POINTS) or 1
+    buckets = [points[i : i + size] for i in range(0, len(points), size)]
+    return [(sum(x for x, _ in b) / len(b), sum(y for _, y in b) / len(b)) for b in buckets]
+
+
+def _dev_mark(panel: Panel, span: Span) -> str:
+    x, y = panel.px(span.end), panel.py(span.dev_loss or 0)
+    diamond = f'<path d="M{x:.1f} {y - 7:.1f}l7 7l-7 7l-7 -7z" fill="{INK}" stroke="#fff" stroke-width="1.5"/>'
+    return diamond + _text(x - 11, y - 11, f"{span.dev_loss:.3f}", "end", INK, bold=True, halo=True)
+
+
+def _stairs(panel: Panel, steps: Sequence[tuple[Span, float]]) -> str:
+    points = [(panel.px(x), panel.py(v)) for s, v in steps for x in (s.start, s.end)]
+    return _line(points, COLOURS["promptintern"], 2.5)
+
+
+def _bands(panel: Panel, spans: Sequence[Span]) -> str:
+    return "".join(
+        _rect(panel.px(s.start), panel.top, panel.px(s.end) - panel.px(s.start), panel.height, BANDS[i % 2]) for i, s in enumerate(spans)
+    )
+
+
+def _scale(panel: Panel, ticks: Iterable[float], title: str, write=lambda v: f"{v:g}") -> str:
+    parts = [_rule(panel.left, panel.py(t), panel.left + panel.width, panel.py(t)) for t in ticks]
+    parts += [_text(panel.left - 8, panel.py(t) + 4, write(t), "end", MUTED) for t in ticks]
+    return "".join([*parts, _text(4, panel.top - 14, title, "start", INK, bold=True)])
+
+
+def _legend(panel: Panel, names: Sequence[tuple[str, str, str]], dev: bool) -> str:
+    x, y, parts = panel.left + panel.width - 180, panel.top + 20, []
+    for name, colour, dashes in names:
+        parts += [_line([(x, y - 4), (x + 26, y - 4)], colour, 2.5, dashes), _text(x + 34, y, name, "start", INK)]
+        y += 20
+    if dev:
+        parts += [f'<path d="M{x + 13} {y - 11}l7 7l-7 7l-7 -7z" fill="{INK}"/>', _text(x + 34, y, "dev loss, phase end", "start", INK)]
+    return "".join(parts)
+
+
+def _colour(name: str) -> str:
+    return COLOURS.get(name, "#8a5a99")
+
+
+def _nice(high: float) -> float:
+    """The next round number above `high`."""
+    unit = 10 ** math.floor(math.log10(high)) if high > 0 else 1
+    return next(unit * m for m in (1, 1.5, 2, 3, 4, 5, 8, 10) if unit * m >= high * 0.9999)
+
+
+def _ticks(high: float, whole: bool = False) -> list[float]:
+    """About five round numbers from 0 to `high`."""
+    unit = _nice(high / 5)
+    unit = max(1, round(unit)) if whole else unit
+    return [i * unit for i in range(int(high / unit + 1e-9) + 1)]
+
+
+def _quarters(high: float) -> list[float]:
+    return [high * i / 4 for i in range(5)]
+
+
+def _text(x: float, y: float, text: str, anchor: str, colour: str, bold: bool = False, halo: bool = False) -> str:
+    weight = (' font-weight="600"' if bold else "") + (' stroke="#fff" stroke-width="4" paint-order="stroke"' if halo else "")
+    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" fill="{colour}"{weight}>{escape(text)}</text>'
+
+
+def _rect(x: float, y: float, width: float, height: float, colour: str, opacity: float = 1) -> str:
+    return f'<rect x="{x:.1f}" y="{y:.1f}" width="{max(width, 0):.1f}" height="{height:.1f}" fill="{colour}" fill-opacity="{opacity}"/>'
+
+
+def _rule(x1: float, y1: float, x2: float, y2: float, colour: str = GRID) -> str:
+    return f'<line x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}" stroke="{colour}"/>'
+
+
+def _line(points: Sequence[tuple[float, float]], colour: str, width: float, dashes: str = "", opacity: float = 1) -> str:
+    if not points:
+        return ""
+    path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
+    dash = f' stroke-dasharray="{dashes}"' if dashes else ""
+    return f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="{width}" stroke-opacity="{opacity}" stroke-linejoin="round"{dash}/>'
+
+
+def _svg(height: float, title: str, parts: Iterable[str]) -> str:
+    return f'<svg viewBox="0 0 {WIDTH} {height:.0f}" role="img" aria-label="{escape(title)}">{"".join(parts)}</svg>'

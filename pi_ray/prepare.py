@@ -1,0 +1,217 @@
+"""Prepare, paper Algorithm 1 lines 1 to 7, on Ray Data: rows -> templates at each rate -> neighbours -> one dataset for each phase.
+
+Each step is an artefact in the run directory, written once and skipped when it was made from the same fingerprint.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pi_ray import shards
+from pi_ray.artifact import digest_file, is_current, read_manifest, staged, write_atomic
+from pi_ray.compress.compress import Compressed, cached, compress_template
+from pi_ray.config import RunConfig
+from pi_ray.ingest import ingest
+from pi_ray.models import load_tokenizer
+from pi_ray.prompt import PromptEncoder, Template
+from pi_ray.protocols import SPLITS, Task
+from pi_ray.rundir import RunDir, distinct_rates, most_shots, phases_of, prepare_fingerprint
+
+NEIGHBOUR_ROWS = 512  # rows of one neighbour search
+COMPRESS_THREADS = 4
+
+Progress = Callable[[str], None]
+
+
+def prepare(config: RunConfig, progress: Progress = print) -> str:
+    """Bring the run directory up to date and return the fingerprint of what is in it.
+
+    Raises DataError for rows or a template that cannot be used, ModelError for a tokenizer that cannot.
+    """
+    from pi_ray.registry import tasks
+
+    task: Task = tasks[config.task.name](config.task)
+    fingerprint = prepare_fingerprint(config, task.fingerprint())
+    run = RunDir(config.root)
+    if _is_done(config, run, fingerprint):
+        progress("prepare: nothing to do, the run directory is up to date")
+        return fingerprint
+    tokenizer = load_tokenizer(config.model)
+    encoder = PromptEncoder(tokenizer, config.prompt)
+    template = task.template()
+    if not is_current(run.rows, fingerprint):
+        ingest(task, config.task, run, fingerprint, progress)
+    if not is_current(run.templates, fingerprint):
+        _templates(config, template, tokenizer, run, fingerprint, progress)
+    if not _has_neighbours(config, run, fingerprint):
+        _neighbours(config, run, fingerprint, progress)
+    _phases(config, encoder, run, fingerprint, progress)
+    return fingerprint
+
+
+def _is_done(config: RunConfig, run: RunDir, fingerprint: str) -> bool:
+    folders = [run.rows, run.templates, *(run.phase(name) for name, *_ in _plan(config))]
+    return all(is_current(f, fingerprint) for f in folders) and _has_neighbours(config, run, fingerprint)
+
+
+def _plan(config: RunConfig) -> list[tuple[str, str, float, int]]:
+    """(folder, split, rate, shots) of every dataset: one a phase, and dev with the last phase's prompt."""
+    phases = [(str(i), "train", p.rate, p.shots) for i, p in phases_of(config)]
+    return [*phases, ("dev", "dev", *phases[-1][2:])]
+
+
+# Templates
+
+
+class CompressRates:
+    """Ray Data actor: the compressor's model is loaded once, then any number of rates."""
+
+    def __init__(self, config: RunConfig, template: Template):
+        import torch
+
+        from pi_ray.registry import compressors
+
+        torch.set_num_threads(min(COMPRESS_THREADS, os.cpu_count() or 1))  # Ray leaves an actor one; nothing else runs in this step
+        self.config = config.compress
+        self.template = template
+        self.tokenizer = load_tokenizer(config.model)
+        self.compressor = compressors[config.compress.name](config.compress)
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        made = [compress_template(self.compressor, self.template, float(rate), self.tokenizer, self.config) for rate in batch["rate"]]
+        return {"result": [json.dumps(asdict(m)) for m in made]}
+
+
+def _templates(config: RunConfig, template: Template, tokenizer: Any, run: RunDir, fingerprint: str, progress: Progress) -> None:
+    """Compress the template once for each rate of the schedule; rates that were made before need no actor."""
+    rates = distinct_rates(config)
+    made = {rate: cached(template, rate, tokenizer, config.compress) for rate in rates}
+    missing = [{"rate": rate} for rate, found in made.items() if found is None]
+    for row in _on_ray(missing, CompressRates, fn_constructor_args=(config, template), concurrency=1):
+        result = Compressed(**json.loads(row["result"]))
+        made[result.asked] = result
+    entries = []
+    with staged(run.templates, fingerprint=fingerprint) as folder:
+        for rate, result in made.items():
+            file = f"rate-{rate:.2f}.txt" if round(rate, 2) == rate else f"rate-{rate}.txt"
+            entries.append({"rate": rate, "compressor": config.compress.name, "file": file, **asdict(result)})
+            (folder / file).write_text(result.text + "\n", encoding="utf-8")
+            note = f"; {result.note}" if result.note else ""
+            progress(f"templates: rate {rate:g} -> achieved {result.achieved:.2f} ({result.tokens} of {result.full_tokens} tokens){note}")
+        (folder / "templates.json").write_text(json.dumps(entries, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+# Neighbours
+
+
+class FindNeighbours:
+    """Ray Data actor: indexes the training rows once for each side that is asked for, then any number of row ranges."""
+
+    def __init__(self, config: RunConfig, k: int):
+        run = RunDir(config.root)
+        self.config, self.k = config.retrieve, k
+        self.rows = {split: run.read_rows(split) for split in SPLITS}
+        self.banks: dict[str, Any] = {}
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        from pi_ray.retrieve.neighbours import Bank
+
+        results = []
+        for split, begin, end in zip(batch["split"], batch["begin"], batch["end"], strict=True):
+            by = "answer" if split == "train" else "query"
+            if by not in self.banks:
+                self.banks[by] = Bank(self.rows["train"], self.config, by)
+            rows = self.rows[split][begin:end]
+            found = self.banks[by].find(rows, self.k)
+            results.append(json.dumps([[r.id, f.ids, f.scores] for r, f in zip(rows, found, strict=True)]))
+        return {"split": batch["split"], "begin": batch["begin"], "result": results}
+
+
+def _has_neighbours(config: RunConfig, run: RunDir, fingerprint: str) -> bool:
+    """Whether neighbours.parquet is there and undamaged; its hash stands beside it. True too when the run needs none."""
+    if not most_shots(config):
+        return True
+    try:
+        sidecar = json.loads(run.neighbours.with_suffix(".json").read_bytes())
+        return sidecar["fingerprint"] == fingerprint and sidecar["sha256"] == digest_file(run.neighbours)
+    except (OSError, ValueError, KeyError):
+        return False
+
+
+def _neighbours(config: RunConfig, run: RunDir, fingerprint: str, progress: Progress) -> None:
+    """Find the examples of all rows and write neighbours.parquet, in the order of the splits and their rows."""
+    k, counts = most_shots(config), read_manifest(run.rows)["rows"]
+    items = [{"split": s, "begin": a, "end": min(a + NEIGHBOUR_ROWS, counts[s])} for s in SPLITS for a in range(0, counts[s], NEIGHBOUR_ROWS)]
+    found = list(_on_ray(items, FindNeighbours, fn_constructor_args=(config, k), concurrency=(1, max(len(items) // 4, 1))))
+    found.sort(key=lambda r: (SPLITS.index(r["split"]), r["begin"]))
+    rows = [(r["split"], *row) for r in found for row in json.loads(r["result"])]
+    split, ids, near, scores = (list(column) for column in zip(*rows, strict=True))
+    table = pa.table({
+        "id": ids, "split": split, "neighbours": pa.array(near, pa.list_(pa.string())), "scores": pa.array(scores, pa.list_(pa.float32())),
+    })
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, compression="zstd")
+    write_atomic(run.neighbours, sink.getvalue().to_pybytes())
+    sidecar = {"fingerprint": fingerprint, "sha256": digest_file(run.neighbours), "rows": len(rows)}
+    write_atomic(run.neighbours.with_suffix(".json"), json.dumps(sidecar, indent=1) + "\n")
+    train = [s for r in rows if r[0] == "train" for s in r[3]]
+    progress(f"neighbours: {k} for each of {len(rows)} rows, mean BLEU {sum(train) / max(len(train), 1):.1f} between train answers")
+
+
+# Phases
+
+
+def _phases(config: RunConfig, encoder: PromptEncoder, run: RunDir, fingerprint: str, progress: Progress) -> None:
+    """One Ray Data job over the unfinished shards of all phases, then each phase is sealed."""
+    texts = {e["rate"]: e["text"] for e in json.loads((run.templates / "templates.json").read_bytes())}
+    rows = {split: run.read_rows(split) for split in ("train", "dev")}
+    plan = [p for p in _plan(config) if not is_current(run.phase(p[0]), fingerprint)]
+    shards.remove_stale(run.phases, {name for name, *_ in _plan(config)})
+    folders = {name: shards.working_folder(run.phase(name), fingerprint) for name, *_ in plan}
+    planned = [s for name, split, _, shots in plan for s in shards.plan(folders[name], split, shots, len(rows[split]))]
+    todo = [s for s in planned if not shards.is_finished(s, rows[s.split])]
+    if len(todo) < len(planned):
+        progress(f"phases: {len(planned) - len(todo)} of {len(planned)} shards were already there")
+    for _ in _on_ray([asdict(s) for s in todo], _build_shard, fn_kwargs={"config": config, "fingerprint": fingerprint}):
+        pass
+    for name, _split, rate, shots in plan:
+        text = texts.get(rate, "")
+        made = shards.publish(
+            folders[name], run.phase(name), encoder.prefix(text), fingerprint=fingerprint, template=text, phase={"rate": rate, "shots": shots},
+        )
+        tokens = made["tokens"]
+        progress(f"phase {name}: rate {rate:g}, {shots} shots, {made['rows']} rows, {tokens['prefix']} + {tokens['row_mean']:.0f} tokens a row")
+
+
+def _build_shard(batch: dict[str, Any], config: RunConfig, fingerprint: str) -> dict[str, Any]:
+    for values in zip(*batch.values(), strict=True):
+        fields = {name: v.item() if hasattr(v, "item") else v for name, v in zip(batch, values, strict=True)}
+        shards.build(shards.Shard(**fields), config, fingerprint)
+    return {"path": batch["path"]}
+
+
+# Ray
+
+
+def _on_ray(items: Sequence[dict[str, Any]], work: Any, **options: Any) -> Iterable[dict[str, Any]]:
+    """Results of `work` on each item as a batch of one, through Ray Data; Ray is not touched when there is nothing to do."""
+    if not items:
+        return []
+    import ray
+
+    if not ray.is_initialized():
+        ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.WARNING)
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    dataset = ray.data.from_items(list(items), override_num_blocks=len(items))
+    return dataset.map_batches(work, batch_size=1, **options).take_all()

@@ -1,0 +1,185 @@
+"""Is this folder a plain LoRA adapter and nothing else? Every check before an adapter is published or served.
+
+The folder is treated as hostile: it may have been copied from elsewhere. Nothing in it is unpickled, imported or run, names written in
+its files are compared and never opened, and sizes are bounded before anything is read.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import stat
+import struct
+from pathlib import Path
+from typing import Any
+
+from pi_ray.artifact import MANIFEST, digest_file
+from pi_ray.config import ModelConfig, PromptConfig
+from pi_ray.errors import AdapterError
+
+LORA_TENSOR = re.compile(r"base_model\.model\.([\w.]+)\.lora_([AB])\.weight", re.ASCII)
+WEIGHTS, CONFIG, CARD = "adapter_model.safetensors", "adapter_config.json", "pi_ray.json"
+SUFFIXES = {".safetensors", ".json", ".md"}
+FLOAT_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
+MAX_JSON_BYTES = 8 << 20
+MAX_WEIGHT_BYTES = 8 << 30
+MAX_RANK = 4096
+# Settings of adapter_config.json that serving understands; any other one must be empty, since peft would act on it
+# (import a module, change base weights, run a regular expression over module names).
+KNOWN_SETTINGS = {
+    "r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora", "peft_type", "task_type", "bias", "inference_mode",
+    "init_lora_weights", "base_model_name_or_path", "revision", "peft_version", "megatron_core", "qalora_group_size",
+}  # fmt: skip
+CARD_FIELDS = {
+    "base": str, "prompt": dict, "template": str, "full_prompt_tokens": int | float, "query_prompt_tokens": int | float, "max_answer_tokens": int,
+}  # fmt: skip
+
+
+def check(path: Path, base: ModelConfig | None = None) -> dict[str, Any]:
+    """The card of the adapter folder `path`, after every check there is. Raises AdapterError saying what is wrong."""
+    _check_hashes(path, _check_listing(path))
+    rank = _check_config(read_json(path / CONFIG))
+    card = read_json(path / CARD)
+    _check_card(card, base)
+    _check_shapes(read_header(path / WEIGHTS), rank)
+    _check_finite(path / WEIGHTS)
+    return card
+
+
+def _check_listing(path: Path) -> list[str]:
+    """File names of the folder: plain files of the allowed kinds only, none of them too large."""
+    names = []
+    for entry in os.scandir(path):
+        info = entry.stat(follow_symlinks=False)
+        if not stat.S_ISREG(info.st_mode):
+            raise AdapterError(f"{entry.name} is not a plain file")
+        if Path(entry.name).suffix not in SUFFIXES:
+            raise AdapterError(f"{entry.name}: only {', '.join(sorted(SUFFIXES))} files are allowed; weights must be safetensors, never a pickle")
+        if info.st_size > (MAX_WEIGHT_BYTES if entry.name == WEIGHTS else MAX_JSON_BYTES):
+            raise AdapterError(f"{entry.name} is too large ({info.st_size} bytes)")
+        names.append(entry.name)
+    missing = {WEIGHTS, CONFIG, CARD, MANIFEST} - set(names)
+    if missing:
+        raise AdapterError(f"{', '.join(sorted(missing))} missing")
+    return names
+
+
+def _check_hashes(path: Path, names: list[str]) -> None:
+    """Every file but the manifest is in the manifest with its sha256, and nothing else is. Names in the manifest are compared, never opened."""
+    files = read_json(path / MANIFEST).get("files")
+    if not isinstance(files, dict) or set(files) != set(names) - {MANIFEST}:
+        raise AdapterError(f"{MANIFEST} does not list exactly the files of the folder")
+    for name, recorded in files.items():
+        expected = recorded.get("sha256") if isinstance(recorded, dict) else None
+        found = digest_file(path / name)
+        if found != expected:
+            raise AdapterError(f"{name}: sha256 {found} differs from the recorded {str(expected)[:64]}")
+
+
+def _check_config(config: dict[str, Any]) -> int:
+    """The rank. Everything that peft would do beyond plain LoRA is refused."""
+    if config.get("peft_type") != "LORA":
+        raise AdapterError(f"{CONFIG}: peft_type is {config.get('peft_type')!r}, expected LORA")
+    wanted = {"bias": "none", "init_lora_weights": True, "task_type": "CAUSAL_LM"}
+    odd = [k for k, v in config.items() if (v and k not in KNOWN_SETTINGS) or (k in wanted and v != wanted[k])]
+    if odd:
+        raise AdapterError(f"{CONFIG}: cannot serve an adapter with {', '.join(sorted(odd)[:8])} set")
+    rank, alpha = config.get("r"), config.get("lora_alpha")
+    if type(rank) is not int or not 1 <= rank <= MAX_RANK:
+        raise AdapterError(f"{CONFIG}: r is not a number from 1 to {MAX_RANK}")
+    if type(alpha) not in (int, float) or not math.isfinite(alpha):
+        raise AdapterError(f"{CONFIG}: lora_alpha is not a number")
+    return rank
+
+
+def _check_card(card: dict[str, Any], base: ModelConfig | None) -> None:
+    wrong = [k for k, kind in CARD_FIELDS.items() if not isinstance(card.get(k), kind)]
+    if wrong:
+        raise AdapterError(f"{CARD}: {', '.join(wrong)} missing or of the wrong type")
+    if card["max_answer_tokens"] < 1:
+        raise AdapterError(f"{CARD}: max_answer_tokens is below 1")
+    try:
+        PromptConfig(**card["prompt"])
+    except (TypeError, ValueError) as error:
+        raise AdapterError(f"{CARD}: the prompt block is not valid ({error.__class__.__name__})") from error
+    if base and (card["base"], card.get("revision", "")) != (base.base, base.revision):
+        raise AdapterError(f"it was trained for another base model ({Path(card['base']).name[:64]}) than the served one")
+
+
+def read_header(path: Path) -> dict[str, dict[str, Any]]:
+    """Tensor name -> {"dtype", "shape", "data_offsets"} of a safetensors file, without reading a tensor. Raises AdapterError when its sizes lie."""
+    size = path.stat().st_size
+    with open(path, "rb") as f:
+        length = struct.unpack("<Q", f.read(8).ljust(8, b"\0"))[0]
+        if length > min(MAX_JSON_BYTES, size - 8):
+            raise AdapterError(f"{path.name}: the header claims {length} bytes, the file has {size}")
+        header = _parse_json(f.read(length), path.name)
+    header.pop("__metadata__", None)
+    end = 0
+    for name, tensor in header.items():
+        if not isinstance(tensor, dict) or not {"dtype", "shape", "data_offsets"} <= set(tensor):
+            raise AdapterError(f"{path.name}: {name[:80]!r} is not described")
+        end += _tensor_bytes(name, tensor)
+    if 8 + length + end != size:
+        raise AdapterError(f"{path.name}: the tensors make {end} bytes, the file has {size - 8 - length} for them")
+    return header
+
+
+def _tensor_bytes(name: str, tensor: dict[str, Any]) -> int:
+    """Bytes of one tensor, which its offsets must agree with; safetensors itself refuses gaps and overlaps."""
+    shape, offsets = tensor["shape"], tensor["data_offsets"]
+    if tensor["dtype"] not in FLOAT_BYTES:
+        raise AdapterError(f"{WEIGHTS}: {name[:80]!r} has dtype {str(tensor['dtype'])[:16]}, expected one of {', '.join(FLOAT_BYTES)}")
+    if not (isinstance(shape, list) and len(shape) == 2 and all(type(n) is int and 0 < n < 1 << 31 for n in shape)):
+        raise AdapterError(f"{WEIGHTS}: {name[:80]!r} is not a matrix")
+    count = shape[0] * shape[1] * FLOAT_BYTES[tensor["dtype"]]
+    if not (isinstance(offsets, list) and len(offsets) == 2 and all(type(n) is int for n in offsets) and offsets[1] - offsets[0] == count):
+        raise AdapterError(f"{WEIGHTS}: the offsets of {name[:80]!r} do not fit its shape")
+    return count
+
+
+def _check_shapes(header: dict[str, dict[str, Any]], rank: int) -> None:
+    """LoRA pairs only: A of shape (rank, in), B of shape (out, rank)."""
+    seen: dict[str, set[str]] = {}
+    for name, tensor in header.items():
+        match = LORA_TENSOR.fullmatch(name)
+        if not match:
+            raise AdapterError(f"{WEIGHTS}: {name[:80]!r} is not a LoRA matrix")
+        found = tensor["shape"][0 if match[2] == "A" else 1]
+        if found != rank:
+            raise AdapterError(f"{WEIGHTS}: {name[:80]!r} has rank {found}, {CONFIG} says {rank}")
+        seen.setdefault(match[1], set()).add(match[2])
+    if not seen or any(pair != {"A", "B"} for pair in seen.values()):
+        raise AdapterError(f"{WEIGHTS}: LoRA matrices do not come in pairs of A and B")
+
+
+def _check_finite(path: Path) -> None:
+    """One tensor in memory at a time."""
+    import torch
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as f:
+            bad = next((name for name in f.keys() if not torch.isfinite(f.get_tensor(name)).all()), None)  # noqa: SIM118 (not a dict)
+    except SafetensorError as error:
+        raise AdapterError(f"{path.name}: not readable as safetensors ({error})") from error
+    if bad:
+        raise AdapterError(f"{path.name}: {bad!r} holds NaN or Inf")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object of bounded size. Raises AdapterError when it is anything else."""
+    with open(path, "rb") as f:
+        return _parse_json(f.read(MAX_JSON_BYTES + 1), path.name)
+
+
+def _parse_json(data: bytes, name: str) -> dict[str, Any]:
+    try:
+        value = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise AdapterError(f"{name}: not valid JSON") from error
+    if not isinstance(value, dict):
+        raise AdapterError(f"{name}: expected a JSON object")
+    return value

@@ -1,0 +1,117 @@
+"""OpsQL, a small in-house alert language: its vocabulary, a parser, and an interpreter over a fixed synthetic metrics table.
+
+    from r9 | lat > 2000 | for 10m | to fern
+
+reads: on service r9, when `lat` has been above 2000 in each of the last 10 minutes, tell route fern. `from` comes first, the other
+three clauses stand once each in any order, and `1h` means `60m`. Model output is untrusted: parsing and execution are bounded and
+total, and whatever is not OpsQL raises OpsqlError.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+
+from pi_ray.errors import DataError
+
+SERVICES = {
+    "checkout": "r9", "search": "r5", "login": "f9", "billing": "x4", "catalog": "d9", "cart": "k4", "shipping": "c2", "returns": "w8",
+    "reviews": "w2", "wishlist": "t3", "coupons": "b2", "loyalty": "g5", "inventory": "t5", "pricing": "x6", "taxes": "s2", "invoices": "y3",
+    "refunds": "q3", "fraud": "z6", "email": "m5", "chat": "a3", "video": "p3", "images": "k8", "maps": "y2", "profiles": "b9",
+    "orders": "p8", "payments": "v5", "ledger": "m3", "reports": "a8", "exports": "d4", "imports": "h3", "archive": "f5", "gateway": "e8",
+    "scheduler": "q5", "mobile": "v6", "partners": "g9", "suppliers": "j2", "warehouse": "c3", "delivery": "n9", "feeds": "e9", "ads": "s3",
+}
+METRICS = {"lat": 6000, "err": 800, "ram": 8000, "cpu": 900, "lag": 800, "req": 80}  # the largest threshold that anyone alerts on
+ROUTES = ("fern", "kite", "moss", "cobalt")
+SHORTEST, LONGEST = 5, 60  # minutes of a window
+MINUTES = 1440  # length of the metrics table
+MAX_CHARACTERS = 200
+
+_CODES = frozenset(SERVICES.values())
+_FROM = re.compile(r"from ([a-z][0-9])")
+_CONDITION = re.compile(r"([a-z]{3}) ?([<>]) ?([0-9]{1,6})")
+_WINDOW = re.compile(r"for ([0-9]{1,3})([mh])")
+_ROUTE = re.compile(r"to ([a-z]+)")
+
+
+class OpsqlError(DataError):
+    """The text is not a valid OpsQL statement; the message says which clause is wrong."""
+
+
+@dataclass(frozen=True)
+class Statement:
+    """One alert. `value` is in the metric's unit, `window` in minutes. `str()` gives the canonical wording."""
+
+    service: str
+    metric: str
+    above: bool
+    value: int
+    window: int
+    route: str
+
+    def __str__(self) -> str:
+        return f"from {self.service} | {self.metric} {'>' if self.above else '<'} {self.value} | for {self.window}m | to {self.route}"
+
+
+def parse(text: str) -> Statement:
+    """Text -> Statement. Raises OpsqlError for anything else; the work is linear in at most MAX_CHARACTERS."""
+    if len(text) > MAX_CHARACTERS:
+        raise OpsqlError(f"{len(text)} characters; a statement has at most {MAX_CHARACTERS}")
+    first, *rest = (" ".join(clause.split()) for clause in text.split("|"))
+    service = _FROM.fullmatch(first)
+    if not service or service[1] not in _CODES:
+        raise OpsqlError(f"'{first}': a statement starts with 'from' and the code of a service")
+    condition, window, route = (_only(pattern, rest) for pattern in (_CONDITION, _WINDOW, _ROUTE))
+    if len(rest) != 3:
+        raise OpsqlError(f"{len(rest)} clauses after 'from'; there must be a condition, 'for' and 'to'")
+    return Statement(service[1], _known(condition[1], METRICS), condition[2] == ">", int(condition[3]), _minutes(window), _known(route[1], ROUTES))
+
+
+def _only(pattern: re.Pattern[str], clauses: list[str]) -> re.Match[str]:
+    found = [m for clause in clauses if (m := pattern.fullmatch(clause))]
+    if len(found) != 1:
+        raise OpsqlError(f"{len(found)} clauses like '{pattern.pattern}'; there must be one")
+    return found[0]
+
+
+def _known(word: str, words: dict[str, int] | tuple[str, ...]) -> str:
+    if word not in words:
+        raise OpsqlError(f"'{word}' is none of {', '.join(words)}")
+    return word
+
+
+def _minutes(window: re.Match[str]) -> int:
+    minutes = int(window[1]) * (60 if window[2] == "h" else 1)
+    if not SHORTEST <= minutes <= LONGEST:
+        raise OpsqlError(f"a window of {minutes}m; it must be {SHORTEST}m to {LONGEST}m")
+    return minutes
+
+
+def execute(statement: Statement) -> tuple[tuple[int, ...], str]:
+    """The minutes of the metrics table at which the alert fires, and whom it tells.
+
+    It fires at minute t when the condition holds in each of the minutes t - window + 1 .. t.
+    """
+    series = _series(statement.service, statement.metric)
+    holds = series > statement.value if statement.above else series < statement.value
+    total = np.concatenate(([0], np.cumsum(holds)))
+    within = total[statement.window :] - total[: -statement.window]
+    return tuple((np.flatnonzero(within == statement.window) + statement.window - 1).tolist()), statement.route
+
+
+@lru_cache(maxsize=len(SERVICES) * len(METRICS))
+def _series(service: str, metric: str) -> np.ndarray:
+    """One column of the metrics table: int64, shape (MINUTES,), three waves whose phases and periods come from a hash of the names.
+
+    It runs from 0 to 1.3 times the largest threshold and moves slowly, so that every usual alert fires and a wrong threshold,
+    window or side gives other minutes.
+    """
+    parts = np.frombuffer(hashlib.sha256(f"{service} {metric}".encode()).digest()[:6], dtype=np.uint8) / 256
+    periods, phases = np.array([600, 190, 70]) * (1 + 0.4 * parts[:3]), 2 * np.pi * parts[3:]
+    waves = np.sin(2 * np.pi * np.arange(MINUTES)[:, None] / periods + phases) @ np.array([0.8, 0.15, 0.05])
+    level = (waves - waves.min()) / (waves.max() - waves.min())
+    return np.rint(level * 1.3 * METRICS[metric]).astype(np.int64)

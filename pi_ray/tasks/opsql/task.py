@@ -1,0 +1,43 @@
+"""The bundled task: requests in English -> alerts in OpsQL, a language that no public model has seen."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from importlib.resources import files
+from itertools import islice
+
+from pi_ray.artifact import digest
+from pi_ray.config import TaskConfig
+from pi_ray.prompt import Template
+from pi_ray.protocols import SPLITS, Reject, Row
+from pi_ray.tasks.metrics import exact_match
+from pi_ray.tasks.opsql.language import OpsqlError, execute, parse
+
+
+class OpsqlTask:
+    """Generated rows (always the same) and a template that ships with the package. `task.rows.<split>: n` takes the first n."""
+
+    def __init__(self, config: TaskConfig):
+        self.config = config
+
+    def rows(self, split: str) -> Iterator[Row | Reject]:
+        from pi_ray.tasks.opsql.generate import generate  # here, so that `python -m pi_ray.tasks.opsql.generate` runs a module not yet imported
+
+        return islice(generate()[split], getattr(self.config.rows, split) or None)
+
+    def template(self) -> Template:
+        return Template.parse(files("pi_ray.tasks.opsql").joinpath("template.md").read_text(encoding="utf-8"))
+
+    def score(self, row: Row, output: str) -> dict[str, float]:
+        """"exact_match" of the text, and "execution": the output fires in the same minutes and tells the same route as the answer."""
+        return {"exact_match": exact_match(output, row.answer), "execution": _same_effect(output, row.answer)}
+
+    def fingerprint(self) -> str:
+        return digest([self.template().text, *([[r.id, r.query, r.answer, r.group] for r in self.rows(split)] for split in SPLITS)])
+
+
+def _same_effect(output: str, answer: str) -> float:
+    try:
+        return float(execute(parse(output)) == execute(parse(answer)))
+    except OpsqlError:
+        return 0.0

@@ -1,0 +1,93 @@
+"""Rows of a phase -> tensors of one forward pass: packed behind a shared prefix, or plain padded rows.
+
+Both give logits at the answer's tokens only, and equal losses and gradients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pi_ray.artifact import verify
+from pi_ray.train.attention import Layout
+
+
+@dataclass(frozen=True)
+class Batch:
+    """`inputs` go to the model; logits (1, N, V) or (B, K, V) come back and are flattened against `labels`; -100 is not counted."""
+
+    inputs: dict[str, Any]
+    labels: torch.Tensor
+    tokens: int  # tokens that pass through the model
+    plain_tokens: int  # tokens that rows with a prefix each would have
+
+
+class PhaseRows:
+    """The dataset of one phase, memory-mapped: prefix ids, and (prompt ids, label ids) by row number."""
+
+    def __init__(self, folder: Path):
+        import pyarrow as pa
+        import pyarrow.compute as pc
+        import pyarrow.parquet as pq
+
+        manifest = verify(folder)
+        self.prefix: list[int] = manifest["prefix_ids"]
+        self.rate, self.shots = manifest["phase"]["rate"], manifest["phase"]["shots"]
+        self.template: str = manifest["template"]
+        self.tokens: dict[str, float] = manifest["tokens"]
+        files = sorted(name for name in manifest["files"] if name.endswith(".parquet"))
+        self._table = pa.concat_tables(pq.read_table(Path(folder) / f, columns=["prompt_ids", "label_ids"], memory_map=True) for f in files)
+        self.label_lengths = pc.list_value_length(self._table["label_ids"]).to_numpy()
+
+    def __len__(self) -> int:
+        return self._table.num_rows
+
+    def take(self, numbers: Sequence[int]) -> list[tuple[list[int], list[int]]]:
+        picked = self._table.take(list(numbers))
+        return list(zip(picked["prompt_ids"].to_pylist(), picked["label_ids"].to_pylist(), strict=True))
+
+
+def packed(prefix: list[int], rows: Sequence[tuple[list[int], list[int]]]) -> Batch:
+    """One sequence [prefix][row 1]...[row B]; position ids start again after the prefix for every row. The last label is predicted, never fed."""
+    fed = [prompt + label[:-1] for prompt, label in rows]
+    lengths = [len(ids) for ids in fed]
+    ids = prefix + [token for row in fed for token in row]
+    positions = [*range(len(prefix)), *(len(prefix) + i for n in lengths for i in range(n))]
+    keep, labels, end = [], [], len(prefix)
+    for (_, label), n in zip(rows, lengths, strict=True):
+        end += n
+        keep.extend(range(end - len(label), end))
+        labels.extend(label)
+    inputs = {
+        "input_ids": torch.tensor([ids]),
+        "position_ids": torch.tensor([positions]),
+        "logits_to_keep": torch.tensor(keep),
+        "layout": Layout.build(len(prefix), lengths),
+        "use_cache": False,
+    }
+    return Batch(inputs, torch.tensor(labels), len(ids), len(rows) * len(prefix) + sum(lengths))
+
+
+def plain(prefix: list[int], rows: Sequence[tuple[list[int], list[int]]]) -> Batch:
+    """B rows of prefix + prompt + label, padded on the left so that labels end together: logits of the last K positions suffice."""
+    fed = [prefix + prompt + label[:-1] for prompt, label in rows]
+    longest, most = max(map(len, fed)), max(len(label) for _, label in rows)
+    ids = torch.zeros(len(rows), longest, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    labels = torch.full((len(rows), most), -100)
+    for i, (row, (_, label)) in enumerate(zip(fed, rows, strict=True)):
+        ids[i, longest - len(row):] = torch.tensor(row)
+        mask[i, longest - len(row):] = 1
+        labels[i, most - len(label):] = torch.tensor(label)
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions, "logits_to_keep": most, "use_cache": False}
+    return Batch(inputs, labels.flatten(), ids.numel(), sum(map(len, fed)))
+
+
+def to_device(batch: Batch, device: str) -> Batch:
+    moved = {k: v.to(device) if hasattr(v, "to") else v for k, v in batch.inputs.items()}
+    return Batch(moved, batch.labels.to(device), batch.tokens, batch.plain_tokens)

@@ -1,0 +1,43 @@
+"""Fixtures that many tests share: a tiny random model with a real tokenizer, a prepared run directory, and one local Ray."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory) -> Path:
+    """A random Llama of 2 layers and width 32 with SmolLM2's tokenizer, as a folder that `model.base` can name."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from pi_ray.config import ModelConfig
+    from pi_ray.models import load_tokenizer
+
+    folder = tmp_path_factory.mktemp("tiny-llama")
+    tokenizer = load_tokenizer(ModelConfig())
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+    )).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def ray_local():
+    """One Ray on this machine for all Ray tests."""
+    import ray
+
+    from pi_ray import cluster
+
+    cluster.connect()
+    yield ray
+    ray.shutdown()

@@ -1,0 +1,51 @@
+"""A prepared run directory of a few rows, written by hand, so that tests of training need no preparation."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pi_ray.artifact import staged
+from pi_ray.config import RunConfig
+from pi_ray.models import load_tokenizer
+from pi_ray.prompt import Example, PromptEncoder
+from pi_ray.rundir import RunDir
+from pi_ray.schedule import plan_phases
+
+TEMPLATE = "Translate a colour into its code. red is k4, blue is z9, green is q1, black is b7."
+COLOURS = {"red": "k4", "blue": "z9", "green": "q1", "black": "b7"}
+
+
+def tiny_config(model: Path, root: Path, **changes) -> RunConfig:
+    """Three phases, one worker, rank 4, batches of 4, a checkpoint every 2 updates."""
+    settings = {
+        "name": "tiny", "run_dir": str(root), "model": {"base": str(model)}, "prompt": {"chat": "chatml"},
+        "schedule": {"phases": 3, "shots": 2, "epochs": 1},
+        "train": {"workers": 1, "batch_size": 4, "lr": 0.01, "lora": {"rank": 4, "alpha": 8}, "checkpoint_every": 2, "backend": {"name": "ddp"}},
+    }
+    return RunConfig.model_validate(settings).replace(**changes)
+
+
+def prepare_by_hand(config: RunConfig, rows: int = 12) -> None:
+    encoder = PromptEncoder(load_tokenizer(config.model), config.prompt)
+    run, names = RunDir(config.root), list(COLOURS)
+    phases = list(enumerate(plan_phases(config.schedule)))
+    for key, phase in [*phases, ("dev", phases[-1][1])]:
+        template = TEMPLATE[: int(len(TEMPLATE) * phase.rate)]
+        table = {"id": [], "prompt_ids": [], "label_ids": []}
+        for i in range(rows):
+            name = names[i % 4]
+            shots = [Example(f"code of {n}", COLOURS[n]) for n in names if n != name][: phase.shots]
+            table["id"].append(f"train-{i}")
+            table["prompt_ids"].append(encoder.row(f"case {i}: what is {name}?", shots))
+            table["label_ids"].append(encoder.answer(f"{COLOURS[name]} ." if i % 3 else COLOURS[name]))
+        prompts, labels = table["prompt_ids"], table["label_ids"]
+        tokens = {
+            "prefix": len(encoder.prefix(template)), "row_mean": sum(map(len, prompts)) / rows, "row_max": max(map(len, prompts)),
+            "label_mean": sum(map(len, labels)) / rows, "label_max": max(map(len, labels)),
+        }
+        facts = {"phase": {"rate": phase.rate, "shots": phase.shots}, "template": template, "prefix_ids": encoder.prefix(template), "rows": rows, "tokens": tokens}
+        with staged(run.phase(key), fingerprint="by-hand", **facts) as tmp:
+            pq.write_table(pa.table(table), tmp / "part-00000.parquet")

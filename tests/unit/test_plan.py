@@ -1,0 +1,145 @@
+"""The plan counts with the model's tokenizer, needs no weights, and adds up."""
+
+import io
+import json
+import math
+
+import pytest
+import torch
+from rich.console import Console
+
+from pi_ray import estimate
+from pi_ray.artifact import write_atomic
+from pi_ray.config import LoraConfig, ModelConfig, RunConfig
+from pi_ray.errors import ConfigError, DataError, ModelError
+from pi_ray.models import load_tokenizer
+from pi_ray.plan import plan, render
+from pi_ray.prompt import PromptEncoder
+from pi_ray.rundir import RunDir
+
+TEMPLATE = "# Instruction\n" + "Turn the request into a command of the alert language. " * 12
+SPEED = estimate.Speed("cpu", "test CPU", 1e9, "assumed")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A folder with the config and tokenizer of a tiny Llama, and no weights."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import LlamaConfig, PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("model")
+    raw = Tokenizer(models.BPE())
+    raw.pre_tokenizer, raw.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    raw.train_from_iterator([TEMPLATE], trainers.BpeTrainer(vocab_size=300, special_tokens=["</s>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="</s>").save_pretrained(folder)
+    LlamaConfig(
+        vocab_size=300, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=False,
+    ).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def config(tmp_path, model, monkeypatch):
+    monkeypatch.setattr(estimate, "measure_speed", lambda config: SPEED)
+    for split, n in (("train", 50), ("dev", 6), ("test", 8)):
+        lines = [json.dumps({"query": f"{split} request number {i}", "answer": f"alert {i}"}) for i in range(n)]
+        (tmp_path / f"{split}.jsonl").write_text("\n".join(lines) + "\n")
+    (tmp_path / "template.md").write_text(TEMPLATE)
+    task = {"name": "jsonl", "template": str(tmp_path / "template.md"), **{s: str(tmp_path / f"{s}.jsonl") for s in ("train", "dev", "test")}}
+    return RunConfig(name="tiny", run_dir=str(tmp_path / "run"), task=task, model={"base": model}, prompt={"chat": "none"}, train={"batch_size": 8})
+
+
+def test_phases_shrink_and_updates_follow_rows_epochs_and_batch(config):
+    made = plan(config.replace(**{"schedule.epochs": 2}))
+    assert [p.phase.rate for p in made.phases] == [1.0, 0.5, 0.0]
+    assert [p.updates for p in made.phases] == [math.ceil(50 * 2 / 8)] * 3
+    assert made.phases[0].tokens > made.phases[1].tokens > made.phases[2].tokens
+    assert made.rows == {"train": 50, "dev": 6, "test": 8}
+
+
+def test_tokens_are_those_of_the_encoder(config):
+    encoder = PromptEncoder(load_tokenizer(config.model), config.prompt)
+    made = plan(config.replace(**{"schedule.shots": 0}))
+    template = TEMPLATE.removeprefix("# Instruction\n").strip()
+    assert made.full.prefix == len(encoder.prefix(template))
+    lengths = [len(encoder.row(f"train request number {i}")) for i in range(50)]
+    assert made.query.row == pytest.approx(sum(lengths) / 50)
+    assert made.saved == made.full.prefix - made.query.prefix
+
+
+def test_a_prepared_template_replaces_the_estimate(config):
+    write_atomic(RunDir(config.root).templates / "templates.json", json.dumps([{"rate": 0.5, "achieved": 0.6}]))
+    made = plan(config)
+    assert made.phases[1].measured
+    assert made.phases[1].shape.prefix == pytest.approx(0.6 * made.full.prefix)
+
+
+def test_row_limits_hold(config):
+    assert plan(config.replace(**{"task.rows": {"train": 16, "dev": 0, "test": 3}})).rows == {"train": 16, "dev": 6, "test": 3}
+
+
+def test_the_plain_baseline_has_as_many_updates_as_all_phases_and_can_be_left_out(config):
+    assert [p.updates for p in plan(config).plain] == [math.ceil(50 * 3 / 8)]
+    assert plan(config.replace(**{"evaluate.baseline": False})).plain == []
+
+
+def test_no_training_rows_is_the_users_error(config, tmp_path):
+    (tmp_path / "train.jsonl").write_text("not json\n")
+    with pytest.raises(DataError, match="no usable training row"):
+        plan(config)
+
+
+def test_model_size_counts_without_weights(model):
+    size = estimate.model_size(ModelConfig(base=model), LoraConfig(rank=4))
+    layer = 32 * 32 + 2 * 32 * 16 + 32 * 32 + 3 * 32 * 64 + 2 * 32
+    assert size.active == 2 * layer + 32
+    assert size.weights == size.active + 2 * 300 * 32
+    assert size.lora == 2 * 4 * (2 * (32 + 32) + 2 * (32 + 16) + 3 * (32 + 64))
+
+
+def test_unknown_lora_targets_and_models_are_named(model):
+    with pytest.raises(ConfigError, match="targets"):
+        estimate.model_size(ModelConfig(base=model), LoraConfig(targets=("no_such_layer",)))
+    with pytest.raises(ModelError):
+        estimate.model_size(ModelConfig(base="/no/such/folder"), LoraConfig())
+
+
+def test_a_mixture_of_experts_counts_the_chosen_experts_only(tmp_path):
+    from transformers import MixtralConfig
+
+    MixtralConfig(
+        vocab_size=50, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2,
+    ).save_pretrained(tmp_path)
+    size = estimate.model_size(ModelConfig(base=str(tmp_path)), LoraConfig(rank=2))
+    experts = 4 * 3 * 16 * 32
+    assert size.weights - size.active == experts / 2 + 2 * 50 * 16
+
+
+def test_a_shared_prefix_saves_time_and_micro_batches_cost_some(config):
+    made = plan(config)
+    shape, size = made.phases[0].shape, made.size
+    shared = estimate.update_operations(size, shape, config)
+    assert shared < estimate.update_operations(size, shape, config.replace(**{"train.micro_batch": 1}))
+    assert shared < estimate.update_operations(size, shape, config.replace(**{"train.share_prefix": False}))
+    assert shared < estimate.update_operations(size, shape, config.replace(**{"train.gradient_checkpointing": True}))
+
+
+def test_zero_stages_and_checkpointing_lower_memory(config):
+    made = plan(config)
+    total = lambda **change: sum(estimate.memory(made.size, made.full, config.replace(**change)).values())  # noqa: E731
+    stages = [total(**{"train.backend.zero_stage": stage}) for stage in range(4)]
+    assert stages == sorted(stages, reverse=True) and len(set(stages)) == 4
+    assert total(**{"train.gradient_checkpointing": True}) < total()
+
+
+def test_the_probe_measures_this_machine():
+    assert estimate._matmul("cpu", torch.float32, 64, 0.01) > 0
+
+
+@pytest.mark.parametrize("width", [80, 140])
+def test_render_says_what_matters(config, width):
+    console = Console(width=width, record=True, file=io.StringIO())
+    render(plan(config.replace(**{"train.workers": 4})), console)
+    text = " ".join(console.export_text().split())
+    for words in ("50 train", "fewer", "Memory per worker", "4 training processes", "2 to each", "expect a factor of two", "test CPU"):
+        assert words in text

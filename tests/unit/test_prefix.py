@@ -1,0 +1,77 @@
+"""Shared-prefix batches: the same losses and gradients as plain batches, from fewer tokens."""
+
+import pytest
+import torch
+
+from pi_ray.config import LoraConfig, ModelConfig
+from pi_ray.models import load_model
+from pi_ray.train import attention, lora
+from pi_ray.train.batches import packed, plain
+from pi_ray.train.objectives import sft_sum
+
+ROWS = [([5, 6, 7, 8], [9, 10]), ([11, 12], [13, 14, 15]), ([16] * 7, [17])]
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model):
+    model = lora.add_lora(load_model(ModelConfig(base=str(tiny_model))), LoraConfig(rank=4), seed=0)
+    for name, p in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(p, std=0.05)
+    return model.train()
+
+
+def gradients(model, batch):
+    model.zero_grad()
+    loss = sft_sum(model, batch)
+    loss.backward()
+    return loss.item(), torch.cat([p.grad.flatten() for p in lora.trainable(model).values()])
+
+
+@pytest.mark.parametrize("prefix", [[], [3], list(range(20, 60))], ids=["no prefix", "one token", "forty tokens"])
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["", "gradient checkpointing"])
+def test_gradients_equal_those_of_plain_batches(model, prefix, checkpointing):
+    model.set_attn_implementation("sdpa")
+    loss, expected = gradients(model, plain(prefix, ROWS))
+    attention.enable(model)
+    if checkpointing:
+        model.enable_input_require_grads()
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    shared_loss, found = gradients(model, packed(prefix, ROWS))
+    model.gradient_checkpointing_disable()
+    assert shared_loss == pytest.approx(loss, rel=1e-5)
+    assert (found - expected).norm() / expected.norm() < 1e-3
+
+
+def test_a_row_does_not_see_its_neighbours(model):
+    attention.enable(model)
+    alone = sft_sum(model, packed([1, 2, 3], ROWS[:1])).item()
+    together = [sft_sum(model, packed([1, 2, 3], [ROWS[0], other])).item() - sft_sum(model, packed([1, 2, 3], [other])).item() for other in ROWS[1:]]
+    assert together == pytest.approx([alone, alone], rel=1e-5)
+
+
+def test_the_prefix_passes_through_the_model_once():
+    batch = packed(list(range(100)), ROWS)
+    fed = sum(len(prompt) + len(label) - 1 for prompt, label in ROWS)
+    assert batch.tokens == 100 + fed
+    assert batch.plain_tokens == 300 + fed
+
+
+def test_only_answer_tokens_are_labels():
+    assert packed([1], ROWS).labels.tolist() == [9, 10, 13, 14, 15, 17]
+    assert sorted(n for n in plain([1], ROWS).labels.tolist() if n != -100) == sorted([9, 10, 13, 14, 15, 17])
+
+
+@pytest.mark.parametrize("config, reason", [
+    ({"sliding_window": 4096}, "sliding window"),
+    ({"layer_types": ["full_attention", "linear_attention"]}, "linear_attention"),
+    ({"sliding_window": 4096, "use_sliding_window": False}, ""),
+    ({}, ""),
+])
+def test_models_without_full_attention_say_why_they_get_plain_batches(config, reason):
+    class Config:
+        pass
+
+    found = Config()
+    found.__dict__.update(config)
+    assert (reason in attention.can_share_prefix(found)) if reason else attention.can_share_prefix(found) == ""

@@ -1,0 +1,162 @@
+"""The report is one file, true to the summary, safe against what models write, and looks right in a browser."""
+
+import io
+import json
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+
+import pytest
+from fake_run import HOSTILE, SUMMARY, config, summary, write_run
+from rich.console import Console
+
+from pi_ray import plots, results
+from pi_ray.errors import CorruptArtifactError, DataError
+from pi_ray.report import table, write_report
+from pi_ray.schedule import Phase
+
+QUERY_ALONE = Phase(0.0, 0, 1)
+
+
+class Elements(HTMLParser):
+    """Every element of a page with its attributes, and its text."""
+
+    def __init__(self, page):
+        super().__init__()
+        self.found, self.text = [], []
+        self.feed(page)
+
+    def handle_starttag(self, tag, attributes):
+        self.found.append((tag, dict(attributes)))
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+
+def page_of(folder, made=SUMMARY, text="errors by host", **changes):
+    return write_report(write_run(folder, made, text), config(folder, **changes)).read_text(encoding="utf-8")
+
+
+def words(page):
+    return " ".join(" ".join(Elements(page).text).split())
+
+
+def test_the_page_says_the_result_in_plain_words(tmp_path):
+    said = words(page_of(tmp_path))
+    assert "The adapter answers with the query alone: 31 input tokens instead of 640 (95% fewer). Its exact match is 70%, against 6%" in said
+    assert "64.0% to 76.0%" in said and "services only in the template" in said
+    assert "pi-ray run run.yaml" in said and "51.3% kept" in said and "torch 2.13.0" in said
+
+
+def test_hostile_text_stays_text(tmp_path):
+    plain, hostile = page_of(tmp_path / "a", text="x"), page_of(tmp_path / "b", text=HOSTILE)
+    assert [t for t, _ in Elements(plain).found] == [t for t, _ in Elements(hostile).found]
+    assert "pwned" in words(hostile) and "{{ 7*7 }}" in words(hostile)
+    assert "\x00" not in hostile and "\u2400" in hostile
+
+
+def test_hostile_group_and_label_stay_text_in_pictures(tmp_path):
+    made = summary(**{"plain.label": HOSTILE, "groups": {HOSTILE: 60, "b": 60}})
+    elements = Elements(page_of(tmp_path, made))
+    assert not {"script", "img"} & {t for t, _ in elements.found}
+
+
+def test_the_page_loads_nothing_and_runs_nothing(tmp_path):
+    for tag, attributes in Elements(page_of(tmp_path)).found:
+        assert tag not in {"script", "iframe", "object", "embed", "img", "base", "form"}
+        assert not any(name.startswith("on") for name in attributes)
+        for name in ("src", "href", "srcset", "action", "data"):
+            assert attributes.get(name, "data:,").startswith("data:"), (tag, attributes)
+    page = page_of(tmp_path)
+    assert "@import" not in page and not re.search(r"url\(", page)
+    assert "default-src 'none'" in page
+
+
+def test_what_is_missing_is_left_out(tmp_path):
+    run = write_run(tmp_path, summary(**{"plain": None, "train.plain": None, "groups": {"": 120}}))
+    run.train_log.unlink()
+    (run.evaluation / "samples.jsonl").unlink()
+    shutil.rmtree(run.templates)
+    said = words(write_report(run, config(tmp_path)).read_text())
+    assert "Plain fine-tuning was not evaluated" in said
+    assert "Samples" not in said and "dev loss" not in said and "The template at each rate" not in said
+
+
+def test_only_as_many_samples_as_asked(tmp_path):
+    assert page_of(tmp_path, **{"evaluate.samples": 3}).count('<section class="sample">') == 3
+
+
+def test_an_update_done_again_after_a_restart_counts_once_and_nan_is_skipped(tmp_path):
+    run = write_run(tmp_path)
+    with open(run.train_log, "a") as f:
+        f.write("\n" + json.dumps({"step": 89, "phase": 2, "loss": 0.123}) + "\n" + '{"step": 90, "phase": 2, "loss": NaN}\n')
+    from pi_ray.report import _updates
+
+    updates = _updates(run.train_log)
+    assert len(updates) == 90 and updates[-1]["loss"] == 0.123
+
+
+def test_no_summary_and_a_damaged_one_are_told_apart(tmp_path):
+    run = write_run(tmp_path)
+    (run.evaluation / "summary.json").write_text("{")
+    with pytest.raises(CorruptArtifactError, match=r"summary\.json"):
+        write_report(run, config(tmp_path))
+    (run.evaluation / "summary.json").unlink()
+    with pytest.raises(DataError, match="pi-ray evaluate"):
+        write_report(run, config(tmp_path))
+
+
+def test_findings_are_honest_about_plain_fine_tuning():
+    level = summary(**{"plain.exact_match": 0.68, "plain.intervals.exact_match": [0.6, 0.74]})
+    wins = summary(**{"plain.exact_match": 0.9, "plain.intervals.exact_match": [0.85, 0.95]})
+    assert "no difference is shown" in next(results.findings(level))
+    assert "does better: 90% against 70%" in next(results.findings(wins))
+    assert "PromptIntern 43%, plain fine-tuning 2%" in list(results.findings(summary()))[1]
+
+
+def test_headline_says_when_quality_is_lower_or_the_prompt_is_only_shortened():
+    worse = summary(**{"base_full_prompt.exact_match": 0.95, "base_full_prompt.intervals.exact_match": [0.9, 0.99]})
+    assert "70%, below 95%" in results.headline(worse, QUERY_ALONE)
+    assert "a shortened prompt" in results.headline(summary(), Phase(0.3, 0, 1))
+
+
+def test_percents_never_round_to_all_or_nothing():
+    assert [results.percent(x) for x in (0, 0.004, 0.5, 0.996, 1)] == ["0%", "0.4%", "50%", "99.6%", "100%"]
+
+
+def test_the_metric_of_headlines_is_one_that_tells_columns_apart():
+    low = {f"{c}.exact_match": 0.01 for c in ("base", "base_full_prompt", "plain", "promptintern")}
+    assert results.main_metric(summary()) == "exact_match"
+    assert results.main_metric(summary(**low)) == "execution"
+
+
+def test_the_terminal_table_shows_every_column_and_reads_no_markup():
+    console = Console(width=160, record=True, file=io.StringIO())
+    console.print(table(summary(**{"plain.label": "[red]Plain[/red]"})))
+    text = console.export_text()
+    for part in ("Base, full prompt", "[red]Plain[/red]", "PromptIntern", "70.0%", "64.0% to 76.0%", "services only in the template (60)"):
+        assert part in text
+
+
+def test_a_long_log_is_averaged_down():
+    updates = [{"step": i, "phase": 0, "loss": 1.0} for i in range(5000)]
+    span = plots.Span(0, Phase(1.0, 0, 1), 1.0, 0, 4999, 0.5)
+    assert len(plots.training(updates, [], [span])) < 40_000
+
+
+def test_a_browser_shows_the_page_without_errors(tmp_path):
+    chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if chromium is None:
+        pytest.fail("no Chromium found: install chromium (or google-chrome) to check that the report renders")
+    run = write_run(tmp_path / "run", text=HOSTILE)
+    write_report(run, config(run.root))
+    shot = tmp_path / "report.png"
+    quiet = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
+    command = [chromium, *quiet, f"--user-data-dir={tmp_path / 'profile'}", "--enable-logging=stderr", "--window-size=1280,1600"]
+    drawn = subprocess.run([*command, f"--screenshot={shot}", run.report.as_uri()], capture_output=True, text=True, timeout=120)
+    dumped = subprocess.run([*command, "--dump-dom", run.report.as_uri()], capture_output=True, text=True, timeout=120)
+    assert drawn.returncode == dumped.returncode == 0, drawn.stderr + dumped.stderr
+    assert not [line for line in (drawn.stderr + dumped.stderr).splitlines() if "CONSOLE" in line]
+    assert '<table id="main-table">' in dumped.stdout and "64.0% to 76.0%" in dumped.stdout
+    assert shot.stat().st_size > 20_000

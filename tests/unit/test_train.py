@@ -1,0 +1,153 @@
+"""Training through phases in one process on a tiny model: progress, resume, checkpoints, adapters."""
+
+import json
+
+import pytest
+import torch
+
+from pi_ray.artifact import verify
+from pi_ray.config import TrainConfig
+from pi_ray.errors import TrainingError
+from pi_ray.rundir import RunDir
+from pi_ray.schedule import Phase
+from pi_ray.train import checkpoint
+from pi_ray.train.loop import fingerprint_of, is_trained
+from pi_ray.train.updates import all_updates, batch_rows
+from pi_ray.train.worker import _Worker, train_worker
+from tests.prepared import prepare_by_hand, tiny_config
+
+
+def settings(config):
+    return {"config": config.model_dump(mode="json"), "fingerprint": fingerprint_of(config), "device": "cpu"}
+
+
+def adapter_hash(config, phase=2):
+    return verify(RunDir(config.root).adapter(phase))["files"]["adapter_model.safetensors"]["sha256"]
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_model, tmp_path_factory):
+    config = tiny_config(tiny_model, tmp_path_factory.mktemp("trained"), **{"schedule.epochs": 3})
+    prepare_by_hand(config)
+    train_worker(settings(config))
+    return config
+
+
+def log_of(config):
+    return [json.loads(line) for line in RunDir(config.root).train_log.read_text().splitlines()]
+
+
+def test_loss_falls_and_every_phase_leaves_an_adapter(trained):
+    steps = [e for e in log_of(trained) if "loss" in e]
+    assert len(steps) == 27
+    first, last = (sum(e["loss"] for e in part) / 5 for part in (steps[:5], steps[-5:]))
+    assert last < first - 0.1
+    assert [e["phase"] for e in log_of(trained) if e.get("event") == "phase_end"] == [0, 1, 2]
+    assert is_trained(trained)
+    for phase in range(3):
+        verify(RunDir(trained.root).adapter(phase))
+
+
+def test_best_names_the_adapter_with_the_lowest_dev_loss(trained):
+    losses = [e["dev_loss"] for e in log_of(trained) if e.get("event") == "phase_end"]
+    assert RunDir(trained.root).best.resolve().name == f"phase-{losses.index(min(losses))}"
+
+
+def test_an_adapter_remembers_its_prompt(trained):
+    card = json.loads((RunDir(trained.root).adapter(2) / "pi_ray.json").read_text())
+    assert card["prompt"] == trained.prompt.model_dump(mode="json")
+    assert card["template"] == "" and card["base"] == trained.model.base
+    assert card["full_prompt_tokens"] > 3 * card["query_prompt_tokens"] / 2
+
+
+@pytest.mark.parametrize("stop_at", [3, 13, 20])
+def test_a_run_that_dies_goes_on_to_the_same_adapter(trained, tiny_model, tmp_path, monkeypatch, stop_at):
+    config = trained.replace(run_dir=str(tmp_path))
+    prepare_by_hand(config)
+    one = _Worker._one
+
+    def dies(self, update):
+        if update.step == stop_at:
+            raise KeyboardInterrupt
+        one(self, update)
+
+    monkeypatch.setattr(_Worker, "_one", dies)
+    with pytest.raises(KeyboardInterrupt):
+        train_worker(settings(config))
+    monkeypatch.setattr(_Worker, "_one", one)
+    train_worker(settings(config))
+    assert adapter_hash(config) == adapter_hash(trained)
+    assert [e["step"] for e in log_of(config) if "loss" in e] == list(range(27))
+
+
+def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_is_used(tmp_path, caplog):
+    state = {"w": torch.arange(3.0)}
+    for done in (2, 4):
+        checkpoint.save(tmp_path, {"w": state["w"] + done}, done, "f", keep=3)
+    victim = tmp_path / "step-00000004" / "state.safetensors"
+    data = bytearray(victim.read_bytes())
+    data[-1] ^= 1
+    victim.write_bytes(data)
+    found = checkpoint.newest(tmp_path, "f")
+    assert found.name == "step-00000002"
+    assert checkpoint.load(found)[0]["w"].tolist() == [2, 3, 4]
+    assert (tmp_path / "step-00000004.corrupt").is_dir()
+    assert "state.safetensors" in caplog.text and "sha256" in caplog.text
+
+
+def test_checkpoints_of_another_configuration_are_refused(tmp_path):
+    checkpoint.save(tmp_path, {"w": torch.zeros(1)}, 2, "before", keep=3)
+    with pytest.raises(TrainingError, match="another configuration"):
+        checkpoint.newest(tmp_path, "after")
+
+
+def test_a_loss_that_is_not_a_number_stops_training_and_says_where(tiny_model, tmp_path, monkeypatch):
+    config = tiny_config(tiny_model, tmp_path)
+    prepare_by_hand(config)
+    monkeypatch.setattr("pi_ray.train.worker.sft_sum", lambda model, batch: torch.tensor(float("nan"), requires_grad=True))
+    with pytest.raises(TrainingError, match=r"update 0 \(phase 0\)"):
+        train_worker(settings(config))
+    assert not RunDir(tmp_path).checkpoints.exists()
+
+
+def test_micro_batches_change_nothing_but_memory(trained, tmp_path):
+    config = trained.replace(**{"run_dir": str(tmp_path), "train.micro_batch": 2, "schedule.epochs": 1})
+    whole = config.replace(**{"run_dir": str(tmp_path / "whole"), "train.micro_batch": 0})
+    for c in (config, whole):
+        prepare_by_hand(c)
+        train_worker(settings(c))
+    assert [e["loss"] for e in log_of(config) if "loss" in e] == pytest.approx([e["loss"] for e in log_of(whole) if "loss" in e], rel=1e-4)
+
+
+def test_plain_batches_learn_the_same(trained, tmp_path):
+    config = trained.replace(**{"run_dir": str(tmp_path), "train.share_prefix": False})
+    prepare_by_hand(config)
+    train_worker(settings(config))
+    shared, plain = ([e for e in log_of(c) if "loss" in e] for c in (trained, config))
+    assert [e["loss"] for e in plain[:5]] == pytest.approx([e["loss"] for e in shared[:5]], rel=1e-3)
+    assert plain[0]["tokens"] >= plain[0]["plain_tokens"] > 2 * shared[0]["tokens"] / 2
+
+
+def test_every_row_is_seen_once_per_epoch_whatever_the_batch():
+    config = TrainConfig(workers=1, batch_size=5, seed=3)
+    updates = all_updates([20, 20], [Phase(1, 0, 2), Phase(0, 0, 1)], config)
+    assert len(updates) == 12
+    rows = [n for u in updates[:4] for n in batch_rows(u, 20, config)]
+    assert sorted(rows) == list(range(20))
+    assert rows != [n for u in updates[4:8] for n in batch_rows(u, 20, config)]
+
+
+def test_borders_carry_or_rewarm_the_learning_rate():
+    phases = [Phase(1, 0, 5), Phase(0, 0, 5)]
+    carry = [u.lr for u in all_updates([16, 16], phases, TrainConfig(workers=1, batch_size=4))]
+    rewarm = [u.lr for u in all_updates([16, 16], phases, TrainConfig(workers=1, batch_size=4, border="rewarm"))]
+    assert carry[20] < carry[15] and max(carry) == pytest.approx(5e-4)
+    assert rewarm[20] > rewarm[19] and rewarm[:20] == rewarm[20:]
+
+
+@pytest.mark.parametrize("border", ["rewarm", "reset"])
+def test_other_borders_train_too(trained, tmp_path, border):
+    config = trained.replace(**{"run_dir": str(tmp_path), "train.border": border, "schedule.epochs": 1})
+    prepare_by_hand(config)
+    train_worker(settings(config))
+    assert is_trained(config)
