@@ -106,7 +106,7 @@ def _plain_instead(summary: dict[str, Any], cost: CostConfig, metric: str) -> st
 def payback(found: Economics, cost: CostConfig) -> str:
     """The verdict by money alone."""
     cached, uncached = found.requests_cached, found.requests_uncached
-    without = f"Without such a cache, the adapter is paid back {_after(uncached, cost)}." if uncached is not None else "Without such a cache nothing is saved either."
+    without = "Without such a cache, " + ("nothing is saved either." if uncached is None else f"the adapter is paid back {_after(uncached, cost)}.")
     if cached is None:
         return f"Keep your prompt and cache its prefix: a request then costs no more than one to the adapter. {without}"
     if cached > PATIENCE_MONTHS * cost.requests_per_month:

@@ -2,11 +2,12 @@
 
 Time counts multiply-adds: a frozen weight costs 2 operations per token forward and 2 backward, a LoRA weight 2 more. They are divided by the
 speed of a matrix product measured here for half a second, times the share of it that training reaches. Talk between workers is not counted.
-Expect a factor of two either way.
+Expect a factor of two either way, on a machine that does nothing else.
 """
 
 from __future__ import annotations
 
+import math
 import time
 import warnings
 from dataclasses import dataclass
@@ -138,7 +139,7 @@ def measure_speed(config: RunConfig, budget: float = 0.5) -> Speed:
 
 
 def _matmul(device: str, dtype: Any, size: int, budget: float) -> float:
-    """Operations per second of a square matrix product."""
+    """Operations per second of a square matrix product: the fastest of many, so that other work on the machine counts little."""
     import torch
 
     a = torch.ones(size, size, device=device, dtype=dtype)
@@ -146,12 +147,12 @@ def _matmul(device: str, dtype: Any, size: int, budget: float) -> float:
     for _ in range(2):  # the first products start threads and libraries
         a @ a
     wait()
-    start, done = time.perf_counter(), 0
-    while time.perf_counter() - start < budget:
+    end, fastest = time.perf_counter() + budget, math.inf
+    while (start := time.perf_counter()) < end:
         a @ a
         wait()
-        done += 1
-    return 2 * size**3 * done / (time.perf_counter() - start)
+        fastest = min(fastest, time.perf_counter() - start)
+    return 2 * size**3 / fastest
 
 
 def update_operations(size: ModelSize, shape: Shape, config: RunConfig) -> float:

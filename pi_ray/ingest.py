@@ -34,9 +34,9 @@ def ingest(task: Task, config: TaskConfig, run: RunDir, fingerprint: str, progre
     _check_rejects(rejects, config.max_bad_rows, run)
     _check_ids(splits)
     notes = _make_dev(splits) + _separate(splits, config.overlap)
-    for split in ("train", "test"):
+    for split in SPLITS:
         if not splits[split]:
-            raise DataError(f"task '{config.name}' has no {split} rows left; {len(rejects)} rows were rejected, see {run.rejects}")
+            raise DataError(f"task '{config.name}' has no {split} rows; {len(rejects)} rows were rejected, see {run.rejects}")
     with staged(run.rows, fingerprint=fingerprint, rows={s: len(splits[s]) for s in SPLITS}, rejected=len(rejects), notes=notes) as folder:
         for split, rows in splits.items():
             columns = {name: pa.array([getattr(r, name) for r in rows], pa.string()) for name in ("id", "query", "answer", "group")}

@@ -7,18 +7,19 @@ numbers of time and money are estimates (estimate.py, cost.py).
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from statistics import fmean
 from typing import TYPE_CHECKING
 
 from pi_ray import cost, estimate
+from pi_ray.artifact import is_current
 from pi_ray.errors import DataError
+from pi_ray.ingest import read
 from pi_ray.models import load_tokenizer
 from pi_ray.prompt import Example, PromptEncoder
-from pi_ray.protocols import Reject, Row
 from pi_ray.registry import tasks
-from pi_ray.rundir import RunDir, plain_config
+from pi_ray.rundir import RunDir, plain_config, prepare_fingerprint
 from pi_ray.schedule import Phase, plan_phases
 from pi_ray.train.updates import phase_updates
 
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from pi_ray.config import RunConfig
-    from pi_ray.protocols import Task
+    from pi_ray.protocols import Row, Task
 
 SAMPLE = 256  # training rows whose tokens are counted
 
@@ -94,35 +95,27 @@ class Counter:
 def plan(config: RunConfig) -> Plan:
     """Count rows and tokens, and estimate. Raises DataError without usable training rows, and what the task and the model raise."""
     task: Task = tasks[config.task.name](config.task)
-    rows, rejects = _count(task, config)
-    if not rows["train"]:
-        raise DataError(f"task '{config.task.name}': no usable training row ({rejects} rejected)")
-    counter = _counter(task, config)
+    splits, rejects = read(task)
+    if not splits["train"]:
+        raise DataError(f"task '{config.task.name}': no usable training row ({len(rejects)} rejected)")
+    rows = {split: len(found) for split, found in splits.items()}
+    counter = _counter(task, splits["train"], config)
     size, speed = estimate.model_size(config.model, config.train.lora), estimate.measure_speed(config)
     phases = [_phase(p, rows["train"], counter, size, speed, config) for p in plan_phases(config.schedule)]
     plain = [_phase(p, rows["train"], counter, size, speed, config) for p in plan_phases(plain_config(config).schedule)]
     full = counter.shape(1.0, config.evaluate.shots or phases[0].phase.shots)
     query = phases[-1].shape
     return Plan(
-        config, rows, rejects, size, speed, phases, plain if config.evaluate.baseline else [],
+        config, rows, len(rejects), size, speed, phases, plain if config.evaluate.baseline else [],
         max((estimate.memory(size, p.shape, config) for p in phases), key=lambda m: sum(m.values())),
         full, query, _money(config, sum(p.seconds for p in phases), full, query),
     )
 
 
-def _count(task: Task, config: RunConfig) -> tuple[dict[str, int], int]:
-    """Rows that will be used of each split, and rows that cannot be."""
-    used, rejects = {}, 0
-    for split, limit in config.task.rows.model_dump().items():
-        found = [isinstance(r, Reject) for r in task.rows(split)]
-        rejects += sum(found)
-        used[split] = min(len(found) - sum(found), limit or len(found))
-    return used, rejects
-
-
-def _counter(task: Task, config: RunConfig) -> Counter:
+def _counter(task: Task, rows: Sequence[Row], config: RunConfig) -> Counter:
+    """Counts over rows evenly spread over the file, because files are often sorted."""
     encoder = PromptEncoder(load_tokenizer(config.model), config.prompt)
-    sample = _sample(task)
+    sample = rows[:: max(1, len(rows) // SAMPLE)][:SAMPLE]
     examples = [Example(r.query, r.answer) for r in sample]
     others = [*examples[1:], examples[0]]
     queries = [len(encoder.row(r.query)) for r in sample]
@@ -136,22 +129,16 @@ def _counter(task: Task, config: RunConfig) -> Counter:
         shot=shot,
         heading=fmean(one) - fmean(queries) - shot,
         label=fmean(len(encoder.answer(r.answer)) for r in sample),
-        achieved=_achieved(config),
+        achieved=_achieved(task, config),
     )
 
 
-def _sample(task: Task) -> list[Row]:
-    """Usable training rows, evenly spread over the file (files are often sorted)."""
-    usable = [r for r in task.rows("train") if isinstance(r, Row)]
-    return usable[:: max(1, len(usable) // SAMPLE)][:SAMPLE]
-
-
-def _achieved(config: RunConfig) -> dict[float, float]:
-    """asked rate -> achieved rate, where the run directory already has compressed templates."""
-    try:
-        return {t["rate"]: t["achieved"] for t in json.loads((RunDir(config.root).templates / "templates.json").read_bytes())}
-    except (FileNotFoundError, NotADirectoryError):
+def _achieved(task: Task, config: RunConfig) -> dict[float, float]:
+    """asked rate -> achieved rate, where the run directory has the templates of exactly this config."""
+    folder = RunDir(config.root).templates
+    if not (folder / "templates.json").is_file() or not is_current(folder, prepare_fingerprint(config, task.fingerprint())):
         return {}
+    return {t["rate"]: t["achieved"] for t in json.loads((folder / "templates.json").read_bytes())}
 
 
 def _phase(phase: Phase, rows: int, counter: Counter, size: estimate.ModelSize, speed: estimate.Speed, config: RunConfig) -> PhasePlan:
@@ -177,7 +164,8 @@ def render(plan: Plan, console: Console) -> None:
     console.print(_table(plan))
     if any(not p.measured for p in plan.phases):
         say("~ template counted as rate x tokens; measured once it is compressed", "dim")
-    say(f"Training: about {_duration(plan.seconds)}" + _plain(plan) + f" on {plan.speed.name} ({plan.speed.note}; expect a factor of two either way)")
+    where = f"{plan.speed.name} ({plan.speed.note}; give or take a factor of two, when nothing else runs there)"
+    say(f"Training: about {_duration(plan.seconds)}{_plain(plan)} on {where}")
     parts = ", ".join(f"{name} {_bytes(b)}" for name, b in plan.memory.items())
     say(f"Memory per worker: about {_bytes(sum(plan.memory.values()))} ({parts}), besides Python and its libraries")
     say(_workers(plan))
@@ -187,18 +175,26 @@ def render(plan: Plan, console: Console) -> None:
 
 
 def _table(plan: Plan):
+    from rich import box
     from rich.table import Table
 
-    table = Table(title_justify="left")
-    for name in ("phase", "template", "examples", "rows x passes", "prefix", "row", "label", "updates", "time"):
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1))
+    for name in ("phase", "template", "shots", "rows x passes", "prefix", "row", "label", "updates", "time"):
         table.add_column(name, justify="right")
-    named = [*((str(i), p) for i, p in enumerate(plan.phases)), *(("plain", p) for p in plan.plain)]
-    for (name, p), (following, _) in pairwise([*named, ("", None)]):
-        kept = f"{'' if p.measured else '~'}{p.phase.rate:.0%}"
-        tokens = [f"{t:,.0f}" for t in (p.shape.prefix, p.shape.row, p.shape.label)]
-        passes = f"{p.rows:,} x {p.phase.epochs}"
-        table.add_row(name, kept, str(p.phase.shots), passes, *tokens, f"{p.updates:,}", _duration(p.seconds), end_section=following == "plain")
+    for i, p in enumerate(plan.phases):
+        table.add_row(*_cells(str(i), [p]), end_section=p is plan.phases[-1])
+    if plan.plain:
+        table.add_row(*_cells("plain", plan.plain))
     return table
+
+
+def _cells(name: str, phases: Sequence[PhasePlan]) -> list[str]:
+    """One line of the table for one phase, or for several with the same prompt."""
+    p, epochs = phases[0], sum(p.phase.epochs for p in phases)
+    tokens = [f"{t:,.0f}" for t in (p.shape.prefix, p.shape.row, p.shape.label)]
+    updates, seconds = sum(p.updates for p in phases), sum(p.seconds for p in phases)
+    kept = f"{'' if p.measured else '~'}{p.phase.rate:.0%}"
+    return [name, kept, str(p.phase.shots), f"{p.rows:,} x {epochs}", *tokens, f"{updates:,}", _duration(seconds)]
 
 
 def _plain(plan: Plan) -> str:

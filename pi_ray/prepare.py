@@ -15,7 +15,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pi_ray import shards
+from pi_ray import cluster, shards
 from pi_ray.artifact import digest_file, is_current, read_manifest, staged, write_atomic
 from pi_ray.compress.compress import Compressed, cached, compress_template
 from pi_ray.config import RunConfig
@@ -95,7 +95,7 @@ def _templates(config: RunConfig, template: Template, tokenizer: Any, run: RunDi
     rates = distinct_rates(config)
     made = {rate: cached(template, rate, tokenizer, config.compress) for rate in rates}
     missing = [{"rate": rate} for rate, found in made.items() if found is None]
-    for row in _on_ray(missing, CompressRates, fn_constructor_args=(config, template), concurrency=1):
+    for row in _on_ray(missing, CompressRates, actors=1, fn_constructor_args=(config, template)):
         result = Compressed(**json.loads(row["result"]))
         made[result.asked] = result
     entries = []
@@ -150,7 +150,7 @@ def _neighbours(config: RunConfig, run: RunDir, fingerprint: str, progress: Prog
     """Find the examples of all rows and write neighbours.parquet, in the order of the splits and their rows."""
     k, counts = most_shots(config), read_manifest(run.rows)["rows"]
     items = [{"split": s, "begin": a, "end": min(a + NEIGHBOUR_ROWS, counts[s])} for s in SPLITS for a in range(0, counts[s], NEIGHBOUR_ROWS)]
-    found = list(_on_ray(items, FindNeighbours, fn_constructor_args=(config, k), concurrency=(1, max(len(items) // 4, 1))))
+    found = list(_on_ray(items, FindNeighbours, actors=-(-len(items) // 4), fn_constructor_args=(config, k)))
     found.sort(key=lambda r: (SPLITS.index(r["split"]), r["begin"]))
     rows = [(r["split"], *row) for r in found for row in json.loads(r["result"])]
     split, ids, near, scores = (list(column) for column in zip(*rows, strict=True))
@@ -174,7 +174,7 @@ def _phases(config: RunConfig, encoder: PromptEncoder, run: RunDir, fingerprint:
     texts = {e["rate"]: e["text"] for e in json.loads((run.templates / "templates.json").read_bytes())}
     rows = {split: run.read_rows(split) for split in ("train", "dev")}
     plan = [p for p in _plan(config) if not is_current(run.phase(p[0]), fingerprint)]
-    shards.remove_stale(run.phases, {name for name, *_ in _plan(config)})
+    shards.remove_stale(run.phases, {name for name, *_ in _plan(config)}, fingerprint)
     folders = {name: shards.working_folder(run.phase(name), fingerprint) for name, *_ in plan}
     planned = [s for name, split, _, shots in plan for s in shards.plan(folders[name], split, shots, len(rows[split]))]
     todo = [s for s in planned if not shards.is_finished(s, rows[s.split])]
@@ -201,17 +201,21 @@ def _build_shard(batch: dict[str, Any], config: RunConfig, fingerprint: str) -> 
 # Ray
 
 
-def _on_ray(items: Sequence[dict[str, Any]], work: Any, **options: Any) -> Iterable[dict[str, Any]]:
-    """Results of `work` on each item as a batch of one, through Ray Data; Ray is not touched when there is nothing to do."""
+def _on_ray(items: Sequence[dict[str, Any]], work: Any, actors: int = 0, **options: Any) -> Iterable[dict[str, Any]]:
+    """Results of `work` on each item as a batch of one, through Ray Data; Ray is not touched when there is nothing to do.
+
+    `work` is a function, or with `actors` a class of which at most that many are started.
+    """
     if not items:
         return []
+    cluster.connect()
     import ray
 
-    if not ray.is_initialized():
-        ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.WARNING)
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
-    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    if actors:
+        options["compute"] = ray.data.ActorPoolStrategy(min_size=1, max_size=actors)
     dataset = ray.data.from_items(list(items), override_num_blocks=len(items))
     return dataset.map_batches(work, batch_size=1, **options).take_all()

@@ -107,7 +107,7 @@ class PromptEncoder:
 
     def answer(self, answer: str) -> list[int]:
         """The label ids: the answer and the end-of-sequence token."""
-        return self._content(answer) + [self.tokenizer.eos_token_id]
+        return [*self._content(answer), self.tokenizer.eos_token_id]
 
     def decode(self, ids: Sequence[int]) -> str:
         """Generated ids -> text, up to the first end-of-sequence token."""

@@ -155,7 +155,7 @@ an internalised prompt can be drawn out again, so treat the adapter as you would
 def _score_table(scores: dict[str, Any]) -> str:
     rows = [(label, scores[key]) for key, label in COLUMNS.items() if isinstance(scores.get(key), dict)]
     if not rows:
-        return "Not evaluated yet: `pi-ray evaluate` writes the scores, and publishing after it shows them here."
+        return "Not evaluated before it was published."
     lines = [f"| {label} | {_number(s, 'exact_match', '.1%')} | {_number(s, 'bleu', '.1f')} | {_number(s, 'input_tokens', ',.0f')} | {_number(s, 'latency_s', '.2f')} |" for label, s in rows]
     return "\n".join(["| | exact match | BLEU | input tokens | latency (s) |", "|---|---|---|---|---|", *lines])
 

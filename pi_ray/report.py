@@ -85,12 +85,13 @@ def _tiles(summary: dict[str, Any], config: RunConfig, metric: str) -> list[tupl
     mine, full = summary["promptintern"], summary["base_full_prompt"]
     money, fewer = cost.of_summary(summary, config.cost), results.reduction(summary, mine)
     paid = f"{money.requests_cached:,}" if money.requests_cached is not None else "never"
+    took, took_cached = results.seconds(full.get("latency_s")), results.seconds(full.get("latency_cached_s"))
     plain = summary.get("plain")
     against = f"{results.value(metric, full[metric])} base with full prompt" + (f", {results.value(metric, plain[metric])} plain fine-tuning" if plain else "")
     return [
         (results.percent(fewer), "fewer input tokens per request", f"{mine['input_tokens']:,.0f} instead of {full['input_tokens']:,.0f}"),
         (results.value(metric, mine[metric]), results.in_sentence(metric), against),
-        (results.seconds(mine.get("latency_s")), "per request", f"full prompt {results.seconds(full.get('latency_s'))}, cached {results.seconds(full.get('latency_cached_s'))}"),
+        (results.seconds(mine.get("latency_s")), "per request", f"full prompt {took}, cached {took_cached}"),
         (paid, "requests until training is paid back", "against the full prompt with a cached prefix"),
     ]
 
@@ -106,7 +107,10 @@ def _cost(summary: dict[str, Any], config: RunConfig) -> dict[str, Any]:
             for p in money.prices.values()
         ],
         "requests_per_month": f"{prices.requests_per_month:,}",
-        "training": [(results.LABELS.get(n, n), _trained(t), write(cost.training_cost(prices, t["seconds"], t["workers"]))) for n, t in summary["train"].items()],
+        "training": [
+            (results.LABELS.get(name, name), _trained(facts), write(cost.training_cost(prices, facts["seconds"], facts["workers"])))
+            for name, facts in summary["train"].items()
+        ],
         "saving": (write(cost.monthly(prices, money.saving.uncached)), write(cost.monthly(prices, money.saving.cached))),
         "break_even": (requests(money.requests_uncached), requests(money.requests_cached)),
         "prices": f"{prices.currency} per million tokens: input {prices.input:g}, cached input {prices.cached_input:g}, output {prices.output:g}; "

@@ -186,7 +186,10 @@ def findings(summary: dict[str, Any]) -> Iterator[str]:
         yield _against_plain(mine, plain, metric)
         yield from _largest_gap(summary, metric)
     else:
-        yield "Plain fine-tuning was not evaluated (evaluate.baseline is off), so this page cannot say how much of the result is the prompt's and how much the rows'."
+        yield (
+            "Plain fine-tuning was not evaluated (evaluate.baseline is off), so this page cannot say how much of the result "
+            "comes from the prompt and how much from the rows."
+        )
     full = summary["base_full_prompt"]
     if mine.get("latency_s") is not None and full.get("latency_cached_s") is not None:
         yield (
@@ -197,11 +200,12 @@ def findings(summary: dict[str, Any]) -> Iterator[str]:
 
 def _against_plain(mine: dict[str, Any], plain: dict[str, Any], metric: str) -> str:
     ours, theirs = value(metric, mine[metric]), value(metric, plain[metric])
-    return {
-        "better": f"Plain fine-tuning on the same rows, which never sees the prompt, reaches {theirs}; PromptIntern's {ours} is better, and the 95% intervals do not overlap.",
-        "worse": f"Plain fine-tuning on the same rows, which never sees the prompt, does better: {theirs} against {ours}. Use it instead of PromptIntern here.",
-        "level": f"Plain fine-tuning on the same rows, which never sees the prompt, reaches {theirs} against {ours}: the 95% intervals overlap, so over all test rows no difference is shown.",
+    end = {
+        "better": f"reaches {theirs}; PromptIntern's {ours} is better, and the 95% intervals do not overlap.",
+        "worse": f"does better: {theirs} against {ours}. Use it instead of PromptIntern here.",
+        "level": f"reaches {theirs} against {ours}: the 95% intervals overlap, so over all test rows no difference is shown.",
     }[standing(mine, plain, metric)]
+    return f"Plain fine-tuning on the same rows, which never sees the prompt, {end}"
 
 
 def _largest_gap(summary: dict[str, Any], metric: str) -> Iterator[str]:

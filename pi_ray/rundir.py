@@ -70,12 +70,9 @@ def most_shots(config: RunConfig) -> int:
 
 
 def plain_config(config: RunConfig) -> RunConfig:
-    """Plain fine-tuning without a prompt: the same rows and the same number of updates, by the schedule constant(0, 0)."""
-    epochs = sum(p.epochs for p in plan_phases(config.schedule))
-    return config.replace(
-        run_dir=str(RunDir(config.root).baseline("plain").root),
-        schedule={"name": "constant", "phases": 1, "rate_start": 0.0, "rate_end": 0.0, "shots": 0, "epochs": epochs},
-    )
+    """Plain fine-tuning without a prompt: rate 0 and no shots in every phase, so the same rows, updates and learning rates as the run."""
+    phases = [{"rate": 0.0, "shots": 0, "epochs": p.epochs} for p in plan_phases(config.schedule)]
+    return config.replace(run_dir=str(RunDir(config.root).baseline("plain").root), schedule={"name": "list", "list": phases})
 
 
 def prepare_fingerprint(config: RunConfig, task_fingerprint: str) -> str:

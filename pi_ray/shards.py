@@ -49,11 +49,8 @@ def plan(folder: Path, split: str, shots: int, rows: int) -> list[Shard]:
 
 
 def working_folder(final: Path, fingerprint: str) -> Path:
-    """Where shards of `final` gather until it is complete. Folders left by other configurations are removed."""
+    """Where shards of `final` gather until it is complete."""
     folder = final.with_name(f".{final.name}-{fingerprint[:12]}.partial")
-    for other in final.parent.glob(f".{final.name}-*.partial"):
-        if other != folder:
-            shutil.rmtree(other, ignore_errors=True)
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
@@ -104,11 +101,12 @@ def publish(folder: Path, final: Path, prefix_ids: list[int], **manifest: Any) -
     return body
 
 
-def remove_stale(phases: Path, keep: set[str]) -> None:
-    """Remove what an earlier, longer schedule or a killed run left under phases/."""
+def remove_stale(phases: Path, keep: set[str], fingerprint: str) -> None:
+    """Remove what a longer schedule, another configuration or a killed run left under phases/."""
     for folder in phases.glob("*"):
         extra = folder.name.isdigit() and folder.name not in keep
-        if extra or re.fullmatch(r"\.\w+\.[0-9a-f]{32}\.(tmp|old)", folder.name):
+        other = folder.suffix == ".partial" and not folder.name.endswith(f"-{fingerprint[:12]}.partial")
+        if extra or other or re.fullmatch(r"\.\w+\.[0-9a-f]{32}\.(tmp|old)", folder.name):
             shutil.rmtree(folder, ignore_errors=True)
 
 

@@ -134,7 +134,7 @@ def _search(compressor: Compressor, template: Template, rate: float, tokenizer: 
         slope = (rate - low[1]) / max(high[1] - low[1], 1e-6)
         asked = low[0] + (high[0] - low[0]) * min(max(slope, 0.1), 0.9)
         now = draft([compressor.compress(p.text, asked) for p in parts], hold)
-        best = min(best, now, key=lambda c: abs(c.achieved - rate))
+        best = min(best if tried else now, now, key=lambda c: abs(c.achieved - rate))
         if abs(now.achieved - rate) <= AIM * config.tolerance or now.text in tried:
             break
         tried.add(now.text)

@@ -7,7 +7,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import ipaddress
+import logging
 import os
 import signal
 import threading
@@ -81,8 +83,9 @@ class HandleBackend:
             raise RefusedError(429, "all slots and the queue are taken; come back later", "rate_limit_error", "queue_full") from None
         except (DeploymentUnavailableError, ray.exceptions.RayActorError):
             raise RefusedError(503, "the model is being restarted; come back later", "server_error", "unavailable") from None
-        finally:
+        except (asyncio.CancelledError, GeneratorExit):  # the client left, or the time is over
             response.cancel()
+            raise
 
 
 def build(config: RunConfig, digest: str = "") -> serve.Application:
@@ -168,6 +171,7 @@ def run(config: RunConfig, blocking: bool = True) -> str:
     key = bearer_key(config)
     own = not ray.is_initialized() and not os.environ.get("RAY_ADDRESS")  # this process's Ray, which ends with it
     cluster.connect()
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
     try:
         _start(config)
         serve.run(build(config, key_digest(key)), name=APP, route_prefix="/", blocking=False)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pi_ray.config import PromptConfig, RunConfig
-from pi_ray.errors import AdapterError
+from pi_ray.errors import AdapterError, PiRayError
 from pi_ray.prompt import PromptEncoder
 from pi_ray.protocols import GenerationRequest
 from pi_ray.serving.adapters import Adapter, AdapterStore, UnknownAdapterError
@@ -43,10 +43,10 @@ def base_name(base: str) -> str:
     return Path(base).name.removesuffix(".gguf") if base.startswith(("/", ".", "~")) else base
 
 
-def adapter_of(model: str, base: str) -> str:
-    """The adapter that `model` asks for: "x" and "<base>:x" give "x", the base's own name gives "". The result is not checked yet."""
+def adapter_of(model: str, base: str) -> str | None:
+    """The adapter that `model` asks for: "x" and "<base>:x" give "x", the base's own name gives None. The result is not checked yet."""
     name = base_name(base)
-    return "" if model == name else model.removeprefix(f"{name}:")
+    return None if model == name else model.removeprefix(f"{name}:")
 
 
 class Completer:
@@ -93,10 +93,10 @@ class Completer:
         """Blocking: reads and verifies the adapter the first time, and tokenises."""
         name = adapter_of(ask.model, self.config.model.base)
         try:
-            adapter = self.store.open(name) if name else None
-        except AdapterError as error:
+            adapter = None if name is None else self.store.open(name)
+            ids = self.prompt_ids(ask.query, adapter)
+        except PiRayError as error:
             raise _refused(error) from error
-        ids = self.prompt_ids(ask.query, adapter)
         limit = self._limit(ask.max_tokens, adapter, len(ids))
         folder = str(adapter.path) if adapter else ""
         return adapter, GenerationRequest(ids, limit, folder, ask.temperature, ask.top_p, ask.seed, ask.stop)
@@ -112,10 +112,12 @@ class Completer:
         return asked or min(2 * adapter.card["max_answer_tokens"] if adapter else cap, cap, room)
 
 
-def _refused(error: AdapterError) -> RefusedError:
+def _refused(error: PiRayError) -> RefusedError:
+    """Unknown adapter: 404. An adapter that fails verification, or a prompt format that the base model's chat template does not allow: 422."""
     if isinstance(error, UnknownAdapterError):
         return RefusedError(404, str(error), code="model_not_found", param="model")
-    return RefusedError(422, str(error), code="adapter_refused", param="model")
+    code = "adapter_refused" if isinstance(error, AdapterError) else "model_refused"
+    return RefusedError(422, str(error), code=code, param="model")
 
 
 class TextStream:

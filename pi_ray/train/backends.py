@@ -94,8 +94,8 @@ class DeepSpeedBackend:
         return _named_state(self.params, safe_get_full_fp32_param, safe_get_full_optimizer_state)
 
     def load_state(self, state: dict[str, torch.Tensor], updates: int) -> None:
-        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
         from deepspeed.runtime.zero import GatheredParameters
+        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
         self._prime()
         inner = _inner(self.engine.optimizer)

@@ -25,7 +25,8 @@ def column(label, exact, bleu, tokens, prefix, latency, cached, groups, width=0.
         }
 
     return {
-        "label": label, **scores(exact, bleu, width), "input_tokens": tokens, "output_tokens": 18.4, "prefix_tokens": prefix, "latency_s": latency, "latency_cached_s": cached,
+        "label": label, **scores(exact, bleu, width), "input_tokens": tokens, "output_tokens": 18.4, "prefix_tokens": prefix,
+        "latency_s": latency, "latency_cached_s": cached,
         "groups": {g: {"rows": 60, **scores(v, bleu, width * 1.6)} for g, v in groups.items()},
     }
 
@@ -69,14 +70,18 @@ def write_run(folder, made=SUMMARY, text="errors by host since 14:00"):
     run = RunDir(folder)
     write_atomic(run.evaluation / "summary.json", json.dumps(made))
     outputs = {name: "count errors by host" if name in ("plain", "promptintern") else text for name in ("base", "base_full_prompt", "plain", "promptintern")}
-    samples = [{"id": f"test-{i}", "group": text if i == 1 else "services in the rows", "query": text, "answer": "count errors by host", "outputs": outputs} for i in range(12)]
+    samples = [{"id": f"test-{i}", "group": text if i == 1 else "rows", "query": text, "answer": "count errors by host", "outputs": outputs} for i in range(12)]
     write_atomic(run.evaluation / "samples.jsonl", "".join(json.dumps(s) + "\n" for s in samples))
     write_atomic(run.train_log, "".join(json.dumps(e) + "\n" for e in log(0.2)) + '{"step": 90, "phase"')
     write_atomic(run.baseline("plain").train_log, "".join(json.dumps({**e, "phase": 0}) + "\n" for e in log(0.35) if "loss" in e))
     for i, (rate, shots) in enumerate([(1.0, 2), (0.5, 1), (0.0, 0)]):
-        manifest = {"phase": {"rate": rate, "shots": shots}, "rows": 480, "tokens": {"prefix": 598 * rate, "row_mean": 27 + 22 * shots, "label_mean": 14}, "prefix_ids": [1], "template": ""}
+        tokens = {"prefix": 598 * rate, "row_mean": 27 + 22 * shots, "label_mean": 14}
+        manifest = {"phase": {"rate": rate, "shots": shots}, "rows": 480, "tokens": tokens, "prefix_ids": [1], "template": ""}
         write_atomic(run.phase(i) / "manifest.json", json.dumps(manifest))
-    templates = [{"rate": r, "asked": r, "achieved": a, "tokens": round(598 * a), "full_tokens": 598, "compressor": "llmlingua", "note": "", "text": text} for r, a in ((1.0, 1.0), (0.5, 0.513))]
+    templates = [
+        {"rate": r, "asked": r, "achieved": a, "tokens": round(598 * a), "full_tokens": 598, "compressor": "llmlingua", "note": "", "text": text}
+        for r, a in ((1.0, 1.0), (0.5, 0.513))
+    ]
     write_atomic(run.templates / "templates.json", json.dumps(templates))
     return run
 

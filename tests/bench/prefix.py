@@ -1,0 +1,83 @@
+"""Shared-prefix batches against plain padded batches: the same rows, model, loss and gradients.
+
+    python -m tests.bench.prefix [--model smollm2-135m] [--rounds 5]
+
+The peer is the padded batch that trainers commonly use, given the same advantages: SDPA attention and logits at the answer's tokens alone.
+Both are timed alternately, forward and backward, and the median is taken. `token_ratio` is the tokens that each row with a prefix of its own
+would have over those that pass through the model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import time
+from statistics import median
+
+import torch
+
+from pi_ray.config import LoraConfig, ModelConfig
+from pi_ray.models import load_model
+from pi_ray.train import attention, lora
+from pi_ray.train.batches import Batch, packed, plain, to_device
+from pi_ray.train.objectives import sft_sum
+from tests.bench.report import header, last_line
+
+CASES = [("shots and template", 8, 200, 45, 15), ("long template", 8, 550, 100, 18), ("short rows", 16, 480, 25, 18)]  # name, rows, prefix, query, answer
+
+
+def step(model: torch.nn.Module, batch: Batch) -> tuple[float, float, torch.Tensor]:
+    """(seconds, mean loss, gradient of all trainable weights)."""
+    model.zero_grad(set_to_none=True)
+    started = time.perf_counter()
+    loss = sft_sum(model, batch) / (batch.labels >= 0).sum()
+    loss.backward()
+    seconds = time.perf_counter() - started
+    return seconds, loss.item(), torch.cat([p.grad.flatten() for p in lora.trainable(model).values()])
+
+
+def measure(model: torch.nn.Module, case: tuple[str, int, int, int, int], rounds: int) -> tuple[float, float, float]:
+    name, rows, prefix, query, answer = case
+    rng = random.Random(0)
+
+    def ids(n: int) -> list[int]:
+        return [rng.randrange(100, 40000) for _ in range(n)]
+
+    head, data = ids(prefix), [(ids(query + rng.randrange(-5, 6)), ids(answer + rng.randrange(-2, 3))) for _ in range(rows)]
+    shared, padded = (to_device(pack(head, data), str(model.device)) for pack in (packed, plain))
+    times: dict[str, list[float]] = {"shared": [], "plain": []}
+    for i in range(rounds + 1):
+        model.set_attn_implementation("sdpa")
+        plain_s, plain_loss, expected = step(model, padded)
+        attention.enable(model)
+        shared_s, shared_loss, found = step(model, shared)
+        if i:  # the first round warms up
+            times["plain"].append(plain_s)
+            times["shared"].append(shared_s)
+    speedup, ratio = median(times["plain"]) / median(times["shared"]), shared.plain_tokens / shared.tokens
+    difference = float((found - expected).norm() / expected.norm())
+    print(f"  {name}: {rows} rows of {prefix} + {query} + {answer} tokens")
+    print(f"    plain   median {median(times['plain']):7.2f} s  loss {plain_loss:.6f}  {padded.plain_tokens} tokens")
+    print(f"    shared  median {median(times['shared']):7.2f} s  loss {shared_loss:.6f}  {shared.tokens} tokens")
+    print(f"    speedup {speedup:.2f}, token ratio {ratio:.2f}, gradients differ by {difference:.1e} (relative)", flush=True)
+    return speedup, ratio, difference
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--rounds", type=int, default=5)
+    args = parser.parse_args()
+    header(f"shared prefix against plain batches, {args.model}, LoRA rank 32, forward and backward")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = lora.add_lora(load_model(ModelConfig(base=args.model), device), LoraConfig(), seed=0).train()
+    for name, p in model.named_parameters():
+        if "lora_B" in name:  # zero at the start, which would leave half of the gradients zero
+            torch.nn.init.normal_(p, std=0.01)
+    results = [measure(model, case, args.rounds) for case in CASES]
+    worst = min(results, key=lambda r: r[0] / r[1])  # the case that stands worst against its token ratio is the one reported
+    last_line(speedup=worst[0], token_ratio=worst[1], grad_rel_diff=max(r[2] for r in results))
+
+
+if __name__ == "__main__":
+    main()

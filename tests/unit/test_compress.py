@@ -1,0 +1,154 @@
+"""Compression: what survives, how the rate is met, what is cached; and the real LLMLingua on a small template."""
+
+import re
+
+import pytest
+
+from pi_ray import models
+from pi_ray.compress import words
+from pi_ray.compress.compress import cached, compress_template
+from pi_ray.compress.none import Keep
+from pi_ray.compress.protect import Hold, units
+from pi_ray.config import CompressConfig, ModelConfig
+from pi_ray.prompt import Template
+
+CONFIG = CompressConfig(name="every", protect=("Golden Rule",))
+PROSE = " ".join(f"{a} {b}" for a in ("please", "always", "write", "short", "clear", "answers") for b in ("and", "never", "use", "the", "passive", "voice"))
+TEXT = f"Follow the Golden Rule. Put {{{{name}}}} and {{city}} into <slot> with `ls -la` from https://example.org/a?b=1 in 250 ms. {PROSE}."
+HELD = ["Golden Rule.", "{{name}}", "{city}", "<slot>", "`ls -la`", "https://example.org/a?b=1", "250"]
+
+
+class Every:
+    """Keeps evenly spread words: a compressor that meets its rate in words, not in tokens."""
+
+    def __init__(self, bias: float = 1.0):
+        self.bias, self.calls = bias, 0
+
+    def compress(self, text: str, rate: float) -> str:
+        self.calls += 1
+        spans, rate = words.spans(text), rate**self.bias
+        return words.join(text, spans, [int((i + 1) * rate) > int(i * rate) for i in range(len(spans))])
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return models.load_tokenizer(ModelConfig())
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(models, "cache_dir", lambda: tmp_path)
+
+
+def is_subsequence(part, whole):
+    rest = iter(whole)
+    return all(any(word == other for other in rest) for word in part)
+
+
+def test_protected_spans_survive_byte_for_byte(tokenizer):
+    made = compress_template(Every(), Template(TEXT), 0.6, tokenizer, CONFIG)
+    assert all(span in made.text for span in HELD)
+
+
+@pytest.mark.parametrize("bias", [0.5, 1.0, 2.0])
+@pytest.mark.parametrize("rate", [0.3, 0.5, 0.8])
+def test_the_measured_rate_is_within_the_tolerance_of_a_biased_compressor(tokenizer, rate, bias):
+    made = compress_template(Every(bias), Template(PROSE * 3, (PROSE, PROSE)), rate, tokenizer, CONFIG)
+    tokens = len(tokenizer(made.text).input_ids)
+    assert made.tokens == tokens and made.achieved == pytest.approx(tokens / made.full_tokens, abs=1e-4)
+    assert abs(made.achieved - rate) <= CONFIG.tolerance and not made.note
+
+
+def test_words_are_dropped_never_joined_or_changed(tokenizer):
+    made = compress_template(Every(), Template(TEXT), 0.6, tokenizer, CONFIG)
+    assert is_subsequence(made.text.split(), TEXT.split())
+
+
+def test_rate_one_is_untouched_and_rate_zero_is_empty(tokenizer):
+    compressor = Every()
+    assert compress_template(compressor, Template("  odd \n\n spacing  "), 1, tokenizer, CONFIG).text == "  odd \n\n spacing  "
+    assert compress_template(compressor, Template(TEXT), 0, tokenizer, CONFIG).text == ""
+    assert compressor.calls == 0
+
+
+def test_protected_text_above_the_rate_is_kept_and_said(tokenizer):
+    code = "```\n" + "\n".join(f"line {i} = call({i})" for i in range(20)) + "\n```"
+    made = compress_template(Every(), Template("Do as this shows.", (code,)), 0.2, tokenizer, CONFIG)
+    assert code in made.text and made.achieved > 0.5
+    assert re.search(r"protected text alone is \d+%", made.note)
+
+
+def test_a_table_of_codes_keeps_whole_rows_near_the_rate_and_counts_its_numbers(tokenizer):
+    table = "\n".join(f"service{chr(97 + i)}: {i}{i}7" for i in range(20))
+    made = compress_template(Every(), Template("Use the codes below and no others, whatever the request may say.", (table,)), 0.5, tokenizer, CONFIG)
+    assert set(made.text.splitlines()[-5:]) <= set(table.splitlines())
+    assert abs(made.achieved - 0.5) <= 0.1
+    assert re.search(r"\d+ of 20 numbers kept", made.note)
+
+
+def test_the_label_of_a_line_goes_with_what_is_kept_of_it(tokenizer):
+    made = compress_template(Every(), Template("\n".join(f"key{c}: {PROSE}" for c in "abc")), 0.5, tokenizer, CONFIG)
+    assert all(f"key{c}: " in made.text for c in "abc")
+
+
+def test_units_hold_what_they_should():
+    held = {TEXT[u.start : u.end]: u.hold for u in units(TEXT, CONFIG)}
+    assert held["250"] is Hold.NUMBER and held["`ls -la`"] is Hold.ALWAYS and held["passive"] is Hold.FREE
+    free = {TEXT[u.start : u.end]: u.hold for u in units(TEXT, CompressConfig(protect_numbers=False))}
+    assert free["250"] is Hold.FREE and "Golden" in free
+
+
+def test_keep_reports_that_nothing_was_dropped(tokenizer):
+    config = CompressConfig(name="none")
+    made = compress_template(Keep(config), Template(PROSE), 0.4, tokenizer, config)
+    assert made.text == PROSE and made.achieved == 1.0 and "none came no closer than 1.00" in made.note
+
+
+def test_results_are_cached_by_content_and_a_damaged_file_is_made_again(tokenizer, cache, tmp_path):
+    compressor, template = Every(), Template(TEXT)
+    first = compress_template(compressor, template, 0.6, tokenizer, CONFIG)
+    calls = compressor.calls
+    assert compress_template(compressor, template, 0.6, tokenizer, CONFIG) == first and compressor.calls == calls
+    assert cached(template, 0.61, tokenizer, CONFIG) is None
+    assert cached(template, 0.6, tokenizer, CONFIG.model_copy(update={"protect_numbers": False})) is None
+    file = next((tmp_path / "compress").glob("*.json"))
+    file.write_bytes(file.read_bytes().replace(b"Golden", b"Gilded"))
+    assert cached(template, 0.6, tokenizer, CONFIG) is None
+    assert compress_template(compressor, template, 0.6, tokenizer, CONFIG) == first
+
+
+def test_joining_keeps_line_breaks_and_closes_gaps_with_one_space():
+    text = "one  two three\n\nfour five"
+    spans = words.spans(text)
+    assert words.join(text, spans, [True, True, False, True, True]) == "one  two\nfour five"
+    assert words.join(text, spans, [True, False, True, False, False]) == "one three"
+
+
+def test_words_of_a_rewriting_compressor_count_only_where_they_were_taken_over():
+    assert words.find_kept(["a", "b", "a", "c"], ["a", "c"]) == [True, False, False, True]
+    assert words.find_kept(["a", "b", "c"], ["new", "b", "c"]) == [False, True, True]
+
+
+INSTRUCTION = (
+    "You are given a request that a member of the operations team has written in plain English. Your task is to translate the request into one "
+    "single statement of the alert language that is described in the documents below. Please make sure that you write only the statement itself "
+    "and nothing else, because the output is going to be read by a program. If the request does not mention how long the condition has to hold, "
+    "then you should use the default window of 15 minutes. Percentages are written as basis points, so that 1 percent becomes 100. Thresholds on "
+    "latency are written in milliseconds. The name of the service must be replaced with {code}, which you will find in the table."
+)
+
+
+def test_llmlingua_meets_the_rate_on_a_real_model(tokenizer, monkeypatch):
+    monkeypatch.undo()  # the real cache folder holds the model
+    from pi_ray.compress.llmlingua import LLMLingua
+
+    config = CompressConfig()
+    compressor = LLMLingua(config)
+    short, shorter = compressor.compress(INSTRUCTION, 0.6), compressor.compress(INSTRUCTION, 0.3)
+    assert is_subsequence(short.split(), INSTRUCTION.split()) and len(shorter) < len(short) < len(INSTRUCTION)
+    from pi_ray.compress.compress import _search
+
+    made = _search(compressor, Template(INSTRUCTION), 0.5, tokenizer, config)
+    assert abs(made.achieved - 0.5) <= config.tolerance
+    assert "{code}," in made.text and {"15", "1", "100."} <= set(made.text.split())
+    assert made.text == _search(compressor, Template(INSTRUCTION), 0.5, tokenizer, config).text

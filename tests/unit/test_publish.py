@@ -1,0 +1,127 @@
+"""Publishing: what lands in the store, when a version is new, and what is refused."""
+
+import json
+import threading
+from pathlib import Path
+
+import pytest
+
+from pi_ray.artifact import staged, write_atomic
+from pi_ray.config import ModelConfig, RunConfig
+from pi_ray.errors import AdapterError, CorruptArtifactError
+from pi_ray.publish import publish
+from pi_ray.rundir import RunDir
+from pi_ray.serving.adapters import AdapterStore
+from tests.lora import card, write_adapter
+
+SUMMARY = {
+    "base": {"exact_match": 0.0, "bleu": 1.2, "input_tokens": 20, "latency_s": 0.1},
+    "base_full_prompt": {"exact_match": 0.05, "bleu": 9.5, "input_tokens": 1_190, "latency_s": 0.9},
+    "plain": {"exact_match": 0.5, "bleu": 60.0, "input_tokens": 20, "latency_s": 0.1},
+    "promptintern": {"exact_match": 0.875, "bleu": 91.25, "input_tokens": 20, "latency_s": 0.1},
+}
+
+
+def train(run, base, seed=1, phase=2, **facts):
+    with staged(run.adapter(phase), fingerprint="f") as tmp:
+        write_adapter(tmp, base, seed, facts=card(base, **facts))
+    run.best.unlink(missing_ok=True)
+    run.best.symlink_to(f"phase-{phase}")
+
+
+@pytest.fixture
+def config(tiny_model, tmp_path):
+    return RunConfig(name="colours", run_dir=str(tmp_path / "run"), store=str(tmp_path / "store"), model=ModelConfig(base=str(tiny_model)))
+
+
+@pytest.fixture
+def run(config, tiny_model):
+    run = RunDir(config.root)
+    train(run, tiny_model)
+    return run
+
+
+def test_a_published_adapter_is_what_was_trained_and_can_be_served(run, config, tiny_model):
+    folder = publish(run, config)
+    assert folder.name == "v0001"
+    assert sorted(p.name for p in folder.iterdir()) == ["README.md", "adapter_config.json", "adapter_model.safetensors", "manifest.json", "pi_ray.json"]
+    assert (folder / "adapter_model.safetensors").read_bytes() == (run.best / "adapter_model.safetensors").read_bytes()
+    adapter = AdapterStore(config.store, config.model).open("colours")
+    assert adapter.version == "v0001"
+    assert adapter.card == card(tiny_model)
+
+
+def test_the_machines_paths_stay_out_of_the_public_files(run, config, tiny_model):
+    folder = publish(run, config)
+    for file in ("README.md", "adapter_config.json"):
+        assert str(tiny_model) not in (folder / file).read_text()
+
+
+def test_the_same_adapter_is_not_published_twice_and_another_one_is_the_next_version(run, config, tiny_model):
+    first = publish(run, config)
+    assert publish(run, config) == first
+    train(run, tiny_model, seed=2)
+    second = publish(run, config)
+    assert second.name == "v0002"
+    train(run, tiny_model, seed=1)
+    assert publish(run, config) == first
+    assert json.loads((first.parent / "latest.json").read_text()) == {"version": "v0001"}
+    assert publish(run, config, "other").parts[-2:] == ("other", "v0001")
+
+
+def test_a_damaged_version_is_not_reused(run, config):
+    first = publish(run, config)
+    (first / "adapter_model.safetensors").write_bytes(b"x")
+    assert publish(run, config).name == "v0002"
+
+
+def test_two_publishers_do_not_take_the_same_version(config, tiny_model, tmp_path):
+    runs = [RunDir(tmp_path / f"run{i}") for i in range(3)]
+    for i, run in enumerate(runs):
+        train(run, tiny_model, seed=i)
+    made = []
+    threads = [threading.Thread(target=lambda r=run: made.append(publish(r, config).name)) for run in runs]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(made) == ["v0001", "v0002", "v0003"]
+
+
+def test_the_card_shows_scores_tokens_and_how_to_serve(run, config):
+    write_atomic(run.evaluation / "summary.json", json.dumps(SUMMARY))
+    text = (publish(run, config) / "README.md").read_text()
+    for part in ("| this adapter, query alone | 87.5% | 91.2 | 20 | 0.10 |", "| base, full prompt | 5.0% | 9.5 | 1,190 | 0.90 |", "curl", "from openai import OpenAI", "| this adapter | 12 |", "## Licence"):
+        assert part in text
+
+
+def test_the_card_says_so_when_nothing_was_evaluated(run, config):
+    assert "Not evaluated before" in (publish(run, config) / "README.md").read_text()
+
+
+@pytest.mark.parametrize("name", ["..", "A", "a/b", ".x", "a" * 65, "a\n"])
+def test_names_that_cannot_be_served_cannot_be_published(run, config, name):
+    with pytest.raises(AdapterError, match="cannot name an adapter"):
+        publish(run, config, name)
+
+
+def test_nothing_trained_is_said_plainly(config):
+    with pytest.raises(AdapterError, match="pi-ray train"):
+        publish(RunDir(config.root), config)
+
+
+def test_a_changed_adapter_is_refused_and_the_store_stays_as_it_was(run, config):
+    data = bytearray((run.best / "adapter_model.safetensors").read_bytes())
+    data[-1] ^= 1
+    (run.best / "adapter_model.safetensors").write_bytes(data)
+    with pytest.raises(CorruptArtifactError, match="sha256"):
+        publish(run, config)
+    assert AdapterStore(config.store).names() == []
+
+
+def test_an_adapter_that_serving_would_refuse_is_not_published(run, config, tiny_model):
+    train(run, tiny_model, max_answer_tokens=0)
+    with pytest.raises(AdapterError, match="max_answer_tokens"):
+        publish(run, config)
+    folder = Path(config.store) / "colours"
+    assert [p.name for p in folder.iterdir() if p.name != ".lock"] == []
