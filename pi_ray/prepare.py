@@ -6,19 +6,19 @@ Each step is an artefact in the run directory, written once and skipped when it 
 from __future__ import annotations
 
 import json
-import logging
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pi_ray import cluster, shards
+from pi_ray import shards
 from pi_ray.artifact import digest_file, is_current, read_manifest, staged, write_atomic
 from pi_ray.compress.compress import Compressed, cached, compress_template
 from pi_ray.config import RunConfig
+from pi_ray.fanout import fan_out
 from pi_ray.ingest import ingest
 from pi_ray.models import load_tokenizer
 from pi_ray.prompt import PromptEncoder, Template
@@ -72,7 +72,7 @@ def _plan(config: RunConfig) -> list[tuple[str, str, float, int]]:
 
 
 class CompressRates:
-    """Ray Data actor: the compressor's model is loaded once, then any number of rates."""
+    """Work of an actor: the compressor's model is loaded once, then the template is compressed to any number of rates."""
 
     def __init__(self, config: RunConfig, template: Template):
         import torch
@@ -85,19 +85,16 @@ class CompressRates:
         self.tokenizer = load_tokenizer(config.model)
         self.compressor = compressors[config.compress.name](config.compress)
 
-    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        made = [compress_template(self.compressor, self.template, float(rate), self.tokenizer, self.config) for rate in batch["rate"]]
-        return {"result": [json.dumps(asdict(m)) for m in made]}
+    def __call__(self, item: dict[str, Any]) -> dict[str, Any]:
+        return asdict(compress_template(self.compressor, self.template, item["rate"], self.tokenizer, self.config))
 
 
 def _templates(config: RunConfig, template: Template, tokenizer: Any, run: RunDir, fingerprint: str, progress: Progress) -> None:
     """Compress the template once for each rate of the schedule; rates that were made before need no actor."""
-    rates = distinct_rates(config)
-    made = {rate: cached(template, rate, tokenizer, config.compress) for rate in rates}
-    missing = [{"rate": rate} for rate, found in made.items() if found is None]
-    for row in _on_ray(missing, CompressRates, actors=1, fn_constructor_args=(config, template)):
-        result = Compressed(**json.loads(row["result"]))
-        made[result.asked] = result
+    made = {rate: cached(template, rate, tokenizer, config.compress) for rate in distinct_rates(config)}
+    missing = [rate for rate, found in made.items() if found is None]
+    results = fan_out([{"rate": rate} for rate in missing], CompressRates, config, template, actors=1)
+    made.update((rate, Compressed(**result)) for rate, result in zip(missing, results, strict=True))
     entries = []
     with staged(run.templates, fingerprint=fingerprint) as folder:
         for rate, result in made.items():
@@ -113,7 +110,7 @@ def _templates(config: RunConfig, template: Template, tokenizer: Any, run: RunDi
 
 
 class FindNeighbours:
-    """Ray Data actor: indexes the training rows once for each side that is asked for, then any number of row ranges."""
+    """Work of an actor: indexes the training rows once for each side that is asked for, then any number of row ranges."""
 
     def __init__(self, config: RunConfig, k: int):
         run = RunDir(config.root)
@@ -121,18 +118,15 @@ class FindNeighbours:
         self.rows = {split: run.read_rows(split) for split in SPLITS}
         self.banks: dict[str, Any] = {}
 
-    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+    def __call__(self, item: dict[str, Any]) -> list[Any]:
+        """[id, split, neighbour ids, scores] of each row in the range."""
         from pi_ray.retrieve.neighbours import Bank
 
-        results = []
-        for split, begin, end in zip(batch["split"], batch["begin"], batch["end"], strict=True):
-            by = "answer" if split == "train" else "query"
-            if by not in self.banks:
-                self.banks[by] = Bank(self.rows["train"], self.config, by)
-            rows = self.rows[split][begin:end]
-            found = self.banks[by].find(rows, self.k)
-            results.append(json.dumps([[r.id, f.ids, f.scores] for r, f in zip(rows, found, strict=True)]))
-        return {"split": batch["split"], "begin": batch["begin"], "result": results}
+        by = "answer" if item["split"] == "train" else "query"
+        if by not in self.banks:
+            self.banks[by] = Bank(self.rows["train"], self.config, by)
+        rows = self.rows[item["split"]][item["begin"] : item["end"]]
+        return [[r.id, item["split"], f.ids, f.scores] for r, f in zip(rows, self.banks[by].find(rows, self.k), strict=True)]
 
 
 def _has_neighbours(config: RunConfig, run: RunDir, fingerprint: str) -> bool:
@@ -150,10 +144,8 @@ def _neighbours(config: RunConfig, run: RunDir, fingerprint: str, progress: Prog
     """Find the examples of all rows and write neighbours.parquet, in the order of the splits and their rows."""
     k, counts = most_shots(config), read_manifest(run.rows)["rows"]
     items = [{"split": s, "begin": a, "end": min(a + NEIGHBOUR_ROWS, counts[s])} for s in SPLITS for a in range(0, counts[s], NEIGHBOUR_ROWS)]
-    found = list(_on_ray(items, FindNeighbours, actors=-(-len(items) // 4), fn_constructor_args=(config, k)))
-    found.sort(key=lambda r: (SPLITS.index(r["split"]), r["begin"]))
-    rows = [(r["split"], *row) for r in found for row in json.loads(r["result"])]
-    split, ids, near, scores = (list(column) for column in zip(*rows, strict=True))
+    rows = [row for part in fan_out(items, FindNeighbours, config, k, actors=-(-len(items) // 4)) for row in part]
+    ids, split, near, scores = (list(column) for column in zip(*rows, strict=True))
     table = pa.table({
         "id": ids, "split": split, "neighbours": pa.array(near, pa.list_(pa.string())), "scores": pa.array(scores, pa.list_(pa.float32())),
     })
@@ -162,7 +154,7 @@ def _neighbours(config: RunConfig, run: RunDir, fingerprint: str, progress: Prog
     write_atomic(run.neighbours, sink.getvalue().to_pybytes())
     sidecar = {"fingerprint": fingerprint, "sha256": digest_file(run.neighbours), "rows": len(rows)}
     write_atomic(run.neighbours.with_suffix(".json"), json.dumps(sidecar, indent=1) + "\n")
-    train = [s for r in rows if r[0] == "train" for s in r[3]]
+    train = [score for row in rows if row[1] == "train" for score in row[3]]
     progress(f"neighbours: {k} for each of {len(rows)} rows, mean BLEU {sum(train) / max(len(train), 1):.1f} between train answers")
 
 
@@ -180,42 +172,11 @@ def _phases(config: RunConfig, encoder: PromptEncoder, run: RunDir, fingerprint:
     todo = [s for s in planned if not shards.is_finished(s, rows[s.split])]
     if len(todo) < len(planned):
         progress(f"phases: {len(planned) - len(todo)} of {len(planned)} shards were already there")
-    for _ in _on_ray([asdict(s) for s in todo], _build_shard, fn_kwargs={"config": config, "fingerprint": fingerprint}):
-        pass
-    for name, _split, rate, shots in plan:
+    fan_out([asdict(s) for s in todo], shards.Builder, config, fingerprint)
+    for name, _, rate, shots in plan:
         text = texts.get(rate, "")
         made = shards.publish(
             folders[name], run.phase(name), encoder.prefix(text), fingerprint=fingerprint, template=text, phase={"rate": rate, "shots": shots},
         )
         tokens = made["tokens"]
         progress(f"phase {name}: rate {rate:g}, {shots} shots, {made['rows']} rows, {tokens['prefix']} + {tokens['row_mean']:.0f} tokens a row")
-
-
-def _build_shard(batch: dict[str, Any], config: RunConfig, fingerprint: str) -> dict[str, Any]:
-    for values in zip(*batch.values(), strict=True):
-        fields = {name: v.item() if hasattr(v, "item") else v for name, v in zip(batch, values, strict=True)}
-        shards.build(shards.Shard(**fields), config, fingerprint)
-    return {"path": batch["path"]}
-
-
-# Ray
-
-
-def _on_ray(items: Sequence[dict[str, Any]], work: Any, actors: int = 0, **options: Any) -> Iterable[dict[str, Any]]:
-    """Results of `work` on each item as a batch of one, through Ray Data; Ray is not touched when there is nothing to do.
-
-    `work` is a function, or with `actors` a class of which at most that many are started.
-    """
-    if not items:
-        return []
-    cluster.connect()
-    import ray
-
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
-    context.print_on_execution_start = False
-    if actors:
-        options["compute"] = ray.data.ActorPoolStrategy(min_size=1, max_size=actors)
-    dataset = ray.data.from_items(list(items), override_num_blocks=len(items))
-    return dataset.map_batches(work, batch_size=1, **options).take_all()

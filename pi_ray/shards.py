@@ -22,7 +22,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pi_ray.artifact import seal, write_atomic
-from pi_ray.config import RunConfig
+from pi_ray.config import ModelConfig, PromptConfig, RunConfig
 from pi_ray.models import load_tokenizer
 from pi_ray.prompt import Example, PromptEncoder
 from pi_ray.protocols import Row
@@ -64,14 +64,21 @@ def is_finished(shard: Shard, rows: Sequence[Row]) -> bool:
     return table.schema.equals(SCHEMA) and table["id"].to_pylist() == [r.id for r in rows[shard.begin : shard.end]]
 
 
-def build(shard: Shard, config: RunConfig, fingerprint: str) -> None:
-    """Encode the shard's rows and write its file in one step. Reads rows and neighbours of the run directory."""
-    rows, encoder = _rows(config.run_dir, shard.split, fingerprint), _encoder(config.model.model_dump_json(), config.prompt.model_dump_json())
-    shots = _shots(config.run_dir, shard.split, shard.shots, fingerprint)
-    table = encode(rows[shard.begin : shard.end], shots, encoder)
-    buffer = io.BytesIO()
-    pq.write_table(table, buffer, compression="zstd", write_page_checksum=True)
-    write_atomic(Path(shard.path), buffer.getvalue())
+class Builder:
+    """Work of a Ray worker: encodes a shard's rows and writes its file in one step. Reads rows and neighbours of the run directory."""
+
+    def __init__(self, config: RunConfig, fingerprint: str):
+        self.config, self.fingerprint = config, fingerprint
+
+    def __call__(self, item: dict[str, Any]) -> str:
+        shard, run_dir = Shard(**item), self.config.run_dir
+        rows = _rows(run_dir, shard.split, self.fingerprint)[shard.begin : shard.end]
+        shots = _shots(run_dir, shard.split, shard.shots, self.fingerprint)
+        table = encode(rows, shots, _encoder(self.config.model, self.config.prompt))
+        buffer = io.BytesIO()
+        pq.write_table(table, buffer, compression="zstd", write_page_checksum=True)
+        write_atomic(Path(shard.path), buffer.getvalue())
+        return shard.path
 
 
 def encode(rows: Sequence[Row], shots: dict[str, list[Example]], encoder: PromptEncoder) -> pa.Table:
@@ -123,7 +130,5 @@ def _shots(run_dir: str, split: str, k: int, fingerprint: str) -> dict[str, list
 
 
 @lru_cache(maxsize=2)
-def _encoder(model: str, prompt: str) -> PromptEncoder:
-    from pi_ray.config import ModelConfig, PromptConfig
-
-    return PromptEncoder(load_tokenizer(ModelConfig.model_validate_json(model)), PromptConfig.model_validate_json(prompt))
+def _encoder(model: ModelConfig, prompt: PromptConfig) -> PromptEncoder:
+    return PromptEncoder(load_tokenizer(model), prompt)

@@ -9,7 +9,7 @@ import pytest
 from pi_ray import shards
 from pi_ray.artifact import digest_file, verify
 from pi_ray.config import RunConfig
-from pi_ray.errors import DataError
+from pi_ray.errors import DataError, ModelError
 from pi_ray.models import load_tokenizer
 from pi_ray.prepare import prepare
 from pi_ray.prompt import PromptEncoder
@@ -178,3 +178,9 @@ def test_the_compressor_runs_in_an_actor_once_for_all_rates(config, tmp_path, mo
     monkeypatch.setenv("PI_RAY_CACHE", "")  # the user's own cache folder, which holds the model
     _, said = run_quietly(config.replace(**{"compress.name": "llmlingua", "schedule.shots": 0, "schedule.phases": 4}))
     assert [line.split(" -> ")[0] for line in said if line.startswith("templates")] == ["templates: rate 1", "templates: rate 0.6667", "templates: rate 0.3333"]
+
+
+def test_what_is_wrong_in_a_worker_is_said_in_one_sentence(config, tmp_path):
+    with pytest.raises(ModelError, match=r"^/no/such/model: no such folder"):
+        run_quietly(config.replace(**{"compress.name": "llmlingua", "compress.model": "/no/such/model", "schedule.shots": 0}))
+    assert not RunDir(config.root).templates.exists()

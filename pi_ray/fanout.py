@@ -1,0 +1,68 @@
+"""Fan out: the same work on many items through Ray Data, with results in the order of the items.
+
+What a user did wrong may only show in a worker. There a PiRayError is returned instead of raised, and raised again here: otherwise Ray
+would retry it, and bury the one sentence that helps under its own traceback.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from pi_ray import cluster, errors
+
+Work = Callable[[dict[str, Any]], Any]
+
+
+def fan_out(items: Sequence[dict[str, Any]], make: Callable[..., Work], *args: Any, actors: int = 0) -> list[Any]:
+    """`make(*args)(item)` for each item. Items and results are what JSON can hold. Ray is not touched when there are no items.
+
+    With `actors`, at most that many processes call `make` once each and end with the job: for work that loads something large.
+    Without, Ray's running workers call it once for each item: it should be cheap there.
+    """
+    if not items:
+        return []
+    cluster.connect()
+    import ray
+
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    numbered = [{"place": i, "item": json.dumps(item)} for i, item in enumerate(items)]
+    dataset = ray.data.from_items(numbered, override_num_blocks=len(items))
+    if actors:
+        pool = ray.data.ActorPoolStrategy(min_size=1, max_size=actors)
+        dataset = dataset.map_batches(_Worker, batch_size=1, compute=pool, fn_constructor_args=(make, args))
+    else:
+        dataset = dataset.map_batches(_once, batch_size=1, fn_kwargs={"make": make, "args": args})
+    answers = sorted(dataset.take_all(), key=lambda row: row["place"])
+    return [_result(json.loads(row["answer"])) for row in answers]
+
+
+class _Worker:
+    def __init__(self, make: Callable[..., Work], args: tuple[Any, ...]):
+        self.make, self.args = make, args
+        self.work: Work | None = None
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        return {"place": batch["place"], "answer": [self._answer(json.loads(item)) for item in batch["item"]]}
+
+    def _answer(self, item: dict[str, Any]) -> str:
+        try:
+            self.work = self.work or self.make(*self.args)
+            return json.dumps({"value": self.work(item)})
+        except errors.PiRayError as error:
+            return json.dumps({"error": type(error).__name__, "message": str(error)})
+
+
+def _once(batch: dict[str, Any], make: Callable[..., Work], args: tuple[Any, ...]) -> dict[str, Any]:
+    return _Worker(make, args)(batch)
+
+
+def _result(answer: dict[str, Any]) -> Any:
+    if "error" in answer:
+        raise getattr(errors, answer["error"], errors.PiRayError)(answer["message"])
+    return answer["value"]
