@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed        ## install, then the main job on the bundled task and model
-	@$(BIN)/pi-ray demo
+	@$(BIN)/pi-ray demo $(ARGS)
 
 test: $(VENV)/.installed        ## install, then every test that needs no GPU
 	@$(BIN)/python -m pytest -v --durations=10

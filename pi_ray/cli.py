@@ -83,14 +83,15 @@ def run(args: argparse.Namespace, console: Console) -> None:
 
 def _run(settings: config.RunConfig, console: Console) -> None:
     from pi_ray import pipeline
+    from pi_ray.rundir import RunDir
     from pi_ray.serving.app import usage
 
-    pipeline.run(settings, console)
-    command = "pi-ray" if shutil.which("pi-ray") else sys.argv[0]
+    published = pipeline.run(settings, console)
+    command = "pi-ray" if shutil.which("pi-ray") else os.path.relpath(sys.argv[0])
     run_dir = os.path.relpath(settings.root) if settings.root.is_relative_to(Path.cwd()) else settings.root
-    console.print("\n[bold]Serve it[/]")
-    console.print(f"  {command} serve {run_dir}", markup=False)
-    console.print(usage(settings, f"http://{settings.serve.host}:{settings.serve.port}"), markup=False)
+    query = RunDir(settings.root).read_rows("test")[0].query
+    console.print(f"\n[bold]Serve it[/]\n  {command} serve {run_dir}\n\n[bold]Ask it[/], from another terminal")
+    console.print(usage(settings, f"http://{settings.serve.host}:{settings.serve.port}", published.parent.name, query), markup=False)
 
 
 @verb("write a folder to start from: run.yaml, template.md and rows, all commented")

@@ -186,6 +186,12 @@ class ServeConfig(Block):
     body_limit_bytes: Positive = 1_048_576
     api_key_env: str = Field("PI_RAY_API_KEY", description="environment variable with the bearer key; required off loopback")
 
+    @model_validator(mode="after")
+    def _replicas(self) -> ServeConfig:
+        if self.min_replicas > self.max_replicas:
+            raise ValueError(f"serve.min_replicas {self.min_replicas} is above serve.max_replicas {self.max_replicas}")
+        return self
+
 
 class RunConfig(Block):
     """One run.yaml."""

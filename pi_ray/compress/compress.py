@@ -27,7 +27,7 @@ from pi_ray.protocols import Compressor
 ALGORITHM = 1  # part of the cache key: raise it when equal input gives another output
 TRIES = 8
 AIM = 0.5  # stop at this share of the tolerance: a few more tries are cheap, and made once
-NUMBER_SHARE = 0.6  # numbers are held while protected text takes at most this share of what may stay
+NUMBER_SHARE = 0.75  # numbers are held while protected text takes at most this share of what may stay
 
 
 @dataclass(frozen=True)

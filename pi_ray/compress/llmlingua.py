@@ -74,6 +74,7 @@ class Scorer(prompt_compressor.PromptCompressor):
         # newer transformers call the argument `cache` and warn about the old name
         self.cache_argument = "cache" if "cache" in signature(self.model.forward).parameters else "past_key_values"
         self.positions = torch.empty(0, dtype=torch.long)
+        self.first_pass: dict[bytes, torch.Tensor] = {}  # token ids -> surprise
 
     def kept_tokens(self, text: str, length: int, rate: float) -> set[int]:
         """Positions of the tokens that stay, of `length` in all. Windows are of equal size: a shorter last one would be left whole."""
@@ -102,8 +103,11 @@ class Scorer(prompt_compressor.PromptCompressor):
         One cached token is computed again, because its output predicts the first token of the window. The very first token of a text
         has nothing before it and counts as the most surprising one.
         """
-        if granularity != "token" or condition_mode != "none":
+        if granularity != "token" or condition_mode != "none" or not return_kv:
             raise NotImplementedError("only the token-level filter of LLMLingua is used here")
+        whole = input_ids.numpy().tobytes() if end is None else b""  # the first pass over a text: the same whatever the rate
+        if whole in self.first_pass:
+            return self.first_pass[whole].clone(), None
         past = past_key_values[0][0].shape[2] if past_key_values else 0
         begin = max(past - 1, 0)
         end = min(end or input_ids.shape[1], past + self.max_position_embeddings)
@@ -115,8 +119,9 @@ class Scorer(prompt_compressor.PromptCompressor):
         loss = torch.nn.functional.cross_entropy(out.logits[0, :-1], input_ids[0, begin + 1 : end], reduction="none")
         if not past:
             loss = torch.cat([loss.max().view(1), loss])
-        pairs = [(layer.keys, layer.values) for layer in cache.layers]
-        return (loss[:-1], pairs) if return_kv else loss[:-1]
+        if whole:
+            self.first_pass[whole] = loss[:-1]
+        return loss[:-1].clone(), [(layer.keys, layer.values) for layer in cache.layers]
 
 
 @contextmanager

@@ -53,6 +53,9 @@ class SentenceEncoder:
             from sentence_transformers import SentenceTransformer
         except ImportError:
             raise MissingExtraError("retrieve.encoder 'sentence-transformers' needs: pip install sentence-transformers") from None
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
         try:
             self.model = SentenceTransformer(_resolve(config.encoder_model), device="cpu", trust_remote_code=False)
         except OSError as error:

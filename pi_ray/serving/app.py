@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
+import json
 import logging
 import os
+import shlex
 import signal
+import socket
 import threading
 from collections.abc import AsyncIterator
 from contextlib import aclosing
@@ -98,7 +101,7 @@ def build(config: RunConfig, digest: str = "") -> serve.Application:
         max_queued_requests=limits.max_queued_requests,
         autoscaling_config={
             "min_replicas": limits.min_replicas,
-            "max_replicas": max(limits.min_replicas, limits.max_replicas),
+            "max_replicas": limits.max_replicas,
             "target_ongoing_requests": limits.max_ongoing_requests * 0.75,
         },
         ray_actor_options={"num_cpus": 1, "num_gpus": gpus},
@@ -166,10 +169,12 @@ def deploy(args: dict[str, str]) -> serve.Application:
 def run(config: RunConfig, blocking: bool = True) -> str:
     """Serve `config` and return the URL; with `blocking`, print how to call it and serve until SIGINT or SIGTERM.
 
-    Raises ConfigError: no key off loopback, or Serve already runs here on another address.
+    Raises ConfigError: no key off loopback, the port is taken, or Serve already runs here on another address.
     """
     key = bearer_key(config)
     own = not ray.is_initialized() and not os.environ.get("RAY_ADDRESS")  # this process's Ray, which ends with it
+    if own:
+        _check_port(config)
     cluster.connect()
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     try:
@@ -181,11 +186,23 @@ def run(config: RunConfig, blocking: bool = True) -> str:
         raise
     url = f"http://{config.serve.host}:{config.serve.port}"
     if blocking:
-        print(usage(config, url), flush=True)
+        names = [*AdapterStore(config.store).names(), base_name(config.model.base)]
+        print(f"serving at {url}   models: {', '.join(names)}   Ctrl-C stops\n\n{usage(config, url)}", flush=True)
         _wait()
         print("shutting down: requests under way are finished first", flush=True)
         _shutdown(own)
     return url
+
+
+def _check_port(config: RunConfig) -> None:
+    """Serve's own failure on a taken port comes late and names no cure."""
+    host, port = config.serve.host, config.serve.port
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise ConfigError(f"cannot listen at {host}:{port}: {error.strerror}; set serve.port to a free port") from error
 
 
 def _start(config: RunConfig) -> None:
@@ -198,22 +215,20 @@ def _start(config: RunConfig) -> None:
         raise ConfigError(f"Ray Serve already runs at {found.host}:{found.port}; stop it with 'serve shutdown', or set serve.host and serve.port to that")
 
 
-def usage(config: RunConfig, url: str) -> str:
-    """What to paste into a terminal or a program."""
-    names = AdapterStore(config.store).names()
-    model = names[0] if names else base_name(config.model.base)
+def usage(config: RunConfig, url: str, model: str = "", query: str = "YOUR QUERY") -> str:
+    """What to paste into a terminal or a program; `model` defaults to the first adapter of the store, or the base."""
+    model = model or next(iter(AdapterStore(config.store).names()), base_name(config.model.base))
     env = config.serve.api_key_env
     key = f"-H \"Authorization: Bearer ${env}\" " if os.environ.get(env) else ""
     python = f'os.environ["{env}"]' if key else '"none"'
-    return f"""serving at {url}   models: {', '.join([*names, base_name(config.model.base)])}
-
-  curl {url}/v1/chat/completions {key}-H 'Content-Type: application/json' \\
-    -d '{{"model": "{model}", "messages": [{{"role": "user", "content": "YOUR QUERY"}}]}}'
+    messages = [{"role": "user", "content": query}]
+    return f"""  curl {url}/v1/chat/completions {key}-H 'Content-Type: application/json' \\
+    -d {shlex.quote(json.dumps({"model": model, "messages": messages}))}
 
   client = openai.OpenAI(base_url="{url}/v1", api_key={python})
-  client.chat.completions.create(model="{model}", messages=[{{"role": "user", "content": "YOUR QUERY"}}])
+  client.chat.completions.create(model="{model}", messages={json.dumps(messages)})
 
-The message is the query alone: no template, no examples. Stop with Ctrl-C."""
+The message is the query alone: no template, no examples."""
 
 
 def _wait() -> None:

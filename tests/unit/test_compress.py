@@ -138,17 +138,34 @@ INSTRUCTION = (
 )
 
 
-def test_llmlingua_meets_the_rate_on_a_real_model(tokenizer, monkeypatch):
-    monkeypatch.undo()  # the real cache folder holds the model
+@pytest.fixture(scope="module")
+def llmlingua():
     from pi_ray.compress.llmlingua import LLMLingua
 
-    config = CompressConfig()
-    compressor = LLMLingua(config)
-    short, shorter = compressor.compress(INSTRUCTION, 0.6), compressor.compress(INSTRUCTION, 0.3)
-    assert is_subsequence(short.split(), INSTRUCTION.split()) and len(shorter) < len(short) < len(INSTRUCTION)
+    return LLMLingua(CompressConfig())
+
+
+def test_llmlingua_keeps_what_surprises(llmlingua):
+    counting = "one two three four five six seven eight nine zebra eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen twenty"
+    assert "zebra" in llmlingua.compress(counting, 0.3).split()
+
+
+def test_llmlingua_compresses_a_long_text_to_its_end(llmlingua, tokenizer):
+    long = f"{INSTRUCTION} Middle. {INSTRUCTION[:400]}"
+    assert 200 < len(tokenizer(long).input_ids) < 400  # more than one window, less than two
+    kept = llmlingua.compress(long, 0.5).split()
+    assert is_subsequence(kept, long.split())
+    half = long.split()[-40:]
+    assert sum(words.find_kept(half, kept[-40:])) < 36
+
+
+def test_llmlingua_meets_the_rate_on_a_real_model(llmlingua, tokenizer):
     from pi_ray.compress.compress import _search
 
-    made = _search(compressor, Template(INSTRUCTION), 0.5, tokenizer, config)
+    config = CompressConfig()
+    short, shorter = llmlingua.compress(INSTRUCTION, 0.6), llmlingua.compress(INSTRUCTION, 0.3)
+    assert is_subsequence(short.split(), INSTRUCTION.split()) and len(shorter) < len(short) < len(INSTRUCTION)
+    assert llmlingua.compress(INSTRUCTION, 0.6) == short
+    made = _search(llmlingua, Template(INSTRUCTION), 0.5, tokenizer, config)
     assert abs(made.achieved - 0.5) <= config.tolerance
     assert "{code}," in made.text and {"15", "1", "100."} <= set(made.text.split())
-    assert made.text == _search(compressor, Template(INSTRUCTION), 0.5, tokenizer, config).text

@@ -1,0 +1,127 @@
+"""The whole main job as a person types it, from a folder outside the checkout, on a tiny model: and every command of the README."""
+
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.ray
+REPO = Path(__file__).parents[2]
+SMALL = "task.rows={train: 16, dev: 6, test: 9} train.batch_size=8 schedule.epochs=1 evaluate.max_new_tokens=4 evaluate.latency_rows=1 train.lora.rank=4"
+
+
+def shell(command: str, folder: Path, timeout: int = 400) -> str:
+    """Run `command` as pasted into a shell whose PATH has this environment's programs first."""
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "COLUMNS": "160"}
+    done = subprocess.run(["bash", "-c", command], cwd=folder, env=environment, capture_output=True, text=True, timeout=timeout)
+    assert done.returncode == 0, f"{command}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def small(tiny_model) -> str:
+    """Overrides that make any run take seconds."""
+    overrides = re.findall(r"\S+?=\{.*?\}|\S+", f"model.base={tiny_model} compress.model={tiny_model} {SMALL}")
+    return " ".join(map(shlex.quote, overrides))
+
+
+@pytest.fixture(scope="module")
+def demo(small, tmp_path_factory):
+    """(folder, output) of `make demo`, in a folder that is not the checkout."""
+    folder = tmp_path_factory.mktemp("elsewhere")
+    venv = Path(sys.executable).parents[1]
+    # -o: the environment is taken as installed; the recipe is the Makefile's own
+    out = shell(f"make -f {REPO}/Makefile VENV={venv} -o {venv}/.installed demo ARGS={shlex.quote(small)}", folder)
+    return folder, out
+
+
+def test_the_demo_ends_with_a_report_and_the_keys_that_programs_read(demo):
+    folder, out = demo
+    run = folder / "runs" / "demo"
+    summary = json.loads((run / "eval" / "summary.json").read_text())
+    for column in ("base", "base_full_prompt", "plain", "promptintern"):
+        assert {"exact_match", "bleu", "input_tokens", "latency_s"} <= set(summary[column])
+    assert set(summary["promptintern"]["groups"]) == {"like train", "new combinations", "template only"}
+    assert summary["promptintern"]["input_tokens"] < 0.1 * summary["base_full_prompt"]["input_tokens"]
+    assert summary["train"]["plain"]["updates"] == summary["train"]["promptintern"]["updates"] == 6
+    assert "<table" in (run / "report.html").read_text()
+    assert (run / "adapters" / "best" / "adapter_model.safetensors").is_file()
+    assert "Exact match" in out and "Serve it" in out
+
+
+def test_a_second_demo_reuses_everything(demo, small):
+    folder, _ = demo
+    started = time.monotonic()
+    out = shell(f"pi-ray demo {small}", folder)
+    assert out.count("nothing to do") >= 4
+    assert "update:" not in out and "0 s left" not in out
+    assert time.monotonic() - started < 60
+
+
+def test_the_printed_serve_command_and_curl_line_work_when_pasted(demo):
+    folder, out = demo
+    serve = next(line.strip() for line in out.splitlines() if " serve " in line)
+    curl = re.search(r"^ *(curl .*?'\{.*?\}')", out, re.S | re.M).group(1)
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    server = subprocess.Popen(["bash", "-c", f"exec {serve}"], cwd=folder, env=environment, stdout=subprocess.PIPE, text=True)
+    try:
+        wait_for("http://127.0.0.1:8000/healthz", server)
+        answer = json.loads(shell(curl, folder))
+        assert answer["choices"][0]["message"]["role"] == "assistant"
+        summary = json.loads((folder / "runs" / "demo" / "eval" / "summary.json").read_text())
+        assert answer["usage"]["prompt_tokens"] < 2 * summary["promptintern"]["input_tokens"]
+    finally:
+        server.send_signal(signal.SIGINT)
+        assert server.wait(timeout=60) == 0
+
+
+def wait_for(url: str, server: subprocess.Popen, seconds: int = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            urllib.request.urlopen(url, timeout=2).close()
+            return
+        except OSError:
+            assert server.poll() is None and time.monotonic() < deadline, "the server did not come up"
+            time.sleep(0.5)
+
+
+def test_your_own_prompt_in_the_steps_of_the_readme(small, tmp_path):
+    shell("pi-ray init my-task/", tmp_path)
+    assert "train.lr" in shell("pi-ray schema", tmp_path) or "lr" in shell("pi-ray schema", tmp_path)
+    assert "rank: 32" in shell("pi-ray show my-task/run.yaml", tmp_path)
+    tiny = f"{small} train.workers=1 train.batch_size=2"
+    assert "phase" in shell(f"pi-ray plan my-task/run.yaml {tiny}", tmp_path).lower()
+    shell(f"pi-ray run my-task/run.yaml {tiny}", tmp_path)
+    assert (tmp_path / "runs" / "my-task" / "report.html").is_file()
+    assert "nothing to do" in shell(f"pi-ray train my-task/run.yaml {tiny}", tmp_path)
+
+
+def test_a_mistake_in_run_yaml_is_one_sentence_with_its_line(tmp_path):
+    shell("pi-ray init my-task/", tmp_path)
+    path = tmp_path / "my-task" / "run.yaml"
+    path.write_text(path.read_text() + "\ntrian:\n  lr: 1\n")
+    done = subprocess.run([sys.executable, "-m", "pi_ray.cli", "plan", str(path)], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "unknown key 'trian'; did you mean 'train'?" in done.stderr
+    assert re.search(r"run\.yaml:\d+", done.stderr) and "Traceback" not in done.stderr
+
+
+RUN_HERE = {"make demo", "make test", "pi-ray init my-task/", "pi-ray show my-task/run.yaml", "pi-ray schema", "pi-ray plan my-task/run.yaml", "pi-ray run my-task/run.yaml",
+            "pi-ray train my-task/run.yaml", "pi-ray demo"}
+
+
+def test_every_command_of_the_readme_is_run_by_a_test():
+    text = (REPO / "README.md").read_text()
+    commands = [line.split("#")[0].strip() for block in re.findall(r"```bash\n(.*?)```", text, re.S) for line in block.splitlines()]
+    unknown = [c for c in commands if c and c not in RUN_HERE]
+    assert not unknown, f"no test runs {unknown}"
+    assert {"make demo", "make test"} <= set(commands)

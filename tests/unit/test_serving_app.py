@@ -1,0 +1,68 @@
+"""What is decided before Serve starts: who needs a key, which address, what is printed."""
+
+import pickle
+import socket
+
+import pytest
+
+from pi_ray import config as configuration
+from pi_ray.config import RunConfig, ServeConfig
+from pi_ray.errors import ConfigError
+from pi_ray.serving import app
+from pi_ray.serving.api import key_digest
+
+KEY = "a-secret-key"
+
+
+@pytest.fixture(autouse=True)
+def no_key(monkeypatch):
+    monkeypatch.delenv("PI_RAY_API_KEY", raising=False)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+
+
+def config(**limits):
+    return RunConfig(name="t", store="store", run_dir="runs/t", serve=ServeConfig(**limits))
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "10.0.0.5", "example.org", "", "localhost.example.org"])
+def test_a_server_that_others_can_reach_does_not_start_without_a_key(host):
+    with pytest.raises(ConfigError, match="PI_RAY_API_KEY"):
+        app.run(config(host=host))
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1", "localhost", "127.8.8.8"])
+def test_loopback_needs_no_key_but_uses_one_that_is_set(host, monkeypatch):
+    assert app.bearer_key(config(host=host)) == ""
+    monkeypatch.setenv("PI_RAY_API_KEY", KEY)
+    assert app.bearer_key(config(host=host)) == KEY
+
+
+def test_a_deployment_on_a_cluster_always_needs_a_key_and_carries_only_its_digest(tmp_path, monkeypatch):
+    (tmp_path / "run.yaml").write_text(configuration.dump(config()))
+    with pytest.raises(ConfigError, match="PI_RAY_API_KEY"):
+        app.deploy({"run": str(tmp_path / "run.yaml")})
+    with pytest.raises(ConfigError, match=r"args\.run"):
+        app.deploy({})
+    monkeypatch.setenv("PI_RAY_API_KEY", KEY)
+    made = app.deploy({"run": str(tmp_path / "run.yaml")})
+    ray_pickle = pytest.importorskip("ray.cloudpickle")
+    sent = ray_pickle.dumps(made._bound_deployment.func_or_class)
+    assert KEY.encode() not in sent
+    assert key_digest(KEY).encode() in sent
+    assert KEY.encode() not in pickle.dumps(made._bound_deployment.init_args[0]._bound_deployment.init_args)
+
+
+def test_a_taken_port_is_said_before_anything_starts():
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        with pytest.raises(ConfigError, match=r"serve\.port"):
+            app.run(config(port=taken.getsockname()[1]))
+
+
+def test_what_is_printed_names_the_key_and_does_not_show_it(monkeypatch):
+    assert "Authorization" not in app.usage(config(), "http://127.0.0.1:8000")
+    monkeypatch.setenv("PI_RAY_API_KEY", KEY)
+    text = app.usage(config(), "http://127.0.0.1:8000")
+    assert "$PI_RAY_API_KEY" in text
+    assert KEY not in text
