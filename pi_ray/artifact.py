@@ -67,7 +67,7 @@ def staged(final: Path, **manifest: Any) -> Iterator[Path]:
     """Yield a temporary folder beside `final`; on success hash its files, write the manifest, sync, and rename it into place.
 
     An older `final` is replaced only then; on any error it stays as it was and the temporary folder is removed.
-    Keyword arguments go into the manifest. A dict yielded by the caller is not needed: write extra facts to files.
+    Keyword arguments go into the manifest.
     """
     final = Path(final)
     final.parent.mkdir(parents=True, exist_ok=True)
@@ -76,16 +76,19 @@ def staged(final: Path, **manifest: Any) -> Iterator[Path]:
     try:
         yield tmp
         seal(tmp, **manifest)
-        if final.exists():
-            old = final.with_name(f".{final.name}.{uuid.uuid4().hex}.old")
-            os.rename(final, old)
-            os.rename(tmp, final)
-            shutil.rmtree(old, ignore_errors=True)
-        else:
-            os.rename(tmp, final)
-        _sync(final.parent)
+        commit(tmp, final)
     finally:
         shutil.rmtree(tmp, ignore_errors=True)
+
+
+def commit(tmp: Path, final: Path) -> None:
+    """Give a sealed folder its final name beside it, in place of an older one."""
+    old = final.with_name(f".{final.name}.{uuid.uuid4().hex}.old")
+    if final.exists():
+        os.rename(final, old)
+    os.rename(tmp, final)
+    _sync(final.parent)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def seal(folder: Path, **manifest: Any) -> dict[str, Any]:

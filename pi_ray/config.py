@@ -80,7 +80,7 @@ class CompressConfig(Block):
     name: str = Field("llmlingua", description="llmlingua or none")
     model: str = Field("smollm2-135m", description="the small model that scores tokens")
     protect: tuple[str, ...] = Field((), description="terms that survive byte for byte, besides placeholders, code fences, URLs and numbers")
-    protect_numbers: bool = Field(True, description="numbers survive")
+    protect_numbers: bool = Field(True, description="numbers survive while they leave room for words, and are never cut")
     tolerance: Annotated[float, Field(gt=0, le=0.5)] = Field(0.05, description="accepted distance between asked and achieved rate")
 
 

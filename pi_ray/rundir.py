@@ -72,7 +72,7 @@ def most_shots(config: RunConfig) -> int:
 def plain_config(config: RunConfig) -> RunConfig:
     """Plain fine-tuning without a prompt: rate 0 and no shots in every phase, so the same rows, updates and learning rates as the run."""
     phases = [{"rate": 0.0, "shots": 0, "epochs": p.epochs} for p in plan_phases(config.schedule)]
-    return config.replace(run_dir=str(RunDir(config.root).baseline("plain").root), schedule={"name": "list", "list": phases})
+    return config.replace(run_dir=str(RunDir(config.root).baseline("plain").root), schedule={"name": "list", "list": phases}, **{"evaluate.shots": 0})
 
 
 def prepare_fingerprint(config: RunConfig, task_fingerprint: str) -> str:

@@ -7,10 +7,8 @@ After a kill the finished shards are found again, so that nothing is done twice,
 from __future__ import annotations
 
 import io
-import os
 import re
 import shutil
-import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -21,7 +19,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pi_ray.artifact import seal, write_atomic
+from pi_ray.artifact import commit, seal, write_atomic
 from pi_ray.config import ModelConfig, PromptConfig, RunConfig
 from pi_ray.models import load_tokenizer
 from pi_ray.prompt import Example, PromptEncoder
@@ -100,11 +98,7 @@ def publish(folder: Path, final: Path, prefix_ids: list[int], **manifest: Any) -
         "label_mean": round(pc.mean(labels).as_py(), 1), "label_max": pc.max(labels).as_py(),
     }
     body = seal(folder, prefix_ids=prefix_ids, rows=table.num_rows, tokens=tokens, **manifest)
-    old = final.with_name(f".{final.name}.{uuid.uuid4().hex}.old")
-    if final.exists():
-        os.rename(final, old)
-    os.rename(folder, final)
-    shutil.rmtree(old, ignore_errors=True)
+    commit(folder, final)
     return body
 
 

@@ -1,0 +1,56 @@
+"""run.yaml: defaults, overrides, and mistakes that are named with file, line, key and cure."""
+
+import json
+
+import pytest
+
+from pi_ray import config
+from pi_ray.errors import ConfigError
+
+
+@pytest.mark.parametrize("text, message", [
+    ("name: a\ntrain:\n  lrr: 3\n", "t.yaml:3: unknown key 'train.lrr'; did you mean 'train.lr'?"),
+    ("trian: {}\nname: a", "t.yaml:1: unknown key 'trian'; did you mean 'train'?"),
+    ("name: a\ntask: {rows: {trian: 3}}", "t.yaml:2: unknown key 'task.rows.trian'; did you mean 'task.rows.train'?"),
+    ("name: a\ntrain:\n  lr: fast", "t.yaml:3: train.lr: Input should be a valid number"),
+    ("name: a\ntrain:\n  workers: 0", "t.yaml:3: train.workers: Input should be greater than or equal to 1"),
+    ("name: ../a", "t.yaml:1: name: String should match pattern"),
+    ("task: {}", "key 'name' is missing"),
+    ("name: a\ntrain: {batch_size: 7}", "train.batch_size 7 cannot be shared by train.workers 2"),
+    ("name: a\nschedule: {rate_start: 0.2, rate_end: 0.5}", "the template must shrink"),
+    ("name: a\nprompt: {query: hello}", "prompt.query must contain {query}"),
+    ("name: a\nserve: {min_replicas: 3}", "serve.min_replicas 3 is above"),
+    ("name: [", "not valid YAML"),
+    ("- a", "expected labelled blocks"),
+])
+def test_a_mistake_is_named_with_its_place_and_cure(text, message):
+    with pytest.raises(ConfigError) as error:
+        config.parse(text, "t.yaml")
+    assert message in str(error.value)
+
+
+def test_overrides_reach_into_blocks_and_their_mistakes_are_said_to_be_the_command_lines():
+    assert config.parse("name: a", "t.yaml", ["train.lr=0.1", "task.rows={train: 5}"]).task.rows.train == 5
+    with pytest.raises(ConfigError, match="command line: unknown key 'train.lrr'"):
+        config.parse("name: a", "t.yaml", ["train.lrr=0.1"])
+    with pytest.raises(ConfigError, match="section.key=value"):
+        config.parse("name: a", "t.yaml", ["train.lr"])
+
+
+def test_what_show_prints_reads_back_to_the_same_config():
+    first = config.parse("name: a\nschedule: {epochs: [1, 2, 3]}", "t.yaml")
+    assert config.parse(config.dump(first), "shown") == first
+
+
+def test_relative_paths_start_from_the_run_file(tmp_path):
+    (tmp_path / "run.yaml").write_text("name: a\ntask: {train: rows.jsonl}")
+    assert config.load(tmp_path / "run.yaml").task.train == str(tmp_path / "rows.jsonl")
+
+
+def test_a_missing_run_file_says_how_to_get_one():
+    with pytest.raises(ConfigError, match="pi-ray init"):
+        config.load("nowhere/run.yaml")
+
+
+def test_the_schema_describes_every_block():
+    assert {"task", "model", "schedule", "train", "evaluate", "serve"} <= set(json.loads(config.schema())["properties"])

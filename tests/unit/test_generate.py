@@ -1,0 +1,51 @@
+"""Greedy generation with a shared prefix equals transformers' own, row by row, in any batch."""
+
+import pytest
+import torch
+
+from pi_ray.config import ModelConfig
+from pi_ray.generate import greedy, latency, prefix_cache
+from pi_ray.models import load_model
+
+PREFIX = list(range(100, 130))
+ROWS = [[5, 6, 7], [200, 201, 202, 203, 204], [9]]
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model):
+    return load_model(ModelConfig(base=str(tiny_model)))
+
+
+@pytest.fixture(scope="module")
+def expected(model):
+    found = []
+    for row in ROWS:
+        ids = torch.tensor([PREFIX + row])
+        out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False, eos_token_id=-1)
+        found.append(out[0, ids.shape[1] :].tolist())
+    return found
+
+
+def test_each_row_of_a_batch_gets_what_transformers_generates_for_it_alone(model, expected):
+    assert greedy(model, PREFIX, ROWS, 8, end=None) == expected
+
+
+def test_a_cached_prefix_changes_nothing_and_is_not_used_up(model, expected):
+    cache = prefix_cache(model, PREFIX)
+    for _ in range(2):
+        assert greedy(model, PREFIX, ROWS, 8, end=None, cache=cache) == expected
+    assert cache.get_seq_length() == len(PREFIX)
+
+
+def test_a_row_stops_at_its_end_token_and_the_others_go_on(model, expected):
+    end = expected[0][2]
+    assert greedy(model, PREFIX, ROWS, 8, end=end) == [ids[: ids.index(end)] if end in ids else ids for ids in expected]
+
+
+def test_no_prefix_is_a_prefix_too(model, expected):
+    assert greedy(model, [], [PREFIX + ROWS[0]], 8, end=None) == expected[:1]
+
+
+def test_latency_gives_seconds_with_and_without_the_cache(model):
+    whole, cached = latency(model, PREFIX, ROWS[0], 3)
+    assert whole > 0 and cached > 0
