@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -17,8 +18,8 @@ class Watch:
 
     def __init__(self, console: Console, title: str, total: int):
         self.console, self.title, self.total = console, title, total
-        self.done, self.shown, self.started = 0, 0.0, time.monotonic()
-        self.first = 0  # done when this process began, so that a resumed run's time left is right
+        self.shown = -EVERY_S
+        self.recent: deque[tuple[float, int]] = deque(maxlen=10)  # (seconds, done): time left follows the present speed, not that of an earlier phase
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[text]}"), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
         self.bar = Progress(*columns, console=console) if console.is_terminal else None
 
@@ -34,15 +35,18 @@ class Watch:
 
     def to(self, done: int, text: str = "") -> None:
         """Progress stands at `done` of `total`."""
-        if not self.done:
-            self.first = max(0, done - 1)
-        self.done = done
         if self.bar:
             self.bar.update(self.task, completed=done, text=text)
-        elif time.monotonic() - self.shown >= EVERY_S or done >= self.total:
-            self.shown = time.monotonic()
-            left = (self.shown - self.started) * (self.total - done) / max(1, done - self.first)
-            self.console.print(f"{self.title}: {done}/{self.total}  {text}  {left:.0f} s left", highlight=False)
+            return
+        now = time.monotonic()
+        self.recent.append((now, done))
+        if now - self.shown >= EVERY_S or done >= self.total:
+            self.shown = now
+            self.console.print(f"{self.title}: {done}/{self.total}  {text}{self._left()}", highlight=False)
+
+    def _left(self) -> str:
+        (then, before), (now, done) = self.recent[0], self.recent[-1]
+        return f"  {(now - then) * (self.total - done) / (done - before):.0f} s left" if done > before else ""
 
 
 def training(watch: Watch) -> Callable[[dict[str, Any]], None]:

@@ -11,7 +11,14 @@ import time
 import urllib.request
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
+
+from pi_ray.artifact import read_manifest
+from pi_ray.config import load
+from pi_ray.models import load_tokenizer
+from pi_ray.rundir import RunDir
+from pi_ray.serving.completion import Completer
 
 pytestmark = pytest.mark.ray
 REPO = Path(__file__).parents[2]
@@ -66,6 +73,21 @@ def test_a_second_demo_reuses_everything(demo, small):
     assert time.monotonic() - started < 60
 
 
+def test_the_server_sends_exactly_the_ids_that_the_last_phase_trained_on(demo):
+    folder, _ = demo
+    config = load(folder / "runs" / "demo" / "run.yaml")
+    tokenizer = load_tokenizer(config.model)
+    completer = Completer(config, engine=None, tokenizer=tokenizer, context=8192)
+    adapter = completer.store.open("demo")
+    run = RunDir(config.root)
+    prefix = read_manifest(run.phase(2))["prefix_ids"]
+    trained = {r["id"]: r["prompt_ids"] for r in pq.read_table(run.phase(2) / "part-00000.parquet").to_pylist()}
+    rows = run.read_rows("train")
+    assert len(rows) == len(trained) == 16
+    for row in rows:
+        assert completer.prompt_ids(row.query, adapter) == prefix + trained[row.id]
+
+
 def test_the_printed_serve_command_and_curl_line_work_when_pasted(demo):
     folder, out = demo
     serve = next(line.strip() for line in out.splitlines() if " serve " in line)
@@ -103,6 +125,14 @@ def test_your_own_prompt_in_the_steps_of_the_readme(small, tmp_path):
     shell(f"pi-ray run my-task/run.yaml {tiny}", tmp_path)
     assert (tmp_path / "runs" / "my-task" / "report.html").is_file()
     assert "nothing to do" in shell(f"pi-ray train my-task/run.yaml {tiny}", tmp_path)
+
+
+def test_nl2bash_runs_through_the_same_path(small, tmp_path):
+    data = Path(os.environ.get("PI_RAY_DATA") or REPO.parent / "shared" / "data") / "nl2bash"
+    assert (data / "train.nl").is_file(), f"NL2Bash is not at {data}; set PI_RAY_DATA to the folder that holds nl2bash/"
+    out = shell(f"pi-ray run {REPO}/jobs/runs/nl2bash.yaml task.folder={data} {small} evaluate.baseline=false train.workers=1", tmp_path)
+    assert "phase 0: rate 1, 3 shots" in out
+    assert (tmp_path / "runs" / "nl2bash" / "report.html").is_file()
 
 
 def test_a_mistake_in_run_yaml_is_one_sentence_with_its_line(tmp_path):

@@ -31,9 +31,9 @@ def test_a_mistake_is_named_with_its_place_and_cure(text, message):
 
 def test_overrides_reach_into_blocks_and_their_mistakes_are_said_to_be_the_command_lines():
     assert config.parse("name: a", "t.yaml", ["train.lr=0.1", "task.rows={train: 5}"]).task.rows.train == 5
-    with pytest.raises(ConfigError, match="command line: unknown key 'train.lrr'"):
+    with pytest.raises(ConfigError, match=r"command line: unknown key 'train\.lrr'"):
         config.parse("name: a", "t.yaml", ["train.lrr=0.1"])
-    with pytest.raises(ConfigError, match="section.key=value"):
+    with pytest.raises(ConfigError, match=r"section\.key=value"):
         config.parse("name: a", "t.yaml", ["train.lr"])
 
 

@@ -1,5 +1,7 @@
 """Schedules: what each phase sees."""
 
+from itertools import pairwise
+
 import pytest
 
 from pi_ray.config import ScheduleConfig
@@ -48,4 +50,4 @@ def test_every_schedule_gives_as_many_phases_as_asked_and_never_rises(name):
     for phases in (1, 2, 5):
         found = plan_phases(ScheduleConfig(name=name, phases=phases, shots=4))
         assert len(found) == phases
-        assert all(a.rate >= b.rate and a.shots >= b.shots for a, b in zip(found, found[1:], strict=False))
+        assert all(a.rate >= b.rate and a.shots >= b.shots for a, b in pairwise(found))

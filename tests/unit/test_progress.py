@@ -1,0 +1,53 @@
+"""What is printed where there is no terminal: a line now and then, with the time left at the present speed."""
+
+import io
+
+import pytest
+from rich.console import Console
+
+from pi_ray import progress
+from pi_ray.progress import Watch, training
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    return now
+
+
+def lines(console):
+    return console.file.getvalue().splitlines()
+
+
+def test_a_line_every_ten_seconds_and_at_the_end(clock):
+    console = Console(file=io.StringIO(), width=100)
+    with Watch(console, "work", 100) as watch:
+        for i in range(1, 101):
+            clock[0] += 1
+            watch.to(i)
+    assert len(lines(console)) == 11
+    assert lines(console)[0] == "work: 1/100  "
+    assert lines(console)[1].endswith("89 s left")
+    assert lines(console)[-1].startswith("work: 100/100")
+
+
+def test_time_left_follows_the_present_speed(clock):
+    console = Console(file=io.StringIO(), width=100)
+    with Watch(console, "work", 120) as watch:
+        for i in range(1, 101):
+            clock[0] += 12 if i <= 50 else 2
+            watch.to(i)
+    assert lines(console)[-1].endswith("40 s left")
+
+
+def test_training_is_told_by_phase_update_loss_and_speed(clock):
+    console = Console(file=io.StringIO(), width=120)
+    with Watch(console, "update", 20) as watch:
+        listen = training(watch)
+        listen({"step": 4, "phase": 1, "loss": 0.5, "tokens": 300, "seconds": 2.0})
+        listen({"event": "phase_end", "phase": 1, "step": 4, "dev_loss": 0.25})
+        listen({"event": "plain_batches", "reason": "attention is limited to a sliding window of 64 tokens"})
+    text = console.file.getvalue()
+    assert "5/20" in text and "phase 1" in text and "loss 0.500" in text and "150 tokens/s" in text
+    assert "phase 1 done, dev loss 0.250" in text and "sliding window" in text
