@@ -89,6 +89,11 @@ def verdict(summary: dict[str, Any], cost: CostConfig) -> str:
             f"Keep your prompt: the adapter is cheaper to ask but measurably worse, {results.in_sentence(metric)} "
             f"{results.value(metric, mine[metric])} against {results.value(metric, full[metric])} with the full prompt."
         )
+    if metric != "bleu" and mine[metric] < results.WEAK:
+        return (
+            f"Keep looking: with {results.in_sentence(metric)} {results.value(metric, mine[metric])} the adapter is not of use yet, whatever it saves. "
+            "Give the last phase more epochs, or more rows, before comparing prices."
+        )
     return payback(of_summary(summary, cost), cost) + _plain_instead(summary, cost, metric)
 
 

@@ -15,8 +15,10 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from pi_ray import cluster
 from pi_ray.artifact import is_current, staged, verify
-from pi_ray.config import RunConfig
+from pi_ray.config import ModelConfig, RunConfig
+from pi_ray.fanout import stream
 from pi_ray.models import load_tokenizer
 from pi_ray.prompt import PromptEncoder
 from pi_ray.protocols import Row, Task
@@ -105,7 +107,7 @@ def _prompts(column: Column, rows: list[Row], run: RunDir, bank: dict[str, Row],
 
 def _generate(config: RunConfig, columns: list[Column], prompts: dict[str, Any], limit: int, typical: int, watch: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     """column -> output ids in the order of rows, and column -> [(seconds whole, seconds with cached prefix)]."""
-    import ray.data
+    import ray
 
     size, timed = config.evaluate.batch_size, config.evaluate.latency_rows
     work: list[dict[str, Any]] = []
@@ -115,24 +117,23 @@ def _generate(config: RunConfig, columns: list[Column], prompts: dict[str, Any],
     for c in columns:  # timed last, row by row, when nothing else runs
         prefix, own = prompts[c.name]
         work += [{**_item(c, prefix, own, [i]), "timed": True} for i in range(min(timed, len(own)))]
-    resources = ray.cluster_resources()
-    gpus = int(resources.get("GPU", 0))
-    options = {"num_gpus": 1, "concurrency": gpus} if gpus else {"num_cpus": max(1, int(resources.get("CPU", 1)) - 1), "concurrency": 1}
-    results = ray.data.from_items([{"work": json.dumps(w)} for w in work]).map_batches(
-        Generator, fn_constructor_args=(config.model.model_dump(), [c.adapter for c in columns if c.adapter], limit, typical, config.train.lora.rank),
-        batch_size=1, **options,
-    )
     outputs: dict[str, Any] = {c.name: [None] * len(prompts[c.name][1]) for c in columns}
     seconds: dict[str, list[tuple[float, float]]] = {c.name: [] for c in columns}
-    for line in results.iter_rows():
-        done = json.loads(line["result"])
-        if "seconds" in done:
-            seconds[done["column"]].append(tuple(done["seconds"]))
-            watch(f"{done['column']}, latency", len(seconds[done["column"]]), min(timed, len(outputs[done["column"]])))
+    cluster.connect()
+    resources = ray.cluster_resources()
+    gpus = int(resources.get("GPU", 0))
+    share = {"num_gpus": 1} if gpus else {"num_cpus": max(1, int(resources.get("CPU", 1)) - 1)}
+    adapters = [c.adapter for c in columns if c.adapter]
+    for place, done in stream(work, Generator, config.model, adapters, limit, typical, actors=gpus or 1, **share):
+        item = work[place]
+        column, of = item["column"], len(outputs[item["column"]])
+        if "timed" in item:
+            seconds[column].append(tuple(done))
+            watch(f"{column}, latency", len(seconds[column]), min(timed, of))
             continue
-        for i, ids in zip(done["rows"], done["outputs"], strict=True):
-            outputs[done["column"]][i] = ids
-        watch(done["column"], sum(o is not None for o in outputs[done["column"]]), len(outputs[done["column"]]))
+        for i, ids in zip(item["rows"], done, strict=True):
+            outputs[column][i] = ids
+        watch(column, sum(o is not None for o in outputs[column]), of)
     return outputs, seconds
 
 
@@ -141,42 +142,37 @@ def _item(column: Column, prefix: list[int], own: list[list[int]], numbers: Any)
 
 
 class Generator:
-    """A Ray Data actor: the base model with every column's adapter beside it."""
+    """Inside a Ray Data actor: the base model with every column's adapter beside it. Called with one item of work at a time."""
 
-    def __init__(self, model: dict[str, Any], adapters: list[str], limit: int, typical: int, rank: int):
+    def __init__(self, settings: ModelConfig, adapters: list[str], limit: int, typical: int):
         import os
 
         import torch
 
-        from pi_ray.config import ModelConfig
         from pi_ray.models import load_model
         from pi_ray.serving.loras import LoadedAdapters
 
         gpu = torch.cuda.is_available()
         if not gpu:
-            torch.set_num_threads(os.cpu_count() or 1)
-        settings = ModelConfig(**model)
+            torch.set_num_threads(os.cpu_count() or 1)  # Ray leaves an actor one; nothing else runs in this step
         self.end = load_tokenizer(settings).eos_token_id
         self.loaded = LoadedAdapters(load_model(settings, "cuda" if gpu else "cpu"), limit=max(1, len(adapters)))
         for folder in adapters:
             self.loaded.load(folder, busy=adapters)
         self.limit, self.typical = limit, typical
-        self._prefix: tuple[Any, Any] = (None, None)
+        self._prefix: tuple[str, Any] = ("", None)
 
-    def __call__(self, batch: dict[str, Any]) -> dict[str, list[str]]:
-        return {"result": [json.dumps(self._one(json.loads(str(w)))) for w in batch["work"]]}
-
-    def _one(self, work: dict[str, Any]) -> dict[str, Any]:
+    def __call__(self, work: dict[str, Any]) -> list[Any]:
+        """Output ids of each prompt, or with "timed" (seconds without, seconds with a cached prefix) of the first."""
         from pi_ray.generate import greedy, latency, prefix_cache
 
         self.loaded.activate(work["adapter"])
         model, prefix = self.loaded.model, work["prefix"]
         if work.get("timed"):
-            return {"column": work["column"], "seconds": latency(model, prefix, work["prompts"][0], self.typical)}
-        if self._prefix[0] != (work["column"], prefix):
-            self._prefix = ((work["column"], prefix), prefix_cache(model, prefix))
-        outputs = greedy(model, prefix, work["prompts"], self.limit, self.end, cache=self._prefix[1])
-        return {"column": work["column"], "rows": work["rows"], "outputs": outputs}
+            return list(latency(model, prefix, work["prompts"][0], self.typical))
+        if self._prefix[0] != work["column"]:
+            self._prefix = (work["column"], prefix_cache(model, prefix))
+        return greedy(model, prefix, work["prompts"], self.limit, self.end, cache=self._prefix[1])
 
 
 def _scores(task: Task, rows: list[Row], texts: list[str], config: RunConfig) -> dict[str, Any]:

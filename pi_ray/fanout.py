@@ -1,4 +1,4 @@
-"""Fan out: the same work on many items through Ray Data, with results in the order of the items.
+"""Fan out: the same work on many items through Ray Data.
 
 What a user did wrong may only show in a worker. There a PiRayError is returned instead of raised, and raised again here: otherwise Ray
 would retry it, and bury the one sentence that helps under its own traceback.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from pi_ray import cluster, errors
@@ -16,14 +16,19 @@ from pi_ray import cluster, errors
 Work = Callable[[dict[str, Any]], Any]
 
 
-def fan_out(items: Sequence[dict[str, Any]], make: Callable[..., Work], *args: Any, actors: int = 0) -> list[Any]:
-    """`make(*args)(item)` for each item. Items and results are what JSON can hold. Ray is not touched when there are no items.
+def fan_out(items: Sequence[dict[str, Any]], make: Callable[..., Work], *args: Any, actors: int = 0, **resources: float) -> list[Any]:
+    """`make(*args)(item)` for each item, in the order of the items. See `stream`."""
+    return [value for _, value in sorted(stream(items, make, *args, actors=actors, **resources), key=lambda pair: pair[0])]
 
-    With `actors`, at most that many processes call `make` once each and end with the job: for work that loads something large.
-    Without, Ray's running workers call it once for each item: it should be cheap there.
+
+def stream(items: Sequence[dict[str, Any]], make: Callable[..., Work], *args: Any, actors: int = 0, **resources: float) -> Iterator[tuple[int, Any]]:
+    """(place of the item, `make(*args)(item)`) as they are done. Items and results are what JSON can hold. No items: Ray is not touched.
+
+    With `actors`, at most that many processes (each with `resources`: num_cpus, num_gpus) call `make` once and end with the job: for work that
+    loads something large. Without, Ray's running workers call it once for each item: it should be cheap there.
     """
     if not items:
-        return []
+        return
     cluster.connect()
     import ray
 
@@ -35,11 +40,11 @@ def fan_out(items: Sequence[dict[str, Any]], make: Callable[..., Work], *args: A
     dataset = ray.data.from_items(numbered, override_num_blocks=len(items))
     if actors:
         pool = ray.data.ActorPoolStrategy(min_size=1, max_size=actors)
-        dataset = dataset.map_batches(_Worker, batch_size=1, compute=pool, fn_constructor_args=(make, args))
+        dataset = dataset.map_batches(_Worker, batch_size=1, compute=pool, fn_constructor_args=(make, args), **resources)
     else:
-        dataset = dataset.map_batches(_once, batch_size=1, fn_kwargs={"make": make, "args": args})
-    answers = sorted(dataset.take_all(), key=lambda row: row["place"])
-    return [_result(json.loads(row["answer"])) for row in answers]
+        dataset = dataset.map_batches(_once, batch_size=1, fn_kwargs={"make": make, "args": args}, **resources)
+    for row in dataset.iter_rows():
+        yield row["place"], _result(json.loads(row["answer"]))
 
 
 class _Worker:

@@ -60,6 +60,12 @@ def test_verdict_keeps_the_prompt_when_payback_takes_more_than_a_year():
     assert text.startswith("Keep your prompt") and "months" in text
 
 
+def test_verdict_praises_no_adapter_that_answers_almost_nothing():
+    weak = {"promptintern.exact_match": 0.02, "promptintern.intervals.exact_match": [0.0, 0.05]}
+    text = cost.verdict(summary(**weak, **{"base_full_prompt.exact_match": 0.0, "base_full_prompt.intervals.exact_match": [0.0, 0.0]}), CostConfig())
+    assert text.startswith("Keep looking") and "2%" in text and "pays" not in text
+
+
 def test_verdict_says_when_plain_fine_tuning_is_no_worse():
     text = cost.verdict(summary(**{"plain.exact_match": 0.71, "plain.intervals.exact_match": [0.65, 0.77]}), CostConfig())
     assert "Plain fine-tuning saves as much, its quality is level" in text
