@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
+import tempfile
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 
 def connect() -> None:
@@ -21,9 +25,27 @@ def connect() -> None:
     if not os.environ.get("RAY_ADDRESS"):
         local = {"include_dashboard": False}
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # what Ray's C++ side prints into the terminal is for Ray's developers
-    ray.init(log_to_driver=False, logging_level=logging.ERROR, **local)
+    with _muted("Set ray log level"):
+        ray.init(log_to_driver=False, logging_level=logging.ERROR, **local)
     from ray.data import DataContext
 
     DataContext.get_current().enable_progress_bars = False
     logging.getLogger("ray.data").setLevel(logging.WARNING)
     logging.getLogger("ray.train").setLevel(logging.WARNING)
+
+
+@contextmanager
+def _muted(phrase: str) -> Iterator[None]:
+    """Leave out lines with `phrase` from what is written to stderr meanwhile, by C++ too. The rest is passed on when the block ends, or fails."""
+    sys.stderr.flush()
+    original = os.dup(2)
+    with tempfile.TemporaryFile() as held:
+        os.dup2(held.fileno(), 2)
+        try:
+            yield
+        finally:
+            sys.stderr.flush()
+            os.dup2(original, 2)
+            os.close(original)
+            held.seek(0)
+            os.write(2, b"".join(line for line in held if phrase.encode() not in line))

@@ -11,10 +11,11 @@ from typing import Any
 from rich.console import Console
 
 from pi_ray import cluster
-from pi_ray.artifact import write_atomic
+from pi_ray.artifact import read_manifest, write_atomic
 from pi_ray.config import RunConfig, dump
 from pi_ray.progress import Watch, training
-from pi_ray.rundir import RunDir, plain_config
+from pi_ray.rundir import RunDir, phases_of, plain_config
+from pi_ray.train.updates import phase_updates
 
 
 def run(config: RunConfig, console: Console) -> Path:
@@ -43,8 +44,9 @@ def train(config: RunConfig, console: Console) -> None:
             console.print(f"  {name}nothing to do, every phase has its adapter", highlight=False)
             continue
         loop.fingerprint_of(c)
-        with Watch(console, f"  {name or 'promptintern: '}update", _updates(c)) as watch:
-            loop.train(c, training(watch))
+        costs = _costs(c)
+        with Watch(console, f"  {name or 'promptintern: '}update", len(costs)) as watch:
+            loop.train(c, training(watch, costs))
 
 
 def evaluate(config: RunConfig, console: Console) -> dict[str, Any]:
@@ -96,12 +98,15 @@ def _arms(config: RunConfig) -> list[tuple[str, RunConfig]]:
     return [("", config), *([("plain: ", plain_config(config))] if config.evaluate.baseline else [])]
 
 
-def _updates(config: RunConfig) -> int:
-    from pi_ray.schedule import plan_phases
-    from pi_ray.train.updates import phase_updates
-
-    rows = len(RunDir(config.root).read_rows("train"))
-    return sum(phase_updates(rows, p, config.train.batch_size) for p in plan_phases(config.schedule))
+def _costs(config: RunConfig) -> list[float]:
+    """Tokens that pass through the model in each update, from the prepared phases: what an update takes."""
+    costs: list[float] = []
+    for i, phase in phases_of(config):
+        manifest = read_manifest(RunDir(config.root).phase(i))
+        tokens, copies = manifest["tokens"], config.train.workers if config.train.share_prefix else config.train.batch_size
+        cost = copies * tokens["prefix"] + config.train.batch_size * (tokens["row_mean"] + tokens["label_mean"] - 1)
+        costs += [cost] * phase_updates(manifest["rows"], phase, config.train.batch_size)
+    return costs
 
 
 def _short(path: Path) -> Path:

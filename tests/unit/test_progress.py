@@ -44,10 +44,11 @@ def test_time_left_follows_the_present_speed(clock):
 def test_training_is_told_by_phase_update_loss_and_speed(clock):
     console = Console(file=io.StringIO(), width=120)
     with Watch(console, "update", 20) as watch:
-        listen = training(watch)
+        listen = training(watch, [10] * 5 + [2] * 15)
         listen({"step": 4, "phase": 1, "loss": 0.5, "tokens": 300, "seconds": 2.0})
         listen({"event": "phase_end", "phase": 1, "step": 4, "dev_loss": 0.25})
         listen({"event": "plain_batches", "reason": "attention is limited to a sliding window of 64 tokens"})
     text = console.file.getvalue()
     assert "5/20" in text and "phase 1" in text and "loss 0.500" in text and "150 tokens/s" in text
+    assert "6 s left" in text  # 15 updates of a fifth of the work of the one that took 2 s
     assert "phase 1 done, dev loss 0.250" in text and "sliding window" in text
