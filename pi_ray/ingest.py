@@ -31,12 +31,7 @@ def ingest(task: Task, config: TaskConfig, run: RunDir, fingerprint: str, progre
     """Write the rows artefact. Raises DataError when the rows cannot be used; rejects.jsonl is written in any case."""
     splits, rejects = read(task)
     write_atomic(run.rejects, "".join(json.dumps(asdict(r), ensure_ascii=False) + "\n" for r in rejects))
-    _check_rejects(rejects, config.max_bad_rows, run)
-    _check_ids(splits)
-    notes = _make_dev(splits) + _separate(splits, config.overlap)
-    for split in SPLITS:
-        if not splits[split]:
-            raise DataError(f"task '{config.name}' has no {split} rows; {len(rejects)} rows were rejected, see {run.rejects}")
+    notes = check(splits, rejects, config, run)
     with staged(run.rows, fingerprint=fingerprint, rows={s: len(splits[s]) for s in SPLITS}, rejected=len(rejects), notes=notes) as folder:
         for split, rows in splits.items():
             columns = {name: pa.array([getattr(r, name) for r in rows], pa.string()) for name in ("id", "query", "answer", "group")}
@@ -56,12 +51,26 @@ def read(task: Task) -> tuple[Splits, list[Reject]]:
     return splits, rejects
 
 
+def check(splits: Splits, rejects: Sequence[Reject], config: TaskConfig, run: RunDir) -> list[str]:
+    """Make `splits` fit to train and score on: a dev split if there is none, no query on both sides. Returns notes for people.
+
+    Raises DataError for too many rejects, ids that are not unique, an overlap that is not to be dropped, an empty split. Writes nothing.
+    """
+    _check_rejects(rejects, config.max_bad_rows, run)
+    _check_ids(splits)
+    notes = _make_dev(splits) + _separate(splits, config.overlap)
+    for split in SPLITS:
+        if not splits[split]:
+            raise DataError(f"task '{config.name}' has no {split} rows; {len(rejects)} rows were rejected, see {run.rejects}")
+    return notes
+
+
 def _check_rejects(rejects: Sequence[Reject], most: int, run: RunDir) -> None:
     if len(rejects) <= most:
         return
     first = "\n".join(f"  {r.source}:{r.line}: {r.reason}" for r in rejects[:SHOWN])
     raise DataError(
-        f"{len(rejects)} bad rows, and task.max_bad_rows is {most}:\n{first}\nAll of them are in {run.rejects}; mend the rows or raise task.max_bad_rows"
+        f"{len(rejects)} bad rows, and task.max_bad_rows is {most}:\n{first}\nMend the rows or raise task.max_bad_rows; 'pi-ray prepare' lists all of them in {run.rejects}"
     )
 
 

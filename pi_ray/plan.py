@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING
 
 from pi_ray import cost, estimate
 from pi_ray.artifact import is_current
-from pi_ray.errors import DataError
-from pi_ray.ingest import read
+from pi_ray.ingest import check, read
 from pi_ray.models import load_tokenizer
 from pi_ray.prompt import Example, PromptEncoder
 from pi_ray.registry import tasks
@@ -56,6 +55,7 @@ class Plan:
     config: RunConfig
     rows: dict[str, int]
     rejects: int
+    notes: list[str]
     size: estimate.ModelSize
     speed: estimate.Speed
     phases: list[PhasePlan]
@@ -93,11 +93,10 @@ class Counter:
 
 
 def plan(config: RunConfig) -> Plan:
-    """Count rows and tokens, and estimate. Raises DataError without usable training rows, and what the task and the model raise."""
+    """Count rows and tokens, and estimate. Raises DataError for rows that preparation would refuse, and what the task and the model raise."""
     task: Task = tasks[config.task.name](config.task)
     splits, rejects = read(task)
-    if not splits["train"]:
-        raise DataError(f"task '{config.task.name}': no usable training row ({len(rejects)} rejected)")
+    notes = check(splits, rejects, config.task, RunDir(config.root))
     rows = {split: len(found) for split, found in splits.items()}
     counter = _counter(task, splits["train"], config)
     size, speed = estimate.model_size(config.model, config.train.lora), estimate.measure_speed(config)
@@ -106,7 +105,7 @@ def plan(config: RunConfig) -> Plan:
     full = counter.shape(1.0, config.evaluate.shots or phases[0].phase.shots)
     query = phases[-1].shape
     return Plan(
-        config, rows, len(rejects), size, speed, phases, plain if config.evaluate.baseline else [],
+        config, rows, len(rejects), notes, size, speed, phases, plain if config.evaluate.baseline else [],
         max((estimate.memory(size, p.shape, config) for p in phases), key=lambda m: sum(m.values())),
         full, query, _money(config, sum(p.seconds for p in phases), full, query),
     )
@@ -160,7 +159,7 @@ def render(plan: Plan, console: Console) -> None:
     config, size = plan.config, plan.size
     say = lambda text, style="": console.print(Text(text, style))  # noqa: E731  user text is never read as markup
     say(f"{config.name}: {config.model.base}, {size.weights / 1e6:,.0f}M weights, {size.lora / 1e6:,.1f}M of LoRA (rank {config.train.lora.rank})", "bold")
-    say(", ".join(f"{n:,} {split}" for split, n in plan.rows.items()) + " rows" + (f"; {plan.rejects:,} rejected" if plan.rejects else ""))
+    say(", ".join(f"{n:,} {split}" for split, n in plan.rows.items()) + " rows" + (f"; {plan.rejects:,} rejected" if plan.rejects else "") + "".join(f"; {note}" for note in plan.notes))
     console.print(_table(plan))
     if any(not p.measured for p in plan.phases):
         say("~ template counted as rate x tokens; measured once it is compressed", "dim")

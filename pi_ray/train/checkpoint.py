@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -16,13 +15,6 @@ from pi_ray.artifact import read_manifest, staged, verify
 from pi_ray.errors import CorruptArtifactError, TrainingError
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Position:
-    """Where training stands: `done` updates are in the state."""
-
-    done: int
 
 
 def save(folder: Path, state: dict[str, torch.Tensor], done: int, fingerprint: str, keep: int) -> Path:
@@ -40,6 +32,14 @@ def save(folder: Path, state: dict[str, torch.Tensor], done: int, fingerprint: s
 def checkpoints(folder: Path) -> list[Path]:
     """Newest first; without temporary and set-aside ones."""
     return sorted((p for p in folder.glob("step-*") if p.is_dir() and p.suffix != ".corrupt"), reverse=True)
+
+
+def clear(folder: Path) -> None:
+    """Remove the checkpoints of a finished run: its adapters are what it was for. Damaged ones stay to be looked at."""
+    for path in checkpoints(folder):
+        shutil.rmtree(path, ignore_errors=True)
+    if folder.is_dir() and not any(folder.iterdir()):
+        folder.rmdir()
 
 
 def newest(folder: Path, fingerprint: str) -> Path | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import threading
 import time
 from collections.abc import Callable
@@ -66,6 +67,7 @@ def train(config: RunConfig, watch: Callable[[dict[str, Any]], None] = lambda en
     finally:
         stop.set()
         follower.join(timeout=5)
+    shutil.rmtree(run.root / "ray", ignore_errors=True)
     return fingerprint
 
 

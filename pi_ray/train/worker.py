@@ -59,7 +59,7 @@ class _Worker:
                 self._end_phase(update)
             if (update.step + 1) % self.config.train.checkpoint_every == 0:
                 self._checkpoint(update)
-        self._mark_best()
+        self._finish()
 
     def _build(self) -> Any:
         model = models.load_model(self.config.model, self.device)
@@ -157,8 +157,8 @@ class _Worker:
         state = {name: torch.zeros_like(value) if "/" in name else value for name, value in self.backend.state().items()}
         self.backend.load_state(state, 0)
 
-    def _mark_best(self) -> None:
-        """`best` -> the phase adapter with the lowest dev loss (the later one of equals)."""
+    def _finish(self) -> None:
+        """Link `best` to the phase adapter with the lowest dev loss (the later one of equals); what a resume needs is needed no more."""
         if self.rank:
             return
         cards = [json.loads((self.dir.adapter(i) / lora.CARD).read_text()) for i in range(len(self.phases))]
@@ -167,6 +167,7 @@ class _Worker:
         link.unlink(missing_ok=True)
         link.symlink_to(self.dir.adapter(best).name)
         os.replace(link, self.dir.best)
+        checkpoint.clear(self.dir.checkpoints)
 
     def _trim_log(self, done: int) -> None:
         """Drop what the log says of updates that will be done again."""

@@ -89,9 +89,17 @@ def test_the_plain_baseline_has_as_many_updates_as_all_phases_and_can_be_left_ou
     assert plan(config.replace(**{"evaluate.baseline": False})).plain == []
 
 
+def test_what_preparation_would_refuse_the_plan_refuses_too(config, tmp_path):
+    rows = (tmp_path / "train.jsonl").read_text().splitlines()
+    (tmp_path / "test.jsonl").write_text(rows[0] + "\n")
+    with pytest.raises(DataError, match="train queries also stand in dev or test"):
+        plan(config)
+    assert plan(config.replace(**{"task.overlap": "drop"})).rows["train"] == len(rows) - 1
+
+
 def test_no_training_rows_is_the_users_error(config, tmp_path):
     (tmp_path / "train.jsonl").write_text("not json\n")
-    with pytest.raises(DataError, match="no usable training row"):
+    with pytest.raises(DataError, match=r"train\.jsonl:1: not valid JSON"):
         plan(config)
 
 

@@ -53,6 +53,10 @@ def test_best_names_the_adapter_with_the_lowest_dev_loss(trained):
     assert RunDir(trained.root).best.resolve().name == f"phase-{losses.index(min(losses))}"
 
 
+def test_a_finished_run_keeps_its_adapters_and_no_checkpoints(trained):
+    assert not RunDir(trained.root).checkpoints.exists()
+
+
 def test_an_adapter_remembers_its_prompt(trained):
     card = json.loads((RunDir(trained.root).adapter(2) / "pi_ray.json").read_text())
     assert card["prompt"] == trained.prompt.model_dump(mode="json")
