@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from contextlib import contextmanager
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -22,6 +23,8 @@ from pi_ray.serving.completion import Completer
 
 pytestmark = pytest.mark.ray
 REPO = Path(__file__).parents[2]
+README = (REPO / "README.md").read_text()
+README_CURL = re.search(r"^curl .*?\}'$", README, re.S | re.M).group(0)
 SMALL = "task.rows={train: 16, dev: 6, test: 9} train.batch_size=8 schedule.epochs=1 evaluate.max_new_tokens=4 evaluate.latency_rows=1 train.lora.rank=4"
 
 
@@ -92,14 +95,21 @@ def test_the_printed_serve_command_and_curl_line_work_when_pasted(demo):
     folder, out = demo
     serve = next(line.strip() for line in out.splitlines() if " serve " in line)
     curl = re.search(r"^ *(curl .*?'\{.*?\}')", out, re.S | re.M).group(1)
-    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    server = subprocess.Popen(["bash", "-c", f"exec {serve}"], cwd=folder, env=environment, stdout=subprocess.PIPE, text=True)
-    try:
-        wait_for("http://127.0.0.1:8000/healthz", server)
+    with serving(serve, folder):
         answer = json.loads(shell(curl, folder))
         assert answer["choices"][0]["message"]["role"] == "assistant"
         summary = json.loads((folder / "runs" / "demo" / "eval" / "summary.json").read_text())
         assert answer["usage"]["prompt_tokens"] < 2 * summary["promptintern"]["input_tokens"]
+
+
+@contextmanager
+def serving(command: str, folder: Path):
+    """`command` runs in the background until the block ends; then Ctrl-C must stop it cleanly."""
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    server = subprocess.Popen(["bash", "-c", f"exec {command}"], cwd=folder, env=environment, stdout=subprocess.PIPE, text=True)
+    try:
+        wait_for("http://127.0.0.1:8000/healthz", server)
+        yield
     finally:
         server.send_signal(signal.SIGINT)
         assert server.wait(timeout=60) == 0
@@ -125,6 +135,9 @@ def test_your_own_prompt_in_the_steps_of_the_readme(small, tmp_path):
     shell(f"pi-ray run my-task/run.yaml {tiny}", tmp_path)
     assert (tmp_path / "runs" / "my-task" / "report.html").is_file()
     assert "nothing to do" in shell(f"pi-ray train my-task/run.yaml {tiny}", tmp_path)
+    with serving("pi-ray serve runs/my-task", tmp_path):
+        answer = json.loads(shell(README_CURL, tmp_path))
+        assert answer["model"] == "my-task" and answer["usage"]["prompt_tokens_saved"] > 100
 
 
 def test_nl2bash_runs_through_the_same_path(small, tmp_path):
@@ -145,13 +158,22 @@ def test_a_mistake_in_run_yaml_is_one_sentence_with_its_line(tmp_path):
     assert re.search(r"run\.yaml:\d+", done.stderr) and "Traceback" not in done.stderr
 
 
-RUN_HERE = {"make demo", "make test", "pi-ray init my-task/", "pi-ray show my-task/run.yaml", "pi-ray schema", "pi-ray plan my-task/run.yaml", "pi-ray run my-task/run.yaml",
-            "pi-ray train my-task/run.yaml", "pi-ray demo"}
+def test_the_prefix_benchmark_prints_both_sides_and_ends_with_json(tiny_model):
+    out = shell(f"python -m tests.bench.prefix --model {tiny_model} --rounds 1", REPO)
+    assert "plain   median" in out and "shared  median" in out and "transformers" in out
+    figures = json.loads(out.splitlines()[-1])
+    assert set(figures) == {"speedup", "token_ratio", "grad_rel_diff"} and figures["grad_rel_diff"] < 1e-3
+
+
+RUN_HERE = {
+    "make demo", "make test", "pi-ray init my-task/", "pi-ray plan my-task/run.yaml", "pi-ray run my-task/run.yaml", "pi-ray serve runs/my-task", README_CURL,
+    "pi-ray demo", "pi-ray show my-task/run.yaml", "pi-ray schema", "python -m tests.bench.prefix", "pip install .", "pi-ray serve", "pi-ray init",
+}  # fmt: skip
 
 
 def test_every_command_of_the_readme_is_run_by_a_test():
-    text = (REPO / "README.md").read_text()
-    commands = [line.split("#")[0].strip() for block in re.findall(r"```bash\n(.*?)```", text, re.S) for line in block.splitlines()]
-    unknown = [c for c in commands if c and c not in RUN_HERE]
-    assert not unknown, f"no test runs {unknown}"
-    assert {"make demo", "make test"} <= set(commands)
+    """`make test` is what runs this; test_project.py sees to its recipe, and to `pip install .`."""
+    fenced = "\n".join(re.findall(r"```bash\n(.*?)```", README, re.S))
+    commands = {c.split(" #")[0].strip() for c in re.split(r"(?<!\\)\n", fenced)} | set(re.findall(r"`((?:pi-ray|make|pip|python -m) [^`]+)`", README))
+    assert commands - {""} <= RUN_HERE, f"no test runs {commands - {''} - RUN_HERE}"
+    assert {"make demo", "make test", "pi-ray run my-task/run.yaml", README_CURL} <= commands
