@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"pi-ray: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
-        print("pi-ray: interrupted; the same command goes on from the newest checkpoint", file=sys.stderr)
+        print("pi-ray: interrupted; the same command goes on from what is done", file=sys.stderr)
         return 130
     return 0
 

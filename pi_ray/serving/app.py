@@ -167,7 +167,7 @@ def deploy(args: dict[str, str]) -> serve.Application:
 
 
 def run(config: RunConfig, blocking: bool = True) -> str:
-    """Serve `config` and return the URL; with `blocking`, print how to call it and serve until SIGINT or SIGTERM.
+    """Serve `config` and return the URL; with `blocking`, print how to call it and serve until SIGINT or SIGTERM ("" when that came before it was up).
 
     Raises ConfigError: no key off loopback, the port is taken, or Serve already runs here on another address.
     """
@@ -180,9 +180,11 @@ def run(config: RunConfig, blocking: bool = True) -> str:
     try:
         _start(config)
         serve.run(build(config, key_digest(key)), name=APP, route_prefix="/", blocking=False)
-    except BaseException:
+    except BaseException as error:
         if own:
             _shutdown(own)
+        if blocking and isinstance(error, KeyboardInterrupt):
+            return ""  # Ctrl-C stops a server, early or late
         raise
     url = f"http://{config.serve.host}:{config.serve.port}"
     if blocking:

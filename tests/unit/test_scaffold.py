@@ -7,7 +7,8 @@ import yaml
 
 from pi_ray.config import load, parse
 from pi_ray.errors import ConfigError
-from pi_ray.prompt import Template
+from pi_ray.models import load_tokenizer
+from pi_ray.prompt import PromptEncoder, Template
 from pi_ray.protocols import SPLITS, Row
 from pi_ray.scaffold import write_task
 from pi_ray.tasks.jsonl import JsonlTask
@@ -57,4 +58,5 @@ def test_the_written_paths_are_returned(tmp_path):
 
 def test_the_demo_run_loads():
     config = parse(files("pi_ray").joinpath("demo.yaml").read_text(), "demo.yaml")
-    assert config.name == "demo" and config.task.name == "opsql" and config.prompt.chat == "chatml"
+    assert config.name == "demo" and config.task.name == "opsql"
+    PromptEncoder(load_tokenizer(config.model), config.prompt)  # its chat frame suits its model
