@@ -11,7 +11,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pi_ray import __version__, config
+from pi_ray import __version__, config, runfile
 from pi_ray.errors import PiRayError
 
 if TYPE_CHECKING:
@@ -67,13 +67,13 @@ def _parser() -> argparse.ArgumentParser:
 
 def _load(args: argparse.Namespace) -> config.RunConfig:
     path = args.config / "run.yaml" if args.config.is_dir() else args.config
-    return config.load(path, args.overrides)
+    return runfile.load(path, args.overrides)
 
 
 @verb("the bundled task on the bundled model: prepare, train, evaluate, report, publish")
 def demo(args: argparse.Namespace, console: Console) -> None:
     text = files("pi_ray").joinpath("demo.yaml").read_text(encoding="utf-8")
-    _run(config.parse(text, "demo.yaml", args.overrides), console)
+    _run(runfile.parse(text, "demo.yaml", args.overrides), console)
 
 
 @verb("all steps in a row: prepare, train, evaluate, report, publish; what is done already is skipped")

@@ -24,8 +24,7 @@ import ray
 from ray import serve
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
-from pi_ray import cluster
-from pi_ray import config as configuration
+from pi_ray import cluster, runfile
 from pi_ray.config import RunConfig
 from pi_ray.errors import ConfigError
 from pi_ray.serving.adapters import AdapterStore
@@ -162,7 +161,7 @@ def deploy(args: dict[str, str]) -> serve.Application:
     """Application builder for `serve deploy` and KubeRay: `args: {run: path/to/run.yaml}`. Always needs a key: a cluster's proxies bind all interfaces."""
     if "run" not in args:
         raise ConfigError("args.run is missing: the run.yaml whose store and base model are to be served")
-    config = configuration.load(args["run"])
+    config = runfile.load(args["run"])
     return build(config, key_digest(bearer_key(config, required=True)))
 
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from pi_ray import config
+from pi_ray import config, runfile
 from pi_ray.errors import ConfigError
 
 
@@ -25,31 +25,31 @@ from pi_ray.errors import ConfigError
 ])
 def test_a_mistake_is_named_with_its_place_and_cure(text, message):
     with pytest.raises(ConfigError) as error:
-        config.parse(text, "t.yaml")
+        runfile.parse(text, "t.yaml")
     assert message in str(error.value)
 
 
 def test_overrides_reach_into_blocks_and_their_mistakes_are_said_to_be_the_command_lines():
-    assert config.parse("name: a", "t.yaml", ["train.lr=0.1", "task.rows={train: 5}"]).task.rows.train == 5
+    assert runfile.parse("name: a", "t.yaml", ["train.lr=0.1", "task.rows={train: 5}"]).task.rows.train == 5
     with pytest.raises(ConfigError, match=r"command line: unknown key 'train\.lrr'"):
-        config.parse("name: a", "t.yaml", ["train.lrr=0.1"])
+        runfile.parse("name: a", "t.yaml", ["train.lrr=0.1"])
     with pytest.raises(ConfigError, match=r"section\.key=value"):
-        config.parse("name: a", "t.yaml", ["train.lr"])
+        runfile.parse("name: a", "t.yaml", ["train.lr"])
 
 
 def test_what_show_prints_reads_back_to_the_same_config():
-    first = config.parse("name: a\nschedule: {epochs: [1, 2, 3]}", "t.yaml")
-    assert config.parse(config.dump(first), "shown") == first
+    first = runfile.parse("name: a\nschedule: {epochs: [1, 2, 3]}", "t.yaml")
+    assert runfile.parse(config.dump(first), "shown") == first
 
 
 def test_relative_paths_start_from_the_run_file(tmp_path):
     (tmp_path / "run.yaml").write_text("name: a\ntask: {train: rows.jsonl}")
-    assert config.load(tmp_path / "run.yaml").task.train == str(tmp_path / "rows.jsonl")
+    assert runfile.load(tmp_path / "run.yaml").task.train == str(tmp_path / "rows.jsonl")
 
 
 def test_a_missing_run_file_says_how_to_get_one():
     with pytest.raises(ConfigError, match="pi-ray init"):
-        config.load("nowhere/run.yaml")
+        runfile.load("nowhere/run.yaml")
 
 
 def test_the_schema_describes_every_block():

@@ -31,8 +31,8 @@ def test_an_installed_package_has_the_command_and_carries_the_demo(tmp_path):
     """`pip install .` without its dependencies, which are here already; then used from a folder that is not the checkout."""
     pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation", "--target", tmp_path / "site", REPO]
     subprocess.run(pip, check=True, capture_output=True)
-    program = "import pi_ray, sys; from pi_ray.tasks.opsql import OpsqlTask; from pi_ray.config import *; from importlib.resources import files\n" \
-        "c = parse(files('pi_ray').joinpath('demo.yaml').read_text(), 'demo.yaml'); print(pi_ray.__file__, c.task.name, len(OpsqlTask(c.task).template().text))"
+    program = "import pi_ray, sys; from pi_ray.tasks.opsql import OpsqlTask; from importlib.resources import files\n" \
+        "from pi_ray.runfile import parse; c = parse(files('pi_ray').joinpath('demo.yaml').read_text(), 'demo.yaml'); print(pi_ray.__file__, c.task.name, len(OpsqlTask(c.task).template().text))"
 
     def python(*arguments):
         environment = {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(tmp_path / "site")}
