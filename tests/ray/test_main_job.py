@@ -69,11 +69,9 @@ def test_the_demo_ends_with_a_report_and_the_keys_that_programs_read(demo):
 
 def test_a_second_demo_reuses_everything(demo, small):
     folder, _ = demo
-    started = time.monotonic()
     out = shell(f"pi-ray demo {small}", folder)
     assert out.count("nothing to do") >= 4
     assert "update:" not in out and "0 s left" not in out
-    assert time.monotonic() - started < 60
 
 
 def test_the_server_sends_exactly_the_ids_that_the_last_phase_trained_on(demo):

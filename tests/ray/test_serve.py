@@ -55,7 +55,7 @@ def ask(client, model="colours", **options):
 def free(client):
     """Seconds until both slots of the engine answer again."""
     start = time.time()
-    while time.time() - start < 10:
+    while time.time() - start < 60:
         try:
             ask(client, max_tokens=1)
             return time.time() - start
@@ -115,9 +115,13 @@ def test_a_burst_is_answered_or_told_to_come_back(client):
 
 
 def test_clients_that_leave_free_their_slots(client):
+    """Long before their 2,000 tokens are done: in less than half of the time that these would take, by the time that 200 take."""
+    start = time.time()
+    ask(client, max_tokens=200)
+    tenth = time.time() - start
     streams = [ask(client, max_tokens=2000, stream=True) for _ in range(2)]
     for stream in streams:
         next(iter(stream))
     for stream in streams:
         stream.close()
-    assert free(client) < 2
+    assert free(client) < 5 * tenth
