@@ -69,7 +69,12 @@ class Schedule(Protocol):
 
 
 class Backend(Protocol):
-    """How gradients become an update over all workers. Constructed with (model, TrainConfig) inside a worker."""
+    """How gradients become an update over all workers. Constructed with (model, TrainConfig, micro-batches an update) inside a worker.
+
+    `model` is what the loop calls; a wrapper such as DeepSpeed's engine stands in for the model there.
+    """
+
+    model: Any
 
     def backward(self, loss: Any, last: bool) -> None:
         """Accumulate gradients of one micro-batch; `last` marks the one that completes the update."""
@@ -80,7 +85,8 @@ class Backend(Protocol):
     def state(self) -> dict[str, Any]:
         """name -> fp32 CPU tensor: full weights and Adam moments of the trainable parameters, equal on every worker."""
 
-    def load_state(self, state: dict[str, Any]) -> None: ...
+    def load_state(self, state: dict[str, Any], updates: int) -> None:
+        """Take over what `state` gave after `updates` updates, which AdamW's bias correction counts."""
 
 
 @dataclass(frozen=True)
