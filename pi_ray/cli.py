@@ -87,6 +87,8 @@ def _run(settings: config.RunConfig, console: Console) -> None:
     from pi_ray.serving.app import usage
 
     published = pipeline.run(settings, console)
+    if pipeline.is_closed(settings):
+        return
     command = "pi-ray" if shutil.which("pi-ray") else os.path.relpath(sys.argv[0])
     run_dir = os.path.relpath(settings.root) if settings.root.is_relative_to(Path.cwd()) else settings.root
     query = RunDir(settings.root).read_rows("test")[0].query
@@ -146,6 +148,13 @@ def report(args: argparse.Namespace, console: Console) -> None:
     from pi_ray import pipeline
 
     pipeline.report(_load(args), console)
+
+
+@verb("run a table of runs, such as jobs/paper/table4.yaml, and print it in the paper's layout; goes on where it was stopped")
+def table(args: argparse.Namespace, console: Console) -> None:
+    from pi_ray import family, pipeline
+
+    pipeline.table(family.load(args.config, args.overrides), console, f"pi-ray table {' '.join([str(args.config), *args.overrides])}")
 
 
 @verb("put the best adapter into the store, versioned and hashed")

@@ -31,17 +31,24 @@ class RowsConfig(Block):
     train: Count = 0
     dev: Count = 0
     test: Count = 0
+    unlabelled: Count = Field(0, description="queries without an answer, for distillation")
 
 
 class TaskConfig(Block):
     """The data, the template and the metric."""
 
-    name: str = Field("jsonl", description="jsonl (your own rows), opsql (bundled), nl2bash")
+    name: str = Field("jsonl", description="jsonl (your own rows), opsql (bundled), nl2bash, mbpp, nl2f, nl2f-w")
     train: str = Field("train.jsonl", description="training rows, relative to run.yaml")
     dev: str = Field("dev.jsonl", description="rows for choosing; may be missing")
     test: str = Field("test.jsonl", description="held-out rows; only evaluated")
+    queries: str = Field("queries.jsonl", description="queries without an answer, such as a request log, for train.objective distill and mixed; may be missing")
     template: str = Field("template.md", description="instruction and documents")
-    folder: str = Field("", description="data folder of a named task such as nl2bash")
+    folder: str = Field("", description="data folder of a named task such as nl2bash; empty: from the hub, for tasks that are there")
+    docs: str = Field("", description="folder or file of API documents that become the template's documents; empty: those that ship with the task")
+    docs_count: Positive = Field(6, description="documents taken, most used in the training answers first")
+    docs_examples: Count = Field(2, description="examples kept of each document")
+    allow_code_execution: bool = Field(False, description="run generated programs, in a sandbox, to score them by their tests (mbpp)")
+    unsafe_local_execution: bool = Field(False, description="also where there can be no sandbox: with your own rights, on your own files")
     rows: RowsConfig = RowsConfig()
     max_bad_rows: Count = Field(0, description="stop when more rows than this are rejected")
     overlap: Literal["error", "drop"] = Field("error", description="a training query that also stands in dev or test: stop, or drop it from training")
@@ -86,12 +93,15 @@ class RetrieveConfig(Block):
     encoder: str = Field("ngram", description="ngram (hashed n-grams) or sentence-transformers")
     encoder_model: str = Field("all-minilm-l6-v2", description="for sentence-transformers: packaged name, hub id or folder")
     candidates: Positive = Field(64, description="rows that FAISS proposes for each row")
+    by: Literal["answer", "query"] = Field("answer", description="what training rows are compared by; dev and test rows have no answer yet, so always by query")
+    bank_fraction: Annotated[float, Field(gt=0, le=1)] = Field(1.0, description="share of the training rows that may serve as examples (paper 5.5)")
 
 
 class PhaseConfig(Block):
     rate: Rate
     shots: Count
     epochs: Positive = 1
+    steps: Count = Field(0, description="updates; 0: as many as the epochs take")
 
 
 class ScheduleConfig(Block):
@@ -103,6 +113,7 @@ class ScheduleConfig(Block):
     rate_end: Rate = Field(0.0, description="above 0: that much template is still sent at inference")
     shots: Count = Field(2, description="examples in the first phase")
     epochs: Positive | tuple[Positive, ...] = Field(1, description="passes over the rows: one number, or one for each phase")
+    steps: Count | tuple[Count, ...] = Field(0, description="updates of a phase instead of passes: one number, or one for each phase; 0: as many as the epochs take")
     list: tuple[PhaseConfig, ...] = Field((), description="for name: list")
 
     @model_validator(mode="after")
@@ -122,8 +133,17 @@ class LoraConfig(Block):
 
 
 class BackendConfig(Block):
-    name: str = Field("deepspeed", description="deepspeed or ddp")
+    name: str = Field("deepspeed", description="deepspeed, ddp, or openai: a closed model, see the block 'closed'")
     zero_stage: Literal[0, 1, 2, 3] = Field(2, description="DeepSpeed ZeRO stage")
+
+
+class DistillConfig(Block):
+    """The teacher reads the full prompt; the student learns its answers under the later phases' prompts."""
+
+    teacher: Literal["adapter", "base"] = Field("adapter", description="the adapter as the first phase leaves it, or the base model without it")
+    top_k: Positive = Field(16, description="likeliest tokens of the teacher that the student matches at each place of an answer")
+    confidence: Annotated[float, Field(le=0)] = Field(-0.1, description="a query's answer is kept when its least sure token has at least this log-probability")
+    share: Annotated[float, Field(ge=0, le=1)] = Field(0.5, description="objective mixed: weight of the teacher's distribution; the rest is cross-entropy on the answer")
 
 
 class TrainConfig(Block):
@@ -131,6 +151,8 @@ class TrainConfig(Block):
     gpu: bool | Literal["auto"] = Field("auto", description="auto: use GPUs when the cluster has them")
     backend: BackendConfig = BackendConfig()
     lora: LoraConfig = LoraConfig()
+    objective: Literal["sft", "distill", "mixed"] = Field("sft", description="the labels (the paper), a teacher that reads the full prompt, or both")
+    distill: DistillConfig = DistillConfig()
     batch_size: Positive = Field(16, description="rows of one update, over all workers")
     micro_batch: Count = Field(0, description="rows of one forward pass on one worker; 0: as many as the batch gives it")
     lr: Annotated[float, Field(gt=0)] = 5e-4
@@ -148,12 +170,14 @@ class TrainConfig(Block):
 
 
 class EvaluateConfig(Block):
+    split: Literal["test", "dev"] = Field("test", description="rows that are scored; dev for choosing settings")
     baseline: bool = Field(True, description="also train and evaluate plain fine-tuning without a prompt")
     batch_size: Positive = 16
     max_new_tokens: Count = Field(0, description="0: the longest answer of the data, plus a quarter")
     shots: Count = Field(0, description="examples in the base model's full prompt; 0: as the first phase")
     latency_rows: Positive = Field(12, description="rows timed one by one")
     bootstrap: Positive = Field(2000, description="resamples for the 95% intervals")
+    probe: bool = Field(True, description="also measure what was forgotten (perplexity on other text) and how much of the template is recited when asked")
     samples: Positive = Field(10, description="rows shown side by side in the report")
 
 
@@ -189,6 +213,28 @@ class ServeConfig(Block):
         return self
 
 
+class ClosedConfig(Block):
+    """A closed model, fine-tuned and asked through OpenAI's API or one like it, for train.backend.name: openai."""
+
+    base_url: str = Field("", description="of the service's API; empty: OpenAI's own")
+    model: str = Field("gpt-4o-mini-2024-07-18", description="the service's name of the base model")
+    api_key_env: str = Field("OPENAI_API_KEY", description="environment variable with the service's key")
+    batch_size: Count = Field(0, description="0: the service's choice")
+    lr_multiplier: Annotated[float, Field(ge=0)] = Field(0.0, description="of the service's learning rate; 0: the service's choice")
+    suffix: str = Field("pi-ray", pattern=r"^[a-z0-9-]{1,40}$", description="part of the tuned models' names")
+    train_price: Money = Field(3.00, description="per million training tokens, as your service has it now")
+    input_price: Money = Field(0.30, description="per million input tokens of evaluation")
+    output_price: Money = Field(1.20, description="per million output tokens of evaluation")
+    confirmed: bool = Field(False, description="spend without asking; needed where nobody can be asked")
+    poll_s: Annotated[float, Field(ge=0)] = Field(10.0, description="seconds between looks at a job; up to six times that while nothing happens")
+
+    @model_validator(mode="after")
+    def _no_secret(self) -> ClosedConfig:
+        if self.base_url and not re.fullmatch(r"https?://[^/@\s]+(/[^@?\s]*)?", self.base_url):
+            raise ValueError("closed.base_url must be an http or https URL without user, password or query; the key belongs in the environment")
+        return self
+
+
 class RunConfig(Block):
     """One run.yaml."""
 
@@ -205,11 +251,16 @@ class RunConfig(Block):
     evaluate: EvaluateConfig = EvaluateConfig()
     cost: CostConfig = CostConfig()
     serve: ServeConfig = ServeConfig()
+    closed: ClosedConfig = ClosedConfig()
 
     @model_validator(mode="after")
     def _consistent(self) -> RunConfig:
         if self.train.batch_size % self.train.workers:
             raise ValueError(f"train.batch_size {self.train.batch_size} cannot be shared by train.workers {self.train.workers}; take a multiple")
+        if self.train.objective != "sft" and self.train.backend.name == "deepspeed" and self.train.backend.zero_stage == 3:
+            raise ValueError(f"train.objective {self.train.objective} needs whole weights on each worker to let the teacher answer; take train.backend.zero_stage 2 or less")
+        if self.train.objective != "sft" and self.schedule.phases < 2 and len(self.schedule.list) < 2:
+            raise ValueError(f"train.objective {self.train.objective} needs a phase after the first: the teacher is what the first one leaves")
         if self.train.micro_batch and self.rows_per_worker % self.train.micro_batch:
             raise ValueError(f"train.micro_batch {self.train.micro_batch} does not divide the {self.rows_per_worker} rows that each worker has of a batch")
         return self

@@ -52,6 +52,11 @@ def training_cost(cost: CostConfig, seconds: float, workers: int) -> float:
     return seconds * workers * cost.training_hour / 3600
 
 
+def trained_cost(cost: CostConfig, facts: dict[str, Any]) -> float:
+    """Of a training that was done: what a service charged for it, or the hours of the workers."""
+    return facts["money"] if "money" in facts else training_cost(cost, facts["seconds"], facts["workers"])
+
+
 def break_even(training: float, before: float, after: float) -> int | None:
     """Requests after which `training` is paid back by requests that cost `after` instead of `before`; None for never."""
     saving = before - after
@@ -78,7 +83,7 @@ def of_summary(summary: dict[str, Any], cost: CostConfig) -> Economics:
     """Economics from the measured tokens and training time of eval/summary.json."""
     trained = summary["train"]["promptintern"]
     prices = {n: price(cost, c["input_tokens"], c["output_tokens"], c["prefix_tokens"]) for n, c in results.columns(summary).items()}
-    return economics(cost, training_cost(cost, trained["seconds"], trained["workers"]), prices)
+    return economics(cost, trained_cost(cost, trained), prices)
 
 
 def verdict(summary: dict[str, Any], cost: CostConfig) -> str:
@@ -104,7 +109,7 @@ def _plain_instead(summary: dict[str, Any], cost: CostConfig, metric: str) -> st
     if against == "worse":
         return ""
     trained = summary["train"]["plain"]
-    price = money(training_cost(cost, trained["seconds"], trained["workers"]), cost.currency)
+    price = money(trained_cost(cost, trained), cost.currency)
     return f" Plain fine-tuning saves as much, its quality is {against}, and its training cost {price}."
 
 

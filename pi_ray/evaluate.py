@@ -1,6 +1,6 @@
 """Evaluate on the held-out test rows: the base model without and with the full prompt, plain fine-tuning, and PromptIntern.
 
-Each is a column: an adapter (or none), a template and a number of shots. Generation runs on Ray Data actors that load the base once.
+Each is a column: an adapter (or none), a template and a number of shots. answers.py has them generated and timed.
 """
 
 from __future__ import annotations
@@ -8,17 +8,15 @@ from __future__ import annotations
 import json
 import platform
 import sys
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from statistics import median
 from typing import Any
 
-from pi_ray import cluster
-from pi_ray.artifact import is_current, staged, verify
-from pi_ray.config import ModelConfig, RunConfig
-from pi_ray.fanout import stream
+from pi_ray.answers import Column, generated, medians, timed
+from pi_ray.artifact import is_current, read_manifest, staged, verify
+from pi_ray.config import RunConfig
 from pi_ray.models import load_tokenizer
 from pi_ray.prompt import PromptEncoder
 from pi_ray.protocols import Row, Task
@@ -26,176 +24,155 @@ from pi_ray.registry import tasks
 from pi_ray.results import LABELS
 from pi_ray.rundir import RunDir, evaluate_fingerprint, plain_config
 from pi_ray.schedule import plan_phases
-from pi_ray.tasks.metrics import corpus_bleu, mean_interval
+from pi_ray.tasks.metrics import corpus_bleu, mean_interval, paired_bleu, paired_mean
 from pi_ray.train.lora import CARD, PACKAGES
-
-
-@dataclass(frozen=True)
-class Column:
-    """One way to answer the test rows. `adapter` is a folder or "" for the base model."""
-
-    name: str
-    adapter: str
-    template: str
-    shots: int
 
 
 def columns_of(config: RunConfig) -> list[Column]:
     """The columns of a trained run; "plain" only when its baseline was trained."""
     run = RunDir(config.root)
-    card = json.loads((run.best / CARD).read_text())
-    full = next(t["text"] for t in json.loads((run.templates / "templates.json").read_text()) if t["rate"] == 1.0)
-    shots = config.evaluate.shots or max(p.shots for p in plan_phases(config.schedule))
     plain = run.baseline("plain").best
     return [
         Column("base", "", "", 0),
-        Column("base_full_prompt", "", full, shots),
+        Column("base_full_prompt", "", template_at(run, 1.0), config.evaluate.shots or max(p.shots for p in plan_phases(config.schedule))),
         *([Column("plain", str(plain.resolve()), "", 0)] if config.evaluate.baseline else []),
-        Column("promptintern", str(run.best.resolve()), card["template"], card["shots"]),
+        trained(config),
     ]
 
 
-def evaluate(config: RunConfig, watch: Callable[[str, int, int], None] = lambda column, done, total: None) -> dict[str, Any]:
+def trained(config: RunConfig) -> Column:
+    """The run's best adapter, with the prompt that it was trained to see at inference."""
+    best = RunDir(config.root).best.resolve()
+    card = json.loads((best / CARD).read_text())
+    return Column("promptintern", str(best), card["template"], card["shots"])
+
+
+def untrained(config: RunConfig) -> Column:
+    """The base model with the prompt of the run's last phase."""
+    last = plan_phases(config.schedule)[-1]
+    return Column("base", "", template_at(RunDir(config.root), last.rate), last.shots)
+
+
+def template_at(run: RunDir, rate: float) -> str:
+    if not rate:
+        return ""
+    return next(t["text"] for t in json.loads((run.templates / "templates.json").read_text()) if t["rate"] == rate)
+
+
+def evaluate(
+    config: RunConfig, watch: Callable[[str, int, int], None] = lambda column, done, total: None, columns: Sequence[Column] = (),
+) -> dict[str, Any]:
     """Write eval/summary.json, samples.jsonl and outputs.jsonl, and return the summary. `watch` gets (column, rows done, rows in all).
 
-    Skipped when the adapters and the evaluate block are those of the last time. Raises CorruptArtifactError for a damaged adapter.
+    `columns` are those of `columns_of` unless given. Skipped when columns, adapters and the evaluate block are those of the last time.
+    Raises CorruptArtifactError for a damaged adapter.
     """
     run = RunDir(config.root)
-    columns = columns_of(config)
-    fingerprint = evaluate_fingerprint(config, [verify(Path(c.adapter))["fingerprint"] for c in columns if c.adapter])
+    columns = columns or columns_of(config)
+    prepared = read_manifest(run.rows)["fingerprint"]
+    trained_from = [(c.name, verify(Path(c.adapter))["fingerprint"] if c.adapter else prepared) for c in columns]
+    fingerprint = evaluate_fingerprint(config, trained_from)
     if is_current(run.evaluation, fingerprint):
         return json.loads((run.evaluation / "summary.json").read_text())
     task: Task = tasks[config.task.name](config.task)
     encoder = PromptEncoder(load_tokenizer(config.model), config.prompt)
-    rows, bank = run.read_rows("test"), {r.id: r for r in run.read_rows("train")}
-    prompts = {c.name: _prompts(c, rows, run, bank, encoder) for c in columns}
-    answers = [len(encoder.answer(r.answer)) for r in rows]
-    longest = max(answers + [len(encoder.answer(r.answer)) for r in bank.values()])
-    limit = config.evaluate.max_new_tokens or longest + -(-longest // 4)
-    typical = round(sum(answers) / len(answers))
-    outputs, seconds = _generate(config, columns, prompts, limit, typical, watch)
+    rows, bank = run.read_rows(config.evaluate.split), {r.id: r for r in run.read_rows("train")}
+    prompts = {c.name: _prompts(c, rows, run, bank, encoder, config.evaluate.split) for c in columns}
+    limit, typical = _lengths(config, rows, list(bank.values()), encoder)
+    outputs, seconds, probes = generated(config, columns, prompts, limit, typical, watch, template_at(run, 1.0) if config.evaluate.probe else "")
     summary = {
         "run": config.name, "task": config.task.name, "model": config.model.base, "seed": config.train.seed, "fingerprint": fingerprint,
-        "command": "pi-ray " + " ".join(sys.argv[1:]), "train_rows": len(bank), "test_rows": len(rows), "max_new_tokens": limit, "latency_new_tokens": typical,
-        "groups": _count(r.group for r in rows if r.group), "versions": _versions(), "hardware": _hardware(), "train": _train_facts(config),
+        "command": "pi-ray " + " ".join(sys.argv[1:]), "train_rows": len(bank), "split": config.evaluate.split, "test_rows": len(rows), "max_new_tokens": limit, "latency_new_tokens": typical,
+        "groups": _count(r.group for r in rows if r.group), "versions": _versions(), "hardware": _hardware(), "train": _train_facts(config, {c.name for c in columns}),
     }
     texts = {c.name: [encoder.decode(ids) for ids in outputs[c.name]] for c in columns}
+    scores = {c.name: _score(task, rows, texts[c.name]) for c in columns}
     for c in columns:
-        prefix, own = prompts[c.name]
+        (prefix, own), each = prompts[c.name], scores[c.name]
         summary[c.name] = {
             "label": LABELS[c.name],
-            **_scores(task, rows, texts[c.name], config),
+            **_summarise(rows, texts[c.name], each, config),
             "input_tokens": len(prefix) + sum(map(len, own)) / len(own),
             "output_tokens": sum(len(o) + 1 for o in outputs[c.name]) / len(own),
             "prefix_tokens": len(prefix),
-            "latency_s": median(whole for whole, _ in seconds[c.name]),
-            "latency_cached_s": median(cached for _, cached in seconds[c.name]),
-            "groups": {g: {"rows": n, **_scores(task, *_of_group(g, rows, texts[c.name]), config)} for g, n in summary["groups"].items()},
+            **medians(seconds[c.name]),
+            **probes[c.name],
+            "groups": {g: {"rows": n, **_summarise(*_of_group(g, rows, texts[c.name], each), config)} for g, n in summary["groups"].items()},
         }
+    if "promptintern" in texts:
+        others = [c.name for c in columns if c.name != "promptintern"]
+        summary["paired"] = {other: _paired(rows, texts, scores, other, config) for other in others}
     with staged(run.evaluation, fingerprint=fingerprint) as tmp:
         (tmp / "summary.json").write_text(json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
-        (tmp / "outputs.jsonl").write_text("".join(_lines(rows, texts)))
-        (tmp / "samples.jsonl").write_text("".join(islice(_lines(rows, texts), config.evaluate.samples)))
+        (tmp / "outputs.jsonl").write_text("".join(_lines(rows, texts, scores)))
+        (tmp / "samples.jsonl").write_text("".join(islice(_lines(rows, texts, scores), config.evaluate.samples)))
     return summary
 
 
-def _prompts(column: Column, rows: list[Row], run: RunDir, bank: dict[str, Row], encoder: PromptEncoder) -> tuple[list[int], list[list[int]]]:
-    """Prefix ids, and each row's ids. Shots of test rows were chosen by the query, since the answer is not known at inference."""
-    shots = run.read_shots("test", bank, column.shots)
+def speed(columns: Sequence[tuple[str, Column, RunConfig]], watch: Callable[[int], None]) -> dict[str, dict[str, float]]:
+    """label -> median seconds of a request, for columns of several runs of one base model: one engine, column after column for each row."""
+    first = columns[0][2]
+    encoder = PromptEncoder(load_tokenizer(first.model), first.prompt)
+    rows, prompts = RunDir(first.root).read_rows(first.evaluate.split), {}
+    for label, column, config in columns:
+        run = RunDir(config.root)
+        prompts[label] = _prompts(column, rows, run, {r.id: r for r in run.read_rows("train")}, encoder, first.evaluate.split)
+    limit, typical = _lengths(first, rows, [], encoder)
+    named = [replace(column, name=label) for label, column, _ in columns]
+    seconds = timed(first, named, prompts, limit, typical, watch)
+    return {label: medians(found) for label, found in seconds.items()}
+
+
+def _lengths(config: RunConfig, rows: list[Row], bank: list[Row], encoder: PromptEncoder) -> tuple[int, int]:
+    """(most new tokens of an answer, those of a typical one, with which requests are timed)."""
+    own = [len(encoder.answer(r.answer)) for r in rows]
+    longest = max(own + [len(encoder.answer(r.answer)) for r in bank])
+    return config.evaluate.max_new_tokens or longest + -(-longest // 4), round(sum(own) / len(own))
+
+
+def _prompts(column: Column, rows: list[Row], run: RunDir, bank: dict[str, Row], encoder: PromptEncoder, split: str) -> tuple[list[int], list[list[int]]]:
+    """Prefix ids, and each row's ids. Their shots were chosen by the query, since the answer is not known at inference."""
+    shots = run.read_shots(split, bank, column.shots)
     return encoder.prefix(column.template), [encoder.row(r.query, shots.get(r.id, ())) for r in rows]
 
 
-def _generate(config: RunConfig, columns: list[Column], prompts: dict[str, Any], limit: int, typical: int, watch: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-    """column -> output ids in the order of rows, and column -> [(seconds whole, seconds with cached prefix)]."""
-    import ray
-
-    size, timed = config.evaluate.batch_size, config.evaluate.latency_rows
-    work: list[dict[str, Any]] = []
-    for c in columns:
-        prefix, own = prompts[c.name]
-        work += [_item(c, prefix, own, range(start, min(start + size, len(own)))) for start in range(0, len(own), size)]
-    for c in columns:  # timed last, row by row, when nothing else runs
-        prefix, own = prompts[c.name]
-        work += [{**_item(c, prefix, own, [i]), "timed": True} for i in range(min(timed, len(own)))]
-    outputs: dict[str, Any] = {c.name: [None] * len(prompts[c.name][1]) for c in columns}
-    seconds: dict[str, list[tuple[float, float]]] = {c.name: [] for c in columns}
-    cluster.connect()
-    resources = ray.cluster_resources()
-    gpus = int(resources.get("GPU", 0))
-    share = {"num_gpus": 1} if gpus else {"num_cpus": max(1, int(resources.get("CPU", 1)) - 1)}
-    adapters = [c.adapter for c in columns if c.adapter]
-    for place, done in stream(work, Generator, config.model, adapters, limit, typical, actors=gpus or 1, **share):
-        item = work[place]
-        column, of = item["column"], len(outputs[item["column"]])
-        if "timed" in item:
-            seconds[column].append(tuple(done))
-            watch(f"{column}, latency", len(seconds[column]), min(timed, of))
-            continue
-        for i, ids in zip(item["rows"], done, strict=True):
-            outputs[column][i] = ids
-        watch(column, sum(o is not None for o in outputs[column]), of)
-    return outputs, seconds
+def _score(task: Task, rows: list[Row], texts: list[str]) -> list[dict[str, float]]:
+    """Per-row metrics; a task whose scoring is work (running programs) takes all rows at once."""
+    at_once = getattr(task, "score_all", None)
+    return at_once(rows, texts) if at_once else [task.score(row, text) for row, text in zip(rows, texts, strict=True)]
 
 
-def _item(column: Column, prefix: list[int], own: list[list[int]], numbers: Any) -> dict[str, Any]:
-    return {"column": column.name, "adapter": column.adapter, "prefix": prefix, "rows": list(numbers), "prompts": [own[i] for i in numbers]}
-
-
-class Generator:
-    """Inside a Ray Data actor: the base model with every column's adapter beside it. Called with one item of work at a time."""
-
-    def __init__(self, settings: ModelConfig, adapters: list[str], limit: int, typical: int):
-        import os
-
-        import torch
-
-        from pi_ray.models import load_model
-        from pi_ray.serving.loras import LoadedAdapters
-
-        gpu = torch.cuda.is_available()
-        if not gpu:
-            torch.set_num_threads(os.cpu_count() or 1)  # Ray leaves an actor one; nothing else runs in this step
-        self.end = load_tokenizer(settings).eos_token_id
-        self.loaded = LoadedAdapters(load_model(settings, "cuda" if gpu else "cpu"), limit=max(1, len(adapters)))
-        for folder in adapters:
-            self.loaded.load(folder, busy=adapters)
-        self.limit, self.typical = limit, typical
-        self._prefix: tuple[str, Any] = ("", None)
-
-    def __call__(self, work: dict[str, Any]) -> list[Any]:
-        """Output ids of each prompt, or with "timed" (seconds without, seconds with a cached prefix) of the first."""
-        from pi_ray.generate import greedy, latency, prefix_cache
-
-        self.loaded.activate(work["adapter"])
-        model, prefix = self.loaded.model, work["prefix"]
-        if work.get("timed"):
-            return list(latency(model, prefix, work["prompts"][0], self.typical))
-        if self._prefix[0] != work["column"]:
-            self._prefix = (work["column"], prefix_cache(model, prefix))
-        return greedy(model, prefix, work["prompts"], self.limit, self.end, cache=self._prefix[1])
-
-
-def _scores(task: Task, rows: list[Row], texts: list[str], config: RunConfig) -> dict[str, Any]:
+def _summarise(rows: list[Row], texts: list[str], each: list[dict[str, float]], config: RunConfig) -> dict[str, Any]:
     """Every metric with its 95% bootstrap interval over rows; BLEU on 0..100, the others in 0..1."""
-    each = [task.score(row, text) for row, text in zip(rows, texts, strict=True)]
     found = {name: mean_interval([s[name] for s in each], config.evaluate.bootstrap, config.train.seed) for name in each[0]}
     found["bleu"] = corpus_bleu(texts, [r.answer for r in rows], config.evaluate.bootstrap, config.train.seed)
     return {**{name: value for name, (value, _, _) in found.items()}, "intervals": {name: [low, high] for name, (_, low, high) in found.items()}}
 
 
-def _of_group(group: str, rows: list[Row], texts: list[str]) -> tuple[list[Row], list[str]]:
+def _paired(rows: list[Row], texts: dict[str, list[str]], scores: dict[str, list[dict[str, float]]], other: str, config: RunConfig) -> dict[str, list[float]]:
+    """metric -> [difference, low, high, p] of PromptIntern against another column on the same rows."""
+    mine, theirs, settings = scores["promptintern"], scores[other], (config.evaluate.bootstrap, config.train.seed)
+    found = {name: paired_mean([s[name] for s in mine], [s[name] for s in theirs], *settings) for name in mine[0]}
+    found["bleu"] = paired_bleu(texts["promptintern"], texts[other], [r.answer for r in rows], *settings)
+    return {name: list(values) for name, values in found.items()}
+
+
+def _of_group(group: str, rows: list[Row], *columns: list[Any]) -> list[list[Any]]:
     picked = [i for i, r in enumerate(rows) if r.group == group]
-    return [rows[i] for i in picked], [texts[i] for i in picked]
+    return [[column[i] for i in picked] for column in (rows, *columns)]
 
 
-def _lines(rows: list[Row], texts: dict[str, list[str]]) -> Iterator[str]:
+def _lines(rows: list[Row], texts: dict[str, list[str]], scores: dict[str, list[dict[str, float]]]) -> Iterator[str]:
     for i, r in enumerate(rows):
-        yield json.dumps({"id": r.id, "group": r.group, "query": r.query, "answer": r.answer, "outputs": {name: own[i] for name, own in texts.items()}}, ensure_ascii=False) + "\n"
+        own = {"outputs": {name: column[i] for name, column in texts.items()}, "scores": {name: column[i] for name, column in scores.items()}}
+        yield json.dumps({"id": r.id, "group": r.group, "query": r.query, "answer": r.answer, **own}, ensure_ascii=False) + "\n"
 
 
-def _train_facts(config: RunConfig) -> dict[str, Any]:
+def _train_facts(config: RunConfig, columns: set[str]) -> dict[str, Any]:
     facts = {}
-    for name, c in [("promptintern", config), *([("plain", plain_config(config))] if config.evaluate.baseline else [])]:
+    for name, c in [("promptintern", config), ("plain", plain_config(config))]:
+        if name not in columns:
+            continue
         steps = [e for e in map(json.loads, RunDir(c.root).train_log.read_text().splitlines()) if "loss" in e]
         facts[name] = {"updates": len(steps), "seconds": round(sum(e["seconds"] for e in steps), 1), "tokens": sum(e["tokens"] for e in steps), "workers": config.train.workers}
     return facts

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from pi_ray.artifact import staged, write_atomic
 from pi_ray.config import TaskConfig
 from pi_ray.errors import DataError
-from pi_ray.protocols import SPLITS, Reject, Row, Task
+from pi_ray.protocols import SPLITS, UNLABELLED, Reject, Row, Task
 from pi_ray.retrieve.neighbours import normalised
 from pi_ray.rundir import RunDir
 
@@ -27,24 +27,24 @@ SHOWN = 3  # examples named in an error
 Splits = dict[str, list[Row]]
 
 
-def ingest(task: Task, config: TaskConfig, run: RunDir, fingerprint: str, progress: Callable[[str], None]) -> None:
-    """Write the rows artefact. Raises DataError when the rows cannot be used; rejects.jsonl is written in any case."""
-    splits, rejects = read(task)
+def ingest(task: Task, config: TaskConfig, run: RunDir, fingerprint: str, progress: Callable[[str], None], names: Sequence[str] = SPLITS) -> None:
+    """Write the rows artefact: the splits of `names`. Raises DataError when the rows cannot be used; rejects.jsonl is written in any case."""
+    splits, rejects = read(task, names)
     write_atomic(run.rejects, "".join(json.dumps(asdict(r), ensure_ascii=False) + "\n" for r in rejects))
     notes = check(splits, rejects, config, run)
-    with staged(run.rows, fingerprint=fingerprint, rows={s: len(splits[s]) for s in SPLITS}, rejected=len(rejects), notes=notes) as folder:
+    with staged(run.rows, fingerprint=fingerprint, rows={s: len(rows) for s, rows in splits.items()}, rejected=len(rejects), notes=notes) as folder:
         for split, rows in splits.items():
             columns = {name: pa.array([getattr(r, name) for r in rows], pa.string()) for name in ("id", "query", "answer", "group")}
             pq.write_table(pa.table(columns), folder / f"{split}.parquet", compression="zstd")
-    counts = ", ".join(f"{len(splits[s])} {s}" for s in SPLITS)
+    counts = ", ".join(f"{len(rows)} {s}" for s, rows in splits.items())
     progress("; ".join([f"rows: {counts}, {len(rejects)} rejected", *notes]))
 
 
-def read(task: Task) -> tuple[Splits, list[Reject]]:
-    """All rows of the three splits, and all rejects, in the task's order."""
+def read(task: Task, names: Sequence[str] = SPLITS) -> tuple[Splits, list[Reject]]:
+    """All rows of each split, and all rejects, in the task's order."""
     splits: Splits = {}
     rejects: list[Reject] = []
-    for split in SPLITS:
+    for split in names:
         splits[split] = []
         for row in task.rows(split):
             (rejects if isinstance(row, Reject) else splits[split]).append(row)
@@ -58,7 +58,7 @@ def check(splits: Splits, rejects: Sequence[Reject], config: TaskConfig, run: Ru
     """
     _check_rejects(rejects, config.max_bad_rows, run)
     _check_ids(splits)
-    notes = _make_dev(splits) + _separate(splits, config.overlap)
+    notes = _make_dev(splits) + _separate(splits, config.overlap) + _new_queries(splits)
     for split in SPLITS:
         if not splits[split]:
             raise DataError(f"task '{config.name}' has no {split} rows; {len(rejects)} rows were rejected, see {run.rejects}")
@@ -105,6 +105,20 @@ def _separate(splits: Splits, overlap: str) -> list[str]:
         )
     _drop(splits, set(held))
     return [f"{len(shared)} train rows dropped, because their queries also stand in dev or test"]
+
+
+def _new_queries(splits: Splits) -> list[str]:
+    """Unlabelled queries that no split has, each once: a teacher must never be asked what is evaluated."""
+    known = {normalised(r.query) for s in SPLITS for r in splits[s]}
+    rows = splits.get(UNLABELLED, [])
+    fresh: dict[str, Row] = {}
+    for row in rows:
+        if (query := normalised(row.query)) not in known:
+            fresh.setdefault(query, row)
+    if len(fresh) == len(rows):
+        return []
+    splits[UNLABELLED] = list(fresh.values())
+    return [f"{len(rows) - len(fresh)} of {len(rows)} unlabelled queries left out, since they stand elsewhere too"]
 
 
 def _drop(splits: Splits, queries: set[str]) -> int:

@@ -5,26 +5,36 @@ Each step reads the run directory, is skipped when it is up to date, and can be 
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from pi_ray import cluster
-from pi_ray.artifact import read_manifest, write_atomic
+from pi_ray.artifact import digest, read_manifest, write_atomic
 from pi_ray.config import RunConfig, dump
+from pi_ray.family import Family, Member, complete
 from pi_ray.progress import Watch, training
 from pi_ray.rundir import RunDir, phases_of, plain_config
 from pi_ray.train.updates import phase_updates
 
 
 def run(config: RunConfig, console: Console) -> Path:
-    """All steps in a row. Returns the published adapter's folder."""
+    """All steps in a row. Returns the published adapter's folder, or the report where a service keeps the model."""
     prepare(config, console)
     train(config, console)
     evaluate(config, console)
-    report(config, console)
-    return publish(config, console)
+    page = report(config, console)
+    return page if is_closed(config) else publish(config, console)
+
+
+def is_closed(config: RunConfig) -> bool:
+    """Whether a service has the model, so that there is no adapter to publish."""
+    from pi_ray import closed
+
+    return config.train.backend.name == closed.BACKEND
 
 
 def prepare(config: RunConfig, console: Console) -> None:
@@ -38,6 +48,8 @@ def prepare(config: RunConfig, console: Console) -> None:
 def train(config: RunConfig, console: Console) -> None:
     from pi_ray.train import loop
 
+    if is_closed(config):
+        return _tune(config, console)
     _begin(config, console, "Train", f"LoRA rank {config.train.lora.rank} through the phases, {config.train.workers} worker(s), {config.train.backend.name}")
     for name, c in _arms(config):
         if loop.is_trained(c):
@@ -49,13 +61,32 @@ def train(config: RunConfig, console: Console) -> None:
             loop.train(c, training(watch, costs))
 
 
+def _tune(config: RunConfig, console: Console) -> None:
+    from pi_ray import closed
+
+    _begin(config, console, "Train", f"{config.closed.model} through the phases, one fine-tuning job each, on {config.closed.base_url or 'OpenAI'}")
+    for name, c in _arms(config):
+        columns = {"columns": ("plain",)} if name else {}
+        model = closed.tune(c, lambda e, name=name: console.print(f"  {name}phase {e['phase']}: {e['message']}", highlight=False), closed.ask(), **columns)
+        console.print(f"  {name}{model}", highlight=False)
+
+
 def evaluate(config: RunConfig, console: Console) -> dict[str, Any]:
+    from pi_ray import closed
     from pi_ray import evaluate as step
     from pi_ray.results import table
 
-    _begin(config, console, "Evaluate", "held-out test rows, temperature 0")
-    columns = step.columns_of(config)
-    rows = len(RunDir(config.root).read_rows("test"))
+    summary = _evaluate(config, (closed if is_closed(config) else step).columns_of(config), console)
+    console.print(table(summary))
+    return summary
+
+
+def _evaluate(config: RunConfig, columns: Sequence[Any], console: Console) -> dict[str, Any]:
+    from pi_ray import closed
+    from pi_ray import evaluate as step
+
+    _begin(config, console, "Evaluate", f"{config.evaluate.split} rows, temperature 0")
+    rows = len(RunDir(config.root).read_rows(config.evaluate.split))
     total = len(columns) * (rows + min(rows, config.evaluate.latency_rows))
     done: dict[str, int] = {}
     with Watch(console, "  rows", total) as watch:
@@ -64,9 +95,49 @@ def evaluate(config: RunConfig, console: Console) -> dict[str, Any]:
             done[column] = n
             watch.to(sum(done.values()), column)
 
-        summary = step.evaluate(config, listen)
-    console.print(table(summary))
-    return summary
+        if is_closed(config):
+            return closed.evaluate(config, listen, columns, closed.ask())
+        return step.evaluate(config, listen, columns)
+
+
+def table(family: Family, console: Console, command: str) -> Path:
+    """Run what a family still lacks, print its table, and merge its numbers into the results file, whose path is returned."""
+    from pi_ray import closed
+    from pi_ray import evaluate as step
+    from pi_ray import table as page
+
+    def column(member: Member) -> Any:
+        if not member.trained:
+            return step.untrained(member.config)
+        return (closed if is_closed(member.config) else step).trained(member.config)
+
+    complete(
+        family, lambda c: prepare(c, console), lambda c: train(c, console), lambda m: _evaluate(m.config, [column(m)], console),
+        lambda line: console.rule(line, align="left"),
+    )
+    first = [m for m in family.members if m.seed == family.config.seeds[0]]
+    speeds = {} if is_closed(family.base) else _speeds(family, [(m.column, column(m), m.config) for m in first], console)
+    columns = page.read(family)
+    rows = list(page.lines(family, columns, speeds))
+    write_atomic(family.base.root / f"table-{family.config.table}.md", page.markdown(rows))
+    console.print(page.render(f"Table {family.config.table}: {family.config.title}", rows))
+    if sentence := page.gap(family, columns)[0]:
+        console.print(sentence, highlight=False)
+    path = family.source.resolve().parent / family.config.results
+    page.merge(path, page.entries(family, columns, speeds, command))
+    console.print(f"[bold]Numbers[/]  {_short(path)}", highlight=False)
+    return path
+
+
+def _speeds(family: Family, columns: list[Any], console: Console) -> dict[str, Any]:
+    """Seconds of each column on one engine, measured once for these adapters."""
+    from pi_ray import evaluate as step
+
+    path = family.base.root / f"speed-{digest([(name, c.adapter, c.template, c.shots) for name, c, _ in columns])[:12]}.json"
+    if not path.exists():
+        with Watch(console, "  seconds a request", family.base.evaluate.latency_rows * len(columns)) as watch:
+            write_atomic(path, json.dumps(step.speed(columns, watch.to), indent=1) + "\n")
+    return json.loads(path.read_bytes())
 
 
 def report(config: RunConfig, console: Console) -> Path:
@@ -87,7 +158,7 @@ def publish(config: RunConfig, console: Console, name: str = "") -> Path:
 
 def _begin(config: RunConfig, console: Console, step: str, what: str) -> None:
     console.print(f"[bold]{step}[/]  {what}", highlight=False)
-    path, text = RunDir(config.root).config, dump(config)
+    path, text = RunDir(config.root).config, dump(config.replace(**{"closed.confirmed": False}))  # a yes to spending is for one command
     if not path.exists() or path.read_text() != text:
         write_atomic(path, text)
     cluster.connect()

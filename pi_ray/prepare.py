@@ -22,8 +22,8 @@ from pi_ray.fanout import fan_out
 from pi_ray.ingest import ingest
 from pi_ray.models import load_tokenizer
 from pi_ray.prompt import PromptEncoder, Template
-from pi_ray.protocols import SPLITS, Task
-from pi_ray.rundir import RunDir, distinct_rates, most_shots, phases_of, prepare_fingerprint
+from pi_ray.protocols import SPLITS, UNLABELLED, Task
+from pi_ray.rundir import RunDir, distinct_rates, most_shots, phases_of, prepare_fingerprint, wants_unlabelled
 
 NEIGHBOUR_ROWS = 512  # rows of one neighbour search
 COMPRESS_THREADS = 4
@@ -48,7 +48,7 @@ def prepare(config: RunConfig, progress: Progress = print) -> str:
     encoder = PromptEncoder(tokenizer, config.prompt)
     template = task.template()
     if not is_current(run.rows, fingerprint):
-        ingest(task, config.task, run, fingerprint, progress)
+        ingest(task, config.task, run, fingerprint, progress, _splits(config))
     if not is_current(run.templates, fingerprint):
         _templates(config, template, tokenizer, run, fingerprint, progress)
     if not _has_neighbours(config, run, fingerprint):
@@ -63,9 +63,14 @@ def _is_done(config: RunConfig, run: RunDir, fingerprint: str) -> bool:
 
 
 def _plan(config: RunConfig) -> list[tuple[str, str, float, int]]:
-    """(folder, split, rate, shots) of every dataset: one a phase, and dev with the last phase's prompt."""
+    """(folder, split, rate, shots) of every dataset: one a phase, its unlabelled queries where a teacher answers them, and dev with the last phase's prompt."""
     phases = [(str(i), "train", p.rate, p.shots) for i, p in phases_of(config)]
-    return [*phases, ("dev", "dev", *phases[-1][2:])]
+    unlabelled = [(f"{UNLABELLED}-{i}", UNLABELLED, p.rate, p.shots) for i, p in phases_of(config)] if wants_unlabelled(config) else []
+    return [*phases, *unlabelled, ("dev", "dev", *phases[-1][2:])]
+
+
+def _splits(config: RunConfig) -> tuple[str, ...]:
+    return (*SPLITS, UNLABELLED) if wants_unlabelled(config) else SPLITS
 
 
 # Templates
@@ -115,16 +120,16 @@ class FindNeighbours:
     def __init__(self, config: RunConfig, k: int):
         run = RunDir(config.root)
         self.config, self.k = config.retrieve, k
-        self.rows = {split: run.read_rows(split) for split in SPLITS}
+        self.rows = {split: run.read_rows(split) for split in _splits(config)}
         self.banks: dict[str, Any] = {}
 
     def __call__(self, item: dict[str, Any]) -> list[Any]:
         """[id, split, neighbour ids, scores] of each row in the range."""
-        from pi_ray.retrieve.neighbours import Bank
+        from pi_ray.retrieve.neighbours import Bank, part
 
-        by = "answer" if item["split"] == "train" else "query"
+        by = self.config.by if item["split"] == "train" else "query"
         if by not in self.banks:
-            self.banks[by] = Bank(self.rows["train"], self.config, by)
+            self.banks[by] = Bank(part(self.rows["train"], self.config.bank_fraction), self.config, by)
         rows = self.rows[item["split"]][item["begin"] : item["end"]]
         return [[r.id, item["split"], f.ids, f.scores] for r, f in zip(rows, self.banks[by].find(rows, self.k), strict=True)]
 
@@ -143,7 +148,7 @@ def _has_neighbours(config: RunConfig, run: RunDir, fingerprint: str) -> bool:
 def _neighbours(config: RunConfig, run: RunDir, fingerprint: str, progress: Progress) -> None:
     """Find the examples of all rows and write neighbours.parquet, in the order of the splits and their rows."""
     k, counts = most_shots(config), read_manifest(run.rows)["rows"]
-    items = [{"split": s, "begin": a, "end": min(a + NEIGHBOUR_ROWS, counts[s])} for s in SPLITS for a in range(0, counts[s], NEIGHBOUR_ROWS)]
+    items = [{"split": s, "begin": a, "end": min(a + NEIGHBOUR_ROWS, counts[s])} for s in _splits(config) for a in range(0, counts[s], NEIGHBOUR_ROWS)]
     rows = [row for part in fan_out(items, FindNeighbours, config, k, actors=-(-len(items) // 4)) for row in part]
     ids, split, near, scores = (list(column) for column in zip(*rows, strict=True))
     table = pa.table({
@@ -164,7 +169,7 @@ def _neighbours(config: RunConfig, run: RunDir, fingerprint: str, progress: Prog
 def _phases(config: RunConfig, encoder: PromptEncoder, run: RunDir, fingerprint: str, progress: Progress) -> None:
     """One Ray Data job over the unfinished shards of all phases, then each phase is sealed."""
     texts = {e["rate"]: e["text"] for e in json.loads((run.templates / "templates.json").read_bytes())}
-    rows = {split: run.read_rows(split) for split in ("train", "dev")}
+    rows = {split: run.read_rows(split) for split in _splits(config) if split != "test"}
     plan = [p for p in _plan(config) if not is_current(run.phase(p[0]), fingerprint)]
     shards.remove_stale(run.phases, {name for name, *_ in _plan(config)}, fingerprint)
     folders = {name: shards.working_folder(run.phase(name), fingerprint) for name, *_ in plan}

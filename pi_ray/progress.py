@@ -65,6 +65,8 @@ def training(watch: Watch, costs: Sequence[float]) -> Callable[[dict[str, Any]],
             watch.to(done, f"phase {entry['phase']}  loss {entry['loss']:.3f}  {entry['tokens'] / entry['seconds']:.0f} tokens/s", left)
         elif entry.get("event") == "phase_end":
             watch.console.print(f"{watch.title}: phase {entry['phase']} done, dev loss {entry['dev_loss']:.3f}; adapter written", highlight=False)
+        elif entry.get("event") == "taught":
+            watch.console.print(f"{watch.title}: the teacher answered {entry['answered']} of {entry['queries']} unlabelled queries, {entry['kept']} of them surely enough to learn from", highlight=False)
         elif entry.get("event") == "plain_batches":
             watch.console.print(f"{watch.title}: plain batches, since {entry['reason']}", highlight=False)
 

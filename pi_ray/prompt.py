@@ -78,6 +78,19 @@ class Encoded:
         return self.prefix + self.row
 
 
+def text_of(config: PromptConfig, query: str, template: str = "", shots: Sequence[Example] = ()) -> str:
+    """A whole prompt as text, for a model behind an API: the words that PromptEncoder puts between chat head and tail."""
+    return (template + "\n\n" if template else "") + _body(config, query, shots)
+
+
+def _body(config: PromptConfig, query: str, shots: Sequence[Example]) -> str:
+    body = config.query.replace("{query}", query)
+    if not shots:
+        return body
+    rendered = [config.example.replace("{query}", s.query).replace("{answer}", s.answer) for s in shots]
+    return "\n\n".join([*([config.examples_heading] if config.examples_heading else []), *rendered, body])
+
+
 class PromptEncoder:
     """Text -> ids for one tokenizer and one prompt format. Raises ModelError when the chat template injects text of its own."""
 
@@ -96,11 +109,7 @@ class PromptEncoder:
 
     def row(self, query: str, shots: Sequence[Example] = ()) -> list[int]:
         """Examples (least similar first, so that the best one stands next to the query), query, chat tail."""
-        body = self.config.query.replace("{query}", query)
-        if shots:
-            rendered = [self.config.example.replace("{query}", s.query).replace("{answer}", s.answer) for s in shots]
-            body = "\n\n".join([*([self.config.examples_heading] if self.config.examples_heading else []), *rendered, body])
-        return self._content(body) + self._frame(self.tail)
+        return self._content(_body(self.config, query, shots)) + self._frame(self.tail)
 
     def encode(self, query: str, template: str = "", shots: Sequence[Example] = ()) -> Encoded:
         return Encoded(self.prefix(template), self.row(query, shots))

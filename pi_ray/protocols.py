@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from pi_ray.schedule import Phase
 
 SPLITS = ("train", "dev", "test")
+UNLABELLED = "unlabelled"  # a fourth, of rows with an empty answer, that a teacher answers
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,10 @@ class Task(Protocol):
     """Data, template and metric. Constructed with a TaskConfig."""
 
     def rows(self, split: str) -> Iterator[Row | Reject]:
-        """All rows of "train", "dev" or "test", streamed; what cannot be used comes as a Reject."""
+        """All rows of "train", "dev" or "test", streamed; what cannot be used comes as a Reject.
+
+        Of "unlabelled" the queries that have no answer (Row.answer is ""), as many as there are: none is fine.
+        """
 
     def template(self) -> Template: ...
 

@@ -40,6 +40,9 @@ tasks = Registry("task", {
     "jsonl": "pi_ray.tasks.jsonl:JsonlTask",
     "opsql": "pi_ray.tasks.opsql:OpsqlTask",
     "nl2bash": "pi_ray.tasks.nl2bash:Nl2BashTask",
+    "mbpp": "pi_ray.tasks.mbpp:MbppTask",
+    "nl2f": "pi_ray.tasks.nl2f:Nl2fTask",
+    "nl2f-w": "pi_ray.tasks.nl2f_w:Nl2fWTask",
 })
 compressors = Registry("compressor", {
     "llmlingua": "pi_ray.compress.llmlingua:LLMLingua",

@@ -108,7 +108,7 @@ def _cost(summary: dict[str, Any], config: RunConfig) -> dict[str, Any]:
         ],
         "requests_per_month": f"{prices.requests_per_month:,}",
         "training": [
-            (results.LABELS.get(name, name), _trained(facts), write(cost.training_cost(prices, facts["seconds"], facts["workers"])))
+            (results.LABELS.get(name, name), _trained(facts), write(cost.trained_cost(prices, facts)))
             for name, facts in summary["train"].items()
         ],
         "saving": (write(cost.monthly(prices, money.saving.uncached)), write(cost.monthly(prices, money.saving.cached))),

@@ -22,6 +22,11 @@ LABELS = {
     "promptintern": "PromptIntern",
 }
 METRIC_NAMES = {"exact_match": "Exact match", "bleu": "BLEU", "execution": "Execution match"}
+PROBES = (  # probe.py
+    ("off_task_perplexity", "Perplexity on other text", "{:.1f}"),
+    ("recited", "Template recited when asked", "{:.0%}"),
+    ("longest_run", "Longest run of its words", "{:.0f}"),
+)
 WEAK = 0.1  # a metric below this in every column tells them apart badly
 
 
@@ -112,6 +117,11 @@ def lines(summary: dict[str, Any]) -> list[Line]:
     table.append(Line("Output tokens per request", [(f"{c['output_tokens']:,.0f}", "") for c in found.values()]))
     table.append(Line("Latency, no prefix cache", [(seconds(c.get("latency_s")), "") for c in found.values()]))
     table.append(Line("Latency, prefix cached", [(seconds(c.get("latency_cached_s")), "") for c in found.values()]))
+    if any("latency_merged_s" in c for c in found.values()):
+        table.append(Line("Latency, adapter merged", [(seconds(c.get("latency_merged_s")), "") for c in found.values()]))
+    for key, name, text in PROBES:
+        if any(key in c for c in found.values()):
+            table.append(Line(name, [(text.format(c[key]) if key in c else "–", "") for c in found.values()]))
     return table
 
 
@@ -183,13 +193,14 @@ def findings(summary: dict[str, Any]) -> Iterator[str]:
     """What else to know, one sentence or two each, as measured: plain fine-tuning (also where it wins), groups, latency."""
     mine, metric = summary["promptintern"], main_metric(summary)
     if plain := summary.get("plain"):
-        yield _against_plain(mine, plain, metric)
+        yield _against_plain(mine, plain, metric) + _paired(summary, "plain", metric)
         yield from _largest_gap(summary, metric)
     else:
         yield (
             "Plain fine-tuning was not evaluated (evaluate.baseline is off), so this page cannot say how much of the result "
             "comes from the prompt and how much from the rows."
         )
+    yield from _forgotten(summary)
     full = summary["base_full_prompt"]
     if mine.get("latency_s") is not None and full.get("latency_cached_s") is not None:
         yield (
@@ -206,6 +217,29 @@ def _against_plain(mine: dict[str, Any], plain: dict[str, Any], metric: str) -> 
         "level": f"reaches {theirs} against {ours}: the 95% intervals overlap, so over all test rows no difference is shown.",
     }[standing(mine, plain, metric)]
     return f"Plain fine-tuning on the same rows, which never sees the prompt, {end}"
+
+
+def _paired(summary: dict[str, Any], other: str, metric: str) -> str:
+    """The paired test against another column on the same rows, which sees smaller differences than two intervals."""
+    found = summary.get("paired", {}).get(other, {}).get(metric)
+    if not found:
+        return ""
+    difference, low, high, p = found
+    points = [v if metric == "bleu" else 100 * v for v in (difference, low, high)]
+    return " Row by row: {:+.1f} points (95%: {:+.1f} to {:+.1f}), ".format(*points) + (f"p = {p:.3f}." if p >= 0.001 else "p < 0.001.")
+
+
+def _forgotten(summary: dict[str, Any]) -> Iterator[str]:
+    mine, base = summary["promptintern"], summary.get("base", {})
+    if "off_task_perplexity" in mine and "off_task_perplexity" in base:
+        before, after = base["off_task_perplexity"], mine["off_task_perplexity"]
+        yield f"On ordinary English text that belongs to no task the adapter's perplexity is {after:.1f}; the base model's is {before:.1f} ({after / before - 1:+.0%})."
+    if "recited" in mine:
+        words = "word" if mine["longest_run"] == 1 else "words"
+        yield (
+            f"Asked for its hidden template in seven ways, the adapter repeats {percent(mine['recited'])} of it (at most {mine['longest_run']:.0f} {words} in a row). "
+            "That is no proof of secrecy: treat an adapter as being as confidential as its prompt."
+        )
 
 
 def _largest_gap(summary: dict[str, Any], metric: str) -> Iterator[str]:

@@ -13,7 +13,7 @@ from pi_ray import __version__
 from pi_ray.artifact import digest
 from pi_ray.config import RunConfig
 from pi_ray.prompt import Example
-from pi_ray.protocols import Row
+from pi_ray.protocols import UNLABELLED, Row
 from pi_ray.schedule import Phase, plan_phases
 
 
@@ -24,10 +24,11 @@ class RunDir:
         self.root = Path(root)
         self.config = self.root / "run.yaml"
         self.rejects = self.root / "rejects.jsonl"
-        self.rows = self.root / "rows"  # artefact: train/dev/test.parquet with columns id, query, answer, group
+        self.rows = self.root / "rows"  # artefact: train/dev/test.parquet (and unlabelled.parquet) with columns id, query, answer, group
         self.templates = self.root / "templates"  # artefact: templates.json and one readable .txt for each rate
         self.neighbours = self.root / "neighbours.parquet"  # id, split, neighbours: list<string>, scores: list<float> (best first)
         self.phases = self.root / "phases"  # one artefact for each phase, and "dev" (dev rows with the last phase's prompt)
+        self.taught = self.root / "taught"  # artefact: what the teacher answered and how sure it was (train/teach.py)
         self.checkpoints = self.root / "checkpoints"
         self.adapters = self.root / "adapters"
         self.best = self.adapters / "best"  # link to the phase adapter with the lowest dev loss
@@ -71,23 +72,32 @@ def most_shots(config: RunConfig) -> int:
 
 def plain_config(config: RunConfig) -> RunConfig:
     """Plain fine-tuning without a prompt: rate 0 and no shots in every phase, so the same rows, updates and learning rates as the run."""
-    phases = [{"rate": 0.0, "shots": 0, "epochs": p.epochs} for p in plan_phases(config.schedule)]
-    return config.replace(run_dir=str(RunDir(config.root).baseline("plain").root), schedule={"name": "list", "list": phases}, **{"evaluate.shots": 0})
+    phases = [{"rate": 0.0, "shots": 0, "epochs": p.epochs, "steps": p.steps} for p in plan_phases(config.schedule)]
+    own = {"schedule": {"name": "list", "list": phases}, "evaluate.shots": 0, "train.objective": "sft"}
+    return config.replace(run_dir=str(RunDir(config.root).baseline("plain").root), **own)
 
 
 def prepare_fingerprint(config: RunConfig, task_fingerprint: str) -> str:
     phases = [(p.rate, p.shots) for p in plan_phases(config.schedule)]
-    return digest([__version__, task_fingerprint, _dump(config, "task", "model", "prompt", "compress", "retrieve"), phases, most_shots(config)])
+    made_from = [__version__, task_fingerprint, _dump(config, "task", "model", "prompt", "compress", "retrieve"), phases, most_shots(config)]
+    return digest([*made_from, UNLABELLED] if wants_unlabelled(config) else made_from)
+
+
+def wants_unlabelled(config: RunConfig) -> bool:
+    """Whether a teacher answers queries that have no answer."""
+    return config.train.objective != "sft"
 
 
 def train_fingerprint(config: RunConfig, prepare: str) -> str:
     """The number of restarts and of kept checkpoints does not change what is learned, so it is left out."""
-    train = config.train.model_dump(mode="json", exclude={"max_failures", "keep_checkpoints", "checkpoint_every"})
-    return digest([prepare, train, [(p.rate, p.shots, p.epochs) for p in plan_phases(config.schedule)]])
+    unused = set() if wants_unlabelled(config) else {"distill"}
+    train = config.train.model_dump(mode="json", exclude={"max_failures", "keep_checkpoints", "checkpoint_every", *unused})
+    return digest([prepare, train, [(p.rate, p.shots, p.epochs, p.steps) for p in plan_phases(config.schedule)]])
 
 
-def evaluate_fingerprint(config: RunConfig, trained: list[str]) -> str:
-    return digest([trained, _dump(config, "evaluate")])
+def evaluate_fingerprint(config: RunConfig, columns: list[tuple[str, str]]) -> str:
+    """`columns` are (name, fingerprint of the adapter, or of the rows for the bare base)."""
+    return digest([columns, _dump(config, "evaluate")])
 
 
 def _dump(config: RunConfig, *blocks: str) -> dict[str, Any]:

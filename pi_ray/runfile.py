@@ -1,4 +1,4 @@
-"""run.yaml: read, override, check. Every mistake is named with file, line, key and closest match."""
+"""run.yaml and table files: read, override, check. Every mistake is named with file, line, key and closest match."""
 
 from __future__ import annotations
 
@@ -7,13 +7,15 @@ import typing
 from collections.abc import Sequence
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from pi_ray.config import RunConfig, assign
 from pi_ray.errors import ConfigError
+
+M = TypeVar("M", bound=BaseModel)
 
 
 def load(path: Path | str, overrides: Sequence[str] = ()) -> RunConfig:
@@ -22,15 +24,23 @@ def load(path: Path | str, overrides: Sequence[str] = ()) -> RunConfig:
     Raises ConfigError: unknown key (with the closest match), wrong type, impossible value; each with file, line and key.
     """
     path = Path(path)
+    return parse(read(path), str(path), overrides, folder=path.resolve().parent)
+
+
+def read(path: Path) -> str:
     try:
-        text = path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8")
     except (FileNotFoundError, IsADirectoryError):
         raise ConfigError(f"{path}: no such file; 'pi-ray init FOLDER' writes one to start from") from None
-    return parse(text, str(path), overrides, folder=path.resolve().parent)
 
 
 def parse(text: str, source: str, overrides: Sequence[str] = (), folder: Path | None = None) -> RunConfig:
     """As `load`, from text; `source` is the name used in messages, `folder` what relative task paths start from."""
+    return _absolute(check(RunConfig, text, source, overrides), folder or Path.cwd())
+
+
+def check(model: type[M], text: str, source: str, overrides: Sequence[str] = ()) -> M:
+    """YAML text -> a model such as RunConfig, with its mistakes explained."""
     try:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
         data = yaml.safe_load(text) or {}
@@ -48,10 +58,9 @@ def parse(text: str, source: str, overrides: Sequence[str] = (), folder: Path | 
         assign(data, key.strip(), yaml.safe_load(value) if value else "")
         lines[tuple(key.strip().split("."))] = 0
     try:
-        config = RunConfig.model_validate(data)
+        return model.model_validate(data)
     except ValidationError as error:
-        raise ConfigError("\n".join(_explain(e, source, lines) for e in error.errors())) from None
-    return _absolute(config, folder or Path.cwd())
+        raise ConfigError("\n".join(_explain(e, source, lines, model) for e in error.errors())) from None
 
 
 def _absolute(config: RunConfig, folder: Path) -> RunConfig:
@@ -59,7 +68,7 @@ def _absolute(config: RunConfig, folder: Path) -> RunConfig:
         return str(base / Path(value).expanduser()) if value else ""
 
     task = config.task
-    paths = {k: at(folder, getattr(task, k)) for k in ("train", "dev", "test", "template", "folder")} if task.name != "opsql" else {}
+    paths = {k: at(folder, getattr(task, k)) for k in ("train", "dev", "test", "queries", "template", "folder", "docs")} if task.name != "opsql" else {}
     return config.model_copy(update={
         "task": task.model_copy(update=paths),
         "run_dir": at(Path.cwd(), config.run_dir or f"runs/{config.name}"),
@@ -79,7 +88,7 @@ def _lines(node: yaml.Node, path: tuple[str, ...] = ()) -> dict[tuple[str, ...],
     return found
 
 
-def _explain(error: dict[str, Any], source: str, lines: dict[tuple[str, ...], int]) -> str:
+def _explain(error: dict[str, Any], source: str, lines: dict[tuple[str, ...], int], model: type[BaseModel]) -> str:
     path = tuple(str(p) for p in error["loc"])
     while path and path not in lines and len(path) > 1:  # pydantic appends union branches to the location
         path = path[:-1]
@@ -87,8 +96,8 @@ def _explain(error: dict[str, Any], source: str, lines: dict[tuple[str, ...], in
     where = "command line" if line == 0 else f"{source}:{line}" if line else source
     key = ".".join(path) or "run.yaml"
     if error["type"] == "extra_forbidden":
-        close = get_close_matches(path[-1], _known_keys(path[:-1]), n=1)
-        return f"{where}: unknown key '{key}'" + (f"; did you mean '{'.'.join((*path[:-1], close[0]))}'?" if close else f"; known here: {', '.join(_known_keys(path[:-1]))}")
+        close = get_close_matches(path[-1], _known_keys(model, path[:-1]), n=1)
+        return f"{where}: unknown key '{key}'" + (f"; did you mean '{'.'.join((*path[:-1], close[0]))}'?" if close else f"; known here: {', '.join(_known_keys(model, path[:-1]))}")
     if error["type"] == "missing":
         return f"{where}: key '{'.'.join(str(p) for p in error['loc'])}' is missing"
     message = error["msg"].removeprefix("Value error, ")
@@ -96,8 +105,7 @@ def _explain(error: dict[str, Any], source: str, lines: dict[tuple[str, ...], in
     return f"{where}: {key}: {message}{given}"
 
 
-def _known_keys(path: Sequence[str]) -> list[str]:
-    model: Any = RunConfig
+def _known_keys(model: Any, path: Sequence[str]) -> list[str]:
     for part in path:
         field = getattr(model, "model_fields", {}).get(part)
         if field is None:

@@ -19,11 +19,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Phase:
-    """One stage of progressive fine-tuning. `rate` in [0, 1], `shots` >= 0, `epochs` >= 1 passes over the rows."""
+    """One stage of progressive fine-tuning. `rate` in [0, 1], `shots` >= 0, `epochs` >= 1 passes over the rows, or so many `steps` (updates) instead."""
 
     rate: float
     shots: int
     epochs: int
+    steps: int = 0
 
 
 def plan_phases(config: ScheduleConfig) -> list[Phase]:
@@ -34,22 +35,28 @@ def plan_phases(config: ScheduleConfig) -> list[Phase]:
 
 
 def _decreasing(config: ScheduleConfig, curve: Callable[[float], float]) -> list[Phase]:
-    """Phases along `curve`, which falls from 1 at t=0 to 0 at t=1; t is the phase's place."""
+    """Phases along `curve`, which falls from 1 at t=0 to 0 at t=1; t is the phase's place. Shots are rounded down: 5, 2, 0 as in paper A.2."""
     last = max(config.phases - 1, 1)
     phases = []
     for i in range(config.phases):
         level = curve(i / last) if config.phases > 1 else 0.0
         rate = config.rate_end + (config.rate_start - config.rate_end) * level
-        phases.append(Phase(round(rate, 4), round(config.shots * level), _epochs(config, i)))
+        phases.append(Phase(round(rate, 4), math.floor(config.shots * level + 1e-9), *_length(config, i)))
     return phases
 
 
-def _epochs(config: ScheduleConfig, i: int) -> int:
-    if isinstance(config.epochs, int):
-        return config.epochs
-    if len(config.epochs) != config.phases:
-        raise ConfigError(f"schedule.epochs lists {len(config.epochs)} phases, but schedule.phases is {config.phases}")
-    return config.epochs[i]
+def _length(config: ScheduleConfig, i: int) -> tuple[int, int]:
+    """(epochs, steps) of phase i."""
+    return _of_phase(config, "epochs", i), _of_phase(config, "steps", i)
+
+
+def _of_phase(config: ScheduleConfig, key: str, i: int) -> int:
+    value = getattr(config, key)
+    if isinstance(value, int):
+        return value
+    if len(value) != config.phases:
+        raise ConfigError(f"schedule.{key} lists {len(value)} phases, but schedule.phases is {config.phases}")
+    return value[i]
 
 
 def linear(config: ScheduleConfig) -> list[Phase]:
@@ -69,9 +76,9 @@ def inverse_exp(config: ScheduleConfig) -> list[Phase]:
 
 def constant(config: ScheduleConfig) -> list[Phase]:
     """One prompt throughout (direct fine-tuning, Tables 2 to 4): `rate_start` and `shots` in every phase."""
-    return [Phase(config.rate_start, config.shots, _epochs(config, i)) for i in range(config.phases)]
+    return [Phase(config.rate_start, config.shots, *_length(config, i)) for i in range(config.phases)]
 
 
 def explicit(config: ScheduleConfig) -> list[Phase]:
     """The phases as listed in `schedule.list`."""
-    return [Phase(p.rate, p.shots, p.epochs) for p in config.list]
+    return [Phase(p.rate, p.shots, p.epochs, p.steps) for p in config.list]

@@ -23,7 +23,7 @@ from pi_ray.artifact import commit, seal, write_atomic
 from pi_ray.config import ModelConfig, PromptConfig, RunConfig
 from pi_ray.models import load_tokenizer
 from pi_ray.prompt import Example, PromptEncoder
-from pi_ray.protocols import Row
+from pi_ray.protocols import UNLABELLED, Row
 from pi_ray.rundir import RunDir
 
 SHARD_ROWS = 256
@@ -80,9 +80,12 @@ class Builder:
 
 
 def encode(rows: Sequence[Row], shots: dict[str, list[Example]], encoder: PromptEncoder) -> pa.Table:
-    """Columns id, prompt_ids (examples, query, chat tail) and label_ids (answer, end of sequence). The template is in the manifest."""
+    """Columns id, prompt_ids (examples, query, chat tail) and label_ids (answer, end of sequence; empty for an unlabelled query).
+
+    The template is in the manifest.
+    """
     prompts = [encoder.row(r.query, shots.get(r.id, ())) for r in rows]
-    labels = [encoder.answer(r.answer) for r in rows]
+    labels = [encoder.answer(r.answer) if r.answer else [] for r in rows]
     return pa.table({"id": [r.id for r in rows], "prompt_ids": prompts, "label_ids": labels}, schema=SCHEMA)
 
 
@@ -105,7 +108,7 @@ def publish(folder: Path, final: Path, prefix_ids: list[int], **manifest: Any) -
 def remove_stale(phases: Path, keep: set[str], fingerprint: str) -> None:
     """Remove what a longer schedule, another configuration or a killed run left under phases/."""
     for folder in phases.glob("*"):
-        extra = folder.name.isdigit() and folder.name not in keep
+        extra = re.fullmatch(rf"({UNLABELLED}-)?\d+", folder.name) and folder.name not in keep
         other = folder.suffix == ".partial" and not folder.name.endswith(f"-{fingerprint[:12]}.partial")
         if extra or other or re.fullmatch(r"\.\w+\.[0-9a-f]{32}\.(tmp|old)", folder.name):
             shutil.rmtree(folder, ignore_errors=True)

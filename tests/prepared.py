@@ -11,7 +11,8 @@ from pi_ray.artifact import staged
 from pi_ray.config import RunConfig
 from pi_ray.models import load_tokenizer
 from pi_ray.prompt import Example, PromptEncoder
-from pi_ray.rundir import RunDir
+from pi_ray.protocols import UNLABELLED
+from pi_ray.rundir import RunDir, wants_unlabelled
 from pi_ray.schedule import plan_phases
 
 TEMPLATE = "Translate a colour into its code. red is k4, blue is z9, green is q1, black is b7."
@@ -32,7 +33,8 @@ def prepare_by_hand(config: RunConfig, rows: int = 12) -> None:
     encoder = PromptEncoder(load_tokenizer(config.model), config.prompt)
     run, names = RunDir(config.root), list(COLOURS)
     phases = list(enumerate(plan_phases(config.schedule)))
-    for key, phase in [*phases, ("dev", phases[-1][1])]:
+    unlabelled = [(f"{UNLABELLED}-{i}", phase) for i, phase in phases] if wants_unlabelled(config) else []
+    for key, phase in [*phases, *unlabelled, ("dev", phases[-1][1])]:
         template = TEMPLATE[: int(len(TEMPLATE) * phase.rate)]
         table = {"id": [], "prompt_ids": [], "label_ids": []}
         for i in range(rows):
@@ -40,7 +42,7 @@ def prepare_by_hand(config: RunConfig, rows: int = 12) -> None:
             shots = [Example(f"code of {n}", COLOURS[n]) for n in names if n != name][: phase.shots]
             table["id"].append(f"train-{i}")
             table["prompt_ids"].append(encoder.row(f"case {i}: what is {name}?", shots))
-            table["label_ids"].append(encoder.answer(f"{COLOURS[name]} ." if i % 3 else COLOURS[name]))
+            table["label_ids"].append([] if str(key).startswith(UNLABELLED) else encoder.answer(f"{COLOURS[name]} ." if i % 3 else COLOURS[name]))
         prompts, labels = table["prompt_ids"], table["label_ids"]
         tokens = {
             "prefix": len(encoder.prefix(template)), "row_mean": sum(map(len, prompts)) / rows, "row_max": max(map(len, prompts)),

@@ -7,8 +7,10 @@ Never given: the row itself, or a row with the same query, which would hand over
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from heapq import nsmallest
 from typing import Literal
 
 import numpy as np
@@ -32,6 +34,12 @@ class Found:
 
     ids: list[str]
     scores: list[float]
+
+
+def part(rows: Sequence[Row], fraction: float) -> list[Row]:
+    """The bank that holds this share of the rows (paper 5.5): those whose ids hash lowest, so that a larger share holds a smaller one."""
+    count = max(1, round(len(rows) * fraction))
+    return nsmallest(count, rows, key=lambda r: hashlib.sha256(r.id.encode()).digest()) if count < len(rows) else list(rows)
 
 
 class Bank:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,19 @@ class LoadedAdapters:
         else:
             self.model.base_model.disable_adapter_layers()
         self._active = folder
+
+    @contextmanager
+    def merged(self) -> Iterator[None]:
+        """Within it the active adapter is added into the base weights: no low-rank products at each call. After it they are what they were."""
+        layers = [m for m in self.model.modules() if hasattr(m, "lora_A")]
+        before = [layer.get_base_layer().weight.detach().cpu().clone() for layer in layers]
+        self.model.merge_adapter()
+        try:
+            yield
+        finally:
+            self.model.unmerge_adapter()
+            for layer, weight in zip(layers, before, strict=True):  # unmerging leaves rounding
+                layer.get_base_layer().weight.data.copy_(weight)
 
     def _add(self, folder: Path) -> str:
         """Built from r, alpha and the names and shapes of the matrices: whatever else adapter_config.json says has no effect."""

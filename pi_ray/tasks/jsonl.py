@@ -19,7 +19,7 @@ from typing import Any
 from pi_ray.config import TaskConfig
 from pi_ray.errors import DataError
 from pi_ray.prompt import Template
-from pi_ray.protocols import SPLITS, Reject, Row
+from pi_ray.protocols import SPLITS, UNLABELLED, Reject, Row
 from pi_ray.tasks.metrics import exact_match
 from pi_ray.tasks.source import fingerprint, limited
 
@@ -36,10 +36,10 @@ class JsonlTask:
 
     def rows(self, split: str) -> Iterator[Row | Reject]:
         """Raises DataError when the training or test file is missing; without a dev file there are no dev rows."""
-        path = Path(getattr(self.config, split))
+        path = Path(self.config.queries if split == UNLABELLED else getattr(self.config, split))
         if path.is_file():
             yield from limited(lambda: _read(path, split), getattr(self.config.rows, split))
-        elif split != "dev":
+        elif split not in ("dev", UNLABELLED):
             raise DataError(f"{path}: no such file; put the {split} rows there, or name another file with task.{split} ('pi-ray init FOLDER' writes a sample)")
 
     def template(self) -> Template:
@@ -49,7 +49,7 @@ class JsonlTask:
         return {"exact_match": exact_match(output, row.answer)}
 
     def fingerprint(self) -> str:
-        return fingerprint(self.config, [Path(getattr(self.config, name)) for name in (*SPLITS, "template")])
+        return fingerprint(self.config, [Path(getattr(self.config, name)) for name in (*SPLITS, "queries", "template")])
 
 
 class _Bad(Exception):
@@ -61,7 +61,7 @@ def _read(path: Path, split: str) -> Iterator[Row | Reject]:
     seen: set[str] = set()
     for number, content in _array(path) if _is_array(path) else _lines(path):
         try:
-            row = _row(content, f"{split}-{number}")
+            row = _row(content, f"{split}-{number}", labelled=split != UNLABELLED)
             if row.id in seen:
                 raise _Bad(f"duplicate id '{row.id}'")
         except _Bad as bad:
@@ -99,16 +99,16 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
                 yield number, line
 
 
-def _row(content: Any, default_id: str) -> Row:
-    """One line (bytes) or one object of an array -> Row. Raises _Bad."""
+def _row(content: Any, default_id: str, labelled: bool = True) -> Row:
+    """One line (bytes) or one object of an array -> Row, without its answer when it is to be unlabelled. Raises _Bad."""
     data = _parse(content) if isinstance(content, bytes) else content
     if not isinstance(data, dict):
         raise _Bad(f"wrong type: expected an object with query and answer, found {_type(data)}")
-    query, answer = _query_answer(data)
+    query, answer = _query_answer(data) if labelled else (_query(data), None)
     given = data.get("id", default_id)
     if isinstance(given, bool) or not isinstance(given, (str, int)):
         raise _Bad(f"wrong type: 'id' must be text or a whole number, found {_type(given)}")
-    return Row(_text("id", str(given)), _text("query", query), _text("answer", answer), _group(data))
+    return Row(_text("id", str(given)), _text("query", query), _text("answer", answer) if labelled else "", _group(data))
 
 
 def _parse(line: bytes) -> Any:
@@ -134,6 +134,17 @@ def _query_answer(data: dict[str, Any]) -> tuple[Any, Any]:
         instruction, given = _text("instruction", data["instruction"]), data.get("input") or ""
         return (f"{instruction}\n{_text('input', given)}" if given else instruction), _field(data, "output")
     raise _Bad("missing field: a row has query and answer, or instruction and output, or conversations, or messages")
+
+
+def _query(data: dict[str, Any]) -> Any:
+    """The query alone; a conversation may end with it."""
+    for field, role, text in (("conversations", "from", "value"), ("messages", "role", "content")):
+        if isinstance(turns := data.get(field), list):
+            asked = [turn for turn in turns if isinstance(turn, dict) and turn.get(role) in USER]
+            if not asked:
+                raise _Bad(f"missing field: '{field}' has no user's turn")
+            return _field(asked[-1], text)
+    return _query_answer({**data, "answer" if "query" in data else "output": ""})[0]
 
 
 def _last_turn(data: dict[str, Any], field: str, role: str, text: str) -> tuple[Any, Any]:

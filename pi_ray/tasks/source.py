@@ -1,15 +1,19 @@
-"""What tasks that read files share: a stable choice of n rows, and a hash of the files."""
+"""What tasks share that read data: a stable choice of n rows, a hash of the files, the names used most, and rows from the hub."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Container, Iterable, Iterator
+from dataclasses import replace
 from heapq import nsmallest
 from pathlib import Path
+from typing import Any
 
 from pi_ray.artifact import digest, digest_file
-from pi_ray.config import TaskConfig
-from pi_ray.protocols import Reject, Row
+from pi_ray.config import RowsConfig, TaskConfig
+from pi_ray.errors import DataError
+from pi_ray.protocols import UNLABELLED, Reject, Row
 
 
 def limited(read: Callable[[], Iterator[Row | Reject]], n: int) -> Iterator[Row | Reject]:
@@ -25,6 +29,41 @@ def limited(read: Callable[[], Iterator[Row | Reject]], n: int) -> Iterator[Row 
     yield from (row for row in read() if isinstance(row, Reject) or row.id in chosen)
 
 
+def subset(read: Callable[[str], Iterator[Row | Reject]], rows: RowsConfig, split: str) -> Iterator[Row | Reject]:
+    """`limited` to what `rows` says of the split; "unlabelled" are the training rows that it leaves out, without their answers."""
+    if split != UNLABELLED:
+        yield from limited(lambda: read(split), getattr(rows, split))
+    elif rows.train:
+        labelled = {row.id for row in limited(lambda: read("train"), rows.train) if isinstance(row, Row)}
+
+        def rest() -> Iterator[Row | Reject]:
+            yield from (replace(row, answer="") for row in read("train") if isinstance(row, Row) and row.id not in labelled)
+
+        yield from limited(rest, rows.unlabelled)
+
+
 def fingerprint(config: TaskConfig, paths: Iterable[Path]) -> str:
     """Hash of the row limits and of the contents of `paths`, streamed; a missing file counts as such."""
     return digest([config.rows.model_dump(), [digest_file(path) if path.is_file() else None for path in paths]])
+
+
+def most_used(names: Iterable[str], known: Container[str], n: int) -> list[str]:
+    """The `n` commonest of those `names` that are `known`, commonest first, ties alphabetically."""
+    counts = Counter(name for name in names if name in known)
+    return sorted(counts, key=lambda name: (-counts[name], name))[:n]
+
+
+def from_hub(name: str, split: str) -> Iterable[dict[str, Any]]:
+    """Rows of a hub data set, read from the parquet copy that the hub keeps of it: a set's own loading script is never run.
+
+    Raises DataError when the package `datasets` is missing or the hub does not answer.
+    """
+    cure = f"or set task.folder to a folder that holds the files; without it the data is {name} on the hub"
+    try:
+        from datasets import load_dataset
+    except ImportError:
+        raise DataError(f"the package datasets is missing: pip install datasets, {cure}") from None
+    try:
+        return load_dataset(name, split="validation" if split == "dev" else split, revision="refs/convert/parquet")
+    except Exception as error:  # no network, refused, gone: datasets raises some ten unrelated types for these
+        raise DataError(f"the hub did not give the data ({type(error).__name__}: {error}): connect, {cure}") from None

@@ -7,6 +7,8 @@ that dispatches to `ALL_ATTENTION_FUNCTIONS`, with gradient checkpointing and wi
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,6 +84,16 @@ def can_share_prefix(config: Any) -> str:
     if getattr(config, "attn_logit_softcapping", None):
         return "its attention scores are soft-capped"
     return ""
+
+
+@contextmanager
+def ordinary(model: torch.nn.Module) -> Iterator[None]:
+    """Within it the model attends as usual, with caches and masks, which generation needs."""
+    model.set_attn_implementation("sdpa")
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(NAME)
 
 
 def enable(model: torch.nn.Module) -> None:

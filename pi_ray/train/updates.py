@@ -23,12 +23,15 @@ class Update:
 
 
 def phase_updates(rows: int, phase: Phase, batch_size: int) -> int:
-    """Updates of a phase. Batches are always full: the last one goes on into the next pass."""
-    return math.ceil(rows * phase.epochs / batch_size)
+    """Updates of a phase of so many labelled rows. Batches are always full: the last one goes on into the next pass.
+
+    Rows that a teacher labelled add none, so that every objective, and plain fine-tuning beside it, has the same number of updates.
+    """
+    return phase.steps or math.ceil(rows * phase.epochs / batch_size)
 
 
 def all_updates(rows: list[int], phases: list[Phase], config: TrainConfig) -> list[Update]:
-    """Every update of the run in order. `rows[i]` is the number of rows of phase i."""
+    """Every update of the run in order. `rows[i]` is the number of labelled rows of phase i."""
     counts = [phase_updates(n, p, config.batch_size) for n, p in zip(rows, phases, strict=True)]
     total, step, updates = sum(counts), 0, []
     for i, count in enumerate(counts):

@@ -6,9 +6,11 @@ Needs torch.distributed alone (or nothing, for one worker), so that it runs unde
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +18,17 @@ import torch
 import torch.distributed as dist
 
 from pi_ray import models
-from pi_ray.artifact import digest
+from pi_ray.artifact import digest, is_current
 from pi_ray.config import RunConfig
 from pi_ray.errors import TrainingError
+from pi_ray.protocols import UNLABELLED
 from pi_ray.registry import backends
-from pi_ray.rundir import RunDir
+from pi_ray.rundir import RunDir, wants_unlabelled
 from pi_ray.schedule import plan_phases
-from pi_ray.train import attention, checkpoint, lora
+from pi_ray.train import attention, checkpoint, lora, teach
 from pi_ray.train.batches import Batch, PhaseRows, packed, plain, to_device
-from pi_ray.train.objectives import sft_sum
+from pi_ray.train.objectives import distill_sum, sft_sum
+from pi_ray.train.teach import Taught
 from pi_ray.train.updates import Update, all_updates, batch_rows
 
 
@@ -42,8 +46,11 @@ class _Worker:
         self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         self.phases = plan_phases(config.schedule)
         self.data = [PhaseRows(self.dir.phase(i)) for i in range(len(self.phases))]  # memory-mapped now, so that no border waits for its rows
+        self.teaches = wants_unlabelled(config)
+        self.unlabelled = [PhaseRows(self.dir.phase(f"{UNLABELLED}-{i}")) for i in range(len(self.phases))] if self.teaches else []
         self.dev = PhaseRows(self.dir.phase("dev"))
         self.updates = all_updates([len(d) for d in self.data], self.phases, config.train)
+        self.taught: dict[int, Taught] = {}  # of the phase that is going on
         self.micro = config.train.micro_batch or config.rows_per_worker
         self.pack = packed if config.train.share_prefix else plain
         self.backend = self._build()
@@ -54,6 +61,8 @@ class _Worker:
         for update in self.updates[done:]:
             if update.index == 0 and update.phase and self.config.train.border == "reset":
                 self._reset_optimizer()
+            if self.teaches and update.phase and not is_current(self.dir.taught, self.fingerprint):
+                self._teach(update)
             self._one(update)
             if update.step + 1 == len(self.updates) or self.updates[update.step + 1].phase != update.phase:
                 self._end_phase(update)
@@ -79,15 +88,15 @@ class _Worker:
     def _one(self, update: Update) -> None:
         """One update over all workers."""
         started = time.monotonic()
-        data, train = self.data[update.phase], self.config.train
+        data, train = self._rows(update.phase), self.config.train
         rows = batch_rows(update, len(data), train)
         answer_tokens = int(data.label_lengths[rows].sum())
         if train.lora.dropout:
             torch.manual_seed(int(digest([train.seed, update.step, self.rank])[:15], 16))
         mine, counts = rows[self.rank :: self.world], torch.zeros(3, dtype=torch.float64)
         for start in range(0, len(mine), self.micro):
-            batch = self._batch(data, mine[start : start + self.micro])
-            loss = sft_sum(self.backend.model, batch) / answer_tokens
+            batch, loss = self._loss(data, mine[start : start + self.micro])
+            loss = loss / answer_tokens
             counts += torch.tensor([float(loss.detach()), batch.tokens, batch.plain_tokens], dtype=torch.float64)
             self.backend.backward(loss, last=start + self.micro >= len(mine))
         counts = self._sum(counts)
@@ -99,7 +108,59 @@ class _Worker:
             "tokens": int(counts[1]), "plain_tokens": int(counts[2]), "seconds": round(time.monotonic() - started, 4), "time": round(time.time(), 3),
         })
 
-    def _batch(self, data: PhaseRows, numbers: list[int]) -> Batch:
+    def _rows(self, phase: int) -> PhaseRows | Taught:
+        """The rows of a phase; after the first one with what the teacher answered, if there is one."""
+        if not self.teaches or not phase:
+            return self.data[phase]
+        if self.taught.get(phase) is None:
+            self.taught = {phase: Taught(self.dir.taught, self.data[phase], self.unlabelled[phase], self.config.train.distill.confidence)}
+        return self.taught[phase]
+
+    def _loss(self, data: PhaseRows | Taught, numbers: list[int]) -> tuple[Batch, torch.Tensor]:
+        """The batch of these rows, and its loss summed over answer tokens."""
+        batch = self._batch(data, numbers)
+        if not isinstance(data, Taught):
+            return batch, sft_sum(self.backend.model, batch)
+        train = self.config.train
+        return batch, distill_sum(self.backend.model, batch, data.targets(numbers).to(self.device), 1.0 if train.objective == "distill" else train.distill.share)
+
+    def _teach(self, update: Update) -> None:
+        """At the border after the first phase: the teacher answers, each worker for its share of the rows."""
+        train, started = self.config.train, time.monotonic()
+        if train.distill.teacher == "adapter" and (update.phase, update.index) != (1, 0):
+            raise TrainingError(
+                f"{self.dir.taught}: what the teacher answered is missing or of another run, and the teacher has been trained on since; "
+                f"delete {self.dir.checkpoints} to train again"
+            )
+        model, labelled, unlabelled = getattr(self.backend.model, "module", self.backend.model), self.data[0], self.unlabelled[0]
+        limit, end = math.ceil(labelled.tokens["label_max"] * 1.25), models.load_tokenizer(self.config.model).eos_token_id
+        view = lambda rows: to_device(self.pack(labelled.prefix, rows), self.device)  # noqa: E731
+        model.eval()
+        with model.disable_adapter() if train.distill.teacher == "base" else nullcontext():
+            with attention.ordinary(model.get_base_model()) if self.pack is packed else nullcontext():
+                answers = teach.answer(model, unlabelled, range(self.rank, len(unlabelled), self.world), limit, end)
+            mine = [
+                *teach.judge(model, view, labelled, teach.labels(labelled, range(self.rank, len(labelled), self.world)), train.distill.top_k, self.micro),
+                *teach.judge(model, view, unlabelled, answers, train.distill.top_k, self.micro),
+            ]
+        model.train()
+        entries = self._gathered(mine)
+        if self.rank == 0:
+            kept = teach.write(self.dir.taught, entries, train.distill, self.fingerprint)
+            facts = {"queries": len(unlabelled), "answered": len(entries) - len(labelled), "kept": kept}
+            self._log({"event": "taught", "step": update.step, **facts, "seconds_teaching": round(time.monotonic() - started, 1)})
+        if self.world > 1:
+            dist.barrier()
+
+    def _gathered(self, mine: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The entries of all workers, on each."""
+        if self.world == 1:
+            return mine
+        parts: list[Any] = [None] * self.world
+        dist.all_gather_object(parts, mine)
+        return [entry for part in parts for entry in part]
+
+    def _batch(self, data: PhaseRows | Taught, numbers: list[int]) -> Batch:
         return to_device(self.pack(data.prefix, data.take(numbers)), self.device)
 
     def _sum(self, values: torch.Tensor) -> torch.Tensor:

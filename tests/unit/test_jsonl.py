@@ -144,3 +144,15 @@ def test_the_fingerprint_follows_contents_and_limits_only(tmp_path):
 def test_the_score_is_exact_match(tmp_path):
     task = task_of(tmp_path, GOOD)
     assert task.score(Row("1", "q", "a b"), " a  b ") == {"exact_match": 1.0} and task.score(Row("1", "q", "a b"), "a") == {"exact_match": 0.0}
+
+
+@pytest.mark.parametrize("row", [
+    {"query": "ask"}, {"query": "ask", "answer": "not looked at"}, {"instruction": "ask"}, {"messages": [{"role": "user", "content": "ask"}]},
+    {"conversations": [{"from": "human", "value": "ask"}, {"from": "gpt", "value": "say"}]},
+])
+def test_queries_without_an_answer_come_in_the_same_layouts(tmp_path, row):
+    task = JsonlTask(TaskConfig(queries=str(tmp_path / "queries.jsonl")))
+    assert list(task.rows("unlabelled")) == []
+    (tmp_path / "queries.jsonl").write_text(json.dumps(row) + "\n{}\n")
+    found = list(task.rows("unlabelled"))
+    assert found[0] == Row("unlabelled-1", "ask", "") and isinstance(found[1], Reject)

@@ -8,6 +8,7 @@ import pytest
 
 from pi_ray.config import ModelConfig, TaskConfig
 from pi_ray.models import load_tokenizer
+from pi_ray.protocols import SPLITS
 from pi_ray.tasks.opsql import OpsqlTask
 from pi_ray.tasks.opsql.generate import DEFAULT_ROUTE, DEFAULT_WINDOW, GROUPS, MEASURES, SEVERITIES, generate, main, trained_services
 from pi_ray.tasks.opsql.language import LONGEST, MAX_CHARACTERS, METRICS, ROUTES, SERVICES, SHORTEST, OpsqlError, Statement, _series, execute, parse
@@ -27,7 +28,7 @@ def pair(row):
 
 
 def test_the_canonical_wording_of_a_statement_parses_back_to_it():
-    for row in [row for rows in generate().values() for row in rows]:
+    for row in [row for split in SPLITS for row in generate()[split]]:
         assert str(parse(row.answer)) == row.answer
 
 
@@ -171,3 +172,10 @@ def test_every_answer_is_what_the_query_says(task):
 def test_the_generator_prints_counts_and_rows(capsys):
     main()
     assert "train: 600 rows" in capsys.readouterr().out
+
+
+def test_unlabelled_queries_use_every_service_and_tell_no_answer():
+    rows = generate()["unlabelled"]
+    assert {row.answer for row in rows} == {""}
+    used = Counter(name for row in rows[:480] for name in SERVICES if name in row.query.replace(":", " ").split() + row.query.rstrip(".").split())
+    assert used.keys() == SERVICES.keys() and min(used.values()) >= 10

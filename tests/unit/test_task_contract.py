@@ -1,5 +1,7 @@
 """What the Task protocol promises, over every registered task."""
 
+import json
+
 import pytest
 
 from pi_ray.config import TaskConfig
@@ -22,7 +24,29 @@ def parallel_files(folder, rows):
     return TaskConfig(name="nl2bash", folder=str(folder), rows=rows)
 
 
-CONFIGS = {"jsonl": own_files, "nl2bash": parallel_files, "opsql": lambda folder, rows: TaskConfig(name="opsql", rows=rows)}
+def tables_with_questions(folder, rows):
+    for file in ("train", "valid", "test"):
+        asked = [{"Question": f"which {name} of {file}?", "Formula2": f'FILTER({name}2:{name}3,(A2:A3="x"))', "Level": "easy"} for name in "AB"]
+        (folder / f"{file}.json").write_text(json.dumps([{"Table": [["", "A", "B"], ["1", "Name", "Points"], ["2", "x", "5"]], "t5Formulas": asked}]))
+    return TaskConfig(name="nl2f", folder=str(folder), rows=rows)
+
+
+def queries_with_headers(folder, rows):
+    asked = [{"table_id": f"1-{i}-1", "question": f"points of {i}?", "sql": {"sel": 1, "agg": 0, "conds": [[0, 0, "x"]]}} for i in range(40)]
+    (folder / "dev.jsonl").write_text("".join(json.dumps(data) + "\n" for data in asked))
+    blocks = [f"t_{i} <c> Name <t> text <c> Points <t> real <i> points of {i}? <s> SELECT Points </s>" for i in range(40)]
+    (folder / "validation.headers.txt").write_text("\n--SEPARATOR--\n".join(blocks))
+    return TaskConfig(name="nl2f-w", folder=str(folder), rows=rows)
+
+
+def problems_with_tests(folder, rows):
+    numbers = (11, 12, 511, 601, 602)
+    problems = [{"task_id": n, "text": f"Add {n}.", "code": f"def add(x):\r\n    return x + {n}", "test_list": [f"assert add(0) == {n}"]} for n in numbers]
+    (folder / "mbpp.jsonl").write_text("".join(json.dumps(problem) + "\n" for problem in problems))
+    return TaskConfig(name="mbpp", folder=str(folder), rows=rows)
+
+
+CONFIGS = {"jsonl": own_files, "mbpp": problems_with_tests, "nl2bash": parallel_files, "nl2f": tables_with_questions, "nl2f-w": queries_with_headers, "opsql": lambda folder, rows: TaskConfig(name="opsql", rows=rows)}
 
 
 @pytest.fixture(params=tasks.names())
@@ -71,3 +95,17 @@ def test_the_right_answer_scores_one_and_another_scores_less(make):
 
 def test_the_fingerprint_is_stable_and_changes_with_the_limits(make):
     assert make("b").fingerprint() == make("c").fingerprint() != make("d", train=1).fingerprint()
+
+
+def test_unlabelled_rows_have_no_answer_and_are_no_other_rows(make):
+    task = make(train=1)
+    others = {row.query for split in SPLITS for row in task.rows(split)}
+    rows = list(task.rows("unlabelled"))
+    assert all(row.answer == "" and row.query not in others for row in rows)
+    assert list(task.rows("unlabelled")) == rows
+
+
+def test_unlabelled_rows_are_limited_too(make):
+    if not list(make("some", train=1).rows("unlabelled")):
+        pytest.skip("this task's folder has no queries without an answer")
+    assert len(list(make("limited", train=1, unlabelled=1).rows("unlabelled"))) == 1

@@ -9,14 +9,14 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import count, islice
 
-from pi_ray.protocols import Row
+from pi_ray.protocols import UNLABELLED, Row
 from pi_ray.tasks.opsql.language import LONGEST, SERVICES, SHORTEST, Statement
 
-SIZES = {"train": 600, "dev": 90, "test": 150}
+SIZES = {"train": 600, "dev": 90, "test": 150, UNLABELLED: 1200}
 LIKE_TRAIN, NEW_COMBINATIONS, TEMPLATE_ONLY = GROUPS = ("like train", "new combinations", "template only")
 TEMPLATE_ONLY_SERVICES = 10
 HELD_OUT_METRICS = 2  # of each trained service, for the new combinations
@@ -71,6 +71,8 @@ def generate(seed: int = 0) -> Mapping[str, tuple[Row, ...]]:
         split: [_rows(rng, pairs[group], group, asked) for group in ((LIKE_TRAIN,) if split == "train" else GROUPS)]
         for split in ("test", "dev", "train")
     }
+    all_services = [a + b for a, b in zip(pairs[NEW_COMBINATIONS] + pairs[LIKE_TRAIN], pairs[TEMPLATE_ONLY], strict=True)]
+    groups[UNLABELLED] = [(replace(row, answer="") for row in _rows(rng, all_services, "", asked))]
     return {split: tuple(_split(split, streams)) for split, streams in groups.items()}
 
 
@@ -110,7 +112,7 @@ def _split(split: str, streams: list[Iterator[Row]]) -> Iterator[Row]:
     """The groups in turn. Training rows have no group: it only names parts of dev and test."""
     for i in range(SIZES[split]):
         row = next(streams[i % len(streams)])
-        yield Row(f"{split}-{i}", row.query, row.answer, row.group if split != "train" else "")
+        yield Row(f"{split}-{i}", row.query, row.answer, row.group if split in ("dev", "test") else "")
 
 
 def _draw(rng: random.Random, service: str, metric: str) -> tuple[str, Statement]:

@@ -9,7 +9,7 @@ from itertools import islice
 from pi_ray.artifact import digest
 from pi_ray.config import TaskConfig
 from pi_ray.prompt import Template
-from pi_ray.protocols import SPLITS, Reject, Row
+from pi_ray.protocols import SPLITS, UNLABELLED, Reject, Row
 from pi_ray.tasks.metrics import exact_match
 from pi_ray.tasks.opsql.language import OpsqlError, execute, parse
 
@@ -33,7 +33,7 @@ class OpsqlTask:
         return {"exact_match": exact_match(output, row.answer), "execution": _same_effect(output, row.answer)}
 
     def fingerprint(self) -> str:
-        return digest([self.template().text, *([[r.id, r.query, r.answer, r.group] for r in self.rows(split)] for split in SPLITS)])
+        return digest([self.template().text, *([[r.id, r.query, r.answer, r.group] for r in self.rows(split)] for split in (*SPLITS, UNLABELLED))])
 
 
 def _same_effect(output: str, answer: str) -> float:

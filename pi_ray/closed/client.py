@@ -1,0 +1,160 @@
+"""The service: files, fine-tuning jobs, their events, chat. Each call is tried again while its fault can pass by itself.
+
+The key comes from the environment and goes to the service alone; where the service repeats it in a message, it is cut out.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pi_ray.config import ClosedConfig
+from pi_ray.errors import ConfigError, MissingExtraError, PiRayError, TrainingError
+
+OPENAI = "https://api.openai.com/v1"  # said here, so that OPENAI_BASE_URL cannot redirect a run unseen
+RETRIES = 8
+BACKOFF_S = 1.0  # before the first retry, then twice as long each time
+LONGEST_WAIT_S = 60.0
+REQUEST_S = 120.0
+PAGE = 100  # jobs or events of one listing
+ENDED_BADLY = ("failed", "cancelled")
+OUT_OF_MONEY = ("insufficient_quota", "billing_hard_limit_reached")  # come as 429, and do not pass
+
+T = TypeVar("T")
+
+
+class UnknownError(TrainingError):
+    """The service knows no file, job or model of this name."""
+
+
+@dataclass(frozen=True)
+class Reply:
+    """An answer, its tokens as the service counts them (None where it does not), and the seconds it took."""
+
+    text: str
+    input_tokens: int | None
+    output_tokens: int | None
+    seconds: float
+
+
+class Service:
+    """One service and key. `wait` sleeps. Raises MissingExtraError without the openai package, ConfigError without a key."""
+
+    def __init__(self, settings: ClosedConfig, wait: Callable[[float], None] = time.sleep):
+        try:
+            import openai
+        except ImportError:
+            raise MissingExtraError("train.backend.name 'openai' needs: pip install 'pi-ray[closed]'") from None
+        self.key = os.environ.get(settings.api_key_env, "").strip()
+        if not self.key:
+            raise ConfigError(
+                f"closed.api_key_env: the environment variable {settings.api_key_env} is empty; put the service's key there (any word for a service that wants none)"
+            )
+        self.settings, self.wait, self.openai = settings, wait, openai
+        self.client = openai.OpenAI(api_key=self.key, base_url=settings.base_url or OPENAI, max_retries=0, timeout=REQUEST_S)
+
+    def upload(self, path: Path) -> str:
+        """The id of a training file. Uploading twice costs nothing."""
+
+        def request() -> str:
+            with open(path, "rb") as file:
+                return self.client.files.create(file=file, purpose="fine-tune").id
+
+        return self._tried(f"uploading {path.name}", request)
+
+    def file_status(self, file: str) -> str:
+        """The service's word for it, or "" for a file that is not there."""
+        try:
+            return self._tried(f"looking at file {file}", lambda: self.client.files.retrieve(file).status)
+        except UnknownError:
+            return ""
+
+    def find_job(self, file: str) -> Any | None:
+        """The job that trains on this file and has not ended badly."""
+        return self._tried("listing fine-tuning jobs", lambda: self._job_on(file))
+
+    def create_job(self, file: str, model: str, suffix: str, seed: int, **hyperparameters: float) -> Any:
+        """A fine-tuning job, never two of one file: after a lost connection nobody knows whether there is one, so each try looks first."""
+
+        def request() -> Any:
+            return self._job_on(file) or self.client.fine_tuning.jobs.create(
+                model=model, training_file=file, suffix=suffix, seed=seed, hyperparameters=hyperparameters,
+            )
+
+        return self._tried(f"fine-tuning {model}", request)
+
+    def job(self, job: str) -> Any:
+        return self._tried(f"looking at job {job}", lambda: self.client.fine_tuning.jobs.retrieve(job))
+
+    def events(self, job: str, seen: set[str]) -> list[Any]:
+        """The job's events that are not among `seen`, oldest first; none from a service that has no events."""
+
+        def request() -> list[Any]:
+            new: list[Any] = []
+            for event in self.client.fine_tuning.jobs.list_events(job, limit=PAGE):
+                if event.id in seen:
+                    break
+                new.append(event)
+            return new[::-1]
+
+        try:
+            return self._tried(f"reading the events of job {job}", request)
+        except UnknownError:
+            return []
+
+    def chat(self, model: str, prompt: str, limit: int) -> Reply:
+        """The answer to one user message, greedy, at most `limit` tokens."""
+
+        def request() -> Reply:
+            start = time.perf_counter()
+            done = self.client.chat.completions.create(model=model, messages=[{"role": "user", "content": prompt}], temperature=0, max_tokens=limit)
+            seconds, usage = time.perf_counter() - start, done.usage
+            text = (done.choices[0].message.content or "") if done.choices else ""
+            return Reply(text.strip(), usage.prompt_tokens if usage else None, usage.completion_tokens if usage else None, seconds)
+
+        return self._tried(f"asking {model}", request)
+
+    def _job_on(self, file: str) -> Any | None:
+        jobs = self.client.fine_tuning.jobs.list(limit=PAGE)
+        return next((job for job in jobs if job.training_file == file and job.status not in ENDED_BADLY), None)
+
+    def _tried(self, what: str, request: Callable[[], T]) -> T:
+        """What `request` returns, tried up to RETRIES times more. Raises ConfigError for a refused key, UnknownError for a 404, else TrainingError."""
+        for attempt in range(RETRIES + 1):
+            try:
+                return request()
+            except self.openai.APIError as error:
+                if attempt == RETRIES or not self._passes(error):
+                    raise self._said(what, error, attempt) from None
+                self.wait(_pause(error, attempt))
+        raise AssertionError
+
+    def _passes(self, error: Any) -> bool:
+        """Whether the fault may be gone in a while: too many requests, trouble in the service, a lost connection."""
+        status = getattr(error, "status_code", 0)
+        return isinstance(error, self.openai.APIConnectionError) or status >= 500 or (status in (408, 409, 429) and error.code not in OUT_OF_MONEY)
+
+    def _said(self, what: str, error: Any, retries: int) -> PiRayError:
+        status, body = getattr(error, "status_code", None), getattr(error, "body", None)
+        said = (body.get("message") if isinstance(body, dict) else None) or error.__cause__ or error
+        said = str(said).replace(self.key, "***")
+        if status in (401, 403):
+            return ConfigError(f"{what}: the service refuses the key in {self.settings.api_key_env}: {said}")
+        if status == 404:
+            return UnknownError(f"{what}: {said}")
+        tried = f" (tried {retries + 1} times)" if retries else ""
+        return TrainingError(f"{what}: {said}{tried}. What is done is kept, and the same command goes on from there")
+
+
+def _pause(error: Any, attempt: int) -> float:
+    """Seconds to wait: what Retry-After says, else twice as long each time, a little apart from other threads."""
+    response = getattr(error, "response", None)
+    try:
+        return min(max(0.0, float(response.headers["retry-after"])), LONGEST_WAIT_S)
+    except (AttributeError, KeyError, ValueError):
+        return min(BACKOFF_S * 2**attempt, LONGEST_WAIT_S) * random.uniform(0.75, 1.25)

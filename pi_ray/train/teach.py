@@ -1,0 +1,119 @@
+"""Distillation: a teacher that reads the full prompt answers for students that will not see it.
+
+The teacher is the adapter as the full-prompt phase leaves it, which has learned to read the prompt, or the base model. Once, at the border
+after the first phase, it answers the unlabelled queries (greedily; an answer is kept when even its least sure token is likely enough), and
+its likeliest tokens are noted at each place of every answer, labelled or its own. The phases after learn from both. So facts that no labelled
+row uses, but the template tells, reach the adapter that sees the query alone. The paper trains on labels only; this goes beyond it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import torch
+
+from pi_ray.artifact import staged, verify
+from pi_ray.config import DistillConfig
+from pi_ray.generate import greedy, prefix_cache
+from pi_ray.train.batches import Batch, PhaseRows
+
+SCHEMA = pa.schema({
+    "labelled": pa.bool_(), "number": pa.int32(), "label_ids": pa.list_(pa.int32()), "confidence": pa.float32(),
+    "top_ids": pa.list_(pa.int32()), "top_logprobs": pa.list_(pa.float32()),
+})  # top_*: top_k for each token of label_ids, one after another
+FILE = "taught.parquet"
+GENERATED = 16  # queries answered at once
+
+Row = tuple[list[int], list[int]]  # prompt ids, label ids
+Answers = dict[int, list[int]]  # row number -> label ids
+
+
+@dataclass(frozen=True)
+class Targets:
+    """What the teacher held likely at N answer tokens: `ids` (N, k) int64, `probs` (N, k) float32, which sum to 1 over k."""
+
+    ids: torch.Tensor
+    probs: torch.Tensor
+
+    def to(self, device: torch.device | str) -> Targets:
+        return Targets(self.ids.to(device), self.probs.to(device))
+
+
+def answer(model: Any, data: PhaseRows, numbers: Sequence[int], limit: int, end: int) -> Answers:
+    """The model's own answers to unlabelled rows under their prompt, ending with `end`; without those that do not end within `limit` tokens."""
+    cache, found = prefix_cache(model, data.prefix), {}
+    for start in range(0, len(numbers), GENERATED):
+        some = numbers[start : start + GENERATED]
+        prompts = [prompt for prompt, _ in data.take(some)]
+        for number, ids in zip(some, greedy(model, data.prefix, prompts, limit, end, cache=cache), strict=True):
+            if len(ids) < limit:
+                found[number] = [*ids, end]
+    return found
+
+
+def labels(data: PhaseRows, numbers: Sequence[int]) -> Answers:
+    return {n: label for n, (_, label) in zip(numbers, data.take(numbers), strict=True)}
+
+
+@torch.inference_mode()
+def judge(model: Any, view: Callable[[list[Row]], Batch], data: PhaseRows, answers: Answers, top_k: int, size: int) -> Iterator[dict[str, Any]]:
+    """For each row: the log-probability of its answer's least sure token, and the `top_k` likeliest tokens at each place. `size` rows a forward pass."""
+    numbers = list(answers)
+    for start in range(0, len(numbers), size):
+        some = numbers[start : start + size]
+        rows = [(prompt, answers[n]) for n, (prompt, _) in zip(some, data.take(some), strict=True)]
+        batch = view(rows)
+        given = batch.labels != -100
+        logprobs = torch.log_softmax(model(**batch.inputs).logits.flatten(0, -2).float()[given], -1)
+        own = logprobs.gather(1, batch.labels[given][:, None])[:, 0]
+        values, ids = logprobs.topk(top_k)
+        at = 0
+        for number, (_, label) in zip(some, rows, strict=True):
+            part = slice(at, at := at + len(label))
+            top = {"top_ids": ids[part].flatten().tolist(), "top_logprobs": values[part].flatten().tolist()}
+            yield {"labelled": bool(data.label_lengths[number]), "number": number, "label_ids": label, "confidence": own[part].min().item(), **top}
+
+
+def write(folder: Path, entries: list[dict[str, Any]], config: DistillConfig, fingerprint: str) -> int:
+    """The artefact, in the order of rows. `entries` are those of `judge`. Returns how many of the teacher's own answers are sure enough."""
+    entries = sorted(entries, key=lambda e: (not e["labelled"], e["number"]))
+    sure = [e["confidence"] >= config.confidence for e in entries if not e["labelled"]]
+    with staged(folder, fingerprint=fingerprint, top_k=config.top_k, answered=len(sure), kept=sum(sure)) as tmp:
+        pq.write_table(pa.Table.from_pylist(entries, schema=SCHEMA), tmp / FILE, compression="zstd")
+    return sum(sure)
+
+
+class Taught:
+    """The rows of one phase after the teacher: those with labels first, then the unlabelled ones whose answers were sure enough."""
+
+    def __init__(self, folder: Path, labelled: PhaseRows, unlabelled: PhaseRows, confidence: float):
+        manifest = verify(folder)
+        self.top_k = manifest["top_k"]
+        table = pq.read_table(Path(folder) / FILE)
+        kept = table.filter(pc.or_(table["labelled"], pc.greater_equal(table["confidence"], confidence)))
+        self._own = kept["labelled"].to_pylist()
+        self._numbers = kept["number"].to_pylist()
+        self._answers, self._ids, self._logprobs = kept["label_ids"], kept["top_ids"], kept["top_logprobs"]
+        self.label_lengths = pc.list_value_length(self._answers).to_numpy()
+        self._sources = {True: labelled, False: unlabelled}
+        self.prefix = labelled.prefix
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    def take(self, places: Sequence[int]) -> list[Row]:
+        prompts = [self._sources[self._own[p]].take([self._numbers[p]])[0][0] for p in places]
+        return list(zip(prompts, self._answers.take(list(places)).to_pylist(), strict=True))
+
+    def targets(self, places: Sequence[int]) -> Targets:
+        """The teacher's tokens at every answer token of these rows, in their order."""
+        ids = np.concatenate([self._ids[p].values.to_numpy() for p in places]).reshape(-1, self.top_k)
+        logprobs = np.concatenate([self._logprobs[p].values.to_numpy() for p in places]).reshape(-1, self.top_k)
+        return Targets(torch.from_numpy(ids.astype(np.int64)), torch.softmax(torch.from_numpy(logprobs.copy()), -1))

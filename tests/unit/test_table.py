@@ -1,0 +1,162 @@
+"""Families of runs and their tables: which runs there are, what they share, and what is printed and kept."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from fake_run import column
+
+from pi_ray import family, table
+from pi_ray.errors import ConfigError
+from pi_ray.rundir import RunDir
+
+JOBS = Path(__file__).parents[2] / "jobs"
+SPEEDS = {"none": {"latency_s": 0.2, "latency_cached_s": 0.2, "latency_merged_s": 0.15}}
+
+
+def table_file(folder: Path, **changes) -> Path:
+    (folder / "run.yaml").write_text(f"name: small\nrun_dir: {folder}/runs/small\ntask: {{name: opsql}}\n")
+    columns = {
+        "base": {"label": "Base", "trained": False, "set": {"schedule": {"name": "list", "list": [{"rate": 1, "shots": 2}]}}},
+        "full": {"label": "Full prompt", "paper": "Template", "set": {"schedule": {"name": "list", "list": [{"rate": 1, "shots": 2}]}}},
+        "none": {"label": "No template", "set": {"schedule": {"name": "list", "list": [{"rate": 0, "shots": 0}]}}},
+        "mine": {"label": "PromptIntern", "set": {"schedule.phases": 3}},
+    }
+    content = {"table": "9", "title": "a test", "run": "run.yaml", "seeds": [0, 1], "columns": columns, "mine": "mine", "full": "full", "none": "none"}
+    (folder / "table.yaml").write_text(yaml.safe_dump({**content, **changes}, sort_keys=False))
+    return folder / "table.yaml"
+
+
+def evaluated(member, right: int, rows: int = 40) -> None:
+    """As if the first `right` of `rows` answers were right."""
+    name = "promptintern" if member.trained else "base"
+    out = member.run.evaluation
+    out.mkdir(parents=True)
+    summary = {"task": "opsql", "model": "small", "seed": member.seed, "test_rows": rows, "train_rows": 80, name: column("", right / rows, 50.0, 31.0, 4, 0.9, 0.8, {})}
+    (out / "summary.json").write_text(json.dumps(summary))
+    lines = [{"id": str(i), "answer": f"answer {i}", "outputs": {name: f"answer {i}" if i < right else "?"}, "scores": {name: {"exact_match": float(i < right)}}} for i in range(rows)]
+    (out / "outputs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+@pytest.fixture
+def done(tmp_path):
+    found = family.load(table_file(tmp_path))
+    for member in found.members:
+        evaluated(member, {"base": 0, "full": 36, "none": 12, "mine": 30}[member.column] + member.seed)
+    return found
+
+
+def test_a_family_is_columns_by_seeds_and_the_base_has_no_seed(tmp_path):
+    found = family.load(table_file(tmp_path))
+    assert [(m.column, m.seed) for m in found.members] == [("base", 0), ("full", 0), ("none", 0), ("mine", 0), ("full", 1), ("none", 1), ("mine", 1)]
+    assert len({m.config.run_dir for m in found.members}) == 7
+    assert all(m.config.train.seed == m.seed and not m.config.evaluate.baseline for m in found.members)
+
+
+def test_a_column_that_changes_gets_another_folder_and_equal_ones_of_two_tables_share_theirs(tmp_path):
+    one, same = (family.load(table_file(tmp_path, table=name)) for name in ("1", "2"))
+    other = family.load(tmp_path / "table.yaml", ["train.lr=0.01"])
+    assert [m.config.run_dir for m in one.members] == [m.config.run_dir for m in same.members]
+    assert not {m.config.run_dir for m in one.members} & {m.config.run_dir for m in other.members}
+
+
+def test_overrides_reach_the_runs_and_those_with_table_the_table(tmp_path):
+    path = table_file(tmp_path, set={"train.lr": 0.002, "train.batch_size": 8})
+    found = family.load(path, ["train.lr=0.003", "table.seeds=[5]", "table.only=[mine]"])
+    assert [(m.column, m.seed, m.config.train.lr, m.config.train.batch_size) for m in found.members] == [("mine", 5, 0.003, 8)]
+
+
+@pytest.mark.parametrize(("changes", "says"), [
+    ({"full": "ful"}, "no column 'ful'"),
+    ({"tilte": 1}, "unknown key 'tilte'; did you mean 'title'"),
+    ({"columns": {"mine": {"label": "x", "set": {"train.rl": 1}}}, "full": "", "none": ""}, r"columns.mine.set: train.rl"),
+    ({"run": "nowhere.yaml"}, "no such file"),
+])
+def test_a_mistake_is_named(tmp_path, changes, says):
+    with pytest.raises(ConfigError, match=says):
+        family.load(table_file(tmp_path, **changes))
+
+
+def test_another_seed_takes_over_the_preparation(tmp_path):
+    found = family.load(table_file(tmp_path))
+    first, second = found.of("full")
+    for name in ("rows", "templates", "phases"):
+        (first.run.root / name).mkdir(parents=True)
+        (first.run.root / name / "a.txt").write_text(name)
+    first.run.neighbours.write_text("n")
+    family.adopt(found.members, second)
+    assert (second.run.phases / "a.txt").read_text() == "phases" and second.run.neighbours.read_text() == "n"
+    family.adopt(found.members, found.of("none")[0])
+    assert not RunDir(found.of("none")[0].config.root).phases.exists()
+
+
+def test_one_seed_of_every_column_comes_before_two_of_any(tmp_path):
+    told, done = [], []
+    found = family.load(table_file(tmp_path))
+    family.complete(found, lambda c: None, lambda c: done.append(c.train.seed), lambda m: None, told.append)
+    assert done == [0, 0, 0, 1, 1, 1]
+    assert told[0] == "1 of 7: base, seed 0"
+
+
+def test_the_table_says_value_interval_seeds_tokens_and_difference(done):
+    head, *rows = table.lines(done, table.read(done), SPEEDS)
+    text = {r[0]: dict(zip(head, r, strict=True)) for r in rows}
+    mine, none = text["PromptIntern"], text["No template"]
+    assert mine["Exact match (95%)"].startswith("76.2% (") and mine["by seed"] == "75.0%, 77.5%"
+    assert mine["p by seed"] == "–" and none["p by seed"].split(", ")[0] == "<0.001"
+    assert none["less than PromptIntern by"].startswith("+45.0 (")
+    assert none["s, merged"] == "150 ms" and mine["s, merged"] == "–"
+
+
+def test_the_gap_recovered_is_said_where_there_is_one(done):
+    sentence, numbers = table.gap(done, table.read(done))
+    assert numbers["value"] == pytest.approx((30.5 - 12.5) / (36.5 - 12.5))
+    assert sentence.startswith("Gap recovered: 75% (95%: ")
+
+
+def test_without_a_gap_it_says_so(tmp_path):
+    found = family.load(table_file(tmp_path))
+    for member in found.members:
+        evaluated(member, 20)
+    sentence, numbers = table.gap(found, table.read(found))
+    assert sentence.startswith("No gap to recover at this size: Full prompt 50.0%") and numbers is None
+
+
+def test_the_paper_stands_beside(tmp_path):
+    found = family.load(table_file(tmp_path, paper={"columns": ["Template"], "rows": {"GPT-4": [[86.7, 1063]]}}))
+    for member in found.members:
+        evaluated(member, 20)
+    head, *rows = table.lines(found, table.read(found), {})
+    assert head[-1] == "paper, GPT-4" and [r[-1] for r in rows] == ["–", "86.7 (1063 tokens)", "–", "–"]
+
+
+def test_numbers_are_merged_into_the_results_in_place_of_older_ones(done, tmp_path):
+    path = tmp_path / "results.json"
+    made = table.entries(done, table.read(done), SPEEDS, "pi-ray table x")
+    for _ in range(2):
+        table.merge(path, made)
+    table.merge(path, [{**made[0], "table": "8"}])
+    kept = json.loads(path.read_text())
+    assert len(kept) == len(made) + 1
+    wanted = {"table", "column", "task", "model", "seed", "metric", "value", "low", "high", "test_rows", "input_tokens", "seconds_per_instance", "command"}
+    assert all(wanted <= e.keys() for e in kept if e["metric"] != "gap_recovered")
+    assert [e["value"] for e in kept if e["metric"] == "gap_recovered"] == [0.75]
+
+
+def test_a_table_that_was_stopped_shows_what_there_is(tmp_path):
+    found = family.load(table_file(tmp_path))
+    evaluated(found.of("none")[0], 10)
+    head, *rows = table.lines(found, table.read(found), {})
+    assert [r[0] for r in rows] == ["No template"]
+    assert table.gap(found, table.read(found)) == ("", None)
+    assert table.markdown([head, *rows]).count("\n") == 3
+    assert table.render("t", [head, *rows]).row_count == 1
+
+
+@pytest.mark.parametrize("path", sorted((JOBS / "paper").glob("table*.yaml")), ids=lambda p: p.stem)
+def test_the_tables_that_ship_load_and_their_paper_columns_are_there(path):
+    found = family.load(path)
+    paper = found.config.paper
+    assert {c.paper for c in found.config.columns.values()} - {""} <= set(paper.columns)
+    assert all(len(cells) == len(paper.columns) for cells in paper.rows.values())

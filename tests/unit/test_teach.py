@@ -1,0 +1,169 @@
+"""A teacher that reads the full prompt: what it answers, what is kept, and what students learn from it."""
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from pi_ray.artifact import verify
+from pi_ray.errors import ConfigError, TrainingError
+from pi_ray.models import load_model
+from pi_ray.rundir import RunDir, plain_config, train_fingerprint
+from pi_ray.runfile import parse
+from pi_ray.train import attention, teach
+from pi_ray.train.batches import PhaseRows, packed, plain
+from pi_ray.train.objectives import distill_sum, sft_sum
+from pi_ray.train.teach import Targets, Taught
+from pi_ray.train.worker import _Worker, train_worker
+from tests.prepared import prepare_by_hand, tiny_config
+from tests.unit.test_train import adapter_hash, log_of, settings
+
+KEEP_ALL = -100.0
+
+
+@pytest.fixture(scope="module")
+def taught(tiny_model, tmp_path_factory):
+    changes = {"schedule.epochs": 2, "train.objective": "distill", "train.distill.confidence": KEEP_ALL, "train.distill.top_k": 4}
+    config = tiny_config(tiny_model, tmp_path_factory.mktemp("taught"), **changes)
+    prepare_by_hand(config)
+    train_worker(settings(config))
+    return config
+
+
+def rows_of(config):
+    return pq.read_table(RunDir(config.root).taught / teach.FILE).to_pylist()
+
+
+def event(config):
+    return next(e for e in log_of(config) if e.get("event") == "taught")
+
+
+def test_the_teacher_judges_every_labelled_row_and_what_it_answered_itself(taught):
+    made = rows_of(taught)
+    assert [r["number"] for r in made if r["labelled"]] == list(range(12))
+    assert len(made) == 12 + event(taught)["answered"] and event(taught)["queries"] == 12
+    for row in made:
+        assert len(row["top_ids"]) == len(row["top_logprobs"]) == 4 * len(row["label_ids"])
+        assert row["confidence"] <= 0
+
+
+def test_the_teacher_is_the_adapter_as_the_first_phase_leaves_it(taught):
+    """Its confidence in the labels, computed again from the published adapter of phase 0 with ordinary batches."""
+    from peft import PeftModel
+
+    run = RunDir(taught.root)
+    model = PeftModel.from_pretrained(load_model(taught.model, "cpu"), run.adapter(0)).eval()
+    data = PhaseRows(run.phase(0))
+    again = teach.judge(model, lambda rows: plain(data.prefix, rows), data, teach.labels(data, range(12)), 4, 5)
+    assert [e["confidence"] for e in again] == pytest.approx([r["confidence"] for r in rows_of(taught) if r["labelled"]], abs=1e-3)
+
+
+def test_every_objective_has_the_same_number_of_updates(taught):
+    assert len([e for e in log_of(taught) if "loss" in e]) == 18
+
+
+def test_an_answer_that_is_not_sure_enough_is_not_learned_from(taught):
+    run = RunDir(taught.root)
+    sure = sorted(r["confidence"] for r in rows_of(taught) if not r["labelled"])
+    if not sure:
+        pytest.fail("the tiny model ended no answer; the test needs some")
+    data = [Taught(run.taught, PhaseRows(run.phase(2)), PhaseRows(run.phase("unlabelled-2")), c) for c in (KEEP_ALL, sure[-1], 0.0)]
+    assert [len(d) for d in data] == [12 + len(sure), 12 + sure.count(sure[-1]), 12]
+
+
+def test_a_student_gets_the_prompt_of_its_phase_and_the_answer_of_the_teacher(taught):
+    run = RunDir(taught.root)
+    own, queries = PhaseRows(run.phase(2)), PhaseRows(run.phase("unlabelled-2"))
+    data, made = Taught(run.taught, own, queries, KEEP_ALL), rows_of(taught)
+    assert data.take([0]) == own.take([0])
+    place = len(made) - 1
+    assert data.take([place]) == [(queries.take([made[place]["number"]])[0][0], made[place]["label_ids"])]
+    targets = data.targets([0, place])
+    assert targets.ids.shape == (len(made[0]["label_ids"]) + len(made[place]["label_ids"]), 4)
+    assert torch.allclose(targets.probs.sum(1), torch.ones(len(targets.probs)))
+    assert targets.ids[0].tolist() == made[0]["top_ids"][:4]
+
+
+@pytest.mark.parametrize("pack", [packed, plain])
+def test_a_teacher_who_is_certain_of_the_label_teaches_like_the_label(taught, pack):
+    data, model = PhaseRows(RunDir(taught.root).phase(0)), load_model(taught.model, "cpu").eval()
+    if pack is packed:
+        attention.enable(model)
+    rows = data.take([0, 1, 2])
+    batch = pack(data.prefix, rows)
+    labels = torch.tensor([token for _, label in rows for token in label])[:, None]
+    certain = Targets(labels, torch.ones_like(labels, dtype=torch.float32))
+    for share in (1.0, 0.3):
+        assert distill_sum(model, batch, certain, share).item() == pytest.approx(sft_sum(model, batch).item(), rel=1e-5)
+
+
+def test_the_loss_is_the_cross_entropy_to_the_teacher(taught):
+    data, model = PhaseRows(RunDir(taught.root).phase(0)), load_model(taught.model, "cpu").eval()
+    rows = data.take([3])
+    batch, count = plain(data.prefix, rows), len(rows[0][1])
+    targets = Targets(torch.tensor([[5, 9]] * count), torch.tensor([[0.75, 0.25]] * count))
+    with torch.no_grad():
+        logprobs = torch.log_softmax(model(**batch.inputs).logits[0].float(), -1)
+        expected = -(0.75 * logprobs[:, 5] + 0.25 * logprobs[:, 9]).sum().item()
+        assert distill_sum(model, batch, targets, 1.0).item() == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("stop_at", [6, 8, 14])
+def test_a_run_that_dies_at_the_border_or_after_it_goes_on_to_the_same_adapter(taught, tmp_path, monkeypatch, stop_at):
+    config = taught.replace(run_dir=str(tmp_path))
+    prepare_by_hand(config)
+    one = _Worker._one
+
+    def dies(self, update):
+        if update.step == stop_at:
+            raise KeyboardInterrupt
+        one(self, update)
+
+    monkeypatch.setattr(_Worker, "_one", dies)
+    with pytest.raises(KeyboardInterrupt):
+        train_worker(settings(config))
+    monkeypatch.setattr(_Worker, "_one", one)
+    train_worker(settings(config))
+    assert adapter_hash(config) == adapter_hash(taught)
+    assert verify(RunDir(config.root).taught)["files"] == verify(RunDir(taught.root).taught)["files"]
+
+
+def test_a_teacher_that_was_trained_on_is_not_asked_again(taught, tmp_path, monkeypatch):
+    config = taught.replace(run_dir=str(tmp_path))
+    prepare_by_hand(config)
+    monkeypatch.setattr(_Worker, "_finish", lambda self: None)  # as if killed before the end: the checkpoints are still there
+    train_worker(settings(config))
+    (RunDir(tmp_path).taught / "manifest.json").unlink()
+    RunDir(tmp_path).checkpoints.joinpath("step-00000018").rename(tmp_path / "gone")
+    with pytest.raises(TrainingError, match="trained on since; delete"):
+        train_worker(settings(config))
+
+
+@pytest.mark.parametrize("changes", [{"train.distill.teacher": "base"}, {"train.objective": "mixed"}, {"train.share_prefix": False}])
+def test_other_teachers_and_objectives_train_too(taught, tmp_path, changes):
+    config = taught.replace(run_dir=str(tmp_path), **changes)
+    prepare_by_hand(config)
+    train_worker(settings(config))
+    assert len(rows_of(config)) >= 12
+    if "train.share_prefix" in changes:
+        assert [r["confidence"] for r in rows_of(config)[:12]] == pytest.approx([r["confidence"] for r in rows_of(taught)[:12]], abs=1e-2)
+
+
+def test_plain_fine_tuning_has_no_teacher(taught):
+    assert plain_config(taught).train.objective == "sft"
+
+
+def test_what_a_teacher_would_do_does_not_retrain_a_run_without_one(taught):
+    sft = taught.replace(**{"train.objective": "sft"})
+    assert train_fingerprint(sft, "p") == train_fingerprint(sft.replace(**{"train.distill.top_k": 7}), "p")
+    assert train_fingerprint(taught, "p") != train_fingerprint(taught.replace(**{"train.distill.top_k": 7}), "p")
+
+
+@pytest.mark.parametrize(("text", "says"), [
+    ("name: a\ntrain: {objective: distill, backend: {zero_stage: 3}}", "zero_stage 2 or less"),
+    ("name: a\ntrain: {objective: mixed}\nschedule: {phases: 1}", "needs a phase after the first"),
+])
+def test_what_cannot_be_taught_is_refused_at_once(text, says):
+    with pytest.raises(ConfigError, match=says):
+        parse(text, "run.yaml")
+
+
