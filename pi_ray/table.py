@@ -204,7 +204,16 @@ def markdown(rows: Sequence[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(r)} |" for r in (head, ["---"] * len(head), *body)) + "\n"
 
 
-def render(title: str, rows: Sequence[list[str]]) -> Table:
+def render(title: str, rows: Sequence[list[str]]) -> Iterator[Table]:
+    """The same for a terminal: quality, then speed and cost, then the paper's rows, each narrow enough to read."""
+    quality, money, paper = [1, 2, 3, 4, 5, 11, 12], [6, 7, 8, 9, 10], range(len(HEAD), len(rows[0]))
+    for part, name in ((quality, title), (money, "Seconds and cost of a request"), (paper, "The paper's rows")):
+        shown = [i for i in part if any(row[i] != "–" for row in rows[1:])]
+        if shown:
+            yield _part(name, [[row[0], *(row[i] for i in shown)] for row in rows])
+
+
+def _part(title: str, rows: Sequence[list[str]]) -> Table:
     from rich.table import Table
     from rich.text import Text
 

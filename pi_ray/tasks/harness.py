@@ -1,0 +1,80 @@
+"""The program's side of the sandbox: `python -c` of this file, inside, with the standard library alone.
+
+Standard input is a marshal of (limits, folder, sources, steps). Standard output becomes the line `ready`, and then one line of JSON,
+[error, [value of each step]], in which a value is a nested list of a kind and ASCII text (`encode`). The program shares this process
+and may rewrite all of it. So nothing here decides anything: no expected value ever comes in, and judge.py takes what goes out as data.
+"""
+
+import marshal
+import os
+import resource
+import sys
+from typing import Any
+
+DEPTH = 100  # of nested containers; what is deeper is not plain data
+VIEWS = (type({}.keys()), type({}.items()))  # they equal sets
+
+
+def main() -> None:
+    limits, folder, sources, steps = marshal.load(sys.stdin.buffer)
+    out = os.dup(1)
+    nothing = os.open(os.devnull, os.O_RDWR)
+    for stream in (0, 1, 2):
+        os.dup2(nothing, stream)
+    os.chdir(folder)
+    for name, most in limits:
+        resource.setrlimit(getattr(resource, name), (most, most))
+    os.write(out, b"ready\n")
+    left = repr(run(sources, steps)).replace("'", '"').encode("ascii")  # JSON: the texts hold no quotes and no backslashes
+    while left:
+        left = left[os.write(out, left):]
+    os._exit(0)  # without waiting for threads or exit handlers
+
+
+def run(sources: tuple[str, ...], steps: tuple[tuple[str, str], ...]) -> list[Any]:
+    """[error, values]: the sources as one `__main__` module, then the steps ("exec", "value" or "truth", source) until one raises."""
+    module = type(sys)("__main__")
+    sys.modules["__main__"] = module
+    values: list[Any] = []
+    error = ""
+    try:
+        for source in sources:
+            exec(compile(source, "<program>", "exec"), module.__dict__)
+        for kind, source in steps:
+            value = (exec if kind == "exec" else eval)(compile(source, "<test>", "exec" if kind == "exec" else "eval"), module.__dict__)
+            values.append(encode(bool(value) if kind == "truth" else value))
+    except BaseException as raised:  # SystemExit too: a program that exits before its tests are done has not passed them
+        error = type(raised).__name__
+    return [encode(error), values]
+
+
+def encode(value: Any, depth: int = 0) -> list[Any]:
+    """Plain data, which compares by value in any process. A subclass counts as what it was made from, whatever its `__eq__` says."""
+    if value is None or isinstance(value, bool):
+        return ["const", str(value)]
+    if isinstance(value, int):
+        return ["int", int.__format__(value, "x")]
+    if isinstance(value, float):
+        return ["float", float.hex(value)]
+    if isinstance(value, complex):
+        return ["complex", float.hex(value.real), float.hex(value.imag)]
+    if isinstance(value, str):
+        return ["str", str.encode(value, "utf-8", "surrogatepass").hex()]
+    if isinstance(value, (bytes, bytearray)):
+        return ["bytes", bytes(value).hex()]
+    if type(value).__module__ in ("fractions", "decimal") and hasattr(value, "as_integer_ratio"):
+        return ["ratio", *(int.__format__(part, "x") for part in value.as_integer_ratio())]
+    if depth == DEPTH:
+        return ["other", ""]
+    if isinstance(value, dict):
+        return ["dict", [[encode(key, depth + 1), encode(item, depth + 1)] for key, item in dict.items(value)]]
+    for kind in (list, tuple, set, frozenset):
+        if isinstance(value, kind):
+            return [kind.__name__, [encode(item, depth + 1) for item in kind.__iter__(value)]]
+    if isinstance(value, VIEWS):
+        return ["set", [encode(item, depth + 1) for item in value]]
+    return ["other", ""]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,151 @@
+"""Walls around one program: namespaces, a root of its own with little in it, a user without rights.
+
+Linux and util-linux, as root or with unprivileged user namespaces. For each program:
+
+    unshare    own mounts, network (no interface is up), processes, IPC; as an ordinary user also an own user namespace
+    mount      /usr, the interpreter and three devices, read-only, into an otherwise empty root; a fresh tmpfs as /tmp
+    chroot     into that root: home directories, /etc, /proc, /sys and all other files do not exist there. The kernel gives a process
+               whose root is changed no new user namespaces, which closes the way back to privileges and to more mounts
+    timeout    is the first process of the tree; when it ends, the kernel ends the whole tree. It does so by itself soon after the wall
+               limit, if nobody is there any more to end it at the limit
+    setpriv    as root: a user id that nobody else has; for all: no capabilities, no new privileges
+
+`Jail.tests` states each wall as an assert. They are run once inside, before anything else is; what is printed as active has been seen to hold.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import shutil
+import signal
+import sys
+import tempfile
+from pathlib import Path
+
+SYSTEM = ("/usr", "/lib", "/lib32", "/lib64", "/libx32", "/bin", "/sbin", "/nix/store", "/gnu/store")  # where a system keeps its shared libraries
+DEVICES = ("/dev/null", "/dev/zero", "/dev/urandom")
+TOOLS = ("unshare", "mount", "chroot", "timeout", "setpriv", "sh")
+SEARCH = "/usr/sbin:/usr/bin:/sbin:/bin"
+USERS = (50_000, 60_000)  # user ids that no distribution hands out by itself
+SCRIPT = (
+    "echo 1000 >/proc/self/oom_score_adj; "  # short of memory, the kernel ends a program before anything else
+    '"$1" --all --fstab "$2/fstab" && "$1" -t tmpfs -o "size=$3m,nr_inodes=4k,mode=1777,nosuid,nodev" tmpfs "$2/root/tmp" && shift 3 && exec "$@"'
+)
+PROBE = """
+import os, resource, socket
+def reach(host):
+    try:
+        socket.create_connection((host, 9), 1)
+    except OSError as error:
+        return os.strerror(error.errno)
+def refused(call, *arguments):
+    try:
+        call(*arguments)
+    except OSError as error:
+        return os.strerror(error.errno)
+def size(folder):
+    seen = os.statvfs(folder)
+    return seen.f_blocks * seen.f_frsize
+def read_only(*folders):
+    return all(os.statvfs(folder).f_flag & os.ST_RDONLY for folder in folders)
+"""
+
+_numbers = itertools.count(os.getpid() * 64)  # sandboxes of one machine start at different ids
+
+
+def user_id() -> int:
+    """A user id for one place in a sandbox, where this process may change users; else its own."""
+    first, end = USERS
+    return first + next(_numbers) % (end - first) if os.geteuid() == 0 else os.getuid()
+
+
+def interpreter() -> tuple[Path, set[Path]]:
+    """This Python without its virtual environment, and the folders that hold it and its standard library."""
+    python = Path(getattr(sys, "_base_executable", "") or sys.executable).resolve()
+    return python, {Path(prefix).resolve() for prefix in (sys.base_prefix, sys.base_exec_prefix, python.parent)}
+
+
+class Jail:
+    """The walls of one Sandbox. Raises OSError, with the reason as its text, where a tool is missing."""
+
+    def __init__(self) -> None:
+        self.tools = {tool: shutil.which(tool, path=SEARCH) or shutil.which(tool) for tool in TOOLS}
+        if missing := [tool for tool, path in self.tools.items() if not path]:
+            raise OSError(f"this machine has no {', '.join(missing)}")
+        self._needed = interpreter()[1]
+        if forbidden := self._needed & {Path("/"), Path(os.path.expanduser("~"))}:
+            raise OSError(f"Python is installed in {forbidden.pop()} itself, which would have to be shown to the program")
+        self._folder = tempfile.TemporaryDirectory(prefix="pi-ray-sandbox-", ignore_cleanup_errors=True)
+        self.folder = Path(self._folder.name).resolve()
+        self.folder.chmod(0o755)
+        self._lay_out()
+
+    def command(self, program: list[str], seconds: float, files_mib: int, user: int) -> list[str]:
+        """The command line that runs `program` (a path and arguments) inside."""
+        own = ["--user", "--map-root-user"] if os.geteuid() else []
+        drop = ["--securebits=+noroot,+noroot_locked"] if own else [f"--reuid={user}", f"--regid={user}", "--clear-groups"]
+        return [
+            self.tools["unshare"], *own, "--mount", "--net", "--ipc", "--pid", "--fork", "--kill-child",
+            self.tools["sh"], "-c", SCRIPT, "sh", self.tools["mount"], str(self.folder), str(files_mib),
+            self.tools["chroot"], str(self.folder / "root"),
+            self.tools["timeout"], "--signal=KILL", str(seconds + 1),
+            self.tools["setpriv"], *drop, "--bounding-set=-all", "--inh-caps=-all", "--no-new-privs", *program,
+        ]  # fmt: skip
+
+    def kill(self, pid: int) -> None:
+        """End what `command` started as process `pid`: by the first process inside, since `unshare` then stays until the whole tree is gone."""
+        try:
+            inside = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+        except OSError:  # a kernel without this file
+            inside = []
+        for process in inside or [pid]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(int(process), signal.SIGKILL)
+
+    def tests(self, limits: tuple[tuple[str, int], ...], files_mib: int, user: int) -> list[tuple[str, str]]:
+        """(sentence, assert that proves it) of each wall, for PROBE run inside. `limits`: resource name and value."""
+        top = sorted(p.name for p in (self.folder / "root").iterdir())
+        own = f"a user id of its own, such as {user}" if os.geteuid() == 0 else "root of an own user namespace, mapped to this user"
+        return [
+            ("network: none, not even loopback", "assert [reach('127.0.0.1'), reach('192.0.2.1')] == ['Network is unreachable', 'Network is unreachable']"),
+            ("processes: an own tree, which ends with the program", "assert os.getppid() == 1"),
+            (f"files: {', '.join(self.shown)}, read-only; nothing else of this machine", f"assert [sorted(os.listdir('/')), read_only('/', *{self.shown})] == [{top}, True]"),
+            (f"writing: a private /tmp of {files_mib} MiB, in memory, gone with the program", f"assert [size('/tmp'), os.listdir('/tmp')] == [{files_mib << 20}, []]"),
+            (f"rights: {own}; no capabilities", f"assert [os.getuid(), refused(os.chroot, '/tmp')] == [{user if os.geteuid() == 0 else 0}, 'Operation not permitted']"),
+            (
+                "limits of each process: " + ", ".join(f"{name.removeprefix('RLIMIT_').lower()} {value}" for name, value in limits),
+                f"assert [resource.getrlimit(getattr(resource, name)) for name in {[name for name, _ in limits]}] == {[(value, value) for _, value in limits]}",
+            ),
+        ]
+
+    def _lay_out(self) -> None:
+        """The empty root with its mount points, and the fstab that fills it; made once, mounted by each program for itself."""
+        root = self.folder / "root"
+        self.shown: list[str] = []
+        mounts = [(root, root, "bind,ro")]
+        (root / "tmp").mkdir(parents=True)
+        (root / "dev").mkdir()
+        (root / "dev" / "shm").symlink_to("../tmp")
+        for path in sorted({*map(Path, SYSTEM), *self._needed}):
+            inside = root / path.relative_to("/")
+            if path.is_symlink():
+                inside.symlink_to(os.readlink(path))
+            elif path.is_dir() and not any(path.is_relative_to(source) for source in self.shown):
+                inside.mkdir(parents=True)
+                self.shown.append(str(path))
+                mounts.append((path, inside, "rbind,ro"))
+        for device in map(Path, DEVICES):
+            (root / device.relative_to("/")).touch()
+            mounts.append((device, root / device.relative_to("/"), "bind"))
+        if (cache := Path("/etc/ld.so.cache")).is_file():  # libraries in /usr/local/lib are found through it
+            (root / "etc").mkdir()
+            shutil.copy(cache, root / "etc" / "ld.so.cache")
+        for folder, _, _ in os.walk(root):
+            os.chmod(folder, 0o755)
+        (self.folder / "fstab").write_text("".join(f"{_escaped(source)} {_escaped(target)} none {options} 0 0\n" for source, target, options in mounts))
+
+
+def _escaped(path: Path) -> str:
+    return str(path).replace("\\", r"\134").replace(" ", r"\040").replace("\t", r"\011")

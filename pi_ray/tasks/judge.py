@@ -1,0 +1,92 @@
+"""Asserts are split: the sandbox runs the program's half, this trusted process compares what comes out with the expected value.
+
+`assert f(3) == [1, 2]` becomes "evaluate f(3)" inside, and a comparison with [1, 2] here. The expected value never goes in, so that no
+exit code, patched builtin, `__eq__`, stack frame or forged output passes a test: the only way to the right value is to compute it
+(or to know it from the prompt, which no sandbox can tell from computing it). What came out is data in a format of its own, read
+without running anything.
+
+What stays open: an assert that is not `... == <literal>` is evaluated inside as a whole, and a program that takes over its own process
+can claim that it held. Of MBPP's 2,922 asserts these are 3, all of task 596 (dev rows), which compares with `sys.getsizeof(...)`.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any
+
+from pi_ray.errors import DataError
+
+CONSTANTS = {"None": None, "True": True, "False": False}
+
+
+@dataclass(frozen=True)
+class Step:
+    """What is run inside: kind "exec" (a statement), "value" (must equal `expected`) or "truth" (must be true)."""
+
+    kind: str
+    source: str
+    expected: Any = None
+
+
+def split(tests: Sequence[str]) -> list[Step]:
+    """Test statements -> steps. Raises DataError when a test is not Python, or when nothing is asserted."""
+    try:
+        steps = [_step(statement) for test in tests for statement in ast.parse(test.strip()).body]
+    except (SyntaxError, ValueError) as error:
+        raise DataError(f"a test is not valid Python ({error}): {' '.join(tests)[:200]}") from None
+    if all(step.kind == "exec" for step in steps):
+        raise DataError("a program without asserts proves nothing; give it at least one test")
+    return steps
+
+
+def _step(statement: ast.stmt) -> Step:
+    if not isinstance(statement, ast.Assert):
+        return Step("exec", ast.unparse(statement))
+    test = statement.test
+    if isinstance(test, ast.Compare) and len(test.ops) == 1 and isinstance(test.ops[0], ast.Eq):
+        try:
+            return Step("value", ast.unparse(test.left), ast.literal_eval(test.comparators[0]))
+        except (ValueError, TypeError):
+            pass
+    return Step("truth", ast.unparse(test))
+
+
+def verdict(steps: Sequence[Step], line: bytes) -> str:
+    """ "passed", or why not. `line` is what the sandbox wrote; it may be anything."""
+    try:
+        error, values = json.loads(line)
+        found = [_decode(value) for value in values]
+        for number, (step, value) in enumerate(zip(steps, found, strict=False), start=1):
+            if (step.kind == "value" and value != step.expected) or (step.kind == "truth" and value is not True):
+                return f"failed: test {number}"
+        if name := _decode(error):
+            return f"raised {name[:80] if name.isidentifier() else 'an exception'}"
+        return "passed" if len(found) == len(steps) else "failed: not all tests answered"
+    except (ValueError, TypeError, AttributeError, LookupError, ArithmeticError, RecursionError):
+        return "failed: no readable answer"
+
+
+def _decode(data: list[Any]) -> Any:
+    """The inverse of harness.encode. What is no plain data becomes an object that equals nothing. Raises ValueError and the like."""
+    kind, *parts = data
+    content = parts[0]
+    if kind in ("list", "tuple", "set", "frozenset"):
+        items = [_decode(item) for item in content]
+        # A set inside a set can only have been a frozenset, and the two compare equal.
+        return items if kind == "list" else tuple(items) if kind == "tuple" else frozenset(items)
+    if kind == "dict":
+        return {_decode(key): _decode(value) for key, value in content}
+    return {
+        "const": lambda: CONSTANTS[content],
+        "int": lambda: int(content, 16),
+        "float": lambda: float.fromhex(content),
+        "complex": lambda: complex(float.fromhex(content), float.fromhex(parts[1])),
+        "str": lambda: bytes.fromhex(content).decode("utf-8", "surrogatepass"),
+        "bytes": lambda: bytes.fromhex(content),
+        "ratio": lambda: Fraction(int(content, 16), int(parts[1], 16)),
+        "other": object,
+    }[kind]()

@@ -1,0 +1,205 @@
+"""Runs generated programs against tests, many at a time, with nothing of this machine in their reach.
+
+Three parts that trust each other one way: jail.py puts walls around a process, harness.py runs in it, judge.py decides outside, by
+value, from what comes out. An exit code or a printed word counts for nothing. What a hostile program can still do: use up its limits
+(at most `processes` times `memory_mib`, `seconds` long; there is no bound on the sum other than that), see the folders that
+`protections()` names, learn the machine's time and kernel version, attack the kernel through its system calls (there is no seccomp
+filter), and what judge.py says about asserts without a literal.
+"""
+
+from __future__ import annotations
+
+import marshal
+import math
+import os
+import queue
+import selectors
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from importlib.resources import files
+
+from pi_ray.errors import ConfigError
+from pi_ray.tasks.jail import PROBE, SEARCH, Jail, interpreter, user_id
+from pi_ray.tasks.judge import Step, split, verdict
+
+READY = b"ready\n"
+OPEN_FILES = 64
+ENVIRONMENT = {"PATH": SEARCH, "HOME": "/tmp", "LANG": "C.UTF-8", "PYTHONHASHSEED": "0"}  # sets in the same order each time: the same verdict
+CURE = (
+    "It needs Linux with util-linux and the right to make namespaces: run as root, or allow user namespaces (sysctl kernel.unprivileged_userns_clone=1 "
+    "and kernel.apparmor_restrict_unprivileged_userns=0, where they exist), or give a container the capability SYS_ADMIN. "
+    "With task.unsafe_local_execution: true generated code runs without walls, with all that you may do yourself"
+)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Of one program. `seconds` of wall time; `memory_mib` of address space for each of at most `processes` processes and threads;
+    `output_kib` for the values that the tests ask for (what it prints is dropped unread); `files_mib` in its private /tmp."""
+
+    seconds: float = 10.0
+    memory_mib: int = 1024
+    output_kib: int = 64
+    files_mib: int = 16
+    processes: int = 8
+
+
+@dataclass(frozen=True)
+class Program:
+    """Untrusted `code`; then `setup`, then `tests` (asserts), which are the task's and run in the program's namespace, in this order."""
+
+    code: str
+    tests: tuple[str, ...]
+    setup: str = ""
+    limits: Limits | None = None
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """`reason`: "passed", "failed: test 2", "raised NameError", "timeout", "no answer" (it exited or crashed), "too much output".
+    `seconds`: wall time, all included."""
+
+    passed: bool
+    reason: str
+    seconds: float
+
+
+class Sandbox:
+    """At most `parallel` programs at a time (0: as many as this process has cores), from any thread.
+
+    Making one runs a probe inside and raises ConfigError where a wall does not hold, unless `unsafe_local`: then programs run as
+    plain processes with resource limits and a scratch folder, which `protections()` says.
+    """
+
+    def __init__(self, limits: Limits = Limits(), parallel: int = 0, unsafe_local: bool = False):
+        self.limits = limits
+        self.parallel = parallel or _cores()
+        self._harness = files("pi_ray.tasks").joinpath("harness.py").read_text(encoding="utf-8")
+        self._users: queue.SimpleQueue[int] = queue.SimpleQueue()
+        for _ in range(self.parallel):
+            self._users.put(user_id())
+        self._jail: Jail | None = None
+        try:
+            self._jail = Jail()
+            self._protections = self._prove(self._jail)
+        except OSError as error:
+            if not unsafe_local:
+                raise ConfigError(f"generated code cannot be run safely here: {error}. {CURE}") from None
+            self._jail = None
+            self._protections = (
+                f"NO WALLS: generated code runs with this user's rights, can change this user's files and use the network ({error})",
+                f"limits of each process: {_sentence(_rlimits(limits, walled=False))}; {limits.seconds:g} s of wall time",
+            )
+
+    def protections(self) -> tuple[str, ...]:
+        """What holds, a sentence each; with walls, each was seen to hold when this Sandbox was made."""
+        return self._protections
+
+    def run(self, program: Program) -> Verdict:
+        """Raises DataError when the tests are unusable, ConfigError when the sandbox itself no longer starts."""
+        steps = split(program.tests)
+        user = self._users.get()
+        try:
+            return self._run(program, steps, user)
+        except OSError as error:
+            raise ConfigError(f"the sandbox did not start: {error}. {CURE}") from None
+        finally:
+            self._users.put(user)
+
+    def run_all(self, programs: Sequence[Program]) -> list[Verdict]:
+        """Verdicts in the order of `programs`."""
+        with ThreadPoolExecutor(self.parallel) as pool:
+            return list(pool.map(self.run, programs))
+
+    def _run(self, program: Program, steps: list[Step], user: int) -> Verdict:
+        limits = program.limits or self.limits
+        started = time.monotonic()
+        deadline = started + limits.seconds
+        with ExitStack() as stack:
+            folder = "/tmp" if self._jail else stack.enter_context(tempfile.TemporaryDirectory(ignore_cleanup_errors=True))
+            request = stack.enter_context(tempfile.TemporaryFile())
+            marshal.dump((_rlimits(limits, bool(self._jail)), folder, (program.code, program.setup), [(step.kind, step.source) for step in steps]), request)
+            request.seek(0)
+            process = stack.enter_context(self._popen(limits, user, request))
+            answer = _read(process.stdout.fileno(), limits.output_kib << 10, deadline)
+            process.stdout.close()
+            self._end(process, deadline)
+            complaint = process.stderr.read(4096).decode(errors="replace").strip()
+        seconds = time.monotonic() - started
+        if seconds < limits.seconds and not answer.startswith(READY):
+            raise OSError(complaint or f"its command ended with {process.returncode} and said nothing")
+        reason = "timeout" if seconds >= limits.seconds else _reason(answer.removeprefix(READY), steps, limits)
+        return Verdict(reason == "passed", reason, seconds)
+
+    def _popen(self, limits: Limits, user: int, request: object) -> subprocess.Popen[bytes]:
+        python, _ = interpreter()
+        command = [str(python), "-s", "-S", "-P", "-B", "-X", "utf8", "-c", self._harness]
+        if self._jail:
+            command = self._jail.command(command, limits.seconds, limits.files_mib, user)
+        return subprocess.Popen(command, stdin=request, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd="/", env=ENVIRONMENT, start_new_session=True)
+
+    def _end(self, process: subprocess.Popen[bytes], deadline: float) -> None:
+        """Returns when the process is gone: with walls, its tree is gone then too; without, its process group has been killed."""
+        if self._jail:
+            try:
+                process.wait(max(0.0, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                self._jail.kill(process.pid)
+        else:
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+    def _prove(self, jail: Jail) -> tuple[str, ...]:
+        """Raises OSError when the probe does not run inside or finds a wall missing."""
+        limits = replace(self.limits, seconds=max(self.limits.seconds, 10.0))
+        user = self._users.get()
+        walls = jail.tests(_rlimits(limits, walled=True), limits.files_mib, user)
+        found = self._run(Program(PROBE, (), limits=limits), split([test for _, test in walls]), user)
+        self._users.put(user)
+        if not found.passed:
+            raise OSError(f"a test program did not find the walls that it should ({found.reason} of {len(walls)})")
+        return (*(sentence for sentence, _ in walls), f"wall time: {self.limits.seconds:g} s", "verdicts: values are compared outside, and expected literals never enter")
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _rlimits(limits: Limits, walled: bool) -> tuple[tuple[str, int], ...]:
+    """(name in the module `resource`, soft and hard limit). Without walls the process limit would count all of the user's processes."""
+    chosen = [("RLIMIT_CPU", math.ceil(limits.seconds) + 1), ("RLIMIT_FSIZE", limits.files_mib << 20), ("RLIMIT_CORE", 0), ("RLIMIT_NOFILE", OPEN_FILES)]
+    if sys.platform == "linux":  # elsewhere address space cannot be limited
+        chosen.append(("RLIMIT_AS", limits.memory_mib << 20))
+    if walled:
+        chosen.append(("RLIMIT_NPROC", limits.processes))
+    return tuple(chosen)
+
+
+def _sentence(rlimits: tuple[tuple[str, int], ...]) -> str:
+    return ", ".join(f"{name.removeprefix('RLIMIT_').lower()} {value}" for name, value in rlimits)
+
+
+def _read(descriptor: int, most: int, deadline: float) -> bytes:
+    """Bytes until the end of the stream, the deadline, or more than `most` and READY."""
+    found = bytearray()
+    with selectors.DefaultSelector() as selector:
+        selector.register(descriptor, selectors.EVENT_READ)
+        while len(found) <= most + len(READY) and selector.select(max(0.0, deadline - time.monotonic())):
+            chunk = os.read(descriptor, 1 << 16)
+            if not chunk:
+                break
+            found += chunk
+    return bytes(found)
+
+
+def _reason(answer: bytes, steps: list[Step], limits: Limits) -> str:
+    if len(answer) > limits.output_kib << 10:
+        return "too much output"
+    return verdict(steps, answer) if answer else "no answer"

@@ -1,0 +1,443 @@
+"""Hostile programs do not pass, do not outlive their limit, leave nothing behind and change nothing; honest ones pass, all 974 of MBPP's."""
+
+import json
+import os
+import random
+import re
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import warnings
+from pathlib import Path
+from statistics import median
+from textwrap import dedent
+
+import pytest
+
+from pi_ray.config import TaskConfig
+from pi_ray.errors import ConfigError, DataError
+from pi_ray.tasks import jail
+from pi_ray.tasks.mbpp import FILE, SLOW, MbppTask
+from pi_ray.tasks.sandbox import Limits, Program, Sandbox
+
+pytestmark = pytest.mark.sandbox
+ROOT = Path(__file__).parents[2]
+LIMIT = Limits(seconds=2.0)
+MARK = f"pi-ray-was-here-{os.getpid()}"
+
+# Each defines f, which returns "done" only when the attack has had its effect; `secret` tests ask for a value that the code does not know.
+ATTACKS = {
+    "an infinite loop that ignores signals": """
+        import signal
+        for number in range(1, 65):
+            try:
+                signal.signal(number, signal.SIG_IGN)
+            except (OSError, ValueError):
+                pass
+        while True:
+            pass
+        """,
+    "4 GiB of memory": "def f(): return 'done' if bytearray(4 << 30) else ''",
+    "4 GiB of shared memory": "import mmap\ndef f(): return 'done' if mmap.mmap(-1, 4 << 30) else ''",
+    "a fork bomb": """
+        import os
+        while True:
+            try:
+                os.fork()
+            except OSError:
+                pass
+        """,
+    "a hundred processes": """
+        import os, time
+        def f():
+            for _ in range(100):
+                if os.fork() == 0:
+                    time.sleep(60)
+            return 'done'
+        """,
+    "a daemon by double fork that answers later": """
+        import os, time
+        if os.fork() == 0:
+            os.setsid()
+            if os.fork() == 0:
+                time.sleep(1)
+                for fd in range(3, 64):
+                    try:
+                        os.write(fd, b'ready\\n[["str",""],[["str","646f6e65"]]]')
+                    except OSError:
+                        pass
+                time.sleep(600)
+            os._exit(0)
+        os._exit(0)
+        """,
+    "filling the disk": """
+        import os
+        def f():
+            for number in range(40):
+                with open(f'/tmp/{number}', 'wb') as out:
+                    out.write(bytes(8 << 20))
+            return 'done'
+        """,
+    "one large file": "def f():\n    with open('/tmp/large', 'wb') as out:\n        out.write(bytes(64 << 20))\n    return 'done'",
+    "TCP over loopback": "import socket\ndef f():\n    socket.create_connection(('127.0.0.1', PORT), 1)\n    return 'done'",
+    "an abstract unix socket": "import socket\ndef f():\n    socket.socket(socket.AF_UNIX).connect('\\0' + 'MARK')\n    return 'done'",
+    "the network outside": "import socket\ndef f():\n    socket.socket(socket.AF_INET, socket.SOCK_DGRAM).connect(('192.0.2.1', 9))\n    return 'done'",
+    "reading files of root and of this test": """
+        import glob
+        def f():
+            for path in ['CANARY', '/etc/shadow', '/etc/passwd', '/root/.bashrc', '/proc/1/environ', *glob.glob('/home/*/.*'), *glob.glob('/root/.ssh/*')]:
+                try:
+                    if open(path, 'rb').read():
+                        return 'done'
+                except OSError:
+                    pass
+        """,
+    "killing all processes": "import os\ndef f():\n    os.kill(-1, 9)\n    return 'done'",
+    "killing this test": "import os\ndef f():\n    os.kill(PID, 9)\n    return 'done'",
+    "killing the first process": """
+        import os
+        def f():
+            for number in (9, 15, 14, 2, 1, 19):
+                os.kill(1, number)
+        """,
+    "a flood of output": "while True:\n    print('x' * 100_000)",
+    "a flood on every descriptor": """
+        import os
+        while True:
+            for fd in range(64):
+                try:
+                    os.write(fd, b'x' * 100_000)
+                except OSError:
+                    pass
+        """,
+    "a large value": "def f(): return 'done' * 100_000",
+    "a segfault": "import ctypes\nctypes.string_at(0)",
+    "abort": "import os\nos.abort()",
+    "sys.exit(0)": "import sys\nsys.exit(0)",
+    "sys.exit(0) in the function": "import sys\ndef f(): sys.exit(0)",
+    "os._exit(0)": "import os\nos._exit(0)",
+    "os._exit(0) in the function": "import os\ndef f(): os._exit(0)",
+    "an exit handler": "import atexit, os\natexit.register(lambda: os.write(1, b'done'))\nraise SystemExit",
+    "patched builtins": """
+        import builtins, sys
+        class Never(BaseException): pass
+        builtins.AssertionError = Never
+        builtins.bool = builtins.all = builtins.eval = builtins.compile = lambda *a, **k: True
+        builtins.repr = lambda value: 'True'
+        def f(): return True
+        """,
+    "a patched harness": """
+        import sys
+        frame = sys._getframe()
+        while frame:
+            frame.f_globals['encode'] = lambda *a, **k: ['const', 'True']
+            frame.f_globals['run'] = lambda *a: [['str', ''], [['const', 'True']]]
+            frame = frame.f_back
+        def f(): return True
+        """,
+    "an __eq__ that is always true": "class A:\n    __eq__ = lambda self, other: True\n    __ne__ = lambda self, other: False\ndef f(): return A()",
+    "an int that equals all": "class A(int):\n    __eq__ = lambda self, other: True\n    __hash__ = int.__hash__\ndef f(): return A(3)",
+    "a thousand threads": """
+        import threading, time
+        def f():
+            for _ in range(1000):
+                threading.Thread(target=time.sleep, args=(60,), daemon=True).start()
+            return 'done'
+        """,
+    "recursion without end": "import sys\nsys.setrecursionlimit(10**9)\ndef f(n=0): return f(n + 1)",
+    "nested source": "f = " + "(" * 50_000,
+    "writing to the host": """
+        def f():
+            for path in ['WRITABLE', '/MARK', '/usr/MARK', '/usr/lib/MARK', '/var/tmp/MARK', '/dev/MARK', '/home/MARK', '/root/MARK', 'PREFIX/MARK', 'FOLDER/MARK']:
+                try:
+                    with open(path, 'a') as out:
+                        out.write('x')
+                    return 'done'
+                except OSError:
+                    pass
+        """,
+    "a name in /tmp that the host would see": "def f():\n    open('/tmp/MARK', 'w').write('x')\n    open('/dev/shm/MARK', 'w').write('x')",
+    "changing memory through /proc": "def f():\n    open('/proc/self/mem', 'r+b')\n    return 'done'",
+    "new namespaces": """
+        import ctypes
+        def f():
+            libc = ctypes.CDLL(None)
+            return 'done' if 0 in (libc.unshare(0x10000000), libc.unshare(0x00020000), libc.mount(b'x', b'/tmp', b'tmpfs', 0, None), libc.umount2(b'/usr', 2)) else ''
+        """,
+    "out of the changed root": """
+        import os
+        def f():
+            os.mkdir('/tmp/x')
+            os.chroot('/tmp/x')
+            return 'done'
+        """,
+    "device nodes": "import os, stat\ndef f():\n    os.mknod('/tmp/disk', 0o666 | stat.S_IFBLK, os.makedev(254, 0))\n    return 'done'",
+    "secrets of the environment": "import os\ndef f(): return 'done' if 'PI_RAY_TEST_SECRET' in os.environ else ''",
+    "raising its own limits": "import resource\ndef f():\n    resource.setrlimit(resource.RLIMIT_AS, (-1, -1))\n    return 'done'",
+    "looking for the expected value": """
+        import gc, sys
+        SEEN = []
+        def search(value, depth):
+            if type(value) is str and 'assert' in value and '9087' in value or type(value) is int and value % 9973 == 9087:
+                SEEN.append(value)
+            if depth and isinstance(value, (list, tuple, set)):
+                for item in list(value):
+                    search(item, depth - 1)
+            elif depth and isinstance(value, dict):
+                for item in list(value.values()):
+                    search(item, depth - 1)
+        def f():
+            frame = sys._getframe()
+            while frame:
+                search({**frame.f_locals, **frame.f_globals}, 3)
+                frame = frame.f_back
+            for value in gc.get_objects():
+                search(value, 1)
+            search([sys.argv, sys.orig_argv, sys.stdin.read()], 3)
+            return max((value for value in SEEN if type(value) is int), default=len(SEEN))
+        """,
+    "a forged answer": """
+        import os
+        for fd in range(3, 64):
+            try:
+                os.write(fd, b'[["str",""],[["const","True"]]]')
+            except OSError:
+                pass
+        os._exit(0)
+        """,
+}
+HONEST = """
+    import collections, functools, heapq, itertools, math, random, re, string, sys, tempfile, threading
+    print('hello', file=sys.stderr)
+    done = []
+    thread = threading.Thread(target=done.append, args=(1,))
+    thread.start()
+    thread.join()
+    with tempfile.NamedTemporaryFile('w+') as out:
+        print('x', file=out)
+    def f():
+        return {'sum': sum(done), 'pi': round(math.pi, 2), 'words': re.findall('a+', 'aabaa')}
+    """
+
+
+@pytest.fixture(scope="module")
+def sandbox():
+    return Sandbox(LIMIT, parallel=2)
+
+
+@pytest.fixture
+def host(tmp_path, monkeypatch):
+    """What the attacks aim at: a listener, a file that root alone may read, one that all may write, a secret in the environment."""
+    monkeypatch.setenv("PI_RAY_TEST_SECRET", "x")
+    tmp_path.chmod(0o777)
+    canary, writable = tmp_path / "canary", tmp_path / "writable"
+    canary.write_text("secret")
+    canary.chmod(0o600)
+    writable.write_text("")
+    writable.chmod(0o666)
+    with socket.create_server(("127.0.0.1", 0)) as listener, socket.socket(socket.AF_UNIX) as abstract:
+        abstract.bind(f"\0{MARK}")
+        abstract.listen()
+        words = {"PORT": listener.getsockname()[1], "CANARY": canary, "WRITABLE": writable, "PREFIX": sys.base_prefix, "FOLDER": tmp_path, "PID": os.getpid(), "MARK": MARK}
+        yield lambda code: re.sub(r"\b(" + "|".join(words) + r")\b", lambda found: str(words[found[1]]), dedent(code))
+    assert writable.read_text() == "" and canary.read_text() == "secret"
+
+
+def leftovers() -> list[str]:
+    """Processes of sandboxes: by their command line, which forks keep, or by their user."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            ours = b"side of the sandbox" in (process / "cmdline").read_bytes() or jail.USERS[0] <= process.stat().st_uid < jail.USERS[1]
+            found += [process.name] if ours else []
+        except OSError:
+            pass
+    return found
+
+
+def marks() -> list[str]:
+    places = ["/", "/usr", "/usr/lib", tempfile.gettempdir(), "/tmp", "/var/tmp", "/dev", "/dev/shm", "/run", "/home", "/root", sys.base_prefix]
+    return [f"{place}/{MARK}" for place in places if os.path.exists(f"{place}/{MARK}")]
+
+
+def rss() -> int:
+    """Bytes of memory that this process has."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def on_time(run):
+    """The verdict of `run`, which ends at most one second after the limit; on a busy machine in one of three tries."""
+    late = []
+    while len(late) < 3:
+        started = time.monotonic()
+        verdict = run()
+        late.append(time.monotonic() - started - LIMIT.seconds)
+        if late[-1] <= 1:
+            return verdict
+    if bare() < 0.2:
+        pytest.fail(f"ended {late} seconds after the limit")
+    warnings.warn(f"ended {late} seconds after the limit, but this machine is so busy that {bare():.1f} s pass until a bare interpreter has run", stacklevel=2)
+    return verdict
+
+
+def bare():
+    """Median seconds of an interpreter that does nothing: 0.01 to 0.03 when the machine has time for it."""
+    seconds = []
+    for _ in range(9):
+        started = time.monotonic()
+        subprocess.run([jail.interpreter()[0], "-S", "-c", "pass"], check=True)
+        seconds.append(time.monotonic() - started)
+    return median(seconds)
+
+
+@pytest.mark.parametrize("name", ATTACKS)
+def test_an_attack_does_not_pass_and_leaves_nothing(name, sandbox, host):
+    secret = 9973 * random.randrange(10**6) + 9087
+    before = rss()
+    for test in ("assert f() == 'done'", f"assert f() == {secret}"):
+        verdict = on_time(lambda: sandbox.run(Program(host(ATTACKS[name]), (test,))))  # noqa: B023
+        assert not verdict.passed, verdict
+        assert leftovers() == [] and marks() == []
+    assert rss() - before < 16 << 20
+    print(f"{name}: {verdict.reason}")
+
+
+def test_an_honest_program_passes(sandbox):
+    expected = {"sum": 1, "pi": 3.14, "words": ["aa", "aa"]}
+    assert sandbox.run(Program(dedent(HONEST), (f"assert f() == {expected}",), limits=Limits())).reason == "passed"
+
+
+def test_the_attacks_would_work_on_this_host_without_walls(host):
+    """Else they would prove nothing: the same programs, as plain processes."""
+    for name in ("TCP over loopback", "an abstract unix socket", "reading files of root and of this test", "writing to the host", "secrets of the environment"):
+        program = host(ATTACKS[name]).replace("'WRITABLE', ", "") + "\nprint(f())"
+        assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=20).stdout.strip() == "done", name
+    for place in marks():
+        os.remove(place)
+    host_folder = Path(host("FOLDER"))
+    (host_folder / "writable").write_text("")
+
+
+def test_verdicts_keep_their_order_while_others_run_into_the_limit(sandbox):
+    endless = Program("while True: pass", ("assert f() == 1",))
+    verdicts = sandbox.run_all([endless, Program("def f(): return 1", ("assert f() == 1",), limits=Limits()), endless])
+    assert [v.reason for v in verdicts] == ["timeout", "passed", "timeout"]
+
+
+def test_any_thread_may_ask_and_no_more_than_parallel_run_at_once(sandbox):
+    program, verdicts = Program("import time\ntime.sleep(.2)\ndef f(): return 1", ("assert f() == 1",), limits=Limits()), []
+    threads = [threading.Thread(target=lambda: verdicts.append(sandbox.run(program))) for _ in range(6)]
+    started = time.monotonic()
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [v.passed for v in verdicts] == [True] * 6 and time.monotonic() - started >= 0.6
+
+
+def test_memory_stays_flat_over_500_programs(sandbox):
+    programs = [Program(f"def f(x): return x + {i % 7}", (f"assert f(1) == {1 + i % 7}", "assert f('a') == 1"), limits=Limits(seconds=90)) for i in range(500)]
+    sandbox.run_all(programs[:40])
+    before = rss()
+    verdicts = sandbox.run_all(programs)
+    assert [v.reason for v in verdicts] == ["raised TypeError"] * 500
+    assert rss() - before < 8 << 20 and leftovers() == []
+    print(f"a program takes {1e3 * median(v.seconds for v in verdicts):.0f} ms (median of 500, 2 at a time), a bare interpreter {1e3 * bare():.0f} ms")
+
+
+def test_what_is_printed_as_protection_names_each_wall(sandbox):
+    text = "\n".join(sandbox.protections())
+    for word in ("network: none", "own tree", "read-only", "private /tmp of 16 MiB", "no capabilities", "nproc 8", "wall time: 2 s"):
+        assert word in text
+    assert str(Path.home()) not in text.replace(str(jail.interpreter()[0].parents[1]), "")
+
+
+@pytest.fixture
+def fake(tmp_path, monkeypatch):
+    """Puts a program of that name before the real one."""
+    monkeypatch.setattr(jail, "SEARCH", f"{tmp_path}:{jail.SEARCH}")
+
+    def put(name, script):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{script}\n")
+        (tmp_path / name).chmod(0o755)
+
+    return put
+
+
+def test_without_namespaces_generated_code_is_refused_with_the_reason(fake):
+    fake("unshare", "echo 'unshare: unshare failed: Operation not permitted' >&2; exit 1")
+    with pytest.raises(ConfigError, match=r"(?s)cannot be run safely here: unshare: unshare failed: Operation not permitted.*unsafe_local_execution: true"):
+        Sandbox()
+
+
+def test_without_a_tool_generated_code_is_refused_by_name(monkeypatch):
+    monkeypatch.setattr(jail, "TOOLS", (*jail.TOOLS, "no-such-tool"))
+    with pytest.raises(ConfigError, match="no no-such-tool"):
+        Sandbox()
+
+
+@pytest.mark.parametrize(("left_out", "wall"), [(("--net",), 1), (("--pid",), 2), (("--reuid=", "--securebits=", "--bounding-set="), 5)])
+def test_a_wall_that_is_missing_is_noticed(monkeypatch, left_out, wall):
+    whole = jail.Jail.command
+    monkeypatch.setattr(jail.Jail, "command", lambda *given: [word for word in whole(*given) if not word.startswith(left_out)])
+    with pytest.raises(ConfigError, match=f"did not find the walls that it should .failed: test {wall} of 6"):
+        Sandbox()
+
+
+def test_a_sandbox_that_breaks_later_is_an_error_and_not_a_wrong_answer(fake):
+    sandbox = Sandbox(LIMIT, parallel=1)
+    sandbox._jail.tools["mount"] = "/nonexistent"
+    with pytest.raises(ConfigError, match="the sandbox did not start"):
+        sandbox.run(Program("def f(): return 1", ("assert f() == 1",)))
+
+
+def test_unsafe_local_says_so_and_still_judges_and_limits(fake):
+    fake("unshare", "exit 1")
+    sandbox = Sandbox(parallel=2, unsafe_local=True)
+    assert sandbox.protections()[0].startswith("NO WALLS")
+    codes = ("def f(): return 1", "def f(): return 2", "import os\nos._exit(0)", "bytearray(4 << 30)", "import os\nos.fork()\nwhile True: pass")
+    verdicts = sandbox.run_all([Program(code, ("assert f() == 1",), limits=LIMIT if "while" in code else None) for code in codes])
+    assert [v.reason for v in verdicts] == ["passed", "failed: test 1", "no answer", "raised MemoryError", "timeout"] and leftovers() == []
+
+
+def test_unsafe_local_keeps_the_walls_where_there_can_be_walls():
+    assert "network: none" in Sandbox(unsafe_local=True).protections()[0]
+
+
+def test_tests_that_prove_nothing_are_refused(sandbox):
+    with pytest.raises(DataError, match="at least one test"):
+        sandbox.run(Program("x = 1", ()))
+
+
+@pytest.fixture(scope="module")
+def mbpp():
+    found = Path(os.environ.get("PI_RAY_DATA") or ROOT.parent / "shared" / "data") / "mbpp"
+    if not (found / FILE).is_file():
+        pytest.fail(f"{found}: no MBPP here; set PI_RAY_DATA to the folder that holds mbpp/{FILE}")
+    return MbppTask(TaskConfig(name="mbpp", folder=str(found)))
+
+
+def test_all_974_reference_solutions_pass(mbpp, sandbox):
+    problems = mbpp._problems.values()
+    programs = [Program(p.code, p.tests, p.setup, Limits(seconds=SLOW.get(p.id, 10.0))) for p in problems]
+    started = time.monotonic()
+    verdicts = sandbox.run_all(programs)
+    print(f"{len(programs)} programs in {time.monotonic() - started:.0f} s, 2 at a time; median {1e3 * median(v.seconds for v in verdicts):.0f} ms")
+    assert len(programs) == 974 and [(p.id, v.reason) for p, v in zip(problems, verdicts, strict=True) if not v.passed] == []
+
+
+def test_verdicts_are_the_same_three_times_and_in_parallel(mbpp, sandbox):
+    """Right and wrong programs: every other one answers with the code of its neighbour under its own function's name."""
+    problems = random.Random(0).sample([p for p in mbpp._problems.values() if p.id not in SLOW], 100)
+    programs = [Program(p.code if i % 2 else _renamed(p, problems[i - 1]), p.tests, p.setup, Limits()) for i, p in enumerate(problems)]
+    runs = [[v.reason for v in verdicts] for verdicts in ([sandbox.run(p) for p in programs], sandbox.run_all(programs), sandbox.run_all(programs))]
+    assert runs[0] == runs[1] == runs[2] and runs[0].count("passed") >= 50
+    print(json.dumps({reason: runs[0].count(reason) for reason in sorted(set(runs[0]))}))
+
+
+def _renamed(problem, other):
+    mine, its = (re.search(r"assert \(?(\w+)\(", p.tests[0])[1] for p in (problem, other))
+    return re.sub(rf"\b{its}\b", mine, other.code)
