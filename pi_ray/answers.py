@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -21,12 +23,13 @@ KINDS = ("latency_s", "latency_cached_s", "latency_merged_s")
 
 @dataclass(frozen=True)
 class Column:
-    """One way to answer the test rows. `adapter` is a folder or "" for the base model."""
+    """One way to answer the test rows. `adapter` is a folder or "" for the base model; `gist` tokens stand for the template if there are any."""
 
     name: str
     adapter: str
     template: str
     shots: int
+    gist: int = 0
 
 
 def generated(
@@ -98,15 +101,17 @@ class Generator:
 
         from pi_ray.models import load_model
         from pi_ray.serving.loras import LoadedAdapters
+        from pi_ray.train import gist
 
         gpu = torch.cuda.is_available()
         if not gpu:
             torch.set_num_threads(os.cpu_count() or 1)  # Ray leaves an actor one; nothing else runs in this step
         self.encoder = PromptEncoder(load_tokenizer(settings), prompt)
         self.end = self.encoder.tokenizer.eos_token_id
-        self.loaded = LoadedAdapters(load_model(settings, "cuda" if gpu else "cpu"), limit=max(1, len(adapters)))
+        self.loaded = LoadedAdapters(load_model(settings, "cuda" if gpu else "cpu"), limit=max(1, len(adapters)), own=True)
         for folder in adapters:
             self.loaded.load(folder, busy=adapters)
+        self.gists = {folder: gist.read(Path(folder)) for folder in adapters}
         self.limit, self.typical = limit, typical
         self._prefix: tuple[str, Any] = ("", None)
 
@@ -116,17 +121,19 @@ class Generator:
         With "probe" (a template): perplexity on other text, and how much of that template the column recites when asked.
         """
         from pi_ray.generate import greedy, latency, prefix_cache
+        from pi_ray.train.gist import gist_cache
 
         self.loaded.activate(work["adapter"])
-        model, prefix = self.loaded.model, work["prefix"]
+        model, prefix, gists = self.loaded.model, work["prefix"], self.gists.get(work["adapter"])
+        fill = None if gists is None else partial(gist_cache, model, prefix, gists)
         if work.get("timed"):
-            seconds = list(latency(model, prefix, work["prompts"][0], self.typical))
+            seconds = list(latency(model, prefix, work["prompts"][0], self.typical, fill))
             if work["adapter"]:
                 with self.loaded.merged():
-                    seconds.append(latency(model, prefix, work["prompts"][0], self.typical)[0])
+                    seconds.append(latency(model, prefix, work["prompts"][0], self.typical, fill)[0])
             return seconds
         if self._prefix[0] != work["column"]:
-            self._prefix = (work["column"], prefix_cache(model, prefix))
+            self._prefix = (work["column"], fill() if fill else prefix_cache(model, prefix))
         if "probe" in work:
             return self._probe(model, prefix, work["probe"])
         return greedy(model, prefix, work["prompts"], self.limit, self.end, cache=self._prefix[1])

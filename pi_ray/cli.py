@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pi_ray import __version__, config, runfile
-from pi_ray.errors import PiRayError
+from pi_ray.errors import ConfigError, PiRayError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -32,7 +32,7 @@ def verb(help: str) -> Callable:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point. Returns the exit code: 0, or that of the error, which is printed in one sentence."""
-    args = _parser().parse_args(argv)
+    args = _arguments(argv)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from rich.console import Console
 
@@ -48,6 +48,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The parsed command line. Overrides may also stand behind an option, where argparse does not look for them."""
+    parser = _parser()
+    args, rest = parser.parse_known_args(argv)
+    if any(word.startswith("-") for word in rest) or (rest and not hasattr(args, "overrides")):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        args.overrides = [*args.overrides, *rest]
+    return args
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="pi-ray", description="Long recurrent prompts become LoRA adapters, so that inference sends the query alone.")
     parser.add_argument("--version", action="version", version=f"pi-ray {__version__}")
@@ -57,7 +68,10 @@ def _parser() -> argparse.ArgumentParser:
         if name == "init":
             sub.add_argument("folder", type=Path)
         elif name != "schema":
-            if name != "demo":
+            if name == "compress":
+                sub.add_argument("file", type=Path, metavar="FILE", help="template.md, or any text")
+                sub.add_argument("--rate", type=float, default=0.3, help="share of the tokens that stays, between 0 and 1; default: %(default)s")
+            elif name != "demo":
                 sub.add_argument("config", type=Path, metavar="run.yaml", help="a run file, or a run directory")
             sub.add_argument("overrides", nargs="*", metavar="section.key=value", help="overrides, such as train.lr=0.0003")
         if name == "publish":
@@ -87,7 +101,7 @@ def _run(settings: config.RunConfig, console: Console) -> None:
     from pi_ray.serving.app import usage
 
     published = pipeline.run(settings, console)
-    if pipeline.is_closed(settings):
+    if not pipeline.is_served(settings):
         return
     command = "pi-ray" if shutil.which("pi-ray") else os.path.relpath(sys.argv[0])
     run_dir = os.path.relpath(settings.root) if settings.root.is_relative_to(Path.cwd()) else settings.root
@@ -120,6 +134,15 @@ def plan(args: argparse.Namespace, console: Console) -> None:
     from pi_ray import plan as step
 
     step.render(step.plan(_load(args)), console)
+
+
+@verb("show a template (or any text) at some rate, what is dropped struck through; compress.name=selective and other overrides as in run.yaml")
+def compress(args: argparse.Namespace, console: Console) -> None:
+    from pi_ray.compress.show import show as show_compressed
+
+    if not 0 <= args.rate <= 1:
+        raise ConfigError(f"--rate {args.rate:g}: give the share of the tokens that stays, between 0 and 1")
+    show_compressed(args.file, args.rate, runfile.parse("name: compress", "compress", args.overrides), console)
 
 
 @verb("templates at each rate, examples for each row, one dataset for each phase")

@@ -16,10 +16,17 @@ Rate = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=0)]
 Positive = Annotated[int, Field(ge=1)]
 Money = Annotated[float, Field(ge=0)]
+PLAIN_URL = r"https?://[^/@\s]+(/[^@?\s]*)?"  # without user, password or query
+COMPRESS_MODELS = {"llmlingua2": "microsoft/llmlingua-2-xlm-roberta-large-meetingbank", "generation": "gpt-4"}  # compressors with a model of their own
 
 
 class Block(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+def added(default: Any, description: str) -> Any:
+    """A key that dumps leave out while it has its default, so that its arrival changed no fingerprint of runs that do not use it."""
+    return Field(default, description=description, exclude_if=lambda value: value == default)
 
 
 class RowsConfig(Block):
@@ -58,6 +65,7 @@ class ModelConfig(Block):
     base: str = Field("smollm2-135m", description="packaged name, hub id, local folder, or .gguf file")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="auto: bfloat16 on GPU, float32 on CPU")
     revision: str = Field("", description="hub revision, pinned")
+    quantize: Literal["", "4bit"] = added("", "4bit: the frozen base's linear layers in bitsandbytes' NF4, computed in bfloat16; on GPUs only")
 
 
 class PromptConfig(Block):
@@ -77,14 +85,62 @@ class PromptConfig(Block):
         return self
 
 
+class DocumentsConfig(Block):
+    """The template's documents, where they are not compressed as its instruction is (paper 4.1)."""
+
+    name: str = Field("", description="a compressor; empty: the instruction's")
+    model: str = Field("", description="empty: the instruction's, or the compressor's own where it is another")
+    rate: Rate | dict[Rate, Rate] | None = Field(None, description="what stays of them: one share, or {template rate: share}; default: the template rate. A template rate of 0 or 1 always holds for both")
+
+    def at(self, rate: float) -> float:
+        """The documents' rate where the template's is `rate`."""
+        if self.rate is None or rate in (0, 1):
+            return rate
+        return self.rate.get(rate, rate) if isinstance(self.rate, dict) else self.rate
+
+
 class CompressConfig(Block):
     """Template compression C(x, rate), paper equation 2."""
 
-    name: str = Field("llmlingua", description="llmlingua or none")
-    model: str = Field("smollm2-135m", description="the small model that scores tokens")
+    name: str = Field("llmlingua", description="llmlingua, longllmlingua, llmlingua2, selective, generation or none")
+    model: str = Field("smollm2-135m", description="what scores tokens: a small language model; for llmlingua2 a token classifier, default LLMLingua-2's own; for generation a chat model, default gpt-4")
     protect: tuple[str, ...] = Field((), description="terms that survive byte for byte, besides placeholders, code fences, URLs and numbers")
     protect_numbers: bool = Field(True, description="numbers survive while they leave room for words, and are never cut")
     tolerance: Annotated[float, Field(gt=0, le=0.5)] = Field(0.05, description="accepted distance between asked and achieved rate")
+    documents: DocumentsConfig | None = added(None, "compressor and rate of the documents; default: the instruction's")
+    question: str = added("", "longllmlingua: the question that text is weighed by, such as a typical query; empty: what must be known for the task")
+    base_url: str = added("", "generation: the chat model's API; empty: OpenAI's own")
+    api_key_env: str = added("OPENAI_API_KEY", "generation: environment variable with its key")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _own_model(cls, data: Any) -> Any:
+        if isinstance(data, dict) and "model" not in data and data.get("name") in COMPRESS_MODELS:
+            return {**data, "model": COMPRESS_MODELS[data["name"]]}
+        return data
+
+    @model_validator(mode="after")
+    def _no_secret(self) -> CompressConfig:
+        if self.base_url and not re.fullmatch(PLAIN_URL, self.base_url):
+            raise ValueError("compress.base_url must be an http or https URL without user, password or query; the key belongs in the environment")
+        return self
+
+    @property
+    def label(self) -> str:
+        """The compressors in words."""
+        return self.name if self.documents is None else f"{self.name}, documents {self.of_documents.name}"
+
+    @property
+    def of_instruction(self) -> CompressConfig:
+        return self.model_copy(update={"documents": None})
+
+    @property
+    def of_documents(self) -> CompressConfig:
+        """The documents' compressor as a config of its own."""
+        own = self.documents or DocumentsConfig()
+        name = own.name or self.name
+        model = own.model or (self.model if name == self.name else COMPRESS_MODELS.get(name, type(self).model_fields["model"].default))
+        return self.model_copy(update={"documents": None, "name": name, "model": model})
 
 
 class RetrieveConfig(Block):
@@ -126,15 +182,42 @@ class ScheduleConfig(Block):
 
 
 class LoraConfig(Block):
+    """What is trained beside the frozen base model, by peft."""
+
+    method: Literal["lora", "rslora", "dora", "pissa", "ia3"] = added(
+        "lora", "as peft has them; pissa is saved as plain LoRA of twice the rank; dora and ia3 can be evaluated, but not published",
+    )
     rank: Positive = Field(32, description="paper A.2")
     alpha: Positive = 64
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    targets: str | tuple[str, ...] = Field("all-linear", description="module names as peft takes them")
+    targets: str | tuple[str, ...] = Field(
+        "all-linear",
+        description="module names as peft takes them. all-linear: every linear layer but the output; of a mixture of experts the attention's alone, since its "
+        "experts are fused tensors and its router stays as it is; with method ia3 the places that peft knows for the architecture",
+    )
+    experts: bool = added(False, "also LoRA matrices for each fused expert of a mixture of experts (peft target_parameters); such adapters can be evaluated, but not published")
+
+    @model_validator(mode="after")
+    def _experts(self) -> LoraConfig:
+        if self.experts and (self.dropout or self.method not in ("lora", "rslora")):
+            raise ValueError("train.lora.experts goes with method lora or rslora and without dropout: peft has nothing else for fused experts")
+        return self
 
 
 class BackendConfig(Block):
     name: str = Field("deepspeed", description="deepspeed, ddp, or openai: a closed model, see the block 'closed'")
     zero_stage: Literal[0, 1, 2, 3] = Field(2, description="DeepSpeed ZeRO stage")
+    offload_optimizer: bool = added(False, "Adam's state and fp32 weights in host memory, and the update computed there (ZeRO stage 1 to 3)")
+    offload_params: bool = added(False, "each worker's share of the base model in host memory (ZeRO stage 3)")
+
+    @model_validator(mode="after")
+    def _offload(self) -> BackendConfig:
+        stage = self.zero_stage if self.name == "deepspeed" else 0
+        if self.offload_optimizer and not stage:
+            raise ValueError("train.backend.offload_optimizer needs name: deepspeed and zero_stage 1, 2 or 3")
+        if self.offload_params and stage < 3:
+            raise ValueError("train.backend.offload_params needs name: deepspeed and zero_stage: 3, which alone shards the base model")
+        return self
 
 
 class DistillConfig(Block):
@@ -162,6 +245,7 @@ class TrainConfig(Block):
     grad_clip: Annotated[float, Field(gt=0)] = 1.0
     border: Literal["carry", "rewarm", "reset"] = Field("carry", description="over a phase border: keep optimiser and learning rate, warm the rate up again, or also clear the optimiser")
     share_prefix: bool = Field(True, description="compute the template once per batch")
+    gist: Count = added(0, "gist tokens, a baseline (Mu et al. 2024): rows see the template through so many trained tokens alone; 0: none")
     gradient_checkpointing: bool = False
     checkpoint_every: Positive = Field(20, description="updates between checkpoints")
     keep_checkpoints: Annotated[int, Field(ge=2)] = 3
@@ -230,7 +314,7 @@ class ClosedConfig(Block):
 
     @model_validator(mode="after")
     def _no_secret(self) -> ClosedConfig:
-        if self.base_url and not re.fullmatch(r"https?://[^/@\s]+(/[^@?\s]*)?", self.base_url):
+        if self.base_url and not re.fullmatch(PLAIN_URL, self.base_url):
             raise ValueError("closed.base_url must be an http or https URL without user, password or query; the key belongs in the environment")
         return self
 
@@ -263,6 +347,34 @@ class RunConfig(Block):
             raise ValueError(f"train.objective {self.train.objective} needs a phase after the first: the teacher is what the first one leaves")
         if self.train.micro_batch and self.rows_per_worker % self.train.micro_batch:
             raise ValueError(f"train.micro_batch {self.train.micro_batch} does not divide the {self.rows_per_worker} rows that each worker has of a batch")
+        return self
+
+    @model_validator(mode="after")
+    def _adaptation(self) -> RunConfig:
+        train, sharded = self.train, self.train.backend.name == "deepspeed" and self.train.backend.zero_stage == 3
+        if self.model.quantize and (train.gpu is False or sharded):
+            raise ValueError("model.quantize: 4bit needs GPUs that each hold the whole base model; leave train.gpu at auto and take train.backend.zero_stage 2 or less")
+        if train.lora.method == "pissa" and (self.model.quantize or (train.objective != "sft" and train.distill.teacher == "base")):
+            raise ValueError("train.lora.method: pissa takes its start out of the base weights: it cannot go with model.quantize or with the base model as teacher")
+        return self
+
+    @model_validator(mode="after")
+    def _gist(self) -> RunConfig:
+        from pi_ray.schedule import plan_phases
+
+        if not self.train.gist:
+            return self
+        if not self.train.share_prefix:
+            raise ValueError("train.gist needs train.share_prefix: the mask that hides the template is a part of it")
+        if self.train.objective != "sft":
+            raise ValueError(f"train.gist cannot be combined with train.objective {self.train.objective}; take sft")
+        if self.train.backend.name == "openai":
+            raise ValueError("train.gist needs a model whose weights are here; take train.backend.name deepspeed or ddp")
+        if self.train.backend.name == "deepspeed" and self.train.backend.zero_stage == 3:
+            raise ValueError("train.gist starts its tokens from the mean of all embeddings, which no worker has at train.backend.zero_stage 3; take 2 or less")
+        for i, phase in enumerate(plan_phases(self.schedule)):
+            if not phase.rate:
+                raise ValueError(f"train.gist: phase {i} of the schedule has no template (rate 0) that gist tokens could stand for; keep rates above 0, as schedule.name constant does")
         return self
 
     @property

@@ -23,15 +23,22 @@ REACHED = {"cpu": 0.65, "gpu": 0.3}  # share of a large matrix product's speed t
 LAUNCH = 0.003  # seconds that a GPU needs for one layer forward and backward however little it computes
 REFERENCE_GPU = ("A100", 312e12)  # for plans made on a machine without a GPU for a cluster that has them
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+FOUR_BIT = 0.516  # bytes of a weight in NF4 with its doubly quantised scales (Dettmers et al. 2023: 0.127 bits a weight)
+LIVE = 10**9  # weights that ZeRO-3 keeps gathered on a worker for their next use (stage3_max_live_parameters as DeepSpeed has it)
 
 
 @dataclass(frozen=True)
 class ModelSize:
-    """Numbers of weights (all, used by one token without the output layer, output layer, LoRA) and widths of a base model."""
+    """Numbers of weights (all, used by one token without the output layer, output layer, one layer, linear layers, LoRA) and widths of a base model.
+
+    A mixture of experts holds all its experts, of which a token uses a few: `weights`, `block` and `linear` count all, `active` and `inner` those used.
+    """
 
     weights: int
     active: int
     head: int
+    block: int
+    linear: int
     lora: int
     layers: int
     hidden: int
@@ -77,16 +84,18 @@ def model_size(model: ModelConfig, lora: LoraConfig) -> ModelSize:
     heads = shape.num_attention_heads
     width = getattr(shape, "head_dim", None) or shape.hidden_size // heads
     top = getattr(shape, "num_experts_per_tok", None) or 1
-    head = net.get_output_embeddings().weight
+    head, table = net.get_output_embeddings().weight, net.get_input_embeddings().weight
     weights = sum(p.numel() for p in net.parameters())
     return ModelSize(
         weights=weights,
         active=_active(net, shape, top),
         head=head.numel(),
+        block=(weights - sum({id(t): t.numel() for t in (head, table)}.values())) // shape.num_hidden_layers,
+        linear=sum(m.weight.numel() for m in net.modules() if isinstance(m, torch.nn.Linear) and m.weight is not head),
         lora=_lora_weights(net, lora),
         layers=shape.num_hidden_layers,
         hidden=shape.hidden_size,
-        inner=getattr(shape, "intermediate_size", 4 * shape.hidden_size) * top,
+        inner=(getattr(shape, "moe_intermediate_size", None) or getattr(shape, "intermediate_size", 4 * shape.hidden_size)) * top,
         key_value=(getattr(shape, "num_key_value_heads", None) or heads) * width,
     )
 
@@ -102,11 +111,13 @@ def _active(net: Any, shape: Any, top: int) -> int:
 def _lora_weights(net: Any, lora: LoraConfig) -> int:
     import peft
 
-    targets = lora.targets if isinstance(lora.targets, str) else list(lora.targets)
+    from pi_ray.train.lora import peft_config
+
+    plain = lora.model_copy(update={"method": "lora"}) if lora.method == "pissa" else lora  # as many, and no singular values of weights that are not there
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # peft and transformers about each other; nothing that a user can change
-            wrapped = peft.get_peft_model(net, peft.LoraConfig(r=lora.rank, target_modules=targets, task_type="CAUSAL_LM"), low_cpu_mem_usage=True)
+            wrapped = peft.get_peft_model(net, peft_config(net, plain), low_cpu_mem_usage=True)
     except ValueError as error:
         raise ConfigError(f"train.lora.targets: {str(error).splitlines()[0]}") from error
     return sum(p.numel() for p in wrapped.parameters() if p.requires_grad)
@@ -177,19 +188,46 @@ def update_seconds(size: ModelSize, shape: Shape, config: RunConfig, speed: Spee
 
 
 def memory(size: ModelSize, shape: Shape, config: RunConfig) -> dict[str, float]:
-    """Bytes on one worker, by what holds them. ZeRO 1 shares Adam's state among workers, 2 also gradients, 3 also the weights."""
-    train, workers = config.train, config.train.workers
-    stage = train.backend.zero_stage if train.backend.name == "deepspeed" else 0
-    share = [1 if stage < level else workers for level in (3, 2, 1)]  # weights, gradients, Adam
-    width = BYTES[dtype_of(config)]
+    """Bytes on one worker's device, by what holds them. ZeRO 1 shares Adam's state (and fp32 weights beside bfloat16 ones) among workers, 2 also gradients, 3 also the weights."""
+    train = config.train
+    share = _shares(config)
+    width, off = BYTES[dtype_of(config)], train.backend.offload_optimizer
     rows = train.micro_batch or config.rows_per_worker
     tokens = (shape.prefix if train.share_prefix else rows * shape.prefix) + rows * shape.fed
     one_layer = tokens * (8 * size.hidden + 2 * size.key_value + 4 * size.inner) + 2 * size.key_value * rows * (shape.prefix + shape.fed)
     kept = size.layers * tokens * size.hidden + one_layer if train.gradient_checkpointing else size.layers * one_layer
     vocabulary = size.head / size.hidden
+    gathered = min(size.weights * (1 - 1 / share[0]), LIVE + size.block)
     return {
-        "base weights": size.weights * width / share[0],
-        "LoRA weights, gradients, Adam": size.lora * (4 / share[0] + 4 / share[1] + 8 / share[2]),
+        "base weights": 0.0 if train.backend.offload_params else _base(size, config) / share[0],
+        **({"gathered weights": gathered * width} if share[0] > 1 else {}),
+        "LoRA weights, gradients, Adam": size.lora * (width / share[0] + width / share[1] + (0 if off else (8 + (4 if width < 4 else 0)) / share[2])),
         "activations": kept * width,
         "logits": 3 * 4 * rows * shape.label * vocabulary,
     }
+
+
+def host_memory(size: ModelSize, config: RunConfig) -> dict[str, float]:
+    """Bytes of host memory for one GPU worker, by what holds them: what is offloaded, and what loading takes. Empty on CPUs, where `memory` is the host's."""
+    backend, share = config.train.backend, _shares(config)
+    if device_of(config) == "cpu":
+        return {}
+    whole = size.weights * BYTES[dtype_of(config)]
+    return {
+        **({"base weights": whole / share[0]} if backend.offload_params else {}),
+        **({"LoRA weights, gradients, Adam": size.lora * (4 + 4 + 8) / share[2]} if backend.offload_optimizer else {}),
+        "checkpoint, which the first worker maps while it is loaded" if share[0] > 1 else "base model while it is loaded": whole,
+    }
+
+
+def _shares(config: RunConfig) -> list[int]:
+    """Over how many workers weights, gradients and Adam's state are spread."""
+    backend = config.train.backend
+    stage = backend.zero_stage if backend.name == "deepspeed" else 0
+    return [1 if stage < level else config.train.workers for level in (3, 2, 1)]
+
+
+def _base(size: ModelSize, config: RunConfig) -> float:
+    """Bytes of the whole base model."""
+    small = size.linear if config.model.quantize else 0
+    return small * FOUR_BIT + (size.weights - small) * BYTES[dtype_of(config)]

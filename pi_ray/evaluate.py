@@ -25,6 +25,7 @@ from pi_ray.results import LABELS
 from pi_ray.rundir import RunDir, evaluate_fingerprint, plain_config
 from pi_ray.schedule import plan_phases
 from pi_ray.tasks.metrics import corpus_bleu, mean_interval, paired_bleu, paired_mean
+from pi_ray.train import gist
 from pi_ray.train.lora import CARD, PACKAGES
 
 
@@ -44,7 +45,7 @@ def trained(config: RunConfig) -> Column:
     """The run's best adapter, with the prompt that it was trained to see at inference."""
     best = RunDir(config.root).best.resolve()
     card = json.loads((best / CARD).read_text())
-    return Column("promptintern", str(best), card["template"], card["shots"])
+    return Column("promptintern", str(best), card["template"], card["shots"], card.get("gist", 0))
 
 
 def untrained(config: RunConfig) -> Column:
@@ -89,12 +90,13 @@ def evaluate(
     scores = {c.name: _score(task, rows, texts[c.name]) for c in columns}
     for c in columns:
         (prefix, own), each = prompts[c.name], scores[c.name]
+        sent = c.gist or len(prefix)  # gist tokens are sent in place of the template, whose activations are not kept
         summary[c.name] = {
             "label": LABELS[c.name],
             **_summarise(rows, texts[c.name], each, config),
-            "input_tokens": len(prefix) + sum(map(len, own)) / len(own),
+            "input_tokens": sent + sum(map(len, own)) / len(own),
             "output_tokens": sum(len(o) + 1 for o in outputs[c.name]) / len(own),
-            "prefix_tokens": len(prefix),
+            "prefix_tokens": sent,
             **medians(seconds[c.name]),
             **probes[c.name],
             "groups": {g: {"rows": n, **_summarise(*_of_group(g, rows, texts[c.name], each), config)} for g, n in summary["groups"].items()},
@@ -133,7 +135,7 @@ def _lengths(config: RunConfig, rows: list[Row], bank: list[Row], encoder: Promp
 def _prompts(column: Column, rows: list[Row], run: RunDir, bank: dict[str, Row], encoder: PromptEncoder, split: str) -> tuple[list[int], list[list[int]]]:
     """Prefix ids, and each row's ids. Their shots were chosen by the query, since the answer is not known at inference."""
     shots = run.read_shots(split, bank, column.shots)
-    return encoder.prefix(column.template), [encoder.row(r.query, shots.get(r.id, ())) for r in rows]
+    return encoder.prefix(column.template) + gist.ids(column.gist), [encoder.row(r.query, shots.get(r.id, ())) for r in rows]
 
 
 def _score(task: Task, rows: list[Row], texts: list[str]) -> list[dict[str, float]]:

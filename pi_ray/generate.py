@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -26,19 +26,20 @@ def prefix_cache(model: Any, prefix: Sequence[int]) -> DynamicCache:
 def greedy(model: Any, prefix: Sequence[int], rows: Sequence[Sequence[int]], max_new_tokens: int, end: int | None, cache: DynamicCache | None = None) -> list[list[int]]:
     """Answer ids of each row (without `end`), temperature 0. `cache` is that of the prefix, when it is at hand; it is not changed.
 
+    A cache that holds fewer tokens holds the prefix's last ones (gist tokens): rows see these alone, and stand where they stand behind the whole.
     Rows are padded on the left between prefix and row; position ids and mask leave the padding out, so a row's ids do not depend on its batch
     (up to rounding).
     """
     cache = copy.deepcopy(prefix_cache(model, prefix) if cache is None else cache)
-    longest, size = max(map(len, rows)), len(rows)
+    longest, size, held = max(map(len, rows)), len(rows), cache.get_seq_length()
     if len(prefix):
         cache.batch_repeat_interleave(size)
     ids = torch.tensor([[0] * (longest - len(r)) + list(r) for r in rows], device=model.device)
-    mask = torch.tensor([[1] * len(prefix) + [0] * (longest - len(r)) + [1] * len(r) for r in rows], device=model.device)
+    mask = torch.tensor([[1] * held + [0] * (longest - len(r)) + [1] * len(r) for r in rows], device=model.device)
     answers: list[list[int]] = [[] for _ in rows]
     alive = list(range(size))
     for _ in range(max_new_tokens):
-        positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+        positions = len(prefix) - held + (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
         picked = _forward(model, ids, mask, positions, cache).argmax(-1).tolist()
         keep = [i for i, token in enumerate(picked) if token != end]
         if not keep:
@@ -55,12 +56,18 @@ def greedy(model: Any, prefix: Sequence[int], rows: Sequence[Sequence[int]], max
     return answers
 
 
-def latency(model: Any, prefix: Sequence[int], row: Sequence[int], new_tokens: int) -> tuple[float, float]:
-    """Seconds of one request of exactly `new_tokens` tokens: (whole prompt computed, prefix read from a cache)."""
+def latency(model: Any, prefix: Sequence[int], row: Sequence[int], new_tokens: int, fill: Callable[[], DynamicCache] | None = None) -> tuple[float, float]:
+    """Seconds of one request of exactly `new_tokens` tokens: (whole prompt computed, prefix read from a cache).
+
+    `fill` computes the cache where rows do not see the whole prefix.
+    """
     started = time.perf_counter()
-    greedy(model, [], [[*prefix, *row]], new_tokens, end=None)
+    if fill:
+        greedy(model, prefix, [row], new_tokens, end=None, cache=fill())
+    else:
+        greedy(model, [], [[*prefix, *row]], new_tokens, end=None)
     whole = time.perf_counter() - started
-    cache = prefix_cache(model, prefix)
+    cache = fill() if fill else prefix_cache(model, prefix)
     started = time.perf_counter()
     greedy(model, prefix, [row], new_tokens, end=None, cache=cache)
     return whole, time.perf_counter() - started

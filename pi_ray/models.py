@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pi_ray.artifact import digest_file, staged, verify
-from pi_ray.errors import CorruptArtifactError, MissingExtraError, ModelError
+from pi_ray.errors import ConfigError, CorruptArtifactError, MissingExtraError, ModelError
 
 if TYPE_CHECKING:
     from pi_ray.config import ModelConfig
@@ -59,13 +59,33 @@ def load_tokenizer(config: ModelConfig) -> Any:
     return _from_pretrained(AutoTokenizer, config)
 
 
-def load_model(config: ModelConfig, device: str = "cpu", **options: Any) -> Any:
-    """The base model in eval mode on `device`, in `dtype` (float32 on CPU, bfloat16 on GPU, unless set)."""
+def dtype_of(config: ModelConfig, device: str = "cpu") -> Any:
+    """The torch dtype of the base's weights: float32 on CPU, bfloat16 on GPU, unless set."""
     import torch
+
+    return {"auto": torch.float32 if device == "cpu" else torch.bfloat16}.get(config.dtype) or getattr(torch, config.dtype)
+
+
+def load_model(config: ModelConfig, device: str = "cpu", **options: Any) -> Any:
+    """The base model in eval mode on `device`, in the dtype of `dtype_of`. Raises ConfigError and MissingExtraError where it cannot be quantised."""
     from transformers import AutoModelForCausalLM
 
-    dtype = {"auto": torch.float32 if device == "cpu" else torch.bfloat16}.get(config.dtype) or getattr(torch, config.dtype)
+    dtype = dtype_of(config, device)
+    if config.quantize:
+        return _from_pretrained(AutoModelForCausalLM, config, dtype=dtype, **_four_bit(device, dtype), **options).eval()
     return _from_pretrained(AutoModelForCausalLM, config, dtype=dtype, **options).to(device).eval()
+
+
+def _four_bit(device: str, dtype: Any) -> dict[str, Any]:
+    """QLoRA's setting (Dettmers et al. 2023): NF4 with double quantisation, computed in `dtype`."""
+    if device == "cpu":
+        raise ConfigError("model.quantize: 4bit needs a GPU, and there is none here; leave it out on a CPU")
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise MissingExtraError("model.quantize: 4bit needs bitsandbytes: pip install 'pi-ray[quantize]'")
+    from transformers import BitsAndBytesConfig
+
+    settings = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype)
+    return {"quantization_config": settings, "device_map": {"": device}}
 
 
 def _from_pretrained(auto: Any, config: ModelConfig, **options: Any) -> Any:

@@ -22,12 +22,12 @@ from pi_ray.train.updates import phase_updates
 
 
 def run(config: RunConfig, console: Console) -> Path:
-    """All steps in a row. Returns the published adapter's folder, or the report where a service keeps the model."""
+    """All steps in a row. Returns the published adapter's folder, or the report where there is none to publish."""
     prepare(config, console)
     train(config, console)
     evaluate(config, console)
     page = report(config, console)
-    return page if is_closed(config) else publish(config, console)
+    return publish(config, console) if is_served(config) else page
 
 
 def is_closed(config: RunConfig) -> bool:
@@ -35,6 +35,11 @@ def is_closed(config: RunConfig) -> bool:
     from pi_ray import closed
 
     return config.train.backend.name == closed.BACKEND
+
+
+def is_served(config: RunConfig) -> bool:
+    """Whether a run ends with an adapter that can be published and served; gist tokens are a baseline that is only evaluated."""
+    return not is_closed(config) and not config.train.gist
 
 
 def prepare(config: RunConfig, console: Console) -> None:
@@ -120,7 +125,8 @@ def table(family: Family, console: Console, command: str) -> Path:
     columns = page.read(family)
     rows = list(page.lines(family, columns, speeds))
     write_atomic(family.base.root / f"table-{family.config.table}.md", page.markdown(rows))
-    console.print(page.render(f"Table {family.config.table}: {family.config.title}", rows))
+    for part in page.render(f"Table {family.config.table}: {family.config.title}", rows):
+        console.print(part)
     if sentence := page.gap(family, columns)[0]:
         console.print(sentence, highlight=False)
     path = family.source.resolve().parent / family.config.results

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import TYPE_CHECKING
 
@@ -50,7 +50,7 @@ class PhasePlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything `render` prints. Tokens are means per request; `memory` is bytes per worker in the largest phase."""
+    """Everything `render` prints. Tokens are means per request; `memory` and `host` are bytes per worker in the largest phase."""
 
     config: RunConfig
     rows: dict[str, int]
@@ -61,6 +61,7 @@ class Plan:
     phases: list[PhasePlan]
     plain: list[PhasePlan]
     memory: dict[str, float]
+    host: dict[str, float]
     full: estimate.Shape
     query: estimate.Shape
     money: cost.Economics
@@ -103,10 +104,10 @@ def plan(config: RunConfig) -> Plan:
     phases = [_phase(p, rows["train"], counter, size, speed, config) for p in plan_phases(config.schedule)]
     plain = [_phase(p, rows["train"], counter, size, speed, config) for p in plan_phases(plain_config(config).schedule)]
     full = counter.shape(1.0, config.evaluate.shots or phases[0].phase.shots)
-    query = phases[-1].shape
+    query = replace(phases[-1].shape, prefix=config.train.gist) if config.train.gist else phases[-1].shape
     return Plan(
         config, rows, len(rejects), notes, size, speed, phases, plain if config.evaluate.baseline else [],
-        max((estimate.memory(size, p.shape, config) for p in phases), key=lambda m: sum(m.values())),
+        max((estimate.memory(size, p.shape, config) for p in phases), key=lambda m: sum(m.values())), estimate.host_memory(size, config),
         full, query, _money(config, sum(p.seconds for p in phases), full, query),
     )
 
@@ -165,8 +166,9 @@ def render(plan: Plan, console: Console) -> None:
         say("~ template counted as rate x tokens; measured once it is compressed", "dim")
     where = f"{plan.speed.name} ({plan.speed.note}; give or take a factor of two, when nothing else runs there)"
     say(f"Training: about {_duration(plan.seconds)}{_plain(plan)} on {where}")
-    parts = ", ".join(f"{name} {_bytes(b)}" for name, b in plan.memory.items())
-    say(f"Memory per worker: about {_bytes(sum(plan.memory.values()))} ({parts}), besides Python and its libraries")
+    say(f"Memory per worker{', on its GPU' if plan.host else ''}: about {_parts(plan.memory)}, besides Python and its libraries")
+    if plan.host:
+        say(f"Host memory per worker: at most about {_parts(plan.host)}")
     say(_workers(plan))
     full, query = plan.full.prefix + plan.full.row, plan.query.prefix + plan.query.row
     say(f"Inference: {query:,.0f} input tokens instead of {full:,.0f}, {plan.saved / full:.0%} fewer", "bold")
@@ -210,6 +212,10 @@ def _duration(seconds: float) -> str:
     if seconds < 90:
         return f"{max(1, round(seconds))} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def _parts(memory: dict[str, float]) -> str:
+    return f"{_bytes(sum(memory.values()))} ({', '.join(f'{name} {_bytes(count)}' for name, count in memory.items())})"
 
 
 def _bytes(count: float) -> str:

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 
 from pi_ray import shards
 from pi_ray.artifact import digest_file, is_current, read_manifest, staged, write_atomic
-from pi_ray.compress.compress import Compressed, cached, compress_template
+from pi_ray.compress.compress import Compressed, cached, compress_template, load
 from pi_ray.config import RunConfig
 from pi_ray.fanout import fan_out
 from pi_ray.ingest import ingest
@@ -82,16 +82,14 @@ class CompressRates:
     def __init__(self, config: RunConfig, template: Template):
         import torch
 
-        from pi_ray.registry import compressors
-
         torch.set_num_threads(min(COMPRESS_THREADS, os.cpu_count() or 1))  # Ray leaves an actor one; nothing else runs in this step
         self.config = config.compress
         self.template = template
         self.tokenizer = load_tokenizer(config.model)
-        self.compressor = compressors[config.compress.name](config.compress)
+        self.compressor, self.documents = load(config.compress)
 
     def __call__(self, item: dict[str, Any]) -> dict[str, Any]:
-        return asdict(compress_template(self.compressor, self.template, item["rate"], self.tokenizer, self.config))
+        return asdict(compress_template(self.compressor, self.template, item["rate"], self.tokenizer, self.config, self.documents))
 
 
 def _templates(config: RunConfig, template: Template, tokenizer: Any, run: RunDir, fingerprint: str, progress: Progress) -> None:
@@ -104,7 +102,7 @@ def _templates(config: RunConfig, template: Template, tokenizer: Any, run: RunDi
     with staged(run.templates, fingerprint=fingerprint) as folder:
         for rate, result in made.items():
             file = f"rate-{rate:.2f}.txt" if round(rate, 2) == rate else f"rate-{rate}.txt"
-            entries.append({"rate": rate, "compressor": config.compress.name, "file": file, **asdict(result)})
+            entries.append({"rate": rate, "compressor": config.compress.label, "file": file, **asdict(result)})
             (folder / file).write_text(result.text + "\n", encoding="utf-8")
             note = f"; {result.note}" if result.note else ""
             progress(f"templates: rate {rate:g} -> achieved {result.achieved:.2f} ({result.tokens} of {result.full_tokens} tokens){note}")

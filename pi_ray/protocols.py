@@ -73,8 +73,9 @@ class Schedule(Protocol):
 
 
 class Backend(Protocol):
-    """How gradients become an update over all workers. Constructed with (model, TrainConfig, micro-batches an update) inside a worker.
+    """How gradients become an update over all workers. Constructed with (build, TrainConfig, micro-batches an update, bf16) inside a worker.
 
+    `build()` loads and returns the peft model, in bfloat16 or else float32; called once, when the backend has made ready for it.
     `model` is what the loop calls; a wrapper such as DeepSpeed's engine stands in for the model there.
     """
 

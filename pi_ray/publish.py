@@ -74,7 +74,8 @@ def _existing(folder: Path, fingerprint: str) -> str:
 
 
 def _add(folder: Path, source: Path, fingerprint: str, run: RunDir, name: str) -> str:
-    """Copy, describe and check, and only then give the folder its name."""
+    """Check, copy, describe and check again, and only then give the folder its name."""
+    check(source)
     version = f"v{int(next(iter(reversed(_versions(folder))), 'v0')[1:]) + 1:04d}"
     with staged(folder / version, fingerprint=fingerprint, adapter=name, version=version) as tmp:
         card = read_json(source / CARD)

@@ -46,6 +46,10 @@ tasks = Registry("task", {
 })
 compressors = Registry("compressor", {
     "llmlingua": "pi_ray.compress.llmlingua:LLMLingua",
+    "longllmlingua": "pi_ray.compress.longllmlingua:LongLLMLingua",
+    "llmlingua2": "pi_ray.compress.llmlingua2:LLMLingua2",
+    "selective": "pi_ray.compress.selective:Selective",
+    "generation": "pi_ray.compress.generation:Generation",
     "none": "pi_ray.compress.none:Keep",
 })
 encoders = Registry("encoder", {

@@ -31,7 +31,7 @@ class RunDir:
         self.taught = self.root / "taught"  # artefact: what the teacher answered and how sure it was (train/teach.py)
         self.checkpoints = self.root / "checkpoints"
         self.adapters = self.root / "adapters"
-        self.best = self.adapters / "best"  # link to the phase adapter with the lowest dev loss
+        self.best = self.adapters / "best"  # link to the phase adapter with the highest dev accuracy
         self.train_log = self.root / "train.jsonl"
         self.evaluation = self.root / "eval"
         self.report = self.root / "report.html"
@@ -73,7 +73,7 @@ def most_shots(config: RunConfig) -> int:
 def plain_config(config: RunConfig) -> RunConfig:
     """Plain fine-tuning without a prompt: rate 0 and no shots in every phase, so the same rows, updates and learning rates as the run."""
     phases = [{"rate": 0.0, "shots": 0, "epochs": p.epochs, "steps": p.steps} for p in plan_phases(config.schedule)]
-    own = {"schedule": {"name": "list", "list": phases}, "evaluate.shots": 0, "train.objective": "sft"}
+    own = {"schedule": {"name": "list", "list": phases}, "evaluate.shots": 0, "train.objective": "sft", "train.gist": 0}
     return config.replace(run_dir=str(RunDir(config.root).baseline("plain").root), **own)
 
 

@@ -14,19 +14,30 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory) -> Path:
     """A random Llama of 2 layers and width 32 with SmolLM2's tokenizer, as a folder that `model.base` can name."""
+    return _tiny("Llama", tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def tiny_mixtral(tmp_path_factory) -> Path:
+    """As `tiny_model`, a Mixtral: in each layer 4 experts of which a token uses 2."""
+    return _tiny("Mixtral", tmp_path_factory, num_local_experts=4, num_experts_per_tok=2)
+
+
+def _tiny(family: str, tmp_path_factory, **own) -> Path:
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+    import transformers
 
     from pi_ray.config import ModelConfig
     from pi_ray.models import load_tokenizer
 
-    folder = tmp_path_factory.mktemp("tiny-llama")
+    folder = tmp_path_factory.mktemp(f"tiny-{family.lower()}")
     tokenizer = load_tokenizer(ModelConfig())
     torch.manual_seed(0)
-    LlamaForCausalLM(LlamaConfig(
+    config = getattr(transformers, f"{family}Config")(
         vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
-    )).save_pretrained(folder)
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, **own,
+    )
+    getattr(transformers, f"{family}ForCausalLM")(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 

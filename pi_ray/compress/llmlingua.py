@@ -24,6 +24,7 @@ from pi_ray.config import CompressConfig
 from pi_ray.errors import ModelError
 
 WINDOW = 200  # tokens compressed in one step, the package's default
+BLOCK = 1024  # tokens of one forward pass, so that the logits of a long text need not fit in memory
 
 
 class LLMLingua:
@@ -43,23 +44,7 @@ class LLMLingua:
             return text
         kept = self.scorer.kept_tokens(text, len(offsets), rate)
         pieces = words.spans(text)
-        total, survived = [0] * len(pieces), [0] * len(pieces)
-        for token, (start, end) in enumerate(offsets):
-            for w in _overlapping(pieces, start, end):
-                total[w] += 1
-                survived[w] += token in kept
-        return words.join(text, pieces, [2 * s >= t > 0 for s, t in zip(survived, total, strict=True)])
-
-
-def _overlapping(pieces: list[words.Span], start: int, end: int) -> Iterator[int]:
-    """Indices of the words that share characters with [start, end)."""
-    low, high = 0, len(pieces)
-    while low < high:
-        middle = (low + high) // 2
-        low, high = (middle + 1, high) if pieces[middle][1] <= start else (low, middle)
-    while low < len(pieces) and pieces[low][0] < end:
-        yield low
-        low += 1
+        return words.join(text, pieces, [2 * sum(t in kept for t in tokens) >= len(tokens) > 0 for tokens in words.tokens_of(pieces, offsets)])
 
 
 class Scorer(prompt_compressor.PromptCompressor):
@@ -114,9 +99,14 @@ class Scorer(prompt_compressor.PromptCompressor):
         cache = DynamicCache()
         for layer, (key, value) in enumerate(past_key_values or ()):
             cache.update(key[:, :, :begin], value[:, :, :begin], layer)
-        with torch.no_grad():
-            out = self.model(input_ids[:, begin:end], attention_mask=attention_mask[:, :end], use_cache=True, **{self.cache_argument: cache})
-        loss = torch.nn.functional.cross_entropy(out.logits[0, :-1], input_ids[0, begin + 1 : end], reduction="none")
+        parts = []
+        for start in range(begin, end, BLOCK):
+            stop = min(start + BLOCK, end)
+            with torch.no_grad():
+                out = self.model(input_ids[:, start:stop], attention_mask=attention_mask[:, :stop], use_cache=True, **{self.cache_argument: cache})
+            known = input_ids[0, start + 1 : min(stop + 1, end)]
+            parts.append(torch.nn.functional.cross_entropy(out.logits[0, : len(known)], known, reduction="none"))
+        loss = torch.cat(parts)
         if not past:
             loss = torch.cat([loss.max().view(1), loss])
         if whole:

@@ -6,7 +6,7 @@ A word is a run of anything but white space. Compression removes whole words, so
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from difflib import SequenceMatcher
 
 Span = tuple[int, int]
@@ -15,6 +15,26 @@ Span = tuple[int, int]
 def spans(text: str) -> list[Span]:
     """(start, end) of every word of `text`, in characters."""
     return [m.span() for m in re.finditer(r"\S+", text)]
+
+
+def overlapping(pieces: Sequence[Span], start: int, end: int) -> Iterator[int]:
+    """Indices of the pieces that share characters with [start, end)."""
+    low, high = 0, len(pieces)
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (middle + 1, high) if pieces[middle][1] <= start else (low, middle)
+    while low < len(pieces) and pieces[low][0] < end:
+        yield low
+        low += 1
+
+
+def tokens_of(pieces: Sequence[Span], offsets: Sequence[Span]) -> list[list[int]]:
+    """Of each piece, the tokens that share characters with it; `offsets` are the characters of each token."""
+    found: list[list[int]] = [[] for _ in pieces]
+    for token, (start, end) in enumerate(offsets):
+        for i in overlapping(pieces, start, end):
+            found[i].append(token)
+    return found
 
 
 def join(text: str, pieces: Sequence[Span], kept: Sequence[bool]) -> str:

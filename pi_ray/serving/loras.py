@@ -1,7 +1,8 @@
-"""Adapters in memory: one base model, at most `limit` LoRA adapters beside it, the least recently used dropped first. One thread calls it."""
+"""Adapters in memory: one base model, at most `limit` adapters beside it, the least recently used dropped first. One thread calls it."""
 
 from __future__ import annotations
 
+import warnings
 from collections import OrderedDict
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
@@ -13,10 +14,14 @@ from pi_ray.serving.verify import CONFIG, LORA_TENSOR, WEIGHTS, read_header, rea
 
 
 class LoadedAdapters:
-    """Loads verified adapter folders into `model` and switches between them. `model` is the thing to call."""
+    """Loads verified adapter folders into `model` and switches between them. `model` is the thing to call.
 
-    def __init__(self, base: Any, limit: int):
+    `own`: the folders are those that a run has just trained here, and may be of any method, loaded as peft loads them.
+    """
+
+    def __init__(self, base: Any, limit: int, own: bool = False):
         self.base = base
+        self.own = own
         self.model = base
         self.limit = limit
         self._names: OrderedDict[str, str] = OrderedDict()  # folder -> peft name, least recently used first
@@ -55,15 +60,20 @@ class LoadedAdapters:
     @contextmanager
     def merged(self) -> Iterator[None]:
         """Within it the active adapter is added into the base weights: no low-rank products at each call. After it they are what they were."""
-        layers = [m for m in self.model.modules() if hasattr(m, "lora_A")]
-        before = [layer.get_base_layer().weight.detach().cpu().clone() for layer in layers]
+        from peft.tuners.tuners_utils import BaseTunerLayer
+
+        layers = [m.get_base_layer() for m in self.model.modules() if isinstance(m, BaseTunerLayer)]
+        weights = list({id(p): p for layer in layers for p in layer.parameters(recurse=False)}.values())
+        before = [p.detach().cpu().clone() for p in weights]
         self.model.merge_adapter()
         try:
             yield
         finally:
-            self.model.unmerge_adapter()
-            for layer, weight in zip(layers, before, strict=True):  # unmerging leaves rounding
-                layer.get_base_layer().weight.data.copy_(weight)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", UserWarning)  # of ia3, that unmerging is inexact
+                self.model.unmerge_adapter()
+            for p, value in zip(weights, before, strict=True):  # unmerging leaves rounding
+                p.data.copy_(value)
 
     def _add(self, folder: Path) -> str:
         """Built from r, alpha and the names and shapes of the matrices: whatever else adapter_config.json says has no effect."""
@@ -71,6 +81,8 @@ class LoadedAdapters:
         from safetensors.torch import load_file
 
         saved = read_json(folder / CONFIG)
+        if self.own and (saved.get("peft_type") != "LORA" or saved.get("use_dora") or saved.get("target_parameters")):
+            return self._add_own(str(folder))
         config = LoraConfig(
             r=saved["r"], lora_alpha=saved["lora_alpha"], use_rslora=bool(saved.get("use_rslora")),
             target_modules=self._targets(folder / WEIGHTS), task_type="CAUSAL_LM", inference_mode=True,
@@ -84,6 +96,19 @@ class LoadedAdapters:
             self.model.add_adapter(name, config)
         device = next(self.base.parameters()).device
         set_peft_model_state_dict(self.model, load_file(folder / WEIGHTS, device=str(device)), adapter_name=name)
+        self.model.eval()
+        return name
+
+    def _add_own(self, folder: str) -> str:
+        from peft import PeftModel
+
+        self._count += 1
+        name = f"adapter{self._count}"
+        self._active = None
+        if self.model is self.base:
+            self.model = PeftModel.from_pretrained(self.base, folder, adapter_name=name)
+        else:
+            self.model.load_adapter(folder, adapter_name=name)
         self.model.eval()
         return name
 

@@ -32,6 +32,7 @@ KNOWN_SETTINGS = {
     "r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora", "peft_type", "task_type", "bias", "inference_mode",
     "init_lora_weights", "base_model_name_or_path", "revision", "peft_version", "megatron_core", "qalora_group_size",
 }  # fmt: skip
+SERVED = "only plain LoRA and rsLoRA on linear layers can be published and served (an adapter of another method can be evaluated)"
 CARD_FIELDS = {
     "base": str, "prompt": dict, "template": str, "full_prompt_tokens": int | float, "query_prompt_tokens": int | float, "max_answer_tokens": int,
 }  # fmt: skip
@@ -81,11 +82,11 @@ def _check_hashes(path: Path, names: list[str]) -> None:
 def _check_config(config: dict[str, Any]) -> int:
     """The rank. Everything that peft would do beyond plain LoRA is refused."""
     if config.get("peft_type") != "LORA":
-        raise AdapterError(f"{CONFIG}: peft_type is {config.get('peft_type')!r}, expected LORA")
+        raise AdapterError(f"{CONFIG}: peft_type is {config.get('peft_type')!r}; {SERVED}")
     wanted = {"bias": "none", "init_lora_weights": True, "task_type": "CAUSAL_LM"}
     odd = [k for k, v in config.items() if (v and k not in KNOWN_SETTINGS) or (k in wanted and v != wanted[k])]
     if odd:
-        raise AdapterError(f"{CONFIG}: cannot serve an adapter with {', '.join(sorted(odd)[:8])} set")
+        raise AdapterError(f"{CONFIG}: {', '.join(sorted(odd)[:8])} set; {SERVED}")
     rank, alpha = config.get("r"), config.get("lora_alpha")
     if type(rank) is not int or not 1 <= rank <= MAX_RANK:
         raise AdapterError(f"{CONFIG}: r is not a number from 1 to {MAX_RANK}")
@@ -95,6 +96,8 @@ def _check_config(config: dict[str, Any]) -> int:
 
 
 def _check_card(card: dict[str, Any], base: ModelConfig | None) -> None:
+    if card.get("gist"):
+        raise AdapterError(f"{CARD}: it was trained with gist tokens, a baseline that can be evaluated ('pi-ray evaluate', 'pi-ray table') but not published or served")
     wrong = [k for k, kind in CARD_FIELDS.items() if not isinstance(card.get(k), kind)]
     if wrong:
         raise AdapterError(f"{CARD}: {', '.join(wrong)} missing or of the wrong type")

@@ -1,4 +1,4 @@
-"""Attention over a packed row `[prefix][row 1]...[row B]`: every row sees the prefix and itself, and nothing else.
+"""Attention over a packed row `[prefix][row 1]...[row B]`: every row sees the prefix (or its last tokens) and itself, and nothing else.
 
 The template is equal for all rows of a phase, so its tokens go through the model once per batch instead of once per row.
 Everything but attention is token-wise and needs no change; attention splits the packed row by its layout. Works with any transformers decoder
@@ -23,28 +23,31 @@ NAME = "pi_ray_shared_prefix"
 class Layout:
     """Where the rows lie in a packed sequence of S = P + sum(L_b) tokens.
 
-    gather: (B, L) int64, index of each row's token among the row tokens (clamped at its end); scatter: (S - P,) int64, place of each row token in
-    the flattened (B, L) grid; mask: (L, P + L) bool, what a row's token may see.
+    visible: V, so many of the last prefix tokens are seen by the rows (all P, or gist tokens alone); gather: (B, L) int64, index of each row's token
+    among the row tokens (clamped at its end); scatter: (S - P,) int64, place of each row token in the flattened (B, L) grid; mask: (L, V + L) bool,
+    what a row's token may see.
     """
 
     prefix: int
+    visible: int
     gather: torch.Tensor
     scatter: torch.Tensor
     mask: torch.Tensor
 
     @classmethod
-    def build(cls, prefix: int, lengths: list[int]) -> Layout:
+    def build(cls, prefix: int, lengths: list[int], visible: int | None = None) -> Layout:
+        visible = prefix if visible is None else visible
         longest = max(lengths)
         starts = torch.tensor([0, *lengths]).cumsum(0)[:-1]
         offsets = torch.arange(longest)
         size = torch.tensor(lengths)
         gather = starts[:, None] + torch.minimum(offsets[None], size[:, None] - 1)
         scatter = torch.cat([row * longest + offsets[:n] for row, n in enumerate(lengths)])
-        mask = torch.cat([torch.ones(longest, prefix, dtype=torch.bool), torch.ones(longest, longest, dtype=torch.bool).tril()], dim=1)
-        return cls(prefix, gather, scatter, mask)
+        mask = torch.cat([torch.ones(longest, visible, dtype=torch.bool), torch.ones(longest, longest, dtype=torch.bool).tril()], dim=1)
+        return cls(prefix, visible, gather, scatter, mask)
 
     def to(self, device: torch.device | str) -> Layout:
-        return Layout(self.prefix, self.gather.to(device), self.scatter.to(device), self.mask.to(device))
+        return Layout(self.prefix, self.visible, self.gather.to(device), self.scatter.to(device), self.mask.to(device))
 
 
 def shared_prefix_attention(
@@ -56,14 +59,14 @@ def shared_prefix_attention(
     options = {"dropout_p": dropout, "scale": scaling, **grouped}
     if layout is None:
         return F.scaled_dot_product_attention(query, key, value, is_causal=True, **options).transpose(1, 2).contiguous(), None
-    p = layout.prefix
+    p, v = layout.prefix, layout.visible
     rows, longest = layout.gather.shape
 
     def padded(x: torch.Tensor) -> torch.Tensor:  # (1, H, S, D) -> (B, H, L, D)
         return x[0, :, p:][:, layout.gather].transpose(0, 1)
 
-    def with_prefix(x: torch.Tensor) -> torch.Tensor:  # (1, H, S, D) -> (B, H, P + L, D)
-        return torch.cat([x[:, :, :p].expand(rows, -1, -1, -1), padded(x)], dim=2)
+    def with_prefix(x: torch.Tensor) -> torch.Tensor:  # (1, H, S, D) -> (B, H, V + L, D)
+        return torch.cat([x[:, :, p - v : p].expand(rows, -1, -1, -1), padded(x)], dim=2)
 
     out = F.scaled_dot_product_attention(padded(query), with_prefix(key), with_prefix(value), attn_mask=layout.mask, **options)
     out = out.transpose(1, 2).reshape(rows * longest, *out.shape[1::2])[layout.scatter][None]

@@ -6,26 +6,27 @@ A loss is scaled by the caller so that the sum over workers is the gradient want
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from pi_ray.config import TrainConfig
+from pi_ray.train import zero
 from pi_ray.train.lora import trainable
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-BETAS, EPS = (0.9, 0.999), 1e-8
 
 
 class DdpBackend:
     """Gradients summed by all_reduce, torch AdamW on every worker. Needs no package besides torch; one worker needs no network."""
 
-    def __init__(self, model: Any, config: TrainConfig, micro_batches: int = 1):
-        self.model = model
+    def __init__(self, build: Callable[[], Any], config: TrainConfig, micro_batches: int = 1, bf16: bool = False):
+        self.model = build()
         self.config = config
-        self.params = trainable(model)
-        self.optimizer = torch.optim.AdamW(self.params.values(), lr=config.lr, betas=BETAS, eps=EPS, weight_decay=config.weight_decay)
+        self.params = trainable(self.model)
+        self.optimizer = torch.optim.AdamW(self.params.values(), lr=config.lr, betas=zero.BETAS, eps=zero.EPS, weight_decay=config.weight_decay)
 
     def backward(self, loss: torch.Tensor, last: bool) -> None:
         loss.backward()
@@ -51,29 +52,22 @@ class DdpBackend:
 
 
 class DeepSpeedBackend:
-    """DeepSpeed ZeRO of `train.backend.zero_stage` (0 to 3)."""
+    """DeepSpeed ZeRO of `train.backend.zero_stage` (0 to 3). With stage 3 the base is sharded as it is loaded: no worker has all of it."""
 
-    def __init__(self, model: Any, config: TrainConfig, micro_batches: int = 1):
+    def __init__(self, build: Callable[[], Any], config: TrainConfig, micro_batches: int = 1, bf16: bool = False):
         import deepspeed
 
         # a compiled shared-memory all_reduce for inference: not used here, and building it would need a compiler on every worker
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         self.config = config
-        stage = config.backend.zero_stage
-        settings = {
-            "train_micro_batch_size_per_gpu": config.batch_size // (dist.get_world_size() * micro_batches),
-            "gradient_accumulation_steps": micro_batches,
-            "zero_optimization": {"stage": stage, "contiguous_gradients": True, "overlap_comm": False},
-            # torch's AdamW: no compiler is needed on the workers
-            "optimizer": {"type": "AdamW", "params": {"lr": config.lr, "betas": BETAS, "eps": EPS, "weight_decay": config.weight_decay, "torch_adam": True}},
-            "gradient_clipping": config.grad_clip,
-            "bf16": {"enabled": next(model.parameters()).dtype == torch.bfloat16},
-            "steps_per_print": 10**9,
-        }
+        self.stage = config.backend.zero_stage
+        settings = zero.settings(config, dist.get_world_size(), micro_batches, bf16)
+        self.loading = zero.shard_while_loading(settings)
+        model = build()
+        zero.mark_leaves(model)
         self.engine, self.optimizer, *_ = deepspeed.initialize(model=model, model_parameters=list(trainable(model).values()), config=settings, dist_init_required=False)
         self.model = self.engine
         self.params = trainable(self.engine.module)
-        self.stage = stage
 
     def backward(self, loss: torch.Tensor, last: bool) -> None:
         # DeepSpeed averages over workers and micro-batches, the loss is already this worker's part of the sum

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from pi_ray.artifact import verify
+from pi_ray.train import gist
 from pi_ray.train.attention import Layout
 
 
@@ -52,7 +53,10 @@ class PhaseRows:
 
 
 def packed(prefix: list[int], rows: Sequence[tuple[list[int], list[int]]]) -> Batch:
-    """One sequence [prefix][row 1]...[row B]; position ids start again after the prefix for every row. The last label is predicted, never fed."""
+    """One sequence [prefix][row 1]...[row B]; position ids start again after the prefix for every row. The last label is predicted, never fed.
+
+    Of a prefix that ends with gist tokens the rows see these alone.
+    """
     fed = [prompt + label[:-1] for prompt, label in rows]
     lengths = [len(ids) for ids in fed]
     ids = prefix + [token for row in fed for token in row]
@@ -66,7 +70,7 @@ def packed(prefix: list[int], rows: Sequence[tuple[list[int], list[int]]]) -> Ba
         "input_ids": torch.tensor([ids]),
         "position_ids": torch.tensor([positions]),
         "logits_to_keep": torch.tensor(keep),
-        "layout": Layout.build(len(prefix), lengths),
+        "layout": Layout.build(len(prefix), lengths, visible=gist.count(prefix) or len(prefix)),
         "use_cache": False,
     }
     return Batch(inputs, torch.tensor(labels), len(ids), len(rows) * len(prefix) + sum(lengths))

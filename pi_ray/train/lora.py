@@ -1,8 +1,9 @@
-"""LoRA on the base model (paper A.2: rank 32), and adapter folders that remember their prompt."""
+"""LoRA (paper A.2: rank 32) or another of peft's methods on the base model, and adapter folders that remember their prompt."""
 
 from __future__ import annotations
 
 import json
+import warnings
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,12 @@ import torch
 
 from pi_ray.artifact import staged, write_atomic
 from pi_ray.config import LoraConfig, RunConfig
+from pi_ray.errors import ConfigError
+from pi_ray.train import gist
+from pi_ray.train.zero import moe_blocks
 
 CARD = "pi_ray.json"
+ALL_LINEAR = "all-linear"
 PACKAGES = ("ray", "torch", "transformers", "peft", "deepspeed", "llmlingua", "faiss-cpu", "sacrebleu")
 
 
@@ -21,10 +26,44 @@ def add_lora(model: Any, config: LoraConfig, seed: int) -> Any:
     import peft
 
     torch.manual_seed(seed)
-    targets = config.targets if isinstance(config.targets, str) else list(config.targets)
-    return peft.get_peft_model(model, peft.LoraConfig(
-        r=config.rank, lora_alpha=config.alpha, lora_dropout=config.dropout, target_modules=targets, task_type="CAUSAL_LM",
-    ))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The following (rank|alpha)_pattern keys", RuntimeWarning)  # peft's own, made for fused experts that are not adapted
+        return peft.get_peft_model(model, peft_config(model, config))
+
+
+def peft_config(model: Any, config: LoraConfig) -> Any:
+    """peft's configuration of `train.lora.method` for this base model. Raises ConfigError when it has no such places."""
+    import peft
+
+    named = config.targets if isinstance(config.targets, str) else list(config.targets)
+    if config.method == "ia3":
+        places = {} if named == ALL_LINEAR else {"target_modules": named, "feedforward_modules": []}
+        return peft.IA3Config(**places, task_type="CAUSAL_LM")
+    return peft.LoraConfig(
+        r=config.rank, lora_alpha=config.alpha, lora_dropout=config.dropout, task_type="CAUSAL_LM",
+        target_modules=_attention(model) if named == ALL_LINEAR and moe_blocks(model) else named, target_parameters=_experts(model) if config.experts else None,
+        use_rslora=config.method == "rslora", use_dora=config.method == "dora", init_lora_weights="pissa" if config.method == "pissa" else True,
+    )
+
+
+def _attention(model: Any) -> list[str]:
+    """Attention's linear layers, as "self_attn.q_proj". Of a mixture of experts peft's own all-linear would take the experts and the router too."""
+    parts = [name.split(".") for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+    return sorted({".".join(p[-2:]) for p in parts if len(p) > 1 and "att" in p[-2]})
+
+
+def _experts(model: Any) -> list[str]:
+    """The fused weights (experts, out, in) of a mixture of experts, as "experts.down_proj"."""
+    weights = [(name, getattr(p, "ds_shape", p.shape)) for block in moe_blocks(model) for name, p in block.experts.named_parameters(recurse=False)]
+    found = sorted({f"experts.{name}" for name, shape in weights if len(shape) == 3})
+    if not found:
+        raise ConfigError("train.lora.experts: this base model has no fused experts; leave it out")
+    return found
+
+
+def start(model: Any, config: LoraConfig) -> dict[str, torch.Tensor]:
+    """The matrices that pissa starts from and has taken out of the base weights (A0, B0), by parameter name; none for other methods."""
+    return {name: p.detach().float().cpu().clone() for name, p in trainable(model).items()} if config.method == "pissa" else {}
 
 
 def adapter_card(config: RunConfig, **facts: Any) -> dict[str, Any]:
@@ -41,12 +80,27 @@ def adapter_card(config: RunConfig, **facts: Any) -> dict[str, Any]:
     }
 
 
-def save_adapter(folder: Path, model: Any, weights: dict[str, torch.Tensor], card: dict[str, Any]) -> None:
-    """A plain PEFT folder (safetensors) with pi_ray.json, hashed. `weights` are full fp32 tensors by parameter name."""
+def save_adapter(folder: Path, model: Any, weights: dict[str, torch.Tensor], card: dict[str, Any], started: dict[str, torch.Tensor] | None = None) -> None:
+    """A plain PEFT folder (safetensors) with pi_ray.json, and gist embeddings if there are any, hashed. `weights` are full fp32 tensors by parameter name.
+
+    `started` is what `start` gave: the difference to it is saved, which fits the base model as it was.
+    """
     with staged(folder, fingerprint=card["fingerprint"]) as tmp:
-        model.save_pretrained(tmp, state_dict=weights, safe_serialization=True)
+        model.save_pretrained(tmp, state_dict={name: _difference(name, value, started) if started else value for name, value in weights.items()}, safe_serialization=True)
+        if started:
+            file = tmp / "adapter_config.json"
+            saved = json.loads(file.read_text())
+            write_atomic(file, json.dumps({**saved, "r": 2 * saved["r"], "lora_alpha": 2 * saved["lora_alpha"], "init_lora_weights": True}, indent=1) + "\n")
+        gist.save(tmp, weights)
         (tmp / "README.md").unlink(missing_ok=True)  # peft's empty model card; publish writes a real one
         write_atomic(tmp / CARD, json.dumps(card, indent=1, sort_keys=True, ensure_ascii=False) + "\n")
+
+
+def _difference(name: str, value: torch.Tensor, started: dict[str, torch.Tensor]) -> torch.Tensor:
+    """B A - B0 A0 as one product of twice the rank: [B, -B0] [A; A0]."""
+    if ".lora_A." in name:
+        return torch.cat([value, started[name]], 0)
+    return torch.cat([value, -started[name]], 1) if ".lora_B." in name else value
 
 
 def trainable(model: Any) -> dict[str, torch.nn.Parameter]:

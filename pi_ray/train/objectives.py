@@ -19,6 +19,13 @@ def sft_sum(model: Any, batch: Batch) -> torch.Tensor:
     return F.cross_entropy(logits.flatten(0, -2).float(), batch.labels, ignore_index=-100, reduction="sum")
 
 
+def loss_and_hits(model: Any, batch: Batch) -> tuple[float, float]:
+    """(summed cross-entropy, answer tokens to which the model gives the largest probability)."""
+    logits = model(**batch.inputs).logits.flatten(0, -2).float()
+    loss = F.cross_entropy(logits, batch.labels, ignore_index=-100, reduction="sum")
+    return loss.item(), (logits.argmax(-1) == batch.labels).sum().item()
+
+
 def distill_sum(model: Any, batch: Batch, targets: Targets, share: float) -> torch.Tensor:
     """As `sft_sum`, with weight `share` on the cross-entropy (nats) to the teacher's likeliest tokens, and the rest on the answer's own."""
     logits = model(**batch.inputs).logits.flatten(0, -2).float()

@@ -25,9 +25,9 @@ from pi_ray.protocols import UNLABELLED
 from pi_ray.registry import backends
 from pi_ray.rundir import RunDir, wants_unlabelled
 from pi_ray.schedule import plan_phases
-from pi_ray.train import attention, checkpoint, lora, teach
+from pi_ray.train import attention, checkpoint, gist, lora, teach
 from pi_ray.train.batches import Batch, PhaseRows, packed, plain, to_device
-from pi_ray.train.objectives import distill_sum, sft_sum
+from pi_ray.train.objectives import distill_sum, loss_and_hits, sft_sum
 from pi_ray.train.teach import Taught
 from pi_ray.train.updates import Update, all_updates, batch_rows
 
@@ -71,19 +71,29 @@ class _Worker:
         self._finish()
 
     def _build(self) -> Any:
+        """The backend, which calls `_model`."""
+        backend, bf16 = backends[self.config.train.backend.name], models.dtype_of(self.config.model, self.device) == torch.bfloat16
+        return backend(self._model, self.config.train, self.config.rows_per_worker // self.micro, bf16)
+
+    def _model(self) -> Any:
+        """The base with a fresh adapter, ready to train."""
         model = models.load_model(self.config.model, self.device)
         reason = attention.can_share_prefix(model.config)
+        if self.config.train.gist and reason:
+            raise TrainingError(f"model.base cannot be trained with gist tokens (train.gist), which need full attention in every layer: {reason}")
         if self.pack is packed and reason:
             self._log({"event": "plain_batches", "reason": reason})
             self.pack = plain
         if self.pack is packed:
             attention.enable(model)
         model = lora.add_lora(model, self.config.train.lora, self.config.train.seed)
+        self.started = lora.start(model, self.config.train.lora)
+        if self.config.train.gist:
+            gist.attach(model, self.config.train.gist)
         if self.config.train.gradient_checkpointing:
             model.enable_input_require_grads()
             model.gradient_checkpointing_enable({"use_reentrant": False})
-        model.train()
-        return backends[self.config.train.backend.name](model, self.config.train, self.config.rows_per_worker // self.micro)
+        return model.train()
 
     def _one(self, update: Update) -> None:
         """One update over all workers."""
@@ -161,7 +171,7 @@ class _Worker:
         return [entry for part in parts for entry in part]
 
     def _batch(self, data: PhaseRows | Taught, numbers: list[int]) -> Batch:
-        return to_device(self.pack(data.prefix, data.take(numbers)), self.device)
+        return to_device(self.pack(data.prefix + gist.ids(self.config.train.gist), data.take(numbers)), self.device)
 
     def _sum(self, values: torch.Tensor) -> torch.Tensor:
         if self.world > 1:
@@ -170,31 +180,34 @@ class _Worker:
         return values.cpu()
 
     @torch.no_grad()
-    def dev_loss(self) -> float:
-        """Mean cross-entropy (nats a token) on dev rows with the prompt of the last phase, which is the one used at inference."""
+    def dev_scores(self) -> tuple[float, float]:
+        """Mean cross-entropy (nats a token), and the share of tokens that are the likeliest one, of dev answers under the last phase's prompt."""
         self.backend.model.eval()
-        mine, total = range(self.rank, len(self.dev), self.world), torch.zeros(1, dtype=torch.float64)
+        mine, total = range(self.rank, len(self.dev), self.world), torch.zeros(2, dtype=torch.float64)
         rounds = -(-len(self.dev) // self.world)  # equal on every worker: sharded models need all of them in each forward
         for start in range(0, rounds, 8):
             numbers = list(mine[start : start + 8])
-            loss = sft_sum(self.backend.model, self._batch(self.dev, numbers or [0]))
-            total += float(loss) if numbers else 0.0
+            found = loss_and_hits(self.backend.model, self._batch(self.dev, numbers or [0]))
+            if numbers:
+                total += torch.tensor(found, dtype=torch.float64)
         self.backend.model.train()
-        return (self._sum(total) / self.dev.label_lengths.sum()).item()
+        loss, accuracy = (self._sum(total) / self.dev.label_lengths.sum()).tolist()
+        return loss, accuracy
 
     def _end_phase(self, update: Update) -> None:
-        loss = self.dev_loss()
+        loss, accuracy = self.dev_scores()
         weights = {name: value for name, value in self.backend.state().items() if "/" not in name}
         if self.rank == 0:
-            first, last = self.data[0].tokens, self.data[-1].tokens
+            first, last, gists = self.data[0].tokens, self.data[-1].tokens, self.config.train.gist
             card = lora.adapter_card(
                 self.config, fingerprint=self.fingerprint, phase=update.phase, rate=self.data[-1].rate, shots=self.data[-1].shots, template=self.data[-1].template,
                 full_template_sha256=digest(self.data[0].template), full_prompt_tokens=round(first["prefix"] + first["row_mean"]),
-                query_prompt_tokens=round(last["prefix"] + last["row_mean"]), max_answer_tokens=int(last["label_max"]), dev_loss=loss,
+                query_prompt_tokens=round((gists or last["prefix"]) + last["row_mean"]), max_answer_tokens=int(last["label_max"]), dev_loss=loss, dev_accuracy=accuracy,
+                **({"gist": gists} if gists else {}),
             )
             model = self.backend.model
-            lora.save_adapter(self.dir.adapter(update.phase), getattr(model, "module", model), weights, card)
-        self._log({"event": "phase_end", "phase": update.phase, "step": update.step, "dev_loss": round(loss, 6)})
+            lora.save_adapter(self.dir.adapter(update.phase), getattr(model, "module", model), weights, card, self.started)
+        self._log({"event": "phase_end", "phase": update.phase, "step": update.step, "dev_loss": round(loss, 6), "dev_accuracy": round(accuracy, 6)})
         self.report({"phase": update.phase, "step": update.step, "dev_loss": loss})
 
     def _checkpoint(self, update: Update) -> None:
@@ -219,11 +232,14 @@ class _Worker:
         self.backend.load_state(state, 0)
 
     def _finish(self) -> None:
-        """Link `best` to the phase adapter with the lowest dev loss (the later one of equals); what a resume needs is needed no more."""
+        """Link `best` to the phase adapter with the highest dev accuracy (the later one of equals); what a resume needs is needed no more.
+
+        Not the lowest loss: an adapter that has learned more is surer of what it cannot know, and a few such answers outweigh all the others.
+        """
         if self.rank:
             return
         cards = [json.loads((self.dir.adapter(i) / lora.CARD).read_text()) for i in range(len(self.phases))]
-        best = min(range(len(cards)), key=lambda i: (cards[i]["dev_loss"], -i))
+        best = max(range(len(cards)), key=lambda i: (cards[i]["dev_accuracy"], i))
         link = self.dir.adapters / ".best.tmp"
         link.unlink(missing_ok=True)
         link.symlink_to(self.dir.adapter(best).name)

@@ -5,11 +5,10 @@ import re
 import shlex
 
 import pytest
+from test_main_job import REPO, SMALL, shell
 
 from pi_ray.rundir import RunDir
 from tests.unit.fake_openai import FakeOpenAI
-
-from test_main_job import REPO, SMALL, shell
 
 pytestmark = pytest.mark.ray
 
@@ -42,7 +41,7 @@ def test_a_closed_model_is_tuned_phase_by_phase_and_compared(small, tmp_path):
     with FakeOpenAI(answer=lambda model, prompt: f"{model} says {len(prompt)}") as service:
         own = f"train.backend.name=openai closed.base_url={service.url} closed.model=base-1 closed.poll_s=0 evaluate.baseline=false"
         command = f"OPENAI_API_KEY={service.key} pi-ray demo {small} {own}"
-        with pytest.raises(AssertionError, match="closed.confirmed=true"):
+        with pytest.raises(AssertionError, match=r"closed\.confirmed=true"):
             shell(command, tmp_path)
         assert not service.jobs, "nothing is spent unasked"
         out = shell(f"{command} closed.confirmed=true", tmp_path)

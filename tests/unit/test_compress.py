@@ -160,12 +160,12 @@ def test_llmlingua_compresses_a_long_text_to_its_end(llmlingua, tokenizer):
 
 
 def test_llmlingua_meets_the_rate_on_a_real_model(llmlingua, tokenizer):
-    from pi_ray.compress.compress import _search
+    from pi_ray.compress.search import Search
 
     config = CompressConfig()
     short, shorter = llmlingua.compress(INSTRUCTION, 0.6), llmlingua.compress(INSTRUCTION, 0.3)
     assert is_subsequence(short.split(), INSTRUCTION.split()) and len(shorter) < len(short) < len(INSTRUCTION)
     assert llmlingua.compress(INSTRUCTION, 0.6) == short
-    made = _search(llmlingua, Template(INSTRUCTION), 0.5, tokenizer, config)
+    made = Search(llmlingua, Template(INSTRUCTION), 0.5, tokenizer, config).run()
     assert abs(made.achieved - 0.5) <= config.tolerance
     assert "{code}," in made.text and {"15", "1", "100."} <= set(made.text.split())

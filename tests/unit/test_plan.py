@@ -3,6 +3,7 @@
 import io
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,8 +18,11 @@ from pi_ray.plan import plan, render
 from pi_ray.prompt import PromptEncoder
 from pi_ray.registry import tasks
 from pi_ray.rundir import RunDir, prepare_fingerprint
+from pi_ray.runfile import load
+from pi_ray.schedule import plan_phases
 
 TEMPLATE = "# Instruction\n" + "Turn the request into a command of the alert language. " * 12
+RUNS = Path(__file__).parents[2] / "jobs" / "runs"
 SPEED = estimate.Speed("cpu", "test CPU", 1e9, "assumed")
 
 
@@ -147,6 +151,78 @@ def test_zero_stages_and_checkpointing_lower_memory(config):
     assert total(**{"train.gradient_checkpointing": True}) < total()
 
 
+def mixtral_8x7b(**changes):
+    from transformers import MixtralConfig
+
+    return MixtralConfig(sliding_window=None, **changes)
+
+
+def llama_2_7b():
+    from transformers import LlamaConfig
+
+    return LlamaConfig()
+
+
+def sized(folder, shape, run_file, **changes):
+    """(size, config) of the run file jobs/runs/<run_file>.yaml with a model of this shape, which is read from a folder."""
+    shape.save_pretrained(folder)
+    config = load(RUNS / f"{run_file}.yaml").replace(**{"model.base": str(folder), **changes})
+    return estimate.model_size(config.model, config.train.lora), config
+
+
+def test_mixtral_8x7b_on_16_gpus_agrees_with_a_calculation_by_hand(tmp_path):
+    size, config = sized(tmp_path, mixtral_8x7b(), "mixtral-8x7b")
+    experts, attention = 3 * 4096 * 14336, 2 * 4096 * 4096 + 2 * 4096 * 1024
+    layer = 8 * experts + attention + 8 * 4096 + 2 * 4096
+    assert size.weights == 32 * layer + 2 * 32000 * 4096 + 4096 == 46_702_792_704, "all experts are held"
+    assert size.active == 32 * (layer - 6 * experts) + 4096 == 12_617_781_248, "two of eight compute"
+    assert size.lora == 32 * 32 * (2 * (4096 + 4096) + 2 * (4096 + 1024)) == 27_262_976, "attention's four layers"
+    held = estimate.memory(size, estimate.Shape(600, 450, 30), config)
+    assert held["base weights"] == 46_702_792_704 * 2 / 16
+    assert held["gathered weights"] == (10**9 + layer + 128) * 2, "what DeepSpeed keeps, and one layer with all its experts"
+    assert held["LoRA weights, gradients, Adam"] == 27_262_976 * (2 + 2 + 12) / 16
+    tokens = 600 + 8 * 479
+    one = tokens * (8 * 4096 + 2 * 1024 + 4 * 2 * 14336) + 2 * 1024 * 8 * 1079
+    assert held["activations"] == 2 * (32 * tokens * 4096 + one)
+    assert 12 * 2**30 < sum(held.values()) < 13 * 2**30
+    assert estimate.host_memory(size, config) == {"checkpoint, which the first worker maps while it is loaded": 46_702_792_704 * 2}
+
+
+def test_what_is_offloaded_moves_to_the_host(tmp_path):
+    size, config = sized(tmp_path, mixtral_8x7b(num_hidden_layers=2), "mixtral-8x7b")
+    away = config.replace(**{"train.backend.offload_params": True, "train.backend.offload_optimizer": True})
+    here, there = (estimate.memory(size, estimate.Shape(600, 450, 30), c) for c in (config, away))
+    host = estimate.host_memory(size, away)
+    assert host["base weights"] == here["base weights"] and there["base weights"] == 0
+    assert here["LoRA weights, gradients, Adam"] - there["LoRA weights, gradients, Adam"] == size.lora * 12 / 16
+    assert host["LoRA weights, gradients, Adam"] == size.lora * 16 / 16
+
+
+def test_llama_2_7b_on_8_gpus_agrees_with_a_calculation_by_hand(tmp_path):
+    size, config = sized(tmp_path, llama_2_7b(), "llama-2-7b")
+    linear = 4 * 4096 * 4096 + 3 * 4096 * 11008
+    assert size.weights == 32 * (linear + 2 * 4096) + 4096 + 2 * 32000 * 4096 == 6_738_415_616
+    assert size.lora == 32 * 32 * (4 * 8192 + 3 * (4096 + 11008)) == 79_953_920
+    held = estimate.memory(size, estimate.Shape(600, 450, 30), config)
+    assert held["base weights"] == 6_738_415_616 * 2, "ZeRO-2 leaves the base whole on each"
+    assert held["LoRA weights, gradients, Adam"] == 79_953_920 * (2 + 2 / 8 + 12 / 8)
+    assert sum(held.values()) < 80e9
+    assert estimate.host_memory(size, config) == {"base model while it is loaded": 6_738_415_616 * 2}
+    sharded = estimate.memory(size, estimate.Shape(600, 450, 30), config.replace(**{"train.backend.zero_stage": 3}))
+    assert sharded["base weights"] == 6_738_415_616 * 2 / 8
+    assert sharded["gathered weights"] == (10**9 + linear + 2 * 4096 + 128) * 2
+    small = estimate.memory(size, estimate.Shape(600, 450, 30), config.replace(**{"model.quantize": "4bit"}))
+    assert small["base weights"] == pytest.approx(32 * linear * 4.127 / 8 + 2 * (6_738_415_616 - 32 * linear), rel=1e-3)
+
+
+@pytest.mark.parametrize("run_file, workers", [("mixtral-8x7b", 16), ("llama-2-7b", 8), ("llama-2-13b", 8)])
+def test_run_files_of_the_papers_open_models_have_its_settings(run_file, workers):
+    config = load(RUNS / f"{run_file}.yaml")
+    assert (config.task.name, config.train.workers, config.train.batch_size, config.train.lora.rank, config.train.checkpoint_every) == ("nl2bash", workers, 128, 32, 200)
+    assert [(p.rate, p.shots) for p in plan_phases(config.schedule)] == [(1.0, 10), (0.5, 5), (0.0, 0)]
+    assert sum(p.epochs for p in plan_phases(config.schedule)) == 12
+
+
 def test_the_probe_measures_this_machine():
     assert estimate._matmul("cpu", torch.float32, 64, 0.01) > 0
 
@@ -157,4 +233,12 @@ def test_render_says_what_matters(config, width):
     render(plan(config.replace(**{"train.workers": 4})), console)
     text = " ".join(console.export_text().split())
     for words in ("50 train", "fewer", "Memory per worker", "4 training processes", "2 to each", "a factor of two", "test CPU"):
+        assert words in text
+
+
+def test_a_plan_for_gpus_says_what_their_hosts_need(config):
+    console = Console(width=140, record=True, file=io.StringIO())
+    render(plan(config.replace(**{"train.gpu": True, "train.backend": {"name": "deepspeed", "zero_stage": 3, "offload_params": True}})), console)
+    text = " ".join(console.export_text().split())
+    for words in ("Memory per worker, on its GPU", "gathered weights", "Host memory per worker: at most about", "checkpoint, which the first worker maps"):
         assert words in text

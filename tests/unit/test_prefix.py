@@ -75,3 +75,29 @@ def test_models_without_full_attention_say_why_they_get_plain_batches(config, re
     found = Config()
     found.__dict__.update(config)
     assert (reason in attention.can_share_prefix(found)) if reason else attention.can_share_prefix(found) == ""
+
+
+SMALL = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": 0}
+MIXED = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+
+
+@pytest.mark.parametrize("family, own", [
+    ("Mistral", {"sliding_window": None}), ("Mixtral", {"num_local_experts": 4}), ("Qwen2", {}), ("Qwen3", {"head_dim": 8}), ("Qwen3Moe", {"head_dim": 8, **MIXED}),
+])  # fmt: skip
+def test_other_decoders_with_full_attention_take_them_too_with_gradient_checkpointing(family, own):
+    import transformers
+
+    torch.manual_seed(0)
+    base = getattr(transformers, f"{family}ForCausalLM")(getattr(transformers, f"{family}Config")(**SMALL, **own)).eval()
+    assert attention.can_share_prefix(base.config) == ""
+    model = lora.add_lora(base, LoraConfig(rank=4), seed=0)
+    for name, p in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(p, std=0.05)
+    loss, expected = gradients(model.train(), plain(list(range(20, 40)), ROWS))
+    attention.enable(model)
+    model.enable_input_require_grads()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    shared_loss, found = gradients(model, packed(list(range(20, 40)), ROWS))
+    assert shared_loss == pytest.approx(loss, rel=1e-5)
+    assert (found - expected).norm() / expected.norm() < 1e-3

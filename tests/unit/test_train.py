@@ -48,9 +48,19 @@ def test_loss_falls_and_every_phase_leaves_an_adapter(trained):
         verify(RunDir(trained.root).adapter(phase))
 
 
-def test_best_names_the_adapter_with_the_lowest_dev_loss(trained):
-    losses = [e["dev_loss"] for e in log_of(trained) if e.get("event") == "phase_end"]
-    assert RunDir(trained.root).best.resolve().name == f"phase-{losses.index(min(losses))}"
+def test_best_names_the_adapter_with_the_highest_dev_accuracy_and_of_equals_the_last(trained):
+    found = [e["dev_accuracy"] for e in log_of(trained) if e.get("event") == "phase_end"]
+    assert 0 < max(found) <= 1
+    assert RunDir(trained.root).best.resolve().name == f"phase-{max(range(3), key=lambda i: (found[i], i))}"
+
+
+def test_an_adapter_that_is_surer_of_what_it_cannot_know_is_not_worse(trained, tmp_path, monkeypatch):
+    config = trained.replace(**{"run_dir": str(tmp_path), "schedule.epochs": 1})
+    prepare_by_hand(config)
+    scores = iter([(0.5, 0.6), (0.9, 0.8), (0.7, 0.7)])
+    monkeypatch.setattr(_Worker, "dev_scores", lambda self: next(scores))
+    train_worker(settings(config))
+    assert RunDir(tmp_path).best.resolve().name == "phase-1"
 
 
 def test_a_finished_run_keeps_its_adapters_and_no_checkpoints(trained):

@@ -1,0 +1,28 @@
+"""What compression made, kept by content hash in the cache folder and shared between runs. A damaged file counts as missing."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from pi_ray import models
+from pi_ray.artifact import digest, write_atomic
+
+
+def load(key: str) -> Any | None:
+    """What was stored under `key`, a hex digest of all that it depends on; None when nothing was, or when it changed since."""
+    try:
+        stored = json.loads(_path(key).read_bytes())
+        return stored["result"] if stored["sha256"] == digest(stored["result"]) else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def store(key: str, result: Any) -> None:
+    """Keep `result`, which JSON can hold."""
+    write_atomic(_path(key), json.dumps({"sha256": digest(result), "result": result}, ensure_ascii=False, indent=1))
+
+
+def _path(key: str) -> Path:
+    return models.cache_dir() / "compress" / f"{key}.json"

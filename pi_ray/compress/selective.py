@@ -1,0 +1,56 @@
+"""Selective Context (Li et al. 2023, arXiv 2310.06201): drop the phrases that tell a language model least.
+
+A phrase's self-information is the mean of -log p over its tokens, as in the authors' code. Theirs are the noun chunks of a parser; here a
+phrase is a group of words between punctuation, line breaks and the small words that open a new group, so that no parser is needed.
+"""
+
+from __future__ import annotations
+
+import re
+
+from pi_ray.compress import words
+from pi_ray.compress.causal import Causal
+from pi_ray.compress.ranked import Ranked, Ranking
+from pi_ray.config import CompressConfig
+
+LONGEST = 5  # words of a phrase
+OPENERS = re.compile(
+    "a|an|the|this|that|these|those|my|your|his|her|its|our|their|any|some|each|every|all|no"
+    "|of|in|on|at|by|for|with|from|to|into|over|under|about|between|through|before|after|within|without|as|per"
+    "|and|or|but|nor|so|if|then|else|when|while|where|which|who|whose|what|how|why|because|than|not"
+    "|is|are|was|were|be|been|has|have|had|do|does|did|can|could|may|might|must|shall|should|will|would"
+    "|i|you|he|she|it|we|they|there|here|please",
+    re.I,
+)
+
+
+class Selective(Ranked):
+    """Compressor "selective"."""
+
+    def __init__(self, config: CompressConfig):
+        super().__init__()
+        self.causal = Causal(config)
+
+    def rank(self, text: str) -> Ranking:
+        pieces = phrases(text)
+        offsets, loss = self.causal.surprise(text)
+        tokens = words.tokens_of(pieces, offsets)
+        return Ranking(pieces, [float(loss[t].mean()) if t else 0.0 for t in tokens], [len(t) for t in tokens])
+
+
+def phrases(text: str) -> list[words.Span]:
+    """(start, end) of each phrase, in order: the words of `text` in groups of at most LONGEST."""
+    found: list[words.Span] = []
+    length, opened, closed = 0, False, True  # words so far; only openers so far; whether a new phrase must follow
+    for start, end in words.spans(text):
+        word = text[start:end]
+        opener = OPENERS.fullmatch(word) is not None
+        broken = closed or "\n" in text[found[-1][1] : start] or word[0] in "([{"
+        if broken or length == LONGEST or (opener and not opened):
+            found.append((start, end))
+            length, opened = 1, opener
+        else:
+            found[-1] = (found[-1][0], end)
+            length, opened = length + 1, opened and opener
+        closed = word[-1] in ".,;:!?)]}"
+    return found

@@ -1,0 +1,129 @@
+"""What is trained beside the base model: where it sits, each of peft's methods by name, and what may be published."""
+
+import json
+
+import pytest
+import torch
+
+from pi_ray.config import LoraConfig, ModelConfig, RunConfig
+from pi_ray.errors import AdapterError, ConfigError
+from pi_ray.models import load_model
+from pi_ray.publish import publish
+from pi_ray.rundir import RunDir
+from pi_ray.serving.loras import LoadedAdapters
+from pi_ray.serving.verify import check, read_header
+from pi_ray.train import lora
+from pi_ray.train.batches import PhaseRows, plain
+from pi_ray.train.objectives import sft_sum
+from pi_ray.train.worker import train_worker
+from tests.prepared import prepare_by_hand, tiny_config
+
+
+def places(model, config):
+    """Modules and parameters that get something trained, without layer numbers."""
+    wrapped = lora.add_lora(load_model(ModelConfig(base=str(model))), config, seed=0)
+    return {name.split("layers.")[1][2:].split(".lora_")[0] for name in lora.trainable(wrapped)}
+
+
+ATTENTION = {f"self_attn.{name}_proj" for name in "qkvo"}
+
+
+def test_all_linear_is_every_linear_layer_of_a_dense_model_and_attention_alone_of_a_mixture_of_experts(tiny_model, tiny_mixtral):
+    assert places(tiny_model, LoraConfig(rank=2)) == ATTENTION | {f"mlp.{name}_proj" for name in ("gate", "up", "down")}
+    assert places(tiny_mixtral, LoraConfig(rank=2)) == ATTENTION
+    assert places(tiny_mixtral, LoraConfig(rank=2, experts=True)) == ATTENTION | {"mlp.experts", "mlp.experts.base_layer"}
+    assert places(tiny_mixtral, LoraConfig(rank=2, targets=("q_proj",))) == {"self_attn.q_proj"}
+
+
+def test_experts_of_a_model_without_any_are_refused(tiny_model):
+    with pytest.raises(ConfigError, match="no fused experts"):
+        lora.add_lora(load_model(ModelConfig(base=str(tiny_model))), LoraConfig(experts=True), seed=0)
+
+
+@pytest.fixture(scope="module")
+def trained(request, tmp_path_factory):
+    """(method, family) -> the config of a run of 6 updates."""
+    made = {}
+
+    def run(family, **settings):
+        key = json.dumps([family, settings])
+        if key not in made:
+            changes = {f"train.lora.{name}": value for name, value in settings.items()}
+            made[key] = tiny_config(request.getfixturevalue(family), tmp_path_factory.mktemp("run"), **{"schedule.phases": 2, **changes})
+            prepare_by_hand(made[key])
+            train_worker({"config": made[key].model_dump(mode="json"), "fingerprint": "f", "device": "cpu"})
+        return made[key]
+
+    return run
+
+
+METHODS = [
+    ("tiny_model", {"method": "rslora"}, ""), ("tiny_model", {"method": "pissa"}, ""), ("tiny_mixtral", {}, ""),
+    ("tiny_model", {"method": "dora"}, "use_dora set"), ("tiny_model", {"method": "ia3"}, "peft_type is 'IA3'"), ("tiny_mixtral", {"experts": True}, "target_parameters set"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("family, settings, refused", METHODS)
+def test_an_adapter_of_each_method_does_on_the_untouched_base_what_it_did_in_training(trained, family, settings, refused):
+    config = trained(family, **settings)
+    run, base = RunDir(config.root), load_model(config.model)
+    folder, dev = str(run.adapter(1)), PhaseRows(run.phase("dev"))
+    loaded, batch = LoadedAdapters(base, limit=1, own=True), plain(dev.prefix, dev.take(range(len(dev))))
+    loss = lambda: (sft_sum(loaded.model, batch) / dev.label_lengths.sum()).item()  # noqa: E731
+    with torch.no_grad():
+        bare = loss()
+        loaded.load(folder)
+        loaded.activate(folder)
+        found = loss()
+        with loaded.merged():
+            assert loss() == pytest.approx(found, abs=1e-5)
+        assert loss() == found
+        loaded.activate("")
+        assert loss() == bare
+    assert found == pytest.approx(json.loads((run.adapter(1) / lora.CARD).read_text())["dev_loss"], abs=1e-5)
+    assert abs(found - bare) > 1e-4
+
+
+@pytest.mark.parametrize("family, settings, refused", METHODS)
+def test_what_serving_cannot_compute_is_refused_at_publish_in_one_sentence(trained, tmp_path, family, settings, refused):
+    config = trained(family, **settings).replace(store=str(tmp_path))
+    if not refused:
+        assert check(publish(RunDir(config.root), config), config.model)["base"] == config.model.base
+        return
+    with pytest.raises(AdapterError, match=f"{refused}; only plain LoRA and rsLoRA"):
+        publish(RunDir(config.root), config)
+    assert not list((tmp_path / "tiny").glob("v*"))
+
+
+def test_pissa_is_saved_as_plain_lora_of_twice_the_rank(trained):
+    folder = RunDir(trained("tiny_model", method="pissa").root).adapter(1)
+    saved = json.loads((folder / "adapter_config.json").read_text())
+    assert (saved["r"], saved["lora_alpha"], saved["init_lora_weights"]) == (8, 16, True)
+    assert {t["shape"][0] for name, t in read_header(folder / "adapter_model.safetensors").items() if "lora_A" in name} == {8}
+
+
+@pytest.mark.parametrize("settings, reason", [
+    ({"train": {"lora": {"experts": True, "dropout": 0.1}}}, "without dropout"),
+    ({"train": {"lora": {"experts": True, "method": "dora"}}}, "lora or rslora"),
+    ({"train": {"lora": {"method": "pissa"}}, "model": {"quantize": "4bit"}}, "cannot go with model.quantize"),
+    ({"train": {"lora": {"method": "pissa"}, "objective": "distill", "distill": {"teacher": "base"}}}, "base model as teacher"),
+    ({"train": {"gpu": False}, "model": {"quantize": "4bit"}}, "needs GPUs"),
+    ({"train": {"backend": {"zero_stage": 3}}, "model": {"quantize": "4bit"}}, "zero_stage 2 or less"),
+])  # fmt: skip
+def test_combinations_that_cannot_work_are_refused(settings, reason):
+    with pytest.raises(ValueError, match=reason):
+        RunConfig.model_validate({"name": "a", **settings})
+
+
+def test_four_bits_on_a_cpu_are_refused(tiny_model):
+    with pytest.raises(ConfigError, match="needs a GPU"):
+        load_model(ModelConfig(base=str(tiny_model), quantize="4bit"))
+
+
+def test_settings_that_are_not_used_leave_no_trace_in_a_dump():
+    """So the fingerprints of runs that were made before there were these settings still hold."""
+    plain_dump = RunConfig(name="a").model_dump(mode="json")
+    assert "quantize" not in plain_dump["model"] and not {"method", "experts"} & set(plain_dump["train"]["lora"]) and set(plain_dump["train"]["backend"]) == {"name", "zero_stage"}
+    used = RunConfig(name="a").replace(**{"train.lora.method": "dora", "train.backend.offload_optimizer": True})
+    assert RunConfig.model_validate(used.model_dump(mode="json")) == used
+    assert used.train.lora.method == "dora" and used.train.backend.offload_optimizer

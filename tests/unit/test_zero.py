@@ -1,0 +1,195 @@
+"""ZeRO with several processes against one without DeepSpeed, on random models of the real ones' structure: the same losses, and shards of the base from the start."""
+
+import json
+
+import pytest
+import torch
+
+from pi_ray.config import BackendConfig, RunConfig, TrainConfig
+from pi_ray.models import load_model
+from pi_ray.rundir import RunDir
+from pi_ray.serving import verify
+from pi_ray.train import lora, zero
+from pi_ray.train.worker import _Worker, train_worker
+from tests import workers
+from tests.prepared import prepare_by_hand, tiny_config
+
+PLAIN = {"train.workers": 1, "train.backend": {"name": "ddp"}}
+OFFLOAD = {"offload_optimizer": True, "offload_params": True}
+
+
+def zero_of(stage, world, **own):
+    return {"train.workers": world, "train.backend": {"name": "deepspeed", "zero_stage": stage, **own}}
+
+
+def config_of(model, root, *changes, steps=10):
+    """Two phases of `steps` updates each, prepared."""
+    merged = {"schedule.phases": 2, "schedule.steps": steps, "train.checkpoint_every": 4}
+    for change in changes:
+        merged.update(change)
+    config = tiny_config(model, root, **merged)
+    prepare_by_hand(config)
+    return config
+
+
+def train(config, stop_at=0):
+    """In this process, or in as many as it has workers."""
+    world = config.train.workers
+    return train_one(config, stop_at) if world == 1 else workers.run(world, train_one, config, stop_at)
+
+
+def train_one(config, stop_at=0):
+    """One worker, which ends before update `stop_at` if that is not 0. Every weight is sharded, also those that DeepSpeed would keep whole for their size."""
+    one, settings = _Worker._one, zero.settings
+
+    def stops(self, update):
+        if stop_at and update.step == stop_at:
+            raise KeyboardInterrupt
+        one(self, update)
+
+    def sharded(*args):
+        made = settings(*args)
+        made["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+        return made
+
+    _Worker._one, zero.settings = stops, sharded
+    try:
+        train_worker({"config": config.model_dump(mode="json"), "fingerprint": "f", "device": "cpu"})
+    except KeyboardInterrupt:
+        pass
+    finally:
+        _Worker._one, zero.settings = one, settings
+
+
+def losses(config):
+    entries = [json.loads(line) for line in RunDir(config.root).train_log.read_text().splitlines()]
+    assert [e["step"] for e in entries if "loss" in e] == list(range(len([e for e in entries if "loss" in e])))
+    return [e.get("loss", e.get("dev_loss")) for e in entries if "loss" in e or "dev_loss" in e]
+
+
+@pytest.fixture(scope="module")
+def alone(tiny_model, tiny_mixtral, tmp_path_factory):
+    """(model, changes) -> losses of one process without DeepSpeed, made once."""
+    made = {}
+
+    def losses_of(model, **changes):
+        key = (model, json.dumps(changes))
+        if key not in made:
+            config = config_of(model, tmp_path_factory.mktemp("alone"), PLAIN, changes)
+            train(config)
+            made[key] = losses(config)
+            assert len(made[key]) == 22 and made[key][-1] < made[key][0] - 0.1
+        return made[key]
+
+    return losses_of
+
+
+EXPERTS = {"train.lora.experts": True}
+CHECKPOINTING = {"train.gradient_checkpointing": True, "train.micro_batch": 1}
+
+
+@pytest.mark.parametrize("family, setting, changes", [
+    ("tiny_mixtral", zero_of(3, 4), {}),
+    ("tiny_mixtral", zero_of(3, 2), EXPERTS),
+    ("tiny_mixtral", zero_of(2, 2), {}),
+    ("tiny_model", zero_of(3, 4, **OFFLOAD), {}),
+    ("tiny_model", zero_of(3, 2), CHECKPOINTING),
+    ("tiny_model", zero_of(2, 2, offload_optimizer=True), {"train.share_prefix": False}),
+], ids=["mixtral, stage 3, 4 workers", "mixtral with experts, stage 3, 2 workers", "mixtral, stage 2, 2 workers",
+        "llama offloaded, stage 3, 4 workers", "llama with checkpointing, stage 3, 2 workers", "llama in plain batches, offloaded, stage 2, 2 workers"])  # fmt: skip
+def test_twenty_updates_have_the_losses_of_one_process_without_deepspeed(request, alone, tmp_path, family, setting, changes):
+    model = request.getfixturevalue(family)
+    config = config_of(model, tmp_path, setting, changes)
+    train(config)
+    assert losses(config) == pytest.approx(alone(model, **(EXPERTS if changes == EXPERTS else {})), abs=1e-4)
+    folder = RunDir(config.root).adapter(1)
+    tensors = verify.read_header(folder / verify.WEIGHTS)
+    assert {t["dtype"] for t in tensors.values()} == {"F32"} and all(0 not in t["shape"] for t in tensors.values()), "saved whole, not a worker's shard"
+    if changes != EXPERTS:
+        verify.check(folder, config.model)
+
+
+def test_bfloat16_trains_in_shards_too(tiny_mixtral, tmp_path):
+    runs = [config_of(tiny_mixtral, tmp_path / name, setting, {"model.dtype": "bfloat16"}, steps=2) for name, setting in (("plain", PLAIN), ("sharded", zero_of(3, 2)))]
+    for config in runs:
+        train(config)
+    assert losses(runs[1]) == pytest.approx(losses(runs[0]), abs=0.02)
+
+
+@pytest.mark.parametrize("first, then", [(PLAIN, zero_of(3, 2)), (zero_of(3, 2, offload_optimizer=True), zero_of(2, 2, offload_optimizer=True)), (zero_of(3, 2), PLAIN)], ids=["1 to 2 workers", "stage 3 to 2, offloaded", "2 workers to 1"])
+def test_a_run_goes_on_with_another_number_of_workers_and_another_stage(tiny_mixtral, tmp_path, first, then):
+    whole = config_of(tiny_mixtral, tmp_path / "whole", PLAIN, steps=3)
+    train(whole)
+    config = config_of(tiny_mixtral, tmp_path / "run", first, steps=3)
+    train(config, stop_at=5)
+    assert [p.name for p in RunDir(config.root).checkpoints.iterdir()] == ["step-00000004"]
+    train(config.replace(**then))
+    assert losses(config) == pytest.approx(losses(whole), abs=1e-4)
+
+
+def share_held(config):
+    """The share of the base's weights that this worker holds once it is loaded."""
+    from pi_ray.train.backends import DeepSpeedBackend
+
+    found = []
+
+    def build():
+        model = load_model(config.model)
+        found.append(sum(p.numel() + p.ds_tensor.numel() for p in model.parameters()) / sum(p.ds_numel for p in model.parameters()))
+        return lora.add_lora(model, config.train.lora, config.train.seed)
+
+    DeepSpeedBackend(build, config.train)
+    return found[0]
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_the_base_is_sharded_as_it_is_loaded(tiny_mixtral, tmp_path, world):
+    assert workers.run(world, share_held, tiny_config(tiny_mixtral, tmp_path, **zero_of(3, world))) == pytest.approx([1 / world] * world, rel=0.01)
+
+
+def test_whole_mixtures_of_experts_are_leaves_and_dense_models_have_none(tiny_model, tiny_mixtral):
+    import transformers
+    from deepspeed.utils import get_z3_leaf_modules
+
+    def marked(config):
+        with torch.device("meta"):
+            model = transformers.AutoModelForCausalLM.from_config(config)
+        zero.mark_leaves(model)
+        return [type(m).__name__ for m in get_z3_leaf_modules(model)]
+
+    small = {"hidden_size": 8, "intermediate_size": 8, "moe_intermediate_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2, "vocab_size": 8}
+    assert marked(transformers.AutoConfig.from_pretrained(tiny_model)) == []
+    assert marked(transformers.AutoConfig.from_pretrained(tiny_mixtral)) == ["MixtralSparseMoeBlock"] * 2
+    assert marked(transformers.Qwen3MoeConfig(**small, num_experts=4)) == ["Qwen3MoeSparseMoeBlock"] * 2
+    assert marked(transformers.Qwen2MoeConfig(**small, num_experts=4, shared_expert_intermediate_size=8)) == ["Qwen2MoeSparseMoeBlock"] * 2
+
+
+def test_settings_are_those_of_the_run():
+    config = TrainConfig(workers=4, batch_size=32, backend=BackendConfig(zero_stage=3))
+    made = zero.settings(config, world=4, micro_batches=2, bf16=True)
+    assert (made["train_micro_batch_size_per_gpu"], made["gradient_accumulation_steps"], made["bf16"]) == (4, 2, {"enabled": True})
+    assert made["zero_optimization"]["stage"] == 3
+    assert not {"offload_optimizer", "offload_param"} & set(made["zero_optimization"])
+    away = zero.settings(config.model_copy(update={"backend": BackendConfig(zero_stage=3, **OFFLOAD)}), world=4, micro_batches=2, bf16=False)
+    assert {away["zero_optimization"][key]["device"] for key in ("offload_optimizer", "offload_param")} == {"cpu"}
+
+
+def test_transformers_shards_only_for_stage_3_and_only_as_long_as_the_backend_lives():
+    from transformers.integrations import is_deepspeed_zero3_enabled
+
+    made = zero.settings(TrainConfig(backend=BackendConfig(zero_stage=2)), 2, 1, False)
+    assert zero.shard_while_loading(made) is None and not is_deepspeed_zero3_enabled()
+    alive = zero.shard_while_loading(zero.settings(TrainConfig(backend=BackendConfig(zero_stage=3)), 2, 1, False))
+    assert is_deepspeed_zero3_enabled()
+    del alive
+    assert not is_deepspeed_zero3_enabled()
+
+
+@pytest.mark.parametrize("backend, reason", [
+    ({"name": "ddp", "offload_optimizer": True}, "offload_optimizer needs name: deepspeed"),
+    ({"zero_stage": 0, "offload_optimizer": True}, "zero_stage 1, 2 or 3"),
+    ({"zero_stage": 2, "offload_params": True}, "zero_stage: 3"),
+])  # fmt: skip
+def test_offloading_what_is_not_sharded_is_refused(backend, reason):
+    with pytest.raises(ValueError, match=reason):
+        RunConfig.model_validate({"name": "a", "train": {"backend": backend}})
