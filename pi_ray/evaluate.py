@@ -175,8 +175,11 @@ def _train_facts(config: RunConfig, columns: set[str]) -> dict[str, Any]:
     for name, c in [("promptintern", config), ("plain", plain_config(config))]:
         if name not in columns:
             continue
-        steps = [e for e in map(json.loads, RunDir(c.root).train_log.read_text().splitlines()) if "loss" in e]
-        facts[name] = {"updates": len(steps), "seconds": round(sum(e["seconds"] for e in steps), 1), "tokens": sum(e["tokens"] for e in steps), "workers": config.train.workers}
+        log = [json.loads(line) for line in RunDir(c.root).train_log.read_text().splitlines()]
+        steps, taught = [e for e in log if "loss" in e], next((e for e in log if e.get("event") == "taught"), {})
+        seconds = sum(e["seconds"] for e in steps) + taught.get("seconds_teaching", 0)
+        facts[name] = {"updates": len(steps), "seconds": round(seconds, 1), "tokens": sum(e["tokens"] for e in steps), "workers": config.train.workers}
+        facts[name].update({key: taught[key] for key in ("queries", "answered", "kept") if key in taught})
     return facts
 
 

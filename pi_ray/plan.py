@@ -17,8 +17,9 @@ from pi_ray.artifact import is_current
 from pi_ray.ingest import check, read
 from pi_ray.models import load_tokenizer
 from pi_ray.prompt import Example, PromptEncoder
+from pi_ray.protocols import SPLITS, UNLABELLED
 from pi_ray.registry import tasks
-from pi_ray.rundir import RunDir, plain_config, prepare_fingerprint
+from pi_ray.rundir import RunDir, plain_config, prepare_fingerprint, wants_unlabelled
 from pi_ray.schedule import Phase, plan_phases
 from pi_ray.train.updates import phase_updates
 
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from pi_ray.config import RunConfig
     from pi_ray.protocols import Row, Task
 
+ANSWERED = 5
 SAMPLE = 256  # training rows whose tokens are counted
 
 
@@ -65,10 +67,11 @@ class Plan:
     full: estimate.Shape
     query: estimate.Shape
     money: cost.Economics
+    teaching: float = 0.0  # seconds in which a teacher answers unlabelled queries
 
     @property
     def seconds(self) -> float:
-        return sum(p.seconds for p in self.phases)
+        return sum(p.seconds for p in self.phases) + self.teaching
 
     @property
     def saved(self) -> float:
@@ -96,7 +99,7 @@ class Counter:
 def plan(config: RunConfig) -> Plan:
     """Count rows and tokens, and estimate. Raises DataError for rows that preparation would refuse, and what the task and the model raise."""
     task: Task = tasks[config.task.name](config.task)
-    splits, rejects = read(task)
+    splits, rejects = read(task, (*SPLITS, UNLABELLED) if wants_unlabelled(config) else SPLITS)
     notes = check(splits, rejects, config.task, RunDir(config.root))
     rows = {split: len(found) for split, found in splits.items()}
     counter = _counter(task, splits["train"], config)
@@ -105,10 +108,11 @@ def plan(config: RunConfig) -> Plan:
     plain = [_phase(p, rows["train"], counter, size, speed, config) for p in plan_phases(plain_config(config).schedule)]
     full = counter.shape(1.0, config.evaluate.shots or phases[0].phase.shots)
     query = replace(phases[-1].shape, prefix=config.train.gist) if config.train.gist else phases[-1].shape
+    teaching = _teaching(rows.get(UNLABELLED, 0), phases[0].shape, size, speed, config)
     return Plan(
         config, rows, len(rejects), notes, size, speed, phases, plain if config.evaluate.baseline else [],
         max((estimate.memory(size, p.shape, config) for p in phases), key=lambda m: sum(m.values())), estimate.host_memory(size, config),
-        full, query, _money(config, sum(p.seconds for p in phases), full, query),
+        full, query, _money(config, sum(p.seconds for p in phases) + teaching, full, query), teaching,
     )
 
 
@@ -148,6 +152,12 @@ def _phase(phase: Phase, rows: int, counter: Counter, size: estimate.ModelSize, 
     return PhasePlan(phase, rows, shape, updates, seconds, phase.rate in (0, 1) or phase.rate in counter.achieved)
 
 
+def _teaching(queries: int, shape: estimate.Shape, size: estimate.ModelSize, speed: estimate.Speed, config: RunConfig) -> float:
+    """Seconds to answer so many queries. A new token costs about as much as ANSWERED tokens of training: one at a time, a model mostly waits for memory."""
+    one = replace(shape, prefix=0, row=shape.row + ANSWERED * shape.label)
+    return queries / config.train.batch_size * estimate.update_seconds(size, one, config, speed)
+
+
 def _money(config: RunConfig, seconds: float, full: estimate.Shape, query: estimate.Shape) -> cost.Economics:
     prices = {n: cost.price(config.cost, s.prefix + s.row, s.label, s.prefix) for n, s in (("base_full_prompt", full), ("promptintern", query))}
     return cost.economics(config.cost, cost.training_cost(config.cost, seconds, config.train.workers), prices)
@@ -166,6 +176,10 @@ def render(plan: Plan, console: Console) -> None:
         say("~ template counted as rate x tokens; measured once it is compressed", "dim")
     where = f"{plan.speed.name} ({plan.speed.note}; give or take a factor of two, when nothing else runs there)"
     say(f"Training: about {_duration(plan.seconds)}{_plain(plan)} on {where}")
+    if wants_unlabelled(config):
+        asked = plan.rows.get(UNLABELLED, 0)
+        who = "the adapter as phase 0 leaves it" if config.train.distill.teacher == "adapter" else "the base model"
+        say(f"Teacher: {who} answers {asked:,} unlabelled queries with the prompt of phase 0, about {_duration(plan.teaching)} of that" if asked else "Teacher: no unlabelled queries, so it teaches on labelled rows alone; task.queries names the file they come from")
     say(f"Memory per worker{', on its GPU' if plan.host else ''}: about {_parts(plan.memory)}, besides Python and its libraries")
     if plan.host:
         say(f"Host memory per worker: at most about {_parts(plan.host)}")

@@ -200,6 +200,7 @@ def findings(summary: dict[str, Any]) -> Iterator[str]:
             "Plain fine-tuning was not evaluated (evaluate.baseline is off), so this page cannot say how much of the result "
             "comes from the prompt and how much from the rows."
         )
+    yield from _taught(summary)
     yield from _forgotten(summary)
     full = summary["base_full_prompt"]
     if mine.get("latency_s") is not None and full.get("latency_cached_s") is not None:
@@ -227,6 +228,15 @@ def _paired(summary: dict[str, Any], other: str, metric: str) -> str:
     difference, low, high, p = found
     points = [v if metric == "bleu" else 100 * v for v in (difference, low, high)]
     return " Row by row: {:+.1f} points (95%: {:+.1f} to {:+.1f}), ".format(*points) + (f"p = {p:.3f}." if p >= 0.001 else "p < 0.001.")
+
+
+def _taught(summary: dict[str, Any]) -> Iterator[str]:
+    facts = summary.get("train", {}).get("promptintern", {})
+    if facts.get("queries"):
+        yield (
+            f"A teacher with the full prompt before it answered {facts['answered']:,} of {facts['queries']:,} unlabelled queries; "
+            f"the adapter also learned from the {facts['kept']:,} answers that it was sure of. Plain fine-tuning had as many updates, on the labelled rows alone."
+        )
 
 
 def _forgotten(summary: dict[str, Any]) -> Iterator[str]:

@@ -34,6 +34,7 @@ schedule:                      # template and examples fall from all to nothing 
 train:
   workers: 2                   # training processes; one for each GPU
   batch_size: 8                # rows of one update, over all workers
+  objective: sft               # distill: also learn what only the template tells, from unlabelled queries in queries.jsonl (a request log)
 """
 
 TEMPLATE = """\

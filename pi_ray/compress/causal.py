@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from inspect import signature
+
 import torch
 
 from pi_ray import models
@@ -17,6 +19,7 @@ class Causal:
     def __init__(self, config: CompressConfig):
         base = ModelConfig(base=config.model)
         self.tokenizer, self.model = models.load_tokenizer(base), models.load_model(base)
+        self.keeps = "logits_to_keep" in signature(self.model.forward).parameters
         self.window = min(WINDOW, getattr(self.model.config, "max_position_embeddings", WINDOW))
 
     def surprise(self, text: str, before: str = "") -> tuple[list[Span], torch.Tensor]:
@@ -31,7 +34,7 @@ class Causal:
         for begin in range(0, len(ids), step):
             seen = ids[max(0, begin - step) : begin]
             new = ids[begin : begin + step]
-            parts.append(self._losses([*head, *seen, *new])[-len(new) :])
+            parts.append(self._losses([*head, *seen, *new], len(new)))
         return encoded["offset_mapping"], torch.cat(parts) if parts else torch.zeros(0)
 
     def _start(self) -> list[int]:
@@ -43,7 +46,8 @@ class Causal:
         return self.tokenizer(text, add_special_tokens=False).input_ids if text else []
 
     @torch.no_grad()
-    def _losses(self, ids: list[int]) -> torch.Tensor:
+    def _losses(self, ids: list[int], count: int) -> torch.Tensor:
+        """Of the last `count` of `ids`; logits of others are not even computed where the model allows."""
         row = torch.tensor([ids])
-        logits = self.model(input_ids=row, use_cache=False).logits[0, :-1].float()
-        return torch.nn.functional.cross_entropy(logits, row[0, 1:], reduction="none")
+        logits = self.model(input_ids=row, use_cache=False, **({"logits_to_keep": count + 1} if self.keeps else {})).logits[0, -count - 1 : -1]
+        return torch.nn.functional.cross_entropy(logits.float(), row[0, -count:], reduction="none")

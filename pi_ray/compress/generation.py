@@ -28,7 +28,8 @@ Unlike the usual text compression, I need you to comply with the 5 conditions be
 + Do not change the original words.
 + Do not use abbreviations or emojis.
 + Do not add new words or symbols.
-Compress the origin aggressively by removing words only. Compress the origin as short as you can, while retaining as much information as possible. If you understand, please compress the following text: {text}
+Compress the origin aggressively by removing words only. Compress the origin as short as you can, while retaining as much information as possible. \
+If you understand, please compress the following text: {text}
 The compressed text is:"""
 CHUNK_WORDS = 350  # about 512 tokens
 ROUNDS = 6
@@ -89,7 +90,7 @@ class Generation:
         kept = words.find_kept([_bare(w) for w in original], answer)
         refused = not answer or sum(kept) < OWN_WORDS * len(answer)
         if refused and first:
-            raise ModelError(f"{self.config.model} did not compress the text but answered {said[:80]!r}; compress.model has to name a model that follows instructions")
+            raise ModelError(f"{self.config.model} did not compress the text but answered {said[:80]!r}; compress.model must follow instructions")
         if known is None:
             cache.store(key, said)
         return [True] * len(original) if refused else kept

@@ -96,14 +96,16 @@ class Search:
         under: tuple[Compressed, Choice] | None = None  # the compressor's own on either side
         over: Choice | None = None
         tried: set[str] = set()
-        while low[1] < self.rate and len(tried) < TRIES:
-            slope = (self.rate - low[1]) / max(high[1] - low[1], 1e-6)
+        stuck = False  # another rate gave the same text: halve the gap instead of creeping along it
+        for _ in range(TRIES if floor.achieved < self.rate else 0):
+            slope = 0.5 if stuck else (self.rate - low[1]) / max(high[1] - low[1], 1e-6)
             asked = low[0] + (high[0] - low[0]) * min(max(slope, 0.1), 0.9)
             choice = self._choose([self.compressor.compress(p.text, asked) for p in self.parts], hold)
             now = self._draft(choice)
             best = min(best if tried else now, now, key=self._error)
-            if self._error(now) <= AIM * self.config.tolerance or now.text in tried:
+            if self._error(now) <= AIM * self.config.tolerance:
                 break
+            stuck = now.text in tried
             tried.add(now.text)
             if now.achieved > self.rate:
                 high, over = (asked, now.achieved), choice

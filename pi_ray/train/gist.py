@@ -31,13 +31,9 @@ class GistEmbedding(torch.nn.Module):
     """The base model's input embeddings, and (k, D) trained ones for the ids -1 to -k, which start as the mean of all, as in Mu et al."""
 
     def __init__(self, base: torch.nn.Module, k: int):
-        from peft.utils.integrations import gather_params_ctx
-
         super().__init__()
         self.base = base
-        with gather_params_ctx(base.weight, modifier_rank=None):  # whole, where ZeRO-3 has sharded it
-            mean = base.weight.detach().float().mean(0)
-        self.register_parameter(PARAMETER, torch.nn.Parameter(mean.repeat(k, 1)))
+        self.register_parameter(PARAMETER, torch.nn.Parameter(base.weight.detach().float().mean(0).repeat(k, 1)))
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         """Gist embeddings take part whatever the tokens, so that every worker has their gradient, if only zeros."""

@@ -3,7 +3,7 @@
     python -m tests.bench.compress --data FOLDER [--every 8] [--rows 48] [--llmlingua2 MODEL]
 
 FOLDER has the tldr pages (tldr/pages/*.md) and the Calc help pages (calc*.jsonl with a "text" in each line) somewhere below it; the bundled
-tasks' templates come with them. A compressor that scores with the packaged model runs on every n-th text; LLMLingua-2 where MODEL is given.
+tasks' templates come with them. The compressors that score with the packaged model run on every n-th page; LLMLingua-2 where MODEL is given.
 
 `max_rate_error` is the largest distance of all results but those whose protected text alone is above the rate, which are counted apart.
 The peer of `over_loop` is the package's compressor called in a loop, on all cores, over the same pages at the same rate. It has our mending
@@ -35,6 +35,7 @@ from tests.bench.report import header, last_line
 RATES = (0.3, 0.5, 0.8)
 RATE = 0.5  # of the timed part
 OFFLINE = ("llmlingua", "longllmlingua", "selective")
+WARM_UP = "One row to warm up with, so that nothing is loaded while others are timed."
 MEET_S = 180.0  # how long an actor waits for the others before it starts
 
 
@@ -86,7 +87,7 @@ class CompressRow:
     def __init__(self, actors: int, folder: str, threads: int):
         torch.set_num_threads(threads)
         self.compressor = LLMLingua(CompressConfig())
-        self.compressor.compress("One row to warm up with.", RATE)
+        self.compressor.compress(WARM_UP, RATE)
         (Path(folder) / str(os.getpid())).touch()
         until = time.time() + MEET_S
         while len(os.listdir(folder)) < actors and time.time() < until:
@@ -105,9 +106,10 @@ def in_actors(rows: Sequence[str], actors: int) -> float:
 
 
 def in_a_loop(rows: Sequence[str]) -> float:
-    scorer = LLMLingua(CompressConfig()).scorer
+    compressor = LLMLingua(CompressConfig())
+    compressor.compress(WARM_UP, RATE)
+    scorer = compressor.scorer
     lengths = [len(scorer.tokenizer(text, add_special_tokens=False).input_ids) for text in rows]
-    scorer.kept_tokens("One row to warm up with.", 6, RATE)
     begin = time.time()
     for text, length in zip(rows, lengths, strict=True):
         scorer.kept_tokens(text, length, RATE)

@@ -167,6 +167,7 @@ RUN_HERE = {
     "make demo", "make test", "pi-ray init my-task/", "pi-ray plan my-task/run.yaml", "pi-ray run my-task/run.yaml", "pi-ray serve runs/my-task", README_CURL,
     "pi-ray demo", "pi-ray show my-task/run.yaml", "pi-ray schema", "python -m tests.bench.prefix", "pip install .", "pi-ray serve", "pi-ray init",
     "pi-ray table jobs/paper/table4.yaml task.folder=/path/to/nl2bash",  # test_paper.py
+    "pi-ray compress",  # unit/test_compressors.py
 }  # fmt: skip
 
 

@@ -1,5 +1,6 @@
 """The benchmarks of training: what is prepared, what a number means. The trainers themselves are run by the benchmarks alone."""
 
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -7,10 +8,11 @@ import pytest
 from pi_ray.rundir import RunDir
 from pi_ray.train.batches import PhaseRows
 from pi_ray.train.updates import all_updates, batch_rows
-from tests.bench import scale
+from tests.bench import scale, train
 from tests.bench.train import (
     EXAMPLES,
     TEMPLATE_TOKENS,
+    Job,
     Run,
     Side,
     data_folder,
@@ -82,9 +84,19 @@ def test_the_first_update_of_each_run_is_dropped_and_packed_ones_are_scaled_by_t
 
 def test_padded_passes_are_halved_until_memory_holds_them():
     assert micro_batch(16, 600, MODEL, 2**40) == 16
-    small, smaller = micro_batch(16, 600, MODEL, 20 * 2**30), micro_batch(16, 600, MODEL, 10 * 2**30)
-    assert 1 < smaller < small < 16
+    assert [micro_batch(16, 600, MODEL, gib * 2**30) for gib in (32, 20, 10)] == [16, 8, 4]
     assert micro_batch(16, 600, MODEL, 1) == 1
+
+
+def test_a_trl_that_refuses_to_pack_is_left_out_and_any_other_failure_is_not(monkeypatch, capsys):
+    def refuses(*_):
+        raise ValueError("packing needs another attention\nand more")
+
+    monkeypatch.setattr(train, "apart", refuses)
+    assert train.one(Job("trl packed", "", 1, 1)) is None
+    assert "trl packed: not on this machine (packing needs another attention)" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="another attention"):
+        train.one(Job("trl", "", 1, 1))
 
 
 def test_packs_hold_two_of_the_longest_rows_and_an_update_about_a_batch():
@@ -115,6 +127,12 @@ def test_steps_are_timed_within_a_phase_and_the_start_apart():
 def test_two_workers_and_ray_are_compared_over_both_phases():
     times = {side: scale.Times({0: [template], 1: [query]}) for side, template, query in (("one", 6.0, 2.0), ("two", 3.0, 1.0), ("ray", 3.1, 1.1))}
     assert scale.figures(times) == {"workers2_over_1": pytest.approx(2.0), "ray_overhead": pytest.approx(0.05)}
+
+
+def test_a_side_that_fails_shows_the_end_of_its_output(prepared, monkeypatch):
+    monkeypatch.setattr(scale, "command", lambda *_: ([sys.executable, "-c", "print('boom'); exit(3)"], {}))
+    with pytest.raises(SystemExit, match=r"side 'two' failed with exit status 3; the end of its output:\nboom"):
+        scale.run("two", prepared[0], 2, scale.Times())
 
 
 def test_plain_workers_share_the_threads_and_ray_shares_them_out_itself(tmp_path, monkeypatch):

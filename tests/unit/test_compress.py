@@ -59,6 +59,21 @@ def test_the_measured_rate_is_within_the_tolerance_of_a_biased_compressor(tokeni
     assert abs(made.achieved - rate) <= CONFIG.tolerance and not made.note
 
 
+def test_a_compressor_that_knows_few_rates_is_met_between_two_of_them(tokenizer):
+    class Quarters(Every):
+        def compress(self, text, rate):
+            return super().compress(text, int(4 * rate) / 4)
+
+    made = compress_template(Quarters(), Template(PROSE), 0.4, tokenizer, CONFIG)
+    assert abs(made.achieved - 0.4) <= CONFIG.tolerance and not made.note and is_subsequence(made.text.split(), PROSE.split())
+
+
+def test_a_rate_that_whole_pieces_cannot_meet_is_said_with_the_reason(tokenizer):
+    template = Template(f"Few words stand before a long line.\n| {' | '.join('abcdef')} | {PROSE[:200]} |")
+    made = compress_template(Every(), template, 0.4, tokenizer, CONFIG)
+    assert re.search(r"every came no closer than 0\.\d+: the largest piece that stays or goes as a whole \(such as a row of a table\) is \d+%", made.note)
+
+
 def test_words_are_dropped_never_joined_or_changed(tokenizer):
     made = compress_template(Every(), Template(TEXT), 0.6, tokenizer, CONFIG)
     assert is_subsequence(made.text.split(), TEXT.split())

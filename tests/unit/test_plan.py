@@ -242,3 +242,13 @@ def test_a_plan_for_gpus_says_what_their_hosts_need(config):
     text = " ".join(console.export_text().split())
     for words in ("Memory per worker, on its GPU", "gathered weights", "Host memory per worker: at most about", "checkpoint, which the first worker maps"):
         assert words in text
+
+
+def test_a_plan_with_a_teacher_counts_its_queries_and_time(tiny_model, tmp_path):
+    config = RunConfig(name="t", run_dir=str(tmp_path), task={"name": "opsql", "rows": {"train": 20, "unlabelled": 40}}, model={"base": str(tiny_model)}, prompt={"chat": "none"})
+    alone, taught = plan(config), plan(config.replace(**{"train.objective": "distill"}))
+    assert taught.rows["unlabelled"] == 40 and "unlabelled" not in alone.rows
+    assert alone.teaching == 0 < taught.teaching and taught.seconds == pytest.approx(alone.seconds + taught.teaching, rel=0.5)
+    console = Console(file=io.StringIO(), width=200)
+    render(taught, console)
+    assert "the adapter as phase 0 leaves it answers 40 unlabelled queries" in console.file.getvalue()

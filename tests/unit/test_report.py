@@ -160,3 +160,9 @@ def test_a_browser_shows_the_page_without_errors(tmp_path):
     assert not [line for line in (drawn.stderr + dumped.stderr).splitlines() if "CONSOLE" in line]
     assert '<table id="main-table">' in dumped.stdout and "64.0% to 76.0%" in dumped.stdout
     assert shot.stat().st_size > 20_000
+
+
+def test_a_teacher_is_named_with_what_it_answered(tmp_path):
+    facts = {"updates": 90, "seconds": 2710.0, "tokens": 351_220, "workers": 2, "queries": 480, "answered": 479, "kept": 432}
+    said = words(page_of(tmp_path, summary(**{"train.promptintern": facts})))
+    assert "answered 479 of 480 unlabelled queries; the adapter also learned from the 432 answers" in said
