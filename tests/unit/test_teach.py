@@ -15,7 +15,7 @@ from pi_ray.train.objectives import distill_sum, sft_sum
 from pi_ray.train.teach import Targets, Taught
 from pi_ray.train.worker import _Worker, train_worker
 from tests.prepared import prepare_by_hand, tiny_config
-from tests.unit.test_train import adapter_hash, log_of, settings
+from tests.unit.test_train import adapter_hash, dies_and_goes_on, log_of, settings
 
 KEEP_ALL = -100.0
 
@@ -111,18 +111,7 @@ def test_the_loss_is_the_cross_entropy_to_the_teacher(taught):
 def test_a_run_that_dies_at_the_border_or_after_it_goes_on_to_the_same_adapter(taught, tmp_path, monkeypatch, stop_at):
     config = taught.replace(run_dir=str(tmp_path))
     prepare_by_hand(config)
-    one = _Worker._one
-
-    def dies(self, update):
-        if update.step == stop_at:
-            raise KeyboardInterrupt
-        one(self, update)
-
-    monkeypatch.setattr(_Worker, "_one", dies)
-    with pytest.raises(KeyboardInterrupt):
-        train_worker(settings(config))
-    monkeypatch.setattr(_Worker, "_one", one)
-    train_worker(settings(config))
+    dies_and_goes_on(config, stop_at, monkeypatch)
     assert adapter_hash(config) == adapter_hash(taught)
     assert verify(RunDir(config.root).taught)["files"] == verify(RunDir(taught.root).taught)["files"]
 

@@ -74,10 +74,8 @@ def test_an_adapter_remembers_its_prompt(trained):
     assert card["full_prompt_tokens"] > 3 * card["query_prompt_tokens"] / 2
 
 
-@pytest.mark.parametrize("stop_at", [3, 13, 20])
-def test_a_run_that_dies_goes_on_to_the_same_adapter(trained, tiny_model, tmp_path, monkeypatch, stop_at):
-    config = trained.replace(run_dir=str(tmp_path))
-    prepare_by_hand(config)
+def dies_and_goes_on(config, stop_at, monkeypatch):
+    """Training that is interrupted before update `stop_at`, and then called again."""
     one = _Worker._one
 
     def dies(self, update):
@@ -90,6 +88,13 @@ def test_a_run_that_dies_goes_on_to_the_same_adapter(trained, tiny_model, tmp_pa
         train_worker(settings(config))
     monkeypatch.setattr(_Worker, "_one", one)
     train_worker(settings(config))
+
+
+@pytest.mark.parametrize("stop_at", [3, 13, 20])
+def test_a_run_that_dies_goes_on_to_the_same_adapter(trained, tiny_model, tmp_path, monkeypatch, stop_at):
+    config = trained.replace(run_dir=str(tmp_path))
+    prepare_by_hand(config)
+    dies_and_goes_on(config, stop_at, monkeypatch)
     assert adapter_hash(config) == adapter_hash(trained)
     assert [e["step"] for e in log_of(config) if "loss" in e] == list(range(27))
 
