@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pi_ray import __version__, config, runfile
 from pi_ray.errors import ConfigError, PiRayError
@@ -17,17 +17,26 @@ from pi_ray.errors import ConfigError, PiRayError
 if TYPE_CHECKING:
     from rich.console import Console
 
-VERBS: dict[str, tuple[str, Callable[[argparse.Namespace, Console], None]]] = {}
+Argument = Callable[[argparse.ArgumentParser], object]
+VERBS: dict[str, tuple[str, tuple[Argument, ...], Callable[[argparse.Namespace, Console], None]]] = {}
 
 
-def verb(help: str) -> Callable:
-    """Make a function `pi-ray <its name>`."""
+def verb(help: str, *arguments: Argument) -> Callable:
+    """Make a function `pi-ray <its name>`, with these arguments."""
 
     def register(function: Callable) -> Callable:
-        VERBS[function.__name__] = (help, function)
+        VERBS[function.__name__] = (help, arguments, function)
         return function
 
     return register
+
+
+def argument(*names: str, **options: Any) -> Argument:
+    return lambda parser: parser.add_argument(*names, **options)
+
+
+RUN = argument("config", type=Path, metavar="run.yaml", help="a run file, or a run directory")
+OVERRIDES = argument("overrides", nargs="*", metavar="section.key=value", help="overrides, such as train.lr=0.0003")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -38,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     console = Console(highlight=False, soft_wrap=True)
     try:
-        VERBS[args.verb][1](args, console)
+        VERBS[args.verb][2](args, console)
     except PiRayError as error:
         print(f"pi-ray: {error}", file=sys.stderr)
         return error.exit_code
@@ -63,19 +72,10 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="pi-ray", description="Long recurrent prompts become LoRA adapters, so that inference sends the query alone.")
     parser.add_argument("--version", action="version", version=f"pi-ray {__version__}")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
-    for name, (help, _) in VERBS.items():
+    for name, (help, arguments, _) in VERBS.items():
         sub = verbs.add_parser(name, help=help, description=help)
-        if name == "init":
-            sub.add_argument("folder", type=Path)
-        elif name != "schema":
-            if name == "compress":
-                sub.add_argument("file", type=Path, metavar="FILE", help="template.md, or any text")
-                sub.add_argument("--rate", type=float, default=0.3, help="share of the tokens that stays, between 0 and 1; default: %(default)s")
-            elif name != "demo":
-                sub.add_argument("config", type=Path, metavar="run.yaml", help="a run file, or a run directory")
-            sub.add_argument("overrides", nargs="*", metavar="section.key=value", help="overrides, such as train.lr=0.0003")
-        if name == "publish":
-            sub.add_argument("--name", default="", help="the adapter's name in the store; default: the run's name")
+        for add in arguments:
+            add(sub)
     return parser
 
 
@@ -84,13 +84,13 @@ def _load(args: argparse.Namespace) -> config.RunConfig:
     return runfile.load(path, args.overrides)
 
 
-@verb("the bundled task on the bundled model: prepare, train, evaluate, report, publish")
+@verb("the bundled task on the bundled model: prepare, train, evaluate, report, publish", OVERRIDES)
 def demo(args: argparse.Namespace, console: Console) -> None:
     text = files("pi_ray").joinpath("demo.yaml").read_text(encoding="utf-8")
     _run(runfile.parse(text, "demo.yaml", args.overrides), console)
 
 
-@verb("all steps in a row: prepare, train, evaluate, report, publish; what is done already is skipped")
+@verb("all steps in a row: prepare, train, evaluate, report, publish; what is done already is skipped", RUN, OVERRIDES)
 def run(args: argparse.Namespace, console: Console) -> None:
     _run(_load(args), console)
 
@@ -110,7 +110,7 @@ def _run(settings: config.RunConfig, console: Console) -> None:
     console.print(usage(settings, f"http://{settings.serve.host}:{settings.serve.port}", published.parent.name, query), markup=False)
 
 
-@verb("write a folder to start from: run.yaml, template.md and rows, all commented")
+@verb("write a folder to start from: run.yaml, template.md and rows, all commented", argument("folder", type=Path))
 def init(args: argparse.Namespace, console: Console) -> None:
     from pi_ray.scaffold import write_task
 
@@ -119,7 +119,7 @@ def init(args: argparse.Namespace, console: Console) -> None:
     console.print(f"Put your prompt into template.md and your rows into the .jsonl files, then:\n  pi-ray plan {args.folder}/run.yaml\n  pi-ray run {args.folder}/run.yaml", markup=False)
 
 
-@verb("print the whole resolved configuration")
+@verb("print the whole resolved configuration", RUN, OVERRIDES)
 def show(args: argparse.Namespace, console: Console) -> None:
     print(config.dump(_load(args)), end="")
 
@@ -129,14 +129,19 @@ def schema(args: argparse.Namespace, console: Console) -> None:
     print(config.schema())
 
 
-@verb("what a run will do and cost, without training: phases, tokens, updates, time, memory, break-even")
+@verb("what a run will do and cost, without training: phases, tokens, updates, time, memory, break-even", RUN, OVERRIDES)
 def plan(args: argparse.Namespace, console: Console) -> None:
     from pi_ray import plan as step
 
     step.render(step.plan(_load(args)), console)
 
 
-@verb("show a template (or any text) at some rate, what is dropped struck through; compress.name=selective and other overrides as in run.yaml")
+@verb(
+    "show a template (or any text) at some rate, what is dropped struck through; compress.name=selective and other overrides as in run.yaml",
+    argument("file", type=Path, metavar="FILE", help="template.md, or any text"),
+    argument("--rate", type=float, default=0.3, help="share of the tokens that stays, between 0 and 1; default: %(default)s"),
+    OVERRIDES,
+)
 def compress(args: argparse.Namespace, console: Console) -> None:
     from pi_ray.compress.show import show as show_compressed
 
@@ -145,49 +150,49 @@ def compress(args: argparse.Namespace, console: Console) -> None:
     show_compressed(args.file, args.rate, runfile.parse("name: compress", "compress", args.overrides), console)
 
 
-@verb("templates at each rate, examples for each row, one dataset for each phase")
+@verb("templates at each rate, examples for each row, one dataset for each phase", RUN, OVERRIDES)
 def prepare(args: argparse.Namespace, console: Console) -> None:
     from pi_ray import pipeline
 
     pipeline.prepare(_load(args), console)
 
 
-@verb("fine-tune through the phases; goes on from the newest checkpoint")
+@verb("fine-tune through the phases; goes on from the newest checkpoint", RUN, OVERRIDES)
 def train(args: argparse.Namespace, console: Console) -> None:
     from pi_ray import pipeline
 
     pipeline.train(_load(args), console)
 
 
-@verb("compare base, full prompt, plain fine-tuning and PromptIntern on the test rows")
+@verb("compare base, full prompt, plain fine-tuning and PromptIntern on the test rows", RUN, OVERRIDES)
 def evaluate(args: argparse.Namespace, console: Console) -> None:
     from pi_ray import pipeline
 
     pipeline.evaluate(_load(args), console)
 
 
-@verb("write report.html of an evaluated run")
+@verb("write report.html of an evaluated run", RUN, OVERRIDES)
 def report(args: argparse.Namespace, console: Console) -> None:
     from pi_ray import pipeline
 
     pipeline.report(_load(args), console)
 
 
-@verb("run a table of runs, such as jobs/paper/table4.yaml, and print it in the paper's layout; goes on where it was stopped")
+@verb("run a table of runs, such as jobs/paper/table4.yaml, and print it in the paper's layout; goes on where it was stopped", RUN, OVERRIDES)
 def table(args: argparse.Namespace, console: Console) -> None:
     from pi_ray import family, pipeline
 
     pipeline.table(family.load(args.config, args.overrides), console, f"pi-ray table {' '.join([str(args.config), *args.overrides])}")
 
 
-@verb("put the best adapter into the store, versioned and hashed")
+@verb("put the best adapter into the store, versioned and hashed", RUN, OVERRIDES, argument("--name", default="", help="the adapter's name in the store; default: the run's name"))
 def publish(args: argparse.Namespace, console: Console) -> None:
     from pi_ray import pipeline
 
     pipeline.publish(_load(args), console, args.name)
 
 
-@verb("serve the store's adapters behind an OpenAI-compatible API")
+@verb("serve the store's adapters behind an OpenAI-compatible API", RUN, OVERRIDES)
 def serve(args: argparse.Namespace, console: Console) -> None:
     from pi_ray.serving import app
 
