@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from pi_ray import cluster
+from pi_ray import cluster, mirror
 from pi_ray.config import ModelConfig, PromptConfig, RunConfig
 from pi_ray.fanout import stream
 from pi_ray.models import load_tokenizer
@@ -23,12 +23,16 @@ KINDS = ("latency_s", "latency_cached_s", "latency_merged_s")
 
 @dataclass(frozen=True)
 class Column:
-    """One way to answer the test rows. `adapter` is a folder or "" for the base model; `gist` tokens stand for the template if there are any."""
+    """One way to answer the test rows. `adapter` is a folder or "" for the base model; `gist` tokens stand for the template if there are any.
+
+    `rate` is the template's, by which documents that come with a row are compressed.
+    """
 
     name: str
     adapter: str
     template: str
     shots: int
+    rate: float = 0.0
     gist: int = 0
 
 
@@ -76,14 +80,13 @@ def medians(seconds: Seconds) -> dict[str, float]:
 
 def _answered(config: RunConfig, columns: Iterable[Column], work: list[dict[str, Any]], limit: int, typical: int, one: bool = False) -> Iterator[tuple[int, Any]]:
     """(place in `work`, what Generator says). `one`: a single actor, which takes them in order."""
-    import ray
-
     cluster.connect()
-    resources = ray.cluster_resources()
-    gpus = int(resources.get("GPU", 0))
-    share = {"num_gpus": 1} if gpus else {"num_cpus": max(1, int(resources.get("CPU", 1)) - 1)}
+    has = cluster.nodes()
+    gpus = int(sum(node.get("GPU", 0) for node in has))
+    usual = {"num_gpus": 1} if gpus else {"num_cpus": max(1, int(max(node.get("CPU", 0) for node in has)) - 1)}
+    share = {**({} if config.cluster.evaluate_resources else usual), **cluster.options(config, "evaluate")}
     adapters = list(dict.fromkeys(c.adapter for c in columns if c.adapter))
-    yield from stream(work, Generator, config.model, config.prompt, adapters, limit, typical, actors=1 if one else gpus or 1, **share)
+    yield from stream(work, Generator, config.model, config.prompt, adapters, limit, typical, actors=1 if one else gpus or 1, mirror=mirror.of(config.root), **share)
 
 
 def _item(column: Column, prompts: dict[str, Prompts], numbers: Iterable[int]) -> dict[str, Any]:
@@ -108,9 +111,9 @@ class Generator:
             torch.set_num_threads(os.cpu_count() or 1)  # Ray leaves an actor one; nothing else runs in this step
         self.encoder = PromptEncoder(load_tokenizer(settings), prompt)
         self.end = self.encoder.tokenizer.eos_token_id
-        self.loaded = LoadedAdapters(load_model(settings, "cuda" if gpu else "cpu"), limit=max(1, len(adapters)), own=True)
+        self.loaded = LoadedAdapters(load_model(settings, "cuda" if gpu else "cpu"))
         for folder in adapters:
-            self.loaded.load(folder, busy=adapters)
+            self.loaded.load(folder)
         self.gists = {folder: gist.read(Path(folder)) for folder in adapters}
         self.limit, self.typical = limit, typical
         self._prefix: tuple[str, Any] = ("", None)

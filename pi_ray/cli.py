@@ -11,7 +11,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pi_ray import __version__, config, runfile
+from pi_ray import __version__, config, floors, runfile
 from pi_ray.errors import ConfigError, PiRayError
 
 if TYPE_CHECKING:
@@ -47,6 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     console = Console(highlight=False, soft_wrap=True)
     try:
+        if args.verb != "doctor":  # which says it, and more
+            floors.check()
         VERBS[args.verb][2](args, console)
     except PiRayError as error:
         print(f"pi-ray: {error}", file=sys.stderr)
@@ -129,11 +131,50 @@ def schema(args: argparse.Namespace, console: Console) -> None:
     print(config.schema())
 
 
-@verb("what a run will do and cost, without training: phases, tokens, updates, time, memory, break-even", RUN, OVERRIDES)
+@verb(
+    "what a run will do and cost, without training: phases, tokens, updates, time, memory, break-even",
+    RUN, OVERRIDES, argument("--scale", action="store_true", help="also on 1 to 64 nodes, with up to 100 million rows: time, traffic, money, and what limits it"),
+)
 def plan(args: argparse.Namespace, console: Console) -> None:
     from pi_ray import plan as step
 
-    step.render(step.plan(_load(args)), console)
+    step.render(step.plan(_load(args)), console, scale=args.scale)
+
+
+@verb(
+    "whether a run can work here, or on the cluster at --address, and how to mend what is in its way; also without a run file",
+    argument("config", type=Path, nargs="?", metavar="run.yaml", help="a run file, or a run directory"), OVERRIDES,
+    argument("--address", default="", metavar="URL", help="of a cluster's Jobs API, such as http://127.0.0.1:8265; default: this machine"),
+)
+def doctor(args: argparse.Namespace, console: Console) -> None:
+    from pi_ray import doctor as visit
+
+    if visit.render(visit.examine(_load(args) if args.config else None, args.address), console):
+        sys.exit(1)
+
+
+@verb(
+    "write a cluster's files for a run: k8s (KubeRay), launcher (ray up on AWS or GCP), slurm; see cluster/README.md",
+    argument("kind", choices=["k8s", "launcher", "slurm"]), RUN, OVERRIDES, argument("--out", type=Path, metavar="FOLDER", help="where to; default: print them"),
+)
+def render(args: argparse.Namespace, console: Console) -> None:
+    from pi_ray import render as files
+
+    found, notes = files.render(args.kind, _load(args), args.config if args.config.is_dir() else args.config.parent)
+    if args.out:
+        for path in files.write(found, args.out):
+            console.print(f"wrote {path}", markup=False)
+    else:
+        print("\n---\n".join(found.values()), end="")
+    for line in notes:
+        print(f"note: {line}", file=sys.stderr)
+
+
+@verb("train again on the rows as they are now, from the newest published adapter, in a run directory of its own, and publish the next version", RUN, OVERRIDES)
+def refresh(args: argparse.Namespace, console: Console) -> None:
+    from pi_ray import refresh as again
+
+    _run(again.config_of(_load(args)), console)
 
 
 @verb(
@@ -155,6 +196,18 @@ def prepare(args: argparse.Namespace, console: Console) -> None:
     from pi_ray import pipeline
 
     pipeline.prepare(_load(args), console)
+
+
+@verb(
+    "print a prepared row and the examples that it is given, with their scores",
+    RUN, OVERRIDES,
+    argument("--row", required=True, metavar="ID", help="the row's id"),
+    argument("--split", default="", choices=("", "train", "dev", "test", "unlabelled"), help="where to look for it; default: in all of them"),
+)
+def neighbours(args: argparse.Namespace, console: Console) -> None:
+    from pi_ray.retrieve.show import show as show_neighbours
+
+    show_neighbours(_load(args), args.row, args.split, console)
 
 
 @verb("fine-tune through the phases; goes on from the newest checkpoint", RUN, OVERRIDES)
@@ -197,6 +250,88 @@ def serve(args: argparse.Namespace, console: Console) -> None:
     from pi_ray.serving import app
 
     app.run(_load(args))
+
+
+@verb(
+    "which version of an adapter answers: give one to everyone, try one on a share of the requests, go back; alone it shows how things are",
+    argument("name", metavar="NAME", help="the adapter"),
+    argument("--version", default="", help="v0003, or latest: whichever is newest"),
+    argument("--canary", default="", metavar="PERCENT", help="this share of the requests alone; default of --version: the one on trial, or the newest"),
+    argument("--rollback", action="store_true", help="end the trial; without one, back to the version before"),
+    argument("--alias", default="prod", help="another name for a version, asked for as NAME@ALIAS; default: %(default)s, which NAME alone means"),
+    argument("--store", default="store", help="folder or URL; default: store under the current folder"),
+)
+def release(args: argparse.Namespace, console: Console) -> None:
+    from pi_ray import release as step
+    from pi_ray.serving.adapters import AdapterStore
+
+    store = AdapterStore(args.store)
+    canary = step.percent(args.canary) if args.canary else None
+    aliases = step.release(store, args.name, args.version, canary, args.rollback, args.alias)
+    step.show(store, args.name, aliases, lambda line: console.print(line, markup=False))
+
+
+@verb(
+    "make a bearer key for the server: prints it once, and the line for serve.keys_file, in which it cannot be read",
+    argument("name", metavar="NAME", help="whose key it is"),
+    argument("--adapters", nargs="+", default=[], metavar="ADAPTER", help="the models it may use; default: all"),
+)
+def key(args: argparse.Namespace, console: Console) -> None:
+    from pi_ray.serving import keys
+
+    made = keys.new_key()
+    print(f"the key, shown this once:\n  {made}\nits line for the file that serve.keys_file names:\n  {keys.line(made, args.name, args.adapters)}")
+
+
+@verb(
+    "talk to an adapter on the terminal, in this process: what it answers, with tokens and milliseconds",
+    argument("adapter", metavar="RUN_OR_ADAPTER", help="a run directory, or an adapter's name in the store"), OVERRIDES,
+)
+def chat(args: argparse.Namespace, console: Console) -> None:
+    from pi_ray.serving import chat as terminal
+
+    terminal.chat(args.adapter, args.overrides)
+
+
+ADDRESS = argument("--address", default="", metavar="URL", help="of the cluster's Jobs API; default: cluster.address of run.yaml, RAY_API_SERVER_ADDRESS, or http://127.0.0.1:8265")
+JOB = argument("job", metavar="JOB", help="a job's id, or a run's name")
+
+
+@verb(
+    "run a run file as a job of a Ray cluster, and follow it; Ctrl-C leaves it running, the same command follows it again, or goes on where it ended",
+    RUN, ADDRESS, argument("--step", default="run", choices=["run", "prepare", "train", "evaluate", "report", "publish", "serve"], help="one step of it; default: all of them"), OVERRIDES,
+)
+def submit(args: argparse.Namespace, console: Console) -> None:
+    from pi_ray import submit as jobs
+
+    sys.exit(jobs.submit(args.config, args.overrides, args.step, args.address, console))
+
+
+@verb("jobs of a cluster: where one stands, or all of them", argument("job", nargs="?", default="", metavar="JOB", help="a job's id, or a run's name; default: all"), ADDRESS)
+def status(args: argparse.Namespace, console: Console) -> None:
+    from pi_ray import auth
+    from pi_ray import submit as jobs
+
+    jobs.status(jobs.Jobs(auth.address_of(args.address)), args.job, console)
+
+
+@verb("what a job prints, until it ends; Ctrl-C leaves it running", JOB, ADDRESS)
+def logs(args: argparse.Namespace, console: Console) -> None:
+    from pi_ray import auth
+    from pi_ray import submit as jobs
+
+    cluster = jobs.Jobs(auth.address_of(args.address))
+    sys.exit(jobs.follow(cluster, cluster.find(args.job).submission_id, console))
+
+
+@verb("end a job; what it has done is kept, and submitting its run again goes on from there", JOB, ADDRESS)
+def stop(args: argparse.Namespace, console: Console) -> None:
+    from pi_ray import auth
+    from pi_ray import submit as jobs
+
+    cluster = jobs.Jobs(auth.address_of(args.address))
+    job = cluster.find(args.job).submission_id
+    console.print(f"{job} {'is being stopped' if cluster.stop(job) else 'had ended already'}", highlight=False)
 
 
 if __name__ == "__main__":

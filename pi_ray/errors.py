@@ -47,3 +47,15 @@ class AdapterError(PiRayError):
     """An adapter is unknown, has a forbidden name, or fails verification."""
 
     exit_code = 8
+
+
+class ClusterError(PiRayError):
+    """A cluster does not answer, refuses a job, has no token or lost the job. A job that failed gives its own exit code instead."""
+
+    exit_code = 9
+
+
+class StorageError(PiRayError):
+    """A file cannot be written: the disk is full or read-only, or this user may not. What was there before is untouched."""
+
+    exit_code = 10

@@ -24,6 +24,7 @@ LAUNCH = 0.003  # seconds that a GPU needs for one layer forward and backward ho
 REFERENCE_GPU = ("A100", 312e12)  # for plans made on a machine without a GPU for a cluster that has them
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 FOUR_BIT = 0.516  # bytes of a weight in NF4 with its doubly quantised scales (Dettmers et al. 2023: 0.127 bits a weight)
+PROCESS = 6 * 2**30  # bytes of a GPU worker's process besides the model: Python, its libraries, the CUDA context (a rule of thumb)
 LIVE = 10**9  # weights that ZeRO-3 keeps gathered on a worker for their next use (stage3_max_live_parameters as DeepSpeed has it)
 
 
@@ -80,7 +81,7 @@ def model_size(model: ModelConfig, lora: LoraConfig) -> ModelSize:
         with torch.device("meta"):
             net = AutoModelForCausalLM.from_config(shape)
     except (OSError, ValueError) as error:
-        raise ModelError(f"model '{model.base}' cannot be measured: {str(error).strip().splitlines()[0]}") from error
+        raise ModelError(f"model '{model.base}' cannot be measured: {str(error).strip().splitlines()[0].rstrip('.')}. A folder with its config.json is enough: model.base=FOLDER") from error
     heads = shape.num_attention_heads
     width = getattr(shape, "head_dim", None) or shape.hidden_size // heads
     top = getattr(shape, "num_experts_per_tok", None) or 1
@@ -209,14 +210,23 @@ def memory(size: ModelSize, shape: Shape, config: RunConfig) -> dict[str, float]
 
 def host_memory(size: ModelSize, config: RunConfig) -> dict[str, float]:
     """Bytes of host memory for one GPU worker, by what holds them: what is offloaded, and what loading takes. Empty on CPUs, where `memory` is the host's."""
-    backend, share = config.train.backend, _shares(config)
     if device_of(config) == "cpu":
         return {}
-    whole = size.weights * BYTES[dtype_of(config)]
+    loading = "checkpoint, which the first worker maps while it is loaded" if _shares(config)[0] > 1 else "base model while it is loaded"
+    return {**_offloaded(size, config), loading: size.weights * BYTES[dtype_of(config)]}
+
+
+def node_memory(size: ModelSize, config: RunConfig, workers: int) -> float:
+    """Bytes of host memory of a node with so many GPU workers: their processes, what is offloaded, and the base as it is loaded (once where it is sharded, else by each)."""
+    copies = 1 if _shares(config)[0] > 1 else workers
+    return workers * (PROCESS + sum(_offloaded(size, config).values())) + copies * size.weights * BYTES[dtype_of(config)]
+
+
+def _offloaded(size: ModelSize, config: RunConfig) -> dict[str, float]:
+    backend, share = config.train.backend, _shares(config)
     return {
-        **({"base weights": whole / share[0]} if backend.offload_params else {}),
+        **({"base weights": size.weights * BYTES[dtype_of(config)] / share[0]} if backend.offload_params else {}),
         **({"LoRA weights, gradients, Adam": size.lora * (4 + 4 + 8) / share[2]} if backend.offload_optimizer else {}),
-        "checkpoint, which the first worker maps while it is loaded" if share[0] > 1 else "base model while it is loaded": whole,
     }
 
 

@@ -35,7 +35,7 @@ def columns_of(config: RunConfig) -> list[Column]:
     plain = run.baseline("plain").best
     return [
         Column("base", "", "", 0),
-        Column("base_full_prompt", "", template_at(run, 1.0), config.evaluate.shots or max(p.shots for p in plan_phases(config.schedule))),
+        Column("base_full_prompt", "", template_at(run, 1.0), config.evaluate.shots or max(p.shots for p in plan_phases(config.schedule)), 1.0),
         *([Column("plain", str(plain.resolve()), "", 0)] if config.evaluate.baseline else []),
         trained(config),
     ]
@@ -45,13 +45,13 @@ def trained(config: RunConfig) -> Column:
     """The run's best adapter, with the prompt that it was trained to see at inference."""
     best = RunDir(config.root).best.resolve()
     card = json.loads((best / CARD).read_text())
-    return Column("promptintern", str(best), card["template"], card["shots"], card.get("gist", 0))
+    return Column("promptintern", str(best), card["template"], card["shots"], card["rate"], card.get("gist", 0))
 
 
 def untrained(config: RunConfig) -> Column:
     """The base model with the prompt of the run's last phase."""
     last = plan_phases(config.schedule)[-1]
-    return Column("base", "", template_at(RunDir(config.root), last.rate), last.shots)
+    return Column("base", "", template_at(RunDir(config.root), last.rate), last.shots, last.rate)
 
 
 def template_at(run: RunDir, rate: float) -> str:
@@ -78,7 +78,7 @@ def evaluate(
     task: Task = tasks[config.task.name](config.task)
     encoder = PromptEncoder(load_tokenizer(config.model), config.prompt)
     rows, bank = run.read_rows(config.evaluate.split), {r.id: r for r in run.read_rows("train")}
-    prompts = {c.name: _prompts(c, rows, run, bank, encoder, config.evaluate.split) for c in columns}
+    prompts = {c.name: _prompts(c, run, bank, encoder, config.evaluate.split) for c in columns}
     limit, typical = _lengths(config, rows, list(bank.values()), encoder)
     outputs, seconds, probes = generated(config, columns, prompts, limit, typical, watch, template_at(run, 1.0) if config.evaluate.probe else "")
     summary = {
@@ -118,7 +118,7 @@ def speed(columns: Sequence[tuple[str, Column, RunConfig]], watch: Callable[[int
     rows, prompts = RunDir(first.root).read_rows(first.evaluate.split), {}
     for label, column, config in columns:
         run = RunDir(config.root)
-        prompts[label] = _prompts(column, rows, run, {r.id: r for r in run.read_rows("train")}, encoder, first.evaluate.split)
+        prompts[label] = _prompts(column, run, {r.id: r for r in run.read_rows("train")}, encoder, first.evaluate.split)
     limit, typical = _lengths(first, rows, [], encoder)
     named = [replace(column, name=label) for label, column, _ in columns]
     seconds = timed(first, named, prompts, limit, typical, watch)
@@ -132,10 +132,10 @@ def _lengths(config: RunConfig, rows: list[Row], bank: list[Row], encoder: Promp
     return config.evaluate.max_new_tokens or longest + -(-longest // 4), round(sum(own) / len(own))
 
 
-def _prompts(column: Column, rows: list[Row], run: RunDir, bank: dict[str, Row], encoder: PromptEncoder, split: str) -> tuple[list[int], list[list[int]]]:
+def _prompts(column: Column, run: RunDir, bank: dict[str, Row], encoder: PromptEncoder, split: str) -> tuple[list[int], list[list[int]]]:
     """Prefix ids, and each row's ids. Their shots were chosen by the query, since the answer is not known at inference."""
-    shots = run.read_shots(split, bank, column.shots)
-    return encoder.prefix(column.template) + gist.ids(column.gist), [encoder.row(r.query, shots.get(r.id, ())) for r in rows]
+    shots, rows = run.read_shots(split, bank, column.shots), run.read_rows(split, column.rate)
+    return encoder.prefix(column.template) + gist.ids(column.gist), [encoder.row(r.query, shots.get(r.id, ()), r.documents) for r in rows]
 
 
 def _score(task: Task, rows: list[Row], texts: list[str]) -> list[dict[str, float]]:

@@ -113,7 +113,7 @@ def _members(config: FamilyConfig, base: RunConfig, path: Path) -> Iterator[Memb
             if not column.trained and seed != config.seeds[0]:
                 continue  # the base model has no seed
             own = _set(base, column.set, f"{path}: columns.{name}.set")
-            same = digest(own.model_dump(mode="json", exclude={"run_dir", "name", "evaluate", "serve", "cost", "store"}))[:8]
+            same = digest(own.model_dump(mode="json", exclude={"run_dir", "name", "evaluate", "serve", "cost", "store", "cluster"}))[:8]
             yield Member(name, seed, column.trained, own.replace(run_dir=str(base.root / "columns" / f"{name}-{same}" / f"seed-{seed}"), **{"train.seed": seed}))
 
 

@@ -12,20 +12,24 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from pi_ray import cluster, errors
+from pi_ray.mirror import Mirror
 
 Work = Callable[[dict[str, Any]], Any]
 
 
-def fan_out(items: Sequence[dict[str, Any]], make: Callable[..., Work], *args: Any, actors: int = 0, **resources: float) -> list[Any]:
+def fan_out(items: Sequence[dict[str, Any]], make: Callable[..., Work], *args: Any, actors: int = 0, mirror: Mirror | None = None, **options: Any) -> list[Any]:
     """`make(*args)(item)` for each item, in the order of the items. See `stream`."""
-    return [value for _, value in sorted(stream(items, make, *args, actors=actors, **resources), key=lambda pair: pair[0])]
+    return [value for _, value in sorted(stream(items, make, *args, actors=actors, mirror=mirror, **options), key=lambda pair: pair[0])]
 
 
-def stream(items: Sequence[dict[str, Any]], make: Callable[..., Work], *args: Any, actors: int = 0, **resources: float) -> Iterator[tuple[int, Any]]:
+def stream(
+    items: Sequence[dict[str, Any]], make: Callable[..., Work], *args: Any, actors: int = 0, mirror: Mirror | None = None, **options: Any,
+) -> Iterator[tuple[int, Any]]:
     """(place of the item, `make(*args)(item)`) as they are done. Items and results are what JSON can hold. No items: Ray is not touched.
 
-    With `actors`, at most that many processes (each with `resources`: num_cpus, num_gpus) call `make` once and end with the job: for work that
-    loads something large. Without, Ray's running workers call it once for each item: it should be cheap there.
+    With `actors`, at most that many processes call `make` once and end with the job: for work that loads something large. Without, Ray's running
+    workers call it once for each item: it should be cheap there. `mirror` brings them the run directory and takes what they write there.
+    `options` are Ray's, of each actor or task: num_cpus, num_gpus, resources, label_selector (see cluster.options).
     """
     if not items:
         return
@@ -40,16 +44,18 @@ def stream(items: Sequence[dict[str, Any]], make: Callable[..., Work], *args: An
     dataset = ray.data.from_items(numbered, override_num_blocks=len(items))
     if actors:
         pool = ray.data.ActorPoolStrategy(min_size=1, max_size=actors)
-        dataset = dataset.map_batches(_Worker, batch_size=1, compute=pool, fn_constructor_args=(make, args), **resources)
+        dataset = dataset.map_batches(_Worker, batch_size=1, compute=pool, fn_constructor_args=(make, args, mirror), **options)
     else:
-        dataset = dataset.map_batches(_once, batch_size=1, fn_kwargs={"make": make, "args": args}, **resources)
+        dataset = dataset.map_batches(_once, batch_size=1, fn_kwargs={"make": make, "args": args, "mirror": mirror}, **options)
     for row in dataset.iter_rows():
         yield row["place"], _result(json.loads(row["answer"]))
+    if mirror:
+        mirror.pull()
 
 
 class _Worker:
-    def __init__(self, make: Callable[..., Work], args: tuple[Any, ...]):
-        self.make, self.args = make, args
+    def __init__(self, make: Callable[..., Work], args: tuple[Any, ...], mirror: Mirror | None = None):
+        self.make, self.args, self.mirror = make, args, mirror
         self.work: Work | None = None
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
@@ -57,14 +63,16 @@ class _Worker:
 
     def _answer(self, item: dict[str, Any]) -> str:
         try:
+            if self.mirror and not self.work:
+                self.mirror.join()
             self.work = self.work or self.make(*self.args)
             return json.dumps({"value": self.work(item)})
         except errors.PiRayError as error:
             return json.dumps({"error": type(error).__name__, "message": str(error)})
 
 
-def _once(batch: dict[str, Any], make: Callable[..., Work], args: tuple[Any, ...]) -> dict[str, Any]:
-    return _Worker(make, args)(batch)
+def _once(batch: dict[str, Any], make: Callable[..., Work], args: tuple[Any, ...], mirror: Mirror | None) -> dict[str, Any]:
+    return _Worker(make, args, mirror)(batch)
 
 
 def _result(answer: dict[str, Any]) -> Any:

@@ -1,48 +1,101 @@
 """Ingest: the task's rows, checked, into rows/{train,dev,test}.parquet and rejects.jsonl.
 
 What is checked: how many rows are bad, ids that are not unique, splits that are empty, and training queries that also stand in dev or
-test, which would make every score a lie.
+test, which would make every score a lie. Rows go to disk as they come; what is held of each is its id and a short form of its query.
 """
 
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from hashlib import blake2b
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, NamedTuple
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
-from pi_ray.artifact import staged, write_atomic
+from pi_ray.artifact import staged, write_atomic, writing
 from pi_ray.config import TaskConfig
 from pi_ray.errors import DataError
 from pi_ray.protocols import SPLITS, UNLABELLED, Reject, Row, Task
 from pi_ray.retrieve.neighbours import normalised
 from pi_ray.rundir import RunDir
+from pi_ray.stored import RowWriter, StoredRows, write_rows
 
 DEV_SHARE = 0.1  # of the training rows, when the task has no dev rows
 SHOWN = 3  # examples named in an error
+SHORT = 64  # characters of a query that are held
 
-Splits = dict[str, list[Row]]
+
+class Key(NamedTuple):
+    """What the checks need of a row. `query` is normalised; of a long one it has the beginning and a hash of the whole."""
+
+    id: str
+    query: str
+
+
+Splits = dict[str, list[Any]]  # of rows, or of their keys
 
 
 def ingest(task: Task, config: TaskConfig, run: RunDir, fingerprint: str, progress: Callable[[str], None], names: Sequence[str] = SPLITS) -> None:
     """Write the rows artefact: the splits of `names`. Raises DataError when the rows cannot be used; rejects.jsonl is written in any case."""
-    splits, rejects = read(task, names)
-    write_atomic(run.rejects, "".join(json.dumps(asdict(r), ensure_ascii=False) + "\n" for r in rejects))
-    notes = check(splits, rejects, config, run)
-    with staged(run.rows, fingerprint=fingerprint, rows={s: len(rows) for s, rows in splits.items()}, rejected=len(rejects), notes=notes) as folder:
-        for split, rows in splits.items():
-            columns = {name: pa.array([getattr(r, name) for r in rows], pa.string()) for name in ("id", "query", "answer", "group")}
-            pq.write_table(pa.table(columns), folder / f"{split}.parquet", compression="zstd")
-    counts = ", ".join(f"{len(rows)} {s}" for s, rows in splits.items())
-    progress("; ".join([f"rows: {counts}, {len(rejects)} rejected", *notes]))
+    with writing(run.rows):
+        run.root.mkdir(parents=True, exist_ok=True)
+        for left in run.root.glob(".rows-*.read"):
+            shutil.rmtree(left, ignore_errors=True)  # of a run that was killed
+        with TemporaryDirectory(prefix=".rows-", suffix=".read", dir=run.root, ignore_cleanup_errors=True) as folder:
+            keys, rejects, documents = _store(task, names, Path(folder))
+            write_atomic(run.rejects, "".join(json.dumps(asdict(r), ensure_ascii=False) + "\n" for r in rejects))
+            notes = check(keys, rejects, config, run)
+            counts = {split: len(kept) for split, kept in keys.items()}
+            with staged(run.rows, fingerprint=fingerprint, rows=counts, rejected=len(rejects), notes=notes, documents=documents) as made:
+                for split, kept in sorted(keys.items(), key=lambda item: item[0] == "train"):  # train last: dev rows may come out of it
+                    _keep(split, kept, Path(folder), made / f"{split}.parquet")
+    told = ", ".join(f"{n} {split}" for split, n in counts.items())
+    progress("; ".join([f"rows: {told}, {len(rejects)} rejected", *([f"{documents} documents come with rows"] if documents else []), *notes]))
 
 
-def read(task: Task, names: Sequence[str] = SPLITS) -> tuple[Splits, list[Reject]]:
-    """All rows of each split, and all rejects, in the task's order."""
-    splits: Splits = {}
+def _store(task: Task, names: Sequence[str], folder: Path) -> tuple[dict[str, list[Key]], list[Reject], int]:
+    """Write all rows of each split, in the task's order; return their keys, the rejects, and how many documents there are."""
+    keys: dict[str, list[Key]] = {split: [] for split in names}
+    rejects: list[Reject] = []
+    documents = 0
+    for split in names:
+        with RowWriter(folder / f"{split}.parquet") as writer:
+            for row in task.rows(split):
+                if isinstance(row, Reject):
+                    rejects.append(row)
+                    continue
+                writer.add(row)
+                keys[split].append(_key(row))
+                documents += len(row.documents)
+    return keys, rejects, documents
+
+
+def _key(row: Row) -> Key:
+    query = normalised(row.query)
+    if len(query) <= SHORT:
+        return Key(row.id, query)
+    return Key(row.id, f"{query[:SHORT].rstrip()}... {blake2b(query.encode('utf-8', 'surrogatepass'), digest_size=16).hexdigest()}")
+
+
+def _keep(split: str, kept: Sequence[Key], folder: Path, final: Path) -> None:
+    """Of the rows that were stored, those that the checks kept: a file as it is, unless they took rows out or made dev rows of training rows."""
+    own = StoredRows(folder / f"{split}.parquet")
+    if len(own) == len(kept):
+        os.rename(own.path, final)
+        return
+    wanted = {key.id for key in kept}
+    source = own if len(own) else StoredRows(folder / "train.parquet")
+    write_rows(final, (row for row in source if row.id in wanted))
+
+
+def read(task: Task, names: Sequence[str] = SPLITS) -> tuple[dict[str, list[Row]], list[Reject]]:
+    """All rows of each split, held in memory, and all rejects, in the task's order."""
+    splits: dict[str, list[Row]] = {}
     rejects: list[Reject] = []
     for split in names:
         splits[split] = []
@@ -54,6 +107,7 @@ def read(task: Task, names: Sequence[str] = SPLITS) -> tuple[Splits, list[Reject
 def check(splits: Splits, rejects: Sequence[Reject], config: TaskConfig, run: RunDir) -> list[str]:
     """Make `splits` fit to train and score on: a dev split if there is none, no query on both sides. Returns notes for people.
 
+    They hold rows or their keys: anything with `id` and `query`.
     Raises DataError for too many rejects, ids that are not unique, an overlap that is not to be dropped, an empty split. Writes nothing.
     """
     _check_rejects(rejects, config.max_bad_rows, run)
@@ -111,7 +165,7 @@ def _new_queries(splits: Splits) -> list[str]:
     """Unlabelled queries that no split has, each once: a teacher must never be asked what is evaluated."""
     known = {normalised(r.query) for s in SPLITS for r in splits[s]}
     rows = splits.get(UNLABELLED, [])
-    fresh: dict[str, Row] = {}
+    fresh: dict[str, Any] = {}
     for row in rows:
         if (query := normalised(row.query)) not in known:
             fresh.setdefault(query, row)

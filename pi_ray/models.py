@@ -59,6 +59,13 @@ def load_tokenizer(config: ModelConfig) -> Any:
     return _from_pretrained(AutoTokenizer, config)
 
 
+def context_length(config: ModelConfig) -> int:
+    """Tokens that the base model can attend to."""
+    from transformers import AutoConfig
+
+    return _from_pretrained(AutoConfig, config).max_position_embeddings
+
+
 def dtype_of(config: ModelConfig, device: str = "cpu") -> Any:
     """The torch dtype of the base's weights: float32 on CPU, bfloat16 on GPU, unless set."""
     import torch

@@ -158,7 +158,8 @@ def publish(config: RunConfig, console: Console, name: str = "") -> Path:
     from pi_ray import publish as step
 
     folder = step.publish(RunDir(config.root), config, name)
-    console.print(f"[bold]Published[/]  {_short(folder)}", highlight=False)
+    where = f"{config.store.rstrip('/')}/{folder.parent.name}/{folder.name}" if "://" in config.store else _short(folder)
+    console.print(f"[bold]Published[/]  {where}", highlight=False)
     return folder
 
 

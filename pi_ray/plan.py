@@ -90,10 +90,12 @@ class Counter:
     heading: float
     label: float
     achieved: dict[float, float]
+    documents: float = 0.0  # of a row, whole
 
     def shape(self, rate: float, shots: int) -> estimate.Shape:
         kept = self.achieved.get(rate, rate) * (self.template - self.head)
-        return estimate.Shape(self.head + kept, self.query + (self.heading + shots * self.shot if shots else 0), self.label)
+        own = self.query + rate * self.documents
+        return estimate.Shape(self.head + kept, own + (self.heading + shots * self.shot if shots else 0), self.label)
 
 
 def plan(config: RunConfig) -> Plan:
@@ -134,6 +136,7 @@ def _counter(task: Task, rows: Sequence[Row], config: RunConfig) -> Counter:
         heading=fmean(one) - fmean(queries) - shot,
         label=fmean(len(encoder.answer(r.answer)) for r in sample),
         achieved=_achieved(task, config),
+        documents=fmean(len(encoder.row(r.query, (), r.documents)) for r in sample) - fmean(queries),
     )
 
 
@@ -163,8 +166,8 @@ def _money(config: RunConfig, seconds: float, full: estimate.Shape, query: estim
     return cost.economics(config.cost, cost.training_cost(config.cost, seconds, config.train.workers), prices)
 
 
-def render(plan: Plan, console: Console) -> None:
-    """Print the plan."""
+def render(plan: Plan, console: Console, scale: bool = False) -> None:
+    """Print the plan; with `scale` also what more nodes and rows would make of it."""
     from rich.text import Text
 
     config, size = plan.config, plan.size
@@ -187,6 +190,11 @@ def render(plan: Plan, console: Console) -> None:
     full, query = plan.full.prefix + plan.full.row, plan.query.prefix + plan.query.row
     say(f"Inference: {query:,.0f} input tokens instead of {full:,.0f}, {plan.saved / full:.0%} fewer", "bold")
     say(f"Cost: training about {cost.money(plan.money.training, config.cost.currency)}. If quality holds: {cost.payback(plan.money, config.cost)}")
+    if scale or (plan.speed.device == "gpu" and config.train.workers > config.cluster.gpus_per_node):
+        from pi_ray import scale as paper
+
+        console.print()
+        paper.render(plan, console)
 
 
 def _table(plan: Plan):

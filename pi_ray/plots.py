@@ -42,7 +42,7 @@ class Panel:
 
 @dataclass(frozen=True)
 class Span:
-    """Where a phase lies on the axis of updates, what it shows the model (achieved rate), and the dev loss at its end."""
+    """Where a phase lies on the axis of updates, what it shows the model (achieved rate), the dev loss at its end, and whether its adapter is the best one."""
 
     index: int
     phase: Phase
@@ -50,6 +50,7 @@ class Span:
     start: int
     end: int
     dev_loss: float | None
+    best: bool = False
 
 
 def training(updates: Sequence[dict[str, Any]], plain: Sequence[dict[str, Any]], spans: Sequence[Span]) -> str:
@@ -57,17 +58,17 @@ def training(updates: Sequence[dict[str, Any]], plain: Sequence[dict[str, Any]],
     last = max([s.end for s in spans] + [u["step"] for u in [*updates, *plain]], default=1)
     losses = [u["loss"] for u in [*updates, *plain]] + [s.dev_loss for s in spans if s.dev_loss is not None]
     most = max((s.phase.shots for s in spans), default=0)
-    loss = Panel(64, 26, WIDTH - 84, 250, (0, last), (0, _nice(max(losses, default=1.0))))
+    loss = Panel(64, 26, WIDTH - 84, 250, (0, last), (0, nice(max(losses, default=1.0))))
     rate = Panel(64, 322, WIDTH - 84, 62, (0, last), (0, 1))
     shots = Panel(64, 432, WIDTH - 84, 62, (0, last), (0, max(most, 1)))
     parts = [_bands(panel, spans) for panel in (loss, rate, shots)]
-    parts += [_text((loss.px(s.start) + loss.px(s.end)) / 2, loss.top - 9, f"phase {s.index}", "middle", MUTED) for s in spans]
-    parts += [_scale(loss, _ticks(loss.y[1]), "loss"), _scale(rate, [0, 0.5, 1], "template kept", lambda v: f"{v:.0%}")]
+    parts += [_text((loss.px(s.start) + loss.px(s.end)) / 2, loss.top - 9, f"phase {s.index}{' (best on dev rows)' if s.best else ''}", "middle", INK if s.best else MUTED, bold=s.best) for s in spans]
+    parts += [_scale(loss, ticks(loss.y[1]), "loss"), _scale(rate, [0, 0.5, 1], "template kept", lambda v: f"{v:.0%}")]
     parts.append(_scale(shots, sorted({0, max(most, 1)}), "examples", lambda v: f"{v:.0f}"))
     parts += [_curve(loss, plain, COLOURS["plain"], "5 4"), _curve(loss, updates, COLOURS["promptintern"])]
     parts += [_dev_mark(loss, s) for s in spans if s.dev_loss is not None]
     parts += [_stairs(rate, [(s, s.rate) for s in spans]), _stairs(shots, [(s, s.phase.shots) for s in spans])]
-    parts += [_text(shots.px(t), shots.top + shots.height + 18, f"{t:,.0f}", "middle", MUTED) for t in _ticks(last, whole=True)]
+    parts += [_text(shots.px(t), shots.top + shots.height + 18, f"{t:,.0f}", "middle", MUTED) for t in ticks(last, whole=True)]
     parts.append(_text(shots.left + shots.width, shots.top + shots.height + 38, "updates", "end", MUTED))
     names = [("PromptIntern", COLOURS["promptintern"], ""), *([("plain fine-tuning", COLOURS["plain"], "5 4")] if plain else [])]
     parts.append(_legend(loss, names, dev=any(s.dev_loss is not None for s in spans)))
@@ -129,19 +130,19 @@ def _curve(panel: Panel, updates: Sequence[dict[str, Any]], colour: str, dashes:
     """The raw losses thin and pale, their running mean on top."""
     parts = []
     for phase in sorted({u["phase"] for u in updates}):  # no mean over a border: the losses belong to different prompts
-        points = _thinned([(u["step"], u["loss"]) for u in updates if u["phase"] == phase])
+        points = thinned([(u["step"], u["loss"]) for u in updates if u["phase"] == phase])
         pixels = [(panel.px(x), panel.py(y)) for x, y in points]
-        parts += ["" if dashes else _line(pixels, colour, 1, opacity=0.35), _line(_running_mean(pixels), colour, 2.2, dashes)]
+        parts += ["" if dashes else _line(pixels, colour, 1, opacity=0.35), _line(running_mean(pixels), colour, 2.2, dashes)]
     return "".join(parts)
 
 
-def _running_mean(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+def running_mean(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
     width = max(1, len(points) // 16)
     windows = [points[max(0, i - width) : i + width + 1] for i in range(len(points))]
     return [(x, sum(y for _, y in w) / len(w)) for (x, _), w in zip(points, windows, strict=True)]
 
 
-def _thinned(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
+def thinned(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
     size = math.ceil(len(points) / MOST_POINTS) or 1
     buckets = [points[i : i + size] for i in range(0, len(points), size)]
     return [(sum(x for x, _ in b) / len(b), sum(y for _, y in b) / len(b)) for b in buckets]
@@ -184,15 +185,15 @@ def _colour(name: str) -> str:
     return COLOURS.get(name, "#8a5a99")
 
 
-def _nice(high: float) -> float:
+def nice(high: float) -> float:
     """The next round number above `high`."""
     unit = 10 ** math.floor(math.log10(high)) if high > 0 else 1
     return next(unit * m for m in (1, 1.5, 2, 3, 4, 5, 8, 10) if unit * m >= high * 0.9999)
 
 
-def _ticks(high: float, whole: bool = False) -> list[float]:
+def ticks(high: float, whole: bool = False) -> list[float]:
     """About five round numbers from 0 to `high`."""
-    unit = _nice(high / 5)
+    unit = nice(high / 5)
     unit = max(1, round(unit)) if whole else unit
     return [i * unit for i in range(int(high / unit + 1e-9) + 1)]
 

@@ -11,11 +11,9 @@ from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
-from pi_ray import shards
-from pi_ray.artifact import digest_file, is_current, read_manifest, staged, write_atomic
+from pi_ray import cluster, mirror, shards
+from pi_ray.artifact import is_current, staged
+from pi_ray.compress import documents
 from pi_ray.compress.compress import Compressed, cached, compress_template, load
 from pi_ray.config import RunConfig
 from pi_ray.fanout import fan_out
@@ -23,9 +21,9 @@ from pi_ray.ingest import ingest
 from pi_ray.models import load_tokenizer
 from pi_ray.prompt import PromptEncoder, Template
 from pi_ray.protocols import SPLITS, UNLABELLED, Task
-from pi_ray.rundir import RunDir, distinct_rates, most_shots, phases_of, prepare_fingerprint, wants_unlabelled
+from pi_ray.retrieve.retrieve import find_neighbours, has_neighbours
+from pi_ray.rundir import RunDir, distinct_rates, phases_of, prepare_fingerprint, rate_name, wants_unlabelled
 
-NEIGHBOUR_ROWS = 512  # rows of one neighbour search
 COMPRESS_THREADS = 4
 
 Progress = Callable[[str], None]
@@ -51,15 +49,17 @@ def prepare(config: RunConfig, progress: Progress = print) -> str:
         ingest(task, config.task, run, fingerprint, progress, _splits(config))
     if not is_current(run.templates, fingerprint):
         _templates(config, template, tokenizer, run, fingerprint, progress)
-    if not _has_neighbours(config, run, fingerprint):
-        _neighbours(config, run, fingerprint, progress)
+    if not documents.is_done(run, fingerprint):
+        documents.compress_documents(config, run, fingerprint, _documents(config), progress)
+    if not has_neighbours(config, run, fingerprint):
+        find_neighbours(config, run, fingerprint, _splits(config), progress)
     _phases(config, encoder, run, fingerprint, progress)
     return fingerprint
 
 
 def _is_done(config: RunConfig, run: RunDir, fingerprint: str) -> bool:
     folders = [run.rows, run.templates, *(run.phase(name) for name, *_ in _plan(config))]
-    return all(is_current(f, fingerprint) for f in folders) and _has_neighbours(config, run, fingerprint)
+    return all(is_current(f, fingerprint) for f in folders) and documents.is_done(run, fingerprint) and has_neighbours(config, run, fingerprint)
 
 
 def _plan(config: RunConfig) -> list[tuple[str, str, float, int]]:
@@ -67,6 +67,12 @@ def _plan(config: RunConfig) -> list[tuple[str, str, float, int]]:
     phases = [(str(i), "train", p.rate, p.shots) for i, p in phases_of(config)]
     unlabelled = [(f"{UNLABELLED}-{i}", UNLABELLED, p.rate, p.shots) for i, p in phases_of(config)] if wants_unlabelled(config) else []
     return [*phases, *unlabelled, ("dev", "dev", *phases[-1][2:])]
+
+
+def _documents(config: RunConfig) -> list[tuple[str, float]]:
+    """(split, template rate) of which the rows' own documents are needed compressed: what each dataset has, and the test rows at inference."""
+    plan = _plan(config)
+    return [(split, rate) for split, rate in [*((split, rate) for _, split, rate, _ in plan), ("test", plan[-1][2])] if 0 < rate < 1]
 
 
 def _splits(config: RunConfig) -> tuple[str, ...]:
@@ -96,69 +102,17 @@ def _templates(config: RunConfig, template: Template, tokenizer: Any, run: RunDi
     """Compress the template once for each rate of the schedule; rates that were made before need no actor."""
     made = {rate: cached(template, rate, tokenizer, config.compress) for rate in distinct_rates(config)}
     missing = [rate for rate, found in made.items() if found is None]
-    results = fan_out([{"rate": rate} for rate in missing], CompressRates, config, template, actors=1)
+    results = fan_out([{"rate": rate} for rate in missing], CompressRates, config, template, actors=1, mirror=mirror.of(run.root), **cluster.options(config, "prepare"))
     made.update((rate, Compressed(**result)) for rate, result in zip(missing, results, strict=True))
     entries = []
     with staged(run.templates, fingerprint=fingerprint) as folder:
         for rate, result in made.items():
-            file = f"rate-{rate:.2f}.txt" if round(rate, 2) == rate else f"rate-{rate}.txt"
+            file = f"rate-{rate_name(rate)}.txt"
             entries.append({"rate": rate, "compressor": config.compress.label, "file": file, **asdict(result)})
             (folder / file).write_text(result.text + "\n", encoding="utf-8")
             note = f"; {result.note}" if result.note else ""
             progress(f"templates: rate {rate:g} -> achieved {result.achieved:.2f} ({result.tokens} of {result.full_tokens} tokens){note}")
         (folder / "templates.json").write_text(json.dumps(entries, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-# Neighbours
-
-
-class FindNeighbours:
-    """Work of an actor: indexes the training rows once for each side that is asked for, then any number of row ranges."""
-
-    def __init__(self, config: RunConfig, k: int):
-        run = RunDir(config.root)
-        self.config, self.k = config.retrieve, k
-        self.rows = {split: run.read_rows(split) for split in _splits(config)}
-        self.banks: dict[str, Any] = {}
-
-    def __call__(self, item: dict[str, Any]) -> list[Any]:
-        """[id, split, neighbour ids, scores] of each row in the range."""
-        from pi_ray.retrieve.neighbours import Bank, part
-
-        by = self.config.by if item["split"] == "train" else "query"
-        if by not in self.banks:
-            self.banks[by] = Bank(part(self.rows["train"], self.config.bank_fraction), self.config, by)
-        rows = self.rows[item["split"]][item["begin"] : item["end"]]
-        return [[r.id, item["split"], f.ids, f.scores] for r, f in zip(rows, self.banks[by].find(rows, self.k), strict=True)]
-
-
-def _has_neighbours(config: RunConfig, run: RunDir, fingerprint: str) -> bool:
-    """Whether neighbours.parquet is there and undamaged; its hash stands beside it. True too when the run needs none."""
-    if not most_shots(config):
-        return True
-    try:
-        sidecar = json.loads(run.neighbours.with_suffix(".json").read_bytes())
-        return sidecar["fingerprint"] == fingerprint and sidecar["sha256"] == digest_file(run.neighbours)
-    except (OSError, ValueError, KeyError):
-        return False
-
-
-def _neighbours(config: RunConfig, run: RunDir, fingerprint: str, progress: Progress) -> None:
-    """Find the examples of all rows and write neighbours.parquet, in the order of the splits and their rows."""
-    k, counts = most_shots(config), read_manifest(run.rows)["rows"]
-    items = [{"split": s, "begin": a, "end": min(a + NEIGHBOUR_ROWS, counts[s])} for s in _splits(config) for a in range(0, counts[s], NEIGHBOUR_ROWS)]
-    rows = [row for part in fan_out(items, FindNeighbours, config, k, actors=-(-len(items) // 4)) for row in part]
-    ids, split, near, scores = (list(column) for column in zip(*rows, strict=True))
-    table = pa.table({
-        "id": ids, "split": split, "neighbours": pa.array(near, pa.list_(pa.string())), "scores": pa.array(scores, pa.list_(pa.float32())),
-    })
-    sink = pa.BufferOutputStream()
-    pq.write_table(table, sink, compression="zstd")
-    write_atomic(run.neighbours, sink.getvalue().to_pybytes())
-    sidecar = {"fingerprint": fingerprint, "sha256": digest_file(run.neighbours), "rows": len(rows)}
-    write_atomic(run.neighbours.with_suffix(".json"), json.dumps(sidecar, indent=1) + "\n")
-    train = [score for row in rows if row[1] == "train" for score in row[3]]
-    progress(f"neighbours: {k} for each of {len(rows)} rows, mean BLEU {sum(train) / max(len(train), 1):.1f} between train answers")
 
 
 # Phases
@@ -167,15 +121,15 @@ def _neighbours(config: RunConfig, run: RunDir, fingerprint: str, progress: Prog
 def _phases(config: RunConfig, encoder: PromptEncoder, run: RunDir, fingerprint: str, progress: Progress) -> None:
     """One Ray Data job over the unfinished shards of all phases, then each phase is sealed."""
     texts = {e["rate"]: e["text"] for e in json.loads((run.templates / "templates.json").read_bytes())}
-    rows = {split: run.read_rows(split) for split in _splits(config) if split != "test"}
+    rows = {split: run.rows_of(split) for split in _splits(config) if split != "test"}
     plan = [p for p in _plan(config) if not is_current(run.phase(p[0]), fingerprint)]
     shards.remove_stale(run.phases, {name for name, *_ in _plan(config)}, fingerprint)
     folders = {name: shards.working_folder(run.phase(name), fingerprint) for name, *_ in plan}
-    planned = [s for name, split, _, shots in plan for s in shards.plan(folders[name], split, shots, len(rows[split]))]
+    planned = [s for name, split, rate, shots in plan for s in shards.plan(folders[name], split, shots, len(rows[split]), rate)]
     todo = [s for s in planned if not shards.is_finished(s, rows[s.split])]
     if len(todo) < len(planned):
         progress(f"phases: {len(planned) - len(todo)} of {len(planned)} shards were already there")
-    fan_out([asdict(s) for s in todo], shards.Builder, config, fingerprint)
+    fan_out([asdict(s) for s in todo], shards.Builder, config, fingerprint, mirror=mirror.of(run.root), **cluster.options(config, "prepare"))
     for name, _, rate, shots in plan:
         text = texts.get(rate, "")
         made = shards.publish(

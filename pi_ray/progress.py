@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -12,6 +13,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 EVERY_S = 10.0
+STEPS = ("Prepare", "Train", "Evaluate", "Report", "Published")  # how the lines begin that say what a run is doing
+LINE = re.compile(r"\s*(?P<title>\S.*): (?P<done>\d+)/(?P<total>\d+)  (?P<text>.*)")
 
 
 class Watch:
@@ -43,13 +46,37 @@ class Watch:
             self.bar.update(self.task, completed=done, text=text)
         elif now - self.shown >= EVERY_S or done >= self.total:
             self.shown = now
-            self.console.print(f"{self.title}: {done}/{self.total}  {text}", highlight=False)
+            self.console.print(line(self.title, done, self.total, text), highlight=False)
 
     def _left(self, seconds: float | None) -> str:
         (then, before), (now, done) = self.recent[0], self.recent[-1]
         if seconds is None and done > before:
             seconds = (now - then) * (self.total - done) / (done - before)
         return "" if seconds is None else f"  {seconds:.0f} s left" if seconds < 120 else f"  {seconds / 60:.0f} min left"
+
+
+def line(title: str, done: int, total: int, text: str) -> str:
+    """What is printed where there is no live bar. `Seen` reads it again from the log of a job."""
+    return f"{title}: {done}/{total}  {text}"
+
+
+class Seen:
+    """What the log of a run says of where it stands, in one line: `step`, and `at` within it."""
+
+    def __init__(self) -> None:
+        self.step = self.at = ""
+
+    def take(self, line: str) -> bool:
+        """Read one line of the log; True when it is progress, which the next one outdates."""
+        if line.startswith(tuple(f"{step}  " for step in STEPS)):
+            self.step, self.at = line.split(maxsplit=1)[0].lower(), ""
+        found = LINE.fullmatch(line)
+        if found:
+            self.at = f"{found['title']} {found['done']}/{found['total']}  {found['text']}".rstrip()
+        return bool(found)
+
+    def __str__(self) -> str:
+        return "  ".join(filter(None, (self.step, self.at)))
 
 
 def training(watch: Watch, costs: Sequence[float]) -> Callable[[dict[str, Any]], None]:
@@ -62,12 +89,33 @@ def training(watch: Watch, costs: Sequence[float]) -> Callable[[dict[str, Any]],
             done = entry["step"] + 1
             recent.append((costs[entry["step"]], entry["seconds"]))
             left = ahead[done] * sum(s for _, s in recent) / sum(c for c, _ in recent)
-            watch.to(done, f"phase {entry['phase']}  loss {entry['loss']:.3f}  {entry['tokens'] / entry['seconds']:.0f} tokens/s", left)
-        elif entry.get("event") == "phase_end":
-            watch.console.print(f"{watch.title}: phase {entry['phase']} done, dev loss {entry['dev_loss']:.3f}; adapter written", highlight=False)
-        elif entry.get("event") == "taught":
-            watch.console.print(f"{watch.title}: the teacher answered {entry['answered']} of {entry['queries']} unlabelled queries, {entry['kept']} of them surely enough to learn from", highlight=False)
-        elif entry.get("event") == "plain_batches":
-            watch.console.print(f"{watch.title}: plain batches, since {entry['reason']}", highlight=False)
+            watch.to(done, f"phase {entry['phase']}  loss {entry['loss']:.3f}  {entry['tokens'] / entry['seconds']:.0f} tokens/s{_saved(entry)}", left)
+        elif said := _event(entry):
+            watch.console.print(f"{watch.title}: {said}", highlight=False)
 
     return listen
+
+
+def _saved(entry: dict[str, Any]) -> str:
+    """The share of tokens that need not pass through the model, since the rows of a batch share their prefix."""
+    share = 1 - entry["tokens"] / entry["plain_tokens"] if entry.get("plain_tokens") else 0
+    return f", {share:.0%} saved by sharing" if share >= 0.005 else ""
+
+
+def _event(entry: dict[str, Any]) -> str:
+    """An event of the training log in words; "" for one that nobody need be told."""
+    match entry.get("event"):
+        case "dev":
+            return f"update {entry['step'] + 1}, dev loss {entry['dev_loss']:.3f}, dev accuracy {entry['dev_accuracy']:.1%}"
+        case "phase_end":
+            best = f", as it was after update {entry['best_step'] + 1}" if entry.get("best_step", entry["step"]) != entry["step"] else ""
+            return f"phase {entry['phase']} done{' early, no more gain' if entry.get('early') else ''}, dev loss {entry['dev_loss']:.3f}; adapter written{best}"
+        case "best":
+            return f"the best adapter on dev rows is that of phase {entry['phase']} ({entry['dev_accuracy']:.1%} of their tokens right)"
+        case "taught":
+            return f"the teacher answered {entry['answered']} of {entry['queries']} unlabelled queries, {entry['kept']} of them surely enough to learn from"
+        case "plain_batches":
+            return f"plain batches, since {entry['reason']}"
+        case "warning":
+            return f"warning: {entry['text']}"
+    return ""

@@ -8,6 +8,7 @@ rows of a phase, so it can be computed once) and `row` (examples + query + chat 
 from __future__ import annotations
 
 import re
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,17 +79,29 @@ class Encoded:
         return self.prefix + self.row
 
 
-def text_of(config: PromptConfig, query: str, template: str = "", shots: Sequence[Example] = ()) -> str:
+def text_of(config: PromptConfig, query: str, template: str = "", shots: Sequence[Example] = (), documents: Sequence[str] = ()) -> str:
     """A whole prompt as text, for a model behind an API: the words that PromptEncoder puts between chat head and tail."""
-    return (template + "\n\n" if template else "") + _body(config, query, shots)
+    return (template + "\n\n" if template else "") + _body(config, query, shots, documents)
 
 
-def _body(config: PromptConfig, query: str, shots: Sequence[Example]) -> str:
-    body = config.query.replace("{query}", query)
-    if not shots:
-        return body
+def _body(config: PromptConfig, query: str, shots: Sequence[Example], documents: Sequence[str]) -> str:
+    """The row's own documents, examples, query."""
     rendered = [config.example.replace("{query}", s.query).replace("{answer}", s.answer) for s in shots]
-    return "\n\n".join([*([config.examples_heading] if config.examples_heading else []), *rendered, body])
+    heading = [config.examples_heading] if shots and config.examples_heading else []
+    return "\n\n".join([*documents, *heading, *rendered, config.query.replace("{query}", query)])
+
+
+_tokenizing = threading.Lock()  # a call sets how the tokenizer treats special tokens, and a server's threads share one tokenizer
+
+
+def content_ids(tokenizer: Any, text: str) -> list[int]:
+    """Ids of a user's text: a special token spelled out in it stays text, so that a query cannot end its own turn."""
+    return _ids(tokenizer, text, split_special_tokens=True)
+
+
+def _ids(tokenizer: Any, text: str, split_special_tokens: bool) -> list[int]:
+    with _tokenizing:
+        return tokenizer(text, add_special_tokens=False, split_special_tokens=split_special_tokens).input_ids
 
 
 class PromptEncoder:
@@ -100,19 +113,20 @@ class PromptEncoder:
         self.head, self.tail = _chat_frame(tokenizer, config.chat)
         if tokenizer.eos_token_id is None:
             raise ModelError("the tokenizer has no end-of-sequence token; pi-ray needs one to know where an answer ends")
-        empty = tokenizer("").input_ids
+        with _tokenizing:
+            empty = tokenizer("").input_ids
         self.bos = [] if not empty or tokenizer.bos_token_id not in empty or (self.head and self.head.startswith(tokenizer.bos_token)) else [tokenizer.bos_token_id]
 
     def prefix(self, template: str) -> list[int]:
         """Chat head and template text; the head alone when the template is internalised (rate 0)."""
         return self.bos + self._frame(self.head) + (self._content(template + "\n\n") if template else [])
 
-    def row(self, query: str, shots: Sequence[Example] = ()) -> list[int]:
-        """Examples (least similar first, so that the best one stands next to the query), query, chat tail."""
-        return self._content(_body(self.config, query, shots)) + self._frame(self.tail)
+    def row(self, query: str, shots: Sequence[Example] = (), documents: Sequence[str] = ()) -> list[int]:
+        """The row's own documents, examples (least similar first, so that the best one stands next to the query), query, chat tail."""
+        return self._content(_body(self.config, query, shots, documents)) + self._frame(self.tail)
 
-    def encode(self, query: str, template: str = "", shots: Sequence[Example] = ()) -> Encoded:
-        return Encoded(self.prefix(template), self.row(query, shots))
+    def encode(self, query: str, template: str = "", shots: Sequence[Example] = (), documents: Sequence[str] = ()) -> Encoded:
+        return Encoded(self.prefix(template), self.row(query, shots, documents))
 
     def answer(self, answer: str) -> list[int]:
         """The label ids: the answer and the end-of-sequence token."""
@@ -126,11 +140,10 @@ class PromptEncoder:
         return self.tokenizer.decode(ids, skip_special_tokens=True).strip()
 
     def _frame(self, text: str) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=False).input_ids if text else []
+        return _ids(self.tokenizer, text, split_special_tokens=False) if text else []
 
     def _content(self, text: str) -> list[int]:
-        """Ids of a user's text: a special token spelled out in it stays text, so that a query cannot end its own turn."""
-        return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
+        return content_ids(self.tokenizer, text)
 
 
 def _chat_frame(tokenizer: Any, chat: str) -> tuple[str, str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 if TYPE_CHECKING:
     import numpy as np
@@ -19,12 +19,16 @@ UNLABELLED = "unlabelled"  # a fourth, of rows with an empty answer, that a teac
 
 @dataclass(frozen=True)
 class Row:
-    """One labelled query. `id` is unique over all splits; `group` names a part of the test set that is reported apart."""
+    """One labelled query. `id` is unique over all splits; `group` names a part of the test set that is reported apart.
+
+    `documents` come with the query, such as passages that were retrieved for it; a prompt has them as compressed as its template.
+    """
 
     id: str
     query: str
     answer: str
     group: str = ""
+    documents: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -105,10 +109,26 @@ class GenerationRequest:
     top_p: float = 1.0
     seed: int | None = None
     stop: tuple[str, ...] = field(default=())
+    logprobs: int | None = None  # how many of the likeliest tokens come with each token; None: no log-probabilities at all
+
+
+class Token(NamedTuple):
+    """One generated token. `logprob` is its natural log-probability under the model (temperature 1), `top` the likeliest (id, logprob), best first."""
+
+    id: int
+    logprob: float | None = None
+    top: tuple[tuple[int, float], ...] = ()
 
 
 class Engine(Protocol):
-    """Constructed with (ModelConfig, ServeConfig) inside a Serve replica."""
+    """Constructed with (ModelConfig, ServeConfig) inside a Serve replica.
 
-    def generate(self, request: GenerationRequest) -> AsyncIterator[int]:
-        """Token ids as they are generated, ending after the end-of-sequence token, `stop` or the limit. Closing it frees the slot."""
+    May also have: check(), which raises when no answer can be expected any more; stats(), counts and gauges for metrics; merge(folder), called once
+    before the first request when serve.merge is set.
+    """
+
+    def generate(self, request: GenerationRequest) -> AsyncIterator[Token]:
+        """Tokens as they are generated, ending after the end-of-sequence token, `stop` or the limit. Closing it frees the slot.
+
+        Raises AdapterError when the adapter does not fit the base model.
+        """

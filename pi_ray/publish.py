@@ -1,25 +1,24 @@
-"""Publish: the run's best adapter -> the next version in the adapter store, with hashes and a model card.
+"""Publish: the run's best adapter -> the next version in the adapter store, with hashes, a model card, and what the drift guard needs.
 
-    store/<name>/v0001/   adapter_model.safetensors, adapter_config.json, pi_ray.json, README.md, manifest.json
+    store/<name>/v0001/   adapter_model.safetensors, adapter_config.json, pi_ray.json, prompt.json, README.md, manifest.json
     store/<name>/latest.json
 """
 
 from __future__ import annotations
 
-import fcntl
 import json
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from pi_ray.artifact import digest, seal, staged, verify, write_atomic
-from pi_ray.config import RunConfig
-from pi_ray.errors import AdapterError, CorruptArtifactError
+from pi_ray.artifact import digest, seal, verify, write_atomic
+from pi_ray.config import PromptConfig, RunConfig
+from pi_ray.errors import AdapterError
 from pi_ray.models import PACKAGED
 from pi_ray.rundir import RunDir
-from pi_ray.serving.adapters import NAME, VERSION
+from pi_ray.serving import drift
+from pi_ray.serving.adapters import NAME, AdapterStore
+from pi_ray.serving.aliases import LATEST
 from pi_ray.serving.completion import base_name
 from pi_ray.serving.verify import CARD, CONFIG, WEIGHTS, check, read_json
 
@@ -27,7 +26,7 @@ COLUMNS = {"base": "base, query alone", "base_full_prompt": "base, full prompt",
 
 
 def publish(run: RunDir, config: RunConfig, name: str = "") -> Path:
-    """The version folder in the store. An adapter that is there already is not copied again, only made the latest.
+    """The version's folder: in the store, or of a store behind a URL this machine's copy. An adapter that is there already is only made the latest.
 
     Raises AdapterError (bad name, nothing trained, not servable) or CorruptArtifactError (the trained adapter was changed on disk).
     """
@@ -41,52 +40,47 @@ def publish(run: RunDir, config: RunConfig, name: str = "") -> Path:
     missing = {WEIGHTS, CONFIG, CARD} - set(files)
     if missing:
         raise AdapterError(f"{source}: {', '.join(sorted(missing))} missing; train again")
-    fingerprint = digest({file: files[file]["sha256"] for file in (WEIGHTS, CONFIG, CARD)})
-    folder = Path(config.store) / name
-    with _locked(folder):
-        version = _existing(folder, fingerprint) or _add(folder, source, fingerprint, run, name)
-        write_atomic(folder / "latest.json", json.dumps({"version": version}) + "\n")
-    return folder / version
+    prompt = _prompt(run, read_json(source / CARD)) if config.serve.drift_guard else None
+    made_from = {file: files[file]["sha256"] for file in (WEIGHTS, CONFIG, CARD)}
+    fingerprint = digest({**made_from, drift.PROMPT: digest(prompt)} if prompt else made_from)
+    place = AdapterStore(config.store).place
+    with place.lock(name):
+        version = place.find(name, fingerprint) or _add(place, name, source, fingerprint, run, prompt)
+        place.write(name, LATEST, json.dumps({"version": version}) + "\n")
+    return place.version(name, version)
 
 
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """One publisher at a time, so that two do not take the same version number. The lock goes with the process."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
-
-
-def _versions(folder: Path) -> list[str]:
-    return sorted((p.name for p in folder.iterdir() if VERSION.fullmatch(p.name)), key=lambda v: int(v[1:]))
-
-
-def _existing(folder: Path, fingerprint: str) -> str:
-    """The version that holds this adapter undamaged, or ""."""
-    for version in reversed(_versions(folder)):
-        try:
-            if verify(folder / version).get("fingerprint") == fingerprint:
-                return version
-        except CorruptArtifactError:
-            continue  # left for its owner to look at; serving refuses it
-    return ""
-
-
-def _add(folder: Path, source: Path, fingerprint: str, run: RunDir, name: str) -> str:
+def _add(place: Any, name: str, source: Path, fingerprint: str, run: RunDir, prompt: dict[str, Any] | None) -> str:
     """Check, copy, describe and check again, and only then give the folder its name."""
     check(source)
-    version = f"v{int(next(iter(reversed(_versions(folder))), 'v0')[1:]) + 1:04d}"
-    with staged(folder / version, fingerprint=fingerprint, adapter=name, version=version) as tmp:
+    version = f"v{int(next(iter(reversed(place.versions(name))), 'v0')[1:]) + 1:04d}"
+    with place.stage(name, version, fingerprint) as tmp:
         card = read_json(source / CARD)
         shutil.copyfile(source / WEIGHTS, tmp / WEIGHTS)
         shutil.copyfile(source / CARD, tmp / CARD)
         config = {**read_json(source / CONFIG), "base_model_name_or_path": _public_base(card["base"])}
         write_atomic(tmp / CONFIG, json.dumps(config, indent=1, sort_keys=True) + "\n")
-        write_atomic(tmp / "README.md", model_card(name, version, card, config, _scores(run)))
-        seal(tmp)  # `check` reads the manifest; leaving `staged` writes it again, with its facts
+        if prompt:
+            write_atomic(tmp / drift.PROMPT, json.dumps(prompt, indent=1, ensure_ascii=False) + "\n")
+        write_atomic(tmp / "README.md", model_card(name, version, card, config, _scores(run), bool(prompt)))
+        seal(tmp)  # `check` reads the manifest; leaving `stage` writes it again, with its facts
         check(tmp)
     return version
+
+
+def _prompt(run: RunDir, card: dict[str, Any]) -> dict[str, Any] | None:
+    """prompt.json, from the run's templates and training rows; None where the run has another template now than the adapter was trained with, or one too long."""
+    try:
+        templates = json.loads((run.templates / "templates.json").read_bytes())
+    except FileNotFoundError:
+        return None
+    full = next(t["text"] for t in templates if t["rate"] == 1)
+    if card.get("full_template_sha256") not in {digest(t["text"]) for t in templates} or len(full) > drift.MAX_TEMPLATE:
+        return None
+    compressed = [{"rate": t["rate"], "achieved": t["achieved"], "text": t["text"]} for t in templates if 0 < t["rate"] < 1]
+    form = PromptConfig(**card["prompt"]).example
+    rows = run.read_rows("train") if (run.rows / "train.parquet").is_file() else []
+    return drift.record(full, compressed, [form.replace("{query}", row.query).replace("{answer}", row.answer) for row in rows])
 
 
 def _public_base(base: str) -> str:
@@ -101,8 +95,9 @@ def _scores(run: RunDir) -> dict[str, Any]:
         return {}
 
 
-def model_card(name: str, version: str, card: dict[str, Any], config: dict[str, Any], scores: dict[str, Any]) -> str:
-    """README.md in Markdown, with the front matter that model hubs read."""
+def model_card(name: str, version: str, card: dict[str, Any], config: dict[str, Any], scores: dict[str, Any], prompt: bool = False) -> str:
+    """README.md in Markdown, with the front matter that model hubs read. `prompt`: whether prompt.json is published too."""
+    guard = f"`{drift.PROMPT}` holds the template, so that a client which still sends it is recognised: the server takes it away." if prompt else ""
     full, own = card["full_prompt_tokens"], card["query_prompt_tokens"]
     sent = "the query alone" if not card["template"] else f"the query after a template compressed to rate {card.get('rate', 0):g} (the server adds it)"
     return f"""---
@@ -125,6 +120,7 @@ Trained by pi-ray (PromptIntern) in the run `{card.get("run", "")}`, phase {card
 
 Send {sent}, as one user message. Format: `chat: {card["prompt"].get("chat", "model")}`, query worded as `{json.dumps(card["prompt"].get("query", "{query}"))[1:-1]}`.
 Decoding is greedy unless the request says otherwise. Answers were at most {card["max_answer_tokens"]} tokens long in training.
+{guard}
 
 ## Scores on held-out rows
 
@@ -144,7 +140,7 @@ client = OpenAI(base_url="http://127.0.0.1:8000/v1", api_key="none")
 print(client.chat.completions.create(model="{name}", messages=[{{"role": "user", "content": "YOUR QUERY"}}]).choices[0].message.content)
 ```
 
-`{name}@{version}` asks for this version even after a newer one is published.
+`{name}@{version}` asks for this version, whichever one is released (`pi-ray release {name}`).
 
 ## Licence
 

@@ -69,5 +69,6 @@ backends = Registry("backend", {
 })
 engines = Registry("engine", {
     "transformers": "pi_ray.serving.engines:TransformersEngine",
+    "vllm": "pi_ray.serving.vllm:VllmEngine",
 })
 KINDS = {r.kind: r for r in (tasks, compressors, encoders, schedules, backends, engines)}

@@ -70,6 +70,7 @@ def _context(run: RunDir, config: RunConfig, summary: dict[str, Any]) -> dict[st
         "group_lines": results.group_lines(summary, metric),
         "cost": _cost(summary, config),
         "phases": _phase_lines(run, spans),
+        "neighbours": _neighbours(run, config),
         "tokens_svg": plots.tokens(summary),
         "quality_svg": plots.quality(summary, metric),
         "training_svg": plots.training(updates, plain, spans) if updates else "",
@@ -146,12 +147,13 @@ def _updates(path: Path) -> list[dict[str, Any]]:
 def _spans(run: RunDir, config: RunConfig, updates: Sequence[dict[str, Any]], templates: Sequence[dict[str, Any]]) -> list[plots.Span]:
     """The phases on the axis of updates. A phase with no update in the log is left out."""
     ends = {e["phase"]: e.get("dev_loss") for e in _log(run.train_log) if e.get("event") == "phase_end"}
+    best = {e["phase"] for e in _log(run.train_log) if e.get("event") == "best"}
     achieved = {t["rate"]: t["achieved"] for t in templates}
     spans, start = [], min((u["step"] for u in updates), default=0)
     for i, phase in enumerate(plan_phases(config.schedule)):
         steps = [u["step"] for u in updates if u["phase"] == i]
         if steps:
-            spans.append(plots.Span(i, phase, achieved.get(phase.rate, phase.rate), start, max(steps), ends.get(i)))
+            spans.append(plots.Span(i, phase, achieved.get(phase.rate, phase.rate), start, max(steps), ends.get(i), i in best))
             start = max(steps)
     return spans
 
@@ -172,6 +174,14 @@ def _phase_lines(run: RunDir, spans: Sequence[plots.Span]) -> list[list[str]]:
         loss = f"{span.dev_loss:.4f}" if span.dev_loss is not None else "–"
         table.append([str(span.index), f"{span.phase.rate:.0%}", f"{span.rate:.0%}", str(span.phase.shots), rows, str(span.phase.epochs), *tokens, loss])
     return table
+
+
+def _neighbours(run: RunDir, config: RunConfig) -> str:
+    """How the examples were found; empty where there are none, or where an earlier version found them."""
+    from pi_ray.retrieve.retrieve import read_facts, summary
+
+    facts = read_facts(run)
+    return summary(facts, config.retrieve.by) if "method" in facts else ""
 
 
 def _samples(run: RunDir, found: dict[str, Any], most: int) -> Iterator[dict[str, Any]]:

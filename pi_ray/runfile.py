@@ -36,7 +36,7 @@ def read(path: Path) -> str:
 
 def parse(text: str, source: str, overrides: Sequence[str] = (), folder: Path | None = None) -> RunConfig:
     """As `load`, from text; `source` is the name used in messages, `folder` what relative task paths start from."""
-    return _absolute(check(RunConfig, text, source, overrides), folder or Path.cwd())
+    return absolute(check(RunConfig, text, source, overrides), folder or Path.cwd())
 
 
 def check(model: type[M], text: str, source: str, overrides: Sequence[str] = ()) -> M:
@@ -63,9 +63,10 @@ def check(model: type[M], text: str, source: str, overrides: Sequence[str] = ())
         raise ConfigError("\n".join(_explain(e, source, lines, model) for e in error.errors())) from None
 
 
-def _absolute(config: RunConfig, folder: Path) -> RunConfig:
+def absolute(config: RunConfig, folder: Path) -> RunConfig:
+    """The config with every path absolute: those of `task` start from `folder`, run directory, store and keys file from the current one."""
     def at(base: Path, value: str) -> str:
-        return str(base / Path(value).expanduser()) if value else ""
+        return str(base / Path(value).expanduser()) if value and "://" not in value else value
 
     task = config.task
     paths = {k: at(folder, getattr(task, k)) for k in ("train", "dev", "test", "queries", "template", "folder", "docs")} if task.name != "opsql" else {}
@@ -73,6 +74,7 @@ def _absolute(config: RunConfig, folder: Path) -> RunConfig:
         "task": task.model_copy(update=paths),
         "run_dir": at(Path.cwd(), config.run_dir or f"runs/{config.name}"),
         "store": at(Path.cwd(), config.store or "store"),
+        "serve": config.serve.model_copy(update={"keys_file": at(Path.cwd(), config.serve.keys_file)}),
     })
 
 

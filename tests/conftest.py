@@ -14,23 +14,23 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory) -> Path:
     """A random Llama of 2 layers and width 32 with SmolLM2's tokenizer, as a folder that `model.base` can name."""
-    return _tiny("Llama", tmp_path_factory)
+    return tiny(tmp_path_factory.mktemp("tiny-llama"), "Llama")
 
 
 @pytest.fixture(scope="session")
 def tiny_mixtral(tmp_path_factory) -> Path:
     """As `tiny_model`, a Mixtral: in each layer 4 experts of which a token uses 2."""
-    return _tiny("Mixtral", tmp_path_factory, num_local_experts=4, num_experts_per_tok=2)
+    return tiny(tmp_path_factory.mktemp("tiny-mixtral"), "Mixtral", num_local_experts=4, num_experts_per_tok=2)
 
 
-def _tiny(family: str, tmp_path_factory, **own) -> Path:
+def tiny(folder: Path, family: str, **own) -> Path:
+    """A random model of `family` with SmolLM2's tokenizer in `folder`."""
     import torch
     import transformers
 
     from pi_ray.config import ModelConfig
     from pi_ray.models import load_tokenizer
 
-    folder = tmp_path_factory.mktemp(f"tiny-{family.lower()}")
     tokenizer = load_tokenizer(ModelConfig())
     torch.manual_seed(0)
     config = getattr(transformers, f"{family}Config")(

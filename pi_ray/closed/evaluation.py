@@ -78,7 +78,7 @@ def evaluate(
     if is_current(run.evaluation, fingerprint):
         return json.loads((run.evaluation / "summary.json").read_text())
     if not any(c.adapter for c in columns):
-        confirmed(config, (), [(c.template, c.shots) for c in columns], lambda sentence: None, confirm)
+        confirmed(config, (), [(c.template, c.shots, c.rate) for c in columns], lambda sentence: None, confirm)
     task, encoder = tasks[config.task.name](config.task), PromptEncoder(load_tokenizer(config.model), config.prompt)
     rows, bank = run.read_rows(config.evaluate.split), {r.id: r for r in run.read_rows("train")}
     limit, typical = _lengths(config, rows, list(bank.values()), encoder)
@@ -89,13 +89,13 @@ def evaluate(
         "hardware": f"{urlsplit(config.closed.base_url or OPENAI).hostname}, asked {PARALLEL} at a time", "train": _train_facts(config, {c.name for c in columns}),
     }
     texts, scores = {}, {}
-    for name, model, template, shots in asked:
-        near = run.read_shots(config.evaluate.split, bank, shots)
-        prompts = [text_of(config.prompt, r.query, template, near.get(r.id, ())) for r in rows]
+    for column, (name, model, template, shots) in zip(columns, asked, strict=True):
+        near, given = run.read_shots(config.evaluate.split, bank, shots), run.read_rows(config.evaluate.split, column.rate)
+        prompts = [text_of(config.prompt, r.query, template, near.get(r.id, ()), r.documents) for r in given]
         found = replies(config, model, prompts, limit, lambda done, total, name=name: watch(name, done, total), wait)
         texts[name] = [reply.text for reply in found]
         scores[name] = _score(task, rows, texts[name])
-        own = [len(encoder.row(r.query, near.get(r.id, ()))) for r in rows]
+        own = [len(encoder.row(r.query, near.get(r.id, ()), r.documents)) for r in given]
         summary[name] = {
             "label": LABELS.get(name, name),
             **_scored(config, rows, texts[name], scores[name], summary["groups"]),

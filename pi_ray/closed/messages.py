@@ -21,14 +21,13 @@ def files_of(run: RunDir, config: RunConfig) -> Path:
     folder, fingerprint = run.root / "closed" / "files", digest([prepared(run), config.prompt.model_dump(mode="json")])
     if is_current(folder, fingerprint):
         return folder
-    rows, templates = run.read_rows("train"), templates_of(run)
-    bank = {r.id: r for r in rows}
+    bank, templates = {r.id: r for r in run.read_rows("train")}, templates_of(run)
     with staged(folder, fingerprint=fingerprint) as made:
         for i, phase in _phases(config):
             shots = run.read_shots("train", bank, phase.shots)
             with open(made / file_name(i), "w", encoding="utf-8") as file:
-                for row in rows:
-                    prompt = text_of(config.prompt, row.query, templates[phase.rate], shots.get(row.id, ()))
+                for row in run.read_rows("train", phase.rate):
+                    prompt = text_of(config.prompt, row.query, templates[phase.rate], shots.get(row.id, ()), row.documents)
                     messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": row.answer}]
                     file.write(json.dumps({"messages": messages}, ensure_ascii=False) + "\n")
     return folder
@@ -52,11 +51,12 @@ def templates_of(run: RunDir) -> dict[float, str]:
     return {**{e["rate"]: e["text"] for e in entries}, 0.0: ""}
 
 
-def prompts_of_columns(config: RunConfig) -> dict[str, tuple[str, int]]:
-    """column -> (template, examples) of the prompt that it is asked with."""
+def prompts_of_columns(config: RunConfig) -> dict[str, tuple[str, int, float]]:
+    """column -> (template, examples, template rate) of the prompt that it is asked with."""
     templates, last = templates_of(RunDir(config.root)), [p for _, p in phases_of(config)][-1]
     shots = config.evaluate.shots or max(p.shots for _, p in phases_of(config))
-    return {"base": ("", 0), "base_full_prompt": (templates[1.0], shots), "plain": ("", 0), "promptintern": (templates[last.rate], last.shots)}
+    nothing = ("", 0, 0.0)
+    return {"base": nothing, "base_full_prompt": (templates[1.0], shots, 1.0), "plain": nothing, "promptintern": (templates[last.rate], last.shots, last.rate)}
 
 
 def _phases(config: RunConfig) -> list[tuple[int, Phase]]:

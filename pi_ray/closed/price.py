@@ -17,7 +17,7 @@ from pi_ray.rundir import RunDir, phases_of
 if TYPE_CHECKING:
     from pi_ray.config import RunConfig
 
-Prompt = tuple[str, int]  # template and number of examples
+Prompt = tuple[str, int, float]  # template, number of examples, template rate
 
 
 @dataclass(frozen=True)
@@ -58,9 +58,9 @@ def estimate(config: RunConfig, phases: Sequence[int], prompts: Sequence[Prompt]
     run, encoder = RunDir(config.root), PromptEncoder(load_tokenizer(config.model), config.prompt)
     rows, bank = run.read_rows(config.evaluate.split), {r.id: r for r in run.read_rows("train")}
     asked = 0
-    for template, shots in prompts:
-        near = run.read_shots(config.evaluate.split, bank, shots)
-        asked += len(rows) * len(encoder.prefix(template)) + sum(len(encoder.row(r.query, near.get(r.id, ()))) for r in rows)
+    for template, shots, rate in prompts:
+        near, own = run.read_shots(config.evaluate.split, bank, shots), run.read_rows(config.evaluate.split, rate)
+        asked += len(rows) * len(encoder.prefix(template)) + sum(len(encoder.row(r.query, near.get(r.id, ()), r.documents)) for r in own)
     answered = len(prompts) * sum(len(encoder.answer(r.answer)) for r in rows)
     return Estimate({i: phase_tokens(config, i, p.epochs) for i, p in phases_of(config) if i in phases}, len(rows), asked, answered)
 

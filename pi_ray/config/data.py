@@ -103,10 +103,13 @@ class CompressConfig(Block):
 
 
 class RetrieveConfig(Block):
-    """Example retrieval, paper equation 3: FAISS candidates, then exact sentence BLEU on the answers."""
+    """Example retrieval, paper equation 3: exact sentence BLEU on the answers, in a very large bank among candidates of FAISS."""
 
     encoder: str = Field("ngram", description="ngram (hashed n-grams) or sentence-transformers")
     encoder_model: str = Field("all-minilm-l6-v2", description="for sentence-transformers: packaged name, hub id or folder")
     candidates: Positive = Field(64, description="rows that FAISS proposes for each row")
+    method: Literal["auto", "exact", "faiss"] = added("auto", "exact: every pair is scored; faiss: those that FAISS proposes; auto: exact up to 200,000 rows")
+    score: Literal["bleu", "rouge-l", "embedding"] = added("bleu", "what says how near two rows are: sentence BLEU (the paper), ROUGE-L, or the cosine of the encoder's vectors")
+    diversity: Annotated[float, Field(ge=0, lt=1)] = added(0.0, "above 0: an example this near to a better one is left out, such as 0.1: a score above 90 between the two")
     by: Literal["answer", "query"] = Field("answer", description="what training rows are compared by; dev and test rows have no answer yet, so always by query")
     bank_fraction: Annotated[float, Field(gt=0, le=1)] = Field(1.0, description="share of the training rows that may serve as examples (paper 5.5)")

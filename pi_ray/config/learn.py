@@ -119,9 +119,23 @@ class TrainConfig(Block):
     grad_clip: Annotated[float, Field(gt=0)] = 1.0
     border: Literal["carry", "rewarm", "reset"] = Field("carry", description="over a phase border: keep optimiser and learning rate, warm the rate up again, or also clear the optimiser")
     share_prefix: bool = Field(True, description="compute the template once per batch")
+    attention: Literal["auto", "sdpa", "flex"] = added("auto", "of batches that share their prefix: torch's SDPA, or flex attention on GPUs; auto: flex where there is a GPU")
+    start: str = added("", "folder of an adapter, such as store/NAME/v0001, whose weights training starts from; of the same base and LoRA shape. Empty: a fresh one")
     gist: Count = added(0, "gist tokens, a baseline (Mu et al. 2024): rows see the template through so many trained tokens alone; 0: none")
     gradient_checkpointing: bool = False
     checkpoint_every: Positive = Field(20, description="updates between checkpoints")
     keep_checkpoints: Annotated[int, Field(ge=2)] = 3
     max_failures: Count = Field(3, description="restarts of the worker group before the run stops")
+    collective_timeout_s: Positive = added(300, "seconds that a worker waits for the others before it takes them for lost, and the worker group is started again")
+    dev_every: Count = added(0, "updates between dev scores inside a phase; 0: at its end alone")
+    early_stop: Count = added(
+        0, "dev scores in a row without gain after which a phase ends early; every phase then leaves the adapter of its best score, with which the next one goes on; 0: off",
+    )
+    tracker: Literal["", "tensorboard", "wandb", "mlflow"] = added("", "also send losses, dev scores and phases there")
     seed: Count = 0
+
+    @model_validator(mode="after")
+    def _scored(self) -> TrainConfig:
+        if self.early_stop and not self.dev_every:
+            raise ValueError("train.early_stop needs train.dev_every: say after how many updates a dev score is taken")
+        return self

@@ -10,6 +10,7 @@ import yaml
 from pydantic import Field, model_validator
 
 from pi_ray.config.block import Block, added, assign
+from pi_ray.config.cluster import ClusterConfig
 from pi_ray.config.data import CompressConfig, RetrieveConfig, TaskConfig
 from pi_ray.config.learn import PromptConfig, ScheduleConfig, TrainConfig
 from pi_ray.config.serve import ServeConfig
@@ -28,7 +29,7 @@ class RunConfig(Block):
 
     name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")]
     run_dir: str = Field("", description="default: runs/<name> under the current folder")
-    store: str = Field("", description="adapter store; default: store under the current folder")
+    store: str = Field("", description="adapter store: a folder, s3://, gs://, hf:// or file://; default: store under the current folder")
     task: TaskConfig = TaskConfig()
     model: ModelConfig = ModelConfig()
     prompt: PromptConfig = PromptConfig()
@@ -40,6 +41,7 @@ class RunConfig(Block):
     cost: CostConfig = CostConfig()
     serve: ServeConfig = ServeConfig()
     closed: ClosedConfig = ClosedConfig()
+    cluster: ClusterConfig = added(ClusterConfig(), "the cluster that it runs on")
 
     @model_validator(mode="after")
     def _consistent(self) -> RunConfig:

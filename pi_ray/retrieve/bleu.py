@@ -1,7 +1,7 @@
 """Exact sentence BLEU of many pairs at once, equal to sacrebleu's (13a tokenizer, effective order, exponential smoothing).
 
-Clipped n-gram matches are min(a, b) = sum over levels l of [a >= l][b >= l], so for all pairs they are a product of sparse 0/1
-matrices with one column for each (n-gram, level). Scores are on sacrebleu's scale, 0 to 100.
+The bank is kept inverted: of each n-gram the texts that hold it. One pass over the lists of a reference's n-grams gives its clipped matches
+with the whole bank. Scores are on sacrebleu's scale, 0 to 100.
 
 s(y_i, y_j) of paper equation 3: the candidate y_j is the hypothesis and the row's own y_i the reference, so an example scores high
 when what it says is what the row needs.
@@ -9,87 +9,76 @@ when what it says is what the row needs.
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
-from sacrebleu.metrics.bleu import BLEU
 from scipy import sparse
 
-ORDER = 4
-PAIRS = 2_000_000  # pairs scored at once: bounds memory to about 100 MB
-_TOKENIZE = BLEU(effective_order=True)._preprocess_segment
+from pi_ray.retrieve import kernel
+from pi_ray.retrieve.grams import Grams
 
-
-def _counts(text: str) -> list[Counter]:
-    """How often each n-gram stands in `text`, for n = 1 to 4."""
-    tokens = _TOKENIZE(text).split()
-    return [Counter(zip(*(tokens[i:] for i in range(n)), strict=False)) for n in range(1, ORDER + 1)]
+BLOCK = 128  # references of one piece of a thread's work
 
 
 class BleuIndex:
-    """The texts of an example bank, as hypotheses. Texts are known by their position, 0 to len - 1."""
+    """The texts of an example bank, as hypotheses. Texts are known by their position, 0 to len - 1.
 
-    def __init__(self, bank: Sequence[str]):
-        counts = [_counts(text) for text in bank]
-        self.columns: list[dict] = [{} for _ in range(ORDER)]
-        self.matrices = [self._matrix([c[n] for c in counts], n, grow=True) for n in range(ORDER)]
-        self.lengths = np.array([sum(c[0].values()) for c in counts], dtype=np.int64)
+    `groups` are numbers: a reference that has one is not compared with the texts of its own group.
+    """
+
+    def __init__(self, bank: Sequence[str], groups: np.ndarray | None = None, threads: int = 1):
+        self.grams = Grams(bank)
+        self.groups = np.full(len(bank), -1, dtype=np.int64) if groups is None else np.asarray(groups, dtype=np.int64)
+        self.threads = threads
+        counts = self.grams.counts
+        shape = (len(bank), max(int(self.grams.bounds[-1]), 1))
+        holds = sparse.csr_matrix((counts.times, counts.ids, counts.indptr), shape=shape).tocsc()
+        self.holding = holds.indptr.astype(np.int64), holds.indices, holds.data
 
     def __len__(self) -> int:
-        return len(self.lengths)
-
-    def _matrix(self, counts: Sequence[Counter], n: int, grow: bool = False) -> sparse.csr_matrix:
-        """0/1 matrix, shape (len(counts), columns): a one for each level of each n-gram. Unknown n-grams match nothing: left out."""
-        columns, indices, indptr = self.columns[n], [], [0]
-        for counter in counts:
-            for gram, times in counter.items():
-                for level in range(times):
-                    column = columns.setdefault((gram, level), len(columns)) if grow else columns.get((gram, level))
-                    if column is not None:
-                        indices.append(column)
-            indptr.append(len(indices))
-        return sparse.csr_matrix((np.ones(len(indices), np.float32), indices, indptr), shape=(len(counts), max(len(columns), 1)))
+        return len(self.groups)
 
     def scores(self, references: Sequence[str], candidates: np.ndarray | None = None) -> np.ndarray:
         """BLEU of bank texts against each reference.
 
         `candidates` are bank positions, shape (q, c); without them every bank text is scored. Returns float64 of shape (q, c) or (q, bank).
         """
-        counts = [_counts(text) for text in references]
-        ref_length = np.array([sum(c[0].values()) for c in counts], dtype=np.int64)[:, None]
-        chosen = np.arange(len(self))[None, :] if candidates is None else np.asarray(candidates)
-        hyp_length = np.broadcast_to(self.lengths[chosen], (len(references), chosen.shape[1]))
-        matches = np.zeros((ORDER, *hyp_length.shape), dtype=np.float64)
-        for n, bank in enumerate(self.matrices):
-            rows = self._matrix([c[n] for c in counts], n)
-            if candidates is None:
-                matches[n] = (rows @ bank.T).toarray()
-            elif chosen.size:
-                pairs = rows[np.repeat(np.arange(len(references)), chosen.shape[1])].multiply(bank[chosen.ravel()])
-                matches[n] = np.asarray(pairs.sum(axis=1)).reshape(hyp_length.shape)
-        return _bleu(matches, hyp_length, ref_length)
+        if candidates is None:
+            candidates = np.broadcast_to(np.arange(len(self)), (len(references), len(self)))
+        bank, asked, out = self.grams.counts, self.grams(references), np.zeros(candidates.shape)
 
-    def top(self, references: Sequence[str], k: int) -> tuple[np.ndarray, np.ndarray]:
-        """The exact k best bank positions and their scores for each reference, shapes (q, k'), k' = min(k, bank). Ties: lower position first."""
-        step = max(PAIRS // max(len(self), 1), 1)
-        k = min(k, len(self))
-        ids, best = np.zeros((len(references), k), dtype=np.int64), np.zeros((len(references), k))
-        for at in range(0, len(references), step):
-            block = self.scores(references[at : at + step])
-            order = np.argsort(-np.round(block, 6), axis=1, kind="stable")[:, :k]
-            ids[at : at + step], best[at : at + step] = order, np.take_along_axis(block, order, axis=1)
+        def work(at: int) -> None:
+            some, indptr = slice(at, at + BLOCK), asked.indptr[at : at + BLOCK + 1]
+            kernel.bleu_of_pairs(
+                self.grams.bounds, bank.indptr, bank.ids, bank.times, bank.lengths,
+                indptr, asked.ids, asked.times, asked.lengths[some], np.asarray(candidates[some], dtype=np.int64), out[some],
+            )
+
+        self._side_by_side(work, len(references))
+        return out
+
+    def top(self, references: Sequence[str], k: int, groups: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """The exact k best bank positions and their scores for each reference, shapes (q, k'), k' = min(k, bank). Ties: lower position first.
+
+        `groups` are those of the references, -2 for none. Where they leave fewer than k', the last positions are -1.
+        """
+        k, asked = min(k, len(self)), self.grams(references)
+        ids, best = np.full((len(references), k), -1, dtype=np.int64), np.full((len(references), k), -1.0)
+        own = np.full(len(references), -2, dtype=np.int64) if groups is None else np.asarray(groups, dtype=np.int64)
+
+        def work(at: int) -> None:
+            some = slice(at, at + BLOCK)
+            indptr = asked.indptr[at : at + BLOCK + 1]
+            kernel.bleu_top(
+                self.grams.bounds, *self.holding, self.grams.counts.lengths, self.groups,
+                indptr, asked.ids, asked.times, asked.lengths[some], own[some], ids[some], best[some],
+            )
+
+        if k:
+            self._side_by_side(work, len(references))
         return ids, best
 
-
-def _bleu(matches: np.ndarray, hyp: np.ndarray, ref: np.ndarray) -> np.ndarray:
-    """BLEU from clipped matches (4, q, c), hypothesis lengths (q, c) and reference lengths (q, 1)."""
-    totals = np.stack([np.maximum(hyp - n, 0) for n in range(ORDER)])
-    exists = totals > 0
-    missing = exists & (matches == 0)
-    smooth = 2.0 ** np.cumsum(missing, axis=0)  # the i-th order without a match counts as 1/2^i of one
-    precision = np.where(missing, 1.0 / smooth, matches) / np.maximum(totals, 1)
-    logs = np.where(exists, np.log(np.where(exists, precision, 1.0)), 0.0).sum(axis=0)
-    order = np.maximum(exists.sum(axis=0), 1)
-    brevity = np.where(hyp < ref, np.exp(1 - ref / np.maximum(hyp, 1)), 1.0)
-    return np.where(matches.any(axis=0), 100.0 * brevity * np.exp(logs / order), 0.0)
+    def _side_by_side(self, work: Callable[[int], None], rows: int) -> None:
+        with ThreadPoolExecutor(self.threads) as pool:
+            list(pool.map(work, range(0, rows, BLOCK)))

@@ -1,4 +1,4 @@
-"""Candidates: the bank texts whose vectors are nearest to a query's, from FAISS. What is best among them, BLEU decides."""
+"""Candidates: the bank texts whose vectors are nearest to a query's, from FAISS. What is best among them, the score decides."""
 
 from __future__ import annotations
 
@@ -9,17 +9,60 @@ import numpy as np
 
 from pi_ray.protocols import Encoder
 
+FLAT_ROWS = 20_000  # a larger bank is cut into cells, of which a query looks into the nearest
+CELL_ROWS = 1_000_000  # in a still larger one a graph finds the nearest cells
+SEEN = 5  # share of the cells that a query looks into: one in so many
+ROUNDS, POINTS = 6, 40  # of k-means, which finds the cells, and texts a cell that it looks at
+PIECE = 4  # places of a vector that become one 4-bit code: the score looks at what is proposed, so the order among it need not be exact
+LINKS = 32  # of a node of the graph
+BLOCK = 65_536  # texts encoded at once
+
 
 class Candidates:
-    """An exact inner-product index over the bank. Flat, because up to about a million rows a scan takes milliseconds a query."""
+    """An inner-product index over the bank: exact when it is small, cells of coded vectors (IVF, PQ) when it is larger, with a graph (HNSW) over the
+    cells when it is very large.
 
-    def __init__(self, encoder: Encoder, bank: Sequence[str]):
+    `bounds` are the sizes up to which it is flat and has no graph. Built by one thread, so that every worker builds the same.
+    """
+
+    def __init__(self, encoder: Encoder, bank: Sequence[str], bounds: tuple[int, int] = (FLAT_ROWS, CELL_ROWS)):
         self.encoder = encoder
-        vectors = encoder.encode(bank)
-        self.index = faiss.IndexFlatIP(vectors.shape[1])
-        self.index.add(np.ascontiguousarray(vectors))
+        threads = faiss.omp_get_max_threads()
+        faiss.omp_set_num_threads(1)
+        try:
+            self.index = self._build(bank, bounds)
+        finally:
+            faiss.omp_set_num_threads(threads)
+
+    def _build(self, bank: Sequence[str], bounds: tuple[int, int]) -> faiss.Index:
+        first = self._vectors(bank[:BLOCK])
+        index = faiss.index_factory(first.shape[1], _kind(first.shape[1], len(bank), bounds), faiss.METRIC_INNER_PRODUCT)
+        if not index.is_trained:
+            index.cp.niter, index.cp.max_points_per_centroid, index.cp.min_points_per_centroid = ROUNDS, POINTS, 1
+            index.train(self._vectors(bank[:: max(1, len(bank) // (index.nlist * POINTS))]))
+        index.add(first)
+        for at in range(BLOCK, len(bank), BLOCK):
+            index.add(self._vectors(bank[at : at + BLOCK]))
+        return index
 
     def nearest(self, texts: Sequence[str], count: int) -> np.ndarray:
-        """Bank positions of the `count` nearest texts, shape (len(texts), min(count, bank)), nearest first."""
-        vectors = np.ascontiguousarray(self.encoder.encode(texts))
-        return self.index.search(vectors, min(count, self.index.ntotal))[1]
+        """Bank positions of the `count` nearest texts, shape (len(texts), min(count, bank)), nearest first; -1 where fewer were found.
+
+        Who asks for as many as the bank has gets all of it.
+        """
+        params = None
+        if isinstance(self.index, faiss.IndexIVF):
+            params = faiss.SearchParametersIVF(nprobe=self.index.nlist if count >= self.index.ntotal else max(1, self.index.nlist // SEEN))
+        return self.index.search(self._vectors(texts), min(count, self.index.ntotal), params=params)[1]
+
+    def _vectors(self, texts: Sequence[str]) -> np.ndarray:
+        return np.ascontiguousarray(self.encoder.encode(texts), dtype=np.float32)
+
+
+def _kind(dimension: int, rows: int, bounds: tuple[int, int]) -> str:
+    """FAISS's name of the index for so many rows."""
+    flat, cells = bounds
+    if rows <= flat:
+        return "Flat"
+    pieces = next(n for n in range(dimension // PIECE, 0, -1) if dimension % n == 0)
+    return f"IVF{max(1, int(2 * rows**0.5))}{'' if rows <= cells else f'_HNSW{LINKS}'},PQ{pieces}x4fs"

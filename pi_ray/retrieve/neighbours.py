@@ -1,24 +1,26 @@
 """Neighbours: the training rows that serve as examples of a row, paper equation 3.
 
-x_i^egs = the (x_j, y_j), j != i, with the k highest s(y_i, y_j): FAISS proposes candidates, exact BLEU ranks them. A training row is
-compared by its answer. A dev or test row is compared by its query, because at inference nobody knows its answer.
-Never given: the row itself, or a row with the same query, which would hand over the answer.
+x_i^egs = the (x_j, y_j), j != i, with the k highest s(y_i, y_j). A training row is compared by its answer. A dev or test row is compared by
+its query, because at inference nobody knows its answer. In a bank of up to EXACT_ROWS every pair is scored; in a larger one those that FAISS
+proposes. Never given: the row itself, or a row with the same query, which would hand over the answer.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from heapq import nsmallest
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
 from pi_ray.config import RetrieveConfig
 from pi_ray.protocols import Row
-from pi_ray.retrieve.bleu import BleuIndex
 from pi_ray.retrieve.candidates import Candidates
+
+EXACT_ROWS = 200_000  # two cores find the ten best of so many answers in about four minutes (tests/bench/retrieval.py); FAISS needs less, and misses some
+NOBODY = -2  # the group of a row whose query the bank does not have
 
 Side = Literal["answer", "query"]
 
@@ -30,55 +32,119 @@ def normalised(query: str) -> str:
 
 @dataclass(frozen=True)
 class Found:
-    """Bank ids, best first, and their BLEU scores (0 to 100)."""
+    """Bank ids, best first, and their scores (0 to 100)."""
 
     ids: list[str]
     scores: list[float]
 
 
-def part(rows: Sequence[Row], fraction: float) -> list[Row]:
+def part(ids: Sequence[str], fraction: float) -> set[str]:
     """The bank that holds this share of the rows (paper 5.5): those whose ids hash lowest, so that a larger share holds a smaller one."""
-    count = max(1, round(len(rows) * fraction))
-    return nsmallest(count, rows, key=lambda r: hashlib.sha256(r.id.encode()).digest()) if count < len(rows) else list(rows)
+    return set(nsmallest(max(1, round(len(ids) * fraction)), ids, key=lambda i: hashlib.sha256(i.encode()).digest())) if fraction < 1 else set(ids)
+
+
+def is_exact(config: RetrieveConfig, rows: int) -> bool:
+    """Whether every pair is scored in a bank of so many rows."""
+    return config.method == "exact" or (config.method == "auto" and rows <= EXACT_ROWS)
 
 
 class Bank:
     """Training rows, indexed by one side."""
 
-    def __init__(self, rows: Sequence[Row], config: RetrieveConfig, by: Side = "answer"):
+    def __init__(self, rows: Iterable[Row], config: RetrieveConfig, by: Side = "answer", threads: int = 1):
         from pi_ray.registry import encoders
 
-        self.rows = sorted(rows, key=lambda r: r.id)  # position follows id, so that a tie goes to the smaller id
-        self.by = by
-        self.config = config
-        texts = [getattr(r, by) for r in self.rows]
-        self.bleu = BleuIndex(texts)
-        self.candidates = Candidates(encoders[config.encoder](config), texts)
-        self.queries = np.array([normalised(r.query) for r in self.rows], dtype=object)
-        self.ids = np.array([r.id for r in self.rows], dtype=object)
+        entries = sorted((r.id, getattr(r, by), normalised(r.query)) for r in rows)  # position follows id, so that a tie goes to the smaller id
+        self.ids = [i for i, _, _ in entries]
+        texts = [text for _, text, _ in entries]
+        self.texts = texts if config.diversity else []
+        self.groups: dict[str, int] = {}
+        groups = np.array([self.groups.setdefault(query, len(self.groups)) for *_, query in entries], dtype=np.int64)
+        self.by, self.config = by, config
+        self.is_exact = is_exact(config, len(entries))
+        encoder = encoders[config.encoder](config) if config.score == "embedding" or not self.is_exact else None
+        self.index = _index(config.score, texts, groups, encoder, threads)
+        self.candidates = None if self.is_exact else Candidates(encoder, texts)
 
-    def find(self, rows: Sequence[Row], k: int) -> list[Found]:
-        """For each row its k best examples; fewer only when the bank has no more to give."""
+    def find(self, rows: Sequence[Row], k: int, exact: bool | None = None) -> list[Found]:
+        """For each row its k best examples; fewer only when the bank has no more to give, or none that differ enough (retrieve.diversity)."""
+        exact = self.is_exact if exact is None else exact
         found: list[Found | None] = [None] * len(rows)
         todo = list(range(len(rows)))
-        count = max(self.config.candidates, k)
+        count = max(self.config.candidates, k) if self.config.diversity or not exact else k
         while todo:
-            texts = [getattr(rows[i], self.by) for i in todo]
-            near = self.candidates.nearest(texts, count)
-            scores = np.round(self.bleu.scores(texts, near), 4)
-            for i, positions, values in zip(todo, near, scores, strict=True):
-                found[i] = self._best(rows[i], positions, values, k)
-            todo = [i for i in todo if len(found[i].ids) < k] if near.shape[1] < len(self.rows) else []
-            count *= 4  # the excluded ones took too many places
+            asked = [rows[i] for i in todo]
+            positions, scores = self._ranked(asked, count) if exact else self._reranked(asked, count)
+            for i, near, values in zip(todo, positions, scores, strict=True):
+                found[i] = self._choose(near[near >= 0], values[near >= 0], k)
+            todo = [i for i in todo if len(found[i].ids) < k] if count < len(self.ids) else []
+            count *= 4  # those left out took too many places
         return found
 
-    def _best(self, row: Row, positions: np.ndarray, scores: np.ndarray, k: int) -> Found:
-        allowed = (self.ids[positions] != row.id) & (self.queries[positions] != normalised(row.query))
-        positions, scores = positions[allowed], scores[allowed]
-        order = np.lexsort((positions, -scores))[:k]
-        return Found(self.ids[positions[order]].tolist(), scores[order].tolist())
+    def _own(self, rows: Sequence[Row]) -> np.ndarray:
+        return np.array([self.groups.get(normalised(r.query), NOBODY) for r in rows], dtype=np.int64)
+
+    def _ranked(self, rows: Sequence[Row], count: int) -> tuple[np.ndarray, np.ndarray]:
+        """Positions of the best of the whole bank, and their scores."""
+        return self.index.top([getattr(r, self.by) for r in rows], count, self._own(rows))
+
+    def _reranked(self, rows: Sequence[Row], count: int) -> tuple[np.ndarray, np.ndarray]:
+        """Positions that FAISS proposes, by score, -1 for those that must not be given."""
+        texts = [getattr(r, self.by) for r in rows]
+        near = self.candidates.nearest(texts, count)
+        scores = self.index.scores(texts, np.maximum(near, 0))
+        near = np.where((near < 0) | (self.index.groups[near] == self._own(rows)[:, None]), -1, near)
+        order = np.lexsort((near, -scores), axis=1)
+        return np.take_along_axis(near, order, axis=1), np.take_along_axis(scores, order, axis=1)
+
+    def _choose(self, positions: np.ndarray, scores: np.ndarray, k: int) -> Found:
+        """The first k, or of them those that are not too near to a better one."""
+        chosen, open_ = [], np.ones(len(positions), dtype=bool)
+        for place in range(len(positions)):
+            if len(chosen) == k:
+                break
+            if not open_[place]:
+                continue
+            chosen.append(place)
+            if self.config.diversity:
+                alike = self.index.scores([self.texts[positions[place]]], positions[None])[0]
+                open_ &= alike <= 100.0 * (1.0 - self.config.diversity)
+        return Found([self.ids[positions[p]] for p in chosen], [round(float(scores[p]), 4) for p in chosen])
+
+
+def _index(score: str, texts: list[str], groups: np.ndarray, encoder: Any, threads: int) -> Any:
+    """The index that knows `score`: `scores` of pairs and the exact `top`."""
+    if score == "bleu":
+        from pi_ray.retrieve.bleu import BleuIndex
+
+        return BleuIndex(texts, groups, threads)
+    if score == "rouge-l":
+        from pi_ray.retrieve.rouge import RougeIndex
+
+        return RougeIndex(texts, groups, threads)
+    from pi_ray.retrieve.cosine import CosineIndex
+
+    return CosineIndex(encoder, texts, groups)
 
 
 def find(rows: Sequence[Row], bank: Sequence[Row], k: int, config: RetrieveConfig, by: Side = "answer") -> list[Found]:
     """The k best examples of each row among `bank` (training rows only; the caller sees to that)."""
     return Bank(bank, config, by).find(rows, k) if bank and k else [Found([], []) for _ in rows]
+
+
+@dataclass(frozen=True)
+class Audit:
+    """What FAISS missed on a sample: share of the k best that it found (any of equal score counts), mean scores of both choices."""
+
+    rows: int
+    recall: float
+    score: float
+    exact_score: float
+
+
+def audit(bank: Bank, rows: Sequence[Row], k: int) -> Audit:
+    """Compare what the bank gives with its exact best."""
+    pairs = [(f.scores, e.scores) for f, e in zip(bank.find(rows, k), bank.find(rows, k, exact=True), strict=True) if e.scores]
+    recalls = [sum(s >= exact[-1] - 1e-3 for s in found) / len(exact) for found, exact in pairs]
+    means = [float(np.mean([s for side in sides for s in side] or [0.0])) for sides in ([f for f, _ in pairs], [e for _, e in pairs])]
+    return Audit(len(pairs), float(np.mean(recalls or [1.0])), *means)

@@ -1,9 +1,10 @@
 """The adapter store as serving sees it: a name -> a verified folder. Nothing from a request reaches the disk before the name is checked.
 
     store/<name>/latest.json            {"version": "v0002"}
-    store/<name>/v0001, v0002, ...      adapter_model.safetensors, adapter_config.json, pi_ray.json, README.md, manifest.json
+    store/<name>/aliases.json           which version answers (aliases.py); written by `pi-ray release`
+    store/<name>/v0001, v0002, ...      adapter_model.safetensors, adapter_config.json, pi_ray.json, prompt.json, README.md, manifest.json
 
-A folder in the store is treated as hostile until verified: it may have been copied from elsewhere.
+It is a folder (folder.py) or behind a URL (remote.py). What is in it is treated as hostile until verified: it may have been copied from elsewhere.
 """
 
 from __future__ import annotations
@@ -15,12 +16,17 @@ from pathlib import Path
 from typing import Any
 
 from pi_ray.artifact import MANIFEST, digest, digest_file
-from pi_ray.config import ModelConfig
+from pi_ray.config import ModelConfig, PromptConfig
 from pi_ray.errors import AdapterError
+from pi_ray.serving.aliases import ALIAS, ALIASES, LATEST, NEWEST, SERVED, VERSION, Alias, parse
+from pi_ray.serving.drift import PROMPT, Guard
+from pi_ray.serving.folder import Folder
+from pi_ray.serving.remote import Remote, StoreUnavailableError
 from pi_ray.serving.verify import check, read_json
 
+__all__ = ["NAME", "Adapter", "AdapterStore", "StoreUnavailableError", "UnknownAdapterError", "split_name"]
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
-VERSION = re.compile(r"v[0-9]{4,9}")
+REMEMBERED = 1000  # refusals
 
 
 class UnknownAdapterError(AdapterError):
@@ -29,66 +35,98 @@ class UnknownAdapterError(AdapterError):
 
 @dataclass(frozen=True)
 class Adapter:
-    """A verified adapter: `path` holds its files, `card` is its pi_ray.json."""
+    """A verified adapter: `path` holds its files, `card` is its pi_ray.json, `guard` knows its prompt where that was published."""
 
     name: str
     version: str
     path: Path
     card: dict[str, Any] = field(repr=False)
+    guard: Guard | None = field(default=None, repr=False, compare=False)
 
 
 def split_name(spec: str) -> tuple[str, str]:
-    """"name" or "name@v0002" -> (name, version or ""). Raises UnknownAdapterError for anything else; touches no file."""
-    name, at, version = spec.partition("@")
-    if not NAME.fullmatch(name) or (at and not VERSION.fullmatch(version)):
-        raise UnknownAdapterError(f"no adapter can be named {spec[:80]!r}; a name is 1 to 64 of a-z, 0-9, '.', '_' and '-', and may be followed by @v0001")
-    return name, version
+    """"name", "name@v0002" or "name@alias" -> (name, version or alias or ""). Raises UnknownAdapterError for anything else; touches no file."""
+    name, at, label = spec.partition("@")
+    if not NAME.fullmatch(name) or (at and not VERSION.fullmatch(label) and not ALIAS.fullmatch(label)):
+        raise UnknownAdapterError(f"no adapter can be named {spec[:80]!r}; a name is 1 to 64 of a-z, 0-9, '.', '_' and '-', and may be followed by @v0001 or @alias")
+    return name, label
 
 
 class AdapterStore:
-    """Reads the store at `folder`. With `base`, adapters of any other base model are refused."""
+    """Reads the store at `location`, a folder or a URL. With `base`, adapters of any other base model are refused."""
 
-    def __init__(self, folder: Path | str, base: ModelConfig | None = None):
-        self.folder = Path(folder)
+    def __init__(self, location: Path | str, base: ModelConfig | None = None):
+        self.place: Folder | Remote = Remote(str(location)) if is_url(location) else Folder(location)
         self.base = base
         self._verified: dict[str, Adapter] = {}
+        self._refused: dict[str, str] = {}
+
+    @property
+    def folder(self) -> Path:
+        """Where a store in a folder is."""
+        return self.place.root
 
     def names(self) -> list[str]:
         """Names that can be asked for, sorted. Their files are verified when they are opened, not here."""
-        try:
-            entries = list(os.scandir(self.folder))
-        except (FileNotFoundError, NotADirectoryError):
-            return []
-        return sorted(e.name for e in entries if NAME.fullmatch(e.name) and e.is_dir(follow_symlinks=False) and (Path(e.path) / "latest.json").is_file())
+        return sorted(name for name in self.place.names() if NAME.fullmatch(name))
 
-    def open(self, spec: str) -> Adapter:
-        """The verified adapter for "name" or "name@v0002". Raises UnknownAdapterError, or AdapterError saying what is wrong with it."""
-        name, version = split_name(spec)
-        version = version or self._latest(name)
-        path = Path(os.path.realpath(self.folder / name / version))
-        if not path.is_relative_to(os.path.realpath(self.folder)):
-            raise AdapterError(f"adapter '{name}': a symbolic link leads out of the store")
-        if not path.is_dir():
+    def open(self, spec: str, ticket: str = "") -> Adapter:
+        """The verified adapter for "name", "name@v0002" or "name@alias". Raises UnknownAdapterError, or AdapterError saying what is wrong with it.
+
+        `ticket` decides whether a version on trial answers.
+        """
+        name, version = self.resolve(spec, ticket)
+        path = self.place.version(name, version)
+        if path is None:
             raise UnknownAdapterError(f"no adapter '{spec}' in the store")
         state = _state(path)
+        if state in self._refused:
+            raise AdapterError(self._refused[state])
         if state not in self._verified:
-            try:
-                card = check(path, self.base)
-            except AdapterError as error:
-                raise AdapterError(f"adapter '{name}@{version}' is refused: {error}") from error
-            self._verified[state] = Adapter(name, version, path, card)
+            self._verified[state] = self._verify(name, version, path, state)
         return self._verified[state]
 
-    def _latest(self, name: str) -> str:
-        path = Path(os.path.realpath(self.folder / name / "latest.json"))
-        if not path.is_relative_to(os.path.realpath(self.folder)):
-            raise AdapterError(f"adapter '{name}': a symbolic link leads out of the store")
-        if not path.is_file():
+    def resolve(self, spec: str, ticket: str = "") -> tuple[str, str]:
+        """(name, version) of what `spec` means now. The version's files are not looked at."""
+        name, label = split_name(spec)
+        if VERSION.fullmatch(label):
+            return name, label
+        if label == NEWEST:
+            return name, self.latest(name)
+        alias = self.aliases(name).get(label or SERVED)
+        if label and not alias:
+            raise UnknownAdapterError(f"no alias '{label}' of an adapter '{name}' in the store")
+        return name, alias.pick(ticket) if alias else self.latest(name)
+
+    def aliases(self, name: str) -> dict[str, Alias]:
+        return parse(self.place.read(name, ALIASES) or {}, name)
+
+    def latest(self, name: str) -> str:
+        """The newest published version. Raises UnknownAdapterError when there is none."""
+        found = self.place.read(name, LATEST)
+        if found is None:
             raise UnknownAdapterError(f"no adapter '{name}' in the store")
-        version = read_json(path).get("version")
+        version = found.get("version")
         if not isinstance(version, str) or not VERSION.fullmatch(version):
-            raise AdapterError(f"adapter '{name}': latest.json names no version")
+            raise AdapterError(f"adapter '{name}': {LATEST} names no version")
         return version
+
+    def _verify(self, name: str, version: str, path: Path, state: str) -> Adapter:
+        """Every check there is. A refusal is remembered until the folder changes, so that asking again costs nothing."""
+        try:
+            card = check(path, self.base)
+        except AdapterError as error:
+            message = f"adapter '{name}@{version}' is refused: {error}"
+            self._refused[state] = message
+            if len(self._refused) > REMEMBERED:
+                del self._refused[next(iter(self._refused))]
+            raise AdapterError(message) from error
+        guard = Guard(read_json(path / PROMPT), PromptConfig(**card["prompt"])) if (path / PROMPT).is_file() else None
+        return Adapter(name, version, path, card, guard)
+
+
+def is_url(location: Path | str) -> bool:
+    return "://" in str(location)
 
 
 def _state(path: Path) -> str:

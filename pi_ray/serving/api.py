@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import hmac
 import json
 import logging
 import time
@@ -19,28 +17,29 @@ from starlette.exceptions import HTTPException
 
 from pi_ray.config import ServeConfig
 from pi_ray.serving.body import Body, ChatBody, CompletionBody, read
+from pi_ray.serving.choices import Usage, together
 from pi_ray.serving.completion import Ask, RefusedError
+from pi_ray.serving.keys import EVERYTHING, Key, Keys, key_digest
+from pi_ray.serving.page import PATH, page
+from pi_ray.serving.reply import Chat, Text
 
+__all__ = ["Backend", "create_api", "error_response", "key_digest"]
 log = logging.getLogger("ray.serve")
-OPEN_PATHS = {"/healthz"}
+OPEN_PATHS = {"/healthz", PATH}
 
 
 class Backend(Protocol):
-    async def models(self) -> list[str]: ...
+    async def models(self) -> list[str]:
+        """The base model's name and the adapters', as clients may write them."""
 
     def complete(self, ask: Ask) -> AsyncIterator[dict[str, Any]]:
         """As completion.Completer.complete. Raises RefusedError; closing the iterator stops the generation."""
 
 
-def key_digest(key: str) -> str:
-    """What the server keeps of its bearer key; "" for no key."""
-    return hashlib.sha256(key.encode()).hexdigest() if key else ""
-
-
 def create_api(backend: Backend, serve: ServeConfig, digest: str = "") -> FastAPI:
-    """The app. With `digest` (of `key_digest`) every path but /healthz needs the bearer key."""
+    """The app. With `digest` (of `keys.key_digest`) or serve.keys_file every path but /healthz and the page at / needs a bearer key."""
     api = FastAPI(title="pi-ray", docs_url=None, redoc_url=None, openapi_url=None)
-    api.add_middleware(Guard, digest=digest)
+    api.add_middleware(Guard, keys=Keys(digest, serve.keys_file))
     api.add_exception_handler(RefusedError, lambda request, error: error_response(error))
     api.add_exception_handler(HTTPException, lambda request, error: error_response(RefusedError(error.status_code, str(error.detail))))
 
@@ -48,38 +47,49 @@ def create_api(backend: Backend, serve: ServeConfig, digest: str = "") -> FastAP
     async def health() -> dict[str, str]:
         return {"status": "ok"}
 
+    api.get(PATH)(page)
+
     @api.get("/v1/models")
-    async def models() -> dict[str, Any]:
-        return {"object": "list", "data": [{"id": name, "object": "model", "created": 0, "owned_by": "pi-ray"} for name in await backend.models()]}
+    async def models(request: Request) -> dict[str, Any]:
+        names = await backend.models()
+        return {"object": "list", "data": [_model(name, names[0]) for name in names if request.state.key.allows(name)]}
+
+    @api.get("/v1/models/{name:path}")
+    async def model(request: Request, name: str) -> dict[str, Any]:
+        names = await backend.models()
+        if name not in names or not request.state.key.allows(name):
+            raise RefusedError(404, f"no model {name[:80]!r}", code="model_not_found", param="model")
+        return _model(name, names[0])
 
     @api.post("/v1/chat/completions")
     async def chat(request: Request) -> Any:
-        return await _answer(backend, serve, await read(request, ChatBody, serve.body_limit_bytes), Chat())
+        return await _answer(backend, serve, request.state.key, await read(request, ChatBody, serve.body_limit_bytes), Chat())
 
     @api.post("/v1/completions")
     async def completions(request: Request) -> Any:
-        return await _answer(backend, serve, await read(request, CompletionBody, serve.body_limit_bytes), Text())
+        return await _answer(backend, serve, request.state.key, await read(request, CompletionBody, serve.body_limit_bytes), Text())
 
     return api
 
 
 class Guard:
-    """ASGI middleware: the bearer key before anything else is looked at. The comparison takes the same time for every wrong key."""
+    """ASGI middleware: the bearer key before anything else is looked at. `request.state.key` is whose request it is."""
 
-    def __init__(self, app: Any, digest: str):
+    def __init__(self, app: Any, keys: Keys):
         self.app = app
-        self.digest = digest
+        self.keys = keys
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        if scope["type"] == "http" and self.digest and scope["path"] not in OPEN_PATHS and not self._knows(scope["headers"]):
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        key: Key | None = EVERYTHING
+        if self.keys and scope["path"] not in OPEN_PATHS:
+            key = self.keys.find(next((value for name, value in scope["headers"] if name == b"authorization"), b""))
+        if key is None:
             error = RefusedError(401, "a valid key is required: 'Authorization: Bearer KEY'", code="invalid_api_key")
-            await error_response(error, {"WWW-Authenticate": "Bearer"})(scope, receive, send)
-        else:
-            await self.app(scope, receive, send)
-
-    def _knows(self, headers: list[tuple[bytes, bytes]]) -> bool:
-        scheme, _, key = next((value for name, value in headers if name == b"authorization"), b"").partition(b" ")
-        return hmac.compare_digest(hashlib.sha256(key.strip()).hexdigest(), self.digest) and scheme.lower() == b"bearer"
+            return await error_response(error, {"WWW-Authenticate": "Bearer"})(scope, receive, send)
+        scope["state"] = {**scope.get("state", {}), "key": key}
+        await self.app(scope, receive, send)
 
 
 def error_response(error: RefusedError, headers: dict[str, str] | None = None) -> JSONResponse:
@@ -102,78 +112,84 @@ def _as_refused(error: Exception) -> RefusedError:
     return RefusedError(500, "the server failed to answer; its log says why", "server_error", "internal_error")
 
 
-class Chat:
-    """How a chat completion looks, whole and in pieces."""
-
-    prefix, whole, piece = "chatcmpl-", "chat.completion", "chat.completion.chunk"
-
-    def choice(self, text: str, finish: str) -> dict[str, Any]:
-        return {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": finish}
-
-    def delta(self, text: str, finish: str | None = None) -> dict[str, Any]:
-        return {"index": 0, "delta": {} if finish else {"content": text}, "finish_reason": finish}
-
-    def opening(self) -> list[dict[str, Any]]:
-        """The role comes once: clients join the pieces of every field."""
-        return [{"index": 0, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}]
+def _model(name: str, base: str) -> dict[str, Any]:
+    """`parent`, as vLLM has it: the base model of an adapter."""
+    return {"id": name, "object": "model", "created": 0, "owned_by": "pi-ray", "parent": None if name == base else base}
 
 
-class Text:
-    """How a plain completion looks."""
-
-    prefix, whole, piece = "cmpl-", "text_completion", "text_completion"
-
-    def choice(self, text: str, finish: str | None) -> dict[str, Any]:
-        return {"index": 0, "text": text, "finish_reason": finish, "logprobs": None}
-
-    def delta(self, text: str, finish: str | None = None) -> dict[str, Any]:
-        return self.choice(text, finish)
-
-    def opening(self) -> list[dict[str, Any]]:
-        return []
-
-
-async def _answer(backend: Backend, serve: ServeConfig, body: Body, form: Chat | Text) -> Any:
-    events = _within(backend.complete(body.ask()), serve.request_timeout_s)
+async def _answer(backend: Backend, serve: ServeConfig, key: Key, body: Body, form: Chat | Text) -> Any:
+    name = form.prefix + uuid.uuid4().hex
+    asks = body.asks(name)
+    await _check_allowed(backend, key, body.model)
+    usage = Usage(body.choices)
+    events = _within(_counted(together(backend, asks), usage), serve.request_timeout_s)
     start = await anext(events)
-    head = {"id": form.prefix + uuid.uuid4().hex, "created": int(time.time()), "model": start["model"], "system_fingerprint": start["fingerprint"]}
+    head = {"id": name, "created": int(time.time()), "model": start["model"], "system_fingerprint": start["fingerprint"]}
+    headers = {"X-Request-Id": name, "X-Pi-Ray-Prompt": start["prompt"]}
     if body.stream:
         first = await anext(events)  # whatever fails until here still gets its own HTTP status
-        usage = bool(body.stream_options and body.stream_options.include_usage)
-        return StreamingResponse(_server_sent(events, start, first, head, form, usage), media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+        told = usage if body.stream_options and body.stream_options.include_usage else None
+        return StreamingResponse(_server_sent(events, [start, first], head, form, told), media_type="text/event-stream", headers={"Cache-Control": "no-cache", **headers})
+    choices = await _collect(events, len(asks), form, any(ask.logprobs is not None for ask in asks))
+    return JSONResponse({**head, "object": form.whole, "choices": choices, "usage": usage.body()}, headers=headers)
+
+
+async def _check_allowed(backend: Backend, key: Key, model: str) -> None:
+    """A key's list is compared with the name alone, so that the refusal tells nobody which adapters there are."""
+    if key.models is None or key.allows(model):
+        return
+    names = await backend.models()
+    name = model.removeprefix(f"{names[0]}:").partition("@")[0]
+    if not key.allows(name):
+        raise RefusedError(403, f"this key may not use the model {model[:80]!r}", code="model_not_allowed", param="model")
+
+
+async def _counted(events: AsyncIterator[dict[str, Any]], usage: Usage) -> AsyncIterator[dict[str, Any]]:
     async with aclosing(events):
-        *pieces, last = [event async for event in events]
-    text = "".join(event["text"] for event in pieces)
-    return {**head, "object": form.whole, "choices": [form.choice(text, last["finish"])], "usage": _usage(start, last)}
+        async for event in events:
+            usage.see(event)
+            yield event
 
 
-async def _server_sent(events: AsyncIterator[dict[str, Any]], start: dict, first: dict, head: dict, form: Chat | Text, usage: bool) -> AsyncIterator[str]:
-    """Server-sent events: one for each piece of text, the finish reason, the usage when asked for, and [DONE]. An error becomes the last event."""
+async def _collect(events: AsyncIterator[dict[str, Any]], count: int, form: Chat | Text, logprobs: bool) -> list[dict[str, Any]]:
+    """The choices of a whole answer."""
+    texts, finish = [""] * count, [""] * count
+    marks: list[list[dict[str, Any]] | None] = [[] if logprobs else None for _ in range(count)]
+    async with aclosing(events):
+        async for event in events:
+            index = event["index"]
+            texts[index] += event.get("text", "")
+            finish[index] = event.get("finish", finish[index])
+            if logprobs:
+                marks[index] += event.get("logprobs", [])
+    return [form.choice(i, *parts) for i, parts in enumerate(zip(texts, finish, marks, strict=True))]
 
-    def line(**rest: Any) -> str:
-        return f"data: {json.dumps({**head, 'object': form.piece, **rest}, ensure_ascii=False)}\n\n"
+
+async def _server_sent(events: AsyncIterator[dict[str, Any]], begun: list[dict[str, Any]], head: dict[str, Any], form: Chat | Text, usage: Usage | None) -> AsyncIterator[str]:
+    """Server-sent events: one for each piece of text, the finish reasons, the usage when asked for, and [DONE]. An error becomes the last event."""
+
+    def line(*choices: dict[str, Any], **rest: Any) -> str:
+        return f"data: {json.dumps({**head, 'object': form.piece, 'choices': choices, **rest}, ensure_ascii=False)}\n\n"
+
+    def choices_of(event: dict[str, Any]) -> list[dict[str, Any]]:
+        if "fingerprint" in event:
+            return form.opening(event["index"])
+        return [form.delta(event["index"], event.get("text", ""), event.get("finish"), event.get("logprobs"))]
 
     try:
         async with aclosing(events):
-            for choice in form.opening():
-                yield line(choices=[choice])
-            event = first
-            while "finish" not in event:
-                yield line(choices=[form.delta(event["text"])])
-                event = await anext(events)
-            yield line(choices=[form.delta("", event["finish"])])
+            for event in begun:
+                for choice in choices_of(event):
+                    yield line(choice)
+            async for event in events:
+                for choice in choices_of(event):
+                    yield line(choice)
     except Exception as error:
         yield f"data: {json.dumps(_error_body(_as_refused(error)))}\n\n"
         return
     if usage:
-        yield line(choices=[], usage=_usage(start, event))
+        yield line(usage=usage.body())
     yield "data: [DONE]\n\n"
-
-
-def _usage(start: dict[str, Any], last: dict[str, Any]) -> dict[str, int]:
-    """`prompt_tokens_saved` is pi-ray's own: the tokens of template and examples that need not be sent."""
-    sent, made = start["prompt_tokens"], last["completion_tokens"]
-    return {"prompt_tokens": sent, "completion_tokens": made, "total_tokens": sent + made, "prompt_tokens_saved": start["saved"]}
 
 
 async def _within(events: AsyncIterator[dict[str, Any]], seconds: float) -> AsyncIterator[dict[str, Any]]:

@@ -1,13 +1,7 @@
-"""Ray Serve: one light ingress deployment `Api` in front of replicas of `Model`, each with its own engine.
-
-    client -> proxy -> Api (HTTP, key, limits) -> bounded queue -> Model (engine, adapters)
-
-`run` serves in the foreground on this machine; `deploy` is what `serve deploy serve/app.yaml` and KubeRay import.
-"""
+"""Starting the server: `run` serves in the foreground on this machine; `deploy` is what `serve deploy serve/app.yaml` and KubeRay import."""
 
 from __future__ import annotations
 
-import asyncio
 import ipaddress
 import json
 import logging
@@ -16,136 +10,32 @@ import shlex
 import signal
 import socket
 import threading
-from collections.abc import AsyncIterator
-from contextlib import aclosing
-from typing import Any
+import time
+from pathlib import Path
 
 import ray
 from ray import serve
-from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
 from pi_ray import cluster, runfile
 from pi_ray.config import RunConfig
 from pi_ray.errors import ConfigError
 from pi_ray.serving.adapters import AdapterStore
-from pi_ray.serving.api import create_api, key_digest
-from pi_ray.serving.completion import Ask, Completer, RefusedError, base_name
+from pi_ray.serving.completion import base_name
+from pi_ray.serving.deployment import build
+from pi_ray.serving.keys import key_digest, load
 
 APP = "pi-ray"
-API_REQUESTS = 1024  # open HTTP requests at the ingress; the queue before the model is the bound that clients meet
-
-
-class Model:
-    """A replica: the base model, its adapters and the engine. `complete` streams events; refusals are events too, so that they log no traceback."""
-
-    def __init__(self, config: RunConfig):
-        import torch
-
-        from pi_ray.models import load_tokenizer
-        from pi_ray.registry import engines
-
-        if not torch.cuda.is_available():  # Ray gives an actor one thread; a CPU replica needs its share of the machine
-            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // config.serve.max_replicas))
-        self.engine = engines[config.serve.engine](config.model, config.serve)
-        self.completer = Completer(config, self.engine, load_tokenizer(config.model), context_length(config))
-
-    async def complete(self, ask: Ask) -> AsyncIterator[dict[str, Any]]:
-        try:
-            async with aclosing(self.completer.complete(ask)) as events:
-                async for event in events:
-                    yield event
-        except RefusedError as error:
-            yield {"refused": error.args}
-
-    def check_health(self) -> None:
-        check = getattr(self.engine, "check", None)
-        if check:
-            check()
-
-
-class HandleBackend:
-    """api.Backend over the Model deployment. A full queue is 429, a lost replica 503; leaving the iterator cancels the generation."""
-
-    def __init__(self, config: RunConfig, handle: Any):
-        self.config = config
-        self.store = AdapterStore(config.store)
-        self.handle = handle
-
-    async def models(self) -> list[str]:
-        return [base_name(self.config.model.base), *self.store.names()]
-
-    async def complete(self, ask: Ask) -> AsyncIterator[dict[str, Any]]:
-        response = self.handle.options(stream=True).complete.remote(ask)
-        try:
-            async for event in response:
-                if "refused" in event:
-                    raise RefusedError(*event["refused"])
-                yield event
-        except BackPressureError:
-            raise RefusedError(429, "all slots and the queue are taken; come back later", "rate_limit_error", "queue_full") from None
-        except (DeploymentUnavailableError, ray.exceptions.RayActorError):
-            raise RefusedError(503, "the model is being restarted; come back later", "server_error", "unavailable") from None
-        except (asyncio.CancelledError, GeneratorExit):  # the client left, or the time is over
-            response.cancel()
-            raise
-
-
-def build(config: RunConfig, digest: str = "") -> serve.Application:
-    """The Serve application of `config`. `digest` (api.key_digest) is what the server keeps of the bearer key."""
-    limits = config.serve
-    gpus = int(ray.is_initialized() and ray.cluster_resources().get("GPU", 0) > 0)
-    model = serve.deployment(
-        Model,
-        max_ongoing_requests=limits.max_ongoing_requests,
-        max_queued_requests=limits.max_queued_requests,
-        autoscaling_config={
-            "min_replicas": limits.min_replicas,
-            "max_replicas": limits.max_replicas,
-            "target_ongoing_requests": limits.max_ongoing_requests * 0.75,
-        },
-        ray_actor_options={"num_cpus": 1, "num_gpus": gpus},
-        health_check_period_s=5,
-        health_check_timeout_s=10,
-        graceful_shutdown_timeout_s=30,
-    )
-
-    def api() -> Any:  # called in the ingress replica
-        return create_api(HandleBackend(config, serve.get_deployment_handle("Model")), limits, digest)
-
-    ingress = serve.deployment(
-        serve.ingress(api)(type("Api", (_Ingress,), {})),
-        name="Api",
-        max_ongoing_requests=API_REQUESTS,
-        max_queued_requests=API_REQUESTS,
-        ray_actor_options={"num_cpus": 0},
-        graceful_shutdown_timeout_s=30,
-    )
-    return ingress.bind(model.bind(config))
-
-
-class _Ingress:
-    """Takes the bound Model, so that Serve deploys it; the routes find it by name."""
-
-    def __init__(self, model: Any):
-        self.model = model
-
-
-def context_length(config: RunConfig) -> int:
-    """Tokens that the base model can attend to."""
-    from transformers import AutoConfig
-
-    from pi_ray.models import resolve
-
-    return AutoConfig.from_pretrained(resolve(config.model.base), revision=config.model.revision or "main", trust_remote_code=False).max_position_embeddings
 
 
 def bearer_key(config: RunConfig, required: bool | None = None) -> str:
-    """The key from the environment. Raises ConfigError when there is none and the server can be reached from other machines."""
-    key = os.environ.get(config.serve.api_key_env, "")
-    if not key and (not is_loopback(config.serve.host) if required is None else required):
+    """The key from the environment. Raises ConfigError for a wrong keys file, and when there is no key and other machines can reach the server."""
+    key, file = os.environ.get(config.serve.api_key_env, ""), config.serve.keys_file
+    if file:
+        load(Path(file))  # what is wrong with it is said here, not in a replica's log
+    if not key and not file and (not is_loopback(config.serve.host) if required is None else required):
         raise ConfigError(
             f"serve.host is {config.serve.host}: a server that other machines can reach needs a key. Set it in the environment, for example "
-            f'export {config.serve.api_key_env}="$(openssl rand -hex 32)", or set serve.host to 127.0.0.1'
+            f'export {config.serve.api_key_env}="$(openssl rand -hex 32)", name a file of keys in serve.keys_file (\'pi-ray key\' makes them), or set serve.host to 127.0.0.1'
         )
     return key
 
@@ -188,7 +78,7 @@ def run(config: RunConfig, blocking: bool = True) -> str:
     url = f"http://{config.serve.host}:{config.serve.port}"
     if blocking:
         names = [*AdapterStore(config.store).names(), base_name(config.model.base)]
-        print(f"serving at {url}   models: {', '.join(names)}   Ctrl-C stops\n\n{usage(config, url)}", flush=True)
+        print(f"serving at {url}, with a page to try it   models: {', '.join(names)}   Ctrl-C stops\n\n{usage(config, url)}\n\n{_metrics()}", flush=True)
         _wait()
         print("shutting down: requests under way are finished first", flush=True)
         _shutdown(own)
@@ -232,6 +122,13 @@ def usage(config: RunConfig, url: str, model: str = "", query: str = "YOUR QUERY
 The message is the query alone: no template, no examples."""
 
 
+def _metrics() -> str:
+    """Where Prometheus finds this machine's metrics: Ray's port for them, not the server's."""
+    local = ray.util.get_node_ip_address()
+    ports = [node["MetricsExportPort"] for node in ray.nodes() if node["Alive"] and node["NodeManagerAddress"] == local]
+    return f"Metrics for Prometheus: http://{local}:{ports[0]}/metrics" if ports else "Ray's metrics are switched off."
+
+
 def _wait() -> None:
     done = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -241,9 +138,11 @@ def _wait() -> None:
 
 
 def _shutdown(own: bool) -> None:
-    """End this process's Ray; on a cluster that was there before, take away the application alone."""
+    """Take away the application, once its replicas have finished what they have begun, and this process's own Ray; a cluster that was there before stays."""
+    if APP in serve.status().applications:
+        serve.delete(APP, _blocking=False)
+        while APP in serve.status().applications:  # at most serve.graceful_shutdown_timeout_s, which may be longer than Ray's own patience
+            time.sleep(0.2)
     if own:
         serve.shutdown()
         ray.shutdown()
-    else:
-        serve.delete(APP)

@@ -5,21 +5,32 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from pi_ray.config import PromptConfig, RunConfig
 from pi_ray.errors import AdapterError, PiRayError
-from pi_ray.prompt import PromptEncoder
+from pi_ray.prompt import PromptEncoder, content_ids
 from pi_ray.protocols import GenerationRequest
-from pi_ray.serving.adapters import Adapter, AdapterStore, UnknownAdapterError
+from pi_ray.serving.adapters import Adapter, AdapterStore, StoreUnavailableError, UnknownAdapterError
+from pi_ray.serving.drift import Seen
+from pi_ray.serving.text import Logprobs, TextStream
+
+ONE_MESSAGE = "send exactly one message, of role 'user', with the query alone: the adapter was trained on that, and system prompts and earlier turns mean nothing to it"
+COUNTED_AT_ONCE = 16_384  # characters; a longer text is counted in pieces first, since a tokenizer can take seconds for one long word
 
 
 @dataclass(frozen=True)
 class Ask:
-    """A valid request without its HTTP clothes. `max_tokens` None: twice the longest answer that the adapter was trained on."""
+    """A valid request for one answer, without its HTTP clothes.
+
+    `max_tokens` None: twice the longest answer that the adapter was trained on. `system` is what stood in a system message.
+    `logprobs`: how many of the likeliest tokens to tell beside each one; None for no log-probabilities. `choices` answers share the server's
+    token limit. `ticket` decides whether a version on trial answers: equal tickets meet the same version. `full_prompt`: for comparison, the base
+    model answers, with the adapter's whole template before the query.
+    """
 
     model: str
     query: str
@@ -28,6 +39,11 @@ class Ask:
     top_p: float = 1.0
     seed: int | None = None
     stop: tuple[str, ...] = ()
+    system: str = ""
+    logprobs: int | None = None
+    choices: int = 1
+    ticket: str = ""
+    full_prompt: bool = False
 
 
 class RefusedError(Exception):
@@ -67,117 +83,117 @@ class Completer:
         return self._encoder(PromptConfig(**adapter.card["prompt"])).encode(query, adapter.card["template"]).ids
 
     async def complete(self, ask: Ask) -> AsyncIterator[dict[str, Any]]:
-        """First {"model", "fingerprint", "prompt_tokens", "saved"}, then {"text"} pieces, last {"finish", "completion_tokens"}. Raises RefusedError."""
-        adapter, request = await asyncio.to_thread(self._request, ask)
-        saved = round(adapter.card["full_prompt_tokens"] - adapter.card["query_prompt_tokens"]) if adapter else 0
-        yield {
-            "model": ask.model,
-            "fingerprint": f"{adapter.name}@{adapter.version}" if adapter else base_name(self.config.model.base),
-            "prompt_tokens": len(request.prompt_ids),
-            "saved": max(saved, 0),
-        }
-        text = TextStream(self.tokenizer, ask.stop)
+        """First {"model", "fingerprint", "prompt", "prompt_tokens", "saved"}, then {"text"} pieces, last {"finish", "completion_tokens"}. Raises RefusedError.
+
+        "prompt" is what was done to it: drift.Seen's kind, "full", or "base". Pieces have "logprobs", entries of text.Logprobs, when these were asked for.
+        """
+        start, request = await asyncio.to_thread(self._request, ask)
+        yield start
+        text, marks = TextStream(self.tokenizer, ask.stop), None if ask.logprobs is None else Logprobs(self.tokenizer)
         try:
             async with aclosing(self.engine.generate(request)) as tokens:
                 async for token in tokens:
-                    if piece := text.push(token):
-                        yield {"text": piece}
+                    if marks:
+                        marks.add(text.seen, token)
+                    if piece := text.push(token.id):
+                        yield _piece(piece, text, marks)
         except AdapterError as error:
             raise _refused(error) from error
         if piece := text.finish():
-            yield {"text": piece}
+            yield _piece(piece, text, marks)
         length = text.count >= request.max_new_tokens and not text.stopped
         yield {"finish": "length" if length else "stop", "completion_tokens": text.count}
 
-    def _request(self, ask: Ask) -> tuple[Adapter | None, GenerationRequest]:
+    def _request(self, ask: Ask) -> tuple[dict[str, Any], GenerationRequest]:
         """Blocking: reads and verifies the adapter the first time, and tokenises."""
         name = adapter_of(ask.model, self.config.model.base)
         try:
-            adapter = None if name is None else self.store.open(name)
-            ids = self.prompt_ids(ask.query, adapter)
+            adapter = None if name is None else self.store.open(name, ask.ticket)
+            seen = Seen("full", ask.query) if ask.full_prompt else self._look(ask, adapter)
+            self._check_size(seen.text)
+            answers = None if seen.kind in ("drifted", "full") else adapter  # a template that the adapter does not know is read by the base model
+            ids = self._ids(seen, adapter)
         except PiRayError as error:
             raise _refused(error) from error
-        limit = self._limit(ask.max_tokens, adapter, len(ids))
-        folder = str(adapter.path) if adapter else ""
-        return adapter, GenerationRequest(ids, limit, folder, ask.temperature, ask.top_p, ask.seed, ask.stop)
+        limit = self._limit(ask, adapter, len(ids))
+        start = {
+            "model": ask.model,
+            "fingerprint": f"{adapter.name}@{adapter.version}" if answers else base_name(self.config.model.base),
+            "prompt": seen.kind if adapter else "base",
+            "prompt_tokens": len(ids),
+            "saved": self._saved(ask, adapter, seen, len(ids)),
+        }
+        folder = str(adapter.path) if answers else ""
+        return start, GenerationRequest(ids, limit, folder, ask.temperature, ask.top_p, ask.seed, ask.stop, ask.logprobs)
 
-    def _limit(self, asked: int | None, adapter: Adapter | None, prompt: int) -> int:
+    def _look(self, ask: Ask, adapter: Adapter | None) -> Seen:
+        """The query without the template that it came with. Raises RefusedError for a system message that is no template of the adapter's."""
+        guard = adapter.guard if adapter and self.config.serve.drift_guard else None
+        seen = guard.look(ask.system, ask.query) if guard else Seen("unknown" if ask.system else "internalised", ask.query)
+        if seen.kind == "unknown":
+            raise RefusedError(400, ONE_MESSAGE, param="messages")
+        if seen.kind == "stripped" and not seen.text:
+            raise RefusedError(400, "there is no query behind the template", param="messages")
+        return seen
+
+    def _ids(self, seen: Seen, adapter: Adapter | None) -> list[int]:
+        if seen.kind == "drifted":
+            return self._raw_ids(seen.text, adapter)
+        if seen.kind == "full":
+            if adapter is None or adapter.guard is None:
+                raise RefusedError(400, "pi_ray.full_prompt needs as model an adapter that was published with its prompt; publish it again", param="pi_ray")
+            return self._encoder(PromptConfig(**adapter.card["prompt"])).encode(seen.text, adapter.guard.template).ids
+        return self.prompt_ids(seen.text, adapter)
+
+    def _raw_ids(self, text: str, adapter: Adapter) -> list[int]:
+        """Ids of a whole prompt as a client words it, in the chat format of the adapter."""
+        return self._encoder(PromptConfig(**adapter.card["prompt"]).model_copy(update={"query": "{query}"})).encode(text).ids
+
+    def _saved(self, ask: Ask, adapter: Adapter | None, seen: Seen, sent: int) -> int:
+        """Tokens that the model did not have to read: those of what was taken away here, or else those that the client need not send (the adapter's card)."""
+        if adapter is None or seen.kind == "full":
+            return 0
+        if seen.kind == "internalised":
+            return max(round(adapter.card["full_prompt_tokens"] - adapter.card["query_prompt_tokens"]), 0)
+        return max(len(self._raw_ids("\n\n".join(part for part in (ask.system, ask.query) if part), adapter)) - sent, 0)
+
+    def _check_size(self, text: str) -> None:
+        """Refuse what is far beyond the context before it is tokenised whole."""
+        count = 0
+        for at in range(0, len(text) if len(text) > COUNTED_AT_ONCE else 0, COUNTED_AT_ONCE):
+            count += len(content_ids(self.tokenizer, text[at : at + COUNTED_AT_ONCE]))
+            if count > 2 * self.context:
+                raise self._too_long(f"more than {count - 1}", 1)
+
+    def _limit(self, ask: Ask, adapter: Adapter | None, prompt: int) -> int:
         """max_new_tokens. A limit that was asked for is kept or refused, never silently lowered."""
-        cap, room = self.config.serve.max_new_tokens, self.context - prompt
-        if asked is not None and asked > cap:
-            raise RefusedError(400, f"max_tokens is {asked}; this server allows at most {cap}", param="max_tokens")
+        cap, asked, room = self.config.serve.max_new_tokens // ask.choices, ask.max_tokens, self.context - prompt
+        if (asked or 1) > cap:
+            each = f" for each of {ask.choices} choices" if ask.choices > 1 else ""
+            raise RefusedError(400, f"max_tokens is {asked}; this server allows at most {cap}{each}", param="max_tokens")
         if room < (asked or 1):
-            message = f"the prompt has {prompt} tokens and {asked or 1} may be generated; the model's context holds {self.context}"
-            raise RefusedError(400, message, code="context_length_exceeded", param="messages")
+            raise self._too_long(str(prompt), asked or 1)
         return asked or min(2 * adapter.card["max_answer_tokens"] if adapter else cap, cap, room)
+
+    def _too_long(self, prompt: str, asked: int) -> RefusedError:
+        message = f"the prompt has {prompt} tokens and {asked} may be generated; the model's context holds {self.context}"
+        return RefusedError(400, message, code="context_length_exceeded", param="messages")
+
+
+def several(ask: Ask, n: int) -> list[Ask]:
+    """The ask for each of `n` answers to a prompt. A seed gives each its own, so that they differ and come again."""
+    return [ask if ask.seed is None else replace(ask, seed=(ask.seed + i + 2**63) % 2**64 - 2**63) for i in range(n)]
+
+
+def _piece(text: str, stream: TextStream, marks: Logprobs | None) -> dict[str, Any]:
+    return {"text": text, "logprobs": marks.take(stream)} if marks else {"text": text}
 
 
 def _refused(error: PiRayError) -> RefusedError:
-    """Unknown adapter: 404. An adapter that fails verification, or a prompt format that the base model's chat template does not allow: 422."""
+    """Unknown adapter: 404. A store out of reach: 503. An adapter that fails verification, or a prompt format that the base model does not allow: 422."""
     if isinstance(error, UnknownAdapterError):
         return RefusedError(404, str(error), code="model_not_found", param="model")
+    if isinstance(error, StoreUnavailableError):
+        return RefusedError(503, str(error), "server_error", "store_unavailable")
     code = "adapter_refused" if isinstance(error, AdapterError) else "model_refused"
     return RefusedError(422, str(error), code=code, param="model")
-
-
-class TextStream:
-    """Token ids in, text out as early as possible: the joined pieces equal `PromptEncoder.decode`, cut before the first stop string.
-
-    A piece is held back while it may still change (half a character), may be trimmed (white space at the end), or may be the start of a stop string.
-    """
-
-    def __init__(self, tokenizer: Any, stop: tuple[str, ...] = ()):
-        self.count = 0
-        self.stopped = False
-        self._tokenizer = tokenizer
-        self._stop = stop
-        self._hold = max((len(s) for s in stop), default=1) - 1
-        self._ids: list[int] = []
-        self._read = 0  # ids up to here are in the text
-        self._context = 0  # decoding starts here, so that a token's leading space shows
-        self._held = ""
-        self._started = False
-
-    def push(self, token: int) -> str:
-        """The text that is certain after this token; empty after the end."""
-        if self.stopped:
-            return ""
-        self.count += 1
-        if token == self._tokenizer.eos_token_id:
-            self.stopped = True
-            return ""
-        self._ids.append(token)
-        known = self._decode(self._ids[self._context : self._read])
-        text = self._decode(self._ids[self._context :])
-        if len(text) <= len(known) or text.endswith("\ufffd"):
-            return ""
-        self._context, self._read = self._read, len(self._ids)
-        return self._release(text[len(known) :])
-
-    def finish(self) -> str:
-        """What was held back, once no more tokens come."""
-        known = self._decode(self._ids[self._context : self._read])
-        self._held += self._decode(self._ids[self._context :])[len(known) :]
-        self._cut()
-        rest, self._held = self._held.rstrip(), ""
-        return rest if self._started else rest.lstrip()
-
-    def _decode(self, ids: list[int]) -> str:
-        return self._tokenizer.decode(ids, skip_special_tokens=True)
-
-    def _release(self, text: str) -> str:
-        self._held += text
-        if self._cut():
-            return ""
-        certain = self._held[: max(0, len(self._held) - self._hold)].rstrip()
-        piece = certain if self._started else certain.lstrip()
-        self._held = self._held[len(certain) :]
-        self._started = self._started or bool(piece)
-        return piece
-
-    def _cut(self) -> bool:
-        """Cut the held text before the first stop string in it."""
-        places = [i for s in self._stop if (i := self._held.find(s)) >= 0]
-        if places:
-            self._held, self.stopped = self._held[: min(places)], True
-        return bool(places)

@@ -18,6 +18,7 @@ from typing import Any
 from pi_ray.artifact import MANIFEST, digest_file
 from pi_ray.config import ModelConfig, PromptConfig
 from pi_ray.errors import AdapterError
+from pi_ray.serving.drift import PROMPT, flaw
 
 LORA_TENSOR = re.compile(r"base_model\.model\.([\w.]+)\.lora_([AB])\.weight", re.ASCII)
 WEIGHTS, CONFIG, CARD = "adapter_model.safetensors", "adapter_config.json", "pi_ray.json"
@@ -26,6 +27,9 @@ FLOAT_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
 MAX_JSON_BYTES = 8 << 20
 MAX_WEIGHT_BYTES = 8 << 30
 MAX_RANK = 4096
+MAX_TOKENS = 1 << 30
+MAX_WORDING = 100_000
+MAX_REPEATS = 4  # of the query in its wording
 # Settings of adapter_config.json that serving understands; any other one must be empty, since peft would act on it
 # (import a module, change base weights, run a regular expression over module names).
 KNOWN_SETTINGS = {
@@ -40,10 +44,13 @@ CARD_FIELDS = {
 
 def check(path: Path, base: ModelConfig | None = None) -> dict[str, Any]:
     """The card of the adapter folder `path`, after every check there is. Raises AdapterError saying what is wrong."""
-    _check_hashes(path, _check_listing(path))
+    names = _check_listing(path)
+    _check_hashes(path, names)
     rank = _check_config(read_json(path / CONFIG))
     card = read_json(path / CARD)
     _check_card(card, base)
+    if PROMPT in names and (wrong := flaw(read_json(path / PROMPT))):
+        raise AdapterError(f"{PROMPT}: {wrong}")
     _check_shapes(read_header(path / WEIGHTS), rank)
     _check_finite(path / WEIGHTS)
     return card
@@ -101,12 +108,15 @@ def _check_card(card: dict[str, Any], base: ModelConfig | None) -> None:
     wrong = [k for k, kind in CARD_FIELDS.items() if not isinstance(card.get(k), kind)]
     if wrong:
         raise AdapterError(f"{CARD}: {', '.join(wrong)} missing or of the wrong type")
-    if card["max_answer_tokens"] < 1:
-        raise AdapterError(f"{CARD}: max_answer_tokens is below 1")
+    counts = ("full_prompt_tokens", "query_prompt_tokens", "max_answer_tokens")
+    if not all(0 <= card[k] < MAX_TOKENS for k in counts) or card["max_answer_tokens"] < 1:
+        raise AdapterError(f"{CARD}: {', '.join(counts)} are not counts of tokens, the last one at least 1")
     try:
-        PromptConfig(**card["prompt"])
+        prompt = PromptConfig(**card["prompt"])
     except (TypeError, ValueError) as error:
         raise AdapterError(f"{CARD}: the prompt block is not valid ({error.__class__.__name__})") from error
+    if prompt.query.count("{query}") > MAX_REPEATS or len(prompt.model_dump_json()) > MAX_WORDING:
+        raise AdapterError(f"{CARD}: the prompt block multiplies the query, or is longer than {MAX_WORDING} characters")
     if base and (card["base"], card.get("revision", "")) != (base.base, base.revision):
         raise AdapterError(f"it was trained for another base model ({Path(card['base']).name[:64]}) than the served one")
 
@@ -118,7 +128,7 @@ def read_header(path: Path) -> dict[str, dict[str, Any]]:
         length = struct.unpack("<Q", f.read(8).ljust(8, b"\0"))[0]
         if length > min(MAX_JSON_BYTES, size - 8):
             raise AdapterError(f"{path.name}: the header claims {length} bytes, the file has {size}")
-        header = _parse_json(f.read(length), path.name)
+        header = parse_json(f.read(length), path.name)
     header.pop("__metadata__", None)
     end = 0
     for name, tensor in header.items():
@@ -175,10 +185,11 @@ def _check_finite(path: Path) -> None:
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object of bounded size. Raises AdapterError when it is anything else."""
     with open(path, "rb") as f:
-        return _parse_json(f.read(MAX_JSON_BYTES + 1), path.name)
+        return parse_json(f.read(MAX_JSON_BYTES + 1), path.name)
 
 
-def _parse_json(data: bytes, name: str) -> dict[str, Any]:
+def parse_json(data: bytes, name: str) -> dict[str, Any]:
+    """As `read_json`, of what was read already."""
     try:
         value = json.loads(data)
     except (ValueError, RecursionError) as error:

@@ -1,12 +1,14 @@
 """A user's own rows: JSON Lines, or one .json array, in any of the four layouts that fine-tuning data comes in.
 
 Detected for each row:
-    pi-ray    {"query", "answer"}, and if wanted "id" and "group"
+    pi-ray    {"query", "answer"}, and if wanted "id", "group" and "documents"
     Alpaca    {"instruction", "input", "output"}          query: instruction, and input on the next line
     ShareGPT  {"conversations": [{"from", "value"}, ...]}
     OpenAI    {"messages": [{"role", "content"}, ...]}
 Of a conversation the last user turn is the query and the turn after it the answer. Earlier turns are left out, and so is the system
 message: the template takes its place. Blank lines and lines that begin with `//` or `#` are comments.
+
+"documents" come with the row, such as passages retrieved for it: a list of texts or of {"title", "text"}. They stand before its query.
 """
 
 from __future__ import annotations
@@ -108,7 +110,7 @@ def _row(content: Any, default_id: str, labelled: bool = True) -> Row:
     given = data.get("id", default_id)
     if isinstance(given, bool) or not isinstance(given, (str, int)):
         raise _Bad(f"wrong type: 'id' must be text or a whole number, found {_type(given)}")
-    return Row(_text("id", str(given)), _text("query", query), _text("answer", answer) if labelled else "", _group(data))
+    return Row(_text("id", str(given)), _text("query", query), _text("answer", answer) if labelled else "", _group(data), _documents(data))
 
 
 def _parse(line: bytes) -> Any:
@@ -160,6 +162,24 @@ def _last_turn(data: dict[str, Any], field: str, role: str, text: str) -> tuple[
 def _group(data: dict[str, Any]) -> str:
     group = data.get("group")
     return "" if group in (None, "") else _text("group", group)
+
+
+def _documents(data: dict[str, Any]) -> tuple[str, ...]:
+    """Each as text, a title as a heading over it."""
+    given = data.get("documents")
+    if given is None:
+        return ()
+    if not isinstance(given, list):
+        raise _Bad(f"wrong type: 'documents' must be a list of texts or of objects with title and text, found {_type(given)}")
+    return tuple(_document(f"documents[{i}]", document) for i, document in enumerate(given))
+
+
+def _document(name: str, given: Any) -> str:
+    if not isinstance(given, dict):
+        return _text(name, given).strip()
+    text = _text(f"{name}.text", _field(given, "text")).strip()
+    title = given.get("title")
+    return text if title in (None, "") else f"## {_text(f'{name}.title', title).strip()}\n{text}"
 
 
 def _field(data: dict[str, Any], name: str) -> Any:

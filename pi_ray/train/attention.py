@@ -2,21 +2,29 @@
 
 The template is equal for all rows of a phase, so its tokens go through the model once per batch instead of once per row.
 Everything but attention is token-wise and needs no change; attention splits the packed row by its layout. Works with any transformers decoder
-that dispatches to `ALL_ATTENTION_FUNCTIONS`, with gradient checkpointing and with ZeRO-3 (one ordinary forward call), and builds no (S, S) mask.
+that dispatches to `ALL_ATTENTION_FUNCTIONS`, with gradient checkpointing and with ZeRO-3 (one ordinary forward call).
+
+Two implementations of the same mask: SDPA over rows padded to one length, with no (S, S) mask; and flex attention over the packed row as it is, one kernel that
+skips the blocks in which nothing is seen. The second is what GPUs get. Its mask and its outputs are checked on CPU; its speed on a GPU is not measured yet.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from transformers import AttentionInterface
 
-NAME = "pi_ray_shared_prefix"
+from pi_ray.errors import TrainingError
+
+NAME, FLEX = "pi_ray_shared_prefix", "pi_ray_shared_prefix_flex"
+BLOCK = 128  # places of flex attention's blocks
+SMALLEST_HEAD = 16  # dimensions of a head that flex attention's kernels take
 
 
 @dataclass
@@ -25,7 +33,7 @@ class Layout:
 
     visible: V, so many of the last prefix tokens are seen by the rows (all P, or gist tokens alone); gather: (B, L) int64, index of each row's token
     among the row tokens (clamped at its end); scatter: (S - P,) int64, place of each row token in the flattened (B, L) grid; mask: (L, V + L) bool,
-    what a row's token may see.
+    what a row's token may see; segment: (S,) int32, the number of each token's row, -1 in the prefix.
     """
 
     prefix: int
@@ -33,6 +41,8 @@ class Layout:
     gather: torch.Tensor
     scatter: torch.Tensor
     mask: torch.Tensor
+    segment: torch.Tensor
+    blocks: Any = None  # flex attention's mask, once a forward pass has asked for it
 
     @classmethod
     def build(cls, prefix: int, lengths: list[int], visible: int | None = None) -> Layout:
@@ -44,10 +54,30 @@ class Layout:
         gather = starts[:, None] + torch.minimum(offsets[None], size[:, None] - 1)
         scatter = torch.cat([row * longest + offsets[:n] for row, n in enumerate(lengths)])
         mask = torch.cat([torch.ones(longest, visible, dtype=torch.bool), torch.ones(longest, longest, dtype=torch.bool).tril()], dim=1)
-        return cls(prefix, visible, gather, scatter, mask)
+        segment = torch.repeat_interleave(torch.arange(-1, len(lengths)), torch.tensor([prefix, *lengths])).int()
+        return cls(prefix, visible, gather, scatter, mask, segment)
 
     def to(self, device: torch.device | str) -> Layout:
-        return Layout(self.prefix, self.visible, self.gather.to(device), self.scatter.to(device), self.mask.to(device))
+        return Layout(self.prefix, self.visible, *(x.to(device) for x in (self.gather, self.scatter, self.mask, self.segment)))
+
+    def sees(self) -> Callable[..., torch.Tensor]:
+        """Whether the token at place `query` sees the one at `key`, as flex attention's mask_mod."""
+        begin, end = self.prefix - self.visible, self.prefix
+        segment = F.pad(self.segment, (0, -len(self.segment) % BLOCK), value=-2)  # kernels go over whole blocks
+
+        def mask_mod(batch: Any, head: Any, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+            return (key <= query) & ((segment[query] == segment[key]) | ((key >= begin) & (key < end)))
+
+        return mask_mod
+
+    def block_mask(self) -> Any:
+        """Made once for each batch, and used by all layers."""
+        if self.blocks is None:
+            from torch.nn.attention.flex_attention import create_block_mask
+
+            size = len(self.segment)
+            self.blocks = create_block_mask(self.sees(), None, None, size, size, device=str(self.segment.device))
+        return self.blocks
 
 
 def shared_prefix_attention(
@@ -76,6 +106,33 @@ def shared_prefix_attention(
     return out.contiguous(), None
 
 
+def flex_shared_prefix_attention(
+    module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: torch.Tensor | None,
+    dropout: float = 0.0, scaling: float | None = None, layout: Layout | None = None, **_: Any,
+) -> tuple[torch.Tensor, None]:
+    """As `shared_prefix_attention`, by flex attention. What its kernels do not take (dropout, tiny heads, rows without a layout) goes the other way."""
+    if layout is None or dropout or query.shape[-1] < SMALLEST_HEAD:
+        return shared_prefix_attention(module, query, key, value, attention_mask, dropout, scaling, layout)
+    out = _flex(query.is_cuda)(query, key, value, block_mask=layout.block_mask(), scale=scaling, enable_gqa=query.shape[1] != key.shape[1])
+    return out.transpose(1, 2).contiguous(), None
+
+
+@cache
+def _flex(compiled: bool) -> Any:
+    """Compiled it is one kernel for sequences of any length; uncompiled, on a CPU, it is slow and has no gradients."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention, dynamic=True) if compiled else flex_attention
+
+
+def wants_flex(choice: str, device: str) -> bool:
+    """Whether `train.attention` (auto, sdpa, flex) means flex attention on this device. Raises TrainingError where it has no gradients."""
+    gpu = torch.device(device).type == "cuda"
+    if choice == "flex" and not gpu:
+        raise TrainingError(f"train.attention: flex trains on GPUs only, and this worker has {device}; take auto or sdpa")
+    return gpu and choice != "sdpa"
+
+
 def can_share_prefix(config: Any) -> str:
     """"" when a model of this config can take packed rows, else the reason why it gets plain batches."""
     window = getattr(config, "sliding_window", None)
@@ -92,14 +149,16 @@ def can_share_prefix(config: Any) -> str:
 @contextmanager
 def ordinary(model: torch.nn.Module) -> Iterator[None]:
     """Within it the model attends as usual, with caches and masks, which generation needs."""
+    before = model.config._attn_implementation
     model.set_attn_implementation("sdpa")
     try:
         yield
     finally:
-        model.set_attn_implementation(NAME)
+        model.set_attn_implementation(before)
 
 
-def enable(model: torch.nn.Module) -> None:
-    """Route the model's attention through `shared_prefix_attention`."""
+def enable(model: torch.nn.Module, flex: bool = False) -> None:
+    """Route the model's attention through `shared_prefix_attention`, or through flex attention."""
     AttentionInterface.register(NAME, shared_prefix_attention)
-    model.set_attn_implementation(NAME)
+    AttentionInterface.register(FLEX, flex_shared_prefix_attention)
+    model.set_attn_implementation(FLEX if flex else NAME)

@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from pi_ray.artifact import verify
+from pi_ray.artifact import read_manifest, read_parquet, verify
+from pi_ray.errors import CorruptArtifactError
 from pi_ray.train import gist
 from pi_ray.train.attention import Layout
 
@@ -27,13 +28,20 @@ class Batch:
     plain_tokens: int  # tokens that rows with a prefix each would have
 
 
+def manifest_of(folder: Path) -> dict[str, Any]:
+    """What a prepared dataset says of itself, before a row is read. Raises CorruptArtifactError when it is not there."""
+    manifest = read_manifest(folder)
+    if manifest is None:
+        raise CorruptArtifactError(f"{folder}: no manifest, so it is not whole; 'pi-ray prepare' makes it again")
+    return manifest
+
+
 class PhaseRows:
     """The dataset of one phase, memory-mapped: prefix ids, and (prompt ids, label ids) by row number."""
 
     def __init__(self, folder: Path):
         import pyarrow as pa
         import pyarrow.compute as pc
-        import pyarrow.parquet as pq
 
         manifest = verify(folder)
         self.prefix: list[int] = manifest["prefix_ids"]
@@ -41,7 +49,7 @@ class PhaseRows:
         self.template: str = manifest["template"]
         self.tokens: dict[str, float] = manifest["tokens"]
         files = sorted(name for name in manifest["files"] if name.endswith(".parquet"))
-        self._table = pa.concat_tables(pq.read_table(Path(folder) / f, columns=["prompt_ids", "label_ids"], memory_map=True) for f in files)
+        self._table = pa.concat_tables(read_parquet(Path(folder) / f, ["prompt_ids", "label_ids"], memory_map=True) for f in files)
         self.label_lengths = pc.list_value_length(self._table["label_ids"]).to_numpy()
 
     def __len__(self) -> int:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
 import warnings
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from pi_ray.artifact import staged, write_atomic
+from pi_ray.artifact import digest, staged, verify, write_atomic
 from pi_ray.config import LoraConfig, RunConfig
-from pi_ray.errors import ConfigError
+from pi_ray.errors import ConfigError, TrainingError
+from pi_ray.rundir import RunDir
 from pi_ray.train import gist
 from pi_ray.train.zero import moe_blocks
 
@@ -66,8 +69,9 @@ def start(model: Any, config: LoraConfig) -> dict[str, torch.Tensor]:
     return {name: p.detach().float().cpu().clone() for name, p in trainable(model).items()} if config.method == "pissa" else {}
 
 
-def adapter_card(config: RunConfig, **facts: Any) -> dict[str, Any]:
-    """What an adapter must know to be used: its base, the prompt format it was trained on, and where it comes from."""
+def adapter_card(config: RunConfig, phases: Sequence[dict[str, Any]], **facts: Any) -> dict[str, Any]:
+    """What an adapter must know to be used: its base, the prompt format it was trained on, and where it comes from. `phases` are the datasets' manifests."""
+    first, last, gists = phases[0], phases[-1], config.train.gist
     return {
         "format": 1,
         "run": config.name,
@@ -76,6 +80,14 @@ def adapter_card(config: RunConfig, **facts: Any) -> dict[str, Any]:
         "revision": config.model.revision,
         "prompt": config.prompt.model_dump(mode="json"),
         "versions": {p: version(p) for p in PACKAGES},
+        "rate": last["phase"]["rate"],
+        "shots": last["phase"]["shots"],
+        "template": last["template"],
+        "full_template_sha256": digest(first["template"]),
+        "full_prompt_tokens": round(first["tokens"]["prefix"] + first["tokens"]["row_mean"]),
+        "query_prompt_tokens": round((gists or last["tokens"]["prefix"]) + last["tokens"]["row_mean"]),
+        "max_answer_tokens": int(last["tokens"]["label_max"]),
+        **({"gist": gists} if gists else {}),
         **facts,
     }
 
@@ -101,6 +113,35 @@ def _difference(name: str, value: torch.Tensor, started: dict[str, torch.Tensor]
     if ".lora_A." in name:
         return torch.cat([value, started[name]], 0)
     return torch.cat([value, -started[name]], 1) if ".lora_B." in name else value
+
+
+def weights_of(folder: Path, model: Any, base: str) -> dict[str, torch.Tensor]:
+    """The weights of an adapter folder by `model`'s parameter names, in fp32. Raises CorruptArtifactError, or TrainingError when it is of another base or shape."""
+    from safetensors.torch import load_file
+
+    verify(folder)
+    card = json.loads((folder / CARD).read_text())
+    if card["base"] != base:
+        raise TrainingError(f"train.start: {folder} was trained on {card['base']}, and model.base is {base}")
+    found = {f"{name.removesuffix('.weight')}.default.weight": value.float() for name, value in load_file(folder / "adapter_model.safetensors").items()}
+    wanted = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in trainable(model).items()}
+    if {name: tuple(value.shape) for name, value in found.items()} != wanted:
+        raise TrainingError(f"train.start: {folder} does not fit train.lora: take its method, rank and targets")
+    return found
+
+
+def mark_best(run: RunDir, phases: int) -> tuple[int, float]:
+    """Link `best` to the phase adapter with the highest dev accuracy (the later one of equals). Returns phase and accuracy.
+
+    Not the lowest loss: an adapter that has learned more is surer of what it cannot know, and a few such answers outweigh all the others.
+    """
+    accuracies = [json.loads((run.adapter(i) / CARD).read_text())["dev_accuracy"] for i in range(phases)]
+    best = max(range(phases), key=lambda i: (accuracies[i], i))
+    link = run.adapters / ".best.tmp"
+    link.unlink(missing_ok=True)
+    link.symlink_to(run.adapter(best).name)
+    os.replace(link, run.best)
+    return best, accuracies[best]
 
 
 def trainable(model: Any) -> dict[str, torch.nn.Parameter]:

@@ -8,7 +8,9 @@ row uses, but the template tells, reach the adapter that sees the query alone. T
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,9 +21,10 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 
-from pi_ray.artifact import staged, verify
+from pi_ray.artifact import read_parquet, staged, verify
 from pi_ray.config import DistillConfig
 from pi_ray.generate import greedy, prefix_cache
+from pi_ray.train import attention
 from pi_ray.train.batches import Batch, PhaseRows
 
 SCHEMA = pa.schema({
@@ -56,6 +59,24 @@ def answer(model: Any, data: PhaseRows, numbers: Sequence[int], limit: int, end:
             if len(ids) < limit:
                 found[number] = [*ids, end]
     return found
+
+
+def lesson(
+    model: Any, labelled: PhaseRows, unlabelled: PhaseRows, config: DistillConfig, end: int, view: Callable[[list[Row]], Batch], size: int, rank: int = 0, world: int = 1
+) -> list[dict[str, Any]]:
+    """One worker's share of what the teacher says: its answers to unlabelled queries, and what it holds likely in these and in the labels.
+
+    `view` packs rows behind the full prompt, `size` of them for a forward pass; `end` is the token that ends an answer.
+    """
+    limit, base = math.ceil(labelled.tokens["label_max"] * 1.25), model.get_base_model()
+    model.eval()
+    with model.disable_adapter() if config.teacher == "base" else nullcontext():
+        with attention.ordinary(base):
+            answers = answer(model, unlabelled, range(rank, len(unlabelled), world), limit, end)
+        own = labels(labelled, range(rank, len(labelled), world))
+        said = [*judge(model, view, labelled, own, config.top_k, size), *judge(model, view, unlabelled, answers, config.top_k, size)]
+    model.train()
+    return said
 
 
 def labels(data: PhaseRows, numbers: Sequence[int]) -> Answers:
@@ -96,7 +117,7 @@ class Taught:
     def __init__(self, folder: Path, labelled: PhaseRows, unlabelled: PhaseRows, confidence: float):
         manifest = verify(folder)
         self.top_k = manifest["top_k"]
-        table = pq.read_table(Path(folder) / FILE)
+        table = read_parquet(Path(folder) / FILE)
         kept = table.filter(pc.or_(table["labelled"], pc.greater_equal(table["confidence"], confidence)))
         self._own = kept["labelled"].to_pylist()
         self._numbers = kept["number"].to_pylist()

@@ -5,37 +5,40 @@ Needs torch.distributed alone (or nothing, for one worker), so that it runs unde
 
 from __future__ import annotations
 
-import json
-import math
-import os
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
-from pi_ray import models
-from pi_ray.artifact import digest, is_current
+from pi_ray import mirror, models
+from pi_ray.artifact import digest, sweep
 from pi_ray.config import RunConfig
 from pi_ray.errors import TrainingError
 from pi_ray.protocols import UNLABELLED
 from pi_ray.registry import backends
-from pi_ray.rundir import RunDir, wants_unlabelled
+from pi_ray.rundir import RunDir, learned_from
 from pi_ray.schedule import plan_phases
-from pi_ray.train import attention, checkpoint, gist, lora, teach
-from pi_ray.train.batches import Batch, PhaseRows, packed, plain, to_device
+from pi_ray.train import attention, checkpoint, gist, lora, teach, trackers
+from pi_ray.train.backends import MOMENTS
+from pi_ray.train.batches import Batch, PhaseRows, manifest_of, packed, plain, to_device
+from pi_ray.train.early import EarlyStop
+from pi_ray.train.feed import Feed
+from pi_ray.train.group import Group
+from pi_ray.train.log import TrainLog
 from pi_ray.train.objectives import distill_sum, loss_and_hits, sft_sum
-from pi_ray.train.teach import Taught
-from pi_ray.train.updates import Update, all_updates, batch_rows
+from pi_ray.train.teach import Targets
+from pi_ray.train.updates import Update, all_updates
 
 
 def train_worker(settings: dict[str, Any]) -> None:
     """One worker's whole training. `settings`: config (RunConfig as JSON), fingerprint, device; torch.distributed is up, or there is one worker."""
     worker = _Worker(RunConfig.model_validate(settings["config"]), settings["fingerprint"], settings["device"], settings.get("report"))
-    worker.run()
+    try:
+        worker.run()
+    finally:
+        worker.close()
 
 
 class _Worker:
@@ -43,32 +46,40 @@ class _Worker:
         self.config, self.fingerprint, self.device = config, fingerprint, device
         self.report = report or (lambda metrics: None)
         self.dir = RunDir(config.root)
-        self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-        self.phases = plan_phases(config.schedule)
-        self.data = [PhaseRows(self.dir.phase(i)) for i in range(len(self.phases))]  # memory-mapped now, so that no border waits for its rows
-        self.teaches = wants_unlabelled(config)
-        self.unlabelled = [PhaseRows(self.dir.phase(f"{UNLABELLED}-{i}")) for i in range(len(self.phases))] if self.teaches else []
+        self.group = Group(device)
+        self.rank, self.world = self.group.rank, self.group.world
+        self.log = TrainLog(self.dir.train_log, writes=self.rank == 0)
+        phases = plan_phases(config.schedule)
+        self.manifests = [manifest_of(self.dir.phase(i)) for i in range(len(phases))]
         self.dev = PhaseRows(self.dir.phase("dev"))
-        self.updates = all_updates([len(d) for d in self.data], self.phases, config.train)
-        self.taught: dict[int, Taught] = {}  # of the phase that is going on
+        self.updates = all_updates([m["rows"] for m in self.manifests], phases, config.train)
+        self.ends = {u.phase: u.step + 1 for u in self.updates}  # how many updates are done with when a phase is
+        self.optimised = 0  # updates that Adam's moments have seen
+        self.early = EarlyStop(config.train.early_stop)
         self.micro = config.train.micro_batch or config.rows_per_worker
         self.pack = packed if config.train.share_prefix else plain
         self.backend = self._build()
+        self.feed = Feed(config, fingerprint, self.updates, self.pack, self.rank, self.world)
 
     def run(self) -> None:
         done = self._resume()
-        self._trim_log(done)
-        for update in self.updates[done:]:
+        self.log.trim(done)
+        self.log.follow(lambda: trackers.open_tracker(self.config, self.dir, done))
+        while done < len(self.updates):
+            update = self.updates[done]
             if update.index == 0 and update.phase and self.config.train.border == "reset":
                 self._reset_optimizer()
-            if self.teaches and update.phase and not is_current(self.dir.taught, self.fingerprint):
+            if update.phase and not self.feed.taught:
                 self._teach(update)
             self._one(update)
-            if update.step + 1 == len(self.updates) or self.updates[update.step + 1].phase != update.phase:
-                self._end_phase(update)
+            done = self._score(update)
             if (update.step + 1) % self.config.train.checkpoint_every == 0:
-                self._checkpoint(update)
+                self._checkpoint(update, done)
         self._finish()
+
+    def close(self) -> None:
+        self.feed.close()
+        self.log.close()
 
     def _build(self) -> Any:
         """The backend, which calls `_model`."""
@@ -82,10 +93,10 @@ class _Worker:
         if self.config.train.gist and reason:
             raise TrainingError(f"model.base cannot be trained with gist tokens (train.gist), which need full attention in every layer: {reason}")
         if self.pack is packed and reason:
-            self._log({"event": "plain_batches", "reason": reason})
+            self.log.add({"event": "plain_batches", "reason": reason})
             self.pack = plain
         if self.pack is packed:
-            attention.enable(model)
+            attention.enable(model, attention.wants_flex(self.config.train.attention, self.device))
         model = lora.add_lora(model, self.config.train.lora, self.config.train.seed)
         self.started = lora.start(model, self.config.train.lora)
         if self.config.train.gist:
@@ -98,41 +109,62 @@ class _Worker:
     def _one(self, update: Update) -> None:
         """One update over all workers."""
         started = time.monotonic()
-        data, train = self._rows(update.phase), self.config.train
-        rows = batch_rows(update, len(data), train)
-        answer_tokens = int(data.label_lengths[rows].sum())
+        ready, train = self.feed[update], self.config.train
         if train.lora.dropout:
             torch.manual_seed(int(digest([train.seed, update.step, self.rank])[:15], 16))
-        mine, counts = rows[self.rank :: self.world], torch.zeros(3, dtype=torch.float64)
-        for start in range(0, len(mine), self.micro):
-            batch, loss = self._loss(data, mine[start : start + self.micro])
-            loss = loss / answer_tokens
+        counts = torch.zeros(3, dtype=torch.float64)
+        for i, (batch, targets) in enumerate(ready.parts):
+            loss = self._loss(to_device(batch, self.device), targets) / ready.answer_tokens
             counts += torch.tensor([float(loss.detach()), batch.tokens, batch.plain_tokens], dtype=torch.float64)
-            self.backend.backward(loss, last=start + self.micro >= len(mine))
-        counts = self._sum(counts)
+            self.backend.backward(loss, last=i + 1 == len(ready.parts))
+        counts = self.group.sum(counts)
         if not torch.isfinite(counts[0]):  # summed over workers, so that all of them stop together
             raise TrainingError(f"loss is {counts[0]:.3g} at update {update.step} (phase {update.phase}); lower train.lr, and look for empty or broken rows")
         self.backend.step(update.lr)
-        self._log({
+        self.optimised += 1
+        self.log.add({
             "step": update.step, "phase": update.phase, "epoch": update.epoch, "loss": round(counts[0].item(), 6), "lr": update.lr,
             "tokens": int(counts[1]), "plain_tokens": int(counts[2]), "seconds": round(time.monotonic() - started, 4), "time": round(time.time(), 3),
         })
 
-    def _rows(self, phase: int) -> PhaseRows | Taught:
-        """The rows of a phase; after the first one with what the teacher answered, if there is one."""
-        if not self.teaches or not phase:
-            return self.data[phase]
-        if self.taught.get(phase) is None:
-            self.taught = {phase: Taught(self.dir.taught, self.data[phase], self.unlabelled[phase], self.config.train.distill.confidence)}
-        return self.taught[phase]
-
-    def _loss(self, data: PhaseRows | Taught, numbers: list[int]) -> tuple[Batch, torch.Tensor]:
-        """The batch of these rows, and its loss summed over answer tokens."""
-        batch = self._batch(data, numbers)
-        if not isinstance(data, Taught):
-            return batch, sft_sum(self.backend.model, batch)
+    def _loss(self, batch: Batch, targets: Targets | None) -> torch.Tensor:
+        """Summed over answer tokens."""
+        if targets is None:
+            return sft_sum(self.backend.model, batch)
         train = self.config.train
-        return batch, distill_sum(self.backend.model, batch, data.targets(numbers).to(self.device), 1.0 if train.objective == "distill" else train.distill.share)
+        return distill_sum(self.backend.model, batch, targets.to(self.device), 1.0 if train.objective == "distill" else train.distill.share)
+
+    def _score(self, update: Update) -> int:
+        """Take a dev score where one is due, and end the phase where it is over or gains no more. Returns how many updates are done with."""
+        done, end, every = update.step + 1, self.ends[update.phase], self.config.train.dev_every
+        if done < end and not (every and (update.index + 1) % every == 0):
+            return done
+        loss, accuracy = self.dev_scores()
+        stops = self.early.take((accuracy, loss), update.step, self.optimised, self._state)
+        if done < end:
+            self.log.add({"event": "dev", "phase": update.phase, "step": update.step, "dev_loss": round(loss, 6), "dev_accuracy": round(accuracy, 6)})
+            if not stops:
+                return done
+        self._end_phase(update, loss, accuracy)
+        return end
+
+    def _end_phase(self, update: Update, loss: float, accuracy: float) -> None:
+        """Leave an adapter behind: the present one, or with early stop the one of the phase's best score, from which the next phase then goes on."""
+        best = {}
+        if self.early.state is not None and self.early.best is not None:
+            if self.early.step != update.step:
+                self.backend.load_state(self.early.state, self.early.optimised)
+                self.optimised = self.early.optimised
+            accuracy, loss = self.early.best
+            best = {"best_step": self.early.step, "early": update.step + 1 < self.ends[update.phase]}
+            self.early.forget()
+        weights = {name: value for name, value in self._state().items() if "/" not in name}
+        if self.rank == 0:
+            model = getattr(self.backend.model, "module", self.backend.model)
+            card = lora.adapter_card(self.config, self.manifests, fingerprint=self.fingerprint, phase=update.phase, dev_loss=loss, dev_accuracy=accuracy)
+            lora.save_adapter(self.dir.adapter(update.phase), model, weights, card, self.started)
+        self.log.add({"event": "phase_end", "phase": update.phase, "step": update.step, "dev_loss": round(loss, 6), "dev_accuracy": round(accuracy, 6), **best})
+        self.report({"phase": update.phase, "step": update.step, "dev_loss": loss})
 
     def _teach(self, update: Update) -> None:
         """At the border after the first phase: the teacher answers, each worker for its share of the rows."""
@@ -142,42 +174,17 @@ class _Worker:
                 f"{self.dir.taught}: what the teacher answered is missing or of another run, and the teacher has been trained on since; "
                 f"delete {self.dir.checkpoints} to train again"
             )
-        model, labelled, unlabelled = getattr(self.backend.model, "module", self.backend.model), self.data[0], self.unlabelled[0]
-        limit, end = math.ceil(labelled.tokens["label_max"] * 1.25), models.load_tokenizer(self.config.model).eos_token_id
+        labelled, unlabelled = PhaseRows(self.dir.phase(0)), PhaseRows(self.dir.phase(f"{UNLABELLED}-0"))
+        model, end = getattr(self.backend.model, "module", self.backend.model), models.load_tokenizer(self.config.model).eos_token_id
         view = lambda rows: to_device(self.pack(labelled.prefix, rows), self.device)  # noqa: E731
-        model.eval()
-        with model.disable_adapter() if train.distill.teacher == "base" else nullcontext():
-            with attention.ordinary(model.get_base_model()) if self.pack is packed else nullcontext():
-                answers = teach.answer(model, unlabelled, range(self.rank, len(unlabelled), self.world), limit, end)
-            mine = [
-                *teach.judge(model, view, labelled, teach.labels(labelled, range(self.rank, len(labelled), self.world)), train.distill.top_k, self.micro),
-                *teach.judge(model, view, unlabelled, answers, train.distill.top_k, self.micro),
-            ]
-        model.train()
-        entries = self._gathered(mine)
+        entries = self.group.gathered(teach.lesson(model, labelled, unlabelled, train.distill, end, view, self.micro, self.rank, self.world))
         if self.rank == 0:
             kept = teach.write(self.dir.taught, entries, train.distill, self.fingerprint)
             facts = {"queries": len(unlabelled), "answered": len(entries) - len(labelled), "kept": kept}
-            self._log({"event": "taught", "step": update.step, **facts, "seconds_teaching": round(time.monotonic() - started, 1)})
-        if self.world > 1:
-            dist.barrier()
-
-    def _gathered(self, mine: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """The entries of all workers, on each."""
-        if self.world == 1:
-            return mine
-        parts: list[Any] = [None] * self.world
-        dist.all_gather_object(parts, mine)
-        return [entry for part in parts for entry in part]
-
-    def _batch(self, data: PhaseRows | Taught, numbers: list[int]) -> Batch:
-        return to_device(self.pack(data.prefix + gist.ids(self.config.train.gist), data.take(numbers)), self.device)
-
-    def _sum(self, values: torch.Tensor) -> torch.Tensor:
-        if self.world > 1:
-            values = values.to(self.device)
-            dist.all_reduce(values)
-        return values.cpu()
+            self.log.add({"event": "taught", "step": update.step, **facts, "seconds_teaching": round(time.monotonic() - started, 1)})
+        self.group.wait()
+        mirror.refresh(self.dir.root)
+        self.feed.taught = True
 
     @torch.no_grad()
     def dev_scores(self) -> tuple[float, float]:
@@ -187,72 +194,61 @@ class _Worker:
         rounds = -(-len(self.dev) // self.world)  # equal on every worker: sharded models need all of them in each forward
         for start in range(0, rounds, 8):
             numbers = list(mine[start : start + 8])
-            found = loss_and_hits(self.backend.model, self._batch(self.dev, numbers or [0]))
+            batch = self.pack(self.dev.prefix + gist.ids(self.config.train.gist), self.dev.take(numbers or [0]))
+            found = loss_and_hits(self.backend.model, to_device(batch, self.device))
             if numbers:
                 total += torch.tensor(found, dtype=torch.float64)
         self.backend.model.train()
-        loss, accuracy = (self._sum(total) / self.dev.label_lengths.sum()).tolist()
+        loss, accuracy = (self.group.sum(total) / self.dev.label_lengths.sum()).tolist()
         return loss, accuracy
 
-    def _end_phase(self, update: Update) -> None:
-        loss, accuracy = self.dev_scores()
-        weights = {name: value for name, value in self.backend.state().items() if "/" not in name}
-        if self.rank == 0:
-            first, last, gists = self.data[0].tokens, self.data[-1].tokens, self.config.train.gist
-            card = lora.adapter_card(
-                self.config, fingerprint=self.fingerprint, phase=update.phase, rate=self.data[-1].rate, shots=self.data[-1].shots, template=self.data[-1].template,
-                full_template_sha256=digest(self.data[0].template), full_prompt_tokens=round(first["prefix"] + first["row_mean"]),
-                query_prompt_tokens=round((gists or last["prefix"]) + last["row_mean"]), max_answer_tokens=int(last["label_max"]), dev_loss=loss, dev_accuracy=accuracy,
-                **({"gist": gists} if gists else {}),
-            )
-            model = self.backend.model
-            lora.save_adapter(self.dir.adapter(update.phase), getattr(model, "module", model), weights, card, self.started)
-        self._log({"event": "phase_end", "phase": update.phase, "step": update.step, "dev_loss": round(loss, 6), "dev_accuracy": round(accuracy, 6)})
-        self.report({"phase": update.phase, "step": update.step, "dev_loss": loss})
-
-    def _checkpoint(self, update: Update) -> None:
+    def _state(self) -> checkpoint.State:
+        """The backend's state, equal on every worker. Raises TrainingError, on all of them, where it holds no numbers any more: such a state is never written."""
         state = self.backend.state()
+        if broken := [name for name, value in state.items() if not torch.isfinite(value).all()]:
+            raise TrainingError(f"{broken[0]} (and {len(broken) - 1} more) became infinite or no number; lower train.lr or train.grad_clip")
+        return state
+
+    def _checkpoint(self, update: Update, done: int) -> None:
+        state = self._state()
         if self.rank == 0:
-            checkpoint.save(self.dir.checkpoints, state, update.step + 1, self.fingerprint, self.config.train.keep_checkpoints)
+            facts = {"optimised": self.optimised, "early": self.early.facts(), "learned_from": learned_from(self.config)}
+            checkpoint.save(self.dir.checkpoints, state, done, self.fingerprint, self.config.train.keep_checkpoints, self.early.state, **facts)
         self.report({"phase": update.phase, "step": update.step})
 
     def _resume(self) -> int:
         """Updates already in the newest whole checkpoint, which is loaded; 0 when there is none. Rank 0 decides for all."""
-        found = [str(checkpoint.newest(self.dir.checkpoints, self.fingerprint) or "") if self.rank == 0 else ""]
-        if self.world > 1:
-            dist.broadcast_object_list(found, device=torch.device(self.device))
-        if not found[0]:
+        found = ""
+        if self.rank == 0:
+            sweep(self.dir.checkpoints)
+            sweep(self.dir.adapters)
+            warn = lambda text: self.log.add({"event": "warning", "text": text})  # noqa: E731
+            found = str(checkpoint.newest(self.dir.checkpoints, self.fingerprint, learned_from(self.config), warn) or "")
+        found = self.group.of_first(found)
+        if not found:
+            if self.config.train.start:
+                self._start_from(Path(self.config.train.start))
             return 0
-        state, done = checkpoint.load(Path(found[0]))
-        self.backend.load_state(state, done)
-        return done
+        state, manifest = checkpoint.load(Path(found))
+        self.optimised = manifest.get("optimised", manifest["done"])
+        self.backend.load_state(state, self.optimised)
+        self.early.restore(manifest.get("early", {}), checkpoint.load_best(Path(found)))
+        return manifest["done"]
+
+    def _start_from(self, folder: Path) -> None:
+        """An adapter's weights in place of fresh ones; the optimiser knows nothing of how they came about."""
+        model = self.backend.model
+        weights = lora.weights_of(folder, getattr(model, "module", model), self.config.model.base)
+        self.backend.load_state({**weights, **{f"{key}/{name}": torch.zeros_like(value) for name, value in weights.items() for key in MOMENTS}}, 0)
 
     def _reset_optimizer(self) -> None:
         state = {name: torch.zeros_like(value) if "/" in name else value for name, value in self.backend.state().items()}
         self.backend.load_state(state, 0)
+        self.optimised = 0
 
     def _finish(self) -> None:
-        """Link `best` to the phase adapter with the highest dev accuracy (the later one of equals); what a resume needs is needed no more.
-
-        Not the lowest loss: an adapter that has learned more is surer of what it cannot know, and a few such answers outweigh all the others.
-        """
-        if self.rank:
-            return
-        cards = [json.loads((self.dir.adapter(i) / lora.CARD).read_text()) for i in range(len(self.phases))]
-        best = max(range(len(cards)), key=lambda i: (cards[i]["dev_accuracy"], i))
-        link = self.dir.adapters / ".best.tmp"
-        link.unlink(missing_ok=True)
-        link.symlink_to(self.dir.adapter(best).name)
-        os.replace(link, self.dir.best)
-        checkpoint.clear(self.dir.checkpoints)
-
-    def _trim_log(self, done: int) -> None:
-        """Drop what the log says of updates that will be done again."""
-        if self.rank == 0 and self.dir.train_log.exists():
-            kept = [line for line in self.dir.train_log.read_text().splitlines() if line and json.loads(line).get("step", -1) < done]
-            self.dir.train_log.write_text("".join(line + "\n" for line in kept))
-
-    def _log(self, entry: dict[str, Any]) -> None:
+        """Mark the best adapter; what a resume needs is needed no more."""
         if self.rank == 0:
-            with open(self.dir.train_log, "a") as f:
-                f.write(json.dumps(entry) + "\n")
+            best, accuracy = lora.mark_best(self.dir, len(self.manifests))
+            self.log.add({"event": "best", "phase": best, "step": len(self.updates) - 1, "dev_accuracy": round(accuracy, 6)})
+            checkpoint.clear(self.dir.checkpoints)

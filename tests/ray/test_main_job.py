@@ -168,6 +168,10 @@ RUN_HERE = {
     "pi-ray demo", "pi-ray show my-task/run.yaml", "pi-ray schema", "python -m tests.bench.prefix", "pip install .", "pi-ray serve", "pi-ray init",
     "pi-ray table jobs/paper/table4.yaml task.folder=/path/to/nl2bash",  # test_paper.py
     "pi-ray compress",  # unit/test_compressors.py
+    "pi-ray doctor my-task/run.yaml", "pi-ray plan my-task/run.yaml --scale", "pi-ray render k8s my-task/run.yaml --out my-cluster",  # unit/test_doctor.py, test_scale.py, test_render.py
+    "pi-ray submit my-task/run.yaml --address http://127.0.0.1:8265", "pi-ray status my-task --address http://127.0.0.1:8265",  # cluster/test_hosts.py
+    "pi-ray release NAME --version v0003 --canary 10", "pi-ray key NAME --adapters a b", "pi-ray chat my-task",  # unit/test_release.py, test_keys.py, test_chat.py
+    "pi-ray refresh", "pi-ray neighbours", "python -m tests.bench.serve",  # unit/test_refresh.py, test_neighbours_show.py, test_bench_serve.py
 }  # fmt: skip
 
 

@@ -6,17 +6,22 @@ import random
 import pyarrow.parquet as pq
 import pytest
 
-from pi_ray import shards
+from pi_ray import shards, stored
 from pi_ray.artifact import digest_file, verify
 from pi_ray.config import RunConfig
 from pi_ray.errors import DataError, ModelError
 from pi_ray.models import load_tokenizer
 from pi_ray.prepare import prepare
 from pi_ray.prompt import PromptEncoder
+from pi_ray.retrieve import retrieve
 from pi_ray.retrieve.neighbours import normalised
 from pi_ray.rundir import RunDir, plain_config
 
 pytestmark = pytest.mark.ray
+PASSAGE = (
+    "The parcel shop opens at nine in the morning and closes late in the evening on every day of the week, as the sign on its door says to all who come by, and "
+    "whoever has lost the slip of paper with the number can still ask for the parcel by name, as long as some card with a picture is shown to the people there."
+)
 TEMPLATE = "# Instruction\n\nTranslate the request into one alert. Use the codes below.\n\n# Documents\n\n## Codes\n\nweb: r9\ndb: k4\nmail: z1\nauth: q7\n"
 
 
@@ -116,6 +121,41 @@ def test_a_killed_run_keeps_its_finished_shards_and_ends_byte_identical(config):
     assert (run.phase(0) / "part-00002.parquet").stat().st_mtime_ns == finished
     assert {p: digest for p, (digest, _) in state(run).items()} == wanted
     assert sorted(p.name for p in run.phases.iterdir()) == ["0", "1", "2", "dev"]
+
+
+def test_documents_that_come_with_rows_are_compressed_by_actors_and_stand_in_each_phases_prompt(config, tmp_path, monkeypatch):
+    monkeypatch.setenv("PI_RAY_CACHE", "")  # the user's own cache folder, which holds the model
+    for split in ("train", "dev", "test"):
+        rows = [json.loads(line) for line in (tmp_path / f"{split}.jsonl").read_text().splitlines()]
+        told = [{**r, "documents": [f"Page {i % 3}. {PASSAGE}"] if i % 2 else []} for i, r in enumerate(rows)]
+        (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in told))
+    config = config.replace(**{"compress.name": "none", "compress.documents": {"name": "llmlingua"}, "schedule.shots": 1})
+    said = run_quietly(config)[1]
+    assert said[0].endswith("18 documents come with rows") and [s.split(" -> ")[0] for s in said if s.startswith("documents")] == ["documents: rate 0.5"]
+    run, encoder = RunDir(config.root), PromptEncoder(load_tokenizer(config.model), config.prompt)
+    bank = {r.id: r for r in run.read_rows("train")}
+    for phase, rate in enumerate((1.0, 0.5, 0.0)):
+        shots, rows = run.read_shots("train", bank, verify(run.phase(phase))["phase"]["shots"]), run.read_rows("train", rate)
+        made = pq.read_table(sorted(run.phase(phase).glob("*.parquet"))).to_pylist()
+        assert [m["prompt_ids"] for m in made] == [encoder.row(r.query, shots.get(r.id, ()), r.documents) for r in rows]
+        assert any(r.documents for r in rows) == (rate > 0)
+    whole, half = (len(run.read_rows("train", rate)[1].documents[0]) for rate in (1.0, 0.5))
+    assert 0.3 * whole < half < 0.75 * whole
+    assert run_quietly(config)[1] == ["prepare: nothing to do, the run directory is up to date"]
+
+
+def test_neighbours_of_a_killed_run_go_on_with_their_pieces(config, monkeypatch):
+    monkeypatch.setattr(retrieve, "PIECE_ROWS", 10)
+    fingerprint, _ = run_quietly(config)
+    run = RunDir(config.root)
+    wanted = digest_file(run.neighbours)
+    folder = shards.working_folder(run.neighbours, fingerprint)  # as a kill leaves it: no neighbours yet, the first two of five pieces
+    for i in range(2):
+        stored.write_piece(folder / f"part-{i:05d}.parquet", pq.read_table(run.neighbours).slice(10 * i, 10).replace_schema_metadata())
+    run.neighbours.unlink()
+    said = run_quietly(config)[1]
+    assert said[0] == "neighbours: 2 of 5 pieces were already there"
+    assert digest_file(run.neighbours) == wanted and not list(run.root.glob(".neighbours*"))
 
 
 def test_a_lost_or_damaged_neighbour_file_is_made_again(config):

@@ -1,9 +1,15 @@
-"""Ray Serve for real, started once: a tiny random model with two adapters, called with the openai client."""
+"""Ray Serve for real, started once: two replicas of a tiny random model with two adapters, called with the openai client.
 
+With vLLM and a GPU all of it runs once more with that engine; elsewhere the skip says what is missing.
+"""
+
+import importlib.util
 import os
+import re
 import socket
 import threading
 import time
+from pathlib import Path
 
 import httpx
 import openai
@@ -12,22 +18,32 @@ import pytest
 from pi_ray.config import ModelConfig, PromptConfig, RunConfig, ServeConfig
 from pi_ray.models import load_tokenizer
 from pi_ray.prompt import PromptEncoder
+from pi_ray.registry import engines
 from tests.lora import put_in_store
 
 pytestmark = pytest.mark.ray
 KEY = "key-of-the-test"
 QUERY = "what is red?"
+REPLICAS, SLOTS, QUEUE = 2, 2, 2
+ONCE = ("east", "north", "south", "west")  # adapters that one test alone asks for
 
 
-@pytest.fixture(scope="module")
-def config(tiny_model, tmp_path_factory):
+@pytest.fixture(scope="module", params=engines.names())
+def config(request, tiny_model, tmp_path_factory):
+    if request.param == "vllm":
+        torch = pytest.importorskip("torch")
+        if importlib.util.find_spec("vllm") is None or not torch.cuda.is_available():
+            pytest.skip("serve.engine vllm was not tried: it needs a GPU and pip install 'pi-ray[vllm]'")
     store = tmp_path_factory.mktemp("store")
-    for seed, name in enumerate(("colours", "shapes")):
+    for seed, name in enumerate(("colours", "shapes", *ONCE)):
         put_in_store(store, name, tiny_model, seed, max_answer_tokens=8)
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    limits = ServeConfig(port=port, max_ongoing_requests=2, max_queued_requests=2, max_new_tokens=2000, request_timeout_s=60, api_key_env="PI_RAY_TEST_KEY")
+    limits = ServeConfig(
+        port=port, engine=request.param, min_replicas=REPLICAS, max_replicas=REPLICAS, max_ongoing_requests=SLOTS, max_queued_requests=QUEUE,
+        max_new_tokens=2000, request_timeout_s=60, api_key_env="PI_RAY_TEST_KEY",
+    )  # fmt: skip
     return RunConfig(name="t", store=str(store), model=ModelConfig(base=str(tiny_model)), prompt=PromptConfig(chat="chatml"), serve=limits)
 
 
@@ -53,7 +69,7 @@ def ask(client, model="colours", **options):
 
 
 def free(client):
-    """Seconds until both slots of the engine answer again."""
+    """Seconds until a slot answers again."""
     start = time.time()
     while time.time() - start < 60:
         try:
@@ -65,7 +81,7 @@ def free(client):
 
 
 def test_the_openai_client_gets_each_adapters_answer_whole_and_streamed(client, tiny_model):
-    assert [m.id for m in client.models.list()] == [tiny_model.name, "colours", "shapes"]
+    assert [m.id for m in client.models.list()] == [tiny_model.name, "colours", *ONCE[:2], "shapes", *ONCE[2:]]
     answers = {}
     for name in ("colours", "shapes", tiny_model.name):
         whole = ask(client, name, max_tokens=12)
@@ -94,14 +110,14 @@ def test_unknown_models_and_wrong_keys_are_refused(client, url):
 
 
 def test_a_burst_is_answered_or_told_to_come_back(client):
-    seen = []
+    statuses = []
 
     def one():
         try:
             ask(client, max_tokens=200)
-            seen.append(200)
+            statuses.append(200)
         except openai.RateLimitError as error:
-            seen.append(error.status_code)
+            statuses.append(error.status_code)
             assert error.response.headers["retry-after"] == "1"
 
     threads = [threading.Thread(target=one) for _ in range(20)]
@@ -109,8 +125,8 @@ def test_a_burst_is_answered_or_told_to_come_back(client):
         thread.start()
     for thread in threads:
         thread.join()
-    assert set(seen) == {200, 429}
-    assert seen.count(200) >= 2
+    assert set(statuses) == {200, 429}
+    assert statuses.count(200) >= REPLICAS * SLOTS
     free(client)
 
 
@@ -119,9 +135,81 @@ def test_clients_that_leave_free_their_slots(client):
     start = time.time()
     ask(client, max_tokens=200)
     tenth = time.time() - start
-    streams = [ask(client, max_tokens=2000, stream=True) for _ in range(2)]
+    streams = [ask(client, max_tokens=2000, stream=True) for _ in range(REPLICAS * SLOTS)]
     for stream in streams:
         next(iter(stream))
     for stream in streams:
         stream.close()
     assert free(client) < 5 * tenth
+
+
+def exported(ray_local):
+    """Every sample that Ray's agent shows to Prometheus: name -> [(tags, value)]."""
+    [node] = ray_local.nodes()
+    text = httpx.get(f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics", timeout=30).text
+    found = {}
+    for name, tags, value in re.findall(r"^(ray_\w+)\{(.*?)\} (\S+)$", text, re.M):
+        found.setdefault(name, []).append((dict(re.findall(r'(\w+)="(.*?)"', tags)), float(value)))
+    return found
+
+
+def seen(ray_local, enough):
+    """What is exported as soon as it is `enough`: Ray's agents report every ten seconds."""
+    start = time.time()
+    while not enough(found := exported(ray_local)):
+        assert time.time() - start < 90, sorted(found)
+        time.sleep(2)
+    return found
+
+
+def test_an_adapter_stays_with_the_replica_that_loaded_it(client, ray_local):
+    def ask_each():
+        for name in ONCE:
+            ask(client, name, max_tokens=1)
+
+    def held(found):
+        """adapter -> replicas that told Serve that they have it"""
+        told = [(tags["model_id"], tags["replica"]) for tags, value in found.get("ray_serve_registered_multiplexed_model_id", []) if value]
+        return {name: {replica for model, replica in told if model == f"{name}@v0001"} for name in ONCE}
+
+    def asked(found):
+        return sum(value for _, value in found["ray_serve_multiplexed_get_model_requests_counter_total"])
+
+    ask_each()
+    found = seen(ray_local, lambda found: all(held(found).values()))  # by now the router knows it too
+    first, before = held(found), asked(found)
+    for _ in range(5):
+        ask_each()
+    found = seen(ray_local, lambda found: asked(found) >= before + 5 * len(ONCE))
+    assert held(found) == first and [len(replicas) for replicas in first.values()] == [1] * len(ONCE)
+
+
+def test_prometheus_sees_requests_tokens_and_money(client, config, ray_local):
+    ask(client, max_tokens=1)
+    wanted = {f"ray_pi_ray_{name}" for name in ("requests_total", "latency_seconds_count", "ttft_seconds_bucket", "adapter_hits_total", "adapters", "open_requests")}
+    found = seen(ray_local, wanted.issubset)
+    answered = {(tags["model"], tags["version"]) for tags, _ in found["ray_pi_ray_requests_total"] if tags["status"] == "200"}
+    assert {("colours", "v0001"), ("shapes", "v0001")} <= answered
+    assert {"429", "404", "401"} <= {tags["status"] for tags, _ in found["ray_pi_ray_requests_total"]}
+    money, tokens = (sum(value for _, value in found[f"ray_pi_ray_saved_{what}_total"]) for what in ("money", "tokens"))
+    assert tokens >= 108 and money == pytest.approx(tokens * config.cost.input / 1e6)
+    assert httpx.get(f"http://127.0.0.1:{config.serve.port}/metrics", headers={"Authorization": f"Bearer {KEY}"}).status_code == 404
+
+
+def test_new_versions_and_releases_reach_the_running_replicas(client, config, tiny_model):
+    from pi_ray.release import release
+    from pi_ray.serving.adapters import AdapterStore
+
+    def answered():
+        return {ask(client, "flags", max_tokens=1).system_fingerprint for _ in range(24)}
+
+    for seed, version in ((8, "v0001"), (9, "v0002")):
+        put_in_store(Path(config.store), "flags", tiny_model, seed, version=version, max_answer_tokens=8)
+        assert answered() == {f"flags@{version}"}
+    store = AdapterStore(config.store)
+    for change, versions in (({"version": "v0001"}, {"v0001"}), ({"version": "v0002", "canary": 50}, {"v0001", "v0002"}), ({"rollback": True}, {"v0001"})):
+        release(store, "flags", **change)
+        assert answered() == {f"flags@{version}" for version in versions}
+    choices = ask(client, "flags", n=2, temperature=1, seed=1, logprobs=True, top_logprobs=1, max_tokens=4).choices
+    assert choices[0].message.content != choices[1].message.content
+    assert all(len(choice.logprobs.content) == 4 for choice in choices)

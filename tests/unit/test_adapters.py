@@ -15,11 +15,12 @@ from pi_ray.config import ModelConfig
 from pi_ray.errors import AdapterError
 from pi_ray.serving.adapters import AdapterStore, UnknownAdapterError
 from pi_ray.serving.completion import adapter_of
+from pi_ray.serving.drift import record
 from tests.lora import card, put_in_store, rewrite
 
 HOSTILE_NAMES = [
     "", "..", "../x", "/etc", "/etc/passwd", "a/../../b", "a%2f..", "a\x00b", ".hidden", "tiny:..", "x" * 300, "аdapter", "ａ", "a;rm -rf ~", "A", "a b", "a\n", "-a",
-    "a@", "a@../v1", "a@v1", "a@v0001/../..", "a@v0001\n", "a\\..\\b", "~", "$HOME", "a\ud800",
+    "a@", "a@../v1", "a@v1", "a@v0001/../..", "a@v0001\n", "a\\..\\b", "~", "$HOME", "a\ud800", "a@.prod", "a@PROD", "a@prod/x", "a@latest.json", "a@" + "p" * 33, "a@b@c",
 ]  # fmt: skip
 
 
@@ -54,6 +55,7 @@ def no_disk(monkeypatch):
     return calls
 
 
+@pytest.mark.fault
 @pytest.mark.parametrize("name", HOSTILE_NAMES, ids=repr)
 def test_a_forbidden_name_is_refused_before_the_disk_is_touched(store, no_disk, name):
     with pytest.raises(UnknownAdapterError):
@@ -61,6 +63,7 @@ def test_a_forbidden_name_is_refused_before_the_disk_is_touched(store, no_disk, 
     assert no_disk == []
 
 
+@pytest.mark.fault
 def test_a_forbidden_name_behind_the_base_models_name_stays_forbidden(store, no_disk):
     with pytest.raises(UnknownAdapterError):
         store.open(adapter_of("smollm2-135m:..", "smollm2-135m"))
@@ -103,6 +106,7 @@ def refused(store, reason):
     assert str(store.folder) not in str(error.value)  # the message goes to clients
 
 
+@pytest.mark.fault
 def test_links_that_lead_out_of_the_store_are_refused(store, folder, tmp_path):
     shutil.move(folder, tmp_path / "outside")
     folder.symlink_to(tmp_path / "outside")
@@ -120,6 +124,36 @@ def test_links_that_lead_out_of_the_store_are_refused(store, folder, tmp_path):
     assert store.names() == []
 
 
+def test_a_refusal_is_remembered_until_the_folder_changes(store, folder, monkeypatch):
+    """Asking for a damaged adapter again and again must not hash it again and again."""
+    from pi_ray.serving import adapters
+
+    seen = []
+    monkeypatch.setattr(adapters, "check", lambda path, base, real=adapters.check: seen.append(path) or real(path, base))
+    (folder / "x.bin").write_bytes(b"")
+    for _ in range(3):
+        refused(store, r"x\.bin")
+    (folder / "x.bin").unlink()
+    assert store.open("colours").name == "colours"
+    assert len(seen) == 2
+
+
+PROMPT = record("The template.", [{"rate": 0.5, "text": "template."}], ["red\nk4"])
+
+
+def test_a_published_prompt_is_known_and_an_adapter_without_one_is_served_as_well(store, folder):
+    assert store.open("colours").guard is None
+    rewrite(folder, "prompt.json", PROMPT)
+    assert store.open("colours").guard.look("The\ntemplate.", "red").kind == "stripped"
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize("data", [{}, {**PROMPT, "template": "Another."}, {**PROMPT, "examples": [1]}, {**PROMPT, "compressed": [{"rate": 2, "text": ""}]}, b"[]", b"[" * 100_000])
+def test_a_prompt_that_is_not_what_publishing_wrote_is_refused(store, folder, data):
+    rewrite(folder, "prompt.json", data)
+    refused(store, r"prompt\.json")
+
+
 def test_latest_must_name_a_version(store):
     (store.folder / "colours" / "latest.json").write_text('{"version": "../../x"}')
     refused(store, "names no version")
@@ -133,6 +167,7 @@ class Canary:
         return (open, (str(self.path), "w"))
 
 
+@pytest.mark.fault
 @pytest.mark.parametrize("file", ["adapter_model.bin", "adapter_model.pt", "x.pkl", "weights"])
 def test_a_pickle_is_refused_and_never_opened(store, folder, tmp_path, file):
     rewrite(folder, file, pickle.dumps(Canary(tmp_path / "canary")))
@@ -140,6 +175,7 @@ def test_a_pickle_is_refused_and_never_opened(store, folder, tmp_path, file):
     assert not (tmp_path / "canary").exists()
 
 
+@pytest.mark.fault
 def test_a_pickle_under_the_name_of_safetensors_is_refused(store, folder, tmp_path):
     rewrite(folder, "adapter_model.safetensors", pickle.dumps(Canary(tmp_path / "canary")) * 100)
     refused(store, "header claims")
@@ -166,6 +202,7 @@ def pair(a=("F32", [4, 32], b"\0" * 512), b=("F32", [64, 4], b"\0" * 1024)):
 NAN = struct.pack("<f", float("nan")) * 128
 
 
+@pytest.mark.fault
 @pytest.mark.parametrize(("data", "reason"), [
     (safetensors(pair(), metadata_length=2**60), "header claims"),
     (safetensors(pair(), metadata_length=2**64 - 1), "header claims"),
@@ -188,6 +225,7 @@ def test_weights_that_are_not_a_lora_of_the_declared_rank_are_refused(store, fol
     refused(store, reason)
 
 
+@pytest.mark.fault
 @pytest.mark.parametrize(("changes", "reason"), [
     ({"auto_map": {"AutoModel": "evil.Model"}}, "auto_map"),
     ({"auto_mapping": {"base_model_class": "X"}}, "auto_mapping"),
@@ -205,18 +243,26 @@ def test_a_config_that_asks_for_more_than_lora_is_refused(store, folder, changes
     refused(store, reason)
 
 
+@pytest.mark.fault
 @pytest.mark.parametrize(("changes", "reason"), [
     ({"base": "smollm2-135m"}, "another base model"),
     ({"prompt": {"chat": "evil"}}, "prompt block"),
     ({"prompt": {"unknown": 1}}, "prompt block"),
     ({"template": None}, "template"),
     ({"max_answer_tokens": 0}, "max_answer_tokens"),
+    ({"full_prompt_tokens": float("nan")}, "counts of tokens"),
+    ({"query_prompt_tokens": -1}, "counts of tokens"),
+    ({"full_prompt_tokens": 10**400}, "counts of tokens"),
+    ({"prompt": {"query": "{query}" * 1000}}, "multiplies the query"),
+    ({"prompt": {"examples_heading": "x" * 200_000}}, "multiplies the query"),
+    ({"gist": 4}, "gist tokens"),
 ])  # fmt: skip
 def test_a_card_that_does_not_fit_is_refused(store, folder, tiny_model, changes, reason):
     rewrite(folder, "pi_ray.json", card(tiny_model, **changes))
     refused(store, reason)
 
 
+@pytest.mark.fault
 def test_the_manifest_must_list_exactly_the_files(store, folder):
     manifest = json.loads((folder / "manifest.json").read_text())
     (folder / "extra.json").write_text("{}")
@@ -229,6 +275,7 @@ def test_the_manifest_must_list_exactly_the_files(store, folder):
     refused(store, "missing")
 
 
+@pytest.mark.fault
 def test_a_refused_adapter_leaves_the_others_alone(store, folder, tiny_model):
     put_in_store(store.folder, "shapes", tiny_model, seed=2)
     (folder / "evil.bin").write_bytes(b"x")

@@ -17,9 +17,9 @@ def weights(model):
 
 def test_merging_gives_the_same_logits_and_leaves_the_base_weights_as_they_were(tiny_model, tmp_path):
     folders = [str(write_adapter(tmp_path / name, tiny_model, seed)) for name, seed in (("a", 1), ("b", 2))]
-    loaded, ids = LoadedAdapters(load_model(ModelConfig(base=str(tiny_model)), "cpu"), limit=2), torch.tensor([[5, 6, 7]])
+    loaded, ids = LoadedAdapters(load_model(ModelConfig(base=str(tiny_model)), "cpu")), torch.tensor([[5, 6, 7]])
     for folder in folders:
-        loaded.load(folder, busy=folders)
+        loaded.load(folder)
     loaded.activate(folders[0])
     before = weights(loaded.model)
     with torch.no_grad():

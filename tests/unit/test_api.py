@@ -1,4 +1,4 @@
-"""The HTTP side without Ray: formats, limits, keys, refusals, and that a client who leaves stops the work."""
+"""The HTTP side without Ray: formats, limits, keys, refusals, and that a client who leaves stops the work (fault tests S5 and S6)."""
 
 import asyncio
 import json
@@ -13,18 +13,27 @@ import pytest
 from pi_ray.config import ModelConfig, PromptConfig, RunConfig, ServeConfig
 from pi_ray.models import load_tokenizer
 from pi_ray.prompt import PromptEncoder
-from pi_ray.serving.api import create_api, key_digest
-from pi_ray.serving.completion import Completer, RefusedError, TextStream
-from tests.lora import put_in_store
+from pi_ray.protocols import Token
+from pi_ray.serving.adapters import StoreUnavailableError
+from pi_ray.serving.api import OPEN_PATHS, create_api
+from pi_ray.serving.body import MAX_CHOICES
+from pi_ray.serving.completion import Completer, RefusedError, base_name
+from pi_ray.serving.drift import record
+from pi_ray.serving.keys import key_digest, line
+from pi_ray.serving.text import TextStream, spelled
+from tests.lora import put_in_store, rewrite
 
 KEY = "a-secret-key"
 ANSWER = "k4 – ünïcode 🎨 done"
+TEMPLATE = "Answer with one code. " + " ".join(f"The code of colour {i} is k{i}, and never anything else." for i in range(20))
+COMPRESSED = " ".join(f"code colour {i} is k{i}," for i in range(20))
 
 
 class EchoEngine:
-    """Yields the ids of ANSWER and end-of-sequence, and keeps every request."""
+    """Yields the ids of ANSWER and end-of-sequence, and keeps every request. With a temperature the answer is the seed."""
 
     def __init__(self, tokenizer):
+        self.tokenizer = tokenizer
         self.answer = [*tokenizer(ANSWER).input_ids, tokenizer.eos_token_id]
         self.requests = []
         self.open = 0
@@ -33,10 +42,11 @@ class EchoEngine:
     async def generate(self, request):
         self.requests.append(request)
         self.open += 1
+        answer = [*self.tokenizer(str(request.seed)).input_ids, self.answer[-1]] if request.temperature else self.answer
         try:
-            for token in self.answer[: request.max_new_tokens]:
+            for i, token in enumerate(answer[: request.max_new_tokens]):
                 await asyncio.sleep(self.delay)
-                yield token
+                yield Token(token) if request.logprobs is None else Token(token, -i / 8, tuple((token + k, -i / 8 - k) for k in range(request.logprobs)))
         finally:
             self.open -= 1
 
@@ -49,7 +59,7 @@ class LocalBackend:
         self.error = None
 
     async def models(self):
-        return ["base", *self.completer.store.names()]
+        return [base_name(self.completer.config.model.base), *self.completer.store.names()]
 
     async def complete(self, ask):
         if self.error:
@@ -69,6 +79,8 @@ def store(tiny_model, tmp_path_factory):
     store = tmp_path_factory.mktemp("store")
     put_in_store(store, "colours", tiny_model)
     put_in_store(store, "short", tiny_model, template="Answer with one code.", rate=0.3)
+    guarded = put_in_store(store, "guarded", tiny_model)
+    rewrite(guarded, "prompt.json", record(TEMPLATE, [{"rate": 0.5, "text": COMPRESSED}], ["red\nk4"]))
     return store
 
 
@@ -133,7 +145,10 @@ def test_the_openai_client_reads_answers_streams_and_errors(backend):
     async def use():
         async with client(backend, key=KEY) as http:
             api = openai.AsyncOpenAI(base_url="http://test/v1", api_key=KEY, http_client=http, max_retries=0)
-            assert [m.id async for m in api.models.list()] == ["base", "colours", "short"]
+            assert [m.id async for m in api.models.list()] == [base_name(backend.completer.config.model.base), "colours", "guarded", "short"]
+            assert (await api.models.retrieve("colours")).id == "colours"
+            with pytest.raises(openai.NotFoundError):
+                await api.models.retrieve("../colours")
             whole = await api.chat.completions.create(**chat())
             assert whole.choices[0].message.content == ANSWER
             assert whole.usage.prompt_tokens_saved == 108
@@ -160,6 +175,7 @@ def test_a_stream_ends_with_done_and_gives_usage_only_when_asked(backend):
     assert not any("usage" in json.loads(line[6:]) for line in lines[:-1])
 
 
+@pytest.mark.fault
 @pytest.mark.parametrize("name", ["unknown", "..", "../x", "/etc", "a\x00b", ".hidden", "base:..", "x" * 300, "colours@v9999", "а", ""])
 def test_unknown_and_forbidden_models_are_404(backend, name):
     response = call(backend, body=chat(model=name))
@@ -176,6 +192,15 @@ def test_a_refused_adapter_is_422_with_the_reason(backend, store, tiny_model):
     assert call(backend, body=chat()).status_code == 200
 
 
+def test_a_store_out_of_reach_is_503_with_the_time_to_come_back(backend, monkeypatch):
+    def gone(name, ticket):
+        raise StoreUnavailableError("the adapter store does not answer; come back later")
+
+    monkeypatch.setattr(backend.completer.store, "open", gone)
+    response = call(backend, body=chat())
+    assert (response.status_code, error_of(response)["code"], response.headers["retry-after"]) == (503, "store_unavailable", "1")
+
+
 def test_a_prompt_format_that_the_model_does_not_allow_is_422_with_the_cure(backend, tiny_model):
     backend.completer.config = backend.completer.config.replace(**{"prompt.chat": "model"})
     response = call(backend, body=chat(model=tiny_model.name))
@@ -183,9 +208,21 @@ def test_a_prompt_format_that_the_model_does_not_allow_is_422_with_the_cure(back
     assert "prompt.chat" in response.text
 
 
+@pytest.mark.fault
 @pytest.mark.parametrize(("body", "param"), [
-    (chat(n=2), "n"),
+    (chat(n=MAX_CHOICES + 1), "n"),
     (chat(n=10**6), "n"),
+    (chat(n=0), "n"),
+    (chat(n=2, max_tokens=51), "max_tokens"),
+    (chat(top_logprobs=21, logprobs=True), "top_logprobs"),
+    (chat(top_logprobs=2), "top_logprobs"),
+    (chat(logprobs=10**9), "logprobs"),
+    (chat(frequency_penalty=0.5), "frequency_penalty"),
+    (chat(tools=[{"type": "function"}]), "tools"),
+    (chat(response_format={"type": "json_object"}), "response_format"),
+    (chat(stop=["a"] * 3000), "stop"),
+    ({**chat(), "messages": [{"role": "user", "content": "x"}] * 300}, "messages"),
+    ({**chat(), "messages": [{"role": "system", "content": "x"}]}, "messages"),
     (chat(max_tokens=10**9), "max_tokens"),
     (chat(max_tokens=0), "max_tokens"),
     (chat(temperature=3), "temperature"),
@@ -210,6 +247,7 @@ def test_what_cannot_be_done_is_a_400_that_names_the_field(backend, body, param)
     assert backend.completer.engine.requests == []
 
 
+@pytest.mark.fault
 @pytest.mark.parametrize("content", [
     b"", b"{", b"[]", b"null", b'"x"', b"\xff\xfe", b"[" * 15_000, b'{"model": ' * 1_500, b'{"model": 1' + b"0" * 6_000 + b"}",
     b'{"model": "colours", "messages": [{"role": "user", "content": "\\ud800"}]}', '{"model": "colours"}'.encode("utf-16"),
@@ -220,6 +258,7 @@ def test_a_body_that_is_not_the_json_asked_for_is_400(backend, content):
     error_of(response)
 
 
+@pytest.mark.fault
 def test_a_large_body_is_413_by_its_declared_and_by_its_real_length(backend):
     read = []
 
@@ -230,11 +269,28 @@ def test_a_large_body_is_413_by_its_declared_and_by_its_real_length(backend):
 
     assert call(backend, content=b"x" * 20_001).status_code == 413
     assert call(backend, content=endless()).status_code == 413
-    assert call(backend, content=b"{}", headers={"content-length": "9" * 500}).status_code == 413
+    assert len(read) == 3
+    for length in ("9" * 500, str(100 << 20)):
+        assert call(backend, content=b"{}", headers={"content-length": length}).status_code == 413
+    assert call(backend, body=chat()).status_code == 200
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize("word", ["x", "word ", "é🎨", "\n"])
+def test_a_prompt_far_beyond_the_context_is_refused_before_it_is_tokenised_whole(backend, word):
+    """A tokenizer takes many seconds for a megabyte without a space."""
+    seen = []
+    real = backend.completer.tokenizer
+    backend.completer.tokenizer = lambda text, **options: seen.append(len(text)) or real(text, **options)
+    response = call(backend, body=chat(word * (1_000_000 // len(word))), body_limit_bytes=8 << 20)
+    assert (response.status_code, error_of(response)["code"]) == (400, "context_length_exceeded")
+    assert sum(seen) < 200_000
 
 
 def test_unknown_fields_and_null_are_taken_as_openai_does(backend):
-    assert call(backend, body=chat(user="me", logit_bias=None, temperature=None, stop=None, new_field={})).status_code == 200
+    idle = {"frequency_penalty": 0, "presence_penalty": 0.0, "logit_bias": {}, "tools": [], "response_format": {"type": "text"}, "n": 1, "logprobs": False}
+    assert call(backend, body=chat(user="me", temperature=None, stop=None, new_field={}, store=False, **idle)).status_code == 200
+    assert call(backend, body=chat(logit_bias=None, tools=None, n=None, logprobs=None)).status_code == 200
 
 
 def test_text_parts_make_one_query(backend):
@@ -263,22 +319,51 @@ def test_stop_strings_are_cut_from_the_text(backend):
         assert text == ANSWER.removesuffix(" done")
 
 
-def routes(backend):
+def paths(backend):
+    """Every (method, path) that the app lists, and some that it does not."""
     api = create_api(backend, ServeConfig(), key_digest(KEY))
-    return [(method, route.path) for route in api.routes for method in sorted(route.methods)]
+    listed = [(method, route.path.replace("{name:path}", "colours")) for route in api.routes for method in sorted(route.methods)]
+    assert {("POST", "/v1/chat/completions"), ("POST", "/v1/completions"), ("GET", "/v1/models"), ("GET", "/v1/models/colours")} <= set(listed)
+    return [*listed, ("GET", "/"), ("GET", "/docs"), ("GET", "/openapi.json"), ("POST", "/healthz/"), ("GET", "http://test//healthz"), ("GET", "/%2e/healthz/x")]
 
 
-def test_every_route_but_health_needs_the_key(backend, caplog):
+@pytest.mark.fault
+def test_every_route_but_health_needs_the_key(backend, caplog, tmp_path):
     caplog.set_level(logging.DEBUG)
-    found = routes(backend)
-    assert ("POST", "/v1/chat/completions") in found
-    for method, path in [*found, ("GET", "/"), ("GET", "/docs"), ("GET", "/openapi.json"), ("POST", "/healthz/"), ("GET", "//healthz")]:
-        for given in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": KEY}, {"Authorization": f"Basic {KEY}"}, {"Authorization": f"Bearer {KEY}x"}):
-            response = call(backend, path, headers=given, method=method, key=KEY)
-            assert response.status_code == (200 if path == "/healthz" else 401), (method, path, given)
-        assert call(backend, path, headers={"Authorization": f"Bearer {KEY}"}, method=method, key=KEY).status_code != 401
+    (tmp_path / "keys.yaml").write_text(line("another-key", "team", []))
+    wrong = ({}, {"Authorization": "Bearer wrong"}, {"Authorization": KEY}, {"Authorization": f"Basic {KEY}"}, {"Authorization": f"Bearer {KEY}x"}, {"Authorization": "Bearer "})
+    for method, path in paths(backend):
+        for given in wrong:
+            response = call(backend, path, headers=given, method=method, key=KEY, keys_file=str(tmp_path / "keys.yaml"))
+            assert response.status_code == (200 if path in OPEN_PATHS else 401), (method, path, given)
+        for right in (KEY, "another-key"):
+            response = call(backend, path, headers={"Authorization": f"Bearer {right}"}, method=method, key=KEY, keys_file=str(tmp_path / "keys.yaml"))
+            assert response.status_code != 401
+    assert {"/healthz", "/"} == OPEN_PATHS  # the page at / holds no data; what it asks for needs the key
     assert error_of(call(backend, body=chat(), key=KEY))["code"] == "invalid_api_key"
-    assert KEY not in caplog.text
+    assert KEY not in caplog.text and "another-key" not in caplog.text
+
+
+@pytest.mark.parametrize("model", ["short", "short@v0001", "unknown", "../x", "{base}:short", "{base}", "colours2", "x" * 300])
+def test_a_key_for_some_adapters_is_refused_all_others_and_not_told_which_there_are(backend, tmp_path, tiny_model, model):
+    (tmp_path / "keys.yaml").write_text(line(KEY, "team", ["colours"]))
+    model = model.format(base=tiny_model.name)
+    options = {"keys_file": str(tmp_path / "keys.yaml"), "headers": {"Authorization": f"Bearer {KEY}"}}
+    for path, body in (("/v1/chat/completions", chat(model=model)), ("/v1/completions", {"model": model, "prompt": "x"})):
+        response = call(backend, path, body, **options)
+        error = error_of(response)
+        assert (response.status_code, error["code"], error["message"]) == (403, "model_not_allowed", f"this key may not use the model {model[:80]!r}")
+    assert call(backend, f"/v1/models/{tiny_model.name}", method="GET", **options).status_code == 404
+    assert backend.completer.engine.requests == []
+
+
+def test_a_key_for_some_adapters_may_use_these_under_each_of_their_names(backend, tmp_path, tiny_model):
+    (tmp_path / "keys.yaml").write_text(line(KEY, "team", ["colours"]))
+    options = {"keys_file": str(tmp_path / "keys.yaml"), "headers": {"Authorization": f"Bearer {KEY}"}}
+    for model in ("colours", "colours@v0001", "colours@latest", f"{tiny_model.name}:colours"):
+        assert call(backend, body=chat(model=model), **options).status_code == 200
+    listed = call(backend, "/v1/models", method="GET", **options).json()["data"]
+    assert [m["id"] for m in listed] == ["colours"]
 
 
 def test_a_wrong_key_is_refused_before_the_body_is_read(backend):
@@ -355,6 +440,204 @@ def test_a_client_that_leaves_stops_the_generation(backend):
         return engine.open
 
     assert asyncio.run(leave()) == 0
+
+
+def choices_of(backend, **options):
+    """Of a streamed answer, choice by choice: the joined text, the finish reason, the entries of logprobs."""
+    lines = call(backend, **options).text.strip().split("\n\n")
+    assert lines[-1] == "data: [DONE]"
+    found = {}
+    for choice in (c for text in lines[:-1] for c in json.loads(text[6:])["choices"]):
+        text, finish, marks = found.get(choice["index"], ("", None, []))
+        piece = choice.get("text", choice.get("delta", {}).get("content")) or ""
+        logprobs = choice.get("logprobs") or {}
+        found[choice["index"]] = (text + piece, choice["finish_reason"] or finish, [*marks, *(logprobs.get("content") or logprobs.get("tokens") or [])])
+    return [found[i] for i in sorted(found)]
+
+
+def test_several_choices_have_each_their_seed_and_come_again(backend):
+    body = chat(n=3, temperature=1, seed=41, max_tokens=20)
+    whole = call(backend, body=body).json()
+    assert [(c["index"], c["message"]["content"]) for c in whole["choices"]] == [(0, "41"), (1, "42"), (2, "43")]
+    sent = len(backend.completer.engine.requests[-1].prompt_ids)
+    assert (whole["usage"]["prompt_tokens"], whole["usage"]["prompt_tokens_saved"]) == (sent, 108)
+    assert whole["usage"]["completion_tokens"] == 9  # two digits and the end, three times
+    assert [(text, finish) for text, finish, _ in choices_of(backend, body={**body, "stream": True})] == [("41", "stop"), ("42", "stop"), ("43", "stop")]
+    assert call(backend, body={**body, "seed": 2**63 - 1}).status_code == 200
+
+
+def test_choices_are_generated_side_by_side_and_end_together_when_one_fails(backend):
+    backend.completer.engine.delay = 0.02
+    most = []
+
+    async def complete(ask, inner=backend.complete):
+        async with aclosing(inner(ask)) as events:
+            async for event in events:
+                most.append(backend.completer.engine.open)
+                if ask.seed == 2 and "text" in event:
+                    raise RefusedError(503, "gone")
+                yield event
+
+    backend.complete = complete
+    assert call(backend, body=chat(n=4, seed=0, max_tokens=20)).status_code == 503
+    assert max(most) == 4
+    assert backend.completer.engine.open == 0
+
+
+def test_several_prompts_make_several_choices(backend):
+    body = {"model": "colours", "prompt": ["red", "blue"], "n": 2, "temperature": 1, "seed": 7, "max_tokens": 20}
+    whole = call(backend, "/v1/completions", body).json()
+    assert [(c["index"], c["text"]) for c in whole["choices"]] == [(0, "7"), (1, "8"), (2, "7"), (3, "8")]
+    lengths = sorted(len(r.prompt_ids) for r in backend.completer.engine.requests)
+    assert whole["usage"]["prompt_tokens"] == lengths[0] + lengths[-1]
+    for prompt in (["x"] * 9, [], ["x"] * 17, [1, 2], [[1]]):
+        assert call(backend, "/v1/completions", {**body, "prompt": prompt}).status_code == 400
+
+
+def test_a_chats_logprobs_have_openais_shape_and_join_to_the_text(backend):
+    whole = call(backend, body=chat(logprobs=True, top_logprobs=2)).json()["choices"][0]
+    content = whole["logprobs"]["content"]
+    assert b"".join(bytes(c["bytes"]) for c in content).decode().strip() == whole["message"]["content"] == ANSWER
+    assert [c["logprob"] for c in content] == [-i / 8 for i in range(len(content))]
+    assert all([set(t) for t in c["top_logprobs"]] == [{"token", "bytes", "logprob"}] * 2 and c["top_logprobs"][0]["token"] == c["token"] for c in content)
+    assert call(backend, body=chat(logprobs=True)).json()["choices"][0]["logprobs"]["content"][0]["top_logprobs"] == []
+    assert "logprobs" not in call(backend, body=chat()).json()["choices"][0]
+    (streamed,) = choices_of(backend, body=chat(logprobs=True, top_logprobs=2, stream=True))
+    assert streamed[2] == content
+
+
+def test_logprobs_of_what_a_stop_string_cuts_off_are_left_out(backend):
+    for stream in (False, True):
+        options = {"body": chat(logprobs=True, stop=["🎨"], stream=stream)}
+        content = choices_of(backend, **options)[0][2] if stream else call(backend, **options).json()["choices"][0]["logprobs"]["content"]
+        assert b"".join(bytes(c["bytes"]) for c in content).decode().strip() == "k4 – ünïcode"
+
+
+def test_a_plain_completions_logprobs_have_openais_older_shape(backend):
+    whole = call(backend, "/v1/completions", {"model": "colours", "prompt": "x", "max_tokens": 60, "logprobs": 2}).json()["choices"][0]
+    marks = whole["logprobs"]
+    assert set(marks) == {"tokens", "token_logprobs", "top_logprobs", "text_offset"}
+    assert len({len(column) for column in marks.values()}) == 1
+    for token, offset in zip(marks["tokens"], marks["text_offset"], strict=True):
+        assert token.startswith("bytes:") or whole["text"][offset:].startswith(token)
+    assert all(token in top for token, top in zip(marks["tokens"], marks["top_logprobs"], strict=True))
+    assert call(backend, "/v1/completions", {"model": "colours", "prompt": "x", "logprobs": 0}).json()["choices"][0]["logprobs"]["top_logprobs"] is None
+    assert call(backend, "/v1/completions", {"model": "colours", "prompt": "x", "logprobs": 6}).status_code == 400
+
+
+@pytest.mark.parametrize(("field", "value", "status"), [("echo", True, 400), ("echo", False, 200), ("suffix", "x", 400), ("best_of", 2, 400), ("best_of", 1, 200)])
+def test_what_a_plain_completion_cannot_do_is_refused(backend, field, value, status):
+    response = call(backend, "/v1/completions", {"model": "colours", "prompt": "x", field: value})
+    assert response.status_code == status
+    assert status == 200 or error_of(response)["param"] == field
+
+
+def test_the_openai_client_reads_choices_and_logprobs(backend):
+    async def use():
+        async with client(backend) as http:
+            api = openai.AsyncOpenAI(base_url="http://test/v1", api_key="none", http_client=http, max_retries=0)
+            whole = await api.chat.completions.create(**chat(n=2, logprobs=True, top_logprobs=3, max_tokens=40))
+            assert [len(c.logprobs.content[0].top_logprobs) for c in whole.choices] == [3, 3]
+            assert whole._request_id == whole.id
+            texts = ["", ""]
+            async for chunk in await api.chat.completions.create(**chat(n=2, logprobs=True, max_tokens=40), stream=True):
+                texts[chunk.choices[0].index] += "".join(t.token for t in (chunk.choices[0].logprobs.content if chunk.choices[0].logprobs else ()))
+            assert texts[0] == texts[1] and texts[0].startswith("k4")
+            plain = await api.completions.create(model="colours", prompt=["a", "b"], logprobs=1, max_tokens=20)
+            assert [len(c.logprobs.tokens) for c in plain.choices] == [len(plain.choices[0].logprobs.tokens)] * 2
+
+    asyncio.run(use())
+
+
+def test_tokens_are_spelled_with_their_bytes(tokenizer):
+    for text in ("k4", " red", "é", "🎨", "\n", "漢字"):
+        pieces = [spelled(tokenizer, i) for i in tokenizer(text).input_ids]
+        assert bytes(b for _, data in pieces for b in data).decode() == text
+    assert all(name.startswith("bytes:\\x") or name.isprintable() for name, _ in (spelled(tokenizer, i) for i in tokenizer("🎨").input_ids))
+
+
+class SentencePiece:
+    """The two ways in which such a vocabulary differs: a mark for the space, and bytes by number."""
+
+    def convert_ids_to_tokens(self, token):
+        return ["▁red", "<0xF0>", "<weird>"][token]
+
+    def decode(self, ids, **options):
+        return ["red", "\ufffd", "\ufffd"][ids[0]]
+
+
+def test_tokens_of_a_sentencepiece_vocabulary_keep_their_space_and_bytes():
+    assert spelled(SentencePiece(), 0) == (" red", list(b" red"))
+    assert spelled(SentencePiece(), 1) == ("bytes:\\xf0", [0xF0])
+    assert spelled(SentencePiece(), 2) == ("\ufffd", None)
+
+
+def drifting(system="", query="what is red?", **rest):
+    messages = [*([{"role": "system", "content": system}] if system else []), {"role": "user", "content": query}]
+    return {"model": "guarded", "messages": messages, "max_tokens": 60, **rest}
+
+
+def test_a_client_that_still_sends_the_prompt_is_answered_by_the_adapter_with_the_query_alone(backend, tokenizer):
+    encoder = PromptEncoder(tokenizer, PromptConfig(chat="chatml", query="Q: {query}"))
+    plain = len(encoder.encode("what is red?").ids)
+    bodies = (drifting(TEMPLATE), drifting(query=f"{TEMPLATE}\n\nQ: what is red?"), drifting(f"{TEMPLATE}\n\nExamples:\n\nred\nk4"), drifting(query=f"{COMPRESSED} what is red?"))
+    for body in bodies:
+        response = call(backend, body=body)
+        assert (response.status_code, response.headers["x-pi-ray-prompt"]) == (200, "stripped")
+        assert response.json()["system_fingerprint"] == "guarded@v0001"
+        request = backend.completer.engine.requests[-1]
+        assert request.prompt_ids == encoder.encode("what is red?").ids
+        came = "\n\n".join(m["content"] for m in body["messages"])
+        whole = len(PromptEncoder(tokenizer, PromptConfig(chat="chatml")).encode(came).ids)
+        assert response.json()["usage"]["prompt_tokens"] == plain
+        assert response.json()["usage"]["prompt_tokens_saved"] == whole - plain
+    assert call(backend, "/v1/completions", {"model": "guarded", "prompt": f"{TEMPLATE}\nwhat is red?"}).headers["x-pi-ray-prompt"] == "stripped"
+
+
+def test_a_changed_prompt_is_answered_by_the_base_model_with_the_compressed_prompt(backend, tokenizer, tiny_model):
+    changed = TEMPLATE.replace("k7,", "k77,")
+    for stream in (False, True):
+        response = call(backend, body=drifting(changed, stream=stream))
+        assert response.headers["x-pi-ray-prompt"] == "drifted"
+    request = backend.completer.engine.requests[-1]
+    assert request.adapter == ""
+    text = tokenizer.decode(request.prompt_ids)
+    assert "k77," in text and "what is red?" in text and "code colour 8 is k8," in text and "The code of colour 8" not in text
+    whole = call(backend, body=drifting(changed)).json()
+    assert whole["system_fingerprint"] == tiny_model.name
+    assert whole["usage"]["prompt_tokens"] == len(request.prompt_ids)
+    assert whole["usage"]["prompt_tokens_saved"] > 100
+
+
+def test_queries_adapters_without_a_known_prompt_and_the_base_model_are_as_before(backend, tiny_model):
+    assert call(backend, body=drifting()).headers["x-pi-ray-prompt"] == "internalised"
+    assert call(backend, body=chat()).headers["x-pi-ray-prompt"] == "internalised"
+    assert call(backend, body=chat(model=tiny_model.name)).headers["x-pi-ray-prompt"] == "base"
+    for body in (drifting("Be nice."), drifting(TEMPLATE, model="colours"), drifting(TEMPLATE, model=tiny_model.name)):
+        assert error_of(call(backend, body=body))["param"] == "messages"
+    assert error_of(call(backend, body=drifting(query=TEMPLATE)))["message"] == "there is no query behind the template"
+    turns = {**drifting(), "messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]}
+    assert call(backend, body=turns).status_code == 400
+
+
+def test_the_guard_can_be_switched_off(backend):
+    backend.completer.config = backend.completer.config.replace(**{"serve.drift_guard": False})
+    assert call(backend, body=drifting(TEMPLATE)).status_code == 400
+    assert call(backend, body=drifting(query=f"{TEMPLATE}\nx")).headers["x-pi-ray-prompt"] == "internalised"
+
+
+def test_a_version_on_trial_answers_its_share_and_a_user_always_meets_the_same_one(backend, store, tiny_model):
+    put_in_store(store, "tried", tiny_model, 1)
+    put_in_store(store, "tried", tiny_model, 2, version="v0002")
+    (store / "tried" / "aliases.json").write_text(json.dumps({"prod": {"version": "v0001", "canary": "v0002", "percent": 50}}))
+
+    def version(**rest):
+        return call(backend, body=chat(model="tried", max_tokens=1, **rest)).json()["system_fingerprint"]
+
+    assert {version() for _ in range(30)} == {"tried@v0001", "tried@v0002"}
+    users = {f"user-{i}": version(user=f"user-{i}") for i in range(8)}
+    assert all(version(user=user) == seen for user, seen in users.items())
+    assert {version(user="x", n=4)} == {version(user="x")}
 
 
 @pytest.mark.parametrize("text", [ANSWER, "  padded \n\n", "", "🎨🎨", "a\n\n b", " ", "naïve – 漢字 test", "x" * 300])

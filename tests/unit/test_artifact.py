@@ -1,11 +1,12 @@
 """Artefacts: whole or not there, verified by hash, the old one kept when the new one fails."""
 
+import errno
 import json
 
 import pytest
 
-from pi_ray.artifact import MANIFEST, is_current, staged, verify, write_atomic
-from pi_ray.errors import CorruptArtifactError
+from pi_ray.artifact import MANIFEST, OWN_HASH, is_current, staged, sweep, verify, write_atomic
+from pi_ray.errors import CorruptArtifactError, StorageError
 
 
 def make(folder, text="one", fingerprint="f"):
@@ -56,3 +57,36 @@ def test_a_file_is_the_old_or_the_new_one(tmp_path, monkeypatch):
         write_atomic(path, json.dumps(2))
     assert json.loads(path.read_text()) == 1
     assert [p.name for p in tmp_path.iterdir()] == ["f.json"]
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "no space"), RuntimeError("I/O error: No space left on device (os error 28)")], ids=["python", "rust"])
+def test_a_full_disk_is_said_with_the_cure_whoever_wrote(tmp_path, error):
+    with pytest.raises(StorageError, match=r"x: cannot be written \(No space left on device\): the disk is full; free some space"), staged(tmp_path / "x", fingerprint="g"):
+        raise error
+    assert not list(tmp_path.iterdir())
+
+
+def test_other_errors_stay_what_they_are(tmp_path):
+    with pytest.raises(FileNotFoundError), staged(tmp_path / "x", fingerprint="g"):
+        raise FileNotFoundError(errno.ENOENT, "not there")
+
+
+def test_a_manifest_knows_its_own_hash_and_older_ones_without_it_are_read(tmp_path):
+    make(tmp_path / "x")
+    path = tmp_path / "x" / MANIFEST
+    manifest = json.loads(path.read_text())
+    path.write_text(json.dumps({**manifest, "fingerprint": "forged"}))
+    with pytest.raises(CorruptArtifactError, match=r"manifest\.json: sha256 .* differs"):
+        verify(tmp_path / "x")
+    del manifest[OWN_HASH]
+    path.write_text(json.dumps(manifest))
+    assert verify(tmp_path / "x")["fingerprint"] == "f"
+
+
+def test_what_killed_writers_left_is_swept_away_and_nothing_else(tmp_path):
+    make(tmp_path / "x")
+    for name in (f".x.{'0' * 32}.tmp", f".x.{'1' * 32}.old"):
+        (tmp_path / name).mkdir()
+    (tmp_path / ".keep").touch()
+    sweep(tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".keep", "x"]

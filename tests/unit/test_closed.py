@@ -331,11 +331,11 @@ def test_the_cost_is_told_and_declining_it_uploads_nothing(config, service):
 
 def test_the_estimate_is_tokens_times_the_configs_prices(config, tokenizer):
     settings = config.replace(**{"closed.train_price": 10.0, "closed.input_price": 2.0, "closed.output_price": 4.0})
-    made = price.estimate(settings, [0, 2], [("", 0), (TEMPLATES[1.0], 2), ("", 0)])
+    made = price.estimate(settings, [0, 2], [("", 0, 0.0), (TEMPLATES[1.0], 2, 1.0), ("", 0, 0.0)])
     assert set(made.training) == {0, 2}
     assert made.cost(settings) == pytest.approx((sum(made.training.values()) * 10 / 1e6, (made.input * 2 + made.output * 4) / 1e6))
-    assert price.estimate(settings, [], [("", 0)]).input < made.input / 3
-    assert price.estimate(settings, [], [("", 0)]).output == sum(len(tokenizer(a).input_ids) + 1 for _, _, a, _ in ROWS["test"])
+    assert price.estimate(settings, [], [("", 0, 0.0)]).input < made.input / 3
+    assert price.estimate(settings, [], [("", 0, 0.0)]).output == sum(len(tokenizer(a).input_ids) + 1 for _, _, a, _ in ROWS["test"])
 
 
 def test_only_what_is_still_to_be_trained_is_asked_for(config, service):

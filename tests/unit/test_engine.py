@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import shutil
 import struct
 import threading
 
@@ -11,7 +12,7 @@ import torch
 from pi_ray.config import ModelConfig, ServeConfig
 from pi_ray.errors import AdapterError
 from pi_ray.protocols import GenerationRequest
-from pi_ray.serving.engines import Slot, TransformersEngine
+from pi_ray.serving.engines import TransformersEngine
 from tests.lora import put_in_store, rewrite
 
 PROMPTS = [list(range(100, 110)), [7, 8, 9], list(range(500, 540))]
@@ -46,7 +47,21 @@ def expected(tiny_model, folders):
 
 
 async def tokens(engine, prompt, adapter="", **options):
-    return [t async for t in engine.generate(GenerationRequest(prompt, **{"max_new_tokens": LENGTH, **options}, adapter=adapter))]
+    return [t.id async for t in engine.generate(GenerationRequest(prompt, **{"max_new_tokens": LENGTH, **options}, adapter=adapter))]
+
+
+@pytest.fixture
+def fresh(tiny_model):
+    """Engines with settings of their own, closed after the test."""
+    made = []
+
+    def build(**settings):
+        made.append(TransformersEngine(ModelConfig(base=str(tiny_model)), ServeConfig(**settings)))
+        return made[-1]
+
+    yield build
+    for engine in made:
+        engine.close()
 
 
 async def drained(engine):
@@ -76,27 +91,177 @@ def test_concurrent_requests_for_more_adapters_than_fit_get_each_their_own(engin
         return await asyncio.gather(*(tokens(engine, PROMPTS[i], folder) for folder, i in jobs))
 
     assert asyncio.run(burst()) == [expected[folder][i] for folder, i in jobs]
-    assert len(engine._adapters) == 2
+    assert len(engine._batch.stack) == 2
     assert asyncio.run(drained(engine))
 
 
-def test_one_adapter_at_a_time_can_be_swapped_for_another(tiny_model, expected, folders):
-    engine = TransformersEngine(ModelConfig(base=str(tiny_model)), ServeConfig(max_loras=1))
+def test_one_adapter_at_a_time_can_be_swapped_for_another(fresh, expected, folders):
+    engine = fresh(max_loras=1)
     for folder in [*folders[:2], "", *folders[:2]]:
         assert asyncio.run(tokens(engine, PROMPTS[1], folder)) == expected[folder][1]
+
+
+def test_a_request_joins_the_running_batch_and_leaves_before_one_that_came_first(engine, expected, folders):
+    async def overtake():
+        long = engine.generate(GenerationRequest(PROMPTS[2], 100_000, folders[1]))
+        for _ in range(3):
+            await anext(long)
+        before = engine.stats()["generated_tokens"]
+        short = await tokens(engine, PROMPTS[0], folders[0])
+        assert engine.stats()["active"] == 1
+        await long.aclose()
+        return short, engine.stats()["generated_tokens"] - before
+
+    answer, steps = asyncio.run(overtake())
+    assert answer == expected[folders[0]][0]
+    assert steps >= 2 * LENGTH - 2, "the long one went on meanwhile"
+
+
+@pytest.mark.parametrize("settings", [{"prefill_tokens": 16}, {"prefill_tokens": 1}, {"max_ongoing_requests": 1}], ids=str)
+def test_answers_do_not_depend_on_how_prompts_are_cut_or_how_many_go_together(fresh, expected, folders, settings):
+    engine = fresh(**settings)
+    jobs = [(folder, i) for folder in ["", *folders] for i in range(len(PROMPTS))]
+
+    async def burst():
+        return await asyncio.gather(*(tokens(engine, PROMPTS[i], folder) for folder, i in jobs))
+
+    assert asyncio.run(burst()) == [expected[folder][i] for folder, i in jobs]
+
+
+def test_running_answers_go_on_while_a_long_prompt_is_read(fresh):
+    engine = fresh(prefill_tokens=8)
+
+    async def watch():
+        running = engine.generate(GenerationRequest(PROMPTS[0], 100_000))
+        await anext(running)
+        before = engine.stats()["generated_tokens"]
+        joining = engine.generate(GenerationRequest(list(range(200, 360)), 1))
+        await anext(joining)
+        await running.aclose()
+        return engine.stats()["generated_tokens"] - before
+
+    assert asyncio.run(watch()) >= 160 / 8
+
+
+def test_a_known_beginning_is_not_read_again_and_changes_no_token(fresh, folders):
+    shared = list(range(300, 350))
+    prompts = [[*shared, *own] for own in ([1, 2, 3], [4], [5] * 30, [])] * 2
+    engine, without = fresh(), fresh(prefix_cache_mb=0)
+
+    async def answers(engine):
+        found = [await tokens(engine, p, folder, max_new_tokens=4) for folder in ("", folders[0]) for p in prompts]
+        return found + await asyncio.gather(*(tokens(engine, p, folders[0], max_new_tokens=4) for p in prompts))
+
+    assert asyncio.run(answers(engine)) == asyncio.run(answers(without))
+    assert without.stats()["prefix_hit_tokens"] == 0 == without.stats()["prefix_bytes"]
+    again = sum((len(p) - 1) // 16 for p in prompts)  # of prompts that were read before; the last token is always read
+    first = again - (3 + 4 - 3)  # the first prompt finds nothing, and the first with 30 fives the shared beginning alone
+    assert engine.stats()["prefix_hit_tokens"] == 16 * (2 * first + again)
+
+
+def test_a_model_whose_state_is_not_keys_and_values_is_answered_right_at_any_concurrency(tiny_model, tmp_path):
+    """Mamba: a prompt must be read in one piece there, however small the budget is."""
+    from transformers import AutoTokenizer, MambaConfig, MambaForCausalLM
+
+    torch.manual_seed(0)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    model = MambaForCausalLM(MambaConfig(vocab_size=len(tokenizer), hidden_size=16, state_size=4, num_hidden_layers=2, eos_token_id=0, bos_token_id=0)).eval()
+    for part in (model, tokenizer):
+        part.save_pretrained(tmp_path)
+    expected = []
+    for prompt in PROMPTS:
+        ids = list(prompt)
+        for _ in range(LENGTH):
+            with torch.no_grad():
+                ids.append(int(model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
+        expected.append(ids[len(prompt) :])
+    engine = TransformersEngine(ModelConfig(base=str(tmp_path)), ServeConfig(prefill_tokens=4))
+
+    async def all_at_once():
+        return await asyncio.gather(*(tokens(engine, p) for p in PROMPTS * 2))
+
+    assert asyncio.run(all_at_once()) == expected * 2
+    assert engine.stats()["prefix_hit_tokens"] == 0
     engine.close()
 
 
-def test_adapters_do_not_pile_up_in_memory(engine, folders):
-    def parameters():
-        return sum(1 for _ in engine._adapters.base.parameters())
+def test_each_of_a_full_stack_waits_its_turn_and_none_for_ever(fresh, folders, expected):
+    """Two adapters hold the only two places, one after the other without a pause; the third gets in all the same."""
+    engine = fresh(max_loras=2, max_ongoing_requests=4)
 
-    asyncio.run(tokens(engine, PROMPTS[1], folders[0], max_new_tokens=1))
-    asyncio.run(tokens(engine, PROMPTS[1], folders[1], max_new_tokens=1))
-    before = parameters()
-    for i in range(20):
-        asyncio.run(tokens(engine, PROMPTS[1], folders[i % 5], max_new_tokens=1))
-    assert parameters() == before
+    async def crowd():
+        stop = asyncio.Event()
+
+        async def again(folder):
+            while not stop.is_set():
+                await tokens(engine, PROMPTS[1], folder)
+
+        busy = [asyncio.create_task(again(folder)) for folder in folders[:2] * 2]
+        await asyncio.sleep(0.05)
+        answer = await asyncio.wait_for(tokens(engine, PROMPTS[1], folders[2]), 30)
+        stop.set()
+        await asyncio.gather(*busy)
+        return answer
+
+    assert asyncio.run(crowd()) == expected[folders[2]][1]
+
+
+def test_a_merged_adapter_answers_as_it_does_beside_the_base_and_no_other_is_served(fresh, expected, folders):
+    engine = fresh()
+    engine.merge(folders[0])
+    assert asyncio.run(tokens(engine, PROMPTS[0], folders[0])) == expected[folders[0]][0]
+    for other in (folders[1], ""):
+        with pytest.raises(AdapterError, match=r"merged into the base model \(serve.merge\) and serves it alone"):
+            asyncio.run(tokens(engine, PROMPTS[0], other))
+
+
+def test_log_probabilities_come_with_the_tokens_when_asked_for(engine, tiny_model):
+    from transformers import AutoModelForCausalLM
+
+    async def both():
+        async def all_of(**options):
+            return [t async for t in engine.generate(GenerationRequest(PROMPTS[1], 3, **options))]
+
+        return await asyncio.gather(all_of(logprobs=2), all_of())
+
+    told, plain = asyncio.run(both())
+    with torch.no_grad():
+        ids = torch.tensor([[*PROMPTS[1], *(t.id for t in told)]])
+        logprobs = AutoModelForCausalLM.from_pretrained(tiny_model)(input_ids=ids).logits[0].log_softmax(-1)[len(PROMPTS[1]) - 1 : -1]
+    for token, row in zip(told, logprobs, strict=True):
+        assert token.logprob == pytest.approx(row[token.id].item(), abs=1e-4) and token.top[0] == (token.id, token.logprob)
+        assert [i for i, _ in token.top] == row.topk(2).indices.tolist()
+    assert [t.id for t in plain] == [t.id for t in told] and all(t.logprob is None and t.top == () for t in plain)
+
+
+def small_copies(folder, target, n):
+    """Adapters that each change a single layer in their own way."""
+    from safetensors.torch import load_file, save_file
+
+    tensors = {name: t for name, t in load_file(f"{folder}/adapter_model.safetensors").items() if "layers.1.mlp.down_proj" in name}
+    for i in range(n):
+        (target / str(i)).mkdir(parents=True)
+        shutil.copy(f"{folder}/adapter_config.json", target / str(i))
+        torch.manual_seed(i)
+        save_file({name: torch.randn_like(t) for name, t in tensors.items()}, target / str(i) / "adapter_model.safetensors")
+    return [str(target / str(i)) for i in range(n)]
+
+
+@pytest.mark.fault
+def test_fifty_adapters_in_four_places_give_each_request_its_own_answer(fresh, folders, tmp_path):
+    many = small_copies(folders[0], tmp_path, 50)
+    engine = fresh(max_loras=4)
+
+    async def burst():
+        return await asyncio.gather(*(tokens(engine, PROMPTS[1], folder, max_new_tokens=4) for folder in many * 2))
+
+    found = asyncio.run(burst())
+    stats = engine.stats()
+    alone = fresh(max_loras=1, prefix_cache_mb=0)
+    expected = [asyncio.run(tokens(alone, PROMPTS[1], folder, max_new_tokens=4)) for folder in many]
+    assert found == expected * 2
+    assert len({json.dumps(answer) for answer in expected}) > 40, "the answers tell the adapters apart"
+    assert stats["adapters"] == 4 and stats["adapter_evictions"] >= 46
 
 
 def test_closing_the_iterator_frees_the_slot(engine):
@@ -133,22 +298,14 @@ def test_a_seed_gives_the_same_tokens_in_any_company(engine):
     assert asyncio.run(tokens(engine, PROMPTS[0], **{**options, "seed": 8})) != alone
 
 
-def test_top_p_keeps_the_smallest_set_that_holds_it():
-    async def picks():
-        logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()
-        return {top_p: {Slot(GenerationRequest([1], 1, temperature=1.0, top_p=top_p, seed=s)).pick(logits) for s in range(200)} for top_p in (0.1, 0.6, 0.9, 1.0)}
-
-    assert asyncio.run(picks()) == {0.1: {0}, 0.6: {0, 1}, 0.9: {0, 1, 2}, 1.0: {0, 1, 2, 3}}
-
-
 def test_end_of_sequence_and_stop_strings_end_an_answer(engine, expected):
     stop = engine.tokenizer.decode(expected[""][0][:4])[-3:]
     got = asyncio.run(tokens(engine, PROMPTS[0], stop=(stop,)))
     assert got == expected[""][0][: len(got)]
     assert len(got) <= 4
-    engine._ends.add(expected[""][0][5])
+    engine._batch.ends.add(expected[""][0][5])
     got = asyncio.run(tokens(engine, PROMPTS[0]))
-    engine._ends.discard(expected[""][0][5])
+    engine._batch.ends.discard(expected[""][0][5])
     assert got == expected[""][0][: expected[""][0].index(expected[""][0][5]) + 1]
 
 
@@ -169,6 +326,38 @@ def test_an_adapter_that_does_not_fit_the_base_fails_its_own_request_alone(engin
     engine.check()
 
 
+def test_a_prompt_that_cannot_be_read_fails_alone_though_others_were_read_with_it(fresh, expected):
+    engine = fresh()
+
+    async def three():
+        wrong = tokens(engine, [10**6, 3])
+        return await asyncio.gather(tokens(engine, PROMPTS[0]), wrong, tokens(engine, PROMPTS[2]), return_exceptions=True)
+
+    first, error, last = asyncio.run(three())
+    assert isinstance(error, IndexError)
+    assert [first, last] == [expected[""][0], expected[""][2]]
+    engine.check()
+    assert asyncio.run(drained(engine))
+
+
+@pytest.mark.fault
+def test_an_adapter_that_computes_nan_fails_its_own_rows_and_leaves_nothing_behind(fresh, expected, folders, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    wild = small_copies(folders[0], tmp_path, 1)[0]
+    save_file({name: t * 1e30 for name, t in load_file(f"{wild}/adapter_model.safetensors").items()}, f"{wild}/adapter_model.safetensors")
+    engine = fresh(max_ongoing_requests=3)
+
+    async def mixed():
+        jobs = [tokens(engine, PROMPTS[i % 3], folder) for i, folder in enumerate([wild, folders[0], "", wild, folders[1], ""])]
+        return await asyncio.gather(*jobs, return_exceptions=True)
+
+    found = asyncio.run(mixed())
+    assert all(isinstance(found[i], RuntimeError) and "not a number" in str(found[i]) for i in (0, 3))
+    assert [found[i] for i in (1, 2, 4, 5)] == [expected[folders[0]][1], expected[""][2], expected[folders[1]][1], expected[""][2]]
+    engine.check()
+
+
 def test_an_engine_that_cannot_compute_says_so(tiny_model):
     engine = TransformersEngine(ModelConfig(base=str(tiny_model)), ServeConfig())
     for _ in range(3):
@@ -178,3 +367,14 @@ def test_an_engine_that_cannot_compute_says_so(tiny_model):
         engine.check()
     engine.close()
     assert not any(t.name == "decode" and t is engine._thread for t in threading.enumerate())
+
+
+def test_whatever_breaks_the_decoding_thread_leaves_nobody_waiting(fresh, monkeypatch):
+    engine = fresh()
+    monkeypatch.setattr(engine._batch, "admit", lambda waiting: 1 / 0)
+    monkeypatch.setattr(threading, "excepthook", lambda *_: None)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="the engine was closed"):
+            asyncio.run(tokens(engine, PROMPTS[0]))
+    with pytest.raises(RuntimeError, match="no longer generates"):
+        engine.check()

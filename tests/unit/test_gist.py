@@ -163,7 +163,7 @@ def test_a_cache_of_the_gists_alone_answers_as_the_masked_prompt_does(config):
     reference.get_input_embeddings().gist.data.copy_(gist.read(RunDir(config.root).best))
     expected = [greedily(reference, prefix, row, 6) for row in rows]
 
-    loaded = LoadedAdapters(load_model(config.model), limit=1)
+    loaded = LoadedAdapters(load_model(config.model))
     loaded.load(column.adapter)
     loaded.activate(column.adapter)
     cache = gist.gist_cache(loaded.model, prefix, gist.read(RunDir(config.root).best))

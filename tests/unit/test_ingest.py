@@ -1,9 +1,18 @@
-"""Unlabelled queries are those that stand nowhere else."""
+"""Rows go to disk as they come, and the checks see no more of them than they need."""
 
+import json
+
+import pytest
+
+from pi_ray import ingest as step
 from pi_ray.config import TaskConfig
-from pi_ray.ingest import check
+from pi_ray.errors import DataError
+from pi_ray.ingest import check, ingest
 from pi_ray.protocols import Row
 from pi_ray.rundir import RunDir
+from pi_ray.tasks.jsonl import JsonlTask
+
+LONG = "tell me, as shortly as you can and without any further word, which of all the parcels is the "
 
 
 def test_a_teacher_is_never_asked_what_is_evaluated_or_labelled_nor_anything_twice(tmp_path):
@@ -14,3 +23,41 @@ def test_a_teacher_is_never_asked_what_is_evaluated_or_labelled_nor_anything_twi
     notes = check(splits, [], TaskConfig(), RunDir(tmp_path))
     assert [r.query for r in splits["unlabelled"]] == ["Where?", "Why?"]
     assert notes == ["4 of 6 unlabelled queries left out, since they stand elsewhere too"]
+
+
+def ingested(folder, **splits):
+    """Ingest files of these (id, query) pairs; the run directory, and what was said."""
+    for split, rows in splits.items():
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps({"id": i, "query": q, "answer": "a"}) + "\n" for i, q in rows))
+    config = TaskConfig(**{split: str(folder / f"{split}.jsonl") for split in ("train", "dev", "test")}, overlap="drop")
+    run, said = RunDir(folder / "run"), []
+    ingest(JsonlTask(config), config, run, "f", said.append)
+    assert sorted(p.name for p in run.root.iterdir()) == ["rejects.jsonl", "rows"], "nothing else is left behind"
+    return run, said[0]
+
+
+def test_long_queries_are_told_apart_by_all_of_them_and_found_in_any_case(tmp_path):
+    train = [("a", LONG + "last"), ("b", LONG + "first"), ("c", "short"), ("d", LONG + "middle")]
+    run, said = ingested(tmp_path, train=train, dev=[("e", LONG + "other")], test=[("f", f"  {(LONG + 'FIRST').upper()}")])
+    assert [r.id for r in run.read_rows("train")] == ["a", "c", "d"] and run.read_rows("train")[0].query == LONG + "last"
+    assert said.endswith("1 train rows dropped, because their queries also stand in dev or test")
+
+
+def test_an_overlap_is_shown_by_the_beginning_of_its_query(tmp_path):
+    task = TaskConfig(name="x")
+    rows = {"train": [Row("a", LONG + "last", "1")], "dev": [Row("b", "q", "1")], "test": [Row("c", LONG + "LAST", "1")]}
+    with pytest.raises(DataError, match="train row 'a', also in test: 'tell me, as shortly"):
+        check({s: [step._key(r) for r in some] for s, some in rows.items()}, [], task, RunDir(tmp_path))
+
+
+def test_dev_rows_are_taken_out_of_train_on_disk_too(tmp_path):
+    train = [(f"t{i}", f"query {i % 19}") for i in range(20)]
+    run, said = ingested(tmp_path, train=train, test=[("x", "another")])
+    assert [r.id for r in run.read_rows("dev")] == ["t18", "t19"]
+    assert [r.id for r in run.read_rows("train")] == [f"t{i}" for i in range(1, 18)], "t0 asks what t19 asks"
+    assert said == "rows: 17 train, 2 dev, 1 test, 0 rejected; no dev rows: the last 2 train rows serve as dev (1 more with the same queries left out of train)"
+
+
+def test_what_is_held_of_a_row_does_not_grow_with_it():
+    key = step._key(Row("a", LONG * 1000, "an answer" * 1000))
+    assert len(key.query) < 2 * step.SHORT and key == step._key(Row("a", (LONG * 1000).upper(), ""))

@@ -68,7 +68,7 @@ def test_an_adapter_of_each_method_does_on_the_untouched_base_what_it_did_in_tra
     config = trained(family, **settings)
     run, base = RunDir(config.root), load_model(config.model)
     folder, dev = str(run.adapter(1)), PhaseRows(run.phase("dev"))
-    loaded, batch = LoadedAdapters(base, limit=1, own=True), plain(dev.prefix, dev.take(range(len(dev))))
+    loaded, batch = LoadedAdapters(base), plain(dev.prefix, dev.take(range(len(dev))))
     loss = lambda: (sft_sum(loaded.model, batch) / dev.label_lengths.sum()).item()  # noqa: E731
     with torch.no_grad():
         bare = loss()

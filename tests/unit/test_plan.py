@@ -244,6 +244,16 @@ def test_a_plan_for_gpus_says_what_their_hosts_need(config):
         assert words in text
 
 
+@pytest.mark.parametrize("changes, asked, shown", [
+    ({}, False, False), ({}, True, True), ({"train.gpu": True}, False, False), ({"train.gpu": True, "train.workers": 16, "train.batch_size": 16}, False, True),
+])  # fmt: skip
+def test_many_nodes_are_shown_when_asked_for_and_for_runs_on_several(config, changes, asked, shown, monkeypatch):
+    monkeypatch.setattr(estimate, "measure_speed", lambda config: estimate.Speed(estimate.device_of(config), "test", 1e9, "assumed"))
+    console = Console(width=140, record=True, file=io.StringIO())
+    render(plan(config.replace(**changes)), console, scale=asked)
+    assert ("On nodes of 8 A100s" in console.export_text()) == shown
+
+
 def test_a_plan_with_a_teacher_counts_its_queries_and_time(tiny_model, tmp_path):
     config = RunConfig(name="t", run_dir=str(tmp_path), task={"name": "opsql", "rows": {"train": 20, "unlabelled": 40}}, model={"base": str(tiny_model)}, prompt={"chat": "none"})
     alone, taught = plan(config), plan(config.replace(**{"train.objective": "distill"}))

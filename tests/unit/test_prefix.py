@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from pi_ray.config import LoraConfig, ModelConfig
+from pi_ray.errors import TrainingError
 from pi_ray.models import load_model
 from pi_ray.train import attention, lora
 from pi_ray.train.batches import packed, plain
@@ -101,3 +102,48 @@ def test_other_decoders_with_full_attention_take_them_too_with_gradient_checkpoi
     shared_loss, found = gradients(model, packed(list(range(20, 40)), ROWS))
     assert shared_loss == pytest.approx(loss, rel=1e-5)
     assert (found - expected).norm() / expected.norm() < 1e-3
+
+
+def dense(prefix, visible, lengths):
+    """(S, S): what each token of a packed row may see, place by place."""
+    segment = [-1] * prefix + [row for row, n in enumerate(lengths) for _ in range(n)]
+    sees = lambda q, k: k <= q and (segment[k] == segment[q] or prefix - visible <= k < prefix)  # noqa: E731
+    return torch.tensor([[sees(q, k) for k in range(len(segment))] for q in range(len(segment))])
+
+
+@pytest.mark.parametrize("prefix, visible, lengths", [(0, 0, [3, 1, 5]), (7, 7, [4, 6]), (150, 3, [40, 90, 1])], ids=["no prefix", "prefix", "gist tokens, several blocks"])
+def test_flex_attentions_mask_is_the_layouts(prefix, visible, lengths):
+    from torch.nn.attention.flex_attention import create_mask
+
+    layout = attention.Layout.build(prefix, lengths, visible)
+    size = prefix + sum(lengths)
+    assert torch.equal(create_mask(layout.sees(), 1, 1, size, size, device="cpu")[0, 0], dense(prefix, visible, lengths))
+
+
+@pytest.mark.parametrize("prefix, visible, lengths", [(0, 0, [3, 5]), (7, 7, [4, 6]), (150, 3, [40, 1])])
+def test_flex_attention_gives_what_sdpa_gives(prefix, visible, lengths):
+    torch.manual_seed(0)
+    layout = attention.Layout.build(prefix, lengths, visible)
+    query, key, value = (torch.randn(1, heads, prefix + sum(lengths), 16) for heads in (4, 2, 2))
+    sdpa, flex = (attend(None, query, key, value, None, scaling=0.3, layout=layout)[0] for attend in (attention.shared_prefix_attention, attention.flex_shared_prefix_attention))
+    assert torch.allclose(sdpa, flex, atol=1e-5) and layout.blocks is not None
+
+
+def test_a_model_answers_the_same_through_flex_attention():
+    import transformers
+
+    torch.manual_seed(0)
+    base = transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**SMALL, "hidden_size": 64})).eval()
+    batch, found = packed(list(range(20, 40)), ROWS), []
+    for flex in (False, True):
+        attention.enable(base, flex)
+        with torch.no_grad():
+            found.append(base(**batch.inputs).logits)
+    assert batch.inputs["layout"].blocks is not None, "flex attention was used"
+    assert torch.allclose(*found, atol=1e-5)
+
+
+def test_flex_attention_is_for_gpus():
+    assert attention.wants_flex("auto", "cuda:0") and not attention.wants_flex("sdpa", "cuda:0") and not attention.wants_flex("auto", "cpu")
+    with pytest.raises(TrainingError, match="GPUs only"):
+        attention.wants_flex("flex", "cpu")

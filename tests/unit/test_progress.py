@@ -45,10 +45,32 @@ def test_training_is_told_by_phase_update_loss_and_speed(clock):
     console = Console(file=io.StringIO(), width=120)
     with Watch(console, "update", 20) as watch:
         listen = training(watch, [10] * 5 + [2] * 15)
-        listen({"step": 4, "phase": 1, "loss": 0.5, "tokens": 300, "seconds": 2.0})
+        listen({"step": 4, "phase": 1, "loss": 0.5, "tokens": 300, "plain_tokens": 1200, "seconds": 2.0})
         listen({"event": "phase_end", "phase": 1, "step": 4, "dev_loss": 0.25})
         listen({"event": "plain_batches", "reason": "attention is limited to a sliding window of 64 tokens"})
     text = console.file.getvalue()
-    assert "5/20" in text and "phase 1" in text and "loss 0.500" in text and "150 tokens/s" in text
+    assert "5/20" in text and "phase 1" in text and "loss 0.500" in text and "150 tokens/s, 75% saved by sharing" in text
     assert "6 s left" in text  # 15 updates of a fifth of the work of the one that took 2 s
     assert "phase 1 done, dev loss 0.250" in text and "sliding window" in text
+
+
+@pytest.mark.parametrize("entry, said", [
+    ({"event": "dev", "phase": 0, "step": 9, "dev_loss": 0.5, "dev_accuracy": 0.25}, "update 10, dev loss 0.500, dev accuracy 25.0%"),
+    ({"event": "phase_end", "phase": 0, "step": 9, "dev_loss": 0.5, "best_step": 5, "early": True}, "phase 0 done early, no more gain, dev loss 0.500; adapter written, as it was after update 6"),
+    ({"event": "phase_end", "phase": 0, "step": 9, "dev_loss": 0.5, "best_step": 9, "early": False}, "phase 0 done, dev loss 0.500; adapter written"),
+    ({"event": "best", "phase": 2, "step": 9, "dev_accuracy": 0.75}, "the best adapter on dev rows is that of phase 2 (75.0% of their tokens right)"),
+    ({"event": "warning", "text": "checkpoint set aside"}, "warning: checkpoint set aside"),
+    ({"event": "of a later version"}, ""),
+])  # fmt: skip
+def test_events_are_told_in_words(entry, said):
+    console = Console(file=io.StringIO(), width=200)
+    with Watch(console, "update", 20) as watch:
+        training(watch, [1] * 20)(entry)
+    assert lines(console) == ([f"update: {said}"] if said else [])
+
+
+def test_nothing_is_said_of_sharing_where_nothing_is_shared():
+    console = Console(file=io.StringIO(), width=200)
+    with Watch(console, "update", 20) as watch:
+        training(watch, [1] * 20)({"step": 4, "phase": 1, "loss": 0.5, "tokens": 300, "plain_tokens": 300, "seconds": 2.0})
+    assert "saved" not in lines(console)[0]

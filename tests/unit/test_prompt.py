@@ -1,5 +1,9 @@
 """Text -> ids: one frame for training and inference, no injected system prompt, no escape from the user's turn."""
 
+import time
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+
 import pytest
 
 from pi_ray.config import ModelConfig, PromptConfig
@@ -67,3 +71,20 @@ def test_an_empty_or_missing_template_says_so(tmp_path):
         Template.load(tmp_path / "t.md")
     with pytest.raises(DataError, match="no such template"):
         Template.load(tmp_path / "missing.md")
+
+
+def test_threads_that_share_a_tokenizer_do_not_change_each_others_ids():
+    """A server's threads do. As in transformers, a call here first sets how special tokens are treated, and then goes by that."""
+
+    class Careless:
+        eos_token_id, bos_token_id, chat_template = 0, 1, ""
+
+        def __call__(self, text, add_special_tokens=True, split_special_tokens=False):
+            self.split = split_special_tokens
+            time.sleep(0.001)
+            return SimpleNamespace(input_ids=[2 if self.split else 3] * len(text))
+
+    encoder = PromptEncoder(Careless(), PromptConfig(chat="chatml"))
+    alone = encoder.encode("query", "template")
+    with ThreadPoolExecutor(4) as pool:
+        assert all(ids == alone for ids in pool.map(lambda _: encoder.encode("query", "template"), range(12)))

@@ -4,14 +4,17 @@ import json
 import threading
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
-from pi_ray.artifact import staged, write_atomic
+from pi_ray.artifact import digest, staged, write_atomic
 from pi_ray.config import ModelConfig, RunConfig
 from pi_ray.errors import AdapterError, CorruptArtifactError
 from pi_ray.publish import publish
 from pi_ray.rundir import RunDir
 from pi_ray.serving.adapters import AdapterStore
+from pi_ray.serving.drift import mark
 from tests.lora import card, write_adapter
 
 SUMMARY = {
@@ -97,6 +100,36 @@ def test_the_card_shows_scores_tokens_and_how_to_serve(run, config):
 
 def test_the_card_says_so_when_nothing_was_evaluated(run, config):
     assert "Not evaluated before" in (publish(run, config) / "README.md").read_text()
+
+
+def prepare(run, text, rates=(1.0, 0.5)):
+    entries = [{"rate": r, "achieved": r, "text": " ".join(text.split()[: int(len(text.split()) * r)])} for r in rates]
+    write_atomic(run.templates / "templates.json", json.dumps(entries))
+    run.rows.mkdir(exist_ok=True)
+    pq.write_table(pa.table({"id": ["1"], "query": ["red"], "answer": ["k4"], "group": [""]}), run.rows / "train.parquet")
+
+
+def test_the_prompt_is_published_with_the_adapter_so_that_serving_recognises_it(run, config, tiny_model):
+    template = "Answer with one code for every colour that is asked for."
+    bare = publish(run, config)
+    prepare(run, template)
+    assert publish(run, config) == bare  # trained with another template than the run has now
+    train(run, tiny_model, full_template_sha256=digest(template), prompt={"chat": "chatml", "query": "Q: {query}", "example": "Q: {query} A: {answer}"})
+    folder = publish(run, config)
+    assert (folder.name, publish(run, config)) == ("v0002", folder)
+    prompt = json.loads((folder / "prompt.json").read_text())
+    assert (prompt["template"], [f["rate"] for f in prompt["compressed"]], prompt["examples"]) == (template, [0.5], [mark("Q: red A: k4")])
+    guard = AdapterStore(config.store, config.model).open("colours").guard
+    assert guard.look("", f"{template}\n\nExamples:\n\nQ: red A: k4\n\nQ: blue").text == "blue"
+    assert "prompt.json" in (folder / "README.md").read_text() and "prompt.json" not in (bare / "README.md").read_text()
+
+
+def test_with_the_guard_off_the_template_stays_at_home(run, config, tiny_model):
+    prepare(run, "A secret template.")
+    train(run, tiny_model, full_template_sha256=digest("A secret template."))
+    folder = publish(run, config.replace(**{"serve.drift_guard": False}))
+    assert "prompt.json" not in {p.name for p in folder.iterdir()}
+    assert publish(run, config).name == "v0002"
 
 
 @pytest.mark.parametrize("name", ["..", "A", "a/b", ".x", "a" * 65, "a\n"])

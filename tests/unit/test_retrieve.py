@@ -2,20 +2,29 @@
 
 import importlib.util
 import random
+from dataclasses import replace
 
+import faiss
 import numpy as np
 import pytest
+from test_task_contract import CONFIGS
 
 from pi_ray import registry
 from pi_ray.config import RetrieveConfig
 from pi_ray.errors import MissingExtraError
+from pi_ray.ingest import check, read
 from pi_ray.protocols import Row
+from pi_ray.registry import tasks
+from pi_ray.retrieve import neighbours
 from pi_ray.retrieve.bleu import BleuIndex
+from pi_ray.retrieve.candidates import Candidates
 from pi_ray.retrieve.encoders import NgramEncoder, SentenceEncoder
-from pi_ray.retrieve.neighbours import find
+from pi_ray.retrieve.neighbours import Bank, audit, find, normalised
+from pi_ray.retrieve.rouge import RougeIndex
+from pi_ray.rundir import RunDir
 
-CONFIG = RetrieveConfig()
-PLACES_OF_WEB = [83, 86, 115, 310]
+CONFIG, FAISS = RetrieveConfig(), RetrieveConfig(method="faiss")
+PLACES_OF_WEB = [24, 51, 407]  # of "web", "db" and "web db"
 
 
 def rows(count: int, seed: int = 0) -> list[Row]:
@@ -34,10 +43,11 @@ def test_neighbours_are_those_of_exact_bleu():
     exact = BleuIndex([r.answer for r in bank]).scores([r.answer for r in bank])
     np.fill_diagonal(exact, -1)
     best = -np.sort(-exact, axis=1)[:, :5]
-    found = find(bank, bank, 5, CONFIG)
-    assert all(f.scores == pytest.approx([exact[i, positions[n]] for n in f.ids], abs=1e-4) for i, f in enumerate(found))
-    recall = np.mean([np.mean(np.array(f.scores) >= best[i, -1] - 1e-3) for i, f in enumerate(found)])
-    assert recall > 0.9
+    for config in (CONFIG, FAISS):
+        found = find(bank, bank, 5, config)
+        assert all(f.scores == pytest.approx([exact[i, positions[n]] for n in f.ids], abs=1e-4) for i, f in enumerate(found))
+        recall = np.mean([np.mean(np.array(f.scores) >= best[i, -1] - 1e-3) for i, f in enumerate(found)])
+        assert recall == 1.0 if config is CONFIG else recall > 0.9
 
 
 def test_a_row_is_never_its_own_example_nor_one_with_the_same_query():
@@ -65,7 +75,7 @@ def test_scores_fall_and_there_are_as_many_as_the_bank_has():
 def test_the_search_widens_when_exclusions_take_the_candidates():
     twins = [Row(f"t{i}", "the same query", "from web | load > 5 | for 5m") for i in range(20)]
     others = rows(20)
-    found = find(twins[:1], twins + others, 3, RetrieveConfig(candidates=4))
+    found = find(twins[:1], twins + others, 3, RetrieveConfig(candidates=4, method="faiss"))
     assert len(found[0].ids) == 3 and all(i.startswith("r") for i in found[0].ids)
 
 
@@ -74,6 +84,95 @@ def test_queries_are_compared_when_the_answer_is_unknown():
     probe = Row("q", "restart the web server", "restart mail")
     assert find([probe], bank, 1, CONFIG, by="query")[0].ids == ["a"]
     assert find([probe], bank, 1, CONFIG, by="answer")[0].ids == ["b"]
+
+
+def test_a_bank_is_searched_whole_up_to_a_size_and_by_faiss_above_it(monkeypatch):
+    monkeypatch.setattr(neighbours, "EXACT_ROWS", 10)
+    assert Bank(rows(10), CONFIG).candidates is None and Bank(rows(11), CONFIG).candidates is not None
+    assert Bank(rows(11), RetrieveConfig(method="exact")).candidates is None
+
+
+@pytest.mark.parametrize("bounds, kind", [((1000, 1000), "flat"), ((10, 1000), "cells"), ((10, 10), "graph")])
+def test_flat_cells_and_graph_propose_what_is_near_alike_each_time_and_all_when_asked(bounds, kind):
+    texts = [r.answer for r in rows(400)]
+    one, two = (Candidates(NgramEncoder(CONFIG), texts, bounds) for _ in range(2))
+    cells = isinstance(one.index, faiss.IndexIVF) and faiss.downcast_index(one.index.quantizer)
+    assert kind == ("graph" if isinstance(cells, faiss.IndexHNSWFlat) else "cells" if cells else "flat")
+    near = one.nearest(texts[:20], 30)
+    assert near.shape == (20, 30) and (near == two.nearest(texts[:20], 30)).all()
+    assert all(texts[i] in {texts[j] for j in row} for i, row in enumerate(near))
+    assert [len(set(row) - {-1}) for row in one.nearest(texts[:3], 400)] == [400] * 3
+
+
+def test_what_faiss_missed_is_told():
+    bank = Bank(rows(200), FAISS)
+    whole = audit(bank, rows(200)[:50], 5)
+    assert whole.rows == 50 and whole.recall > 0.9 and whole.score <= whole.exact_score + 1e-9
+    bank.candidates.nearest = lambda texts, count: np.tile(np.arange(8), (len(texts), 1))
+    assert audit(bank, rows(200)[:50], 5).recall < 0.5
+
+
+def test_near_identical_examples_are_left_out_when_diversity_is_wanted():
+    answers = ["from web | load > 5 | for 5m"] * 30 + ["from web | load > 5 | for 6m", "from db | errors > 7", "something else"]
+    bank = [Row(f"b{i:02}", f"query {i}", answer) for i, answer in enumerate(answers)]
+    probe = [Row("z", "another", "from web | load > 5 | for 5m")]
+    for method in ("exact", "faiss"):
+        settings = {"method": method, "candidates": 4}
+        assert find(probe, bank, 3, RetrieveConfig(**settings))[0].ids == ["b00", "b01", "b02"]
+        assert find(probe, bank, 3, RetrieveConfig(diversity=0.01, **settings))[0].ids == ["b00", "b30", "b31"]
+        assert find(probe, bank, 9, RetrieveConfig(diversity=0.5, **settings))[0].ids == ["b00", "b31", "b32"], "fewer than asked for, rather than alike"
+
+
+def lcs(a, b):
+    row = [0] * (len(b) + 1)
+    for x in a:
+        new = [0]
+        for j, y in enumerate(b):
+            new.append(row[j] + 1 if x == y else max(row[j + 1], new[j]))
+        row = new
+    return row[-1]
+
+
+def test_rouge_l_is_that_of_the_longest_common_subsequence():
+    rng = random.Random(0)
+    bank = [" ".join(f"w{rng.randrange(6)}" for _ in range(n)) for n in (0, 1, 3, 10, 63, 64, 65, 128, 200)] + ["A b-C", "a B c"]
+    references = [*bank, "unknown words w1 here"]
+    expected = [[200 * lcs(a, b) / (len(a) + len(b)) if a and b else 0.0 for b in map(_words, bank)] for a in map(_words, references)]
+    index = RougeIndex(bank)
+    assert np.allclose(index.scores(references), expected)
+    assert np.allclose(index.top(references, 4)[1], -np.sort(-np.array(expected), axis=1)[:, :4])
+
+
+def _words(text):
+    return "".join(c if c.isalnum() else " " for c in text.lower()).split()
+
+
+@pytest.mark.parametrize("score", ["rouge-l", "embedding"])
+def test_other_scores_rank_by_their_own_measure(score):
+    bank = rows(60)
+    for method in ("exact", "faiss"):
+        found = find(bank, bank, 5, RetrieveConfig(score=score, method=method))
+        assert all(len(f.ids) == 5 and f.scores == sorted(f.scores, reverse=True) and 0 <= f.scores[-1] <= f.scores[0] <= 100.01 for f in found)
+        assert all(r.id not in f.ids for r, f in zip(bank, found, strict=True))
+    probe = Row("z", "q", "> 5 from web | latency")
+    best = {s: find([probe], [Row("a", "1", "from web | latency > 5"), Row("b", "2", "5 from web")], 1, RetrieveConfig(score=s))[0].ids for s in ("bleu", "rouge-l")}
+    assert best == {"bleu": ["a"], "rouge-l": ["b"]}
+
+
+@pytest.mark.parametrize("name", tasks.names())
+@pytest.mark.parametrize("method", ["exact", "faiss"])
+def test_of_every_task_no_row_is_given_itself_its_duplicate_or_a_row_of_another_split(name, method, tmp_path):
+    task = tasks[name](CONFIGS[name](tmp_path, {"train": 40, "dev": 10, "test": 10} if name == "opsql" else {}))
+    splits, rejects = read(task)
+    check(splits, rejects, task.config.model_copy(update={"overlap": "drop"}), RunDir(tmp_path))
+    twins = [replace(r, id=f"twin-{r.id}", query=f"  {r.query.upper()} ") for r in splits["train"]]
+    bank = [*splits["train"], *twins]
+    own = {r.id: normalised(r.query) for r in bank}
+    for split, by in (("train", "answer"), ("train", "query"), ("dev", "query"), ("test", "query")):
+        found = find(splits[split], bank, len(bank), RetrieveConfig(method=method), by)
+        for row, near in zip(splits[split], found, strict=True):
+            others = {i for i, query in own.items() if query != normalised(row.query)}
+            assert set(near.ids) == others and len(near.ids) == len(others), "all rows of train with another query, and no other"
 
 
 def test_without_shots_or_bank_nothing_is_found():
@@ -85,7 +184,7 @@ def test_ngram_vectors_have_length_one_and_are_equal_everywhere():
     vectors = NgramEncoder(CONFIG).encode(["from web | load > 5", "", "日本語", "\ud800"])
     assert vectors.dtype == np.float32 and np.allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-6)
     # golden places: Python's own hash() would differ from process to process
-    assert np.flatnonzero(NgramEncoder(CONFIG).encode(["web"])[0]).tolist() == PLACES_OF_WEB
+    assert np.flatnonzero(NgramEncoder(CONFIG).encode(["web db"])[0]).tolist() == PLACES_OF_WEB
 
 
 def test_an_encoder_model_that_is_not_installed_is_named_with_its_cure(monkeypatch):

@@ -5,11 +5,11 @@ import json
 import pytest
 import torch
 
-from pi_ray.artifact import verify
-from pi_ray.config import TrainConfig
+from pi_ray.artifact import digest, verify
+from pi_ray.config import RunConfig, TrainConfig
 from pi_ray.errors import TrainingError
-from pi_ray.rundir import RunDir
-from pi_ray.schedule import Phase
+from pi_ray.rundir import RunDir, train_fingerprint
+from pi_ray.schedule import Phase, plan_phases
 from pi_ray.train import checkpoint
 from pi_ray.train.loop import fingerprint_of, is_trained
 from pi_ray.train.updates import all_updates, batch_rows
@@ -170,3 +170,26 @@ def test_other_borders_train_too(trained, tmp_path, border):
     prepare_by_hand(config)
     train_worker(settings(config))
     assert is_trained(config)
+
+
+def test_runs_of_before_keep_their_fingerprint_and_what_changes_rounding_alone_is_not_in_it():
+    config = RunConfig(name="t")
+    before = {"max_failures", "keep_checkpoints", "checkpoint_every", "distill"}
+    phases = [(p.rate, p.shots, p.epochs, p.steps) for p in plan_phases(config.schedule)]
+    assert train_fingerprint(config, "p") == digest(["p", config.train.model_dump(mode="json", exclude=before), phases])
+    same = {"train.workers": 4, "train.micro_batch": 2, "train.collective_timeout_s": 9, "train.tracker": "tensorboard", "train.dev_every": 5, "train.attention": "sdpa"}
+    assert train_fingerprint(config.replace(**same), "p") == train_fingerprint(config, "p")
+    stops = config.replace(**{"train.dev_every": 5, "train.early_stop": 2})
+    assert len({train_fingerprint(c, "p") for c in (config, stops, stops.replace(**{"train.dev_every": 6}), config.replace(**{"train.lr": 1e-3}))}) == 4
+
+
+@pytest.mark.parametrize("stop_at", [13, 20])
+def test_a_run_that_clears_its_optimiser_at_borders_goes_on_to_the_same_adapter(tiny_model, tmp_path, monkeypatch, stop_at):
+    """Adam's count of updates begins anew at a border, and a checkpoint remembers it."""
+    config = tiny_config(tiny_model, tmp_path / "quiet", **{"schedule.epochs": 3, "train.border": "reset"})
+    again = config.replace(run_dir=str(tmp_path / "again"))
+    for c in (config, again):
+        prepare_by_hand(c)
+    train_worker(settings(config))
+    dies_and_goes_on(again, stop_at, monkeypatch)
+    assert adapter_hash(again) == adapter_hash(config)

@@ -1,0 +1,61 @@
+"""Ray's token: whether there is one for a cluster's address. It is found and sent by Ray itself; pi-ray never reads, prints or passes it on.
+
+Ray 2.60 takes it from RAY_AUTH_TOKEN, from the file that RAY_AUTH_TOKEN_PATH names, or from ~/.ray/auth_token, and asks for it where RAY_AUTH_MODE is token.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import re
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from pi_ray.config.block import PLAIN_URL
+from pi_ray.errors import ClusterError, ConfigError
+
+DEFAULT = "http://127.0.0.1:8265"
+CURE = "Set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH to the cluster's token ('ray get-auth-token' prints it on the head node)"
+
+
+def address_of(given: str = "", configured: str = "") -> str:
+    """The URL of a Jobs API: --address, cluster.address of run.yaml, RAY_API_SERVER_ADDRESS, or this machine's. Raises ConfigError for what is no plain URL."""
+    address = (given or configured or os.environ.get("RAY_API_SERVER_ADDRESS") or DEFAULT).rstrip("/")
+    if not re.fullmatch(PLAIN_URL, address):
+        raise ConfigError(f"--address: give the URL of the cluster's Jobs API, such as {DEFAULT}, without user, password or query; Ray's own addresses (HOST:6379, ray://) are not meant")
+    return address
+
+
+def is_loopback(address: str) -> bool:
+    host = urlsplit(address).hostname or ""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def has_token() -> bool:
+    """Whether Ray would find a token. It is not read."""
+    path = os.environ.get("RAY_AUTH_TOKEN_PATH")
+    return bool(os.environ.get("RAY_AUTH_TOKEN")) or (Path(path) if path else Path.home() / ".ray" / "auth_token").is_file()
+
+
+def require(address: str) -> None:
+    """Have Ray send its token to `address`. Raises ClusterError where there is none, unless the address is on this machine and authentication is off there.
+
+    To be called before `ray` is imported, which is when Ray reads RAY_AUTH_MODE.
+    """
+    mode = os.environ.get("RAY_AUTH_MODE", "token" if has_token() else "disabled").lower()
+    if mode != "token" and not is_loopback(address):
+        raise ClusterError(f"{address} is not on this machine, and without a token anyone who reaches it can run programs there. {CURE}")
+    if mode == "token" and not has_token():
+        raise ClusterError(f"RAY_AUTH_MODE is token, and there is no token. {CURE}")
+    os.environ["RAY_AUTH_MODE"] = mode
+
+
+def refuse_open(address: str) -> None:
+    """Raises ClusterError where RAY_AUTH_MODE is disabled and `address`, as RAY_ADDRESS has it ("head:6379", "ray://head:10001"), is another machine's."""
+    if os.environ.get("RAY_AUTH_MODE", "").lower() != "disabled" or address in ("", "auto", "local"):
+        return
+    if not is_loopback(f"ray://{address.split('://')[-1]}"):
+        raise ClusterError(f"RAY_AUTH_MODE is disabled, and RAY_ADDRESS is {address}: anyone who reaches that cluster can run programs there. {CURE}")

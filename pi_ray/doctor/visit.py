@@ -1,0 +1,99 @@
+"""All looks in a row, and how they are shown."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING
+
+from pi_ray import floors
+from pi_ray.config import RunConfig
+from pi_ray.doctor import machine, remote
+from pi_ray.doctor.finding import Finding, fail
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from pi_ray.estimate import ModelSize
+
+STYLES = {"ok": ("ok  ", "green"), "note": ("note", "yellow"), "fail": ("FAIL", "bold red")}
+
+
+def examine(config: RunConfig | None = None, address: str = "") -> Iterator[Finding]:
+    """Look at this machine, or at the cluster at `address`, and at the run, where one is given. Each finding comes as soon as it is made."""
+    yield from machine.versions()
+    token = list(remote.authentication(address))
+    yield from token
+    if any(floors.lacking()):
+        return  # the rest would import them
+    if address:
+        yield from () if any(found.state == "fail" for found in token) else remote.cluster(address, config)
+    else:
+        yield from machine.scratch()
+        yield from machine.shared_memory(config.train.workers if config else 1)
+        yield from machine.ports(config)
+    if config:
+        yield from _run(config, address)
+    elif not address:
+        yield from machine.storage(None)
+
+
+def _run(config: RunConfig, address: str) -> Iterator[Finding]:
+    """The run itself. What lies on a cluster is looked at by the job there."""
+    from pi_ray.doctor import run
+
+    size: ModelSize | None = None
+    for found in run.model(config):
+        if isinstance(found, Finding):
+            yield found
+        else:
+            size = found
+    readable = True
+    for found in run.data(config):
+        readable = readable and found.state != "fail"
+        yield found
+    if "://" in config.cluster.storage_path:
+        yield from machine.bucket(config.cluster.storage_path)
+    if address:
+        return
+    yield from run.key(config)
+    yield from machine.storage(config, run.disk(config, size) if size else machine.ROOM)
+    gpus = _gpus()
+    yield from run.devices(config, gpus)
+    if size and readable:
+        yield from _memory(config, size, gpus)
+
+
+def _memory(config: RunConfig, size: ModelSize, gpus: list[tuple[str, float]]) -> Iterator[Finding]:
+    from pi_ray import estimate, plan
+    from pi_ray.doctor import run
+    from pi_ray.errors import PiRayError
+
+    try:
+        made = plan.plan(config)
+    except PiRayError as error:
+        yield fail("plan", str(error), "mend that; 'pi-ray plan' then shows the run before it runs")
+        return
+    used = min(len(gpus), config.train.workers)
+    yield from run.memory(config, made.memory, estimate.node_memory(size, config, used) if used else 0.0, gpus, machine.memory())
+
+
+def _gpus() -> list[tuple[str, float]]:
+    import torch
+
+    properties = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+    return [(p.name, float(p.total_memory)) for p in properties]
+
+
+def render(findings: Iterable[Finding], console: Console) -> int:
+    """Print each as it comes. Returns how many fail."""
+    from rich.text import Text
+
+    failed = 0
+    for found in findings:
+        failed += found.state == "fail"
+        word, style = STYLES[found.state]
+        console.print(Text.assemble((word, style), f"  {found.what:14}{found.said}"))
+        if found.cure:
+            console.print(Text(f"      {'':14}-> {found.cure}", "dim" if found.state == "note" else ""))
+    console.print(Text("nothing is in the way" if not failed else f"{failed} to mend", "bold"))
+    return failed

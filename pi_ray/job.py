@@ -1,0 +1,87 @@
+"""A step as a Ray job: what jobs/*.py and `pi-ray submit` run on the cluster.
+
+A job's working directory is scratch, which goes with the cluster's session. So what came along is copied into the run directory on lasting
+storage first, and the step runs from there: submitted again, on the same cluster or on its successor, it finds everything under the same paths.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+
+from pi_ray import mirror, parcel, runfile
+from pi_ray.artifact import is_current, staged, write_atomic
+from pi_ray.config import RunConfig, dump
+from pi_ray.errors import PiRayError
+from pi_ray.objects import Objects
+
+
+def main(verb: str, arguments: Sequence[str]) -> int:
+    """`pi-ray VERB run.yaml [section.key=value ...]` on the cluster. Returns the exit code."""
+    from pi_ray import cli
+
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # the job's log is for those who wait for the run
+    try:
+        config = settle(Path(arguments[0] if arguments else "run.yaml"), arguments[1:])
+        command = [verb, str(config.root), *(["closed.confirmed=true"] if config.closed.confirmed else [])]
+        sys.argv[1:] = command  # what the report names as its command
+        with _mirrored(config):
+            return cli.main(command)
+    except PiRayError as error:
+        print(f"pi-ray: {error}", file=sys.stderr)
+        return error.exit_code
+
+
+def settle(path: Path, overrides: Sequence[str]) -> RunConfig:
+    """Give a run file its place on the cluster's storage, and write it there as resolved."""
+    path = path / "run.yaml" if path.is_dir() else path
+    config = runfile.check(RunConfig, runfile.read(path), str(path), overrides)
+    home, folder = storage(config), path.resolve().parent
+    root = home / Path(config.run_dir or f"runs/{config.name}").expanduser()
+    config = config.replace(run_dir=str(root), store=_store(config, home))
+    came_along = folder.is_relative_to(Path.cwd())
+    config = _keep(config, folder) if came_along else runfile.absolute(config, folder)
+    write_atomic(root / "run.yaml", dump(config.replace(**{"closed.confirmed": False})))  # a yes to spending is for one job
+    return config
+
+
+def storage(config: RunConfig) -> Path:
+    """Where relative run directories and stores lie on this cluster: cluster.storage_path, PI_RAY_STORAGE of its nodes, or ~/pi-ray.
+
+    Every node must see the folder; the last one is for a cluster of one node. Where storage_path is a URL, each node has such a folder of its own.
+    """
+    place = "" if mirror.is_url(config.cluster.storage_path) else config.cluster.storage_path
+    return Path(place or os.environ.get("PI_RAY_STORAGE") or "~/pi-ray").expanduser().absolute()
+
+
+def _store(config: RunConfig, home: Path) -> str:
+    store, place = config.store or "store", config.cluster.storage_path
+    if mirror.is_url(store) or Path(store).expanduser().is_absolute():
+        return store
+    return f"{place.rstrip('/')}/{store}" if mirror.is_url(place) else str(home / store)
+
+
+def _mirrored(config: RunConfig) -> AbstractContextManager[None]:
+    """Where storage_path is a URL: the run directory is fetched from there first, and kept there from then on."""
+    place, home = config.cluster.storage_path, storage(config)
+    if not mirror.is_url(place):
+        return nullcontext()
+    inside = config.root.relative_to(home) if config.root.is_relative_to(home) else Path("runs") / config.root.name
+    return mirror.Mirror(config.root, Objects(f"{place.rstrip('/')}/{inside.as_posix()}")).attached()
+
+
+def _keep(config: RunConfig, folder: Path) -> RunConfig:
+    """Copy the inputs into the run directory, unless these very ones are there, and name them there."""
+    found, final = parcel.files(config, folder), config.root / parcel.FOLDER
+    fingerprint = parcel.fingerprint(found)
+    if found and not is_current(final, fingerprint):
+        with staged(final, fingerprint=fingerprint) as tmp:
+            parcel.copy(found, tmp)
+    return runfile.absolute(parcel.packed(config, folder), config.root)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1], sys.argv[2:]))

@@ -1,0 +1,46 @@
+"""Filling the templates beside this file: k8s (KubeRay), launcher (`ray up`), slurm."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from importlib.resources import files
+from pathlib import Path
+
+from pi_ray.artifact import write_atomic
+from pi_ray.config import RunConfig
+from pi_ray.errors import ConfigError
+from pi_ray.render.values import values
+
+KINDS = {
+    "k8s": ("base.yaml", "raycluster.yaml", "rayjob.yaml", "raycronjob.yaml", "rayservice.yaml"),
+    "launcher": ("aws.yaml", "gcp.yaml"),
+    "slurm": ("run.sh",),
+}
+
+
+def render(kind: str, config: RunConfig, folder: Path) -> tuple[dict[str, str], list[str]]:
+    """(file name -> text, notes for the person). `folder` is the one with the run file. Of the launcher's files, the one of cluster.launcher.provider."""
+    import jinja2
+
+    if kind not in KINDS:
+        raise ConfigError(f"'{kind}': choose one of {', '.join(KINDS)}")
+    known, notes = values(config, folder.resolve())
+    loader = jinja2.FunctionLoader(lambda name: files(__package__).joinpath(kind, name).read_text(encoding="utf-8"))
+    # Not a page: values are quoted for YAML and for the shell, by the filters below, and limited to plain characters where they are not.
+    environment = jinja2.Environment(loader=loader, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, autoescape=False)
+    environment.filters |= {"q": lambda value: json.dumps(value, ensure_ascii=False), "sh": lambda value: shlex.quote(str(value))}
+    wanted = [name for name in KINDS[kind] if kind != "launcher" or name.startswith(config.cluster.launcher.provider)]
+    if kind == "launcher" and known["mounted"] and not config.cluster.launcher.nfs:
+        notes.append(f"nothing mounts {known['storage']} on the machines: name an NFS server in cluster.launcher.nfs, or a bucket in cluster.storage_path")
+    return {name: environment.get_template(f"{name}.j2").render(known) for name in wanted}, notes
+
+
+def write(found: dict[str, str], folder: Path) -> list[Path]:
+    """Write the files into `folder`, which is made, and return their paths."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in found.items():
+        write_atomic(folder / name, text)
+        if name.endswith(".sh"):
+            (folder / name).chmod(0o755)
+    return [folder / name for name in found]

@@ -1,0 +1,158 @@
+"""What the templates are filled with: how many nodes of what size, the run file as the cluster sees it, and what a person should know before using them."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from pi_ray import estimate
+from pi_ray.artifact import digest
+from pi_ray.config import RunConfig, dump
+from pi_ray.errors import ConfigError
+
+GIB = 2**30
+STORAGE = "/shared"  # where storage is mounted when cluster.storage_path does not say
+RUN_FILE = "/etc/pi-ray/run.yaml"  # in the cluster's pods
+OBJECT_STORE = 10  # GiB of Ray's object store on a GPU node: training reads memory-mapped files
+MARGIN = 8  # GiB for Ray itself and the page cache
+LONGEST = 24  # characters of a run's name in KubeRay's, which add words and hashes of their own up to 47
+PLENTY = 1000
+BUILT_IN = {"CPU", "GPU", "memory", "object_store_memory"}  # resources that Ray counts by itself
+MACHINES = {  # provider -> GPU memory in GiB -> machine with 8 A100s; and the CPU machine
+    "aws": ({40: "p4d.24xlarge", 80: "p4de.24xlarge"}, "m6i.8xlarge", "us-west-2", "us-west-2a"),
+    "gcp": ({40: "a2-highgpu-8g", 80: "a2-ultragpu-8g"}, "n2-standard-32", "us-central1", "us-central1-a"),
+}
+
+
+@dataclass(frozen=True)
+class Nodes:
+    """GPU nodes for training and a serving replica's share of one. Memory in GiB."""
+
+    gpu: int
+    gpus: int
+    gpu_memory: int
+    serve_cpus: int
+    serve_memory: int
+    fixed: float  # GPU memory that weights and optimiser take on each GPU, before activations
+    base: float  # the whole base model on one device
+
+
+@dataclass(frozen=True)
+class Offer:
+    """What the nodes of some steps have to offer besides CPUs and GPUs: resources of your own, plenty of each, as they say where and not how many, and labels.
+
+    Ray's own labels (ray.io/...) it sets by itself.
+    """
+
+    names: dict[str, int]
+    labels: dict[str, str]
+
+    @property
+    def words(self) -> dict[str, str]:
+        return {name: str(amount) for name, amount in self.names.items()}
+
+
+def values(config: RunConfig, folder: Path) -> tuple[dict[str, Any], list[str]]:
+    """(names and numbers for the templates, notes). `folder` holds the run file: what lies in it is expected in the storage's inputs/<name>.
+
+    Raises ModelError where the base model's shape cannot be read, ConfigError where it cannot fit.
+    """
+    seen = as_seen(config, folder)
+    size = estimate.model_size(config.model, config.train.lora)
+    nodes, root, own = _nodes(seen, size), storage(seen), () if seen.train.gpu else ("train", "evaluate")
+    return {
+        "name": config.name, "name_k8s": re.sub(r"[._]+", "-", seen.name)[:LONGEST].strip("-"), "run": seen, "run_file": RUN_FILE, "run_yaml": (text := _text(seen)), "run_digest": digest(text)[:12],
+        "cluster": seen.cluster, "kubernetes": seen.cluster.kubernetes, "slurm": seen.cluster.slurm, "launcher": _launcher(seen), "storage": root, "mounted": "://" not in root,
+        "ray": version("ray"), "nodes": nodes, "gpu": nodes.gpu > 0, "resource_name": "nvidia.com/gpu", "object_store": OBJECT_STORE * GIB,
+        "cpu_offer": _offer(seen, "prepare", *own), "gpu_offer": _offer(seen, "train", "evaluate"), "serve_offer": _offer(seen, "serve"), "any_offer": _offer(seen, "prepare", "train", "evaluate"),
+    }, _notes(seen, nodes, folder)
+
+
+def storage(config: RunConfig) -> str:
+    return (config.cluster.storage_path or STORAGE).rstrip("/")
+
+
+def as_seen(config: RunConfig, folder: Path) -> RunConfig:
+    """The run as the cluster's nodes see it: paths on the storage, and GPUs taken for certain, since nodes that come on demand are not there yet when it is asked."""
+    root, here = storage(config), str(folder)
+    task = {
+        f"task.{key}": f"{root}/inputs/{config.name}{value[len(here):]}"
+        for key, value in config.task.model_dump().items() if isinstance(value, str) and (value == here or value.startswith(f"{here}/"))
+    }
+    own = {"run_dir": f"{root}/runs/{config.name}", "store": f"{root}/store", "train.gpu": config.train.gpu is not False}
+    return config.replace(**own, **task, **{"cluster.storage_path": root})
+
+
+def _text(config: RunConfig) -> str:
+    """The run file, with what is not a default; all of it where the rest would read back to something else."""
+    text = yaml.safe_dump(config.model_dump(mode="json", exclude_defaults=True), sort_keys=False, allow_unicode=True, width=160)
+    return text if RunConfig.model_validate(yaml.safe_load(text)) == config else dump(config)
+
+
+def _nodes(config: RunConfig, size: estimate.ModelSize) -> Nodes:
+    cluster, train = config.cluster, config.train
+    base = size.weights * estimate.BYTES[estimate.dtype_of(config)]
+    if not train.gpu:
+        per_worker = sum(estimate.memory(size, estimate.Shape(0, 0, 1), config).values())
+        if per_worker > cluster.cpu_node_memory_gib * GIB:
+            raise ConfigError(f"one training worker holds {per_worker / GIB:.0f} GiB and cluster.cpu_node_memory_gib is {cluster.cpu_node_memory_gib}; name larger nodes")
+        return Nodes(0, 0, 0, cluster.cpu_node_cpus, cluster.cpu_node_memory_gib, per_worker, base)
+    gpus = min(cluster.gpus_per_node, train.workers)
+    fixed = sum(estimate.memory(size, estimate.Shape(0, 0, 1), config).values())
+    if fixed > cluster.gpu_memory_gib * GIB:
+        raise ConfigError(
+            f"weights and optimiser alone take {fixed / GIB:.0f} GiB of each GPU's {cluster.gpu_memory_gib} (cluster.gpu_memory_gib); "
+            "take train.backend.zero_stage 3, more train.workers, or offload_params and offload_optimizer"
+        )
+    needed = _round(estimate.node_memory(size, config, gpus) / GIB + OBJECT_STORE + MARGIN)
+    given = cluster.gpu_node_memory_gib
+    if given and given < needed:
+        raise ConfigError(f"cluster.gpu_node_memory_gib is {given}, and {gpus} workers of this model take about {needed} GiB of a node's memory; raise it, or leave it out")
+    share = max(1, cluster.gpu_node_cpus // cluster.gpus_per_node)
+    return Nodes(math.ceil(train.workers / gpus), gpus, given or needed, share, _round(base / GIB + OBJECT_STORE + MARGIN), fixed, base)
+
+
+def _round(gib: float) -> int:
+    return 8 * math.ceil(gib / 8)
+
+
+def _offer(config: RunConfig, *steps: str) -> Offer:
+    cluster = config.cluster
+    names = sorted({name for step in steps for name in getattr(cluster, f"{step}_resources")} - BUILT_IN)
+    labels = {key: value for step in steps for key, value in cluster.labels.get(step, {}).items() if not key.startswith("ray.io/")}
+    return Offer(dict.fromkeys(names, PLENTY), labels)
+
+
+def _launcher(config: RunConfig) -> dict[str, Any]:
+    """The launcher block with the provider's usual machines where it names none."""
+    given = config.cluster.launcher
+    gpu, cpu, region, zone = MACHINES[given.provider]
+    machine = given.gpu_machine or gpu.get(config.cluster.gpu_memory_gib, "")
+    if not machine or (config.cluster.gpus_per_node != 8 and not given.gpu_machine):
+        raise ConfigError(
+            f"{given.provider} has no usual machine with {config.cluster.gpus_per_node} A100s of {config.cluster.gpu_memory_gib} GiB; "
+            "name one in cluster.launcher.gpu_machine, or take 8 GPUs of 40 or 80 GiB"
+        )
+    usual = {"gpu_machine": machine, "cpu_machine": given.cpu_machine or cpu, "region": given.region or region, "zone": given.zone or zone}
+    return {**given.model_dump(), **usual}
+
+
+def _notes(config: RunConfig, nodes: Nodes, folder: Path) -> list[str]:
+    """What must be done, or cannot work, with these files."""
+    root = storage(config)
+    notes = []
+    inside = [v for v in config.task.model_dump().values() if isinstance(v, str) and v.startswith(f"{root}/inputs/")]
+    if inside and config.task.name != "opsql":
+        notes.append(f"copy {folder} to {root}/inputs/{config.name}: the run reads its rows and template there")
+    elsewhere = [k for k, v in config.task.model_dump().items() if isinstance(v, str) and v.startswith("/") and not v.startswith(f"{root}/")]
+    if elsewhere:
+        notes.append(f"{', '.join('task.' + k for k in elsewhere)} must be on every node under the same path")
+    if nodes.gpu and nodes.base > config.cluster.gpu_memory_gib * GIB:
+        notes.append(f"evaluating and serving hold the whole base on one GPU: {nodes.base / GIB:.0f} GiB, and a GPU here has {config.cluster.gpu_memory_gib}; they need a larger one")
+    return notes

@@ -1,0 +1,200 @@
+"""Compiled loops of retrieval: pairs of texts scored, and the k best kept. They release the interpreter's lock, so threads run side by side.
+
+In products of precisions logarithms are not needed: BLEU to the power of its order is factor(length) x matches, and the order is four or, of
+texts with fewer tokens, that number. Only what may be among the k best has its root taken.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import njit
+
+ORDER = 4
+
+
+@njit(nogil=True, cache=True)
+def offer(ids, scores, filled, position, score):
+    """Put (position, score) into the descending `scores` if it belongs there, after its equals. Returns how many are filled."""
+    k = len(scores)
+    if filled == k and score <= scores[k - 1]:
+        return filled
+    at = min(filled, k - 1)
+    while at > 0 and scores[at - 1] < score:
+        scores[at], ids[at] = scores[at - 1], ids[at - 1]
+        at -= 1
+    scores[at], ids[at] = score, position
+    return min(filled + 1, k)
+
+
+@njit(nogil=True, cache=True)
+def factors(longest, reference):
+    """Of hypotheses of 0 to `longest` tokens: brevity penalty ** order / the product of their numbers of n-grams."""
+    found = np.zeros(longest + 1)
+    for length in range(1, longest + 1):
+        order = min(length, ORDER)
+        found[length] = np.exp(order * min(0.0, 1.0 - reference / length))
+        for n in range(order):
+            found[length] /= length - n
+    return found
+
+
+@njit(nogil=True, cache=True)
+def power(m1, m2, m3, m4, length, factor):
+    """(BLEU / 100) ** order. The i-th order without a match counts as 1/2^i of one; without any match of words BLEU is 0."""
+    if m1 == 0:
+        return 0.0
+    smooth, value = 1.0, m1 * factor
+    if length > 1:
+        if m2 == 0:
+            smooth *= 0.5
+        value *= m2 if m2 else smooth
+    if length > 2:
+        if m3 == 0:
+            smooth *= 0.5
+        value *= m3 if m3 else smooth
+    if length > 3:
+        if m4 == 0:
+            smooth *= 0.5
+        value *= m4 if m4 else smooth
+    return value
+
+
+@njit(nogil=True, cache=True)
+def bleu_of_pairs(bounds, indptr, ids, times, lengths, q_indptr, q_ids, q_times, q_lengths, candidates, out):
+    """out[i, c] = BLEU of bank text candidates[i, c] against reference i, by merging their ascending n-grams."""
+    longest = lengths.max() if len(lengths) else 0
+    for i in range(len(q_lengths)):
+        factor = factors(longest, q_lengths[i])
+        for c in range(candidates.shape[1]):
+            j = candidates[i, c]
+            matches = np.zeros(ORDER, np.int64)
+            a, b, n = q_indptr[i], indptr[j], 0
+            while a < q_indptr[i + 1] and b < indptr[j + 1]:
+                if q_ids[a] < ids[b]:
+                    a += 1
+                elif q_ids[a] > ids[b]:
+                    b += 1
+                else:
+                    while ids[b] >= bounds[n + 1]:
+                        n += 1
+                    matches[n] += min(q_times[a], times[b])
+                    a += 1
+                    b += 1
+            value = power(matches[0], matches[1], matches[2], matches[3], lengths[j], factor[lengths[j]])
+            out[i, c] = 100.0 * value ** (1.0 / min(max(lengths[j], 1), ORDER))
+
+
+@njit(nogil=True, cache=True)
+def bleu_top(bounds, indptr, rows, times, lengths, groups, q_indptr, q_ids, q_times, q_lengths, q_groups, ids, scores):
+    """The best bank texts of each reference, into `ids` and `scores` (q, k); ids stay -1 where the bank has no more to give.
+
+    (indptr, rows, times) are the bank's texts of each n-gram. Texts of the reference's own group are left out.
+    """
+    k, matches, longest = ids.shape[1], np.zeros((ORDER, len(lengths)), np.int32), lengths.max()
+    least = np.empty(ORDER + 1)  # (k-th best score / 100) ** order
+    for i in range(len(q_lengths)):
+        matches[:] = 0
+        n = 0
+        for e in range(q_indptr[i], q_indptr[i + 1]):
+            gram, most = q_ids[e], q_times[e]
+            while gram >= bounds[n + 1]:
+                n += 1
+            count = matches[n]
+            if most == 1:
+                for p in range(indptr[gram], indptr[gram + 1]):
+                    count[rows[p]] += 1
+            else:
+                for p in range(indptr[gram], indptr[gram + 1]):
+                    count[rows[p]] += min(most, times[p])
+        factor, filled = factors(longest, q_lengths[i]), 0
+        least[:] = -1.0
+        m1, m2, m3, m4 = matches[0], matches[1], matches[2], matches[3]
+        for j in range(len(lengths)):
+            length = lengths[j]
+            value = power(m1[j], m2[j], m3[j], m4[j], length, factor[length])
+            order = min(max(length, 1), ORDER)
+            if value > least[order] and groups[j] != q_groups[i]:
+                filled = offer(ids[i], scores[i], filled, j, 100.0 * value ** (1.0 / order))
+                if filled == k:
+                    for o in range(1, ORDER + 1):
+                        least[o] = (scores[i, k - 1] / 100.0) ** o * (1.0 - 1e-12)
+
+
+@njit(nogil=True, cache=True)
+def mark(masks, words, begin, end):
+    """Set the bits of the reference's words: bit b of masks[w, v] says that its word 64 v + b is w."""
+    for p in range(begin, end):
+        if words[p] >= 0:
+            masks[words[p], (p - begin) >> 6] |= np.uint64(1) << np.uint64((p - begin) & 63)
+
+
+@njit(nogil=True, cache=True)
+def unmark(masks, words, begin, end):
+    for p in range(begin, end):
+        if words[p] >= 0:
+            masks[words[p], (p - begin) >> 6] = np.uint64(0)
+
+
+@njit(nogil=True, cache=True)
+def common(masks, size, row, words, begin, end):
+    """Length of the longest common subsequence of words[begin:end] and the marked reference of `size` words. `row` is room for its bits."""
+    used = (size + 63) >> 6
+    for v in range(used):
+        row[v] = ~np.uint64(0)
+    for p in range(begin, end):
+        carry = np.uint64(0)
+        for v in range(used):
+            same = row[v] & masks[words[p], v]
+            half = row[v] + same
+            total = half + carry
+            carry = np.uint64(1) if half < same or total < half else np.uint64(0)
+            row[v] = total | (row[v] - same)
+    length = 0
+    for b in range(size):
+        if not (row[b >> 6] >> np.uint64(b & 63)) & np.uint64(1):
+            length += 1
+    return length
+
+
+@njit(nogil=True, cache=True)
+def widest(ends):
+    """64-bit words that the longest of these texts takes, at least one."""
+    most = 64
+    for i in range(len(ends) - 1):
+        most = max(most, ends[i + 1] - ends[i])
+    return (most + 63) >> 6
+
+
+@njit(nogil=True, cache=True)
+def rouge(masks, size, row, words, begin, end):
+    if size == 0 or end == begin:
+        return 0.0
+    return 200.0 * common(masks, size, row, words, begin, end) / (size + end - begin)
+
+
+@njit(nogil=True, cache=True)
+def rouge_of_pairs(vocabulary, words, ends, q_words, q_ends, candidates, out):
+    """out[i, c] = ROUGE-L of bank text candidates[i, c] and reference i."""
+    width = widest(q_ends)
+    masks, row = np.zeros((vocabulary, width), np.uint64), np.zeros(width, np.uint64)
+    for i in range(len(q_ends) - 1):
+        size = q_ends[i + 1] - q_ends[i]
+        mark(masks, q_words, q_ends[i], q_ends[i + 1])
+        for c in range(candidates.shape[1]):
+            j = candidates[i, c]
+            out[i, c] = rouge(masks, size, row, words, ends[j], ends[j + 1])
+        unmark(masks, q_words, q_ends[i], q_ends[i + 1])
+
+
+@njit(nogil=True, cache=True)
+def rouge_top(vocabulary, words, ends, groups, q_words, q_ends, q_groups, ids, scores):
+    """As `bleu_top`."""
+    width = widest(q_ends)
+    masks, row = np.zeros((vocabulary, width), np.uint64), np.zeros(width, np.uint64)
+    for i in range(len(q_ends) - 1):
+        size, filled = q_ends[i + 1] - q_ends[i], 0
+        mark(masks, q_words, q_ends[i], q_ends[i + 1])
+        for j in range(len(groups)):
+            if groups[j] != q_groups[i]:
+                filled = offer(ids[i], scores[i], filled, j, rouge(masks, size, row, words, ends[j], ends[j + 1]))
+        unmark(masks, q_words, q_ends[i], q_ends[i + 1])

@@ -1,0 +1,205 @@
+"""The run on paper with more nodes and more rows: seconds of an update by what takes them, hours, money, traffic, storage, and what limits it first.
+
+An update takes the longer of computing and of gathering sharded weights, since DeepSpeed fetches the next layers while one computes, and then its gradients' sum.
+
+- Computing: estimate.py's multiply-adds, at the share of a GPU's speed that training reaches. Every worker computes the template for its own rows, so that its part
+  of the work grows with the number of workers.
+- ZeRO-3 (Rajbhandari et al. 2020, section 7): each micro-batch gathers all weights twice, forward and backward. Between nodes all but a node's own share comes
+  through its network, inside a node over NVLink. Stages 0 to 2 send LoRA's gradients alone, which are small: that is why they scale where the base fits on one GPU.
+- Storage: the base is read once (by one worker where it is sharded, else by every node), checkpoints are written by one worker, rows are 4 bytes a token.
+
+Assumed, and said so in what is printed: an A100's NVLink (300 GB/s each way; NVIDIA's A100 data sheet says 600 both ways) and the machines' networks (p4d and p4de
+400 Gb/s, a2 100 Gb/s a node, as AWS and Google name them), of which LINK is reached; a shared disk of DISK. Overlap is never perfect, so that real runs are slower.
+
+Published figures to hold the column MFU against, none of them for Mixtral with LoRA on A100s, of which we know no published one: NVIDIA's NeMo AutoModel summary of
+October 2025 has 18% for LoRA on Llama 3 70B (176 of 989 TFLOP/s, 8 H100) and 23% to 28% for training mixtures of experts of 20B to 120B (231 to 279 TFLOP/s, 8 to 64
+H100, with experts in parallel). ZeRO-3 gathers all experts where a token uses a quarter of them, so that less is to be expected of it between nodes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+from pi_ray import cost, estimate
+from pi_ray.config import RunConfig
+from pi_ray.train.updates import phase_updates
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from pi_ray.estimate import ModelSize, Shape
+    from pi_ray.plan import PhasePlan, Plan
+
+NODES = (1, 2, 4, 8, 16, 32, 64)
+ROWS = (1_000_000, 100_000_000)
+NVLINK = 300e9  # bytes a second into one GPU
+NETWORK = {"aws": 50e9, "gcp": 12.5e9}  # bytes a second into one node
+LINK = 0.7  # share of a link's speed that collectives reach
+DISK = 1e9  # bytes a second of the shared disk
+PUBLISHED_MFU = (0.18, 0.28)
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Update:
+    """Seconds of one update on so many GPUs, by what takes them; `computing` and `gathering` run side by side."""
+
+    computing: float
+    gathering: float
+    summing: float
+    launching: float
+    mfu: float
+
+    @property
+    def seconds(self) -> float:
+        return max(self.computing, self.gathering, self.launching) + self.summing
+
+    @property
+    def limit(self) -> str:
+        parts = {
+            "computing": self.computing, "network: gathering sharded weights": self.gathering,
+            "starting GPU kernels: too few rows": self.launching, "network: gradients": self.summing,
+        }
+        return max(parts, key=parts.get)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class Point:
+    """The whole training on `nodes` nodes with `rows` rows. `update` is that of the slowest phase, `network` bytes into one node in each of its updates."""
+
+    nodes: int
+    gpus: int
+    rows: int
+    batch: int
+    update: Update
+    training: float
+    reading: float
+    saving: float
+    tokens: float
+    stored: float
+    network: float
+    memory: float
+    money: float
+
+    @property
+    def seconds(self) -> float:
+        return self.training + self.reading + self.saving
+
+    @property
+    def limit(self) -> str:
+        shares = {self.update.limit: self.training, "disk: reading the base model": self.reading, "disk: checkpoints": self.saving}
+        return max(shares, key=shares.get)  # type: ignore[arg-type]
+
+
+def grid(plan: Plan, nodes: Sequence[int] = NODES, rows: Sequence[int] = ()) -> list[Point]:
+    """The run on each number of nodes, with its own rows or each of `rows`."""
+    return [_point(plan, n, r) for r in rows or [plan.rows["train"]] for n in nodes]
+
+
+def with_workers(config: RunConfig, workers: int) -> RunConfig:
+    """The run on so many GPUs: the same batch while each has a row of it and they share it evenly, else the next larger one."""
+    batch = workers * -(-config.train.batch_size // workers)
+    micro = config.train.micro_batch if config.train.micro_batch and not (batch // workers) % config.train.micro_batch else 0
+    return config.replace(**{"train.workers": workers, "train.batch_size": batch, "train.micro_batch": micro, "train.gpu": True})
+
+
+def update(size: ModelSize, shape: Shape, config: RunConfig, peak: float = estimate.REFERENCE_GPU[1]) -> Update:
+    """One update of `config`, which says how many GPUs; they are spread over nodes of cluster.gpus_per_node."""
+    train, workers = config.train, config.train.workers
+    micro = train.micro_batch or config.rows_per_worker
+    operations, passes = estimate.update_operations(size, shape, config), config.rows_per_worker // micro
+    computing = operations / (workers * estimate.REACHED["gpu"] * peak)
+    inside, between = traffic(size, config)
+    network = NETWORK[config.cluster.launcher.provider]
+    gathering = max(inside / NVLINK, between / network) / LINK
+    gradients = 2 * size.lora * 4 * (workers > 1) / (NVLINK if _nodes(config) == 1 else network) / LINK
+    made = Update(computing, gathering, gradients, passes * size.layers * estimate.LAUNCH, 0.0)
+    useful = estimate.update_operations(size, shape, config.replace(**{"train.gradient_checkpointing": False}))  # recomputing is no use to anyone
+    return replace(made, mfu=useful / (made.seconds * workers * peak))
+
+
+def traffic(size: ModelSize, config: RunConfig) -> tuple[float, float]:
+    """Bytes of gathered weights in one update: into one GPU, and through the network into one node. None below ZeRO-3, or where nothing is sharded."""
+    train, nodes = config.train, _nodes(config)
+    if train.backend.name != "deepspeed" or train.backend.zero_stage < 3 or train.workers == 1:
+        return 0.0, 0.0
+    passes = config.rows_per_worker // (train.micro_batch or config.rows_per_worker)
+    whole = 2 * passes * size.weights * estimate.BYTES[estimate.dtype_of(config)]
+    return whole * (1 - 1 / train.workers), whole * (1 - 1 / nodes)
+
+
+def _nodes(config: RunConfig) -> int:
+    return -(-config.train.workers // config.cluster.gpus_per_node)
+
+
+def _point(plan: Plan, nodes: int, rows: int) -> Point:
+    config, size = with_workers(plan.config, nodes * plan.config.cluster.gpus_per_node), plan.size
+    train, workers = config.train, config.train.workers
+    found = [(p, phase_updates(rows, p.phase, train.batch_size), update(size, p.shape, config)) for p in plan.phases]
+    updates = sum(n for _, n, _ in found)
+    training = sum(n * u.seconds for _, n, u in found)
+    base = size.weights * estimate.BYTES[estimate.dtype_of(config)]
+    reading = base / DISK * (1 if traffic(size, config)[0] else nodes)
+    saving = updates // train.checkpoint_every * 12 * size.lora / DISK
+    stored = sum(4 * rows * (p.shape.row + p.shape.label) for p in plan.phases) + base + (train.keep_checkpoints + 1) * 12 * size.lora
+    slowest = max((u for _, _, u in found), key=lambda u: u.seconds)
+    return Point(
+        nodes=nodes, gpus=workers, rows=rows, batch=train.batch_size, update=slowest, training=training, reading=reading, saving=saving, stored=stored,
+        tokens=sum(_tokens(p, n, config) for p, n, _ in found), network=traffic(size, config)[1],
+        memory=max(sum(estimate.memory(size, p.shape, config).values()) for p in plan.phases),
+        money=cost.training_cost(config.cost, training + reading + saving, workers),
+    )
+
+
+def _tokens(phase: PhasePlan, updates: int, config: RunConfig) -> float:
+    """Tokens that pass through the model: every row, and the template once for each pass of a worker, or with every row."""
+    train = config.train
+    passes = train.batch_size / (train.micro_batch or config.rows_per_worker) if train.share_prefix else train.batch_size
+    return updates * (passes * phase.shape.prefix + train.batch_size * phase.shape.fed)
+
+
+def render(plan: Plan, console: Console) -> None:
+    """Print both tables and what they assume."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    own, config = grid(plan), plan.config
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1))
+    for name in ("nodes", "GPUs", "batch", "s/update", "computing", "network", "MFU", "hours", config.cost.currency, "limited by"):
+        table.add_column(name, justify="left" if name == "limited by" else "right")
+    for p in own:
+        fits = p.memory <= config.cluster.gpu_memory_gib * GIB
+        limit = p.limit if fits else f"memory: {p.memory / GIB:.0f} GiB on a GPU of {config.cluster.gpu_memory_gib}"
+        u = p.update
+        seconds = [f"{part:.2g}" for part in (u.seconds, u.computing, u.gathering + u.summing)]
+        table.add_row(str(p.nodes), str(p.gpus), str(p.batch), *seconds, f"{u.mfu:.0%}", f"{p.seconds / 3600:.2g}", f"{p.money:,.0f}", limit)
+    console.print(Text(f"On nodes of {config.cluster.gpus_per_node} A100s ({config.cluster.launcher.provider}), with the run's {plan.rows['train']:,} rows", "bold"))
+    console.print(table)
+    more = Table(box=box.SIMPLE_HEAD, padding=(0, 1))
+    for name in ("rows", "nodes", "tokens", "on disk", "hours", config.cost.currency, "limited by"):
+        more.add_column(name, justify="left" if name == "limited by" else "right")
+    for p in grid(plan, (max(1, _nodes(config)), NODES[-1]), ROWS):
+        more.add_row(f"{p.rows:,}", str(p.nodes), f"{p.tokens:.1e}", f"{p.stored / 1e9:,.0f} GB", f"{p.seconds / 3600:,.0f}", f"{p.money:,.0f}", p.limit)
+    console.print(more)
+    console.print(Text(sentence(own), "bold"))
+    low, high = PUBLISHED_MFU
+    console.print(Text(
+        f"On paper, and an upper bound: links at {LINK:.0%} of what the machines name, gathering hidden behind computing, a shared disk of {DISK / 1e9:.0f} GB/s. "
+        f"Published runs nearest to this reach an MFU of {low:.0%} to {high:.0%} on H100s. A batch above {config.train.batch_size} learns differently: look at train.lr.", "dim",
+    ))
+
+
+def sentence(points: Sequence[Point]) -> str:
+    """What limits it first, and from where on more nodes hardly help."""
+    first = points[0]
+    turn = next((p for p in points if p.limit != first.limit), None)
+    useless = next(((a, b) for a, b in pairwise(points) if b.seconds > 0.8 * a.seconds), None)
+    said = f"Limited first by {first.limit}" + (f"; from {turn.nodes} nodes on by {turn.limit}" if turn else f", up to {points[-1].nodes} nodes")
+    if not useless:
+        return f"{said}."
+    (fewer, more), gain = useless, useless[0].seconds / useless[1].seconds
+    return f"{said}. {more.nodes} nodes are {f'{gain - 1:.0%} faster' if gain > 1.005 else 'no faster'} than {fewer.nodes}."

@@ -1,0 +1,126 @@
+"""Rows on disk, in Parquet, read and written in parts, so that what is held of them is bounded whatever their number.
+
+What many workers make lies in pieces, one file for each range of rows, under a hidden folder whose name holds the fingerprint. A piece is there
+whole or not at all; after a kill those that are there are found again. Joined they are one file, byte-identical whoever made them.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pi_ray.artifact import check_plain, write_atomic
+from pi_ray.protocols import Row
+
+GROUP_ROWS = 4096  # rows that are read at once
+ROWS = pa.schema({"id": pa.string(), "query": pa.string(), "answer": pa.string(), "group": pa.string(), "documents": pa.list_(pa.string())})
+
+
+def count(path: Path) -> int:
+    return pq.read_metadata(path).num_rows
+
+
+def read_range(path: Path, begin: int = 0, end: int | None = None, columns: Sequence[str] | None = None) -> pa.Table:
+    """Rows [begin, end) of a file; only the row groups that hold them are read. Raises CorruptArtifactError as `artifact.read_parquet`."""
+    with pq.ParquetFile(path, page_checksum_verification=True) as file:
+        check_plain(path, file.schema_arrow)
+        ends = list(accumulate(file.metadata.row_group(g).num_rows for g in range(file.num_row_groups)))
+        begin, end, _ = slice(begin, end).indices(ends[-1] if ends else 0)
+        groups = [g for g, last in enumerate(ends) if last > begin and (ends[g - 1] if g else 0) < end]
+        table = file.read_row_groups(groups, columns)
+        first = ends[groups[0] - 1] if groups and groups[0] else 0
+        return table.slice(begin - first, end - begin)
+
+
+class StoredRows(Sequence[Row]):
+    """The rows of a split as they lie on disk: a slice reads what it names, and nothing else is held."""
+
+    def __init__(self, path: Path):
+        self.path = Path(path)
+
+    def __len__(self) -> int:
+        return count(self.path)
+
+    def __getitem__(self, part: Any) -> Any:
+        if isinstance(part, int):
+            return self[part : part + 1 or None][0]
+        begin, end, step = part.indices(len(self))
+        return [_row(r) for r in read_range(self.path, begin, end).to_pylist()][::step]
+
+    def __iter__(self) -> Iterator[Row]:
+        for begin in range(0, len(self), GROUP_ROWS):
+            yield from self[begin : begin + GROUP_ROWS]
+
+    def ids(self, begin: int = 0, end: int | None = None) -> list[str]:
+        return read_range(self.path, begin, end, ["id"])["id"].to_pylist()
+
+
+def _row(stored: dict[str, Any]) -> Row:
+    return Row(**{**stored, "documents": tuple(stored.get("documents") or ())})
+
+
+class RowWriter:
+    """Writes rows as they come, a row group at a time. A context manager."""
+
+    def __init__(self, path: Path):
+        self.writer = pq.ParquetWriter(path, ROWS, compression="zstd", write_page_checksum=True)
+        self.waiting: list[Row] = []
+
+    def __enter__(self) -> RowWriter:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._flush()
+        self.writer.close()
+
+    def add(self, row: Row) -> None:
+        self.waiting.append(row)
+        if len(self.waiting) == GROUP_ROWS:
+            self._flush()
+
+    def _flush(self) -> None:
+        if self.waiting:
+            self.writer.write_table(pa.table({name: [getattr(r, name) for r in self.waiting] for name in ROWS.names}, schema=ROWS))
+            self.waiting = []
+
+
+def write_rows(path: Path, rows: Iterable[Row]) -> None:
+    with RowWriter(path) as writer:
+        for row in rows:
+            writer.add(row)
+
+
+def write_piece(path: Path | str, table: pa.Table) -> None:
+    """One file in one step, with a checksum in each page."""
+    buffer = io.BytesIO()
+    pq.write_table(table, buffer, compression="zstd", write_page_checksum=True)
+    write_atomic(Path(path), buffer.getvalue())
+
+
+def has_piece(path: Path | str, schema: pa.Schema, ids: Sequence[str]) -> bool:
+    """Whether the piece is there, undamaged, and holds these rows."""
+    try:
+        table = pq.read_table(path, page_checksum_verification=True)
+    except (OSError, pa.ArrowException):
+        return False
+    return table.schema.equals(schema) and table["id"].to_pylist() == list(ids)
+
+
+def join(pieces: Iterable[Path | str], path: Path, schema: pa.Schema) -> None:
+    """Write the pieces one after another into one file, a row group of GROUP_ROWS at a time."""
+    waiting, held = [], 0
+    with pq.ParquetWriter(path, schema, compression="zstd", write_page_checksum=True) as writer:
+        for piece in pieces:
+            waiting.append(pq.read_table(piece))
+            held += waiting[-1].num_rows
+            if held >= GROUP_ROWS:
+                writer.write_table(pa.concat_tables(waiting).combine_chunks(), row_group_size=held)
+                waiting, held = [], 0
+        if waiting:
+            writer.write_table(pa.concat_tables(waiting).combine_chunks(), row_group_size=max(held, 1))

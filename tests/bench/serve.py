@@ -1,0 +1,424 @@
+"""Serving over HTTP: the long prompt, the adapter with the query alone, eight adapters at once, and `transformers serve` on the same work.
+
+    python -m tests.bench.serve [--requests 200] [--tokens 16] [--only query,peer] [--concurrency 1,2,4,8,16] [--folder FOLDER] [--out FILE]
+
+The same requests (the bundled task's test queries) at rising concurrency, streamed, each answered with exactly --tokens tokens: all sides serve
+one model folder whose end token is one that answers do not hold, and every answer's length is checked. Parts, each with a server of its own:
+
+    full      the template before every query, read each time            full-cached   the same with pi-ray's prefix cache
+    query     the query alone, the adapter beside the base model         merged        the query alone, the adapter in the base weights
+    mixed8    the queries over 8 adapters in turn                        overhead      an engine that computes nothing, one request after another
+    peer      `transformers serve` with the merged model, the query alone; with and without --continuous-batching, the faster one at the highest concurrency
+
+Only `full-cached` has a prefix cache: the others would find prompts of an earlier concurrency in it. Ratios are of requests a second at the highest
+concurrency; `over_transformers_serve` sets `query` (which has the adapter's products to compute) against the peer, which has not. The adapters
+are random: what they say means nothing, how long it takes does. `serve_overhead_ms` is the median of whole requests. Last line: one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from importlib.util import find_spec
+from itertools import count, cycle, islice
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from pi_ray.config import ModelConfig, RunConfig, ServeConfig, TaskConfig
+from pi_ray.protocols import GenerationRequest, Token
+from pi_ray.tasks.opsql.task import OpsqlTask
+from tests.bench.report import header, last_line
+
+REPO = Path(__file__).parents[2]
+ADAPTERS, RANK = 9, 32  # one alone, and eight that share batches
+QUERY = "Request: {query}\nOpsQL:"
+CHAT = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+PLUGIN = {
+    "bench_engine-1.dist-info/METADATA": "Metadata-Version: 2.1\nName: bench-engine\nVersion: 1\n",
+    "bench_engine-1.dist-info/entry_points.txt": "[pi_ray.engine]\nempty = tests.bench.serve:EmptyEngine\n",
+}
+START_S = 600  # of a server, at most
+
+
+class FailedError(Exception):
+    """A side that does not answer, or does other work than the others."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one server is asked. `full`: the template stands before each query; `models`: asked in turn; `serve`: settings of pi-ray's server."""
+
+    name: str
+    models: tuple[str, ...]
+    full: bool = False
+    serve: tuple[tuple[str, Any], ...] = (("prefix_cache_mb", 0),)
+
+
+PARTS = (
+    Part("full", ("base",), full=True),
+    Part("full-cached", ("base",), full=True, serve=(("prefix_cache_mb", 512),)),
+    Part("query", ("a0",)),
+    Part("merged", ("a0",), serve=(("prefix_cache_mb", 0), ("merge", "a0"))),
+    Part("mixed8", tuple(f"a{i}" for i in range(1, ADAPTERS))),
+)
+NAMES = (*(p.name for p in PARTS), "peer", "overhead")
+
+
+@dataclass(frozen=True)
+class Reply:
+    """Seconds until the first text and until the end; tokens as the server counted them."""
+
+    first: float
+    whole: float
+    prompt: int
+    answer: int
+
+
+@dataclass(frozen=True)
+class Level:
+    """One part at one concurrency."""
+
+    part: str
+    concurrency: int
+    seconds: float
+    replies: tuple[Reply, ...]
+
+    @property
+    def rate(self) -> float:
+        return len(self.replies) / self.seconds
+
+    def row(self) -> str:
+        whole, first = sorted(r.whole for r in self.replies), sorted(r.first for r in self.replies)
+        tokens = sum(r.prompt for r in self.replies) / len(self.replies), sum(r.answer for r in self.replies) / len(self.replies)
+        return (
+            f"  {self.part:24} {self.concurrency:3}  {self.rate:8.2f} requests/s   latency p50 {median(whole):7.3f} p99 {_p99(whole):7.3f} s   "
+            f"first text p50 {median(first):7.3f} p99 {_p99(first):7.3f} s   {tokens[0]:5.0f} + {tokens[1]:.0f} tokens"
+        )
+
+
+def _p99(ordered: Sequence[float]) -> float:
+    return ordered[min(len(ordered) - 1, int(0.99 * len(ordered)))]
+
+
+class EmptyEngine:
+    """protocols.Engine that computes nothing, so that what remains is the server."""
+
+    def __init__(self, model: ModelConfig, serve: ServeConfig):
+        pass
+
+    async def generate(self, request: GenerationRequest) -> AsyncIterator[Token]:
+        for _ in range(request.max_new_tokens):
+            yield Token(request.prompt_ids[-1])
+
+
+# Models and adapters
+
+
+def make_models(folder: Path, model: str) -> None:
+    """folder/base (the model, with an end token that answers do not hold), folder/merged (with adapter 0 in it), and folder/store with the adapters."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    from pi_ray.models import load_model, load_tokenizer
+
+    tokenizer, base = load_tokenizer(ModelConfig(base=model)), load_model(ModelConfig(base=model, dtype="float32"))
+    tokenizer.chat_template = CHAT
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(len(tokenizer) - 1)
+    base.config.eos_token_id = base.generation_config.eos_token_id = len(tokenizer) - 1
+    for name in ("base", "merged"):
+        tokenizer.save_pretrained(folder / name)
+    base.save_pretrained(folder / "base")
+    adapted = get_peft_model(base, LoraConfig(r=RANK, lora_alpha=RANK, target_modules="all-linear", task_type="CAUSAL_LM"))
+    for i in reversed(range(ADAPTERS)):  # the first one last, which then is merged
+        torch.manual_seed(i)
+        with torch.no_grad():
+            for name, weight in adapted.named_parameters():
+                if "lora_" in name:
+                    weight.normal_(0, 0.01)
+        _publish(folder, f"a{i}", adapted)
+    adapted.merge_and_unload().save_pretrained(folder / "merged")
+    (folder / "complete").touch()
+
+
+def _publish(folder: Path, name: str, adapted: Any) -> None:
+    from pi_ray.artifact import staged, write_atomic
+    from tests.lora import card
+
+    with staged(folder / "store" / name / "v0001", fingerprint=name) as tmp:
+        adapted.save_pretrained(tmp)
+        (tmp / "README.md").unlink(missing_ok=True)
+        prompt = {"chat": "chatml", "query": QUERY}
+        write_atomic(tmp / "pi_ray.json", json.dumps(card(folder / "base", prompt=prompt, max_answer_tokens=64)))
+    write_atomic(folder / "store" / name / "latest.json", json.dumps({"version": "v0001"}))
+
+
+def queries(n: int) -> list[str]:
+    return list(islice(cycle(row.query for row in OpsqlTask(TaskConfig(name="opsql")).rows("test")), n))
+
+
+# Servers
+
+
+@contextmanager
+def pi_ray(folder: Path, part: Part, concurrency: int, **serve: Any) -> Iterator[str]:
+    """`pi-ray serve`, in a process and a Ray of its own -> its URL."""
+    port = _free_port()
+    limits = {"port": port, "max_ongoing_requests": concurrency, "max_queued_requests": 2 * concurrency, "request_timeout_s": 600, **dict(part.serve), **serve}
+    config = RunConfig.model_validate({
+        "name": "bench", "run_dir": str(folder / "runs"), "store": str(folder / "store"), "model": {"base": str(folder / "base"), "dtype": "float32"},
+        "prompt": {"chat": "chatml", "query": "{query}"}, "serve": limits,
+    })
+    path = folder / f"{part.name}.json"
+    path.write_text(config.model_dump_json())
+    plugin = folder / "plugin"
+    for name, text in PLUGIN.items():  # an installed package that brings an engine, as registry.py finds it
+        (plugin / name).parent.mkdir(parents=True, exist_ok=True)
+        (plugin / name).write_text(text)
+    environment = {"PYTHONPATH": f"{plugin}:{REPO}", "RAY_ADDRESS": "", "PI_RAY_API_KEY": ""}
+    with _process([sys.executable, "-m", "pi_ray.cli", "serve", str(path)], environment, folder / f"{part.name}.log", port, "/healthz"):
+        yield f"http://127.0.0.1:{port}"
+
+
+@contextmanager
+def transformers_serve(folder: Path, batching: bool) -> Iterator[str]:
+    port = _free_port()
+    command = [Path(sys.executable).with_name("transformers"), "serve", folder / "merged", "--port", port, "--host", "127.0.0.1", "--dtype", "float32"]
+    command += ["--continuous-batching"] * batching
+    with _process(list(map(str, command)), {}, folder / f"peer-{batching}.log", port, "/health"):
+        yield f"http://127.0.0.1:{port}"
+
+
+@contextmanager
+def _process(command: list[str], environment: dict[str, str], log: Path, port: int, health: str) -> Iterator[None]:
+    """Raises FailedError with the end of its log when it does not come up."""
+    import httpx
+
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", **environment}
+    with open(log, "w") as out:
+        process = subprocess.Popen(command, cwd=REPO, env={k: v for k, v in environment.items() if v}, stdout=out, stderr=subprocess.STDOUT, start_new_session=True)
+        try:
+            for _ in range(START_S):
+                time.sleep(1)
+                if process.poll() is not None:
+                    break
+                try:
+                    if httpx.get(f"http://127.0.0.1:{port}{health}", timeout=5).status_code == 200:
+                        yield
+                        return
+                except httpx.TransportError:
+                    continue
+            raise FailedError(f"{' '.join(command[:4])} did not come up; the end of its log:\n{log.read_text()[-3000:]}")
+        finally:
+            _stop(process)
+
+
+def _stop(process: subprocess.Popen) -> None:
+    if process.poll() is None:
+        process.send_signal(signal.SIGINT)
+    try:
+        process.wait(timeout=60)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+# Clients
+
+
+async def drive(url: str, asks: Sequence[tuple[str, str]], tokens: int, concurrency: int) -> tuple[float, list[Reply]]:
+    """(model, message) of each request; so many clients, each of which sends its next request when it has its answer -> seconds in all, replies."""
+    import aiohttp
+
+    places = count()
+    replies: list[Reply] = []
+
+    async def client() -> None:
+        while (i := next(places)) < len(asks):
+            replies.append(await ask(session, url, *asks[i], tokens))
+
+    async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=1200), connector=aiohttp.TCPConnector(limit=0)) as session:
+        began = time.perf_counter()
+        await asyncio.gather(*(client() for _ in range(concurrency)))
+        return time.perf_counter() - began, replies
+
+
+async def ask(session: Any, url: str, model: str, message: str, tokens: int) -> Reply:
+    body = {
+        "model": model, "messages": [{"role": "user", "content": message}], "max_tokens": tokens, "temperature": 0,
+        "stream": True, "stream_options": {"include_usage": True},
+    }  # fmt: skip
+    began, first, usage = time.perf_counter(), 0.0, None
+    async with session.post(f"{url}/v1/chat/completions", json=body) as response:
+        if response.status != 200:
+            raise FailedError(f"{model}: HTTP {response.status}: {(await response.text())[:500]}")
+        async for line in response.content:
+            if not line.startswith(b"data: {"):
+                continue
+            event = json.loads(line[6:])
+            if "error" in event:
+                raise FailedError(f"{model}: {event['error']}")
+            usage = event.get("usage") or usage
+            if not first and any((choice.get("delta") or {}).get("content") for choice in event["choices"]):
+                first = time.perf_counter() - began
+    whole = time.perf_counter() - began
+    if not usage or usage["completion_tokens"] != tokens:
+        raise FailedError(f"{model}: an answer of {usage and usage['completion_tokens']} tokens, expected {tokens}; the sides would not do the same work")
+    return Reply(first or whole, whole, usage["prompt_tokens"], usage["completion_tokens"])
+
+
+async def overhead(url: str, asks: Sequence[tuple[str, str]]) -> list[float]:
+    """Seconds of requests for one token, not streamed, one after another over one connection."""
+    import aiohttp
+
+    found = []
+    async with aiohttp.ClientSession() as session:
+        for model, message in asks:
+            body = {"model": model, "messages": [{"role": "user", "content": message}], "max_tokens": 1}
+            began = time.perf_counter()
+            async with session.post(f"{url}/v1/chat/completions", json=body) as response:
+                text = await response.text()
+            found.append(time.perf_counter() - began)
+            if response.status != 200:
+                raise FailedError(f"HTTP {response.status}: {text[:500]}")
+    return found
+
+
+# The run
+
+
+def levels(name: str, url: str, asks: Sequence[tuple[str, str]], args: argparse.Namespace) -> list[Level]:
+    """All concurrencies, after a few requests that warm up."""
+    asyncio.run(drive(url, asks[:8], args.tokens, 4))
+    found = []
+    for concurrency in args.concurrency:
+        found.append(Level(name, concurrency, *_timed(url, asks, args.tokens, concurrency)))
+        print(found[-1].row(), flush=True)
+    return found
+
+
+def _timed(url: str, asks: Sequence[tuple[str, str]], tokens: int, concurrency: int) -> tuple[float, tuple[Reply, ...]]:
+    seconds, replies = asyncio.run(drive(url, asks, tokens, concurrency))
+    return seconds, tuple(replies)
+
+
+def own(folder: Path, part: Part, args: argparse.Namespace) -> list[Level]:
+    template = OpsqlTask(TaskConfig(name="opsql")).template().text
+    message = (lambda q: f"{template}\n\n{QUERY.replace('{query}', q)}") if part.full else (lambda q: q)
+    asks = list(zip(cycle(part.models), map(message, queries(args.requests)), strict=False))
+    with pi_ray(folder, part, max(args.concurrency)) as url:
+        return levels(part.name, url, asks, args)
+
+
+def peer(folder: Path, args: argparse.Namespace) -> list[Level]:
+    """Both ways at the highest concurrency, with a quarter of the requests; then the faster one at all."""
+    asks = [(str(folder / "merged"), QUERY.replace("{query}", q)) for q in queries(args.requests)]
+    rates: dict[bool, float] = {}
+    for batching in (True, False):
+        name = f"transformers serve, {'continuous' if batching else 'one by one'}"
+        try:
+            with transformers_serve(folder, batching) as url:
+                asyncio.run(drive(url, asks[:2], args.tokens, 2))
+                part = asks[: max(len(asks) // 4, 1)]
+                level = Level(name, max(args.concurrency), *_timed(url, part, args.tokens, max(args.concurrency)))
+        except FailedError as error:
+            print(f"  {name}: not on this machine ({str(error).strip()[-300:]})", flush=True)
+            continue
+        rates[batching] = level.rate
+        print(level.row(), flush=True)
+    if not rates:
+        raise FailedError("transformers serve does not run here")
+    with transformers_serve(folder, max(rates, key=lambda way: rates[way])) as url:
+        return levels("peer", url, asks, args)
+
+
+def figures(found: Sequence[Level], overheads: Sequence[float]) -> dict[str, float]:
+    """Those of the last line, as far as their parts were run."""
+    highest = max((level.concurrency for level in found), default=0)
+    best = {level.part: level.rate for level in found if level.concurrency == highest}
+    single = {level.part: level.rate for level in found if level.concurrency == 1}
+    wanted = {
+        "query_over_full": (best.get("query"), best.get("full")),
+        "query_over_full_cached": (best.get("query"), best.get("full-cached")),
+        f"c{highest}_over_c1": (best.get("query"), single.get("query")),
+        "over_transformers_serve": (best.get("query"), best.get("peer")),
+        "mixed8_over_one": (best.get("mixed8"), best.get("query")),
+    }
+    ratios = {name: a / b for name, (a, b) in wanted.items() if a and b}
+    return {**ratios, **({"serve_overhead_ms": 1000 * median(overheads)} if overheads else {})}
+
+
+def _arguments() -> argparse.Namespace:
+    def numbers(text: str) -> list[int]:
+        return sorted(int(n) for n in text.split(","))
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--requests", type=int, default=200, help="at each concurrency")
+    parser.add_argument("--tokens", type=int, default=16, help="of each answer")
+    parser.add_argument("--only", default=",".join(NAMES), help=f"parts, of {', '.join(NAMES)}")
+    parser.add_argument("--concurrency", type=numbers, default=[1, 2, 4, 8, 16])
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--folder", type=Path, help="keep models and adapters there for the next run; without it they are made anew, in a temporary folder")
+    parser.add_argument("--out", type=Path, help="also write every reply's measurements there, as JSON")
+    args = parser.parse_args()
+    args.only = args.only.split(",")
+    if unknown := set(args.only) - set(NAMES):
+        parser.error(f"--only: no part {', '.join(sorted(unknown))}; there are {', '.join(NAMES)}")
+    if "peer" in args.only and not all(map(find_spec, ("uvicorn", "openai", "typer"))):
+        raise SystemExit("the peer needs what 'transformers serve' needs: pip install 'transformers[serving]'; or leave it out with --only")
+    return args
+
+
+def run(folder: Path, args: argparse.Namespace) -> tuple[list[Level], list[float]]:
+    """Every part that was asked for, on the models in `folder` -> its levels, and the seconds of requests to the empty engine."""
+    if not (folder / "complete").is_file():
+        work = f"from pathlib import Path; from tests.bench.serve import make_models; make_models(Path({str(folder)!r}), {args.model!r})"
+        subprocess.run([sys.executable, "-c", work], cwd=REPO, check=True)
+    found: list[Level] = []
+    overheads: list[float] = []
+    for part in PARTS:
+        if part.name in args.only:
+            found += own(folder, part, args)
+    if "peer" in args.only:
+        found += peer(folder, args)
+    if "overhead" in args.only:
+        asks = [("a0", query) for query in queries(args.requests)]
+        with pi_ray(folder, Part("overhead", ("a0",)), max(args.concurrency), engine="empty") as url:
+            asyncio.run(overhead(url, asks[:20]))
+            overheads = asyncio.run(overhead(url, asks))
+        print(f"  an empty engine: p50 {1000 * median(overheads):.1f} ms, p99 {1000 * _p99(sorted(overheads)):.1f} ms a request", flush=True)
+    return found, overheads
+
+
+def main() -> None:
+    args = _arguments()
+    header(f"serving {args.model}, {args.requests} requests of {args.tokens} tokens at {', '.join(map(str, args.concurrency))} at once, against transformers serve")
+    with tempfile.TemporaryDirectory() as temporary:
+        try:
+            found, overheads = run((args.folder or Path(temporary)).resolve(), args)
+        except FailedError as error:
+            raise SystemExit(str(error)) from None
+    if args.out:
+        args.out.write_text(json.dumps([asdict(level) for level in found], indent=1) + "\n")
+    last_line(**figures(found, overheads))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,37 @@
+"""`pi-ray serve` as a process that also takes new versions: python -m tests.faults.server RUN.yaml, then one run file a line on stdin.
+
+Each line is deployed over what is served, as `serve deploy` would; its outcome is one line of JSON on stdout: {"deployed": path} or {"failed": why}.
+The line "metrics" is answered with where Prometheus would find them: {"metrics": url}.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import threading
+
+from pi_ray import runfile
+from pi_ray.serving import app, deployment
+
+
+def obey() -> None:
+    import ray
+    from ray import serve
+
+    for line in sys.stdin:
+        path = line.strip()
+        try:
+            if path == "metrics":
+                [node] = ray.nodes()
+                print(json.dumps({"metrics": f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"}), flush=True)
+                continue
+            serve.run(deployment.build(runfile.load(path)), name=app.APP, route_prefix="/", blocking=False)
+            outcome = {"deployed": path}
+        except Exception as error:
+            outcome = {"failed": str(error)}
+        print(json.dumps(outcome), flush=True)
+
+
+if __name__ == "__main__":
+    threading.Thread(target=obey, daemon=True).start()
+    app.run(runfile.load(sys.argv[1]))

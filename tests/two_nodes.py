@@ -1,0 +1,120 @@
+"""A Ray cluster of two nodes on this machine, of which one is lost: `python -m tests.two_nodes (prepare|train) FOLDER`, in a process of its own.
+
+FOLDER has config.json; a file `killed` appears there when the node is gone. The lost node is replaced, as an autoscaler would do.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from pi_ray import shards
+from pi_ray.config import RunConfig
+from pi_ray.rundir import RunDir
+
+NODE = {"num_cpus": 1, "object_store_memory": 100 << 20}
+
+
+def outside() -> dict[str, str]:
+    """The environment of a process that is to have a Ray of its own: Ray joins the cluster that its folder for temporary files names, if there is one."""
+    folder = tempfile.mkdtemp(prefix="ray-", dir="/tmp")  # short, since sockets lie in it
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return {**{k: v for k, v in os.environ.items() if not k.startswith("RAY_ADDRESS")}, "RAY_TMPDIR": folder}
+
+
+def apart(*words: str, timeout: float = 300) -> None:
+    """`python -m tests.two_nodes WORDS`, with a Ray of its own, of which nothing is left when it ends or hangs."""
+    process = subprocess.Popen([sys.executable, "-m", "tests.two_nodes", *words], start_new_session=True, env=outside())
+    try:
+        assert process.wait(timeout) == 0
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+class HeldBuilder(shards.Builder):
+    """Says on which node it has begun, and waits until the other one is lost."""
+
+    def __call__(self, item: dict[str, Any]) -> str:
+        import ray
+
+        folder = Path(self.config.run_dir).parent
+        (folder / f"begun-{ray.get_runtime_context().get_node_id()}").touch()
+        while not (folder / "killed").exists():
+            time.sleep(0.01)
+        return super().__call__(item)
+
+
+class CountedBuilder(shards.Builder):
+    """Notes each shard that it builds in the file `built`; from the fifth on it waits for ever, as long as a file `hold` is there."""
+
+    def __call__(self, item: dict[str, Any]) -> str:
+        folder = Path(self.config.run_dir).parent
+        built = folder / "built"
+        while (folder / "hold").exists() and built.exists() and len(built.read_text().split()) >= 4:
+            time.sleep(0.01)
+        made = super().__call__(item)
+        with open(built, "a") as f:
+            f.write(f"{Path(made).parent.name}/{Path(made).name}\n")
+        return made
+
+
+def main(step: str, folder: Path) -> None:
+    import ray
+    from ray.cluster_utils import Cluster
+
+    from pi_ray import cluster
+    from pi_ray.prepare import prepare
+    from pi_ray.train.loop import train
+
+    nodes = Cluster(initialize_head=True, head_node_args={**NODE, "include_dashboard": False})
+    victim = nodes.add_node(**NODE)
+    ray.init(address=nodes.address, log_to_driver=False)
+    cluster.connect()
+    config = RunConfig.model_validate_json((folder / "config.json").read_text())
+
+    def lose(when: Callable[[], bool]) -> None:
+        while not when():
+            time.sleep(0.01)
+        nodes.remove_node(victim, allow_graceful=False)
+        nodes.add_node(**NODE)
+        (folder / "killed").touch()
+
+    def gated(when: Callable[[], bool], work: Callable[[], Any]) -> None:
+        killer = threading.Thread(target=lose, args=(when,), daemon=True)
+        killer.start()
+        work()
+        killer.join(timeout=60)
+
+    if step == "prepare":
+        shards.SHARD_ROWS, shards.Builder = 10, HeldBuilder
+        here = f"begun-{ray.get_runtime_context().get_node_id()}"  # the driver is attached to the head
+        gated(lambda: any(p.name != here for p in folder.glob("begun-*")), lambda: prepare(config, lambda line: None))
+    else:
+        log = RunDir(config.root).train_log
+        gated(lambda: log.exists() and log.read_text().count('"loss"') >= 6, lambda: train(config))
+    ray.shutdown()
+    nodes.shutdown()
+
+
+def prepare_held(folder: Path) -> None:
+    """Prepare on a Ray of its own, counting shards; killed by the test."""
+    from pi_ray.prepare import prepare
+
+    shards.SHARD_ROWS, shards.Builder = 10, CountedBuilder
+    prepare(RunConfig.model_validate_json((folder / "config.json").read_text()), lambda line: None)
+
+
+if __name__ == "__main__":
+    prepare_held(Path(sys.argv[2])) if sys.argv[1] == "held" else main(sys.argv[1], Path(sys.argv[2]))

@@ -1,0 +1,145 @@
+"""The ingress's side of the Model deployment without Ray: which adapter a request is routed by, what becomes of failures; and Serve's options."""
+
+import asyncio
+from contextlib import aclosing
+
+import pytest
+import ray
+from fake_metrics import Kinds
+from ray import serve
+from ray.serve.config import AutoscalingConfig
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
+
+from pi_ray.artifact import write_atomic
+from pi_ray.config import CostConfig, ModelConfig, RunConfig, ServeConfig
+from pi_ray.serving import deployment
+from pi_ray.serving.completion import Ask, RefusedError
+from pi_ray.serving.metrics import Metrics, Traffic
+from tests.lora import put_in_store
+
+START = {"model": "m", "fingerprint": "colours@v0001", "prompt": "internalised", "prompt_tokens": 3, "saved": 0}
+
+
+class Handle:
+    """Stands in for Serve's handle: streams `events` or raises the exception among them."""
+
+    def __init__(self, *events):
+        self.events, self.held, self.cancelled = events, [], False
+
+    def options(self, stream, multiplexed_model_id):
+        assert stream
+        self.held.append(multiplexed_model_id)
+        return self
+
+    @property
+    def complete(self):
+        return self
+
+    def remote(self, ask):
+        return self
+
+    def cancel(self):
+        self.cancelled = True
+
+    async def __aiter__(self):
+        for event in self.events:
+            if isinstance(event, BaseException):
+                raise event
+            yield event
+
+
+@pytest.fixture(scope="module")
+def store(tiny_model, tmp_path_factory):
+    store = tmp_path_factory.mktemp("store")
+    put_in_store(store, "colours", tiny_model, version="v0001")
+    put_in_store(store, "colours", tiny_model, version="v0002")
+    return store
+
+
+@pytest.fixture
+def config(store, tiny_model):
+    return RunConfig(name="t", store=str(store), model=ModelConfig(base=str(tiny_model)))
+
+
+def complete(config, handle, ask, leave_after=None):
+    backend = deployment.HandleBackend(config, handle, Traffic(CostConfig(), 60, Metrics(Kinds())))
+    seen = []
+
+    async def use():
+        async with aclosing(backend.complete(ask)) as events:
+            async for event in events:
+                seen.append(event)
+                if len(seen) == leave_after:
+                    return
+
+    asyncio.run(use())
+    return seen
+
+
+def test_a_request_goes_to_replicas_that_hold_the_version_it_means(config, tiny_model):
+    handle = Handle(START)
+    for model in ("colours", f"{tiny_model.name}:colours", "colours@v0001", "colours@latest", tiny_model.name, "unknown", "unknown@v0001", "colours@v0009", "../colours", "x" * 9000):
+        complete(config, handle, Ask(model, "q"))
+    assert handle.held == ["colours@v0002", "colours@v0002", "colours@v0001", "colours@v0002", "", "", "", "", "", ""]
+    complete(config, handle, Ask("colours", "q", full_prompt=True))  # the base model answers that
+    assert handle.held[-1] == ""
+
+
+def test_a_version_on_trial_is_routed_as_the_replica_will_decide(config, store):
+    write_atomic(store / "colours" / "aliases.json", '{"prod": {"version": "v0001", "canary": "v0002", "percent": 50, "before": []}}')
+    handle = Handle(START)
+    tickets = [f"t{i}" for i in range(40)]
+    for ticket in tickets:
+        complete(config, handle, Ask("colours", "q", ticket=ticket))
+    (store / "colours" / "aliases.json").unlink()
+    assert set(handle.held) == {"colours@v0001", "colours@v0002"}
+
+
+@pytest.mark.parametrize(
+    "failure, status",
+    [
+        (BackPressureError(num_queued_requests=4, max_queued_requests=4), 429),
+        (DeploymentUnavailableError(deployment_id=None), 503),
+        (ray.exceptions.RayActorError(), 503),
+    ],
+)
+def test_what_ray_raises_becomes_a_status_that_clients_retry(config, failure, status):
+    with pytest.raises(RefusedError) as told:
+        complete(config, Handle(failure), Ask("colours", "q"))
+    assert told.value.status == status
+
+
+def test_a_replicas_refusal_is_passed_on(config):
+    with pytest.raises(RefusedError) as told:
+        complete(config, Handle({"refused": (404, "no adapter", "invalid_request_error", "model_not_found", "model")}), Ask("unknown", "q"))
+    assert (told.value.status, told.value.code) == (404, "model_not_found")
+
+
+def test_leaving_cancels_the_generation(config):
+    handle = Handle(START, {"text": "a"}, {"text": "b"})
+    assert len(complete(config, handle, Ask("colours", "q"), leave_after=2)) == 2
+    assert handle.cancelled
+
+
+@pytest.mark.parametrize("limits", [{}, {"min_replicas": 0, "max_replicas": 4}, {"min_replicas": 2, "max_replicas": 2}])
+def test_serve_takes_the_options_and_one_replica_starts_even_where_none_may_be_left(limits):
+    options = deployment.replica_options(ServeConfig(**limits), {}, {})
+    serve.deployment(type("D", (), {}), **options)  # raises for an option that Serve does not know
+    scaling = AutoscalingConfig(**options["autoscaling_config"])
+    assert scaling.initial_replicas == max(1, limits.get("min_replicas", 1))
+    assert scaling.min_replicas == limits.get("min_replicas", 1)
+    assert 0 < scaling.target_ongoing_requests < ServeConfig().max_ongoing_requests
+
+
+def test_a_new_version_comes_up_beside_the_old_one_where_there_is_room_for_both():
+    limits = ServeConfig(max_replicas=2)
+    for has, surge in (({"CPU": 2}, 0), ({"CPU": 3}, 100), ({"CPU": 64, "GPU": 2}, 0), ({"CPU": 64, "GPU": 3}, 100)):
+        options = deployment.replica_options(limits, has, {})
+        assert options["max_surge_percent"] == surge
+        assert options["ray_actor_options"]["num_gpus"] == int("GPU" in has)
+
+
+def test_a_replica_is_given_what_the_cluster_block_asks_for(config):
+    made = deployment.build(config.replace(**{"cluster.serve_resources": {"CPU": 3, "server": 1}}))
+    model = made._bound_deployment.init_args[0]._bound_deployment
+    assert model.ray_actor_options["num_cpus"] == 3 and model.ray_actor_options["resources"] == {"server": 1}

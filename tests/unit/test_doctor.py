@@ -1,0 +1,313 @@
+"""`pi-ray doctor`: each fault is planted, found, and answered with its cure."""
+
+import errno
+import http.server
+import io
+import os
+import re
+import shutil
+import socket
+import threading
+import tomllib
+from collections import namedtuple
+from contextlib import nullcontext
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+from rich.console import Console
+
+from pi_ray import cli, cluster, doctor, estimate, floors, runfile
+from pi_ray.doctor import machine, remote, run
+from pi_ray.errors import ClusterError, MissingExtraError
+
+Usage = namedtuple("Usage", "total used free")
+GIB = 2**30
+TOKEN = "a-token-of-this-test"
+
+
+@pytest.fixture(autouse=True)
+def own_token(tmp_path, monkeypatch):
+    """A token for this test alone, in a file that only its owner may read."""
+    for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_MODE", "RAY_ADDRESS"):
+        monkeypatch.delenv(name, raising=False)
+    path = tmp_path / "token"
+    path.write_text(TOKEN)
+    path.chmod(0o600)
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(path))
+
+
+def settings(tmp_path, *overrides):
+    return runfile.parse(f"name: t\nrun_dir: {tmp_path}/run\nstore: {tmp_path}/store", "t.yaml", overrides, folder=tmp_path)
+
+
+def failing(findings):
+    return [f for f in findings if f.state == "fail"]
+
+
+def test_old_and_missing_packages_are_named_with_the_command_that_mends_them(monkeypatch):
+    monkeypatch.setattr(floors, "installed", {"ray": "2.54.9", "torch": "2.6.0+cpu", "transformers": "", "peft": "1.0", "deepspeed": "0.18"}.get)
+    found = failing(machine.versions())
+    assert [f.said for f in found] == ["ray 2.54.9, and pi-ray needs 2.55 or newer", "transformers is missing, and pi-ray needs 5.3 or newer"]
+    assert '-m pip install "ray>=2.55"' in found[0].cure
+    assert len(list(doctor.examine())) == 3, "nothing that would import them is tried"
+
+
+def test_every_other_command_refuses_old_versions_in_one_sentence(monkeypatch, tmp_path, capsys):
+    (tmp_path / "run.yaml").write_text("name: a")
+    monkeypatch.setattr(floors, "installed", lambda name: "2.5.1" if name == "torch" else "99")
+    assert cli.main(["show", str(tmp_path / "run.yaml")]) == MissingExtraError.exit_code
+    assert "torch 2.5.1: pi-ray needs torch 2.6 or newer" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("older, newer", [("2.6", "2.10"), ("5.2.9", "5.3"), ("", "0.1"), ("2.55.0rc1", "2.56"), ("2.6.0+cu128", "2.6.1")])
+def test_versions_are_compared_as_numbers(older, newer):
+    assert floors._numbers(older) < floors._numbers(newer)
+
+
+def test_the_floors_are_those_that_pip_installs_by():
+    wanted = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    declared = dict(re.match(r"([\w-]+)(?:\[[^\]]*\])?>=([\d.]+)", d).groups() for d in wanted["dependencies"])
+    assert {name: declared[name] for name in floors.FLOORS} == floors.FLOORS
+    assert wanted["requires-python"] == f">={floors.PYTHON[0]}.{floors.PYTHON[1]}"
+
+
+def test_a_full_disk_is_found_before_the_run_finds_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(10 * GIB, 9 * GIB, GIB // 2))
+    (found,) = failing(machine.storage(settings(tmp_path)))
+    assert "0.5 GiB free, and the run takes about 2.0 GiB" in found.said and "set run_dir" in found.cure
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(100 * GIB, 96 * GIB, 4 * GIB))
+    (found,) = failing(machine.scratch())
+    assert "96% full, and Ray stops at 95%" in found.said and "RAY_TMPDIR" in found.cure
+
+
+@pytest.mark.parametrize("number, cure", [(errno.ENOSPC, "free some space"), (errno.EROFS, "read-only"), (errno.EACCES, "owner or permissions"), (errno.EIO, "a disk that works")])
+@pytest.mark.parametrize("step", ["fsync", "replace"])
+def test_storage_that_fails_when_written_is_told_apart(tmp_path, monkeypatch, number, cure, step):
+    def broken(*args):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, step, broken)
+    (found,) = failing(machine.storage(settings(tmp_path)))
+    assert found.what == "storage" and os.strerror(number) in found.said and cure in found.cure
+    assert [p.name for p in tmp_path.iterdir()] == ["token"], "the probe leaves nothing behind"
+
+
+def test_storage_that_works_is_left_as_it_was(tmp_path):
+    assert not failing(machine.storage(settings(tmp_path))) and [p.name for p in tmp_path.iterdir()] == ["token"]
+
+
+def test_storage_behind_a_url_is_tried_as_well(tmp_path):
+    (found,) = machine.bucket(f"file://{tmp_path}/bucket")
+    assert found.state == "ok" and not list((tmp_path / "bucket").iterdir())
+    (tmp_path / "taken").write_text("a file")
+    for location in (f"file://{tmp_path}/taken", "nosuch://bucket/x"):
+        (found,) = machine.bucket(location)
+        assert found.state == "fail" and location in found.said and "credentials" in found.cure
+
+
+def test_a_server_that_others_can_reach_needs_its_key(tmp_path, monkeypatch):
+    monkeypatch.delenv("PI_RAY_API_KEY", raising=False)
+    (found,) = failing(run.key(settings(tmp_path, "serve.host=0.0.0.0")))
+    assert "PI_RAY_API_KEY is not set" in found.said and "openssl rand" in found.cure
+    assert not failing(run.key(settings(tmp_path)))
+    monkeypatch.setenv("PI_RAY_API_KEY", "k")
+    assert not failing(run.key(settings(tmp_path, "serve.host=0.0.0.0")))
+
+
+def test_a_small_shared_memory_is_a_fault_where_workers_share_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(64 * 2**20, 0, 0))
+    assert [f.state for f in machine.shared_memory(1, tmp_path)] == ["note"]
+    (found,) = machine.shared_memory(2, tmp_path)
+    assert found.state == "fail" and "0.1 GiB" in found.said and "--shm-size=8g" in found.cure and "medium: Memory" in found.cure
+
+
+def test_a_port_that_is_taken_is_named(tmp_path):
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        port = listener.getsockname()[1]
+        (found,) = failing(machine.ports(settings(tmp_path, f"serve.port={port}")))
+        assert f"127.0.0.1:{port}: Address already in use" in found.said and "serve.port" in found.cure
+    assert not failing(machine.ports(settings(tmp_path, f"serve.port={port}")))
+
+
+@pytest.mark.parametrize("base, said, cure", [
+    ("/no/such/folder", "no such folder", "set model.base"),
+    ("{empty}", "no config.json", "set model.base"),
+    ("{shell}", "no weights (*.safetensors)", "download the whole model"),
+])  # fmt: skip
+def test_a_missing_model_is_named(tmp_path, tiny_model, base, said, cure):
+    (tmp_path / "empty").mkdir()
+    shutil.copytree(tiny_model, tmp_path / "shell", ignore=shutil.ignore_patterns("*.safetensors"))
+    (found,) = run.model(settings(tmp_path, f"model.base={base.format(empty=tmp_path / 'empty', shell=tmp_path / 'shell')}"))
+    assert found.state == "fail" and said in found.said and cure in found.cure
+
+
+def test_a_hub_that_does_not_answer_is_told_from_a_model_that_is_not_there(tmp_path, tiny_model, monkeypatch):
+    monkeypatch.setattr(run, "resolve", lambda base: "someone/some-model")
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    import huggingface_hub
+    from huggingface_hub.errors import OfflineModeIsEnabled
+
+    def offline(*args, **kwargs):
+        raise OfflineModeIsEnabled("offline mode is enabled")
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", offline)
+    assert "the hub does not answer (offline mode is enabled)" in run._weights(settings(tmp_path, f"model.base={tiny_model}"))
+    monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", lambda *a, **k: ["pytorch_model.bin"])
+    assert run._weights(settings(tmp_path, f"model.base={tiny_model}")) == "the hub has no safetensors of it"
+
+
+def test_rows_and_template_that_cannot_be_read_are_named(tmp_path):
+    (found,) = failing(run.data(settings(tmp_path)))
+    assert "template.md" in found.said and "paths start from the run file's folder" in found.cure
+    (tmp_path / "template.md").write_text("Do it.")
+    (tmp_path / "test.jsonl").write_text('{"query": "a", "answer": "b"}\n')
+    (tmp_path / "train.jsonl").write_text("not json\n")
+    (found,) = failing(run.data(settings(tmp_path)))
+    assert "train.jsonl:1: not valid JSON" in found.said and "task.train" in found.cure
+    (tmp_path / "train.jsonl").write_text('{"query": "c", "answer": "d"}\n')
+    assert not failing(run.data(settings(tmp_path)))
+
+
+def test_gpus_are_counted_against_workers(tmp_path):
+    asked = settings(tmp_path, "train.gpu=true", "train={workers: 4}")
+    (found,) = failing(run.devices(asked.replace(**{"train.gpu": True}), [("A100", 80e9)] * 2))
+    assert "2 GPUs for 4 workers" in found.said and "set train.workers to 2" in found.cure and "pi-ray submit" in found.cure
+    assert not failing(run.devices(asked, [("A100", 80e9)] * 4))
+    assert [f.state for f in run.devices(settings(tmp_path, "train={workers: 4}"), [("A100", 80e9)])] == ["note"]
+
+
+def test_too_little_memory_is_told_with_what_lowers_it(tmp_path):
+    (found,) = failing(run.memory(settings(tmp_path), {"base weights": 3 * GIB}, 0, [], 4 * GIB))
+    assert "2 workers take about 8.0 GiB, and 4.0 GiB are free" in found.said and "gradient_checkpointing" in found.cure
+    gpus = [("A100", 40 * GIB)] * 2
+    one, host = run.memory(settings(tmp_path, "train.gpu=true"), {"base weights": 50 * GIB}, 200 * GIB, gpus, 100 * GIB)
+    assert (one.state, host.state) == ("fail", "fail")
+    assert "50.0 GiB of its GPU's 40" in one.said and "zero_stage: 3" in one.cure
+    assert "200.0 GiB of this host's 100.0 GiB" in host.said
+    assert not failing(run.memory(settings(tmp_path, "train.gpu=true"), {"base weights": GIB}, GIB, gpus, 100 * GIB))
+
+
+def test_a_containers_limit_counts_as_memory(tmp_path, monkeypatch):
+    (tmp_path / "memory.max").write_text(f"{2 * GIB}\n")
+    monkeypatch.setattr(machine, "CGROUP", tmp_path / "memory.max")
+    assert machine.memory() <= 2 * GIB
+    (tmp_path / "memory.max").write_text("max\n")
+    assert machine.memory() > 0
+
+
+@pytest.mark.parametrize("address, said", [("", "anyone who reaches this machine's Ray"), ("http://head.example:8265", "anyone who reaches http://head.example:8265")])
+def test_authentication_that_is_off_is_a_fault_and_such_a_cluster_is_not_even_asked(monkeypatch, address, said):
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    monkeypatch.setattr(remote, "_asked", lambda *a: pytest.fail("the cluster was asked"))
+    (found,) = [f for f in doctor.examine(None, address) if f.what == "token"]
+    assert found.state == "fail" and said in found.said and "unset RAY_AUTH_MODE" in found.cure
+
+
+@pytest.mark.parametrize("address, refused", [("10.1.2.3:6379", True), ("ray://head.example:10001", True), ("127.0.0.1:6379", False), ("auto", False), ("", False)])
+def test_no_cluster_of_other_machines_is_joined_without_authentication(monkeypatch, address, refused):
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    monkeypatch.setattr("ray.is_initialized", lambda: True)
+    with pytest.raises(ClusterError, match="anyone who reaches that cluster") if refused else nullcontext():
+        cluster.connect()
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    cluster.connect()
+
+
+def test_a_missing_token_is_a_fault_for_a_cluster_and_none_here(monkeypatch, tmp_path):
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "none"))
+    (found,) = failing(remote.authentication("http://127.0.0.1:8265"))
+    assert "no token" in found.said and "RAY_AUTH_TOKEN_PATH" in found.cure
+    assert not failing(remote.authentication())
+
+
+def test_a_token_that_others_can_read_and_a_way_that_others_can_listen_on_are_noted(tmp_path):
+    (tmp_path / "token").chmod(0o644)
+    (found,) = remote.authentication()
+    assert found.state == "note" and "chmod 600" in found.cure
+    assert any("not encrypted" in f.said for f in remote.authentication("http://head.example:8265"))
+    assert not any("not encrypted" in f.said for f in remote.authentication("https://head.example"))
+
+
+@pytest.fixture
+def dashboard():
+    """A server in place of Ray's dashboard: /api/version answers `codes` without and with the right token."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        codes = (401, 200)
+        seen: ClassVar[list] = []
+
+        def do_GET(self):
+            right = self.headers.get("Authorization") == f"Bearer {TOKEN}"
+            self.seen.append(self.headers.get("Authorization"))
+            self.send_response(self.codes[right])
+            if self.codes[right] == 302:
+                self.send_header("Location", "/elsewhere")
+            self.end_headers()
+
+        def log_message(self, *args):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, args=[0.02], daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}", Handler
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.mark.parametrize("codes, what, said, cure", [
+    ((200, 200), "token", "lets everyone in", "RAY_AUTH_MODE=token"),
+    ((401, 403), "token", "does not take your token (403)", "auth_token"),
+    ((404, 404), "cluster", "it is no Ray dashboard", "URL of the Jobs API"),
+    ((302, 302), "cluster", "answers 302", "URL of the Jobs API"),
+])  # fmt: skip
+def test_a_cluster_is_asked_without_and_with_the_token(dashboard, codes, what, said, cure):
+    address, handler = dashboard
+    handler.codes = codes
+    (found,) = failing(remote.cluster(address, None))
+    assert found.what == what and said in found.said and cure in found.cure
+
+
+def test_a_cluster_that_asks_for_the_token_is_fine_and_its_nodes_are_looked_at(dashboard, tmp_path, monkeypatch):
+    node = namedtuple("Node", "state resources_total")
+    monkeypatch.setattr("ray.util.state.list_nodes", lambda **options: [node("ALIVE", {"CPU": 4.0, "GPU": 1.0, "memory": 8 * GIB}), node("DEAD", {"GPU": 9.0})])
+    config = settings(tmp_path, "train.gpu=true", "cluster.prepare_resources={highmem: 1}")
+    found = list(remote.cluster(dashboard[0], config))
+    assert [f.state for f in found] == ["ok", "note", "note"]
+    assert "1 nodes, 4 CPUs, 1 GPUs, 8 GiB, for 2 workers" in found[1].said and "{'highmem': 1.0}" in found[2].said
+
+
+def test_an_address_where_nothing_listens_is_named():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = f"http://127.0.0.1:{probe.getsockname()[1]}"
+    (found,) = failing(remote.cluster(address, None))
+    assert "does not answer" in found.said and "port-forward" in found.cure
+
+
+def test_the_token_is_never_shown(dashboard, monkeypatch):
+    console = Console(file=io.StringIO(), width=300)
+    monkeypatch.setattr("ray.util.state.list_nodes", lambda **options: (_ for _ in ()).throw(RuntimeError(f"no such route\n{TOKEN}")))
+    doctor.render(doctor.examine(None, dashboard[0]), console)
+    assert TOKEN not in console.file.getvalue() and "Bearer " + TOKEN in dashboard[1].seen
+
+
+def test_a_whole_visit_ends_well_and_one_with_a_fault_exits_with_1(tmp_path, tiny_model, monkeypatch, capsys):
+    monkeypatch.setattr(estimate, "measure_speed", lambda config: estimate.Speed("cpu", "test CPU", 1e9, "assumed"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run.yaml").write_text(f"name: t\ntask: {{name: opsql, rows: {{train: 8, dev: 4, test: 4}}}}\nmodel: {{base: {tiny_model}}}\nprompt: {{chat: none}}\nserve: {{port: {_free()}}}")
+    assert cli.main(["doctor", "run.yaml"]) == 0
+    said = capsys.readouterr().out
+    assert "nothing is in the way" in said and all(f"  {word}" in said for word in ("versions", "token", "storage", "model", "data", "GPUs", "memory", "ports", "scratch"))
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["doctor", "run.yaml", "model.base=/no/such/model"])
+    assert stopped.value.code == 1 and "1 to mend" in capsys.readouterr().out
+
+
+def _free():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

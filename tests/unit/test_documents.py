@@ -1,0 +1,158 @@
+"""Documents that come with a row: read, compressed, and put where a prompt has them."""
+
+import json
+
+import pytest
+
+from pi_ray.compress import documents
+from pi_ray.config import ModelConfig, PromptConfig, RunConfig, TaskConfig
+from pi_ray.ingest import ingest
+from pi_ray.models import load_tokenizer
+from pi_ray.prompt import Example, PromptEncoder, text_of
+from pi_ray.protocols import Reject, Row
+from pi_ray.rundir import RunDir, documents_file
+from pi_ray.tasks.jsonl import JsonlTask
+
+LONG = "The parcel shop opens at nine in the morning and closes late in the evening on every day of the week, as the sign on its door says to all who come by."
+
+
+def task_of(folder, lines, **changes):
+    for split in ("train", "dev", "test"):
+        own = [{**line, "query": f"{split}: {line['query']}"} for line in lines]
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in own))
+    return TaskConfig(train=str(folder / "train.jsonl"), dev=str(folder / "dev.jsonl"), test=str(folder / "test.jsonl"), template="none", **changes)
+
+
+def test_a_row_brings_texts_or_titled_texts(tmp_path):
+    lines = [{"query": "q", "answer": "a", "documents": ["one", {"title": "Two", "text": " two\n"}, {"text": "three"}]}, {"query": "r", "answer": "a", "documents": []}]
+    rows = list(JsonlTask(task_of(tmp_path, lines)).rows("train"))
+    assert [r.documents for r in rows] == [("one", "## Two\ntwo", "three"), ()]
+
+
+@pytest.mark.parametrize("bad, reason", [
+    ("text", "'documents' must be a list"), ([7], r"'documents[0]' must be text, found a number"), ([{"title": "t"}], "missing field 'text'"), (["", "x"], "'documents[0]' is empty"),
+    ([{"text": "x", "title": 3}], "'documents[0].title' must be text"),
+])
+def test_documents_that_cannot_be_used_reject_their_row_alone(tmp_path, bad, reason):
+    lines = [{"query": "q", "answer": "a", "documents": bad}, {"query": "r", "answer": "a"}]
+    first, second = JsonlTask(task_of(tmp_path, lines)).rows("train")
+    assert isinstance(first, Reject) and reason in first.reason and isinstance(second, Row)
+
+
+def test_a_prompt_has_the_template_the_rows_documents_examples_and_the_query():
+    config = PromptConfig(chat="chatml")
+    encoder, shots = PromptEncoder(load_tokenizer(ModelConfig()), config), [Example("a?", "b")]
+    text = text_of(config, "c?", "Template.", shots, ["Doc one.", "Doc two."])
+    assert text == "Template.\n\nDoc one.\n\nDoc two.\n\nExamples:\n\na?\nb\n\nc?"
+    ids = encoder.encode("c?", "Template.", shots, ["Doc one.", "Doc two."])
+    assert ids.prefix == encoder.prefix("Template.") and encoder.tokenizer.decode(ids.ids) == f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n"
+    assert encoder.row("c?") == encoder.row("c?", (), ()), "the query alone, as it is served where no documents are left"
+
+
+@pytest.fixture
+def prepared(tmp_path, monkeypatch):
+    """A run of 5 rows in each split; rows 1 and 3 have documents, one of which both share."""
+    monkeypatch.setenv("PI_RAY_CACHE", str(tmp_path / "cache"))
+    own = {1: [LONG, f"First of all: {LONG}"], 3: [LONG]}
+    config = RunConfig.model_validate({
+        "name": "tiny", "run_dir": str(tmp_path / "run"), "compress": {"name": "none", "documents": {"name": "halves"}},
+        "task": task_of(tmp_path, [{"query": f"q{i}", "answer": "a", "documents": own.get(i, [])} for i in range(5)]).model_dump(),
+    })
+    run = RunDir(config.root)
+    ingest(JsonlTask(config.task), config.task, run, "f", lambda line: None)
+    return config, run
+
+
+class Halves:
+    """A compressor that keeps the first words."""
+
+    calls = 0
+
+    def __init__(self, config):
+        pass
+
+    def compress(self, text, rate):
+        Halves.calls += 1
+        words = text.split()
+        return " ".join(words[: round(len(words) * rate)])
+
+
+def in_process(items, make, *args, **_):
+    work = make(*args) if items else None
+    return [work(item) for item in items]
+
+
+def test_documents_are_compressed_row_by_row_and_each_rate_finds_its_own(prepared, monkeypatch, tmp_path):
+    config, run = prepared
+    monkeypatch.setenv("PI_RAY_CACHE", "")  # the user's own cache folder has the tokenizer; results go to another
+    monkeypatch.setattr("pi_ray.compress.cache._path", lambda key: tmp_path / "compressed" / key)
+    monkeypatch.setattr("pi_ray.registry.compressors._parts", {"halves": f"{__name__}:Halves", "none": "pi_ray.compress.none:Keep"})
+    monkeypatch.setattr(documents, "fan_out", in_process)
+    monkeypatch.setattr(documents, "PIECE_ROWS", 2)
+    Halves.calls, said = 0, []
+    assert not documents.is_done(run, "f")
+    documents.compress_documents(config, run, "f", [("train", 0.5), ("test", 0.5), ("train", 0.5)], said.append)
+    assert documents.is_done(run, "f") and not documents.is_done(run, "g")
+    assert said[0].startswith("documents: rate 0.5 -> achieved 0.") and "of 6 documents of rows" in said[0]
+    whole, half, none = (run.read_rows("train", rate) for rate in (1.0, 0.5, 0.0))
+    assert [len(r.documents) for r in whole] == [len(r.documents) for r in half] == [0, 2, 0, 1, 0] and not any(r.documents for r in none)
+    assert whole[3].documents == (LONG,) and half[1].documents[0] == half[3].documents[0] and len(half[3].documents[0]) < 0.7 * len(LONG)
+    assert run.read_rows("train", 0.5, 3, 5) == half[3:5] and (run.documents / documents_file("test", 0.5)).exists()
+    calls = Halves.calls
+    for file in run.documents.iterdir():
+        file.unlink()
+    documents.compress_documents(config, run, "f", [("train", 0.5)], said.append)
+    assert Halves.calls == calls, "documents that were compressed before come from the cache"
+    assert run.read_rows("train", 0.5) == half
+
+
+def test_rows_without_documents_need_no_step(tmp_path):
+    config = task_of(tmp_path, [{"query": "q", "answer": "a"}])
+    run = RunDir(tmp_path / "run")
+    ingest(JsonlTask(config), config, run, "f", lambda line: None)
+    assert documents.is_done(run, "f") and run.read_rows("train", 0.5) == run.read_rows("train")
+
+
+def test_the_documents_rate_follows_the_templates_or_its_own():
+    own = RunConfig.model_validate({"name": "a", "compress": {"documents": {"rate": {0.5: 0.2}}}}).compress
+    assert [documents.rate_of_documents(own, r) for r in (1.0, 0.5, 0.0)] == [1.0, 0.2, 0.0]
+    assert documents.rate_of_documents(RunConfig(name="a").compress, 0.5) == 0.5
+
+
+def test_a_half_made_step_goes_on_with_its_pieces(prepared, monkeypatch):
+    config, run = prepared
+    asked = []
+    monkeypatch.setattr(documents, "PIECE_ROWS", 2)
+    monkeypatch.setattr(documents, "CompressDocuments", Keeping)
+
+    def broken(items, make, *args, **_):
+        asked.append(len(items))
+        work = make(*args)
+        done = [work(item) for item in items[:2]]
+        if len(asked) == 1:
+            raise KeyboardInterrupt
+        return done + [work(item) for item in items[2:]]
+
+    monkeypatch.setattr(documents, "fan_out", broken)
+    with pytest.raises(KeyboardInterrupt):
+        documents.compress_documents(config, run, "f", [("train", 0.5)], lambda line: None)
+    said = []
+    documents.compress_documents(config, run, "f", [("train", 0.5)], said.append)
+    assert asked == [3, 1] and said[0] == "documents: 2 of 3 pieces were already there" and run.read_rows("train", 0.5) == run.read_rows("train")
+    assert not list(run.root.glob(".documents-*"))
+
+
+class Keeping:
+    """Work of an actor that leaves documents as they are."""
+
+    def __init__(self, config):
+        self.run = RunDir(config.root)
+
+    def __call__(self, item):
+        import pyarrow as pa
+
+        from pi_ray.stored import write_piece
+
+        rows = self.run.rows_of(item["split"])[item["begin"] : item["end"]]
+        write_piece(item["path"], pa.table({"id": [r.id for r in rows], "documents": [list(r.documents) for r in rows]}, schema=documents.SCHEMA))
+        return {"documents": 1, "tokens": 1, "full_tokens": 1, "off": 0}

@@ -1,0 +1,171 @@
+"""The prompt drift guard without a model: what is recognised, what is taken away, and that nothing of a query is ever lost."""
+
+import pytest
+
+from pi_ray.config import PromptConfig
+from pi_ray.prompt import Example, text_of
+from pi_ray.serving.drift import MAX_EXAMPLES, MAX_TEMPLATE, Guard, flaw, normal, record
+
+TEMPLATE = """Translate the question of a user into one query of the alert language.
+Write the code of the service and nothing else, without any explanation of it.
+
+## Services
+red is k4, blue is z9, green is q1, black is b7, white is w2, and yellow is y5.
+
+## Time
+since 14:00 is written as t14 and the last hour is written as h1, both in lower case."""
+SHORT = """Translate question into query of alert language.
+Write code of service
+
+## Services
+red is k4, blue is z9, green is q1, black is b7, white is w2, yellow is y5.
+
+## Time
+since 14:00 is t14 last hour is h1,"""
+SHORTER = "red is k4, blue is z9"
+QUERY = "errors of red\n\nsince 14:00, please"
+SHOTS = (Example("errors of blue", "z9"), Example("errors of\n\nthe green one", "q1\nt14"))
+PLAIN = PromptConfig()
+WORDED = PromptConfig(query="Question: {query}\nQuery:", example="Question: {query}\nQuery: {answer}", examples_heading="")
+
+
+def guard(config=PLAIN, compressed=((0.6, SHORT), (0.2, SHORTER)), template=TEMPLATE, shots=SHOTS):
+    examples = [config.example.replace("{query}", s.query).replace("{answer}", s.answer) for s in shots]
+    return Guard(record(template, [{"rate": rate, "text": text} for rate, text in compressed], examples), config)
+
+
+@pytest.mark.parametrize("config", [PLAIN, WORDED], ids=["plain", "worded"])
+@pytest.mark.parametrize("template", [TEMPLATE, SHORT, SHORTER], ids=["full", "compressed", "compressed more"])
+@pytest.mark.parametrize("shots", [(), SHOTS[:1], SHOTS], ids=len)
+def test_the_prompt_of_training_leaves_the_bare_query(config, template, shots):
+    seen = guard(config).look("", text_of(config, QUERY, template, shots))
+    assert (seen.kind, seen.text) == ("stripped", QUERY)
+
+
+@pytest.mark.parametrize("config", [PLAIN, WORDED], ids=["plain", "worded"])
+def test_the_template_may_be_a_system_message_with_the_examples_on_either_side(config):
+    known = guard(config)
+    examples = text_of(config, QUERY, "", SHOTS).removesuffix(text_of(config, QUERY))
+    for system, query in ((TEMPLATE, QUERY), (f"{TEMPLATE}\n\n{examples}", QUERY), (TEMPLATE, text_of(config, QUERY, "", SHOTS))):
+        seen = known.look(system, query)
+        assert (seen.kind, seen.text) == ("stripped", QUERY)
+
+
+def test_white_space_does_not_count_and_a_query_may_follow_at_once():
+    wide = TEMPLATE.replace("\n", "\r\n \t ").replace(" is ", "  is\n")
+    assert guard().look("", f"\n{wide}\n{QUERY}\n").text == QUERY
+    assert guard().look(f" {wide} ", QUERY).kind == "stripped"
+    assert guard(template=TEMPLATE + "\nQ:").look("", f"{TEMPLATE}\nQ:{QUERY}").text == QUERY
+
+
+@pytest.mark.parametrize("query", [QUERY, "", "x", "red is", "what does 'red is k4, blue is z9' mean?", normal(TEMPLATE)[:100], "ä 🎨 \n\n", "word " * 10_000])
+def test_a_query_alone_stays_as_it_came(query):
+    assert (guard().look("", query).kind, guard().look("", query).text) == ("internalised", query)
+
+
+def test_a_word_that_only_begins_like_the_template_is_a_query():
+    seen = guard(template="Translate").look("", "Translates well?")
+    assert (seen.kind, seen.text) == ("internalised", "Translates well?")
+
+
+def test_another_system_message_is_unknown():
+    for system in ("Be nice.", "word " * 100, SHOTS[0].answer):
+        assert guard().look(system, QUERY).kind == "unknown"
+    assert guard(template="Answer with one code.").look("Answer with two codes.", QUERY).kind == "unknown"
+
+
+CHANGES = {
+    "a code": ("red is k4", "red is k5"),
+    "a line less": ("Write the code of the service and nothing else, without any explanation of it.\n", ""),
+    "a line more": ("## Time", "purple is p3 and orange is o8, which were forgotten.\n\n## Time"),
+    "an order": ("black is b7, white is w2", "white is w2, black is b7"),
+    "a greeting": ("Translate the", "Hello. Translate the"),
+    "an ending": ("in lower case.", "in lower case. Never say sorry."),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("as_system", [True, False])
+def test_a_changed_template_goes_to_the_base_model_compressed_with_everything_new_in_it(change, as_system):
+    old, new = CHANGES[change]
+    changed = TEMPLATE.replace(old, new)
+    assert changed != TEMPLATE
+    seen = guard().look(changed, QUERY) if as_system else guard().look("", f"{changed}\n\n{QUERY}")
+    if change == "an ending" and not as_system:  # told apart from a query by nothing: it is kept, as a part of that
+        assert (seen.kind, seen.text) == ("stripped", f"Never say sorry.\n\n{QUERY}")
+        return
+    assert seen.kind == "drifted"
+    assert seen.text.endswith(QUERY)
+    assert len(seen.text.split()) < len(f"{changed}\n\n{QUERY}".split())
+    assert all(word in seen.text for word in set(new.split()) - set(TEMPLATE.split()))
+
+
+def test_an_unchanged_part_is_compressed_exactly_as_the_compressor_did_it():
+    assert guard().compressed(TEMPLATE).split() == SHORT.split()
+    assert guard().compressed(f"Hello.\n{TEMPLATE}\nBye.").split() == ["Hello.", *SHORT.split(), "Bye."]
+    first, second = TEMPLATE.split("\n\n## Services")
+    assert guard().compressed(f"## Services{second}\n\n{first}").split() == ["##", "Services", *SHORT.split("## Services")[1].split(), *SHORT.split("\n\n## Services")[0].split()]
+
+
+@pytest.mark.parametrize("compressed", [(), ((0.5, "A rewritten template, made by a chat model."),)])
+def test_where_no_compressed_form_only_drops_words_the_prompt_stays_as_it_came(compressed):
+    changed = TEMPLATE.replace("red is k4", "red is k5")
+    assert guard(compressed=compressed).look(changed, QUERY).text == f"{changed}\n\n{QUERY}"
+
+
+def test_a_form_that_rewrites_is_passed_over_for_one_that_drops_words():
+    assert guard(compressed=((0.8, "Rewritten."), (0.6, SHORT))).compressed(TEMPLATE).split() == SHORT.split()
+
+
+def test_examples_that_did_not_stand_in_training_send_the_whole_prompt_to_the_base_model():
+    """The border between them and the query is not certain, and a query must not lose a part."""
+    others = (Example("errors of black", "b7"),)
+    for shots in (others, (*SHOTS, *others), (*others, *SHOTS)):
+        prompt = text_of(PLAIN, QUERY, TEMPLATE, shots)
+        seen = guard().look("", prompt)
+        assert seen.kind == "drifted"
+        assert "errors of black" in seen.text and seen.text.endswith(QUERY)
+
+
+def test_a_query_of_several_paragraphs_is_kept_whole_behind_examples():
+    query = "errors of red\n\nand of blue\n\nas of now"
+    assert guard().look("", text_of(PLAIN, query, TEMPLATE, SHOTS)).text == query
+
+
+def test_a_template_without_a_query_leaves_nothing():
+    assert (guard().look("", TEMPLATE).kind, guard().look("", TEMPLATE).text) == ("stripped", "")
+    assert guard().look(TEMPLATE, " ").text == ""
+
+
+def test_an_adapter_without_a_template_has_nothing_to_recognise():
+    bare = guard(template="", compressed=(), shots=())
+    assert (bare.look("", QUERY).kind, bare.look("system", QUERY).kind) == ("internalised", "unknown")
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({}, ""),
+    ({"template": TEMPLATE + "!"}, "sha256"),
+    ({"template": None}, "at most"),
+    ({"template": "x" * (MAX_TEMPLATE + 1)}, "at most"),
+    ({"sha256": 3}, "sha256"),
+    ({"compressed": {}}, "compressed"),
+    ({"compressed": [{"rate": 0.5}]}, "compressed"),
+    ({"compressed": [{"rate": float("nan"), "text": ""}]}, "compressed"),
+    ({"compressed": [{"rate": 0.5, "text": "x"}] * 101}, "compressed"),
+    ({"examples": ["../x"]}, "examples"),
+    ({"examples": ["0" * 16] * (MAX_EXAMPLES + 1)}, "examples"),
+    ({"examples": [1]}, "examples"),
+])  # fmt: skip
+def test_a_prompt_file_is_checked_before_it_is_used(change, message):
+    data = {**record(TEMPLATE, [{"rate": 0.5, "text": SHORT}], ["a"]), **change}
+    assert message in flaw(data) if message else flaw(data) == ""
+
+
+def test_hostile_texts_take_little_time():
+    """Linear in the text: each of these is a megabyte, and quadratic work would not come back."""
+    hostile = guard(PromptConfig(example="{query}{answer}" * 40), ((0.5, "a b " * 100_000),), "b a " * 200_000)
+    for text in ("b a " * 150_000 + "c", "b a " * 200_000 + "\n\nred\n\n" + "k" * 100_000 + "\n\nx"):
+        assert hostile.look("", text).kind in ("drifted", "stripped")
+    known = guard()
+    for text in ("x" * 1_000_000, "\n " * 500_000, TEMPLATE * 1_500, f"{TEMPLATE}\n\nExamples:\n\n" + "a\nb\n\n" * 150_000, "red is k4, " * 90_000):
+        assert known.look("", text).kind in ("internalised", "stripped", "drifted")

@@ -1,0 +1,90 @@
+"""What updates are fed with is there before it is asked for, over phase borders too."""
+
+import threading
+
+import pytest
+import torch
+
+from pi_ray.rundir import RunDir
+from pi_ray.schedule import plan_phases
+from pi_ray.train import feed
+from pi_ray.train.batches import PhaseRows, packed
+from pi_ray.train.updates import all_updates, batch_rows
+from tests.prepared import prepare_by_hand, tiny_config
+
+
+@pytest.fixture
+def prepared(tiny_model, tmp_path):
+    """Three phases of twelve rows, three updates of four rows each."""
+    config = tiny_config(tiny_model, tmp_path)
+    prepare_by_hand(config)
+    return config, all_updates([12] * 3, plan_phases(config.schedule), config.train)
+
+
+@pytest.fixture
+def opened(monkeypatch):
+    """(folder, whether the main thread waited for it) of each dataset that was opened; `ready` is set when it is phase 1's."""
+    seen, ready = [], threading.Event()
+
+    class Noted(PhaseRows):
+        def __init__(self, folder):
+            super().__init__(folder)
+            seen.append((folder.name, threading.current_thread() is threading.main_thread()))
+            if folder.name == "1":
+                ready.set()
+
+    monkeypatch.setattr(feed, "PhaseRows", Noted)
+    seen_and_ready = (seen, ready)
+    return seen_and_ready
+
+
+def test_the_next_phases_rows_are_read_while_the_present_phase_trains(prepared, opened):
+    config, updates = prepared
+    seen, ready = opened
+    source = feed.Feed(config, "f", updates, packed)
+    source[updates[0]]
+    assert ready.wait(10), "phase 1 is opened though no update of it was asked for"
+    for update in updates:
+        source[update]
+    assert seen == [("0", False), ("1", False), ("2", False)]
+    source.close()
+
+
+def test_the_first_batch_of_the_next_phase_is_made_before_the_border(prepared, monkeypatch):
+    config, updates = prepared
+    made, first = [], threading.Event()
+    make = feed.Feed._make
+
+    def noted(self, step):
+        made.append(step)
+        if step == 3:
+            first.set()
+        return make(self, step)
+
+    monkeypatch.setattr(feed.Feed, "_make", noted)
+    source = feed.Feed(config, "f", updates, packed)
+    source[updates[2]]
+    assert first.wait(10) and updates[3].phase == 1 and 4 not in made
+    source.close()
+
+
+def test_each_worker_has_its_rows_in_micro_batches_and_all_count_the_same_answers(prepared):
+    config, updates = prepared
+    config = config.replace(**{"train.workers": 2, "train.micro_batch": 1})
+    data = PhaseRows(RunDir(config.root).phase(1))
+    rows = batch_rows(updates[4], len(data), config.train)
+    for rank in range(2):
+        ready = feed.Feed(config, "f", updates, packed, rank, 2)[updates[4]]
+        assert ready.answer_tokens == sum(len(label) for _, label in data.take(rows))
+        for (batch, targets), number in zip(ready.parts, rows[rank::2], strict=True):
+            assert targets is None and torch.equal(batch.inputs["input_ids"], packed(data.prefix, data.take([number])).inputs["input_ids"])
+
+
+def test_rows_that_a_teacher_is_to_answer_first_are_not_read_before_it_has(prepared, opened):
+    config, updates = prepared
+    config = config.replace(**{"train.objective": "distill"})
+    source = feed.Feed(config, "f", updates, packed)
+    for update in updates[:3]:
+        source[update]
+    assert [name for name, _ in opened[0]] == ["0"] and not source.taught
+    source.close()

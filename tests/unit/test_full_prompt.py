@@ -1,0 +1,82 @@
+"""`pi_ray: {full_prompt: true}`: what the page compares an adapter with, the base model's answer to the adapter's whole prompt."""
+
+import asyncio
+
+import httpx
+import pytest
+
+from pi_ray.config import ModelConfig, PromptConfig, RunConfig, ServeConfig
+from pi_ray.models import load_tokenizer
+from pi_ray.prompt import PromptEncoder
+from pi_ray.protocols import Token
+from pi_ray.serving.api import create_api
+from pi_ray.serving.completion import Completer
+from pi_ray.serving.drift import record
+from tests.lora import put_in_store, rewrite
+
+TEMPLATE = "You answer with one code.\n\n## Codes\n\nred: k4"
+QUERY = "what is red?"
+
+
+class Seen:
+    def __init__(self, tokenizer):
+        self.end, self.requests = tokenizer.eos_token_id, []
+
+    async def generate(self, request):
+        self.requests.append(request)
+        yield Token(self.end)
+
+
+class Local:
+    def __init__(self, completer):
+        self.complete = completer.complete
+        self.store = completer.store
+
+    async def models(self):
+        return ["base", *self.store.names()]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_model):
+    return load_tokenizer(ModelConfig(base=str(tiny_model)))
+
+
+@pytest.fixture
+def ask(tiny_model, tokenizer, tmp_path):
+    folder = put_in_store(tmp_path, "colours", tiny_model)
+    rewrite(folder, "prompt.json", record(TEMPLATE, [], []))
+    put_in_store(tmp_path, "bare", tiny_model)
+    config = RunConfig(name="t", store=str(tmp_path), model=ModelConfig(base=str(tiny_model)), prompt=PromptConfig(chat="none"))
+    engine = Seen(tokenizer)
+    api = create_api(Local(Completer(config, engine, tokenizer, 512)), ServeConfig())
+
+    def send(model="colours", **rest):
+        async def post():
+            async with httpx.AsyncClient(transport=httpx.ASGITransport(app=api), base_url="http://test") as http:
+                return await http.post("/v1/chat/completions", json={"model": model, "messages": [{"role": "user", "content": QUERY}], **rest})
+
+        return asyncio.run(post()), engine.requests
+
+    return send
+
+
+def test_the_base_model_reads_the_whole_template_in_the_adapters_own_format(ask, tokenizer):
+    reply, requests = ask(pi_ray={"full_prompt": True})
+    encoder = PromptEncoder(tokenizer, PromptConfig(chat="chatml", query="Q: {query}"))
+    assert requests[-1].prompt_ids == encoder.encode(QUERY, TEMPLATE).ids
+    assert requests[-1].adapter == ""
+    assert reply.json()["usage"]["prompt_tokens_saved"] == 0 and "@" not in reply.json()["system_fingerprint"]
+    _, requests = ask()
+    assert requests[-1].adapter.endswith("colours/v0001") and requests[-1].prompt_ids == encoder.encode(QUERY).ids
+    assert requests[-1].max_new_tokens == requests[-2].max_new_tokens
+
+
+@pytest.mark.parametrize("model", ["bare", "base"])
+def test_an_adapter_without_its_prompt_is_told_so(ask, tiny_model, model):
+    reply, _ = ask(tiny_model.name if model == "base" else model, pi_ray={"full_prompt": True})
+    assert reply.status_code == 400 and "publish it again" in reply.json()["error"]["message"]
+
+
+def test_an_unknown_extra_is_refused(ask):
+    assert ask(pi_ray={"full_promt": True})[0].status_code == 400
+    assert ask(pi_ray={})[0].status_code == 200

@@ -1,0 +1,124 @@
+"""Bearer keys: what a keys file may hold, whose a key is, and that keys can be taken back while serving."""
+
+import hashlib
+import hmac
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from pi_ray import cli, runfile
+from pi_ray.config import RunConfig, ServeConfig
+from pi_ray.errors import ConfigError
+from pi_ray.serving import keys as module
+from pi_ray.serving.keys import Keys, key_digest, line, new_key
+
+ALL, SOME = "pr-for-everything", "pr-for-colours"
+
+
+def write(tmp_path, content):
+    file = tmp_path / "keys.yaml"
+    file.write_text(content if isinstance(content, str) else json.dumps(content))
+    return str(file)
+
+
+@pytest.fixture
+def file(tmp_path):
+    return write(tmp_path, line(ALL, "ops", []) + "\n" + line(SOME, "team-a", ["colours"]) + "\n")
+
+
+def find(keys, key, scheme="Bearer"):
+    return keys.find(f"{scheme} {key}".encode())
+
+
+def test_a_key_is_known_with_its_owner_and_its_models(file):
+    keys = Keys(key_digest("from-the-environment"), file)
+    assert (find(keys, ALL).name, find(keys, SOME).name) == ("ops", "team-a")
+    assert find(keys, ALL).allows("anything") and find(keys, "from-the-environment").allows("anything")
+    assert find(keys, SOME).allows("colours") and not find(keys, SOME).allows("shapes")
+    assert find(keys, SOME, "bearer") and not find(keys, SOME, "Basic")
+    for wrong in ("", "x", SOME + "x", key_digest(SOME)):
+        assert find(keys, wrong) is None
+
+
+def test_json_is_read_as_well_as_yaml_and_all_means_all(tmp_path):
+    keys = Keys("", write(tmp_path, {key_digest(ALL): {"name": "ops", "adapters": "all"}, key_digest(SOME): {"name": "none", "adapters": []}}))
+    assert find(keys, ALL).allows("x")
+    assert not find(keys, SOME).allows("x")
+
+
+def test_every_key_is_compared_whichever_is_given(file, monkeypatch):
+    """The time says neither which key it was nor how much of it was right."""
+    compared = []
+    monkeypatch.setattr(module.hmac, "compare_digest", lambda a, b, real=hmac.compare_digest: compared.append((a, b)) or real(a, b))
+    keys = Keys(key_digest("one"), file)
+    for given in (ALL, SOME, "one", "wrong"):
+        compared.clear()
+        find(keys, given)
+        assert len(compared) == 3
+        assert all(a == hashlib.sha256(given.encode()).hexdigest() for a, _ in compared)
+
+
+def test_without_any_key_none_is_needed_but_an_empty_file_lets_nobody_in(tmp_path):
+    assert not Keys()
+    empty = Keys("", write(tmp_path, "{}"))
+    assert empty and find(empty, ALL) is None
+
+
+def test_a_key_can_be_added_and_taken_back_while_serving(file, tmp_path, caplog):
+    keys = Keys("", file)
+    write(tmp_path, line("new-key", "team-b", []))
+    assert find(keys, ALL) is None and find(keys, "new-key").name == "team-b"
+    write(tmp_path, "not: [valid")
+    assert find(keys, "new-key").name == "team-b"
+    assert "stay as they were" in caplog.text
+    os.unlink(file)
+    assert find(keys, "new-key").name == "team-b"
+
+
+def test_a_keys_file_lets_the_server_off_loopback_and_its_mistakes_are_said_at_the_start(file, tmp_path, monkeypatch):
+    from pi_ray.serving.app import bearer_key
+
+    monkeypatch.delenv("PI_RAY_API_KEY", raising=False)
+
+    def config(keys_file):
+        return RunConfig(name="t", serve=ServeConfig(host="0.0.0.0", keys_file=keys_file))
+
+    assert bearer_key(config(file)) == ""
+    for wrong in ("", str(tmp_path / "none.yaml")):
+        with pytest.raises(ConfigError, match="keys_file"):
+            bearer_key(config(wrong))
+    assert runfile.parse("name: t\nserve: {keys_file: keys.yaml}", "t.yaml").serve.keys_file == str(Path.cwd() / "keys.yaml")
+
+
+@pytest.mark.parametrize(("content", "message"), [
+    ("- a", "expected lines"),
+    ("a: [", "not valid YAML"),
+    (SOME + ": {name: a}", "never as itself"),
+    (key_digest(SOME).upper() + ": {name: a}", "64 lower-case"),
+    ({key_digest(SOME): "team"}, "entry 1: expected {name"),
+    ({key_digest(SOME): {"adapters": ["x"]}}, "entry 1: expected {name"),
+    ({key_digest(SOME): {"name": "a", "adapter": ["x"]}}, "entry 1: expected {name"),
+    ({key_digest(SOME): {"name": "a", "adapters": "colours"}}, "a list of names"),
+    ({key_digest(SOME): {"name": "a", "adapters": [1]}}, "a list of names"),
+])  # fmt: skip
+def test_a_wrong_file_is_named_and_a_key_in_it_is_not_repeated(tmp_path, content, message):
+    with pytest.raises(ConfigError) as error:
+        Keys("", write(tmp_path, content))
+    assert message in str(error.value) and "keys.yaml" in str(error.value)
+    assert SOME not in str(error.value)
+
+
+def test_a_missing_file_says_how_to_begin(tmp_path):
+    with pytest.raises(ConfigError, match="pi-ray key"):
+        Keys("", str(tmp_path / "none.yaml"))
+
+
+def test_the_verb_prints_a_new_key_once_and_a_line_that_works(tmp_path, capsys):
+    assert cli.main(["key", "team a: 'x'", "--adapters", "colours", "shapes"]) == 0
+    _, key, _, made = capsys.readouterr().out.strip().split("\n")
+    assert key.strip() not in made
+    found = find(Keys("", write(tmp_path, made.strip())), key.strip())
+    assert (found.name, found.models) == ("team a: 'x'", {"colours", "shapes"})
+    assert len({new_key() for _ in range(100)}) == 100

@@ -1,0 +1,263 @@
+"""A run directory on object storage: what a reader sees while it is written, when the connection is lost, and when it is damaged."""
+
+import json
+from pathlib import Path
+
+import pytest
+from pyarrow.fs import LocalFileSystem, SubTreeFileSystem
+
+from pi_ray.artifact import digest_file, read_manifest, staged, verify, write_atomic
+from pi_ray.errors import CorruptArtifactError, StorageError
+from pi_ray.fanout import _once
+from pi_ray.mirror import Mirror, of, refresh
+from pi_ray.objects import Objects
+
+
+class Bucket:
+    """A file system that counts its operations and loses the connection at one of them, half of a file written."""
+
+    def __init__(self, files, fails_at=None):
+        self.files, self.fails_at, self.done = files, fails_at, 0
+
+    def _step(self):
+        self.done += 1
+        if self.fails_at is not None and self.done >= self.fails_at:
+            raise ConnectionResetError("connection lost")
+
+    def __getattr__(self, name):
+        method = getattr(self.files, name)
+
+        def call(*args, **options):
+            self._step()
+            found = method(*args, **options)
+            return Stream(self, found) if name == "open_output_stream" else found
+
+        return call
+
+
+class Stream:
+    def __init__(self, bucket, stream):
+        self.bucket, self.stream = bucket, stream
+
+    def write(self, data):
+        self.stream.write(data[: len(data) // 2])
+        self.bucket._step()
+        self.stream.write(data[len(data) // 2 :])
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *failed):
+        self.stream.close()  # as pyarrow does it: what was written stays, also after an error
+
+
+@pytest.fixture
+def bucket(tmp_path):
+    (tmp_path / "bucket").mkdir()
+    return SubTreeFileSystem(str(tmp_path / "bucket"), LocalFileSystem())
+
+
+def mirror(folder: Path, files) -> Mirror:
+    return Mirror(folder, Objects("s3://bucket/run", files, "run"))
+
+
+def write(folder: Path, text: str, *names: str) -> None:
+    with staged(folder, fingerprint=text) as tmp:
+        for name in names:
+            (tmp / name).parent.mkdir(exist_ok=True)
+            (tmp / name).write_text(text + name)
+
+
+def seen(bucket, folder: Path) -> dict:
+    """What a node that has nothing yet gets: relative path -> text."""
+    mirror(folder, bucket).pull()
+    return {p.relative_to(folder).as_posix(): p.read_text() for p in sorted(folder.rglob("*")) if p.is_file() and p.name not in ("manifest.json", ".mirror.json")}
+
+
+def test_artefacts_and_files_are_under_their_own_names_with_the_same_hashes(bucket, tmp_path):
+    here = tmp_path / "here"
+    with mirror(here, bucket).attached():
+        write(here / "adapters" / "phase-0", "a", "weights", "more/config")
+        write_atomic(here / "run.yaml", "name: demo")
+    assert (tmp_path / "bucket" / "run" / "adapters" / "phase-0" / "weights").read_text() == "aweights"
+    assert seen(bucket, tmp_path / "there") == {"adapters/phase-0/more/config": "amore/config", "adapters/phase-0/weights": "aweights", "run.yaml": "name: demo"}
+    assert verify(tmp_path / "there" / "adapters" / "phase-0") == verify(here / "adapters" / "phase-0")
+
+
+@pytest.mark.fault
+def test_wherever_the_connection_is_lost_a_reader_has_the_old_or_the_new_or_nothing(bucket, tmp_path):
+    """Every single operation of a replacement fails once, in turn."""
+    here = tmp_path / "here"
+    write(here / "phases" / "0", "old", "a", "b", "gone")
+    write_atomic(here / "neighbours", "old")
+    sender = mirror(here, bucket)
+    sender.push(here / "phases" / "0")
+    sender.push(here / "neighbours")
+    outcomes, fails_at = [], 0
+    while True:
+        fails_at += 1
+        write(here / "phases" / "0", "old", "a", "b", "gone")
+        write_atomic(here / "neighbours", "old")
+        for path in (here / "phases" / "0", here / "neighbours"):
+            mirror(here, bucket).push(path)
+        write(here / "phases" / "0", "new", "a", "b")
+        write_atomic(here / "neighbours", "new")
+        broken = Bucket(bucket, fails_at)
+        try:
+            for path in (here / "phases" / "0", here / "neighbours"):
+                mirror(here, broken).push(path)
+        except StorageError as error:
+            assert "connection lost" in str(error)
+            reader = seen(bucket, tmp_path / f"reader-{fails_at}")
+            folder = {name: text[:3] for name, text in reader.items() if name.startswith("phases")}
+            assert folder in ({}, dict.fromkeys(("phases/0/a", "phases/0/b", "phases/0/gone"), "old"), dict.fromkeys(("phases/0/a", "phases/0/b"), "new"))
+            assert reader.get("neighbours") in (None, "old", "new")
+            outcomes.append((tuple(folder.values()), reader.get("neighbours")))
+            for path in (here / "phases" / "0", here / "neighbours"):
+                mirror(here, bucket).push(path)  # the same command again
+            assert set(seen(bucket, tmp_path / f"again-{fails_at}").values()) == {"newa", "newb", "new"}
+        else:
+            break
+    assert len(set(outcomes)) >= 4, "the failures met different states"
+
+
+@pytest.mark.fault
+def test_a_connection_lost_while_fetching_leaves_what_was_here(bucket, tmp_path):
+    here, there = tmp_path / "here", tmp_path / "there"
+    write(here / "rows", "old", "train", "test")
+    mirror(here, bucket).push(here / "rows")
+    mirror(there, bucket).pull()
+    write(here / "rows", "new", "train", "test")
+    mirror(here, bucket).push(here / "rows")
+    fails_at = 0
+    while (there / "rows" / "train").read_text() != "newtrain":
+        fails_at += 1
+        try:
+            mirror(there, Bucket(bucket, fails_at)).pull()
+        except StorageError:
+            assert verify(there / "rows")["fingerprint"] in ("old", "new")
+            assert not [p for p in there.iterdir() if p.name.endswith((".tmp", ".old"))]
+    assert fails_at > 3
+
+
+@pytest.mark.fault
+def test_a_damaged_artefact_is_named_and_never_used(bucket, tmp_path):
+    write(tmp_path / "here" / "rows", "a", "train")
+    mirror(tmp_path / "here", bucket).push(tmp_path / "here" / "rows")
+    (tmp_path / "bucket" / "run" / "rows" / "train").write_text("other")
+    with pytest.raises(CorruptArtifactError, match=r"s3://bucket/run/rows is damaged .*train.*sha256"):
+        mirror(tmp_path / "there", bucket).pull()
+    assert not (tmp_path / "there" / "rows").exists()
+
+
+def test_a_manifest_that_names_files_elsewhere_writes_nothing_there(bucket, tmp_path):
+    write(tmp_path / "here" / "rows", "a", "train")
+    mirror(tmp_path / "here", bucket).push(tmp_path / "here" / "rows")
+    path = tmp_path / "bucket" / "run" / "rows" / "manifest.json"
+    body = json.loads(path.read_text())
+    body["files"]["../../escaped"] = body["files"]["train"]
+    path.write_text(json.dumps(body))
+    with pytest.raises(CorruptArtifactError):
+        mirror(tmp_path / "there", bucket).pull()
+    assert not (tmp_path / "escaped").exists() and not (tmp_path / "there" / "escaped").exists()
+
+
+def test_a_second_pull_and_push_move_nothing(bucket, tmp_path):
+    here = tmp_path / "here"
+    write(here / "rows", "a", "train")
+    write_atomic(here / "run.yaml", "x")
+    sender = mirror(here, bucket)
+    sender.save()
+    sender.push(here / "rows")
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "bucket").rglob("*") if p.is_file()}
+    with mirror(here, bucket).attached():
+        write_atomic(here / "run.yaml", "x")
+    assert before == {p: p.stat().st_mtime_ns for p in (tmp_path / "bucket").rglob("*") if p.is_file()}
+
+
+def test_the_link_to_the_best_adapter_and_the_log_travel(bucket, tmp_path):
+    here, there = tmp_path / "here", tmp_path / "there"
+    with mirror(here, bucket).attached():
+        write(here / "adapters" / "phase-1", "a", "weights")
+        (here / "adapters" / "best").symlink_to("phase-1")
+        (here / "train.jsonl").write_text("{}\n")
+    mirror(there, bucket).pull()
+    assert (there / "adapters" / "best" / "weights").read_text() == "aweights" and (there / "train.jsonl").read_text() == "{}\n"
+
+
+def test_what_was_removed_here_is_removed_there_and_nothing_that_others_added(bucket, tmp_path):
+    here = tmp_path / "here"
+    with mirror(here, bucket).attached():
+        for step in (1, 2, 3):
+            write(here / "checkpoints" / f"step-{step}", "a", "state")
+            if step == 2:
+                (here / "checkpoints" / "step-1").rename(here / "x")
+                write(tmp_path / "other" / "adapters" / "phase-0", "b", "weights")
+                mirror(tmp_path / "other", bucket).push(tmp_path / "other" / "adapters" / "phase-0")
+    assert not (tmp_path / "bucket" / "run" / "checkpoints" / "step-1" / "manifest.json").exists()
+    assert read_manifest(tmp_path / "bucket" / "run" / "checkpoints" / "step-3")["fingerprint"] == "a"
+    assert (tmp_path / "bucket" / "run" / "adapters" / "phase-0" / "manifest.json").exists()
+
+
+def test_what_is_being_written_and_what_is_elsewhere_is_not_sent(bucket, tmp_path):
+    here = tmp_path / "here"
+    with mirror(here, bucket).attached():
+        write_atomic(tmp_path / "elsewhere", "x")
+        write_atomic(here / "ray" / "scratch", "x")
+    assert not [p for p in (tmp_path / "bucket").rglob("*") if p.is_file()]
+
+
+class Count:
+    """Work of a worker: counts the rows that the driver prepared, into a file of its own."""
+
+    def __init__(self, root: Path):
+        self.root = root
+
+    def __call__(self, item: dict) -> int:
+        write_atomic(self.root / "part", (self.root / "rows" / "train").read_text() + item["name"])
+        return item["n"] + 1
+
+
+def test_work_on_a_node_without_the_run_directory_finds_it_and_what_it_writes_arrives(bucket, tmp_path, monkeypatch):
+    driver, node = tmp_path / "driver", tmp_path / "node"
+    monkeypatch.setattr("pi_ray.artifact.written", [])
+    monkeypatch.setattr("pi_ray.mirror._joined", {})
+    with mirror(driver, bucket).attached():
+        write(driver / "rows", "a", "train")
+        assert of(tmp_path / "elsewhere") is None and of(driver / "baselines" / "plain") is of(driver)
+        item = json.dumps({"name": "!", "n": 1})
+        answer = _once({"place": [0], "item": [item]}, make=Count, args=(node,), mirror=mirror(node, bucket))
+        assert json.loads(answer["answer"][0]) == {"value": 2}
+        write_atomic(driver / "later", "l")
+        refresh(node)
+        assert (node / "later").read_text() == "l"
+        of(driver).pull()
+        assert (driver / "part").read_text() == "atrain!"
+
+
+def test_storage_that_is_not_to_be_had_is_one_sentence(tmp_path):
+    with pytest.raises(StorageError, match="take a folder, s3://"):
+        Objects("ftp://host/folder")
+    assert digest_file(write_atomic(tmp_path / "x", "x")) == digest_file(tmp_path / "x")
+
+
+def test_what_was_written_here_and_could_not_be_sent_is_kept_and_sent_later(bucket, tmp_path):
+    here = tmp_path / "here"
+    with mirror(here, bucket).attached():
+        write(here / "rows", "old", "train")
+        write_atomic(here / "run.yaml", "old")
+    write(here / "rows", "new", "train")
+    write_atomic(here / "run.yaml", "new")
+    mirror(here, bucket).pull()
+    assert (here / "rows" / "train").read_text() == "newtrain" and (here / "run.yaml").read_text() == "new"
+    mirror(here, bucket).save()
+    assert seen(bucket, tmp_path / "there")["rows/train"] == "newtrain"
+
+
+def test_what_another_node_replaced_is_replaced_here(bucket, tmp_path):
+    for node, text in (("a", "old"), ("b", "new")):
+        with mirror(tmp_path / node, bucket).attached():
+            write(tmp_path / node / "rows", text, "train")
+            write_atomic(tmp_path / node / "run.yaml", text)
+    mirror(tmp_path / "a", bucket).pull()
+    assert (tmp_path / "a" / "rows" / "train").read_text() == "newtrain" and (tmp_path / "a" / "run.yaml").read_text() == "new"

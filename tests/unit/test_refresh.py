@@ -1,0 +1,100 @@
+"""A refresh trains again from the published adapter, in a run directory of its own."""
+
+import json
+from datetime import datetime
+
+import pytest
+import torch
+
+from pi_ray import refresh
+from pi_ray.config import RunConfig, dump
+from pi_ray.errors import AdapterError, TrainingError
+from pi_ray.rundir import RunDir, plain_config, train_fingerprint
+from pi_ray.train import lora
+from pi_ray.train.loop import fingerprint_of
+from pi_ray.train.worker import _Worker, train_worker
+from tests.prepared import prepare_by_hand, tiny_config
+
+MONDAY = datetime(2026, 3, 2)
+
+
+@pytest.fixture
+def config(tmp_path):
+    return RunConfig(name="shop", run_dir=str(tmp_path / "runs" / "shop"), store=str(tmp_path / "store"))
+
+
+def publish(config, *versions):
+    for version in versions:
+        (RunDir(config.store).root / config.name / version).mkdir(parents=True)
+
+
+def test_it_starts_from_the_newest_version_in_a_directory_of_the_day(config):
+    publish(config, "v0009", "v0010", "v0002")
+    again = refresh.config_of(config, MONDAY)
+    assert again.run_dir == f"{config.run_dir}-2026-03-02" and again.train.start == f"{config.store}/shop/v0010"
+    assert plain_config(again).train.start == "", "the baseline knows nothing of earlier runs"
+
+
+def test_one_that_was_cut_short_goes_on_with_what_it_began_from(config):
+    publish(config, "v0001")
+    begun = refresh.config_of(config, MONDAY)
+    begun.root.mkdir(parents=True)
+    (begun.root / "run.yaml").write_text(dump(begun))
+    publish(config, "v0002")
+    later = refresh.config_of(config, datetime(2026, 3, 9))
+    assert (later.run_dir, later.train.start) == (begun.run_dir, f"{config.store}/shop/v0001")
+    RunDir(begun.root).report.write_text("done")
+    assert refresh.config_of(config, datetime(2026, 3, 9)).run_dir.endswith("shop-2026-03-09")
+
+
+def test_before_anything_is_published_it_says_what_to_do(config):
+    with pytest.raises(AdapterError, match="'pi-ray run' makes and publishes the first"):
+        refresh.config_of(config, MONDAY)
+
+
+def test_where_it_starts_from_is_part_of_what_is_learned(config):
+    assert "\n  start:" not in dump(config), "older runs keep their fingerprints"
+    assert train_fingerprint(config, "p") != train_fingerprint(config.replace(**{"train.start": "/store/shop/v0001"}), "p")
+
+
+def settings(config):
+    return {"config": config.model_dump(mode="json"), "fingerprint": fingerprint_of(config), "device": "cpu"}
+
+
+@pytest.fixture(scope="module")
+def first(tiny_model, tmp_path_factory):
+    config = tiny_config(tiny_model, tmp_path_factory.mktemp("first"), **{"schedule.epochs": 3})
+    prepare_by_hand(config)
+    train_worker(settings(config))
+    return config
+
+
+def again(first, tmp_path, **changes):
+    config = first.replace(run_dir=str(tmp_path / "again"), **{"train.start": str(RunDir(first.root).adapter(2)), **changes})
+    prepare_by_hand(config)
+    return config
+
+
+def test_training_begins_with_the_adapters_weights_and_an_optimiser_that_knows_nothing(first, tmp_path):
+    worker = _Worker(RunConfig.model_validate(settings(again(first, tmp_path))["config"]), "f", "cpu", None)
+    assert worker._resume() == 0
+    saved = lora.weights_of(RunDir(first.root).adapter(2), worker.backend.model, first.model.base)
+    state = worker.backend.state()
+    assert saved and all(torch.equal(state[name], value) for name, value in saved.items())
+    assert not any(value.any() for name, value in state.items() if "/" in name)
+
+
+def test_its_first_loss_is_lower_than_a_fresh_adapters(first, tmp_path):
+    config = again(first, tmp_path, **{"schedule.epochs": 1})
+    train_worker(settings(config))
+    fresh, warm = ([json.loads(line) for line in RunDir(c.root).train_log.read_text().splitlines() if "loss" in line] for c in (first, config))
+    assert warm[0]["loss"] < fresh[0]["loss"]
+
+
+def test_an_adapter_of_another_base_or_shape_is_refused(first, tmp_path):
+    adapter = RunDir(first.root).adapter(2)
+    with pytest.raises(TrainingError, match=r"does not fit train\.lora"):
+        train_worker(settings(again(first, tmp_path, **{"train.lora.rank": first.train.lora.rank * 2})))
+    worker = _Worker(RunConfig.model_validate(settings(again(first, tmp_path / "b"))["config"]), "f", "cpu", None)
+    with pytest.raises(TrainingError, match=r"and model\.base is /another/model"):
+        lora.weights_of(adapter, worker.backend.model, "/another/model")

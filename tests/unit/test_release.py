@@ -1,0 +1,167 @@
+"""Release: which version answers, for whom, and the way back."""
+
+import json
+import threading
+
+import pytest
+
+from pi_ray import cli
+from pi_ray.config import ModelConfig
+from pi_ray.errors import AdapterError, ConfigError
+from pi_ray.release import release
+from pi_ray.serving.adapters import AdapterStore, UnknownAdapterError
+from pi_ray.serving.aliases import Alias
+from tests.lora import put_in_store
+
+TICKETS = [f"chatcmpl-{i}" for i in range(2000)]
+
+
+@pytest.fixture(scope="module")
+def published(tiny_model, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("store")
+    for seed in (1, 2, 3):
+        put_in_store(folder, "colours", tiny_model, seed, version=f"v000{seed}")
+    return folder
+
+
+@pytest.fixture
+def store(published, tiny_model):
+    (published / "colours" / "aliases.json").unlink(missing_ok=True)
+    return AdapterStore(published, ModelConfig(base=str(tiny_model)))
+
+
+def version(store, spec="colours", ticket=""):
+    return store.resolve(spec, ticket)[1]
+
+
+def shares(store, spec="colours"):
+    found = [version(store, spec, t) for t in TICKETS]
+    return {v: found.count(v) / len(found) for v in set(found)}
+
+
+def test_without_a_release_the_newest_version_answers(store):
+    assert release(store, "colours") == {}
+    assert version(store) == version(store, "colours@latest") == "v0003"
+    with pytest.raises(UnknownAdapterError, match="alias 'prod'"):
+        version(store, "colours@prod")
+
+
+def test_a_released_version_answers_until_another_one_is_released(store, published):
+    release(store, "colours", "v0001")
+    other = AdapterStore(published)  # as a replica has it, already running
+    assert version(other) == version(other, "colours@prod") == "v0001"
+    assert version(other, "colours@latest") == "v0003"
+    release(store, "colours", "v0002")
+    assert version(other) == "v0002"
+    assert other.open("colours").version == "v0002"
+
+
+def test_a_trial_gets_its_share_and_a_ticket_always_meets_the_same_version(store):
+    release(store, "colours", "v0001")
+    release(store, "colours", "v0002", canary=10)
+    assert shares(store)["v0002"] == pytest.approx(0.1, abs=0.03)
+    few = {t for t in TICKETS if version(store, ticket=t) == "v0002"}
+    release(store, "colours", canary=50)
+    assert shares(store)["v0002"] == pytest.approx(0.5, abs=0.05)
+    assert few <= {t for t in TICKETS if version(store, ticket=t) == "v0002"}
+    assert [version(store, ticket=t) for t in TICKETS] == [version(store, ticket=t) for t in TICKETS]
+    assert version(store, "colours@v0001", TICKETS[0]) == "v0001"
+
+
+def test_rollback_ends_a_trial_first_and_then_goes_back_step_by_step(store):
+    release(store, "colours", "v0001")
+    release(store, "colours", "v0002")
+    release(store, "colours", canary=30)
+    assert set(shares(store)) == {"v0002", "v0003"}
+    for expected in ("v0002", "v0001"):
+        release(store, "colours", rollback=True)
+        assert shares(store) == {expected: 1.0}
+    with pytest.raises(AdapterError, match="no earlier version"):
+        release(store, "colours", rollback=True)
+
+
+def test_a_trial_becomes_the_release_and_can_be_taken_back(store):
+    release(store, "colours", "v0001")
+    release(store, "colours", "v0003", canary=5)
+    assert release(store, "colours", "v0003") == {"prod": Alias("v0003", before=("v0001",))}
+    release(store, "colours", rollback=True)
+    assert version(store) == "v0001"
+    release(store, "colours", "latest")
+    assert release(store, "colours") == {}
+    assert version(store) == "v0003"
+
+
+def test_other_aliases_are_apart(store):
+    release(store, "colours", "v0001")
+    release(store, "colours", "v0002", alias="staging")
+    assert (version(store), version(store, "colours@staging")) == ("v0001", "v0002")
+    assert store.open("colours@staging").version == "v0002"
+
+
+@pytest.mark.parametrize(("options", "error", "message"), [
+    ({"version": "v0009"}, AdapterError, "no adapter 'colours@v0009'"),
+    ({"version": "../x"}, ConfigError, "looks like v0003"),
+    ({"rollback": True}, AdapterError, "nothing to go back to"),
+    ({"rollback": True, "version": "v0001"}, ConfigError, "goes alone"),
+    ({"canary": 10}, AdapterError, "--version v0002"),
+    ({"canary": 0, "version": "v0002"}, ConfigError, "between 0 and 100"),
+    ({"canary": 100, "version": "v0002"}, ConfigError, "between 0 and 100"),
+    ({"canary": 10, "version": "v0002", "alias": "new"}, AdapterError, "--alias new"),
+    ({"alias": "v1", "version": "v0002"}, ConfigError, "--alias v1"),
+    ({"alias": "latest", "version": "v0002"}, ConfigError, "--alias latest"),
+    ({"alias": "../x", "version": "v0002"}, ConfigError, "--alias"),
+    ({"name": "../x"}, AdapterError, "can be named"),
+    ({"name": "colours@v0001"}, ConfigError, "name alone"),
+    ({"name": "shapes", "version": "v0001"}, AdapterError, "no adapter 'shapes'"),
+])  # fmt: skip
+def test_what_cannot_be_released_is_said_and_changes_nothing(store, published, options, error, message):
+    with pytest.raises(error, match=message):
+        release(store, **{"name": "colours", **options})
+    assert not (published / "colours" / "aliases.json").exists()
+    assert {p.name for p in published.iterdir()} == {"colours"}
+
+
+def test_an_older_version_can_be_tried_against_the_newest(store):
+    release(store, "colours", "v0001", canary=20)
+    assert set(shares(store)) == {"v0001", "v0003"}
+
+
+def test_a_version_that_serving_would_refuse_is_not_released(store, tmp_path, tiny_model):
+    bad = put_in_store(tmp_path, "bad", tiny_model)
+    (bad / "x.bin").write_bytes(b"")
+    with pytest.raises(AdapterError, match=r"x\.bin"):
+        release(AdapterStore(tmp_path), "bad", "v0001")
+
+
+@pytest.mark.parametrize("content", [
+    '{"prod": {"version": "../../x"}}', '{"prod": {"version": "v0001", "canary": "x", "percent": 5}}', '{"prod": {"version": "v0001", "percent": 1000}}',
+    '{"prod": "v0001"}', '{"../x": {"version": "v0001"}}', "[]", "{", '{"prod": {"version": "v0001", "before": "v0001"}}',
+])  # fmt: skip
+def test_a_damaged_state_is_an_error_and_never_a_path(store, published, content):
+    (published / "colours" / "aliases.json").write_text(content)
+    with pytest.raises(AdapterError, match=r"aliases\.json"):
+        store.open("colours")
+    assert store.open("colours@v0001").version == "v0001"
+
+
+def test_two_who_release_at_once_do_not_lose_each_others_alias(store):
+    threads = [threading.Thread(target=release, args=(store, "colours", "v0001", None, False, f"team-{i}")) for i in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert set(release(store, "colours")) == {f"team-{i}" for i in range(8)}
+
+
+def test_the_verb_shows_and_changes_what_answers(store, published, capsys):
+    def pi_ray(*words):
+        code = cli.main(["release", "colours", "--store", str(published), *words])
+        return code, "".join(capsys.readouterr())
+
+    assert "colours: v0003 answers, and whatever is published after it" in pi_ray()[1]
+    assert "colours: v0001 answers\nversions: v0001, v0002, v0003 (newest)" in pi_ray("--version", "v0001")[1]
+    assert "v0001 answers; v0002 answers 10 % of requests on trial" in pi_ray("--version", "v0002", "--canary", "10%")[1]
+    assert "colours@staging: v0003 answers" in pi_ray("--version", "latest", "--alias", "staging")[1]
+    assert "colours: v0001 answers\n" in pi_ray("--rollback")[1]
+    assert pi_ray("--canary", "ten") == (2, "pi-ray: --canary ten: give a percentage between 0 and 100\n")
+    assert json.loads((published / "colours" / "aliases.json").read_text())["prod"] == {"version": "v0001", "canary": "", "percent": 0.0, "before": []}

@@ -1,0 +1,288 @@
+"""A store behind a URL: fetched once, checked here, and never trusted with a path, a size or a hash."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from pyarrow.fs import LocalFileSystem, SubTreeFileSystem
+
+from pi_ray.artifact import seal, staged, write_atomic
+from pi_ray.config import ModelConfig, RunConfig
+from pi_ray.errors import AdapterError, ConfigError
+from pi_ray.publish import publish
+from pi_ray.release import release
+from pi_ray.rundir import RunDir
+from pi_ray.serving import remote
+from pi_ray.serving.adapters import AdapterStore, StoreUnavailableError, UnknownAdapterError
+from tests.lora import card, put_in_store, rewrite, write_adapter
+
+
+class Bucket:
+    """pyarrow's interface over a folder, as object stores show theirs; counts what is read and can be out of reach."""
+
+    def __init__(self, root):
+        self.inner = SubTreeFileSystem(str(root), LocalFileSystem())
+        self.opened = []
+        self.down = False
+
+    def _check(self):
+        if self.down:
+            raise OSError("When reading s3://secret-bucket: AWS Error NETWORK_CONNECTION")
+
+    def open_input_stream(self, path):
+        self._check()
+        self.opened.append(path)
+        return self.inner.open_input_stream(path)
+
+    def open_output_stream(self, path):
+        self._check()
+        return self.inner.open_output_stream(path)
+
+    def get_file_info(self, what):
+        self._check()
+        return self.inner.get_file_info(what)
+
+    def create_dir(self, path, recursive=True):
+        self._check()
+        self.inner.create_dir(path, recursive=recursive)
+
+
+@pytest.fixture(scope="module")
+def published(tiny_model, tmp_path_factory):
+    root = tmp_path_factory.mktemp("bucket") / "adapters"
+    put_in_store(root, "colours", tiny_model, 1)
+    put_in_store(root, "shapes", tiny_model, 2)
+    return root
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self):
+        return self.now
+
+
+@pytest.fixture
+def root(published, tmp_path, monkeypatch):
+    monkeypatch.setenv("PI_RAY_CACHE", str(tmp_path / "cache"))
+    shutil.copytree(published, tmp_path / "bucket" / "adapters")
+    return tmp_path / "bucket" / "adapters"
+
+
+@pytest.fixture
+def bucket(root, monkeypatch):
+    bucket = Bucket(root.parent)
+    monkeypatch.setattr(remote, "file_system", lambda url: (bucket, "adapters"))
+    return bucket
+
+
+@pytest.fixture
+def store(bucket, tiny_model):
+    store = AdapterStore("s3://bucket/adapters", ModelConfig(base=str(tiny_model)))
+    store.place._clock = Clock()
+    return store
+
+
+def test_an_adapter_is_fetched_once_verified_and_served_from_here(store, bucket, root, tmp_path):
+    assert store.names() == ["colours", "shapes"]
+    adapter = store.open("colours")
+    assert (adapter.name, adapter.version) == ("colours", "v0001")
+    assert adapter.path.is_relative_to(tmp_path / "cache")
+    for file in (root / "colours" / "v0001").iterdir():
+        assert (adapter.path / file.name).read_bytes() == file.read_bytes()
+    bucket.opened.clear()
+    assert store.open("colours") is adapter
+    assert bucket.opened == []
+    assert {p.name for p in (tmp_path / "cache" / "adapters").rglob("*") if "tmp" in p.name} == set()
+
+
+def test_another_process_of_the_machine_finds_what_was_fetched(store, bucket, tiny_model):
+    path = store.open("colours").path
+    bucket.opened.clear()
+    other = AdapterStore("s3://bucket/adapters", ModelConfig(base=str(tiny_model)))
+    assert other.open("colours").path == path
+    assert not any("safetensors" in name for name in bucket.opened)
+
+
+def test_a_copy_that_was_damaged_here_is_fetched_again(store, bucket, tiny_model):
+    path = store.open("colours").path
+    (path / "adapter_model.safetensors").write_bytes(b"x")
+    other = AdapterStore("s3://bucket/adapters", ModelConfig(base=str(tiny_model)))
+    assert other.open("colours").path == path
+    assert (path / "adapter_model.safetensors").stat().st_size > 1
+
+
+def test_a_new_version_is_seen_within_seconds_and_the_store_is_not_asked_for_every_request(store, bucket, root, tiny_model):
+    store.open("colours")
+    put_in_store(root, "colours", tiny_model, 3, version="v0002")
+    assert store.open("colours").version == "v0001"
+    store.place._clock.now += remote.REFRESH_S
+    assert store.open("colours").version == "v0002"
+    assert store.open("colours@v0001").version == "v0001"
+
+
+def test_while_the_store_is_out_of_reach_what_is_known_is_served(store, bucket):
+    store.open("colours")
+    bucket.down = True
+    store.place._clock.now += 100
+    assert store.open("colours").version == "v0001"
+    with pytest.raises(StoreUnavailableError) as error:
+        store.open("shapes")
+    assert "secret-bucket" not in str(error.value)
+    bucket.down = False
+    assert store.open("shapes").name == "shapes"
+
+
+def test_unknown_names_and_versions_are_unknown(store, root):
+    for spec in ("nothing", "colours@v0002", "colours@prod"):
+        with pytest.raises(UnknownAdapterError):
+            store.open(spec)
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize("name", ["..", "../x", "/etc", "a/../../b", "a%2f..", "a\x00b", ".hidden", "x" * 300, "аdapter", "colours@../v0001", "a;rm -rf ~"])
+def test_a_forbidden_name_reaches_neither_the_store_nor_the_disk(store, bucket, tmp_path, name):
+    bucket.down = True
+    with pytest.raises(UnknownAdapterError):
+        store.open(name)
+    assert not (tmp_path / "cache").exists()
+
+
+def refused(store, message):
+    with pytest.raises(AdapterError, match=message) as error:
+        store.open("colours")
+    assert not isinstance(error.value, StoreUnavailableError)
+    assert "bucket" not in str(error.value) and str(Path.cwd()) not in str(error.value)
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize(("change", "message"), [
+    ({"../../../evil.json": {"sha256": "0" * 64, "bytes": 1}}, "names a file that no adapter has"),
+    ({"adapter_model.bin": {"sha256": "0" * 64, "bytes": 1}}, "never a pickle"),
+    ({"manifest.json": {"sha256": "0" * 64, "bytes": 1}}, "names a file that no adapter has"),
+    ({"adapter_model.safetensors": {"sha256": "0" * 64, "bytes": 2**60}}, "too large"),
+    ({"adapter_model.safetensors": {"sha256": "0" * 64, "bytes": -1}}, "too large"),
+    ({"adapter_model.safetensors": {"sha256": "0" * 64, "bytes": 10}}, "larger than the 10 bytes"),
+    ({"adapter_model.safetensors": {"bytes": 10}}, "no size and hash"),
+    ({"adapter_model.safetensors": 3}, "no size and hash"),
+    ({f"x{i}.json": {"sha256": "0" * 64, "bytes": 1} for i in range(20)}, "does not list the files of an adapter"),
+    ({"gone.json": {"sha256": "0" * 64, "bytes": 1}}, "not whole in the store"),
+])  # fmt: skip
+def test_a_hostile_manifest_leaves_nothing_behind(store, root, tmp_path, change, message):
+    path = root / "colours" / "v0001" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest.pop("manifest_sha256", None)
+    path.write_text(json.dumps({**manifest, "files": {**manifest["files"], **change}}))
+    refused(store, message)
+    left = [p for p in (tmp_path / "cache").rglob("*") if p.is_file()] if (tmp_path / "cache").exists() else []
+    assert left == [] and not (tmp_path / "evil.json").exists()
+    assert store.open("shapes").name == "shapes"
+
+
+@pytest.mark.fault
+def test_a_flipped_bit_is_refused_and_not_fetched_again_with_every_request(store, bucket, root):
+    file = root / "colours" / "v0001" / "adapter_model.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    refused(store, "not whole in the store: adapter_model.safetensors: sha256")
+    bucket.opened.clear()
+    refused(store, "not whole in the store")
+    assert bucket.opened == []
+    data[-1] ^= 1
+    file.write_bytes(data)
+    store.place._clock.now += remote.RETRY_S
+    assert store.open("colours").name == "colours"
+
+
+@pytest.mark.fault
+def test_what_a_whole_adapter_may_not_be_is_refused_as_in_a_folder(store, bucket, root, tiny_model):
+    config = json.loads((root / "colours" / "v0001" / "adapter_config.json").read_text())
+    rewrite(root / "colours" / "v0001", "adapter_config.json", {**config, "auto_map": {"AutoModel": "evil.Model"}})
+    refused(store, "auto_map")
+    bucket.opened.clear()
+    refused(store, "auto_map")
+    assert bucket.opened == []
+
+
+def train(run, base, seed):
+    with staged(run.adapter(0), fingerprint=str(seed)) as tmp:
+        write_adapter(tmp, base, seed, facts=card(base))
+    run.best.unlink(missing_ok=True)
+    run.best.symlink_to("phase-0")
+
+
+def test_publish_and_release_write_there_too(store, bucket, root, tiny_model, tmp_path):
+    config = RunConfig(name="flags", run_dir=str(tmp_path / "run"), store="s3://bucket/adapters", model=ModelConfig(base=str(tiny_model)))
+    run = RunDir(config.root)
+    train(run, tiny_model, 1)
+    first = publish(run, config)
+    assert first.parts[-2:] == ("flags", "v0001")
+    assert sorted(p.name for p in (root / "flags" / "v0001").iterdir()) == sorted(p.name for p in first.iterdir())
+    assert publish(run, config) == first
+    train(run, tiny_model, 2)
+    assert publish(run, config).name == "v0002"
+    assert store.names() == ["colours", "flags", "shapes"]
+    release(store, "flags", "v0001")
+    assert store.open("flags").version == "v0001"
+    assert json.loads((root / "flags" / "aliases.json").read_text())["prod"]["version"] == "v0001"
+    assert not any((tmp_path / "cache" / "uploads").iterdir())
+
+
+def test_a_failed_upload_is_no_version(store, bucket, root, tiny_model, tmp_path):
+    config = RunConfig(name="flags", run_dir=str(tmp_path / "run"), store="s3://bucket/adapters", model=ModelConfig(base=str(tiny_model)))
+    train(RunDir(config.root), tiny_model, 1)
+
+    def fail_late(path, real=bucket.open_output_stream):
+        if path.endswith("pi_ray.json"):
+            raise OSError("no space in the bucket")
+        return real(path)
+
+    bucket.open_output_stream = fail_late
+    with pytest.raises(StoreUnavailableError):
+        publish(RunDir(config.root), config)
+    assert not (root / "flags" / "v0001" / "manifest.json").exists() and not (root / "flags" / "latest.json").exists()
+    assert store.names() == ["colours", "shapes"]
+    del bucket.open_output_stream
+    assert publish(RunDir(config.root), config).name == "v0001"
+    assert AdapterStore(config.store).open("flags").version == "v0001"
+
+
+def test_a_url_is_opened_by_pyarrow(root, tiny_model):
+    store = AdapterStore(f"file://{root}/", ModelConfig(base=str(tiny_model)))
+    assert store.names() == ["colours", "shapes"]
+    assert store.open("colours").card["task"] == "colours"
+    assert AdapterStore(f"file://{root}/nowhere").names() == []
+
+
+def test_a_url_by_fsspec_sees_new_versions(root, tiny_model):
+    """hf:// comes through fsspec, whose file systems remember listings."""
+    store = AdapterStore(f"fsspec+file://{root}", ModelConfig(base=str(tiny_model)))
+    store.place._clock = Clock()
+    assert store.open("colours").version == "v0001"
+    put_in_store(root, "colours", tiny_model, 3, version="v0002")
+    store.place._clock.now += remote.REFRESH_S
+    assert store.open("colours").version == "v0002"
+
+
+@pytest.mark.parametrize("url", ["nope://x/y", "s3://", "file:///", "http://example.org/x"])
+def test_a_url_of_another_kind_is_named_with_what_there_is(url):
+    with pytest.raises(ConfigError, match=r"s3://.*gs://, hf://"):
+        AdapterStore(url)
+
+
+def test_a_manifest_too_large_is_not_read_whole(store, root):
+    (root / "colours" / "v0001" / "manifest.json").write_bytes(b" " * (remote.MAX_JSON_BYTES + 2))
+    refused(store, "too large")
+
+
+def test_a_folder_without_a_manifest_is_no_version(store, root):
+    (root / "colours" / "v0001" / "manifest.json").unlink()
+    with pytest.raises(UnknownAdapterError):
+        store.open("colours")
+    write_atomic(root / "colours" / "latest.json", "{}")
+    seal(root / "colours" / "v0001")
+    store.place._clock.now += remote.REFRESH_S
+    with pytest.raises(AdapterError, match="names no version"):
+        store.open("colours")

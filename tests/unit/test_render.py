@@ -1,0 +1,169 @@
+"""`pi-ray render`: what is in the files follows the run file."""
+
+import json
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+
+import jsonschema
+import pytest
+import ray.autoscaler
+import yaml
+
+from pi_ray import cli, estimate, runfile
+from pi_ray.errors import ConfigError
+from pi_ray.render import render, write
+from tests.golden import cluster, kuberay
+
+SMALL = estimate.ModelSize(weights=10**8, active=10**8, head=10**7, block=10**7, linear=9 * 10**7, lora=10**6, layers=8, hidden=512, inner=1024, key_value=256)
+TEXT = "name: my.task\ncluster: {storage_path: /data}\n"
+
+
+@pytest.fixture
+def small(monkeypatch):
+    monkeypatch.setattr(estimate, "model_size", lambda model, lora: SMALL)
+
+
+def made(kind, tmp_path, *overrides, text=TEXT):
+    return render(kind, runfile.parse(text, "run.yaml", overrides, folder=tmp_path), tmp_path)
+
+
+def groups(files):
+    return {g["groupName"]: g for g in yaml.safe_load(files["raycluster.yaml"])["spec"]["workerGroupSpecs"]}
+
+
+def limits(group):
+    return group["template"]["spec"]["containers"][0]["resources"]["limits"]
+
+
+def test_gpu_nodes_are_as_many_as_the_workers_need(small, tmp_path):
+    files, _ = made("k8s", tmp_path, "train={workers: 12, batch_size: 24}", "cluster.gpus_per_node=8")
+    gpu = groups(files)["gpu"]
+    assert (gpu["minReplicas"], gpu["maxReplicas"]) == (0, 2), "12 workers, 8 on a node; none while nothing trains"
+    assert limits(gpu)["nvidia.com/gpu"] == "8"
+    files, _ = made("k8s", tmp_path, "train={workers: 2}")
+    assert (groups(files)["gpu"]["maxReplicas"], limits(groups(files)["gpu"])["nvidia.com/gpu"]) == (1, "2")
+
+
+def test_a_nodes_memory_is_what_the_model_takes_there(small, tmp_path):
+    whole = 10**8 * 2 / 2**30
+    assert limits(groups(made("k8s", tmp_path, "train.workers=2")[0])["gpu"])["memory"] == f"{8 * -(-(2 * (6 + whole) + 18) // 8):.0f}Gi"
+    sharded = estimate.node_memory(SMALL, runfile.parse(TEXT, "t.yaml", ["train.gpu=true", "train.backend.zero_stage=3"]), 2)
+    assert sharded == 2 * 6 * 2**30 + 2 * 10**8, "sharded: the checkpoint is mapped once"
+    with pytest.raises(ConfigError, match=r"gpu_node_memory_gib is 16, and 2 workers of this model take about \d+ GiB"):
+        made("k8s", tmp_path, "train.workers=2", "cluster.gpu_node_memory_gib=16")
+
+
+def test_a_model_that_cannot_fit_is_refused_with_what_would_help(small, tmp_path, monkeypatch):
+    monkeypatch.setattr(estimate, "model_size", lambda model, lora: replace(SMALL, weights=10**11))
+    with pytest.raises(ConfigError, match=r"take 186 GiB of each GPU's 80 .* take train\.backend\.zero_stage 3, more train\.workers"):
+        made("k8s", tmp_path)
+    with pytest.raises(ConfigError, match="name larger nodes"):
+        made("k8s", tmp_path, "train.gpu=false")
+
+
+def test_without_gpus_there_are_cpu_nodes_alone(small, tmp_path):
+    files, _ = made("k8s", tmp_path, "train.gpu=false", "cluster.cpu_nodes=3")
+    assert list(groups(files)) == ["cpu"] and groups(files)["cpu"]["maxReplicas"] == 3
+    assert "nvidia" not in "".join(files.values())
+    assert "gpus-per-node" not in made("slurm", tmp_path, "train.gpu=false")[0]["run.sh"]
+
+
+def test_the_run_file_in_the_cluster_has_the_clusters_paths(small, tmp_path):
+    files, notes = made("k8s", tmp_path, "task.train=rows/train.jsonl", "train.lr=0.002", "task.dev=/elsewhere/dev.jsonl")
+    config_map = next(d for d in yaml.safe_load_all(files["base.yaml"]) if d["kind"] == "ConfigMap")
+    seen = runfile.parse(config_map["data"]["run.yaml"], "run.yaml", folder=Path("/etc/pi-ray"))
+    assert seen.task.train == "/data/inputs/my.task/rows/train.jsonl" and seen.task.template == "/data/inputs/my.task/template.md"
+    assert (seen.run_dir, seen.store, seen.train.lr, seen.train.gpu) == ("/data/runs/my.task", "/data/store", 0.002, True)
+    assert f"copy {tmp_path} to /data/inputs/my.task: the run reads its rows and template there" in notes
+    assert "task.dev must be on every node under the same path" in notes
+
+
+@pytest.mark.parametrize("overrides", [
+    ["train.gpu=false"],
+    ["cluster.storage_path=gs://bucket/x", "cluster.kubernetes={service_account: reader, redis: 'redis.example:6380'}", "serve={min_replicas: 2, max_replicas: 5}"],
+    ["cluster.prepare_resources={highmem: 1}", "cluster.serve_resources={GPU: 1, serving: 0.1}", "cluster.labels={serve: {pool: s}, train: {pool: t}}", "cluster.gpu_node_labels={a.b/c: d}", "cluster.cpu_nodes=0"],
+])  # fmt: skip
+def test_whatever_is_asked_for_the_files_fit_their_schemas(small, tmp_path, overrides):
+    for text in made("k8s", tmp_path, *overrides)[0].values():
+        for resource in yaml.safe_load_all(text):
+            assert (kuberay.errors if resource["apiVersion"] == "ray.io/v1" else kuberay.kubernetes_errors)(resource) == []
+    schema = json.loads(Path(ray.autoscaler.__file__).with_name("ray-schema.json").read_text())
+    for provider in ("aws", "gcp"):
+        jsonschema.validate(yaml.safe_load(made("launcher", tmp_path, *overrides, f"cluster.launcher={{provider: {provider}, ssh_from: 10.0.0.0/8, image_id: ami-1}}")[0][f"{provider}.yaml"]), schema)
+    subprocess.run(["bash", "-n"], input=made("slurm", tmp_path, *overrides)[0]["run.sh"], text=True, check=True)
+
+
+def test_names_that_kubernetes_cannot_have_are_changed(small, tmp_path):
+    assert yaml.safe_load(made("k8s", tmp_path)[0]["rayjob.yaml"])["metadata"]["name"] == "my-task"
+    long = made("k8s", tmp_path, text=TEXT.replace("my.task", "a" + "-b" * 31))[0]
+    assert len(yaml.safe_load(long["raycronjob.yaml"])["metadata"]["name"]) <= 32
+
+
+def test_nodes_offer_the_resources_that_steps_ask_for(small, tmp_path):
+    asked = ["cluster.prepare_resources={CPU: 2, highmem: 1}", "cluster.train_resources={GPU: 1, fast: 0.5}"]
+    found = groups(made("k8s", tmp_path, *asked)[0])
+    assert (found["cpu"]["resources"], found["gpu"]["resources"]) == ({"highmem": "1000"}, {"fast": "1000"})
+    types = yaml.safe_load(made("launcher", tmp_path, *asked, "train={workers: 8}")[0]["aws.yaml"])["available_node_types"]
+    assert types["cpu"]["resources"] == {"CPU": 30, "highmem": 1000} and types["gpu"]["resources"] == {"CPU": 88, "GPU": 8, "fast": 1000}
+    assert """--resources '{"fast": 1000, "highmem": 1000}'""" in made("slurm", tmp_path, *asked)[0]["run.sh"]
+
+
+def test_nodes_carry_the_labels_that_steps_are_bound_to(small, tmp_path):
+    asked = ["cluster.labels={prepare: {pool: cheap}, train: {pool: fast}, evaluate: {ray.io/accelerator-type: A100}}", "train={workers: 8}"]
+    found = groups(made("k8s", tmp_path, *asked)[0])
+    assert (found["cpu"]["labels"], found["gpu"]["labels"]) == ({"pool": "cheap"}, {"pool": "fast"}), "those of Ray itself it knows"
+    types = yaml.safe_load(made("launcher", tmp_path, *asked, "cluster.launcher.provider=gcp")[0]["gcp.yaml"])["available_node_types"]
+    assert types["cpu"]["labels"] == {"pool": "cheap"} and types["gpu"]["labels"] == {"pool": "fast"}
+    assert "--labels pool=fast" in made("slurm", tmp_path, *asked)[0]["run.sh"]
+
+
+@pytest.mark.parametrize("provider, gib, machine", [("aws", 40, "p4d.24xlarge"), ("aws", 80, "p4de.24xlarge"), ("gcp", 40, "a2-highgpu-8g"), ("gcp", 80, "a2-ultragpu-8g")])
+def test_the_machine_has_the_gpus_that_are_asked_for(small, tmp_path, provider, gib, machine):
+    files, _ = made("launcher", tmp_path, f"cluster.launcher.provider={provider}", f"cluster.gpu_memory_gib={gib}", "train={workers: 8}")
+    node = yaml.safe_load(files[f"{provider}.yaml"])["available_node_types"]["gpu"]["node_config"]
+    assert node.get("InstanceType", node.get("machineType")) == machine and list(files) == [f"{provider}.yaml"]
+
+
+def test_a_gpu_that_no_usual_machine_has_must_be_named(small, tmp_path):
+    with pytest.raises(ConfigError, match=r"cluster\.launcher\.gpu_machine"):
+        made("launcher", tmp_path, "cluster.gpu_memory_gib=24")
+    assert "g5.48xlarge" in made("launcher", tmp_path, "cluster.gpu_memory_gib=24", "cluster.launcher.gpu_machine=g5.48xlarge")[0]["aws.yaml"]
+
+
+def test_storage_is_mounted_or_a_bucket(small, tmp_path):
+    files, notes = made("launcher", tmp_path, "cluster.launcher.nfs=fs-1.example:/")
+    assert "fs-1.example:/ /data" in files["aws.yaml"] and not any("mounts" in n for n in notes)
+    assert any("nothing mounts /data" in n for n in made("launcher", tmp_path)[1])
+    bucket = made("k8s", tmp_path, "cluster.storage_path=s3://bucket/pi-ray")[0]
+    assert "PersistentVolumeClaim" not in "".join(bucket.values()) and "s3://bucket/pi-ray/runs/my.task" in bucket["base.yaml"]
+
+
+def test_what_a_file_cannot_do_is_noted():
+    _, notes = cluster.rendered(cluster.mixtral(), "k8s")
+    assert any("87 GiB, and a GPU here has 80" in n for n in notes)
+
+
+@pytest.mark.parametrize("override, message", [
+    ("cluster.storage_path='/data; rm -rf /'", "should match pattern"),
+    ("cluster.slurm.partition=$(reboot)", "should match pattern"),
+    ('cluster.slurm.setup=["a\\nb"]', "should match pattern"),
+    ("cluster.kubernetes.namespace=Pi_Ray", "should match pattern"),
+    ("cluster.kubernetes.redis=user:secret@redis:6379", "credentials belong in the environment"),
+    ("cluster.address=http://me:secret@head:8265", "without user, password or query"),
+])  # fmt: skip
+def test_values_cannot_leave_their_place_or_hold_a_secret(override, message):
+    with pytest.raises(ConfigError, match=message):
+        runfile.parse("name: a", "t.yaml", [override])
+
+
+def test_files_are_written_and_the_script_can_be_run(small, tmp_path, capsys):
+    (tmp_path / "run.yaml").write_text(TEXT)
+    assert cli.main(["render", "slurm", str(tmp_path / "run.yaml"), "--out", str(tmp_path / "out"), "cluster.slurm.setup=[module load cuda]"]) == 0
+    script = tmp_path / "out" / "run.sh"
+    assert script.stat().st_mode & 0o100 and "\nmodule load cuda\n" in script.read_text()
+    subprocess.run(["bash", "-n", script], check=True)
+    assert "note: copy" in capsys.readouterr().err
+    assert cli.main(["render", "k8s", str(tmp_path / "run.yaml")]) == 0
+    assert {d["kind"] for d in yaml.safe_load_all(capsys.readouterr().out)} >= {"Namespace", "RayCluster", "RayJob", "RayCronJob", "RayService", "NetworkPolicy"}
+    assert write({"a": "b"}, tmp_path / "new")[0].read_text() == "b"

@@ -1,0 +1,371 @@
+"""What travels with a job, who is let in, and how a run keeps its place on the cluster's storage. No cluster is needed."""
+
+import asyncio
+import json
+import os
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from pi_ray import auth, cli, job, parcel, runfile, submit
+from pi_ray.artifact import staged
+from pi_ray.config import RunConfig
+from pi_ray.errors import ClusterError, ConfigError
+from pi_ray.progress import Seen, line
+from pi_ray.scaffold import write_task
+
+
+@pytest.fixture(autouse=True)
+def bare(monkeypatch, tmp_path):
+    """No token, no address and no storage of this machine's user."""
+    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_API_SERVER_ADDRESS", "PI_RAY_STORAGE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("RAY_AUTH_MODE", "")  # put back what `require` sets
+    monkeypatch.delenv("RAY_AUTH_MODE")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+
+
+@pytest.fixture
+def task(tmp_path):
+    write_task(tmp_path / "task")
+    return tmp_path / "task"
+
+
+def unresolved(task, *overrides) -> RunConfig:
+    return runfile.check(RunConfig, (task / "run.yaml").read_text(), "run.yaml", overrides)
+
+
+# The parcel
+
+
+def test_a_parcel_holds_the_run_file_and_what_it_names_and_nothing_else(task, tmp_path):
+    for name in ("runs/my-task/big", "store/x", ".git/config", ".venv/lib", "notes.txt"):
+        (task / name).parent.mkdir(parents=True, exist_ok=True)
+        (task / name).write_text("at home")
+    parcel.pack(unresolved(task), task, tmp_path / "out")
+    assert sorted(p.relative_to(tmp_path / "out").as_posix() for p in (tmp_path / "out").rglob("*") if p.is_file()) == [
+        "inputs/dev.jsonl", "inputs/template.md", "inputs/test.jsonl", "inputs/train.jsonl", "run.yaml",
+    ]  # fmt: skip
+    sent = runfile.load(tmp_path / "out" / "run.yaml")
+    assert sent.task.train == str(tmp_path / "out" / "inputs" / "train.jsonl")
+    assert not os.path.exists(sent.task.queries), "an optional file that was missing is missing there too"
+
+
+def test_files_above_the_run_file_and_equal_names_travel_under_their_keys(task, tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "rows.jsonl").write_text("1")
+    (task / "rows.jsonl").write_text("2")
+    settings = unresolved(task, "task.train=../data/rows.jsonl", "task.dev=rows.jsonl")
+    parcel.pack(settings, task, tmp_path / "out")
+    assert (tmp_path / "out" / "inputs" / "train.jsonl").read_text() == "1"
+    assert (tmp_path / "out" / "inputs" / "dev.jsonl").read_text() == "2"
+
+
+def test_absolute_paths_are_the_clusters_own_and_stay(task, tmp_path):
+    settings = unresolved(task, "task.train=/shared/train.jsonl", "task.folder=data")
+    (task / "data" / "in").mkdir(parents=True)
+    (task / "data" / "in" / "a.json").write_text("{}")
+    (task / "data" / ".gitignore").write_text("*")
+    assert parcel.packed(settings, task).task.train == "/shared/train.jsonl"
+    assert "folder/in/a.json" in parcel.files(settings, task) and "folder/.gitignore" not in parcel.files(settings, task)
+
+
+def test_equal_runs_have_equal_hashes_and_a_changed_row_another(task, tmp_path):
+    first, again = (parcel.pack(unresolved(task), task, tmp_path / name) for name in "ab")
+    with open(task / "train.jsonl", "a") as rows:
+        rows.write('{"query": "q", "answer": "a"}\n')
+    assert first == again != parcel.pack(unresolved(task), task, tmp_path / "c")
+    assert first != parcel.pack(unresolved(task, "train.lr=0.1"), task, tmp_path / "d")
+
+
+def test_a_parcel_that_is_too_large_names_the_largest_file_and_the_cure(task, monkeypatch):
+    monkeypatch.setattr(parcel, "LIMIT", 1 << 10)
+    (task / "test.jsonl").write_bytes(bytes(1 << 12))
+    with pytest.raises(ConfigError, match=r"most of it .*test\.jsonl.*absolute path"):
+        parcel.files(unresolved(task), task)
+
+
+@pytest.mark.parametrize("override", ["api_key=abc", "serve.api_key=abc", "hub.token=x", "model.base=hf_abcdefghijklmnopqrst", "closed.suffix=sk-abcdefghijklmnopqrstu"])
+def test_overrides_that_look_like_secrets_are_refused_without_being_shown(override):
+    key, _, value = override.partition("=")
+    with pytest.raises(ConfigError) as refused:
+        parcel.refuse_secrets([override])
+    assert f"'{key}' looks like a secret" in str(refused.value) and value not in str(refused.value).replace(key, "")
+
+
+def test_the_value_of_a_secret_variable_is_refused_wherever_it_stands(task, monkeypatch):
+    monkeypatch.setenv("PI_RAY_API_KEY", "plain-looking")
+    with pytest.raises(ConfigError, match=r"'prompt\.query' looks like a secret"):
+        parcel.refuse_secrets([], unresolved(task, "prompt.query='plain-looking {query}'"))
+    with pytest.raises(ConfigError, match=r"'train\.lr' looks like a secret"):
+        parcel.refuse_secrets(["train.lr=plain-looking"])
+    allowed = ["serve.api_key_env=MY_KEY", "cluster.kubernetes.secret=named"]
+    parcel.refuse_secrets(allowed, unresolved(task, *allowed))
+
+
+def test_a_base_model_that_lies_here_is_not_sent(task, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "weights").mkdir()
+    with pytest.raises(ConfigError, match=r"model\.base: weights lies on this machine"):
+        parcel.refuse_local_models(unresolved(task, "model.base=weights"))
+    parcel.refuse_local_models(unresolved(task, f"model.base={tmp_path / 'weights'}"))
+
+
+# Who is let in
+
+
+@pytest.mark.fault
+def test_submit_refuses_a_cluster_off_this_machine_when_authentication_is_off(task, monkeypatch, capsys):
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "x" * 32)
+    assert cli.main(["submit", str(task / "run.yaml"), "--address", "http://10.1.2.3:8265"]) == ClusterError.exit_code
+    said = capsys.readouterr().err
+    assert "not on this machine" in said and "RAY_AUTH_MODE=token" in said and "x" * 32 not in said
+
+
+def test_without_a_token_only_this_machine_is_spoken_to(monkeypatch, tmp_path):
+    auth.require("http://127.0.0.1:8265")
+    monkeypatch.delenv("RAY_AUTH_MODE")
+    with pytest.raises(ClusterError, match="without a token"):
+        auth.require("https://ray.example.org")
+    (tmp_path / "token").write_text("secret")
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "token"))
+    auth.require("https://ray.example.org")
+    assert os.environ["RAY_AUTH_MODE"] == "token"
+
+
+def test_token_mode_without_a_token_says_where_it_is_looked_for(monkeypatch):
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    with pytest.raises(ClusterError, match="RAY_AUTH_TOKEN_PATH"):
+        auth.require("http://127.0.0.1:8265")
+
+
+@pytest.mark.parametrize("address, here", [
+    ("http://127.0.0.1:8265", True), ("http://localhost:8265", True), ("http://[::1]:8265", True), ("http://127.9.9.9", True),
+    ("http://10.0.0.1:8265", False), ("https://localhost.example.org", False), ("http://0.0.0.0:8265", False),
+])  # fmt: skip
+def test_loopback_is_told_by_the_address(address, here):
+    assert auth.is_loopback(address) is here
+
+
+@pytest.mark.parametrize("address", ["10.0.0.1:6379", "ray://head:10001", "auto", "http://user:pass@head:8265", "http://head:8265/?token=x"])
+def test_an_address_is_a_plain_url(address):
+    with pytest.raises(ConfigError, match="URL of the cluster's Jobs API"):
+        auth.address_of(address)
+
+
+# The log
+
+
+def test_a_line_of_progress_is_read_as_it_was_printed():
+    seen = Seen()
+    assert not seen.take("Train  LoRA rank 4 through the phases, 1 worker(s), ddp")
+    assert seen.take(line("  promptintern: update", 12, 90, "phase 1  loss 0.310  900 tokens/s  3 min left"))
+    assert str(seen) == "train  promptintern: update 12/90  phase 1  loss 0.310  900 tokens/s  3 min left"
+    assert not seen.take("Evaluate  test rows, temperature 0") and str(seen) == "evaluate"
+    assert not seen.take("templates: rate 1/2 of 3")
+
+
+class FakeClient:
+    """A Jobs API whose log stream breaks off: each connection gives the log from its start, as Ray's does."""
+
+    def __init__(self, connections, statuses):
+        self.connections, self.statuses = connections, statuses
+
+    async def tail_job_logs(self, job):
+        for chunk in self.connections.pop(0):
+            if isinstance(chunk, Exception):
+                raise chunk
+            yield chunk
+
+    def get_job_info(self, job):
+        status = self.statuses.pop(0) if len(self.statuses) > 1 else self.statuses[0]
+        if isinstance(status, Exception):
+            raise status
+        return SimpleNamespace(status=status)
+
+
+def tailed(monkeypatch, connections, statuses):
+    async def at_once(seconds):
+        return None
+
+    jobs, lines = submit.Jobs.__new__(submit.Jobs), []
+    jobs.address, jobs.client = "http://127.0.0.1:8265", FakeClient(connections, statuses)
+    monkeypatch.setattr(asyncio, "sleep", at_once)
+    try:
+        jobs.tail("job", lines.append)
+    finally:
+        tailed.lines = lines
+    return lines
+
+
+def test_a_log_goes_on_after_a_lost_connection_without_a_line_twice_or_missing(monkeypatch):
+    connections = [["one\ntw", RuntimeError("closed")], ["one\n", "two\nth", ConnectionError("reset")], ["one\ntwo\nthree\n", "four"]]
+    assert tailed(monkeypatch, connections, ["RUNNING", ConnectionError("no route"), "SUCCEEDED"]) == ["one", "two", "three", "four"]
+
+
+def test_a_job_that_a_new_head_does_not_know_is_said_so(monkeypatch):
+    with pytest.raises(ClusterError, match="submit again: the run goes on from storage"):
+        tailed(monkeypatch, [["one\n", ConnectionError("gone")]], [RuntimeError("Request failed with status code 404: Job x does not exist")])
+    assert tailed.lines == ["one"]
+
+
+def test_a_cluster_that_stays_silent_is_given_up(monkeypatch):
+    monkeypatch.setattr(submit, "PATIENCE_S", 0)
+    with pytest.raises(ClusterError, match="The job may go on"):
+        tailed(monkeypatch, [[ConnectionError("gone")]], [ConnectionError("no route")])
+
+
+# One job a run
+
+
+class FakeJobs(submit.Jobs):
+    def __init__(self, known):
+        self.address, self.client, self.known = "http://127.0.0.1:8265", self, known
+
+    def all(self):
+        return self.known
+
+    def submit_job(self, submission_id, metadata, entrypoint, runtime_env):
+        self.sent = (entrypoint, json.dumps(runtime_env))
+        return submission_id
+
+
+FACTS = {"pi_ray.run": "demo", "pi_ray.step": "run", "pi_ray.run_dir": "", "pi_ray.storage": "", "pi_ray.fingerprint": "f"}
+
+
+def known(number, status, **changes):
+    return SimpleNamespace(submission_id=f"pi-ray-demo-{number}", status=status, metadata={**FACTS, **changes})
+
+
+def test_a_run_that_has_no_job_gets_one_and_later_ones_count_on(tmp_path):
+    assert FakeJobs([]).start(FACTS, tmp_path, {}) == ("pi-ray-demo-1", True)
+    jobs = FakeJobs([known(2, "FAILED"), known(1, "SUCCEEDED")])
+    assert jobs.start(FACTS, tmp_path, {}) == ("pi-ray-demo-3", True)
+    assert jobs.sent[0] == "python -m pi_ray.job run run.yaml" and "RAY_AUTH" not in jobs.sent[1]
+
+
+def test_a_run_that_is_going_on_is_attached_to(tmp_path):
+    assert FakeJobs([known(1, "RUNNING")]).start(FACTS, tmp_path, {}) == ("pi-ray-demo-1", False)
+
+
+def test_two_that_start_a_run_at_the_same_time_get_one_job(tmp_path):
+    class Race(FakeJobs):
+        def submit_job(self, submission_id, **sent):
+            self.known.append(known(1, "PENDING"))  # the other was first
+            raise RuntimeError(f"Request failed with status code 400: ValueError: Job with submission_id {submission_id} already exists.")
+
+    assert Race([]).start(FACTS, tmp_path, {}) == ("pi-ray-demo-1", False)
+
+
+def test_a_cluster_that_is_only_just_up_is_asked_again(tmp_path):
+    class Young(FakeJobs):
+        asked = 0
+
+        def submit_job(self, submission_id, **sent):
+            self.asked += 1
+            if self.asked < 3:
+                raise RuntimeError("Request failed with status code 500: No available agent to submit job, please try again later..")
+            return submission_id
+
+    assert Young([]).start(FACTS, tmp_path, {}) == ("pi-ray-demo-1", True)
+
+
+def test_a_cluster_that_refuses_a_job_says_why(tmp_path):
+    class Full(FakeJobs):
+        def submit_job(self, **sent):
+            raise RuntimeError("Request failed with status code 500: no space left.")
+
+    with pytest.raises(ClusterError, match="no space left"):
+        Full([]).start(FACTS, tmp_path, {})
+
+
+@pytest.mark.parametrize("changes", [{"pi_ray.fingerprint": "g"}, {"pi_ray.step": "prepare"}])
+def test_a_run_that_is_going_on_otherwise_is_neither_attached_to_nor_started_twice(tmp_path, changes):
+    with pytest.raises(ClusterError, match="pi-ray stop pi-ray-demo-1"):
+        FakeJobs([known(1, "PENDING", **changes)]).start(FACTS, tmp_path, {})
+
+
+def test_another_run_directory_is_another_run(tmp_path):
+    assert FakeJobs([known(1, "RUNNING", **{"pi_ray.run_dir": "/shared/mine"})]).start(FACTS, tmp_path, {}) == ("pi-ray-demo-2", True)
+
+
+def test_a_job_is_found_by_its_id_and_by_its_run():
+    jobs = FakeJobs([known(2, "FAILED"), known(1, "RUNNING")])
+    assert jobs.find("demo").submission_id == "pi-ray-demo-1" and jobs.find("pi-ray-demo-2").status == "FAILED"
+    with pytest.raises(ClusterError, match="no job and no run 'other'"):
+        jobs.find("other")
+
+
+# On the cluster
+
+
+def test_a_job_keeps_its_inputs_in_the_run_directory_under_paths_that_stay(task, tmp_path, monkeypatch):
+    monkeypatch.setenv("PI_RAY_STORAGE", str(tmp_path / "storage"))
+    root = tmp_path / "storage" / "runs" / "my-task"
+    loaded = []
+    for session in ("session-1", "session-2"):  # each cluster session unpacks the parcel somewhere else
+        folder = tmp_path / session
+        parcel.pack(unresolved(task), task, folder)
+        monkeypatch.chdir(folder)
+        assert job.settle(folder / "run.yaml", []).root == root
+        loaded.append(runfile.load(root / "run.yaml"))
+    assert loaded[0] == loaded[1]
+    assert loaded[0].task.train == str(root / "inputs" / "train.jsonl") and loaded[0].store == str(tmp_path / "storage" / "store")
+    assert (root / "inputs" / "train.jsonl").read_bytes() == (task / "train.jsonl").read_bytes()
+
+
+def test_changed_rows_replace_the_inputs(task, tmp_path, monkeypatch):
+    monkeypatch.setenv("PI_RAY_STORAGE", str(tmp_path / "storage"))
+    monkeypatch.chdir(task)
+    job.settle(task / "run.yaml", [])
+    (task / "train.jsonl").write_text("other")
+    job.settle(task / "run.yaml", [])
+    assert (tmp_path / "storage" / "runs" / "my-task" / "inputs" / "train.jsonl").read_text() == "other"
+
+
+def test_a_run_file_on_storage_is_used_where_it_is(task, tmp_path, monkeypatch):
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    job.settle(task, [f"run_dir={tmp_path}/mine"])
+    settings = runfile.load(tmp_path / "mine" / "run.yaml")
+    assert settings.task.train == str(task / "train.jsonl") and not (tmp_path / "mine" / "inputs").exists()
+    assert settings.store == str(tmp_path / "home" / "pi-ray" / "store")
+
+
+def test_a_yes_to_spending_is_for_one_job(task, tmp_path, monkeypatch):
+    monkeypatch.chdir(task)
+    said = []
+    monkeypatch.setattr(cli, "main", lambda command: said.append(command) or 0)
+    assert job.main("run", [str(task / "run.yaml"), "closed.confirmed=true", f"run_dir={tmp_path}/mine"]) == 0
+    assert said == [["run", f"{tmp_path}/mine", "closed.confirmed=true"]]
+    assert runfile.load(tmp_path / "mine" / "run.yaml").closed.confirmed is False
+
+
+def test_on_object_storage_each_node_has_a_folder_of_its_own_and_the_next_job_finds_all_there(task, tmp_path, monkeypatch):
+    (tmp_path / "bucket").mkdir()
+    place, found = f"file://{tmp_path}/bucket", []
+
+    def step(command):
+        config = runfile.load(Path(command[1]) / "run.yaml")
+        found.append((config.store, sorted(p.name for p in config.root.iterdir())))
+        with staged(config.root / "rows", fingerprint="x") as tmp:
+            (tmp / "train").write_text("rows")
+        return 3
+
+    monkeypatch.setattr(cli, "main", step)
+    for node in ("a", "b"):
+        monkeypatch.setenv("PI_RAY_STORAGE", str(tmp_path / node))
+        monkeypatch.chdir(task)
+        assert job.main("prepare", ["run.yaml", f"cluster.storage_path={place}"]) == 3
+    assert found[0] == (f"{place}/store", [".mirror.json", "inputs", "run.yaml"])
+    assert found[1] == (f"{place}/store", [".mirror.json", "inputs", "rows", "run.yaml"])
+    assert (tmp_path / "bucket" / "runs" / "my-task" / "rows" / "train").read_text() == "rows"
+
+
+def test_a_mistake_in_the_run_file_is_one_sentence_of_the_job(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run.yaml").write_text("name: demo\ntrian: {}\n")
+    assert job.main("run", ["run.yaml"]) == 2
+    assert "did you mean 'train'" in capsys.readouterr().err
