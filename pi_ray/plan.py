@@ -187,6 +187,10 @@ def render(plan: Plan, console: Console, scale: bool = False) -> None:
     if plan.host:
         say(f"Host memory per worker: at most about {_parts(plan.host)}")
     say(_workers(plan))
+    if plan.speed.device == "gpu" or scale:
+        from pi_ray import cluster
+
+        say(f"Placement: {cluster.placement(config)}")
     full, query = plan.full.prefix + plan.full.row, plan.query.prefix + plan.query.row
     say(f"Inference: {query:,.0f} input tokens instead of {full:,.0f}, {plan.saved / full:.0%} fewer", "bold")
     say(f"Cost: training about {cost.money(plan.money.training, config.cost.currency)}. If quality holds: {cost.payback(plan.money, config.cost)}")

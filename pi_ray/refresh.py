@@ -8,6 +8,8 @@ from pathlib import Path
 from pi_ray.config import RunConfig
 from pi_ray.errors import AdapterError
 from pi_ray.rundir import RunDir
+from pi_ray.serving.adapters import AdapterStore, UnknownAdapterError
+from pi_ray.serving.aliases import NEWEST
 
 
 def config_of(config: RunConfig, now: datetime | None = None) -> RunConfig:
@@ -21,11 +23,12 @@ def config_of(config: RunConfig, now: datetime | None = None) -> RunConfig:
         from pi_ray.runfile import load
 
         return config.replace(run_dir=str(begun[-1]), **{"train.start": load(begun[-1] / "run.yaml").train.start})
-    return config.replace(run_dir=f"{root}-{now or datetime.now(UTC):%Y-%m-%d}", **{"train.start": str(_newest(Path(config.store), config.name))})
+    return config.replace(run_dir=f"{root}-{now or datetime.now(UTC):%Y-%m-%d}", **{"train.start": str(_newest(config))})
 
 
-def _newest(store: Path, name: str) -> Path:
-    versions = sorted(p for p in (store / name).glob("v????") if p.is_dir())
-    if not versions:
-        raise AdapterError(f"{store}: no adapter '{name}' is published yet, so there is nothing to go on from; 'pi-ray run' makes and publishes the first")
-    return versions[-1]
+def _newest(config: RunConfig) -> Path:
+    """The folder of the newest published version, verified; of a store behind a URL, its copy here."""
+    try:
+        return AdapterStore(config.store, config.model).open(f"{config.name}@{NEWEST}").path
+    except UnknownAdapterError:
+        raise AdapterError(f"{config.store}: no adapter '{config.name}' is published yet, so there is nothing to go on from; 'pi-ray run' makes and publishes the first") from None

@@ -88,6 +88,7 @@ def main(step: str, folder: Path) -> None:
         while not when():
             time.sleep(0.01)
         nodes.remove_node(victim, allow_graceful=False)
+        ray._private.utils.set_sigterm_handler = lambda handler: None  # a node asks for one when it starts, and only the main thread may
         nodes.add_node(**NODE)
         (folder / "killed").touch()
 

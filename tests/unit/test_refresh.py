@@ -2,6 +2,7 @@
 
 import json
 from datetime import datetime
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,23 +14,24 @@ from pi_ray.rundir import RunDir, plain_config, train_fingerprint
 from pi_ray.train import lora
 from pi_ray.train.loop import fingerprint_of
 from pi_ray.train.worker import _Worker, train_worker
+from tests.lora import put_in_store
 from tests.prepared import prepare_by_hand, tiny_config
 
 MONDAY = datetime(2026, 3, 2)
 
 
 @pytest.fixture
-def config(tmp_path):
-    return RunConfig(name="shop", run_dir=str(tmp_path / "runs" / "shop"), store=str(tmp_path / "store"))
+def config(tmp_path, tiny_model):
+    return RunConfig(name="shop", run_dir=str(tmp_path / "runs" / "shop"), store=str(tmp_path / "store"), model={"base": str(tiny_model)})
 
 
 def publish(config, *versions):
     for version in versions:
-        (RunDir(config.store).root / config.name / version).mkdir(parents=True)
+        put_in_store(Path(config.store), config.name, Path(config.model.base), version=version)
 
 
 def test_it_starts_from_the_newest_version_in_a_directory_of_the_day(config):
-    publish(config, "v0009", "v0010", "v0002")
+    publish(config, "v0002", "v0009", "v0010")
     again = refresh.config_of(config, MONDAY)
     assert again.run_dir == f"{config.run_dir}-2026-03-02" and again.train.start == f"{config.store}/shop/v0010"
     assert plain_config(again).train.start == "", "the baseline knows nothing of earlier runs"
@@ -45,6 +47,19 @@ def test_one_that_was_cut_short_goes_on_with_what_it_began_from(config):
     assert (later.run_dir, later.train.start) == (begun.run_dir, f"{config.store}/shop/v0001")
     RunDir(begun.root).report.write_text("done")
     assert refresh.config_of(config, datetime(2026, 3, 9)).run_dir.endswith("shop-2026-03-09")
+
+
+def test_a_store_behind_a_url_is_read_like_a_folder(config):
+    publish(config, "v0001")
+    start = Path(refresh.config_of(config.replace(store=f"file://{config.store}"), MONDAY).train.start)
+    assert start.name == "v0001" and (start / "adapter_model.safetensors").read_bytes() == (Path(config.store) / "shop" / "v0001" / "adapter_model.safetensors").read_bytes()
+
+
+def test_a_damaged_adapter_is_not_gone_on_from(config):
+    publish(config, "v0001")
+    (Path(config.store) / "shop" / "v0001" / "README.md").write_text("changed")
+    with pytest.raises(AdapterError, match="refused"):
+        refresh.config_of(config, MONDAY)
 
 
 def test_before_anything_is_published_it_says_what_to_do(config):
