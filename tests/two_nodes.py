@@ -1,4 +1,4 @@
-"""A Ray cluster of two nodes on this machine, of which one is lost: `python -m tests.two_nodes (prepare|train) FOLDER`, in a process of its own.
+"""A Ray cluster of two nodes on this machine, of which one is lost: `python -m tests.two_nodes prepare FOLDER`, in a process of its own.
 
 FOLDER has config.json; a file `killed` appears there when the node is gone. The lost node is replaced, as an autoscaler would do.
 """
@@ -21,7 +21,6 @@ from typing import Any
 
 from pi_ray import shards
 from pi_ray.config import RunConfig
-from pi_ray.rundir import RunDir
 
 NODE = {"num_cpus": 1, "object_store_memory": 100 << 20}
 
@@ -70,13 +69,12 @@ class CountedBuilder(shards.Builder):
         return made
 
 
-def main(step: str, folder: Path) -> None:
+def prepare_and_lose(folder: Path) -> None:
     import ray
     from ray.cluster_utils import Cluster
 
     from pi_ray import cluster
     from pi_ray.prepare import prepare
-    from pi_ray.train.loop import train
 
     nodes = Cluster(initialize_head=True, head_node_args={**NODE, "include_dashboard": False})
     victim = nodes.add_node(**NODE)
@@ -92,19 +90,12 @@ def main(step: str, folder: Path) -> None:
         nodes.add_node(**NODE)
         (folder / "killed").touch()
 
-    def gated(when: Callable[[], bool], work: Callable[[], Any]) -> None:
-        killer = threading.Thread(target=lose, args=(when,), daemon=True)
-        killer.start()
-        work()
-        killer.join(timeout=60)
-
-    if step == "prepare":
-        shards.SHARD_ROWS, shards.Builder = 10, HeldBuilder
-        here = f"begun-{ray.get_runtime_context().get_node_id()}"  # the driver is attached to the head
-        gated(lambda: any(p.name != here for p in folder.glob("begun-*")), lambda: prepare(config, lambda line: None))
-    else:
-        log = RunDir(config.root).train_log
-        gated(lambda: log.exists() and log.read_text().count('"loss"') >= 6, lambda: train(config))
+    shards.SHARD_ROWS, shards.Builder = 10, HeldBuilder
+    here = f"begun-{ray.get_runtime_context().get_node_id()}"  # the driver is attached to the head
+    killer = threading.Thread(target=lose, args=(lambda: any(p.name != here for p in folder.glob("begun-*")),), daemon=True)
+    killer.start()
+    prepare(config, lambda line: None)
+    killer.join(timeout=60)
     ray.shutdown()
     nodes.shutdown()
 
@@ -118,4 +109,4 @@ def prepare_held(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    prepare_held(Path(sys.argv[2])) if sys.argv[1] == "held" else main(sys.argv[1], Path(sys.argv[2]))
+    {"prepare": prepare_and_lose, "held": prepare_held}[sys.argv[1]](Path(sys.argv[2]))

@@ -1,4 +1,4 @@
-"""Training under faults: killed, stopped and misled workers, damaged checkpoints, full disks, changed configurations. Ray only where Ray is what is tested."""
+"""Training under faults: killed, stopped and misled workers, damaged checkpoints, full disks, changed configurations. Ray only where Ray is what is tested; a lost host is in tests/cluster."""
 
 import json
 import os
@@ -22,7 +22,7 @@ from tests import dying, workers
 from tests.disks import fill, leftovers
 from tests.dying import Fault
 from tests.prepared import prepare_by_hand, tiny_config
-from tests.two_nodes import apart, outside
+from tests.two_nodes import outside
 
 pytestmark = pytest.mark.fault
 UPDATES = 27  # three phases of nine
@@ -396,12 +396,3 @@ def test_f2_after_the_driver_was_killed_the_same_command_ends_with_the_same_adap
     subprocess.run(command, check=True, env=outside(), timeout=180)
     assert adapters(config) == adapters(pair) and steps(config) == list(range(UPDATES))
     assert [p.name for p in tmp_path.iterdir() if p.is_dir()] == ["run"] and not (config.root / "ray").exists()
-
-
-@pytest.mark.ray
-def test_f3_a_node_that_is_lost_in_training_is_replaced_and_the_run_ends_with_the_same_adapters(pair, tmp_path):
-    config = again(pair, tmp_path / "run", **{"train.max_failures": 3})
-    (tmp_path / "config.json").write_text(config.model_dump_json())
-    apart("train", str(tmp_path))
-    assert (tmp_path / "killed").exists() and adapters(config) == adapters(pair) and steps(config) == list(range(UPDATES))
-
