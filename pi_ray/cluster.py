@@ -36,9 +36,9 @@ def connect() -> None:
 
     if ray.is_initialized():
         return
-    local: dict[str, bool] = {}
+    local: dict[str, Any] = {}
     if not os.environ.get("RAY_ADDRESS"):
-        local = {"include_dashboard": False}
+        local = {"address": "local", "include_dashboard": False}  # without an address Ray would join, or wait for, whatever cluster was last started on this machine
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # what Ray's C++ side prints into the terminal is for Ray's developers
     with _muted("Set ray log level"):
         ray.init(log_to_driver=False, logging_level=logging.ERROR, **local)
