@@ -20,6 +20,7 @@ from pi_ray.errors import CorruptArtifactError, DataError
 from pi_ray.results import table
 from pi_ray.rundir import RunDir
 from pi_ray.schedule import plan_phases
+from pi_ray.train.log import entries
 
 __all__ = ["table", "write_report"]
 
@@ -127,15 +128,7 @@ def _trained(facts: dict[str, Any]) -> str:
 
 def _log(path: Path) -> Iterator[dict[str, Any]]:
     """Lines of train.jsonl that can be read: a killed run may have left half of one."""
-    if not path.is_file():
-        return
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            entry = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(entry, dict):
-            yield entry
+    return entries(path.read_bytes()) if path.is_file() else iter(())
 
 
 def _updates(path: Path) -> list[dict[str, Any]]:
