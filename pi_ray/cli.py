@@ -36,7 +36,7 @@ def argument(*names: str, **options: Any) -> Argument:
 
 
 RUN = argument("config", type=Path, metavar="run.yaml", help="a run file, or a run directory")
-OVERRIDES = argument("overrides", nargs="*", metavar="section.key=value", help="overrides, such as train.lr=0.0003")
+OVERRIDES = argument("overrides", nargs="*", default=[], metavar="section.key=value", help="overrides, such as train.lr=0.0003")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from pi_ray import config, runfile
+from pi_ray import cli, config, runfile
 from pi_ray.errors import ConfigError
 
 
@@ -54,3 +54,10 @@ def test_a_missing_run_file_says_how_to_get_one():
 
 def test_the_schema_describes_every_block():
     assert {"task", "model", "schedule", "train", "evaluate", "serve"} <= set(json.loads(config.schema())["properties"])
+
+
+def test_what_is_missing_on_the_command_line_is_the_run_file_and_not_the_overrides(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["plan"])
+    said = capsys.readouterr().err
+    assert "required: run.yaml" in said and "section.key" not in said.splitlines()[-1]
