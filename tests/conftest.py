@@ -42,6 +42,16 @@ def tiny(folder: Path, family: str, **own) -> Path:
     return folder
 
 
+def unset(monkeypatch, *names: str) -> None:
+    """Remove environment variables until the test ends, and then put back what was there, or nothing, whatever the code under test sets meanwhile.
+
+    `monkeypatch.delenv(name, raising=False)` alone remembers nothing of a variable that was not there: what the code sets would stay for all tests that follow.
+    """
+    for name in names:
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+
+
 @pytest.fixture(scope="session")
 def ray_local():
     """One Ray on this machine for all Ray tests."""

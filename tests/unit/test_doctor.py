@@ -20,6 +20,7 @@ from rich.console import Console
 from pi_ray import cli, cluster, doctor, estimate, floors, runfile
 from pi_ray.doctor import machine, remote, run
 from pi_ray.errors import ClusterError, MissingExtraError
+from tests.conftest import unset
 
 Usage = namedtuple("Usage", "total used free")
 GIB = 2**30
@@ -29,8 +30,7 @@ TOKEN = "a-token-of-this-test"
 @pytest.fixture(autouse=True)
 def own_token(tmp_path, monkeypatch):
     """A token for this test alone, in a file that only its owner may read."""
-    for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_MODE", "RAY_ADDRESS"):
-        monkeypatch.delenv(name, raising=False)
+    unset(monkeypatch, "RAY_AUTH_TOKEN", "RAY_AUTH_MODE", "RAY_ADDRESS")
     path = tmp_path / "token"
     path.write_text(TOKEN)
     path.chmod(0o600)

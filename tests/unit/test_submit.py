@@ -14,15 +14,13 @@ from pi_ray.config import RunConfig
 from pi_ray.errors import ClusterError, ConfigError
 from pi_ray.progress import Seen, line
 from pi_ray.scaffold import write_task
+from tests.conftest import unset
 
 
 @pytest.fixture(autouse=True)
 def bare(monkeypatch, tmp_path):
     """No token, no address and no storage of this machine's user."""
-    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_API_SERVER_ADDRESS", "PI_RAY_STORAGE"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("RAY_AUTH_MODE", "")  # put back what `require` sets
-    monkeypatch.delenv("RAY_AUTH_MODE")
+    unset(monkeypatch, "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_API_SERVER_ADDRESS", "PI_RAY_STORAGE")
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
 
 
