@@ -1,7 +1,7 @@
 """Exact sentence BLEU of many pairs at once, equal to sacrebleu's (13a tokenizer, effective order, exponential smoothing).
 
 The bank is kept inverted: of each n-gram the texts that hold it. One pass over the lists of a reference's n-grams gives its clipped matches
-with the whole bank. Scores are on sacrebleu's scale, 0 to 100.
+with the whole bank. Scores are on sacrebleu's scale, 0 to 100. The same n-grams make the vectors by which FAISS proposes candidates.
 
 s(y_i, y_j) of paper equation 3: the candidate y_j is the hypothesis and the row's own y_i the reference, so an example scores high
 when what it says is what the row needs.
@@ -19,6 +19,7 @@ from pi_ray.retrieve import kernel
 from pi_ray.retrieve.grams import Grams
 
 BLOCK = 128  # references of one piece of a thread's work
+DIMENSION = 320  # of the vectors
 
 
 class BleuIndex:
@@ -35,6 +36,7 @@ class BleuIndex:
         shape = (len(bank), max(int(self.grams.bounds[-1]), 1))
         holds = sparse.csr_matrix((counts.times, counts.ids, counts.indptr), shape=shape).tocsc()
         self.holding = holds.indptr.astype(np.int64), holds.indices, holds.data
+        self.places = _places(np.diff(holds.indptr))
 
     def __len__(self) -> int:
         return len(self.groups)
@@ -58,10 +60,11 @@ class BleuIndex:
         self._side_by_side(work, len(references))
         return out
 
-    def top(self, references: Sequence[str], k: int, groups: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+    def top(self, references: Sequence[str], k: int, groups: np.ndarray | None = None, among: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
         """The exact k best bank positions and their scores for each reference, shapes (q, k'), k' = min(k, bank). Ties: lower position first.
 
-        `groups` are those of the references, -2 for none. Where they leave fewer than k', the last positions are -1.
+        `groups` are those of the references, -2 for none. `among` are the only positions that may be chosen, shape (q, c), -1 for none.
+        Where these leave fewer than k', the last positions are -1.
         """
         k, asked = min(k, len(self)), self.grams(references)
         ids, best = np.full((len(references), k), -1, dtype=np.int64), np.full((len(references), k), -1.0)
@@ -69,16 +72,40 @@ class BleuIndex:
 
         def work(at: int) -> None:
             some = slice(at, at + BLOCK)
-            indptr = asked.indptr[at : at + BLOCK + 1]
-            kernel.bleu_top(
-                self.grams.bounds, *self.holding, self.grams.counts.lengths, self.groups,
-                indptr, asked.ids, asked.times, asked.lengths[some], own[some], ids[some], best[some],
-            )
+            indptr, bank = asked.indptr[at : at + BLOCK + 1], self.grams.counts
+            question = indptr, asked.ids, asked.times, asked.lengths[some], own[some]
+            if among is None:
+                kernel.bleu_top(self.grams.bounds, *self.holding, bank.lengths, self.groups, *question, ids[some], best[some])
+            else:
+                kernel.bleu_top_among(
+                    self.grams.bounds, bank.indptr, bank.ids, bank.times, bank.lengths, self.groups,
+                    *question, np.asarray(among[some], dtype=np.int64), ids[some], best[some],
+                )
 
         if k:
             self._side_by_side(work, len(references))
         return ids, best
 
+    def encode(self, texts: Sequence[str]) -> np.ndarray:
+        """Unit vectors of texts, near where BLEU is high: the n-grams that texts of the bank share, each with a sign in one of `DIMENSION` places.
+
+        An n-gram of one bank text alone matches no other and would only disturb. Returns float32, (texts, DIMENSION).
+        """
+        asked, out = self.grams(texts), np.zeros((len(texts), DIMENSION), dtype=np.float32)
+        self._side_by_side(lambda at: kernel.vectors(self.places, asked.indptr[at : at + BLOCK + 1], asked.ids, asked.times, out[at : at + BLOCK]), len(texts))
+        return out
+
     def _side_by_side(self, work: Callable[[int], None], rows: int) -> None:
         with ThreadPoolExecutor(self.threads) as pool:
             list(pool.map(work, range(0, rows, BLOCK)))
+
+
+def _places(holders: np.ndarray) -> np.ndarray:
+    """Of each n-gram 2 x its place in the vectors + its sign, from how many texts hold it; -1 where fewer than two do. int32, (n-grams,).
+
+    They take the places in turn, the most frequent first, with the other sign in each round: so those that weigh most do not meet.
+    """
+    rank = np.empty(len(holders), dtype=np.int64)
+    rank[np.argsort(-holders, kind="stable")] = np.arange(len(holders))
+    turn, place = np.divmod(rank, DIMENSION)
+    return np.where(holders > 1, 2 * place + turn % 2, -1).astype(np.int32)

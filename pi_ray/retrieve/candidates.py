@@ -11,8 +11,9 @@ from pi_ray.protocols import Encoder
 
 FLAT_ROWS = 20_000  # a larger bank is cut into cells, of which a query looks into the nearest
 CELL_ROWS = 1_000_000  # in a still larger one a graph finds the nearest cells
-SEEN = 5  # share of the cells that a query looks into: one in so many
-ROUNDS, POINTS = 6, 40  # of k-means, which finds the cells, and texts a cell that it looks at
+CELLS = 0.7  # times the root of the texts: so many cells
+SEEN = 10  # share of the cells that a query looks into: one in so many
+ROUNDS, POINTS = 6, 25  # of k-means, which finds the cells, and texts a cell that it looks at
 PIECE = 4  # places of a vector that become one 4-bit code: the score looks at what is proposed, so the order among it need not be exact
 LINKS = 32  # of a node of the graph
 BLOCK = 65_536  # texts encoded at once
@@ -39,6 +40,7 @@ class Candidates:
         index = faiss.index_factory(first.shape[1], _kind(first.shape[1], len(bank), bounds), faiss.METRIC_INNER_PRODUCT)
         if not index.is_trained:
             index.cp.niter, index.cp.max_points_per_centroid, index.cp.min_points_per_centroid = ROUNDS, POINTS, 1
+            index.pq.cp.niter = ROUNDS
             index.train(self._vectors(bank[:: max(1, len(bank) // (index.nlist * POINTS))]))
         index.add(first)
         for at in range(BLOCK, len(bank), BLOCK):
@@ -65,4 +67,4 @@ def _kind(dimension: int, rows: int, bounds: tuple[int, int]) -> str:
     if rows <= flat:
         return "Flat"
     pieces = next(n for n in range(dimension // PIECE, 0, -1) if dimension % n == 0)
-    return f"IVF{max(1, int(2 * rows**0.5))}{'' if rows <= cells else f'_HNSW{LINKS}'},PQ{pieces}x4fs"
+    return f"IVF{max(1, int(CELLS * rows**0.5))}{'' if rows <= cells else f'_HNSW{LINKS}'},PQ{pieces}x4fs"

@@ -28,15 +28,19 @@ class CosineIndex:
         cosines = asked @ self.vectors.T if candidates is None else np.stack([self.vectors[near] @ one for near, one in zip(candidates, asked, strict=True)])
         return 100.0 * np.maximum(cosines, 0.0).astype(np.float64)
 
-    def top(self, references: Sequence[str], k: int, groups: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+    def top(self, references: Sequence[str], k: int, groups: np.ndarray | None = None, among: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
         """The exact k best bank positions and their scores, as BleuIndex.top."""
         k, step = min(k, len(self)), max(1, PAIRS // max(len(self), 1))
         ids, best = np.full((len(references), k), -1, dtype=np.int64), np.full((len(references), k), -1.0)
         for at in range(0, len(references), step):
-            found = self.scores(references[at : at + step])
+            asked = references[at : at + step]
+            near = np.broadcast_to(np.arange(len(self)), (len(asked), len(self))) if among is None else np.sort(among[at : at + step], axis=1)
+            found = self.scores(asked, None if among is None else np.maximum(near, 0))
+            found[near < 0] = -1.0
             if groups is not None:
-                found[np.asarray(groups)[at : at + step, None] == self.groups[None]] = -1.0
+                found[np.asarray(groups)[at : at + step, None] == self.groups[near]] = -1.0
             order = np.argsort(-found, axis=1, kind="stable")[:, :k]
-            best[at : at + step] = np.take_along_axis(found, order, axis=1)
-            ids[at : at + step] = np.where(best[at : at + step] < 0, -1, order)
+            some = slice(at, at + step), slice(order.shape[1])
+            best[some] = np.take_along_axis(found, order, axis=1)
+            ids[some] = np.where(best[some] < 0, -1, np.take_along_axis(near, order, axis=1))
         return ids, best

@@ -42,11 +42,19 @@ class Counts:
     times: np.ndarray  # int32
     lengths: np.ndarray  # int64, (texts,)
 
+    def of(self, texts: np.ndarray) -> Counts:
+        """Those of the texts at these positions, in this order."""
+        sizes = np.diff(self.indptr)[texts]
+        indptr = np.concatenate([[0], np.cumsum(sizes)])
+        places = np.arange(indptr[-1]) + np.repeat(self.indptr[texts] - indptr[:-1], sizes)
+        return Counts(indptr, self.ids[places], self.times[places], self.lengths[texts])
+
 
 class Grams:
     """The n-grams of a bank of texts. Those of other texts that the bank does not have match nothing and are left out."""
 
     def __init__(self, bank: Sequence[str]):
+        self.positions = {text: i for i, text in enumerate(bank)}
         self.words: dict[str, int] = {}
         words, lengths = self._read(bank, grow=True)
         self.keys: list[np.ndarray] = []  # of each order above 1, ascending: (number of the n-gram without its last word) x words + last word
@@ -59,7 +67,10 @@ class Grams:
         self.counts = self._count(words, lengths)
 
     def __call__(self, texts: Sequence[str]) -> Counts:
-        return self._count(*self._read(texts))
+        known = [self.positions.get(text, -1) for text in texts]
+        if -1 in known:
+            return self._count(*self._read(texts))
+        return self.counts.of(np.array(known, dtype=np.int64))  # rows of the bank itself: counted already
 
     def _read(self, texts: Iterable[str], grow: bool = False) -> tuple[np.ndarray, np.ndarray]:
         """Word numbers of all texts in a row (-1: unknown), and the length of each text."""

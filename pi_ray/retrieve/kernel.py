@@ -60,6 +60,46 @@ def power(m1, m2, m3, m4, length, factor):
 
 
 @njit(nogil=True, cache=True)
+def matched(bounds, held, begin, end, ids, times):
+    """Clipped matches of order 1 to 4: of the ascending n-grams ids[begin:end] with those that `held` counts."""
+    m1 = m2 = m3 = m4 = 0
+    while begin < end and ids[begin] < bounds[1]:
+        m1 += min(held[ids[begin]], times[begin])
+        begin += 1
+    while begin < end and ids[begin] < bounds[2]:
+        m2 += min(held[ids[begin]], times[begin])
+        begin += 1
+    while begin < end and ids[begin] < bounds[3]:
+        m3 += min(held[ids[begin]], times[begin])
+        begin += 1
+    for e in range(begin, end):
+        m4 += min(held[ids[e]], times[e])
+    return m1, m2, m3, m4
+
+
+@njit(nogil=True, cache=True)
+def raise_least(least, score):
+    """least[order] = (score / 100) ** order, a little less for what powers round away."""
+    for order in range(1, ORDER + 1):
+        least[order] = (score / 100.0) ** order * (1.0 - 1e-12)
+
+
+@njit(nogil=True, cache=True)
+def vectors(places, indptr, ids, times, out):
+    """out[i] = unit vector of the sum of the signs of text i's n-grams in their places, as BleuIndex has them; `out` comes as zeros."""
+    for i in range(len(indptr) - 1):
+        for e in range(indptr[i], indptr[i + 1]):
+            place = places[ids[e]]
+            if place >= 0:
+                out[i, place >> 1] += times[e] if place & 1 else -times[e]
+        size = np.sqrt(np.sum(out[i] * out[i]))
+        if size:
+            out[i] /= size
+        else:
+            out[i, 0] = 1.0  # a text that shares nothing needs a direction too
+
+
+@njit(nogil=True, cache=True)
 def bleu_of_pairs(bounds, indptr, ids, times, lengths, q_indptr, q_ids, q_times, q_lengths, candidates, out):
     """out[i, c] = BLEU of bank text candidates[i, c] against reference i, by merging their ascending n-grams."""
     longest = lengths.max() if len(lengths) else 0
@@ -116,8 +156,31 @@ def bleu_top(bounds, indptr, rows, times, lengths, groups, q_indptr, q_ids, q_ti
             if value > least[order] and groups[j] != q_groups[i]:
                 filled = offer(ids[i], scores[i], filled, j, 100.0 * value ** (1.0 / order))
                 if filled == k:
-                    for o in range(1, ORDER + 1):
-                        least[o] = (scores[i, k - 1] / 100.0) ** o * (1.0 - 1e-12)
+                    raise_least(least, scores[i, k - 1])
+
+
+@njit(nogil=True, cache=True)
+def bleu_top_among(bounds, indptr, bank_ids, bank_times, lengths, groups, q_indptr, q_ids, q_times, q_lengths, q_groups, among, ids, scores):
+    """As `bleu_top`, of the bank texts among[i] alone; -1 there is none. (indptr, bank_ids, bank_times) are the n-grams of each bank text."""
+    k, longest, held = ids.shape[1], lengths.max(), np.zeros(bounds[ORDER], np.int32)
+    least = np.empty(ORDER + 1)
+    for i in range(len(q_lengths)):
+        for e in range(q_indptr[i], q_indptr[i + 1]):
+            held[q_ids[e]] = q_times[e]
+        factor, filled = factors(longest, q_lengths[i]), 0
+        least[:] = -1.0
+        for j in np.sort(among[i]):
+            if j < 0 or groups[j] == q_groups[i]:
+                continue
+            m1, m2, m3, m4 = matched(bounds, held, indptr[j], indptr[j + 1], bank_ids, bank_times)
+            value = power(m1, m2, m3, m4, lengths[j], factor[lengths[j]])
+            order = min(max(lengths[j], 1), ORDER)
+            if value > least[order]:
+                filled = offer(ids[i], scores[i], filled, j, 100.0 * value ** (1.0 / order))
+                if filled == k:
+                    raise_least(least, scores[i, k - 1])
+        for e in range(q_indptr[i], q_indptr[i + 1]):
+            held[q_ids[e]] = 0
 
 
 @njit(nogil=True, cache=True)
@@ -187,14 +250,14 @@ def rouge_of_pairs(vocabulary, words, ends, q_words, q_ends, candidates, out):
 
 
 @njit(nogil=True, cache=True)
-def rouge_top(vocabulary, words, ends, groups, q_words, q_ends, q_groups, ids, scores):
-    """As `bleu_top`."""
+def rouge_top(vocabulary, words, ends, groups, q_words, q_ends, q_groups, among, ids, scores):
+    """As `bleu_top`; of the bank texts among[i] alone, where `among` has columns."""
     width = widest(q_ends)
     masks, row = np.zeros((vocabulary, width), np.uint64), np.zeros(width, np.uint64)
     for i in range(len(q_ends) - 1):
         size, filled = q_ends[i + 1] - q_ends[i], 0
         mark(masks, q_words, q_ends[i], q_ends[i + 1])
-        for j in range(len(groups)):
-            if groups[j] != q_groups[i]:
+        for j in np.sort(among[i]) if among.shape[1] else np.arange(len(groups)):
+            if j >= 0 and groups[j] != q_groups[i]:
                 filled = offer(ids[i], scores[i], filled, j, rouge(masks, size, row, words, ends[j], ends[j + 1]))
         unmark(masks, q_words, q_ends[i], q_ends[i + 1])

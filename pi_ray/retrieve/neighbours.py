@@ -19,7 +19,7 @@ from pi_ray.config import RetrieveConfig
 from pi_ray.protocols import Row
 from pi_ray.retrieve.candidates import Candidates
 
-EXACT_ROWS = 200_000  # two cores find the ten best of so many answers in about four minutes (tests/bench/retrieval.py); FAISS needs less, and misses some
+EXACT_ROWS = 100_000  # two cores find the ten best of so many answers in about a minute and a half, FAISS in a sixth of that (tests/bench/retrieval.py)
 NOBODY = -2  # the group of a row whose query the bank does not have
 
 Side = Literal["answer", "query"]
@@ -62,9 +62,10 @@ class Bank:
         groups = np.array([self.groups.setdefault(query, len(self.groups)) for *_, query in entries], dtype=np.int64)
         self.by, self.config = by, config
         self.is_exact = is_exact(config, len(entries))
-        encoder = encoders[config.encoder](config) if config.score == "embedding" or not self.is_exact else None
+        own = config.score == "bleu" and config.encoder == "ngram"  # BLEU's index has counted the n-grams already
+        encoder = None if own or (self.is_exact and config.score != "embedding") else encoders[config.encoder](config)
         self.index = _index(config.score, texts, groups, encoder, threads)
-        self.candidates = None if self.is_exact else Candidates(encoder, texts)
+        self.candidates = None if self.is_exact else Candidates(encoder or self.index, texts)
 
     def find(self, rows: Sequence[Row], k: int, exact: bool | None = None) -> list[Found]:
         """For each row its k best examples; fewer only when the bank has no more to give, or none that differ enough (retrieve.diversity)."""
@@ -74,7 +75,7 @@ class Bank:
         count = max(self.config.candidates, k) if self.config.diversity or not exact else k
         while todo:
             asked = [rows[i] for i in todo]
-            positions, scores = self._ranked(asked, count) if exact else self._reranked(asked, count)
+            positions, scores = self._ranked(asked, count if self.config.diversity else k, None if exact else count)
             for i, near, values in zip(todo, positions, scores, strict=True):
                 found[i] = self._choose(near[near >= 0], values[near >= 0], k)
             todo = [i for i in todo if len(found[i].ids) < k] if count < len(self.ids) else []
@@ -84,18 +85,10 @@ class Bank:
     def _own(self, rows: Sequence[Row]) -> np.ndarray:
         return np.array([self.groups.get(normalised(r.query), NOBODY) for r in rows], dtype=np.int64)
 
-    def _ranked(self, rows: Sequence[Row], count: int) -> tuple[np.ndarray, np.ndarray]:
-        """Positions of the best of the whole bank, and their scores."""
-        return self.index.top([getattr(r, self.by) for r in rows], count, self._own(rows))
-
-    def _reranked(self, rows: Sequence[Row], count: int) -> tuple[np.ndarray, np.ndarray]:
-        """Positions that FAISS proposes, by score, -1 for those that must not be given."""
+    def _ranked(self, rows: Sequence[Row], most: int, proposed: int | None) -> tuple[np.ndarray, np.ndarray]:
+        """Positions and scores of the best, at most so many: of those that FAISS proposes, or (None) of the whole bank."""
         texts = [getattr(r, self.by) for r in rows]
-        near = self.candidates.nearest(texts, count)
-        scores = self.index.scores(texts, np.maximum(near, 0))
-        near = np.where((near < 0) | (self.index.groups[near] == self._own(rows)[:, None]), -1, near)
-        order = np.lexsort((near, -scores), axis=1)
-        return np.take_along_axis(near, order, axis=1), np.take_along_axis(scores, order, axis=1)
+        return self.index.top(texts, most, self._own(rows), None if proposed is None else self.candidates.nearest(texts, proposed))
 
     def _choose(self, positions: np.ndarray, scores: np.ndarray, k: int) -> Found:
         """The first k, or of them those that are not too near to a better one."""

@@ -45,15 +45,17 @@ class RougeIndex:
         kernel.rouge_of_pairs(len(self.known), self.words, self.ends, *self._read(references), np.asarray(candidates, dtype=np.int64), out)
         return out
 
-    def top(self, references: Sequence[str], k: int, groups: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+    def top(self, references: Sequence[str], k: int, groups: np.ndarray | None = None, among: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
         """The exact k best bank positions and their scores, as BleuIndex.top."""
         k, (words, ends) = min(k, len(self)), self._read(references)
         ids, best = np.full((len(references), k), -1, dtype=np.int64), np.full((len(references), k), -1.0)
         own = np.full(len(references), -2, dtype=np.int64) if groups is None else np.asarray(groups, dtype=np.int64)
+        among = np.zeros((len(references), 0), dtype=np.int64) if among is None else np.asarray(among, dtype=np.int64)
 
         def work(at: int) -> None:
             some = slice(at, at + BLOCK)
-            kernel.rouge_top(len(self.known), self.words, self.ends, self.groups, words, ends[at : at + BLOCK + 1], own[some], ids[some], best[some])
+            question = words, ends[at : at + BLOCK + 1], own[some], among[some]
+            kernel.rouge_top(len(self.known), self.words, self.ends, self.groups, *question, ids[some], best[some])
 
         if k:
             with ThreadPoolExecutor(self.threads) as pool:

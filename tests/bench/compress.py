@@ -1,6 +1,6 @@
 """Compressors: the rate that was asked for against the rate that came out, and rows a second.
 
-    python -m tests.bench.compress --data FOLDER [--every 8] [--most 0] [--rows 48] [--llmlingua2 MODEL]
+    python -m tests.bench.compress --data FOLDER [--every 16] [--most 0] [--rows 32] [--llmlingua2 MODEL]
 
 FOLDER has the tldr pages (tldr/pages/*.md) and the Calc help pages (calc*.jsonl with a "text" in each line) somewhere below it; the bundled
 tasks' templates come with them. The compressors that score with the packaged model run on every n-th page; LLMLingua-2 where MODEL is given.
@@ -119,9 +119,9 @@ def in_a_loop(rows: Sequence[str]) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--every", type=int, default=8, help="take every n-th page; templates are all taken")
+    parser.add_argument("--every", type=int, default=16, help="take every n-th page; templates are all taken")
     parser.add_argument("--most", type=int, default=0, help="of each kind at most so many texts, templates too; 0: all")
-    parser.add_argument("--rows", type=int, default=48, help="pages of the timed part")
+    parser.add_argument("--rows", type=int, default=32, help="pages of the timed part")
     parser.add_argument("--llmlingua2", default="", help="folder or hub id of a token classifier")
     args = parser.parse_args()
     header("compressors: achieved rate, and rows a second in Ray Data actors")

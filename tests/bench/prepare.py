@@ -1,6 +1,6 @@
 """Preparation as a whole on Ray Data: rows a second with 1 and 2 workers, the driver's peak memory, and a run whose work is all cached.
 
-    python -m tests.bench.prepare [--rows 1000000] [--tokens 200] [--shots 0] [--timed 20000] [--folder FOLDER] [--parts scaling whole]
+    python -m tests.bench.prepare [--rows 50000] [--tokens 200] [--shots 0] [--timed 20000] [--folder FOLDER] [--parts scaling whole]
 
 Rows are made up: sentences of a small language, about `--tokens` tokens of query and answer each, all different. Three phases as by default, the
 template not compressed, so that it is rows that take the time. Each run is a process of its own, and so is its driver's peak (VmHWM): the Ray
@@ -110,7 +110,7 @@ def whole(folder: Path, args: argparse.Namespace) -> tuple[float, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, default=1_000_000)
+    parser.add_argument("--rows", type=int, default=50_000, help="of `whole`; the goal of 2 GiB is for 1000000")
     parser.add_argument("--tokens", type=int, default=200)
     parser.add_argument("--shots", type=int, default=0, help="examples in the first phase; above 0 neighbours are searched too")
     parser.add_argument("--timed", type=int, default=20_000, help="rows of `scaling`")

@@ -18,6 +18,7 @@ from pi_ray.registry import tasks
 from pi_ray.retrieve import neighbours
 from pi_ray.retrieve.bleu import BleuIndex
 from pi_ray.retrieve.candidates import Candidates
+from pi_ray.retrieve.cosine import CosineIndex
 from pi_ray.retrieve.encoders import NgramEncoder, SentenceEncoder
 from pi_ray.retrieve.neighbours import Bank, audit, find, normalised
 from pi_ray.retrieve.rouge import RougeIndex
@@ -102,6 +103,40 @@ def test_flat_cells_and_graph_propose_what_is_near_alike_each_time_and_all_when_
     assert near.shape == (20, 30) and (near == two.nearest(texts[:20], 30)).all()
     assert all(texts[i] in {texts[j] for j in row} for i, row in enumerate(near))
     assert [len(set(row) - {-1}) for row in one.nearest(texts[:3], 400)] == [400] * 3
+
+
+@pytest.mark.parametrize("index", [BleuIndex, RougeIndex, lambda bank, groups: CosineIndex(NgramEncoder(CONFIG), bank, groups)])
+def test_the_best_among_proposed_texts_are_the_best_of_all_when_all_are_proposed(index):
+    texts = [r.answer for r in rows(120)] + ["", "a", "a b a b"]
+    groups = np.arange(len(texts)) // 2
+    bank, asked = index(texts, groups), [*texts, "nobody has said this"]
+    own, every = np.append(groups, -2), np.random.default_rng(0).permuted(np.tile(np.arange(len(texts)), (len(asked), 1)), axis=1)
+    ids, scores = bank.top(asked, 9, own)
+    near, values = bank.top(asked, 9, own, every)
+    assert np.allclose(values, scores, atol=1e-4) and (isinstance(bank, CosineIndex) or (near == ids).all()), "cosines are sums in another order"
+    few = np.tile([-1, 7, -1, 3, 6], (len(asked), 1))
+    near, values = bank.top(asked, 4, own, few)
+    assert near.shape == values.shape == (len(asked), 4) and [set(row) for row in near[[3, 6, 20]]] == [{6, 7, -1}, {3, -1}, {3, 6, 7, -1}]
+    expected = bank.scores(asked, np.maximum(near, 0))
+    assert np.allclose(values[near >= 0], expected[near >= 0], atol=1e-4) and (values[near < 0] == -1).all() and (np.diff(values) <= 0).all()
+
+
+def test_ngrams_of_the_bank_itself_are_those_counted_anew():
+    texts = [*(r.answer for r in rows(50)), "", "a", "a a a b", "a"]
+    grams = BleuIndex(texts).grams
+    some = [texts[i] for i in (3, 50, 52, 3, 51, 53)]
+    kept, anew = grams(some), grams([*some, "x"])
+    assert kept.indptr.tolist() == anew.indptr[:-1].tolist() and kept.lengths.tolist() == anew.lengths[:-1].tolist()
+    assert kept.ids.tolist() == anew.ids.tolist() and kept.times.tolist() == anew.times.tolist() and len(grams([]).lengths) == 0
+
+
+def test_vectors_of_a_bank_have_length_one_and_are_near_where_bleu_is_high():
+    texts = [r.answer for r in rows(300)]
+    index = BleuIndex(texts, threads=2)
+    vectors = index.encode([*texts, "of these words the bank has none", ""])
+    assert vectors.dtype == np.float32 and np.allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-6)
+    assert (vectors == BleuIndex(texts).encode([*texts, "of these words the bank has none", ""])).all(), "whatever the number of threads"
+    assert np.corrcoef((vectors[:300] @ vectors[:300].T).ravel(), index.scores(texts).ravel())[0, 1] > 0.9
 
 
 def test_what_faiss_missed_is_told():
