@@ -37,11 +37,18 @@ class TaskConfig(Block):
     docs: str = Field("", description="folder or file of API documents that become the template's documents; empty: those that ship with the task")
     docs_count: Positive = Field(6, description="documents taken, most used in the training answers first")
     docs_examples: Count = Field(2, description="examples kept of each document")
+    unseen: tuple[str, ...] = added((), "names, such as a function's, that no labelled row's answer may use, so that only the template tells of them (data sets that are tasks of their own)")
     allow_code_execution: bool = Field(False, description="run generated programs, in a sandbox, to score them by their tests (mbpp)")
     unsafe_local_execution: bool = Field(False, description="also where there can be no sandbox: with your own rights, on your own files")
     rows: RowsConfig = RowsConfig()
     max_bad_rows: Count = Field(0, description="stop when more rows than this are rejected")
     overlap: Literal["error", "drop"] = Field("error", description="a training query that also stands in dev or test: stop, or drop it from training")
+
+    @model_validator(mode="after")
+    def _unseen_where_it_holds(self) -> TaskConfig:
+        if self.unseen and self.name in ("jsonl", "opsql"):
+            raise ValueError("task.unseen: leave such rows out of train.jsonl yourself" if self.name == "jsonl" else "task.unseen: opsql has such rows already, its group 'template only'")
+        return self
 
 
 class DocumentsConfig(Block):
@@ -108,7 +115,7 @@ class RetrieveConfig(Block):
     encoder: str = Field("ngram", description="ngram (hashed n-grams) or sentence-transformers")
     encoder_model: str = Field("all-minilm-l6-v2", description="for sentence-transformers: packaged name, hub id or folder")
     candidates: Positive = Field(64, description="rows that FAISS proposes for each row")
-    method: Literal["auto", "exact", "faiss"] = added("auto", "exact: every pair is scored; faiss: those that FAISS proposes; auto: exact up to 200,000 rows")
+    method: Literal["auto", "exact", "faiss"] = added("auto", "exact: every pair is scored; faiss: those that FAISS proposes; auto: exact up to 100,000 rows")
     score: Literal["bleu", "rouge-l", "embedding"] = added("bleu", "what says how near two rows are: sentence BLEU (the paper), ROUGE-L, or the cosine of the encoder's vectors")
     diversity: Annotated[float, Field(ge=0, lt=1)] = added(0.0, "above 0: an example this near to a better one is left out, such as 0.1: a score above 90 between the two")
     by: Literal["answer", "query"] = Field("answer", description="what training rows are compared by; dev and test rows have no answer yet, so always by query")

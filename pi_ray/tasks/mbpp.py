@@ -58,7 +58,7 @@ class MbppTask:
 
     def rows(self, split: str) -> Iterator[Row | Reject]:
         """Raises DataError when the file is missing or the hub cannot be had. Lines whose split cannot be told are rejected with "train"."""
-        return subset(self._rows, self.config.rows, split)
+        return subset(self._rows, self.config, split)
 
     def template(self) -> Template:
         return Template.parse(files("pi_ray.tasks").joinpath("mbpp.md").read_text(encoding="utf-8"))

@@ -32,7 +32,7 @@ class Nl2BashTask:
 
     def rows(self, split: str) -> Iterator[Row | Reject]:
         """Raises DataError when files are missing or do not run in parallel, or the hub cannot be had."""
-        return subset(self._read, self.config.rows, split)
+        return subset(self._read, self.config, split)
 
     def template(self) -> Template:
         """Raises DataError when `task.docs` has no page to use."""

@@ -35,7 +35,7 @@ class Nl2fTask:
 
     def rows(self, split: str) -> Iterator[Row | Reject]:
         """Raises DataError when files are missing or are not arrays; a Reject's line is the number of the table in the file."""
-        return subset(self._read, self.config.rows, split)
+        return subset(self._read, self.config, split)
 
     def template(self) -> Template:
         """Raises DataError when `task.docs` has no function to use."""

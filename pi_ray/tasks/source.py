@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections import Counter
 from collections.abc import Callable, Container, Iterable, Iterator
 from dataclasses import replace
@@ -11,9 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from pi_ray.artifact import digest, digest_file
-from pi_ray.config import RowsConfig, TaskConfig
+from pi_ray.config import TaskConfig
 from pi_ray.errors import DataError
 from pi_ray.protocols import UNLABELLED, Reject, Row
+
+LIKE_TRAIN, UNSEEN = "like train", "template only"
 
 
 def limited(read: Callable[[], Iterator[Row | Reject]], n: int) -> Iterator[Row | Reject]:
@@ -29,12 +32,29 @@ def limited(read: Callable[[], Iterator[Row | Reject]], n: int) -> Iterator[Row 
     yield from (row for row in read() if isinstance(row, Reject) or row.id in chosen)
 
 
-def subset(read: Callable[[str], Iterator[Row | Reject]], rows: RowsConfig, split: str) -> Iterator[Row | Reject]:
-    """`limited` to what `rows` says of the split; "unlabelled" are the training rows that it leaves out, without their answers."""
+def subset(read: Callable[[str], Iterator[Row | Reject]], config: TaskConfig, split: str) -> Iterator[Row | Reject]:
+    """`limited` to what `task.rows` says of the split; "unlabelled" are the training rows that it leaves out, without their answers.
+
+    With `task.unseen`, no training row has an answer that uses one of those names, and dev and test rows are in one of two groups: LIKE_TRAIN, UNSEEN.
+    """
+    rows, unseen = config.rows, [re.compile(rf"(?<!\w){re.escape(name)}(?!\w)") for name in config.unseen]
+
+    def uses(row: Row) -> bool:
+        return any(name.search(row.answer) for name in unseen)
+
+    def known(split: str) -> Iterator[Row | Reject]:
+        for row in read(split):
+            if not unseen or isinstance(row, Reject):
+                yield row
+            elif split != "train":
+                yield replace(row, group=UNSEEN if uses(row) else LIKE_TRAIN)
+            elif not uses(row):
+                yield row
+
     if split != UNLABELLED:
-        yield from limited(lambda: read(split), getattr(rows, split))
-    elif rows.train:
-        labelled = {row.id for row in limited(lambda: read("train"), rows.train) if isinstance(row, Row)}
+        yield from limited(lambda: known(split), getattr(rows, split))
+    elif rows.train or unseen:
+        labelled = {row.id for row in limited(lambda: known("train"), rows.train) if isinstance(row, Row)}
 
         def rest() -> Iterator[Row | Reject]:
             yield from (replace(row, answer="") for row in read("train") if isinstance(row, Row) and row.id not in labelled)
@@ -43,8 +63,9 @@ def subset(read: Callable[[str], Iterator[Row | Reject]], rows: RowsConfig, spli
 
 
 def fingerprint(config: TaskConfig, paths: Iterable[Path]) -> str:
-    """Hash of the row limits and of the contents of `paths`, streamed; a missing file counts as such."""
-    return digest([config.rows.model_dump(), [digest_file(path) if path.is_file() else None for path in paths]])
+    """Hash of the row limits, the names not to be seen, and of the contents of `paths`, streamed; a missing file counts as such."""
+    unseen = [sorted(config.unseen)] if config.unseen else []
+    return digest([config.rows.model_dump(), *unseen, [digest_file(path) if path.is_file() else None for path in paths]])
 
 
 def most_used(names: Iterable[str], known: Container[str], n: int) -> list[str]:

@@ -41,7 +41,7 @@ def queries_with_headers(folder, rows):
 
 
 def problems_with_tests(folder, rows):
-    numbers = (11, 12, 511, 601, 602)
+    numbers = (11, 12, 511, 601, 612)
     problems = [{"task_id": n, "text": f"Add {n}.", "code": f"def add(x):\r\n    return x + {n}", "test_list": [f"assert add(0) == {n}"]} for n in numbers]
     (folder / "mbpp.jsonl").write_text("".join(json.dumps(problem) + "\n" for problem in problems))
     return TaskConfig(name="mbpp", folder=str(folder), rows=rows)
@@ -109,3 +109,27 @@ def test_unlabelled_rows_have_no_answer_and_are_no_other_rows(make):
 def test_unlabelled_rows_are_limited_too(make):
     assert list(make("some", train=1).rows("unlabelled"))
     assert len(list(make("limited", train=1, unlabelled=1).rows("unlabelled"))) == 1
+
+
+UNSEEN = {"mbpp": "612", "nl2bash": "pwd", "nl2f": "B2:B3", "nl2f-w": "B2:B100"}  # in some or all answers of the rows above
+
+
+def test_no_labelled_answer_uses_a_name_that_is_to_be_unseen_and_its_queries_are_unlabelled(make):
+    task = make()
+    if task.config.name not in UNSEEN:
+        with pytest.raises(ValueError, match="unseen"):
+            task.config.model_validate({**task.config.model_dump(), "unseen": ["x"]})
+        return
+    name = UNSEEN[task.config.name]
+    hiding = type(task)(task.config.model_copy(update={"unseen": (name,)}))
+    assert list(hiding.rows("train")) == [row for row in task.rows("train") if name not in row.answer]
+    assert [row.query for row in hiding.rows("unlabelled")] == [row.query for row in task.rows("train") if name in row.answer]
+    assert {(row.id, row.group) for row in hiding.rows("test")} == {(row.id, "template only" if name in row.answer else "like train") for row in task.rows("test")}
+    assert hiding.fingerprint() != task.fingerprint()
+
+
+def test_an_unseen_name_is_a_whole_word(make):
+    task = make()
+    if task.config.name in UNSEEN:
+        hiding = type(task)(task.config.model_copy(update={"unseen": (UNSEEN[task.config.name][:-1],)}))
+        assert list(hiding.rows("train")) == list(task.rows("train"))
