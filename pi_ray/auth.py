@@ -45,7 +45,7 @@ def require(address: str) -> None:
 
     To be called before `ray` is imported, which is when Ray reads RAY_AUTH_MODE.
     """
-    mode = os.environ.get("RAY_AUTH_MODE", "token" if has_token() else "disabled").lower()
+    mode = (os.environ.get("RAY_AUTH_MODE") or ("token" if has_token() else "disabled")).lower()
     if mode != "token" and not is_loopback(address):
         raise ClusterError(f"{address} is not on this machine, and without a token anyone who reaches it can run programs there. {CURE}")
     if mode == "token" and not has_token():

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import os
 import sys
+import tempfile
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
-from pi_ray import mirror, parcel, runfile
+from pi_ray import floors, mirror, parcel, runfile
 from pi_ray.artifact import is_current, staged, write_atomic
 from pi_ray.config import RunConfig, dump
-from pi_ray.errors import PiRayError
+from pi_ray.errors import PiRayError, StorageError
 from pi_ray.objects import Objects
 
 
@@ -25,6 +26,7 @@ def main(verb: str, arguments: Sequence[str]) -> int:
 
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # the job's log is for those who wait for the run
     try:
+        floors.check()
         config = settle(Path(arguments[0] if arguments else "run.yaml"), arguments[1:])
         command = [verb, str(config.root), *(["closed.confirmed=true"] if config.closed.confirmed else [])]
         sys.argv[1:] = command  # what the report names as its command
@@ -36,14 +38,14 @@ def main(verb: str, arguments: Sequence[str]) -> int:
 
 
 def settle(path: Path, overrides: Sequence[str]) -> RunConfig:
-    """Give a run file its place on the cluster's storage, and write it there as resolved."""
+    """Give a run file its place on the cluster's storage, and write it there as resolved. Inputs that came along, or lie on object storage, are copied beside it."""
     path = path / "run.yaml" if path.is_dir() else path
     config = runfile.check(RunConfig, runfile.read(path), str(path), overrides)
     home, folder = storage(config), path.resolve().parent
     root = home / Path(config.run_dir or f"runs/{config.name}").expanduser()
     config = config.replace(run_dir=str(root), store=_store(config, home))
     came_along = folder.is_relative_to(Path.cwd())
-    config = _keep(config, folder) if came_along else runfile.absolute(config, folder)
+    config = _keep(config, folder) if came_along else _fetch(runfile.absolute(config, folder))
     write_atomic(root / "run.yaml", dump(config.replace(**{"closed.confirmed": False})))  # a yes to spending is for one job
     return config
 
@@ -75,12 +77,35 @@ def _mirrored(config: RunConfig) -> AbstractContextManager[None]:
 
 def _keep(config: RunConfig, folder: Path) -> RunConfig:
     """Copy the inputs into the run directory, unless these very ones are there, and name them there."""
-    found, final = parcel.files(config, folder), config.root / parcel.FOLDER
-    fingerprint = parcel.fingerprint(found)
+    _place(parcel.files(config, folder), config.root)
+    return runfile.absolute(parcel.packed(config, folder), config.root)
+
+
+def _fetch(config: RunConfig) -> RunConfig:
+    """Copy the inputs that `task` names by URL into the run directory, and name them there. What is not there is missing here too. Raises StorageError."""
+    urls = {key: getattr(config.task, key).rstrip("/") for key in parcel.INPUTS if mirror.is_url(getattr(config.task, key))}
+    with tempfile.TemporaryDirectory() as scratch:
+        found: dict[str, Path] = {}
+        for key, url in urls.items():
+            above, _, name = url.rpartition("/")
+            try:
+                there = Objects(above)
+                for path in (path for path in there.list() if path == name or path.startswith(f"{name}/")):
+                    found[f"{key}{Path(name).suffix}{path.removeprefix(name)}"] = to = Path(scratch) / key / path
+                    to.parent.mkdir(parents=True, exist_ok=True)
+                    there.fetch(path, to)
+            except OSError as error:
+                raise StorageError(f"task.{key}: {url} cannot be read ({error}); may this node read it?") from error
+        _place(found, config.root)
+    return config.replace(**{f"task.{key}": str(config.root / parcel.FOLDER / f"{key}{Path(url).suffix}") for key, url in urls.items()})
+
+
+def _place(found: dict[str, Path], root: Path) -> None:
+    """Copy inputs into the run directory, unless these very ones are there."""
+    final, fingerprint = root / parcel.FOLDER, parcel.fingerprint(found)
     if found and not is_current(final, fingerprint):
         with staged(final, fingerprint=fingerprint) as tmp:
             parcel.copy(found, tmp)
-    return runfile.absolute(parcel.packed(config, folder), config.root)
 
 
 if __name__ == "__main__":

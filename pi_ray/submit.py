@@ -34,6 +34,7 @@ ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
 SILENCE_S = 60.0  # after which a quiet stream is opened again: a connection may be dead without either end knowing
 ANSWER_S = 20.0  # for one answer of the API
 PATIENCE_S = 120.0  # how long a cluster may not answer while a job is followed
+NO_ENVIRONMENT = "'python' on the head is not one with pi-ray's packages: activate their environment before 'ray start' (PATH is what counts), or use the image of cluster/Dockerfile"
 
 
 def submit(path: Path, overrides: Sequence[str], step: str, address: str, console: Console) -> int:
@@ -54,7 +55,11 @@ def submit(path: Path, overrides: Sequence[str], step: str, address: str, consol
         facts["pi_ray.fingerprint"] = parcel.pack(config, folder, Path(target))
         job, new = jobs.start(facts, Path(target), {"COLUMNS": str(console.width)})
     console.print(f"[bold]Job[/]  {job}, {'submitted to' if new else 'which is going on already at'} {jobs.address}", highlight=False)
-    return follow(jobs, job, console)
+    code = follow(jobs, job, console)
+    if code == 0 and step in ("run", "publish"):
+        again = shlex.join(["pi-ray", "submit", str(path), *overrides, "--step", "serve", *_where(jobs)])
+        console.print(f"Paths and addresses above are the cluster's. Serve it there:  {again}", markup=False, highlight=False)
+    return code
 
 
 def follow(jobs: Jobs, job: str, console: Console) -> int:
@@ -72,12 +77,17 @@ def follow(jobs: Jobs, job: str, console: Console) -> int:
 
             jobs.tail(job, show)
     except KeyboardInterrupt:
-        where = "" if jobs.address == auth.DEFAULT else f" --address {jobs.address}"
-        console.print(f"\nThe job goes on. Follow it:  pi-ray logs {job}{where}\nWhere it stands:  pi-ray status {job}{where}\nEnd it:  pi-ray stop {job}{where}", markup=False, highlight=False)
+        typed = {verb: " ".join(["pi-ray", verb, job, *_where(jobs)]) for verb in ("logs", "status", "stop")}
+        console.print(f"\nThe job goes on. Follow it:  {typed['logs']}\nWhere it stands:  {typed['status']}\nEnd it:  {typed['stop']}", markup=False, highlight=False)
         return 130
     details = jobs.find(job)
     console.print(f"[bold]{details.status.lower()}[/]  {job}" + (f": {escape(_first(details.message))}" if details.status == "FAILED" else ""), highlight=False)
     return 0 if details.status == "SUCCEEDED" else details.driver_exit_code or 1
+
+
+def _where(jobs: Jobs) -> list[str]:
+    """--address for a command that is printed, where it needs one."""
+    return [] if jobs.address == auth.DEFAULT else ["--address", jobs.address]
 
 
 def status(jobs: Jobs, name: str, console: Console) -> None:
@@ -241,7 +251,8 @@ def _answered(call: Callable[[], Any], address: str) -> Any:
 def _first(message: str | None) -> str:
     """The line of a message that says most: the last of a traceback, or of a job's log."""
     lines = [line.strip() for line in (message or "").splitlines() if line.strip()]
-    return next((line for line in reversed(lines) if line.startswith("pi-ray: ")), lines[-1] if lines else "no message")
+    said = next((line for line in reversed(lines) if line.startswith("pi-ray: ")), lines[-1] if lines else "no message")
+    return f"{said}. {NO_ENVIRONMENT}" if said.startswith("ModuleNotFoundError") else said
 
 
 def _minutes(job: JobDetails) -> str:

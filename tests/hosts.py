@@ -1,6 +1,7 @@
-"""Hosts of one machine: network namespaces on a bridge, each with its own address and Ray node, whose link can be cut and which can be switched off.
+"""A Ray head on this machine, and hosts of one machine: network namespaces on a bridge, each with its own address and Ray node, whose link can be cut and
+which can be switched off. These need root and iproute2.
 
-Needs root and iproute2. Storage is this machine's disk, which every host sees, as an NFS mount would be.
+Storage is this machine's disk, which every host sees, as an NFS mount would be.
 """
 
 from __future__ import annotations
@@ -18,6 +19,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
+
+from tests.faults.service import free_port
 
 BIN = Path(sys.executable).parent
 SUBNET = "10.231.7"
@@ -53,6 +57,31 @@ def get(url: str, token: str = TOKEN) -> Any:
     request = urllib.request.Request(url, headers={"Authorization": f"Bearer {token}"})
     with urllib.request.urlopen(request, timeout=5) as answer:
         return json.loads(answer.read())
+
+
+def alive(url: str) -> set[str]:
+    """Addresses of the nodes that the head takes for living."""
+    return {node["raylet"]["nodeManagerAddress"] for node in get(f"{url}/nodes?view=summary")["data"]["summary"] if node["raylet"].get("state") == "ALIVE"}
+
+
+@contextmanager
+def local_head(url: str, port: int, resources: dict[str, float], variables: dict[str, str]) -> Iterator[None]:
+    """`ray start --head` on this machine, its dashboard at `url`, with a home and a temporary folder of its own."""
+    folder = Path(tempfile.mkdtemp(prefix="h", dir="/tmp"))  # short: Ray's sockets lie in it, and their paths may have 107 characters
+    ports = {"port": port, "dashboard-port": urlsplit(url).port, **{f"{name}-port": free_port() for name in ("ray-client-server", "dashboard-agent-listen", "metrics-export")}}
+    command = [
+        BIN / "ray", "start", "--head", "--block", "--num-cpus=2", "--num-gpus=0", f"--resources={json.dumps(resources)}", "--object-store-memory=80000000", "--disable-usage-stats",
+        f"--temp-dir={folder / 'ray'}", *(f"--{name}={number}" for name, number in ports.items()),
+    ]  # fmt: skip
+    with open(folder / "log", "wb") as log:
+        process = subprocess.Popen(command, env=environment(folder / "home", **variables), stdout=log, stderr=log, start_new_session=True)
+    try:
+        wait("a head on this machine, and its node", lambda: alive(url), process, (folder / "log").read_text)
+        yield
+    finally:
+        process.send_signal(signal.SIGTERM)  # ends the node's processes one by one
+        process.wait(timeout=60)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 class Host:

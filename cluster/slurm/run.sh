@@ -9,7 +9,6 @@
 #SBATCH --mem=160G
 #SBATCH --exclusive
 #SBATCH --time=2-00:00:00
-#SBATCH --signal=B:TERM@120
 #SBATCH --output=%x-%j.log
 set -euo pipefail
 
@@ -28,9 +27,9 @@ address=$(srun --nodes=1 --ntasks=1 --nodelist="${nodes%%$'\n'*}" hostname --ip-
 address=${address%% *}
 port=$((20000 + SLURM_JOB_ID % 10000))  # two jobs of one person do not meet
 
-# On each node the same command: the first starts Ray's head and, when all have come, the run; the others join and wait.
+# On each node the same command: the first starts Ray's head and, when all have come, the run, which RAY_ADDRESS leads to it; the others join and wait.
 # The dashboard listens on the first node's loopback alone, where Ray puts it.
 export RAY_SYMMETRIC_RUN_CLUSTER_WAIT_TIMEOUT=600
 srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --kill-on-bad-exit=1 \
   ray symmetric-run --address "$address:$port" --min-nodes "$SLURM_JOB_NUM_NODES" --num-gpus=8 -- \
-  pi-ray run "$run" run_dir=/shared/runs/mixtral-8x7b store=/shared/store train.gpu=true "$@"
+  env RAY_ADDRESS="$address:$port" pi-ray run "$run" run_dir=/shared/runs/mixtral-8x7b store=/shared/store train.gpu=true "$@"

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pi_ray import floors
+from pi_ray import auth, floors, parcel
 from pi_ray.config import RunConfig
 from pi_ray.doctor import machine, remote
-from pi_ray.doctor.finding import Finding, fail
+from pi_ray.doctor.finding import Finding, fail, note
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -18,37 +19,50 @@ if TYPE_CHECKING:
 STYLES = {"ok": ("ok  ", "green"), "note": ("note", "yellow"), "fail": ("FAIL", "bold red")}
 
 
-def examine(config: RunConfig | None = None, address: str = "") -> Iterator[Finding]:
-    """Look at this machine, or at the cluster at `address`, and at the run, where one is given. Each finding comes as soon as it is made."""
+def examine(config: RunConfig | None = None, address: str = "", folder: Path | None = None) -> Iterator[Finding]:
+    """Look at this machine, or at the cluster at `address`, and at the run, where one is given. Each finding comes as soon as it is made.
+    `folder` is the one with the run file, which a job takes along.
+
+    Raises ConfigError for an address that is no URL of a Jobs API.
+    """
+    address = address and auth.address_of(address)
     yield from machine.versions()
-    token = list(remote.authentication(address))
-    yield from token
+    yield from remote.authentication(address)
     if any(floors.lacking()):
         return  # the rest would import them
     if address:
-        yield from () if any(found.state == "fail" for found in token) else remote.cluster(address, config)
+        yield from remote.cluster(address, config)
     else:
         yield from machine.scratch()
         yield from machine.shared_memory(config.train.workers if config else 1)
         yield from machine.ports(config)
     if config:
-        yield from _run(config, address)
+        yield from _run(config, address, _elsewhere(config, folder) if address else [])
     elif not address:
         yield from machine.storage(None)
 
 
-def _run(config: RunConfig, address: str) -> Iterator[Finding]:
-    """The run itself. What lies on a cluster is looked at by the job there."""
+def _elsewhere(config: RunConfig, folder: Path | None) -> list[str]:
+    """Keys of what a job does not take along and this machine does not have: paths that only the cluster's nodes may see."""
+    named = {"model.base": config.model.base, **{f"task.{key}": getattr(config.task, key) for key in parcel.INPUTS}}
+    paths = {key: Path(value).expanduser() for key, value in named.items() if value and not (key.startswith("task.") and config.task.name == "opsql")}
+    return [key for key, path in paths.items() if path.is_absolute() and not path.exists() and not (folder and path.is_relative_to(folder.resolve()))]
+
+
+def _run(config: RunConfig, address: str, elsewhere: list[str]) -> Iterator[Finding]:
+    """The run itself. What lies on a cluster (`elsewhere`) is looked at by the job there."""
     from pi_ray.doctor import run
 
+    if elsewhere:
+        yield note("paths", f"not on this machine: {', '.join(elsewhere)}", "fine where every node of the cluster has them under these paths: the job looks for them there")
     size: ModelSize | None = None
-    for found in run.model(config):
+    for found in run.model(config) if "model.base" not in elsewhere else ():
         if isinstance(found, Finding):
             yield found
         else:
             size = found
     readable = True
-    for found in run.data(config):
+    for found in run.data(config) if not any(key.startswith("task.") for key in elsewhere) else ():
         readable = readable and found.state != "fail"
         yield found
     if "://" in config.cluster.storage_path:

@@ -4,10 +4,8 @@ One run, sent from another folder, ends with the same adapter wherever it ran an
 """
 
 import json
-import os
 import shutil
 import signal
-import subprocess
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -16,61 +14,12 @@ import pytest
 
 from pi_ray.artifact import verify
 from pi_ray.rundir import RunDir
-from pi_ray.scaffold import write_task
 from pi_ray.train.log import entries
-from tests.hosts import BIN, TOKEN, environment, get, network, wait
+from tests.cluster.conftest import LOCAL, TINY, ended
+from tests.hosts import TOKEN, alive, get, network, wait
 
 pytestmark = pytest.mark.cluster
-LOCAL = "http://127.0.0.1:8266"
 HEAD = "http://10.231.7.1:8265"
-QUEUES = {"billing": "Q7", "login": "Q2", "parcel": "Q5", "other": "Q9"}
-TINY = [  # phase 1 lasts for as long as it takes to notice that a host is lost, some 10 s
-    "train.workers=1", "train.batch_size=2", "train.lora.rank=4", "train.checkpoint_every=50", "train.backend.name=ddp", "train.max_failures=8", "schedule.epochs=[4, 120, 40]",
-    "evaluate.baseline=false", "evaluate.probe=false", "evaluate.latency_rows=1", "evaluate.max_new_tokens=4",
-    "cluster.train_resources={trainer: 1, CPU: 1}", "cluster.prepare_resources={preparer: 1}", "cluster.evaluate_resources={preparer: 1}",
-]
-
-
-@pytest.fixture(scope="module")
-def task(tmp_path_factory) -> Path:
-    """A person's folder: run.yaml, template and rows, and things that must stay at home."""
-    folder = tmp_path_factory.mktemp("person") / "my-task"
-    write_task(folder)
-    for split, rows in (("train", 20), ("dev", 4), ("test", 4)):
-        lines = [json.dumps({"query": f"{split} case {i}: what about my {queue}?", "answer": f"{code} {i % 3}"}) for i, (queue, code) in enumerate(list(QUEUES.items()) * 5)]
-        (folder / f"{split}.jsonl").write_text("\n".join(lines[:rows]) + "\n")
-    (folder / "runs").mkdir()
-    (folder / "runs" / "big").write_bytes(bytes(1 << 20))
-    return folder
-
-
-@pytest.fixture(scope="module")
-def shared(tmp_path_factory, tiny_model):
-    """Storage that every node sees, with the base model."""
-    folder = tmp_path_factory.mktemp("shared")
-    shutil.copytree(tiny_model, folder / "model")
-    return folder
-
-
-@pytest.fixture
-def person(task, shared, tmp_path):
-    """`person(LOCAL, "submit", ...)`: pi-ray as typed into a shell in another folder. Returns the running process."""
-    started = []
-
-    def typed(address: str, *words: str, **own: str) -> subprocess.Popen:
-        variables = environment(tmp_path / "home", RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=TOKEN, RAY_API_SERVER_ADDRESS=address) | own
-        path = tmp_path / f"said-{len(started)}"
-        with open(path, "wb") as said:
-            process = subprocess.Popen([BIN / "pi-ray", *words], cwd=tmp_path, env=variables, stdout=said, stderr=subprocess.STDOUT)
-        process.said = path.read_text
-        started.append(process)
-        return process
-
-    yield typed
-    for process in started:
-        if process.poll() is None:
-            process.kill()
-        process.wait()
 
 
 def submitted(task: Path, shared: Path, *more: str) -> list[str]:
@@ -78,36 +27,8 @@ def submitted(task: Path, shared: Path, *more: str) -> list[str]:
     return ["submit", str(task / "run.yaml"), *models, *TINY, *more]
 
 
-def ended(process: subprocess.Popen, seconds: float = 300) -> str:
-    """What the process said, once it has ended well."""
-    process.wait(timeout=seconds)
-    assert process.returncode == 0, process.said()[-4000:]
-    return process.said()
-
-
 def adapter_hash(run: RunDir) -> str:
     return verify(run.adapter(2))["files"]["adapter_model.safetensors"]["sha256"]
-
-
-@pytest.fixture(scope="module")
-def head(tmp_path_factory, shared):
-    """`ray start --head` on this machine, with a token. Its dashboard is on loopback."""
-    folder = Path("/tmp") / f"h{os.getpid()}"
-    storage = shared / "local"
-    variables = environment(folder / "home", RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=TOKEN, PI_RAY_STORAGE=str(storage), PI_RAY_CACHE=str(shared / "cache"))
-    command = [
-        BIN / "ray", "start", "--head", "--block", "--num-cpus=2", "--num-gpus=0", '--resources={"trainer": 1, "preparer": 1}', "--port=6389", "--dashboard-port=8266",
-        "--ray-client-server-port=20101", "--object-store-memory=80000000", "--disable-usage-stats", f"--temp-dir={folder}",
-    ]  # fmt: skip
-    with open(storage.with_suffix(".log"), "wb") as log:
-        process = subprocess.Popen(command, env=variables, stdout=log, stderr=log, start_new_session=True)
-    try:
-        wait("a head on this machine", lambda: get(f"{LOCAL}/api/version"), process, storage.with_suffix(".log").read_text)
-        yield storage
-    finally:
-        process.send_signal(signal.SIGTERM)  # ends the node's processes one by one
-        process.wait(timeout=60)
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.fixture(scope="module")
@@ -129,6 +50,7 @@ def test_ctrl_c_leaves_the_job_running_and_the_same_command_follows_it_to_its_en
     assert other.wait(timeout=60) == 9 and "its settings or inputs are not these" in other.said()
     said = ended(person(LOCAL, *submitted(task, shared)))
     assert "pi-ray-my-task-1, which is going on already" in said and "phase 2 done" in said and "succeeded" in said
+    assert f"Serve it there:  pi-ray submit {task}/run.yaml" in said and f"--step serve --address {LOCAL}" in said
     assert RunDir(head / "runs" / "my-task").best.exists() and (head / "store" / "my-task" / "latest.json").exists()
 
 
@@ -196,13 +118,8 @@ def hosts(shared):
     with network(head={"resources": {}, **node}, cpu={"resources": {"preparer": 1}, **node}, gpu={"resources": {"trainer": 1}, **node}) as made:
         for host in made.values():
             host.boot()
-        wait("three living hosts", lambda: len(alive()) == 3)
+        wait("three living hosts", lambda: len(alive(HEAD)) == 3)
         yield made
-
-
-def alive() -> set[str]:
-    """Addresses of the nodes that the head takes for living."""
-    return {node["raylet"]["nodeManagerAddress"] for node in get(f"{HEAD}/nodes?view=summary")["data"]["summary"] if node["raylet"].get("state") == "ALIVE"}
 
 
 def updates(run: RunDir) -> int:
@@ -218,15 +135,15 @@ def test_hosts_that_die_and_links_that_are_cut_change_nothing_in_the_adapter(qui
     wait("prepare at work on the CPU host", lambda: any("MapWorker" in line for line in hosts["cpu"].processes().values()), first, first.said)
     assert not run.templates.exists()
     hosts["cpu"].switch_off()
-    wait("the death of the CPU host", lambda: hosts["cpu"].address not in alive())
+    wait("the death of the CPU host", lambda: hosts["cpu"].address not in alive(HEAD))
     hosts["cpu"].boot()
 
     wait("phase 1 of training", lambda: '"phase": 1' in run.train_log.read_text(), first, first.said)
     hosts["gpu"].cut()
-    wait("the loss of the training host", lambda: hosts["gpu"].address not in alive())
+    wait("the loss of the training host", lambda: hosts["gpu"].address not in alive(HEAD))
     assert not run.best.exists(), "training ended before its host was lost"
     hosts["gpu"].heal()
-    wait("its return", lambda: hosts["gpu"].address in alive())
+    wait("its return", lambda: hosts["gpu"].address in alive(HEAD))
     before = updates(run)
     wait("training beyond the cut", lambda: updates(run) > before, first, first.said)
 
@@ -235,7 +152,7 @@ def test_hosts_that_die_and_links_that_are_cut_change_nothing_in_the_adapter(qui
     reached = updates(run)
     assert not run.best.exists()
     hosts["head"].boot()
-    wait("three living hosts again", lambda: len(alive()) == 3)
+    wait("three living hosts again", lambda: len(alive(HEAD)) == 3)
     first.kill()
     said = ended(person(HEAD, *submitted(task, shared)))
     assert "pi-ray-my-task-1, submitted to" in said, "the new head knows no job"

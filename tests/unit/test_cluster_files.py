@@ -236,7 +236,7 @@ def test_the_slurm_script_starts_ray_on_every_node_and_shows_the_token_to_nobody
     done = subprocess.run(["bash", FOLDER / "slurm" / "run.sh", "train.lr=0.001"], env=environment, capture_output=True, text=True, check=True)
     args = (tmp_path / "args").read_text().split("\n")
     assert args[:6] == ["symmetric-run", "--address", "10.0.0.7:20123", "--min-nodes", "2", "--num-gpus=8"]
-    assert args[args.index("--") + 1 :] == ["pi-ray", "run", "/shared/inputs/mixtral-8x7b/run.yaml", "run_dir=/shared/runs/mixtral-8x7b", "store=/shared/store", "train.gpu=true", "train.lr=0.001", ""]
+    assert args[args.index("--") + 1 :] == ["env", "RAY_ADDRESS=10.0.0.7:20123", "pi-ray", "run", "/shared/inputs/mixtral-8x7b/run.yaml", "run_dir=/shared/runs/mixtral-8x7b", "store=/shared/store", "train.gpu=true", "train.lr=0.001", ""]
     token = tmp_path / ".ray" / "auth_token"
     assert re.fullmatch(r"[0-9a-f]{64}", token.read_text()) and token.stat().st_mode & 0o777 == 0o600
     assert "RAY_AUTH_MODE=token" in (tmp_path / "env").read_text()
@@ -250,6 +250,7 @@ def test_the_image_is_for_cpus_or_cuda_and_not_roots():
     assert "ARG DEVICE=cuda" in DOCKERFILE and "cpu) pip install torch --index-url" in DOCKERFILE
     last = DOCKERFILE.rsplit(stages[1], 1)[1]
     assert re.findall(r"^USER (.+)$", last, re.M) == ["1000:1000"] and "RAY_AUTH_MODE=token" in last
+    assert " gcc libc6-dev " in last, "Triton compiles with it on a GPU node"
     assert "pip install" not in last and not re.search(r"^(ENV|ARG) .*(TOKEN|KEY|PASSWORD|SECRET)", DOCKERFILE, re.M)
     ignored = (FOLDER / "Dockerfile.dockerignore").read_text().split()
     copied = {w for line in re.findall(r"^COPY (?!--from)(.+) \S+$", DOCKERFILE, re.M) for w in line.split()}

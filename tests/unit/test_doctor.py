@@ -30,7 +30,7 @@ TOKEN = "a-token-of-this-test"
 @pytest.fixture(autouse=True)
 def own_token(tmp_path, monkeypatch):
     """A token for this test alone, in a file that only its owner may read."""
-    unset(monkeypatch, "RAY_AUTH_TOKEN", "RAY_AUTH_MODE", "RAY_ADDRESS")
+    unset(monkeypatch, "RAY_AUTH_TOKEN", "RAY_AUTH_MODE", "RAY_ADDRESS", "RAY_API_SERVER_ADDRESS")
     path = tmp_path / "token"
     path.write_text(TOKEN)
     path.chmod(0o600)
@@ -198,10 +198,10 @@ def test_a_containers_limit_counts_as_memory(tmp_path, monkeypatch):
     assert machine.memory() > 0
 
 
-@pytest.mark.parametrize("address, said", [("", "anyone who reaches this machine's Ray"), ("http://head.example:8265", "anyone who reaches http://head.example:8265")])
-def test_authentication_that_is_off_is_a_fault_and_such_a_cluster_is_not_even_asked(monkeypatch, address, said):
+@pytest.mark.parametrize("address, said", [("", "anyone who reaches this machine's Ray"), ("http://head.example:8265", "no token is sent to http://head.example:8265")])
+def test_authentication_that_is_off_is_a_fault_and_a_cluster_is_asked_without_the_token(monkeypatch, address, said):
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
-    monkeypatch.setattr(remote, "_asked", lambda *a: pytest.fail("the cluster was asked"))
+    monkeypatch.setattr(remote, "_asked", lambda address, token="": pytest.fail("the token was sent") if token else (401, ""))
     (found,) = [f for f in doctor.examine(None, address) if f.what == "token"]
     assert found.state == "fail" and said in found.said and "unset RAY_AUTH_MODE" in found.cure
 
@@ -217,11 +217,27 @@ def test_no_cluster_of_other_machines_is_joined_without_authentication(monkeypat
     cluster.connect()
 
 
-def test_a_missing_token_is_a_fault_for_a_cluster_and_none_here(monkeypatch, tmp_path):
+def test_a_missing_token_is_a_fault_for_a_cluster_that_wants_one_and_none_here(dashboard, monkeypatch, tmp_path):
     monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "none"))
-    (found,) = failing(remote.authentication("http://127.0.0.1:8265"))
-    assert "no token" in found.said and "RAY_AUTH_TOKEN_PATH" in found.cure
+    (found,) = failing(doctor.examine(None, dashboard[0]))
+    assert "wants a token, and there is none here" in found.said and "RAY_AUTH_TOKEN_PATH" in found.cure
     assert not failing(remote.authentication())
+    dashboard[1].codes = (200, 200)
+    (found,) = failing(doctor.examine(None, dashboard[0]))
+    assert "lets everyone in" in found.said
+
+
+@pytest.mark.parametrize("held", ["", "two words of-a-secret", "schlüssel"])
+def test_a_token_that_no_header_can_hold_is_named_by_its_place_and_not_sent(dashboard, monkeypatch, tmp_path, held):
+    (tmp_path / "token").write_text(held, encoding="latin-1")
+    found = failing(doctor.examine(None, f"{dashboard[0]}/"))
+    assert [f.said.split()[0] for f in found] == [str(tmp_path / "token")] and "holds no token" in found[0].said and not (held and held in str(found))
+    assert dashboard[1].seen == [None]
+
+
+def test_an_address_that_is_no_url_is_refused(capsys):
+    assert cli.main(["doctor", "--address", "127.0.0.1:8265"]) == 2
+    assert "give the URL of the cluster's Jobs API" in capsys.readouterr().err
 
 
 def test_a_token_that_others_can_read_and_a_way_that_others_can_listen_on_are_noted(tmp_path):
@@ -260,15 +276,15 @@ def dashboard():
 
 @pytest.mark.parametrize("codes, what, said, cure", [
     ((200, 200), "token", "lets everyone in", "RAY_AUTH_MODE=token"),
-    ((401, 403), "token", "does not take your token (403)", "auth_token"),
+    ((401, 403), "token", "does not take your token, from {place} (403)", "ray get-auth-token"),
     ((404, 404), "cluster", "it is no Ray dashboard", "URL of the Jobs API"),
     ((302, 302), "cluster", "answers 302", "URL of the Jobs API"),
 ])  # fmt: skip
-def test_a_cluster_is_asked_without_and_with_the_token(dashboard, codes, what, said, cure):
+def test_a_cluster_is_asked_without_and_with_the_token(dashboard, tmp_path, codes, what, said, cure):
     address, handler = dashboard
     handler.codes = codes
     (found,) = failing(remote.cluster(address, None))
-    assert found.what == what and said in found.said and cure in found.cure
+    assert found.what == what and said.format(place=tmp_path / "token") in found.said and cure in found.cure
 
 
 def test_a_cluster_that_asks_for_the_token_is_fine_and_its_nodes_are_looked_at(dashboard, tmp_path, monkeypatch):
@@ -277,7 +293,16 @@ def test_a_cluster_that_asks_for_the_token_is_fine_and_its_nodes_are_looked_at(d
     config = settings(tmp_path, "train.gpu=true", "cluster.prepare_resources={highmem: 1}")
     found = list(remote.cluster(dashboard[0], config))
     assert [f.state for f in found] == ["ok", "note", "note"]
-    assert "1 nodes, 4 CPUs, 1 GPUs, 8 GiB, for 2 workers" in found[1].said and "{'highmem': 1.0}" in found[2].said
+    assert "1 node, 4 CPUs, 1 GPUs, 8 GiB, for 2 workers" in found[1].said and "{'highmem': 1.0}" in found[2].said
+
+
+def test_what_only_the_clusters_nodes_have_is_no_fault_here(tmp_path, monkeypatch):
+    monkeypatch.setattr(remote, "cluster", lambda *_: [])
+    asked = settings(tmp_path, "model.base=/shared/models/big", "task.train=/shared/rows/train.jsonl")
+    (found,) = [f for f in doctor.examine(asked, "http://127.0.0.1:8265", tmp_path) if f.state != "ok"]
+    assert found.state == "note" and found.said == "not on this machine: model.base, task.train"
+    travels = settings(tmp_path, "model.base=/shared/models/big")
+    assert [f.what for f in failing(doctor.examine(travels, "http://127.0.0.1:8265", tmp_path))] == ["data"], "a row file of the run file's folder is missing"
 
 
 def test_an_address_where_nothing_listens_is_named():

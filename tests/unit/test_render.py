@@ -91,7 +91,8 @@ def test_whatever_is_asked_for_the_files_fit_their_schemas(small, tmp_path, over
     schema = json.loads(Path(ray.autoscaler.__file__).with_name("ray-schema.json").read_text())
     for provider in ("aws", "gcp"):
         jsonschema.validate(yaml.safe_load(made("launcher", tmp_path, *overrides, f"cluster.launcher={{provider: {provider}, ssh_from: 10.0.0.0/8, image_id: ami-1}}")[0][f"{provider}.yaml"]), schema)
-    subprocess.run(["bash", "-n"], input=made("slurm", tmp_path, *overrides)[0]["run.sh"], text=True, check=True)
+    if not any("://" in override for override in overrides):
+        subprocess.run(["bash", "-n"], input=made("slurm", tmp_path, *overrides)[0]["run.sh"], text=True, check=True)
 
 
 def test_names_that_kubernetes_cannot_have_are_changed(small, tmp_path):
@@ -135,8 +136,21 @@ def test_storage_is_mounted_or_a_bucket(small, tmp_path):
     files, notes = made("launcher", tmp_path, "cluster.launcher.nfs=fs-1.example:/")
     assert "fs-1.example:/ /data" in files["aws.yaml"] and not any("mounts" in n for n in notes)
     assert any("nothing mounts /data" in n for n in made("launcher", tmp_path)[1])
-    bucket = made("k8s", tmp_path, "cluster.storage_path=s3://bucket/pi-ray")[0]
-    assert "PersistentVolumeClaim" not in "".join(bucket.values()) and "s3://bucket/pi-ray/runs/my.task" in bucket["base.yaml"]
+
+
+def test_beside_a_bucket_the_job_copies_its_run_there_and_what_needs_a_shared_folder_is_left_out(small, tmp_path):
+    place = "cluster.storage_path=s3://bucket/pi-ray"
+    files, notes = made("k8s", tmp_path, place, "cluster.kubernetes.service_account=reader")
+    assert "PersistentVolumeClaim" not in "".join(files.values()) and "raycronjob.yaml" not in files and any("no raycronjob.yaml" in n for n in notes)
+    assert yaml.safe_load(files["rayjob.yaml"])["spec"]["entrypoint"] == "python -m pi_ray.job run /etc/pi-ray/run.yaml"
+    base = {d["kind"]: d for d in yaml.safe_load_all(files["base.yaml"])}
+    seen = runfile.parse(base["ConfigMap"]["data"]["run.yaml"], "run.yaml", folder=Path("/etc/pi-ray"))
+    assert seen.store == "s3://bucket/pi-ray/store" and seen.task.train == "s3://bucket/pi-ray/inputs/my.task/train.jsonl" and not seen.run_dir.startswith("s3")
+    reached = [peer["ipBlock"]["cidr"] for rule in base["NetworkPolicy"]["spec"]["egress"] for peer in rule.get("to", []) if "ipBlock" in peer]
+    assert reached == ["169.254.169.252/32", "169.254.169.254/32", "169.254.170.23/32"], "where a pod's cloud identity comes from"
+    assert any("IamInstanceProfile" in n for n in made("launcher", tmp_path, place)[1])
+    with pytest.raises(ConfigError, match="a folder that every node sees"):
+        made("slurm", tmp_path, place)
 
 
 def test_what_a_file_cannot_do_is_noted():

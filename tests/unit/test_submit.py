@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -270,6 +271,12 @@ def test_a_cluster_that_is_only_just_up_is_asked_again(tmp_path):
     assert Young([]).start(FACTS, tmp_path, {}) == ("pi-ray-demo-1", True)
 
 
+def test_a_head_whose_python_lacks_pi_rays_packages_is_told_with_its_cure():
+    said = submit._first('Job failed: log:\nTraceback (most recent call last):\n  File "x.py", line 1\nModuleNotFoundError: No module named \'rich\'\n')
+    assert "No module named 'rich'" in said and "before 'ray start'" in said
+    assert submit._first("a\npi-ray: one sentence\nb") == "pi-ray: one sentence"
+
+
 def test_a_cluster_that_refuses_a_job_says_why(tmp_path):
     class Full(FakeJobs):
         def submit_job(self, **sent):
@@ -330,6 +337,22 @@ def test_a_run_file_on_storage_is_used_where_it_is(task, tmp_path, monkeypatch):
     settings = runfile.load(tmp_path / "mine" / "run.yaml")
     assert settings.task.train == str(task / "train.jsonl") and not (tmp_path / "mine" / "inputs").exists()
     assert settings.store == str(tmp_path / "home" / "pi-ray" / "store")
+
+
+def test_inputs_on_object_storage_are_fetched_and_those_that_are_not_there_are_missing_here_too(task, tmp_path, monkeypatch):
+    """As the run file of a RayJob names them, on a cluster whose storage is a bucket."""
+    place = f"file://{tmp_path}/bucket/inputs/my-task"
+    shutil.copytree(task, tmp_path / "bucket" / "inputs" / "my-task")
+    (tmp_path / "bucket" / "inputs" / "my-task" / "extra" / "deep").mkdir(parents=True)
+    (tmp_path / "bucket" / "inputs" / "my-task" / "extra" / "deep" / "a.txt").write_text("a")
+    monkeypatch.setenv("PI_RAY_STORAGE", str(tmp_path / "node"))
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    config = job.settle(task / "run.yaml", [f"task.{key}={place}/{name}" for key, name in (("train", "train.jsonl"), ("queries", "none.jsonl"), ("folder", "extra"))])
+    inputs = tmp_path / "node" / "runs" / "my-task" / "inputs"
+    assert (inputs / "train.jsonl").read_bytes() == (task / "train.jsonl").read_bytes() and (inputs / "folder" / "deep" / "a.txt").read_text() == "a"
+    assert (config.task.train, config.task.folder, config.task.queries) == (str(inputs / "train.jsonl"), str(inputs / "folder"), str(inputs / "queries.jsonl"))
+    assert not (inputs / "queries.jsonl").exists() and runfile.load(inputs.parent / "run.yaml") == config
 
 
 def test_a_yes_to_spending_is_for_one_job(task, tmp_path, monkeypatch):
