@@ -1,12 +1,14 @@
 """Generation for serving. `TransformersEngine` decodes with transformers in one background thread, all requests in one running batch (batch.py).
 
-Requests join and leave at any step, whatever their adapters. Only the decoding thread touches the model.
+Requests join and leave at any step, whatever their adapters. Only the decoding thread touches the model, from its loading on: a second thread that
+computes would have OpenMP threads of its own, and with more of these than cores libgomp no longer spins between operations, which here doubles the time of a step.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import Future
 from typing import Any
 
 import torch
@@ -26,12 +28,18 @@ class TransformersEngine:
     def __init__(self, model: ModelConfig, serve: ServeConfig):
         self.tokenizer = load_tokenizer(model)
         self._post = Post()
-        self._batch = Batch(load_model(model, "cuda" if torch.cuda.is_available() else "cpu"), self.tokenizer, serve, self._post)
         self._waiting: list[Row] = []
+        self._calls: list[tuple[Callable[[], Any], Future[Any]]] = []
         self._wake = threading.Condition()
         self._stopped = False
         self._thread = threading.Thread(target=self._decode, name="decode", daemon=True)
+        self._batch: Batch | None = None
         self._thread.start()
+        try:
+            self._batch = self._call(lambda: Batch(load_model(model, "cuda" if torch.cuda.is_available() else "cpu"), self.tokenizer, serve, self._post))
+        except BaseException:
+            self.close()
+            raise
 
     @property
     def active(self) -> int:
@@ -56,7 +64,7 @@ class TransformersEngine:
 
     def merge(self, folder: str) -> None:
         """Before the first request: add this adapter into the base weights; no other one is served then. Raises AdapterError where it cannot be."""
-        self._batch.stack.merge(folder)
+        self._call(lambda: self._batch.stack.merge(folder))
 
     def stats(self) -> dict[str, Any]:
         """What is there now, and counts since the start."""
@@ -79,11 +87,24 @@ class TransformersEngine:
             self._wake.notify()
         self._thread.join(timeout=10)
 
+    def _call(self, work: Callable[[], Any]) -> Any:
+        """What `work` returns or raises in the decoding thread, between two steps."""
+        future: Future[Any] = Future()
+        with self._wake:
+            if self._stopped:
+                raise RuntimeError("the engine was closed")
+            self._calls.append((work, future))
+            self._wake.notify()
+        return future.result()
+
     @torch.inference_mode()
     def _decode(self) -> None:
         torch.set_num_threads(torch.get_num_threads())  # OpenMP keeps the number by thread, and this is a new one
         try:
             while self._has_work():
+                self._answer_calls()
+                if not self._batch:
+                    continue
                 done = self._batch.admit(list(self._waiting))
                 with self._wake:
                     self._waiting = [row for row in self._waiting if row not in done]
@@ -94,12 +115,23 @@ class TransformersEngine:
         finally:  # closed, or a bug: nobody is left waiting
             with self._wake:
                 self._stopped = True
-            for row in [*self._waiting, *self._batch.rows]:
+                for _, future in self._calls:
+                    future.set_exception(RuntimeError("the engine was closed"))
+            for row in [*self._waiting, *(self._batch.rows if self._batch else ())]:
                 self._post.put(row, RuntimeError("the engine was closed"))
             self._post.send()
+
+    def _answer_calls(self) -> None:
+        with self._wake:
+            calls, self._calls = self._calls, []
+        for work, future in calls:
+            try:
+                future.set_result(work())
+            except BaseException as error:  # the caller's to handle
+                future.set_exception(error)
 
     def _has_work(self) -> bool:
         """Wait for a request; False once the engine is closed."""
         with self._wake:
-            self._wake.wait_for(lambda: self._stopped or self._waiting or self._batch.rows)
+            self._wake.wait_for(lambda: self._stopped or self._calls or self._waiting or (self._batch and self._batch.rows))
             return not self._stopped

@@ -206,11 +206,15 @@ def _at_once(groups: Sequence[Sequence[int]], low: int, device: Any) -> Products
     """All groups in one batched product; `groups[i]` are the rows of slot low + i, of one token each. The padding repeats row 0 and is dropped."""
     size, high = max(map(len, groups)), low + len(groups)
     padded = torch.tensor([[*group, *[0] * (size - len(group))] for group in groups]).flatten().to(device)
-    rows, places = torch.tensor([(row, i * size + j) for i, group in enumerate(groups) for j, row in enumerate(group)]).T.contiguous().to(device)
+    rows, places = torch.tensor(sorted((row, i * size + j) for i, group in enumerate(groups) for j, row in enumerate(group))).T.contiguous().to(device)
+    everyone = slice(int(rows[0]), int(rows[-1]) + 1) if len(rows) == rows[-1] - rows[0] + 1 else None  # neighbours are added at once
 
     def products(layer: Layer, x: torch.Tensor, out: torch.Tensor) -> None:
         inner = torch.bmm(x.index_select(0, padded).view(len(groups), size, -1), layer.a[low:high].transpose(1, 2))
-        outer = torch.bmm(inner, layer.b[low:high]).flatten(0, 1)
-        out.index_add_(0, rows, outer.index_select(0, places))
+        found = torch.bmm(inner, layer.b[low:high]).flatten(0, 1).index_select(0, places)
+        if everyone:
+            out[everyone].add_(found)
+        else:
+            out.index_add_(0, rows, found)
 
     return products
