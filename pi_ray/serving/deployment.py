@@ -12,6 +12,7 @@ import asyncio
 import inspect
 import logging
 import os
+import sys
 import time
 from collections.abc import AsyncIterator
 from contextlib import aclosing
@@ -31,6 +32,7 @@ from pi_ray.serving.metrics import EngineMetrics, Meter, Metrics, Traffic
 
 log = logging.getLogger("ray.serve")
 API_REQUESTS = 1024  # open HTTP requests at the ingress; the queue before the model is the bound that clients meet
+SWITCH_S = 0.0002  # after which the decoding thread, back from an operation, gets Python's lock again from those that deliver tokens; 0.005 by default
 HEALTH_PERIOD_S = 2  # Serve replaces a replica after three failures in a row
 
 
@@ -48,6 +50,7 @@ class Model:
         from pi_ray.serving.batch import MOST_LORAS
 
         began = time.monotonic()
+        sys.setswitchinterval(SWITCH_S)
         if not torch.cuda.is_available():  # Ray gives an actor one thread; a CPU replica needs its share of the machine
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // config.serve.max_replicas))
         self.engine = engines[config.serve.engine](config.model, config.serve)
