@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -18,6 +19,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Entry point. Returns the exit code: 0, or that of the error, which is printed in one sentence."""
     args = _arguments(argv)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator to CPU" not in record.getMessage())  # no news on a machine without a GPU
     from rich.console import Console
 
     console = Console(highlight=False, soft_wrap=True)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from pi_ray.config import ModelConfig, ServeConfig
-from pi_ray.errors import AdapterError
+from pi_ray.errors import AdapterError, ModelError
 from pi_ray.protocols import GenerationRequest
 from pi_ray.serving.engines import TransformersEngine
 from tests.lora import put_in_store, rewrite
@@ -356,6 +356,30 @@ def test_an_adapter_that_computes_nan_fails_its_own_rows_and_leaves_nothing_behi
     assert all(isinstance(found[i], RuntimeError) and "not a number" in str(found[i]) for i in (0, 3))
     assert [found[i] for i in (1, 2, 4, 5)] == [expected[folders[0]][1], expected[""][2], expected[folders[1]][1], expected[""][2]]
     engine.check()
+
+
+def test_one_thread_alone_loads_merges_and_decodes(fresh, folders, monkeypatch):
+    """A second one that computes would double the time of a step (see engines.py)."""
+    seen = set()
+    forward = torch.nn.Linear.forward
+    monkeypatch.setattr(torch.nn.Linear, "forward", lambda *a: seen.add(threading.current_thread().name) or forward(*a))
+    monkeypatch.setattr("pi_ray.serving.batch.pack", lambda base: seen.add(threading.current_thread().name))  # packed layers have another forward
+    engine = fresh()
+    engine.merge(folders[0])
+    asyncio.run(tokens(engine, PROMPTS[0], folders[0]))
+    assert seen == {"decode"}
+
+
+def test_what_fails_in_the_decoding_thread_is_raised_to_who_asked(fresh, tmp_path):
+    (tmp_path / "adapter_config.json").write_text("{")
+    with pytest.raises(AdapterError):
+        fresh().merge(str(tmp_path))
+    with pytest.raises(ModelError, match="no such folder"):
+        TransformersEngine(ModelConfig(base=str(tmp_path / "none")), ServeConfig())
+    engine = fresh()
+    engine.close()
+    with pytest.raises(RuntimeError, match="closed"):
+        engine.merge("")
 
 
 def test_an_engine_that_cannot_compute_says_so(tiny_model):
