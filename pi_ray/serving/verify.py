@@ -30,6 +30,7 @@ MAX_RANK = 4096
 MAX_TOKENS = 1 << 30
 MAX_WORDING = 100_000
 MAX_REPEATS = 4  # of the query in its wording
+PIECE = 16_384  # elements; torch computes fewer than 32,768 in the calling thread alone
 # Settings of adapter_config.json that serving understands; any other one must be empty, since peft would act on it
 # (import a module, change base weights, run a regular expression over module names).
 KNOWN_SETTINGS = {
@@ -169,13 +170,13 @@ def _check_shapes(header: dict[str, dict[str, Any]], rank: int) -> None:
 
 
 def _check_finite(path: Path) -> None:
-    """One tensor in memory at a time."""
+    """One tensor in memory at a time, and piece by piece: large ones start OpenMP threads for this thread as well, which slows the decoding one (engines.py)."""
     import torch
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(path, framework="pt") as f:
-            bad = next((name for name in f.keys() if not torch.isfinite(f.get_tensor(name)).all()), None)  # noqa: SIM118 (not a dict)
+            bad = next((name for name in f.keys() if not all(torch.isfinite(piece).all() for piece in f.get_tensor(name).flatten().split(PIECE))), None)  # noqa: SIM118 (not a dict)
     except SafetensorError as error:
         raise AdapterError(f"{path.name}: not readable as safetensors ({error})") from error
     if bad:
