@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
-from pi_ray import floors, mirror, parcel, runfile
+from pi_ray import floors, mirror, parcel, refresh, runfile
 from pi_ray.artifact import is_current, staged, write_atomic
 from pi_ray.config import RunConfig, dump
 from pi_ray.errors import PiRayError, StorageError
@@ -27,23 +27,33 @@ def main(verb: str, arguments: Sequence[str]) -> int:
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # the job's log is for those who wait for the run
     try:
         floors.check()
-        config = settle(Path(arguments[0] if arguments else "run.yaml"), arguments[1:])
-        command = [verb, str(config.root), *(["closed.confirmed=true"] if config.closed.confirmed else [])]
+        again = verb == "refresh"
+        config = settle(Path(arguments[0] if arguments else "run.yaml"), arguments[1:], again)
+        command = ["run" if again else verb, str(config.root), *(["closed.confirmed=true"] if config.closed.confirmed else [])]
         sys.argv[1:] = command  # what the report names as its command
         with _mirrored(config):
+            if again:
+                refresh.place(config)
             return cli.main(command)
     except PiRayError as error:
         print(f"pi-ray: {error}", file=sys.stderr)
         return error.exit_code
 
 
-def settle(path: Path, overrides: Sequence[str]) -> RunConfig:
-    """Give a run file its place on the cluster's storage, and write it there as resolved. Inputs that came along, or lie on object storage, are copied beside it."""
+def settle(path: Path, overrides: Sequence[str], again: bool = False) -> RunConfig:
+    """Give a run file its place on the cluster's storage, and write it there as resolved. Inputs that came along, or lie on object storage, are copied beside it.
+
+    `again`: it is refreshed, in a directory of its own.
+    """
     path = path / "run.yaml" if path.is_dir() else path
     config = runfile.check(RunConfig, runfile.read(path), str(path), overrides)
     home, folder = storage(config), path.resolve().parent
     root = home / Path(config.run_dir or f"runs/{config.name}").expanduser()
     config = config.replace(run_dir=str(root), store=_store(config, home))
+    if again:
+        there = _there(config)
+        config = refresh.config_of(config, there=there and Objects(there.rpartition("/")[0]))
+        root = config.root
     came_along = folder.is_relative_to(Path.cwd())
     config = _keep(config, folder) if came_along else _fetch(runfile.absolute(config, folder))
     write_atomic(root / "run.yaml", dump(config.replace(**{"closed.confirmed": False})))  # a yes to spending is for one job
@@ -68,11 +78,17 @@ def _store(config: RunConfig, home: Path) -> str:
 
 def _mirrored(config: RunConfig) -> AbstractContextManager[None]:
     """Where storage_path is a URL: the run directory is fetched from there first, and kept there from then on."""
+    there = _there(config)
+    return mirror.Mirror(config.root, Objects(there)).attached() if there else nullcontext()
+
+
+def _there(config: RunConfig) -> str:
+    """The run directory's URL; "" where storage_path is a folder."""
     place, home = config.cluster.storage_path, storage(config)
     if not mirror.is_url(place):
-        return nullcontext()
+        return ""
     inside = config.root.relative_to(home) if config.root.is_relative_to(home) else Path("runs") / config.root.name
-    return mirror.Mirror(config.root, Objects(f"{place.rstrip('/')}/{inside.as_posix()}")).attached()
+    return f"{place.rstrip('/')}/{inside.as_posix()}"
 
 
 def _keep(config: RunConfig, folder: Path) -> RunConfig:

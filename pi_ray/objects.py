@@ -7,6 +7,7 @@ import shutil
 import uuid
 from collections.abc import Callable
 from contextlib import suppress
+from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -29,12 +30,20 @@ class Objects:
             files, root = _file_system(url)
         self.files, self.root = files, root.rstrip("/")
 
-    def list(self, inside: str = "") -> list[str]:
+    def list(self, inside: str = "", deep: bool = True) -> list[str]:
+        """Keys of the files in a folder, with `deep` of those in folders below it too."""
         from pyarrow.fs import FileSelector, FileType
 
-        found = self.files.get_file_info(FileSelector(self._at(inside), allow_not_found=True, recursive=True))
+        found = self.files.get_file_info(FileSelector(self._at(inside), allow_not_found=True, recursive=deep))
         keys = [info.path.removeprefix(self.root).lstrip("/") for info in found if info.type == FileType.File]
         return [key for key in keys if not is_passing(key)]
+
+    def folders(self, pattern: str) -> list[str]:
+        """Names of the folders right here that a pattern such as "run-*" fits."""
+        from pyarrow.fs import FileSelector, FileType
+
+        found = self.files.get_file_info(FileSelector(self._at(""), allow_not_found=True))
+        return [info.base_name for info in found if info.type == FileType.Directory and fnmatchcase(info.base_name, pattern)]
 
     def read(self, key: str) -> bytes | None:
         try:

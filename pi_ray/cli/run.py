@@ -79,7 +79,9 @@ def plan(args: argparse.Namespace, console: Console) -> None:
 def refresh(args: argparse.Namespace, console: Console) -> None:
     from pi_ray import refresh as again
 
-    _run(again.config_of(load(args)), console)
+    settings = again.config_of(load(args))
+    again.place(settings)
+    _run(settings, console)
 
 
 @verb(

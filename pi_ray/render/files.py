@@ -32,21 +32,18 @@ def render(kind: str, config: RunConfig, folder: Path) -> tuple[dict[str, str], 
     environment.filters |= {"q": lambda value: json.dumps(value, ensure_ascii=False), "sh": lambda value: shlex.quote(str(value))}
     wanted = [name for name in KINDS[kind] if kind != "launcher" or name.startswith(config.cluster.launcher.provider)]
     if not known["mounted"]:
-        wanted = _on_a_bucket(kind, wanted, known["storage"], notes)
+        _on_a_bucket(kind, known["storage"], notes)
     if kind == "launcher" and known["mounted"] and not config.cluster.launcher.nfs:
         notes.append(f"nothing mounts {known['storage']} on the machines: name an NFS server in cluster.launcher.nfs, or a bucket in cluster.storage_path")
     return {name: environment.get_template(f"{name}.j2").render(known) for name in wanted}, notes
 
 
-def _on_a_bucket(kind: str, wanted: list[str], storage: str, notes: list[str]) -> list[str]:
-    """The files that work with storage behind a URL; what is left out, or must be given, is noted. Raises ConfigError where nothing works."""
+def _on_a_bucket(kind: str, storage: str, notes: list[str]) -> None:
+    """What must be given for storage behind a URL is noted. Raises ConfigError where it does not work."""
     if kind == "slurm":
         raise ConfigError(f"cluster.storage_path is {storage}: a Slurm job keeps its run in a folder that every node sees, such as /shared; name that one")
     if kind == "launcher":
         notes.append(f"the workers need the right to read and write {storage}: Ray gives a role to the head alone, so name theirs in node_config (AWS: IamInstanceProfile, GCP: serviceAccounts)")
-    if "raycronjob.yaml" in wanted:
-        notes.append(f"no raycronjob.yaml: 'pi-ray refresh' goes on from a folder that every node sees, and cluster.storage_path is {storage}")
-    return [name for name in wanted if name != "raycronjob.yaml"]
 
 
 def write(found: dict[str, str], folder: Path) -> list[Path]:

@@ -1,16 +1,19 @@
 """A refresh trains again from the published adapter, in a run directory of its own."""
 
 import json
-from datetime import datetime
+import shutil
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
 import torch
 
-from pi_ray import refresh
+from pi_ray import cli, job, refresh
+from pi_ray.artifact import write_atomic
 from pi_ray.config import RunConfig, dump
-from pi_ray.errors import AdapterError, TrainingError
+from pi_ray.errors import AdapterError, ConfigError, TrainingError
 from pi_ray.rundir import RunDir, plain_config, train_fingerprint
+from pi_ray.runfile import load
 from pi_ray.train import lora
 from pi_ray.train.loop import fingerprint_of
 from pi_ray.train.worker import _Worker, train_worker
@@ -33,7 +36,11 @@ def publish(config, *versions):
 def test_it_starts_from_the_newest_version_in_a_directory_of_the_day(config):
     publish(config, "v0002", "v0009", "v0010")
     again = refresh.config_of(config, MONDAY)
-    assert again.run_dir == f"{config.run_dir}-2026-03-02" and again.train.start == f"{config.store}/shop/v0010"
+    assert again.run_dir == f"{config.run_dir}-2026-03-02" and again.train.start == f"{again.run_dir}/start/v0010"
+    refresh.place(again)
+    shutil.rmtree(Path(config.store) / "shop" / "v0010")
+    refresh.place(again)
+    assert (Path(again.train.start) / "adapter_model.safetensors").is_file(), "it is kept, whatever becomes of the store"
     assert plain_config(again).train.start == "", "the baseline knows nothing of earlier runs"
 
 
@@ -44,15 +51,42 @@ def test_one_that_was_cut_short_goes_on_with_what_it_began_from(config):
     (begun.root / "run.yaml").write_text(dump(begun))
     publish(config, "v0002")
     later = refresh.config_of(config, datetime(2026, 3, 9))
-    assert (later.run_dir, later.train.start) == (begun.run_dir, f"{config.store}/shop/v0001")
+    assert (later.run_dir, later.train.start) == (begun.run_dir, f"{begun.run_dir}/start/v0001")
     RunDir(begun.root).report.write_text("done")
     assert refresh.config_of(config, datetime(2026, 3, 9)).run_dir.endswith("shop-2026-03-09")
 
 
 def test_a_store_behind_a_url_is_read_like_a_folder(config):
     publish(config, "v0001")
-    start = Path(refresh.config_of(config.replace(store=f"file://{config.store}"), MONDAY).train.start)
+    again = refresh.config_of(config.replace(store=f"file://{config.store}"), MONDAY)
+    refresh.place(again)
+    start = Path(again.train.start)
     assert start.name == "v0001" and (start / "adapter_model.safetensors").read_bytes() == (Path(config.store) / "shop" / "v0001" / "adapter_model.safetensors").read_bytes()
+
+
+def test_on_object_storage_another_node_goes_on_with_what_was_begun(config, tmp_path, monkeypatch):
+    """As a RayCronJob beside a bucket: each cluster is new, and nothing but the bucket is left of the last one."""
+    publish(config, "v0001")
+    (tmp_path / "run.yaml").write_text(dump(config.replace(run_dir="runs/shop", **{"cluster.storage_path": f"file://{tmp_path}/bucket"})))
+    (tmp_path / "bucket").mkdir()
+    found = []
+
+    def step(command):
+        seen = load(Path(command[1]) / "run.yaml")
+        found.append((command[0], seen.run_dir, seen.train.start, (Path(seen.train.start) / "adapter_config.json").is_file()))
+        if len(found) == 1:
+            raise ConfigError("the node is lost")
+        write_atomic(RunDir(seen.root).report, "done")
+        return 0
+
+    monkeypatch.setattr(cli, "main", step)
+    day = f"{datetime.now(UTC):%Y-%m-%d}"
+    for node in ("a", "b", "c"):
+        monkeypatch.setenv("PI_RAY_STORAGE", str(tmp_path / node))
+        job.main("refresh", [str(tmp_path / "run.yaml")])
+        publish(config, "v0002")
+    runs = [f"{tmp_path}/{node}/runs/shop-{day}" for node in "abc"]
+    assert found == [("run", runs[0], f"{runs[0]}/start/v0001", True), ("run", runs[1], f"{runs[1]}/start/v0001", True), ("run", runs[2], f"{runs[2]}/start/v0002", True)]
 
 
 def test_a_damaged_adapter_is_not_gone_on_from(config):

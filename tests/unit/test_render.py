@@ -138,10 +138,11 @@ def test_storage_is_mounted_or_a_bucket(small, tmp_path):
     assert any("nothing mounts /data" in n for n in made("launcher", tmp_path)[1])
 
 
-def test_beside_a_bucket_the_job_copies_its_run_there_and_what_needs_a_shared_folder_is_left_out(small, tmp_path):
+def test_beside_a_bucket_jobs_copy_their_run_there_and_what_needs_a_shared_folder_is_refused(small, tmp_path):
     place = "cluster.storage_path=s3://bucket/pi-ray"
-    files, notes = made("k8s", tmp_path, place, "cluster.kubernetes.service_account=reader")
-    assert "PersistentVolumeClaim" not in "".join(files.values()) and "raycronjob.yaml" not in files and any("no raycronjob.yaml" in n for n in notes)
+    files, _ = made("k8s", tmp_path, place, "cluster.kubernetes.service_account=reader")
+    assert "PersistentVolumeClaim" not in "".join(files.values()) and list(files) == list(made("k8s", tmp_path)[0])
+    assert yaml.safe_load(files["raycronjob.yaml"])["spec"]["jobTemplate"]["entrypoint"] == "python -m pi_ray.job refresh /etc/pi-ray/run.yaml"
     assert yaml.safe_load(files["rayjob.yaml"])["spec"]["entrypoint"] == "python -m pi_ray.job run /etc/pi-ray/run.yaml"
     base = {d["kind"]: d for d in yaml.safe_load_all(files["base.yaml"])}
     seen = runfile.parse(base["ConfigMap"]["data"]["run.yaml"], "run.yaml", folder=Path("/etc/pi-ray"))
