@@ -2,12 +2,15 @@
 
     python -m tests.golden.kuberay VERSION ray.io_rayclusters.yaml ray.io_rayjobs.yaml ray.io_raycronjobs.yaml ray.io_rayservices.yaml
 
-makes it from the CRD files of a KubeRay release (helm-chart/kuberay-operator/crds). What it keeps of them: names, types, enums, limits, what is required; a name
-that is not there is an error. Where a CRD repeats a type of Kubernetes itself, such as a pod template, the type's name stands alone, and Kubernetes' own schema is asked.
+makes it from KubeRay's CRD files (helm-chart/kuberay-operator/crds). What it keeps of them: names, types, enums, limits, what is required; a name that is not
+there is an error. Where a CRD repeats a type of Kubernetes itself, such as a pod template, the type's name stands alone, and Kubernetes' own schema is asked.
+
+A file may have those types cut down to their `type`, and its status and descriptions left out; then FILE@WHERE says where its text was read: the commit, mostly.
 """
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import json
 import sys
@@ -30,6 +33,9 @@ def compact(node: dict[str, Any], name: str = "", parent: str = "") -> dict[str,
     if kind and not (name == "metadata" and "additionalProperties" in node):  # a RayJob's own metadata are strings
         return {"type": node["type"], "kubernetes": kind}
     found = {key: node[key] for key in KEPT if key in node}
+    for rule in (r["rule"] for r in node.get("x-kubernetes-validations", [])):
+        if rule.startswith("self in ["):  # an enum in other words
+            found["enum"] = ast.literal_eval(rule.removeprefix("self in "))
     if "properties" in node:
         found["properties"] = {key: compact(value, key, name) for key, value in node["properties"].items() if key != "status"}
         found["additionalProperties"] = False
@@ -89,13 +95,15 @@ def _wrapped(kind: str, value: dict[str, Any]) -> dict[str, Any]:
 def main(version: str, paths: list[str]) -> None:
     import yaml
 
-    crds = {path: Path(path).read_bytes() for path in paths}
-    kinds = {}
-    for text in crds.values():
+    kinds, source = {}, {}
+    for path, _, where in (p.partition("@") for p in paths):
+        text = Path(path).read_bytes()
         spec = yaml.safe_load(text)["spec"]
         served = next(v for v in spec["versions"] if v["name"] == "v1")
-        kinds[spec["names"]["kind"]] = compact(served["schema"]["openAPIV3Schema"])
-    source = {Path(path).name: hashlib.sha256(text).hexdigest() for path, text in crds.items()}
+        kind, root = spec["names"]["kind"], compact(served["schema"]["openAPIV3Schema"])
+        root["properties"] |= {"apiVersion": {"enum": [f"{spec['group']}/v1"]}, "kind": {"enum": [kind]}}
+        kinds[kind] = root | {"required": ["apiVersion", "kind", "metadata", "spec"]}  # what the API server asks of every resource
+        source[Path(path).name] = where or f"sha256 {hashlib.sha256(text).hexdigest()}"
     FILE.write_text(json.dumps({"kuberay": version, "source": source, "kinds": kinds}, indent=1, sort_keys=True) + "\n")
 
 

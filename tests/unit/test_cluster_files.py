@@ -87,12 +87,12 @@ def test_the_compact_schema_is_made_from_a_crd(tmp_path, monkeypatch):
         },
     }  # fmt: skip
     root = {"type": "object", "properties": {"kind": {"type": "string"}, "metadata": {"type": "object"}, "spec": spec, "status": {"type": "object"}}}
-    crd = {"spec": {"names": {"kind": "RayThing"}, "versions": [{"name": "v1alpha1"}, {"name": "v1", "schema": {"openAPIV3Schema": root}}]}}
+    crd = {"spec": {"group": "ray.io", "names": {"kind": "RayThing"}, "versions": [{"name": "v1alpha1"}, {"name": "v1", "schema": {"openAPIV3Schema": root}}]}}
     (tmp_path / "crd.yaml").write_text(yaml.safe_dump(crd))
     monkeypatch.setattr(kuberay, "FILE", tmp_path / "made.json")
     kuberay.main("9.9", [str(tmp_path / "crd.yaml")])
-    good = {"kind": "RayThing", "metadata": {"name": "x"}, "spec": {"group": "a", "ports": [1], "metadata": {"k": "v"}, "template": {"spec": {"containers": [{"name": "c", "image": "i"}]}}}}
-    assert kuberay.errors(good) == []
+    good = {"apiVersion": "ray.io/v1", "kind": "RayThing", "metadata": {"name": "x"}, "spec": {"group": "a", "ports": [1], "metadata": {"k": "v"}, "template": {"spec": {"containers": [{"name": "c", "image": "i"}]}}}}
+    assert kuberay.errors(good) == [] and kuberay.errors({**good, "apiVersion": "ray.io/v1alpha1"}) and kuberay.errors({"kind": "RayThing"})
     assert len(kuberay.errors({**good, "spec": {"ports": [0], "typo": 1}})) == 3
     assert kuberay.errors({**good, "spec": {"group": "a", "template": {"spec": {}}}}) and kuberay.errors({**good, "spec": {"group": "a", "autoscalerOptions": {"env": [{"value": 1}]}}})
 
