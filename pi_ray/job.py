@@ -32,9 +32,13 @@ def main(verb: str, arguments: Sequence[str]) -> int:
         command = ["run" if again else verb, str(config.root), *(["closed.confirmed=true"] if config.closed.confirmed else [])]
         sys.argv[1:] = command  # what the report names as its command
         with _mirrored(config):
-            if again:
-                refresh.place(config)
-            return cli.main(command)
+            if not again:
+                return cli.main(command)
+            refresh.place(config)
+            code = cli.main(command)
+            if not code:
+                refresh.finish(config)
+            return code
     except PiRayError as error:
         print(f"pi-ray: {error}", file=sys.stderr)
         return error.exit_code
@@ -43,20 +47,19 @@ def main(verb: str, arguments: Sequence[str]) -> int:
 def settle(path: Path, overrides: Sequence[str], again: bool = False) -> RunConfig:
     """Give a run file its place on the cluster's storage, and write it there as resolved. Inputs that came along, or lie on object storage, are copied beside it.
 
-    `again`: it is refreshed, in a directory of its own.
+    `again`: it is refreshed, in a directory of its own beside that.
     """
     path = path / "run.yaml" if path.is_dir() else path
     config = runfile.check(RunConfig, runfile.read(path), str(path), overrides)
     home, folder = storage(config), path.resolve().parent
     root = home / Path(config.run_dir or f"runs/{config.name}").expanduser()
     config = config.replace(run_dir=str(root), store=_store(config, home))
-    if again:
-        there = _there(config)
-        config = refresh.config_of(config, there=there and Objects(there.rpartition("/")[0]))
-        root = config.root
     came_along = folder.is_relative_to(Path.cwd())
     config = _keep(config, folder) if came_along else _fetch(runfile.absolute(config, folder))
-    write_atomic(root / "run.yaml", dump(config.replace(**{"closed.confirmed": False})))  # a yes to spending is for one job
+    if again:
+        there = _there(config)
+        config = refresh.config_of(config, there=Objects(there.rpartition("/")[0]) if there else None)
+    write_atomic(config.root / "run.yaml", dump(config.replace(**{"closed.confirmed": False})))  # a yes to spending is for one job
     return config
 
 

@@ -30,11 +30,10 @@ class Objects:
             files, root = _file_system(url)
         self.files, self.root = files, root.rstrip("/")
 
-    def list(self, inside: str = "", deep: bool = True) -> list[str]:
-        """Keys of the files in a folder, with `deep` of those in folders below it too."""
+    def list(self, inside: str = "") -> list[str]:
         from pyarrow.fs import FileSelector, FileType
 
-        found = self.files.get_file_info(FileSelector(self._at(inside), allow_not_found=True, recursive=deep))
+        found = self.files.get_file_info(FileSelector(self._at(inside), allow_not_found=True, recursive=True))
         keys = [info.path.removeprefix(self.root).lstrip("/") for info in found if info.type == FileType.File]
         return [key for key in keys if not is_passing(key)]
 

@@ -2,29 +2,37 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from datetime import UTC, datetime
+from itertools import count
 from pathlib import Path
+from typing import Any
 
-from pi_ray import runfile
-from pi_ray.artifact import MANIFEST, staged, tell_of
+from pi_ray.artifact import MANIFEST, staged, tell_of, write_atomic
 from pi_ray.config import RunConfig
-from pi_ray.errors import AdapterError
+from pi_ray.errors import AdapterError, StorageError
 from pi_ray.objects import Objects
-from pi_ray.rundir import RunDir
+from pi_ray.rundir import RunDir, prepare_fingerprint, train_fingerprint
 from pi_ray.serving.adapters import AdapterStore, UnknownAdapterError
 from pi_ray.serving.aliases import NEWEST
 
-DAY = "????-??-??"
+MARK = "refresh.json"  # in a refresh's directory: what it learns from, and whether it has been published
 
 
 def config_of(config: RunConfig, now: datetime | None = None, there: Objects | None = None) -> RunConfig:
     """The run with a directory of its own, <run_dir>-<date>, that starts from the store's newest adapter of the run's name; `place` puts it there.
 
-    A refresh that was cut short goes on, however long ago that was: its directory and the adapter that it began with are kept. `there`: where directories
-    beside the run's are kept when each node has only a copy. Raises AdapterError where nothing is published yet.
+    A refresh that was cut short goes on, however long ago that was, while rows and settings are what they were: its directory and the adapter that it began
+    with are kept. `there`: where directories beside the run's are kept when each node has only a copy. Raises AdapterError where nothing is published yet.
     """
-    name, version = _begun(config.root, there) or (f"{config.root.name}-{now or datetime.now(UTC):%Y-%m-%d}", _newest(config))
+    marks, of = _marks(config.root, there), _of(config)
+    begun = [name for name, mark in marks.items() if mark.get("of") == of and not mark["published"]]
+    if begun:
+        name, version = max(begun), marks[max(begun)]["version"]
+    else:
+        day, version = f"{config.root.name}-{now or datetime.now(UTC):%Y-%m-%d}", _newest(config)
+        name = next(name for name in (day if n == 1 else f"{day}-{n}" for n in count(1)) if name not in marks)
     root = config.root.parent / name
     return config.replace(run_dir=str(root), **{"train.start": str(root / "start" / version)})
 
@@ -36,20 +44,37 @@ def place(config: RunConfig) -> None:
         found = AdapterStore(config.store, config.model).open(f"{config.name}@{start.name}").path
         with staged(start, source=f"{config.store}/{config.name}/{start.name}") as tmp:
             shutil.copytree(found, tmp, ignore=shutil.ignore_patterns(MANIFEST), dirs_exist_ok=True)
+    _write_mark(config, published=False)
     tell_of(RunDir(config.root).config)
 
 
-def _begun(root: Path, there: Objects | None) -> tuple[str, str] | None:
-    """Directory and first adapter's version of the newest refresh that has a run file and no report."""
+def finish(config: RunConfig) -> None:
+    """Its adapter is published: the next refresh is another one."""
+    _write_mark(config, published=True)
+
+
+def _write_mark(config: RunConfig, published: bool) -> None:
+    write_atomic(config.root / MARK, json.dumps({"of": _of(config), "version": Path(config.train.start).name, "published": published}) + "\n")
+
+
+def _of(config: RunConfig) -> str:
+    """Fingerprint of what is learned, but for the adapter that it starts from."""
+    from pi_ray.registry import tasks
+
+    plain = config.replace(**{"train.start": ""})
+    return train_fingerprint(plain, prepare_fingerprint(plain, tasks[config.task.name](config.task).fingerprint()))
+
+
+def _marks(root: Path, there: Objects | None) -> dict[str, dict[str, Any]]:
+    """The mark of each directory beside the run's that is named as a refresh is; an empty one where a directory has none. Raises StorageError."""
+    pattern = f"{root.name}-????-??-??*"
+    texts = {p.name: (p / MARK).read_bytes() if (p / MARK).is_file() else b"{}" for p in root.parent.glob(pattern)}
     if there:
-        keys = {key for folder in there.folders(f"{root.name}-{DAY}") for key in there.list(folder, deep=False)}
-        texts = {key.split("/")[0]: there.read(key) or b"" for key in keys if key.endswith("/run.yaml") and key.replace("run.yaml", "report.html") not in keys}
-    else:
-        texts = {p.name: (p / "run.yaml").read_bytes() for p in root.parent.glob(f"{root.name}-{DAY}") if (p / "run.yaml").is_file() and not RunDir(p).report.exists()}
-    if not texts:
-        return None
-    name = max(texts)
-    return name, Path(runfile.parse(texts[name].decode(), f"{name}/run.yaml").train.start).name
+        try:
+            texts |= {name: there.read(f"{name}/{MARK}") or b"{}" for name in there.folders(pattern)}
+        except OSError as error:
+            raise StorageError(f"{there.url}: storage does not answer, or refuses ({error}); the same command goes on when it does") from error
+    return {name: json.loads(text) for name, text in texts.items()}
 
 
 def _newest(config: RunConfig) -> str:

@@ -82,6 +82,7 @@ def refresh(args: argparse.Namespace, console: Console) -> None:
     settings = again.config_of(load(args))
     again.place(settings)
     _run(settings, console)
+    again.finish(settings)
 
 
 @verb(

@@ -10,9 +10,10 @@ one model folder whose end token is one that answers do not hold, and every answ
     mixed8    the queries over 8 adapters in turn                        overhead      an engine that computes nothing, one request after another
     peer      `transformers serve` with the merged model, the query alone; with and without --continuous-batching, the faster one at the highest concurrency
 
-Only `full-cached` has a prefix cache: the others would find prompts of an earlier concurrency in it. Ratios are of requests a second at the highest
-concurrency; `over_transformers_serve` sets `query` (which has the adapter's products to compute) against the peer, which has not. The adapters
-are random: what they say means nothing, how long it takes does. `serve_overhead_ms` is the median of whole requests. Last line: one JSON object.
+Only `full-cached` has a prefix cache, and a new server for each concurrency, so that the cache holds the template and none of the queries. Ratios are
+of requests a second at the highest concurrency; `over_transformers_serve` sets `query` (which has the adapter's products to compute) against the
+peer, which has not. The adapters are random: what they say means nothing, how long it takes does. `serve_overhead_ms` is the median of whole requests.
+Last line: one JSON object.
 """
 
 from __future__ import annotations
@@ -50,6 +51,7 @@ PLUGIN = {
     "bench_engine-1.dist-info/entry_points.txt": "[pi_ray.engine]\nempty = tests.bench.serve:EmptyEngine\n",
 }
 START_S = 600  # of a server, at most
+WARM = 8  # requests before those that are timed
 
 
 class FailedError(Exception):
@@ -165,7 +167,9 @@ def _publish(folder: Path, name: str, adapted: Any) -> None:
 
 
 def queries(n: int) -> list[str]:
-    return list(islice(cycle(row.query for row in OpsqlTask(TaskConfig(name="opsql")).rows("test")), n))
+    """Of the bundled task, none twice while there are so many (about 900), so that no cache knows an answer's prompt."""
+    task = OpsqlTask(TaskConfig(name="opsql"))
+    return list(islice(cycle(dict.fromkeys(row.query for split in ("test", "unlabelled", "train", "dev") for row in task.rows(split))), n))
 
 
 # Servers
@@ -304,12 +308,12 @@ async def overhead(url: str, asks: Sequence[tuple[str, str]]) -> list[float]:
 # The run
 
 
-def levels(name: str, url: str, asks: Sequence[tuple[str, str]], args: argparse.Namespace) -> list[Level]:
-    """All concurrencies, after a few requests that warm up."""
-    asyncio.run(drive(url, asks[:8], args.tokens, 4))
+def levels(name: str, url: str, asks: Sequence[tuple[str, str]], tokens: int, concurrencies: Sequence[int]) -> list[Level]:
+    """The asks at each concurrency, after the last few, which warm up and are not asked again."""
+    asyncio.run(drive(url, asks[-WARM:], tokens, 4))
     found = []
-    for concurrency in args.concurrency:
-        found.append(Level(name, concurrency, *_timed(url, asks, args.tokens, concurrency)))
+    for concurrency in concurrencies:
+        found.append(Level(name, concurrency, *_timed(url, asks[:-WARM], tokens, concurrency)))
         print(found[-1].row(), flush=True)
     return found
 
@@ -322,14 +326,17 @@ def _timed(url: str, asks: Sequence[tuple[str, str]], tokens: int, concurrency: 
 def own(folder: Path, part: Part, args: argparse.Namespace) -> list[Level]:
     template = OpsqlTask(TaskConfig(name="opsql")).template().text
     message = (lambda q: f"{template}\n\n{QUERY.replace('{query}', q)}") if part.full else (lambda q: q)
-    asks = list(zip(cycle(part.models), map(message, queries(args.requests)), strict=False))
-    with pi_ray(folder, part, max(args.concurrency)) as url:
-        return levels(part.name, url, asks, args)
+    asks = list(zip(cycle(part.models), map(message, queries(args.requests + WARM)), strict=False))
+    found: list[Level] = []
+    for concurrencies in [[c] for c in args.concurrency] if dict(part.serve)["prefix_cache_mb"] else [args.concurrency]:
+        with pi_ray(folder, part, max(args.concurrency)) as url:
+            found += levels(part.name, url, asks, args.tokens, concurrencies)
+    return found
 
 
 def peer(folder: Path, args: argparse.Namespace) -> list[Level]:
     """Both ways at the highest concurrency, with a quarter of the requests; then the faster one at all."""
-    asks = [(str(folder / "merged"), QUERY.replace("{query}", q)) for q in queries(args.requests)]
+    asks = [(str(folder / "merged"), QUERY.replace("{query}", q)) for q in queries(args.requests + WARM)]
     rates: dict[bool, float] = {}
     for batching in (True, False):
         name = f"transformers serve, {'continuous' if batching else 'one by one'}"
@@ -346,7 +353,7 @@ def peer(folder: Path, args: argparse.Namespace) -> list[Level]:
     if not rates:
         raise FailedError("transformers serve does not run here")
     with transformers_serve(folder, max(rates, key=lambda way: rates[way])) as url:
-        return levels("peer", url, asks, args)
+        return levels("peer", url, asks, args.tokens, args.concurrency)
 
 
 def figures(found: Sequence[Level], overheads: Sequence[float]) -> dict[str, float]:

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from pi_ray import cli, job, refresh
-from pi_ray.artifact import write_atomic
 from pi_ray.config import RunConfig, dump
-from pi_ray.errors import AdapterError, ConfigError, TrainingError
+from pi_ray.errors import AdapterError, TrainingError
+from pi_ray.objects import Objects
 from pi_ray.rundir import RunDir, plain_config, train_fingerprint
 from pi_ray.runfile import load
 from pi_ray.train import lora
@@ -20,12 +20,12 @@ from pi_ray.train.worker import _Worker, train_worker
 from tests.lora import put_in_store
 from tests.prepared import prepare_by_hand, tiny_config
 
-MONDAY = datetime(2026, 3, 2)
+MONDAY, NEXT = datetime(2026, 3, 2), datetime(2026, 3, 9)
 
 
 @pytest.fixture
 def config(tmp_path, tiny_model):
-    return RunConfig(name="shop", run_dir=str(tmp_path / "runs" / "shop"), store=str(tmp_path / "store"), model={"base": str(tiny_model)})
+    return RunConfig(name="shop", run_dir=str(tmp_path / "runs" / "shop"), store=str(tmp_path / "store"), model={"base": str(tiny_model)}, task={"name": "opsql"})
 
 
 def publish(config, *versions):
@@ -44,16 +44,30 @@ def test_it_starts_from_the_newest_version_in_a_directory_of_the_day(config):
     assert plain_config(again).train.start == "", "the baseline knows nothing of earlier runs"
 
 
-def test_one_that_was_cut_short_goes_on_with_what_it_began_from(config):
+def test_one_that_was_cut_short_goes_on_with_what_it_began_from_until_it_is_published(config):
     publish(config, "v0001")
     begun = refresh.config_of(config, MONDAY)
-    begun.root.mkdir(parents=True)
-    (begun.root / "run.yaml").write_text(dump(begun))
+    refresh.place(begun)
     publish(config, "v0002")
-    later = refresh.config_of(config, datetime(2026, 3, 9))
-    assert (later.run_dir, later.train.start) == (begun.run_dir, f"{begun.run_dir}/start/v0001")
-    RunDir(begun.root).report.write_text("done")
-    assert refresh.config_of(config, datetime(2026, 3, 9)).run_dir.endswith("shop-2026-03-09")
+    assert refresh.config_of(config, NEXT) == begun, "a week later too"
+    refresh.finish(begun)
+    later = refresh.config_of(config, NEXT)
+    assert (later.run_dir, later.train.start) == (f"{config.run_dir}-2026-03-09", f"{config.run_dir}-2026-03-09/start/v0002")
+    assert refresh.config_of(config, MONDAY).run_dir == f"{config.run_dir}-2026-03-02-2", "the second of a day leaves the first alone"
+
+
+@pytest.mark.parametrize("change", [{"task.rows": {"train": 100}}, {"train.lr": 0.5}])
+def test_with_other_rows_or_settings_another_one_begins(config, change):
+    """What was begun could not go on: its checkpoints were made with other rows."""
+    publish(config, "v0001")
+    refresh.place(refresh.config_of(config, MONDAY))
+    assert refresh.config_of(config.replace(**change), NEXT).run_dir == f"{config.run_dir}-2026-03-09"
+
+
+def test_a_folder_that_is_no_refresh_is_left_alone(config):
+    publish(config, "v0001")
+    Path(f"{config.run_dir}-2026-03-02").mkdir(parents=True)
+    assert refresh.config_of(config, MONDAY).run_dir == f"{config.run_dir}-2026-03-02-2"
 
 
 def test_a_store_behind_a_url_is_read_like_a_folder(config):
@@ -64,29 +78,34 @@ def test_a_store_behind_a_url_is_read_like_a_folder(config):
     assert start.name == "v0001" and (start / "adapter_model.safetensors").read_bytes() == (Path(config.store) / "shop" / "v0001" / "adapter_model.safetensors").read_bytes()
 
 
-def test_on_object_storage_another_node_goes_on_with_what_was_begun(config, tmp_path, monkeypatch):
+def test_on_object_storage_another_cluster_goes_on_with_what_was_begun(config, tmp_path, monkeypatch):
     """As a RayCronJob beside a bucket: each cluster is new, and nothing but the bucket is left of the last one."""
     publish(config, "v0001")
     (tmp_path / "run.yaml").write_text(dump(config.replace(run_dir="runs/shop", **{"cluster.storage_path": f"file://{tmp_path}/bucket"})))
     (tmp_path / "bucket").mkdir()
+    monkeypatch.setenv("PI_RAY_STORAGE", str(tmp_path / "pod"))
     found = []
 
     def step(command):
         seen = load(Path(command[1]) / "run.yaml")
-        found.append((command[0], seen.run_dir, seen.train.start, (Path(seen.train.start) / "adapter_config.json").is_file()))
-        if len(found) == 1:
-            raise ConfigError("the node is lost")
-        write_atomic(RunDir(seen.root).report, "done")
-        return 0
+        found.append((command[0], seen.root.name, seen.train.start.removeprefix(f"{seen.run_dir}/"), (seen.root / seen.train.start / "adapter_config.json").is_file()))
+        return 1 if len(found) == 1 else 0
 
     monkeypatch.setattr(cli, "main", step)
-    day = f"{datetime.now(UTC):%Y-%m-%d}"
-    for node in ("a", "b", "c"):
-        monkeypatch.setenv("PI_RAY_STORAGE", str(tmp_path / node))
-        job.main("refresh", [str(tmp_path / "run.yaml")])
+    for code in (1, 0, 0):
+        assert job.main("refresh", [str(tmp_path / "run.yaml")]) == code
+        shutil.rmtree(tmp_path / "pod")
         publish(config, "v0002")
-    runs = [f"{tmp_path}/{node}/runs/shop-{day}" for node in "abc"]
-    assert found == [("run", runs[0], f"{runs[0]}/start/v0001", True), ("run", runs[1], f"{runs[1]}/start/v0001", True), ("run", runs[2], f"{runs[2]}/start/v0002", True)]
+    first = f"shop-{datetime.now(UTC):%Y-%m-%d}"
+    assert found == [("run", first, "start/v0001", True), ("run", first, "start/v0001", True), ("run", f"{first}-2", "start/v0002", True)]
+
+
+def test_storage_that_does_not_answer_is_one_sentence_of_the_job(config, tmp_path, monkeypatch, capsys):
+    (tmp_path / "run.yaml").write_text(dump(config.replace(run_dir="runs/shop", **{"cluster.storage_path": f"file://{tmp_path}/bucket"})))
+    monkeypatch.setenv("PI_RAY_STORAGE", str(tmp_path / "pod"))
+    monkeypatch.setattr(Objects, "folders", lambda self, pattern: (_ for _ in ()).throw(OSError("no route")))
+    assert job.main("refresh", [str(tmp_path / "run.yaml")]) != 0
+    assert "storage does not answer, or refuses (no route)" in capsys.readouterr().err
 
 
 def test_a_damaged_adapter_is_not_gone_on_from(config):

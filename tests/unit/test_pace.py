@@ -1,0 +1,74 @@
+"""Pieces of text leave a replica no faster than they can be sent, and none is lost or late at the end."""
+
+import asyncio
+
+import pytest
+
+from pi_ray.serving.pace import LONGEST_S, PIECES, Pace
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self):
+        return self.now
+
+
+def played(pace, step, texts, **more):
+    """What comes of an answer whose pieces come `step` seconds apart, with the time of each."""
+
+    async def events():
+        yield {"fingerprint": "a"}
+        for text in texts:
+            pace.clock.now += step
+            yield {"text": text, **{key: [value] for key, value in more.items()}}
+        yield {"finish": "stop"}
+
+    async def run():
+        return [(round(pace.clock.now, 3), event) async for event in pace.keep(events())]
+
+    return asyncio.run(run())
+
+
+def test_a_single_answers_pieces_leave_as_they_come():
+    found = played(Pace(Clock()), 1 / PIECES, "abc")
+    assert [event for _, event in found] == [{"fingerprint": "a"}, {"text": "a"}, {"text": "b"}, {"text": "c"}, {"finish": "stop"}]
+
+
+def test_of_many_answers_the_first_piece_goes_at_once_and_later_ones_together():
+    pace = Pace(Clock())
+    pace.open = 15
+    found = played(pace, 0.05, "abcdefgh")
+    assert [event.get("text", "") for _, event in found] == ["", "a", "bcde", "fgh", ""]
+    assert [at for at, _ in found][:3] == [0, 0.05, 0.25] and pace.open == 15
+
+
+def test_a_piece_waits_no_longer_than_the_next_one_after_the_limit():
+    pace = Pace(Clock())
+    pace.open = 10_000
+    assert [event.get("text", "") for _, event in played(pace, LONGEST_S, "abc")] == ["", "a", "b", "c", ""]
+
+
+def test_log_probabilities_stay_with_their_text():
+    pace = Pace(Clock())
+    pace.open = 99
+    assert [event for _, event in played(pace, 0.01, "abc", logprobs=1)][1:3] == [{"text": "a", "logprobs": [1]}, {"text": "bc", "logprobs": [1, 1]}]
+
+
+def test_an_error_ends_the_answer_which_counts_no_longer():
+    pace = Pace(Clock())
+    pace.open = 99
+
+    async def events():
+        yield {"text": "a"}
+        yield {"text": "b"}
+        raise ValueError
+
+    async def run(found):
+        async for event in pace.keep(events()):
+            found.append(event)
+
+    found = []
+    with pytest.raises(ValueError):
+        asyncio.run(run(found))
+    assert found == [{"text": "a"}] and pace.open == 99
