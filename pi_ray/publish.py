@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from pi_ray.serving.aliases import LATEST
 from pi_ray.serving.completion import base_name
 from pi_ray.serving.verify import CARD, CONFIG, WEIGHTS, check, read_json
 
+log = logging.getLogger(__name__)
 COLUMNS = {"base": "base, query alone", "base_full_prompt": "base, full prompt", "plain": "plain fine-tuning, query alone", "promptintern": "this adapter, query alone"}
 
 
@@ -41,6 +43,12 @@ def publish(run: RunDir, config: RunConfig, name: str = "") -> Path:
     if missing:
         raise AdapterError(f"{source}: {', '.join(sorted(missing))} missing; train again")
     prompt = _prompt(run, read_json(source / CARD)) if config.serve.drift_guard else None
+    if config.serve.drift_guard and not prompt:
+        log.warning(
+            "'%s' is published without %s: this run directory has no template that it was trained with, or one longer than %d characters, so clients that still send "
+            "the prompt will not be recognised. Prepare, train and publish in one directory, or say with serve.drift_guard: false that this is wanted",
+            name, drift.PROMPT, drift.MAX_TEMPLATE,
+        )  # fmt: skip
     made_from = {file: files[file]["sha256"] for file in (WEIGHTS, CONFIG, CARD)}
     fingerprint = digest({**made_from, drift.PROMPT: digest(prompt)} if prompt else made_from)
     place = AdapterStore(config.store).place
@@ -80,7 +88,7 @@ def _prompt(run: RunDir, card: dict[str, Any]) -> dict[str, Any] | None:
     compressed = [{"rate": t["rate"], "achieved": t["achieved"], "text": t["text"]} for t in templates if 0 < t["rate"] < 1]
     form = PromptConfig(**card["prompt"]).example
     rows = run.read_rows("train") if (run.rows / "train.parquet").is_file() else []
-    return drift.record(full, compressed, [form.replace("{query}", row.query).replace("{answer}", row.answer) for row in rows])
+    return drift.record(full, compressed, [drift.worded(form, row.query, row.answer) for row in rows])
 
 
 def _public_base(base: str) -> str:

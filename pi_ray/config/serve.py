@@ -19,6 +19,7 @@ class ServeConfig(Block):
     max_replicas: Positive = 1
     max_ongoing_requests: Positive = 8
     max_queued_requests: Positive = 16
+    api_replicas: Positive = Field(1, description="replicas of the HTTP side, which checks keys and bodies and hands out streams; each has a queue of its own")
     request_timeout_s: Annotated[float, Field(gt=0)] = 60.0
     upscale_delay_s: Seconds = Field(5.0, description="how long too many requests must go on before another replica starts; the first one after zero starts at once")
     downscale_delay_s: Seconds = Field(300.0, description="how long too few requests must go on before a replica stops")
@@ -41,3 +42,8 @@ class ServeConfig(Block):
         if self.min_replicas > self.max_replicas:
             raise ValueError(f"serve.min_replicas {self.min_replicas} is above serve.max_replicas {self.max_replicas}")
         return self
+
+    @property
+    def places(self) -> int:
+        """Answers that can run and wait at once in a server that nobody else asks."""
+        return self.max_ongoing_requests * max(1, self.min_replicas) + self.max_queued_requests

@@ -89,6 +89,8 @@ class AdapterStore:
     def resolve(self, spec: str, ticket: str = "") -> tuple[str, str]:
         """(name, version) of what `spec` means now. The version's files are not looked at."""
         name, label = split_name(spec)
+        if not self.place.knows(name):
+            raise UnknownAdapterError(f"no adapter '{name}' in the store")
         if VERSION.fullmatch(label):
             return name, label
         if label == NEWEST:

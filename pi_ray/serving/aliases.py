@@ -32,9 +32,9 @@ class Alias:
     before: tuple[str, ...] = ()
 
     def pick(self, ticket: str) -> str:
-        """The version that answers: always the same one for a ticket, and a higher percentage keeps those that were in it already."""
+        """The version that answers: always the same one for a ticket, and a higher percentage keeps those that were in it already. No ticket, no trial."""
         place = int(digest(f"{self.canary}:{ticket}")[:12], 16) / 16**12 * 100
-        return self.canary if self.canary and place < self.percent else self.version
+        return self.canary if self.canary and ticket and place < self.percent else self.version
 
     def released(self, version: str) -> Alias:
         """`version` for everyone. Ends a trial."""

@@ -7,7 +7,7 @@ import json
 import logging
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing
 from typing import Any, Protocol
 
@@ -15,10 +15,12 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.exceptions import HTTPException
 
+from pi_ray import auth
 from pi_ray.config import ServeConfig
+from pi_ray.errors import PiRayError
 from pi_ray.serving.body import Body, ChatBody, CompletionBody, read
 from pi_ray.serving.choices import Usage, together
-from pi_ray.serving.completion import Ask, RefusedError
+from pi_ray.serving.completion import Ask, RefusedError, refused
 from pi_ray.serving.keys import EVERYTHING, Key, Keys, key_digest
 from pi_ray.serving.page import PATH, page
 from pi_ray.serving.reply import Chat, Text
@@ -26,21 +28,29 @@ from pi_ray.serving.reply import Chat, Text
 __all__ = ["Backend", "create_api", "error_response", "key_digest"]
 log = logging.getLogger("ray.serve")
 OPEN_PATHS = {"/healthz", PATH}
+HEADERS = {401: {"WWW-Authenticate": "Bearer"}, 429: {"Retry-After": "1"}, 503: {"Retry-After": "1"}}  # whoever is told to come back is told when
+STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # nginx would hold a stream back
 
 
 class Backend(Protocol):
+    base: str  # the base model's name
+
     async def models(self) -> list[str]:
-        """The base model's name and the adapters', as clients may write them."""
+        """What clients may ask for."""
 
     def complete(self, ask: Ask) -> AsyncIterator[dict[str, Any]]:
         """As completion.Completer.complete. Raises RefusedError; closing the iterator stops the generation."""
 
 
 def create_api(backend: Backend, serve: ServeConfig, digest: str = "") -> FastAPI:
-    """The app. With `digest` (of `keys.key_digest`) or serve.keys_file every path but /healthz and the page at / needs a bearer key."""
+    """The app. With `digest` (of `keys.key_digest`) or serve.keys_file every path but /healthz and the page at / needs a bearer key.
+
+    Without them it answers programs of its own machine alone.
+    """
     api = FastAPI(title="pi-ray", docs_url=None, redoc_url=None, openapi_url=None)
     api.add_middleware(Guard, keys=Keys(digest, serve.keys_file))
-    api.add_exception_handler(RefusedError, lambda request, error: error_response(error))
+    for kind in (RefusedError, PiRayError, Exception):
+        api.add_exception_handler(kind, lambda request, error: error_response(_as_refused(error)))
     api.add_exception_handler(HTTPException, lambda request, error: error_response(RefusedError(error.status_code, str(error.detail))))
 
     @api.get("/healthz")
@@ -51,15 +61,14 @@ def create_api(backend: Backend, serve: ServeConfig, digest: str = "") -> FastAP
 
     @api.get("/v1/models")
     async def models(request: Request) -> dict[str, Any]:
-        names = await backend.models()
-        return {"object": "list", "data": [_model(name, names[0]) for name in names if request.state.key.allows(name)]}
+        return {"object": "list", "data": [_model(name, backend.base) for name in await backend.models() if request.state.key.allows(name)]}
 
     @api.get("/v1/models/{name:path}")
     async def model(request: Request, name: str) -> dict[str, Any]:
-        names = await backend.models()
-        if name not in names or not request.state.key.allows(name):
+        listed = name.removeprefix(f"{backend.base}:")
+        if listed not in await backend.models() or not request.state.key.allows(listed):
             raise RefusedError(404, f"no model {name[:80]!r}", code="model_not_found", param="model")
-        return _model(name, names[0])
+        return _model(name, backend.base)
 
     @api.post("/v1/chat/completions")
     async def chat(request: Request) -> Any:
@@ -73,7 +82,11 @@ def create_api(backend: Backend, serve: ServeConfig, digest: str = "") -> FastAP
 
 
 class Guard:
-    """ASGI middleware: the bearer key before anything else is looked at. `request.state.key` is whose request it is."""
+    """ASGI middleware: the bearer key before anything else is looked at. `request.state.key` is whose request it is.
+
+    A server without keys listens on loopback, where a web page that somebody looks at can reach it too: its requests bear a foreign name in Origin, or
+    (DNS rebinding) in Host, and are refused.
+    """
 
     def __init__(self, app: Any, keys: Keys):
         self.app = app
@@ -82,20 +95,36 @@ class Guard:
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
-        key: Key | None = EVERYTHING
-        if self.keys and scope["path"] not in OPEN_PATHS:
-            key = self.keys.find(next((value for name, value in scope["headers"] if name == b"authorization"), b""))
-        if key is None:
-            error = RefusedError(401, "a valid key is required: 'Authorization: Bearer KEY'", code="invalid_api_key")
-            return await error_response(error, {"WWW-Authenticate": "Bearer"})(scope, receive, send)
+        try:
+            key = EVERYTHING if scope["path"] in OPEN_PATHS else self._admit(scope["headers"])
+        except RefusedError as error:
+            return await error_response(error)(scope, receive, send)
         scope["state"] = {**scope.get("state", {}), "key": key}
         await self.app(scope, receive, send)
 
+    def _admit(self, headers: Sequence[tuple[bytes, bytes]]) -> Key:
+        if not self.keys:
+            if all(_is_local(value.decode("latin-1")) for name, value in headers if name in (b"host", b"origin")):
+                return EVERYTHING
+            message = "a server without keys answers its own machine alone, as http://127.0.0.1 or http://localhost; give it a key (serve.api_key_env)"
+            raise RefusedError(403, message, code="key_required")
+        key = self.keys.find(next((value for name, value in headers if name == b"authorization"), b""))
+        if key is None:
+            raise RefusedError(401, "a valid key is required: 'Authorization: Bearer KEY'", code="invalid_api_key")
+        return key
 
-def error_response(error: RefusedError, headers: dict[str, str] | None = None) -> JSONResponse:
-    """OpenAI's error format. Whoever is told to come back is told when."""
-    retry = {"Retry-After": "1"} if error.status in (429, 503) else {}
-    return JSONResponse(_error_body(error), error.status, {**retry, **(headers or {})})
+
+def _is_local(place: str) -> bool:
+    """Whether a Host ("127.0.0.1:8000") or an Origin ("http://localhost") is this machine."""
+    try:
+        return auth.is_loopback(place if "//" in place else f"//{place}")
+    except ValueError:
+        return False
+
+
+def error_response(error: RefusedError) -> JSONResponse:
+    """OpenAI's error format."""
+    return JSONResponse(_error_body(error), error.status, HEADERS.get(error.status))
 
 
 def _error_body(error: RefusedError) -> dict[str, Any]:
@@ -103,9 +132,11 @@ def _error_body(error: RefusedError) -> dict[str, Any]:
 
 
 def _as_refused(error: Exception) -> RefusedError:
-    """A bug or a lost replica: logged in full, told in short."""
+    """What a client is told. A bug or a lost replica: logged in full, told in short."""
     if isinstance(error, RefusedError):
         return error
+    if isinstance(error, PiRayError):
+        return refused(error)
     if isinstance(error, TimeoutError):
         return RefusedError(408, "no answer within the server's time limit", "timeout_error", "request_timeout")
     log.error("request failed", exc_info=error)
@@ -119,8 +150,8 @@ def _model(name: str, base: str) -> dict[str, Any]:
 
 async def _answer(backend: Backend, serve: ServeConfig, key: Key, body: Body, form: Chat | Text) -> Any:
     name = form.prefix + uuid.uuid4().hex
-    asks = body.asks(name)
-    await _check_allowed(backend, key, body.model)
+    asks = body.asks(name, serve.places)
+    _check_allowed(backend.base, key, body.model)
     usage = Usage(body.choices)
     events = _within(_counted(together(backend, asks), usage), serve.request_timeout_s)
     start = await anext(events)
@@ -129,18 +160,14 @@ async def _answer(backend: Backend, serve: ServeConfig, key: Key, body: Body, fo
     if body.stream:
         first = await anext(events)  # whatever fails until here still gets its own HTTP status
         told = usage if body.stream_options and body.stream_options.include_usage else None
-        return StreamingResponse(_server_sent(events, [start, first], head, form, told), media_type="text/event-stream", headers={"Cache-Control": "no-cache", **headers})
+        return StreamingResponse(_server_sent(events, [start, first], head, form, told), media_type="text/event-stream", headers={**STREAM_HEADERS, **headers})
     choices = await _collect(events, len(asks), form, any(ask.logprobs is not None for ask in asks))
     return JSONResponse({**head, "object": form.whole, "choices": choices, "usage": usage.body()}, headers=headers)
 
 
-async def _check_allowed(backend: Backend, key: Key, model: str) -> None:
+def _check_allowed(base: str, key: Key, model: str) -> None:
     """A key's list is compared with the name alone, so that the refusal tells nobody which adapters there are."""
-    if key.models is None or key.allows(model):
-        return
-    names = await backend.models()
-    name = model.removeprefix(f"{names[0]}:").partition("@")[0]
-    if not key.allows(name):
+    if not key.allows(model) and not key.allows(model.removeprefix(f"{base}:").partition("@")[0]):
         raise RefusedError(403, f"this key may not use the model {model[:80]!r}", code="model_not_allowed", param="model")
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 import json
 import logging
 import os
@@ -16,15 +15,16 @@ from pathlib import Path
 import ray
 from ray import serve
 
-from pi_ray import cluster, runfile
+from pi_ray import auth, cluster, runfile
 from pi_ray.config import RunConfig
 from pi_ray.errors import ConfigError
 from pi_ray.serving.adapters import AdapterStore
-from pi_ray.serving.completion import base_name
+from pi_ray.serving.completion import served
 from pi_ray.serving.deployment import build
 from pi_ray.serving.keys import key_digest, load
 
 APP = "pi-ray"
+log = logging.getLogger("ray.serve")
 
 
 def bearer_key(config: RunConfig, required: bool | None = None) -> str:
@@ -32,7 +32,7 @@ def bearer_key(config: RunConfig, required: bool | None = None) -> str:
     key, file = os.environ.get(config.serve.api_key_env, ""), config.serve.keys_file
     if file:
         load(Path(file))  # what is wrong with it is said here, not in a replica's log
-    if not key and not file and (not is_loopback(config.serve.host) if required is None else required):
+    if not key and not file and (not auth.is_loopback(url_of(config)) if required is None else required):
         raise ConfigError(
             f"serve.host is {config.serve.host}: a server that other machines can reach needs a key. Set it in the environment, for example "
             f'export {config.serve.api_key_env}="$(openssl rand -hex 32)", name a file of keys in serve.keys_file (\'pi-ray key\' makes them), or set serve.host to 127.0.0.1'
@@ -40,11 +40,9 @@ def bearer_key(config: RunConfig, required: bool | None = None) -> str:
     return key
 
 
-def is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
+def url_of(config: RunConfig) -> str:
+    host = config.serve.host
+    return f"http://{f'[{host}]' if ':' in host else host}:{config.serve.port}"
 
 
 def deploy(args: dict[str, str]) -> serve.Application:
@@ -52,6 +50,7 @@ def deploy(args: dict[str, str]) -> serve.Application:
     if "run" not in args:
         raise ConfigError("args.run is missing: the run.yaml whose store and base model are to be served")
     config = runfile.load(args["run"])
+    _check_patience(config)
     return build(config, key_digest(bearer_key(config, required=True)))
 
 
@@ -65,7 +64,7 @@ def run(config: RunConfig, blocking: bool = True) -> str:
     if own:
         _check_port(config)
     cluster.connect()
-    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    log.setLevel(logging.WARNING)
     try:
         _start(config)
         serve.run(build(config, key_digest(key)), name=APP, route_prefix="/", blocking=False)
@@ -75,10 +74,10 @@ def run(config: RunConfig, blocking: bool = True) -> str:
         if blocking and isinstance(error, KeyboardInterrupt):
             return ""  # Ctrl-C stops a server, early or late
         raise
-    url = f"http://{config.serve.host}:{config.serve.port}"
+    url = url_of(config)
     if blocking:
-        names = [*AdapterStore(config.store).names(), base_name(config.model.base)]
-        print(f"serving at {url}, with a page to try it   models: {', '.join(names)}   Ctrl-C stops\n\n{usage(config, url)}\n\n{_metrics()}", flush=True)
+        names = ", ".join(served(config, AdapterStore(config.store)))
+        print(f"serving at {url}, with a page to try it   models: {names}   Ctrl-C stops\n\n{usage(config, url)}\n\n{_metrics()}", flush=True)
         _wait()
         print("shutting down: requests under way are finished first", flush=True)
         _shutdown(own)
@@ -104,11 +103,23 @@ def _start(config: RunConfig) -> None:
     found = serve.context._get_global_client().http_config
     if (found.host, found.port) != (limits.host, limits.port):
         raise ConfigError(f"Ray Serve already runs at {found.host}:{found.port}; stop it with 'serve shutdown', or set serve.host and serve.port to that")
+    _check_patience(config)
+
+
+def _check_patience(config: RunConfig) -> None:
+    """Warn of proxies that give up before the server does: what they then say is not in OpenAI's format. Their limit was set when Serve was started."""
+    client = serve.context._get_global_client(raise_if_no_controller_running=False) if ray.is_initialized() else None
+    limit = client.http_config.request_timeout_s if client else None
+    if limit and limit <= config.serve.request_timeout_s:
+        log.warning(
+            "Serve's proxies cut a request off after %g s, serve.request_timeout_s allows %g s: set http_options.request_timeout_s of serve/app.yaml to %g and start Serve anew",
+            limit, config.serve.request_timeout_s, config.serve.request_timeout_s + 5,
+        )  # fmt: skip
 
 
 def usage(config: RunConfig, url: str, model: str = "", query: str = "YOUR QUERY") -> str:
     """What to paste into a terminal or a program; `model` defaults to the first adapter of the store, or the base."""
-    model = model or next(iter(AdapterStore(config.store).names()), base_name(config.model.base))
+    model = model or served(config, AdapterStore(config.store))[:2][-1]  # the base comes first
     env = config.serve.api_key_env
     key = f"-H \"Authorization: Bearer ${env}\" " if os.environ.get(env) else ""
     python = f'os.environ["{env}"]' if key else '"none"'

@@ -9,14 +9,16 @@ from typing import Annotated, Any, Literal
 from fastapi import Request
 from pydantic import BaseModel, Field, ValidationError
 
-from pi_ray.serving.completion import ONE_MESSAGE, Ask, RefusedError, several
+from pi_ray.serving.completion import Ask, RefusedError, several
 
 MAX_CHOICES = 16
-SYSTEM_ROLES = ("system", "developer")
+ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 # What would change the answer and cannot be done here: refused unless it is left at what changes nothing. Other unknown fields are ignored.
 IDLE: dict[str, tuple[Any, ...]] = {
     "frequency_penalty": (0,), "presence_penalty": (0,), "logit_bias": ({},), "tools": ([],), "functions": ([],),
-    "response_format": ({"type": "text"},), "modalities": (["text"],), "audio": (), "echo": (False,), "suffix": ("",),
+    "response_format": ({"type": "text"},), "modalities": (["text"],), "audio": (), "web_search_options": (), "echo": (False,), "suffix": ("",),
+    "top_k": (0, -1), "min_p": (0,), "repetition_penalty": (1,), "min_tokens": (0,), "ignore_eos": (False,),  # from here on other servers' own
+    "guided_json": (), "guided_regex": (), "guided_choice": (), "guided_grammar": (), "structured_outputs": (),
 }  # fmt: skip
 
 
@@ -69,19 +71,19 @@ class Body(BaseModel):
         """Answers to each prompt."""
         return self.n or 1
 
-    def asks(self, ticket: str) -> list[Ask]:
-        """One for each choice, those of a prompt side by side. `ticket` names the request where no `user` does."""
+    def asks(self, ticket: str, places: int) -> list[Ask]:
+        """One for each choice, those of a prompt side by side, in a server that has so many places. `ticket` names the request where no `user` does."""
         self._refuse_unsupported()
         prompts = list(self.prompts())
-        total = len(prompts) * self.choices
-        if total > MAX_CHOICES:
-            raise RefusedError(400, f"at most {MAX_CHOICES} answers at once: prompts times n is {total}", param="n")
+        total, most = len(prompts) * self.choices, min(places, MAX_CHOICES)
+        if total > most:
+            raise RefusedError(400, f"at most {most} answers at once: prompts times n is {total}", param="n")
         shared = {
             "max_tokens": self.max_completion_tokens or self.max_tokens, "temperature": self.temperature or 0.0, "top_p": 1.0 if self.top_p is None else self.top_p,
             "seed": self.seed, "stop": self._stop(), "logprobs": self.tops(), "choices": total, "ticket": self.user or ticket,
             "full_prompt": bool(self.pi_ray and self.pi_ray.full_prompt),
         }  # fmt: skip
-        return [each for system, query in prompts for each in several(Ask(self.model, query, system=system, **shared), self.choices)]
+        return [each for before, query in prompts for each in several(Ask(self.model, query, before=before, **shared), self.choices)]
 
     def _refuse_unsupported(self) -> None:
         for field, idle in IDLE.items():
@@ -95,8 +97,8 @@ class Body(BaseModel):
             raise RefusedError(400, "stop takes up to 4 strings of 1 to 100 characters", param="stop")
         return tuple(stop)
 
-    def prompts(self) -> Iterator[tuple[str, str]]:
-        """(system text, query) of each prompt."""
+    def prompts(self) -> Iterator[tuple[tuple[tuple[str, str], ...], str]]:
+        """(messages before the query, query) of each prompt."""
         raise NotImplementedError
 
     def tops(self) -> int | None:
@@ -109,12 +111,12 @@ class ChatBody(Body):
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
 
-    def prompts(self) -> Iterator[tuple[str, str]]:
-        """One user message, alone or behind system messages, in which an old client may still send the template."""
-        *system, last = self.messages or [None]
-        if last is None or last.role != "user" or any(m.role not in SYSTEM_ROLES for m in system):
-            raise RefusedError(400, ONE_MESSAGE, param="messages")
-        yield "\n\n".join(m.text for m in system), last.text
+    def prompts(self) -> Iterator[tuple[tuple[tuple[str, str], ...], str]]:
+        """The last message, and those before it, in which an old client may still send the template and its examples."""
+        *before, last = self.messages or [None]
+        if last is None or last.role != "user" or any(m.role not in ROLES for m in before):
+            raise RefusedError(400, "the last message must be of role 'user', and those before it of role 'system', 'user' or 'assistant'", param="messages")
+        yield tuple((ROLES[m.role], m.text) for m in before), last.text
 
     def tops(self) -> int | None:
         if self.top_logprobs and not self.logprobs:
@@ -127,10 +129,10 @@ class CompletionBody(Body):
     logprobs: int | None = Field(None, ge=0, le=5)
     best_of: int | None = Field(None, ge=1, le=MAX_CHOICES)
 
-    def prompts(self) -> Iterator[tuple[str, str]]:
+    def prompts(self) -> Iterator[tuple[tuple[tuple[str, str], ...], str]]:
         if self.best_of and self.best_of != self.choices:
             raise RefusedError(400, "best_of is not supported here; leave it out", code="unsupported_parameter", param="best_of")
-        yield from (("", prompt) for prompt in ([self.prompt] if isinstance(self.prompt, str) else self.prompt))
+        yield from (((), prompt) for prompt in ([self.prompt] if isinstance(self.prompt, str) else self.prompt))
 
     def tops(self) -> int | None:
         return self.logprobs

@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
 from pi_ray.config import PromptConfig, RunConfig
-from pi_ray.errors import AdapterError, PiRayError
+from pi_ray.errors import AdapterError, ModelError, PiRayError
 from pi_ray.prompt import PromptEncoder, content_ids
 from pi_ray.protocols import GenerationRequest
 from pi_ray.serving.adapters import Adapter, AdapterStore, StoreUnavailableError, UnknownAdapterError
-from pi_ray.serving.drift import Seen
+from pi_ray.serving.conversation import ConversationEncoder
+from pi_ray.serving.drift import NOTHING, Seen
 from pi_ray.serving.text import Logprobs, TextStream
 
-ONE_MESSAGE = "send exactly one message, of role 'user', with the query alone: the adapter was trained on that, and system prompts and earlier turns mean nothing to it"
+log = logging.getLogger("ray.serve")
+ONE_MESSAGE = (
+    "send exactly one message, of role 'user', with the query alone: the adapter was trained on that, and a system prompt or earlier turns mean nothing to it, "
+    "unless they are those of the prompt that it has taken in"
+)
 COUNTED_AT_ONCE = 16_384  # characters; a longer text is counted in pieces first, since a tokenizer can take seconds for one long word
 
 
@@ -26,10 +32,10 @@ COUNTED_AT_ONCE = 16_384  # characters; a longer text is counted in pieces first
 class Ask:
     """A valid request for one answer, without its HTTP clothes.
 
-    `max_tokens` None: twice the longest answer that the adapter was trained on. `system` is what stood in a system message.
-    `logprobs`: how many of the likeliest tokens to tell beside each one; None for no log-probabilities. `choices` answers share the server's
-    token limit. `ticket` decides whether a version on trial answers: equal tickets meet the same version. `full_prompt`: for comparison, the base
-    model answers, with the adapter's whole template before the query.
+    `max_tokens` None: twice the longest answer that the adapter was trained on. `before`: (role, text) of the messages before the query, with roles
+    system, user and assistant. `logprobs`: how many of the likeliest tokens to tell beside each one; None for no log-probabilities. `choices` answers
+    share the server's token limit. `ticket` decides whether a version on trial answers: equal tickets meet the same version. `full_prompt`: for
+    comparison, the base model answers, with the adapter's whole template before the query.
     """
 
     model: str
@@ -39,11 +45,26 @@ class Ask:
     top_p: float = 1.0
     seed: int | None = None
     stop: tuple[str, ...] = ()
-    system: str = ""
+    before: tuple[tuple[str, str], ...] = ()
     logprobs: int | None = None
     choices: int = 1
     ticket: str = ""
     full_prompt: bool = False
+
+    @property
+    def system(self) -> str:
+        """What the system messages say."""
+        return "\n\n".join(text for role, text in self.before if role == "system")
+
+    @property
+    def turns(self) -> list[tuple[str, str]]:
+        """Messages before the query that are no system messages."""
+        return [(role, text) for role, text in self.before if role != "system"]
+
+    @property
+    def whole(self) -> str:
+        """All that the client sent."""
+        return "\n\n".join(text for text in (*(text for _, text in self.before), self.query) if text)
 
 
 class RefusedError(Exception):
@@ -65,6 +86,11 @@ def adapter_of(model: str, base: str) -> str | None:
     return None if model == name else model.removeprefix(f"{name}:")
 
 
+def served(config: RunConfig, store: AdapterStore) -> list[str]:
+    """What clients may ask for: the base model and the adapters; or, where one is merged into the base, that one alone."""
+    return [config.serve.merge.partition("@")[0]] if config.serve.merge else [base_name(config.model.base), *store.names()]
+
+
 class Completer:
     """Answers Asks with one engine and one store."""
 
@@ -74,7 +100,19 @@ class Completer:
         self.tokenizer = tokenizer
         self.context = context
         self.store = AdapterStore(config.store, config.model)
+        self.merged: Adapter | None = None
+        self._told = ""
         self._encoder = lru_cache(maxsize=64)(lambda prompt: PromptEncoder(tokenizer, prompt))
+
+    @cached_property
+    def _conversations(self) -> ConversationEncoder:
+        return ConversationEncoder(self.tokenizer)
+
+    def merge(self, spec: str) -> None:
+        """Before the first request: have the engine add this adapter into the base weights. From now on it alone is served, whatever is released."""
+        adapter = self.store.open(spec)
+        self.engine.merge(str(adapter.path))
+        self.merged = adapter
 
     def prompt_ids(self, query: str, adapter: Adapter | None) -> list[int]:
         """Exactly the ids that the adapter's last phase trained on; for the bare base model the query in the run's prompt format."""
@@ -83,9 +121,10 @@ class Completer:
         return self._encoder(PromptConfig(**adapter.card["prompt"])).encode(query, adapter.card["template"]).ids
 
     async def complete(self, ask: Ask) -> AsyncIterator[dict[str, Any]]:
-        """First {"model", "fingerprint", "prompt", "prompt_tokens", "saved"}, then {"text"} pieces, last {"finish", "completion_tokens"}. Raises RefusedError.
+        """First {"model", "fingerprint", "adapter", "prompt", "prompt_tokens", "saved"}, then {"text"} pieces, last {"finish", "completion_tokens"}.
 
-        "prompt" is what was done to it: drift.Seen's kind, "full", or "base". Pieces have "logprobs", entries of text.Logprobs, when these were asked for.
+        Raises RefusedError. "fingerprint" is what answers, "adapter" what was asked for, or "". "prompt" is what was done to it: drift.Seen's kind, "full", or
+        "base". Pieces have "logprobs", entries of text.Logprobs, when these were asked for.
         """
         start, request = await asyncio.to_thread(self._request, ask)
         yield start
@@ -98,7 +137,7 @@ class Completer:
                     if piece := text.push(token.id):
                         yield _piece(piece, text, marks)
         except AdapterError as error:
-            raise _refused(error) from error
+            raise refused(error) from error
         if piece := text.finish():
             yield _piece(piece, text, marks)
         length = text.count >= request.max_new_tokens and not text.stopped
@@ -108,17 +147,24 @@ class Completer:
         """Blocking: reads and verifies the adapter the first time, and tokenises."""
         name = adapter_of(ask.model, self.config.model.base)
         try:
-            adapter = None if name is None else self.store.open(name, ask.ticket)
+            adapter = None if name is None else self._open(name, ask.ticket)
             seen = Seen("full", ask.query) if ask.full_prompt else self._look(ask, adapter)
-            self._check_size(seen.text)
+            self._check_size(ask.whole if seen.kind == "conversation" else seen.text)
             answers = None if seen.kind in ("drifted", "full") else adapter  # a template that the adapter does not know is read by the base model
-            ids = self._ids(seen, adapter)
+            if self.merged and answers != self.merged:
+                raise AdapterError(
+                    f"this server has {self.merged.name}@{self.merged.version} merged into the base model (serve.merge) and serves it alone: no other adapter or "
+                    "version, and not the bare base, which would answer a full or changed prompt"
+                )
+            ids = self._ids(ask, seen, adapter)
         except PiRayError as error:
-            raise _refused(error) from error
+            raise refused(error) from error
         limit = self._limit(ask, adapter, len(ids))
+        asked = f"{adapter.name}@{adapter.version}" if adapter else ""
         start = {
             "model": ask.model,
-            "fingerprint": f"{adapter.name}@{adapter.version}" if answers else base_name(self.config.model.base),
+            "fingerprint": asked if answers else base_name(self.config.model.base),
+            "adapter": asked,
             "prompt": seen.kind if adapter else "base",
             "prompt_tokens": len(ids),
             "saved": self._saved(ask, adapter, seen, len(ids)),
@@ -126,17 +172,35 @@ class Completer:
         folder = str(adapter.path) if answers else ""
         return start, GenerationRequest(ids, limit, folder, ask.temperature, ask.top_p, ask.seed, ask.stop, ask.logprobs)
 
+    def _open(self, name: str, ticket: str) -> Adapter:
+        """The adapter of that name. The merged one answers to its bare name even when the store means another version by it by now; the log says so once."""
+        if self.merged is None or name != self.merged.name:
+            return self.store.open(name, ticket)
+        with suppress(AdapterError):  # also while the store is out of reach
+            _, version = self.store.resolve(name)
+            if version not in (self.merged.version, self._told):
+                self._told = version
+                log.warning("%s@%s is merged into the base model and goes on answering; deploy again to have %s", name, self.merged.version, version)
+        return self.merged
+
     def _look(self, ask: Ask, adapter: Adapter | None) -> Seen:
-        """The query without the template that it came with. Raises RefusedError for a system message that is no template of the adapter's."""
-        guard = adapter.guard if adapter and self.config.serve.drift_guard else None
-        seen = guard.look(ask.system, ask.query) if guard else Seen("unknown" if ask.system else "internalised", ask.query)
+        """The query without the prompt that it came with. Raises RefusedError for messages before it that are not of the adapter's prompt."""
+        if adapter is None:
+            return Seen("conversation" if ask.before else "internalised", ask.query)
+        guard = adapter.guard if adapter.guard and self.config.serve.drift_guard else NOTHING
+        seen = guard.look(ask.system, ask.query, ask.turns)
         if seen.kind == "unknown":
             raise RefusedError(400, ONE_MESSAGE, param="messages")
         if seen.kind == "stripped" and not seen.text:
             raise RefusedError(400, "there is no query behind the template", param="messages")
         return seen
 
-    def _ids(self, seen: Seen, adapter: Adapter | None) -> list[int]:
+    def _ids(self, ask: Ask, seen: Seen, adapter: Adapter | None) -> list[int]:
+        if seen.kind == "conversation":
+            try:
+                return self._conversations.conversation([*ask.before, ("user", ask.query)])
+            except ModelError as error:
+                raise RefusedError(400, str(error), param="messages") from error
         if seen.kind == "drifted":
             return self._raw_ids(seen.text, adapter)
         if seen.kind == "full":
@@ -155,7 +219,7 @@ class Completer:
             return 0
         if seen.kind == "internalised":
             return max(round(adapter.card["full_prompt_tokens"] - adapter.card["query_prompt_tokens"]), 0)
-        return max(len(self._raw_ids("\n\n".join(part for part in (ask.system, ask.query) if part), adapter)) - sent, 0)
+        return max(len(self._raw_ids(ask.whole, adapter)) - sent, 0)
 
     def _check_size(self, text: str) -> None:
         """Refuse what is far beyond the context before it is tokenised whole."""
@@ -189,7 +253,7 @@ def _piece(text: str, stream: TextStream, marks: Logprobs | None) -> dict[str, A
     return {"text": text, "logprobs": marks.take(stream)} if marks else {"text": text}
 
 
-def _refused(error: PiRayError) -> RefusedError:
+def refused(error: PiRayError) -> RefusedError:
     """Unknown adapter: 404. A store out of reach: 503. An adapter that fails verification, or a prompt format that the base model does not allow: 422."""
     if isinstance(error, UnknownAdapterError):
         return RefusedError(404, str(error), code="model_not_found", param="model")

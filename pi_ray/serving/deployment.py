@@ -27,8 +27,9 @@ from pi_ray.config import RunConfig, ServeConfig
 from pi_ray.errors import AdapterError
 from pi_ray.serving.adapters import AdapterStore
 from pi_ray.serving.api import create_api
-from pi_ray.serving.completion import Ask, Completer, RefusedError, adapter_of, base_name
+from pi_ray.serving.completion import Ask, Completer, RefusedError, adapter_of, base_name, served
 from pi_ray.serving.metrics import EngineMetrics, Meter, Metrics, Traffic
+from pi_ray.serving.pace import Pace
 
 log = logging.getLogger("ray.serve")
 API_REQUESTS = 1024  # open HTTP requests at the ingress; the queue before the model is the bound that clients meet
@@ -56,10 +57,11 @@ class Model:
         self.engine = engines[config.serve.engine](config.model, config.serve)
         self.completer = Completer(config, self.engine, load_tokenizer(config.model), context_length(config.model))
         if config.serve.merge:
-            self.engine.merge(str(self.completer.store.open(config.serve.merge).path))
+            self.completer.merge(config.serve.merge)
         self._hold = serve.multiplexed(max_num_models_per_replica=config.serve.max_loras or MOST_LORAS)(_hold)
         metrics = Metrics()
         self._metrics = EngineMetrics(self.engine, metrics)
+        self._pace = Pace()
         self._ready = time.time()
         metrics["pi_ray_replica_start_seconds"].set(time.monotonic() - began)
         log.info("replica ready after %.1f s", time.monotonic() - began)
@@ -71,7 +73,7 @@ class Model:
                 if start["fingerprint"] == serve.get_multiplexed_model_id():
                     await self._hold(start["fingerprint"])
                 yield {**start, "ready": self._ready}
-                async for event in events:
+                async for event in self._pace.keep(events):
                     yield event
         except RefusedError as error:
             yield {"refused": error.args}
@@ -94,12 +96,13 @@ class HandleBackend:
 
     def __init__(self, config: RunConfig, handle: Any, traffic: Traffic):
         self.config = config
+        self.base = base_name(config.model.base)
         self.store = AdapterStore(config.store)
         self.handle = handle
         self.traffic = traffic
 
     async def models(self) -> list[str]:
-        return [base_name(self.config.model.base), *self.store.names()]
+        return await asyncio.to_thread(served, self.config, self.store)
 
     async def complete(self, ask: Ask) -> AsyncIterator[dict[str, Any]]:
         name, version = await asyncio.to_thread(self._meant, ask)
@@ -112,7 +115,9 @@ class HandleBackend:
         """(adapter, version), (base model, ""), or ("", "") for what the replica will refuse: it leaves no trace in Serve's router or in metrics."""
         adapter = adapter_of(ask.model, self.config.model.base)
         if adapter is None or ask.full_prompt:
-            return base_name(self.config.model.base), ""
+            return self.base, ""
+        if self.config.serve.merge.startswith(f"{adapter}@"):
+            return adapter, self.config.serve.merge.partition("@")[2]
         try:
             name, version = self.store.resolve(adapter, ask.ticket)
             return (name, version) if version in self.store.place.versions(name) else ("", "")
@@ -139,6 +144,7 @@ def build(config: RunConfig, digest: str = "") -> serve.Application:
     """The Serve application of `config`. `digest` (api.key_digest) is what the server keeps of the bearer key."""
     from pi_ray.registry import engines
 
+    config = _pinned(config)
     aside = getattr(engines[config.serve.engine], "deployment", None)  # an engine may run in a deployment of its own, such as vLLM's
     options = front_options(config.serve) if aside else replica_options(config.serve, _resources(), cluster.options(config, "serve"))
     model = serve.deployment(Model, **options)
@@ -152,6 +158,7 @@ def build(config: RunConfig, digest: str = "") -> serve.Application:
     ingress = serve.deployment(
         serve.ingress(api)(type("Api", (_Ingress,), {})),
         name="Api",
+        num_replicas=config.serve.api_replicas,
         max_ongoing_requests=API_REQUESTS,
         max_queued_requests=API_REQUESTS,
         ray_actor_options={"num_cpus": 0},
@@ -159,6 +166,14 @@ def build(config: RunConfig, digest: str = "") -> serve.Application:
         **_surge(100),
     )
     return ingress.bind(model.bind(config, *([aside(config)] if aside else [])))
+
+
+def _pinned(config: RunConfig) -> RunConfig:
+    """With the version that serve.merge means now: every replica merges the same one, whenever it starts. Raises AdapterError where there is none."""
+    if not config.serve.merge:
+        return config
+    name, version = AdapterStore(config.store).resolve(config.serve.merge)
+    return config.replace(**{"serve.merge": f"{name}@{version}"})
 
 
 class _Ingress:

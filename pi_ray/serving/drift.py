@@ -1,11 +1,13 @@
 """The prompt drift guard: what to do with a request that still carries the prompt which its adapter has taken in.
 
 - The template as it was trained on, or one of its compressed forms, in front of the query or as system message: it is taken away, together with
-  examples that stood in training, and the adapter gets the query. White space does not count.
+  examples that stood in training, which may be turns of user and assistant, and the adapter gets the query. White space does not count.
 - A changed template (at least SIMILAR of its three-word sequences are there): the base model answers. It reads the changed prompt compressed as far as
   that needs no compressor: from each run of RUN or more words that stand in the template, the words that its best compressed form left out are left out
   again (best: the highest rate below 1, which loses least); all other words stay, so nothing that is new is lost. Where the compressor rewrote the
   template instead of dropping words, the prompt stays as it came.
+- A system message that says no more than "You are a helpful assistant." is taken away as well; any other one is refused, since the adapter was trained
+  without, and to drop what it asks for in silence would be a wrong answer.
 - Anything else is a query.
 
 prompt.json, which `publish` writes beside the weights, has the template, its compressed forms, and hashes of the examples.
@@ -22,6 +24,7 @@ from typing import Any
 from pi_ray.artifact import digest
 from pi_ray.compress.words import join, spans
 from pi_ray.config import PromptConfig
+from pi_ray.prompt import Example
 
 PROMPT = "prompt.json"
 SIMILAR = 0.5
@@ -32,6 +35,7 @@ MAX_EXAMPLES = 50_000
 MAX_TEMPLATE = 1 << 20  # characters
 MARK = 16  # hex digits of an example's hash
 PARAGRAPHS = 12  # of the longest example that is recognised
+COURTESY = re.compile(r"you(?: are|'re) an?(?:,? (?:and )?(?:very )?(?:helpful|useful|friendly|polite|honest|harmless|smart|ai))* assistant\W*", re.IGNORECASE)
 
 
 def normal(text: str) -> str:
@@ -42,6 +46,11 @@ def normal(text: str) -> str:
 def mark(example: str) -> str:
     """What prompt.json keeps of an example."""
     return digest(normal(example))[:MARK]
+
+
+def worded(form: str, query: str, answer: str) -> str:
+    """An example as prompt.example words it, in one pass: what a client sends may spell out {answer} a thousand times."""
+    return re.sub(r"\{(query|answer)\}", lambda found: query if found[1] == "query" else answer, form)
 
 
 def record(template: str, compressed: Sequence[dict[str, Any]], examples: Sequence[str]) -> dict[str, Any]:
@@ -72,8 +81,8 @@ def _is_form(form: Any) -> bool:
 class Seen:
     """A request as the guard leaves it. `kind`, and with it what `text` is:
 
-    internalised: the query, as it came; stripped: the query, without the template that came with it; drifted: the whole prompt, for the base model;
-    unknown: a system message that is no template of the adapter's, so nothing can be done with it.
+    internalised: the query, as it came; stripped: the query, without what came with it; drifted: the whole prompt, for the base model;
+    unknown: messages before the query that are not of the adapter's prompt, so nothing can be done with them.
     """
 
     kind: str
@@ -91,20 +100,45 @@ class Guard:
         self._config = config
         self._grams = _grams(self.template.split())
 
-    def look(self, system: str, query: str) -> Seen:
-        """`system`: the text of system messages, "" for none; `query`: the user message."""
+    def look(self, system: str, query: str, turns: Sequence[tuple[str, str]] = ()) -> Seen:
+        """`system`: the text of system messages, "" for none; `query`: the last user message; `turns`: (role, text) of the messages between them."""
+        seen = self._look(system, query, turns)
+        if seen.kind == "unknown" and COURTESY.fullmatch(normal(system)):
+            seen = self._look("", query, turns)
+        return Seen("stripped", seen.text) if system and seen.kind == "internalised" else seen
+
+    def _look(self, system: str, query: str, turns: Sequence[tuple[str, str]]) -> Seen:
+        """Turns behind a template become examples in the words of training. Without one they are a conversation, of which the adapter knows nothing."""
+        if [role for role, _ in turns] != ["user", "assistant"] * (len(turns) // 2):
+            return Seen("unknown", query)
+        shots = [Example(asked, answered) for (_, asked), (_, answered) in zip(turns[::2], turns[1::2], strict=True)]
+        if shots and not system and (rest := self._behind_template(shots[0].query)) is not None:
+            first = shots[0].query
+            system, shots[0] = first[: len(first) - len(rest)], Example(rest.strip(), shots[0].answer)
+        examples = [worded(self._config.example, self._unworded(shot.query), shot.answer) for shot in shots]
+        if examples and self._behind_template(system) is None and self.likeness(system or examples[0]) < SIMILAR:
+            return Seen("unknown", query)
+        seen = self._look_at(system, query) if all(mark(example) in self._examples for example in examples) else Seen("drifted", query)
+        if seen.kind != "drifted":
+            return seen
+        heading = [self._config.examples_heading] if examples and self._config.examples_heading else []
+        whole = "\n\n".join([*heading, *examples, query])
+        return Seen("drifted", f"{self.compressed(system)}\n\n{whole}" if system else self.compressed(whole))
+
+    def _look_at(self, system: str, query: str) -> Seen:
+        """The same where there are no turns, or none that count; of what drifted the query alone."""
         head = system or query
         rest = self._behind_template(head)
         if rest is None:
             if self.likeness(head) >= SIMILAR:
-                return self._drifted(system, query)
+                return Seen("drifted", query)
             return Seen("unknown" if system else "internalised", query)
         rest = self._behind_examples(rest)
         if system and rest == "":
             rest = self._behind_examples(query)
         elif system:
             rest = None  # something was added to the template
-        return self._drifted(system, query) if rest is None else Seen("stripped", self._unworded(rest))
+        return Seen("drifted", query) if rest is None else Seen("stripped", self._unworded(rest))
 
     def likeness(self, text: str) -> float:
         """Share of the template's three-word sequences that `text` has; 0 for a template too short to tell."""
@@ -128,9 +162,6 @@ class Guard:
             kept[at : at + length] = self._kept[place : place + length]
             at += length
         return join(text, pieces, kept)
-
-    def _drifted(self, system: str, query: str) -> Seen:
-        return Seen("drifted", f"{self.compressed(system)}\n\n{query}" if system else self.compressed(query))
 
     def _behind_template(self, text: str) -> str | None:
         """What follows the template, or None where the text does not begin with it."""
@@ -227,3 +258,6 @@ def _end(text: str, count: int) -> int:
             return word.start() + count
         count -= len(word[0])
     return len(text)
+
+
+NOTHING = Guard(record("", [], []), PromptConfig())  # knows no prompt

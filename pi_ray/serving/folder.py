@@ -30,6 +30,10 @@ class Folder:
             return []
         return [e.name for e in entries if e.is_dir(follow_symlinks=False) and (Path(e.path) / LATEST).is_file()]
 
+    def knows(self, name: str) -> bool:
+        """Whether there may be an adapter of this name."""
+        return (self.root / name).is_dir()
+
     def versions(self, name: str) -> list[str]:
         """Versions of an adapter, oldest first."""
         folder = self.root / name

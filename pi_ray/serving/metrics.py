@@ -24,12 +24,12 @@ LEFT = 499  # nginx's status for a client that closed the connection before its 
 METRICS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "pi_ray_requests_total": ("Counter", "requests to the API by model, version and HTTP status; 499: the client left", ("model", "version", "status")),
     "pi_ray_latency_seconds": ("Histogram", "from a completion's first byte to its last", ("model", "version")),
-    "pi_ray_ttft_seconds": ("Histogram", "from a completion's first byte to the first text of its answer", ("model", "version")),
+    "pi_ray_ttft_seconds": ("Histogram", "from a completion's first byte to the first text of its answer, or its end where it has none", ("model", "version")),
     "pi_ray_prompt_tokens_total": ("Counter", "prompt tokens read by the model", ("model", "version")),
     "pi_ray_completion_tokens_total": ("Counter", "tokens generated", ("model", "version")),
     "pi_ray_saved_tokens_total": ("Counter", "tokens of template and examples that the adapter made needless", ("model", "version")),
     "pi_ray_saved_money_total": ("Counter", "price of the saved tokens, by cost.input of the run file", ("model", "version", "currency")),
-    "pi_ray_drift_total": ("Counter", "requests that still sent a full prompt: 'stripped', or 'drifted' where it is not the one trained on", ("model", "version", "kind")),
+    "pi_ray_drift_total": ("Counter", "requests that still sent a full prompt, by the adapter that was asked for: 'stripped', or 'drifted' where it is not the one trained on", ("model", "version", "kind")),
     "pi_ray_open_requests": ("Gauge", "completions in the server, running or waiting", ()),
     "pi_ray_queued_requests": ("Gauge", "completions that wait for a replica's slot", ()),
     "pi_ray_cold_start_seconds": ("Histogram", "wait of requests that came before any replica was up", ()),
@@ -108,6 +108,9 @@ class Traffic:
         except asyncio.CancelledError:
             record.status = LEFT
             raise
+        except Exception:
+            record.status = record.status or 500
+            raise
         finally:
             _current.reset(token)
             del self._open[id(record)]
@@ -144,11 +147,12 @@ class Traffic:
     def _see(self, record: Record, event: dict[str, Any], choices: int) -> None:
         if "fingerprint" in event:
             self._started(record, event, choices)
-        elif "finish" in event:
-            self.metrics["pi_ray_completion_tokens_total"].inc(event["completion_tokens"], tags=record.tags)
-        elif record.first is None:
+            return
+        if record.first is None:
             record.first = time.monotonic()
             self.metrics["pi_ray_ttft_seconds"].observe(record.first - record.began, tags=record.tags)
+        if "finish" in event:
+            self.metrics["pi_ray_completion_tokens_total"].inc(event["completion_tokens"], tags=record.tags)
 
     def _started(self, record: Record, start: dict[str, Any], choices: int) -> None:
         """A replica took the request: which adapter answers it, and what that spares."""
@@ -161,7 +165,8 @@ class Traffic:
             self.metrics["pi_ray_saved_tokens_total"].inc(saved, tags=record.tags)
             self.metrics["pi_ray_saved_money_total"].inc(saved * self.cost.input / 1e6, tags={**record.tags, "currency": self.cost.currency})
         if start.get("prompt") in DRIFT:
-            self.metrics["pi_ray_drift_total"].inc(1 / choices, tags={**record.tags, "kind": start["prompt"]})
+            asked, _, version = start["adapter"].partition("@")
+            self.metrics["pi_ray_drift_total"].inc(1 / choices, tags={"model": asked, "version": version, "kind": start["prompt"]})
         if start.get("ready", 0) > record.came:
             waited = time.time() - record.came
             self.metrics["pi_ray_cold_start_seconds"].observe(waited)

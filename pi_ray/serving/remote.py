@@ -1,8 +1,8 @@
 """A store behind a URL: s3://bucket/path, gs://bucket/path, hf://datasets/owner/name, file:///path, by pyarrow's file systems (hf by huggingface_hub's).
 
 A version is copied once into a folder of this machine, named by the hash of its manifest, checked against it there, and renamed into place. Credentials
-are where each provider's own tools look for them. What aliases and latest.json say is asked again after REFRESH_S; while the store is out of reach, the
-last answer stands.
+are where each provider's own tools look for them. Which adapters and versions there are, and what aliases and latest.json say, is asked again after
+REFRESH_S; while the store is out of reach, the last answer stands. A name that is not among the adapters is unknown without asking.
 """
 
 from __future__ import annotations
@@ -45,20 +45,29 @@ class Remote:
         self._clock = clock
         self._known: dict[tuple[str, ...], tuple[float, Any]] = {}
         self._whole: set[Path] = set()
+        self._failed = float("-inf")  # when the store last did not answer
         self._damaged: dict[Path, tuple[float, str]] = {}
-        self._fetching = threading.Lock()
+        self._fetching, self._asking = threading.Lock(), threading.Lock()
 
     def names(self) -> list[str]:
         """Folders that have a latest version."""
         return self._recent(("names",), lambda: self._folders("", LATEST))
 
+    def knows(self, name: str) -> bool:
+        """As Folder.knows; a name that somebody made up costs the store nothing and leaves nothing here."""
+        return name in self.names()
+
     def versions(self, name: str) -> list[str]:
         """Versions of an adapter, oldest first. An upload that did not end is none."""
-        return sorted((v for v in self._folders(name, MANIFEST) if VERSION.fullmatch(v)), key=lambda v: int(v[1:]))
+        found = self._recent(("", name), lambda: self._folders(name, MANIFEST))
+        return sorted((v for v in found if VERSION.fullmatch(v)), key=lambda v: int(v[1:]))
 
     def read(self, name: str, file: str) -> dict[str, Any] | None:
         """A JSON object beside the versions, or None."""
+        before = self._known.get((name, file), (0, None))[1]
         data = self._recent((name, file), lambda: self._bytes(f"{name}/{file}", MAX_JSON_BYTES))
+        if data != before:  # it may name a version that is new as well
+            self._known.pop(("", name), None)
         return None if data is None else parse_json(data, file)
 
     def write(self, name: str, file: str, text: str) -> None:
@@ -72,6 +81,8 @@ class Remote:
 
     def version(self, name: str, version: str) -> Path | None:
         """This machine's copy of a version, which is fetched the first time; None when there is none. Raises AdapterError for one that is damaged."""
+        if version not in self.versions(name):
+            return None
         manifest = self._recent((name, version), lambda: self._bytes(f"{name}/{version}/{MANIFEST}", MAX_JSON_BYTES))
         if manifest is None:
             return None
@@ -99,6 +110,7 @@ class Remote:
                 for path in sorted((place / version).iterdir(), key=lambda p: p.name == MANIFEST):
                     with open(path, "rb") as f, self._files.open_output_stream(f"{target}/{path.name}") as out:
                         shutil.copyfileobj(f, out, PIECE)
+            self._known.pop(("", name), None)
         finally:
             shutil.rmtree(place, ignore_errors=True)
 
@@ -120,16 +132,22 @@ class Remote:
         return [name for name, info in zip(names, infos, strict=True) if info.is_file]
 
     def _recent(self, key: tuple[str, ...], ask: Callable[[], Any]) -> Any:
-        """What the store said within the last REFRESH_S, or says now; what it said last while it does not answer."""
+        """What the store said within the last REFRESH_S, or says now; what it said last while it does not answer. Of what is known one request at a time asks again."""
         at, value = self._known.get(key, (None, None))
-        if at is None or self._clock() - at >= self._refresh_s:
-            try:
-                value = ask()
-            except StoreUnavailableError:
-                if at is None:
-                    raise
-                log.warning("the adapter store does not answer; what it said last still holds")
-            self._known[key] = (self._clock(), value)
+        known, now = at is not None, self._clock()
+        if known and (min(now - at, now - self._failed) < self._refresh_s or not self._asking.acquire(blocking=False)):
+            return value
+        try:
+            value = ask()
+        except StoreUnavailableError:
+            self._failed = self._clock()
+            if not known:
+                raise
+            log.warning("the adapter store does not answer; what it said last still holds")
+        finally:
+            if known:
+                self._asking.release()
+        self._known[key] = (self._clock(), value)
         return value
 
     def _bytes(self, path: str, limit: int) -> bytes | None:

@@ -24,7 +24,8 @@ class Sampler:
 
     @classmethod
     def of(cls, request: GenerationRequest) -> Sampler:
-        return cls(request.temperature, request.top_p, request.logprobs, random.Random(request.seed))
+        seed = None if request.seed is None else request.seed % 2**64  # Random(-1) would be Random(1)
+        return cls(request.temperature, request.top_p, request.logprobs, random.Random(seed))
 
 
 def pick(logits: torch.Tensor, rows: Sequence[Sampler]) -> list[Token | None]:

@@ -29,7 +29,7 @@ MAX_WEIGHT_BYTES = 8 << 30
 MAX_RANK = 4096
 MAX_TOKENS = 1 << 30
 MAX_WORDING = 100_000
-MAX_REPEATS = 4  # of the query in its wording
+MAX_REPEATS = 4  # of a text in its wording
 PIECE = 16_384  # elements; torch computes fewer than 32,768 in the calling thread alone
 # Settings of adapter_config.json that serving understands; any other one must be empty, since peft would act on it
 # (import a module, change base weights, run a regular expression over module names).
@@ -116,8 +116,9 @@ def _check_card(card: dict[str, Any], base: ModelConfig | None) -> None:
         prompt = PromptConfig(**card["prompt"])
     except (TypeError, ValueError) as error:
         raise AdapterError(f"{CARD}: the prompt block is not valid ({error.__class__.__name__})") from error
-    if prompt.query.count("{query}") > MAX_REPEATS or len(prompt.model_dump_json()) > MAX_WORDING:
-        raise AdapterError(f"{CARD}: the prompt block multiplies the query, or is longer than {MAX_WORDING} characters")
+    repeats = max(wording.count(part) for wording in (prompt.query, prompt.example) for part in ("{query}", "{answer}"))
+    if repeats > MAX_REPEATS or len(prompt.model_dump_json()) > MAX_WORDING:
+        raise AdapterError(f"{CARD}: the prompt block multiplies the query or an answer, or is longer than {MAX_WORDING} characters")
     if base and (card["base"], card.get("revision", "")) != (base.base, base.revision):
         raise AdapterError(f"it was trained for another base model ({Path(card['base']).name[:64]}) than the served one")
 

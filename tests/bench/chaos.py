@@ -4,7 +4,7 @@ Each client asks one of several adapters one of several queries, over and over, 
 before. Every minute a replica gets SIGKILL. A client that is told of a failure (429, 408, 5xx, an error in the stream, a broken connection) asks again, as
 OpenAI's clients do. What may not happen: another answer than the right one, or a stream that ends as if it were whole and is not.
 
-The engine is the real one, on a tiny random model, or with --model on that one. Last line JSON; exit status 1 when something happened that may not.
+The engine is the real one, on a tiny random model, or with --model on that one. Last line JSON; exit status 1 when something happened that may not, or no replica was killed.
 """
 
 from __future__ import annotations
@@ -59,7 +59,8 @@ class Tally:
             print(f"wrong: {asked} was answered with {answer.text!r} instead of {expected!r}" + (f", which is the answer to {owners}" if owners else ""), flush=True)
 
     def failed(self) -> bool:
-        return bool(self.wrong or self.lost or not self.right or set(self.errors) & {"400", "404", "422"})
+        """Also where nothing was put to the test."""
+        return bool(self.wrong or self.lost or not self.right or not self.killed or set(self.errors) & {"400", "404", "422"})
 
 
 async def client(service: Service, http: httpx.AsyncClient, expected: dict[tuple[str, str], str], tally: Tally, until: float, seed: int) -> None:

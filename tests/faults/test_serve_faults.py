@@ -1,9 +1,13 @@
-"""FAULTS.md S1 to S4 against a real server with an engine whose answers are known and whose troubles are caused from here."""
+"""FAULTS.md S1 to S5 against a real server with an engine whose answers are known and whose troubles are caused from here.
+
+Its times are those of a quiet machine: on a shared one they may be BUSY times as long.
+"""
 
 import asyncio
 import os
 import re
 import signal
+import statistics
 import threading
 import time
 from pathlib import Path
@@ -18,6 +22,8 @@ from tests.lora import put_in_store
 pytestmark = [pytest.mark.ray, pytest.mark.fault]
 ONGOING, QUEUE, TIMEOUT_S = 2, 4, 15
 LONG = 120  # seconds; more than enough on a busy machine
+BUSY = 4
+REFUSED_S, FREED_S, RECOVERED_S, MALFORMED_S = 0.5 * BUSY, 1 * BUSY, 15 * BUSY, 1 * BUSY
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +72,16 @@ def memory(service):
     return total
 
 
+def latency(service):
+    """Median seconds of a request on the idle server."""
+    times = []
+    for i in range(15):
+        began = time.monotonic()
+        assert service.ask(f"how long {i}").status_code == 200
+        times.append(time.monotonic() - began)
+    return statistics.median(times)
+
+
 def clients(limit=200):
     return httpx.AsyncClient(timeout=LONG, limits=httpx.Limits(max_connections=limit))
 
@@ -75,10 +91,13 @@ def test_s1_a_burst_is_answered_or_told_at_once_to_come_back(service):
     assert memory(service) > 0
 
     async def burst():
-        replies = []
+        replies, refused = [], []
 
         async def one(http, i):
-            replies.append((i, await service.send(http, f"hold {i}", "shapes" if i % 2 else "colours")))
+            began = time.monotonic()
+            replies.append((i, reply := await service.send(http, f"hold {i}", "shapes" if i % 2 else "colours")))
+            if reply.status_code == 429:
+                refused.append(time.monotonic() - began)
 
         async with clients() as http:
             tasks = [asyncio.create_task(one(http, i)) for i in range(60)]
@@ -87,12 +106,12 @@ def test_s1_a_burst_is_answered_or_told_at_once_to_come_back(service):
             early = list(replies)
             (service.folder / "hold").unlink()
             await asyncio.gather(*tasks)
-        return early, replies
+        return early, replies, statistics.median(refused)
 
     asyncio.run(burst())  # imports, connections, caches: what a first burst costs once
+    before, quiet = memory(service), latency(service)
     (service.folder / "hold").touch()
-    before = memory(service)
-    early, replies = asyncio.run(burst())
+    early, replies, refused_s = asyncio.run(burst())
     assert {reply.status_code for _, reply in replies} <= {200, 429, 408}
     assert {reply.status_code for _, reply in early} == {429}  # told while both slots were still taken: a refusal waits for nobody
     accepted = [(i, reply) for i, reply in replies if reply.status_code == 200]
@@ -103,12 +122,29 @@ def test_s1_a_burst_is_answered_or_told_at_once_to_come_back(service):
         if reply.status_code == 429:
             assert int(reply.headers["retry-after"]) >= 1 and reply.json()["error"]["type"] == "rate_limit_error"
     assert memory(service) - before < 50e6
+    assert refused_s < REFUSED_S
+    assert latency(service) < 1.2 * BUSY * quiet
+
+
+def test_as_many_answers_at_once_as_an_idle_server_has_places_for_and_no_more(service):
+    def ask(n):
+        return service.ask("several", n=n, max_tokens=20)
+
+    service.wait(LONG, lambda: ask(ONGOING + QUEUE).status_code == 200)  # they come at once, and Serve may take the last for one too many: that is 429
+    assert ask(ONGOING + QUEUE + 1).status_code == 400
+
+
+def freed(service, count=0):
+    """Seconds until no more than `count` requests are in the engine."""
+    began = time.monotonic()
+    service.wait(LONG, lambda: service.active() <= count)
+    return time.monotonic() - began
 
 
 def test_s2_a_generation_beyond_the_time_limit_is_408_and_cancelled(service):
     (service.folder / "hold").touch()
     assert service.ask("hold for ever").status_code == 408
-    service.wait(LONG, lambda: service.active() == 0)
+    assert freed(service) < FREED_S
     assert answers(service)
 
 
@@ -126,11 +162,34 @@ def test_s2_clients_that_leave_in_the_middle_free_their_slots(service):
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
-    began = time.monotonic()
     asyncio.run(leave())
-    service.wait(LONG, lambda: service.active() == 0)
+    assert freed(service) < FREED_S < TIMEOUT_S
     assert answers(service)
-    assert time.monotonic() - began < TIMEOUT_S  # long before the time limit would have ended them
+
+
+def test_s2_a_client_that_leaves_before_its_whole_answer_frees_its_slot(service):
+    (service.folder / "hold").touch()
+
+    async def leave():
+        async with clients() as http:
+            task = asyncio.create_task(service.send(http, "hold whole"))
+            await asyncio.to_thread(service.wait, LONG, lambda: service.active() == 1)
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+
+    asyncio.run(leave())
+    assert freed(service) < FREED_S < TIMEOUT_S
+    assert answers(service)
+
+
+@pytest.mark.parametrize("body", [b"x" * (100 << 20), b"\xff\xfe", b'{"messages": ' * 9_000, b'{"model": "colours", "messages": [], "n": 1000000}'], ids=["100 MB", "UTF-8", "deep", "n"])
+def test_s5_a_malformed_body_is_refused_through_the_proxy_in_no_time(service, body):
+    before, began = memory(service), time.monotonic()
+    reply = httpx.post(f"{service.url}/v1/chat/completions", content=body, headers={"Content-Type": "application/json"}, timeout=LONG)
+    assert time.monotonic() - began < MALFORMED_S
+    assert reply.status_code == (413 if len(body) > 1 << 20 else 400) and reply.json()["error"]["type"] == "invalid_request_error"
+    assert memory(service) - before < 50e6
+    assert answers(service)
 
 
 def test_s3_a_killed_replica_is_replaced_and_its_clients_are_told(service):
@@ -144,20 +203,23 @@ def test_s3_a_killed_replica_is_replaced_and_its_clients_are_told(service):
             for event in begun:
                 await event.wait()
             os.kill(victim, signal.SIGKILL)
-            return await asyncio.gather(*tasks)
+            return await asyncio.gather(*tasks), time.monotonic()
 
-    for answer in asyncio.run(kill()):
+    told, began = asyncio.run(kill())
+    for answer in told:
         assert answer.error and not answer.lost, answer
         assert "colours hold".startswith(answer.text)  # no wrong word before it
     service.wait(LONG, lambda: answers(service))
+    assert time.monotonic() - began < RECOVERED_S
     assert victim not in service.replicas()
 
 
 def test_s3_a_replica_whose_health_check_fails_is_replaced(service):
-    [ill] = service.replicas()
+    [ill], began = service.replicas(), time.monotonic()
     (service.folder / "sick").write_text(str(ill))
     service.wait(LONG, lambda: service.replicas() and ill not in service.replicas())
     service.wait(LONG, lambda: answers(service))
+    assert time.monotonic() - began < RECOVERED_S
 
 
 class Load:
@@ -222,6 +284,22 @@ def test_the_last_replica_goes_when_nobody_asks_and_the_next_request_waits_for_a
     assert service.ask("who is there").json()["choices"][0]["message"]["content"] == "colours who is there"
     assert len(service.replicas()) == 1
     service.wait(LONG, lambda: re.search(r"^ray_pi_ray_cold_start_seconds_count\S* [1-9]", service.metrics(), re.M))
+
+
+def test_another_replica_comes_when_there_are_too_many_requests_for_one(service):
+    assert "deployed" in service.deploy(**{"serve.max_replicas": 2, "serve.upscale_delay_s": 0, "serve.request_timeout_s": LONG})
+    service.wait(LONG, lambda: len(service.replicas()) == 1 and answers(service))
+    (service.folder / "hold").touch()
+
+    async def many():
+        async with clients() as http:
+            tasks = [asyncio.create_task(service.send(http, f"hold {i}")) for i in range(2 * ONGOING)]
+            await asyncio.to_thread(service.wait, LONG, lambda: service.active() == 2 * ONGOING)
+            (service.folder / "hold").unlink()
+            return await asyncio.gather(*tasks)
+
+    assert [reply.json()["choices"][0]["message"]["content"] for reply in asyncio.run(many())] == [f"colours hold {i}" for i in range(2 * ONGOING)]
+    assert len(service.replicas()) == 2
 
 
 def test_s4_sigterm_lets_the_requests_under_way_finish(service):

@@ -4,9 +4,12 @@ With vLLM and a GPU all of it runs once more with that engine; elsewhere the ski
 """
 
 import importlib.util
+import json
 import os
 import re
 import socket
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -22,6 +25,7 @@ from pi_ray.registry import engines
 from tests.lora import put_in_store
 
 pytestmark = pytest.mark.ray
+REPO = Path(__file__).parents[2]
 KEY = "key-of-the-test"
 QUERY = "what is red?"
 REPLICAS, SLOTS, QUEUE = 2, 2, 2
@@ -97,6 +101,18 @@ def test_the_prompt_has_exactly_the_tokens_that_training_used(client, tiny_model
     usage = ask(client, max_tokens=2).usage
     assert usage.prompt_tokens == len(encoder.encode(QUERY).ids)
     assert usage.prompt_tokens_saved == 108
+
+
+@pytest.mark.parametrize("example", [["sh", "serve/curl.sh"], [sys.executable, "serve/client.py"]], ids=["curl", "openai"])
+def test_the_examples_for_clients_work_as_they_are(client, url, example):
+    def run(key):
+        return subprocess.run([*example, "colours", QUERY, url], cwd=REPO, env={**os.environ, "PI_RAY_API_KEY": key}, capture_output=True, text=True, timeout=60)
+
+    expected, found = ask(client).choices[0].message.content, run(KEY)
+    assert found.returncode == 0, found.stderr
+    assert (json.loads(found.stdout)["choices"][0]["message"]["content"] if example[0] == "sh" else found.stdout.strip()) == expected
+    assert example[0] == "sh" or "108 not sent" in found.stderr
+    assert run("wrong").returncode != 0
 
 
 def test_unknown_models_and_wrong_keys_are_refused(client, url):

@@ -254,6 +254,7 @@ def test_a_config_that_asks_for_more_than_lora_is_refused(store, folder, changes
     ({"query_prompt_tokens": -1}, "counts of tokens"),
     ({"full_prompt_tokens": 10**400}, "counts of tokens"),
     ({"prompt": {"query": "{query}" * 1000}}, "multiplies the query"),
+    ({"prompt": {"example": "{query}" + "{answer}" * 1000}}, "multiplies the query"),
     ({"prompt": {"examples_heading": "x" * 200_000}}, "multiplies the query"),
     ({"gist": 4}, "gist tokens"),
 ])  # fmt: skip

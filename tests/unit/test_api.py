@@ -4,6 +4,7 @@ import asyncio
 import json
 import logging
 import re
+import shutil
 from contextlib import aclosing
 
 import httpx
@@ -17,7 +18,7 @@ from pi_ray.protocols import Token
 from pi_ray.serving.adapters import StoreUnavailableError
 from pi_ray.serving.api import OPEN_PATHS, create_api
 from pi_ray.serving.body import MAX_CHOICES
-from pi_ray.serving.completion import Completer, RefusedError, base_name
+from pi_ray.serving.completion import Ask, Completer, RefusedError, base_name, served
 from pi_ray.serving.drift import record
 from pi_ray.serving.keys import key_digest, line
 from pi_ray.serving.text import TextStream, spelled
@@ -39,6 +40,9 @@ class EchoEngine:
         self.open = 0
         self.delay = 0.0
 
+    def merge(self, folder):
+        self.merged = folder
+
     async def generate(self, request):
         self.requests.append(request)
         self.open += 1
@@ -56,10 +60,13 @@ class LocalBackend:
 
     def __init__(self, completer):
         self.completer = completer
-        self.error = None
+        self.base = base_name(completer.config.model.base)
+        self.error = self.no_models = None
 
     async def models(self):
-        return [base_name(self.completer.config.model.base), *self.completer.store.names()]
+        if self.no_models:
+            raise self.no_models
+        return served(self.completer.config, self.completer.store)
 
     async def complete(self, ask):
         if self.error:
@@ -92,12 +99,13 @@ def backend(store, tiny_model, tokenizer):
 
 def client(backend, key="", **limits):
     api = create_api(backend, ServeConfig(**{"body_limit_bytes": 20_000, **limits}), key_digest(key))
-    return httpx.AsyncClient(transport=httpx.ASGITransport(app=api), base_url="http://test")
+    return httpx.AsyncClient(transport=httpx.ASGITransport(app=api), base_url="http://localhost")
 
 
 def call(backend, path="/v1/chat/completions", body=None, content=None, headers=None, method="POST", **options):
     async def send():
         async with client(backend, **options) as http:
+            http._transport.raise_app_exceptions = False  # as a server has it
             return await http.request(method, path, json=body, content=content, headers=headers)
 
     return asyncio.run(send())
@@ -144,9 +152,10 @@ def test_a_plain_completion_takes_the_query_as_prompt(backend):
 def test_the_openai_client_reads_answers_streams_and_errors(backend):
     async def use():
         async with client(backend, key=KEY) as http:
-            api = openai.AsyncOpenAI(base_url="http://test/v1", api_key=KEY, http_client=http, max_retries=0)
+            api = openai.AsyncOpenAI(base_url="http://localhost/v1", api_key=KEY, http_client=http, max_retries=0)
             assert [m.id async for m in api.models.list()] == [base_name(backend.completer.config.model.base), "colours", "guarded", "short"]
-            assert (await api.models.retrieve("colours")).id == "colours"
+            for name in ("colours", f"{backend.base}:colours"):
+                assert (await api.models.retrieve(name)).id == name
             with pytest.raises(openai.NotFoundError):
                 await api.models.retrieve("../colours")
             whole = await api.chat.completions.create(**chat())
@@ -214,6 +223,11 @@ def test_a_prompt_format_that_the_model_does_not_allow_is_422_with_the_cure(back
     (chat(n=10**6), "n"),
     (chat(n=0), "n"),
     (chat(n=2, max_tokens=51), "max_tokens"),
+    (chat(top_k=5), "top_k"),
+    (chat(min_p=0.1), "min_p"),
+    (chat(repetition_penalty=1.2), "repetition_penalty"),
+    (chat(web_search_options={}), "web_search_options"),
+    (chat(guided_json={"type": "object"}), "guided_json"),
     (chat(top_logprobs=21, logprobs=True), "top_logprobs"),
     (chat(top_logprobs=2), "top_logprobs"),
     (chat(logprobs=10**9), "logprobs"),
@@ -233,6 +247,8 @@ def test_a_prompt_format_that_the_model_does_not_allow_is_422_with_the_cure(back
     ({**chat(), "messages": []}, "messages"),
     ({**chat(), "messages": [{"role": "system", "content": "be nice"}, {"role": "user", "content": "x"}]}, "messages"),
     ({**chat(), "messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}, {"role": "user", "content": "z"}]}, "messages"),
+    ({**chat(), "messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]}, "messages"),
+    ({**chat(), "messages": [{"role": "tool", "content": "x"}, {"role": "user", "content": "y"}]}, "messages"),
     ({**chat(), "messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}, None),
     (chat("word " * 600), "messages"),
     (chat(max_tokens=100, query="word " * 450), "messages"),
@@ -288,7 +304,7 @@ def test_a_prompt_far_beyond_the_context_is_refused_before_it_is_tokenised_whole
 
 
 def test_unknown_fields_and_null_are_taken_as_openai_does(backend):
-    idle = {"frequency_penalty": 0, "presence_penalty": 0.0, "logit_bias": {}, "tools": [], "response_format": {"type": "text"}, "n": 1, "logprobs": False}
+    idle = {"frequency_penalty": 0, "presence_penalty": 0.0, "logit_bias": {}, "tools": [], "response_format": {"type": "text"}, "n": 1, "logprobs": False, "top_k": -1}
     assert call(backend, body=chat(user="me", temperature=None, stop=None, new_field={}, store=False, **idle)).status_code == 200
     assert call(backend, body=chat(logit_bias=None, tools=None, n=None, logprobs=None)).status_code == 200
 
@@ -311,6 +327,16 @@ def test_the_limit_defaults_to_twice_the_longest_trained_answer_and_is_reported(
     assert backend.completer.engine.requests[-1].max_new_tokens == 5
 
 
+@pytest.mark.fault
+def test_more_answers_than_the_server_has_places_for_are_refused_and_not_put_off_for_ever(backend):
+    limits = {"max_ongoing_requests": 2, "max_queued_requests": 1, "max_replicas": 4}
+    assert call(backend, body=chat(n=3, max_tokens=20), **limits).status_code == 200
+    response = call(backend, body=chat(n=4, max_tokens=20), **limits)
+    assert (response.status_code, error_of(response)["param"]) == (400, "n")
+    assert call(backend, "/v1/completions", {"model": "colours", "prompt": ["x"] * 4, "max_tokens": 20}, **limits).status_code == 400
+    assert call(backend, body=chat(n=4, max_tokens=20), min_replicas=2, **limits).status_code == 200
+
+
 def test_stop_strings_are_cut_from_the_text(backend):
     for stream in (False, True):
         response = call(backend, body=chat(stop=["done", "zzz"], stream=stream))
@@ -324,7 +350,7 @@ def paths(backend):
     api = create_api(backend, ServeConfig(), key_digest(KEY))
     listed = [(method, route.path.replace("{name:path}", "colours")) for route in api.routes for method in sorted(route.methods)]
     assert {("POST", "/v1/chat/completions"), ("POST", "/v1/completions"), ("GET", "/v1/models"), ("GET", "/v1/models/colours")} <= set(listed)
-    return [*listed, ("GET", "/"), ("GET", "/docs"), ("GET", "/openapi.json"), ("POST", "/healthz/"), ("GET", "http://test//healthz"), ("GET", "/%2e/healthz/x")]
+    return [*listed, ("GET", "/"), ("GET", "/docs"), ("GET", "/openapi.json"), ("POST", "/healthz/"), ("GET", "http://localhost//healthz"), ("GET", "/%2e/healthz/x")]
 
 
 @pytest.mark.fault
@@ -366,6 +392,27 @@ def test_a_key_for_some_adapters_may_use_these_under_each_of_their_names(backend
     assert [m["id"] for m in listed] == ["colours"]
 
 
+def test_a_keys_list_is_compared_without_asking_the_store(backend, tmp_path):
+    (tmp_path / "keys.yaml").write_text(line(KEY, "team", ["colours"]))
+    options = {"keys_file": str(tmp_path / "keys.yaml"), "headers": {"Authorization": f"Bearer {KEY}"}}
+    backend.no_models = StoreUnavailableError("down")
+    assert call(backend, body=chat(model=f"{backend.base}:colours@v0001"), **options).status_code == 200
+    assert call(backend, body=chat(model="shapes"), **options).status_code == 403
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize(("headers", "status"), [
+    ({}, 200), ({"Host": "127.0.0.1:8000"}, 200), ({"Host": "[::1]:8000", "Origin": "http://localhost:3000"}, 200), ({"Host": "evil.example"}, 403),
+    ({"Host": "localhost.evil.example"}, 403), ({"Host": "[::1"}, 403), ({"Origin": "https://evil.example"}, 403), ({"Origin": "null"}, 403),
+])  # fmt: skip
+def test_without_a_key_no_web_page_of_another_site_is_answered(backend, headers, status):
+    """By its Origin, or, where DNS was made to say that its name is this machine, by the Host."""
+    for path, body, method in (("/v1/chat/completions", chat(), "POST"), ("/v1/models", None, "GET")):
+        assert call(backend, path, body, headers=headers, method=method).status_code == status
+    assert len(backend.completer.engine.requests) == (status == 200)
+    assert call(backend, body=chat(), headers={**headers, "Authorization": f"Bearer {KEY}"}, key=KEY).status_code == 200
+
+
 def test_a_wrong_key_is_refused_before_the_body_is_read(backend):
     async def forbidden():
         raise AssertionError("the body was read")
@@ -394,6 +441,20 @@ def test_a_bug_is_a_500_that_tells_nothing(backend):
     response = call(backend, body=chat())
     assert response.status_code == 500
     assert "secret" not in response.text
+
+
+def test_failures_before_a_completion_have_openais_format_too(backend, caplog):
+    for error, status, code in ((StoreUnavailableError("come back later"), 503, "store_unavailable"), (ValueError("/secret/path"), 500, "internal_error")):
+        backend.no_models = error
+        for path in ("/v1/models", "/v1/models/colours"):
+            response = call(backend, path, method="GET")
+            assert (response.status_code, error_of(response)["code"]) == (status, code)
+            assert "secret" not in response.text and ("retry-after" in response.headers) == (status == 503)
+    assert "/secret/path" in caplog.text
+
+
+def test_a_stream_is_not_held_back_by_proxies(backend):
+    assert call(backend, body=chat(stream=True)).headers["x-accel-buffering"] == "no"
 
 
 def test_the_time_limit_is_408_and_stops_the_generation(backend):
@@ -535,7 +596,7 @@ def test_what_a_plain_completion_cannot_do_is_refused(backend, field, value, sta
 def test_the_openai_client_reads_choices_and_logprobs(backend):
     async def use():
         async with client(backend) as http:
-            api = openai.AsyncOpenAI(base_url="http://test/v1", api_key="none", http_client=http, max_retries=0)
+            api = openai.AsyncOpenAI(base_url="http://localhost/v1", api_key="none", http_client=http, max_retries=0)
             whole = await api.chat.completions.create(**chat(n=2, logprobs=True, top_logprobs=3, max_tokens=40))
             assert [len(c.logprobs.content[0].top_logprobs) for c in whole.choices] == [3, 3]
             assert whole._request_id == whole.id
@@ -613,11 +674,103 @@ def test_queries_adapters_without_a_known_prompt_and_the_base_model_are_as_befor
     assert call(backend, body=drifting()).headers["x-pi-ray-prompt"] == "internalised"
     assert call(backend, body=chat()).headers["x-pi-ray-prompt"] == "internalised"
     assert call(backend, body=chat(model=tiny_model.name)).headers["x-pi-ray-prompt"] == "base"
-    for body in (drifting("Be nice."), drifting(TEMPLATE, model="colours"), drifting(TEMPLATE, model=tiny_model.name)):
+    for body in (drifting("Be nice."), drifting(TEMPLATE, model="colours")):
         assert error_of(call(backend, body=body))["param"] == "messages"
     assert error_of(call(backend, body=drifting(query=TEMPLATE)))["message"] == "there is no query behind the template"
     turns = {**drifting(), "messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]}
     assert call(backend, body=turns).status_code == 400
+
+
+def said(*texts, model="guarded", system=""):
+    """A chat body of turns of user and assistant."""
+    turns = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
+    return {"model": model, "messages": [*([{"role": "system", "content": system}] if system else []), *turns], "max_tokens": 60}
+
+
+def test_examples_that_come_as_turns_are_taken_away_with_the_template(backend, tokenizer):
+    plain = PromptEncoder(tokenizer, PromptConfig(chat="chatml", query="Q: {query}")).encode("what is blue?").ids
+    for body in (said("red", "k4", "what is blue?", system=TEMPLATE), said(f"{TEMPLATE}\n\nred", "k4", "Q: what is blue?")):
+        response = call(backend, body=body)
+        assert response.headers["x-pi-ray-prompt"] == "stripped"
+        assert backend.completer.engine.requests[-1].prompt_ids == plain
+        assert response.json()["usage"]["prompt_tokens_saved"] > 100
+    assert call(backend, body=said("red", "k5", "what is blue?", system=TEMPLATE)).headers["x-pi-ray-prompt"] == "drifted"
+    read = tokenizer.decode(backend.completer.engine.requests[-1].prompt_ids)
+    assert "Examples:\n\nred\nk5\n\nwhat is blue?" in read and "code colour 8 is k8," in read
+    assert call(backend, body=said("red", "k4", "what is blue?")).status_code == 400  # no template: a conversation
+
+
+def test_a_system_message_that_says_nothing_is_dropped_and_any_other_one_refused(backend):
+    for model in ("guarded", "colours"):
+        response = call(backend, body=drifting("You are a helpful, honest AI assistant.", model=model))
+        assert (response.status_code, response.headers["x-pi-ray-prompt"]) == (200, "stripped")
+        dropped = backend.completer.engine.requests[-1].prompt_ids
+        call(backend, body=drifting(model=model))
+        assert backend.completer.engine.requests[-1].prompt_ids == dropped
+        for other in ("You are a French assistant.", "You are a helpful assistant. Never say red."):
+            assert error_of(call(backend, body=drifting(other, model=model)))["param"] == "messages"
+
+
+def test_a_conversation_with_the_base_model_has_its_own_chat_template(backend, tokenizer, tiny_model, monkeypatch):
+    body = said("what is red?", "k4", "and blue?", model=tiny_model.name, system="Be nice.")
+    response = call(backend, body=body)
+    assert (response.status_code, response.headers["x-pi-ray-prompt"]) == (200, "base")
+    assert backend.completer.engine.requests[-1].prompt_ids == tokenizer.apply_chat_template(body["messages"], add_generation_prompt=True, return_dict=False)
+    body["messages"][-1]["content"] = "<|im_end|>"
+    call(backend, body=body)
+    ids = backend.completer.engine.requests[-1].prompt_ids
+    assert ids.count(tokenizer.convert_tokens_to_ids("<|im_end|>")) == 4, "one that a client spells out stays text"
+    assert error_of(call(backend, body=said("word " * 600, "k4", "x", model=tiny_model.name)))["code"] == "context_length_exceeded"
+    monkeypatch.setattr(tokenizer, "chat_template", "{{ raise_exception('roles must alternate') }}")
+    assert "roles must alternate" in error_of(call(backend, body=body))["message"]
+    monkeypatch.setattr(tokenizer, "chat_template", None)
+    del backend.completer._conversations
+    response = call(backend, body=body)
+    assert response.status_code == 400 and "no chat template" in error_of(response)["message"]
+    assert call(backend, body=chat(model=tiny_model.name)).status_code == 200
+
+
+def test_a_start_says_what_was_asked_for_and_what_answers(backend, tiny_model):
+    async def start(body):
+        async with aclosing(backend.complete(body)) as events:
+            return await anext(events)
+
+    for query, answers in (("red?", "guarded@v0001"), (TEMPLATE.replace("k7,", "k77,") + " red?", tiny_model.name)):
+        found = asyncio.run(start(Ask("guarded", query)))
+        assert (found["adapter"], found["fingerprint"]) == ("guarded@v0001", answers)
+    assert asyncio.run(start(Ask(tiny_model.name, "x")))["adapter"] == ""
+
+
+@pytest.fixture
+def merged(backend, store, tiny_model):
+    """The backend with `hot` in the base weights, and a newer version of that in the store."""
+    folder = put_in_store(store, "hot", tiny_model, 1)
+    rewrite(folder, "prompt.json", record(TEMPLATE, [], []))
+    backend.completer.config = backend.completer.config.replace(**{"serve.merge": "hot@v0001"})
+    backend.completer.merge("hot@v0001")
+    put_in_store(store, "hot", tiny_model, 2, version="v0002")
+    yield backend
+    shutil.rmtree(store / "hot")
+
+
+def test_a_merged_adapter_goes_on_answering_whatever_is_released(merged, tiny_model, caplog):
+    for _ in range(2):
+        for model in ("hot", "hot@v0001", f"{tiny_model.name}:hot"):
+            response = call(merged, body=chat(model=model))
+            assert (response.status_code, response.json()["system_fingerprint"]) == (200, "hot@v0001")
+            assert merged.completer.engine.requests[-1].adapter == merged.completer.engine.merged
+    assert caplog.text.count("hot@v0001 is merged") == 1 and "deploy again to have v0002" in caplog.text
+    listed = call(merged, "/v1/models", method="GET").json()["data"]
+    assert [(m["id"], m["parent"]) for m in listed] == [("hot", tiny_model.name)]
+
+
+def test_what_a_merged_server_cannot_answer_names_the_setting(merged, tiny_model):
+    changed = drifting(TEMPLATE.replace("k7,", "k77,"), model="hot")
+    for body in (chat(model="colours"), chat(model=tiny_model.name), chat(model="hot@latest"), changed, chat(model="hot", pi_ray={"full_prompt": True})):
+        response = call(merged, body=body)
+        assert (response.status_code, error_of(response)["code"]) == (422, "adapter_refused")
+        assert "serve.merge" in response.text and "hot@v0001" in response.text
+    assert merged.completer.engine.requests == []
 
 
 def test_the_guard_can_be_switched_off(backend):

@@ -1,10 +1,13 @@
 """The ingress's side of the Model deployment without Ray: which adapter a request is routed by, what becomes of failures; and Serve's options."""
 
 import asyncio
+import threading
 from contextlib import aclosing
+from pathlib import Path
 
 import pytest
 import ray
+from fake_bucket import Bucket, Clock
 from fake_metrics import Kinds
 from ray import serve
 from ray.serve.config import AutoscalingConfig
@@ -12,12 +15,13 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
 from pi_ray.artifact import write_atomic
 from pi_ray.config import CostConfig, ModelConfig, RunConfig, ServeConfig
-from pi_ray.serving import deployment
+from pi_ray.errors import AdapterError
+from pi_ray.serving import deployment, remote
 from pi_ray.serving.completion import Ask, RefusedError
 from pi_ray.serving.metrics import Metrics, Traffic
 from tests.lora import put_in_store
 
-START = {"model": "m", "fingerprint": "colours@v0001", "prompt": "internalised", "prompt_tokens": 3, "saved": 0}
+START = {"model": "m", "fingerprint": "colours@v0001", "adapter": "colours@v0001", "prompt": "internalised", "prompt_tokens": 3, "saved": 0}
 
 
 class Handle:
@@ -61,8 +65,12 @@ def config(store, tiny_model):
     return RunConfig(name="t", store=str(store), model=ModelConfig(base=str(tiny_model)))
 
 
-def complete(config, handle, ask, leave_after=None):
-    backend = deployment.HandleBackend(config, handle, Traffic(CostConfig(), 60, Metrics(Kinds())))
+def ingress(config, handle):
+    return deployment.HandleBackend(config, handle, Traffic(CostConfig(), 60, Metrics(Kinds())))
+
+
+def complete(config, handle, ask, leave_after=None, backend=None):
+    backend = backend or ingress(config, handle)
     seen = []
 
     async def use():
@@ -93,6 +101,27 @@ def test_a_version_on_trial_is_routed_as_the_replica_will_decide(config, store):
         complete(config, handle, Ask("colours", "q", ticket=ticket))
     (store / "colours" / "aliases.json").unlink()
     assert set(handle.held) == {"colours@v0001", "colours@v0002"}
+
+
+def test_a_store_behind_a_url_is_asked_by_some_requests_and_never_on_the_event_loop(config, store, monkeypatch):
+    bucket, handle, threads, asked = Bucket(store.parent), Handle(START), set(), []
+    monkeypatch.setattr(remote, "file_system", lambda url: (bucket, store.name))
+    monkeypatch.setattr(bucket, "_check", lambda check=bucket._check: threads.add(threading.current_thread()) or check())
+    backend = ingress(config.replace(store="s3://bucket/adapters"), handle)
+    backend.store.place._clock = Clock()
+    for _ in range(2):
+        assert asyncio.run(backend.models()) == [backend.base, "colours"]
+        for model in ("colours", "colours@v0001", "unknown"):
+            complete(config, handle, Ask(model, "q"), backend=backend)
+        asked.append(bucket.asked)
+    assert asked[0] == asked[1] > 0
+    bucket.down = True
+    backend.store.place._clock.now = 100
+    for _ in range(5):
+        complete(config, handle, Ask("colours", "q"), backend=backend)
+        asyncio.run(backend.models())
+    assert bucket.asked == asked[0] + 1 and handle.held == ["colours@v0002", "colours@v0001", ""] * 2 + ["colours@v0002"] * 5
+    assert threading.main_thread() not in threads
 
 
 @pytest.mark.parametrize(
@@ -137,6 +166,28 @@ def test_a_new_version_comes_up_beside_the_old_one_where_there_is_room_for_both(
         options = deployment.replica_options(limits, has, {})
         assert options["max_surge_percent"] == surge
         assert options["ray_actor_options"]["num_gpus"] == int("GPU" in has)
+
+
+def test_the_version_that_is_merged_is_fixed_when_the_server_is_deployed(config, store):
+    """So that all replicas have the same one, also those that come later."""
+    made = deployment.build(config.replace(**{"serve.merge": "colours"}))
+    [inner] = made._bound_deployment.init_args[0]._bound_deployment.init_args
+    assert inner.serve.merge == "colours@v0002"
+    write_atomic(store / "colours" / "aliases.json", '{"prod": {"version": "v0001", "canary": "v0002", "percent": 99.9, "before": []}}')
+    handle = Handle(START)
+    for model in ("colours", f"{Path(config.model.base).name}:colours", "colours@v0001"):
+        complete(inner, handle, Ask(model, "q", ticket="t"))
+    assert handle.held == ["colours@v0002", "colours@v0002", "colours@v0001"]
+    made = deployment.build(config.replace(**{"serve.merge": "colours"}))
+    assert made._bound_deployment.init_args[0]._bound_deployment.init_args[0].serve.merge == "colours@v0001"
+    (store / "colours" / "aliases.json").unlink()
+    assert asyncio.run(ingress(inner, handle).models()) == ["colours"]
+    with pytest.raises(AdapterError, match="no adapter 'cold'"):
+        deployment.build(config.replace(**{"serve.merge": "cold"}))
+
+
+def test_the_http_side_has_as_many_replicas_as_it_is_told(config):
+    assert deployment.build(config.replace(**{"serve.api_replicas": 3}))._bound_deployment.num_replicas == 3
 
 
 def test_a_replica_is_given_what_the_cluster_block_asks_for(config):

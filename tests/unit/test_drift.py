@@ -4,7 +4,7 @@ import pytest
 
 from pi_ray.config import PromptConfig
 from pi_ray.prompt import Example, text_of
-from pi_ray.serving.drift import MAX_EXAMPLES, MAX_TEMPLATE, Guard, flaw, normal, record
+from pi_ray.serving.drift import MAX_EXAMPLES, MAX_TEMPLATE, NOTHING, Guard, flaw, normal, record
 
 TEMPLATE = """Translate the question of a user into one query of the alert language.
 Write the code of the service and nothing else, without any explanation of it.
@@ -72,6 +72,48 @@ def test_another_system_message_is_unknown():
     for system in ("Be nice.", "word " * 100, SHOTS[0].answer):
         assert guard().look(system, QUERY).kind == "unknown"
     assert guard(template="Answer with one code.").look("Answer with two codes.", QUERY).kind == "unknown"
+
+
+def turns(*texts):
+    return [(("user", "assistant")[i % 2], text) for i, text in enumerate(texts)]
+
+
+@pytest.mark.parametrize("config", [PLAIN, WORDED], ids=["plain", "worded"])
+@pytest.mark.parametrize("worded", [False, True])
+def test_examples_may_come_as_turns(config, worded):
+    """With the template as system message or in the first turn, and each query bare or in the words of training."""
+    known = guard(config)
+    said = [t for s in SHOTS for t in (config.query.replace("{query}", s.query) if worded else s.query, s.answer)]
+    query = config.query.replace("{query}", QUERY) if worded else QUERY
+    for system, before in ((TEMPLATE, turns(*said)), ("", turns(f"{TEMPLATE}\n\n{said[0]}", *said[1:]))):
+        seen = known.look(system, query, before)
+        assert (seen.kind, seen.text) == ("stripped", QUERY)
+
+
+def test_turns_that_did_not_stand_in_training_go_to_the_base_model_with_all_of_the_prompt():
+    for system, before in ((TEMPLATE, turns("errors of black", "b7")), ("", turns(f"{TEMPLATE}\n\nerrors of black", "b7"))):
+        seen = guard().look(system, QUERY, before)
+        assert seen.kind == "drifted" and seen.text.endswith(f"Examples:\n\nerrors of black\nb7\n\n{QUERY}") and "green is q1" in seen.text
+    changed = TEMPLATE.replace("red is k4", "red is k5")
+    for system, before in ((changed, turns("errors of blue", "z9")), ("", turns(f"{changed}\n\nerrors of blue", "z9"))):
+        seen = guard().look(system, QUERY, before)
+        assert seen.kind == "drifted" and "red is k5" in seen.text and seen.text.endswith(f"errors of blue\nz9\n\n{QUERY}")
+
+
+@pytest.mark.parametrize("system", ["", "Be nice.", "You are a helpful assistant."])
+def test_turns_without_a_template_are_a_conversation_and_unknown(system):
+    assert guard().look(system, QUERY, turns("errors of blue", "z9")).kind == "unknown"
+    assert guard().look(TEMPLATE, QUERY, turns("errors of blue")).kind == "unknown"
+
+
+@pytest.mark.parametrize(("system", "kind"), [
+    ("You are a helpful assistant.", "stripped"), ("you are a helpful,\nharmless and honest assistant", "stripped"), ("You're an AI assistant!", "stripped"),
+    ("You are a helpful assistant. Answer in French.", "unknown"), ("You are a legal assistant.", "unknown"), ("You are a helpful assistant who lies.", "unknown"),
+])  # fmt: skip
+def test_a_system_message_that_says_nothing_is_taken_away_whoever_the_adapter_is(system, kind):
+    for known in (guard(), NOTHING):
+        seen = known.look(system, QUERY)
+        assert (seen.kind, seen.text) == (kind, QUERY)
 
 
 CHANGES = {
@@ -166,6 +208,8 @@ def test_hostile_texts_take_little_time():
     hostile = guard(PromptConfig(example="{query}{answer}" * 40), ((0.5, "a b " * 100_000),), "b a " * 200_000)
     for text in ("b a " * 150_000 + "c", "b a " * 200_000 + "\n\nred\n\n" + "k" * 100_000 + "\n\nx"):
         assert hostile.look("", text).kind in ("drifted", "stripped")
+    assert hostile.look("", "c", turns("{answer}" * 60_000, "b a " * 100_000)).kind in ("drifted", "unknown")
+    assert NOTHING.look("You are a" + " very helpful" * 80_000, "x").kind == "unknown"
     known = guard()
     for text in ("x" * 1_000_000, "\n " * 500_000, TEMPLATE * 1_500, f"{TEMPLATE}\n\nExamples:\n\n" + "a\nb\n\n" * 150_000, "red is k4, " * 90_000):
         assert known.look("", text).kind in ("internalised", "stripped", "drifted")

@@ -28,6 +28,8 @@ class Seen:
 
 
 class Local:
+    base = "base"
+
     def __init__(self, completer):
         self.complete = completer.complete
         self.store = completer.store
@@ -52,7 +54,7 @@ def ask(tiny_model, tokenizer, tmp_path):
 
     def send(model="colours", **rest):
         async def post():
-            async with httpx.AsyncClient(transport=httpx.ASGITransport(app=api), base_url="http://test") as http:
+            async with httpx.AsyncClient(transport=httpx.ASGITransport(app=api), base_url="http://localhost") as http:
                 return await http.post("/v1/chat/completions", json={"model": model, "messages": [{"role": "user", "content": QUERY}], **rest})
 
         return asyncio.run(post()), engine.requests

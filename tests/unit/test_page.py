@@ -23,6 +23,8 @@ FULL, MINE = ["k", "4 – <b>", " not bold</b>"], ["k4", " & k5"]
 class TwoAnswers:
     """The base model with the full prompt says FULL, an adapter says MINE."""
 
+    base = "smollm2-135m"
+
     def __init__(self):
         self.asks = []
         self.gate = None
@@ -89,7 +91,7 @@ def test_the_page_needs_no_key_and_what_it_asks_for_does():
     api = create_api(TwoAnswers(), ServeConfig(), key_digest(KEY))
 
     async def get(path):
-        async with httpx.AsyncClient(transport=httpx.ASGITransport(app=api), base_url="http://test") as http:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app=api), base_url="http://localhost") as http:
             return await http.get(path)
 
     shown = asyncio.run(get("/"))

@@ -124,6 +124,17 @@ def test_the_prompt_is_published_with_the_adapter_so_that_serving_recognises_it(
     assert "prompt.json" in (folder / "README.md").read_text() and "prompt.json" not in (bare / "README.md").read_text()
 
 
+def test_what_cannot_be_recognised_later_is_said_when_it_is_published(run, config, tiny_model, caplog):
+    publish(run, config)
+    assert "without prompt.json" in caplog.text
+    caplog.clear()
+    publish(run, config.replace(**{"serve.drift_guard": False}))
+    prepare(run, "Answer with one code.")
+    train(run, tiny_model, full_template_sha256=digest("Answer with one code."))
+    publish(run, config)
+    assert caplog.text == ""
+
+
 def test_with_the_guard_off_the_template_stays_at_home(run, config, tiny_model):
     prepare(run, "A secret template.")
     train(run, tiny_model, full_template_sha256=digest("A secret template."))

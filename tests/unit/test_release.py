@@ -68,6 +68,13 @@ def test_a_trial_gets_its_share_and_a_ticket_always_meets_the_same_version(store
     assert version(store, "colours@v0001", TICKETS[0]) == "v0001"
 
 
+def test_what_is_no_request_never_gets_the_trial(store):
+    """Such as a server that merges an adapter when it starts."""
+    release(store, "colours", "v0001")
+    release(store, "colours", "v0002", canary=99.9)
+    assert version(store) == "v0001" and version(store, ticket=TICKETS[0]) == "v0002"
+
+
 def test_rollback_ends_a_trial_first_and_then_goes_back_step_by_step(store):
     release(store, "colours", "v0001")
     release(store, "colours", "v0002")

@@ -2,10 +2,11 @@
 
 import json
 import shutil
+import threading
 from pathlib import Path
 
 import pytest
-from pyarrow.fs import LocalFileSystem, SubTreeFileSystem
+from fake_bucket import Bucket, Clock
 
 from pi_ray.artifact import seal, staged, write_atomic
 from pi_ray.config import ModelConfig, RunConfig
@@ -18,49 +19,12 @@ from pi_ray.serving.adapters import AdapterStore, StoreUnavailableError, Unknown
 from tests.lora import card, put_in_store, rewrite, write_adapter
 
 
-class Bucket:
-    """pyarrow's interface over a folder, as object stores show theirs; counts what is read and can be out of reach."""
-
-    def __init__(self, root):
-        self.inner = SubTreeFileSystem(str(root), LocalFileSystem())
-        self.opened = []
-        self.down = False
-
-    def _check(self):
-        if self.down:
-            raise OSError("When reading s3://secret-bucket: AWS Error NETWORK_CONNECTION")
-
-    def open_input_stream(self, path):
-        self._check()
-        self.opened.append(path)
-        return self.inner.open_input_stream(path)
-
-    def open_output_stream(self, path):
-        self._check()
-        return self.inner.open_output_stream(path)
-
-    def get_file_info(self, what):
-        self._check()
-        return self.inner.get_file_info(what)
-
-    def create_dir(self, path, recursive=True):
-        self._check()
-        self.inner.create_dir(path, recursive=recursive)
-
-
 @pytest.fixture(scope="module")
 def published(tiny_model, tmp_path_factory):
     root = tmp_path_factory.mktemp("bucket") / "adapters"
     put_in_store(root, "colours", tiny_model, 1)
     put_in_store(root, "shapes", tiny_model, 2)
     return root
-
-
-class Clock:
-    now = 0.0
-
-    def __call__(self):
-        return self.now
 
 
 @pytest.fixture
@@ -132,6 +96,44 @@ def test_while_the_store_is_out_of_reach_what_is_known_is_served(store, bucket):
     assert "secret-bucket" not in str(error.value)
     bucket.down = False
     assert store.open("shapes").name == "shapes"
+
+
+def test_while_it_is_out_of_reach_one_request_in_some_seconds_waits_for_it(store, bucket):
+    store.open("colours")
+    bucket.down = True
+    for times in (1, 2):
+        store.place._clock.now += remote.REFRESH_S
+        asked = bucket.asked
+        for _ in range(10):
+            assert store.open("colours").version == store.place.versions("colours")[-1] == "v0001", times
+        assert bucket.asked == asked + 1
+
+
+def test_requests_beside_the_one_that_waits_for_the_store_do_not(store, bucket):
+    store.open("colours")
+    store.place._clock.now += remote.REFRESH_S
+    entered, goes_on, asking = threading.Event(), threading.Event(), []
+    bucket._check = lambda: asking.append(threading.current_thread()) or entered.set() or (asking[-1] is waiting and goes_on.wait(30))
+    waiting = threading.Thread(target=store.open, args=("colours",))
+    waiting.start()
+    try:
+        assert entered.wait(30)
+        assert store.open("colours").version == "v0001"
+        assert set(asking) == {waiting}
+    finally:
+        goes_on.set()
+        waiting.join()
+
+
+@pytest.mark.fault
+def test_names_that_somebody_made_up_cost_the_store_nothing_and_are_not_kept(store, bucket):
+    store.open("colours")
+    before = bucket.asked, len(store.place._known)
+    for i in range(50):
+        for spec in (f"made-up-{i}", f"made-up-{i}@v0001", f"colours@v{i + 2:04d}"):
+            with pytest.raises(UnknownAdapterError):
+                store.open(spec)
+    assert (bucket.asked, len(store.place._known)) == before
 
 
 def test_unknown_names_and_versions_are_unknown(store, root):

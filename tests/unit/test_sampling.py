@@ -55,6 +55,12 @@ def test_a_seed_draws_the_same_tokens_alone_and_in_company():
     assert drawn(company=False) == drawn(company=True)
 
 
+def test_neighbouring_seeds_draw_different_tokens_below_zero_too():
+    """n answers have n seeds in a row, and Python's own generator takes -1 for 1."""
+    drawn = {seed: [row.random.random() for row in [sampler(temperature=1.0, seed=seed)]] for seed in (-2, -1, 0, 1, 2, -(2**63), 2**63 - 1)}
+    assert len({tuple(numbers) for numbers in drawn.values()}) == len(drawn)
+
+
 def test_the_highest_random_number_does_not_reach_a_token_of_no_probability():
     row = Sampler(1.0, 1.0, None, random.Random(0))
     row.random.random = lambda: 1 - 2**-53

@@ -2,6 +2,7 @@
 
 import pickle
 import socket
+from types import SimpleNamespace
 
 import pytest
 
@@ -50,6 +51,28 @@ def test_a_deployment_on_a_cluster_always_needs_a_key_and_carries_only_its_diges
     assert KEY.encode() not in sent
     assert key_digest(KEY).encode() in sent
     assert KEY.encode() not in pickle.dumps(made._bound_deployment.init_args[0]._bound_deployment.init_args)
+
+
+@pytest.mark.parametrize(("host", "url"), [("::1", "http://[::1]:8000"), ("127.0.0.1", "http://127.0.0.1:8000"), ("localhost", "http://localhost:8000")])
+def test_the_address_is_a_url_that_clients_take(host, url):
+    assert app.url_of(config(host=host)) == url
+
+
+@pytest.mark.parametrize(("proxies", "warned"), [(65, False), (0, False), (None, False), (60, True), (30, True)])
+def test_proxies_that_give_up_before_the_server_are_warned_of(proxies, warned, monkeypatch, caplog, tmp_path):
+    running = SimpleNamespace(http_config=SimpleNamespace(request_timeout_s=proxies))
+    monkeypatch.setattr(app.ray, "is_initialized", lambda: True)
+    monkeypatch.setattr(app.ray, "cluster_resources", dict)
+    monkeypatch.setattr(app.serve.context, "_get_global_client", lambda raise_if_no_controller_running: running)
+    monkeypatch.setenv("PI_RAY_API_KEY", KEY)
+    (tmp_path / "run.yaml").write_text(configuration.dump(config()))
+    app.deploy({"run": str(tmp_path / "run.yaml")})
+    assert ("http_options.request_timeout_s" in caplog.text) == warned
+
+
+def test_a_merged_server_shows_no_other_model(tmp_path):
+    merged = RunConfig(name="t", store=str(tmp_path), serve=ServeConfig(merge="hot"))
+    assert '"model": "hot"' in app.usage(merged, "http://127.0.0.1:8000")
 
 
 def test_a_taken_port_is_said_before_anything_starts():

@@ -16,12 +16,14 @@ from pi_ray.serving.completion import Ask, RefusedError
 from pi_ray.serving.metrics import DRIFT, ENGINE_COUNTERS, ENGINE_GAUGES, METRICS, EngineMetrics, Meter, Metrics, Traffic
 
 REPO = Path(__file__).parents[2]
-START = {"model": "colours", "fingerprint": "colours@v0002", "prompt": "internalised", "prompt_tokens": 30, "saved": 600}
+START = {"model": "colours", "fingerprint": "colours@v0002", "adapter": "colours@v0002", "prompt": "internalised", "prompt_tokens": 30, "saved": 600}
 TAGS = (("model", "colours"), ("version", "v0002"))
 
 
 class Backend:
     """Answers with `events`; a number among them is a wait in seconds, an exception is raised."""
+
+    base = "base"
 
     def __init__(self, traffic, *events, name="colours"):
         self.traffic, self.events, self.name = traffic, events, name
@@ -52,7 +54,7 @@ def call(*events, key="", timeout=60, name="colours", path="/v1/chat/completions
     api.add_middleware(Meter, traffic=traffic)
 
     async def send():
-        async with httpx.AsyncClient(transport=httpx.ASGITransport(app=api), base_url="http://test") as http:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app=api), base_url="http://localhost") as http:
             body = {"model": "colours", "messages": [{"role": "user", "content": "x"}], **rest}
             return (await http.post(path, json=body) if path != "/healthz" else await http.get(path)).status_code
 
@@ -72,6 +74,19 @@ def test_an_answer_counts_its_tokens_its_times_and_what_it_saved(stream):
     assert seen.of("pi_ray_ttft_seconds", *TAGS)[0] <= seen.of("pi_ray_latency_seconds", *TAGS)[0]
     assert seen.of("pi_ray_open_requests") == seen.of("pi_ray_queued_requests") == 0
     assert seen.of("pi_ray_cold_start_seconds") is None and not any(name == "pi_ray_drift_total" for name, _ in seen.values)
+
+
+def test_an_empty_answer_has_its_times_as_well():
+    _, seen = call(START, {"finish": "stop", "completion_tokens": 1})
+    assert len(seen.of("pi_ray_latency_seconds", *TAGS)) == len(seen.of("pi_ray_ttft_seconds", *TAGS)) == 1
+
+
+def test_a_bug_before_the_completion_counts_as_500_and_not_as_a_client_that_left():
+    kinds = Kinds()
+    traffic = Traffic(CostConfig(), 60, Metrics(kinds))
+    with pytest.raises(ValueError), traffic.request(False):
+        raise ValueError("a bug")
+    assert kinds.of("pi_ray_requests_total", ("model", ""), ("version", ""), ("status", "500")) == 1
 
 
 def test_several_answers_to_one_prompt_count_its_tokens_once():
@@ -132,7 +147,8 @@ def test_a_request_waits_in_the_queue_until_a_replica_takes_it():
 
 @pytest.mark.parametrize("kind", sorted(DRIFT))
 def test_prompts_that_come_whole_are_counted_by_what_became_of_them(kind):
-    _, seen = call({**START, "prompt": kind}, {"finish": "stop", "completion_tokens": 1})
+    answers = "base" if kind == "drifted" else "colours@v0002"  # the base model reads a changed prompt; the adapter is what it was meant for
+    _, seen = call({**START, "prompt": kind, "fingerprint": answers}, {"finish": "stop", "completion_tokens": 1})
     assert seen.of("pi_ray_drift_total", *TAGS, ("kind", kind)) == 1
 
 

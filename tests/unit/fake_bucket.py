@@ -1,0 +1,42 @@
+"""Stand-ins for an object store and for the time that passes between two looks at it."""
+
+from pyarrow.fs import LocalFileSystem, SubTreeFileSystem
+
+
+class Bucket:
+    """pyarrow's interface over a folder, as object stores show theirs; counts what is asked and can be out of reach."""
+
+    def __init__(self, root):
+        self.inner = SubTreeFileSystem(str(root), LocalFileSystem())
+        self.opened = []
+        self.asked = 0
+        self.down = False
+
+    def _check(self):
+        self.asked += 1
+        if self.down:
+            raise OSError("When reading s3://secret-bucket: AWS Error NETWORK_CONNECTION")
+
+    def open_input_stream(self, path):
+        self._check()
+        self.opened.append(path)
+        return self.inner.open_input_stream(path)
+
+    def open_output_stream(self, path):
+        self._check()
+        return self.inner.open_output_stream(path)
+
+    def get_file_info(self, what):
+        self._check()
+        return self.inner.get_file_info(what)
+
+    def create_dir(self, path, recursive=True):
+        self._check()
+        self.inner.create_dir(path, recursive=recursive)
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self):
+        return self.now
