@@ -154,7 +154,7 @@ def _chat_frame(tokenizer: Any, chat: str) -> tuple[str, str]:
         return CHATML
     if not tokenizer.chat_template:
         raise ModelError(f"prompt.chat is '{chat}', but this model has no chat template; set prompt.chat to 'none' or 'chatml'")
-    mark = "\x1fQUERY\x1f"
+    mark = "\x02QUERY\x03"  # no white space (as \x1f is), which templates trim
     text = tokenizer.apply_chat_template([{"role": "user", "content": mark}], tokenize=False, add_generation_prompt=True)
     head, found, tail = text.partition(mark)
     if not found:

@@ -24,6 +24,13 @@ def test_a_chat_template_that_injects_a_system_prompt_is_an_error_unless_asked_f
     assert "helpful" in tokenizer.decode(kept.prefix(""))
 
 
+def test_a_chat_template_that_trims_what_users_write_is_taken():
+    """As Llama 3's and Gemma's do."""
+    trims = load_tokenizer(ModelConfig())
+    trims.chat_template = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content | trim }}<|im_end|>\n{% endfor %}{{ '<|im_start|>assistant\n' }}"
+    assert PromptEncoder(trims, PromptConfig(chat="model")).encode("Q").ids == PromptEncoder(trims, PromptConfig(chat="chatml")).encode("Q").ids
+
+
 def test_template_examples_and_query_stand_in_this_order(tokenizer):
     encoder = PromptEncoder(tokenizer, PromptConfig(chat="chatml"))
     text = tokenizer.decode(encoder.encode("Q", "TEMPLATE", [Example("far", "1"), Example("near", "2")]).ids)
