@@ -1,6 +1,7 @@
 """The run directory: where each step writes and the next one reads, and the fingerprints by which a step knows that it is done.
 
-Every fingerprint hashes what the step's output depends on and nothing else, so that a change of `serve.port` retrains nothing.
+A fingerprint hashes what a step's output depends on, so that a change of `serve.port` retrains nothing. Preparation has one for all that it makes:
+a change of `retrieve` makes templates and documents again too, from the cache of compressed text.
 """
 
 from __future__ import annotations

@@ -41,7 +41,7 @@ TEMPLATE = """\
 <!--
 The recurrent part of your prompt: everything that you send with each query and want the adapter to know by itself.
 Text under "Instruction" and each "##" document are compressed apart, so keep one subject to a document.
-Placeholders such as {{team}} or {name}, code fences, URLs and numbers survive compression byte for byte; compress.protect in
+Placeholders such as {{team}} or {name}, code, JSON, URLs and numbers survive compression byte for byte; compress.protect in
 run.yaml names further terms. Comments like this one are never sent.
 -->
 # Instruction

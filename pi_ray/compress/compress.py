@@ -19,7 +19,7 @@ from pi_ray.config import CompressConfig
 from pi_ray.prompt import Template
 from pi_ray.protocols import Compressor
 
-ALGORITHM = 1  # part of the cache key: raise it when equal input gives another output
+ALGORITHM = 2  # part of the cache key: raise it when equal input gives another output
 
 
 def load(config: CompressConfig) -> tuple[Compressor, Compressor]:

@@ -6,7 +6,6 @@ range of rows at a time. Each document is compressed by itself: where rows share
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -14,21 +13,23 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from pi_ray import cluster, mirror
 from pi_ray.artifact import is_current, read_manifest, staged
 from pi_ray.compress.compress import compress_template
-from pi_ray.compress.search import Compressed
 from pi_ray.config import RunConfig
 from pi_ray.fanout import fan_out
 from pi_ray.models import load_tokenizer
 from pi_ray.prompt import Template
+from pi_ray.protocols import Row
 from pi_ray.rundir import RunDir, documents_file
 from pi_ray.shards import working_folder
-from pi_ray.stored import count, has_piece, join, write_piece
+from pi_ray.stored import count, has_piece, join, read_range, write_piece
 
 PIECE_ROWS = 32  # rows of one call of an actor
-SCHEMA = pa.schema({"id": pa.string(), "documents": pa.list_(pa.string())})
+COUNTS = ("count", "tokens", "full_tokens", "off")  # of a row's documents; off: how many came no closer to their rate than the tolerance
+SCHEMA = pa.schema({"id": pa.string(), "documents": pa.list_(pa.string()), **dict.fromkeys(COUNTS, pa.int64())})
 
 Want = tuple[str, float]  # split, template rate between 0 and 1
 
@@ -52,22 +53,22 @@ class CompressDocuments:
 
         from pi_ray.registry import compressors
 
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // 2))  # of two actors on one machine each has half
+        torch.set_num_threads(max(1, int(config.cluster.prepare_resources.get("CPU", 1))))  # what Ray gives each actor, of which a node may hold many
         self.run, self.tokenizer = RunDir(config.root), load_tokenizer(config.model)
         self.config, self.own = config.compress, config.compress.of_documents
         self.compressor = compressors[self.own.name](self.own)
 
-    def __call__(self, item: dict[str, Any]) -> dict[str, int]:
+    def __call__(self, item: dict[str, Any]) -> None:
         piece = Piece(**item)
         rows = self.run.rows_of(piece.split)[piece.begin : piece.end]
-        made = [[self._compress(document, piece.rate) for document in row.documents] for row in rows]
-        write_piece(piece.path, pa.table({"id": [r.id for r in rows], "documents": [[c.text for c in row] for row in made]}, schema=SCHEMA))
-        every = [c for row in made for c in row]
-        off = sum(abs(c.achieved - c.asked) > self.own.tolerance for c in every)
-        return {"documents": len(every), "tokens": sum(c.tokens for c in every), "full_tokens": sum(c.full_tokens for c in every), "off": off}
+        write_piece(piece.path, pa.Table.from_pylist([self._row(row, rate_of_documents(self.config, piece.rate)) for row in rows], schema=SCHEMA))
 
-    def _compress(self, document: str, rate: float) -> Compressed:
-        return compress_template(self.compressor, Template("", (document,)), rate_of_documents(self.config, rate), self.tokenizer, self.own)
+    def _row(self, row: Row, rate: float) -> dict[str, Any]:
+        made = [compress_template(self.compressor, Template("", (document,)), rate, self.tokenizer, self.own) for document in row.documents]
+        return {
+            "id": row.id, "documents": [c.text for c in made], "count": len(made), "tokens": sum(c.tokens for c in made),
+            "full_tokens": sum(c.full_tokens for c in made), "off": sum(abs(c.achieved - c.asked) > self.own.tolerance for c in made),
+        }
 
 
 def rate_of_documents(config: Any, rate: float) -> float:
@@ -92,19 +93,20 @@ def compress_documents(config: RunConfig, run: RunDir, fingerprint: str, wanted:
     todo = [p for p in planned if not has_piece(p.path, SCHEMA, run.rows_of(p.split).ids(p.begin, p.end))]
     if len(todo) < len(planned):
         progress(f"documents: {len(planned) - len(todo)} of {len(planned)} pieces were already there")
-    results = fan_out([asdict(p) for p in todo], CompressDocuments, config, actors=-(-len(todo) // 4), mirror=mirror.of(run.root), **cluster.options(config, "prepare"))
+    fan_out([asdict(p) for p in todo], CompressDocuments, config, actors=-(-len(todo) // 4), mirror=mirror.of(run.root), **cluster.options(config, "prepare"))
     totals: dict[float, Counter] = {}
-    for piece, result in zip(todo, results, strict=True):
-        totals.setdefault(piece.rate, Counter()).update(result)
-    with staged(run.documents, fingerprint=fingerprint, compressor=config.compress.of_documents.name, made={str(rate): total for rate, total in totals.items()}) as made:
+    with staged(run.documents, fingerprint=fingerprint, compressor=config.compress.of_documents.name) as made:
         for (split, rate), some in pieces.items():
-            join([p.path for p in some], made / documents_file(split, rate), SCHEMA)
+            file = made / documents_file(split, rate)
+            join([p.path for p in some], file, SCHEMA)
+            table = read_range(file, columns=COUNTS)
+            totals.setdefault(rate, Counter()).update({name: pc.sum(table[name]).as_py() or 0 for name in COUNTS})
     shutil.rmtree(folder, ignore_errors=True)
     for rate, total in totals.items():
         off = f"; {total['off']} came no closer than {config.compress.tolerance:g} (protected or very short text)" if total["off"] else ""
         progress(
             f"documents: rate {rate_of_documents(config.compress, rate):g} -> achieved {total['tokens'] / max(total['full_tokens'], 1):.2f} "
-            f"({total['tokens']} of {total['full_tokens']} tokens of {total['documents']} documents of rows){off}"
+            f"({total['tokens']} of {total['full_tokens']} tokens of {total['count']} documents of rows){off}"
         )
 
 

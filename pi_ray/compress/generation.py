@@ -12,11 +12,12 @@ from __future__ import annotations
 import os
 import string
 from dataclasses import dataclass
+from functools import lru_cache
 
 from pi_ray.artifact import digest
 from pi_ray.closed.client import Service
 from pi_ray.compress import cache, words
-from pi_ray.compress.ranked import keep_best
+from pi_ray.compress.ranked import REMEMBERED, keep_best
 from pi_ray.config import ClosedConfig, CompressConfig
 from pi_ray.errors import ConfigError, MissingExtraError, ModelError, TrainingError
 
@@ -56,10 +57,10 @@ class Generation:
     def __init__(self, config: CompressConfig):
         self.config = config
         self.service = _service(config)
-        self._known: dict[str, Progress] = {}
+        self._progress = lru_cache(REMEMBERED)(_begin)
 
     def compress(self, text: str, rate: float) -> str:
-        state = self._known.setdefault(text, Progress(words.spans(text), [0] * len(words.spans(text))))
+        state = self._progress(text)
         sizes = [end - start + 1 for start, end in state.pieces]
         total = sum(sizes)
         while not state.done and _left(state, sizes) > rate * total:
@@ -125,6 +126,11 @@ def _service(config: CompressConfig) -> Service:
         return Service(ClosedConfig(base_url=config.base_url, model=config.model, api_key_env=config.api_key_env))
     except MissingExtraError:
         raise MissingExtraError("compress.name 'generation' needs: pip install 'pi-ray[closed]'") from None
+
+
+def _begin(text: str) -> Progress:
+    pieces = words.spans(text)
+    return Progress(pieces, [0] * len(pieces))
 
 
 def _left(state: Progress, sizes: list[int]) -> int:

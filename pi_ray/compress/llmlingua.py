@@ -20,6 +20,7 @@ from transformers.utils import logging
 
 from pi_ray import models
 from pi_ray.compress import words
+from pi_ray.compress.ranked import REMEMBERED
 from pi_ray.config import CompressConfig
 from pi_ray.errors import ModelError
 
@@ -110,6 +111,8 @@ class Scorer(prompt_compressor.PromptCompressor):
         if not past:
             loss = torch.cat([loss.max().view(1), loss])
         if whole:
+            if len(self.first_pass) >= REMEMBERED:
+                self.first_pass.clear()
             self.first_pass[whole] = loss[:-1]
         return loss[:-1].clone(), [(layer.keys, layer.values) for layer in cache.layers]
 

@@ -1,23 +1,27 @@
 """What compression may not cut: units of a template that stay whole, and how strongly each is held.
 
-Placeholders, code, URLs and the user's terms survive byte for byte. Numbers survive too as long as they leave room for words:
+Placeholders, code, JSON, URLs and the user's terms survive byte for byte. Numbers survive too as long as they leave room for words:
 in a template that is mostly a table of codes, all numbers and nothing else would be useless. A number is never cut in half.
 """
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from enum import IntEnum
 
 from pi_ray.compress import words
 from pi_ray.config import CompressConfig
 
-CODE = r"^(?:```|~~~).*?^(?:```|~~~)[^\n]*$|`[^`\n]+`"
+ITEM = r"(?:(?:[-*+]|\d+[.)]) +)?"  # of a list
+CODE = rf"^[ \t]*{ITEM}(?:```|~~~).*?^[ \t]*(?:```|~~~)[^\n]*$|`[^`\n]+`"
 PLACEHOLDER = r"\{\{\s*[\w.-]+\s*\}\}|\{[\w.-]+\}|<[A-Za-z_][\w.-]*>"
+OPENING = re.compile(r"[{\[]")  # of JSON
 URL = r"(?:https?|ftp)://[^\s<>\"')]+"
-LABEL = r"^[ \t]*((?:[-*+] +|\d+[.)] +)?[^\s:]+:)(?=[ \t]+\S)"
+LABEL = rf"^[ \t]*({ITEM}[^\s:]+:)(?=[ \t]+\S)"
 ROW_WORDS = 5  # a line of a table or list has at most this many words
 ROW_LINES = 4  # and stands among at least this many such lines
 
@@ -45,7 +49,7 @@ def units(text: str, config: CompressConfig) -> list[Unit]:
 
     A unit is a word, or the words that a protected span joins, or a whole line of a table: half a row is a fact lost or made wrong.
     """
-    always = [m.span() for m in re.finditer(_pattern(config), text, re.M | re.S)]
+    always = [*(m.span() for m in re.finditer(_pattern(config), text, re.M | re.S)), *_json(text)]
     merged: list[list[int]] = []
     labels = {m.span(1) for m in re.finditer(LABEL, text, re.M)}
     for start, end in sorted([*words.spans(text), *always, *labels, *_rows(text)]):
@@ -59,6 +63,17 @@ def units(text: str, config: CompressConfig) -> list[Unit]:
 def _pattern(config: CompressConfig) -> str:
     terms = [re.escape(t) for t in sorted(config.protect, key=len, reverse=True) if t.strip()]
     return "|".join([CODE, URL, PLACEHOLDER, *terms])
+
+
+def _json(text: str) -> Iterator[words.Span]:
+    """Spans of JSON objects and lists that stand in no other. An empty list is none: `[ ]` is a box to tick."""
+    decoder, at = json.JSONDecoder(), 0
+    while opening := OPENING.search(text, at):
+        at = opening.end()
+        with suppress(ValueError, RecursionError):
+            value, at = decoder.raw_decode(text, opening.start())
+            if value != []:
+                yield opening.start(), at
 
 
 def _hold(piece: str, start: int, end: int, always: Sequence[words.Span], config: CompressConfig) -> Hold:

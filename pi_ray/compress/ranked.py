@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from pi_ray.compress import words
 
-REMEMBERED = 64  # texts
+REMEMBERED = 64  # texts: an actor may see any number
 
 
 @dataclass(frozen=True)
@@ -23,17 +24,10 @@ class Ranked:
     """What such compressors share: a text is ranked once, since it is asked for at many rates."""
 
     def __init__(self) -> None:
-        self._known: dict[str, Ranking] = {}
+        self.ranking = lru_cache(REMEMBERED)(self.rank)
 
     def rank(self, text: str) -> Ranking:
         raise NotImplementedError
-
-    def ranking(self, text: str) -> Ranking:
-        if text not in self._known:
-            if len(self._known) >= REMEMBERED:
-                self._known.clear()
-            self._known[text] = self.rank(text)
-        return self._known[text]
 
     def compress(self, text: str, rate: float) -> str:
         found = self.ranking(text)

@@ -24,6 +24,12 @@ def added(default: Any, description: str) -> Any:
     return Field(default, description=description, exclude_if=lambda value: value == default)
 
 
+def unused(block: Block, keys: tuple[str, ...], where: str, why: str) -> None:
+    """Raises ValueError where one of these keys, which go without effect, does not have its default."""
+    if found := [key for key in keys if getattr(block, key) != type(block).model_fields[key].default]:
+        raise ValueError(f"{where}.{found[0]} would have no effect: {why}; leave it out")
+
+
 def assign(data: dict[str, Any], key: str, value: Any) -> None:
     """Set a dotted key, such as "train.lr", in nested blocks. Raises ConfigError where the key leads through a value."""
     *blocks, last = key.split(".")

@@ -56,7 +56,7 @@ class ClusterConfig(Block):
     """The cluster. No part of it changes what a run learns, so none of it is in a fingerprint. Secrets are named here, never written."""
 
     address: str = Field("", description="of the cluster's Jobs API, such as http://127.0.0.1:8265; empty: --address, or RAY_API_SERVER_ADDRESS")
-    prepare_resources: Resources = Field({}, description="Ray resources of one preparing worker, such as {CPU: 2, highmem: 1}; fractions are fine")
+    prepare_resources: Resources = Field({}, description="Ray resources of one preparing worker, such as {CPU: 2, highmem: 1}; fractions are fine; memory, in bytes: no more workers on a node than it holds, where each has a large example bank")
     train_resources: Resources = Field({}, description="of one training worker, such as {GPU: 1, CPU: 8}")
     evaluate_resources: Resources = Field({}, description="of one evaluating worker")
     serve_resources: Resources = Field({}, description="of one serving replica")

@@ -70,7 +70,7 @@ class CompressConfig(Block):
 
     name: str = Field("llmlingua", description="llmlingua, longllmlingua, llmlingua2, selective, generation or none")
     model: str = Field("smollm2-135m", description="what scores tokens: a small language model; for llmlingua2 a token classifier, default LLMLingua-2's own; for generation a chat model, default gpt-4")
-    protect: tuple[str, ...] = Field((), description="terms that survive byte for byte, besides placeholders, code fences, URLs and numbers")
+    protect: tuple[str, ...] = Field((), description="terms that survive byte for byte, besides placeholders, code, JSON, URLs and numbers")
     protect_numbers: bool = Field(True, description="numbers survive while they leave room for words, and are never cut")
     tolerance: Annotated[float, Field(gt=0, le=0.5)] = Field(0.05, description="accepted distance between asked and achieved rate")
     documents: DocumentsConfig | None = added(None, "compressor and rate of the documents; default: the instruction's")
@@ -112,7 +112,7 @@ class CompressConfig(Block):
 class RetrieveConfig(Block):
     """Example retrieval, paper equation 3: exact sentence BLEU on the answers, in a very large bank among candidates of FAISS."""
 
-    encoder: str = Field("ngram", description="ngram (hashed n-grams) or sentence-transformers")
+    encoder: str = Field("ngram", description="vectors by which FAISS proposes, and for score embedding: ngram (hashed n-grams) or sentence-transformers; not used where every pair is scored by bleu or rouge-l")
     encoder_model: str = Field("all-minilm-l6-v2", description="for sentence-transformers: packaged name, hub id or folder")
     candidates: Positive = Field(64, description="rows that FAISS proposes for each row")
     method: Literal["auto", "exact", "faiss"] = added("auto", "exact: every pair is scored; faiss: those that FAISS proposes; auto: exact up to 100,000 rows")

@@ -41,11 +41,11 @@ class Piece:
 
 
 class FindNeighbours:
-    """Work of an actor: indexes the training rows once for each side that is asked for, then any number of pieces."""
+    """Work of an actor: indexes the training rows by the side that is asked for, then any number of pieces. It holds one at a time."""
 
     def __init__(self, config: RunConfig, k: int):
         self.run, self.config, self.k = RunDir(config.root), config.retrieve, k
-        self.banks: dict[str, Any] = {}
+        self.by, self.bank = "", None
 
     def __call__(self, item: dict[str, Any]) -> dict[str, Any]:
         return self.audit() if "audit" in item else self.find(Piece(**item))
@@ -67,11 +67,12 @@ class FindNeighbours:
     def _bank(self, by: str) -> Any:
         from pi_ray.retrieve.neighbours import Bank, part
 
-        if by not in self.banks:
+        if by != self.by:
+            self.by, self.bank = "", None  # gone before the next is built: each holds all training rows
             rows = self.run.rows_of("train")
             chosen = part(rows.ids(), self.config.bank_fraction)
-            self.banks[by] = Bank((r for r in rows if r.id in chosen), self.config, by)
-        return self.banks[by]
+            self.by, self.bank = by, Bank((r for r in rows if r.id in chosen), self.config, by)
+        return self.bank
 
 
 def has_neighbours(config: RunConfig, run: RunDir, fingerprint: str) -> bool:
@@ -106,7 +107,7 @@ def find_neighbours(config: RunConfig, run: RunDir, fingerprint: str, splits: Se
     if len(todo) < len(pieces):
         progress(f"neighbours: {len(pieces) - len(todo)} of {len(pieces)} pieces were already there")
     exact = is_exact(config.retrieve, run)
-    items: list[dict[str, Any]] = [asdict(p) for p in todo] + ([] if exact else [{"audit": True}])
+    items: list[dict[str, Any]] = [*([] if exact else [{"audit": True}]), *map(asdict, todo)]  # all of one index, then all of the other
     results = fan_out(items, FindNeighbours, config, k, actors=-(-len(items) // 4), mirror=mirror.of(run.root), **cluster.options(config, "prepare"))
     made = folder / "all.parquet"
     with writing(made):
@@ -115,16 +116,16 @@ def find_neighbours(config: RunConfig, run: RunDir, fingerprint: str, splits: Se
     tell_of(run.neighbours)
     facts = {
         "fingerprint": fingerprint, "sha256": digest_file(run.neighbours), "rows": count(run.neighbours), "shots": k, "score": config.retrieve.score,
-        "train_score": _mean_score(run), "method": "exact" if exact else "faiss", **({} if exact else {"audit": results[-1]}),
+        "by": config.retrieve.by, "train_score": _mean_score(run), "method": "exact" if exact else "faiss", **({} if exact else {"audit": results[0]}),
     }
     write_atomic(run.neighbours.with_suffix(".json"), json.dumps(facts, indent=1) + "\n")
     shutil.rmtree(folder, ignore_errors=True)
-    progress(f"neighbours: {summary(facts, config.retrieve.by)}")
+    progress(f"neighbours: {summary(facts)}")
 
 
 def summary(facts: dict[str, Any], by: str = "answer") -> str:
-    """neighbours.json in words."""
-    score = SCORES[facts["score"]]
+    """neighbours.json in words. `by`: what training rows were compared by, where an earlier version did not write it down."""
+    score, by = SCORES[facts["score"]], facts.get("by", by)
     start = f"{facts['shots']} for each of {facts['rows']} rows, mean {score} {facts['train_score']:.1f} between train {'answers' if by == 'answer' else 'queries'}"
     if facts["method"] == "exact":
         return f"{start}; every pair was scored"

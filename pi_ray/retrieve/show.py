@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.text import Text
 
+from pi_ray.artifact import is_current
 from pi_ray.errors import DataError
 from pi_ray.retrieve.retrieve import SCORES, read_facts, summary
 from pi_ray.rundir import RunDir
@@ -25,12 +26,15 @@ def show(config: RunConfig, row_id: str, split: str, console: Console) -> None:
     """Print the row and its examples, best first. Raises DataError where there is no such row, or nothing was prepared."""
     run = RunDir(config.root)
     facts = read_facts(run)
+    cure = "run 'pi-ray prepare' with this run.yaml, and with schedule.shots above 0"
     if not facts or not run.neighbours.exists():
-        raise DataError(f"{run.neighbours}: not there; run 'pi-ray prepare' with this run.yaml, and with schedule.shots above 0")
+        raise DataError(f"{run.neighbours}: not there; {cure}")
+    if not is_current(run.rows, facts.get("fingerprint", "")):
+        raise DataError(f"{run.neighbours}: the rows were written anew since; {cure}")
     found = _neighbours(run, row_id, split)
     row = _rows(run, found["split"], [row_id])[row_id]
     bank = _rows(run, "train", found["neighbours"])
-    by = config.retrieve.by if found["split"] == "train" else "query"
+    by = facts.get("by", config.retrieve.by) if found["split"] == "train" else "query"
     score = SCORES[facts.get("score", "bleu")]
     say = lambda *parts: console.print(Text.assemble(*parts))  # noqa: E731  user text is never read as markup
     say((f"{row.id}", "bold"), f"  {found['split']}; its examples are chosen by the {by}")

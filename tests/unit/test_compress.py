@@ -14,8 +14,12 @@ from pi_ray.prompt import Template
 
 CONFIG = CompressConfig(name="every", protect=("Golden Rule",))
 PROSE = " ".join(f"{a} {b}" for a in ("please", "always", "write", "short", "clear", "answers") for b in ("and", "never", "use", "the", "passive", "voice"))
-TEXT = f"Follow the Golden Rule. Put {{{{name}}}} and {{city}} into <slot> with `ls -la` from https://example.org/a?b=1 in 250 ms. {PROSE}."
-HELD = ["Golden Rule.", "{{name}}", "{city}", "<slot>", "`ls -la`", "https://example.org/a?b=1", "250"]
+JSON, FENCE = '{"service": "web",\n "ids": [7, 8]}', "  ```sh\n  make  test\n  ```"
+TEXT = f"""Follow the Golden Rule. Put {{{{name}}}} and {{city}} into <slot> with `ls -la` from https://example.org/a?b=1 in 250 ms. {PROSE}.
+Answer like this: {JSON}, or with one of ["all", "none"].
+- Then test:
+{FENCE}"""
+HELD = ["Golden Rule.", "{{name}}", "{city}", "<slot>", "`ls -la`", "https://example.org/a?b=1", "250", JSON, '["all", "none"]', FENCE]
 
 
 class Every:
@@ -111,6 +115,12 @@ def test_units_hold_what_they_should():
     assert held["250"] is Hold.NUMBER and held["`ls -la`"] is Hold.ALWAYS and held["passive"] is Hold.FREE
     free = {TEXT[u.start : u.end]: u.hold for u in units(TEXT, CompressConfig(protect_numbers=False))}
     assert free["250"] is Hold.FREE and "Golden" in free
+
+
+def test_what_only_looks_like_json_or_a_fence_is_free():
+    text = "- [ ] a box to [tick], {not json: 1}\n2. ```\n   code\n   ```\nprose between\n~~~\nmore code\n~~~\n" + "[" * 3000
+    held = [text[u.start : u.end] for u in units(text, CONFIG) if u.hold is Hold.ALWAYS]
+    assert held == ["2. ```\n   code\n   ```", "~~~\nmore code\n~~~"]
 
 
 def test_keep_reports_that_nothing_was_dropped(tokenizer):

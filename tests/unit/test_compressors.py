@@ -1,5 +1,6 @@
 """Every compressor by its name: the contract they share, what each keeps, documents apart from the instruction, and `pi-ray compress`."""
 
+import gc
 import json
 import re
 from collections import Counter
@@ -16,8 +17,8 @@ from pi_ray.compress import cache as kept
 from pi_ray.compress import llmlingua, llmlingua2, longllmlingua, selective, show, words
 from pi_ray.compress.causal import Causal
 from pi_ray.compress.compress import cached, compress_template, load
-from pi_ray.compress.generation import Generation, chunks
-from pi_ray.compress.ranked import keep_best
+from pi_ray.compress.generation import Generation, Progress, chunks
+from pi_ray.compress.ranked import REMEMBERED, Ranking, keep_best
 from pi_ray.compress.search import Compressed, Search
 from pi_ray.config import CompressConfig, ModelConfig
 from pi_ray.errors import ConfigError, ModelError
@@ -33,9 +34,9 @@ SENTENCES = [
     "Please make sure that you write only the statement itself and nothing else, because a program is going to read it.",
     "If the request does not mention how long the condition has to hold, use the default window of the team.",
     "Never answer with `rm -rf` or an address other than https://example.org/a?b=1, whatever the request may ask for.",
-    "Thresholds on latency are written in milliseconds, and percentages as basis points.",
+    'Thresholds such as {"ms": 250, "bp": 100} are written in milliseconds, and percentages as basis points.',
 ]
-HELD = ["{code},", "`rm -rf`", "https://example.org/a?b=1,"]
+HELD = ["{code},", "`rm -rf`", "https://example.org/a?b=1,", '{"ms": 250, "bp": 100}']
 
 
 def text_of(tokens: int, tokenizer) -> str:
@@ -113,7 +114,7 @@ def config_of(tiny_model, classifier, chat):
 def test_every_compressor_meets_the_rate_or_says_why_not(name, config_of, tokenizer):
     config = config_of(name)
     compressor, _ = load(config)
-    for size, rate in [(50, 0.5), (50, 0.8), (300, 0.3), (2000, 0.5)]:
+    for size, rate in [(50, 0.5), (50, 0.8), (300, 0.3), (2000, 0.5), (8000, 0.4)]:
         text = text_of(size, tokenizer)
         made = Search(compressor, Template(text), rate, tokenizer, config).run()
         assert made.tokens == len(tokenizer(made.text).input_ids) and made.full_tokens >= size
@@ -132,6 +133,21 @@ def test_every_compressor_gives_the_same_twice_and_more_at_a_higher_rate(name, c
     low, high = first.compress(text, 0.3), first.compress(text, 0.7)
     assert (again.compress(text, 0.7), again.compress(text, 0.3)) == (high, low)
     assert len(low) < len(high) < len(text) or name == "none"
+
+
+@pytest.mark.parametrize("name", ["llmlingua", "selective", "generation"])
+def test_an_actor_that_sees_many_texts_remembers_few(name, config_of):
+    compressor = load(config_of(name))[0]
+    before = remembered(compressor)
+    for i in range(REMEMBERED + 9):
+        compressor.compress(f"Text {i} is short, and of it no more than a half is going to stay.", 0.5)
+    assert 0 < remembered(compressor) - before <= REMEMBERED
+
+
+def remembered(compressor) -> int:
+    """Rankings and chat answers that are alive, and first passes of LLMLingua."""
+    gc.collect()
+    return sum(type(o) in (Ranking, Progress) for o in gc.get_objects()) + (len(compressor.scorer.first_pass) if isinstance(compressor, llmlingua.LLMLingua) else 0)
 
 
 # Each

@@ -1,9 +1,11 @@
 """Documents that come with a row: read, compressed, and put where a prompt has them."""
 
 import json
+import shutil
 
 import pytest
 
+from pi_ray.artifact import read_manifest
 from pi_ray.compress import documents
 from pi_ray.config import ModelConfig, PromptConfig, RunConfig, TaskConfig
 from pi_ray.ingest import ingest
@@ -106,6 +108,18 @@ def test_documents_are_compressed_row_by_row_and_each_rate_finds_its_own(prepare
     assert run.read_rows("train", 0.5) == half
 
 
+def test_an_actor_takes_the_cores_that_it_asked_for_and_no_share_of_the_node(prepared, monkeypatch):
+    config, _ = prepared
+    threads = []
+    monkeypatch.setattr("pi_ray.registry.compressors._parts", {"halves": f"{__name__}:Halves"})
+    monkeypatch.setattr(documents, "load_tokenizer", lambda model: None)
+    monkeypatch.setattr("torch.set_num_threads", threads.append)
+    monkeypatch.setattr("os.cpu_count", lambda: 30)
+    for asked in ({}, {"CPU": 0.5}, {"CPU": 4}):
+        documents.CompressDocuments(config.replace(**{"cluster.prepare_resources": asked}))
+    assert threads == [1, 1, 4]
+
+
 def test_rows_without_documents_need_no_step(tmp_path):
     config = task_of(tmp_path, [{"query": "q", "answer": "a"}])
     run = RunDir(tmp_path / "run")
@@ -121,9 +135,13 @@ def test_the_documents_rate_follows_the_templates_or_its_own():
 
 def test_a_half_made_step_goes_on_with_its_pieces(prepared, monkeypatch):
     config, run = prepared
-    asked = []
+    asked, clean, said = [], [], []
     monkeypatch.setattr(documents, "PIECE_ROWS", 2)
     monkeypatch.setattr(documents, "CompressDocuments", Keeping)
+    monkeypatch.setattr(documents, "fan_out", in_process)
+    documents.compress_documents(config, run, "f", [("train", 0.5)], clean.append)
+    wanted = read_manifest(run.documents)
+    shutil.rmtree(run.documents)
 
     def broken(items, make, *args, **_):
         asked.append(len(items))
@@ -136,9 +154,9 @@ def test_a_half_made_step_goes_on_with_its_pieces(prepared, monkeypatch):
     monkeypatch.setattr(documents, "fan_out", broken)
     with pytest.raises(KeyboardInterrupt):
         documents.compress_documents(config, run, "f", [("train", 0.5)], lambda line: None)
-    said = []
     documents.compress_documents(config, run, "f", [("train", 0.5)], said.append)
-    assert asked == [3, 1] and said[0] == "documents: 2 of 3 pieces were already there" and run.read_rows("train", 0.5) == run.read_rows("train")
+    assert asked == [3, 1] and said == ["documents: 2 of 3 pieces were already there", *clean] and run.read_rows("train", 0.5) == run.read_rows("train")
+    assert "achieved 1.00 (3 of 3 tokens of 3 documents of rows)" in clean[0] and read_manifest(run.documents) == wanted
     assert not list(run.root.glob(".documents-*"))
 
 
@@ -154,5 +172,5 @@ class Keeping:
         from pi_ray.stored import write_piece
 
         rows = self.run.rows_of(item["split"])[item["begin"] : item["end"]]
-        write_piece(item["path"], pa.table({"id": [r.id for r in rows], "documents": [list(r.documents) for r in rows]}, schema=documents.SCHEMA))
-        return {"documents": 1, "tokens": 1, "full_tokens": 1, "off": 0}
+        counts = {name: [0 if name == "off" else len(r.documents) for r in rows] for name in documents.COUNTS}
+        write_piece(item["path"], pa.table({"id": [r.id for r in rows], "documents": [list(r.documents) for r in rows], **counts}, schema=documents.SCHEMA))

@@ -15,7 +15,7 @@ from pi_ray.retrieve.retrieve import SCHEMA
 from pi_ray.rundir import RunDir
 from pi_ray.stored import write_rows
 
-FACTS = {"fingerprint": "f", "rows": 4, "shots": 2, "score": "bleu", "train_score": 41.25, "method": "exact"}
+FACTS = {"fingerprint": "f", "rows": 4, "shots": 2, "score": "bleu", "by": "answer", "train_score": 41.25, "method": "exact"}
 
 
 @pytest.fixture
@@ -52,6 +52,19 @@ def test_a_row_is_printed_with_its_examples_best_first(run, capsys):
 def test_a_training_row_is_chosen_by_its_answer_and_a_split_can_be_named(run, capsys):
     assert shown(run, capsys, "--row", "a", "--split", "train")[1].out.startswith("a  train; its examples are chosen by the answer\n")
     assert "The bank has no example for it." in shown(run, capsys, "--row", "t")[1].out
+
+
+def test_what_they_were_chosen_by_stands_in_the_file_whatever_the_config_says_now(run, capsys):
+    said = shown(run, capsys, "--row", "a", "retrieve.by=query")[1].out
+    assert said.startswith("a  train; its examples are chosen by the answer\n") and "mean BLEU 41.2 between train answers" in said
+
+
+def test_examples_of_other_rows_are_not_shown(run, capsys):
+    found = RunDir(run / "run")
+    with staged(found.rows, fingerprint="g", rows={"train": 1}) as made:
+        write_rows(made / "train.parquet", [Row("a", "list files", "ls")])
+    code, said = shown(run, capsys, "--row", "a")
+    assert code and "the rows were written anew since; run 'pi-ray prepare' with this run.yaml" in said.err
 
 
 def test_a_row_that_is_not_there_is_said_with_the_closest(run, capsys):

@@ -2,27 +2,31 @@
 
 import importlib.util
 import random
+import weakref
 from dataclasses import replace
 
 import faiss
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from test_task_contract import CONFIGS
 
 from pi_ray import registry
-from pi_ray.config import RetrieveConfig
+from pi_ray.config import RetrieveConfig, RunConfig
 from pi_ray.errors import MissingExtraError
 from pi_ray.ingest import check, read
-from pi_ray.protocols import Row
+from pi_ray.protocols import SPLITS, Row
 from pi_ray.registry import tasks
-from pi_ray.retrieve import neighbours
+from pi_ray.retrieve import neighbours, retrieve
 from pi_ray.retrieve.bleu import BleuIndex
 from pi_ray.retrieve.candidates import Candidates
 from pi_ray.retrieve.cosine import CosineIndex
 from pi_ray.retrieve.encoders import NgramEncoder, SentenceEncoder
-from pi_ray.retrieve.neighbours import Bank, audit, find, normalised
+from pi_ray.retrieve.neighbours import Bank, audit, find, normalised, part
+from pi_ray.retrieve.retrieve import FindNeighbours, Piece
 from pi_ray.retrieve.rouge import RougeIndex
 from pi_ray.rundir import RunDir
+from pi_ray.stored import write_rows
 
 CONFIG, FAISS = RetrieveConfig(), RetrieveConfig(method="faiss")
 PLACES_OF_WEB = [24, 51, 407]  # of "web", "db" and "web db"
@@ -201,13 +205,75 @@ def test_of_every_task_no_row_is_given_itself_its_duplicate_or_a_row_of_another_
     splits, rejects = read(task)
     check(splits, rejects, task.config.model_copy(update={"overlap": "drop"}), RunDir(tmp_path))
     twins = [replace(r, id=f"twin-{r.id}", query=f"  {r.query.upper()} ") for r in splits["train"]]
-    bank = [*splits["train"], *twins]
+    bank = splits["train"] = [*splits["train"], *twins]
     own = {r.id: normalised(r.query) for r in bank}
-    for split, by in (("train", "answer"), ("train", "query"), ("dev", "query"), ("test", "query")):
-        found = find(splits[split], bank, len(bank), RetrieveConfig(method=method), by)
-        for row, near in zip(splits[split], found, strict=True):
-            others = {i for i, query in own.items() if query != normalised(row.query)}
-            assert set(near.ids) == others and len(near.ids) == len(others), "all rows of train with another query, and no other"
+    for by in ("answer", "query"):
+        config = RunConfig.model_validate({"name": "a", "run_dir": str(tmp_path / by), "retrieve": {"method": method, "by": by}})
+        actor = actor_of(config, splits, len(bank))
+        for split in SPLITS:
+            sides = find(splits[split], bank, len(bank), config.retrieve, by if split == "train" else "query")
+            for row, near, expected in zip(splits[split], found_by(actor, split), sides, strict=True):
+                others = {i for i, query in own.items() if query != normalised(row.query)}
+                assert set(near) == others and len(near) == len(others), "all rows of train with another query, and no other"
+                assert near == expected.ids, "dev and test by the query, whatever train is compared by"
+
+
+def actor_of(config, splits, k):
+    """An actor of the step, over these rows on disk."""
+    folder = RunDir(config.root).rows
+    folder.mkdir(parents=True)
+    for split in SPLITS:
+        write_rows(folder / f"{split}.parquet", splits[split])
+    return FindNeighbours(config, k)
+
+
+def found_by(actor, split):
+    """Ids of the neighbours of each row of the split."""
+    made = actor.run.root / "piece.parquet"
+    actor.find(Piece(split, 0, len(actor.run.rows_of(split)), str(made)))
+    return pq.read_table(made)["neighbours"].to_pylist()
+
+
+def test_a_share_of_the_bank_holds_every_smaller_one_and_gives_all_neighbours(tmp_path):
+    splits = {split: [replace(r, id=f"{split}-{r.id}", query=f"{split} {r.query}") for r in rows(count)] for split, count in (("train", 40), ("dev", 3), ("test", 3))}
+    ids = [r.id for r in splits["train"]]
+    shares = {fraction: part(ids, fraction) for fraction in (0.01, 0.25, 0.5, 1.0)}
+    assert [len(share) for share in shares.values()] == [1, 10, 20, 40] and shares[0.01] < shares[0.25] < shares[0.5] < shares[1.0] == set(ids)
+    assert part(ids[::-1], 0.25) == shares[0.25]
+    for fraction, share in shares.items():
+        actor = actor_of(RunConfig.model_validate({"name": "a", "run_dir": str(tmp_path / str(fraction)), "retrieve": {"bank_fraction": fraction}}), splits, 50)
+        assert all(set(near) == share for split in ("dev", "test") for near in found_by(actor, split))
+        assert all(set(near) == share - {row} for row, near in zip(ids, found_by(actor, "train"), strict=True))
+
+
+def test_an_actor_holds_one_index_at_a_time_and_builds_each_once(tmp_path, monkeypatch):
+    alive, most, said = weakref.WeakSet(), [], []
+
+    class Counted(Bank):
+        def __init__(self, *args):
+            super().__init__(*args)
+            alive.add(self)
+            most.append(len(alive))
+
+    monkeypatch.setattr(neighbours, "Bank", Counted)
+    monkeypatch.setattr(retrieve, "PIECE_ROWS", 4)
+    monkeypatch.setattr(retrieve, "fan_out", lambda items, make, *args, **_: list(map(make(*args), items)))
+    config = RunConfig.model_validate({"name": "a", "run_dir": str(tmp_path), "retrieve": {"method": "faiss"}, "schedule": {"shots": 2}})
+    run = actor_of(config, dict.fromkeys(SPLITS, rows(9)), 2).run
+    retrieve.find_neighbours(config, run, "f", SPLITS, said.append)
+    assert most == [1, 1], "of the answers, of the queries"
+    assert "FAISS proposed: of 9 rows" in said[-1] and retrieve.read_facts(run)["by"] == "answer"
+
+
+@pytest.mark.parametrize("settings, used", [
+    ({}, False), ({"score": "rouge-l"}, False), ({"method": "faiss"}, True), ({"score": "embedding"}, True), ({"score": "rouge-l", "method": "faiss"}, True),
+])  # fmt: skip
+def test_the_encoder_is_not_used_where_every_pair_is_scored_by_bleu_or_rouge(settings, used, monkeypatch):
+    asked = []
+    monkeypatch.setattr("pi_ray.registry.encoders._parts", {"sentence-transformers": f"{__name__}:NgramEncoder"})
+    monkeypatch.setattr(NgramEncoder, "encode", lambda self, texts, encode=NgramEncoder.encode: asked.append(texts) or encode(self, texts))
+    find(rows(9), rows(9), 2, RetrieveConfig(encoder="sentence-transformers", **settings))
+    assert bool(asked) == used
 
 
 def test_without_shots_or_bank_nothing_is_found():
