@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import json
 import logging
+import uuid
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 from pi_ray import cluster, errors
@@ -28,7 +30,7 @@ def stream(
     """(place of the item, `make(*args)(item)`) as they are done. Items and results are what JSON can hold. No items: Ray is not touched.
 
     With `actors`, at most that many processes call `make` once and end with the job: for work that loads something large. Without, Ray's running
-    workers call it once for each item: it should be cheap there. `mirror` brings them the run directory and takes what they write there.
+    workers call it once for each item: it should be cheap there. `mirror` brings the run directory, once to each process, and takes what they write there.
     `options` are Ray's, of each actor or task: num_cpus, num_gpus, resources, label_selector (see cluster.options).
     """
     if not items:
@@ -40,13 +42,14 @@ def stream(
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
+    join = partial(mirror.join, uuid.uuid4().hex) if mirror else None
     numbered = [{"place": i, "item": json.dumps(item)} for i, item in enumerate(items)]
     dataset = ray.data.from_items(numbered, override_num_blocks=len(items))
     if actors:
         pool = ray.data.ActorPoolStrategy(min_size=1, max_size=actors)
-        dataset = dataset.map_batches(_Worker, batch_size=1, compute=pool, fn_constructor_args=(make, args, mirror), **options)
+        dataset = dataset.map_batches(_Worker, batch_size=1, compute=pool, fn_constructor_args=(make, args, join), **options)
     else:
-        dataset = dataset.map_batches(_once, batch_size=1, fn_kwargs={"make": make, "args": args, "mirror": mirror}, **options)
+        dataset = dataset.map_batches(_once, batch_size=1, fn_kwargs={"make": make, "args": args, "join": join}, **options)
     for row in dataset.iter_rows():
         yield row["place"], _result(json.loads(row["answer"]))
     if mirror:
@@ -54,8 +57,8 @@ def stream(
 
 
 class _Worker:
-    def __init__(self, make: Callable[..., Work], args: tuple[Any, ...], mirror: Mirror | None = None):
-        self.make, self.args, self.mirror = make, args, mirror
+    def __init__(self, make: Callable[..., Work], args: tuple[Any, ...], join: Callable[[], None] | None = None):
+        self.make, self.args, self.join = make, args, join
         self.work: Work | None = None
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
@@ -63,16 +66,16 @@ class _Worker:
 
     def _answer(self, item: dict[str, Any]) -> str:
         try:
-            if self.mirror and not self.work:
-                self.mirror.join()
+            if self.join and not self.work:
+                self.join()
             self.work = self.work or self.make(*self.args)
             return json.dumps({"value": self.work(item)})
         except errors.PiRayError as error:
             return json.dumps({"error": type(error).__name__, "message": str(error)})
 
 
-def _once(batch: dict[str, Any], make: Callable[..., Work], args: tuple[Any, ...], mirror: Mirror | None) -> dict[str, Any]:
-    return _Worker(make, args, mirror)(batch)
+def _once(batch: dict[str, Any], make: Callable[..., Work], args: tuple[Any, ...], join: Callable[[], None] | None) -> dict[str, Any]:
+    return _Worker(make, args, join)(batch)
 
 
 def _result(answer: dict[str, Any]) -> Any:

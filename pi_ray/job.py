@@ -55,7 +55,8 @@ def settle(path: Path, overrides: Sequence[str], again: bool = False) -> RunConf
     root = home / Path(config.run_dir or f"runs/{config.name}").expanduser()
     config = config.replace(run_dir=str(root), store=_store(config, home))
     came_along = folder.is_relative_to(Path.cwd())
-    config = _keep(config, folder) if came_along else _fetch(runfile.absolute(config, folder))
+    found = parcel.files(config, folder) if came_along else {}
+    config = _keep(runfile.absolute(parcel.packed(config, folder), root) if came_along else runfile.absolute(config, folder), found)
     if again:
         there = _there(config)
         config = refresh.config_of(config, there=Objects(there.rpartition("/")[0]) if there else None)
@@ -94,17 +95,13 @@ def _there(config: RunConfig) -> str:
     return f"{place.rstrip('/')}/{inside.as_posix()}"
 
 
-def _keep(config: RunConfig, folder: Path) -> RunConfig:
-    """Copy the inputs into the run directory, unless these very ones are there, and name them there."""
-    _place(parcel.files(config, folder), config.root)
-    return runfile.absolute(parcel.packed(config, folder), config.root)
+def _keep(config: RunConfig, found: dict[str, Path]) -> RunConfig:
+    """Copy the inputs that were `found`, and those that `task` names by URL, into the run directory, and name the latter there.
 
-
-def _fetch(config: RunConfig) -> RunConfig:
-    """Copy the inputs that `task` names by URL into the run directory, and name them there. What is not there is missing here too. Raises StorageError."""
+    What is not there is missing here too. Raises StorageError.
+    """
     urls = {key: getattr(config.task, key).rstrip("/") for key in parcel.INPUTS if mirror.is_url(getattr(config.task, key))}
     with tempfile.TemporaryDirectory() as scratch:
-        found: dict[str, Path] = {}
         for key, url in urls.items():
             above, _, name = url.rpartition("/")
             try:

@@ -31,6 +31,7 @@ SCRATCH = {"ray", STATE}  # of this node alone, or of Ray
 
 _attached: list[Mirror] = []
 _joined: dict[str, Mirror] = {}  # by URL, of this process
+_begun: set[str] = set()  # work that this process has joined for
 
 
 def of(root: Path) -> Mirror | None:
@@ -42,7 +43,7 @@ def refresh(root: Path) -> None:
     """Inside a worker: fetch what other nodes have written since it joined; nothing where nodes share storage."""
     for mirror in _joined.values():
         if root.is_relative_to(mirror.local):
-            mirror.pull()
+            mirror.pull(unfinished=False)
 
 
 def is_url(place: str) -> bool:
@@ -97,10 +98,13 @@ class Mirror:
                     self._push_bytes(os.readlink(link).encode(), link.relative_to(self.local).as_posix() + LINK)
             self._prune("")
 
-    def pull(self) -> None:
-        """Fetch what is there and not here, or is other here because it was replaced there. Raises StorageError and CorruptArtifactError."""
+    def pull(self, unfinished: bool = True) -> None:
+        """Fetch what is there and not here, or is other here because it was replaced there. Raises StorageError and CorruptArtifactError.
+
+        `unfinished`: also the pieces of what is being made, which the driver alone puts together.
+        """
         with self._turn() as same:
-            keys = self.there.list()
+            keys = [key for key in self.there.list() if unfinished or ".partial/" not in key]
             for key in sorted(keys):
                 if key.endswith(f"/{MANIFEST}"):
                     self._pull_folder(key.removesuffix(f"/{MANIFEST}"), same)
@@ -114,9 +118,13 @@ class Mirror:
             for key in self.there.list(inside):
                 self.there.forget(key)
 
-    def join(self) -> None:
-        """Fetch what is there, and from now on send what this process writes: for workers, which end with their work."""
-        self.pull()
+    def join(self, work: str = "") -> None:
+        """Fetch what is there, once for each `work` that has a name, and from now on send what this process writes: for workers, which end with their work."""
+        if work in _begun:
+            return
+        self.pull(unfinished=False)
+        if work:
+            _begun.add(work)
         if self.there.url not in _joined:
             _joined[self.there.url] = self
             artifact.written.append(self.push)

@@ -31,6 +31,7 @@ from pi_ray.train.updates import phase_updates
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.table import Table
 
     from pi_ray.estimate import ModelSize, Shape
     from pi_ray.plan import PhasePlan, Plan
@@ -61,13 +62,15 @@ PUBLISHED = Published(rows=17, tokens=174, rows_per_second=2.74, mfu=0.08, times
 
 @dataclass(frozen=True)
 class Update:
-    """Seconds of one update on so many GPUs, by what takes them; `computing` and `gathering` run side by side."""
+    """One update on so many GPUs: seconds, by what takes them (`computing` and `gathering` run side by side), operations, and bytes through the network into one node."""
 
     computing: float
     gathering: float
     summing: float
     launching: float
-    mfu: float
+    operations: float
+    network: float
+    mfu: float = 0.0
 
     @property
     def seconds(self) -> float:
@@ -84,7 +87,7 @@ class Update:
 
 @dataclass(frozen=True)
 class Point:
-    """The whole training on `nodes` nodes with `rows` rows. `update` is that of the slowest phase, `network` bytes into one node in each of its updates."""
+    """The whole training on `nodes` nodes with `rows` rows. `update` is that of the slowest phase."""
 
     nodes: int
     gpus: int
@@ -96,7 +99,6 @@ class Point:
     saving: float
     tokens: float
     stored: float
-    network: float
     memory: float
     money: float
 
@@ -124,15 +126,16 @@ def with_workers(config: RunConfig, workers: int) -> RunConfig:
 
 def update(size: ModelSize, shape: Shape, config: RunConfig, peak: float = estimate.REFERENCE_GPU[1]) -> Update:
     """One update of `config`, which says how many GPUs; they are spread over nodes of cluster.gpus_per_node."""
-    train, workers = config.train, config.train.workers
+    train, workers, nodes = config.train, config.train.workers, _nodes(config)
     micro = train.micro_batch or config.rows_per_worker
     operations, passes = estimate.update_operations(size, shape, config), config.rows_per_worker // micro
     computing = operations / (workers * estimate.REACHED["gpu"] * peak)
     inside, between = traffic(size, config)
     network = NETWORK[config.cluster.launcher.provider]
     gathering = max(inside / NVLINK, between / network) / LINK
-    gradients = 2 * size.lora * 4 * (workers > 1) / (NVLINK if _nodes(config) == 1 else network) / LINK
-    made = Update(computing, gathering, gradients, passes * size.layers * estimate.LAUNCH, 0.0)
+    gradients = 2 * size.lora * 4 * (workers > 1)
+    summing = gradients / (NVLINK if nodes == 1 else network) / LINK
+    made = Update(computing, gathering, summing, passes * size.layers * estimate.LAUNCH, operations, between + gradients * (nodes > 1))
     useful = estimate.update_operations(size, shape, config.replace(**{"train.gradient_checkpointing": False}))  # recomputing is no use to anyone
     return replace(made, mfu=useful / (made.seconds * workers * peak))
 
@@ -164,29 +167,25 @@ def _point(plan: Plan, nodes: int, rows: int) -> Point:
     slowest = max((u for _, _, u in found), key=lambda u: u.seconds)
     return Point(
         nodes=nodes, gpus=workers, rows=rows, batch=train.batch_size, update=slowest, training=training, reading=reading, saving=saving, stored=stored,
-        tokens=sum(_tokens(p, n, config) for p, n, _ in found), network=traffic(size, config)[1],
+        tokens=sum(_tokens(p, n, size, config) for p, n, _ in found),
         memory=max(sum(estimate.memory(size, p.shape, config).values()) for p in plan.phases),
         money=cost.training_cost(config.cost, training + reading + saving, workers),
     )
 
 
-def _tokens(phase: PhasePlan, updates: int, config: RunConfig) -> float:
+def _tokens(phase: PhasePlan, updates: int, size: ModelSize, config: RunConfig) -> float:
     """Tokens that pass through the model: every row, and the template once for each pass of a worker, or with every row."""
     train = config.train
-    passes = train.batch_size / (train.micro_batch or config.rows_per_worker) if train.share_prefix else train.batch_size
+    passes = train.batch_size / (train.micro_batch or config.rows_per_worker) if estimate.shares_prefix(size, config) else train.batch_size
     return updates * (passes * phase.shape.prefix + train.batch_size * phase.shape.fed)
 
 
 def render(plan: Plan, console: Console) -> None:
     """Print both tables and what they assume."""
-    from rich import box
-    from rich.table import Table
     from rich.text import Text
 
     own, config = grid(plan), plan.config
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1))
-    for name in ("nodes", "GPUs", "batch", "s/update", "computing", "network", "MFU", "hours", config.cost.currency, "limited by"):
-        table.add_column(name, justify="left" if name == "limited by" else "right")
+    table = _table("nodes", "GPUs", "batch", "seconds", "compute", "network", "MFU", "hours", config.cost.currency)
     for p in own:
         fits = p.memory <= config.cluster.gpu_memory_gib * GIB
         limit = p.limit if fits else f"memory: {p.memory / GIB:.0f} GiB on a GPU of {config.cluster.gpu_memory_gib}"
@@ -195,9 +194,8 @@ def render(plan: Plan, console: Console) -> None:
         table.add_row(str(p.nodes), str(p.gpus), str(p.batch), *seconds, f"{u.mfu:.0%}", f"{p.seconds / 3600:.2g}", f"{p.money:,.0f}", limit)
     console.print(Text(f"On nodes of {config.cluster.gpus_per_node} A100s ({config.cluster.launcher.provider}), with the run's {plan.rows['train']:,} rows", "bold"))
     console.print(table)
-    more = Table(box=box.SIMPLE_HEAD, padding=(0, 1))
-    for name in ("rows", "nodes", "tokens", "on disk", "hours", config.cost.currency, "limited by"):
-        more.add_column(name, justify="left" if name == "limited by" else "right")
+    console.print(Text(work(own)))
+    more = _table("rows", "nodes", "tokens", "on disk", "hours", config.cost.currency)
     for p in grid(plan, (max(1, _nodes(config)), NODES[-1]), ROWS):
         more.add_row(f"{p.rows:,}", str(p.nodes), f"{p.tokens:.1e}", f"{p.stored / 1e9:,.0f} GB", f"{p.seconds / 3600:,.0f}", f"{p.money:,.0f}", p.limit)
     console.print(more)
@@ -208,6 +206,27 @@ def render(plan: Plan, console: Console) -> None:
         f"Published: Mixtral with LoRA in 4 bits on one A100 at an MFU of {PUBLISHED.mfu:.0%}, {PUBLISHED.times_slower} times slower than this model says of it "
         f"(Xia et al. 2024); {low:.0%} to {high:.0%} on H100s (LoRA on Llama 3 70B, mixtures of experts). A batch above {config.train.batch_size} learns differently: look at train.lr.", "dim",
     ))
+
+
+def _table(*numbers: str) -> Table:
+    """Columns of numbers, and what limits it in the width that they leave."""
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    for name in numbers:
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("limited by", overflow="fold")
+    return table
+
+
+def work(points: Sequence[Point]) -> str:
+    """Operations and traffic of an update, on the fewest nodes and on the most."""
+    (few, a), (many, b) = ((p.nodes, p.update) for p in (points[0], points[-1]))
+    return (
+        f"Seconds are an update's, in the slowest phase. From {few} to {many} nodes it goes from {a.operations:.1e} to {b.operations:.1e} FLOPs, "
+        f"and from {a.network / 1e9:,.1f} to {b.network / 1e9:,.1f} GB through the network into each node."
+    )
 
 
 def sentence(points: Sequence[Point]) -> str:

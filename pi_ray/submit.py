@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import re
 import shlex
 import tempfile
 import time
@@ -33,7 +34,8 @@ if TYPE_CHECKING:
 ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
 SILENCE_S = 60.0  # after which a quiet stream is opened again: a connection may be dead without either end knowing
 ANSWER_S = 20.0  # for one answer of the API
-PATIENCE_S = 120.0  # how long a cluster may not answer while a job is followed
+PATIENCE_S = 120.0  # how long a cluster may not answer while a job is followed, or not take one
+PAUSE_S = 1.0  # before it is asked again
 NO_ENVIRONMENT = "'python' on the head is not one with pi-ray's packages: activate their environment before 'ray start' (PATH is what counts), or use the image of cluster/Dockerfile"
 
 
@@ -139,21 +141,23 @@ class Jobs:
 
     def start(self, facts: dict[str, str], folder: Path, environment: dict[str, str]) -> tuple[str, bool]:
         """(id, whether it is new) of the run's job. Two that start one run at the same time get the same job, since an id is given once."""
-        until = time.monotonic() + PATIENCE_S
+        until, name = time.monotonic() + PATIENCE_S, f"pi-ray-{facts['pi_ray.run']}"
         while True:
             jobs, same = self.all(), ("pi_ray.run", "pi_ray.run_dir", "pi_ray.storage")
             running = next((job for job in jobs if job.status not in ENDED and all(job.metadata.get(key) == facts[key] for key in same)), None)
             if running:
                 return self._attach(running, facts), False
-            job = f"pi-ray-{facts['pi_ray.run']}-{1 + sum(j.metadata['pi_ray.run'] == facts['pi_ray.run'] for j in jobs)}"
+            numbers = [int(found[1]) for job in jobs if (found := re.fullmatch(rf"{re.escape(name)}-(\d+)", job.submission_id))]
+            job = f"{name}-{max(numbers, default=0) + 1}"  # older ones may have been deleted
             packages = {"working_dir": str(folder), "py_modules": [str(Path(pi_ray.__file__).parent)], "excludes": ["__pycache__"], "env_vars": environment}
             command = f"python -m pi_ray.job {shlex.quote(facts['pi_ray.step'])} run.yaml"
             try:
                 return _answered(partial(self.client.submit_job, entrypoint=command, submission_id=job, metadata=facts, runtime_env=packages), self.address), True
             except ClusterError as error:
-                starting = "try again later" in str(error.__cause__) and time.monotonic() < until  # its agent is up some seconds after its API
-                if not starting and "already exists" not in str(error.__cause__):
+                passes = any(said in str(error.__cause__) for said in ("try again later", "already exists"))  # its agent starts after its API; another took the id
+                if not passes or time.monotonic() >= until:
                     raise
+            time.sleep(PAUSE_S)
 
     def _attach(self, job: JobDetails, facts: dict[str, str]) -> str:
         if job.metadata["pi_ray.step"] != facts["pi_ray.step"] or job.metadata["pi_ray.fingerprint"] != facts["pi_ray.fingerprint"]:
@@ -182,7 +186,7 @@ class Jobs:
                 ended = False
             if whole and ended:
                 return lines.end()
-            await asyncio.sleep(1)
+            await asyncio.sleep(PAUSE_S)
 
     async def _stream(self, job: str, lines: _Lines) -> bool:
         """One connection: what of the log is new goes to `lines`. True when the cluster said that it is the whole."""

@@ -14,6 +14,7 @@ from pi_ray import floors
 from pi_ray.artifact import CURES
 from pi_ray.config import RunConfig
 from pi_ray.doctor.finding import Finding, fail, note, ok
+from pi_ray.mirror import is_url
 
 GIB = 2**30
 ROOM = 2 * GIB  # for rows, templates, evaluation and the report
@@ -32,10 +33,10 @@ def versions() -> Iterator[Finding]:
 
 
 def storage(config: RunConfig | None, needed: float = ROOM) -> Iterator[Finding]:
-    """Run directory and store can be written, which is tried, and there is room. `needed` in bytes."""
-    folders = {"run directory": Path(config.run_dir), "adapter store": Path(config.store)} if config else {"run directory": Path.cwd() / "runs"}
+    """Run directory and store can be written, which is tried, and there is room. `needed` in bytes. A store behind a URL is for `bucket`."""
+    places = {"run directory": config.run_dir, "adapter store": config.store} if config else {"run directory": str(Path.cwd() / "runs")}
     seen: set[Path] = set()
-    for name, folder in folders.items():
+    for name, folder in ((name, Path(place)) for name, place in places.items() if not is_url(place)):
         there = next(p for p in (folder, *folder.parents) if p.is_dir())
         if there in seen:
             continue
@@ -69,9 +70,12 @@ def _written(folder: Path) -> int:
 
 
 def bucket(location: str) -> Iterator[Finding]:
-    """Storage behind a URL (cluster.storage_path) can be written, moved in and deleted from, with the credentials of this machine."""
+    """Storage behind a URL (cluster.storage_path, store) can be written, moved in and deleted from, with the credentials of this machine."""
     from pyarrow import fs
 
+    if location.startswith("hf://"):
+        yield note("storage", f"{location} is not tried, since each file would be a commit there", "HF_TOKEN must be allowed to write there")
+        return
     try:
         place, path = fs.FileSystem.from_uri(location)
         name = f"{path}/.pi-ray-doctor.{uuid.uuid4().hex}"

@@ -10,7 +10,7 @@ import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
-from pi_ray import auth
+from pi_ray import auth, floors
 from pi_ray.config import RunConfig
 from pi_ray.doctor.finding import Finding, fail, note, ok
 
@@ -77,16 +77,17 @@ def cluster(address: str, config: RunConfig | None) -> Iterator[Finding]:
         yield fail("token", f"{address} does not take your token, from {source} ({code or said})", "take the cluster's: on Kubernetes, the key auth_token of its Secret; else 'ray get-auth-token' prints it on its head node")
         return
     yield ok("cluster", f"{address} asks for a token and takes yours")
+    yield from _version(said)
     yield from _nodes(address, config)
 
 
 def _asked(address: str, token: str = "") -> tuple[int | None, str]:
-    """(status of /api/version, what went wrong). Redirects are not followed: a token goes to the address that was named, and nowhere else."""
+    """(status of /api/version, its answer or what went wrong). Redirects are not followed: a token goes to the address that was named, and nowhere else."""
     request = urllib.request.Request(f"{address}/api/version", headers={"Authorization": f"Bearer {token}"} if token else {})
     opener = urllib.request.build_opener(_Stay, urllib.request.ProxyHandler({}) if auth.is_loopback(address) else urllib.request.ProxyHandler())
     try:
         with opener.open(request, timeout=TIMEOUT_S) as answer:
-            return answer.status, ""
+            return answer.status, answer.read(1 << 16).decode(errors="replace")
     except urllib.error.HTTPError as error:
         return error.code, ""
     except OSError as error:
@@ -109,6 +110,15 @@ def _token() -> tuple[str, str]:
         return str(path), path.read_text().strip()
     except (OSError, UnicodeDecodeError):
         return str(path), ""
+
+
+def _version(answer: str) -> Iterator[Finding]:
+    """The cluster's Ray, with which jobs run, against pi-ray's floor and this machine's."""
+    found, floor, here = re.search(r'"ray_version": *"((\d+)\.(\d+)[^"]*)"', answer), floors.FLOORS["ray"], floors.installed("ray")
+    if found and (int(found[2]), int(found[3])) < tuple(map(int, floor.split("."))):
+        yield fail("versions", f"the cluster has Ray {found[1]}, and pi-ray needs {floor} or newer", f"start it with Ray {here}, as here, on every node: cluster/Dockerfile makes such an image")
+    elif found and found[1] != here:
+        yield note("versions", f"the cluster has Ray {found[1]}, and this machine {here}", "jobs run with the cluster's; where one behaves otherwise than here, take the same on both")
 
 
 def _nodes(address: str, config: RunConfig | None) -> Iterator[Finding]:

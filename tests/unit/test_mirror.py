@@ -1,6 +1,8 @@
 """A run directory on object storage: what a reader sees while it is written, when the connection is lost, and when it is damaged."""
 
 import json
+import shutil
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -8,7 +10,7 @@ from pyarrow.fs import LocalFileSystem, SubTreeFileSystem
 
 from pi_ray.artifact import digest_file, read_manifest, staged, verify, write_atomic
 from pi_ray.errors import CorruptArtifactError, StorageError
-from pi_ray.fanout import _once
+from pi_ray.fanout import _once, fan_out
 from pi_ray.mirror import Mirror, of, refresh
 from pi_ray.objects import Objects
 
@@ -226,13 +228,56 @@ def test_work_on_a_node_without_the_run_directory_finds_it_and_what_it_writes_ar
         write(driver / "rows", "a", "train")
         assert of(tmp_path / "elsewhere") is None and of(driver / "baselines" / "plain") is of(driver)
         item = json.dumps({"name": "!", "n": 1})
-        answer = _once({"place": [0], "item": [item]}, make=Count, args=(node,), mirror=mirror(node, bucket))
+        answer = _once({"place": [0], "item": [item]}, make=Count, args=(node,), join=mirror(node, bucket).join)
         assert json.loads(answer["answer"][0]) == {"value": 2}
         write_atomic(driver / "later", "l")
         refresh(node)
         assert (node / "later").read_text() == "l"
         of(driver).pull()
         assert (driver / "part").read_text() == "atrain!"
+
+
+class Tasks:
+    """Ray Data in this process, as a node's one worker."""
+
+    def __init__(self, rows):
+        self.rows = rows
+
+    def map_batches(self, work, batch_size, fn_kwargs):
+        return Tasks([{name: value[0] for name, value in work({name: [value] for name, value in row.items()}, **fn_kwargs).items()} for row in self.rows])
+
+    def iter_rows(self):
+        return self.rows
+
+
+def test_a_worker_fetches_once_for_each_fan_out_and_leaves_the_pieces_of_others_there(bucket, tmp_path, monkeypatch):
+    monkeypatch.setattr("ray.data.from_items", lambda rows, **_: Tasks(rows))
+    monkeypatch.setattr("pi_ray.cluster.connect", lambda: None)
+    monkeypatch.setattr("pi_ray.artifact.written", [])
+    monkeypatch.setattr("pi_ray.mirror._joined", {})
+    node, other, counted, done = tmp_path / "node", tmp_path / "other", Bucket(bucket), []
+    pieces = node / "phases" / ".0-f.partial"
+
+    def make():
+        def work(item):
+            done.append(counted.done)
+            assert not (pieces / "of-another").exists()
+            write_atomic(pieces / item["name"], "x")
+            return (node / "rows").read_text()
+
+        return work
+
+    for round_ in ("first", "second"):
+        with mirror(other, bucket).attached():
+            write_atomic(other / "rows", round_)
+            if round_ == "first":
+                for name in ("of-another", *map(str, range(30))):
+                    write_atomic(other / "phases" / ".0-f.partial" / name, "x")
+        assert fan_out([{"name": f"{round_}-{i}"} for i in range(4)], make, mirror=mirror(node, counted)) == [round_] * 4
+        assert len({b - a for a, b in pairwise(done)}) == 1 and done[1] - done[0] < 20, "an item costs what sending its piece costs, however many there are"
+        assert (pieces / "of-another").exists(), "the driver has them all in the end"
+        shutil.rmtree(pieces)
+        done.clear()
 
 
 def test_storage_that_is_not_to_be_had_is_one_sentence(tmp_path):

@@ -92,7 +92,8 @@ def test_what_limits_it_first_is_said():
 def test_an_unsharded_model_is_limited_by_computing_or_by_too_few_rows():
     plan = plan_of(size=replace(SMOLLM2), **{"train.backend.zero_stage": 2})
     first, *_, last = scale.grid(plan, rows=(10**6,))
-    assert first.network == 0 and last.limit in ("starting GPU kernels: too few rows", "computing")
+    assert (first.update.network, last.update.network) == (0, 2 * 4 * SMOLLM2.lora), "only gradients travel, between nodes alone"
+    assert last.limit in ("starting GPU kernels: too few rows", "computing")
 
 
 # Seconds measured on 2 CPU cores (jobs/paper/RESULTS.md) as ratios, which no machine's speed touches.
@@ -117,12 +118,21 @@ def test_two_workers_of_one_machine_compute_the_template_twice():
     assert work(one, 0) == work(two, 0)
 
 
+def test_operations_and_traffic_of_an_update_are_printed():
+    points = scale.grid(plan_of())
+    first, last = points[0].update, points[-1].update
+    assert first.operations == pytest.approx(6 * (MIXTRAL.active + MIXTRAL.lora) * (8 * 600 + 128 * 479), rel=0.15), "the rest is attention"
+    assert first.network == 0 and last.network == 2 * 2 * MIXTRAL.weights * 63 / 64 + 2 * 4 * MIXTRAL.lora
+    assert f"goes from {first.operations:.1e} to {last.operations:.1e} FLOPs, and from 0.0 to 184.1 GB through the network" in scale.work(points)
+
+
 @pytest.mark.parametrize("width", [80, 150])
 def test_the_tables_say_what_they_assume(width):
     console = Console(width=width, file=io.StringIO())
     scale.render(plan_of(), console)
     text = " ".join(console.file.getvalue().split())
-    for words in ("On nodes of 8 A100s (aws), with the run's 8,000 rows", "Limited first by computing", "100,000,000", "On paper, and an upper bound", "MFU of 8%, 2.6 times slower", "18% to 28%", "look at train.lr"):
+    assert max(map(len, console.file.getvalue().splitlines())) <= width and "…" not in text
+    for words in ("On nodes of 8 A100s (aws), with the run's 8,000 rows", "Limited first by computing", "100,000,000", "FLOPs", "GB through the network into each node", "On paper, and an upper bound", "MFU of 8%, 2.6 times slower", "18% to 28%", "look at train.lr"):
         assert words in text
 
 

@@ -238,6 +238,14 @@ def known(number, status, **changes):
     return SimpleNamespace(submission_id=f"pi-ray-demo-{number}", status=status, metadata={**FACTS, **changes})
 
 
+@pytest.fixture
+def clock(monkeypatch):
+    """Time that passes in pauses alone; holds their seconds."""
+    pauses = []
+    monkeypatch.setattr(submit, "time", SimpleNamespace(monotonic=lambda: sum(pauses), sleep=pauses.append))
+    return pauses
+
+
 def test_a_run_that_has_no_job_gets_one_and_later_ones_count_on(tmp_path):
     assert FakeJobs([]).start(FACTS, tmp_path, {}) == ("pi-ray-demo-1", True)
     jobs = FakeJobs([known(2, "FAILED"), known(1, "SUCCEEDED")])
@@ -245,11 +253,32 @@ def test_a_run_that_has_no_job_gets_one_and_later_ones_count_on(tmp_path):
     assert jobs.sent[0] == "python -m pi_ray.job run run.yaml" and "RAY_AUTH" not in jobs.sent[1]
 
 
+def test_a_number_is_not_given_twice_where_older_jobs_were_deleted(tmp_path):
+    assert FakeJobs([known(3, "SUCCEEDED")]).start(FACTS, tmp_path, {}) == ("pi-ray-demo-4", True)
+    assert FakeJobs([known(10, "FAILED"), known(9, "FAILED")]).start(FACTS, tmp_path, {}) == ("pi-ray-demo-11", True)
+
+
+@pytest.mark.parametrize("said", ["Job with submission_id pi-ray-demo-1 already exists.", "No available agent to submit job, please try again later."])
+def test_a_cluster_that_never_takes_the_job_is_asked_once_a_second_and_then_given_up(tmp_path, clock, monkeypatch, said):
+    class Never(FakeJobs):
+        asked = 0
+
+        def submit_job(self, **sent):
+            self.asked += 1
+            assert self.asked <= 4, "it goes on for ever"
+            raise RuntimeError(f"Request failed with status code 500: {said}")
+
+    monkeypatch.setattr(submit, "PATIENCE_S", 3)
+    with pytest.raises(ClusterError, match=said):
+        Never([]).start(FACTS, tmp_path, {})
+    assert clock == [1, 1, 1]
+
+
 def test_a_run_that_is_going_on_is_attached_to(tmp_path):
     assert FakeJobs([known(1, "RUNNING")]).start(FACTS, tmp_path, {}) == ("pi-ray-demo-1", False)
 
 
-def test_two_that_start_a_run_at_the_same_time_get_one_job(tmp_path):
+def test_two_that_start_a_run_at_the_same_time_get_one_job(tmp_path, clock):
     class Race(FakeJobs):
         def submit_job(self, submission_id, **sent):
             self.known.append(known(1, "PENDING"))  # the other was first
@@ -258,7 +287,7 @@ def test_two_that_start_a_run_at_the_same_time_get_one_job(tmp_path):
     assert Race([]).start(FACTS, tmp_path, {}) == ("pi-ray-demo-1", False)
 
 
-def test_a_cluster_that_is_only_just_up_is_asked_again(tmp_path):
+def test_a_cluster_that_is_only_just_up_is_asked_again(tmp_path, clock):
     class Young(FakeJobs):
         asked = 0
 
@@ -353,6 +382,17 @@ def test_inputs_on_object_storage_are_fetched_and_those_that_are_not_there_are_m
     assert (inputs / "train.jsonl").read_bytes() == (task / "train.jsonl").read_bytes() and (inputs / "folder" / "deep" / "a.txt").read_text() == "a"
     assert (config.task.train, config.task.folder, config.task.queries) == (str(inputs / "train.jsonl"), str(inputs / "folder"), str(inputs / "queries.jsonl"))
     assert not (inputs / "queries.jsonl").exists() and runfile.load(inputs.parent / "run.yaml") == config
+
+
+def test_inputs_by_url_and_those_that_came_along_lie_side_by_side(task, tmp_path, monkeypatch):
+    (tmp_path / "bucket").mkdir()
+    (tmp_path / "bucket" / "rows.jsonl").write_text("far")
+    monkeypatch.setenv("PI_RAY_STORAGE", str(tmp_path / "node"))
+    parcel.pack(unresolved(task, f"task.train=file://{tmp_path}/bucket/rows.jsonl"), task, tmp_path / "sent")
+    monkeypatch.chdir(tmp_path / "sent")
+    config, inputs = job.settle(Path("run.yaml"), []), tmp_path / "node" / "runs" / "my-task" / "inputs"
+    assert (config.task.train, Path(config.task.train).read_text()) == (str(inputs / "train.jsonl"), "far")
+    assert Path(config.task.dev).parent == inputs and Path(config.task.dev).read_bytes() == (task / "dev.jsonl").read_bytes()
 
 
 def test_a_yes_to_spending_is_for_one_job(task, tmp_path, monkeypatch):
