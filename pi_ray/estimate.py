@@ -33,6 +33,7 @@ class ModelSize:
     """Numbers of weights (all, used by one token without the output layer, output layer, one layer, linear layers, LoRA) and widths of a base model.
 
     A mixture of experts holds all its experts, of which a token uses a few: `weights`, `block` and `linear` count all, `active` and `inner` those used.
+    `apart`: why its rows cannot share their prefix, "" where they can.
     """
 
     weights: int
@@ -45,6 +46,7 @@ class ModelSize:
     hidden: int
     inner: int
     key_value: int
+    apart: str = ""
 
 
 @dataclass(frozen=True)
@@ -71,10 +73,12 @@ class Shape:
         return self.row + self.label - 1
 
 
-def model_size(model: ModelConfig, lora: LoraConfig) -> ModelSize:
-    """Count weights on the meta device. Raises ModelError for an unknown model, ConfigError for LoRA targets it does not have."""
+def model_size(model: ModelConfig, lora: LoraConfig, longest: float = 0) -> ModelSize:
+    """Count weights on the meta device; `longest`: tokens of the longest row with its prefix. Raises ModelError for an unknown model, ConfigError for LoRA targets it does not have."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
+
+    from pi_ray.train.attention import can_share_prefix
 
     try:
         shape = AutoConfig.from_pretrained(resolve(model.base), revision=model.revision or "main", trust_remote_code=False)
@@ -82,7 +86,8 @@ def model_size(model: ModelConfig, lora: LoraConfig) -> ModelSize:
             net = AutoModelForCausalLM.from_config(shape)
     except (OSError, ValueError) as error:
         raise ModelError(f"model '{model.base}' cannot be measured: {str(error).strip().splitlines()[0].rstrip('.')}. A folder with its config.json is enough: model.base=FOLDER") from error
-    heads = shape.num_attention_heads
+    shape, apart = shape.get_text_config(), can_share_prefix(net, longest)
+    heads = getattr(shape, "num_attention_heads", None) or 1  # recurrent models have none
     width = getattr(shape, "head_dim", None) or shape.hidden_size // heads
     top = getattr(shape, "num_experts_per_tok", None) or 1
     head, table = net.get_output_embeddings().weight, net.get_input_embeddings().weight
@@ -96,9 +101,15 @@ def model_size(model: ModelConfig, lora: LoraConfig) -> ModelSize:
         lora=_lora_weights(net, lora),
         layers=shape.num_hidden_layers,
         hidden=shape.hidden_size,
-        inner=(getattr(shape, "moe_intermediate_size", None) or getattr(shape, "intermediate_size", 4 * shape.hidden_size)) * top,
+        inner=(getattr(shape, "moe_intermediate_size", None) or getattr(shape, "intermediate_size", None) or 4 * shape.hidden_size) * top,
         key_value=(getattr(shape, "num_key_value_heads", None) or heads) * width,
+        apart=apart,
     )
+
+
+def shares_prefix(size: ModelSize, config: RunConfig) -> bool:
+    """Whether training computes the template once for each pass, and not with every row."""
+    return config.train.share_prefix and not size.apart
 
 
 def _active(net: Any, shape: Any, top: int) -> int:
@@ -171,7 +182,7 @@ def update_operations(size: ModelSize, shape: Shape, config: RunConfig) -> float
     """Multiply-adds times two of one update, over all workers."""
     train = config.train
     micro = train.micro_batch or config.rows_per_worker
-    passes = train.batch_size / micro if train.share_prefix else train.batch_size
+    passes = train.batch_size / micro if shares_prefix(size, config) else train.batch_size
     prefix, rows = passes * shape.prefix, train.batch_size * shape.fed
     trips = 6 if train.gradient_checkpointing else 4  # recomputing adds one more forward pass
     per_token = trips * size.active + 6 * size.lora
@@ -194,7 +205,7 @@ def memory(size: ModelSize, shape: Shape, config: RunConfig) -> dict[str, float]
     share = _shares(config)
     width, off = BYTES[dtype_of(config)], train.backend.offload_optimizer
     rows = train.micro_batch or config.rows_per_worker
-    tokens = (shape.prefix if train.share_prefix else rows * shape.prefix) + rows * shape.fed
+    tokens = (shape.prefix if shares_prefix(size, config) else rows * shape.prefix) + rows * shape.fed
     one_layer = tokens * (8 * size.hidden + 2 * size.key_value + 4 * size.inner) + 2 * size.key_value * rows * (shape.prefix + shape.fed)
     kept = size.layers * tokens * size.hidden + one_layer if train.gradient_checkpointing else size.layers * one_layer
     vocabulary = size.head / size.hidden

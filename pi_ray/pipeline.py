@@ -178,10 +178,14 @@ def _arms(config: RunConfig) -> list[tuple[str, RunConfig]]:
 
 def _costs(config: RunConfig) -> list[float]:
     """Tokens that pass through the model in each update, from the prepared phases: what an update takes."""
-    costs: list[float] = []
+    from pi_ray import estimate
+    from pi_ray.train.batches import longest_of
+
+    size = estimate.model_size(config.model, config.train.lora, longest_of(RunDir(config.root).phases))
+    costs, copies = [], config.train.workers if estimate.shares_prefix(size, config) else config.train.batch_size
     for i, phase in phases_of(config):
         manifest = read_manifest(RunDir(config.root).phase(i))
-        tokens, copies = manifest["tokens"], config.train.workers if config.train.share_prefix else config.train.batch_size
+        tokens = manifest["tokens"]
         cost = copies * tokens["prefix"] + config.train.batch_size * (tokens["row_mean"] + tokens["label_mean"] - 1)
         costs += [cost] * phase_updates(manifest["rows"], phase, config.train.batch_size)
     return costs

@@ -91,6 +91,7 @@ class Counter:
     label: float
     achieved: dict[float, float]
     documents: float = 0.0  # of a row, whole
+    above: float = 0.0  # tokens that the longest row has above the mean
 
     def shape(self, rate: float, shots: int) -> estimate.Shape:
         kept = self.achieved.get(rate, rate) * (self.template - self.head)
@@ -105,7 +106,8 @@ def plan(config: RunConfig) -> Plan:
     notes = check(splits, rejects, config.task, RunDir(config.root))
     rows = {split: len(found) for split, found in splits.items()}
     counter = _counter(task, splits["train"], config)
-    size, speed = estimate.model_size(config.model, config.train.lora), estimate.measure_speed(config)
+    longest = max(s.prefix + s.row + s.label for s in (counter.shape(p.rate, p.shots) for p in plan_phases(config.schedule))) + counter.above
+    size, speed = estimate.model_size(config.model, config.train.lora, longest), estimate.measure_speed(config)
     phases = [_phase(p, rows["train"], counter, size, speed, config) for p in plan_phases(config.schedule)]
     plain = [_phase(p, rows["train"], counter, size, speed, config) for p in plan_phases(plain_config(config).schedule)]
     full = counter.shape(1.0, config.evaluate.shots or phases[0].phase.shots)
@@ -124,7 +126,8 @@ def _counter(task: Task, rows: Sequence[Row], config: RunConfig) -> Counter:
     sample = rows[:: max(1, len(rows) // SAMPLE)][:SAMPLE]
     examples = [Example(r.query, r.answer) for r in sample]
     others = [*examples[1:], examples[0]]
-    queries = [len(encoder.row(r.query)) for r in sample]
+    queries, labels = [len(encoder.row(r.query)) for r in sample], [len(encoder.answer(r.answer)) for r in sample]
+    whole = [len(encoder.row(r.query, (), r.documents)) for r in sample]
     one = [len(encoder.row(r.query, [o])) for r, o in zip(sample, others, strict=True)]
     two = [len(encoder.row(r.query, [o, o])) for r, o in zip(sample, others, strict=True)]
     shot = fmean(b - a for a, b in zip(one, two, strict=True))
@@ -134,9 +137,10 @@ def _counter(task: Task, rows: Sequence[Row], config: RunConfig) -> Counter:
         query=fmean(queries),
         shot=shot,
         heading=fmean(one) - fmean(queries) - shot,
-        label=fmean(len(encoder.answer(r.answer)) for r in sample),
+        label=fmean(labels),
         achieved=_achieved(task, config),
-        documents=fmean(len(encoder.row(r.query, (), r.documents)) for r in sample) - fmean(queries),
+        documents=fmean(whole) - fmean(queries),
+        above=max(whole) - fmean(whole) + max(labels) - fmean(labels),
     )
 
 
@@ -187,6 +191,8 @@ def render(plan: Plan, console: Console, scale: bool = False) -> None:
     if plan.host:
         say(f"Host memory per worker: at most about {_parts(plan.host)}")
     say(_workers(plan))
+    if config.train.share_prefix and size.apart:
+        say(f"Plain batches, in which every row brings its own copy of the template: {size.apart}")
     if plan.speed.device == "gpu" or scale:
         from pi_ray import cluster
 

@@ -22,7 +22,7 @@ from pi_ray.models import load_tokenizer
 from pi_ray.prompt import PromptEncoder, Template
 from pi_ray.protocols import SPLITS, UNLABELLED, Task
 from pi_ray.retrieve.retrieve import find_neighbours, has_neighbours
-from pi_ray.rundir import RunDir, distinct_rates, phases_of, prepare_fingerprint, rate_name, wants_unlabelled
+from pi_ray.rundir import RunDir, distinct_rates, documents_file, phases_of, prepare_fingerprint, rate_name, wants_unlabelled
 
 COMPRESS_THREADS = 4
 
@@ -49,7 +49,7 @@ def prepare(config: RunConfig, progress: Progress = print) -> str:
         ingest(task, config.task, run, fingerprint, progress, _splits(config))
     if not is_current(run.templates, fingerprint):
         _templates(config, template, tokenizer, run, fingerprint, progress)
-    if not documents.is_done(run, fingerprint):
+    if not _has_documents(config, run, fingerprint):
         documents.compress_documents(config, run, fingerprint, _documents(config), progress)
     if not has_neighbours(config, run, fingerprint):
         find_neighbours(config, run, fingerprint, _splits(config), progress)
@@ -59,14 +59,21 @@ def prepare(config: RunConfig, progress: Progress = print) -> str:
 
 def _is_done(config: RunConfig, run: RunDir, fingerprint: str) -> bool:
     folders = [run.rows, run.templates, *(run.phase(name) for name, *_ in _plan(config))]
-    return all(is_current(f, fingerprint) for f in folders) and documents.is_done(run, fingerprint) and has_neighbours(config, run, fingerprint)
+    return all(is_current(f, fingerprint) for f in folders) and _has_documents(config, run, fingerprint) and has_neighbours(config, run, fingerprint)
+
+
+def _has_documents(config: RunConfig, run: RunDir, fingerprint: str) -> bool:
+    """Whether rows' own documents are there, those of dev rows at each phase's rate too where early stop has come to want them."""
+    whole = not is_current(run.documents, fingerprint) or all((run.documents / documents_file(*want)).exists() for want in _documents(config))
+    return whole and documents.is_done(run, fingerprint)
 
 
 def _plan(config: RunConfig) -> list[tuple[str, str, float, int]]:
-    """(folder, split, rate, shots) of every dataset: one a phase, its unlabelled queries where a teacher answers them, and dev with the last phase's prompt."""
+    """(folder, split, rate, shots) of every dataset: one a phase, its unlabelled queries where a teacher answers them, dev with the last phase's prompt, and with early stop with each."""
     phases = [(str(i), "train", p.rate, p.shots) for i, p in phases_of(config)]
     unlabelled = [(f"{UNLABELLED}-{i}", UNLABELLED, p.rate, p.shots) for i, p in phases_of(config)] if wants_unlabelled(config) else []
-    return [*phases, *unlabelled, ("dev", "dev", *phases[-1][2:])]
+    early = [(f"dev-{i}", "dev", p.rate, p.shots) for i, p in phases_of(config)] if config.train.early_stop else []
+    return [*phases, *unlabelled, ("dev", "dev", *phases[-1][2:]), *early]
 
 
 def _documents(config: RunConfig) -> list[tuple[str, float]]:

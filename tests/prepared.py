@@ -34,7 +34,8 @@ def prepare_by_hand(config: RunConfig, rows: int = 12) -> None:
     run, names = RunDir(config.root), list(COLOURS)
     phases = list(enumerate(plan_phases(config.schedule)))
     unlabelled = [(f"{UNLABELLED}-{i}", phase) for i, phase in phases] if wants_unlabelled(config) else []
-    for key, phase in [*phases, *unlabelled, ("dev", phases[-1][1])]:
+    early = [(f"dev-{i}", phase) for i, phase in phases] if config.train.early_stop else []
+    for key, phase in [*phases, *unlabelled, ("dev", phases[-1][1]), *early]:
         template = TEMPLATE[: int(len(TEMPLATE) * phase.rate)]
         table = {"id": [], "prompt_ids": [], "label_ids": []}
         for i in range(rows):

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from pi_ray.config.block import Block, Count, Positive, Rate, added
+from pi_ray.config.block import Block, Count, Positive, Rate, added, unused
 
 
 class PromptConfig(Block):
@@ -52,6 +52,10 @@ class ScheduleConfig(Block):
             raise ValueError("schedule.list goes with schedule.name: list, and only with it")
         if self.rate_end > self.rate_start:
             raise ValueError(f"schedule.rate_end {self.rate_end} is above rate_start {self.rate_start}; the template must shrink")
+        if self.name == "list":
+            unused(self, ("phases", "rate_start", "rate_end", "shots", "epochs", "steps"), "schedule", "with name: list each phase in schedule.list has its own")
+        if self.name == "constant" and self.rate_end != self.rate_start:
+            unused(self, ("rate_end",), "schedule", "name: constant keeps rate_start throughout")
         return self
 
 
@@ -75,6 +79,8 @@ class LoraConfig(Block):
     def _experts(self) -> LoraConfig:
         if self.experts and (self.dropout or self.method not in ("lora", "rslora")):
             raise ValueError("train.lora.experts goes with method lora or rslora and without dropout: peft has nothing else for fused experts")
+        if self.method == "ia3":
+            unused(self, ("rank", "alpha", "dropout"), "train.lora", "method ia3 scales activations and has no matrices")
         return self
 
 
@@ -91,6 +97,8 @@ class BackendConfig(Block):
             raise ValueError("train.backend.offload_optimizer needs name: deepspeed and zero_stage 1, 2 or 3")
         if self.offload_params and stage < 3:
             raise ValueError("train.backend.offload_params needs name: deepspeed and zero_stage: 3, which alone shards the base model")
+        if self.name == "ddp":
+            unused(self, ("zero_stage",), "train.backend", "ZeRO is DeepSpeed's, and name is ddp")
         return self
 
 
@@ -120,7 +128,7 @@ class TrainConfig(Block):
     border: Literal["carry", "rewarm", "reset"] = Field("carry", description="over a phase border: keep optimiser and learning rate, warm the rate up again, or also clear the optimiser")
     share_prefix: bool = Field(True, description="compute the template once per batch")
     attention: Literal["auto", "sdpa", "flex"] = added("auto", "of batches that share their prefix: torch's SDPA, or flex attention on GPUs; auto: flex where there is a GPU")
-    start: str = added("", "folder of an adapter, such as store/NAME/v0001, whose weights training starts from; of the same base and LoRA shape. Empty: a fresh one")
+    start: str = added("", "folder of an adapter, such as store/NAME/v0001, whose weights training starts from; of the same base, LoRA shape and alpha. Empty: a fresh one")
     gist: Count = added(0, "gist tokens, a baseline (Mu et al. 2024): rows see the template through so many trained tokens alone; 0: none")
     gradient_checkpointing: bool = False
     checkpoint_every: Positive = Field(20, description="updates between checkpoints")
@@ -129,7 +137,8 @@ class TrainConfig(Block):
     collective_timeout_s: Positive = added(300, "seconds that a worker waits for the others before it takes them for lost, and the worker group is started again")
     dev_every: Count = added(0, "updates between dev scores inside a phase; 0: at its end alone")
     early_stop: Count = added(
-        0, "dev scores in a row without gain after which a phase ends early; every phase then leaves the adapter of its best score, with which the next one goes on; 0: off",
+        0, "dev scores in a row, each under the phase's own prompt, without gain after which a phase ends early; every phase then leaves the adapter of its best score, "
+        "with which the next one goes on; 0: off",
     )
     tracker: Literal["", "tensorboard", "wandb", "mlflow"] = added("", "also send losses, dev scores and phases there")
     seed: Count = 0
@@ -138,4 +147,6 @@ class TrainConfig(Block):
     def _scored(self) -> TrainConfig:
         if self.early_stop and not self.dev_every:
             raise ValueError("train.early_stop needs train.dev_every: say after how many updates a dev score is taken")
+        if self.attention == "flex" and not self.share_prefix:
+            unused(self, ("attention",), "train", "it is for batches that share their prefix, and share_prefix is false")
         return self

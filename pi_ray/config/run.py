@@ -49,8 +49,6 @@ class RunConfig(Block):
             raise ValueError(f"train.batch_size {self.train.batch_size} cannot be shared by train.workers {self.train.workers}; take a multiple")
         if self.train.objective != "sft" and self.train.backend.name == "deepspeed" and self.train.backend.zero_stage == 3:
             raise ValueError(f"train.objective {self.train.objective} needs whole weights on each worker to let the teacher answer; take train.backend.zero_stage 2 or less")
-        if self.train.objective != "sft" and self.schedule.phases < 2 and len(self.schedule.list) < 2:
-            raise ValueError(f"train.objective {self.train.objective} needs a phase after the first: the teacher is what the first one leaves")
         if self.train.micro_batch and self.rows_per_worker % self.train.micro_batch:
             raise ValueError(f"train.micro_batch {self.train.micro_batch} does not divide the {self.rows_per_worker} rows that each worker has of a batch")
         return self
@@ -62,6 +60,19 @@ class RunConfig(Block):
             raise ValueError("model.quantize: 4bit needs GPUs that each hold the whole base model; leave train.gpu at auto and take train.backend.zero_stage 2 or less")
         if train.lora.method == "pissa" and (self.model.quantize or (train.objective != "sft" and train.distill.teacher == "base")):
             raise ValueError("train.lora.method: pissa takes its start out of the base weights: it cannot go with model.quantize or with the base model as teacher")
+        return self
+
+    @model_validator(mode="after")
+    def _teacher(self) -> RunConfig:
+        from pi_ray.schedule import plan_phases
+
+        if self.train.objective == "sft":
+            return self
+        first, *others = plan_phases(self.schedule)
+        if not others:
+            raise ValueError(f"train.objective {self.train.objective} needs a phase after the first: the teacher is what the first one leaves")
+        if first.rate < 1:
+            raise ValueError(f"train.objective {self.train.objective} needs a first phase with the whole template, which the teacher reads: its rate is {first.rate:g}, take 1")
         return self
 
     @model_validator(mode="after")

@@ -133,14 +133,19 @@ def wants_flex(choice: str, device: str) -> bool:
     return gpu and choice != "sdpa"
 
 
-def can_share_prefix(config: Any) -> str:
-    """"" when a model of this config can take packed rows, else the reason why it gets plain batches."""
-    window = getattr(config, "sliding_window", None)
-    if window and getattr(config, "use_sliding_window", True):
-        return f"attention is limited to a sliding window of {window} tokens"
-    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    if kinds != {"full_attention"}:
-        return f"layers of type {', '.join(sorted(kinds - {'full_attention'}))} do not see the whole prompt"
+def can_share_prefix(model: torch.nn.Module, longest: float = 0) -> str:
+    """"" when a base model can take packed rows, by what its class and config say, else the reason why it gets plain batches.
+
+    `longest`: tokens of the longest row with its prefix. A sliding window that holds them all is full attention. What computes otherwise, `batches.differs` finds.
+    """
+    config = model.config.get_text_config()
+    if not model._can_set_attn_implementation():
+        return f"{type(model).__name__} has an attention of its own, which cannot be exchanged"
+    window = getattr(config, "use_sliding_window", True) and getattr(config, "sliding_window", None)
+    if window and window < longest:
+        return f"attention is limited to a sliding window of {window} tokens, and rows have up to {longest:.0f}"
+    if kinds := set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention" if window else ""}:
+        return f"layers of type {', '.join(sorted(kinds))} do not see the whole prompt"
     if getattr(config, "attn_logit_softcapping", None):
         return "its attention scores are soft-capped"
     return ""

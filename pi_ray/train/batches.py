@@ -5,6 +5,7 @@ Both give logits at the answer's tokens only, and equal losses and gradients.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,8 +15,11 @@ import torch
 
 from pi_ray.artifact import read_manifest, read_parquet, verify
 from pi_ray.errors import CorruptArtifactError
-from pi_ray.train import gist
+from pi_ray.train import attention, gist
 from pi_ray.train.attention import Layout
+
+TRIAL = [7, 3, 9, 2], [([5, 11, 4, 8, 13, 6], [10, 3]), ([12, 6, 9], [4, 14, 7, 2, 11])]  # a prefix and two rows (prompt, label) of any vocabulary
+CLOSE, CLOSE_IN_HALF = 1e-3, 0.2  # of the logits' spread: rounding that packed and plain rows may differ by; in half precision a mixture may take other experts
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,12 @@ def manifest_of(folder: Path) -> dict[str, Any]:
     return manifest
 
 
+def longest_of(phases: Path) -> int:
+    """Tokens of the longest row of any prepared dataset, with its prefix and an answer a quarter longer than any label, as a teacher's may be."""
+    found = [manifest_of(folder)["tokens"] for folder in phases.iterdir() if not folder.name.startswith(".")]
+    return max(t["prefix"] + t["row_max"] for t in found) + math.ceil(1.25 * max(t["label_max"] for t in found))
+
+
 class PhaseRows:
     """The dataset of one phase, memory-mapped: prefix ids, and (prompt ids, label ids) by row number."""
 
@@ -43,6 +53,7 @@ class PhaseRows:
         import pyarrow as pa
         import pyarrow.compute as pc
 
+        manifest_of(folder)
         manifest = verify(folder)
         self.prefix: list[int] = manifest["prefix_ids"]
         self.rate, self.shots = manifest["phase"]["rate"], manifest["phase"]["shots"]
@@ -50,7 +61,7 @@ class PhaseRows:
         self.tokens: dict[str, float] = manifest["tokens"]
         files = sorted(name for name in manifest["files"] if name.endswith(".parquet"))
         self._table = pa.concat_tables(read_parquet(Path(folder) / f, ["prompt_ids", "label_ids"], memory_map=True) for f in files)
-        self.label_lengths = pc.list_value_length(self._table["label_ids"]).to_numpy()
+        self.prompt_lengths, self.label_lengths = (pc.list_value_length(self._table[name]).to_numpy() for name in ("prompt_ids", "label_ids"))
 
     def __len__(self) -> int:
         return self._table.num_rows
@@ -103,3 +114,25 @@ def plain(prefix: list[int], rows: Sequence[tuple[list[int], list[int]]]) -> Bat
 def to_device(batch: Batch, device: str) -> Batch:
     moved = {k: v.to(device) if hasattr(v, "to") else v for k, v in batch.inputs.items()}
     return Batch(moved, batch.labels.to(device), batch.tokens, batch.plain_tokens)
+
+
+@torch.no_grad()
+def differs(model: Any, device: str, flex: bool) -> str:
+    """Have `model` take packed rows, and compute with it: "" where it gives what it gives for plain ones, else how far it is off, and it attends as before."""
+    inner = getattr(model, "module", model)
+    before = inner.config._attn_implementation
+    model.eval()
+    own = _logits(model, to_device(plain(*TRIAL), device))
+    attention.enable(inner, flex)
+    off = _logits(model, to_device(packed(*TRIAL), device)) - own
+    model.train()
+    share = (off.float().norm() / (own - own.mean()).float().norm()).item()
+    if share < (CLOSE if own.dtype == torch.float32 else CLOSE_IN_HALF):
+        return ""
+    inner.set_attn_implementation(before)
+    return f"in packed rows it computes something else (logits {share:.2g} of their spread apart)"
+
+
+def _logits(model: Any, batch: Batch) -> torch.Tensor:
+    """(N, V) at the answer tokens of a batch, row by row."""
+    return model(**batch.inputs).logits.flatten(0, -2)[batch.labels != -100]

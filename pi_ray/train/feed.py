@@ -11,7 +11,7 @@ from pi_ray.protocols import UNLABELLED
 from pi_ray.rundir import RunDir, wants_unlabelled
 from pi_ray.train import gist
 from pi_ray.train.ahead import Ahead
-from pi_ray.train.batches import Batch, PhaseRows
+from pi_ray.train.batches import Batch, PhaseRows, plain
 from pi_ray.train.teach import Row, Targets, Taught
 from pi_ray.train.updates import Update, batch_rows
 
@@ -58,6 +58,8 @@ class Feed:
         update, train = self.updates[step], self.config.train
         data = self._phases[update.phase]
         rows = batch_rows(update, len(data), train)
+        if self.pack is plain:  # rows of about one length in each pass need little padding
+            rows.sort(key=lambda n: data.prompt_lengths[n] + data.label_lengths[n])
         mine, size = rows[self.rank :: self.world], train.micro_batch or self.config.rows_per_worker
         return Ready([self._part(data, mine[i : i + size]) for i in range(0, len(mine), size)], int(data.label_lengths[rows].sum()))
 

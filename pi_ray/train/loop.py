@@ -14,7 +14,7 @@ from typing import Any
 from pi_ray import cluster, curve, mirror
 from pi_ray.artifact import is_current, read_manifest
 from pi_ray.config import RunConfig
-from pi_ray.errors import PiRayError, TrainingError
+from pi_ray.errors import ConfigError, PiRayError, TrainingError
 from pi_ray.rundir import RunDir, learned_from, train_fingerprint
 from pi_ray.schedule import plan_phases
 from pi_ray.train import trackers
@@ -40,20 +40,24 @@ def train(config: RunConfig, watch: Callable[[dict[str, Any]], None] = lambda en
     `watch` gets each entry of the log as it is written. Raises TrainingError when the worker group fails for good, and what a worker found wrong
     with data, settings or disk at once, since another try would end the same. loss.png is drawn after each phase.
     """
+    fingerprint = fingerprint_of(config)
+    if is_trained(config):
+        return fingerprint
+    if config.model.dtype == "float16":
+        raise ConfigError("model.dtype: float16 is for evaluation and serving: training in it would need its losses scaled; take bfloat16, or auto")
+
     from ray.train import FailureConfig, ScalingConfig
     from ray.train import RunConfig as RayRunConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
     from pi_ray.train import checkpoint
 
-    fingerprint = fingerprint_of(config)
-    if is_trained(config):
-        return fingerprint
     run = RunDir(config.root)
     trackers.need(config.train.tracker)
     # here, before a worker starts: a checkpoint of another configuration is refused, and a damaged one told to the person who waits
     checkpoint.newest(run.checkpoints, fingerprint, learned_from(config), lambda text: watch({"event": "warning", "text": text}))
     gang, elsewhere = cluster.gang(config, cluster.nodes()), mirror.of(run.root)
+    _forget_best(run, elsewhere)
     trainer = TorchTrainer(
         _ray_worker,
         train_loop_config={"config": config.model_dump(mode="json"), "fingerprint": fingerprint, "mirror": elsewhere},
@@ -85,6 +89,14 @@ def train(config: RunConfig, watch: Callable[[dict[str, Any]], None] = lambda en
         elsewhere.drop("ray")
     shutil.rmtree(run.root / "ray", ignore_errors=True)
     return fingerprint
+
+
+def _forget_best(run: RunDir, elsewhere: mirror.Mirror | None) -> None:
+    """Remove the mark of settings of before, which `is_trained` would take for this training's if it was killed after its last adapter and before its own mark."""
+    if run.best.is_symlink():
+        run.best.unlink()
+        if elsewhere:
+            elsewhere.save()
 
 
 def _ray_worker(settings: dict[str, Any]) -> None:

@@ -21,6 +21,7 @@ from pi_ray.train.zero import moe_blocks
 
 CARD = "pi_ray.json"
 ALL_LINEAR = "all-linear"
+SCALE = ("lora_alpha", "use_rslora", "init_lora_weights")  # what matrices of one shape count for, and beside which base weights, in adapter_config.json
 PACKAGES = ("ray", "torch", "transformers", "peft", "deepspeed", "llmlingua", "faiss-cpu", "sacrebleu")
 
 
@@ -116,7 +117,7 @@ def _difference(name: str, value: torch.Tensor, started: dict[str, torch.Tensor]
 
 
 def weights_of(folder: Path, model: Any, base: str) -> dict[str, torch.Tensor]:
-    """The weights of an adapter folder by `model`'s parameter names, in fp32. Raises CorruptArtifactError, or TrainingError when it is of another base or shape."""
+    """The weights of an adapter folder by `model`'s parameter names, in fp32. Raises CorruptArtifactError, or TrainingError when it is of another base, shape or scale."""
     from safetensors.torch import load_file
 
     verify(folder)
@@ -125,8 +126,9 @@ def weights_of(folder: Path, model: Any, base: str) -> dict[str, torch.Tensor]:
         raise TrainingError(f"train.start: {folder} was trained on {card['base']}, and model.base is {base}")
     found = {f"{name.removesuffix('.weight')}.default.weight": value.float() for name, value in load_file(folder / "adapter_model.safetensors").items()}
     wanted = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in trainable(model).items()}
-    if {name: tuple(value.shape) for name, value in found.items()} != wanted:
-        raise TrainingError(f"train.start: {folder} does not fit train.lora: take its method, rank and targets")
+    saved, own = json.loads((folder / "adapter_config.json").read_text()), model.peft_config["default"]
+    if {name: tuple(value.shape) for name, value in found.items()} != wanted or any(saved.get(key) != getattr(own, key, None) for key in SCALE):
+        raise TrainingError(f"train.start: {folder} does not fit train.lora: take its method, rank, alpha and targets")
     return found
 
 

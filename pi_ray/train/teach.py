@@ -33,6 +33,7 @@ SCHEMA = pa.schema({
 })  # top_*: top_k for each token of label_ids, one after another
 FILE = "taught.parquet"
 GENERATED = 16  # queries answered at once
+SAID = ("queries", "answered", "kept", "seconds_teaching")  # what its manifest says for the log
 
 Row = tuple[list[int], list[int]]  # prompt ids, label ids
 Answers = dict[int, list[int]]  # row number -> label ids
@@ -102,13 +103,13 @@ def judge(model: Any, view: Callable[[list[Row]], Batch], data: PhaseRows, answe
             yield {"labelled": bool(data.label_lengths[number]), "number": number, "label_ids": label, "confidence": own[part].min().item(), **top}
 
 
-def write(folder: Path, entries: list[dict[str, Any]], config: DistillConfig, fingerprint: str) -> int:
-    """The artefact, in the order of rows. `entries` are those of `judge`. Returns how many of the teacher's own answers are sure enough."""
+def write(folder: Path, entries: list[dict[str, Any]], config: DistillConfig, fingerprint: str, queries: int, seconds: float) -> None:
+    """The artefact, in the order of rows. `entries` are those of `judge`, of so many unlabelled queries, made in so many seconds."""
     entries = sorted(entries, key=lambda e: (not e["labelled"], e["number"]))
     sure = [e["confidence"] >= config.confidence for e in entries if not e["labelled"]]
-    with staged(folder, fingerprint=fingerprint, top_k=config.top_k, answered=len(sure), kept=sum(sure)) as tmp:
+    said = dict(zip(SAID, (queries, len(sure), sum(sure), seconds), strict=True))
+    with staged(folder, fingerprint=fingerprint, top_k=config.top_k, **said) as tmp:
         pq.write_table(pa.Table.from_pylist(entries, schema=SCHEMA), tmp / FILE, compression="zstd")
-    return sum(sure)
 
 
 class Taught:
@@ -122,8 +123,9 @@ class Taught:
         self._own = kept["labelled"].to_pylist()
         self._numbers = kept["number"].to_pylist()
         self._answers, self._ids, self._logprobs = kept["label_ids"], kept["top_ids"], kept["top_logprobs"]
-        self.label_lengths = pc.list_value_length(self._answers).to_numpy()
         self._sources = {True: labelled, False: unlabelled}
+        self.label_lengths = pc.list_value_length(self._answers).to_numpy()
+        self.prompt_lengths = np.array([self._sources[own].prompt_lengths[n] for own, n in zip(self._own, self._numbers, strict=True)])
         self.prefix = labelled.prefix
 
     def __len__(self) -> int:

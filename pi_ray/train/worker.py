@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from pi_ray import mirror, models
-from pi_ray.artifact import digest, sweep
+from pi_ray.artifact import digest, read_manifest, sweep
 from pi_ray.config import RunConfig
 from pi_ray.errors import TrainingError
 from pi_ray.protocols import UNLABELLED
@@ -22,9 +22,9 @@ from pi_ray.rundir import RunDir, learned_from
 from pi_ray.schedule import plan_phases
 from pi_ray.train import attention, checkpoint, gist, lora, teach, trackers
 from pi_ray.train.backends import MOMENTS
-from pi_ray.train.batches import Batch, PhaseRows, manifest_of, packed, plain, to_device
+from pi_ray.train.batches import Batch, PhaseRows, differs, longest_of, manifest_of, packed, plain, to_device
 from pi_ray.train.early import EarlyStop
-from pi_ray.train.feed import Feed
+from pi_ray.train.feed import Feed, Pack
 from pi_ray.train.group import Group
 from pi_ray.train.log import TrainLog
 from pi_ray.train.objectives import distill_sum, loss_and_hits, sft_sum
@@ -52,13 +52,14 @@ class _Worker:
         phases = plan_phases(config.schedule)
         self.manifests = [manifest_of(self.dir.phase(i)) for i in range(len(phases))]
         self.dev = PhaseRows(self.dir.phase("dev"))
+        self.own_dev = [PhaseRows(self.dir.phase(f"dev-{i}")) if config.train.early_stop else self.dev for i in range(len(phases))]
         self.updates = all_updates([m["rows"] for m in self.manifests], phases, config.train)
         self.ends = {u.phase: u.step + 1 for u in self.updates}  # how many updates are done with when a phase is
         self.optimised = 0  # updates that Adam's moments have seen
         self.early = EarlyStop(config.train.early_stop)
         self.micro = config.train.micro_batch or config.rows_per_worker
-        self.pack = packed if config.train.share_prefix else plain
         self.backend = self._build()
+        self.pack = self._packing()
         self.feed = Feed(config, fingerprint, self.updates, self.pack, self.rank, self.world)
 
     def run(self) -> None:
@@ -71,6 +72,9 @@ class _Worker:
                 self._reset_optimizer()
             if update.phase and not self.feed.taught:
                 self._teach(update)
+            if self.feed.teaches and (update.phase, update.index) == (1, 0):
+                manifest = read_manifest(self.dir.taught)
+                self.log.add({"event": "taught", "step": update.step, **{key: manifest[key] for key in teach.SAID}})
             self._one(update)
             done = self._score(update)
             if (update.step + 1) % self.config.train.checkpoint_every == 0:
@@ -89,14 +93,7 @@ class _Worker:
     def _model(self) -> Any:
         """The base with a fresh adapter, ready to train."""
         model = models.load_model(self.config.model, self.device)
-        reason = attention.can_share_prefix(model.config)
-        if self.config.train.gist and reason:
-            raise TrainingError(f"model.base cannot be trained with gist tokens (train.gist), which need full attention in every layer: {reason}")
-        if self.pack is packed and reason:
-            self.log.add({"event": "plain_batches", "reason": reason})
-            self.pack = plain
-        if self.pack is packed:
-            attention.enable(model, attention.wants_flex(self.config.train.attention, self.device))
+        self.apart = attention.can_share_prefix(model, longest_of(self.dir.phases) + self.config.train.gist)
         model = lora.add_lora(model, self.config.train.lora, self.config.train.seed)
         self.started = lora.start(model, self.config.train.lora)
         if self.config.train.gist:
@@ -106,12 +103,23 @@ class _Worker:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         return model.train()
 
+    def _packing(self) -> Pack:
+        """Rows behind one copy of their prefix where that is wanted and the model can, else plain batches, and the log says why."""
+        train = self.config.train
+        if not train.share_prefix:
+            return plain
+        reason = self.group.of_first(self.apart or differs(self.backend.model, self.device, attention.wants_flex(train.attention, self.device)))
+        if train.gist and reason:
+            raise TrainingError(f"model.base cannot be trained with gist tokens (train.gist), which need full attention in every layer: {reason}")
+        if reason:
+            self.log.add({"event": "plain_batches", "reason": reason})
+        return plain if reason else packed
+
     def _one(self, update: Update) -> None:
         """One update over all workers."""
         started = time.monotonic()
         ready, train = self.feed[update], self.config.train
-        if train.lora.dropout:
-            torch.manual_seed(int(digest([train.seed, update.step, self.rank])[:15], 16))
+        torch.manual_seed(int(digest([train.seed, update.step, self.rank])[:15], 16))  # for dropout, the base model's own too
         counts = torch.zeros(3, dtype=torch.float64)
         for i, (batch, targets) in enumerate(ready.parts):
             loss = self._loss(to_device(batch, self.device), targets) / ready.answer_tokens
@@ -135,29 +143,36 @@ class _Worker:
         return distill_sum(self.backend.model, batch, targets.to(self.device), 1.0 if train.objective == "distill" else train.distill.share)
 
     def _score(self, update: Update) -> int:
-        """Take a dev score where one is due, and end the phase where it is over or gains no more. Returns how many updates are done with."""
-        done, end, every = update.step + 1, self.ends[update.phase], self.config.train.dev_every
-        if done < end and not (every and (update.index + 1) % every == 0):
+        """Take a dev score where one is due, and end the phase where it is over or gains no more. Returns how many updates are done with.
+
+        With early stop a phase is scored under its own prompt: what it learns need not show under the last one's yet.
+        """
+        done, end, train = update.step + 1, self.ends[update.phase], self.config.train
+        if done < end and not (train.dev_every and (update.index + 1) % train.dev_every == 0):
             return done
-        loss, accuracy = self.dev_scores()
-        stops = self.early.take((accuracy, loss), update.step, self.optimised, self._state)
-        if done < end:
-            self.log.add({"event": "dev", "phase": update.phase, "step": update.step, "dev_loss": round(loss, 6), "dev_accuracy": round(accuracy, 6)})
-            if not stops:
-                return done
-        self._end_phase(update, loss, accuracy)
+        if done < end or train.early_stop:
+            loss, accuracy = self.dev_scores(self.own_dev[update.phase])
+            stops = self.early.take((accuracy, loss), update.step, self.optimised, self._state)
+            if done < end:
+                self.log.add({"event": "dev", "phase": update.phase, "step": update.step, "dev_loss": round(loss, 6), "dev_accuracy": round(accuracy, 6)})
+                if not stops:
+                    return done
+        self._end_phase(update)
         return end
 
-    def _end_phase(self, update: Update, loss: float, accuracy: float) -> None:
-        """Leave an adapter behind: the present one, or with early stop the one of the phase's best score, from which the next phase then goes on."""
+    def _end_phase(self, update: Update) -> None:
+        """Leave an adapter behind: the present one, or with early stop the one of the phase's best score, from which the next phase then goes on.
+
+        Its card has dev scores under the last phase's prompt, by which phases are compared.
+        """
         best = {}
-        if self.early.state is not None and self.early.best is not None:
+        if self.early.state is not None:
             if self.early.step != update.step:
                 self.backend.load_state(self.early.state, self.early.optimised)
                 self.optimised = self.early.optimised
-            accuracy, loss = self.early.best
             best = {"best_step": self.early.step, "early": update.step + 1 < self.ends[update.phase]}
             self.early.forget()
+        loss, accuracy = self.dev_scores(self.dev)
         weights = {name: value for name, value in self._state().items() if "/" not in name}
         if self.rank == 0:
             model = getattr(self.backend.model, "module", self.backend.model)
@@ -179,27 +194,25 @@ class _Worker:
         view = lambda rows: to_device(self.pack(labelled.prefix, rows), self.device)  # noqa: E731
         entries = self.group.gathered(teach.lesson(model, labelled, unlabelled, train.distill, end, view, self.micro, self.rank, self.world))
         if self.rank == 0:
-            kept = teach.write(self.dir.taught, entries, train.distill, self.fingerprint)
-            facts = {"queries": len(unlabelled), "answered": len(entries) - len(labelled), "kept": kept}
-            self.log.add({"event": "taught", "step": update.step, **facts, "seconds_teaching": round(time.monotonic() - started, 1)})
+            teach.write(self.dir.taught, entries, train.distill, self.fingerprint, len(unlabelled), round(time.monotonic() - started, 1))
         self.group.wait()
         mirror.refresh(self.dir.root)
         self.feed.taught = True
 
     @torch.no_grad()
-    def dev_scores(self) -> tuple[float, float]:
-        """Mean cross-entropy (nats a token), and the share of tokens that are the likeliest one, of dev answers under the last phase's prompt."""
+    def dev_scores(self, dev: PhaseRows) -> tuple[float, float]:
+        """Mean cross-entropy (nats a token), and the share of tokens that are the likeliest one, of the answers of `dev` under its prompt."""
         self.backend.model.eval()
-        mine, total = range(self.rank, len(self.dev), self.world), torch.zeros(2, dtype=torch.float64)
-        rounds = -(-len(self.dev) // self.world)  # equal on every worker: sharded models need all of them in each forward
+        mine, total = range(self.rank, len(dev), self.world), torch.zeros(2, dtype=torch.float64)
+        rounds = -(-len(dev) // self.world)  # equal on every worker: sharded models need all of them in each forward
         for start in range(0, rounds, 8):
             numbers = list(mine[start : start + 8])
-            batch = self.pack(self.dev.prefix + gist.ids(self.config.train.gist), self.dev.take(numbers or [0]))
+            batch = self.pack(dev.prefix + gist.ids(self.config.train.gist), dev.take(numbers or [0]))
             found = loss_and_hits(self.backend.model, to_device(batch, self.device))
             if numbers:
                 total += torch.tensor(found, dtype=torch.float64)
         self.backend.model.train()
-        loss, accuracy = (self.group.sum(total) / self.dev.label_lengths.sum()).tolist()
+        loss, accuracy = (self.group.sum(total) / dev.label_lengths.sum()).tolist()
         return loss, accuracy
 
     def _state(self) -> checkpoint.State:

@@ -8,12 +8,13 @@ one model folder whose end token is one that answers do not hold, and every answ
     full      the template before every query, read each time            full-cached   the same with pi-ray's prefix cache
     query     the query alone, the adapter beside the base model         merged        the query alone, the adapter in the base weights
     mixed8    the queries over 8 adapters in turn                        overhead      an engine that computes nothing, one request after another
+    cold      one query to a server without a replica, which then starts
     peer      `transformers serve` with the merged model, the query alone; with and without --continuous-batching, the faster one at the highest concurrency
 
 Only `full-cached` has a prefix cache, and a new server for each concurrency, so that the cache holds the template and none of the queries. Ratios are
-of requests a second at the highest concurrency; `over_transformers_serve` sets `query` (which has the adapter's products to compute) against the
-peer, which has not. The adapters are random: what they say means nothing, how long it takes does. `serve_overhead_ms` is the median of whole requests.
-Last line: one JSON object.
+of requests a second at the highest concurrency. `over_transformers_serve` is `merged` over the peer: the same weights, the same ids;
+`unmerged_over_transformers_serve` is `query`, which has the adapter's products to compute besides. The adapters are random: what they say means
+nothing, how long it takes does. `serve_overhead_ms` is the median of whole requests. Last line: one JSON object.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
@@ -75,7 +76,7 @@ PARTS = (
     Part("merged", ("a0",), serve=(("prefix_cache_mb", 0), ("merge", "a0"))),
     Part("mixed8", tuple(f"a{i}" for i in range(1, ADAPTERS))),
 )
-NAMES = (*(p.name for p in PARTS), "peer", "overhead")
+NAMES = (*(p.name for p in PARTS), "peer", "overhead", "cold")
 
 
 @dataclass(frozen=True)
@@ -228,6 +229,20 @@ def _process(command: list[str], environment: dict[str, str], log: Path, port: i
             _stop(process)
 
 
+def _replicas() -> list[str]:
+    """Processes of model replicas on this machine, by the names that Ray gives them."""
+    found = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
+    return [line for line in found.splitlines() if line.startswith("ray::ServeReplica") and line.rstrip().endswith(":Model")]
+
+
+def _wait_for(happened: Callable[[], bool]) -> None:
+    for _ in range(START_S):
+        if happened():
+            return
+        time.sleep(1)
+    raise FailedError("the server's replica did not go")
+
+
 def _stop(process: subprocess.Popen) -> None:
     if process.poll() is None:
         process.send_signal(signal.SIGINT)
@@ -365,7 +380,8 @@ def figures(found: Sequence[Level], overheads: Sequence[float]) -> dict[str, flo
         "query_over_full": (best.get("query"), best.get("full")),
         "query_over_full_cached": (best.get("query"), best.get("full-cached")),
         f"c{highest}_over_c1": (best.get("query"), single.get("query")),
-        "over_transformers_serve": (best.get("query"), best.get("peer")),
+        "over_transformers_serve": (best.get("merged"), best.get("peer")),
+        "unmerged_over_transformers_serve": (best.get("query"), best.get("peer")),
         "mixed8_over_one": (best.get("mixed8"), best.get("query")),
     }
     ratios = {name: a / b for name, (a, b) in wanted.items() if a and b}
@@ -411,6 +427,11 @@ def run(folder: Path, args: argparse.Namespace) -> tuple[list[Level], list[float
             asyncio.run(overhead(url, asks[:20]))
             overheads = asyncio.run(overhead(url, asks))
         print(f"  an empty engine: p50 {1000 * median(overheads):.1f} ms, p99 {1000 * _p99(sorted(overheads)):.1f} ms a request", flush=True)
+    if "cold" in args.only:
+        with pi_ray(folder, Part("cold", ("a0",)), 1, min_replicas=0, downscale_to_zero_delay_s=1) as url:
+            _wait_for(lambda: not _replicas())
+            seconds, _ = _timed(url, [("a0", queries(1)[0])], args.tokens, 1)
+        print(f"  cold start: {seconds:.1f} s from a request to a server without a replica until its answer ends", flush=True)
     return found, overheads
 
 

@@ -340,6 +340,20 @@ def test_f1_killed_in_a_phase_in_a_checkpoint_and_between_phases_it_ends_with_th
 
 
 @pytest.mark.ray
+def test_f1_killed_after_its_last_adapter_a_run_over_an_older_one_is_not_taken_for_finished(alone, tmp_path, on_ray):
+    """The older one's mark of its best adapter is still there when the new settings begin."""
+    config = again(alone, tmp_path, **{"train.max_failures": 0, "schedule.epochs": 1})
+    train_worker(settings(config.replace(**{"train.lr": 0.02})))
+    assert RunDir(tmp_path).best.exists()
+    dying.plant(tmp_path, Fault("phase", 2, rank=0))
+    with pytest.raises(TrainingError, match="the same command goes on"):
+        loop.train(config)
+    assert dying.fired(tmp_path) == 1 and len(adapters(config)) == 3 and not loop.is_trained(config)
+    loop.train(config)
+    assert loop.is_trained(config) and not RunDir(tmp_path).checkpoints.exists() and log_of(config)[-1]["event"] == "best"
+
+
+@pytest.mark.ray
 def test_f8_a_worker_that_hangs_is_noticed_within_the_timeout_and_the_group_started_again(pair, tmp_path, on_ray):
     config = again(pair, tmp_path, **{"train.max_failures": 1, "train.collective_timeout_s": 15})
     dying.plant(tmp_path, Fault("update", 13, rank=1, signal=signal.SIGSTOP))

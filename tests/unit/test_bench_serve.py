@@ -79,9 +79,9 @@ def test_a_client_measures_text_and_end_and_refuses_an_answer_of_another_length(
 def test_ratios_are_of_requests_a_second_at_the_highest_concurrency():
     reply = bench.Reply(0.1, 0.2, 30, 16)
     level = lambda part, concurrency, seconds: bench.Level(part, concurrency, seconds, (reply,) * 10)  # noqa: E731
-    found = [level(*x) for x in (("full", 16, 10), ("full-cached", 16, 4), ("query", 1, 8), ("query", 16, 2), ("mixed8", 16, 2.5), ("peer", 16, 5))]
+    found = [level(*x) for x in (("full", 16, 10), ("full-cached", 16, 4), ("query", 1, 8), ("query", 16, 2), ("mixed8", 16, 2.5), ("merged", 16, 1), ("peer", 16, 5))]
     assert bench.figures(found, [0.007, 0.006, 0.1]) == pytest.approx({
-        "query_over_full": 5, "query_over_full_cached": 2, "c16_over_c1": 4, "over_transformers_serve": 2.5, "mixed8_over_one": 0.8, "serve_overhead_ms": 7,
+        "query_over_full": 5, "query_over_full_cached": 2, "c16_over_c1": 4, "over_transformers_serve": 5, "unmerged_over_transformers_serve": 2.5, "mixed8_over_one": 0.8, "serve_overhead_ms": 7,
     })  # fmt: skip
     assert bench.figures(found[:1], []) == {}
 

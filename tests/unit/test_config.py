@@ -20,6 +20,12 @@ from pi_ray.errors import ConfigError
     ("name: a\nschedule: {rate_start: 0.2, rate_end: 0.5}", "the template must shrink"),
     ("name: a\nprompt: {query: hello}", "prompt.query must contain {query}"),
     ("name: a\nserve: {min_replicas: 3}", "serve.min_replicas 3 is above"),
+    ("name: a\nschedule: {name: list, shots: 3, list: [{rate: 1, shots: 0}]}", "t.yaml:2: schedule: schedule.shots would have no effect: with name: list each phase in schedule.list has its own; leave it out"),
+    ("name: a\nschedule: {name: list, epochs: [1], list: [{rate: 1, shots: 0}]}", "schedule.epochs would have no effect"),
+    ("name: a\nschedule: {name: constant, rate_end: 0.3}", "schedule.rate_end would have no effect: name: constant keeps rate_start throughout"),
+    ("name: a\ntrain: {backend: {name: ddp, zero_stage: 3}}", "train.backend.zero_stage would have no effect"),
+    ("name: a\ntrain: {lora: {method: ia3, alpha: 3}}", "train.lora.alpha would have no effect"),
+    ("name: a\ntrain: {share_prefix: false, attention: flex}", "train.attention would have no effect"),
     ("name: [", "not valid YAML"),
     ("- a", "expected labelled blocks"),
 ])
@@ -39,6 +45,15 @@ def test_overrides_reach_into_blocks_and_their_mistakes_are_said_to_be_the_comma
 
 def test_what_show_prints_reads_back_to_the_same_config():
     first = runfile.parse("name: a\nschedule: {epochs: [1, 2, 3]}", "t.yaml")
+    assert runfile.parse(config.dump(first), "shown") == first
+
+
+@pytest.mark.parametrize("text", [
+    "schedule: {name: list, list: [{rate: 1, shots: 0}]}", "schedule: {name: constant, rate_start: 0.5, rate_end: 0.5}", "train: {backend: {name: ddp, zero_stage: 2}}",
+    "train: {lora: {method: ia3}}", "train: {share_prefix: false, attention: sdpa}",
+])  # fmt: skip
+def test_what_has_its_default_is_not_said_to_be_without_effect(text):
+    first = runfile.parse(f"name: a\n{text}", "t.yaml")
     assert runfile.parse(config.dump(first), "shown") == first
 
 

@@ -6,6 +6,8 @@ import pytest
 import torch
 from pydantic import ValidationError
 
+from pi_ray import prepare
+from pi_ray.artifact import staged
 from pi_ray.config import TrainConfig
 from pi_ray.rundir import RunDir
 from pi_ray.train.early import EarlyStop
@@ -44,7 +46,7 @@ def test_it_needs_scores():
 
 @pytest.fixture
 def scored(monkeypatch):
-    """Dev accuracies by update: phase 0 gains until update 3 and then no more, the others always."""
+    """Dev accuracies by update: phase 0 gains until update 3 and then no more, the others always. Under the last phase's prompt it is 0.9."""
     accuracy, score = {1: 0.1, 3: 0.3, 5: 0.2, 7: 0.2}, _Worker._score
 
     def noted(self, update):
@@ -52,7 +54,7 @@ def scored(monkeypatch):
         return score(self, update)
 
     monkeypatch.setattr(_Worker, "_score", noted)
-    monkeypatch.setattr(_Worker, "dev_scores", lambda self: (1.0, accuracy.get(self.now, 0.4 + self.now / 100)))
+    monkeypatch.setattr(_Worker, "dev_scores", lambda self, dev: (1.0, 0.9 if dev is self.dev else accuracy.get(self.now, 0.4 + self.now / 100)))
 
 
 @pytest.fixture
@@ -77,10 +79,10 @@ def test_a_phase_that_gains_no_more_ends_early_and_the_next_goes_on_from_its_bes
     log = log_of(config)
     assert [e["step"] for e in log if "loss" in e] == [*range(8), *range(9, 27)]
     first, *others = [e for e in log if e.get("event") == "phase_end"]
-    assert (first["step"], first["best_step"], first["early"], first["dev_accuracy"]) == (7, 3, True, 0.3)
+    assert (first["step"], first["best_step"], first["early"], first["dev_accuracy"]) == (7, 3, True, 0.9)
     assert [(e["step"], e["best_step"], e["early"]) for e in others] == [(17, 17, False), (26, 26, False)]
     assert kept == [4, 13, 22], "weights and moments are those of the best score, and Adam counts the updates that they have seen"
-    assert json.loads((RunDir(config.root).adapter(0) / "pi_ray.json").read_text())["dev_accuracy"] == 0.3
+    assert json.loads((RunDir(config.root).adapter(0) / "pi_ray.json").read_text())["dev_accuracy"] == 0.9, "of phases those are compared that the last prompt gave"
 
 
 def test_a_run_that_dies_goes_on_to_the_same_adapters(config, scored, tmp_path, monkeypatch):
@@ -92,3 +94,27 @@ def test_a_run_that_dies_goes_on_to_the_same_adapters(config, scored, tmp_path, 
         dies_and_goes_on(again, stop_at, monkeypatch)
         assert [adapter_hash(again, phase) for phase in range(3)] == [adapter_hash(config, phase) for phase in range(3)]
         assert strip(again) == strip(config)
+
+
+def test_a_phase_is_judged_under_its_own_prompt_and_its_adapter_compared_under_the_last_ones(tiny_model, tmp_path, monkeypatch):
+    config = tiny_config(tiny_model, tmp_path, **{"train.dev_every": 2, "train.early_stop": 9})
+    prepare_by_hand(config)
+    scores, asked = _Worker.dev_scores, []
+    monkeypatch.setattr(_Worker, "dev_scores", lambda self, dev: asked.append(dev.rate) or scores(self, dev))
+    train_worker(settings(config))
+    assert asked == [1.0, 1.0, 0.0, 0.5, 0.5, 0.0, 0.0, 0.0, 0.0], "of three updates after the second, after the third, and for the card"
+
+
+def test_dev_rows_are_prepared_with_each_phases_prompt_where_early_stop_asks_for_them(tiny_model, tmp_path):
+    config = tiny_config(tiny_model, tmp_path)
+    stops = config.replace(**{"train.dev_every": 2, "train.early_stop": 1})
+    assert [p for p in prepare._plan(stops) if p not in prepare._plan(config)] == [("dev-0", "dev", 1.0, 2), ("dev-1", "dev", 0.5, 1), ("dev-2", "dev", 0.0, 0)]
+    run = RunDir(config.root)
+    with staged(run.rows, fingerprint="f", documents=3):
+        pass
+    for split in (["train"], ["train", "dev"]):
+        with staged(run.documents, fingerprint="f") as made:
+            for name in split:
+                (made / f"{name}-0.50.parquet").touch()
+        assert prepare._has_documents(config, run, "f") and not prepare._has_documents(config, run, "g")
+        assert prepare._has_documents(stops, run, "f") == ("dev" in split)

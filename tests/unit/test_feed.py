@@ -8,7 +8,7 @@ import torch
 from pi_ray.rundir import RunDir
 from pi_ray.schedule import plan_phases
 from pi_ray.train import feed
-from pi_ray.train.batches import PhaseRows, packed
+from pi_ray.train.batches import PhaseRows, packed, plain
 from pi_ray.train.updates import all_updates, batch_rows
 from tests.prepared import prepare_by_hand, tiny_config
 
@@ -78,6 +78,24 @@ def test_each_worker_has_its_rows_in_micro_batches_and_all_count_the_same_answer
         assert ready.answer_tokens == sum(len(label) for _, label in data.take(rows))
         for (batch, targets), number in zip(ready.parts, rows[rank::2], strict=True):
             assert targets is None and torch.equal(batch.inputs["input_ids"], packed(data.prefix, data.take([number])).inputs["input_ids"])
+
+
+def test_plain_batches_hold_rows_of_about_one_length_and_packed_ones_need_not(prepared):
+    config, _ = prepared
+    config = config.replace(**{"train.workers": 2, "train.batch_size": 12, "train.micro_batch": 2})
+    update = all_updates([12] * 3, plan_phases(config.schedule), config.train)[2]
+    data = PhaseRows(RunDir(config.root).phase(2))
+    order = batch_rows(update, 12, config.train)
+    length = lambda n: len(data.prefix) + len(data.take([n])[0][0]) + len(data.take([n])[0][1]) - 1  # noqa: E731
+    padded = lambda rows: sum(2 * max(map(length, rows[rank::2][i : i + 2])) for rank in range(2) for i in (0, 2, 4))  # noqa: E731
+    found = {}
+    for pack in (plain, packed):
+        updates = all_updates([12] * 3, plan_phases(config.schedule), config.train)
+        found[pack] = [part for rank in range(2) for part, _ in feed.Feed(config, "f", updates, pack, rank, 2)[update].parts]
+    assert sum(part.tokens for part in found[plain]) == padded(sorted(order, key=length)) < padded(order)
+    assert torch.cat([part.labels for part in found[packed]]).tolist() == [token for rank in range(2) for _, label in data.take(order[rank::2]) for token in label]
+    given = [sorted(token for part in parts for token in part.labels.tolist() if token != -100) for parts in found.values()]
+    assert given[0] == given[1], "the same rows"
 
 
 def test_rows_that_a_teacher_is_to_answer_first_are_not_read_before_it_has(prepared, opened):

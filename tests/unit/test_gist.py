@@ -231,7 +231,7 @@ def test_what_cannot_have_gists_is_refused_when_the_config_is_read(tiny_model, t
 
 
 def test_a_model_that_does_not_see_the_whole_prompt_is_refused_before_training(config, tmp_path, monkeypatch):
-    monkeypatch.setattr(attention, "can_share_prefix", lambda config: "attention is limited to a sliding window of 64 tokens")
+    monkeypatch.setattr(attention, "can_share_prefix", lambda model, longest: "attention is limited to a sliding window of 64 tokens")
     other = config.replace(run_dir=str(tmp_path))
     prepare_by_hand(other)
     with pytest.raises(TrainingError, match=r"gist tokens \(train.gist\), which need full attention .* sliding window"):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from pi_ray.config import LoraConfig, ModelConfig, RunConfig
-from pi_ray.errors import AdapterError, ConfigError
+from pi_ray.errors import AdapterError, ConfigError, TrainingError
 from pi_ray.models import load_model
 from pi_ray.publish import publish
 from pi_ray.rundir import RunDir
@@ -48,7 +48,7 @@ def trained(request, tmp_path_factory):
     def run(family, **settings):
         key = json.dumps([family, settings])
         if key not in made:
-            changes = {f"train.lora.{name}": value for name, value in settings.items()}
+            changes = {"train.lora": {**({} if settings.get("method") == "ia3" else {"rank": 4, "alpha": 8}), **settings}}
             made[key] = tiny_config(request.getfixturevalue(family), tmp_path_factory.mktemp("run"), **{"schedule.phases": 2, **changes})
             prepare_by_hand(made[key])
             train_worker({"config": made[key].model_dump(mode="json"), "fingerprint": "f", "device": "cpu"})
@@ -100,6 +100,16 @@ def test_pissa_is_saved_as_plain_lora_of_twice_the_rank(trained):
     saved = json.loads((folder / "adapter_config.json").read_text())
     assert (saved["r"], saved["lora_alpha"], saved["init_lora_weights"]) == (8, 16, True)
     assert {t["shape"][0] for name, t in read_header(folder / "adapter_model.safetensors").items() if "lora_A" in name} == {8}
+
+
+@pytest.mark.parametrize("settings", [{"method": "rslora", "alpha": 16}, {"method": "lora"}, {"method": "pissa"}])
+def test_matrices_are_not_started_from_where_they_would_count_for_something_else(trained, settings):
+    config = trained("tiny_model", method="rslora")
+    folder, base = RunDir(config.root).adapter(1), config.model.base
+    found = [lora.add_lora(load_model(config.model), c, seed=0) for c in (config.train.lora, LoraConfig(**{"rank": 4, "alpha": 8, **settings}))]
+    assert lora.weights_of(folder, found[0], base).keys() == lora.trainable(found[1]).keys(), "names and shapes alone would do"
+    with pytest.raises(TrainingError, match=r"does not fit train\.lora: take its method, rank, alpha"):
+        lora.weights_of(folder, found[1], base)
 
 
 @pytest.mark.parametrize("settings, reason", [

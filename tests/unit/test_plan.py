@@ -3,13 +3,14 @@
 import io
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from rich.console import Console
 
-from pi_ray import estimate
+from pi_ray import estimate, scale
 from pi_ray.artifact import staged
 from pi_ray.config import LoraConfig, ModelConfig, RunConfig
 from pi_ray.errors import ConfigError, DataError, ModelError
@@ -151,6 +152,46 @@ def test_zero_stages_and_checkpointing_lower_memory(config):
     assert total(**{"train.gradient_checkpointing": True}) < total()
 
 
+def test_a_model_that_cannot_share_its_prefix_is_counted_with_a_copy_for_every_row(config, tmp_path):
+    from transformers import AutoConfig
+
+    shape = AutoConfig.from_pretrained(config.model.base).to_dict()
+    folder = tmp_path / "model"
+    shutil.copytree(config.model.base, folder)
+    narrow, wide, made = 64, 4096, {}
+    config = config.replace(**{"cluster.gpus_per_node": 1})
+    for window in (narrow, wide):
+        (folder / "config.json").write_text(json.dumps({**shape, "model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": window}))
+        made[window] = plan(config.replace(**{"model.base": str(folder)}))
+    plain = plan(config.replace(**{"model.base": str(folder), "train.share_prefix": False}))
+    assert f"sliding window of {narrow} tokens" in made[narrow].size.apart and made[wide].size.apart == ""
+    assert made[narrow].memory == plain.memory and made[narrow].memory["activations"] > 1.5 * made[wide].memory["activations"]
+    assert made[narrow].seconds == plain.seconds > made[wide].seconds
+    tokens = [scale.grid(p, (1,))[0].tokens for p in (made[narrow], plain, made[wide])]
+    assert tokens[0] == tokens[1] > tokens[2]
+    said = {window: Console(width=200, file=io.StringIO()) for window in made}
+    for window, console in said.items():
+        render(made[window], console)
+        assert ("Plain batches, in which every row brings its own copy of the template: attention is limited" in console.file.getvalue()) == (window == narrow)
+
+
+def test_nested_configs_and_models_without_attention_heads_can_be_measured(tmp_path):
+    import transformers
+
+    text = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8, "vocab_size": 50}
+    vision = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "image_size": 8, "patch_size": 4}
+    shapes = {
+        "gemma": transformers.Gemma3Config(text_config={**text, "sliding_window": 9}, vision_config=vision, mm_tokens_per_image=4),
+        "rwkv": transformers.RwkvConfig(vocab_size=50, hidden_size=16, attention_hidden_size=16, num_hidden_layers=1),
+    }
+    found = {}
+    for name, shape in shapes.items():
+        shape.save_pretrained(tmp_path / name)
+        found[name] = estimate.model_size(ModelConfig(base=str(tmp_path / name)), LoraConfig(rank=2), longest=100)
+    assert (found["gemma"].hidden, found["gemma"].layers, found["gemma"].key_value) == (16, 1, 8) and "sliding window" in found["gemma"].apart
+    assert found["rwkv"].hidden == 16 and "attention of its own" in found["rwkv"].apart
+
+
 def mixtral_8x7b(**changes):
     from transformers import MixtralConfig
 
@@ -213,6 +254,21 @@ def test_llama_2_7b_on_8_gpus_agrees_with_a_calculation_by_hand(tmp_path):
     assert sharded["gathered weights"] == (10**9 + linear + 2 * 4096 + 128) * 2
     small = estimate.memory(size, estimate.Shape(600, 450, 30), config.replace(**{"model.quantize": "4bit"}))
     assert small["base weights"] == pytest.approx(32 * linear * 4.127 / 8 + 2 * (6_738_415_616 - 32 * linear), rel=1e-3)
+
+
+def test_llama_2_13b_on_8_gpus_agrees_with_a_calculation_by_hand(tmp_path):
+    from transformers import LlamaConfig
+
+    shape = LlamaConfig(hidden_size=5120, intermediate_size=13824, num_hidden_layers=40, num_attention_heads=40, num_key_value_heads=40)
+    size, config = sized(tmp_path, shape, "llama-2-13b")
+    assert size.weights == 40 * (4 * 5120**2 + 3 * 5120 * 13824 + 2 * 5120) + 5120 + 2 * 32000 * 5120 == 13_015_864_320
+    assert size.lora == 40 * 32 * (4 * 2 * 5120 + 3 * (5120 + 13824)) == 125_173_760
+    held = estimate.memory(size, estimate.Shape(600, 450, 30), config)
+    assert held["base weights"] == 13_015_864_320 * 2
+    assert held["LoRA weights, gradients, Adam"] == 125_173_760 * (2 + 2 / 8 + 12 / 8)
+    tokens = 600 + 4 * 479
+    assert held["activations"] == 2 * 40 * (tokens * (8 * 5120 + 2 * 5120 + 4 * 13824) + 2 * 5120 * 4 * 1079)
+    assert 50e9 < sum(held.values()) < 80e9
 
 
 @pytest.mark.parametrize("run_file, workers", [("mixtral-8x7b", 16), ("llama-2-7b", 8), ("llama-2-13b", 8)])

@@ -1,5 +1,7 @@
 """Shared-prefix batches: the same losses and gradients as plain batches, from fewer tokens."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -7,7 +9,7 @@ from pi_ray.config import LoraConfig, ModelConfig
 from pi_ray.errors import TrainingError
 from pi_ray.models import load_model
 from pi_ray.train import attention, lora
-from pi_ray.train.batches import packed, plain
+from pi_ray.train.batches import differs, packed, plain
 from pi_ray.train.objectives import sft_sum
 
 ROWS = [([5, 6, 7, 8], [9, 10]), ([11, 12], [13, 14, 15]), ([16] * 7, [17])]
@@ -64,18 +66,19 @@ def test_only_answer_tokens_are_labels():
 
 
 @pytest.mark.parametrize("config, reason", [
-    ({"sliding_window": 4096}, "sliding window"),
+    ({"sliding_window": 99}, "sliding window of 99 tokens, and rows have up to 100"),
+    ({"sliding_window": 99, "layer_types": ["full_attention", "sliding_attention"]}, "sliding window"),
+    ({"sliding_window": 100, "layer_types": ["full_attention", "sliding_attention"]}, ""),
+    ({"sliding_window": 100, "layer_types": ["full_attention", "chunked_attention"]}, "chunked_attention"),
     ({"layer_types": ["full_attention", "linear_attention"]}, "linear_attention"),
-    ({"sliding_window": 4096, "use_sliding_window": False}, ""),
+    ({"sliding_window": 99, "use_sliding_window": False}, ""),
     ({}, ""),
 ])
 def test_models_without_full_attention_say_why_they_get_plain_batches(config, reason):
-    class Config:
-        pass
-
-    found = Config()
-    found.__dict__.update(config)
-    assert (reason in attention.can_share_prefix(found)) if reason else attention.can_share_prefix(found) == ""
+    inner = SimpleNamespace(**config)
+    model = SimpleNamespace(config=SimpleNamespace(get_text_config=lambda: inner), _can_set_attn_implementation=lambda: True)
+    found = attention.can_share_prefix(model, 100)
+    assert (reason in found) if reason else found == ""
 
 
 SMALL = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": 0}
@@ -90,7 +93,7 @@ def test_other_decoders_with_full_attention_take_them_too_with_gradient_checkpoi
 
     torch.manual_seed(0)
     base = getattr(transformers, f"{family}ForCausalLM")(getattr(transformers, f"{family}Config")(**SMALL, **own)).eval()
-    assert attention.can_share_prefix(base.config) == ""
+    assert attention.can_share_prefix(base, 99) == ""
     model = lora.add_lora(base, LoraConfig(rank=4), seed=0)
     for name, p in model.named_parameters():
         if "lora_B" in name:
@@ -102,6 +105,34 @@ def test_other_decoders_with_full_attention_take_them_too_with_gradient_checkpoi
     shared_loss, found = gradients(model, packed(list(range(20, 40)), ROWS))
     assert shared_loss == pytest.approx(loss, rel=1e-5)
     assert (found - expected).norm() / expected.norm() < 1e-3
+
+
+def family(name, **own):
+    """A tiny random model, with weights large enough for a row that it should not see to show."""
+    import transformers
+
+    torch.manual_seed(0)
+    return getattr(transformers, f"{name}ForCausalLM")(getattr(transformers, f"{name}Config")(**{"vocab_size": 64, "hidden_size": 32, "initializer_range": 0.2, **own}))
+
+
+LAYERS = {"num_hidden_layers": 2}
+
+
+@pytest.mark.parametrize("name, own", [("Bloom", {"n_layer": 2, "n_head": 4}), ("Mpt", {"d_model": 32, "n_layers": 2, "n_heads": 4}), ("Rwkv", {**LAYERS, "attention_hidden_size": 32})])
+def test_an_attention_that_cannot_be_exchanged_gets_plain_batches_and_without_looking_rows_would_see_each_other(name, own):
+    model = family(name, **own)
+    assert f"{name}ForCausalLM has an attention of its own" in attention.can_share_prefix(model, 99)
+    before = model.config._attn_implementation
+    assert "computes something else" in differs(model, "cpu", False)
+    assert model.config._attn_implementation == before and model.training
+
+
+def test_what_a_config_does_not_tell_is_found_by_computing():
+    """gpt-oss has a learned sink in each layer, which the shared attention knows nothing of; its window holds these rows."""
+    sinks = family("GptOss", **{**SMALL, "head_dim": 8, "num_local_experts": 2, "num_experts_per_tok": 1, "sliding_window": 128})
+    assert attention.can_share_prefix(sinks, 99) == "" != differs(sinks, "cpu", False)
+    llama = family("Llama", **SMALL)
+    assert differs(llama, "cpu", False) == "" and llama.config._attn_implementation == attention.NAME and llama.training
 
 
 def dense(prefix, visible, lengths):

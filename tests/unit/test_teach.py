@@ -77,6 +77,7 @@ def test_a_student_gets_the_prompt_of_its_phase_and_the_answer_of_the_teacher(ta
     assert data.take([0]) == own.take([0])
     place = len(made) - 1
     assert data.take([place]) == [(queries.take([made[place]["number"]])[0][0], made[place]["label_ids"])]
+    assert [data.prompt_lengths[p] for p in (0, place)] == [len(prompt) for prompt, _ in data.take([0, place])]
     targets = data.targets([0, place])
     assert targets.ids.shape == (len(made[0]["label_ids"]) + len(made[place]["label_ids"]), 4)
     assert torch.allclose(targets.probs.sum(1), torch.ones(len(targets.probs)))
@@ -107,12 +108,15 @@ def test_the_loss_is_the_cross_entropy_to_the_teacher(taught):
         assert distill_sum(model, batch, targets, 1.0).item() == pytest.approx(expected, rel=1e-5)
 
 
-@pytest.mark.parametrize("stop_at", [6, 8, 14])
-def test_a_run_that_dies_at_the_border_or_after_it_goes_on_to_the_same_adapter(taught, tmp_path, monkeypatch, stop_at):
-    config = taught.replace(run_dir=str(tmp_path))
+@pytest.mark.parametrize("stop_at, every", [(6, 2), (8, 2), (14, 2), (7, 4)])
+def test_a_run_that_dies_at_the_border_or_after_it_goes_on_to_the_same_adapter_and_names_its_teacher(taught, tmp_path, monkeypatch, stop_at, every):
+    """Also where the newest checkpoint is from before the border: what the teacher answered is used again, and the log says so again."""
+    config = taught.replace(**{"run_dir": str(tmp_path), "train.checkpoint_every": every})
     prepare_by_hand(config)
     dies_and_goes_on(config, stop_at, monkeypatch)
     assert adapter_hash(config) == adapter_hash(taught)
+    said = [e for e in log_of(config) if e.get("event") == "taught"]
+    assert [{**e, "seconds_teaching": 0} for e in said] == [{**event(taught), "seconds_teaching": 0}]
     assert verify(RunDir(config.root).taught)["files"] == verify(RunDir(taught.root).taught)["files"]
 
 
@@ -127,14 +131,34 @@ def test_a_teacher_that_was_trained_on_is_not_asked_again(taught, tmp_path, monk
         train_worker(settings(config))
 
 
-@pytest.mark.parametrize("changes", [{"train.distill.teacher": "base"}, {"train.objective": "mixed"}, {"train.share_prefix": False}])
-def test_other_teachers_and_objectives_train_too(taught, tmp_path, changes):
-    config = taught.replace(run_dir=str(tmp_path), **changes)
+def trained_with(taught, root, **changes):
+    config = taught.replace(run_dir=str(root), **changes)
     prepare_by_hand(config)
     train_worker(settings(config))
-    assert len(rows_of(config)) >= 12
-    if "train.share_prefix" in changes:
-        assert [r["confidence"] for r in rows_of(config)[:12]] == pytest.approx([r["confidence"] for r in rows_of(taught)[:12]], abs=1e-2)
+    return config
+
+
+def test_in_plain_batches_the_teacher_says_the_same(taught, tmp_path):
+    config = trained_with(taught, tmp_path, **{"train.share_prefix": False})
+    assert [r["confidence"] for r in rows_of(config)[:12]] == pytest.approx([r["confidence"] for r in rows_of(taught)[:12]], abs=1e-2)
+
+
+def test_the_base_as_teacher_is_the_base_without_its_adapter(taught, tmp_path):
+    config = trained_with(taught, tmp_path, **{"train.distill.teacher": "base"})
+    data, bare = PhaseRows(RunDir(config.root).phase(0)), load_model(config.model, "cpu").eval()
+    again = teach.judge(bare, lambda rows: plain(data.prefix, rows), data, teach.labels(data, range(12)), 4, 5)
+    found = [r["confidence"] for r in rows_of(config) if r["labelled"]]
+    assert found == pytest.approx([e["confidence"] for e in again], abs=1e-3)
+    assert found != pytest.approx([r["confidence"] for r in rows_of(taught) if r["labelled"]], abs=1e-1)
+
+
+def test_mixed_learns_from_the_teacher_by_its_share_and_from_the_labels_by_the_rest(taught, tmp_path):
+    first = []
+    for share in (1.0, 0.25, 0.0):
+        config = trained_with(taught, tmp_path / str(share), **{"train.objective": "mixed", "train.distill.share": share})
+        assert (adapter_hash(config) == adapter_hash(taught)) == (share == 1)
+        first.append(next(e["loss"] for e in log_of(config) if e.get("phase") == 1 and "loss" in e))
+    assert first[1] == pytest.approx(0.25 * first[0] + 0.75 * first[2], abs=1e-4) and abs(first[0] - first[2]) > 1e-2
 
 
 def test_plain_fine_tuning_has_no_teacher(taught):
@@ -150,6 +174,8 @@ def test_what_a_teacher_would_do_does_not_retrain_a_run_without_one(taught):
 @pytest.mark.parametrize(("text", "says"), [
     ("name: a\ntrain: {objective: distill, backend: {zero_stage: 3}}", "zero_stage 2 or less"),
     ("name: a\ntrain: {objective: mixed}\nschedule: {phases: 1}", "needs a phase after the first"),
+    ("name: a\ntrain: {objective: distill}\nschedule: {name: list, list: [{rate: 1, shots: 0}]}", "needs a phase after the first"),
+    ("name: a\ntrain: {objective: distill}\nschedule: {rate_start: 0.5}", "the whole template, which the teacher reads: its rate is 0.5"),
 ])
 def test_what_cannot_be_taught_is_refused_at_once(text, says):
     with pytest.raises(ConfigError, match=says):

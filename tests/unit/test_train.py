@@ -4,16 +4,21 @@ import json
 
 import pytest
 import torch
+from pyarrow.fs import LocalFileSystem, SubTreeFileSystem
 
+from pi_ray import pipeline
 from pi_ray.artifact import digest, verify
 from pi_ray.config import RunConfig, TrainConfig
-from pi_ray.errors import TrainingError
+from pi_ray.errors import ConfigError, TrainingError
+from pi_ray.mirror import Mirror
+from pi_ray.objects import Objects
 from pi_ray.rundir import RunDir, train_fingerprint
 from pi_ray.schedule import Phase, plan_phases
-from pi_ray.train import checkpoint
+from pi_ray.train import checkpoint, loop
 from pi_ray.train.loop import fingerprint_of, is_trained
 from pi_ray.train.updates import all_updates, batch_rows
 from pi_ray.train.worker import _Worker, train_worker
+from tests.conftest import tiny
 from tests.prepared import prepare_by_hand, tiny_config
 
 
@@ -58,7 +63,7 @@ def test_an_adapter_that_is_surer_of_what_it_cannot_know_is_not_worse(trained, t
     config = trained.replace(**{"run_dir": str(tmp_path), "schedule.epochs": 1})
     prepare_by_hand(config)
     scores = iter([(0.5, 0.6), (0.9, 0.8), (0.7, 0.7)])
-    monkeypatch.setattr(_Worker, "dev_scores", lambda self: next(scores))
+    monkeypatch.setattr(_Worker, "dev_scores", lambda self, dev: next(scores))
     train_worker(settings(config))
     assert RunDir(tmp_path).best.resolve().name == "phase-1"
 
@@ -164,12 +169,21 @@ def test_borders_carry_or_rewarm_the_learning_rate():
     assert rewarm[20] > rewarm[19] and rewarm[:20] == rewarm[20:]
 
 
-@pytest.mark.parametrize("border", ["rewarm", "reset"])
-def test_other_borders_train_too(trained, tmp_path, border):
+@pytest.mark.parametrize("border, kept", [("carry", True), ("rewarm", True), ("reset", False)])
+def test_a_border_keeps_or_clears_what_the_optimiser_knows(trained, tmp_path, monkeypatch, border, kept):
     config = trained.replace(**{"run_dir": str(tmp_path), "train.border": border, "schedule.epochs": 1})
     prepare_by_hand(config)
+    one, seen = _Worker._one, []
+
+    def begins(self, update):
+        if update.phase and not update.index:
+            moments = [value for name, value in self.backend.state().items() if "/" in name]
+            seen.append((self.optimised, all(value.any() for value in moments), any(value.any() for value in moments)))
+        one(self, update)
+
+    monkeypatch.setattr(_Worker, "_one", begins)
     train_worker(settings(config))
-    assert is_trained(config)
+    assert seen == ([(3, True, True), (6, True, True)] if kept else [(0, False, False)] * 2) and is_trained(config)
 
 
 def test_runs_of_before_keep_their_fingerprint_and_what_changes_rounding_alone_is_not_in_it():
@@ -193,3 +207,51 @@ def test_a_run_that_clears_its_optimiser_at_borders_goes_on_to_the_same_adapter(
     train_worker(settings(config))
     dies_and_goes_on(again, stop_at, monkeypatch)
     assert adapter_hash(again) == adapter_hash(config)
+
+
+def test_a_base_with_dropout_of_its_own_goes_on_to_the_same_adapter(tmp_path, monkeypatch):
+    config = tiny_config(tiny(tmp_path / "model", "Llama", attention_dropout=0.5), tmp_path / "quiet")
+    again = config.replace(run_dir=str(tmp_path / "again"))
+    for c in (config, again):
+        prepare_by_hand(c)
+    train_worker(settings(config))
+    dies_and_goes_on(again, 5, monkeypatch)
+    assert adapter_hash(again) == adapter_hash(config)
+
+
+def test_a_model_with_an_attention_of_its_own_trains_in_plain_batches_and_the_log_says_why(tmp_path):
+    wanted = tiny_config(tiny(tmp_path / "model", "Bloom"), tmp_path / "wanted", **{"train.lr": 0.001})
+    plain = wanted.replace(**{"run_dir": str(tmp_path / "plain"), "train.share_prefix": False})
+    for config in (wanted, plain):
+        prepare_by_hand(config)
+        train_worker(settings(config))
+    assert [e["loss"] for e in log_of(wanted) if "loss" in e] == [e["loss"] for e in log_of(plain) if "loss" in e]
+    assert [e["reason"] for e in log_of(wanted) if e.get("event") == "plain_batches"] == ["BloomForCausalLM has an attention of its own, which cannot be exchanged"]
+    assert not [e for e in log_of(plain) if e.get("event") == "plain_batches"]
+    assert pipeline._costs(wanted) == pipeline._costs(plain)
+
+
+def test_the_progress_of_shared_prefixes_counts_them_once(trained):
+    assert pipeline._costs(trained)[0] < pipeline._costs(trained.replace(**{"train.share_prefix": False}))[0]
+
+
+def test_half_precision_without_scaled_losses_is_refused(tiny_model, tmp_path):
+    config = tiny_config(tiny_model, tmp_path, **{"model.dtype": "float16"})
+    prepare_by_hand(config)
+    with pytest.raises(ConfigError, match=r"model\.dtype: float16 .* take bfloat16"):
+        loop.train(config)
+
+
+def test_the_mark_of_settings_of_before_is_removed_before_training_begins_and_in_the_bucket_too(tmp_path):
+    (tmp_path / "bucket").mkdir()
+    objects = Objects("s3://bucket/run", SubTreeFileSystem(str(tmp_path / "bucket"), LocalFileSystem()), "run")
+    before, now, later = (Mirror(tmp_path / name, objects) for name in ("before", "now", "later"))
+    run = RunDir(before.local)
+    run.adapter(0).mkdir(parents=True)
+    run.best.symlink_to("phase-0")
+    before.save()
+    now.pull()
+    assert RunDir(now.local).best.is_symlink()
+    loop._forget_best(RunDir(now.local), now)
+    later.pull()
+    assert not RunDir(now.local).best.is_symlink() and not RunDir(later.local).best.is_symlink()

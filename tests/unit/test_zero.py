@@ -5,11 +5,12 @@ import json
 import pytest
 import torch
 
+from pi_ray.artifact import verify as verified
 from pi_ray.config import BackendConfig, RunConfig, TrainConfig
 from pi_ray.models import load_model
 from pi_ray.rundir import RunDir
 from pi_ray.serving import verify
-from pi_ray.train import lora, zero
+from pi_ray.train import checkpoint, lora, zero
 from pi_ray.train.worker import _Worker, train_worker
 from tests import workers
 from tests.prepared import prepare_by_hand, tiny_config
@@ -100,12 +101,15 @@ CHECKPOINTING = {"train.gradient_checkpointing": True, "train.micro_batch": 1}
 @pytest.mark.parametrize("family, setting, changes", [
     ("tiny_mixtral", zero_of(3, 4), {}),
     ("tiny_mixtral", zero_of(3, 2), EXPERTS),
+    ("tiny_mixtral", zero_of(3, 2), CHECKPOINTING),
     ("tiny_mixtral", zero_of(2, 2), {}),
     ("tiny_model", zero_of(3, 4, **OFFLOAD), {}),
-    ("tiny_model", zero_of(3, 2), CHECKPOINTING),
+    ("tiny_model", zero_of(1, 2), CHECKPOINTING),
+    ("tiny_model", zero_of(0, 2), {}),
     ("tiny_model", zero_of(2, 2, offload_optimizer=True), {"train.share_prefix": False}),
-], ids=["mixtral, stage 3, 4 workers", "mixtral with experts, stage 3, 2 workers", "mixtral, stage 2, 2 workers",
-        "llama offloaded, stage 3, 4 workers", "llama with checkpointing, stage 3, 2 workers", "llama in plain batches, offloaded, stage 2, 2 workers"])  # fmt: skip
+], ids=["mixtral, stage 3, 4 workers", "mixtral with experts, stage 3, 2 workers", "mixtral with checkpointing, stage 3, 2 workers", "mixtral, stage 2, 2 workers",
+        "llama offloaded, stage 3, 4 workers", "llama with checkpointing, stage 1, 2 workers", "llama, stage 0, 2 workers",
+        "llama in plain batches, offloaded, stage 2, 2 workers"])  # fmt: skip
 def test_twenty_updates_have_the_losses_of_one_process_without_deepspeed(request, alone, tmp_path, family, setting, changes):
     model = request.getfixturevalue(family)
     config = config_of(model, tmp_path, setting, changes)
@@ -138,6 +142,26 @@ def test_a_run_goes_on_with_another_number_of_workers_and_another_stage(tiny_mix
     assert [p.name for p in RunDir(config.root).checkpoints.iterdir()] == ["step-00000004"]
     train(config.replace(**then))
     assert losses(config) == pytest.approx(losses(whole), abs=1e-4)
+
+
+def quietly_and_dying(quiet, config):
+    """One worker of both runs, one after the other, which costs one start. Returns how many updates the second went on from."""
+    train_one(quiet)
+    train_one(config, stop_at=5)
+    done = checkpoint.load(checkpoint.newest(RunDir(config.root).checkpoints, "f"))[1]["done"]
+    train_one(config)
+    return done
+
+
+def adapters(config):
+    return [verified(RunDir(config.root).adapter(i))["files"][verify.WEIGHTS]["sha256"] for i in range(2)]
+
+
+@pytest.mark.parametrize("setting, border", [(zero_of(2, 2), "carry"), (zero_of(3, 2), "carry"), (zero_of(2, 2), "reset")], ids=["stage 2", "stage 3", "stage 2, cleared at borders"])
+def test_a_run_that_dies_goes_on_to_the_same_bits(tiny_model, tmp_path, setting, border):
+    quiet, config = (config_of(tiny_model, tmp_path / name, setting, {"train.border": border}, steps=3) for name in ("quiet", "dies"))
+    assert set(workers.run(2, quietly_and_dying, quiet, config)) == {4}
+    assert adapters(config) == adapters(quiet) and losses(config) == losses(quiet)
 
 
 def share_held(config):
