@@ -1,0 +1,96 @@
+"""Run directories, stores and inputs on S3, as a real client of it sees them: pyarrow's, against moto's server on this machine."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from pi_ray import cli, job
+from pi_ray.artifact import staged, write_atomic
+from pi_ray.config import ModelConfig
+from pi_ray.errors import CorruptArtifactError, StorageError
+from pi_ray.mirror import Mirror
+from pi_ray.objects import Objects
+from pi_ray.runfile import load
+from pi_ray.serving.adapters import AdapterStore
+from tests.lora import put_in_store
+
+BUCKET = "s3://bucket"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def server():
+    from moto.server import ThreadedMotoServer
+    from pyarrow.fs import FileType, S3FileSystem
+
+    server = ThreadedMotoServer(port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {
+            "AWS_ENDPOINT_URL": f"http://{host}:{port}", "AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_REGION": "us-east-1",
+            "AWS_EC2_METADATA_DISABLED": "true",
+        }.items():  # fmt: skip
+            patch.setenv(name, value)
+        s3 = S3FileSystem(endpoint_override=f"http://{host}:{port}", allow_bucket_creation=True)
+        s3.create_dir("bucket")
+        assert s3.get_file_info("bucket").type == FileType.Directory
+        yield
+    server.stop()
+
+
+def test_what_one_node_writes_another_one_fetches_and_damage_is_found(tmp_path):
+    there = Objects(f"{BUCKET}/runs/a")
+    with Mirror(tmp_path / "one", there).attached():
+        write_atomic(tmp_path / "one" / "run.yaml", "name: a\n")
+        with staged(tmp_path / "one" / "rows", fingerprint="x") as tmp:
+            (tmp / "train").write_bytes(b"rows" * 400_000)
+        assert {"run.yaml", "rows/train", "rows/manifest.json"} <= set(there.list()), "sent when it was written"
+    Mirror(tmp_path / "two", Objects(there.url)).pull()
+    assert (tmp_path / "two" / "rows" / "train").read_bytes() == b"rows" * 400_000 and (tmp_path / "two" / "run.yaml").read_text() == "name: a\n"
+    there.write(b"other", "rows/train")
+    with pytest.raises(CorruptArtifactError, match="rows is damaged"):
+        Mirror(tmp_path / "three", Objects(there.url)).pull()
+
+
+def test_a_job_beside_a_bucket_takes_its_inputs_from_it_and_leaves_its_run_there(tmp_path, monkeypatch):
+    inputs = Objects(f"{BUCKET}/inputs")
+    for name in ("train", "dev", "test"):
+        inputs.write(b'{"query": "q", "answer": "a"}\n', f"{name}.jsonl")
+    inputs.write(b"# Instruction\n\nDo it.\n", "template.md")
+    lines = [f"  {key}: {BUCKET}/inputs/{key}.jsonl" for key in ("train", "dev", "test")]
+    (tmp_path / "run.yaml").write_text("\n".join(["name: far", "cluster: {storage_path: s3://bucket/pi-ray}", "task:", *lines, f"  template: {BUCKET}/inputs/template.md"]) + "\n")
+    monkeypatch.setenv("PI_RAY_STORAGE", str(tmp_path / "pod"))
+    monkeypatch.chdir(tmp_path / "..")
+    seen = []
+
+    def step(command):
+        config = load(Path(command[1]) / "run.yaml")
+        seen.append((config.store, Path(config.task.train).read_text(), sorted(p.name for p in config.root.iterdir() if p.is_dir())))
+        with staged(config.root / "rows", fingerprint="x") as tmp:
+            (tmp / "train").write_text("prepared")
+        return 0
+
+    monkeypatch.setattr(cli, "main", step)
+    for _ in range(2):
+        assert job.main("prepare", [str(tmp_path / "run.yaml")]) == 0
+        shutil.rmtree(tmp_path / "pod")
+    row = '{"query": "q", "answer": "a"}\n'
+    assert seen == [("s3://bucket/pi-ray/store", row, ["inputs"]), ("s3://bucket/pi-ray/store", row, ["inputs", "rows"])]
+    assert Objects("s3://bucket/pi-ray").folders("r*") == ["runs"] and Objects("s3://bucket/pi-ray/runs/far").read("rows/train") == b"prepared"
+
+
+def test_an_adapter_is_served_from_a_bucket(tiny_model, tmp_path):
+    put_in_store(tmp_path / "store", "shop", tiny_model)
+    there = Objects(f"{BUCKET}/store")
+    for path in (p for p in (tmp_path / "store").rglob("*") if p.is_file()):
+        there.put(path, path.relative_to(tmp_path / "store").as_posix())
+    store = AdapterStore(f"{BUCKET}/store", ModelConfig(base=str(tiny_model)))
+    assert store.names() == ["shop"]
+    assert (store.open("shop").path / "adapter_model.safetensors").read_bytes() == (tmp_path / "store" / "shop" / "v0001" / "adapter_model.safetensors").read_bytes()
+
+
+def test_a_bucket_that_is_not_there_is_said(tmp_path):
+    with pytest.raises(StorageError, match="storage does not answer, or refuses"):
+        with Mirror(tmp_path / "run", Objects("s3://no-such-bucket/run")).attached():
+            write_atomic(tmp_path / "run" / "run.yaml", "name: a\n")
