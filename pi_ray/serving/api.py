@@ -198,25 +198,24 @@ async def _server_sent(events: AsyncIterator[dict[str, Any]], begun: list[dict[s
     def line(*choices: dict[str, Any], **rest: Any) -> str:
         return f"data: {json.dumps({**head, 'object': form.piece, 'choices': choices, **rest}, ensure_ascii=False)}\n\n"
 
-    def choices_of(event: dict[str, Any]) -> list[dict[str, Any]]:
+    def lines(event: dict[str, Any]) -> str:
+        index = event["index"]
         if "fingerprint" in event:
-            return form.opening(event["index"])
-        return [form.delta(event["index"], event.get("text", ""), event.get("finish"), event.get("logprobs"))]
+            return "".join(map(line, form.opening(index)))
+        text = line(form.delta(index, event["text"], None, event.get("logprobs"))) if "text" in event else ""
+        return text + (line(form.delta(index, "", event["finish"])) if "finish" in event else "")
 
     try:
         async with aclosing(events):
             for event in begun:
-                for choice in choices_of(event):
-                    yield line(choice)
+                if told := lines(event):
+                    yield told
             async for event in events:
-                for choice in choices_of(event):
-                    yield line(choice)
+                yield lines(event)
     except Exception as error:
         yield f"data: {json.dumps(_error_body(_as_refused(error)))}\n\n"
         return
-    if usage:
-        yield line(usage=usage.body())
-    yield "data: [DONE]\n\n"
+    yield (line(usage=usage.body()) if usage else "") + "data: [DONE]\n\n"
 
 
 async def _within(events: AsyncIterator[dict[str, Any]], seconds: float) -> AsyncIterator[dict[str, Any]]:

@@ -20,8 +20,12 @@ def played(pace, step, texts, **more):
     async def events():
         yield {"fingerprint": "a"}
         for text in texts:
+            await asyncio.sleep(0)  # a step of the decoding thread
+            await asyncio.sleep(0)
             pace.clock.now += step
             yield {"text": text, **{key: [value] for key, value in more.items()}}
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
         yield {"finish": "stop"}
 
     async def run():
@@ -31,7 +35,7 @@ def played(pace, step, texts, **more):
 
 
 def test_a_single_answers_pieces_leave_as_they_come():
-    found = played(Pace(Clock()), 1 / PIECES, "abc")
+    found = played(Pace(Clock()), 2 / PIECES, "abc")
     assert [event for _, event in found] == [{"fingerprint": "a"}, {"text": "a"}, {"text": "b"}, {"text": "c"}, {"finish": "stop"}]
 
 
@@ -39,8 +43,39 @@ def test_of_many_answers_the_first_piece_goes_at_once_and_later_ones_together():
     pace = Pace(Clock())
     pace.open = 15
     found = played(pace, 0.05, "abcdefgh")
-    assert [event.get("text", "") for _, event in found] == ["", "a", "bcde", "fgh", ""]
+    assert [event.get("text", "") for _, event in found] == ["", "a", "bcde", "fgh"] and found[-1][1]["finish"] == "stop"
     assert [at for at, _ in found][:3] == [0, 0.05, 0.25] and pace.open == 15
+
+
+def test_what_comes_at_once_leaves_together():
+    async def events():
+        for event in ({"text": "a"}, {"text": "b"}, {"finish": "length"}):
+            yield event
+
+    async def run():
+        return [event async for event in Pace().keep(events())]
+
+    assert asyncio.run(run()) == [{"text": "ab", "finish": "length"}]
+
+
+def test_a_caller_that_leaves_closes_the_answer():
+    closed = []
+
+    async def events():
+        try:
+            yield {"text": "a"}
+            await asyncio.sleep(60)
+        finally:
+            closed.append(True)
+
+    async def run():
+        kept = pace.keep(events())
+        assert await anext(kept) == {"text": "a"}
+        await kept.aclose()
+
+    pace = Pace()
+    asyncio.run(run())
+    assert closed == [True] and pace.open == 0
 
 
 def test_a_piece_waits_no_longer_than_the_next_one_after_the_limit():
@@ -52,7 +87,7 @@ def test_a_piece_waits_no_longer_than_the_next_one_after_the_limit():
 def test_log_probabilities_stay_with_their_text():
     pace = Pace(Clock())
     pace.open = 99
-    assert [event for _, event in played(pace, 0.01, "abc", logprobs=1)][1:3] == [{"text": "a", "logprobs": [1]}, {"text": "bc", "logprobs": [1, 1]}]
+    assert [event for _, event in played(pace, 0.01, "abc", logprobs=1)][1:] == [{"text": "a", "logprobs": [1]}, {"text": "bc", "logprobs": [1, 1], "finish": "stop"}]
 
 
 def test_an_error_ends_the_answer_which_counts_no_longer():
@@ -61,7 +96,9 @@ def test_an_error_ends_the_answer_which_counts_no_longer():
 
     async def events():
         yield {"text": "a"}
+        await asyncio.sleep(0.01)
         yield {"text": "b"}
+        await asyncio.sleep(0.01)
         raise ValueError
 
     async def run(found):

@@ -91,6 +91,5 @@ def test_an_adapter_is_served_from_a_bucket(tiny_model, tmp_path):
 
 
 def test_a_bucket_that_is_not_there_is_said(tmp_path):
-    with pytest.raises(StorageError, match="storage does not answer, or refuses"):
-        with Mirror(tmp_path / "run", Objects("s3://no-such-bucket/run")).attached():
-            write_atomic(tmp_path / "run" / "run.yaml", "name: a\n")
+    with pytest.raises(StorageError, match="storage does not answer, or refuses"), Mirror(tmp_path / "run", Objects("s3://no-such-bucket/run")).attached():
+        write_atomic(tmp_path / "run" / "run.yaml", "name: a\n")
