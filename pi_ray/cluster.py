@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from pi_ray.config import RunConfig
 
 OPTIONS = {"CPU": "num_cpus", "GPU": "num_gpus", "memory": "memory"}  # Ray's names for a task or actor; other resources are named as they are
+SERVE = {  # Ray Serve's settings that take a quarter off what a request costs in it: replicas call each other by gRPC, and each has one event loop
+    "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1", "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0", "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
+}  # fmt: skip
 PACK = "PACK"  # Ray's strategy for a gang: on as few nodes as hold it, since gradients travel faster inside a node
 
 
@@ -39,6 +42,7 @@ def connect() -> None:
     local: dict[str, Any] = {}
     if not os.environ.get("RAY_ADDRESS"):
         local = {"address": "local", "include_dashboard": False}  # without an address Ray would join, or wait for, whatever cluster was last started on this machine
+        os.environ.update({**SERVE, **os.environ})  # other clusters have them from cluster/
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # what Ray's C++ side prints into the terminal is for Ray's developers
     with _muted("Set ray log level"):
         ray.init(log_to_driver=False, logging_level=logging.ERROR, **local)

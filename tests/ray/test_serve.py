@@ -18,6 +18,7 @@ import httpx
 import openai
 import pytest
 
+from pi_ray.cluster import SERVE
 from pi_ray.config import ModelConfig, PromptConfig, RunConfig, ServeConfig
 from pi_ray.models import load_tokenizer
 from pi_ray.prompt import PromptEncoder
@@ -198,6 +199,15 @@ def test_an_adapter_stays_with_the_replica_that_loaded_it(client, ray_local):
         ask_each()
     found = seen(ray_local, lambda found: asked(found) >= before + 5 * len(ONCE))
     assert held(found) == first and [len(replicas) for replicas in first.values()] == [1] * len(ONCE)
+
+
+def test_serves_processes_have_its_faster_settings(url, ray_local):
+    def in_a_worker():
+        from ray.serve._private import constants
+
+        return {name: getattr(constants, name) for name in SERVE}
+
+    assert ray_local.get(ray_local.remote(num_cpus=0)(in_a_worker).remote()) == {name: value == "1" for name, value in SERVE.items()}
 
 
 def test_prometheus_sees_requests_tokens_and_money(client, config, ray_local):

@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from pi_ray import runfile
+from pi_ray.cluster import SERVE
 from pi_ray.config import dump
 from tests.golden import cluster, kuberay
 
@@ -43,6 +44,10 @@ def pods(resource):
     elif isinstance(resource, list):
         for value in resource:
             yield from pods(value)
+
+
+def test_the_image_has_the_settings_of_serve_that_a_local_ray_gets():
+    assert all(f" {name}={value} \\\n" in DOCKERFILE for name, value in SERVE.items())
 
 
 def test_they_are_what_render_makes_of_the_mixtral_run():
