@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 
 class Group:
-    """`rank` of `world`, as torch.distributed says where it is up. Every method is called by all of them, and gives each the same."""
+    """`rank` of `world`, as torch.distributed says where it is up. Every method is called by all of them, and gives each the same if it does not say otherwise."""
 
     def __init__(self, device: str):
         self.device = device
@@ -22,13 +22,13 @@ class Group:
             dist.all_reduce(values)
         return values.cpu()
 
-    def gathered(self, mine: list[Any]) -> list[Any]:
-        """The entries of all workers."""
+    def at_first(self, mine: Any) -> list[Any]:
+        """What each worker gave, by rank: on rank 0, and nothing on the others."""
         if self.world == 1:
-            return mine
-        parts: list[Any] = [None] * self.world
-        dist.all_gather_object(parts, mine)
-        return [entry for part in parts for entry in part]
+            return [mine]
+        parts = [None] * self.world if self.rank == 0 else None
+        dist.gather_object(mine, parts)
+        return parts or []
 
     def of_first(self, value: Any) -> Any:
         """What rank 0 gave."""

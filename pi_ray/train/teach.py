@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ SCHEMA = pa.schema({
 })  # top_*: top_k for each token of label_ids, one after another
 FILE = "taught.parquet"
 GENERATED = 16  # queries answered at once
+JUDGED = 1024  # rows that are Python objects at a time: as columns they take a tenth of that memory
 SAID = ("queries", "answered", "kept", "seconds_teaching")  # what its manifest says for the log
 
 Row = tuple[list[int], list[int]]  # prompt ids, label ids
@@ -64,8 +66,8 @@ def answer(model: Any, data: PhaseRows, numbers: Sequence[int], limit: int, end:
 
 def lesson(
     model: Any, labelled: PhaseRows, unlabelled: PhaseRows, config: DistillConfig, end: int, view: Callable[[list[Row]], Batch], size: int, rank: int = 0, world: int = 1
-) -> list[dict[str, Any]]:
-    """One worker's share of what the teacher says: its answers to unlabelled queries, and what it holds likely in these and in the labels.
+) -> pa.Table:
+    """One worker's share of what the teacher says, as SCHEMA has it: its answers to unlabelled queries, and what it holds likely in these and in the labels.
 
     `view` packs rows behind the full prompt, `size` of them for a forward pass; `end` is the token that ends an answer.
     """
@@ -75,9 +77,15 @@ def lesson(
         with attention.ordinary(base):
             answers = answer(model, unlabelled, range(rank, len(unlabelled), world), limit, end)
         own = labels(labelled, range(rank, len(labelled), world))
-        said = [*judge(model, view, labelled, own, config.top_k, size), *judge(model, view, unlabelled, answers, config.top_k, size)]
+        said = chain(judge(model, view, labelled, own, config.top_k, size), judge(model, view, unlabelled, answers, config.top_k, size))
+        share = pa.Table.from_batches(_columns(said), schema=SCHEMA)
     model.train()
-    return said
+    return share
+
+
+def _columns(said: Iterator[dict[str, Any]]) -> Iterator[pa.RecordBatch]:
+    while some := list(islice(said, JUDGED)):
+        yield pa.RecordBatch.from_pylist(some, schema=SCHEMA)
 
 
 def labels(data: PhaseRows, numbers: Sequence[int]) -> Answers:
@@ -103,13 +111,13 @@ def judge(model: Any, view: Callable[[list[Row]], Batch], data: PhaseRows, answe
             yield {"labelled": bool(data.label_lengths[number]), "number": number, "label_ids": label, "confidence": own[part].min().item(), **top}
 
 
-def write(folder: Path, entries: list[dict[str, Any]], config: DistillConfig, fingerprint: str, queries: int, seconds: float) -> None:
-    """The artefact, in the order of rows. `entries` are those of `judge`, of so many unlabelled queries, made in so many seconds."""
-    entries = sorted(entries, key=lambda e: (not e["labelled"], e["number"]))
-    sure = [e["confidence"] >= config.confidence for e in entries if not e["labelled"]]
-    said = dict(zip(SAID, (queries, len(sure), sum(sure), seconds), strict=True))
+def write(folder: Path, shares: Sequence[pa.Table], config: DistillConfig, fingerprint: str, queries: int, seconds: float) -> None:
+    """The artefact, in the order of rows. `shares` are those of `lesson`, of so many unlabelled queries, made in so many seconds."""
+    table = pa.concat_tables(shares).sort_by([("labelled", "descending"), ("number", "ascending")])
+    own = table.filter(pc.invert(table["labelled"]))["confidence"].to_numpy()
+    said = dict(zip(SAID, (queries, len(own), int((own >= config.confidence).sum()), seconds), strict=True))
     with staged(folder, fingerprint=fingerprint, top_k=config.top_k, **said) as tmp:
-        pq.write_table(pa.Table.from_pylist(entries, schema=SCHEMA), tmp / FILE, compression="zstd")
+        pq.write_table(table, tmp / FILE, compression="zstd")
 
 
 class Taught:

@@ -192,9 +192,9 @@ class _Worker:
         labelled, unlabelled = PhaseRows(self.dir.phase(0)), PhaseRows(self.dir.phase(f"{UNLABELLED}-0"))
         model, end = getattr(self.backend.model, "module", self.backend.model), models.load_tokenizer(self.config.model).eos_token_id
         view = lambda rows: to_device(self.pack(labelled.prefix, rows), self.device)  # noqa: E731
-        entries = self.group.gathered(teach.lesson(model, labelled, unlabelled, train.distill, end, view, self.micro, self.rank, self.world))
+        shares = self.group.at_first(teach.lesson(model, labelled, unlabelled, train.distill, end, view, self.micro, self.rank, self.world))
         if self.rank == 0:
-            teach.write(self.dir.taught, entries, train.distill, self.fingerprint, len(unlabelled), round(time.monotonic() - started, 1))
+            teach.write(self.dir.taught, shares, train.distill, self.fingerprint, len(unlabelled), round(time.monotonic() - started, 1))
         self.group.wait()
         mirror.refresh(self.dir.root)
         self.feed.taught = True
