@@ -96,8 +96,13 @@ class BleuIndex:
         return out
 
     def _side_by_side(self, work: Callable[[int], None], rows: int) -> None:
+        pieces = range(0, rows, BLOCK)
+        if self.threads == 1:
+            for at in pieces:
+                work(at)
+            return
         with ThreadPoolExecutor(self.threads) as pool:
-            list(pool.map(work, range(0, rows, BLOCK)))
+            list(pool.map(work, pieces))
 
 
 def _places(holders: np.ndarray) -> np.ndarray:

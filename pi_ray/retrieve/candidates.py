@@ -11,8 +11,8 @@ from pi_ray.protocols import Encoder
 
 FLAT_ROWS = 20_000  # a larger bank is cut into cells, of which a query looks into the nearest
 CELL_ROWS = 1_000_000  # in a still larger one a graph finds the nearest cells
-CELLS = 0.7  # times the root of the texts: so many cells
-SEEN = 10  # share of the cells that a query looks into: one in so many
+CELLS = 0.4  # times the root of the texts: so many cells
+SEEN = 9  # share of the cells that a query looks into: one in so many
 ROUNDS, POINTS = 6, 25  # of k-means, which finds the cells, and texts a cell that it looks at
 PIECE = 4  # places of a vector that become one 4-bit code: the score looks at what is proposed, so the order among it need not be exact
 LINKS = 32  # of a node of the graph
@@ -39,6 +39,7 @@ class Candidates:
         first = self._vectors(bank[:BLOCK])
         index = faiss.index_factory(first.shape[1], _kind(first.shape[1], len(bank), bounds), faiss.METRIC_INNER_PRODUCT)
         if not index.is_trained:
+            index.by_residual = False  # codes of the texts themselves find more here than codes of their distance to the cell's middle
             index.cp.niter, index.cp.max_points_per_centroid, index.cp.min_points_per_centroid = ROUNDS, POINTS, 1
             index.pq.cp.niter = ROUNDS
             index.train(self._vectors(bank[:: max(1, len(bank) // (index.nlist * POINTS))]))

@@ -14,12 +14,12 @@ ORDER = 4
 
 @njit(nogil=True, cache=True)
 def offer(ids, scores, filled, position, score):
-    """Put (position, score) into the descending `scores` if it belongs there, after its equals. Returns how many are filled."""
+    """Put (position, score) into the descending `scores` if it belongs there; of equals the lower position comes first. Returns how many are filled."""
     k = len(scores)
-    if filled == k and score <= scores[k - 1]:
+    if filled == k and (score < scores[k - 1] or (score == scores[k - 1] and position > ids[k - 1])):
         return filled
     at = min(filled, k - 1)
-    while at > 0 and scores[at - 1] < score:
+    while at > 0 and (scores[at - 1] < score or (scores[at - 1] == score and ids[at - 1] > position)):
         scores[at], ids[at] = scores[at - 1], ids[at - 1]
         at -= 1
     scores[at], ids[at] = score, position
@@ -60,28 +60,20 @@ def power(m1, m2, m3, m4, length, factor):
 
 
 @njit(nogil=True, cache=True)
-def matched(bounds, held, begin, end, ids, times):
-    """Clipped matches of order 1 to 4: of the ascending n-grams ids[begin:end] with those that `held` counts."""
-    m1 = m2 = m3 = m4 = 0
-    while begin < end and ids[begin] < bounds[1]:
-        m1 += min(held[ids[begin]], times[begin])
+def matched(bound, held, begin, end, ids, times):
+    """Clipped matches of the ascending n-grams ids[begin:end] below `bound` with those that `held` counts, and where the next order begins."""
+    matches = 0
+    while begin < end and ids[begin] < bound:
+        matches += min(held[ids[begin]], times[begin])
         begin += 1
-    while begin < end and ids[begin] < bounds[2]:
-        m2 += min(held[ids[begin]], times[begin])
-        begin += 1
-    while begin < end and ids[begin] < bounds[3]:
-        m3 += min(held[ids[begin]], times[begin])
-        begin += 1
-    for e in range(begin, end):
-        m4 += min(held[ids[e]], times[e])
-    return m1, m2, m3, m4
+    return matches, begin
 
 
 @njit(nogil=True, cache=True)
 def raise_least(least, score):
-    """least[order] = (score / 100) ** order, a little less for what powers round away."""
+    """least[order] = (score / 100) ** order, a little less for what powers round away, so that its equals are still looked at."""
     for order in range(1, ORDER + 1):
-        least[order] = (score / 100.0) ** order * (1.0 - 1e-12)
+        least[order] = (score / 100.0) ** order * (1.0 - 1e-12) if score else -1.0
 
 
 @njit(nogil=True, cache=True)
@@ -161,7 +153,11 @@ def bleu_top(bounds, indptr, rows, times, lengths, groups, q_indptr, q_ids, q_ti
 
 @njit(nogil=True, cache=True)
 def bleu_top_among(bounds, indptr, bank_ids, bank_times, lengths, groups, q_indptr, q_ids, q_times, q_lengths, q_groups, among, ids, scores):
-    """As `bleu_top`, of the bank texts among[i] alone; -1 there is none. (indptr, bank_ids, bank_times) are the n-grams of each bank text."""
+    """As `bleu_top`, of the bank texts among[i] alone; -1 there is none. (indptr, bank_ids, bank_times) are the n-grams of each bank text.
+
+    No order has more matches than the one below it, since each of its n-grams begins with one of those. So most texts are known not to be among the
+    best when their words are counted, or their pairs; the sooner, the better those are that come first.
+    """
     k, longest, held = ids.shape[1], lengths.max(), np.zeros(bounds[ORDER], np.int32)
     least = np.empty(ORDER + 1)
     for i in range(len(q_lengths)):
@@ -169,12 +165,20 @@ def bleu_top_among(bounds, indptr, bank_ids, bank_times, lengths, groups, q_indp
             held[q_ids[e]] = q_times[e]
         factor, filled = factors(longest, q_lengths[i]), 0
         least[:] = -1.0
-        for j in np.sort(among[i]):
+        for j in among[i]:
             if j < 0 or groups[j] == q_groups[i]:
                 continue
-            m1, m2, m3, m4 = matched(bounds, held, indptr[j], indptr[j + 1], bank_ids, bank_times)
-            value = power(m1, m2, m3, m4, lengths[j], factor[lengths[j]])
-            order = min(max(lengths[j], 1), ORDER)
+            length, at, end = lengths[j], indptr[j], indptr[j + 1]
+            order, weight = min(max(length, 1), ORDER), factor[length]
+            m1, at = matched(bounds[1], held, at, end, bank_ids, bank_times)
+            if power(m1, min(m1, length - 1), min(m1, length - 2), min(m1, length - 3), length, weight) <= least[order]:
+                continue
+            m2, at = matched(bounds[2], held, at, end, bank_ids, bank_times)
+            if power(m1, m2, min(m2, length - 2), min(m2, length - 3), length, weight) <= least[order]:
+                continue
+            m3, at = matched(bounds[3], held, at, end, bank_ids, bank_times)
+            m4, at = matched(bounds[4], held, at, end, bank_ids, bank_times)
+            value = power(m1, m2, m3, m4, length, weight)
             if value > least[order]:
                 filled = offer(ids[i], scores[i], filled, j, 100.0 * value ** (1.0 / order))
                 if filled == k:

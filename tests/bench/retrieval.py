@@ -20,6 +20,7 @@ import re
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from copy import copy
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -97,11 +98,13 @@ def by_faiss(bank: BleuIndex, texts: Sequence[str], rows: np.ndarray) -> tuple[T
     begin = time.perf_counter()
     candidates = Candidates(bank, texts)
     built = time.perf_counter() - begin
+    candidates.encoder = own = copy(bank)
+    own.threads = 1  # each block's own thread
 
     def best(at: int) -> np.ndarray:
         some = rows[at : at + BLOCK]
         asked = [texts[i] for i in some]
-        return bank.top(asked, K, some, candidates.nearest(asked, CANDIDATES))[1]
+        return own.top(asked, K, some, candidates.nearest(asked, CANDIDATES))[1]
 
     with ThreadPoolExecutor(bank.threads, initializer=faiss.omp_set_num_threads, initargs=(1,)) as pool:  # blocks side by side, as actors take them
         scores = np.concatenate(list(pool.map(best, range(0, len(rows), BLOCK))))
