@@ -6,6 +6,7 @@ FOLDER has config.json; a file `killed` appears there when the node is gone. The
 from __future__ import annotations
 
 import atexit
+import fcntl
 import os
 import shutil
 import signal
@@ -56,16 +57,26 @@ class HeldBuilder(shards.Builder):
 
 
 class CountedBuilder(shards.Builder):
-    """Notes each shard that it builds in the file `built`; from the fifth on it waits for ever, as long as a file `hold` is there."""
+    """Notes each shard that it builds in the file `built`. Where a file `hold` is there when it starts, it waits for ever from the fifth shard on.
+
+    Those that will be held build one at a time, so that nothing is under way, built and not yet noted, when the fourth stands there.
+    """
+
+    def __init__(self, config: RunConfig, fingerprint: str):
+        super().__init__(config, fingerprint)
+        self.folder = Path(config.run_dir).parent
+        self.held = (self.folder / "hold").exists()
 
     def __call__(self, item: dict[str, Any]) -> str:
-        folder = Path(self.config.run_dir).parent
-        built = folder / "built"
-        while (folder / "hold").exists() and built.exists() and len(built.read_text().split()) >= 4:
-            time.sleep(0.01)
-        made = super().__call__(item)
-        with open(built, "a") as f:
-            f.write(f"{Path(made).parent.name}/{Path(made).name}\n")
+        built = self.folder / "built"
+        with open(self.folder / "turn", "w") as turn:
+            if self.held:
+                fcntl.flock(turn, fcntl.LOCK_EX)
+            while self.held and built.exists() and len(built.read_text().split()) >= 4:
+                time.sleep(0.01)
+            made = super().__call__(item)
+            with open(built, "a") as f:
+                f.write(f"{Path(made).parent.name}/{Path(made).name}\n")
         return made
 
 
