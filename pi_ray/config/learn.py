@@ -135,7 +135,7 @@ class TrainConfig(Block):
     keep_checkpoints: Annotated[int, Field(ge=2)] = 3
     max_failures: Count = Field(3, description="restarts of the worker group before the run stops")
     collective_timeout_s: Positive = added(300, "seconds that a worker waits for the others before it takes them for lost, and the worker group is started again")
-    dev_every: Count = added(0, "updates between dev scores inside a phase; 0: at its end alone")
+    dev_every: Count = added(0, "updates between dev scores inside a phase, under the last phase's prompt, or with early_stop under its own; 0: at its end alone")
     early_stop: Count = added(
         0, "dev scores in a row, each under the phase's own prompt, without gain after which a phase ends early; every phase then leaves the adapter of its best score, "
         "with which the next one goes on; 0: off",

@@ -19,7 +19,7 @@ from pi_ray.config import RetrieveConfig
 from pi_ray.protocols import Row
 from pi_ray.retrieve.candidates import Candidates
 
-EXACT_ROWS = 100_000  # two cores find the ten best of so many answers in two thirds of a minute, FAISS in a tenth of that (tests/bench/retrieval.py)
+EXACT_ROWS = 100_000  # two cores find the ten best of so many answers in two thirds of a minute, FAISS in a fourteenth of that (tests/bench/retrieval.py)
 NOBODY = -2  # the group of a row whose query the bank does not have
 
 Side = Literal["answer", "query"]
