@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from transformers import DynamicCache
 
+from pi_ray.models import last
+
 
 def prefix_cache(model: Any, prefix: Sequence[int]) -> DynamicCache:
     """Keys and values of the prefix, batch 1."""
@@ -76,4 +78,4 @@ def latency(model: Any, prefix: Sequence[int], row: Sequence[int], new_tokens: i
 @torch.inference_mode()
 def _forward(model: Any, ids: torch.Tensor, mask: Any, positions: Any, cache: DynamicCache) -> torch.Tensor:
     """Logits after the last token, (rows, vocabulary)."""
-    return model(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
+    return model(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=last(1, ids.device)).logits[:, -1]

@@ -15,6 +15,8 @@ from pi_ray.artifact import digest_file, staged, verify
 from pi_ray.errors import ConfigError, CorruptArtifactError, MissingExtraError, ModelError
 
 if TYPE_CHECKING:
+    import torch
+
     from pi_ray.config import ModelConfig
 
 NO_LIMIT = 8192  # tokens, where a config names no context: recurrent models have no positions to run out of, but were trained on texts of some thousand tokens
@@ -83,6 +85,17 @@ def load_model(config: ModelConfig, device: str = "cpu", **options: Any) -> Any:
     if config.quantize:
         return _from_pretrained(AutoModelForCausalLM, config, dtype=dtype, **_four_bit(device, dtype), **options).eval()
     return _from_pretrained(AutoModelForCausalLM, config, dtype=dtype, **options).to(device).eval()
+
+
+def last(count: int, device: Any = "cpu") -> torch.Tensor:
+    """`logits_to_keep` of a forward pass of which only the last `count` tokens' logits are wanted.
+
+    By index, not as a number: of a number transformers makes a slice, and torch multiplies a slice of several rows with the output layer
+    row by row, in bfloat16 on a copy of its weights for each (16 rows of a 135M model on one CPU thread: 2.4 s against 7 ms).
+    """
+    import torch
+
+    return torch.arange(-count, 0, device=device)
 
 
 def _four_bit(device: str, dtype: Any) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from transformers import DynamicCache
 
+from pi_ray.models import last
 from pi_ray.serving.stack import AdapterStack
 
 
@@ -39,7 +40,7 @@ class Apart:
         self.stack.use([adapter], len(chunk))
         out = self.model(
             input_ids=torch.tensor([list(chunk)], device=device), position_ids=torch.arange(start, start + len(chunk), device=device)[None],
-            use_cache=True, logits_to_keep=1, **{self._name: self._caches[row]},
+            use_cache=True, logits_to_keep=last(1, device), **{self._name: self._caches[row]},
         )  # fmt: skip
         self.lengths[row] += len(chunk)
         return out.logits[:, -1]

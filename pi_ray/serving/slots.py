@@ -17,6 +17,7 @@ import torch
 from transformers import DynamicCache
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
+from pi_ray.models import last
 from pi_ray.serving.apart import Apart
 from pi_ray.serving.stack import BASE, AdapterStack
 
@@ -84,7 +85,7 @@ class Slots:
         self.stack.use(adapters, wide)
         out = self.model(
             input_ids=ids, attention_mask=self._masks(positions, self._window[1], self._like["dtype"]), position_ids=positions.where(real, 0),
-            use_cache=True, logits_to_keep=1, **{self._name: self._cache},
+            use_cache=True, logits_to_keep=last(1, device), **{self._name: self._cache},
         )  # fmt: skip
         for i, chunk in enumerate(chunks):
             self.lengths[first + i] += len(chunk)

@@ -15,6 +15,7 @@ import torch
 
 from pi_ray.artifact import read_manifest, read_parquet, verify
 from pi_ray.errors import CorruptArtifactError
+from pi_ray.models import last
 from pi_ray.train import attention, gist
 from pi_ray.train.attention import Layout
 
@@ -107,7 +108,7 @@ def plain(prefix: list[int], rows: Sequence[tuple[list[int], list[int]]]) -> Bat
         mask[i, longest - len(row):] = 1
         labels[i, most - len(label):] = torch.tensor(label)
     positions = (mask.cumsum(1) - 1).clamp(min=0)
-    inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions, "logits_to_keep": most, "use_cache": False}
+    inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions, "logits_to_keep": last(most), "use_cache": False}
     return Batch(inputs, labels.flatten(), ids.numel(), sum(map(len, fed)))
 
 

@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from transformers import DynamicCache
 
+from pi_ray.models import last
+
 FILE = "gist.safetensors"  # beside the LoRA matrices, which have a file of their own
 PARAMETER = "gist"
 
@@ -68,7 +70,7 @@ def gist_cache(model: Any, prefix: Sequence[int], gists: torch.Tensor) -> Dynami
     """Keys and values of the gist tokens that `prefix` ends with, batch 1: the template is computed once and dropped. `gists` (k, D) as saved."""
     known = model.get_input_embeddings()(torch.tensor([list(prefix[: -len(gists)])], device=model.device))
     cache = DynamicCache()
-    model(inputs_embeds=torch.cat([known, gists[None].to(known)], 1), past_key_values=cache, use_cache=True, logits_to_keep=1)
+    model(inputs_embeds=torch.cat([known, gists[None].to(known)], 1), past_key_values=cache, use_cache=True, logits_to_keep=last(1, known.device))
     for layer in cache.layers:
         layer.keys, layer.values = layer.keys[:, :, -len(gists) :].clone(), layer.values[:, :, -len(gists) :].clone()
     return cache

@@ -6,6 +6,7 @@ import torch
 from pi_ray.config import ModelConfig
 from pi_ray.generate import greedy, latency, prefix_cache
 from pi_ray.models import load_model
+from pi_ray.train.batches import plain
 
 PREFIX = list(range(100, 130))
 ROWS = [[5, 6, 7], [200, 201, 202, 203, 204], [9]]
@@ -49,3 +50,16 @@ def test_no_prefix_is_a_prefix_too(model, expected):
 def test_latency_gives_seconds_with_and_without_the_cache(model):
     whole, cached = latency(model, PREFIX, ROWS[0], 3)
     assert whole > 0 and cached > 0
+
+
+def test_the_output_layer_gets_rows_that_lie_together(model):
+    """Of rows that do not, torch multiplies each with a copy of the layer's weights."""
+    seen = []
+    hook = model.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    try:
+        greedy(model, PREFIX, ROWS, 2, end=None)
+        model(**plain(PREFIX, [(row, [1, 2]) for row in ROWS]).inputs)
+    finally:
+        hook.remove()
+    assert [tuple(x.shape[:2]) for x in seen] == [(1, 1), (3, 1), (3, 1), (3, 2)]
+    assert all(x.is_contiguous() for x in seen)
