@@ -4,15 +4,15 @@ The template is equal for all rows of a phase, so its tokens go through the mode
 Everything but attention is token-wise and needs no change; attention splits the packed row by its layout. Works with any transformers decoder
 that dispatches to `ALL_ATTENTION_FUNCTIONS`, with gradient checkpointing and with ZeRO-3 (one ordinary forward call).
 
-Two implementations of the same mask: SDPA over rows padded to one length, with no (S, S) mask; and flex attention over the packed row as it is, one kernel that
+Two implementations of the same mask: SDPA row by row, with no padding and no (S, S) mask; and flex attention over the packed row as it is, one kernel that
 skips the blocks in which nothing is seen. The second is what GPUs get. Its mask and its outputs are checked on CPU; its speed on a GPU is not measured yet.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -31,34 +31,26 @@ SMALLEST_HEAD = 16  # dimensions of a head that flex attention's kernels take
 class Layout:
     """Where the rows lie in a packed sequence of S = P + sum(L_b) tokens.
 
-    visible: V, so many of the last prefix tokens are seen by the rows (all P, or gist tokens alone); gather: (B, L) int64, index of each row's token
-    among the row tokens (clamped at its end); scatter: (S - P,) int64, place of each row token in the flattened (B, L) grid; mask: (L, V + L) bool,
-    what a row's token may see; segment: (S,) int32, the number of each token's row, -1 in the prefix.
+    visible: V, so many of the last prefix tokens are seen by the rows (all P, or gist tokens alone); mask: (L, V + L) bool for the longest row, what
+    its tokens may see, of which a row of L_b tokens takes the corner (L_b, V + L_b); segment: (S,) int32, the number of each token's row, -1 in the prefix.
     """
 
     prefix: int
     visible: int
-    gather: torch.Tensor
-    scatter: torch.Tensor
+    lengths: tuple[int, ...]
     mask: torch.Tensor
     segment: torch.Tensor
     blocks: Any = None  # flex attention's mask, once a forward pass has asked for it
 
     @classmethod
-    def build(cls, prefix: int, lengths: list[int], visible: int | None = None) -> Layout:
-        visible = prefix if visible is None else visible
-        longest = max(lengths)
-        starts = torch.tensor([0, *lengths]).cumsum(0)[:-1]
-        offsets = torch.arange(longest)
-        size = torch.tensor(lengths)
-        gather = starts[:, None] + torch.minimum(offsets[None], size[:, None] - 1)
-        scatter = torch.cat([row * longest + offsets[:n] for row, n in enumerate(lengths)])
-        mask = torch.cat([torch.ones(longest, visible, dtype=torch.bool), torch.ones(longest, longest, dtype=torch.bool).tril()], dim=1)
+    def build(cls, prefix: int, lengths: Sequence[int], visible: int | None = None) -> Layout:
+        visible, longest = prefix if visible is None else visible, max(lengths)
+        mask = torch.ones(longest, visible + longest, dtype=torch.bool).tril(visible)
         segment = torch.repeat_interleave(torch.arange(-1, len(lengths)), torch.tensor([prefix, *lengths])).int()
-        return cls(prefix, visible, gather, scatter, mask, segment)
+        return cls(prefix, visible, tuple(lengths), mask, segment)
 
     def to(self, device: torch.device | str) -> Layout:
-        return Layout(self.prefix, self.visible, *(x.to(device) for x in (self.gather, self.scatter, self.mask, self.segment)))
+        return replace(self, mask=self.mask.to(device), segment=self.segment.to(device), blocks=None)
 
     def sees(self) -> Callable[..., torch.Tensor]:
         """Whether the token at place `query` sees the one at `key`, as flex attention's mask_mod."""
@@ -90,20 +82,13 @@ def shared_prefix_attention(
     if layout is None:
         return F.scaled_dot_product_attention(query, key, value, is_causal=True, **options).transpose(1, 2).contiguous(), None
     p, v = layout.prefix, layout.visible
-    rows, longest = layout.gather.shape
-
-    def padded(x: torch.Tensor) -> torch.Tensor:  # (1, H, S, D) -> (B, H, L, D)
-        return x[0, :, p:][:, layout.gather].transpose(0, 1)
-
-    def with_prefix(x: torch.Tensor) -> torch.Tensor:  # (1, H, S, D) -> (B, H, V + L, D)
-        return torch.cat([x[:, :, p - v : p].expand(rows, -1, -1, -1), padded(x)], dim=2)
-
-    out = F.scaled_dot_product_attention(padded(query), with_prefix(key), with_prefix(value), attn_mask=layout.mask, **options)
-    out = out.transpose(1, 2).reshape(rows * longest, *out.shape[1::2])[layout.scatter][None]
-    if p:
-        head = F.scaled_dot_product_attention(query[:, :, :p], key[:, :, :p], value[:, :, :p], is_causal=True, **options)
-        out = torch.cat([head.transpose(1, 2), out], dim=1)
-    return out.contiguous(), None
+    (head, *queries), (head_key, *keys), (head_value, *values) = (x.split([p, *layout.lengths], dim=2) for x in (query, key, value))
+    seen_key, seen_value = head_key[:, :, p - v :], head_value[:, :, p - v :]
+    found = [F.scaled_dot_product_attention(head, head_key, head_value, is_causal=True, **options)] if p else []
+    for n, q, k, w in zip(layout.lengths, queries, keys, values, strict=True):
+        sees = {"attn_mask": layout.mask[:n, : v + n]} if v else {"is_causal": True}
+        found.append(F.scaled_dot_product_attention(q, torch.cat([seen_key, k], 2), torch.cat([seen_value, w], 2), **sees, **options))
+    return torch.cat(found, 2).transpose(1, 2).contiguous(), None
 
 
 def flex_shared_prefix_attention(
