@@ -96,6 +96,7 @@ def evaluate(
             **_summarise(rows, texts[c.name], each, config),
             "input_tokens": sent + sum(map(len, own)) / len(own),
             "output_tokens": sum(len(o) + 1 for o in outputs[c.name]) / len(own),
+            "cut_off": sum(len(o) == limit for o in outputs[c.name]) / len(own),
             "prefix_tokens": sent,
             **medians(seconds[c.name]),
             **probes[c.name],

@@ -115,6 +115,9 @@ def lines(summary: dict[str, Any]) -> list[Line]:
     table.append(Line("Input tokens per request", [(f"{c['input_tokens']:,.0f}", "") for c in found.values()]))
     table.append(Line("Fewer than the full prompt", [_fewer(summary, n, c) for n, c in found.items()]))
     table.append(Line("Output tokens per request", [(f"{c['output_tokens']:,.0f}", "") for c in found.values()]))
+    if any(c.get("cut_off") for c in found.values()):
+        at = f"at {summary['max_new_tokens']} tokens"
+        table.append(Line("Answers cut off", [(f"{c['cut_off']:.1%}", at) if "cut_off" in c else ("–", "") for c in found.values()]))
     table.append(Line("Latency, no prefix cache", [(seconds(c.get("latency_s")), "") for c in found.values()]))
     table.append(Line("Latency, prefix cached", [(seconds(c.get("latency_cached_s")), "") for c in found.values()]))
     if any("latency_merged_s" in c for c in found.values()):

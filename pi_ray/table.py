@@ -87,7 +87,7 @@ def read(family: Family) -> list[Column]:
     return found
 
 
-HEAD = ("", "{metric} (95%)", "by seed", "{groups}", "tokens", "1/tau", "s, cache off", "s, cache on", "s, merged", "{currency} / 1,000", "same, cached", "less than {mine} by", "p by seed")
+HEAD = ("", "{metric} (95%)", "by seed", "{groups}", "cut off", "tokens", "1/tau", "s, cache off", "s, cache on", "s, merged", "{currency} / 1,000", "same, cached", "less than {mine} by", "p by seed")
 
 
 def lines(family: Family, columns: Sequence[Column], speeds: Speeds) -> Iterator[list[str]]:
@@ -108,6 +108,7 @@ def lines(family: Family, columns: Sequence[Column], speeds: Speeds) -> Iterator
             f"{value(metric, c.measured[0], 1)} ({value(metric, low, 1)} to {value(metric, high, 1)})",
             ", ".join(value(metric, s[c.key][metric], 1) for s in c.summaries),
             " / ".join(value(metric, fmean(s[c.key]["groups"][g][metric] for s in c.summaries)) for g in groups) or "–",
+            f"{c.mean('cut_off'):.1%}" if all("cut_off" in s[c.key] for s in c.summaries) else "–",
             f"{c.mean('input_tokens'):,.0f}",
             f"{whole / c.mean('input_tokens'):.1f}x" if whole else "–",
             *(seconds(own.get(kind)) for kind in ("latency_s", "latency_cached_s", "latency_merged_s")),
@@ -206,7 +207,7 @@ def markdown(rows: Sequence[list[str]]) -> str:
 
 def render(title: str, rows: Sequence[list[str]]) -> Iterator[Table]:
     """The same for a terminal: quality, then speed and cost, then the paper's rows, each narrow enough to read."""
-    quality, money, paper = [1, 2, 3, 4, 5, 11, 12], [6, 7, 8, 9, 10], range(len(HEAD), len(rows[0]))
+    quality, money, paper = [1, 2, 3, 4, 5, 6, 12, 13], [7, 8, 9, 10, 11], range(len(HEAD), len(rows[0]))
     for part, name in ((quality, title), (money, "Seconds and cost of a request"), (paper, "The paper's rows")):
         shown = [i for i in part if any(row[i] != "–" for row in rows[1:])]
         if shown:

@@ -60,6 +60,7 @@ def test_the_demo_ends_with_a_report_and_the_keys_that_programs_read(demo):
     for column in ("base", "base_full_prompt", "plain", "promptintern"):
         assert {"exact_match", "bleu", "input_tokens", "latency_s"} <= set(summary[column])
     assert set(summary["promptintern"]["groups"]) == {"like train", "new combinations", "template only"}
+    assert all(0 <= summary[column]["cut_off"] <= 1 for column in ("base", "base_full_prompt", "plain", "promptintern"))
     assert summary["promptintern"]["input_tokens"] < 0.1 * summary["base_full_prompt"]["input_tokens"]
     assert summary["train"]["plain"]["updates"] == summary["train"]["promptintern"]["updates"] == 6
     assert "<table" in (run / "report.html").read_text()

@@ -25,7 +25,7 @@ def column(label, exact, bleu, tokens, prefix, latency, cached, groups, width=0.
         }
 
     return {
-        "label": label, **scores(exact, bleu, width), "input_tokens": tokens, "output_tokens": 18.4, "prefix_tokens": prefix,
+        "label": label, **scores(exact, bleu, width), "input_tokens": tokens, "output_tokens": 18.4, "cut_off": 0.0, "prefix_tokens": prefix,
         "latency_s": latency, "latency_cached_s": cached,
         "groups": {g: {"rows": 60, **scores(v, bleu, width * 1.6)} for g, v in groups.items()},
     }

@@ -200,14 +200,20 @@ def test_evaluation_counts_the_gists_and_not_the_template(config, tmp_path, monk
 
     def answered(config, columns, work, limit, typical):
         generator = answers.Generator(config.model, config.prompt, [c.adapter for c in columns], limit, typical)
-        yield from ((place, generator(item)) for place, item in enumerate(work))
+        for place, item in enumerate(work):
+            done = generator(item)
+            said.extend([] if "timed" in item else done)
+            yield place, done
 
+    said = []
     monkeypatch.setattr(answers, "_answered", answered)
     quick = config.replace(**{"evaluate.probe": False, "evaluate.bootstrap": 10, "evaluate.latency_rows": 1, "evaluate.max_new_tokens": 3})
     found = evaluate(quick, columns=[trained(config)])["promptintern"]
     own = [len(encoder.row("red?", shots)) for shots in run.read_shots("test", {r.id: r for r in run.read_rows("train")}, 1).values()]
     assert found["prefix_tokens"] == K and found["latency_merged_s"] > 0
     assert found["input_tokens"] == K + (own[0] + len(encoder.row("blue?"))) / 2
+    lengths = [len(ids) for ids in said]
+    assert sorted(lengths) == [1, 3] and (found["cut_off"], found["output_tokens"]) == (0.5, 3), "one is stopped after its third token, the other ends"
 
 
 def test_gist_adapters_are_neither_published_nor_served(config, tmp_path):

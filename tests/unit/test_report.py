@@ -121,6 +121,12 @@ def test_headline_says_when_quality_is_lower_or_the_prompt_is_only_shortened():
     assert "a shortened prompt" in results.headline(summary(), Phase(0.3, 0, 1))
 
 
+def test_answers_that_never_ended_are_counted_where_there_are_some():
+    cells = lambda found: {line.name: line.cells for line in results.lines(found)}  # noqa: E731
+    assert "Answers cut off" not in cells(summary())
+    assert cells(summary(**{"promptintern.cut_off": 0.05}))["Answers cut off"][-1] == ("5.0%", "at 40 tokens")
+
+
 def test_percents_never_round_to_all_or_nothing():
     assert [results.percent(x) for x in (0, 0.004, 0.5, 0.996, 1)] == ["0%", "0.4%", "50%", "99.6%", "100%"]
 

@@ -109,6 +109,15 @@ def test_the_table_says_value_interval_seeds_tokens_and_difference(done):
     assert none["s, merged"] == "150 ms" and mine["s, merged"] == "–"
 
 
+def test_the_table_says_how_many_answers_never_ended(done):
+    path = done.of("none")[1].run.evaluation / "summary.json"
+    changed = json.loads(path.read_text())
+    changed["promptintern"]["cut_off"] = 0.05
+    path.write_text(json.dumps(changed))
+    head, *rows = table.lines(done, table.read(done), SPEEDS)
+    assert {r[0]: r[head.index("cut off")] for r in rows} == {"Base": "0.0%", "Full prompt": "0.0%", "No template": "2.5%", "PromptIntern": "0.0%"}
+
+
 def test_the_gap_recovered_is_said_where_there_is_one(done):
     sentence, numbers = table.gap(done, table.read(done))
     assert numbers["value"] == pytest.approx((30.5 - 12.5) / (36.5 - 12.5))
