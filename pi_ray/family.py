@@ -18,7 +18,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from pi_ray import runfile
 from pi_ray.artifact import digest
-from pi_ray.config import Block, RunConfig
+from pi_ray.config import INPUTS, Block, RunConfig
 from pi_ray.errors import ConfigError
 from pi_ray.rundir import RunDir
 
@@ -113,7 +113,8 @@ def _members(config: FamilyConfig, base: RunConfig, path: Path) -> Iterator[Memb
             if not column.trained and seed != config.seeds[0]:
                 continue  # the base model has no seed
             own = _set(base, column.set, f"{path}: columns.{name}.set")
-            same = digest(own.model_dump(mode="json", exclude={"run_dir", "name", "evaluate", "serve", "cost", "store", "cluster"}))[:8]
+            other = {"run_dir": True, "name": True, "evaluate": True, "serve": True, "cost": True, "store": True, "cluster": True, "task": set(INPUTS)}
+            same = digest(own.model_dump(mode="json", exclude=other))[:8]
             yield Member(name, seed, column.trained, own.replace(run_dir=str(base.root / "columns" / f"{name}-{same}" / f"seed-{seed}"), **{"train.seed": seed}))
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from pi_ray import floors, mirror, parcel, refresh, runfile
 from pi_ray.artifact import is_current, staged, write_atomic
-from pi_ray.config import RunConfig, dump
+from pi_ray.config import INPUTS, RunConfig, dump
 from pi_ray.errors import PiRayError, StorageError
 from pi_ray.objects import Objects
 
@@ -100,7 +100,7 @@ def _keep(config: RunConfig, found: dict[str, Path]) -> RunConfig:
 
     What is not there is missing here too. Raises StorageError.
     """
-    urls = {key: getattr(config.task, key).rstrip("/") for key in parcel.INPUTS if mirror.is_url(getattr(config.task, key))}
+    urls = {key: getattr(config.task, key).rstrip("/") for key in INPUTS if mirror.is_url(getattr(config.task, key))}
     with tempfile.TemporaryDirectory() as scratch:
         for key, url in urls.items():
             above, _, name = url.rpartition("/")

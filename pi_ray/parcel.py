@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from pi_ray.artifact import digest, digest_file
-from pi_ray.config import RunConfig, dump
+from pi_ray.config import INPUTS, RunConfig, dump
 from pi_ray.errors import ConfigError
 from pi_ray.models import PACKAGED
 
-INPUTS = ("train", "dev", "test", "queries", "template", "folder", "docs")  # keys of `task` that name files or folders
 FOLDER = "inputs"
 LIMIT = 90 << 20  # bytes; the Jobs API takes no upload above 100 MiB
 SECRET_KEY = re.compile(r"(^|[._])(api_?key|token|secret|password|passwd|credentials?)$", re.I)

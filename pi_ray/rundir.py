@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from pi_ray import __version__
 from pi_ray.artifact import digest, read_manifest, read_parquet
-from pi_ray.config import RunConfig
+from pi_ray.config import INPUTS, RunConfig
 from pi_ray.prompt import Example
 from pi_ray.protocols import SPLITS, UNLABELLED, Row
 from pi_ray.schedule import Phase, plan_phases
@@ -155,7 +155,8 @@ def evaluate_fingerprint(config: RunConfig, columns: list[tuple[str, str]]) -> s
 
 
 def _dump(config: RunConfig, *blocks: str) -> dict[str, Any]:
-    return {b: getattr(config, b).model_dump(mode="json") for b in blocks}
+    """Those blocks without the paths of rows and template: the task's fingerprint has what is in these files, and a project may be moved."""
+    return {b: getattr(config, b).model_dump(mode="json", exclude=set(INPUTS) if b == "task" else None) for b in blocks}
 
 
 def phases_of(config: RunConfig) -> Iterator[tuple[int, Phase]]:

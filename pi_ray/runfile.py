@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from pi_ray.config import RunConfig, assign
+from pi_ray.config import INPUTS, RunConfig, assign
 from pi_ray.errors import ConfigError
 
 M = TypeVar("M", bound=BaseModel)
@@ -69,7 +69,7 @@ def absolute(config: RunConfig, folder: Path) -> RunConfig:
         return str(base / Path(value).expanduser()) if value and "://" not in value else value
 
     task = config.task
-    paths = {k: at(folder, getattr(task, k)) for k in ("train", "dev", "test", "queries", "template", "folder", "docs")} if task.name != "opsql" else {}
+    paths = {k: at(folder, getattr(task, k)) for k in INPUTS} if task.name != "opsql" else {}
     return config.model_copy(update={
         "task": task.model_copy(update=paths),
         "run_dir": at(Path.cwd(), config.run_dir or f"runs/{config.name}"),

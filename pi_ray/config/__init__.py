@@ -2,13 +2,13 @@
 
 from pi_ray.config.block import Block, added, assign
 from pi_ray.config.cluster import ClusterConfig
-from pi_ray.config.data import COMPRESS_MODELS, CompressConfig, DocumentsConfig, RetrieveConfig, RowsConfig, TaskConfig
+from pi_ray.config.data import COMPRESS_MODELS, INPUTS, CompressConfig, DocumentsConfig, RetrieveConfig, RowsConfig, TaskConfig
 from pi_ray.config.learn import BackendConfig, DistillConfig, LoraConfig, PhaseConfig, PromptConfig, ScheduleConfig, TrainConfig
 from pi_ray.config.run import ModelConfig, RunConfig, dump, schema
 from pi_ray.config.serve import ServeConfig
 from pi_ray.config.use import ClosedConfig, CostConfig, EvaluateConfig
 
 __all__ = [
-    "COMPRESS_MODELS", "BackendConfig", "Block", "ClosedConfig", "ClusterConfig", "CompressConfig", "CostConfig", "DistillConfig", "DocumentsConfig", "EvaluateConfig", "LoraConfig", "ModelConfig",
+    "COMPRESS_MODELS", "INPUTS", "BackendConfig", "Block", "ClosedConfig", "ClusterConfig", "CompressConfig", "CostConfig", "DistillConfig", "DocumentsConfig", "EvaluateConfig", "LoraConfig", "ModelConfig",
     "PhaseConfig", "PromptConfig", "RetrieveConfig", "RowsConfig", "RunConfig", "ScheduleConfig", "ServeConfig", "TaskConfig", "TrainConfig", "added", "assign", "dump", "schema",
 ]  # fmt: skip

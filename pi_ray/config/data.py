@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 
 from pi_ray.config.block import PLAIN_URL, Block, Count, Positive, Rate, added
 
+INPUTS = ("train", "dev", "test", "queries", "template", "folder", "docs")  # keys of `task` that name files or folders
 COMPRESS_MODELS = {"llmlingua2": "microsoft/llmlingua-2-xlm-roberta-large-meetingbank", "generation": "gpt-4"}  # compressors with a model of their own
 
 

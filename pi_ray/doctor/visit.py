@@ -6,8 +6,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pi_ray import auth, floors, parcel
-from pi_ray.config import RunConfig
+from pi_ray import auth, floors
+from pi_ray.config import INPUTS, RunConfig
 from pi_ray.doctor import machine, remote
 from pi_ray.doctor.finding import Finding, fail, note
 from pi_ray.mirror import is_url
@@ -47,7 +47,7 @@ def _elsewhere(config: RunConfig, folder: Path | None) -> list[str]:
     """Keys of what a job does not take along and this machine does not have: URLs, and paths that only the cluster's nodes may see."""
     from pi_ray.doctor.run import aids
 
-    named = {"model.base": config.model.base, **aids(config), **{f"task.{key}": getattr(config.task, key) for key in parcel.INPUTS}}
+    named = {"model.base": config.model.base, **aids(config), **{f"task.{key}": getattr(config.task, key) for key in INPUTS}}
     paths = {key: Path(value).expanduser() for key, value in named.items() if value and not (key.startswith("task.") and config.task.name == "opsql")}
     lacking = {key for key, path in paths.items() if path.is_absolute() and not path.exists() and not (folder and path.is_relative_to(folder.resolve()))}
     return [key for key in paths if key in lacking or is_url(named[key])]

@@ -1,12 +1,15 @@
 """A user's rows: four layouts, precise rejects, stable subsets."""
 
 import json
+import shutil
 
 import pytest
 
+from pi_ray import runfile
 from pi_ray.config import TaskConfig
 from pi_ray.errors import DataError
 from pi_ray.protocols import Reject, Row
+from pi_ray.rundir import learned_from, prepare_fingerprint
 from pi_ray.tasks import jsonl
 from pi_ray.tasks.jsonl import JsonlTask
 
@@ -156,3 +159,20 @@ def test_queries_without_an_answer_come_in_the_same_layouts(tmp_path, row):
     (tmp_path / "queries.jsonl").write_text(json.dumps(row) + "\n{}\n")
     found = list(task.rows("unlabelled"))
     assert found[0] == Row("unlabelled-1", "ask", "") and isinstance(found[1], Reject)
+
+
+def test_a_project_that_is_moved_has_the_fingerprint_it_had_and_one_whose_rows_change_has_not(tmp_path):
+    def made_from(folder):
+        config = runfile.load(folder / "run.yaml")
+        return prepare_fingerprint(config, JsonlTask(config.task).fingerprint()), learned_from(config)
+
+    here, there = tmp_path / "here", tmp_path / "there"
+    here.mkdir()
+    (here / "run.yaml").write_text("name: moved\n")
+    for name in ("train.jsonl", "test.jsonl", "template.md"):
+        (here / name).write_bytes(GOOD)
+    before = made_from(here)
+    shutil.move(here, there)
+    assert made_from(there) == before
+    (there / "train.jsonl").write_bytes(GOOD + b"\n" + GOOD)
+    assert made_from(there)[0] != before[0]

@@ -61,6 +61,13 @@ def test_a_column_that_changes_gets_another_folder_and_equal_ones_of_two_tables_
     assert not {m.config.run_dir for m in one.members} & {m.config.run_dir for m in other.members}
 
 
+def test_columns_are_found_again_where_the_data_lies_elsewhere(tmp_path):
+    path = table_file(tmp_path)
+    (tmp_path / "run.yaml").write_text(f"name: small\nrun_dir: {tmp_path}/runs/small\ntask: {{name: nl2bash}}\n")
+    one, other = ([m.config.run_dir for m in family.load(path, [f"task.folder={folder}"]).members] for folder in ("/mnt/a", "/mnt/b"))
+    assert one == other
+
+
 def test_overrides_reach_the_runs_and_those_with_table_the_table(tmp_path):
     path = table_file(tmp_path, set={"train.lr": 0.002, "train.batch_size": 8})
     found = family.load(path, ["train.lr=0.003", "table.seeds=[5]", "table.only=[mine]"])
