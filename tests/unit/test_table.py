@@ -170,7 +170,7 @@ def test_a_table_that_was_stopped_shows_what_there_is(tmp_path):
     assert [part.row_count for part in table.render("t", [head, *rows])] == [1, 1], "no paper, so two parts"
 
 
-@pytest.mark.parametrize("path", sorted((JOBS / "paper").glob("table*.yaml")), ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", sorted((JOBS / "paper").glob("*.yaml")), ids=lambda p: p.stem)
 def test_the_tables_that_ship_load_and_their_paper_columns_are_there(path):
     found = family.load(path)
     paper = found.config.paper
