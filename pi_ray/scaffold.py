@@ -30,6 +30,7 @@ schedule:                      # template and examples fall from all to nothing 
   name: linear
   phases: 3                    # template rate 1, 0.5, 0
   shots: 2                     # retrieved examples in the first phase: 2, 1, 0
+  epochs: [1, 1, 3]            # passes over the rows in each phase; most in the last, which sees the query alone
 
 train:
   workers: 2                   # training processes; one for each GPU
