@@ -6,10 +6,10 @@ import io
 from collections.abc import Sequence
 from typing import Any
 
-from pi_ray.artifact import write_atomic
 from pi_ray.errors import StorageError
 from pi_ray.plots import BANDS, COLOURS, GRID, INK, MUTED, Panel, nice, running_mean, thinned, ticks
-from pi_ray.rundir import RunDir
+from pi_ray.run.artifact import write_atomic
+from pi_ray.run.directory import RunDir
 from pi_ray.train.log import entries
 
 WIDTH, HEIGHT = 960, 420

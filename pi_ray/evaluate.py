@@ -15,14 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from pi_ray.answers import Column, generated, medians, timed
-from pi_ray.artifact import is_current, read_manifest, staged, verify
 from pi_ray.config import RunConfig
 from pi_ray.models import load_tokenizer
 from pi_ray.prompt import PromptEncoder
 from pi_ray.protocols import Row, Task
 from pi_ray.registry import tasks
 from pi_ray.results import LABELS
-from pi_ray.rundir import RunDir, evaluate_fingerprint, plain_config
+from pi_ray.run.artifact import is_current, read_manifest, staged, verify
+from pi_ray.run.directory import RunDir, evaluate_fingerprint, plain_config
 from pi_ray.schedule import plan_phases
 from pi_ray.tasks.metrics import corpus_bleu, mean_interval, paired_bleu, paired_mean
 from pi_ray.train import gist

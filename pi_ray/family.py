@@ -17,10 +17,10 @@ from typing import Annotated, Any
 from pydantic import Field, ValidationError, model_validator
 
 from pi_ray import runfile
-from pi_ray.artifact import digest
 from pi_ray.config import INPUTS, Block, RunConfig
 from pi_ray.errors import ConfigError
-from pi_ray.rundir import RunDir
+from pi_ray.run.artifact import digest
+from pi_ray.run.directory import RunDir
 
 PREFIX = "table."  # overrides that begin so are for the table file, the others for every run of it
 

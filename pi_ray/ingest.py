@@ -17,13 +17,13 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
-from pi_ray.artifact import staged, write_atomic, writing
 from pi_ray.config import TaskConfig
 from pi_ray.errors import DataError
 from pi_ray.protocols import SPLITS, UNLABELLED, Reject, Row, Task
 from pi_ray.retrieve.neighbours import normalised
-from pi_ray.rundir import RunDir
-from pi_ray.stored import RowWriter, StoredRows, write_rows
+from pi_ray.run.artifact import staged, write_atomic, writing
+from pi_ray.run.directory import RunDir
+from pi_ray.run.row_store import RowWriter, StoredRows, write_rows
 
 DEV_SHARE = 0.1  # of the training rows, when the task has no dev rows
 SHOWN = 3  # examples named in an error

@@ -14,10 +14,10 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 from pi_ray import floors, mirror, parcel, refresh, runfile
-from pi_ray.artifact import is_current, staged, write_atomic
 from pi_ray.config import INPUTS, RunConfig, dump
 from pi_ray.errors import PiRayError, StorageError
-from pi_ray.objects import Objects
+from pi_ray.run.artifact import is_current, staged, write_atomic
+from pi_ray.run.object_storage import Objects
 
 
 def main(verb: str, arguments: Sequence[str]) -> int:

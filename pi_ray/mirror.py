@@ -19,10 +19,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
-from pi_ray import artifact
-from pi_ray.artifact import MANIFEST, digest, digest_file, verify
 from pi_ray.errors import CorruptArtifactError, StorageError
-from pi_ray.objects import Objects, is_passing
+from pi_ray.run import artifact
+from pi_ray.run.artifact import MANIFEST, digest, digest_file, verify
+from pi_ray.run.object_storage import Objects, is_passing
 
 HASH, LINK = ".sha256", ".link"
 TRIES = 3  # an artefact may be replaced while it is fetched

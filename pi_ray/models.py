@@ -11,8 +11,8 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pi_ray.artifact import digest_file, staged, verify
 from pi_ray.errors import ConfigError, CorruptArtifactError, MissingExtraError, ModelError
+from pi_ray.run.artifact import digest_file, staged, verify
 
 if TYPE_CHECKING:
     import torch

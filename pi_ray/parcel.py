@@ -9,10 +9,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from pi_ray.artifact import digest, digest_file
 from pi_ray.config import INPUTS, RunConfig, dump
 from pi_ray.errors import ConfigError
 from pi_ray.models import PACKAGED
+from pi_ray.run.artifact import digest, digest_file
 
 FOLDER = "inputs"
 LIMIT = 90 << 20  # bytes; the Jobs API takes no upload above 100 MiB

@@ -13,11 +13,11 @@ from typing import Any
 from rich.console import Console
 
 from pi_ray import cluster
-from pi_ray.artifact import digest, read_manifest, write_atomic
 from pi_ray.config import RunConfig, dump
 from pi_ray.family import Family, Member, complete
 from pi_ray.progress import Watch, training
-from pi_ray.rundir import RunDir, phases_of, plain_config
+from pi_ray.run.artifact import digest, read_manifest, write_atomic
+from pi_ray.run.directory import RunDir, phases_of, plain_config
 from pi_ray.train.updates import phase_updates
 
 

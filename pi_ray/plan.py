@@ -13,13 +13,13 @@ from statistics import fmean
 from typing import TYPE_CHECKING
 
 from pi_ray import cost, estimate
-from pi_ray.artifact import is_current
 from pi_ray.ingest import check, read
 from pi_ray.models import load_tokenizer
 from pi_ray.prompt import Example, PromptEncoder
 from pi_ray.protocols import SPLITS, UNLABELLED
 from pi_ray.registry import tasks
-from pi_ray.rundir import RunDir, plain_config, prepare_fingerprint, wants_unlabelled
+from pi_ray.run.artifact import is_current
+from pi_ray.run.directory import RunDir, plain_config, prepare_fingerprint, wants_unlabelled
 from pi_ray.schedule import Phase, plan_phases
 from pi_ray.train.updates import phase_updates
 

@@ -12,7 +12,6 @@ from dataclasses import asdict
 from typing import Any
 
 from pi_ray import cluster, mirror, shards
-from pi_ray.artifact import is_current, staged
 from pi_ray.compress import documents
 from pi_ray.compress.compress import Compressed, cached, compress_template, load
 from pi_ray.config import RunConfig
@@ -22,7 +21,8 @@ from pi_ray.models import load_tokenizer
 from pi_ray.prompt import PromptEncoder, Template
 from pi_ray.protocols import SPLITS, UNLABELLED, Task
 from pi_ray.retrieve.retrieve import find_neighbours, has_neighbours
-from pi_ray.rundir import RunDir, distinct_rates, documents_file, phases_of, prepare_fingerprint, rate_name, wants_unlabelled
+from pi_ray.run.artifact import is_current, staged
+from pi_ray.run.directory import RunDir, distinct_rates, documents_file, phases_of, prepare_fingerprint, rate_name, wants_unlabelled
 
 COMPRESS_THREADS = 4
 

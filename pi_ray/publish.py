@@ -12,11 +12,11 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from pi_ray.artifact import digest, seal, verify, write_atomic
 from pi_ray.config import PromptConfig, RunConfig
 from pi_ray.errors import AdapterError
 from pi_ray.models import PACKAGED
-from pi_ray.rundir import RunDir
+from pi_ray.run.artifact import digest, seal, verify, write_atomic
+from pi_ray.run.directory import RunDir
 from pi_ray.serving import drift
 from pi_ray.serving.adapters import NAME, AdapterStore
 from pi_ray.serving.aliases import LATEST

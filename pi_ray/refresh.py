@@ -9,11 +9,11 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from pi_ray.artifact import MANIFEST, staged, tell_of, write_atomic
 from pi_ray.config import RunConfig
 from pi_ray.errors import AdapterError, StorageError
-from pi_ray.objects import Objects
-from pi_ray.rundir import RunDir, prepare_fingerprint, train_fingerprint
+from pi_ray.run.artifact import MANIFEST, staged, tell_of, write_atomic
+from pi_ray.run.directory import RunDir, prepare_fingerprint, train_fingerprint
+from pi_ray.run.object_storage import Objects
 from pi_ray.serving.adapters import AdapterStore, UnknownAdapterError
 from pi_ray.serving.aliases import NEWEST
 

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from pi_ray import __version__, cost, plots, results
-from pi_ray.artifact import read_manifest, write_atomic
 from pi_ray.config import RunConfig, dump
 from pi_ray.errors import CorruptArtifactError, DataError
 from pi_ray.results import table
-from pi_ray.rundir import RunDir
+from pi_ray.run.artifact import read_manifest, write_atomic
+from pi_ray.run.directory import RunDir
 from pi_ray.schedule import plan_phases
 from pi_ray.train.log import entries
 

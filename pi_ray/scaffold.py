@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from pi_ray.artifact import write_atomic
 from pi_ray.errors import ConfigError
+from pi_ray.run.artifact import write_atomic
 
 RUN = """\
 # One run of pi-ray. `pi-ray plan run.yaml` says what it would do and cost, `pi-ray run run.yaml` does it.

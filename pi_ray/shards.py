@@ -18,13 +18,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pi_ray.artifact import commit, seal
 from pi_ray.config import ModelConfig, PromptConfig, RunConfig
 from pi_ray.models import load_tokenizer
 from pi_ray.prompt import Example, PromptEncoder
 from pi_ray.protocols import UNLABELLED, Row
-from pi_ray.rundir import RunDir
-from pi_ray.stored import StoredRows, has_piece, read_range, write_piece
+from pi_ray.run.artifact import commit, seal
+from pi_ray.run.directory import RunDir
+from pi_ray.run.row_store import StoredRows, has_piece, read_range, write_piece
 
 SHARD_ROWS = 256
 SCHEMA = pa.schema({"id": pa.string(), "prompt_ids": pa.list_(pa.int32()), "label_ids": pa.list_(pa.int32())})

@@ -47,7 +47,7 @@ def ray_worker(settings: dict[str, Any]) -> None:
 
 def install(root: Path) -> None:
     """Plant the faults into this process."""
-    from pi_ray import artifact
+    from pi_ray.run import artifact
     from pi_ray.train.worker import _Worker
 
     faults = [Fault(**f) for f in json.loads((root / "faults.json").read_text())]

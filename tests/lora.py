@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from pi_ray.artifact import seal, staged, write_atomic
+from pi_ray.run.artifact import seal, staged, write_atomic
 
 TEMPLATE = "Answer with one code."
 

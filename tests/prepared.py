@@ -7,12 +7,12 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pi_ray.artifact import staged
 from pi_ray.config import RunConfig
 from pi_ray.models import load_tokenizer
 from pi_ray.prompt import Example, PromptEncoder
 from pi_ray.protocols import UNLABELLED
-from pi_ray.rundir import RunDir, wants_unlabelled
+from pi_ray.run.artifact import staged
+from pi_ray.run.directory import RunDir, wants_unlabelled
 from pi_ray.schedule import plan_phases
 
 TEMPLATE = "Translate a colour into its code. red is k4, blue is z9, green is q1, black is b7."

@@ -10,8 +10,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pi_ray.artifact import digest
 from pi_ray.closed.client import Reply, Service
+from pi_ray.run.artifact import digest
 
 if TYPE_CHECKING:
     from pi_ray.config import RunConfig

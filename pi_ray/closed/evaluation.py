@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from pi_ray import __version__
-from pi_ray.artifact import digest, is_current, staged
 from pi_ray.closed.answer import PARALLEL, replies
 from pi_ray.closed.client import OPENAI, Reply
 from pi_ray.closed.messages import prepared, prompts_of_columns
@@ -23,7 +22,8 @@ from pi_ray.closed.tuning import is_tuned, tuned
 from pi_ray.errors import TrainingError
 from pi_ray.prompt import PromptEncoder, text_of
 from pi_ray.results import LABELS
-from pi_ray.rundir import RunDir, plain_config
+from pi_ray.run.artifact import digest, is_current, staged
+from pi_ray.run.directory import RunDir, plain_config
 
 if TYPE_CHECKING:
     from pi_ray.answers import Column

@@ -9,8 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from pi_ray.artifact import write_atomic
 from pi_ray.errors import CorruptArtifactError, TrainingError
+from pi_ray.run.artifact import write_atomic
 
 
 class State:

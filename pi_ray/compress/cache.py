@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pi_ray import models
-from pi_ray.artifact import digest, write_atomic
+from pi_ray.run.artifact import digest, write_atomic
 
 
 def load(key: str) -> Any | None:

@@ -12,12 +12,12 @@ from dataclasses import asdict
 from functools import lru_cache
 from typing import Any
 
-from pi_ray.artifact import digest
 from pi_ray.compress import cache
 from pi_ray.compress.search import Compressed, Search, count
 from pi_ray.config import CompressConfig
 from pi_ray.prompt import Template
 from pi_ray.protocols import Compressor
+from pi_ray.run.artifact import digest
 
 ALGORITHM = 2  # part of the cache key: raise it when equal input gives another output
 

@@ -11,10 +11,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from pi_ray import floors
-from pi_ray.artifact import CURES
 from pi_ray.config import RunConfig
 from pi_ray.doctor.finding import Finding, fail, note, ok
 from pi_ray.mirror import is_url
+from pi_ray.run.artifact import CURES
 
 GIB = 2**30
 ROOM = 2 * GIB  # for rows, templates, evaluation and the report

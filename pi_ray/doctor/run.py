@@ -18,7 +18,7 @@ from pi_ray.models import load_tokenizer, resolve
 from pi_ray.protocols import Reject
 from pi_ray.registry import tasks
 from pi_ray.retrieve import encoders
-from pi_ray.rundir import distinct_rates, most_shots
+from pi_ray.run.directory import distinct_rates, most_shots
 from pi_ray.schedule import plan_phases
 from pi_ray.train import trackers
 

@@ -7,10 +7,10 @@ import shlex
 from importlib.resources import files
 from pathlib import Path
 
-from pi_ray.artifact import write_atomic
 from pi_ray.config import RunConfig
 from pi_ray.errors import ConfigError
 from pi_ray.render.values import values
+from pi_ray.run.artifact import write_atomic
 
 KINDS = {
     "k8s": ("base.yaml", "raycluster.yaml", "rayjob.yaml", "raycronjob.yaml", "rayservice.yaml"),

@@ -12,9 +12,9 @@ from typing import Any
 import yaml
 
 from pi_ray import estimate, mirror
-from pi_ray.artifact import digest
 from pi_ray.config import RunConfig, dump
 from pi_ray.errors import ConfigError
+from pi_ray.run.artifact import digest
 
 GIB = 2**30
 STORAGE = "/shared"  # where storage is mounted when cluster.storage_path does not say

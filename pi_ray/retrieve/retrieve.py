@@ -17,12 +17,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pi_ray import cluster, mirror
-from pi_ray.artifact import digest_file, tell_of, write_atomic, writing
 from pi_ray.config import RetrieveConfig, RunConfig
 from pi_ray.fanout import fan_out
-from pi_ray.rundir import RunDir, most_shots
+from pi_ray.run.artifact import digest_file, tell_of, write_atomic, writing
+from pi_ray.run.directory import RunDir, most_shots
+from pi_ray.run.row_store import count, has_piece, join, read_range, write_piece
 from pi_ray.shards import working_folder
-from pi_ray.stored import count, has_piece, join, read_range, write_piece
 
 PIECE_ROWS = 512  # rows of one neighbour search
 SAMPLE = 256  # rows whose exact best are looked up where FAISS chose

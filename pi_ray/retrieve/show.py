@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 from rich.text import Text
 
-from pi_ray.artifact import is_current
 from pi_ray.errors import DataError
 from pi_ray.retrieve.retrieve import SCORES, read_facts, summary
-from pi_ray.rundir import RunDir
-from pi_ray.stored import read_range
+from pi_ray.run.artifact import is_current
+from pi_ray.run.directory import RunDir
+from pi_ray.run.row_store import read_range
 
 if TYPE_CHECKING:
     from rich.console import Console

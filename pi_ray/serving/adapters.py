@@ -15,9 +15,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pi_ray.artifact import MANIFEST, digest, digest_file
 from pi_ray.config import ModelConfig, PromptConfig
 from pi_ray.errors import AdapterError
+from pi_ray.run.artifact import MANIFEST, digest, digest_file
 from pi_ray.serving.aliases import ALIAS, ALIASES, LATEST, NEWEST, SERVED, VERSION, Alias, parse
 from pi_ray.serving.drift import PROMPT, Guard
 from pi_ray.serving.folder import Folder

@@ -12,8 +12,8 @@ import re
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from pi_ray.artifact import digest
 from pi_ray.errors import AdapterError
+from pi_ray.run.artifact import digest
 
 ALIASES, LATEST = "aliases.json", "latest.json"
 SERVED, NEWEST = "prod", "latest"  # the alias that a name alone means, and the one that always means the newest version

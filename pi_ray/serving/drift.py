@@ -21,10 +21,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from pi_ray.artifact import digest
 from pi_ray.compress.words import join, spans
 from pi_ray.config import PromptConfig
 from pi_ray.prompt import Example
+from pi_ray.run.artifact import digest
 
 PROMPT = "prompt.json"
 SIMILAR = 0.5

@@ -9,8 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from pi_ray.artifact import staged, verify, write_atomic, writing
 from pi_ray.errors import AdapterError, CorruptArtifactError
+from pi_ray.run.artifact import staged, verify, write_atomic, writing
 from pi_ray.serving.aliases import LATEST, VERSION
 from pi_ray.serving.verify import read_json
 

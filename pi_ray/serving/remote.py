@@ -18,9 +18,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from pi_ray.artifact import MANIFEST, digest, staged, verify, writing
 from pi_ray.errors import AdapterError, ConfigError, CorruptArtifactError
 from pi_ray.models import cache_dir
+from pi_ray.run.artifact import MANIFEST, digest, staged, verify, writing
 from pi_ray.serving.aliases import LATEST, VERSION
 from pi_ray.serving.verify import MAX_JSON_BYTES, MAX_WEIGHT_BYTES, SUFFIXES, WEIGHTS, parse_json
 

@@ -15,9 +15,9 @@ import struct
 from pathlib import Path
 from typing import Any
 
-from pi_ray.artifact import MANIFEST, digest_file
 from pi_ray.config import ModelConfig, PromptConfig
 from pi_ray.errors import AdapterError
+from pi_ray.run.artifact import MANIFEST, digest_file
 from pi_ray.serving.drift import PROMPT, flaw
 
 LORA_TENSOR = re.compile(r"base_model\.model\.([\w.]+)\.lora_([AB])\.weight", re.ASCII)

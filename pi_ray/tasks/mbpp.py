@@ -12,11 +12,11 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from pi_ray.artifact import digest
 from pi_ray.config import TaskConfig
 from pi_ray.errors import DataError
 from pi_ray.prompt import Template
 from pi_ray.protocols import Reject, Row
+from pi_ray.run.artifact import digest
 from pi_ray.tasks.judge import split
 from pi_ray.tasks.metrics import exact_match
 from pi_ray.tasks.sandbox import Limits, Program, Sandbox

@@ -8,11 +8,11 @@ from importlib.resources import files
 from itertools import zip_longest
 from pathlib import Path
 
-from pi_ray.artifact import digest
 from pi_ray.config import TaskConfig
 from pi_ray.errors import DataError
 from pi_ray.prompt import Template
 from pi_ray.protocols import SPLITS, Reject, Row
+from pi_ray.run.artifact import digest
 from pi_ray.tasks.metrics import exact_match
 from pi_ray.tasks.source import fingerprint, from_hub, most_used, subset
 

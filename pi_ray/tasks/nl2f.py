@@ -9,11 +9,11 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from pi_ray.artifact import digest
 from pi_ray.config import TaskConfig
 from pi_ray.errors import DataError
 from pi_ray.prompt import Template
 from pi_ray.protocols import Reject, Row
+from pi_ray.run.artifact import digest
 from pi_ray.tasks.source import fingerprint, most_used, subset
 
 FILES = {"train": "train.json", "dev": "valid.json", "test": "test.json"}

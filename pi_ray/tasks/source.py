@@ -11,10 +11,10 @@ from heapq import nsmallest
 from pathlib import Path
 from typing import Any
 
-from pi_ray.artifact import digest, digest_file
 from pi_ray.config import TaskConfig
 from pi_ray.errors import DataError
 from pi_ray.protocols import UNLABELLED, Reject, Row
+from pi_ray.run.artifact import digest, digest_file
 
 LIKE_TRAIN, UNSEEN = "like train", "template only"
 

@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
-from pi_ray.artifact import read_manifest, read_parquet, verify
 from pi_ray.errors import CorruptArtifactError
 from pi_ray.models import last
+from pi_ray.run.artifact import read_manifest, read_parquet, verify
 from pi_ray.train import attention, gist
 from pi_ray.train.attention import Layout
 

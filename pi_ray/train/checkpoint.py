@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from pi_ray.artifact import read_manifest, staged, sweep, verify
 from pi_ray.errors import CorruptArtifactError, TrainingError
+from pi_ray.run.artifact import read_manifest, staged, sweep, verify
 
 log = logging.getLogger(__name__)
 

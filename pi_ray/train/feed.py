@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from pi_ray.artifact import is_current
 from pi_ray.config import RunConfig
 from pi_ray.protocols import UNLABELLED
-from pi_ray.rundir import RunDir, wants_unlabelled
+from pi_ray.run.artifact import is_current
+from pi_ray.run.directory import RunDir, wants_unlabelled
 from pi_ray.train import gist
 from pi_ray.train.ahead import Ahead
 from pi_ray.train.batches import Batch, PhaseRows, plain

@@ -9,8 +9,8 @@ from __future__ import annotations
 import uuid
 from pathlib import Path
 
-from pi_ray.artifact import write_atomic
 from pi_ray.errors import TrainingError
+from pi_ray.run.artifact import write_atomic
 
 
 class Lease:

@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pi_ray.artifact import write_atomic, writing
 from pi_ray.errors import MissingExtraError
+from pi_ray.run.artifact import write_atomic, writing
 from pi_ray.train.lease import Lease
 
 if TYPE_CHECKING:

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from pi_ray import cluster, curve, mirror
-from pi_ray.artifact import is_current, read_manifest
 from pi_ray.config import RunConfig
 from pi_ray.errors import ConfigError, PiRayError, TrainingError
-from pi_ray.rundir import RunDir, learned_from, train_fingerprint
+from pi_ray.run.artifact import is_current, read_manifest
+from pi_ray.run.directory import RunDir, learned_from, train_fingerprint
 from pi_ray.schedule import plan_phases
 from pi_ray.train import trackers
 from pi_ray.train.log import entries

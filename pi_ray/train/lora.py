@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 
-from pi_ray.artifact import digest, staged, verify, write_atomic
 from pi_ray.config import LoraConfig, RunConfig
 from pi_ray.errors import ConfigError, TrainingError
-from pi_ray.rundir import RunDir
+from pi_ray.run.artifact import digest, staged, verify, write_atomic
+from pi_ray.run.directory import RunDir
 from pi_ray.train import gist
 from pi_ray.train.zero import moe_blocks
 

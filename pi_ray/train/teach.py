@@ -22,9 +22,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 
-from pi_ray.artifact import read_parquet, staged, verify
 from pi_ray.config import DistillConfig
 from pi_ray.generate import greedy, prefix_cache
+from pi_ray.run.artifact import read_parquet, staged, verify
 from pi_ray.train import attention
 from pi_ray.train.batches import Batch, PhaseRows
 

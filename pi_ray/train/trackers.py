@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import urlsplit
 
-from pi_ray.artifact import write_atomic
 from pi_ray.config import RunConfig
 from pi_ray.errors import MissingExtraError
-from pi_ray.rundir import RunDir, learned_from
+from pi_ray.run.artifact import write_atomic
+from pi_ray.run.directory import RunDir, learned_from
 
 PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb", "mlflow": "mlflow"}
 WANDB_HOST = "https://api.wandb.ai"

@@ -13,12 +13,12 @@ from typing import Any
 import torch
 
 from pi_ray import mirror, models
-from pi_ray.artifact import digest, read_manifest, sweep
 from pi_ray.config import RunConfig
 from pi_ray.errors import TrainingError
 from pi_ray.protocols import UNLABELLED
 from pi_ray.registry import backends
-from pi_ray.rundir import RunDir, learned_from
+from pi_ray.run.artifact import digest, read_manifest, sweep
+from pi_ray.run.directory import RunDir, learned_from
 from pi_ray.schedule import plan_phases
 from pi_ray.train import attention, checkpoint, gist, lora, teach, trackers
 from pi_ray.train.backends import MOMENTS

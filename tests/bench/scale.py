@@ -31,7 +31,7 @@ from statistics import median
 from typing import Any
 
 from pi_ray.config import RunConfig
-from pi_ray.rundir import RunDir
+from pi_ray.run.directory import RunDir
 from tests.bench.report import header, last_line
 from tests.bench.train import PROMPTS, apart, cores, data_folder, prepare, run_config
 

@@ -156,7 +156,7 @@ def make_models(folder: Path, model: str) -> None:
 
 
 def _publish(folder: Path, name: str, adapted: Any) -> None:
-    from pi_ray.artifact import staged, write_atomic
+    from pi_ray.run.artifact import staged, write_atomic
     from tests.lora import card
 
     with staged(folder / "store" / name / "v0001", fingerprint=name) as tmp:

@@ -36,12 +36,12 @@ from typing import Any
 
 import torch
 
-from pi_ray.artifact import digest, staged
 from pi_ray.config import RunConfig, TaskConfig
 from pi_ray.models import load_model, load_tokenizer, resolve
 from pi_ray.prompt import PromptEncoder
 from pi_ray.protocols import Row
-from pi_ray.rundir import RunDir
+from pi_ray.run.artifact import digest, staged
+from pi_ray.run.directory import RunDir
 from pi_ray.schedule import plan_phases
 from pi_ray.tasks.nl2bash import Nl2BashTask
 from pi_ray.train import lora

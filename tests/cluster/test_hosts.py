@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from pi_ray.artifact import verify
-from pi_ray.rundir import RunDir
+from pi_ray.run.artifact import verify
+from pi_ray.run.directory import RunDir
 from pi_ray.train.log import entries
 from tests.cluster.conftest import LOCAL, TINY, ended
 from tests.hosts import TOKEN, alive, get, network, wait

@@ -10,7 +10,7 @@ import pytest
 
 from pi_ray import runfile
 from pi_ray.config import RunConfig, dump
-from pi_ray.rundir import RunDir
+from pi_ray.run.directory import RunDir
 from tests.cluster.conftest import KEY, LOCAL, TINY, ended
 from tests.faults.service import free_port
 from tests.hosts import TOKEN, wait

@@ -14,13 +14,13 @@ import pyarrow.parquet as pq
 import pytest
 
 from pi_ray import shards
-from pi_ray.artifact import digest_file, seal
 from pi_ray.config import RunConfig, TaskConfig
 from pi_ray.errors import CorruptArtifactError, DataError, StorageError
 from pi_ray.ingest import ingest
 from pi_ray.prepare import prepare
 from pi_ray.protocols import Row
-from pi_ray.rundir import RunDir
+from pi_ray.run.artifact import digest_file, seal
+from pi_ray.run.directory import RunDir
 from pi_ray.tasks.jsonl import JsonlTask
 from pi_ray.train.batches import PhaseRows
 from tests import two_nodes

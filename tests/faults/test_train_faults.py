@@ -11,10 +11,10 @@ from contextlib import contextmanager, suppress
 import pytest
 import torch
 
-from pi_ray.artifact import MANIFEST, OWN_HASH, verify
 from pi_ray.errors import CorruptArtifactError, StorageError, TrainingError
 from pi_ray.publish import publish
-from pi_ray.rundir import RunDir
+from pi_ray.run.artifact import MANIFEST, OWN_HASH, verify
+from pi_ray.run.directory import RunDir
 from pi_ray.train import checkpoint, loop
 from pi_ray.train.backends import DdpBackend
 from pi_ray.train.worker import _Worker, train_worker

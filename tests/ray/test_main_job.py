@@ -15,9 +15,9 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from pi_ray.artifact import read_manifest
 from pi_ray.models import load_tokenizer
-from pi_ray.rundir import RunDir
+from pi_ray.run.artifact import read_manifest
+from pi_ray.run.directory import RunDir
 from pi_ray.runfile import load
 from pi_ray.serving.completion import Completer
 

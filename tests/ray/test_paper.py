@@ -7,7 +7,7 @@ import shlex
 import pytest
 from test_main_job import REPO, SMALL, shell
 
-from pi_ray.rundir import RunDir
+from pi_ray.run.directory import RunDir
 from tests.unit.fake_openai import FakeOpenAI
 
 pytestmark = pytest.mark.ray

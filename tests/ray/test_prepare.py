@@ -6,8 +6,7 @@ import random
 import pyarrow.parquet as pq
 import pytest
 
-from pi_ray import shards, stored
-from pi_ray.artifact import digest_file, verify
+from pi_ray import shards
 from pi_ray.config import RunConfig
 from pi_ray.errors import DataError, ModelError
 from pi_ray.models import load_tokenizer
@@ -15,7 +14,9 @@ from pi_ray.prepare import prepare
 from pi_ray.prompt import PromptEncoder
 from pi_ray.retrieve import retrieve
 from pi_ray.retrieve.neighbours import normalised
-from pi_ray.rundir import RunDir, plain_config
+from pi_ray.run import row_store
+from pi_ray.run.artifact import digest_file, verify
+from pi_ray.run.directory import RunDir, plain_config
 
 pytestmark = pytest.mark.ray
 PASSAGE = (
@@ -151,7 +152,7 @@ def test_neighbours_of_a_killed_run_go_on_with_their_pieces(config, monkeypatch)
     wanted = digest_file(run.neighbours)
     folder = shards.working_folder(run.neighbours, fingerprint)  # as a kill leaves it: no neighbours yet, the first two of five pieces
     for i in range(2):
-        stored.write_piece(folder / f"part-{i:05d}.parquet", pq.read_table(run.neighbours).slice(10 * i, 10).replace_schema_metadata())
+        row_store.write_piece(folder / f"part-{i:05d}.parquet", pq.read_table(run.neighbours).slice(10 * i, 10).replace_schema_metadata())
     run.neighbours.unlink()
     said = run_quietly(config)[1]
     assert said[0] == "neighbours: 2 of 5 pieces were already there"

@@ -4,9 +4,9 @@ import copy
 import json
 import math
 
-from pi_ray.artifact import write_atomic
 from pi_ray.config import RunConfig
-from pi_ray.rundir import RunDir
+from pi_ray.run.artifact import write_atomic
+from pi_ray.run.directory import RunDir
 
 HOSTILE = '</pre><script>console.error("pwned")</script><img src=x onerror=\'console.error("pwned")\'>&lt; "\u202e\x00\ud800 {{ 7*7 }}'
 

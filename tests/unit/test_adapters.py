@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from pi_ray.artifact import seal
 from pi_ray.config import ModelConfig
 from pi_ray.errors import AdapterError
+from pi_ray.run.artifact import seal
 from pi_ray.serving.adapters import AdapterStore, UnknownAdapterError
 from pi_ray.serving.completion import adapter_of
 from pi_ray.serving.drift import record

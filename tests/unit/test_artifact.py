@@ -5,8 +5,8 @@ import json
 
 import pytest
 
-from pi_ray.artifact import MANIFEST, OWN_HASH, is_current, staged, sweep, verify, write_atomic
 from pi_ray.errors import CorruptArtifactError, StorageError
+from pi_ray.run.artifact import MANIFEST, OWN_HASH, is_current, staged, sweep, verify, write_atomic
 
 
 def make(folder, text="one", fingerprint="f"):

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from pi_ray.rundir import RunDir
+from pi_ray.run.directory import RunDir
 from pi_ray.train.batches import PhaseRows
 from pi_ray.train.updates import all_updates, batch_rows
 from tests.bench import scale, train

@@ -11,7 +11,7 @@ from pi_ray.config import ModelConfig, PromptConfig, RunConfig
 from pi_ray.errors import AdapterError, ConfigError
 from pi_ray.models import load_tokenizer
 from pi_ray.protocols import Token
-from pi_ray.rundir import RunDir
+from pi_ray.run.directory import RunDir
 from pi_ray.serving import chat
 from pi_ray.serving.completion import Completer
 from tests.lora import put_in_store

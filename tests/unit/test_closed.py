@@ -12,14 +12,14 @@ from pydantic import ValidationError
 
 from pi_ray import closed, models
 from pi_ray.answers import Column
-from pi_ray.artifact import read_manifest, staged
 from pi_ray.closed import answer, client, messages, price, state
 from pi_ray.closed.client import Service
 from pi_ray.config import PromptConfig, RunConfig
 from pi_ray.errors import ConfigError, CorruptArtifactError, MissingExtraError, TrainingError
 from pi_ray.prompt import Example, PromptEncoder, text_of
 from pi_ray.report import write_report
-from pi_ray.rundir import RunDir, plain_config
+from pi_ray.run.artifact import read_manifest, staged
+from pi_ray.run.directory import RunDir, plain_config
 from tests.unit.fake_openai import FakeOpenAI
 
 KEY = "sk-secret-0123456789"

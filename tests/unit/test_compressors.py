@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from pi_ray import models
-from pi_ray.artifact import digest
 from pi_ray.cli import main
 from pi_ray.compress import cache as kept
 from pi_ray.compress import llmlingua, llmlingua2, longllmlingua, selective, show, words
@@ -24,6 +23,7 @@ from pi_ray.config import CompressConfig, ModelConfig
 from pi_ray.errors import ConfigError, ModelError
 from pi_ray.prompt import Template
 from pi_ray.registry import compressors
+from pi_ray.run.artifact import digest
 from tests.bench import compress as bench
 from tests.unit.fake_openai import FakeOpenAI
 

@@ -7,7 +7,7 @@ from PIL import Image
 
 from pi_ray import curve, plots
 from pi_ray.plots import COLOURS
-from pi_ray.rundir import RunDir
+from pi_ray.run.directory import RunDir
 from pi_ray.schedule import Phase
 
 

@@ -13,9 +13,9 @@ from ray import serve
 from ray.serve.config import AutoscalingConfig
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
-from pi_ray.artifact import write_atomic
 from pi_ray.config import CostConfig, ModelConfig, RunConfig, ServeConfig
 from pi_ray.errors import AdapterError
+from pi_ray.run.artifact import write_atomic
 from pi_ray.serving import deployment, remote
 from pi_ray.serving.completion import Ask, RefusedError
 from pi_ray.serving.metrics import Metrics, Traffic

@@ -5,14 +5,14 @@ import shutil
 
 import pytest
 
-from pi_ray.artifact import read_manifest
 from pi_ray.compress import documents
 from pi_ray.config import ModelConfig, PromptConfig, RunConfig, TaskConfig
 from pi_ray.ingest import ingest
 from pi_ray.models import load_tokenizer
 from pi_ray.prompt import Example, PromptEncoder, text_of
 from pi_ray.protocols import Reject, Row
-from pi_ray.rundir import RunDir, documents_file
+from pi_ray.run.artifact import read_manifest
+from pi_ray.run.directory import RunDir, documents_file
 from pi_ray.tasks.jsonl import JsonlTask
 
 LONG = "The parcel shop opens at nine in the morning and closes late in the evening on every day of the week, as the sign on its door says to all who come by."
@@ -169,7 +169,7 @@ class Keeping:
     def __call__(self, item):
         import pyarrow as pa
 
-        from pi_ray.stored import write_piece
+        from pi_ray.run.row_store import write_piece
 
         rows = self.run.rows_of(item["split"])[item["begin"] : item["end"]]
         counts = {name: [0 if name == "off" else len(r.documents) for r in rows] for name in documents.COUNTS}

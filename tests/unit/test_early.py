@@ -7,9 +7,9 @@ import torch
 from pydantic import ValidationError
 
 from pi_ray import prepare
-from pi_ray.artifact import staged
 from pi_ray.config import TrainConfig
-from pi_ray.rundir import RunDir
+from pi_ray.run.artifact import staged
+from pi_ray.run.directory import RunDir
 from pi_ray.train.early import EarlyStop
 from pi_ray.train.worker import _Worker, train_worker
 from tests.prepared import prepare_by_hand, tiny_config

@@ -5,7 +5,7 @@ import threading
 import pytest
 import torch
 
-from pi_ray.rundir import RunDir
+from pi_ray.run.directory import RunDir
 from pi_ray.schedule import plan_phases
 from pi_ray.train import feed
 from pi_ray.train.batches import PhaseRows, packed, plain

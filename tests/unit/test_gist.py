@@ -9,7 +9,6 @@ import torch
 from pydantic import ValidationError
 
 from pi_ray import answers, generate
-from pi_ray.artifact import staged, verify
 from pi_ray.config import LoraConfig, ModelConfig
 from pi_ray.errors import AdapterError, TrainingError
 from pi_ray.evaluate import evaluate, trained
@@ -18,7 +17,8 @@ from pi_ray.models import load_model, load_tokenizer
 from pi_ray.plan import plan_phases
 from pi_ray.prompt import PromptEncoder
 from pi_ray.publish import publish
-from pi_ray.rundir import RunDir, plain_config, train_fingerprint
+from pi_ray.run.artifact import staged, verify
+from pi_ray.run.directory import RunDir, plain_config, train_fingerprint
 from pi_ray.serving.loras import LoadedAdapters
 from pi_ray.serving.verify import check
 from pi_ray.train import attention, gist, lora

@@ -9,7 +9,7 @@ from pi_ray.config import TaskConfig
 from pi_ray.errors import DataError
 from pi_ray.ingest import check, ingest
 from pi_ray.protocols import Row
-from pi_ray.rundir import RunDir
+from pi_ray.run.directory import RunDir
 from pi_ray.tasks.jsonl import JsonlTask
 
 LONG = "tell me, as shortly as you can and without any further word, which of all the parcels is the "

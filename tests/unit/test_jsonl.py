@@ -9,7 +9,7 @@ from pi_ray import runfile
 from pi_ray.config import TaskConfig
 from pi_ray.errors import DataError
 from pi_ray.protocols import Reject, Row
-from pi_ray.rundir import learned_from, prepare_fingerprint
+from pi_ray.run.directory import learned_from, prepare_fingerprint
 from pi_ray.tasks import jsonl
 from pi_ray.tasks.jsonl import JsonlTask
 

@@ -8,12 +8,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from pi_ray import cli
-from pi_ray.artifact import staged
 from pi_ray.protocols import Row
 from pi_ray.report import write_report
 from pi_ray.retrieve.retrieve import SCHEMA
-from pi_ray.rundir import RunDir
-from pi_ray.stored import write_rows
+from pi_ray.run.artifact import staged
+from pi_ray.run.directory import RunDir
+from pi_ray.run.row_store import write_rows
 
 FACTS = {"fingerprint": "f", "rows": 4, "shots": 2, "score": "bleu", "by": "answer", "train_score": 41.25, "method": "exact"}
 

@@ -11,14 +11,14 @@ import torch
 from rich.console import Console
 
 from pi_ray import estimate, scale
-from pi_ray.artifact import staged
 from pi_ray.config import LoraConfig, ModelConfig, RunConfig
 from pi_ray.errors import ConfigError, DataError, ModelError
 from pi_ray.models import load_tokenizer
 from pi_ray.plan import plan, render
 from pi_ray.prompt import PromptEncoder
 from pi_ray.registry import tasks
-from pi_ray.rundir import RunDir, prepare_fingerprint
+from pi_ray.run.artifact import staged
+from pi_ray.run.directory import RunDir, prepare_fingerprint
 from pi_ray.runfile import load
 from pi_ray.schedule import plan_phases
 

@@ -8,11 +8,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pi_ray.artifact import digest, staged, write_atomic
 from pi_ray.config import ModelConfig, RunConfig
 from pi_ray.errors import AdapterError, CorruptArtifactError
 from pi_ray.publish import publish
-from pi_ray.rundir import RunDir
+from pi_ray.run.artifact import digest, staged, write_atomic
+from pi_ray.run.directory import RunDir
 from pi_ray.serving.adapters import AdapterStore
 from pi_ray.serving.drift import mark
 from tests.lora import card, write_adapter

@@ -11,8 +11,8 @@ import torch
 from pi_ray import cli, job, refresh
 from pi_ray.config import RunConfig, dump
 from pi_ray.errors import AdapterError, TrainingError
-from pi_ray.objects import Objects
-from pi_ray.rundir import RunDir, plain_config, train_fingerprint
+from pi_ray.run.directory import RunDir, plain_config, train_fingerprint
+from pi_ray.run.object_storage import Objects
 from pi_ray.runfile import load
 from pi_ray.train import lora
 from pi_ray.train.loop import fingerprint_of

@@ -25,8 +25,8 @@ from pi_ray.retrieve.encoders import NgramEncoder, SentenceEncoder
 from pi_ray.retrieve.neighbours import Bank, audit, find, normalised, part
 from pi_ray.retrieve.retrieve import FindNeighbours, Piece
 from pi_ray.retrieve.rouge import RougeIndex
-from pi_ray.rundir import RunDir
-from pi_ray.stored import write_rows
+from pi_ray.run.directory import RunDir
+from pi_ray.run.row_store import write_rows
 
 CONFIG, FAISS = RetrieveConfig(), RetrieveConfig(method="faiss")
 PLACES_OF_WEB = [24, 51, 407]  # of "web", "db" and "web db"

@@ -4,16 +4,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pi_ray import stored
 from pi_ray.protocols import Row
-from pi_ray.stored import StoredRows, has_piece, join, read_range, write_piece, write_rows
+from pi_ray.run import row_store
+from pi_ray.run.row_store import StoredRows, has_piece, join, read_range, write_piece, write_rows
 
 SCHEMA = pa.schema({"id": pa.string(), "n": pa.int32()})
 
 
 @pytest.fixture(autouse=True)
 def small_groups(monkeypatch):
-    monkeypatch.setattr(stored, "GROUP_ROWS", 4)
+    monkeypatch.setattr(row_store, "GROUP_ROWS", 4)
 
 
 def rows(count):

@@ -10,10 +10,10 @@ from types import SimpleNamespace
 import pytest
 
 from pi_ray import auth, cli, job, parcel, runfile, submit
-from pi_ray.artifact import staged
 from pi_ray.config import RunConfig
 from pi_ray.errors import ClusterError, ConfigError
 from pi_ray.progress import Seen, line
+from pi_ray.run.artifact import staged
 from pi_ray.scaffold import write_task
 from tests.conftest import unset
 

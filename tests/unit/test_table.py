@@ -9,7 +9,7 @@ from fake_run import column
 
 from pi_ray import family, table
 from pi_ray.errors import ConfigError
-from pi_ray.rundir import RunDir
+from pi_ray.run.directory import RunDir
 
 JOBS = Path(__file__).parents[2] / "jobs"
 SPEEDS = {"none": {"latency_s": 0.2, "latency_cached_s": 0.2, "latency_merged_s": 0.15}}

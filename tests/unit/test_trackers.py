@@ -8,7 +8,7 @@ import pytest
 
 from pi_ray.config import RunConfig
 from pi_ray.errors import MissingExtraError
-from pi_ray.rundir import RunDir
+from pi_ray.run.directory import RunDir
 from pi_ray.train import trackers
 from pi_ray.train.log import TrainLog, entries
 

@@ -7,12 +7,12 @@ import torch
 from pyarrow.fs import LocalFileSystem, SubTreeFileSystem
 
 from pi_ray import pipeline
-from pi_ray.artifact import digest, verify
 from pi_ray.config import RunConfig, TrainConfig
 from pi_ray.errors import ConfigError, TrainingError
 from pi_ray.mirror import Mirror
-from pi_ray.objects import Objects
-from pi_ray.rundir import RunDir, train_fingerprint
+from pi_ray.run.artifact import digest, verify
+from pi_ray.run.directory import RunDir, train_fingerprint
+from pi_ray.run.object_storage import Objects
 from pi_ray.schedule import Phase, plan_phases
 from pi_ray.train import checkpoint, loop
 from pi_ray.train.loop import fingerprint_of, is_trained

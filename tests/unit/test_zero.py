@@ -5,10 +5,10 @@ import json
 import pytest
 import torch
 
-from pi_ray.artifact import verify as verified
 from pi_ray.config import BackendConfig, RunConfig, TrainConfig
 from pi_ray.models import load_model
-from pi_ray.rundir import RunDir
+from pi_ray.run.artifact import verify as verified
+from pi_ray.run.directory import RunDir
 from pi_ray.serving import verify
 from pi_ray.train import checkpoint, lora, zero
 from pi_ray.train.worker import _Worker, train_worker

@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from importlib.resources import files
 from itertools import islice
 
-from pi_ray.artifact import digest
 from pi_ray.config import TaskConfig
 from pi_ray.prompt import Template
 from pi_ray.protocols import SPLITS, UNLABELLED, Reject, Row
+from pi_ray.run.artifact import digest
 from pi_ray.tasks.metrics import exact_match
 from pi_ray.tasks.opsql.language import OpsqlError, execute, parse
 

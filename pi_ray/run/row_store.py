@@ -15,8 +15,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pi_ray.artifact import check_plain, write_atomic
 from pi_ray.protocols import Row
+from pi_ray.run.artifact import check_plain, write_atomic
 
 GROUP_ROWS = 4096  # rows that are read at once
 ROWS = pa.schema({"id": pa.string(), "query": pa.string(), "answer": pa.string(), "group": pa.string(), "documents": pa.list_(pa.string())})

@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pi_ray import __version__
-from pi_ray.artifact import digest, read_manifest, read_parquet
 from pi_ray.config import INPUTS, RunConfig
 from pi_ray.prompt import Example
 from pi_ray.protocols import SPLITS, UNLABELLED, Row
+from pi_ray.run.artifact import digest, read_manifest, read_parquet
 from pi_ray.schedule import Phase, plan_phases
 
 if TYPE_CHECKING:
-    from pi_ray.stored import StoredRows
+    from pi_ray.run.row_store import StoredRows
 
 
 class RunDir:
@@ -54,13 +54,13 @@ class RunDir:
 
     def rows_of(self, split: str) -> StoredRows:
         """The rows of a split, read as they are asked for."""
-        from pi_ray.stored import StoredRows
+        from pi_ray.run.row_store import StoredRows
 
         return StoredRows(self.rows / f"{split}.parquet")
 
     def read_rows(self, split: str, rate: float = 1.0, begin: int = 0, end: int | None = None) -> list[Row]:
         """Rows [begin, end) of a split, with what a template rate of `rate` leaves of the documents that come with them: all at 1, none at 0."""
-        from pi_ray.stored import read_range
+        from pi_ray.run.row_store import read_range
 
         rows = self.rows_of(split)[begin:end]
         if rate == 1 or not any(r.documents for r in rows):
@@ -79,7 +79,7 @@ class RunDir:
 
     def _neighbours(self, split: str, begin: int, end: int | None) -> Any:
         """Rows [begin, end) of a split in neighbours.parquet, which has the splits one after another."""
-        from pi_ray.stored import read_range
+        from pi_ray.run.row_store import read_range
 
         counts = read_manifest(self.rows)["rows"]
         order = [s for s in (*SPLITS, UNLABELLED) if s in counts]
