@@ -16,8 +16,7 @@ from typing import Annotated, Any
 
 from pydantic import Field, ValidationError, model_validator
 
-from pi_ray import runfile
-from pi_ray.config import INPUTS, Block, RunConfig
+from pi_ray.config import INPUTS, Block, RunConfig, run_file
 from pi_ray.errors import ConfigError
 from pi_ray.run.artifact import digest
 from pi_ray.run.directory import RunDir
@@ -99,8 +98,8 @@ class Family:
 def load(path: Path, overrides: Sequence[str] = ()) -> Family:
     """Read a table file and the run file it names. Raises ConfigError for mistakes in either, and in a column's keys."""
     own = [o.removeprefix(PREFIX) for o in overrides if o.startswith(PREFIX)]
-    config = runfile.check(FamilyConfig, runfile.read(path), str(path), own)
-    base = runfile.load(path.parent / config.run, [o for o in overrides if not o.startswith(PREFIX)])
+    config = run_file.check(FamilyConfig, run_file.read(path), str(path), own)
+    base = run_file.load(path.parent / config.run, [o for o in overrides if not o.startswith(PREFIX)])
     base = _set(base, {"evaluate.baseline": False, **config.set}, f"{path}: set", overrides)
     return Family(config, base, tuple(_members(config, base, path)), path)
 

@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
-from pi_ray import floors, mirror, parcel, refresh, runfile
-from pi_ray.config import INPUTS, RunConfig, dump
+from pi_ray import floors, mirror, parcel, refresh
+from pi_ray.config import INPUTS, RunConfig, dump, run_file
 from pi_ray.errors import PiRayError, StorageError
 from pi_ray.run.artifact import is_current, staged, write_atomic
 from pi_ray.run.object_storage import Objects
@@ -50,13 +50,13 @@ def settle(path: Path, overrides: Sequence[str], again: bool = False) -> RunConf
     `again`: it is refreshed, in a directory of its own beside that.
     """
     path = path / "run.yaml" if path.is_dir() else path
-    config = runfile.check(RunConfig, runfile.read(path), str(path), overrides)
+    config = run_file.check(RunConfig, run_file.read(path), str(path), overrides)
     home, folder = storage(config), path.resolve().parent
     root = home / Path(config.run_dir or f"runs/{config.name}").expanduser()
     config = config.replace(run_dir=str(root), store=_store(config, home))
     came_along = folder.is_relative_to(Path.cwd())
     found = parcel.files(config, folder) if came_along else {}
-    config = _keep(runfile.absolute(parcel.packed(config, folder), root) if came_along else runfile.absolute(config, folder), found)
+    config = _keep(run_file.absolute(parcel.packed(config, folder), root) if came_along else run_file.absolute(config, folder), found)
     if again:
         there = _there(config)
         config = refresh.config_of(config, there=Objects(there.rpartition("/")[0]) if there else None)

@@ -23,8 +23,8 @@ from rich.console import Console
 from rich.markup import escape
 
 import pi_ray
-from pi_ray import auth, parcel, runfile
-from pi_ray.config import RunConfig
+from pi_ray import auth, parcel
+from pi_ray.config import RunConfig, run_file
 from pi_ray.errors import ClusterError
 from pi_ray.progress import Seen
 
@@ -46,7 +46,7 @@ def submit(path: Path, overrides: Sequence[str], step: str, address: str, consol
     """
     path = path / "run.yaml" if path.is_dir() else path
     parcel.refuse_secrets(overrides)
-    config, folder = runfile.check(RunConfig, runfile.read(path), str(path), overrides), path.resolve().parent
+    config, folder = run_file.check(RunConfig, run_file.read(path), str(path), overrides), path.resolve().parent
     parcel.refuse_secrets((), config)
     parcel.refuse_local_models(config)
     jobs = Jobs(auth.address_of(address, config.cluster.address))

@@ -10,8 +10,9 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pi_ray import config, runfile
+from pi_ray import config
 from pi_ray.cli.verbs import OVERRIDES, RUN, Verbs, argument, load
+from pi_ray.config import run_file
 from pi_ray.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ verb = Verbs()
 @verb("the bundled task on the bundled model: prepare, train, evaluate, report, publish", OVERRIDES)
 def demo(args: argparse.Namespace, console: Console) -> None:
     text = files("pi_ray").joinpath("demo.yaml").read_text(encoding="utf-8")
-    _run(runfile.parse(text, "demo.yaml", args.overrides), console)
+    _run(run_file.parse(text, "demo.yaml", args.overrides), console)
 
 
 @verb("all steps in a row: prepare, train, evaluate, report, publish; what is done already is skipped", RUN, OVERRIDES)
@@ -96,7 +97,7 @@ def compress(args: argparse.Namespace, console: Console) -> None:
 
     if not 0 <= args.rate <= 1:
         raise ConfigError(f"--rate {args.rate:g}: give the share of the tokens that stays, between 0 and 1")
-    show_compressed(args.file, args.rate, runfile.parse("name: compress", "compress", args.overrides), console)
+    show_compressed(args.file, args.rate, run_file.parse("name: compress", "compress", args.overrides), console)
 
 
 @verb("templates at each rate, examples for each row, one dataset for each phase", RUN, OVERRIDES)

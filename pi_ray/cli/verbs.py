@@ -7,7 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pi_ray import config, runfile
+from pi_ray import config
+from pi_ray.config import run_file
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -39,7 +40,7 @@ OVERRIDES = argument("overrides", nargs="*", default=[], metavar="section.key=va
 def load(args: argparse.Namespace) -> config.RunConfig:
     """The run that RUN and OVERRIDES name. Raises ConfigError for what is wrong with it."""
     path = args.config / "run.yaml" if args.config.is_dir() else args.config
-    return runfile.load(path, args.overrides)
+    return run_file.load(path, args.overrides)
 
 
 def folder_of(args: argparse.Namespace) -> Path:

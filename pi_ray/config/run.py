@@ -12,9 +12,9 @@ from pydantic import Field, model_validator
 from pi_ray.config.block import Block, added, assign
 from pi_ray.config.cluster import ClusterConfig
 from pi_ray.config.data import CompressConfig, RetrieveConfig, TaskConfig
-from pi_ray.config.learn import PromptConfig, ScheduleConfig, TrainConfig
+from pi_ray.config.evaluate import ClosedConfig, CostConfig, EvaluateConfig
 from pi_ray.config.serve import ServeConfig
-from pi_ray.config.use import ClosedConfig, CostConfig, EvaluateConfig
+from pi_ray.config.train import PromptConfig, ScheduleConfig, TrainConfig
 
 
 class ModelConfig(Block):

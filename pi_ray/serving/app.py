@@ -15,8 +15,8 @@ from pathlib import Path
 import ray
 from ray import serve
 
-from pi_ray import auth, cluster, runfile
-from pi_ray.config import RunConfig
+from pi_ray import auth, cluster
+from pi_ray.config import RunConfig, run_file
 from pi_ray.errors import ConfigError
 from pi_ray.serving.adapters import AdapterStore
 from pi_ray.serving.completion import served
@@ -49,7 +49,7 @@ def deploy(args: dict[str, str]) -> serve.Application:
     """Application builder for `serve deploy` and KubeRay: `args: {run: path/to/run.yaml}`. Always needs a key: a cluster's proxies bind all interfaces."""
     if "run" not in args:
         raise ConfigError("args.run is missing: the run.yaml whose store and base model are to be served")
-    config = runfile.load(args["run"])
+    config = run_file.load(args["run"])
     _check_patience(config)
     return build(config, key_digest(bearer_key(config, required=True)))
 

@@ -10,8 +10,7 @@ from contextlib import aclosing, closing
 from pathlib import Path
 from typing import Any, TextIO
 
-from pi_ray import runfile
-from pi_ray.config import RunConfig
+from pi_ray.config import RunConfig, run_file
 from pi_ray.errors import AdapterError, ConfigError
 from pi_ray.serving.adapters import NAME, Adapter, AdapterStore
 from pi_ray.serving.completion import Ask, Completer, RefusedError
@@ -40,9 +39,9 @@ def find(target: str, overrides: Sequence[str]) -> tuple[RunConfig, str, Any]:
     """
     run = Path(target)
     if (run / "run.yaml").is_file():
-        config = runfile.load(run / "run.yaml", overrides)
+        config = run_file.load(run / "run.yaml", overrides)
         return config, config.name, Trained(run, config)
-    config = runfile.parse("name: chat", "chat", overrides)
+    config = run_file.parse("name: chat", "chat", overrides)
     store = AdapterStore(config.store)
     if not NAME.fullmatch(target.partition("@")[0]) or target.partition("@")[0] not in store.names():
         known = ", ".join(store.names()) or "none yet"

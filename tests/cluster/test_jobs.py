@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from pi_ray import runfile
-from pi_ray.config import RunConfig, dump
+from pi_ray.config import RunConfig, dump, run_file
 from pi_ray.run.directory import RunDir
 from tests.cluster.conftest import KEY, LOCAL, TINY, ended
 from tests.faults.service import free_port
@@ -28,7 +27,7 @@ def checkout(task, shared, tmp_path) -> tuple[Path, int]:
     shutil.copytree(task, folder / "my-task")
     own = ["name=by-steps", f"model.base={shared}/model", f"compress.model={shared}/model", *TINY, "schedule.epochs=1", f"serve.port={port}"]
     path = folder / "my-task" / "run.yaml"
-    path.write_text(dump(runfile.check(RunConfig, runfile.read(path), str(path), own)))
+    path.write_text(dump(run_file.check(RunConfig, run_file.read(path), str(path), own)))
     return folder, port
 
 

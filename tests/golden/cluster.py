@@ -15,8 +15,8 @@ from unittest.mock import patch
 
 from pi_ray import estimate
 from pi_ray.config import LoraConfig, ModelConfig
+from pi_ray.config.run_file import load
 from pi_ray.render import KINDS, render, write
-from pi_ray.runfile import load
 
 REPO = Path(__file__).parents[2]
 FOLDER = REPO / "cluster"

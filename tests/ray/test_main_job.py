@@ -15,10 +15,10 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
+from pi_ray.config.run_file import load
 from pi_ray.models import load_tokenizer
 from pi_ray.run.artifact import read_manifest
 from pi_ray.run.directory import RunDir
-from pi_ray.runfile import load
 from pi_ray.serving.completion import Completer
 
 pytestmark = pytest.mark.ray

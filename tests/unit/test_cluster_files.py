@@ -9,9 +9,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pi_ray import runfile
 from pi_ray.cluster import SERVE
-from pi_ray.config import dump
+from pi_ray.config import dump, run_file
 from tests.golden import cluster, kuberay
 
 pytestmark = pytest.mark.cluster
@@ -277,6 +276,6 @@ def test_secrets_of_the_environment_reach_no_file_and_no_dump(monkeypatch):
     planted = {name: secrets.token_hex(16) for name in ("RAY_AUTH_TOKEN", "PI_RAY_API_KEY", "OPENAI_API_KEY", "HF_TOKEN", "REDIS_PASSWORD", "AWS_SECRET_ACCESS_KEY")}
     for name, value in planted.items():
         monkeypatch.setenv(name, value)
-    config = runfile.load(cluster.RUN)
+    config = run_file.load(cluster.RUN)
     written = [dump(config), config.model_dump_json(), *cluster.files(cluster.mixtral()).values()]
     assert not [name for name, value in planted.items() for text in written if value in text]

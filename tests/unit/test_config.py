@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from pi_ray import cli, config, runfile
+from pi_ray import cli, config
+from pi_ray.config import run_file
 from pi_ray.errors import ConfigError
 
 
@@ -31,21 +32,21 @@ from pi_ray.errors import ConfigError
 ])
 def test_a_mistake_is_named_with_its_place_and_cure(text, message):
     with pytest.raises(ConfigError) as error:
-        runfile.parse(text, "t.yaml")
+        run_file.parse(text, "t.yaml")
     assert message in str(error.value)
 
 
 def test_overrides_reach_into_blocks_and_their_mistakes_are_said_to_be_the_command_lines():
-    assert runfile.parse("name: a", "t.yaml", ["train.lr=0.1", "task.rows={train: 5}"]).task.rows.train == 5
+    assert run_file.parse("name: a", "t.yaml", ["train.lr=0.1", "task.rows={train: 5}"]).task.rows.train == 5
     with pytest.raises(ConfigError, match=r"command line: unknown key 'train\.lrr'"):
-        runfile.parse("name: a", "t.yaml", ["train.lrr=0.1"])
+        run_file.parse("name: a", "t.yaml", ["train.lrr=0.1"])
     with pytest.raises(ConfigError, match=r"section\.key=value"):
-        runfile.parse("name: a", "t.yaml", ["train.lr"])
+        run_file.parse("name: a", "t.yaml", ["train.lr"])
 
 
 def test_what_show_prints_reads_back_to_the_same_config():
-    first = runfile.parse("name: a\nschedule: {epochs: [1, 2, 3]}", "t.yaml")
-    assert runfile.parse(config.dump(first), "shown") == first
+    first = run_file.parse("name: a\nschedule: {epochs: [1, 2, 3]}", "t.yaml")
+    assert run_file.parse(config.dump(first), "shown") == first
 
 
 @pytest.mark.parametrize("text", [
@@ -53,18 +54,18 @@ def test_what_show_prints_reads_back_to_the_same_config():
     "train: {lora: {method: ia3}}", "train: {share_prefix: false, attention: sdpa}",
 ])  # fmt: skip
 def test_what_has_its_default_is_not_said_to_be_without_effect(text):
-    first = runfile.parse(f"name: a\n{text}", "t.yaml")
-    assert runfile.parse(config.dump(first), "shown") == first
+    first = run_file.parse(f"name: a\n{text}", "t.yaml")
+    assert run_file.parse(config.dump(first), "shown") == first
 
 
 def test_relative_paths_start_from_the_run_file(tmp_path):
     (tmp_path / "run.yaml").write_text("name: a\ntask: {train: rows.jsonl}")
-    assert runfile.load(tmp_path / "run.yaml").task.train == str(tmp_path / "rows.jsonl")
+    assert run_file.load(tmp_path / "run.yaml").task.train == str(tmp_path / "rows.jsonl")
 
 
 def test_a_missing_run_file_says_how_to_get_one():
     with pytest.raises(ConfigError, match="pi-ray init"):
-        runfile.load("nowhere/run.yaml")
+        run_file.load("nowhere/run.yaml")
 
 
 def test_the_schema_describes_every_block():

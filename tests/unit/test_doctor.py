@@ -17,7 +17,8 @@ from typing import ClassVar
 import pytest
 from rich.console import Console
 
-from pi_ray import cli, cluster, doctor, estimate, floors, runfile
+from pi_ray import cli, cluster, doctor, estimate, floors
+from pi_ray.config import run_file
 from pi_ray.doctor import machine, remote, run
 from pi_ray.errors import ClusterError, MissingExtraError
 from pi_ray.scaffold import write_task
@@ -39,7 +40,7 @@ def own_token(tmp_path, monkeypatch):
 
 
 def settings(tmp_path, *overrides):
-    return runfile.parse(f"name: t\nrun_dir: {tmp_path}/run\nstore: {tmp_path}/store", "t.yaml", overrides, folder=tmp_path)
+    return run_file.parse(f"name: t\nrun_dir: {tmp_path}/run\nstore: {tmp_path}/store", "t.yaml", overrides, folder=tmp_path)
 
 
 def failing(findings):

@@ -5,8 +5,7 @@ import shutil
 
 import pytest
 
-from pi_ray import runfile
-from pi_ray.config import TaskConfig
+from pi_ray.config import TaskConfig, run_file
 from pi_ray.errors import DataError
 from pi_ray.protocols import Reject, Row
 from pi_ray.run.directory import learned_from, prepare_fingerprint
@@ -163,7 +162,7 @@ def test_queries_without_an_answer_come_in_the_same_layouts(tmp_path, row):
 
 def test_a_project_that_is_moved_has_the_fingerprint_it_had_and_one_whose_rows_change_has_not(tmp_path):
     def made_from(folder):
-        config = runfile.load(folder / "run.yaml")
+        config = run_file.load(folder / "run.yaml")
         return prepare_fingerprint(config, JsonlTask(config.task).fingerprint()), learned_from(config)
 
     here, there = tmp_path / "here", tmp_path / "there"

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from pi_ray import cli, runfile
-from pi_ray.config import RunConfig, ServeConfig
+from pi_ray import cli
+from pi_ray.config import RunConfig, ServeConfig, run_file
 from pi_ray.errors import ConfigError
 from pi_ray.serving import keys as module
 from pi_ray.serving.keys import Keys, key_digest, line, new_key
@@ -89,7 +89,7 @@ def test_a_keys_file_lets_the_server_off_loopback_and_its_mistakes_are_said_at_t
     for wrong in ("", str(tmp_path / "none.yaml")):
         with pytest.raises(ConfigError, match="keys_file"):
             bearer_key(config(wrong))
-    assert runfile.parse("name: t\nserve: {keys_file: keys.yaml}", "t.yaml").serve.keys_file == str(Path.cwd() / "keys.yaml")
+    assert run_file.parse("name: t\nserve: {keys_file: keys.yaml}", "t.yaml").serve.keys_file == str(Path.cwd() / "keys.yaml")
 
 
 @pytest.mark.parametrize(("content", "message"), [

@@ -8,10 +8,10 @@ from types import SimpleNamespace
 import pytest
 
 from pi_ray.config import ModelConfig, TaskConfig
+from pi_ray.config.run_file import load
 from pi_ray.errors import DataError
 from pi_ray.models import load_tokenizer
 from pi_ray.protocols import Reject, Row
-from pi_ray.runfile import load
 from pi_ray.tasks.nl2bash import Nl2BashTask
 
 ROOT = Path(__file__).parents[2]

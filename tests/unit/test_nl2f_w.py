@@ -9,9 +9,9 @@ from types import SimpleNamespace
 import pytest
 
 from pi_ray.config import TaskConfig
+from pi_ray.config.run_file import load
 from pi_ray.errors import DataError
 from pi_ray.protocols import SPLITS, Reject, Row
-from pi_ray.runfile import load
 from pi_ray.tasks.nl2f_w import Nl2fWTask, formula, split_of
 
 ROOT = Path(__file__).parents[2]

@@ -12,6 +12,7 @@ from rich.console import Console
 
 from pi_ray import estimate, scale
 from pi_ray.config import LoraConfig, ModelConfig, RunConfig
+from pi_ray.config.run_file import load
 from pi_ray.errors import ConfigError, DataError, ModelError
 from pi_ray.models import load_tokenizer
 from pi_ray.plan import plan, render
@@ -19,7 +20,6 @@ from pi_ray.prompt import PromptEncoder
 from pi_ray.registry import tasks
 from pi_ray.run.artifact import staged
 from pi_ray.run.directory import RunDir, prepare_fingerprint
-from pi_ray.runfile import load
 from pi_ray.schedule import plan_phases
 
 TEMPLATE = "# Instruction\n" + "Turn the request into a command of the alert language. " * 12

@@ -10,10 +10,10 @@ import torch
 
 from pi_ray import cli, job, refresh
 from pi_ray.config import RunConfig, dump
+from pi_ray.config.run_file import load
 from pi_ray.errors import AdapterError, TrainingError
 from pi_ray.run.directory import RunDir, plain_config, train_fingerprint
 from pi_ray.run.object_storage import Objects
-from pi_ray.runfile import load
 from pi_ray.train import lora
 from pi_ray.train.loop import fingerprint_of
 from pi_ray.train.worker import _Worker, train_worker

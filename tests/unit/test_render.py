@@ -10,7 +10,8 @@ import pytest
 import ray.autoscaler
 import yaml
 
-from pi_ray import cli, estimate, runfile
+from pi_ray import cli, estimate
+from pi_ray.config import run_file
 from pi_ray.errors import ConfigError
 from pi_ray.render import render, write
 from tests.golden import cluster, kuberay
@@ -25,7 +26,7 @@ def small(monkeypatch):
 
 
 def made(kind, tmp_path, *overrides, text=TEXT):
-    return render(kind, runfile.parse(text, "run.yaml", overrides, folder=tmp_path), tmp_path)
+    return render(kind, run_file.parse(text, "run.yaml", overrides, folder=tmp_path), tmp_path)
 
 
 def groups(files):
@@ -48,7 +49,7 @@ def test_gpu_nodes_are_as_many_as_the_workers_need(small, tmp_path):
 def test_a_nodes_memory_is_what_the_model_takes_there(small, tmp_path):
     whole = 10**8 * 2 / 2**30
     assert limits(groups(made("k8s", tmp_path, "train.workers=2")[0])["gpu"])["memory"] == f"{8 * -(-(2 * (6 + whole) + 18) // 8):.0f}Gi"
-    sharded = estimate.node_memory(SMALL, runfile.parse(TEXT, "t.yaml", ["train.gpu=true", "train.backend.zero_stage=3"]), 2)
+    sharded = estimate.node_memory(SMALL, run_file.parse(TEXT, "t.yaml", ["train.gpu=true", "train.backend.zero_stage=3"]), 2)
     assert sharded == 2 * 6 * 2**30 + 2 * 10**8, "sharded: the checkpoint is mapped once"
     with pytest.raises(ConfigError, match=r"gpu_node_memory_gib is 16, and 2 workers of this model take about \d+ GiB"):
         made("k8s", tmp_path, "train.workers=2", "cluster.gpu_node_memory_gib=16")
@@ -72,7 +73,7 @@ def test_without_gpus_there_are_cpu_nodes_alone(small, tmp_path):
 def test_the_run_file_in_the_cluster_has_the_clusters_paths(small, tmp_path):
     files, notes = made("k8s", tmp_path, "task.train=rows/train.jsonl", "train.lr=0.002", "task.dev=/elsewhere/dev.jsonl")
     config_map = next(d for d in yaml.safe_load_all(files["base.yaml"]) if d["kind"] == "ConfigMap")
-    seen = runfile.parse(config_map["data"]["run.yaml"], "run.yaml", folder=Path("/etc/pi-ray"))
+    seen = run_file.parse(config_map["data"]["run.yaml"], "run.yaml", folder=Path("/etc/pi-ray"))
     assert seen.task.train == "/data/inputs/my.task/rows/train.jsonl" and seen.task.template == "/data/inputs/my.task/template.md"
     assert (seen.run_dir, seen.store, seen.train.lr, seen.train.gpu) == ("/data/runs/my.task", "/data/store", 0.002, True)
     assert f"copy {tmp_path} to /data/inputs/my.task: the run reads its rows and template there" in notes
@@ -145,7 +146,7 @@ def test_beside_a_bucket_jobs_copy_their_run_there_and_what_needs_a_shared_folde
     assert yaml.safe_load(files["raycronjob.yaml"])["spec"]["jobTemplate"]["entrypoint"] == "python -m pi_ray.job refresh /etc/pi-ray/run.yaml"
     assert yaml.safe_load(files["rayjob.yaml"])["spec"]["entrypoint"] == "python -m pi_ray.job run /etc/pi-ray/run.yaml"
     base = {d["kind"]: d for d in yaml.safe_load_all(files["base.yaml"])}
-    seen = runfile.parse(base["ConfigMap"]["data"]["run.yaml"], "run.yaml", folder=Path("/etc/pi-ray"))
+    seen = run_file.parse(base["ConfigMap"]["data"]["run.yaml"], "run.yaml", folder=Path("/etc/pi-ray"))
     assert seen.store == "s3://bucket/pi-ray/store" and seen.task.train == "s3://bucket/pi-ray/inputs/my.task/train.jsonl" and not seen.run_dir.startswith("s3")
     reached = [peer["ipBlock"]["cidr"] for rule in base["NetworkPolicy"]["spec"]["egress"] for peer in rule.get("to", []) if "ipBlock" in peer]
     assert reached == ["169.254.169.252/32", "169.254.169.254/32", "169.254.170.23/32"], "where a pod's cloud identity comes from"
@@ -169,7 +170,7 @@ def test_what_a_file_cannot_do_is_noted():
 ])  # fmt: skip
 def test_values_cannot_leave_their_place_or_hold_a_secret(override, message):
     with pytest.raises(ConfigError, match=message):
-        runfile.parse("name: a", "t.yaml", [override])
+        run_file.parse("name: a", "t.yaml", [override])
 
 
 def test_files_are_written_and_the_script_can_be_run(small, tmp_path, capsys):

@@ -7,11 +7,11 @@ import pytest
 
 from pi_ray import cli, job
 from pi_ray.config import ModelConfig
+from pi_ray.config.run_file import load
 from pi_ray.errors import CorruptArtifactError, StorageError
 from pi_ray.mirror import Mirror
 from pi_ray.run.artifact import staged, write_atomic
 from pi_ray.run.object_storage import Objects
-from pi_ray.runfile import load
 from pi_ray.serving.adapters import AdapterStore
 from tests.lora import put_in_store
 

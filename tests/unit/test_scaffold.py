@@ -5,11 +5,11 @@ from importlib.resources import files
 import pytest
 import yaml
 
+from pi_ray.config.run_file import load, parse
 from pi_ray.errors import ConfigError
 from pi_ray.models import load_tokenizer
 from pi_ray.prompt import PromptEncoder, Template
 from pi_ray.protocols import SPLITS, Row
-from pi_ray.runfile import load, parse
 from pi_ray.scaffold import write_task
 from pi_ray.tasks.jsonl import JsonlTask
 

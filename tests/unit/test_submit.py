@@ -9,8 +9,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from pi_ray import auth, cli, job, parcel, runfile, submit
-from pi_ray.config import RunConfig
+from pi_ray import auth, cli, job, parcel, submit
+from pi_ray.config import RunConfig, run_file
 from pi_ray.errors import ClusterError, ConfigError
 from pi_ray.progress import Seen, line
 from pi_ray.run.artifact import staged
@@ -32,7 +32,7 @@ def task(tmp_path):
 
 
 def unresolved(task, *overrides) -> RunConfig:
-    return runfile.check(RunConfig, (task / "run.yaml").read_text(), "run.yaml", overrides)
+    return run_file.check(RunConfig, (task / "run.yaml").read_text(), "run.yaml", overrides)
 
 
 # The parcel
@@ -46,7 +46,7 @@ def test_a_parcel_holds_the_run_file_and_what_it_names_and_nothing_else(task, tm
     assert sorted(p.relative_to(tmp_path / "out").as_posix() for p in (tmp_path / "out").rglob("*") if p.is_file()) == [
         "inputs/dev.jsonl", "inputs/template.md", "inputs/test.jsonl", "inputs/train.jsonl", "run.yaml",
     ]  # fmt: skip
-    sent = runfile.load(tmp_path / "out" / "run.yaml")
+    sent = run_file.load(tmp_path / "out" / "run.yaml")
     assert sent.task.train == str(tmp_path / "out" / "inputs" / "train.jsonl")
     assert not os.path.exists(sent.task.queries), "an optional file that was missing is missing there too"
 
@@ -344,7 +344,7 @@ def test_a_job_keeps_its_inputs_in_the_run_directory_under_paths_that_stay(task,
         parcel.pack(unresolved(task), task, folder)
         monkeypatch.chdir(folder)
         assert job.settle(folder / "run.yaml", []).root == root
-        loaded.append(runfile.load(root / "run.yaml"))
+        loaded.append(run_file.load(root / "run.yaml"))
     assert loaded[0] == loaded[1]
     assert loaded[0].task.train == str(root / "inputs" / "train.jsonl") and loaded[0].store == str(tmp_path / "storage" / "store")
     assert (root / "inputs" / "train.jsonl").read_bytes() == (task / "train.jsonl").read_bytes()
@@ -363,7 +363,7 @@ def test_a_run_file_on_storage_is_used_where_it_is(task, tmp_path, monkeypatch):
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
     job.settle(task, [f"run_dir={tmp_path}/mine"])
-    settings = runfile.load(tmp_path / "mine" / "run.yaml")
+    settings = run_file.load(tmp_path / "mine" / "run.yaml")
     assert settings.task.train == str(task / "train.jsonl") and not (tmp_path / "mine" / "inputs").exists()
     assert settings.store == str(tmp_path / "home" / "pi-ray" / "store")
 
@@ -381,7 +381,7 @@ def test_inputs_on_object_storage_are_fetched_and_those_that_are_not_there_are_m
     inputs = tmp_path / "node" / "runs" / "my-task" / "inputs"
     assert (inputs / "train.jsonl").read_bytes() == (task / "train.jsonl").read_bytes() and (inputs / "folder" / "deep" / "a.txt").read_text() == "a"
     assert (config.task.train, config.task.folder, config.task.queries) == (str(inputs / "train.jsonl"), str(inputs / "folder"), str(inputs / "queries.jsonl"))
-    assert not (inputs / "queries.jsonl").exists() and runfile.load(inputs.parent / "run.yaml") == config
+    assert not (inputs / "queries.jsonl").exists() and run_file.load(inputs.parent / "run.yaml") == config
 
 
 def test_inputs_by_url_and_those_that_came_along_lie_side_by_side(task, tmp_path, monkeypatch):
@@ -401,7 +401,7 @@ def test_a_yes_to_spending_is_for_one_job(task, tmp_path, monkeypatch):
     monkeypatch.setattr(cli, "main", lambda command: said.append(command) or 0)
     assert job.main("run", [str(task / "run.yaml"), "closed.confirmed=true", f"run_dir={tmp_path}/mine"]) == 0
     assert said == [["run", f"{tmp_path}/mine", "closed.confirmed=true"]]
-    assert runfile.load(tmp_path / "mine" / "run.yaml").closed.confirmed is False
+    assert run_file.load(tmp_path / "mine" / "run.yaml").closed.confirmed is False
 
 
 def test_on_object_storage_each_node_has_a_folder_of_its_own_and_the_next_job_finds_all_there(task, tmp_path, monkeypatch):
@@ -409,7 +409,7 @@ def test_on_object_storage_each_node_has_a_folder_of_its_own_and_the_next_job_fi
     place, found = f"file://{tmp_path}/bucket", []
 
     def step(command):
-        config = runfile.load(Path(command[1]) / "run.yaml")
+        config = run_file.load(Path(command[1]) / "run.yaml")
         found.append((config.store, sorted(p.name for p in config.root.iterdir())))
         with staged(config.root / "rows", fingerprint="x") as tmp:
             (tmp / "train").write_text("rows")

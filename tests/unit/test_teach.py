@@ -4,11 +4,11 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from pi_ray.config.run_file import parse
 from pi_ray.errors import ConfigError, TrainingError
 from pi_ray.models import load_model
 from pi_ray.run.artifact import verify
 from pi_ray.run.directory import RunDir, plain_config, train_fingerprint
-from pi_ray.runfile import parse
 from pi_ray.train import attention, teach
 from pi_ray.train.batches import PhaseRows, packed, plain
 from pi_ray.train.objectives import distill_sum, sft_sum
