@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from pi_ray import cluster, mirror
+from pi_ray.cluster import placement, session, storage_sync
 from pi_ray.config import ModelConfig, PromptConfig, RunConfig
 from pi_ray.fanout import stream
 from pi_ray.models import load_tokenizer
@@ -80,13 +80,13 @@ def medians(seconds: Seconds) -> dict[str, float]:
 
 def _answered(config: RunConfig, columns: Iterable[Column], work: list[dict[str, Any]], limit: int, typical: int, one: bool = False) -> Iterator[tuple[int, Any]]:
     """(place in `work`, what Generator says). `one`: a single actor, which takes them in order."""
-    cluster.connect()
-    has = cluster.nodes()
+    session.connect()
+    has = placement.nodes()
     gpus = int(sum(node.get("GPU", 0) for node in has))
     usual = {"num_gpus": 1} if gpus else {"num_cpus": max(1, int(max(node.get("CPU", 0) for node in has)) - 1)}
-    share = {**({} if config.cluster.evaluate_resources else usual), **cluster.options(config, "evaluate")}
+    share = {**({} if config.cluster.evaluate_resources else usual), **placement.options(config, "evaluate")}
     adapters = list(dict.fromkeys(c.adapter for c in columns if c.adapter))
-    yield from stream(work, Generator, config.model, config.prompt, adapters, limit, typical, actors=1 if one else gpus or 1, mirror=mirror.of(config.root), **share)
+    yield from stream(work, Generator, config.model, config.prompt, adapters, limit, typical, actors=1 if one else gpus or 1, mirror=storage_sync.of(config.root), **share)
 
 
 def _item(column: Column, prompts: dict[str, Prompts], numbers: Iterable[int]) -> dict[str, Any]:

@@ -13,8 +13,9 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
-from pi_ray import cluster, errors
-from pi_ray.mirror import Mirror
+from pi_ray import errors
+from pi_ray.cluster import session
+from pi_ray.cluster.storage_sync import Mirror
 
 Work = Callable[[dict[str, Any]], Any]
 
@@ -35,7 +36,7 @@ def stream(
     """
     if not items:
         return
-    cluster.connect()
+    session.connect()
     import ray
 
     logging.getLogger("ray.data").setLevel(logging.ERROR)

@@ -12,7 +12,7 @@ from typing import Any
 
 from rich.console import Console
 
-from pi_ray import cluster
+from pi_ray.cluster import session
 from pi_ray.config import RunConfig, dump
 from pi_ray.family import Family, Member, complete
 from pi_ray.progress import Watch, training
@@ -168,7 +168,7 @@ def _begin(config: RunConfig, console: Console, step: str, what: str) -> None:
     path, text = RunDir(config.root).config, dump(config.replace(**{"closed.confirmed": False}))  # a yes to spending is for one command
     if not path.exists() or path.read_text() != text:
         write_atomic(path, text)
-    cluster.connect()
+    session.connect()
 
 
 def _arms(config: RunConfig) -> list[tuple[str, RunConfig]]:

@@ -194,9 +194,9 @@ def render(plan: Plan, console: Console, scale: bool = False) -> None:
     if config.train.share_prefix and size.apart:
         say(f"Plain batches, in which every row brings its own copy of the template: {size.apart}")
     if plan.speed.device == "gpu" or scale:
-        from pi_ray import cluster
+        from pi_ray.cluster import placement
 
-        say(f"Placement: {cluster.placement(config)}")
+        say(f"Placement: {placement.placement(config)}")
     full, query = plan.full.prefix + plan.full.row, plan.query.prefix + plan.query.row
     say(f"Inference: {query:,.0f} input tokens instead of {full:,.0f}, {plan.saved / full:.0%} fewer", "bold")
     say(f"Cost: training about {cost.money(plan.money.training, config.cost.currency)}. If quality holds: {cost.payback(plan.money, config.cost)}")

@@ -11,7 +11,8 @@ from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
-from pi_ray import cluster, mirror, shards
+from pi_ray import shards
+from pi_ray.cluster import placement, storage_sync
 from pi_ray.compress import documents
 from pi_ray.compress.compress import Compressed, cached, compress_template, load
 from pi_ray.config import RunConfig
@@ -109,7 +110,7 @@ def _templates(config: RunConfig, template: Template, tokenizer: Any, run: RunDi
     """Compress the template once for each rate of the schedule; rates that were made before need no actor."""
     made = {rate: cached(template, rate, tokenizer, config.compress) for rate in distinct_rates(config)}
     missing = [rate for rate, found in made.items() if found is None]
-    results = fan_out([{"rate": rate} for rate in missing], CompressRates, config, template, actors=1, mirror=mirror.of(run.root), **cluster.options(config, "prepare"))
+    results = fan_out([{"rate": rate} for rate in missing], CompressRates, config, template, actors=1, mirror=storage_sync.of(run.root), **placement.options(config, "prepare"))
     made.update((rate, Compressed(**result)) for rate, result in zip(missing, results, strict=True))
     entries = []
     with staged(run.templates, fingerprint=fingerprint) as folder:
@@ -136,7 +137,7 @@ def _phases(config: RunConfig, encoder: PromptEncoder, run: RunDir, fingerprint:
     todo = [s for s in planned if not shards.is_finished(s, rows[s.split])]
     if len(todo) < len(planned):
         progress(f"phases: {len(planned) - len(todo)} of {len(planned)} shards were already there")
-    fan_out([asdict(s) for s in todo], shards.Builder, config, fingerprint, mirror=mirror.of(run.root), **cluster.options(config, "prepare"))
+    fan_out([asdict(s) for s in todo], shards.Builder, config, fingerprint, mirror=storage_sync.of(run.root), **placement.options(config, "prepare"))
     for name, _, rate, shots in plan:
         text = texts.get(rate, "")
         made = shards.publish(

@@ -57,8 +57,8 @@ def ray_local():
     """One Ray on this machine for all Ray tests."""
     import ray
 
-    from pi_ray import cluster
+    from pi_ray.cluster import session
 
-    cluster.connect()
+    session.connect()
     yield ray
     ray.shutdown()

@@ -84,13 +84,13 @@ def prepare_and_lose(folder: Path) -> None:
     import ray
     from ray.cluster_utils import Cluster
 
-    from pi_ray import cluster
+    from pi_ray.cluster import session
     from pi_ray.prepare import prepare
 
     nodes = Cluster(initialize_head=True, head_node_args={**NODE, "include_dashboard": False})
     victim = nodes.add_node(**NODE)
     ray.init(address=nodes.address, log_to_driver=False)
-    cluster.connect()
+    session.connect()
     config = RunConfig.model_validate_json((folder / "config.json").read_text())
 
     def lose(when: Callable[[], bool]) -> None:

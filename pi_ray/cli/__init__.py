@@ -8,8 +8,9 @@ import os
 import sys
 from collections.abc import Sequence
 
-from pi_ray import __version__, floors
+from pi_ray import __version__
 from pi_ray.cli import cluster, run, serve
+from pi_ray.cluster import requirements
 from pi_ray.errors import PiRayError
 
 VERBS = {**run.verb, **serve.verb, **cluster.verb}  # in the order of --help
@@ -25,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     console = Console(highlight=False, soft_wrap=True)
     try:
         if args.verb != "doctor":  # which says it, and more
-            floors.check()
+            requirements.check()
         VERBS[args.verb][2](args, console)
     except PiRayError as error:
         print(f"pi-ray: {error}", file=sys.stderr)

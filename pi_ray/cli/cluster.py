@@ -23,7 +23,7 @@ JOB = argument("job", metavar="JOB", help="a job's id, or a run's name")
     argument("--address", default="", metavar="URL", help="of a cluster's Jobs API, such as http://127.0.0.1:8265; default: this machine"),
 )
 def doctor(args: argparse.Namespace, console: Console) -> None:
-    from pi_ray import doctor as visit
+    from pi_ray.cluster import doctor as visit
 
     config, folder = (load(args), folder_of(args)) if args.config else (None, None)
     if visit.render(visit.examine(config, args.address, folder), console):
@@ -35,23 +35,23 @@ def doctor(args: argparse.Namespace, console: Console) -> None:
     RUN, ADDRESS, argument("--step", default="run", choices=["run", "prepare", "train", "evaluate", "report", "publish", "serve"], help="one step of it; default: all of them"), OVERRIDES,
 )
 def submit(args: argparse.Namespace, console: Console) -> None:
-    from pi_ray import submit as jobs
+    from pi_ray.cluster.jobs import submit as jobs
 
     sys.exit(jobs.submit(args.config, args.overrides, args.step, args.address, console))
 
 
 @verb("jobs of a cluster: where one stands, or all of them", argument("job", nargs="?", default="", metavar="JOB", help="a job's id, or a run's name; default: all"), ADDRESS)
 def status(args: argparse.Namespace, console: Console) -> None:
-    from pi_ray import auth
-    from pi_ray import submit as jobs
+    from pi_ray.cluster import auth
+    from pi_ray.cluster.jobs import submit as jobs
 
     jobs.status(jobs.Jobs(auth.address_of(args.address)), args.job, console)
 
 
 @verb("what a job prints, until it ends; Ctrl-C leaves it running", JOB, ADDRESS)
 def logs(args: argparse.Namespace, console: Console) -> None:
-    from pi_ray import auth
-    from pi_ray import submit as jobs
+    from pi_ray.cluster import auth
+    from pi_ray.cluster.jobs import submit as jobs
 
     cluster = jobs.Jobs(auth.address_of(args.address))
     sys.exit(jobs.follow(cluster, cluster.find(args.job).submission_id, console))
@@ -59,8 +59,8 @@ def logs(args: argparse.Namespace, console: Console) -> None:
 
 @verb("end a job; what it has done is kept, and submitting its run again goes on from there", JOB, ADDRESS)
 def stop(args: argparse.Namespace, console: Console) -> None:
-    from pi_ray import auth
-    from pi_ray import submit as jobs
+    from pi_ray.cluster import auth
+    from pi_ray.cluster.jobs import submit as jobs
 
     cluster = jobs.Jobs(auth.address_of(args.address))
     job = cluster.find(args.job).submission_id
@@ -72,7 +72,7 @@ def stop(args: argparse.Namespace, console: Console) -> None:
     argument("kind", choices=["k8s", "launcher", "slurm"]), RUN, OVERRIDES, argument("--out", type=Path, metavar="FOLDER", help="where to; default: print them"),
 )
 def render(args: argparse.Namespace, console: Console) -> None:
-    from pi_ray import render as files
+    from pi_ray.cluster import render as files
 
     found, notes = files.render(args.kind, load(args), folder_of(args))
     if args.out:

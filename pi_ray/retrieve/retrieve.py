@@ -16,7 +16,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pi_ray import cluster, mirror
+from pi_ray.cluster import placement, storage_sync
 from pi_ray.config import RetrieveConfig, RunConfig
 from pi_ray.fanout import fan_out
 from pi_ray.run.artifact import digest_file, tell_of, write_atomic, writing
@@ -108,7 +108,7 @@ def find_neighbours(config: RunConfig, run: RunDir, fingerprint: str, splits: Se
         progress(f"neighbours: {len(pieces) - len(todo)} of {len(pieces)} pieces were already there")
     exact = is_exact(config.retrieve, run)
     items: list[dict[str, Any]] = [*([] if exact else [{"audit": True}]), *map(asdict, todo)]  # all of one index, then all of the other
-    results = fan_out(items, FindNeighbours, config, k, actors=-(-len(items) // 4), mirror=mirror.of(run.root), **cluster.options(config, "prepare"))
+    results = fan_out(items, FindNeighbours, config, k, actors=-(-len(items) // 4), mirror=storage_sync.of(run.root), **placement.options(config, "prepare"))
     made = folder / "all.parquet"
     with writing(made):
         join([p.path for p in pieces], made, SCHEMA)

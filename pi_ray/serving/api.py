@@ -15,7 +15,7 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.exceptions import HTTPException
 
-from pi_ray import auth
+from pi_ray.cluster import auth
 from pi_ray.config import ServeConfig
 from pi_ray.errors import PiRayError
 from pi_ray.serving.body import Body, ChatBody, CompletionBody, read

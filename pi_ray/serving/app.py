@@ -15,7 +15,7 @@ from pathlib import Path
 import ray
 from ray import serve
 
-from pi_ray import auth, cluster
+from pi_ray.cluster import auth, session
 from pi_ray.config import RunConfig, run_file
 from pi_ray.errors import ConfigError
 from pi_ray.serving.adapters import AdapterStore
@@ -63,7 +63,7 @@ def run(config: RunConfig, blocking: bool = True) -> str:
     own = not ray.is_initialized() and not os.environ.get("RAY_ADDRESS")  # this process's Ray, which ends with it
     if own:
         _check_port(config)
-    cluster.connect()
+    session.connect()
     log.setLevel(logging.WARNING)
     try:
         _start(config)

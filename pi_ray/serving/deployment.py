@@ -22,7 +22,7 @@ import ray
 from ray import serve
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
-from pi_ray import cluster
+from pi_ray.cluster import placement
 from pi_ray.config import RunConfig, ServeConfig
 from pi_ray.errors import AdapterError
 from pi_ray.serving.adapters import AdapterStore
@@ -146,7 +146,7 @@ def build(config: RunConfig, digest: str = "") -> serve.Application:
 
     config = _pinned(config)
     aside = getattr(engines[config.serve.engine], "deployment", None)  # an engine may run in a deployment of its own, such as vLLM's
-    options = front_options(config.serve) if aside else replica_options(config.serve, _resources(), cluster.options(config, "serve"))
+    options = front_options(config.serve) if aside else replica_options(config.serve, _resources(), placement.options(config, "serve"))
     model = serve.deployment(Model, **options)
 
     def api() -> Any:  # called in the ingress replica

@@ -18,7 +18,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from pi_ray import cluster
+from pi_ray.cluster import placement
 from pi_ray.config import ModelConfig, RunConfig, ServeConfig
 from pi_ray.errors import AdapterError, ConfigError, MissingExtraError
 from pi_ray.protocols import GenerationRequest, Token
@@ -90,7 +90,7 @@ def options(config: RunConfig) -> dict[str, Any]:
         **({"revision": model.revision} if model.revision else {}),
         **({"quantization": "bitsandbytes"} if model.quantize else {}),
     }
-    asked = {k: v for k, v in cluster.options(config, "serve").items() if k in ("num_cpus", "memory", "resources")}  # vLLM's workers take the GPUs
+    asked = {k: v for k, v in placement.options(config, "serve").items() if k in ("num_cpus", "memory", "resources")}  # vLLM's workers take the GPUs
     serve = {**replica_options(limits, {}, {}), "ray_actor_options": asked}  # no surge: seldom is there a spare GPU
     del serve["max_queued_requests"]  # the queue before Model is the bound
     return {

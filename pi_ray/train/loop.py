@@ -11,7 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from pi_ray import cluster, curve, mirror
+from pi_ray import curve
+from pi_ray.cluster import placement, storage_sync
 from pi_ray.config import RunConfig
 from pi_ray.errors import ConfigError, PiRayError, TrainingError
 from pi_ray.run.artifact import is_current, read_manifest
@@ -56,7 +57,7 @@ def train(config: RunConfig, watch: Callable[[dict[str, Any]], None] = lambda en
     trackers.need(config.train.tracker)
     # here, before a worker starts: a checkpoint of another configuration is refused, and a damaged one told to the person who waits
     checkpoint.newest(run.checkpoints, fingerprint, learned_from(config), lambda text: watch({"event": "warning", "text": text}))
-    gang, elsewhere = cluster.gang(config, cluster.nodes()), mirror.of(run.root)
+    gang, elsewhere = placement.gang(config, placement.nodes()), storage_sync.of(run.root)
     _forget_best(run, elsewhere)
     trainer = TorchTrainer(
         _ray_worker,
@@ -91,7 +92,7 @@ def train(config: RunConfig, watch: Callable[[dict[str, Any]], None] = lambda en
     return fingerprint
 
 
-def _forget_best(run: RunDir, elsewhere: mirror.Mirror | None) -> None:
+def _forget_best(run: RunDir, elsewhere: storage_sync.Mirror | None) -> None:
     """Remove the mark of settings of before, which `is_trained` would take for this training's if it was killed after its last adapter and before its own mark."""
     if run.best.is_symlink():
         run.best.unlink()

@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from pi_ray import mirror, models
+from pi_ray import models
+from pi_ray.cluster import storage_sync
 from pi_ray.config import RunConfig
 from pi_ray.errors import TrainingError
 from pi_ray.protocols import UNLABELLED
@@ -196,7 +197,7 @@ class _Worker:
         if self.rank == 0:
             teach.write(self.dir.taught, shares, train.distill, self.fingerprint, len(unlabelled), round(time.monotonic() - started, 1))
         self.group.wait()
-        mirror.refresh(self.dir.root)
+        storage_sync.refresh(self.dir.root)
         self.feed.taught = True
 
     @torch.no_grad()

@@ -14,9 +14,9 @@ from pathlib import Path
 from unittest.mock import patch
 
 from pi_ray import estimate
+from pi_ray.cluster.render import KINDS, render, write
 from pi_ray.config import LoraConfig, ModelConfig
 from pi_ray.config.run_file import load
-from pi_ray.render import KINDS, render, write
 
 REPO = Path(__file__).parents[2]
 FOLDER = REPO / "cluster"
@@ -35,7 +35,7 @@ def mixtral() -> estimate.ModelSize:
 
 def rendered(size: estimate.ModelSize, kind: str, overrides: Sequence[str] = ()) -> tuple[dict[str, str], list[str]]:
     """(file -> text, notes) of one kind for the Mixtral run."""
-    with patch.object(estimate, "model_size", lambda model, lora: size), patch("pi_ray.render.values.version", lambda name: RAY):
+    with patch.object(estimate, "model_size", lambda model, lora: size), patch("pi_ray.cluster.render.values.version", lambda name: RAY):
         return render(kind, load(RUN, overrides), RUN.parent)
 
 

@@ -18,7 +18,7 @@ import httpx
 import openai
 import pytest
 
-from pi_ray.cluster import SERVE
+from pi_ray.cluster.session import SERVE
 from pi_ray.config import ModelConfig, PromptConfig, RunConfig, ServeConfig
 from pi_ray.models import load_tokenizer
 from pi_ray.prompt import PromptEncoder

@@ -4,7 +4,8 @@ import os
 
 import pytest
 
-from pi_ray.cluster import _muted, gang, options, placement
+from pi_ray.cluster.placement import gang, options, placement
+from pi_ray.cluster.session import _muted
 from pi_ray.config import RunConfig
 from pi_ray.errors import ConfigError
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pi_ray.cluster import SERVE
+from pi_ray.cluster.session import SERVE
 from pi_ray.config import dump, run_file
 from tests.golden import cluster, kuberay
 

@@ -17,9 +17,10 @@ from typing import ClassVar
 import pytest
 from rich.console import Console
 
-from pi_ray import cli, cluster, doctor, estimate, floors
+from pi_ray import cli, estimate
+from pi_ray.cluster import doctor, requirements, session
+from pi_ray.cluster.doctor import machine, remote, run
 from pi_ray.config import run_file
-from pi_ray.doctor import machine, remote, run
 from pi_ray.errors import ClusterError, MissingExtraError
 from pi_ray.scaffold import write_task
 from tests.conftest import unset
@@ -48,7 +49,7 @@ def failing(findings):
 
 
 def test_old_and_missing_packages_are_named_with_the_command_that_mends_them(monkeypatch):
-    monkeypatch.setattr(floors, "installed", {"ray": "2.54.9", "torch": "2.6.0+cpu", "transformers": "", "peft": "1.0", "deepspeed": "0.18"}.get)
+    monkeypatch.setattr(requirements, "installed", {"ray": "2.54.9", "torch": "2.6.0+cpu", "transformers": "", "peft": "1.0", "deepspeed": "0.18"}.get)
     found = failing(machine.versions())
     assert [f.said for f in found] == ["ray 2.54.9, and pi-ray needs 2.55 or newer", "transformers is missing, and pi-ray needs 5.3 or newer"]
     assert '-m pip install "ray>=2.55"' in found[0].cure
@@ -57,21 +58,21 @@ def test_old_and_missing_packages_are_named_with_the_command_that_mends_them(mon
 
 def test_every_other_command_refuses_old_versions_in_one_sentence(monkeypatch, tmp_path, capsys):
     (tmp_path / "run.yaml").write_text("name: a")
-    monkeypatch.setattr(floors, "installed", lambda name: "2.5.1" if name == "torch" else "99")
+    monkeypatch.setattr(requirements, "installed", lambda name: "2.5.1" if name == "torch" else "99")
     assert cli.main(["show", str(tmp_path / "run.yaml")]) == MissingExtraError.exit_code
     assert "torch 2.5.1: pi-ray needs torch 2.6 or newer" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("older, newer", [("2.6", "2.10"), ("5.2.9", "5.3"), ("", "0.1"), ("2.55.0rc1", "2.56"), ("2.6.0+cu128", "2.6.1")])
 def test_versions_are_compared_as_numbers(older, newer):
-    assert floors._numbers(older) < floors._numbers(newer)
+    assert requirements._numbers(older) < requirements._numbers(newer)
 
 
 def test_the_floors_are_those_that_pip_installs_by():
     wanted = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
     declared = dict(re.match(r"([\w-]+)(?:\[[^\]]*\])?>=([\d.]+)", d).groups() for d in wanted["dependencies"])
-    assert {name: declared[name] for name in floors.FLOORS} == floors.FLOORS
-    assert wanted["requires-python"] == f">={floors.PYTHON[0]}.{floors.PYTHON[1]}"
+    assert {name: declared[name] for name in requirements.FLOORS} == requirements.FLOORS
+    assert wanted["requires-python"] == f">={requirements.PYTHON[0]}.{requirements.PYTHON[1]}"
 
 
 def test_a_full_disk_is_found_before_the_run_finds_it(tmp_path, monkeypatch):
@@ -257,9 +258,9 @@ def test_no_cluster_of_other_machines_is_joined_without_authentication(monkeypat
     monkeypatch.setenv("RAY_ADDRESS", address)
     monkeypatch.setattr("ray.is_initialized", lambda: True)
     with pytest.raises(ClusterError, match="anyone who reaches that cluster") if refused else nullcontext():
-        cluster.connect()
+        session.connect()
     monkeypatch.setenv("RAY_AUTH_MODE", "token")
-    cluster.connect()
+    session.connect()
 
 
 def test_a_missing_token_is_a_fault_for_a_cluster_that_wants_one_and_none_here(dashboard, monkeypatch, tmp_path):
@@ -298,7 +299,7 @@ def dashboard():
     """A server in place of Ray's dashboard: /api/version answers `codes` without and with the right token."""
 
     class Handler(http.server.BaseHTTPRequestHandler):
-        codes, ray = (401, 200), floors.installed("ray")
+        codes, ray = (401, 200), requirements.installed("ray")
         seen: ClassVar[list] = []
 
         def do_GET(self):

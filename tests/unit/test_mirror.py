@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from pyarrow.fs import LocalFileSystem, SubTreeFileSystem
 
+from pi_ray.cluster.storage_sync import Mirror, of, refresh
 from pi_ray.errors import CorruptArtifactError, StorageError
 from pi_ray.fanout import _once, fan_out
-from pi_ray.mirror import Mirror, of, refresh
 from pi_ray.run.artifact import digest_file, read_manifest, staged, verify, write_atomic
 from pi_ray.run.object_storage import Objects
 
@@ -223,7 +223,7 @@ class Count:
 def test_work_on_a_node_without_the_run_directory_finds_it_and_what_it_writes_arrives(bucket, tmp_path, monkeypatch):
     driver, node = tmp_path / "driver", tmp_path / "node"
     monkeypatch.setattr("pi_ray.run.artifact.written", [])
-    monkeypatch.setattr("pi_ray.mirror._joined", {})
+    monkeypatch.setattr("pi_ray.cluster.storage_sync._joined", {})
     with mirror(driver, bucket).attached():
         write(driver / "rows", "a", "train")
         assert of(tmp_path / "elsewhere") is None and of(driver / "baselines" / "plain") is of(driver)
@@ -252,9 +252,9 @@ class Tasks:
 
 def test_a_worker_fetches_once_for_each_fan_out_and_leaves_the_pieces_of_others_there(bucket, tmp_path, monkeypatch):
     monkeypatch.setattr("ray.data.from_items", lambda rows, **_: Tasks(rows))
-    monkeypatch.setattr("pi_ray.cluster.connect", lambda: None)
+    monkeypatch.setattr("pi_ray.cluster.session.connect", lambda: None)
     monkeypatch.setattr("pi_ray.run.artifact.written", [])
-    monkeypatch.setattr("pi_ray.mirror._joined", {})
+    monkeypatch.setattr("pi_ray.cluster.storage_sync._joined", {})
     node, other, counted, done = tmp_path / "node", tmp_path / "other", Bucket(bucket), []
     pieces = node / "phases" / ".0-f.partial"
 

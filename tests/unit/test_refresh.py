@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from pi_ray import cli, job, refresh
+from pi_ray import cli, refresh
+from pi_ray.cluster.jobs import entrypoint
 from pi_ray.config import RunConfig, dump
 from pi_ray.config.run_file import load
 from pi_ray.errors import AdapterError, TrainingError
@@ -93,7 +94,7 @@ def test_on_object_storage_another_cluster_goes_on_with_what_was_begun(config, t
 
     monkeypatch.setattr(cli, "main", step)
     for code in (1, 0, 0):
-        assert job.main("refresh", [str(tmp_path / "run.yaml")]) == code
+        assert entrypoint.main("refresh", [str(tmp_path / "run.yaml")]) == code
         shutil.rmtree(tmp_path / "pod")
         publish(config, "v0002")
     first = f"shop-{datetime.now(UTC):%Y-%m-%d}"
@@ -104,7 +105,7 @@ def test_storage_that_does_not_answer_is_one_sentence_of_the_job(config, tmp_pat
     (tmp_path / "run.yaml").write_text(dump(config.replace(run_dir="runs/shop", **{"cluster.storage_path": f"file://{tmp_path}/bucket"})))
     monkeypatch.setenv("PI_RAY_STORAGE", str(tmp_path / "pod"))
     monkeypatch.setattr(Objects, "folders", lambda self, pattern: (_ for _ in ()).throw(OSError("no route")))
-    assert job.main("refresh", [str(tmp_path / "run.yaml")]) != 0
+    assert entrypoint.main("refresh", [str(tmp_path / "run.yaml")]) != 0
     assert "storage does not answer, or refuses (no route)" in capsys.readouterr().err
 
 

@@ -5,11 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from pi_ray import cli, job
+from pi_ray import cli
+from pi_ray.cluster.jobs import entrypoint
+from pi_ray.cluster.storage_sync import Mirror
 from pi_ray.config import ModelConfig
 from pi_ray.config.run_file import load
 from pi_ray.errors import CorruptArtifactError, StorageError
-from pi_ray.mirror import Mirror
 from pi_ray.run.artifact import staged, write_atomic
 from pi_ray.run.object_storage import Objects
 from pi_ray.serving.adapters import AdapterStore
@@ -73,7 +74,7 @@ def test_a_job_beside_a_bucket_takes_its_inputs_from_it_and_leaves_its_run_there
 
     monkeypatch.setattr(cli, "main", step)
     for _ in range(2):
-        assert job.main("prepare", [str(tmp_path / "run.yaml")]) == 0
+        assert entrypoint.main("prepare", [str(tmp_path / "run.yaml")]) == 0
         shutil.rmtree(tmp_path / "pod")
     row = '{"query": "q", "answer": "a"}\n'
     assert seen == [("s3://bucket/pi-ray/store", row, ["inputs"]), ("s3://bucket/pi-ray/store", row, ["inputs", "rows"])]

@@ -9,7 +9,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from pi_ray import auth, cli, job, parcel, submit
+from pi_ray import cli
+from pi_ray.cluster import auth
+from pi_ray.cluster.jobs import bundle, entrypoint, submit
 from pi_ray.config import RunConfig, run_file
 from pi_ray.errors import ClusterError, ConfigError
 from pi_ray.progress import Seen, line
@@ -42,7 +44,7 @@ def test_a_parcel_holds_the_run_file_and_what_it_names_and_nothing_else(task, tm
     for name in ("runs/my-task/big", "store/x", ".git/config", ".venv/lib", "notes.txt"):
         (task / name).parent.mkdir(parents=True, exist_ok=True)
         (task / name).write_text("at home")
-    parcel.pack(unresolved(task), task, tmp_path / "out")
+    bundle.pack(unresolved(task), task, tmp_path / "out")
     assert sorted(p.relative_to(tmp_path / "out").as_posix() for p in (tmp_path / "out").rglob("*") if p.is_file()) == [
         "inputs/dev.jsonl", "inputs/template.md", "inputs/test.jsonl", "inputs/train.jsonl", "run.yaml",
     ]  # fmt: skip
@@ -56,7 +58,7 @@ def test_files_above_the_run_file_and_equal_names_travel_under_their_keys(task, 
     (tmp_path / "data" / "rows.jsonl").write_text("1")
     (task / "rows.jsonl").write_text("2")
     settings = unresolved(task, "task.train=../data/rows.jsonl", "task.dev=rows.jsonl")
-    parcel.pack(settings, task, tmp_path / "out")
+    bundle.pack(settings, task, tmp_path / "out")
     assert (tmp_path / "out" / "inputs" / "train.jsonl").read_text() == "1"
     assert (tmp_path / "out" / "inputs" / "dev.jsonl").read_text() == "2"
 
@@ -66,49 +68,49 @@ def test_absolute_paths_are_the_clusters_own_and_stay(task, tmp_path):
     (task / "data" / "in").mkdir(parents=True)
     (task / "data" / "in" / "a.json").write_text("{}")
     (task / "data" / ".gitignore").write_text("*")
-    assert parcel.packed(settings, task).task.train == "/shared/train.jsonl"
-    assert "folder/in/a.json" in parcel.files(settings, task) and "folder/.gitignore" not in parcel.files(settings, task)
+    assert bundle.packed(settings, task).task.train == "/shared/train.jsonl"
+    assert "folder/in/a.json" in bundle.files(settings, task) and "folder/.gitignore" not in bundle.files(settings, task)
 
 
 def test_equal_runs_have_equal_hashes_and_a_changed_row_another(task, tmp_path):
-    first, again = (parcel.pack(unresolved(task), task, tmp_path / name) for name in "ab")
+    first, again = (bundle.pack(unresolved(task), task, tmp_path / name) for name in "ab")
     with open(task / "train.jsonl", "a") as rows:
         rows.write('{"query": "q", "answer": "a"}\n')
-    assert first == again != parcel.pack(unresolved(task), task, tmp_path / "c")
-    assert first != parcel.pack(unresolved(task, "train.lr=0.1"), task, tmp_path / "d")
+    assert first == again != bundle.pack(unresolved(task), task, tmp_path / "c")
+    assert first != bundle.pack(unresolved(task, "train.lr=0.1"), task, tmp_path / "d")
 
 
 def test_a_parcel_that_is_too_large_names_the_largest_file_and_the_cure(task, monkeypatch):
-    monkeypatch.setattr(parcel, "LIMIT", 1 << 10)
+    monkeypatch.setattr(bundle, "LIMIT", 1 << 10)
     (task / "test.jsonl").write_bytes(bytes(1 << 12))
     with pytest.raises(ConfigError, match=r"most of it .*test\.jsonl.*absolute path"):
-        parcel.files(unresolved(task), task)
+        bundle.files(unresolved(task), task)
 
 
 @pytest.mark.parametrize("override", ["api_key=abc", "serve.api_key=abc", "hub.token=x", "model.base=hf_abcdefghijklmnopqrst", "closed.suffix=sk-abcdefghijklmnopqrstu"])
 def test_overrides_that_look_like_secrets_are_refused_without_being_shown(override):
     key, _, value = override.partition("=")
     with pytest.raises(ConfigError) as refused:
-        parcel.refuse_secrets([override])
+        bundle.refuse_secrets([override])
     assert f"'{key}' looks like a secret" in str(refused.value) and value not in str(refused.value).replace(key, "")
 
 
 def test_the_value_of_a_secret_variable_is_refused_wherever_it_stands(task, monkeypatch):
     monkeypatch.setenv("PI_RAY_API_KEY", "plain-looking")
     with pytest.raises(ConfigError, match=r"'prompt\.query' looks like a secret"):
-        parcel.refuse_secrets([], unresolved(task, "prompt.query='plain-looking {query}'"))
+        bundle.refuse_secrets([], unresolved(task, "prompt.query='plain-looking {query}'"))
     with pytest.raises(ConfigError, match=r"'train\.lr' looks like a secret"):
-        parcel.refuse_secrets(["train.lr=plain-looking"])
+        bundle.refuse_secrets(["train.lr=plain-looking"])
     allowed = ["serve.api_key_env=MY_KEY", "cluster.kubernetes.secret=named"]
-    parcel.refuse_secrets(allowed, unresolved(task, *allowed))
+    bundle.refuse_secrets(allowed, unresolved(task, *allowed))
 
 
 def test_a_base_model_that_lies_here_is_not_sent(task, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "weights").mkdir()
     with pytest.raises(ConfigError, match=r"model\.base: weights lies on this machine"):
-        parcel.refuse_local_models(unresolved(task, "model.base=weights"))
-    parcel.refuse_local_models(unresolved(task, f"model.base={tmp_path / 'weights'}"))
+        bundle.refuse_local_models(unresolved(task, "model.base=weights"))
+    bundle.refuse_local_models(unresolved(task, f"model.base={tmp_path / 'weights'}"))
 
 
 # Who is let in
@@ -250,7 +252,7 @@ def test_a_run_that_has_no_job_gets_one_and_later_ones_count_on(tmp_path):
     assert FakeJobs([]).start(FACTS, tmp_path, {}) == ("pi-ray-demo-1", True)
     jobs = FakeJobs([known(2, "FAILED"), known(1, "SUCCEEDED")])
     assert jobs.start(FACTS, tmp_path, {}) == ("pi-ray-demo-3", True)
-    assert jobs.sent[0] == "python -m pi_ray.job run run.yaml" and "RAY_AUTH" not in jobs.sent[1]
+    assert jobs.sent[0] == "python -m pi_ray.cluster.jobs.entrypoint run run.yaml" and "RAY_AUTH" not in jobs.sent[1]
 
 
 def test_a_number_is_not_given_twice_where_older_jobs_were_deleted(tmp_path):
@@ -341,9 +343,9 @@ def test_a_job_keeps_its_inputs_in_the_run_directory_under_paths_that_stay(task,
     loaded = []
     for session in ("session-1", "session-2"):  # each cluster session unpacks the parcel somewhere else
         folder = tmp_path / session
-        parcel.pack(unresolved(task), task, folder)
+        bundle.pack(unresolved(task), task, folder)
         monkeypatch.chdir(folder)
-        assert job.settle(folder / "run.yaml", []).root == root
+        assert entrypoint.settle(folder / "run.yaml", []).root == root
         loaded.append(run_file.load(root / "run.yaml"))
     assert loaded[0] == loaded[1]
     assert loaded[0].task.train == str(root / "inputs" / "train.jsonl") and loaded[0].store == str(tmp_path / "storage" / "store")
@@ -353,16 +355,16 @@ def test_a_job_keeps_its_inputs_in_the_run_directory_under_paths_that_stay(task,
 def test_changed_rows_replace_the_inputs(task, tmp_path, monkeypatch):
     monkeypatch.setenv("PI_RAY_STORAGE", str(tmp_path / "storage"))
     monkeypatch.chdir(task)
-    job.settle(task / "run.yaml", [])
+    entrypoint.settle(task / "run.yaml", [])
     (task / "train.jsonl").write_text("other")
-    job.settle(task / "run.yaml", [])
+    entrypoint.settle(task / "run.yaml", [])
     assert (tmp_path / "storage" / "runs" / "my-task" / "inputs" / "train.jsonl").read_text() == "other"
 
 
 def test_a_run_file_on_storage_is_used_where_it_is(task, tmp_path, monkeypatch):
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
-    job.settle(task, [f"run_dir={tmp_path}/mine"])
+    entrypoint.settle(task, [f"run_dir={tmp_path}/mine"])
     settings = run_file.load(tmp_path / "mine" / "run.yaml")
     assert settings.task.train == str(task / "train.jsonl") and not (tmp_path / "mine" / "inputs").exists()
     assert settings.store == str(tmp_path / "home" / "pi-ray" / "store")
@@ -377,7 +379,7 @@ def test_inputs_on_object_storage_are_fetched_and_those_that_are_not_there_are_m
     monkeypatch.setenv("PI_RAY_STORAGE", str(tmp_path / "node"))
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
-    config = job.settle(task / "run.yaml", [f"task.{key}={place}/{name}" for key, name in (("train", "train.jsonl"), ("queries", "none.jsonl"), ("folder", "extra"))])
+    config = entrypoint.settle(task / "run.yaml", [f"task.{key}={place}/{name}" for key, name in (("train", "train.jsonl"), ("queries", "none.jsonl"), ("folder", "extra"))])
     inputs = tmp_path / "node" / "runs" / "my-task" / "inputs"
     assert (inputs / "train.jsonl").read_bytes() == (task / "train.jsonl").read_bytes() and (inputs / "folder" / "deep" / "a.txt").read_text() == "a"
     assert (config.task.train, config.task.folder, config.task.queries) == (str(inputs / "train.jsonl"), str(inputs / "folder"), str(inputs / "queries.jsonl"))
@@ -388,9 +390,9 @@ def test_inputs_by_url_and_those_that_came_along_lie_side_by_side(task, tmp_path
     (tmp_path / "bucket").mkdir()
     (tmp_path / "bucket" / "rows.jsonl").write_text("far")
     monkeypatch.setenv("PI_RAY_STORAGE", str(tmp_path / "node"))
-    parcel.pack(unresolved(task, f"task.train=file://{tmp_path}/bucket/rows.jsonl"), task, tmp_path / "sent")
+    bundle.pack(unresolved(task, f"task.train=file://{tmp_path}/bucket/rows.jsonl"), task, tmp_path / "sent")
     monkeypatch.chdir(tmp_path / "sent")
-    config, inputs = job.settle(Path("run.yaml"), []), tmp_path / "node" / "runs" / "my-task" / "inputs"
+    config, inputs = entrypoint.settle(Path("run.yaml"), []), tmp_path / "node" / "runs" / "my-task" / "inputs"
     assert (config.task.train, Path(config.task.train).read_text()) == (str(inputs / "train.jsonl"), "far")
     assert Path(config.task.dev).parent == inputs and Path(config.task.dev).read_bytes() == (task / "dev.jsonl").read_bytes()
 
@@ -399,7 +401,7 @@ def test_a_yes_to_spending_is_for_one_job(task, tmp_path, monkeypatch):
     monkeypatch.chdir(task)
     said = []
     monkeypatch.setattr(cli, "main", lambda command: said.append(command) or 0)
-    assert job.main("run", [str(task / "run.yaml"), "closed.confirmed=true", f"run_dir={tmp_path}/mine"]) == 0
+    assert entrypoint.main("run", [str(task / "run.yaml"), "closed.confirmed=true", f"run_dir={tmp_path}/mine"]) == 0
     assert said == [["run", f"{tmp_path}/mine", "closed.confirmed=true"]]
     assert run_file.load(tmp_path / "mine" / "run.yaml").closed.confirmed is False
 
@@ -419,7 +421,7 @@ def test_on_object_storage_each_node_has_a_folder_of_its_own_and_the_next_job_fi
     for node in ("a", "b"):
         monkeypatch.setenv("PI_RAY_STORAGE", str(tmp_path / node))
         monkeypatch.chdir(task)
-        assert job.main("prepare", ["run.yaml", f"cluster.storage_path={place}"]) == 3
+        assert entrypoint.main("prepare", ["run.yaml", f"cluster.storage_path={place}"]) == 3
     assert found[0] == (f"{place}/store", [".mirror.json", "inputs", "run.yaml"])
     assert found[1] == (f"{place}/store", [".mirror.json", "inputs", "rows", "run.yaml"])
     assert (tmp_path / "bucket" / "runs" / "my-task" / "rows" / "train").read_text() == "rows"
@@ -428,5 +430,5 @@ def test_on_object_storage_each_node_has_a_folder_of_its_own_and_the_next_job_fi
 def test_a_mistake_in_the_run_file_is_one_sentence_of_the_job(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "run.yaml").write_text("name: demo\ntrian: {}\n")
-    assert job.main("run", ["run.yaml"]) == 2
+    assert entrypoint.main("run", ["run.yaml"]) == 2
     assert "did you mean 'train'" in capsys.readouterr().err

@@ -7,9 +7,9 @@ import torch
 from pyarrow.fs import LocalFileSystem, SubTreeFileSystem
 
 from pi_ray import pipeline
+from pi_ray.cluster.storage_sync import Mirror
 from pi_ray.config import RunConfig, TrainConfig
 from pi_ray.errors import ConfigError, TrainingError
-from pi_ray.mirror import Mirror
 from pi_ray.run.artifact import digest, verify
 from pi_ray.run.directory import RunDir, train_fingerprint
 from pi_ray.run.object_storage import Objects

@@ -23,7 +23,8 @@ from rich.console import Console
 from rich.markup import escape
 
 import pi_ray
-from pi_ray import auth, parcel
+from pi_ray.cluster import auth
+from pi_ray.cluster.jobs import bundle
 from pi_ray.config import RunConfig, run_file
 from pi_ray.errors import ClusterError
 from pi_ray.progress import Seen
@@ -45,16 +46,16 @@ def submit(path: Path, overrides: Sequence[str], step: str, address: str, consol
     Raises ConfigError (run file, secrets, size) and ClusterError (no answer, no token, the run is going on with other settings).
     """
     path = path / "run.yaml" if path.is_dir() else path
-    parcel.refuse_secrets(overrides)
+    bundle.refuse_secrets(overrides)
     config, folder = run_file.check(RunConfig, run_file.read(path), str(path), overrides), path.resolve().parent
-    parcel.refuse_secrets((), config)
-    parcel.refuse_local_models(config)
+    bundle.refuse_secrets((), config)
+    bundle.refuse_local_models(config)
     jobs = Jobs(auth.address_of(address, config.cluster.address))
     if jobs.address.startswith("http://") and not auth.is_loopback(jobs.address):
         console.print(f"the token goes to {jobs.address} unencrypted; where the network is not yours, take https or a tunnel (ssh -L, kubectl port-forward)", highlight=False)
     with tempfile.TemporaryDirectory() as target:
         facts = {"pi_ray.run": config.name, "pi_ray.step": step, "pi_ray.run_dir": config.run_dir, "pi_ray.storage": config.cluster.storage_path}
-        facts["pi_ray.fingerprint"] = parcel.pack(config, folder, Path(target))
+        facts["pi_ray.fingerprint"] = bundle.pack(config, folder, Path(target))
         job, new = jobs.start(facts, Path(target), {"COLUMNS": str(console.width)})
     console.print(f"[bold]Job[/]  {job}, {'submitted to' if new else 'which is going on already at'} {jobs.address}", highlight=False)
     code = follow(jobs, job, console)
@@ -150,7 +151,7 @@ class Jobs:
             numbers = [int(found[1]) for job in jobs if (found := re.fullmatch(rf"{re.escape(name)}-(\d+)", job.submission_id))]
             job = f"{name}-{max(numbers, default=0) + 1}"  # older ones may have been deleted
             packages = {"working_dir": str(folder), "py_modules": [str(Path(pi_ray.__file__).parent)], "excludes": ["__pycache__"], "env_vars": environment}
-            command = f"python -m pi_ray.job {shlex.quote(facts['pi_ray.step'])} run.yaml"
+            command = f"python -m pi_ray.cluster.jobs.entrypoint {shlex.quote(facts['pi_ray.step'])} run.yaml"
             try:
                 return _answered(partial(self.client.submit_job, entrypoint=command, submission_id=job, metadata=facts, runtime_env=packages), self.address), True
             except ClusterError as error:

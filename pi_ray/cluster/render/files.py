@@ -7,9 +7,9 @@ import shlex
 from importlib.resources import files
 from pathlib import Path
 
+from pi_ray.cluster.render.values import values
 from pi_ray.config import RunConfig
 from pi_ray.errors import ConfigError
-from pi_ray.render.values import values
 from pi_ray.run.artifact import write_atomic
 
 KINDS = {

@@ -10,10 +10,10 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
-from pi_ray import floors
+from pi_ray.cluster import requirements
+from pi_ray.cluster.doctor.finding import Finding, fail, note, ok
+from pi_ray.cluster.storage_sync import is_url
 from pi_ray.config import RunConfig
-from pi_ray.doctor.finding import Finding, fail, note, ok
-from pi_ray.mirror import is_url
 from pi_ray.run.artifact import CURES
 
 GIB = 2**30
@@ -25,11 +25,11 @@ CGROUP = Path("/sys/fs/cgroup/memory.max")
 
 def versions() -> Iterator[Finding]:
     """pi-ray's floors."""
-    lacking = dict(floors.lacking())
+    lacking = dict(requirements.lacking())
     for name, found in lacking.items():
-        yield fail("versions", f"{name} {found or 'is missing'}, and pi-ray needs {floors.FLOORS[name]} or newer", floors.cure(name))
+        yield fail("versions", f"{name} {found or 'is missing'}, and pi-ray needs {requirements.FLOORS[name]} or newer", requirements.cure(name))
     if not lacking:
-        yield ok("versions", ", ".join(f"{name} {floors.installed(name)}" for name in floors.FLOORS))
+        yield ok("versions", ", ".join(f"{name} {requirements.installed(name)}" for name in requirements.FLOORS))
 
 
 def storage(config: RunConfig | None, needed: float = ROOM) -> Iterator[Finding]:

@@ -10,9 +10,9 @@ import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
-from pi_ray import auth, floors
+from pi_ray.cluster import auth, requirements
+from pi_ray.cluster.doctor.finding import Finding, fail, note, ok
 from pi_ray.config import RunConfig
-from pi_ray.doctor.finding import Finding, fail, note, ok
 
 TIMEOUT_S = 10
 GIB = 2**30
@@ -114,7 +114,7 @@ def _token() -> tuple[str, str]:
 
 def _version(answer: str) -> Iterator[Finding]:
     """The cluster's Ray, with which jobs run, against pi-ray's floor and this machine's."""
-    found, floor, here = re.search(r'"ray_version": *"((\d+)\.(\d+)[^"]*)"', answer), floors.FLOORS["ray"], floors.installed("ray")
+    found, floor, here = re.search(r'"ray_version": *"((\d+)\.(\d+)[^"]*)"', answer), requirements.FLOORS["ray"], requirements.installed("ray")
     if found and (int(found[2]), int(found[3])) < tuple(map(int, floor.split("."))):
         yield fail("versions", f"the cluster has Ray {found[1]}, and pi-ray needs {floor} or newer", f"start it with Ray {here}, as here, on every node: cluster/Dockerfile makes such an image")
     elif found and found[1] != here:

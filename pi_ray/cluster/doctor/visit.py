@@ -6,11 +6,11 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pi_ray import auth, floors
+from pi_ray.cluster import auth, requirements
+from pi_ray.cluster.doctor import machine, remote
+from pi_ray.cluster.doctor.finding import Finding, fail, note
+from pi_ray.cluster.storage_sync import is_url
 from pi_ray.config import INPUTS, RunConfig
-from pi_ray.doctor import machine, remote
-from pi_ray.doctor.finding import Finding, fail, note
-from pi_ray.mirror import is_url
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -29,7 +29,7 @@ def examine(config: RunConfig | None = None, address: str = "", folder: Path | N
     address = address and auth.address_of(address)
     yield from machine.versions()
     yield from remote.authentication(address)
-    if any(floors.lacking()):
+    if any(requirements.lacking()):
         return  # the rest would import them
     if address:
         yield from remote.cluster(address, config)
@@ -45,7 +45,7 @@ def examine(config: RunConfig | None = None, address: str = "", folder: Path | N
 
 def _elsewhere(config: RunConfig, folder: Path | None) -> list[str]:
     """Keys of what a job does not take along and this machine does not have: URLs, and paths that only the cluster's nodes may see."""
-    from pi_ray.doctor.run import aids
+    from pi_ray.cluster.doctor.run import aids
 
     named = {"model.base": config.model.base, **aids(config), **{f"task.{key}": getattr(config.task, key) for key in INPUTS}}
     paths = {key: Path(value).expanduser() for key, value in named.items() if value and not (key.startswith("task.") and config.task.name == "opsql")}
@@ -55,7 +55,7 @@ def _elsewhere(config: RunConfig, folder: Path | None) -> list[str]:
 
 def _run(config: RunConfig, address: str, elsewhere: list[str]) -> Iterator[Finding]:
     """The run itself. What lies on a cluster (`elsewhere`) is looked at by the job there."""
-    from pi_ray.doctor import run
+    from pi_ray.cluster.doctor import run
 
     if elsewhere:
         yield note("paths", f"not on this machine: {', '.join(elsewhere)}", "fine where every node of the cluster can read them under these names: the job looks for them there")
@@ -88,7 +88,7 @@ def _run(config: RunConfig, address: str, elsewhere: list[str]) -> Iterator[Find
 
 def _memory(config: RunConfig, size: ModelSize, gpus: list[tuple[str, float]]) -> Iterator[Finding]:
     from pi_ray import estimate, plan
-    from pi_ray.doctor import run
+    from pi_ray.cluster.doctor import run
     from pi_ray.errors import PiRayError
 
     try:

@@ -13,7 +13,9 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
-from pi_ray import floors, mirror, parcel, refresh
+from pi_ray import refresh
+from pi_ray.cluster import requirements, storage_sync
+from pi_ray.cluster.jobs import bundle
 from pi_ray.config import INPUTS, RunConfig, dump, run_file
 from pi_ray.errors import PiRayError, StorageError
 from pi_ray.run.artifact import is_current, staged, write_atomic
@@ -26,7 +28,7 @@ def main(verb: str, arguments: Sequence[str]) -> int:
 
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # the job's log is for those who wait for the run
     try:
-        floors.check()
+        requirements.check()
         again = verb == "refresh"
         config = settle(Path(arguments[0] if arguments else "run.yaml"), arguments[1:], again)
         command = ["run" if again else verb, str(config.root), *(["closed.confirmed=true"] if config.closed.confirmed else [])]
@@ -55,8 +57,8 @@ def settle(path: Path, overrides: Sequence[str], again: bool = False) -> RunConf
     root = home / Path(config.run_dir or f"runs/{config.name}").expanduser()
     config = config.replace(run_dir=str(root), store=_store(config, home))
     came_along = folder.is_relative_to(Path.cwd())
-    found = parcel.files(config, folder) if came_along else {}
-    config = _keep(run_file.absolute(parcel.packed(config, folder), root) if came_along else run_file.absolute(config, folder), found)
+    found = bundle.files(config, folder) if came_along else {}
+    config = _keep(run_file.absolute(bundle.packed(config, folder), root) if came_along else run_file.absolute(config, folder), found)
     if again:
         there = _there(config)
         config = refresh.config_of(config, there=Objects(there.rpartition("/")[0]) if there else None)
@@ -69,27 +71,27 @@ def storage(config: RunConfig) -> Path:
 
     Every node must see the folder; the last one is for a cluster of one node. Where storage_path is a URL, each node has such a folder of its own.
     """
-    place = "" if mirror.is_url(config.cluster.storage_path) else config.cluster.storage_path
+    place = "" if storage_sync.is_url(config.cluster.storage_path) else config.cluster.storage_path
     return Path(place or os.environ.get("PI_RAY_STORAGE") or "~/pi-ray").expanduser().absolute()
 
 
 def _store(config: RunConfig, home: Path) -> str:
     store, place = config.store or "store", config.cluster.storage_path
-    if mirror.is_url(store) or Path(store).expanduser().is_absolute():
+    if storage_sync.is_url(store) or Path(store).expanduser().is_absolute():
         return store
-    return f"{place.rstrip('/')}/{store}" if mirror.is_url(place) else str(home / store)
+    return f"{place.rstrip('/')}/{store}" if storage_sync.is_url(place) else str(home / store)
 
 
 def _mirrored(config: RunConfig) -> AbstractContextManager[None]:
     """Where storage_path is a URL: the run directory is fetched from there first, and kept there from then on."""
     there = _there(config)
-    return mirror.Mirror(config.root, Objects(there)).attached() if there else nullcontext()
+    return storage_sync.Mirror(config.root, Objects(there)).attached() if there else nullcontext()
 
 
 def _there(config: RunConfig) -> str:
     """The run directory's URL; "" where storage_path is a folder."""
     place, home = config.cluster.storage_path, storage(config)
-    if not mirror.is_url(place):
+    if not storage_sync.is_url(place):
         return ""
     inside = config.root.relative_to(home) if config.root.is_relative_to(home) else Path("runs") / config.root.name
     return f"{place.rstrip('/')}/{inside.as_posix()}"
@@ -100,7 +102,7 @@ def _keep(config: RunConfig, found: dict[str, Path]) -> RunConfig:
 
     What is not there is missing here too. Raises StorageError.
     """
-    urls = {key: getattr(config.task, key).rstrip("/") for key in INPUTS if mirror.is_url(getattr(config.task, key))}
+    urls = {key: getattr(config.task, key).rstrip("/") for key in INPUTS if storage_sync.is_url(getattr(config.task, key))}
     with tempfile.TemporaryDirectory() as scratch:
         for key, url in urls.items():
             above, _, name = url.rpartition("/")
@@ -113,15 +115,15 @@ def _keep(config: RunConfig, found: dict[str, Path]) -> RunConfig:
             except OSError as error:
                 raise StorageError(f"task.{key}: {url} cannot be read ({error}); may this node read it?") from error
         _place(found, config.root)
-    return config.replace(**{f"task.{key}": str(config.root / parcel.FOLDER / f"{key}{Path(url).suffix}") for key, url in urls.items()})
+    return config.replace(**{f"task.{key}": str(config.root / bundle.FOLDER / f"{key}{Path(url).suffix}") for key, url in urls.items()})
 
 
 def _place(found: dict[str, Path], root: Path) -> None:
     """Copy inputs into the run directory, unless these very ones are there."""
-    final, fingerprint = root / parcel.FOLDER, parcel.fingerprint(found)
+    final, fingerprint = root / bundle.FOLDER, bundle.fingerprint(found)
     if found and not is_current(final, fingerprint):
         with staged(final, fingerprint=fingerprint) as tmp:
-            parcel.copy(found, tmp)
+            bundle.copy(found, tmp)
 
 
 if __name__ == "__main__":

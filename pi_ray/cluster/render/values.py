@@ -11,7 +11,8 @@ from typing import Any
 
 import yaml
 
-from pi_ray import estimate, mirror
+from pi_ray import estimate
+from pi_ray.cluster import storage_sync
 from pi_ray.config import RunConfig, dump
 from pi_ray.errors import ConfigError
 from pi_ray.run.artifact import digest
@@ -68,7 +69,7 @@ def values(config: RunConfig, folder: Path) -> tuple[dict[str, Any], list[str]]:
     nodes, root, own = _nodes(seen, size), storage(seen), () if seen.train.gpu else ("train", "evaluate")
     return {
         "name": config.name, "name_k8s": re.sub(r"[._]+", "-", seen.name)[:LONGEST].strip("-"), "run": seen, "run_file": RUN_FILE, "run_yaml": (text := _text(seen)), "run_digest": digest(text)[:12],
-        "cluster": seen.cluster, "kubernetes": seen.cluster.kubernetes, "slurm": seen.cluster.slurm, "launcher": _launcher(seen), "storage": root, "mounted": not mirror.is_url(root),
+        "cluster": seen.cluster, "kubernetes": seen.cluster.kubernetes, "slurm": seen.cluster.slurm, "launcher": _launcher(seen), "storage": root, "mounted": not storage_sync.is_url(root),
         "ray": version("ray"), "nodes": nodes, "gpu": nodes.gpu > 0, "resource_name": "nvidia.com/gpu", "object_store": OBJECT_STORE * GIB,
         "cpu_offer": _offer(seen, "prepare", *own), "gpu_offer": _offer(seen, "train", "evaluate"), "serve_offer": _offer(seen, "serve"), "any_offer": _offer(seen, "prepare", "train", "evaluate"),
     }, _notes(seen, nodes, folder)
@@ -85,7 +86,7 @@ def as_seen(config: RunConfig, folder: Path) -> RunConfig:
         f"task.{key}": f"{root}/inputs/{config.name}{value[len(here):]}"
         for key, value in config.task.model_dump().items() if isinstance(value, str) and (value == here or value.startswith(f"{here}/"))
     }
-    run_dir = f"runs/{config.name}" if mirror.is_url(root) else f"{root}/runs/{config.name}"  # beside a bucket each node has a copy of its own
+    run_dir = f"runs/{config.name}" if storage_sync.is_url(root) else f"{root}/runs/{config.name}"  # beside a bucket each node has a copy of its own
     own = {"run_dir": run_dir, "store": f"{root}/store", "train.gpu": config.train.gpu is not False}
     return config.replace(**own, **task, **{"cluster.storage_path": root})
 
