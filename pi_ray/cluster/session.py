@@ -9,12 +9,9 @@ import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pi_ray.cluster import auth, requirements
-
-if TYPE_CHECKING:
-    pass
 
 SERVE = {  # Ray Serve's settings that take a quarter off what a request costs in it: replicas call each other by gRPC, and each has one event loop
     "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1", "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0", "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",

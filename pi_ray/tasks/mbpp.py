@@ -17,9 +17,9 @@ from pi_ray.errors import DataError
 from pi_ray.prompt import Template
 from pi_ray.protocols import Reject, Row
 from pi_ray.run.artifact import digest
-from pi_ray.tasks.judge import split
 from pi_ray.tasks.metrics import exact_match
-from pi_ray.tasks.sandbox import Limits, Program, Sandbox
+from pi_ray.tasks.sandbox.judge import split
+from pi_ray.tasks.sandbox.sandbox import Limits, Program, Sandbox
 from pi_ray.tasks.source import fingerprint, subset
 
 FILE = "mbpp.jsonl"

@@ -19,9 +19,9 @@ import pytest
 
 from pi_ray.config import TaskConfig
 from pi_ray.errors import ConfigError, DataError
-from pi_ray.tasks import jail
 from pi_ray.tasks.mbpp import FILE, SLOW, MbppTask
-from pi_ray.tasks.sandbox import Limits, Program, Sandbox
+from pi_ray.tasks.sandbox import jail
+from pi_ray.tasks.sandbox.sandbox import Limits, Program, Sandbox
 
 pytestmark = pytest.mark.sandbox
 ROOT = Path(__file__).parents[2]

@@ -9,8 +9,8 @@ from fractions import Fraction
 import pytest
 
 from pi_ray.errors import DataError
-from pi_ray.tasks.harness import encode, run
-from pi_ray.tasks.judge import Step, split, verdict
+from pi_ray.tasks.sandbox.harness import encode, run
+from pi_ray.tasks.sandbox.judge import Step, split, verdict
 
 Point = namedtuple("Point", "x y")
 

@@ -26,8 +26,8 @@ from dataclasses import dataclass, replace
 from importlib.resources import files
 
 from pi_ray.errors import ConfigError
-from pi_ray.tasks.jail import PROBE, SEARCH, Jail, interpreter, user_id
-from pi_ray.tasks.judge import Step, split, verdict
+from pi_ray.tasks.sandbox.jail import PROBE, SEARCH, Jail, interpreter, user_id
+from pi_ray.tasks.sandbox.judge import Step, split, verdict
 
 READY = b"ready\n"
 OPEN_FILES = 64
@@ -81,7 +81,7 @@ class Sandbox:
     def __init__(self, limits: Limits = Limits(), parallel: int = 0, unsafe_local: bool = False):
         self.limits = limits
         self.parallel = parallel or _cores()
-        self._harness = files("pi_ray.tasks").joinpath("harness.py").read_text(encoding="utf-8")
+        self._harness = files("pi_ray.tasks.sandbox").joinpath("harness.py").read_text(encoding="utf-8")
         self._users: queue.SimpleQueue[int] = queue.SimpleQueue()
         for _ in range(self.parallel):
             self._users.put(user_id())
