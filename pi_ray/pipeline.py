@@ -32,9 +32,9 @@ def run(config: RunConfig, console: Console) -> Path:
 
 def is_closed(config: RunConfig) -> bool:
     """Whether a service has the model, so that there is no adapter to publish."""
-    from pi_ray import closed
+    from pi_ray import hosted
 
-    return config.train.backend.name == closed.BACKEND
+    return config.train.backend.name == hosted.BACKEND
 
 
 def is_served(config: RunConfig) -> bool:
@@ -67,28 +67,29 @@ def train(config: RunConfig, console: Console) -> None:
 
 
 def _tune(config: RunConfig, console: Console) -> None:
-    from pi_ray import closed
+    from pi_ray import hosted
 
     _begin(config, console, "Train", f"{config.closed.model} through the phases, one fine-tuning job each, on {config.closed.base_url or 'OpenAI'}")
     for name, c in _arms(config):
         columns = {"columns": ("plain",)} if name else {}
-        model = closed.tune(c, lambda e, name=name: console.print(f"  {name}phase {e['phase']}: {e['message']}", highlight=False), closed.ask(), **columns)
+        model = hosted.tune(c, lambda e, name=name: console.print(f"  {name}phase {e['phase']}: {e['message']}", highlight=False), hosted.ask(), **columns)
         console.print(f"  {name}{model}", highlight=False)
 
 
 def evaluate(config: RunConfig, console: Console) -> dict[str, Any]:
-    from pi_ray import closed
-    from pi_ray import evaluate as step
+    from pi_ray.evaluate import evaluate as step
+    from pi_ray.evaluate import hosted as hosted_step
     from pi_ray.results import table
 
-    summary = _evaluate(config, (closed if is_closed(config) else step).columns_of(config), console)
+    summary = _evaluate(config, (hosted_step if is_closed(config) else step).columns_of(config), console)
     console.print(table(summary))
     return summary
 
 
 def _evaluate(config: RunConfig, columns: Sequence[Any], console: Console) -> dict[str, Any]:
-    from pi_ray import closed
-    from pi_ray import evaluate as step
+    from pi_ray import hosted
+    from pi_ray.evaluate import evaluate as step
+    from pi_ray.evaluate import hosted as hosted_step
 
     _begin(config, console, "Evaluate", f"{config.evaluate.split} rows, temperature 0")
     rows = len(RunDir(config.root).read_rows(config.evaluate.split))
@@ -101,20 +102,20 @@ def _evaluate(config: RunConfig, columns: Sequence[Any], console: Console) -> di
             watch.to(sum(done.values()), column)
 
         if is_closed(config):
-            return closed.evaluate(config, listen, columns, closed.ask())
+            return hosted_step.evaluate(config, listen, columns, hosted.ask())
         return step.evaluate(config, listen, columns)
 
 
 def table(family: Family, console: Console, command: str) -> Path:
     """Run what a family still lacks, print its table, and merge its numbers into the results file, whose path is returned."""
-    from pi_ray import closed
-    from pi_ray import evaluate as step
     from pi_ray import table as page
+    from pi_ray.evaluate import evaluate as step
+    from pi_ray.evaluate import hosted as hosted_step
 
     def column(member: Member) -> Any:
         if not member.trained:
             return step.untrained(member.config)
-        return (closed if is_closed(member.config) else step).trained(member.config)
+        return (hosted_step if is_closed(member.config) else step).trained(member.config)
 
     complete(
         family, lambda c: prepare(c, console), lambda c: train(c, console), lambda m: _evaluate(m.config, [column(m)], console),
@@ -137,7 +138,7 @@ def table(family: Family, console: Console, command: str) -> Path:
 
 def _speeds(family: Family, columns: list[Any], console: Console) -> dict[str, Any]:
     """Seconds of each column on one engine, measured once for these adapters."""
-    from pi_ray import evaluate as step
+    from pi_ray.evaluate import evaluate as step
 
     path = family.base.root / f"speed-{digest([(name, c.adapter, c.template, c.shots) for name, c, _ in columns])[:12]}.json"
     if not path.exists():

@@ -14,11 +14,11 @@ import string
 from dataclasses import dataclass
 from functools import lru_cache
 
-from pi_ray.closed.client import Service
 from pi_ray.compress import cache, words
 from pi_ray.compress.ranked import REMEMBERED, keep_best
 from pi_ray.config import ClosedConfig, CompressConfig
 from pi_ray.errors import ConfigError, MissingExtraError, ModelError, TrainingError
+from pi_ray.hosted.client import Service
 from pi_ray.run.artifact import digest
 
 INSTRUCTION = """\

@@ -23,10 +23,10 @@ import pyarrow.parquet as pq
 import torch
 
 from pi_ray.config import DistillConfig
-from pi_ray.generate import greedy, prefix_cache
 from pi_ray.run.artifact import read_parquet, staged, verify
 from pi_ray.train import attention
 from pi_ray.train.batches import Batch, PhaseRows
+from pi_ray.train.generation import greedy, prefix_cache
 
 SCHEMA = pa.schema({
     "labelled": pa.bool_(), "number": pa.int32(), "label_ids": pa.list_(pa.int32()), "confidence": pa.float32(),

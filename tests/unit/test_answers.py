@@ -2,10 +2,10 @@
 
 import torch
 
-from pi_ray.answers import KINDS, Column, Generator, _item, medians
 from pi_ray.config import ModelConfig, PromptConfig
+from pi_ray.evaluate.generation_workers import KINDS, Column, Generator, _item, medians
+from pi_ray.evaluate.peft_adapters import LoadedAdapters
 from pi_ray.models import load_model
-from pi_ray.serving.loras import LoadedAdapters
 from tests.lora import TEMPLATE, write_adapter
 
 PROMPT = PromptConfig(chat="none", query="Q: {query}\nA:")

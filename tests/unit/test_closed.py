@@ -10,12 +10,13 @@ import pyarrow.parquet as pq
 import pytest
 from pydantic import ValidationError
 
-from pi_ray import closed, models
-from pi_ray.answers import Column
-from pi_ray.closed import answer, client, messages, price, state
-from pi_ray.closed.client import Service
+from pi_ray import hosted, models
 from pi_ray.config import PromptConfig, RunConfig
 from pi_ray.errors import ConfigError, CorruptArtifactError, MissingExtraError, TrainingError
+from pi_ray.evaluate import hosted as hosted_evaluation
+from pi_ray.evaluate.generation_workers import Column
+from pi_ray.hosted import answer, client, messages, price, state
+from pi_ray.hosted.client import Service
 from pi_ray.prompt import Example, PromptEncoder, text_of
 from pi_ray.report import write_report
 from pi_ray.run.artifact import read_manifest, staged
@@ -95,7 +96,7 @@ class Listener(list):
 
 
 def tune(config, watch=None, **options):
-    return closed.tune(config, watch if watch is not None else Listener(), wait=lambda seconds: None, **options)
+    return hosted.tune(config, watch if watch is not None else Listener(), wait=lambda seconds: None, **options)
 
 
 # What is sent
@@ -110,7 +111,7 @@ def test_a_service_is_sent_the_words_that_a_local_model_gets_as_ids(tokenizer):
 
 
 def test_each_phase_has_a_file_of_messages_with_less_of_the_prompt_and_at_last_the_query_alone(config):
-    folder = closed.files_of(RunDir(config.root), config)
+    folder = hosted.files_of(RunDir(config.root), config)
     files = [[json.loads(line)["messages"] for line in (folder / f"phase-{i}.jsonl").read_text().splitlines()] for i in range(3)]
     query = "what is green, 2?"
     assert [f[2][0]["content"] for f in files] == [
@@ -123,10 +124,10 @@ def test_each_phase_has_a_file_of_messages_with_less_of_the_prompt_and_at_last_t
 
 
 def test_files_are_hashed_made_once_and_a_damaged_one_is_not_sent(config, service):
-    folder = closed.files_of(RunDir(config.root), config)
+    folder = hosted.files_of(RunDir(config.root), config)
     assert set(read_manifest(folder)["files"]) == {"phase-0.jsonl", "phase-1.jsonl", "phase-2.jsonl"}
     (folder / "phase-1.jsonl").write_text("{}\n")
-    assert closed.files_of(RunDir(config.root), config) == folder
+    assert hosted.files_of(RunDir(config.root), config) == folder
     with pytest.raises(CorruptArtifactError, match=r"phase-1\.jsonl: sha256"):
         tune(config)
     assert service.requests == []
@@ -160,7 +161,7 @@ def test_each_phase_is_a_job_that_continues_from_the_model_of_the_phase_before(c
     assert {f["purpose"] for f in service.files.values()} == {"fine-tune"}
     assert [(e["phase"], e["status"]) for e in watch if e.get("status") == "running"] == [(0, "running"), (1, "running"), (2, "running")]
     assert "Step 3/3" in watch.messages() and "1,000 tokens trained" in watch.messages()
-    assert closed.is_tuned(config)
+    assert hosted.is_tuned(config)
 
 
 def test_batch_size_and_learning_rate_are_sent_only_when_they_are_set(config, service):
@@ -216,7 +217,7 @@ def test_a_run_killed_at_any_moment_goes_on_without_paying_twice(config, service
     with pytest.raises(KeyboardInterrupt):
         tune(config)
     assert len(service.jobs) == jobs_then
-    assert not closed.is_tuned(config)
+    assert not hosted.is_tuned(config)
     assert tune(config) == list(service.jobs.values())[2]["fine_tuned_model"]
     assert len(service.jobs) == 3
     assert [e["step"] for e in map(json.loads, RunDir(config.root).train_log.read_text().splitlines())] == list(range(9))
@@ -258,7 +259,7 @@ def test_a_service_that_stays_away_is_given_up_after_bounded_tries_and_the_next_
     waits = []
     service.faults["POST /files"] = [500] * 50
     with pytest.raises(TrainingError, match=rf"uploading phase-0\.jsonl: The server had an error \(tried {client.RETRIES + 1} times\).*same command"):
-        closed.tune(config, wait=waits.append)
+        hosted.tune(config, wait=waits.append)
     assert service.count("POST /files") == client.RETRIES + 1
     assert all(0.75 * 2**i <= w <= 1.25 * min(2**i, 60) for i, w in zip(range(6), waits, strict=False))
     assert max(waits) <= 75
@@ -358,18 +359,18 @@ def test_a_job_that_is_running_already_is_followed_without_asking(config, servic
 def test_on_a_terminal_the_question_is_asked_and_elsewhere_the_key_that_confirms_is_named(monkeypatch, capsys):
     monkeypatch.setattr(sys.stdin, "isatty", lambda: False, raising=False)
     with pytest.raises(ConfigError, match=r"closed\.confirmed=true"):
-        closed.ask()("It costs 3.")
+        hosted.ask()("It costs 3.")
     monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
     for said, meant in (("y", True), ("YES ", True), ("", False), ("n", False)):
         monkeypatch.setattr("builtins.input", lambda question, said=said: said)
-        assert closed.ask()("It costs 3.") is meant
+        assert hosted.ask()("It costs 3.") is meant
     assert "It costs 3." in capsys.readouterr().out
 
 
 def test_the_key_is_in_no_file_and_no_message_even_when_the_service_repeats_it(config, service, monkeypatch):
     watch = Listener()
     tune(config, watch)
-    closed.evaluate(config, wait=lambda seconds: None)
+    hosted_evaluation.evaluate(config, wait=lambda seconds: None)
     assert [p for p in config.root.rglob("*") if p.is_file() and KEY.encode() in p.read_bytes()] == []
     assert KEY not in watch.messages()
     monkeypatch.setenv("OPENAI_API_KEY", "sk-wrong-9876543210")
@@ -408,7 +409,7 @@ def test_answers_come_in_the_order_of_the_prompts_several_at_a_time_and_greedy(c
     service.answer, reply = lambda model, prompt: prompt[::-1], service.reply
     service.reply = lambda *args: (meet.wait(), reply(*args))
     prompts = [f"prompt {i}" for i in range(2 * answer.PARALLEL)]
-    assert closed.answers(config, "base-1", prompts, 9) == [p[::-1] for p in prompts]
+    assert hosted.answers(config, "base-1", prompts, 9) == [p[::-1] for p in prompts]
     assert service.most_at_once == answer.PARALLEL
     assert {(c["temperature"], c["max_tokens"], c["model"]) for c in service.chats} == {(0, 9, "base-1")}
 
@@ -419,18 +420,18 @@ def test_answers_that_are_there_are_not_asked_for_again_even_after_a_kill_in_mid
     service.faults["POST /chat"] = [None] * 5 + [400]
     prompts = [f"prompt {i}" for i in range(6)]
     with pytest.raises(TrainingError, match="asking base-1"):
-        closed.answers(config, "base-1", prompts, 9)
+        hosted.answers(config, "base-1", prompts, 9)
     log = config.root / "closed" / "answers.jsonl"
     whole = log.read_text().splitlines()
     log.write_text("\n".join([*whole[:-1], whole[-1][:20]]))
     service.requests.clear()
-    assert closed.answers(config, "base-1", prompts, 9) == [p.upper() for p in prompts]
+    assert hosted.answers(config, "base-1", prompts, 9) == [p.upper() for p in prompts]
     assert service.count("POST /chat/completions") == 6 - (len(whole) - 1)
     service.requests.clear()
-    assert closed.answers(config, "base-1", [*prompts, prompts[0]], 9)[-1] == "PROMPT 0"
+    assert hosted.answers(config, "base-1", [*prompts, prompts[0]], 9)[-1] == "PROMPT 0"
     assert service.requests == []
-    closed.answers(config, "base-1", prompts[:1], 10)
-    closed.answers(config, "base-2", prompts[:1], 9)
+    hosted.answers(config, "base-1", prompts[:1], 10)
+    hosted.answers(config, "base-2", prompts[:1], 9)
     assert service.count("POST /chat/completions") == 2
 
 
@@ -445,7 +446,7 @@ def test_answers_survive_a_busy_service_and_lost_connections(config, service, fa
 
 
 def evaluate(config, *arguments, **options):
-    return closed.evaluate(config, *arguments, **options, wait=lambda seconds: None)
+    return hosted_evaluation.evaluate(config, *arguments, **options, wait=lambda seconds: None)
 
 
 def test_the_tuned_model_is_asked_with_the_query_alone_and_the_base_model_without_and_with_the_prompt(config, service):
@@ -475,11 +476,11 @@ def test_the_plain_baseline_is_a_column_once_it_has_a_model_of_its_own(config, s
     tune(config)
     model = tune(plain, columns=("plain",))
     assert len(service.jobs) == 6 and plain.root != config.root
-    columns = closed.columns_of(config)
+    columns = hosted.columns_of(config)
     assert [(c.name, c.adapter) for c in columns if c.name == "plain"] == [("plain", model)]
-    summary = evaluate(config, columns=[closed.trained(config), *columns[2:3]])
+    summary = evaluate(config, columns=[hosted.trained(config), *columns[2:3]])
     assert set(summary["train"]) == {"promptintern", "plain"} and "base" not in summary
-    assert "plain" not in [c.name for c in closed.columns_of(config.replace(**{"evaluate.baseline": False}))]
+    assert "plain" not in [c.name for c in hosted.columns_of(config.replace(**{"evaluate.baseline": False}))]
 
 
 def test_an_evaluation_is_skipped_when_nothing_changed_and_then_asks_nothing(config, service, monkeypatch):

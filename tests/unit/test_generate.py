@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from pi_ray.config import ModelConfig
-from pi_ray.generate import greedy, latency, prefix_cache
 from pi_ray.models import load_model
 from pi_ray.train.batches import plain
+from pi_ray.train.generation import greedy, latency, prefix_cache
 
 PREFIX = list(range(100, 130))
 ROWS = [[5, 6, 7], [200, 201, 202, 203, 204], [9]]

@@ -8,21 +8,21 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from pi_ray import answers, generate
 from pi_ray.config import LoraConfig, ModelConfig
 from pi_ray.errors import AdapterError, TrainingError
-from pi_ray.evaluate import evaluate, trained
-from pi_ray.generate import greedy
+from pi_ray.evaluate import generation_workers
+from pi_ray.evaluate.evaluate import evaluate, trained
+from pi_ray.evaluate.peft_adapters import LoadedAdapters
 from pi_ray.models import load_model, load_tokenizer
 from pi_ray.plan import plan_phases
 from pi_ray.prompt import PromptEncoder
 from pi_ray.publish import publish
 from pi_ray.run.artifact import staged, verify
 from pi_ray.run.directory import RunDir, plain_config, train_fingerprint
-from pi_ray.serving.loras import LoadedAdapters
 from pi_ray.serving.verify import check
-from pi_ray.train import attention, gist, lora
+from pi_ray.train import attention, generation, gist, lora
 from pi_ray.train.batches import packed
+from pi_ray.train.generation import greedy
 from pi_ray.train.objectives import sft_sum
 from pi_ray.train.worker import _Worker, train_worker
 from tests.prepared import TEMPLATE, prepare_by_hand, tiny_config
@@ -169,7 +169,7 @@ def test_a_cache_of_the_gists_alone_answers_as_the_masked_prompt_does(config):
     cache = gist.gist_cache(loaded.model, prefix, gist.read(RunDir(config.root).best))
     assert cache.get_seq_length() == K
     assert greedy(loaded.model, prefix, rows, 6, end=None, cache=cache) == expected
-    generator = answers.Generator(config.model, config.prompt, [column.adapter], limit=6, typical=2)
+    generator = generation_workers.Generator(config.model, config.prompt, [column.adapter], limit=6, typical=2)
     generator.end = None
     work = {"column": "gist", "adapter": column.adapter, "prefix": prefix, "rows": [0, 1], "prompts": rows}
     assert generator(work) == expected
@@ -180,8 +180,8 @@ def test_a_cache_of_the_gists_alone_answers_as_the_masked_prompt_does(config):
 def test_rows_stand_behind_the_whole_prompt_though_the_cache_is_short(model, monkeypatch):
     """Logits of two rows of unequal length, which tell a wrong position where answers would not."""
     model.set_attn_implementation("sdpa")
-    cache, forward, logits = gist.gist_cache(model, PREFIX, model.get_input_embeddings().gist), generate._forward, []
-    monkeypatch.setattr(generate, "_forward", lambda *given: logits.append(forward(*given)) or logits[-1])
+    cache, forward, logits = gist.gist_cache(model, PREFIX, model.get_input_embeddings().gist), generation._forward, []
+    monkeypatch.setattr(generation, "_forward", lambda *given: logits.append(forward(*given)) or logits[-1])
     prompts = [prompt for prompt, _ in ROWS[1:]]
     found = greedy(model, PREFIX, prompts, 3, end=None, cache=cache)
     for row, (prompt, answer) in enumerate(zip(prompts, found, strict=True)):
@@ -199,14 +199,14 @@ def test_evaluation_counts_the_gists_and_not_the_template(config, tmp_path, monk
     pq.write_table(pa.table({"id": ["a"], "split": ["test"], "neighbours": [["b"]], "scores": [[1.0]]}), run.neighbours)
 
     def answered(config, columns, work, limit, typical):
-        generator = answers.Generator(config.model, config.prompt, [c.adapter for c in columns], limit, typical)
+        generator = generation_workers.Generator(config.model, config.prompt, [c.adapter for c in columns], limit, typical)
         for place, item in enumerate(work):
             done = generator(item)
             said.extend([] if "timed" in item else done)
             yield place, done
 
     said = []
-    monkeypatch.setattr(answers, "_answered", answered)
+    monkeypatch.setattr(generation_workers, "_answered", answered)
     quick = config.replace(**{"evaluate.probe": False, "evaluate.bootstrap": 10, "evaluate.latency_rows": 1, "evaluate.max_new_tokens": 3})
     found = evaluate(quick, columns=[trained(config)])["promptintern"]
     own = [len(encoder.row("red?", shots)) for shots in run.read_shots("test", {r.id: r for r in run.read_rows("train")}, 1).values()]

@@ -7,8 +7,8 @@ import torch
 
 from pi_ray.config import ModelConfig
 from pi_ray.errors import DataError
+from pi_ray.evaluate.forgetting import OPENING, QUESTIONS, leak, longest_run, off_task, perplexity, recited
 from pi_ray.models import load_model, load_tokenizer
-from pi_ray.probe import OPENING, QUESTIONS, leak, longest_run, off_task, perplexity, recited
 
 TEMPLATE = """You translate questions into queries of our logs.
 

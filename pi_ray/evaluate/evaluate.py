@@ -14,8 +14,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from pi_ray.answers import Column, generated, medians, timed
 from pi_ray.config import RunConfig
+from pi_ray.evaluate.generation_workers import Column, generated, medians, timed
 from pi_ray.models import load_tokenizer
 from pi_ray.prompt import PromptEncoder
 from pi_ray.protocols import Row, Task

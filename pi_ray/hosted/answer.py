@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pi_ray.closed.client import Reply, Service
+from pi_ray.hosted.client import Reply, Service
 from pi_ray.run.artifact import digest
 
 if TYPE_CHECKING:

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pi_ray.closed import price
-from pi_ray.closed.client import ENDED_BADLY, Service, UnknownError
-from pi_ray.closed.messages import file_name, files_of, prompts_of_columns
-from pi_ray.closed.state import State, only_one
 from pi_ray.errors import TrainingError
+from pi_ray.hosted import price
+from pi_ray.hosted.client import ENDED_BADLY, Service, UnknownError
+from pi_ray.hosted.messages import file_name, files_of, prompts_of_columns
+from pi_ray.hosted.state import State, only_one
 from pi_ray.run.artifact import digest, verify, write_atomic
 from pi_ray.run.directory import RunDir, phases_of
 

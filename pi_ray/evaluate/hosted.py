@@ -14,26 +14,26 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from pi_ray import __version__
-from pi_ray.closed.answer import PARALLEL, replies
-from pi_ray.closed.client import OPENAI, Reply
-from pi_ray.closed.messages import prepared, prompts_of_columns
-from pi_ray.closed.price import confirmed
-from pi_ray.closed.tuning import is_tuned, tuned
 from pi_ray.errors import TrainingError
+from pi_ray.hosted.answer import PARALLEL, replies
+from pi_ray.hosted.client import OPENAI, Reply
+from pi_ray.hosted.messages import prepared, prompts_of_columns
+from pi_ray.hosted.price import confirmed
+from pi_ray.hosted.tuning import is_tuned, tuned
 from pi_ray.prompt import PromptEncoder, text_of
 from pi_ray.results import LABELS
 from pi_ray.run.artifact import digest, is_current, staged
 from pi_ray.run.directory import RunDir, plain_config
 
 if TYPE_CHECKING:
-    from pi_ray.answers import Column
     from pi_ray.config import RunConfig
+    from pi_ray.evaluate.generation_workers import Column
     from pi_ray.protocols import Row
 
 
 def columns_of(config: RunConfig) -> list[Column]:
     """The columns of a tuned run, with model ids as adapters; "plain" only when its baseline was tuned."""
-    from pi_ray.answers import Column
+    from pi_ray.evaluate.generation_workers import Column
 
     prompts, plain = prompts_of_columns(config), plain_config(config)
     with_plain = config.evaluate.baseline and RunDir(plain.root).rows.exists() and is_tuned(plain)
@@ -47,7 +47,7 @@ def columns_of(config: RunConfig) -> list[Column]:
 
 def trained(config: RunConfig) -> Column:
     """The run's tuned model, with the prompt of its last phase. Raises TrainingError when there is none yet."""
-    from pi_ray.answers import Column
+    from pi_ray.evaluate.generation_workers import Column
 
     model = tuned(config)[-1].get("model")
     if not model:
@@ -62,13 +62,13 @@ def evaluate(
     confirm: Callable[[str], bool] = lambda sentence: False,
     wait: Callable[[float], None] = time.sleep,
 ) -> dict[str, Any]:
-    """Write eval/summary.json, samples.jsonl and outputs.jsonl as pi_ray.evaluate does, and return the summary.
+    """Write eval/summary.json, samples.jsonl and outputs.jsonl as pi_ray.evaluate.evaluate does, and return the summary.
 
     `columns` are those of `columns_of` unless given; `watch` gets (column, rows done, rows in all). Tokens are the service's count, seconds
     those of each request. Skipped when columns and the evaluate block are those of the last time; answers that are there are not asked again.
     The cost was confirmed with the training; `confirm` is called as by `tune` where all columns are the base model, which had none.
     """
-    from pi_ray.evaluate import _count, _lengths, _lines, _score
+    from pi_ray.evaluate.evaluate import _count, _lengths, _lines, _score
     from pi_ray.models import load_tokenizer
     from pi_ray.registry import tasks
 
@@ -109,7 +109,7 @@ def evaluate(
 
 
 def _scored(config: RunConfig, rows: list[Row], texts: list[str], each: list[dict[str, float]], groups: dict[str, int]) -> dict[str, Any]:
-    from pi_ray.evaluate import _of_group, _summarise
+    from pi_ray.evaluate.evaluate import _of_group, _summarise
 
     own = {g: {"rows": n, **_summarise(*_of_group(g, rows, texts, each), config)} for g, n in groups.items()}
     return {**_summarise(rows, texts, each, config), "groups": own}

@@ -102,8 +102,8 @@ class Generator:
 
         import torch
 
+        from pi_ray.evaluate.peft_adapters import LoadedAdapters
         from pi_ray.models import load_model
-        from pi_ray.serving.loras import LoadedAdapters
         from pi_ray.train import gist
 
         gpu = torch.cuda.is_available()
@@ -123,7 +123,7 @@ class Generator:
 
         With "probe" (a template): perplexity on other text, and how much of that template the column recites when asked.
         """
-        from pi_ray.generate import greedy, latency, prefix_cache
+        from pi_ray.train.generation import greedy, latency, prefix_cache
         from pi_ray.train.gist import gist_cache
 
         self.loaded.activate(work["adapter"])
@@ -142,12 +142,12 @@ class Generator:
         return greedy(model, prefix, work["prompts"], self.limit, self.end, cache=self._prefix[1])
 
     def _probe(self, model: Any, prefix: list[int], secret: str) -> dict[str, Any]:
-        from pi_ray import probe
-        from pi_ray.generate import greedy
+        from pi_ray.evaluate import forgetting
+        from pi_ray.train.generation import greedy
 
         def answer(queries: list[str]) -> list[str]:
             rows = [self.encoder.row(query) for query in queries]
             return [self.encoder.decode(ids) for ids in greedy(model, prefix, rows, RECITED, self.end, cache=self._prefix[1])]
 
-        found = probe.leak(answer, secret)
-        return {"off_task_perplexity": probe.perplexity(model, self.encoder.tokenizer, probe.off_task()), "recited": found["recited"], "longest_run": found["longest_run"]}
+        found = forgetting.leak(answer, secret)
+        return {"off_task_perplexity": forgetting.perplexity(model, self.encoder.tokenizer, forgetting.off_task()), "recited": found["recited"], "longest_run": found["longest_run"]}
