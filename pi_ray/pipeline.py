@@ -43,7 +43,7 @@ def is_served(config: RunConfig) -> bool:
 
 
 def prepare(config: RunConfig, console: Console) -> None:
-    from pi_ray import prepare as step
+    from pi_ray.data import prepare as step
 
     _begin(config, console, "Prepare", "templates at each rate, examples for each row, one dataset for each phase")
     for name, c in _arms(config):

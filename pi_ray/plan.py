@@ -13,7 +13,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING
 
 from pi_ray import cost, estimate
-from pi_ray.ingest import check, read
+from pi_ray.data.ingest import check, read
 from pi_ray.models import load_tokenizer
 from pi_ray.prompt import Example, PromptEncoder
 from pi_ray.protocols import SPLITS, UNLABELLED

@@ -171,7 +171,7 @@ def _phase_lines(run: RunDir, spans: Sequence[plots.Span]) -> list[list[str]]:
 
 def _neighbours(run: RunDir, config: RunConfig) -> str:
     """How the examples were found; empty where there are none, or where an earlier version found them."""
-    from pi_ray.retrieve.retrieve import read_facts, summary
+    from pi_ray.data.neighbours import read_facts, summary
 
     facts = read_facts(run)
     return summary(facts, config.retrieve.by) if "method" in facts else ""

@@ -20,8 +20,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from pi_ray import shards
 from pi_ray.config import RunConfig
+from pi_ray.data import phase_dataset
 
 NODE = {"num_cpus": 1, "object_store_memory": 100 << 20}
 
@@ -43,7 +43,7 @@ def apart(*words: str, timeout: float = 300) -> None:
             os.killpg(process.pid, signal.SIGKILL)
 
 
-class HeldBuilder(shards.Builder):
+class HeldBuilder(phase_dataset.Builder):
     """Says on which node it has begun, and waits until the other one is lost."""
 
     def __call__(self, item: dict[str, Any]) -> str:
@@ -56,7 +56,7 @@ class HeldBuilder(shards.Builder):
         return super().__call__(item)
 
 
-class CountedBuilder(shards.Builder):
+class CountedBuilder(phase_dataset.Builder):
     """Notes each shard that it builds in the file `built`. Where a file `hold` is there when it starts, it waits for ever from the fifth shard on.
 
     Those that will be held build one at a time, so that nothing is under way, built and not yet noted, when the fourth stands there.
@@ -85,7 +85,7 @@ def prepare_and_lose(folder: Path) -> None:
     from ray.cluster_utils import Cluster
 
     from pi_ray.cluster import session
-    from pi_ray.prepare import prepare
+    from pi_ray.data.prepare import prepare
 
     nodes = Cluster(initialize_head=True, head_node_args={**NODE, "include_dashboard": False})
     victim = nodes.add_node(**NODE)
@@ -101,7 +101,7 @@ def prepare_and_lose(folder: Path) -> None:
         nodes.add_node(**NODE)
         (folder / "killed").touch()
 
-    shards.SHARD_ROWS, shards.Builder = 10, HeldBuilder
+    phase_dataset.SHARD_ROWS, phase_dataset.Builder = 10, HeldBuilder
     here = f"begun-{ray.get_runtime_context().get_node_id()}"  # the driver is attached to the head
     killer = threading.Thread(target=lose, args=(lambda: any(p.name != here for p in folder.glob("begun-*")),), daemon=True)
     killer.start()
@@ -113,9 +113,9 @@ def prepare_and_lose(folder: Path) -> None:
 
 def prepare_held(folder: Path) -> None:
     """Prepare on a Ray of its own, counting shards; killed by the test."""
-    from pi_ray.prepare import prepare
+    from pi_ray.data.prepare import prepare
 
-    shards.SHARD_ROWS, shards.Builder = 10, CountedBuilder
+    phase_dataset.SHARD_ROWS, phase_dataset.Builder = 10, CountedBuilder
     prepare(RunConfig.model_validate_json((folder / "config.json").read_text()), lambda line: None)
 
 

@@ -114,7 +114,7 @@ def prepare(args: argparse.Namespace, console: Console) -> None:
     argument("--split", default="", choices=("", "train", "dev", "test", "unlabelled"), help="where to look for it; default: in all of them"),
 )
 def neighbours(args: argparse.Namespace, console: Console) -> None:
-    from pi_ray.retrieve.show import show as show_neighbours
+    from pi_ray.data.show_neighbours import show as show_neighbours
 
     show_neighbours(load(args), args.row, args.split, console)
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from pi_ray.cluster import placement, session, storage_sync
 from pi_ray.config import ModelConfig, PromptConfig, RunConfig
-from pi_ray.fanout import stream
+from pi_ray.data.ray_map import stream
 from pi_ray.models import load_tokenizer
 from pi_ray.prompt import PromptEncoder
 

@@ -28,7 +28,7 @@ from pi_ray.compress.compress import load
 from pi_ray.compress.llmlingua import LLMLingua
 from pi_ray.compress.search import Compressed, Search
 from pi_ray.config import CompressConfig, ModelConfig
-from pi_ray.fanout import fan_out
+from pi_ray.data.ray_map import fan_out
 from pi_ray.prompt import Template
 from tests.bench.report import header, last_line
 

@@ -63,7 +63,7 @@ def worker(settings: Path, cpus: int) -> None:
     import ray
 
     from pi_ray.config import RunConfig
-    from pi_ray.prepare import prepare
+    from pi_ray.data.prepare import prepare
 
     ray.init(address="local", num_cpus=cpus, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     said: list[str] = []

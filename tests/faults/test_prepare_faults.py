@@ -13,11 +13,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pi_ray import shards
 from pi_ray.config import RunConfig, TaskConfig
+from pi_ray.data import phase_dataset
+from pi_ray.data.ingest import ingest
+from pi_ray.data.prepare import prepare
 from pi_ray.errors import CorruptArtifactError, DataError, StorageError
-from pi_ray.ingest import ingest
-from pi_ray.prepare import prepare
 from pi_ray.protocols import Row
 from pi_ray.run.artifact import digest_file, seal
 from pi_ray.run.directory import RunDir
@@ -165,17 +165,17 @@ def test_f6_a_shard_that_does_not_fit_leaves_the_finished_ones_and_no_debris(tin
     run = RunDir(config.root)
     run.rows.mkdir(parents=True)
     pq.write_table(pa.table({k: [getattr(r, k) for r in rows] for k in ("id", "query", "answer", "group")}), run.rows / "train.parquet")
-    folder = shards.working_folder(run.phase(0), "f")
-    one, two = (shards.Shard("train", 0, a, a + 100, str(folder / f"part-{i:05d}.parquet")) for i, a in enumerate((0, 100)))
-    build = shards.Builder(config, "f")
+    folder = phase_dataset.working_folder(run.phase(0), "f")
+    one, two = (phase_dataset.Shard("train", 0, a, a + 100, str(folder / f"part-{i:05d}.parquet")) for i, a in enumerate((0, 100)))
+    build = phase_dataset.Builder(config, "f")
     build(vars(one))
     ballast = fill(small_disk, 4096)
     with pytest.raises(StorageError, match=r"part-00001\.parquet.*No space left"):
         build(vars(two))
-    assert shards.is_finished(one, rows) and not shards.is_finished(two, rows) and not leftovers(small_disk)
+    assert phase_dataset.is_finished(one, rows) and not phase_dataset.is_finished(two, rows) and not leftovers(small_disk)
     ballast.unlink()
     build(vars(two))
-    assert shards.is_finished(two, rows)
+    assert phase_dataset.is_finished(two, rows)
 
 
 # D2, F3: a killed driver, a lost node
@@ -183,7 +183,7 @@ def test_f6_a_shard_that_does_not_fit_leaves_the_finished_ones_and_no_debris(tin
 
 @pytest.mark.ray
 def test_d2_killed_half_way_the_same_command_computes_no_shard_twice_and_ends_the_same(config, tmp_path, ray_local, monkeypatch):
-    monkeypatch.setattr(shards, "SHARD_ROWS", 10)
+    monkeypatch.setattr(phase_dataset, "SHARD_ROWS", 10)
     clean = config.replace(run_dir=str(tmp_path / "clean" / "run"))
     prepare(clean, lambda line: None)
     (tmp_path / "config.json").write_text(config.model_dump_json())
@@ -196,7 +196,7 @@ def test_d2_killed_half_way_the_same_command_computes_no_shard_twice_and_ends_th
     os.killpg(first.pid, signal.SIGKILL)
     first.wait()
     (tmp_path / "hold").unlink()
-    monkeypatch.setattr(shards, "Builder", two_nodes.CountedBuilder)
+    monkeypatch.setattr(phase_dataset, "Builder", two_nodes.CountedBuilder)
     prepare(config, lambda line: None)
     done = built.read_text().split()
     assert len(done) == len(set(done)) == 9, "4 + 4 of train, 1 of dev"
@@ -205,7 +205,7 @@ def test_d2_killed_half_way_the_same_command_computes_no_shard_twice_and_ends_th
 
 @pytest.mark.ray
 def test_f3_a_node_that_is_lost_in_preparation_changes_no_byte(config, tmp_path, ray_local, monkeypatch):
-    monkeypatch.setattr(shards, "SHARD_ROWS", 10)
+    monkeypatch.setattr(phase_dataset, "SHARD_ROWS", 10)
     clean = config.replace(run_dir=str(tmp_path / "clean" / "run"))
     prepare(clean, lambda line: None)
     (tmp_path / "config.json").write_text(config.model_dump_json())

@@ -6,13 +6,12 @@ import random
 import pyarrow.parquet as pq
 import pytest
 
-from pi_ray import shards
 from pi_ray.config import RunConfig
+from pi_ray.data import neighbours, phase_dataset
+from pi_ray.data.prepare import prepare
 from pi_ray.errors import DataError, ModelError
 from pi_ray.models import load_tokenizer
-from pi_ray.prepare import prepare
 from pi_ray.prompt import PromptEncoder
-from pi_ray.retrieve import retrieve
 from pi_ray.retrieve.neighbours import normalised
 from pi_ray.run import row_store
 from pi_ray.run.artifact import digest_file, verify
@@ -51,7 +50,7 @@ def config(tmp_path):
 
 @pytest.fixture(autouse=True)
 def small_shards(monkeypatch, ray_local):
-    monkeypatch.setattr(shards, "SHARD_ROWS", 10)
+    monkeypatch.setattr(phase_dataset, "SHARD_ROWS", 10)
 
 
 def run_quietly(config):
@@ -146,11 +145,11 @@ def test_documents_that_come_with_rows_are_compressed_by_actors_and_stand_in_eac
 
 
 def test_neighbours_of_a_killed_run_go_on_with_their_pieces(config, monkeypatch):
-    monkeypatch.setattr(retrieve, "PIECE_ROWS", 10)
+    monkeypatch.setattr(neighbours, "PIECE_ROWS", 10)
     fingerprint, _ = run_quietly(config)
     run = RunDir(config.root)
     wanted = digest_file(run.neighbours)
-    folder = shards.working_folder(run.neighbours, fingerprint)  # as a kill leaves it: no neighbours yet, the first two of five pieces
+    folder = phase_dataset.working_folder(run.neighbours, fingerprint)  # as a kill leaves it: no neighbours yet, the first two of five pieces
     for i in range(2):
         row_store.write_piece(folder / f"part-{i:05d}.parquet", pq.read_table(run.neighbours).slice(10 * i, 10).replace_schema_metadata())
     run.neighbours.unlink()

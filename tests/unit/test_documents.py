@@ -5,9 +5,9 @@ import shutil
 
 import pytest
 
-from pi_ray.compress import documents
 from pi_ray.config import ModelConfig, PromptConfig, RunConfig, TaskConfig
-from pi_ray.ingest import ingest
+from pi_ray.data import row_documents
+from pi_ray.data.ingest import ingest
 from pi_ray.models import load_tokenizer
 from pi_ray.prompt import Example, PromptEncoder, text_of
 from pi_ray.protocols import Reject, Row
@@ -89,12 +89,12 @@ def test_documents_are_compressed_row_by_row_and_each_rate_finds_its_own(prepare
     monkeypatch.setenv("PI_RAY_CACHE", "")  # the user's own cache folder has the tokenizer; results go to another
     monkeypatch.setattr("pi_ray.compress.cache._path", lambda key: tmp_path / "compressed" / key)
     monkeypatch.setattr("pi_ray.registry.compressors._parts", {"halves": f"{__name__}:Halves", "none": "pi_ray.compress.none:Keep"})
-    monkeypatch.setattr(documents, "fan_out", in_process)
-    monkeypatch.setattr(documents, "PIECE_ROWS", 2)
+    monkeypatch.setattr(row_documents, "fan_out", in_process)
+    monkeypatch.setattr(row_documents, "PIECE_ROWS", 2)
     Halves.calls, said = 0, []
-    assert not documents.is_done(run, "f")
-    documents.compress_documents(config, run, "f", [("train", 0.5), ("test", 0.5), ("train", 0.5)], said.append)
-    assert documents.is_done(run, "f") and not documents.is_done(run, "g")
+    assert not row_documents.is_done(run, "f")
+    row_documents.compress_documents(config, run, "f", [("train", 0.5), ("test", 0.5), ("train", 0.5)], said.append)
+    assert row_documents.is_done(run, "f") and not row_documents.is_done(run, "g")
     assert said[0].startswith("documents: rate 0.5 -> achieved 0.") and "of 6 documents of rows" in said[0]
     whole, half, none = (run.read_rows("train", rate) for rate in (1.0, 0.5, 0.0))
     assert [len(r.documents) for r in whole] == [len(r.documents) for r in half] == [0, 2, 0, 1, 0] and not any(r.documents for r in none)
@@ -103,7 +103,7 @@ def test_documents_are_compressed_row_by_row_and_each_rate_finds_its_own(prepare
     calls = Halves.calls
     for file in run.documents.iterdir():
         file.unlink()
-    documents.compress_documents(config, run, "f", [("train", 0.5)], said.append)
+    row_documents.compress_documents(config, run, "f", [("train", 0.5)], said.append)
     assert Halves.calls == calls, "documents that were compressed before come from the cache"
     assert run.read_rows("train", 0.5) == half
 
@@ -112,11 +112,11 @@ def test_an_actor_takes_the_cores_that_it_asked_for_and_no_share_of_the_node(pre
     config, _ = prepared
     threads = []
     monkeypatch.setattr("pi_ray.registry.compressors._parts", {"halves": f"{__name__}:Halves"})
-    monkeypatch.setattr(documents, "load_tokenizer", lambda model: None)
+    monkeypatch.setattr(row_documents, "load_tokenizer", lambda model: None)
     monkeypatch.setattr("torch.set_num_threads", threads.append)
     monkeypatch.setattr("os.cpu_count", lambda: 30)
     for asked in ({}, {"CPU": 0.5}, {"CPU": 4}):
-        documents.CompressDocuments(config.replace(**{"cluster.prepare_resources": asked}))
+        row_documents.CompressDocuments(config.replace(**{"cluster.prepare_resources": asked}))
     assert threads == [1, 1, 4]
 
 
@@ -124,22 +124,22 @@ def test_rows_without_documents_need_no_step(tmp_path):
     config = task_of(tmp_path, [{"query": "q", "answer": "a"}])
     run = RunDir(tmp_path / "run")
     ingest(JsonlTask(config), config, run, "f", lambda line: None)
-    assert documents.is_done(run, "f") and run.read_rows("train", 0.5) == run.read_rows("train")
+    assert row_documents.is_done(run, "f") and run.read_rows("train", 0.5) == run.read_rows("train")
 
 
 def test_the_documents_rate_follows_the_templates_or_its_own():
     own = RunConfig.model_validate({"name": "a", "compress": {"documents": {"rate": {0.5: 0.2}}}}).compress
-    assert [documents.rate_of_documents(own, r) for r in (1.0, 0.5, 0.0)] == [1.0, 0.2, 0.0]
-    assert documents.rate_of_documents(RunConfig(name="a").compress, 0.5) == 0.5
+    assert [row_documents.rate_of_documents(own, r) for r in (1.0, 0.5, 0.0)] == [1.0, 0.2, 0.0]
+    assert row_documents.rate_of_documents(RunConfig(name="a").compress, 0.5) == 0.5
 
 
 def test_a_half_made_step_goes_on_with_its_pieces(prepared, monkeypatch):
     config, run = prepared
     asked, clean, said = [], [], []
-    monkeypatch.setattr(documents, "PIECE_ROWS", 2)
-    monkeypatch.setattr(documents, "CompressDocuments", Keeping)
-    monkeypatch.setattr(documents, "fan_out", in_process)
-    documents.compress_documents(config, run, "f", [("train", 0.5)], clean.append)
+    monkeypatch.setattr(row_documents, "PIECE_ROWS", 2)
+    monkeypatch.setattr(row_documents, "CompressDocuments", Keeping)
+    monkeypatch.setattr(row_documents, "fan_out", in_process)
+    row_documents.compress_documents(config, run, "f", [("train", 0.5)], clean.append)
     wanted = read_manifest(run.documents)
     shutil.rmtree(run.documents)
 
@@ -151,10 +151,10 @@ def test_a_half_made_step_goes_on_with_its_pieces(prepared, monkeypatch):
             raise KeyboardInterrupt
         return done + [work(item) for item in items[2:]]
 
-    monkeypatch.setattr(documents, "fan_out", broken)
+    monkeypatch.setattr(row_documents, "fan_out", broken)
     with pytest.raises(KeyboardInterrupt):
-        documents.compress_documents(config, run, "f", [("train", 0.5)], lambda line: None)
-    documents.compress_documents(config, run, "f", [("train", 0.5)], said.append)
+        row_documents.compress_documents(config, run, "f", [("train", 0.5)], lambda line: None)
+    row_documents.compress_documents(config, run, "f", [("train", 0.5)], said.append)
     assert asked == [3, 1] and said == ["documents: 2 of 3 pieces were already there", *clean] and run.read_rows("train", 0.5) == run.read_rows("train")
     assert "achieved 1.00 (3 of 3 tokens of 3 documents of rows)" in clean[0] and read_manifest(run.documents) == wanted
     assert not list(run.root.glob(".documents-*"))
@@ -172,5 +172,5 @@ class Keeping:
         from pi_ray.run.row_store import write_piece
 
         rows = self.run.rows_of(item["split"])[item["begin"] : item["end"]]
-        counts = {name: [0 if name == "off" else len(r.documents) for r in rows] for name in documents.COUNTS}
-        write_piece(item["path"], pa.table({"id": [r.id for r in rows], "documents": [list(r.documents) for r in rows], **counts}, schema=documents.SCHEMA))
+        counts = {name: [0 if name == "off" else len(r.documents) for r in rows] for name in row_documents.COUNTS}
+        write_piece(item["path"], pa.table({"id": [r.id for r in rows], "documents": [list(r.documents) for r in rows], **counts}, schema=row_documents.SCHEMA))

@@ -6,8 +6,8 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from pi_ray import prepare
 from pi_ray.config import TrainConfig
+from pi_ray.data import prepare
 from pi_ray.run.artifact import staged
 from pi_ray.run.directory import RunDir
 from pi_ray.train.early import EarlyStop

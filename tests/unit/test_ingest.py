@@ -4,10 +4,10 @@ import json
 
 import pytest
 
-from pi_ray import ingest as step
 from pi_ray.config import TaskConfig
+from pi_ray.data import ingest as step
+from pi_ray.data.ingest import check, ingest
 from pi_ray.errors import DataError
-from pi_ray.ingest import check, ingest
 from pi_ray.protocols import Row
 from pi_ray.run.directory import RunDir
 from pi_ray.tasks.jsonl import JsonlTask

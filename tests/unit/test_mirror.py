@@ -9,8 +9,8 @@ import pytest
 from pyarrow.fs import LocalFileSystem, SubTreeFileSystem
 
 from pi_ray.cluster.storage_sync import Mirror, of, refresh
+from pi_ray.data.ray_map import _once, fan_out
 from pi_ray.errors import CorruptArtifactError, StorageError
-from pi_ray.fanout import _once, fan_out
 from pi_ray.run.artifact import digest_file, read_manifest, staged, verify, write_atomic
 from pi_ray.run.object_storage import Objects
 

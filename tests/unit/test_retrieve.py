@@ -13,17 +13,18 @@ from test_task_contract import CONFIGS
 
 from pi_ray import registry
 from pi_ray.config import RetrieveConfig, RunConfig
+from pi_ray.data import neighbours
+from pi_ray.data.ingest import check, read
+from pi_ray.data.neighbours import FindNeighbours, Piece
 from pi_ray.errors import MissingExtraError
-from pi_ray.ingest import check, read
 from pi_ray.protocols import SPLITS, Row
 from pi_ray.registry import tasks
-from pi_ray.retrieve import neighbours, retrieve
+from pi_ray.retrieve import neighbours
 from pi_ray.retrieve.bleu import BleuIndex
 from pi_ray.retrieve.candidates import Candidates
 from pi_ray.retrieve.cosine import CosineIndex
 from pi_ray.retrieve.encoders import NgramEncoder, SentenceEncoder
 from pi_ray.retrieve.neighbours import Bank, audit, find, normalised, part
-from pi_ray.retrieve.retrieve import FindNeighbours, Piece
 from pi_ray.retrieve.rouge import RougeIndex
 from pi_ray.run.directory import RunDir
 from pi_ray.run.row_store import write_rows
@@ -256,13 +257,13 @@ def test_an_actor_holds_one_index_at_a_time_and_builds_each_once(tmp_path, monke
             most.append(len(alive))
 
     monkeypatch.setattr(neighbours, "Bank", Counted)
-    monkeypatch.setattr(retrieve, "PIECE_ROWS", 4)
-    monkeypatch.setattr(retrieve, "fan_out", lambda items, make, *args, **_: list(map(make(*args), items)))
+    monkeypatch.setattr(neighbours, "PIECE_ROWS", 4)
+    monkeypatch.setattr(neighbours, "fan_out", lambda items, make, *args, **_: list(map(make(*args), items)))
     config = RunConfig.model_validate({"name": "a", "run_dir": str(tmp_path), "retrieve": {"method": "faiss"}, "schedule": {"shots": 2}})
     run = actor_of(config, dict.fromkeys(SPLITS, rows(9)), 2).run
-    retrieve.find_neighbours(config, run, "f", SPLITS, said.append)
+    neighbours.find_neighbours(config, run, "f", SPLITS, said.append)
     assert most == [1, 1], "of the answers, of the queries"
-    assert "FAISS proposed: of 9 rows" in said[-1] and retrieve.read_facts(run)["by"] == "answer"
+    assert "FAISS proposed: of 9 rows" in said[-1] and neighbours.read_facts(run)["by"] == "answer"
 
 
 @pytest.mark.parametrize("settings, used", [

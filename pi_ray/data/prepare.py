@@ -11,17 +11,16 @@ from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
-from pi_ray import shards
 from pi_ray.cluster import placement, storage_sync
-from pi_ray.compress import documents
 from pi_ray.compress.compress import Compressed, cached, compress_template, load
 from pi_ray.config import RunConfig
-from pi_ray.fanout import fan_out
-from pi_ray.ingest import ingest
+from pi_ray.data import phase_dataset, row_documents
+from pi_ray.data.ingest import ingest
+from pi_ray.data.neighbours import find_neighbours, has_neighbours
+from pi_ray.data.ray_map import fan_out
 from pi_ray.models import load_tokenizer
 from pi_ray.prompt import PromptEncoder, Template
 from pi_ray.protocols import SPLITS, UNLABELLED, Task
-from pi_ray.retrieve.retrieve import find_neighbours, has_neighbours
 from pi_ray.run.artifact import is_current, staged
 from pi_ray.run.directory import RunDir, distinct_rates, documents_file, phases_of, prepare_fingerprint, rate_name, wants_unlabelled
 
@@ -51,7 +50,7 @@ def prepare(config: RunConfig, progress: Progress = print) -> str:
     if not is_current(run.templates, fingerprint):
         _templates(config, template, tokenizer, run, fingerprint, progress)
     if not _has_documents(config, run, fingerprint):
-        documents.compress_documents(config, run, fingerprint, _documents(config), progress)
+        row_documents.compress_documents(config, run, fingerprint, _documents(config), progress)
     if not has_neighbours(config, run, fingerprint):
         find_neighbours(config, run, fingerprint, _splits(config), progress)
     _phases(config, encoder, run, fingerprint, progress)
@@ -66,7 +65,7 @@ def _is_done(config: RunConfig, run: RunDir, fingerprint: str) -> bool:
 def _has_documents(config: RunConfig, run: RunDir, fingerprint: str) -> bool:
     """Whether rows' own documents are there, those of dev rows at each phase's rate too where early stop has come to want them."""
     whole = not is_current(run.documents, fingerprint) or all((run.documents / documents_file(*want)).exists() for want in _documents(config))
-    return whole and documents.is_done(run, fingerprint)
+    return whole and row_documents.is_done(run, fingerprint)
 
 
 def _plan(config: RunConfig) -> list[tuple[str, str, float, int]]:
@@ -131,16 +130,16 @@ def _phases(config: RunConfig, encoder: PromptEncoder, run: RunDir, fingerprint:
     texts = {e["rate"]: e["text"] for e in json.loads((run.templates / "templates.json").read_bytes())}
     rows = {split: run.rows_of(split) for split in _splits(config) if split != "test"}
     plan = [p for p in _plan(config) if not is_current(run.phase(p[0]), fingerprint)]
-    shards.remove_stale(run.phases, {name for name, *_ in _plan(config)}, fingerprint)
-    folders = {name: shards.working_folder(run.phase(name), fingerprint) for name, *_ in plan}
-    planned = [s for name, split, rate, shots in plan for s in shards.plan(folders[name], split, shots, len(rows[split]), rate)]
-    todo = [s for s in planned if not shards.is_finished(s, rows[s.split])]
+    phase_dataset.remove_stale(run.phases, {name for name, *_ in _plan(config)}, fingerprint)
+    folders = {name: phase_dataset.working_folder(run.phase(name), fingerprint) for name, *_ in plan}
+    planned = [s for name, split, rate, shots in plan for s in phase_dataset.plan(folders[name], split, shots, len(rows[split]), rate)]
+    todo = [s for s in planned if not phase_dataset.is_finished(s, rows[s.split])]
     if len(todo) < len(planned):
         progress(f"phases: {len(planned) - len(todo)} of {len(planned)} shards were already there")
-    fan_out([asdict(s) for s in todo], shards.Builder, config, fingerprint, mirror=storage_sync.of(run.root), **placement.options(config, "prepare"))
+    fan_out([asdict(s) for s in todo], phase_dataset.Builder, config, fingerprint, mirror=storage_sync.of(run.root), **placement.options(config, "prepare"))
     for name, _, rate, shots in plan:
         text = texts.get(rate, "")
-        made = shards.publish(
+        made = phase_dataset.publish(
             folders[name], run.phase(name), encoder.prefix(text), fingerprint=fingerprint, template=text, phase={"rate": rate, "shots": shots},
         )
         tokens = made["tokens"]

@@ -18,14 +18,14 @@ import pyarrow.compute as pc
 from pi_ray.cluster import placement, storage_sync
 from pi_ray.compress.compress import compress_template
 from pi_ray.config import RunConfig
-from pi_ray.fanout import fan_out
+from pi_ray.data.phase_dataset import working_folder
+from pi_ray.data.ray_map import fan_out
 from pi_ray.models import load_tokenizer
 from pi_ray.prompt import Template
 from pi_ray.protocols import Row
 from pi_ray.run.artifact import is_current, read_manifest, staged
 from pi_ray.run.directory import RunDir, documents_file
 from pi_ray.run.row_store import count, has_piece, join, read_range, write_piece
-from pi_ray.shards import working_folder
 
 PIECE_ROWS = 32  # rows of one call of an actor
 COUNTS = ("count", "tokens", "full_tokens", "off")  # of a row's documents; off: how many came no closer to their rate than the tolerance

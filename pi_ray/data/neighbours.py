@@ -18,11 +18,11 @@ import pyarrow.compute as pc
 
 from pi_ray.cluster import placement, storage_sync
 from pi_ray.config import RetrieveConfig, RunConfig
-from pi_ray.fanout import fan_out
+from pi_ray.data.phase_dataset import working_folder
+from pi_ray.data.ray_map import fan_out
 from pi_ray.run.artifact import digest_file, tell_of, write_atomic, writing
 from pi_ray.run.directory import RunDir, most_shots
 from pi_ray.run.row_store import count, has_piece, join, read_range, write_piece
-from pi_ray.shards import working_folder
 
 PIECE_ROWS = 512  # rows of one neighbour search
 SAMPLE = 256  # rows whose exact best are looked up where FAISS chose

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from rich.text import Text
 
+from pi_ray.data.neighbours import SCORES, read_facts, summary
 from pi_ray.errors import DataError
-from pi_ray.retrieve.retrieve import SCORES, read_facts, summary
 from pi_ray.run.artifact import is_current
 from pi_ray.run.directory import RunDir
 from pi_ray.run.row_store import read_range
