@@ -10,7 +10,7 @@ from pi_ray.errors import StorageError
 from pi_ray.plots import BANDS, COLOURS, GRID, INK, MUTED, Panel, nice, running_mean, thinned, ticks
 from pi_ray.run.artifact import write_atomic
 from pi_ray.run.directory import RunDir
-from pi_ray.train.log import entries
+from pi_ray.train.train_log import entries
 
 WIDTH, HEIGHT = 960, 420
 SCALE = 3  # drawn so many times larger and then shrunk, which smooths every edge

@@ -78,7 +78,7 @@ def model_size(model: ModelConfig, lora: LoraConfig, longest: float = 0) -> Mode
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from pi_ray.train.attention import can_share_prefix
+    from pi_ray.train.shared_prefix import can_share_prefix
 
     try:
         shape = AutoConfig.from_pretrained(resolve(model.base), revision=model.revision or "main", trust_remote_code=False)

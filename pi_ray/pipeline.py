@@ -51,19 +51,19 @@ def prepare(config: RunConfig, console: Console) -> None:
 
 
 def train(config: RunConfig, console: Console) -> None:
-    from pi_ray.train import loop
+    from pi_ray.train import launch
 
     if is_closed(config):
         return _tune(config, console)
     _begin(config, console, "Train", f"LoRA rank {config.train.lora.rank} through the phases, {config.train.workers} worker(s), {config.train.backend.name}")
     for name, c in _arms(config):
-        if loop.is_trained(c):
+        if launch.is_trained(c):
             console.print(f"  {name}nothing to do, every phase has its adapter", highlight=False)
             continue
-        loop.fingerprint_of(c)
+        launch.fingerprint_of(c)
         costs = _costs(c)
         with Watch(console, f"  {name or 'promptintern: '}update", len(costs)) as watch:
-            loop.train(c, training(watch, costs))
+            launch.train(c, training(watch, costs))
 
 
 def _tune(config: RunConfig, console: Console) -> None:

@@ -20,7 +20,7 @@ from pi_ray.results import table
 from pi_ray.run.artifact import read_manifest, write_atomic
 from pi_ray.run.directory import RunDir
 from pi_ray.schedule import plan_phases
-from pi_ray.train.log import entries
+from pi_ray.train.train_log import entries
 
 __all__ = ["table", "write_report"]
 

@@ -1,6 +1,6 @@
 """Training workers that are killed or stopped at given places, once each. Faults are planted as files in the run directory, so that every new process knows them.
 
-`pi_ray.train.loop._ray_worker` is replaced by `ray_worker`; the signal is the real one, sent by the worker to itself, so that nothing has to be timed.
+`pi_ray.train.launch._ray_worker` is replaced by `ray_worker`; the signal is the real one, sent by the worker to itself, so that nothing has to be timed.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def forwards(root: Path) -> list[int]:
 
 
 def ray_worker(settings: dict[str, Any]) -> None:
-    from pi_ray.train.loop import _ray_worker
+    from pi_ray.train.launch import _ray_worker
 
     install(Path(settings["config"]["run_dir"]))
     _ray_worker(settings)
@@ -48,7 +48,7 @@ def ray_worker(settings: dict[str, Any]) -> None:
 def install(root: Path) -> None:
     """Plant the faults into this process."""
     from pi_ray.run import artifact
-    from pi_ray.train.worker import _Worker
+    from pi_ray.train.trainer import _Worker
 
     faults = [Fault(**f) for f in json.loads((root / "faults.json").read_text())]
 

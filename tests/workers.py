@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-PRELOAD = ["deepspeed.runtime.zero.muon.muon_optimizer", "peft", "transformers.models.llama.modeling_llama", "transformers.models.mixtral.modeling_mixtral", "pi_ray.train.worker", "tests.workers"]
+PRELOAD = ["deepspeed.runtime.zero.muon.muon_optimizer", "peft", "transformers.models.llama.modeling_llama", "transformers.models.mixtral.modeling_mixtral", "pi_ray.train.trainer", "tests.workers"]
 
 
 def run(world: int, work: Callable[..., Any], *args: Any) -> list[Any]:

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from pi_ray.config import TrainConfig
-from pi_ray.train import zero
+from pi_ray.train import deepspeed_settings
 from pi_ray.train.lora import trainable
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -26,7 +26,7 @@ class DdpBackend:
         self.model = build()
         self.config = config
         self.params = trainable(self.model)
-        self.optimizer = torch.optim.AdamW(self.params.values(), lr=config.lr, betas=zero.BETAS, eps=zero.EPS, weight_decay=config.weight_decay)
+        self.optimizer = torch.optim.AdamW(self.params.values(), lr=config.lr, betas=deepspeed_settings.BETAS, eps=deepspeed_settings.EPS, weight_decay=config.weight_decay)
 
     def backward(self, loss: torch.Tensor, last: bool) -> None:
         loss.backward()
@@ -61,10 +61,10 @@ class DeepSpeedBackend:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         self.config = config
         self.stage = config.backend.zero_stage
-        settings = zero.settings(config, dist.get_world_size(), micro_batches, bf16)
-        self.loading = zero.shard_while_loading(settings)
+        settings = deepspeed_settings.settings(config, dist.get_world_size(), micro_batches, bf16)
+        self.loading = deepspeed_settings.shard_while_loading(settings)
         model = build()
-        zero.mark_leaves(model)
+        deepspeed_settings.mark_leaves(model)
         self.engine, self.optimizer, *_ = deepspeed.initialize(model=model, model_parameters=list(trainable(model).values()), config=settings, dist_init_required=False)
         self.model = self.engine
         self.params = trainable(self.engine.module)

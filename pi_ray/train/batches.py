@@ -16,8 +16,8 @@ import torch
 from pi_ray.errors import CorruptArtifactError
 from pi_ray.models import last
 from pi_ray.run.artifact import read_manifest, read_parquet, verify
-from pi_ray.train import attention, gist
-from pi_ray.train.attention import Layout
+from pi_ray.train import gist, shared_prefix
+from pi_ray.train.shared_prefix import Layout
 
 TRIAL = [7, 3, 9, 2], [([5, 11, 4, 8, 13, 6], [10, 3]), ([12, 6, 9], [4, 14, 7, 2, 11])]  # a prefix and two rows (prompt, label) of any vocabulary
 CLOSE, CLOSE_IN_HALF = 1e-3, 0.2  # of the logits' spread: rounding that packed and plain rows may differ by; in half precision a mixture may take other experts
@@ -124,7 +124,7 @@ def differs(model: Any, device: str, flex: bool) -> str:
     before = inner.config._attn_implementation
     model.eval()
     own = _logits(model, to_device(plain(*TRIAL), device))
-    attention.enable(inner, flex)
+    shared_prefix.enable(inner, flex)
     off = _logits(model, to_device(packed(*TRIAL), device)) - own
     model.train()
     share = (off.float().norm() / (own - own.mean()).float().norm()).item()

@@ -17,7 +17,7 @@ from pi_ray.errors import ConfigError, TrainingError
 from pi_ray.run.artifact import digest, staged, verify, write_atomic
 from pi_ray.run.directory import RunDir
 from pi_ray.train import gist
-from pi_ray.train.zero import moe_blocks
+from pi_ray.train.deepspeed_settings import moe_blocks
 
 CARD = "pi_ray.json"
 ALL_LINEAR = "all-linear"

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from pi_ray.train.batches import Batch
 
 if TYPE_CHECKING:
-    from pi_ray.train.teach import Targets
+    from pi_ray.train.distill import Targets
 
 
 def sft_sum(model: Any, batch: Batch) -> torch.Tensor:

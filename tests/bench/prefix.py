@@ -18,7 +18,7 @@ import torch
 
 from pi_ray.config import LoraConfig, ModelConfig
 from pi_ray.models import load_model
-from pi_ray.train import attention, lora
+from pi_ray.train import lora, shared_prefix
 from pi_ray.train.batches import Batch, packed, plain, to_device
 from pi_ray.train.objectives import sft_sum
 from tests.bench.report import header, last_line
@@ -49,7 +49,7 @@ def measure(model: torch.nn.Module, case: tuple[str, int, int, int, int], rounds
     for i in range(rounds + 1):
         model.set_attn_implementation("sdpa")
         plain_s, plain_loss, expected = step(model, padded)
-        attention.enable(model)
+        shared_prefix.enable(model)
         shared_s, shared_loss, found = step(model, shared)
         if i:  # the first round warms up
             times["plain"].append(plain_s)

@@ -6,7 +6,7 @@ Every run is the whole training worker on the CPU: `--updates` updates behind a 
 
     one     one process with all threads, started by torchrun
     two     two processes with half of the threads each, started by torchrun, gradients over gloo
-    ray     the same two started by `pi_ray.train.loop.train` on a local Ray
+    ray     the same two started by `pi_ray.train.launch.train` on a local Ray
 
 They run in turn, each from a cold start. A step is the time from one update's log entry to the next, within a phase, so that the first update of a
 phase warms up; start-up is told apart. Last line, from medians summed over both phases: `workers2_over_1` is the seconds of one worker over
@@ -66,7 +66,7 @@ def train_plainly(settings: dict[str, Any]) -> None:
     import torch
     import torch.distributed as dist
 
-    from pi_ray.train.worker import train_worker
+    from pi_ray.train.trainer import train_worker
 
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     dist.init_process_group("gloo")
@@ -77,7 +77,7 @@ def train_plainly(settings: dict[str, Any]) -> None:
 def train_on_ray(settings: dict[str, Any], threads: int) -> None:
     import ray
 
-    from pi_ray.train.loop import train
+    from pi_ray.train.launch import train
 
     ray.init(address="local", num_cpus=threads, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     train(RunConfig.model_validate(settings["config"]))
@@ -97,7 +97,7 @@ def command(side: str, settings: Path, threads: int) -> tuple[list[str], dict[st
 
 def run(side: str, config: RunConfig, threads: int, times: Times) -> None:
     """One cold run of a side, on the rows that lie prepared in the run directory."""
-    from pi_ray.train.loop import fingerprint_of
+    from pi_ray.train.launch import fingerprint_of
 
     prepared = RunDir(config.root).phases
     with tempfile.TemporaryDirectory() as folder:

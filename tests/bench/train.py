@@ -187,7 +187,7 @@ def adapter_hash(model: Any) -> str:
 
 
 def pi_ray(config: RunConfig) -> Run:
-    from pi_ray.train.worker import _Worker
+    from pi_ray.train.trainer import _Worker
 
     worker = _Worker(config, "bench", device(), None)
     start, seconds = adapter_hash(worker.backend.model), []

@@ -15,7 +15,7 @@ import pytest
 
 from pi_ray.run.artifact import verify
 from pi_ray.run.directory import RunDir
-from pi_ray.train.log import entries
+from pi_ray.train.train_log import entries
 from tests.cluster.conftest import LOCAL, TINY, ended
 from tests.hosts import TOKEN, alive, get, network, wait
 

@@ -15,9 +15,9 @@ from pi_ray.errors import CorruptArtifactError, StorageError, TrainingError
 from pi_ray.publish import publish
 from pi_ray.run.artifact import MANIFEST, OWN_HASH, verify
 from pi_ray.run.directory import RunDir
-from pi_ray.train import checkpoint, loop
+from pi_ray.train import checkpoint, launch
 from pi_ray.train.backends import DdpBackend
-from pi_ray.train.worker import _Worker, train_worker
+from pi_ray.train.trainer import _Worker, train_worker
 from tests import dying, workers
 from tests.disks import fill, leftovers
 from tests.dying import Fault
@@ -29,7 +29,7 @@ UPDATES = 27  # three phases of nine
 
 
 def settings(config):
-    return {"config": config.model_dump(mode="json"), "fingerprint": loop.fingerprint_of(config), "device": "cpu"}
+    return {"config": config.model_dump(mode="json"), "fingerprint": launch.fingerprint_of(config), "device": "cpu"}
 
 
 def adapters(config):
@@ -102,21 +102,21 @@ def poisoned(given, value, rank, at):
     """Train with the loss of one worker replaced from its forward pass number `at` on. Returns what it raised."""
     import torch.distributed as dist
 
-    from pi_ray.train import worker
+    from pi_ray.train import trainer
 
-    real, calls = worker.sft_sum, [0]
+    real, calls = trainer.sft_sum, [0]
 
     def loss(model, batch):
         calls[0] += 1
         return real(model, batch) * (value if dist.get_rank() == rank and calls[0] > at else 1.0)
 
-    worker.sft_sum = loss
+    trainer.sft_sum = loss
     try:
         train_worker(given)
     except TrainingError as error:
         return str(error)
     finally:
-        worker.sft_sum = real
+        trainer.sft_sum = real
 
 
 @pytest.mark.parametrize("backend, value", [({"name": "ddp"}, float("nan")), ({"name": "deepspeed", "zero_stage": 2}, float("inf"))], ids=["ddp nan", "zero inf"])
@@ -125,7 +125,7 @@ def test_f7_all_workers_stop_in_the_update_in_which_one_has_no_number(tiny_model
     first, second = workers.run(2, poisoned, settings(config), value, 1, 6)
     assert first == second and "update 6 (phase 0)" in first and "train.lr" in first
     assert steps(config) == list(range(6)) and log_of(config)[-1]["step"] == 5
-    found = checkpoint.newest(RunDir(config.root).checkpoints, loop.fingerprint_of(config))
+    found = checkpoint.newest(RunDir(config.root).checkpoints, launch.fingerprint_of(config))
     state, manifest = checkpoint.load(found)
     assert manifest["done"] == 4 and all(torch.isfinite(value).all() for value in state.values())
 
@@ -233,7 +233,7 @@ def test_f6_training_stops_at_a_full_disk_and_goes_on_when_there_is_space(alone,
     ballast = fill(small_disk, 24_000)
     with pytest.raises(StorageError, match="disk is full"):
         train_worker(settings(config))
-    assert not leftovers(small_disk) and checkpoint.newest(RunDir(config.root).checkpoints, loop.fingerprint_of(config)).name == "step-00000004"
+    assert not leftovers(small_disk) and checkpoint.newest(RunDir(config.root).checkpoints, launch.fingerprint_of(config)).name == "step-00000004"
     ballast.unlink()
     train_worker(settings(config))
     assert adapters(config) == adapters(alone) and steps(config) == list(range(UPDATES))
@@ -310,14 +310,14 @@ def test_f9_a_changed_configuration_is_refused_and_the_changes_are_named(alone, 
 def test_f9_another_number_of_workers_goes_on_with_the_same_rows_in_the_same_order(alone, tmp_path):
     config = again(alone, tmp_path)
     more = config.replace(**{"train.workers": 2, "train.micro_batch": 1, "train.max_failures": 9})
-    assert loop.fingerprint_of(more) == loop.fingerprint_of(config) != loop.fingerprint_of(config.replace(**{"train.seed": 1}))
+    assert launch.fingerprint_of(more) == launch.fingerprint_of(config) != launch.fingerprint_of(config.replace(**{"train.seed": 1}))
     with dies_before(14):
         train_worker(settings(config))
     workers.run(2, work, settings(more))
     assert steps(config) == list(range(UPDATES))
     losses, quiet = ([e["loss"] for e in log_of(c) if "loss" in e] for c in (config, alone))
     assert losses[:12] == quiet[:12] and losses == pytest.approx(quiet, rel=2e-3)
-    assert loop.is_trained(more) and loop.is_trained(config)
+    assert launch.is_trained(more) and launch.is_trained(config)
 
 
 # F1, F4, F8: killed and stopped workers under Ray
@@ -325,14 +325,14 @@ def test_f9_another_number_of_workers_goes_on_with_the_same_rows_in_the_same_ord
 
 @pytest.fixture
 def on_ray(ray_local, monkeypatch):
-    monkeypatch.setattr(loop, "_ray_worker", dying.ray_worker)
+    monkeypatch.setattr(launch, "_ray_worker", dying.ray_worker)
 
 
 @pytest.mark.ray
 def test_f1_killed_in_a_phase_in_a_checkpoint_and_between_phases_it_ends_with_the_same_adapters(pair, tmp_path, on_ray):
     config = again(pair, tmp_path, **{"train.max_failures": 3})
     dying.plant(tmp_path, Fault("update", 6, rank=1), Fault("checkpoint", 16, rank=0), Fault("phase", 1, rank=1))
-    loop.train(config)
+    launch.train(config)
     assert dying.fired(tmp_path) == 3
     assert adapters(config) == adapters(pair) and steps(config) == list(range(UPDATES))
     assert len(dying.forwards(tmp_path)) <= UPDATES + 3 * 2 * 4, "each kill costs two intervals between checkpoints at most"
@@ -347,17 +347,17 @@ def test_f1_killed_after_its_last_adapter_a_run_over_an_older_one_is_not_taken_f
     assert RunDir(tmp_path).best.exists()
     dying.plant(tmp_path, Fault("phase", 2, rank=0))
     with pytest.raises(TrainingError, match="the same command goes on"):
-        loop.train(config)
-    assert dying.fired(tmp_path) == 1 and len(adapters(config)) == 3 and not loop.is_trained(config)
-    loop.train(config)
-    assert loop.is_trained(config) and not RunDir(tmp_path).checkpoints.exists() and log_of(config)[-1]["event"] == "best"
+        launch.train(config)
+    assert dying.fired(tmp_path) == 1 and len(adapters(config)) == 3 and not launch.is_trained(config)
+    launch.train(config)
+    assert launch.is_trained(config) and not RunDir(tmp_path).checkpoints.exists() and log_of(config)[-1]["event"] == "best"
 
 
 @pytest.mark.ray
 def test_f8_a_worker_that_hangs_is_noticed_within_the_timeout_and_the_group_started_again(pair, tmp_path, on_ray):
     config = again(pair, tmp_path, **{"train.max_failures": 1, "train.collective_timeout_s": 15})
     dying.plant(tmp_path, Fault("update", 13, rank=1, signal=signal.SIGSTOP))
-    loop.train(config)
+    launch.train(config)
     assert dying.fired(tmp_path) == 1 and adapters(config) == adapters(pair)
 
 
@@ -366,9 +366,9 @@ def test_f4_more_kills_than_max_failures_end_the_run_with_its_newest_checkpoint_
     config = again(pair, tmp_path, **{"train.max_failures": 1})
     dying.plant(tmp_path, Fault("update", 6, rank=1), Fault("update", 10, rank=0))
     with pytest.raises(TrainingError, match="the same command goes on") as stopped:
-        loop.train(config)
-    assert stopped.value.exit_code and dying.fired(tmp_path) == 2 and not loop.is_trained(config)
-    assert checkpoint.newest(RunDir(tmp_path).checkpoints, loop.fingerprint_of(config)).name == "step-00000008"
+        launch.train(config)
+    assert stopped.value.exit_code and dying.fired(tmp_path) == 2 and not launch.is_trained(config)
+    assert checkpoint.newest(RunDir(tmp_path).checkpoints, launch.fingerprint_of(config)).name == "step-00000008"
 
 
 @pytest.mark.ray
@@ -376,7 +376,7 @@ def test_f7_what_another_try_would_only_repeat_is_not_tried_again(pair, tmp_path
     """A base model that is not there: the worker's own sentence and class, after one start."""
     config = again(pair, tmp_path).replace(**{"model.base": "/no/such/model", "train.max_failures": 3})
     with pytest.raises(Exception, match="no such") as refused:
-        loop.train(config)
+        launch.train(config)
     assert type(refused.value).__name__ == "ModelError"
 
 
@@ -403,7 +403,7 @@ def test_f2_after_the_driver_was_killed_the_same_command_ends_with_the_same_adap
         time.sleep(0.01)
     os.killpg(first.pid, signal.SIGKILL)
     first.wait()
-    assert not loop.is_trained(config)
+    assert not launch.is_trained(config)
     for name in {p.name for p in (config.root / "ray").iterdir()} | {"tiny"}:
         (config.root / "ray" / name).mkdir(exist_ok=True)
         (config.root / "ray" / name / "checkpoint_manager_snapshot.json").write_text('{"checkpoint_results": [')

@@ -2,7 +2,7 @@
 
 import pytest
 
-from pi_ray.train.loop import is_trained, train
+from pi_ray.train.launch import is_trained, train
 from tests.prepared import prepare_by_hand, tiny_config
 
 pytestmark = pytest.mark.ray

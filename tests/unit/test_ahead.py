@@ -4,7 +4,7 @@ import threading
 
 import pytest
 
-from pi_ray.train.ahead import Ahead
+from pi_ray.train.prefetch import Ahead
 
 
 def test_the_next_one_is_ready_before_it_is_asked_for():

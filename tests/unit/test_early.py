@@ -10,8 +10,8 @@ from pi_ray.config import TrainConfig
 from pi_ray.data import prepare
 from pi_ray.run.artifact import staged
 from pi_ray.run.directory import RunDir
-from pi_ray.train.early import EarlyStop
-from pi_ray.train.worker import _Worker, train_worker
+from pi_ray.train.early_stopping import EarlyStop
+from pi_ray.train.trainer import _Worker, train_worker
 from tests.prepared import prepare_by_hand, tiny_config
 from tests.unit.test_train import adapter_hash, dies_and_goes_on, log_of, settings
 

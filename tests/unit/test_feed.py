@@ -7,7 +7,7 @@ import torch
 
 from pi_ray.run.directory import RunDir
 from pi_ray.schedule import plan_phases
-from pi_ray.train import feed
+from pi_ray.train import dataloader
 from pi_ray.train.batches import PhaseRows, packed, plain
 from pi_ray.train.updates import all_updates, batch_rows
 from tests.prepared import prepare_by_hand, tiny_config
@@ -33,7 +33,7 @@ def opened(monkeypatch):
             if folder.name == "1":
                 ready.set()
 
-    monkeypatch.setattr(feed, "PhaseRows", Noted)
+    monkeypatch.setattr(dataloader, "PhaseRows", Noted)
     seen_and_ready = (seen, ready)
     return seen_and_ready
 
@@ -41,7 +41,7 @@ def opened(monkeypatch):
 def test_the_next_phases_rows_are_read_while_the_present_phase_trains(prepared, opened):
     config, updates = prepared
     seen, ready = opened
-    source = feed.Feed(config, "f", updates, packed)
+    source = dataloader.Feed(config, "f", updates, packed)
     source[updates[0]]
     assert ready.wait(10), "phase 1 is opened though no update of it was asked for"
     for update in updates:
@@ -53,7 +53,7 @@ def test_the_next_phases_rows_are_read_while_the_present_phase_trains(prepared, 
 def test_the_first_batch_of_the_next_phase_is_made_before_the_border(prepared, monkeypatch):
     config, updates = prepared
     made, first = [], threading.Event()
-    make = feed.Feed._make
+    make = dataloader.Feed._make
 
     def noted(self, step):
         made.append(step)
@@ -61,8 +61,8 @@ def test_the_first_batch_of_the_next_phase_is_made_before_the_border(prepared, m
             first.set()
         return make(self, step)
 
-    monkeypatch.setattr(feed.Feed, "_make", noted)
-    source = feed.Feed(config, "f", updates, packed)
+    monkeypatch.setattr(dataloader.Feed, "_make", noted)
+    source = dataloader.Feed(config, "f", updates, packed)
     source[updates[2]]
     assert first.wait(10) and updates[3].phase == 1 and 4 not in made
     source.close()
@@ -74,7 +74,7 @@ def test_each_worker_has_its_rows_in_micro_batches_and_all_count_the_same_answer
     data = PhaseRows(RunDir(config.root).phase(1))
     rows = batch_rows(updates[4], len(data), config.train)
     for rank in range(2):
-        ready = feed.Feed(config, "f", updates, packed, rank, 2)[updates[4]]
+        ready = dataloader.Feed(config, "f", updates, packed, rank, 2)[updates[4]]
         assert ready.answer_tokens == sum(len(label) for _, label in data.take(rows))
         for (batch, targets), number in zip(ready.parts, rows[rank::2], strict=True):
             assert targets is None and torch.equal(batch.inputs["input_ids"], packed(data.prefix, data.take([number])).inputs["input_ids"])
@@ -91,7 +91,7 @@ def test_plain_batches_hold_rows_of_about_one_length_and_packed_ones_need_not(pr
     found = {}
     for pack in (plain, packed):
         updates = all_updates([12] * 3, plan_phases(config.schedule), config.train)
-        found[pack] = [part for rank in range(2) for part, _ in feed.Feed(config, "f", updates, pack, rank, 2)[update].parts]
+        found[pack] = [part for rank in range(2) for part, _ in dataloader.Feed(config, "f", updates, pack, rank, 2)[update].parts]
     assert sum(part.tokens for part in found[plain]) == padded(sorted(order, key=length)) < padded(order)
     assert torch.cat([part.labels for part in found[packed]]).tolist() == [token for rank in range(2) for _, label in data.take(order[rank::2]) for token in label]
     given = [sorted(token for part in parts for token in part.labels.tolist() if token != -100) for parts in found.values()]
@@ -101,7 +101,7 @@ def test_plain_batches_hold_rows_of_about_one_length_and_packed_ones_need_not(pr
 def test_rows_that_a_teacher_is_to_answer_first_are_not_read_before_it_has(prepared, opened):
     config, updates = prepared
     config = config.replace(**{"train.objective": "distill"})
-    source = feed.Feed(config, "f", updates, packed)
+    source = dataloader.Feed(config, "f", updates, packed)
     for update in updates[:3]:
         source[update]
     assert [name for name, _ in opened[0]] == ["0"] and not source.taught

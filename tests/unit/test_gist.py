@@ -20,11 +20,11 @@ from pi_ray.publish import publish
 from pi_ray.run.artifact import staged, verify
 from pi_ray.run.directory import RunDir, plain_config, train_fingerprint
 from pi_ray.serving.verify import check
-from pi_ray.train import attention, generation, gist, lora
+from pi_ray.train import generation, gist, lora, shared_prefix
 from pi_ray.train.batches import packed
 from pi_ray.train.generation import greedy
 from pi_ray.train.objectives import sft_sum
-from pi_ray.train.worker import _Worker, train_worker
+from pi_ray.train.trainer import _Worker, train_worker
 from tests.prepared import TEMPLATE, prepare_by_hand, tiny_config
 from tests.unit.test_train import log_of, settings
 
@@ -77,7 +77,7 @@ def files_of(config, phase=1):
 def test_packed_rows_get_the_logits_of_an_ordinary_pass_with_an_explicit_mask(model):
     expected = torch.cat([masked(model, PREFIX, prompt + label[:-1])[-len(label) :] for prompt, label in ROWS])
     seeing = torch.cat([masked(model, PREFIX, prompt + label[:-1], len(PREFIX))[-len(label) :] for prompt, label in ROWS])
-    attention.enable(model)
+    shared_prefix.enable(model)
     with torch.no_grad():
         found = model(**packed(PREFIX, ROWS).inputs).logits[0]
     assert torch.allclose(found, expected, atol=1e-5)
@@ -87,14 +87,14 @@ def test_packed_rows_get_the_logits_of_an_ordinary_pass_with_an_explicit_mask(mo
 def test_rows_change_with_the_gists_and_not_with_the_template():
     torch.manual_seed(0)
     p, lengths = 10, [4, 6]
-    layout = attention.Layout.build(p, lengths, visible=K)
+    layout = shared_prefix.Layout.build(p, lengths, visible=K)
     query, key, value = (torch.randn(1, heads, p + sum(lengths), 8) for heads in (4, 2, 2))
 
     def attend(changed):
         other = [x.clone() for x in (key, value)]
         for x in other:
             x[:, :, changed] += 1
-        return attention.shared_prefix_attention(torch.nn.Module(), query, *other, None, layout=layout)[0][0]
+        return shared_prefix.shared_prefix_attention(torch.nn.Module(), query, *other, None, layout=layout)[0][0]
 
     before, template, gists = attend([]), attend([p - K - 1]), attend([p - 1])
     assert torch.equal(before[p:], template[p:])
@@ -103,7 +103,7 @@ def test_rows_change_with_the_gists_and_not_with_the_template():
 
 
 def test_each_gist_embedding_is_trained_and_the_vocabulary_is_not(model):
-    attention.enable(model)
+    shared_prefix.enable(model)
     model.zero_grad()
     sft_sum(model, packed(PREFIX, ROWS)).backward()
     grown = {name: p for name, p in lora.trainable(model).items() if "lora_" not in name}
@@ -237,7 +237,7 @@ def test_what_cannot_have_gists_is_refused_when_the_config_is_read(tiny_model, t
 
 
 def test_a_model_that_does_not_see_the_whole_prompt_is_refused_before_training(config, tmp_path, monkeypatch):
-    monkeypatch.setattr(attention, "can_share_prefix", lambda model, longest: "attention is limited to a sliding window of 64 tokens")
+    monkeypatch.setattr(shared_prefix, "can_share_prefix", lambda model, longest: "attention is limited to a sliding window of 64 tokens")
     other = config.replace(run_dir=str(tmp_path))
     prepare_by_hand(other)
     with pytest.raises(TrainingError, match=r"gist tokens \(train.gist\), which need full attention .* sliding window"):

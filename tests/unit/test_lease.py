@@ -6,7 +6,7 @@ import pytest
 
 from pi_ray.errors import TrainingError
 from pi_ray.train.lease import Lease
-from pi_ray.train.log import TrainLog
+from pi_ray.train.train_log import TrainLog
 
 
 @pytest.mark.fault

@@ -15,7 +15,7 @@ from pi_ray.serving.verify import check, read_header
 from pi_ray.train import lora
 from pi_ray.train.batches import PhaseRows, plain
 from pi_ray.train.objectives import sft_sum
-from pi_ray.train.worker import train_worker
+from pi_ray.train.trainer import train_worker
 from tests.prepared import prepare_by_hand, tiny_config
 
 

@@ -8,7 +8,7 @@ import torch
 from pi_ray.config import LoraConfig, ModelConfig
 from pi_ray.errors import TrainingError
 from pi_ray.models import load_model
-from pi_ray.train import attention, lora
+from pi_ray.train import lora, shared_prefix
 from pi_ray.train.batches import differs, packed, plain
 from pi_ray.train.objectives import sft_sum
 
@@ -36,7 +36,7 @@ def gradients(model, batch):
 def test_gradients_equal_those_of_plain_batches(model, prefix, checkpointing):
     model.set_attn_implementation("sdpa")
     loss, expected = gradients(model, plain(prefix, ROWS))
-    attention.enable(model)
+    shared_prefix.enable(model)
     if checkpointing:
         model.enable_input_require_grads()
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -47,7 +47,7 @@ def test_gradients_equal_those_of_plain_batches(model, prefix, checkpointing):
 
 
 def test_a_row_does_not_see_its_neighbours(model):
-    attention.enable(model)
+    shared_prefix.enable(model)
     alone = sft_sum(model, packed([1, 2, 3], ROWS[:1])).item()
     together = [sft_sum(model, packed([1, 2, 3], [ROWS[0], other])).item() - sft_sum(model, packed([1, 2, 3], [other])).item() for other in ROWS[1:]]
     assert together == pytest.approx([alone, alone], rel=1e-5)
@@ -77,7 +77,7 @@ def test_only_answer_tokens_are_labels():
 def test_models_without_full_attention_say_why_they_get_plain_batches(config, reason):
     inner = SimpleNamespace(**config)
     model = SimpleNamespace(config=SimpleNamespace(get_text_config=lambda: inner), _can_set_attn_implementation=lambda: True)
-    found = attention.can_share_prefix(model, 100)
+    found = shared_prefix.can_share_prefix(model, 100)
     assert (reason in found) if reason else found == ""
 
 
@@ -93,13 +93,13 @@ def test_other_decoders_with_full_attention_take_them_too_with_gradient_checkpoi
 
     torch.manual_seed(0)
     base = getattr(transformers, f"{family}ForCausalLM")(getattr(transformers, f"{family}Config")(**SMALL, **own)).eval()
-    assert attention.can_share_prefix(base, 99) == ""
+    assert shared_prefix.can_share_prefix(base, 99) == ""
     model = lora.add_lora(base, LoraConfig(rank=4), seed=0)
     for name, p in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(p, std=0.05)
     loss, expected = gradients(model.train(), plain(list(range(20, 40)), ROWS))
-    attention.enable(model)
+    shared_prefix.enable(model)
     model.enable_input_require_grads()
     model.gradient_checkpointing_enable({"use_reentrant": False})
     shared_loss, found = gradients(model, packed(list(range(20, 40)), ROWS))
@@ -121,7 +121,7 @@ LAYERS = {"num_hidden_layers": 2}
 @pytest.mark.parametrize("name, own", [("Bloom", {"n_layer": 2, "n_head": 4}), ("Mpt", {"d_model": 32, "n_layers": 2, "n_heads": 4}), ("Rwkv", {**LAYERS, "attention_hidden_size": 32})])
 def test_an_attention_that_cannot_be_exchanged_gets_plain_batches_and_without_looking_rows_would_see_each_other(name, own):
     model = family(name, **own)
-    assert f"{name}ForCausalLM has an attention of its own" in attention.can_share_prefix(model, 99)
+    assert f"{name}ForCausalLM has an attention of its own" in shared_prefix.can_share_prefix(model, 99)
     before = model.config._attn_implementation
     assert "computes something else" in differs(model, "cpu", False)
     assert model.config._attn_implementation == before and model.training
@@ -130,9 +130,9 @@ def test_an_attention_that_cannot_be_exchanged_gets_plain_batches_and_without_lo
 def test_what_a_config_does_not_tell_is_found_by_computing():
     """gpt-oss has a learned sink in each layer, which the shared attention knows nothing of; its window holds these rows."""
     sinks = family("GptOss", **{**SMALL, "head_dim": 8, "num_local_experts": 2, "num_experts_per_tok": 1, "sliding_window": 128})
-    assert attention.can_share_prefix(sinks, 99) == "" != differs(sinks, "cpu", False)
+    assert shared_prefix.can_share_prefix(sinks, 99) == "" != differs(sinks, "cpu", False)
     llama = family("Llama", **SMALL)
-    assert differs(llama, "cpu", False) == "" and llama.config._attn_implementation == attention.NAME and llama.training
+    assert differs(llama, "cpu", False) == "" and llama.config._attn_implementation == shared_prefix.NAME and llama.training
 
 
 def dense(prefix, visible, lengths):
@@ -146,7 +146,7 @@ def dense(prefix, visible, lengths):
 def test_flex_attentions_mask_is_the_layouts(prefix, visible, lengths):
     from torch.nn.attention.flex_attention import create_mask
 
-    layout = attention.Layout.build(prefix, lengths, visible)
+    layout = shared_prefix.Layout.build(prefix, lengths, visible)
     size = prefix + sum(lengths)
     assert torch.equal(create_mask(layout.sees(), 1, 1, size, size, device="cpu")[0, 0], dense(prefix, visible, lengths))
 
@@ -154,9 +154,9 @@ def test_flex_attentions_mask_is_the_layouts(prefix, visible, lengths):
 @pytest.mark.parametrize("prefix, visible, lengths", [(0, 0, [3, 5]), (7, 7, [4, 6]), (150, 3, [40, 1])])
 def test_flex_attention_gives_what_sdpa_gives(prefix, visible, lengths):
     torch.manual_seed(0)
-    layout = attention.Layout.build(prefix, lengths, visible)
+    layout = shared_prefix.Layout.build(prefix, lengths, visible)
     query, key, value = (torch.randn(1, heads, prefix + sum(lengths), 16) for heads in (4, 2, 2))
-    sdpa, flex = (attend(None, query, key, value, None, scaling=0.3, layout=layout)[0] for attend in (attention.shared_prefix_attention, attention.flex_shared_prefix_attention))
+    sdpa, flex = (attend(None, query, key, value, None, scaling=0.3, layout=layout)[0] for attend in (shared_prefix.shared_prefix_attention, shared_prefix.flex_shared_prefix_attention))
     assert torch.allclose(sdpa, flex, atol=1e-5) and layout.blocks is not None
 
 
@@ -167,7 +167,7 @@ def test_a_model_answers_the_same_through_flex_attention():
     base = transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**SMALL, "hidden_size": 64})).eval()
     batch, found = packed(list(range(20, 40)), ROWS), []
     for flex in (False, True):
-        attention.enable(base, flex)
+        shared_prefix.enable(base, flex)
         with torch.no_grad():
             found.append(base(**batch.inputs).logits)
     assert batch.inputs["layout"].blocks is not None, "flex attention was used"
@@ -175,6 +175,6 @@ def test_a_model_answers_the_same_through_flex_attention():
 
 
 def test_flex_attention_is_for_gpus():
-    assert attention.wants_flex("auto", "cuda:0") and not attention.wants_flex("sdpa", "cuda:0") and not attention.wants_flex("auto", "cpu")
+    assert shared_prefix.wants_flex("auto", "cuda:0") and not shared_prefix.wants_flex("sdpa", "cuda:0") and not shared_prefix.wants_flex("auto", "cpu")
     with pytest.raises(TrainingError, match="GPUs only"):
-        attention.wants_flex("flex", "cpu")
+        shared_prefix.wants_flex("flex", "cpu")

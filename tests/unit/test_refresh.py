@@ -16,8 +16,8 @@ from pi_ray.errors import AdapterError, TrainingError
 from pi_ray.run.directory import RunDir, plain_config, train_fingerprint
 from pi_ray.run.object_storage import Objects
 from pi_ray.train import lora
-from pi_ray.train.loop import fingerprint_of
-from pi_ray.train.worker import _Worker, train_worker
+from pi_ray.train.launch import fingerprint_of
+from pi_ray.train.trainer import _Worker, train_worker
 from tests.lora import put_in_store
 from tests.prepared import prepare_by_hand, tiny_config
 

@@ -9,11 +9,11 @@ from pi_ray.errors import ConfigError, TrainingError
 from pi_ray.models import load_model
 from pi_ray.run.artifact import verify
 from pi_ray.run.directory import RunDir, plain_config, train_fingerprint
-from pi_ray.train import attention, teach
+from pi_ray.train import distill, shared_prefix
 from pi_ray.train.batches import PhaseRows, packed, plain
+from pi_ray.train.distill import Targets, Taught
 from pi_ray.train.objectives import distill_sum, sft_sum
-from pi_ray.train.teach import Targets, Taught
-from pi_ray.train.worker import _Worker, train_worker
+from pi_ray.train.trainer import _Worker, train_worker
 from tests.prepared import prepare_by_hand, tiny_config
 from tests.unit.test_train import adapter_hash, dies_and_goes_on, log_of, settings
 
@@ -30,7 +30,7 @@ def taught(tiny_model, tmp_path_factory):
 
 
 def rows_of(config):
-    return pq.read_table(RunDir(config.root).taught / teach.FILE).to_pylist()
+    return pq.read_table(RunDir(config.root).taught / distill.FILE).to_pylist()
 
 
 def event(config):
@@ -53,7 +53,7 @@ def test_the_teacher_is_the_adapter_as_the_first_phase_leaves_it(taught):
     run = RunDir(taught.root)
     model = PeftModel.from_pretrained(load_model(taught.model, "cpu"), run.adapter(0)).eval()
     data = PhaseRows(run.phase(0))
-    again = teach.judge(model, lambda rows: plain(data.prefix, rows), data, teach.labels(data, range(12)), 4, 5)
+    again = distill.judge(model, lambda rows: plain(data.prefix, rows), data, distill.labels(data, range(12)), 4, 5)
     assert [e["confidence"] for e in again] == pytest.approx([r["confidence"] for r in rows_of(taught) if r["labelled"]], abs=1e-3)
 
 
@@ -88,7 +88,7 @@ def test_a_student_gets_the_prompt_of_its_phase_and_the_answer_of_the_teacher(ta
 def test_a_teacher_who_is_certain_of_the_label_teaches_like_the_label(taught, pack):
     data, model = PhaseRows(RunDir(taught.root).phase(0)), load_model(taught.model, "cpu").eval()
     if pack is packed:
-        attention.enable(model)
+        shared_prefix.enable(model)
     rows = data.take([0, 1, 2])
     batch = pack(data.prefix, rows)
     labels = torch.tensor([token for _, label in rows for token in label])[:, None]
@@ -146,7 +146,7 @@ def test_in_plain_batches_the_teacher_says_the_same(taught, tmp_path):
 def test_the_base_as_teacher_is_the_base_without_its_adapter(taught, tmp_path):
     config = trained_with(taught, tmp_path, **{"train.distill.teacher": "base"})
     data, bare = PhaseRows(RunDir(config.root).phase(0)), load_model(config.model, "cpu").eval()
-    again = teach.judge(bare, lambda rows: plain(data.prefix, rows), data, teach.labels(data, range(12)), 4, 5)
+    again = distill.judge(bare, lambda rows: plain(data.prefix, rows), data, distill.labels(data, range(12)), 4, 5)
     found = [r["confidence"] for r in rows_of(config) if r["labelled"]]
     assert found == pytest.approx([e["confidence"] for e in again], abs=1e-3)
     assert found != pytest.approx([r["confidence"] for r in rows_of(taught) if r["labelled"]], abs=1e-1)

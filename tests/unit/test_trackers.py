@@ -10,7 +10,7 @@ from pi_ray.config import RunConfig
 from pi_ray.errors import MissingExtraError
 from pi_ray.run.directory import RunDir
 from pi_ray.train import trackers
-from pi_ray.train.log import TrainLog, entries
+from pi_ray.train.train_log import TrainLog, entries
 
 UPDATE = {"loss": 1.5, "lr": 0.01, "epoch": 0, "tokens": 100, "plain_tokens": 400, "seconds": 0.5}
 LOG = [

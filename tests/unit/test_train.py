@@ -14,10 +14,10 @@ from pi_ray.run.artifact import digest, verify
 from pi_ray.run.directory import RunDir, train_fingerprint
 from pi_ray.run.object_storage import Objects
 from pi_ray.schedule import Phase, plan_phases
-from pi_ray.train import checkpoint, loop
-from pi_ray.train.loop import fingerprint_of, is_trained
+from pi_ray.train import checkpoint, launch
+from pi_ray.train.launch import fingerprint_of, is_trained
+from pi_ray.train.trainer import _Worker, train_worker
 from pi_ray.train.updates import all_updates, batch_rows
-from pi_ray.train.worker import _Worker, train_worker
 from tests.conftest import tiny
 from tests.prepared import prepare_by_hand, tiny_config
 
@@ -128,7 +128,7 @@ def test_checkpoints_of_another_configuration_are_refused(tmp_path):
 def test_a_loss_that_is_not_a_number_stops_training_and_says_where(tiny_model, tmp_path, monkeypatch):
     config = tiny_config(tiny_model, tmp_path)
     prepare_by_hand(config)
-    monkeypatch.setattr("pi_ray.train.worker.sft_sum", lambda model, batch: torch.tensor(float("nan"), requires_grad=True))
+    monkeypatch.setattr("pi_ray.train.trainer.sft_sum", lambda model, batch: torch.tensor(float("nan"), requires_grad=True))
     with pytest.raises(TrainingError, match=r"update 0 \(phase 0\)"):
         train_worker(settings(config))
     assert not RunDir(tmp_path).checkpoints.exists()
@@ -239,7 +239,7 @@ def test_half_precision_without_scaled_losses_is_refused(tiny_model, tmp_path):
     config = tiny_config(tiny_model, tmp_path, **{"model.dtype": "float16"})
     prepare_by_hand(config)
     with pytest.raises(ConfigError, match=r"model\.dtype: float16 .* take bfloat16"):
-        loop.train(config)
+        launch.train(config)
 
 
 def test_the_mark_of_settings_of_before_is_removed_before_training_begins_and_in_the_bucket_too(tmp_path):
@@ -252,6 +252,6 @@ def test_the_mark_of_settings_of_before_is_removed_before_training_begins_and_in
     before.save()
     now.pull()
     assert RunDir(now.local).best.is_symlink()
-    loop._forget_best(RunDir(now.local), now)
+    launch._forget_best(RunDir(now.local), now)
     later.pull()
     assert not RunDir(now.local).best.is_symlink() and not RunDir(later.local).best.is_symlink()

@@ -10,8 +10,8 @@ from pi_ray.models import load_model
 from pi_ray.run.artifact import verify as verified
 from pi_ray.run.directory import RunDir
 from pi_ray.serving import verify
-from pi_ray.train import checkpoint, lora, zero
-from pi_ray.train.worker import _Worker, train_worker
+from pi_ray.train import checkpoint, deepspeed_settings, lora
+from pi_ray.train.trainer import _Worker, train_worker
 from tests import workers
 from tests.prepared import prepare_by_hand, tiny_config
 
@@ -50,7 +50,7 @@ def train(config, stop_at=0):
 
 def train_one(config, stop_at=0):
     """One worker, which ends before update `stop_at` if that is not 0. Every weight is sharded, also those that DeepSpeed would keep whole for their size."""
-    one, settings = _Worker._one, zero.settings
+    one, settings = _Worker._one, deepspeed_settings.settings
 
     def stops(self, update):
         if stop_at and update.step == stop_at:
@@ -62,13 +62,13 @@ def train_one(config, stop_at=0):
         made["zero_optimization"]["stage3_param_persistence_threshold"] = 0
         return made
 
-    _Worker._one, zero.settings = stops, sharded
+    _Worker._one, deepspeed_settings.settings = stops, sharded
     try:
         train_worker({"config": config.model_dump(mode="json"), "fingerprint": "f", "device": "cpu"})
     except KeyboardInterrupt:
         pass
     finally:
-        _Worker._one, zero.settings = one, settings
+        _Worker._one, deepspeed_settings.settings = one, settings
 
 
 def losses(config):
@@ -190,7 +190,7 @@ def test_whole_mixtures_of_experts_are_leaves_and_dense_models_have_none(tiny_mo
     def marked(config):
         with torch.device("meta"):
             model = transformers.AutoModelForCausalLM.from_config(config)
-        zero.mark_leaves(model)
+        deepspeed_settings.mark_leaves(model)
         return [type(m).__name__ for m in get_z3_leaf_modules(model)]
 
     small = {"hidden_size": 8, "intermediate_size": 8, "moe_intermediate_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2, "vocab_size": 8}
@@ -202,20 +202,20 @@ def test_whole_mixtures_of_experts_are_leaves_and_dense_models_have_none(tiny_mo
 
 def test_settings_are_those_of_the_run():
     config = TrainConfig(workers=4, batch_size=32, backend=BackendConfig(zero_stage=3))
-    made = zero.settings(config, world=4, micro_batches=2, bf16=True)
+    made = deepspeed_settings.settings(config, world=4, micro_batches=2, bf16=True)
     assert (made["train_micro_batch_size_per_gpu"], made["gradient_accumulation_steps"], made["bf16"]) == (4, 2, {"enabled": True})
     assert made["zero_optimization"]["stage"] == 3
     assert not {"offload_optimizer", "offload_param"} & set(made["zero_optimization"])
-    away = zero.settings(config.model_copy(update={"backend": BackendConfig(zero_stage=3, **OFFLOAD)}), world=4, micro_batches=2, bf16=False)
+    away = deepspeed_settings.settings(config.model_copy(update={"backend": BackendConfig(zero_stage=3, **OFFLOAD)}), world=4, micro_batches=2, bf16=False)
     assert {away["zero_optimization"][key]["device"] for key in ("offload_optimizer", "offload_param")} == {"cpu"}
 
 
 def test_transformers_shards_only_for_stage_3_and_only_as_long_as_the_backend_lives():
     from transformers.integrations import is_deepspeed_zero3_enabled
 
-    made = zero.settings(TrainConfig(backend=BackendConfig(zero_stage=2)), 2, 1, False)
-    assert zero.shard_while_loading(made) is None and not is_deepspeed_zero3_enabled()
-    alive = zero.shard_while_loading(zero.settings(TrainConfig(backend=BackendConfig(zero_stage=3)), 2, 1, False))
+    made = deepspeed_settings.settings(TrainConfig(backend=BackendConfig(zero_stage=2)), 2, 1, False)
+    assert deepspeed_settings.shard_while_loading(made) is None and not is_deepspeed_zero3_enabled()
+    alive = deepspeed_settings.shard_while_loading(deepspeed_settings.settings(TrainConfig(backend=BackendConfig(zero_stage=3)), 2, 1, False))
     assert is_deepspeed_zero3_enabled()
     del alive
     assert not is_deepspeed_zero3_enabled()

@@ -21,15 +21,15 @@ from pi_ray.registry import backends
 from pi_ray.run.artifact import digest, read_manifest, sweep
 from pi_ray.run.directory import RunDir, learned_from
 from pi_ray.schedule import plan_phases
-from pi_ray.train import attention, checkpoint, gist, lora, teach, trackers
+from pi_ray.train import checkpoint, distill, gist, lora, shared_prefix, trackers
 from pi_ray.train.backends import MOMENTS
 from pi_ray.train.batches import Batch, PhaseRows, differs, longest_of, manifest_of, packed, plain, to_device
-from pi_ray.train.early import EarlyStop
-from pi_ray.train.feed import Feed, Pack
-from pi_ray.train.group import Group
-from pi_ray.train.log import TrainLog
+from pi_ray.train.dataloader import Feed, Pack
+from pi_ray.train.distill import Targets
+from pi_ray.train.distributed import Group
+from pi_ray.train.early_stopping import EarlyStop
 from pi_ray.train.objectives import distill_sum, loss_and_hits, sft_sum
-from pi_ray.train.teach import Targets
+from pi_ray.train.train_log import TrainLog
 from pi_ray.train.updates import Update, all_updates
 
 
@@ -75,7 +75,7 @@ class _Worker:
                 self._teach(update)
             if self.feed.teaches and (update.phase, update.index) == (1, 0):
                 manifest = read_manifest(self.dir.taught)
-                self.log.add({"event": "taught", "step": update.step, **{key: manifest[key] for key in teach.SAID}})
+                self.log.add({"event": "taught", "step": update.step, **{key: manifest[key] for key in distill.SAID}})
             self._one(update)
             done = self._score(update)
             if (update.step + 1) % self.config.train.checkpoint_every == 0:
@@ -94,7 +94,7 @@ class _Worker:
     def _model(self) -> Any:
         """The base with a fresh adapter, ready to train."""
         model = models.load_model(self.config.model, self.device)
-        self.apart = attention.can_share_prefix(model, longest_of(self.dir.phases) + self.config.train.gist)
+        self.apart = shared_prefix.can_share_prefix(model, longest_of(self.dir.phases) + self.config.train.gist)
         model = lora.add_lora(model, self.config.train.lora, self.config.train.seed)
         self.started = lora.start(model, self.config.train.lora)
         if self.config.train.gist:
@@ -109,7 +109,7 @@ class _Worker:
         train = self.config.train
         if not train.share_prefix:
             return plain
-        reason = self.group.of_first(self.apart or differs(self.backend.model, self.device, attention.wants_flex(train.attention, self.device)))
+        reason = self.group.of_first(self.apart or differs(self.backend.model, self.device, shared_prefix.wants_flex(train.attention, self.device)))
         if train.gist and reason:
             raise TrainingError(f"model.base cannot be trained with gist tokens (train.gist), which need full attention in every layer: {reason}")
         if reason:
@@ -193,9 +193,9 @@ class _Worker:
         labelled, unlabelled = PhaseRows(self.dir.phase(0)), PhaseRows(self.dir.phase(f"{UNLABELLED}-0"))
         model, end = getattr(self.backend.model, "module", self.backend.model), models.load_tokenizer(self.config.model).eos_token_id
         view = lambda rows: to_device(self.pack(labelled.prefix, rows), self.device)  # noqa: E731
-        shares = self.group.at_first(teach.lesson(model, labelled, unlabelled, train.distill, end, view, self.micro, self.rank, self.world))
+        shares = self.group.at_first(distill.lesson(model, labelled, unlabelled, train.distill, end, view, self.micro, self.rank, self.world))
         if self.rank == 0:
-            teach.write(self.dir.taught, shares, train.distill, self.fingerprint, len(unlabelled), round(time.monotonic() - started, 1))
+            distill.write(self.dir.taught, shares, train.distill, self.fingerprint, len(unlabelled), round(time.monotonic() - started, 1))
         self.group.wait()
         storage_sync.refresh(self.dir.root)
         self.feed.taught = True

@@ -10,9 +10,9 @@ from pi_ray.protocols import UNLABELLED
 from pi_ray.run.artifact import is_current
 from pi_ray.run.directory import RunDir, wants_unlabelled
 from pi_ray.train import gist
-from pi_ray.train.ahead import Ahead
 from pi_ray.train.batches import Batch, PhaseRows, plain
-from pi_ray.train.teach import Row, Targets, Taught
+from pi_ray.train.distill import Row, Targets, Taught
+from pi_ray.train.prefetch import Ahead
 from pi_ray.train.updates import Update, batch_rows
 
 Pack = Callable[[list[int], Sequence[Row]], Batch]

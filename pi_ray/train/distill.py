@@ -24,7 +24,7 @@ import torch
 
 from pi_ray.config import DistillConfig
 from pi_ray.run.artifact import read_parquet, staged, verify
-from pi_ray.train import attention
+from pi_ray.train import shared_prefix
 from pi_ray.train.batches import Batch, PhaseRows
 from pi_ray.train.generation import greedy, prefix_cache
 
@@ -74,7 +74,7 @@ def lesson(
     limit, base = math.ceil(labelled.tokens["label_max"] * 1.25), model.get_base_model()
     model.eval()
     with model.disable_adapter() if config.teacher == "base" else nullcontext():
-        with attention.ordinary(base):
+        with shared_prefix.ordinary(base):
             answers = answer(model, unlabelled, range(rank, len(unlabelled), world), limit, end)
         own = labels(labelled, range(rank, len(labelled), world))
         said = chain(judge(model, view, labelled, own, config.top_k, size), judge(model, view, unlabelled, answers, config.top_k, size))

@@ -19,7 +19,7 @@ from pi_ray.run.artifact import is_current, read_manifest
 from pi_ray.run.directory import RunDir, learned_from, train_fingerprint
 from pi_ray.schedule import plan_phases
 from pi_ray.train import trackers
-from pi_ray.train.log import entries
+from pi_ray.train.train_log import entries
 
 
 def fingerprint_of(config: RunConfig) -> str:
@@ -104,7 +104,7 @@ def _ray_worker(settings: dict[str, Any]) -> None:
     import ray.train
     import torch
 
-    from pi_ray.train.worker import train_worker
+    from pi_ray.train.trainer import train_worker
 
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or 1))
     device, elsewhere = str(ray.train.torch.get_device()), settings.pop("mirror")
