@@ -79,7 +79,7 @@ def _tune(config: RunConfig, console: Console) -> None:
 def evaluate(config: RunConfig, console: Console) -> dict[str, Any]:
     from pi_ray.evaluate import evaluate as step
     from pi_ray.evaluate import hosted as hosted_step
-    from pi_ray.results import table
+    from pi_ray.report.summary import table
 
     summary = _evaluate(config, (hosted_step if is_closed(config) else step).columns_of(config), console)
     console.print(table(summary))
@@ -148,7 +148,7 @@ def _speeds(family: Family, columns: list[Any], console: Console) -> dict[str, A
 
 
 def report(config: RunConfig, console: Console) -> Path:
-    from pi_ray.report import write_report
+    from pi_ray.report.page import write_report
 
     path = write_report(RunDir(config.root), config)
     console.print(f"[bold]Report[/]  {_short(path)}", highlight=False)

@@ -12,12 +12,13 @@ from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import TYPE_CHECKING
 
-from pi_ray import cost, estimate
+from pi_ray import estimate
 from pi_ray.data.ingest import check, read
 from pi_ray.models import load_tokenizer
 from pi_ray.prompt import Example, PromptEncoder
 from pi_ray.protocols import SPLITS, UNLABELLED
 from pi_ray.registry import tasks
+from pi_ray.report import cost
 from pi_ray.run.artifact import is_current
 from pi_ray.run.directory import RunDir, plain_config, prepare_fingerprint, wants_unlabelled
 from pi_ray.schedule import Phase, plan_phases

@@ -25,8 +25,9 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
-from pi_ray import cost, estimate
+from pi_ray import estimate
 from pi_ray.config import RunConfig
+from pi_ray.report import cost
 from pi_ray.train.updates import phase_updates
 
 if TYPE_CHECKING:

@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pi_ray import cost
 from pi_ray.family import Family, Member
-from pi_ray.results import metric_name, seconds, value
+from pi_ray.report import cost
+from pi_ray.report.summary import metric_name, seconds, value
 from pi_ray.run.artifact import write_atomic
 from pi_ray.tasks.metrics import bleu_of, bleu_statistics, difference, gap_recovered, over_seeds, paired_bleu, paired_mean
 

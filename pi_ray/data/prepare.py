@@ -15,8 +15,8 @@ from pi_ray.cluster import placement, storage_sync
 from pi_ray.compress.compress import Compressed, cached, compress_template, load
 from pi_ray.config import RunConfig
 from pi_ray.data import phase_dataset, row_documents
+from pi_ray.data.find_neighbours import find_neighbours, has_neighbours
 from pi_ray.data.ingest import ingest
-from pi_ray.data.neighbours import find_neighbours, has_neighbours
 from pi_ray.data.ray_map import fan_out
 from pi_ray.models import load_tokenizer
 from pi_ray.prompt import PromptEncoder, Template

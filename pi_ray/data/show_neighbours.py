@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.text import Text
 
-from pi_ray.data.neighbours import SCORES, read_facts, summary
+from pi_ray.data.find_neighbours import SCORES, read_facts, summary
 from pi_ray.errors import DataError
 from pi_ray.run.artifact import is_current
 from pi_ray.run.directory import RunDir

@@ -20,7 +20,7 @@ from pi_ray.models import load_tokenizer
 from pi_ray.prompt import PromptEncoder
 from pi_ray.protocols import Row, Task
 from pi_ray.registry import tasks
-from pi_ray.results import LABELS
+from pi_ray.report.summary import LABELS
 from pi_ray.run.artifact import is_current, read_manifest, staged, verify
 from pi_ray.run.directory import RunDir, evaluate_fingerprint, plain_config
 from pi_ray.schedule import plan_phases

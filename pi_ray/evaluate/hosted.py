@@ -21,7 +21,7 @@ from pi_ray.hosted.messages import prepared, prompts_of_columns
 from pi_ray.hosted.price import confirmed
 from pi_ray.hosted.tuning import is_tuned, tuned
 from pi_ray.prompt import PromptEncoder, text_of
-from pi_ray.results import LABELS
+from pi_ray.report.summary import LABELS
 from pi_ray.run.artifact import digest, is_current, staged
 from pi_ray.run.directory import RunDir, plain_config
 

@@ -7,10 +7,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from pi_ray.cost import money
 from pi_ray.errors import ConfigError, TrainingError
 from pi_ray.models import load_tokenizer
 from pi_ray.prompt import PromptEncoder
+from pi_ray.report.cost import money
 from pi_ray.run.artifact import read_manifest
 from pi_ray.run.directory import RunDir, phases_of
 

@@ -11,10 +11,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from pi_ray import curve
 from pi_ray.cluster import placement, storage_sync
 from pi_ray.config import RunConfig
 from pi_ray.errors import ConfigError, PiRayError, TrainingError
+from pi_ray.report import loss_plot
 from pi_ray.run.artifact import is_current, read_manifest
 from pi_ray.run.directory import RunDir, learned_from, train_fingerprint
 from pi_ray.schedule import plan_phases
@@ -147,7 +147,7 @@ def _drawing(run: RunDir, watch: Callable[[dict[str, Any]], None]) -> Callable[[
     def seen(entry: dict[str, Any]) -> None:
         watch(entry)
         if entry.get("event") in ("phase_end", "best"):
-            curve.write(run)
+            loss_plot.write(run)
 
     return seen
 

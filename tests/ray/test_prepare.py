@@ -7,7 +7,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pi_ray.config import RunConfig
-from pi_ray.data import neighbours, phase_dataset
+from pi_ray.data import find_neighbours, phase_dataset
 from pi_ray.data.prepare import prepare
 from pi_ray.errors import DataError, ModelError
 from pi_ray.models import load_tokenizer
@@ -145,7 +145,7 @@ def test_documents_that_come_with_rows_are_compressed_by_actors_and_stand_in_eac
 
 
 def test_neighbours_of_a_killed_run_go_on_with_their_pieces(config, monkeypatch):
-    monkeypatch.setattr(neighbours, "PIECE_ROWS", 10)
+    monkeypatch.setattr(find_neighbours, "PIECE_ROWS", 10)
     fingerprint, _ = run_quietly(config)
     run = RunDir(config.root)
     wanted = digest_file(run.neighbours)

@@ -18,7 +18,7 @@ from pi_ray.evaluate.generation_workers import Column
 from pi_ray.hosted import answer, client, messages, price, state
 from pi_ray.hosted.client import Service
 from pi_ray.prompt import Example, PromptEncoder, text_of
-from pi_ray.report import write_report
+from pi_ray.report.page import write_report
 from pi_ray.run.artifact import read_manifest, staged
 from pi_ray.run.directory import RunDir, plain_config
 from tests.unit.fake_openai import FakeOpenAI

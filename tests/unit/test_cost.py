@@ -3,8 +3,8 @@
 import pytest
 from fake_run import summary
 
-from pi_ray import cost
 from pi_ray.config import CostConfig
+from pi_ray.report import cost
 
 PRICES = CostConfig(input=1.0, cached_input=0.1, output=2.0, training_hour=3.0, requests_per_month=1000)
 

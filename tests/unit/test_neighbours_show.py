@@ -8,9 +8,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from pi_ray import cli
-from pi_ray.data.neighbours import SCHEMA
+from pi_ray.data.find_neighbours import SCHEMA
 from pi_ray.protocols import Row
-from pi_ray.report import write_report
+from pi_ray.report.page import write_report
 from pi_ray.run.artifact import staged
 from pi_ray.run.directory import RunDir
 from pi_ray.run.row_store import write_rows

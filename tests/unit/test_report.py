@@ -11,9 +11,10 @@ import pytest
 from fake_run import HOSTILE, SUMMARY, config, summary, write_run
 from rich.console import Console
 
-from pi_ray import plots, results
 from pi_ray.errors import CorruptArtifactError, DataError
-from pi_ray.report import table, write_report
+from pi_ray.report import charts
+from pi_ray.report import summary as numbers
+from pi_ray.report.page import table, write_report
 from pi_ray.schedule import Phase
 
 QUERY_ALONE = Phase(0.0, 0, 1)
@@ -91,7 +92,7 @@ def test_an_update_done_again_after_a_restart_counts_once_and_nan_is_skipped(tmp
     run = write_run(tmp_path)
     with open(run.train_log, "a") as f:
         f.write("\n" + json.dumps({"step": 89, "phase": 2, "loss": 0.123}) + "\n" + '{"step": 90, "phase": 2, "loss": NaN}\n')
-    from pi_ray.report import _updates
+    from pi_ray.report.page import _updates
 
     updates = _updates(run.train_log)
     assert len(updates) == 90 and updates[-1]["loss"] == 0.123
@@ -110,31 +111,31 @@ def test_no_summary_and_a_damaged_one_are_told_apart(tmp_path):
 def test_findings_are_honest_about_plain_fine_tuning():
     level = summary(**{"plain.exact_match": 0.68, "plain.intervals.exact_match": [0.6, 0.74]})
     wins = summary(**{"plain.exact_match": 0.9, "plain.intervals.exact_match": [0.85, 0.95]})
-    assert "no difference is shown" in next(results.findings(level))
-    assert "does better: 90% against 70%" in next(results.findings(wins))
-    assert "PromptIntern 43%, plain fine-tuning 2%" in list(results.findings(summary()))[1]
+    assert "no difference is shown" in next(numbers.findings(level))
+    assert "does better: 90% against 70%" in next(numbers.findings(wins))
+    assert "PromptIntern 43%, plain fine-tuning 2%" in list(numbers.findings(summary()))[1]
 
 
 def test_headline_says_when_quality_is_lower_or_the_prompt_is_only_shortened():
     worse = summary(**{"base_full_prompt.exact_match": 0.95, "base_full_prompt.intervals.exact_match": [0.9, 0.99]})
-    assert "70%, below 95%" in results.headline(worse, QUERY_ALONE)
-    assert "a shortened prompt" in results.headline(summary(), Phase(0.3, 0, 1))
+    assert "70%, below 95%" in numbers.headline(worse, QUERY_ALONE)
+    assert "a shortened prompt" in numbers.headline(summary(), Phase(0.3, 0, 1))
 
 
 def test_answers_that_never_ended_are_counted_where_there_are_some():
-    cells = lambda found: {line.name: line.cells for line in results.lines(found)}  # noqa: E731
+    cells = lambda found: {line.name: line.cells for line in numbers.lines(found)}  # noqa: E731
     assert "Answers cut off" not in cells(summary())
     assert cells(summary(**{"promptintern.cut_off": 0.05}))["Answers cut off"][-1] == ("5.0%", "at 40 tokens")
 
 
 def test_percents_never_round_to_all_or_nothing():
-    assert [results.percent(x) for x in (0, 0.004, 0.5, 0.996, 1)] == ["0%", "0.4%", "50%", "99.6%", "100%"]
+    assert [numbers.percent(x) for x in (0, 0.004, 0.5, 0.996, 1)] == ["0%", "0.4%", "50%", "99.6%", "100%"]
 
 
 def test_the_metric_of_headlines_is_one_that_tells_columns_apart():
     low = {f"{c}.exact_match": 0.01 for c in ("base", "base_full_prompt", "plain", "promptintern")}
-    assert results.main_metric(summary()) == "exact_match"
-    assert results.main_metric(summary(**low)) == "execution"
+    assert numbers.main_metric(summary()) == "exact_match"
+    assert numbers.main_metric(summary(**low)) == "execution"
 
 
 def test_the_terminal_table_shows_every_column_and_reads_no_markup():
@@ -147,8 +148,8 @@ def test_the_terminal_table_shows_every_column_and_reads_no_markup():
 
 def test_a_long_log_is_averaged_down():
     updates = [{"step": i, "phase": 0, "loss": 1.0} for i in range(5000)]
-    span = plots.Span(0, Phase(1.0, 0, 1), 1.0, 0, 4999, 0.5)
-    assert len(plots.training(updates, [], [span])) < 40_000
+    span = charts.Span(0, Phase(1.0, 0, 1), 1.0, 0, 4999, 0.5)
+    assert len(charts.training(updates, [], [span])) < 40_000
 
 
 def test_a_browser_shows_the_page_without_errors(tmp_path):

@@ -13,9 +13,9 @@ from test_task_contract import CONFIGS
 
 from pi_ray import registry
 from pi_ray.config import RetrieveConfig, RunConfig
-from pi_ray.data import neighbours
+from pi_ray.data import find_neighbours
+from pi_ray.data.find_neighbours import FindNeighbours, Piece
 from pi_ray.data.ingest import check, read
-from pi_ray.data.neighbours import FindNeighbours, Piece
 from pi_ray.errors import MissingExtraError
 from pi_ray.protocols import SPLITS, Row
 from pi_ray.registry import tasks
@@ -256,14 +256,14 @@ def test_an_actor_holds_one_index_at_a_time_and_builds_each_once(tmp_path, monke
             alive.add(self)
             most.append(len(alive))
 
-    monkeypatch.setattr(neighbours, "Bank", Counted)
-    monkeypatch.setattr(neighbours, "PIECE_ROWS", 4)
-    monkeypatch.setattr(neighbours, "fan_out", lambda items, make, *args, **_: list(map(make(*args), items)))
+    monkeypatch.setattr(find_neighbours, "Bank", Counted)
+    monkeypatch.setattr(find_neighbours, "PIECE_ROWS", 4)
+    monkeypatch.setattr(find_neighbours, "fan_out", lambda items, make, *args, **_: list(map(make(*args), items)))
     config = RunConfig.model_validate({"name": "a", "run_dir": str(tmp_path), "retrieve": {"method": "faiss"}, "schedule": {"shots": 2}})
     run = actor_of(config, dict.fromkeys(SPLITS, rows(9)), 2).run
-    neighbours.find_neighbours(config, run, "f", SPLITS, said.append)
+    find_neighbours.find_neighbours(config, run, "f", SPLITS, said.append)
     assert most == [1, 1], "of the answers, of the queries"
-    assert "FAISS proposed: of 9 rows" in said[-1] and neighbours.read_facts(run)["by"] == "answer"
+    assert "FAISS proposed: of 9 rows" in said[-1] and find_neighbours.read_facts(run)["by"] == "answer"
 
 
 @pytest.mark.parametrize("settings, used", [

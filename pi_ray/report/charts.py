@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from html import escape
 from typing import Any
 
-from pi_ray import results
+from pi_ray.report import summary as numbers
 from pi_ray.schedule import Phase
 
 # Okabe and Ito's palette: told apart by colour-blind readers; names are written beside the marks as well
@@ -77,13 +77,13 @@ def training(updates: Sequence[dict[str, Any]], plain: Sequence[dict[str, Any]],
 
 def tokens(summary: dict[str, Any]) -> str:
     """One bar for each column: input tokens of a request, the part that all requests share in a lighter colour."""
-    found = results.columns(summary)
+    found = numbers.columns(summary)
     panel = Panel(190, 8, WIDTH - 190 - 190, 34 * len(found), (0, max(c["input_tokens"] for c in found.values()) or 1), (0, 1))
     parts = []
     for i, (name, column) in enumerate(found.items()):
         top, prefix = panel.top + 34 * i, min(column["prefix_tokens"], column["input_tokens"])
         middle, end = panel.px(prefix), panel.px(column["input_tokens"])
-        parts.append(_text(panel.left - 12, top + 19, results.label(name, column), "end", INK, bold=name == "promptintern"))
+        parts.append(_text(panel.left - 12, top + 19, numbers.label(name, column), "end", INK, bold=name == "promptintern"))
         parts.append(_rect(panel.left, top + 4, middle - panel.left, 22, _colour(name), opacity=0.45))
         parts.append(_rect(middle, top + 4, max(end - middle, 1.5), 22, _colour(name)))
         note = f"{column['input_tokens']:,.0f} tokens ({prefix:,.0f} shared)"
@@ -93,7 +93,7 @@ def tokens(summary: dict[str, Any]) -> str:
 
 def quality(summary: dict[str, Any], metric: str) -> str:
     """A dot with its 95% interval for each column, for all test rows and for each group of them (the first six)."""
-    found = results.columns(summary)
+    found = numbers.columns(summary)
     groups = [g for g in summary.get("groups", {}) if g or len(summary["groups"]) > 1][:6]
     blocks = [("All test rows", summary["test_rows"], found)]
     blocks += [(g or "Other rows", summary["groups"][g], {n: c.get("groups", {}).get(g, {}) for n, c in found.items()}) for g in groups]
@@ -102,26 +102,26 @@ def quality(summary: dict[str, Any], metric: str) -> str:
     height = len(blocks) * (gap + step * len(found))
     panel = Panel(190, 6, WIDTH - 190 - 210, height, (0, top_value), (0, 1))
     parts = [_rule(panel.px(t), panel.top + 8, panel.px(t), height) for t in _quarters(top_value)]
-    parts += [_text(panel.px(t), height + 20, results.value(metric, t), "middle", MUTED) for t in _quarters(top_value)]
+    parts += [_text(panel.px(t), height + 20, numbers.value(metric, t), "middle", MUTED) for t in _quarters(top_value)]
     y = panel.top
     for title, rows, block in blocks:
         parts.append(_text(4, y + 20, f"{title} ({rows:,})", "start", INK, bold=True))
         y += gap
         for name, column in block.items():
-            parts.append(_dot(panel, y, name, results.label(name, found[name]), column, metric))
+            parts.append(_dot(panel, y, name, numbers.label(name, found[name]), column, metric))
             y += step
-    return _svg(height + 30, f"{results.metric_name(metric)} with 95% intervals", parts)
+    return _svg(height + 30, f"{numbers.metric_name(metric)} with 95% intervals", parts)
 
 
 def _dot(panel: Panel, y: float, name: str, label: str, column: dict[str, Any], metric: str) -> str:
     parts = [_text(panel.left - 12, y + 4, label, "end", INK, bold=name == "promptintern")]
     if column.get(metric) is None:
         return "".join([*parts, _text(panel.left + 6, y + 4, "not measured", "start", MUTED)])
-    low, high = results.interval(column, metric)
+    low, high = numbers.interval(column, metric)
     parts.append(_line([(panel.px(low), y), (panel.px(high), y)], _colour(name), 2.5))
     parts += [_rule(panel.px(v), y - 5, panel.px(v), y + 5, _colour(name)) for v in {low, high}]
     parts.append(f'<circle cx="{panel.px(column[metric]):.1f}" cy="{y:.1f}" r="5.5" fill="{_colour(name)}"/>')
-    note = results.value(metric, column[metric], 1) + (f"  ({results.value(metric, low)} to {results.value(metric, high)})" if low != high else "")
+    note = numbers.value(metric, column[metric], 1) + (f"  ({numbers.value(metric, low)} to {numbers.value(metric, high)})" if low != high else "")
     parts.append(_text(panel.left + panel.width + 22, y + 4, note, "start", INK))
     return "".join(parts)
 

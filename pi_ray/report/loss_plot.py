@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from pi_ray.errors import StorageError
-from pi_ray.plots import BANDS, COLOURS, GRID, INK, MUTED, Panel, nice, running_mean, thinned, ticks
+from pi_ray.report.charts import BANDS, COLOURS, GRID, INK, MUTED, Panel, nice, running_mean, thinned, ticks
 from pi_ray.run.artifact import write_atomic
 from pi_ray.run.directory import RunDir
 from pi_ray.train.train_log import entries

@@ -13,10 +13,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from pi_ray import __version__, cost, plots, results
+from pi_ray import __version__
 from pi_ray.config import RunConfig, dump
 from pi_ray.errors import CorruptArtifactError, DataError
-from pi_ray.results import table
+from pi_ray.report import charts, cost
+from pi_ray.report import summary as numbers
+from pi_ray.report.summary import table
 from pi_ray.run.artifact import read_manifest, write_atomic
 from pi_ray.run.directory import RunDir
 from pi_ray.schedule import plan_phases
@@ -37,7 +39,7 @@ def write_report(run: RunDir, config: RunConfig) -> Path:
 
     page = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     page.filters["svg"] = Markup
-    return write_atomic(run.report, _clean(page.get_template("report.html").render(_context(run, config, _summary(run)))))
+    return write_atomic(run.report, _clean(page.get_template("page.html").render(_context(run, config, _summary(run)))))
 
 
 def _summary(run: RunDir) -> dict[str, Any]:
@@ -51,30 +53,30 @@ def _summary(run: RunDir) -> dict[str, Any]:
 
 
 def _context(run: RunDir, config: RunConfig, summary: dict[str, Any]) -> dict[str, Any]:
-    metric, phases = results.main_metric(summary), plan_phases(config.schedule)
+    metric, phases = numbers.main_metric(summary), plan_phases(config.schedule)
     updates, plain = _updates(run.train_log), _updates(run.baseline("plain").train_log)
     templates = _templates(run)
     spans = _spans(run, config, updates, templates)
-    found = results.columns(summary)
+    found = numbers.columns(summary)
     return {
         "version": __version__,
-        "colours": plots.COLOURS,
+        "colours": charts.COLOURS,
         "summary": summary,
-        "names": [(name, results.label(name, column)) for name, column in found.items()],
-        "headline": results.headline(summary, phases[-1]),
+        "names": [(name, numbers.label(name, column)) for name, column in found.items()],
+        "headline": numbers.headline(summary, phases[-1]),
         "verdict": cost.verdict(summary, config.cost),
-        "findings": list(results.findings(summary)),
-        "caveats": list(results.caveats(summary)),
+        "findings": list(numbers.findings(summary)),
+        "caveats": list(numbers.caveats(summary)),
         "tiles": _tiles(summary, config, metric),
-        "lines": results.lines(summary),
-        "metric": results.metric_name(metric),
-        "group_lines": results.group_lines(summary, metric),
+        "lines": numbers.lines(summary),
+        "metric": numbers.metric_name(metric),
+        "group_lines": numbers.group_lines(summary, metric),
         "cost": _cost(summary, config),
         "phases": _phase_lines(run, spans),
         "neighbours": _neighbours(run, config),
-        "tokens_svg": plots.tokens(summary),
-        "quality_svg": plots.quality(summary, metric),
-        "training_svg": plots.training(updates, plain, spans) if updates else "",
+        "tokens_svg": charts.tokens(summary),
+        "quality_svg": charts.quality(summary, metric),
+        "training_svg": charts.training(updates, plain, spans) if updates else "",
         "samples": list(_samples(run, found, config.evaluate.samples)),
         "templates": templates,
         "config": dump(config),
@@ -85,15 +87,15 @@ def _context(run: RunDir, config: RunConfig, summary: dict[str, Any]) -> dict[st
 def _tiles(summary: dict[str, Any], config: RunConfig, metric: str) -> list[tuple[str, str, str]]:
     """(number, what it is, against what): the four numbers at the top."""
     mine, full = summary["promptintern"], summary["base_full_prompt"]
-    money, fewer = cost.of_summary(summary, config.cost), results.reduction(summary, mine)
+    money, fewer = cost.of_summary(summary, config.cost), numbers.reduction(summary, mine)
     paid = f"{money.requests_cached:,}" if money.requests_cached is not None else "never"
-    took, took_cached = results.seconds(full.get("latency_s")), results.seconds(full.get("latency_cached_s"))
+    took, took_cached = numbers.seconds(full.get("latency_s")), numbers.seconds(full.get("latency_cached_s"))
     plain = summary.get("plain")
-    against = f"{results.value(metric, full[metric])} base with full prompt" + (f", {results.value(metric, plain[metric])} plain fine-tuning" if plain else "")
+    against = f"{numbers.value(metric, full[metric])} base with full prompt" + (f", {numbers.value(metric, plain[metric])} plain fine-tuning" if plain else "")
     return [
-        (results.percent(fewer), "fewer input tokens per request", f"{mine['input_tokens']:,.0f} instead of {full['input_tokens']:,.0f}"),
-        (results.value(metric, mine[metric]), results.in_sentence(metric), against),
-        (results.seconds(mine.get("latency_s")), "per request", f"full prompt {took}, cached {took_cached}"),
+        (numbers.percent(fewer), "fewer input tokens per request", f"{mine['input_tokens']:,.0f} instead of {full['input_tokens']:,.0f}"),
+        (numbers.value(metric, mine[metric]), numbers.in_sentence(metric), against),
+        (numbers.seconds(mine.get("latency_s")), "per request", f"full prompt {took}, cached {took_cached}"),
         (paid, "requests until training is paid back", "against the full prompt with a cached prefix"),
     ]
 
@@ -110,7 +112,7 @@ def _cost(summary: dict[str, Any], config: RunConfig) -> dict[str, Any]:
         ],
         "requests_per_month": f"{prices.requests_per_month:,}",
         "training": [
-            (results.LABELS.get(name, name), _trained(facts), write(cost.trained_cost(prices, facts)))
+            (numbers.LABELS.get(name, name), _trained(facts), write(cost.trained_cost(prices, facts)))
             for name, facts in summary["train"].items()
         ],
         "saving": (write(cost.monthly(prices, money.saving.uncached)), write(cost.monthly(prices, money.saving.cached))),
@@ -137,7 +139,7 @@ def _updates(path: Path) -> list[dict[str, Any]]:
     return [by_step[step] for step in sorted(by_step)]
 
 
-def _spans(run: RunDir, config: RunConfig, updates: Sequence[dict[str, Any]], templates: Sequence[dict[str, Any]]) -> list[plots.Span]:
+def _spans(run: RunDir, config: RunConfig, updates: Sequence[dict[str, Any]], templates: Sequence[dict[str, Any]]) -> list[charts.Span]:
     """The phases on the axis of updates. A phase with no update in the log is left out."""
     ends = {e["phase"]: e.get("dev_loss") for e in _log(run.train_log) if e.get("event") == "phase_end"}
     best = {e["phase"] for e in _log(run.train_log) if e.get("event") == "best"}
@@ -146,7 +148,7 @@ def _spans(run: RunDir, config: RunConfig, updates: Sequence[dict[str, Any]], te
     for i, phase in enumerate(plan_phases(config.schedule)):
         steps = [u["step"] for u in updates if u["phase"] == i]
         if steps:
-            spans.append(plots.Span(i, phase, achieved.get(phase.rate, phase.rate), start, max(steps), ends.get(i), i in best))
+            spans.append(charts.Span(i, phase, achieved.get(phase.rate, phase.rate), start, max(steps), ends.get(i), i in best))
             start = max(steps)
     return spans
 
@@ -156,7 +158,7 @@ def _templates(run: RunDir) -> list[dict[str, Any]]:
     return json.loads(path.read_bytes()) if path.is_file() else []
 
 
-def _phase_lines(run: RunDir, spans: Sequence[plots.Span]) -> list[list[str]]:
+def _phase_lines(run: RunDir, spans: Sequence[charts.Span]) -> list[list[str]]:
     """Cells of the table of phases."""
     table = []
     for span in spans:
@@ -171,7 +173,7 @@ def _phase_lines(run: RunDir, spans: Sequence[plots.Span]) -> list[list[str]]:
 
 def _neighbours(run: RunDir, config: RunConfig) -> str:
     """How the examples were found; empty where there are none, or where an earlier version found them."""
-    from pi_ray.data.neighbours import read_facts, summary
+    from pi_ray.data.find_neighbours import read_facts, summary
 
     facts = read_facts(run)
     return summary(facts, config.retrieve.by) if "method" in facts else ""
@@ -181,7 +183,7 @@ def _samples(run: RunDir, found: dict[str, Any], most: int) -> Iterator[dict[str
     """The first samples, each with (label, text, equals the answer) for every column."""
     for sample, _ in zip(_log(run.evaluation / "samples.jsonl"), range(most), strict=False):
         answer = sample["answer"].strip()
-        outputs = [(results.label(n, c), _short(sample["outputs"].get(n, "")), sample["outputs"].get(n, "").strip() == answer) for n, c in found.items()]
+        outputs = [(numbers.label(n, c), _short(sample["outputs"].get(n, "")), sample["outputs"].get(n, "").strip() == answer) for n, c in found.items()]
         yield {"id": sample["id"], "group": sample.get("group", ""), "query": _short(sample["query"]), "answer": _short(sample["answer"]), "outputs": outputs}
 
 

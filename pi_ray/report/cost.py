@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from pi_ray import results
+from pi_ray.report import summary as numbers
 
 if TYPE_CHECKING:
     from pi_ray.config import CostConfig
@@ -82,21 +82,21 @@ def economics(cost: CostConfig, training: float, prices: dict[str, Price]) -> Ec
 def of_summary(summary: dict[str, Any], cost: CostConfig) -> Economics:
     """Economics from the measured tokens and training time of eval/summary.json."""
     trained = summary["train"]["promptintern"]
-    prices = {n: price(cost, c["input_tokens"], c["output_tokens"], c["prefix_tokens"]) for n, c in results.columns(summary).items()}
+    prices = {n: price(cost, c["input_tokens"], c["output_tokens"], c["prefix_tokens"]) for n, c in numbers.columns(summary).items()}
     return economics(cost, trained_cost(cost, trained), prices)
 
 
 def verdict(summary: dict[str, Any], cost: CostConfig) -> str:
     """One sentence or two on whether to keep the prompt: first by quality, then by money against the cached prompt."""
-    mine, full, metric = summary["promptintern"], summary["base_full_prompt"], results.main_metric(summary)
-    if results.standing(mine, full, metric) == "worse":
+    mine, full, metric = summary["promptintern"], summary["base_full_prompt"], numbers.main_metric(summary)
+    if numbers.standing(mine, full, metric) == "worse":
         return (
-            f"Keep your prompt: the adapter is cheaper to ask but measurably worse, {results.in_sentence(metric)} "
-            f"{results.value(metric, mine[metric])} against {results.value(metric, full[metric])} with the full prompt."
+            f"Keep your prompt: the adapter is cheaper to ask but measurably worse, {numbers.in_sentence(metric)} "
+            f"{numbers.value(metric, mine[metric])} against {numbers.value(metric, full[metric])} with the full prompt."
         )
-    if metric != "bleu" and mine[metric] < results.WEAK:
+    if metric != "bleu" and mine[metric] < numbers.WEAK:
         return (
-            f"Keep looking: with {results.in_sentence(metric)} {results.value(metric, mine[metric])} the adapter is not of use yet, whatever it saves. "
+            f"Keep looking: with {numbers.in_sentence(metric)} {numbers.value(metric, mine[metric])} the adapter is not of use yet, whatever it saves. "
             "Give the last phase more epochs, or more rows, before comparing prices."
         )
     return payback(of_summary(summary, cost), cost) + _plain_instead(summary, cost, metric)
@@ -105,7 +105,7 @@ def verdict(summary: dict[str, Any], cost: CostConfig) -> str:
 def _plain_instead(summary: dict[str, Any], cost: CostConfig, metric: str) -> str:
     """Plain fine-tuning saves the same money; where it is no worse, the saving is no merit of PromptIntern's."""
     plain = summary.get("plain")
-    against = results.standing(plain, summary["promptintern"], metric) if plain else "worse"
+    against = numbers.standing(plain, summary["promptintern"], metric) if plain else "worse"
     if against == "worse":
         return ""
     trained = summary["train"]["plain"]
