@@ -14,7 +14,7 @@ from rich.console import Console
 
 from pi_ray.cluster import session
 from pi_ray.config import RunConfig, dump
-from pi_ray.family import Family, Member, complete
+from pi_ray.experiments.sweep import Family, Member, complete
 from pi_ray.progress import Watch, training
 from pi_ray.run.artifact import digest, read_manifest, write_atomic
 from pi_ray.run.directory import RunDir, phases_of, plain_config
@@ -108,9 +108,9 @@ def _evaluate(config: RunConfig, columns: Sequence[Any], console: Console) -> di
 
 def table(family: Family, console: Console, command: str) -> Path:
     """Run what a family still lacks, print its table, and merge its numbers into the results file, whose path is returned."""
-    from pi_ray import table as page
     from pi_ray.evaluate import evaluate as step
     from pi_ray.evaluate import hosted as hosted_step
+    from pi_ray.experiments import table as page
 
     def column(member: Member) -> Any:
         if not member.trained:

@@ -142,9 +142,10 @@ def report(args: argparse.Namespace, console: Console) -> None:
 
 @verb("run a table of runs, such as jobs/paper/table4.yaml, and print it in the paper's layout; goes on where it was stopped", RUN, OVERRIDES)
 def table(args: argparse.Namespace, console: Console) -> None:
-    from pi_ray import family, pipeline
+    from pi_ray import pipeline
+    from pi_ray.experiments import sweep
 
-    pipeline.table(family.load(args.config, args.overrides), console, f"pi-ray table {' '.join([str(args.config), *args.overrides])}")
+    pipeline.table(sweep.load(args.config, args.overrides), console, f"pi-ray table {' '.join([str(args.config), *args.overrides])}")
 
 
 @verb("put the best adapter into the store, versioned and hashed", RUN, OVERRIDES, argument("--name", default="", help="the adapter's name in the store; default: the run's name"))

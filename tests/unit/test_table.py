@@ -7,8 +7,8 @@ import pytest
 import yaml
 from fake_run import column
 
-from pi_ray import family, table
 from pi_ray.errors import ConfigError
+from pi_ray.experiments import sweep, table
 from pi_ray.run.directory import RunDir
 
 JOBS = Path(__file__).parents[2] / "jobs"
@@ -41,22 +41,22 @@ def evaluated(member, right: int, rows: int = 40) -> None:
 
 @pytest.fixture
 def done(tmp_path):
-    found = family.load(table_file(tmp_path))
+    found = sweep.load(table_file(tmp_path))
     for member in found.members:
         evaluated(member, {"base": 0, "full": 36, "none": 12, "mine": 30}[member.column] + member.seed)
     return found
 
 
 def test_a_family_is_columns_by_seeds_and_the_base_has_no_seed(tmp_path):
-    found = family.load(table_file(tmp_path))
+    found = sweep.load(table_file(tmp_path))
     assert [(m.column, m.seed) for m in found.members] == [("base", 0), ("full", 0), ("none", 0), ("mine", 0), ("full", 1), ("none", 1), ("mine", 1)]
     assert len({m.config.run_dir for m in found.members}) == 7
     assert all(m.config.train.seed == m.seed and not m.config.evaluate.baseline for m in found.members)
 
 
 def test_a_column_that_changes_gets_another_folder_and_equal_ones_of_two_tables_share_theirs(tmp_path):
-    one, same = (family.load(table_file(tmp_path, table=name)) for name in ("1", "2"))
-    other = family.load(tmp_path / "table.yaml", ["train.lr=0.01"])
+    one, same = (sweep.load(table_file(tmp_path, table=name)) for name in ("1", "2"))
+    other = sweep.load(tmp_path / "table.yaml", ["train.lr=0.01"])
     assert [m.config.run_dir for m in one.members] == [m.config.run_dir for m in same.members]
     assert not {m.config.run_dir for m in one.members} & {m.config.run_dir for m in other.members}
 
@@ -64,13 +64,13 @@ def test_a_column_that_changes_gets_another_folder_and_equal_ones_of_two_tables_
 def test_columns_are_found_again_where_the_data_lies_elsewhere(tmp_path):
     path = table_file(tmp_path)
     (tmp_path / "run.yaml").write_text(f"name: small\nrun_dir: {tmp_path}/runs/small\ntask: {{name: nl2bash}}\n")
-    one, other = ([m.config.run_dir for m in family.load(path, [f"task.folder={folder}"]).members] for folder in ("/mnt/a", "/mnt/b"))
+    one, other = ([m.config.run_dir for m in sweep.load(path, [f"task.folder={folder}"]).members] for folder in ("/mnt/a", "/mnt/b"))
     assert one == other
 
 
 def test_overrides_reach_the_runs_and_those_with_table_the_table(tmp_path):
     path = table_file(tmp_path, set={"train.lr": 0.002, "train.batch_size": 8})
-    found = family.load(path, ["train.lr=0.003", "table.seeds=[5]", "table.only=[mine]"])
+    found = sweep.load(path, ["train.lr=0.003", "table.seeds=[5]", "table.only=[mine]"])
     assert [(m.column, m.seed, m.config.train.lr, m.config.train.batch_size) for m in found.members] == [("mine", 5, 0.003, 8)]
 
 
@@ -82,26 +82,26 @@ def test_overrides_reach_the_runs_and_those_with_table_the_table(tmp_path):
 ])
 def test_a_mistake_is_named(tmp_path, changes, says):
     with pytest.raises(ConfigError, match=says):
-        family.load(table_file(tmp_path, **changes))
+        sweep.load(table_file(tmp_path, **changes))
 
 
 def test_another_seed_takes_over_the_preparation(tmp_path):
-    found = family.load(table_file(tmp_path))
+    found = sweep.load(table_file(tmp_path))
     first, second = found.of("full")
     for name in ("rows", "templates", "phases"):
         (first.run.root / name).mkdir(parents=True)
         (first.run.root / name / "a.txt").write_text(name)
     first.run.neighbours.write_text("n")
-    family.adopt(found.members, second)
+    sweep.adopt(found.members, second)
     assert (second.run.phases / "a.txt").read_text() == "phases" and second.run.neighbours.read_text() == "n"
-    family.adopt(found.members, found.of("none")[0])
+    sweep.adopt(found.members, found.of("none")[0])
     assert not RunDir(found.of("none")[0].config.root).phases.exists()
 
 
 def test_one_seed_of_every_column_comes_before_two_of_any(tmp_path):
     told, done = [], []
-    found = family.load(table_file(tmp_path))
-    family.complete(found, lambda c: None, lambda c: done.append(c.train.seed), lambda m: None, told.append)
+    found = sweep.load(table_file(tmp_path))
+    sweep.complete(found, lambda c: None, lambda c: done.append(c.train.seed), lambda m: None, told.append)
     assert done == [0, 0, 0, 1, 1, 1]
     assert told[0] == "1 of 7: base, seed 0"
 
@@ -132,7 +132,7 @@ def test_the_gap_recovered_is_said_where_there_is_one(done):
 
 
 def test_without_a_gap_it_says_so(tmp_path):
-    found = family.load(table_file(tmp_path))
+    found = sweep.load(table_file(tmp_path))
     for member in found.members:
         evaluated(member, 20)
     sentence, numbers = table.gap(found, table.read(found))
@@ -140,7 +140,7 @@ def test_without_a_gap_it_says_so(tmp_path):
 
 
 def test_the_paper_stands_beside(tmp_path):
-    found = family.load(table_file(tmp_path, paper={"columns": ["Template"], "rows": {"GPT-4": [[86.7, 1063]]}}))
+    found = sweep.load(table_file(tmp_path, paper={"columns": ["Template"], "rows": {"GPT-4": [[86.7, 1063]]}}))
     for member in found.members:
         evaluated(member, 20)
     head, *rows = table.lines(found, table.read(found), {})
@@ -161,7 +161,7 @@ def test_numbers_are_merged_into_the_results_in_place_of_older_ones(done, tmp_pa
 
 
 def test_a_table_that_was_stopped_shows_what_there_is(tmp_path):
-    found = family.load(table_file(tmp_path))
+    found = sweep.load(table_file(tmp_path))
     evaluated(found.of("none")[0], 10)
     head, *rows = table.lines(found, table.read(found), {})
     assert [r[0] for r in rows] == ["No template"]
@@ -172,7 +172,7 @@ def test_a_table_that_was_stopped_shows_what_there_is(tmp_path):
 
 @pytest.mark.parametrize("path", sorted((JOBS / "paper").glob("*.yaml")), ids=lambda p: p.stem)
 def test_the_tables_that_ship_load_and_their_paper_columns_are_there(path):
-    found = family.load(path)
+    found = sweep.load(path)
     paper = found.config.paper
     assert {c.paper for c in found.config.columns.values()} - {""} <= set(paper.columns)
     assert all(len(cells) == len(paper.columns) for cells in paper.rows.values())

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pi_ray.family import Family, Member
+from pi_ray.experiments.sweep import Family, Member
 from pi_ray.report import cost
 from pi_ray.report.summary import metric_name, seconds, value
 from pi_ray.run.artifact import write_atomic
