@@ -179,7 +179,7 @@ def _arms(config: RunConfig) -> list[tuple[str, RunConfig]]:
 
 def _costs(config: RunConfig) -> list[float]:
     """Tokens that pass through the model in each update, from the prepared phases: what an update takes."""
-    from pi_ray import estimate
+    from pi_ray.plan import estimate
     from pi_ray.train.batches import longest_of
 
     size = estimate.model_size(config.model, config.train.lora, longest_of(RunDir(config.root).phases))

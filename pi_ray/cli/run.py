@@ -71,7 +71,7 @@ def schema(args: argparse.Namespace, console: Console) -> None:
     RUN, OVERRIDES, argument("--scale", action="store_true", help="also on 1 to 64 nodes, with up to 100 million rows: time, traffic, money, and what limits it"),
 )
 def plan(args: argparse.Namespace, console: Console) -> None:
-    from pi_ray import plan as step
+    from pi_ray.plan import plan as step
 
     step.render(step.plan(load(args)), console, scale=args.scale)
 

@@ -13,10 +13,10 @@ from functools import cache
 from pathlib import Path
 from unittest.mock import patch
 
-from pi_ray import estimate
 from pi_ray.cluster.render import KINDS, render, write
 from pi_ray.config import LoraConfig, ModelConfig
 from pi_ray.config.run_file import load
+from pi_ray.plan import estimate
 
 REPO = Path(__file__).parents[2]
 FOLDER = REPO / "cluster"

@@ -14,7 +14,7 @@ from pi_ray.evaluate import generation_workers
 from pi_ray.evaluate.evaluate import evaluate, trained
 from pi_ray.evaluate.peft_adapters import LoadedAdapters
 from pi_ray.models import load_model, load_tokenizer
-from pi_ray.plan import plan_phases
+from pi_ray.plan.plan import plan_phases
 from pi_ray.prompt import PromptEncoder
 from pi_ray.publish import publish
 from pi_ray.run.artifact import staged, verify

@@ -10,12 +10,12 @@ import pytest
 import torch
 from rich.console import Console
 
-from pi_ray import estimate, scale
 from pi_ray.config import LoraConfig, ModelConfig, RunConfig
 from pi_ray.config.run_file import load
 from pi_ray.errors import ConfigError, DataError, ModelError
 from pi_ray.models import load_tokenizer
-from pi_ray.plan import plan, render
+from pi_ray.plan import estimate, scale
+from pi_ray.plan.plan import plan, render
 from pi_ray.prompt import PromptEncoder
 from pi_ray.registry import tasks
 from pi_ray.run.artifact import staged

@@ -10,10 +10,11 @@ import pytest
 import ray.autoscaler
 import yaml
 
-from pi_ray import cli, estimate
+from pi_ray import cli
 from pi_ray.cluster.render import render, write
 from pi_ray.config import run_file
 from pi_ray.errors import ConfigError
+from pi_ray.plan import estimate
 from tests.golden import cluster, kuberay
 
 SMALL = estimate.ModelSize(weights=10**8, active=10**8, head=10**7, block=10**7, linear=9 * 10**7, lora=10**6, layers=8, hidden=512, inner=1024, key_value=256)

@@ -256,7 +256,7 @@ def test_an_actor_holds_one_index_at_a_time_and_builds_each_once(tmp_path, monke
             alive.add(self)
             most.append(len(alive))
 
-    monkeypatch.setattr(find_neighbours, "Bank", Counted)
+    monkeypatch.setattr(neighbours, "Bank", Counted)
     monkeypatch.setattr(find_neighbours, "PIECE_ROWS", 4)
     monkeypatch.setattr(find_neighbours, "fan_out", lambda items, make, *args, **_: list(map(make(*args), items)))
     config = RunConfig.model_validate({"name": "a", "run_dir": str(tmp_path), "retrieve": {"method": "faiss"}, "schedule": {"shots": 2}})

@@ -8,7 +8,6 @@ from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
-from pi_ray import estimate
 from pi_ray.cluster import auth
 from pi_ray.cluster.doctor.finding import Finding, fail, note, ok
 from pi_ray.compress.generation import Generation
@@ -16,6 +15,7 @@ from pi_ray.config import CompressConfig, RunConfig
 from pi_ray.errors import ConfigError, MissingExtraError, ModelError, PiRayError
 from pi_ray.hosted.client import Service
 from pi_ray.models import load_tokenizer, resolve
+from pi_ray.plan import estimate
 from pi_ray.protocols import Reject
 from pi_ray.registry import tasks
 from pi_ray.retrieve import encoders

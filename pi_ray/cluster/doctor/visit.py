@@ -15,7 +15,7 @@ from pi_ray.config import INPUTS, RunConfig
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from pi_ray.estimate import ModelSize
+    from pi_ray.plan.estimate import ModelSize
 
 STYLES = {"ok": ("ok  ", "green"), "note": ("note", "yellow"), "fail": ("FAIL", "bold red")}
 
@@ -87,9 +87,9 @@ def _run(config: RunConfig, address: str, elsewhere: list[str]) -> Iterator[Find
 
 
 def _memory(config: RunConfig, size: ModelSize, gpus: list[tuple[str, float]]) -> Iterator[Finding]:
-    from pi_ray import estimate, plan
     from pi_ray.cluster.doctor import run
     from pi_ray.errors import PiRayError
+    from pi_ray.plan import estimate, plan
 
     try:
         made = plan.plan(config)

@@ -11,10 +11,10 @@ from typing import Any
 
 import yaml
 
-from pi_ray import estimate
 from pi_ray.cluster import storage_sync
 from pi_ray.config import RunConfig, dump
 from pi_ray.errors import ConfigError
+from pi_ray.plan import estimate
 from pi_ray.run.artifact import digest
 
 GIB = 2**30

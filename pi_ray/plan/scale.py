@@ -25,8 +25,8 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
-from pi_ray import estimate
 from pi_ray.config import RunConfig
+from pi_ray.plan import estimate
 from pi_ray.report import cost
 from pi_ray.train.updates import phase_updates
 
@@ -34,8 +34,8 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-    from pi_ray.estimate import ModelSize, Shape
-    from pi_ray.plan import PhasePlan, Plan
+    from pi_ray.plan.estimate import ModelSize, Shape
+    from pi_ray.plan.plan import PhasePlan, Plan
 
 NODES = (1, 2, 4, 8, 16, 32, 64)
 ROWS = (1_000_000, 100_000_000)

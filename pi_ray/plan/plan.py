@@ -12,9 +12,9 @@ from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import TYPE_CHECKING
 
-from pi_ray import estimate
 from pi_ray.data.ingest import check, read
 from pi_ray.models import load_tokenizer
+from pi_ray.plan import estimate
 from pi_ray.prompt import Example, PromptEncoder
 from pi_ray.protocols import SPLITS, UNLABELLED
 from pi_ray.registry import tasks
@@ -202,7 +202,7 @@ def render(plan: Plan, console: Console, scale: bool = False) -> None:
     say(f"Inference: {query:,.0f} input tokens instead of {full:,.0f}, {plan.saved / full:.0%} fewer", "bold")
     say(f"Cost: training about {cost.money(plan.money.training, config.cost.currency)}. If quality holds: {cost.payback(plan.money, config.cost)}")
     if scale or (plan.speed.device == "gpu" and config.train.workers > config.cluster.gpus_per_node):
-        from pi_ray import scale as paper
+        from pi_ray.plan import scale as paper
 
         console.print()
         paper.render(plan, console)
