@@ -156,7 +156,7 @@ def report(config: RunConfig, console: Console) -> Path:
 
 
 def publish(config: RunConfig, console: Console, name: str = "") -> Path:
-    from pi_ray import publish as step
+    from pi_ray.store import publish as step
 
     folder = step.publish(RunDir(config.root), config, name)
     where = f"{config.store.rstrip('/')}/{folder.parent.name}/{folder.name}" if "://" in config.store else _short(folder)

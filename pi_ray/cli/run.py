@@ -78,7 +78,7 @@ def plan(args: argparse.Namespace, console: Console) -> None:
 
 @verb("train again on the rows as they are now, from the newest published adapter, in a run directory of its own, and publish the next version", RUN, OVERRIDES)
 def refresh(args: argparse.Namespace, console: Console) -> None:
-    from pi_ray import refresh as again
+    from pi_ray.store import refresh as again
 
     settings = again.config_of(load(args))
     again.place(settings)

@@ -30,8 +30,8 @@ def serve(args: argparse.Namespace, console: Console) -> None:
     argument("--store", default="store", help="folder or URL; default: store under the current folder"),
 )
 def release(args: argparse.Namespace, console: Console) -> None:
-    from pi_ray import release as step
-    from pi_ray.serving.adapters import AdapterStore
+    from pi_ray.store import release as step
+    from pi_ray.store.adapters import AdapterStore
 
     store = AdapterStore(args.store)
     canary = step.percent(args.canary) if args.canary else None

@@ -12,9 +12,9 @@ from typing import Any, TextIO
 
 from pi_ray.config import RunConfig, run_file
 from pi_ray.errors import AdapterError, ConfigError
-from pi_ray.serving.adapters import NAME, Adapter, AdapterStore
 from pi_ray.serving.completion import Ask, Completer, RefusedError
-from pi_ray.serving.verify import check
+from pi_ray.store.adapters import NAME, Adapter, AdapterStore
+from pi_ray.store.verify import check
 
 HELP = "Each line is one query, sent alone: earlier ones are not remembered.  /quit or Ctrl-D ends, Ctrl-C stops an answer."
 

@@ -25,11 +25,11 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from pi_ray.cluster import placement
 from pi_ray.config import RunConfig, ServeConfig
 from pi_ray.errors import AdapterError
-from pi_ray.serving.adapters import AdapterStore
 from pi_ray.serving.api import create_api
 from pi_ray.serving.completion import Ask, Completer, RefusedError, adapter_of, base_name, served
 from pi_ray.serving.metrics import EngineMetrics, Meter, Metrics, Traffic
 from pi_ray.serving.pace import Pace
+from pi_ray.store.adapters import AdapterStore
 
 log = logging.getLogger("ray.serve")
 API_REQUESTS = 1024  # open HTTP requests at the ingress; the queue before the model is the bound that clients meet

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from pi_ray.errors import AdapterError
-from pi_ray.serving.verify import CONFIG, LORA_TENSOR, WEIGHTS, read_header, read_json
+from pi_ray.store.verify import CONFIG, LORA_TENSOR, WEIGHTS, read_header, read_json
 
 MIXED = ".experts."  # linear layers of single experts, which see tokens of many rows in an order of their own
 

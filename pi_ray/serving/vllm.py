@@ -22,8 +22,8 @@ from pi_ray.cluster import placement
 from pi_ray.config import ModelConfig, RunConfig, ServeConfig
 from pi_ray.errors import AdapterError, ConfigError, MissingExtraError
 from pi_ray.protocols import GenerationRequest, Token
-from pi_ray.serving.adapters import AdapterStore
-from pi_ray.serving.verify import CONFIG, read_json
+from pi_ray.store.adapters import AdapterStore
+from pi_ray.store.verify import CONFIG, read_json
 
 NAME, BASE = "Vllm", "base"  # of the deployment, and of the base model within it
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM has kernels for

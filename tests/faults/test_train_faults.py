@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from pi_ray.errors import CorruptArtifactError, StorageError, TrainingError
-from pi_ray.publish import publish
 from pi_ray.run.artifact import MANIFEST, OWN_HASH, verify
 from pi_ray.run.directory import RunDir
+from pi_ray.store.publish import publish
 from pi_ray.train import checkpoint, launch
 from pi_ray.train.backends import DdpBackend
 from pi_ray.train.trainer import _Worker, train_worker

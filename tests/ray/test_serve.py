@@ -223,8 +223,8 @@ def test_prometheus_sees_requests_tokens_and_money(client, config, ray_local):
 
 
 def test_new_versions_and_releases_reach_the_running_replicas(client, config, tiny_model):
-    from pi_ray.release import release
-    from pi_ray.serving.adapters import AdapterStore
+    from pi_ray.store.adapters import AdapterStore
+    from pi_ray.store.release import release
 
     def answered():
         return {ask(client, "flags", max_tokens=1).system_fingerprint for _ in range(24)}

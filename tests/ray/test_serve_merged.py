@@ -7,8 +7,8 @@ import httpx
 import pytest
 
 from pi_ray.config import ModelConfig, PromptConfig, RunConfig, ServeConfig
-from pi_ray.serving.adapters import AdapterStore
-from pi_ray.serving.drift import record
+from pi_ray.store.adapters import AdapterStore
+from pi_ray.store.prompt_guard import record
 from tests.lora import put_in_store, rewrite
 
 pytestmark = pytest.mark.ray
@@ -37,7 +37,7 @@ def url(config, ray_local):
 
 
 def test_a_new_version_neither_breaks_a_merged_server_nor_divides_it(url, config, tiny_model):
-    from pi_ray.release import release
+    from pi_ray.store.release import release
 
     def ask(model="hot", system="", **rest):
         messages = [*([{"role": "system", "content": system}] if system else []), {"role": "user", "content": "what is red?"}]

@@ -13,9 +13,9 @@ import pytest
 from pi_ray.config import ModelConfig
 from pi_ray.errors import AdapterError
 from pi_ray.run.artifact import seal
-from pi_ray.serving.adapters import AdapterStore, UnknownAdapterError
 from pi_ray.serving.completion import adapter_of
-from pi_ray.serving.drift import record
+from pi_ray.store.adapters import AdapterStore, UnknownAdapterError
+from pi_ray.store.prompt_guard import record
 from tests.lora import card, put_in_store, rewrite
 
 HOSTILE_NAMES = [
@@ -126,7 +126,7 @@ def test_links_that_lead_out_of_the_store_are_refused(store, folder, tmp_path):
 
 def test_a_refusal_is_remembered_until_the_folder_changes(store, folder, monkeypatch):
     """Asking for a damaged adapter again and again must not hash it again and again."""
-    from pi_ray.serving import adapters
+    from pi_ray.store import adapters
 
     seen = []
     monkeypatch.setattr(adapters, "check", lambda path, base, real=adapters.check: seen.append(path) or real(path, base))

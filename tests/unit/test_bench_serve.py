@@ -10,8 +10,8 @@ import torch
 from pi_ray.config import ModelConfig, PromptConfig
 from pi_ray.models import load_model, load_tokenizer
 from pi_ray.prompt import PromptEncoder
-from pi_ray.serving.adapters import AdapterStore
 from pi_ray.serving.stack import AdapterStack
+from pi_ray.store.adapters import AdapterStore
 from tests.bench import serve as bench
 
 

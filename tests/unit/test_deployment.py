@@ -16,9 +16,10 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from pi_ray.config import CostConfig, ModelConfig, RunConfig, ServeConfig
 from pi_ray.errors import AdapterError
 from pi_ray.run.artifact import write_atomic
-from pi_ray.serving import deployment, remote
+from pi_ray.serving import deployment
 from pi_ray.serving.completion import Ask, RefusedError
 from pi_ray.serving.metrics import Metrics, Traffic
+from pi_ray.store import remote
 from tests.lora import put_in_store
 
 START = {"model": "m", "fingerprint": "colours@v0001", "adapter": "colours@v0001", "prompt": "internalised", "prompt_tokens": 3, "saved": 0}

@@ -4,7 +4,7 @@ import pytest
 
 from pi_ray.config import PromptConfig
 from pi_ray.prompt import Example, text_of
-from pi_ray.serving.drift import MAX_EXAMPLES, MAX_TEMPLATE, NOTHING, Guard, flaw, normal, record
+from pi_ray.store.prompt_guard import MAX_EXAMPLES, MAX_TEMPLATE, NOTHING, Guard, flaw, normal, record
 
 TEMPLATE = """Translate the question of a user into one query of the alert language.
 Write the code of the service and nothing else, without any explanation of it.

@@ -11,7 +11,7 @@ from pi_ray.prompt import PromptEncoder
 from pi_ray.protocols import Token
 from pi_ray.serving.api import create_api
 from pi_ray.serving.completion import Completer
-from pi_ray.serving.drift import record
+from pi_ray.store.prompt_guard import record
 from tests.lora import put_in_store, rewrite
 
 TEMPLATE = "You answer with one code.\n\n## Codes\n\nred: k4"

@@ -16,10 +16,10 @@ from pi_ray.evaluate.peft_adapters import LoadedAdapters
 from pi_ray.models import load_model, load_tokenizer
 from pi_ray.plan.plan import plan_phases
 from pi_ray.prompt import PromptEncoder
-from pi_ray.publish import publish
 from pi_ray.run.artifact import staged, verify
 from pi_ray.run.directory import RunDir, plain_config, train_fingerprint
-from pi_ray.serving.verify import check
+from pi_ray.store.publish import publish
+from pi_ray.store.verify import check
 from pi_ray.train import generation, gist, lora, shared_prefix
 from pi_ray.train.batches import packed
 from pi_ray.train.generation import greedy

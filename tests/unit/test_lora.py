@@ -9,9 +9,9 @@ from pi_ray.config import LoraConfig, ModelConfig, RunConfig
 from pi_ray.errors import AdapterError, ConfigError, TrainingError
 from pi_ray.evaluate.peft_adapters import LoadedAdapters
 from pi_ray.models import load_model
-from pi_ray.publish import publish
 from pi_ray.run.directory import RunDir
-from pi_ray.serving.verify import check, read_header
+from pi_ray.store.publish import publish
+from pi_ray.store.verify import check, read_header
 from pi_ray.train import lora
 from pi_ray.train.batches import PhaseRows, plain
 from pi_ray.train.objectives import sft_sum

@@ -10,11 +10,11 @@ import pytest
 
 from pi_ray.config import ModelConfig, RunConfig
 from pi_ray.errors import AdapterError, CorruptArtifactError
-from pi_ray.publish import publish
 from pi_ray.run.artifact import digest, staged, write_atomic
 from pi_ray.run.directory import RunDir
-from pi_ray.serving.adapters import AdapterStore
-from pi_ray.serving.drift import mark
+from pi_ray.store.adapters import AdapterStore
+from pi_ray.store.prompt_guard import mark
+from pi_ray.store.publish import publish
 from tests.lora import card, write_adapter
 
 SUMMARY = {

@@ -8,13 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from pi_ray import cli, refresh
+from pi_ray import cli
 from pi_ray.cluster.jobs import entrypoint
 from pi_ray.config import RunConfig, dump
 from pi_ray.config.run_file import load
 from pi_ray.errors import AdapterError, TrainingError
 from pi_ray.run.directory import RunDir, plain_config, train_fingerprint
 from pi_ray.run.object_storage import Objects
+from pi_ray.store import refresh
 from pi_ray.train import lora
 from pi_ray.train.launch import fingerprint_of
 from pi_ray.train.trainer import _Worker, train_worker

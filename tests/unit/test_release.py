@@ -8,9 +8,9 @@ import pytest
 from pi_ray import cli
 from pi_ray.config import ModelConfig
 from pi_ray.errors import AdapterError, ConfigError
-from pi_ray.release import release
-from pi_ray.serving.adapters import AdapterStore, UnknownAdapterError
-from pi_ray.serving.aliases import Alias
+from pi_ray.store.adapters import AdapterStore, UnknownAdapterError
+from pi_ray.store.aliases import Alias
+from pi_ray.store.release import release
 from tests.lora import put_in_store
 
 TICKETS = [f"chatcmpl-{i}" for i in range(2000)]

@@ -10,12 +10,12 @@ from fake_bucket import Bucket, Clock
 
 from pi_ray.config import ModelConfig, RunConfig
 from pi_ray.errors import AdapterError, ConfigError
-from pi_ray.publish import publish
-from pi_ray.release import release
 from pi_ray.run.artifact import seal, staged, write_atomic
 from pi_ray.run.directory import RunDir
-from pi_ray.serving import remote
-from pi_ray.serving.adapters import AdapterStore, StoreUnavailableError, UnknownAdapterError
+from pi_ray.store import remote
+from pi_ray.store.adapters import AdapterStore, StoreUnavailableError, UnknownAdapterError
+from pi_ray.store.publish import publish
+from pi_ray.store.release import release
 from tests.lora import card, put_in_store, rewrite, write_adapter
 
 

@@ -13,7 +13,7 @@ from pi_ray.config.run_file import load
 from pi_ray.errors import CorruptArtifactError, StorageError
 from pi_ray.run.artifact import staged, write_atomic
 from pi_ray.run.object_storage import Objects
-from pi_ray.serving.adapters import AdapterStore
+from pi_ray.store.adapters import AdapterStore
 from tests.lora import put_in_store
 
 BUCKET = "s3://bucket"

@@ -9,7 +9,7 @@ from pi_ray.config import BackendConfig, RunConfig, TrainConfig
 from pi_ray.models import load_model
 from pi_ray.run.artifact import verify as verified
 from pi_ray.run.directory import RunDir
-from pi_ray.serving import verify
+from pi_ray.store import verify
 from pi_ray.train import checkpoint, deepspeed_settings, lora
 from pi_ray.train.trainer import _Worker, train_worker
 from tests import workers

@@ -13,13 +13,13 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
-from pi_ray import refresh
 from pi_ray.cluster import requirements, storage_sync
 from pi_ray.cluster.jobs import bundle
 from pi_ray.config import INPUTS, RunConfig, dump, run_file
 from pi_ray.errors import PiRayError, StorageError
 from pi_ray.run.artifact import is_current, staged, write_atomic
 from pi_ray.run.object_storage import Objects
+from pi_ray.store import refresh
 
 
 def main(verb: str, arguments: Sequence[str]) -> int:

@@ -18,7 +18,7 @@ from typing import Any
 from pi_ray.config import ModelConfig, PromptConfig
 from pi_ray.errors import AdapterError
 from pi_ray.run.artifact import MANIFEST, digest_file
-from pi_ray.serving.drift import PROMPT, flaw
+from pi_ray.store.prompt_guard import PROMPT, flaw
 
 LORA_TENSOR = re.compile(r"base_model\.model\.([\w.]+)\.lora_([AB])\.weight", re.ASCII)
 WEIGHTS, CONFIG, CARD = "adapter_model.safetensors", "adapter_config.json", "pi_ray.json"

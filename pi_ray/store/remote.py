@@ -21,8 +21,8 @@ from typing import Any
 from pi_ray.errors import AdapterError, ConfigError, CorruptArtifactError
 from pi_ray.models import cache_dir
 from pi_ray.run.artifact import MANIFEST, digest, staged, verify, writing
-from pi_ray.serving.aliases import LATEST, VERSION
-from pi_ray.serving.verify import MAX_JSON_BYTES, MAX_WEIGHT_BYTES, SUFFIXES, WEIGHTS, parse_json
+from pi_ray.store.aliases import LATEST, VERSION
+from pi_ray.store.verify import MAX_JSON_BYTES, MAX_WEIGHT_BYTES, SUFFIXES, WEIGHTS, parse_json
 
 log = logging.getLogger("ray.serve")
 REFRESH_S, RETRY_S = 5.0, 60.0

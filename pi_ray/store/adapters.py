@@ -18,11 +18,11 @@ from typing import Any
 from pi_ray.config import ModelConfig, PromptConfig
 from pi_ray.errors import AdapterError
 from pi_ray.run.artifact import MANIFEST, digest, digest_file
-from pi_ray.serving.aliases import ALIAS, ALIASES, LATEST, NEWEST, SERVED, VERSION, Alias, parse
-from pi_ray.serving.drift import PROMPT, Guard
-from pi_ray.serving.folder import Folder
-from pi_ray.serving.remote import Remote, StoreUnavailableError
-from pi_ray.serving.verify import check, read_json
+from pi_ray.store.aliases import ALIAS, ALIASES, LATEST, NEWEST, SERVED, VERSION, Alias, parse
+from pi_ray.store.local import Folder
+from pi_ray.store.prompt_guard import PROMPT, Guard
+from pi_ray.store.remote import Remote, StoreUnavailableError
+from pi_ray.store.verify import check, read_json
 
 __all__ = ["NAME", "Adapter", "AdapterStore", "StoreUnavailableError", "UnknownAdapterError", "split_name"]
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")

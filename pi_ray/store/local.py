@@ -11,8 +11,8 @@ from typing import Any
 
 from pi_ray.errors import AdapterError, CorruptArtifactError
 from pi_ray.run.artifact import staged, verify, write_atomic, writing
-from pi_ray.serving.aliases import LATEST, VERSION
-from pi_ray.serving.verify import read_json
+from pi_ray.store.aliases import LATEST, VERSION
+from pi_ray.store.verify import read_json
 
 
 class Folder:

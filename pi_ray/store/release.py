@@ -17,8 +17,8 @@ from collections.abc import Callable
 from typing import Any
 
 from pi_ray.errors import AdapterError, ConfigError
-from pi_ray.serving.adapters import AdapterStore, split_name
-from pi_ray.serving.aliases import ALIAS, ALIASES, NEWEST, SERVED, VERSION, Alias, dump
+from pi_ray.store.adapters import AdapterStore, split_name
+from pi_ray.store.aliases import ALIAS, ALIASES, NEWEST, SERVED, VERSION, Alias, dump
 
 
 def release(store: AdapterStore, name: str, version: str = "", canary: float | None = None, rollback: bool = False, alias: str = SERVED) -> dict[str, Alias]:

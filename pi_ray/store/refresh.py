@@ -14,8 +14,8 @@ from pi_ray.errors import AdapterError, StorageError
 from pi_ray.run.artifact import MANIFEST, staged, tell_of, write_atomic
 from pi_ray.run.directory import RunDir, prepare_fingerprint, train_fingerprint
 from pi_ray.run.object_storage import Objects
-from pi_ray.serving.adapters import AdapterStore, UnknownAdapterError
-from pi_ray.serving.aliases import NEWEST
+from pi_ray.store.adapters import AdapterStore, UnknownAdapterError
+from pi_ray.store.aliases import NEWEST
 
 MARK = "refresh.json"  # in a refresh's directory: what it learns from, and whether it has been published
 

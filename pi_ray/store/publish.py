@@ -17,11 +17,11 @@ from pi_ray.errors import AdapterError
 from pi_ray.models import PACKAGED
 from pi_ray.run.artifact import digest, seal, verify, write_atomic
 from pi_ray.run.directory import RunDir
-from pi_ray.serving import drift
-from pi_ray.serving.adapters import NAME, AdapterStore
-from pi_ray.serving.aliases import LATEST
 from pi_ray.serving.completion import base_name
-from pi_ray.serving.verify import CARD, CONFIG, WEIGHTS, check, read_json
+from pi_ray.store import prompt_guard
+from pi_ray.store.adapters import NAME, AdapterStore
+from pi_ray.store.aliases import LATEST
+from pi_ray.store.verify import CARD, CONFIG, WEIGHTS, check, read_json
 
 log = logging.getLogger(__name__)
 COLUMNS = {"base": "base, query alone", "base_full_prompt": "base, full prompt", "plain": "plain fine-tuning, query alone", "promptintern": "this adapter, query alone"}
@@ -47,10 +47,10 @@ def publish(run: RunDir, config: RunConfig, name: str = "") -> Path:
         log.warning(
             "'%s' is published without %s: this run directory has no template that it was trained with, or one longer than %d characters, so clients that still send "
             "the prompt will not be recognised. Prepare, train and publish in one directory, or say with serve.drift_guard: false that this is wanted",
-            name, drift.PROMPT, drift.MAX_TEMPLATE,
+            name, prompt_guard.PROMPT, prompt_guard.MAX_TEMPLATE,
         )  # fmt: skip
     made_from = {file: files[file]["sha256"] for file in (WEIGHTS, CONFIG, CARD)}
-    fingerprint = digest({**made_from, drift.PROMPT: digest(prompt)} if prompt else made_from)
+    fingerprint = digest({**made_from, prompt_guard.PROMPT: digest(prompt)} if prompt else made_from)
     place = AdapterStore(config.store).place
     with place.lock(name):
         version = place.find(name, fingerprint) or _add(place, name, source, fingerprint, run, prompt)
@@ -69,7 +69,7 @@ def _add(place: Any, name: str, source: Path, fingerprint: str, run: RunDir, pro
         config = {**read_json(source / CONFIG), "base_model_name_or_path": _public_base(card["base"])}
         write_atomic(tmp / CONFIG, json.dumps(config, indent=1, sort_keys=True) + "\n")
         if prompt:
-            write_atomic(tmp / drift.PROMPT, json.dumps(prompt, indent=1, ensure_ascii=False) + "\n")
+            write_atomic(tmp / prompt_guard.PROMPT, json.dumps(prompt, indent=1, ensure_ascii=False) + "\n")
         write_atomic(tmp / "README.md", model_card(name, version, card, config, _scores(run), bool(prompt)))
         seal(tmp)  # `check` reads the manifest; leaving `stage` writes it again, with its facts
         check(tmp)
@@ -83,12 +83,12 @@ def _prompt(run: RunDir, card: dict[str, Any]) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     full = next(t["text"] for t in templates if t["rate"] == 1)
-    if card.get("full_template_sha256") not in {digest(t["text"]) for t in templates} or len(full) > drift.MAX_TEMPLATE:
+    if card.get("full_template_sha256") not in {digest(t["text"]) for t in templates} or len(full) > prompt_guard.MAX_TEMPLATE:
         return None
     compressed = [{"rate": t["rate"], "achieved": t["achieved"], "text": t["text"]} for t in templates if 0 < t["rate"] < 1]
     form = PromptConfig(**card["prompt"]).example
     rows = run.read_rows("train") if (run.rows / "train.parquet").is_file() else []
-    return drift.record(full, compressed, [drift.worded(form, row.query, row.answer) for row in rows])
+    return prompt_guard.record(full, compressed, [prompt_guard.worded(form, row.query, row.answer) for row in rows])
 
 
 def _public_base(base: str) -> str:
@@ -105,7 +105,7 @@ def _scores(run: RunDir) -> dict[str, Any]:
 
 def model_card(name: str, version: str, card: dict[str, Any], config: dict[str, Any], scores: dict[str, Any], prompt: bool = False) -> str:
     """README.md in Markdown, with the front matter that model hubs read. `prompt`: whether prompt.json is published too."""
-    guard = f"`{drift.PROMPT}` holds the template, so that a client which still sends it is recognised: the server takes it away." if prompt else ""
+    guard = f"`{prompt_guard.PROMPT}` holds the template, so that a client which still sends it is recognised: the server takes it away." if prompt else ""
     full, own = card["full_prompt_tokens"], card["query_prompt_tokens"]
     sent = "the query alone" if not card["template"] else f"the query after a template compressed to rate {card.get('rate', 0):g} (the server adds it)"
     return f"""---
