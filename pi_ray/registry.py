@@ -68,7 +68,7 @@ backends = Registry("backend", {
     "ddp": "pi_ray.train.backends:DdpBackend",
 })
 engines = Registry("engine", {
-    "transformers": "pi_ray.serving.engines:TransformersEngine",
-    "vllm": "pi_ray.serving.vllm:VllmEngine",
+    "transformers": "pi_ray.serve.engine.engine:TransformersEngine",
+    "vllm": "pi_ray.serve.engine.vllm:VllmEngine",
 })
 KINDS = {r.kind: r for r in (tasks, compressors, encoders, schedules, backends, engines)}

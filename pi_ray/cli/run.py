@@ -35,7 +35,7 @@ def run(args: argparse.Namespace, console: Console) -> None:
 def _run(settings: config.RunConfig, console: Console) -> None:
     from pi_ray import pipeline
     from pi_ray.run.directory import RunDir
-    from pi_ray.serving.app import usage
+    from pi_ray.serve.app import usage
 
     published = pipeline.run(settings, console)
     if not pipeline.is_served(settings):

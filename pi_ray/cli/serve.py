@@ -15,7 +15,7 @@ verb = Verbs()
 
 @verb("serve the store's adapters behind an OpenAI-compatible API", RUN, OVERRIDES)
 def serve(args: argparse.Namespace, console: Console) -> None:
-    from pi_ray.serving import app
+    from pi_ray.serve import app
 
     app.run(load(args))
 
@@ -45,7 +45,7 @@ def release(args: argparse.Namespace, console: Console) -> None:
     argument("--adapters", nargs="+", default=[], metavar="ADAPTER", help="the models it may use; default: all"),
 )
 def key(args: argparse.Namespace, console: Console) -> None:
-    from pi_ray.serving import keys
+    from pi_ray.serve.http import keys
 
     made = keys.new_key()
     print(f"the key, shown this once:\n  {made}\nits line for the file that serve.keys_file names:\n  {keys.line(made, args.name, args.adapters)}")
@@ -56,6 +56,6 @@ def key(args: argparse.Namespace, console: Console) -> None:
     argument("adapter", metavar="RUN_OR_ADAPTER", help="a run directory, or an adapter's name in the store"), OVERRIDES,
 )
 def chat(args: argparse.Namespace, console: Console) -> None:
-    from pi_ray.serving import chat as terminal
+    from pi_ray.serve import chat as terminal
 
     terminal.chat(args.adapter, args.overrides)

@@ -64,7 +64,7 @@ class ScriptedEngine:
 
 def watched(model: ModelConfig, serve: ServeConfig) -> Engine:
     """The transformers engine, in a replica that can be found as ScriptedEngine's."""
-    from pi_ray.serving.engines import TransformersEngine
+    from pi_ray.serve.engine.engine import TransformersEngine
 
     own = Path(os.environ[FOLDER]) / "replicas" / str(os.getpid())
     own.parent.mkdir(exist_ok=True)

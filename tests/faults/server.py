@@ -11,7 +11,7 @@ import sys
 import threading
 
 from pi_ray.config import run_file
-from pi_ray.serving import app, deployment
+from pi_ray.serve import app, deployment
 
 
 def obey() -> None:

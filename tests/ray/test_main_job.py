@@ -19,7 +19,7 @@ from pi_ray.config.run_file import load
 from pi_ray.models import load_tokenizer
 from pi_ray.run.artifact import read_manifest
 from pi_ray.run.directory import RunDir
-from pi_ray.serving.completion import Completer
+from pi_ray.serve.engine.completion import Completer
 
 pytestmark = pytest.mark.ray
 REPO = Path(__file__).parents[2]

@@ -56,7 +56,7 @@ def config(request, tiny_model, tmp_path_factory):
 def url(config, ray_local):
     from ray import serve
 
-    from pi_ray.serving import app
+    from pi_ray.serve import app
 
     os.environ["PI_RAY_TEST_KEY"] = KEY
     yield app.run(config, blocking=False)

@@ -30,7 +30,7 @@ def config(tiny_model, tmp_path_factory):
 def url(config, ray_local):
     from ray import serve
 
-    from pi_ray.serving import app
+    from pi_ray.serve import app
 
     yield app.run(config, blocking=False)
     serve.shutdown()

@@ -13,7 +13,7 @@ import pytest
 from pi_ray.config import ModelConfig
 from pi_ray.errors import AdapterError
 from pi_ray.run.artifact import seal
-from pi_ray.serving.completion import adapter_of
+from pi_ray.serve.engine.completion import adapter_of
 from pi_ray.store.adapters import AdapterStore, UnknownAdapterError
 from pi_ray.store.prompt_guard import record
 from tests.lora import card, put_in_store, rewrite

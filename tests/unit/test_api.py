@@ -15,11 +15,11 @@ from pi_ray.config import ModelConfig, PromptConfig, RunConfig, ServeConfig
 from pi_ray.models import load_tokenizer
 from pi_ray.prompt import PromptEncoder
 from pi_ray.protocols import Token
-from pi_ray.serving.api import OPEN_PATHS, create_api
-from pi_ray.serving.body import MAX_CHOICES
-from pi_ray.serving.completion import Ask, Completer, RefusedError, base_name, served
-from pi_ray.serving.keys import key_digest, line
-from pi_ray.serving.text import TextStream, spelled
+from pi_ray.serve.engine.completion import Ask, Completer, RefusedError, base_name, served
+from pi_ray.serve.engine.detokenizer import TextStream, spelled
+from pi_ray.serve.http.api import OPEN_PATHS, create_api
+from pi_ray.serve.http.keys import key_digest, line
+from pi_ray.serve.http.schemas import MAX_CHOICES
 from pi_ray.store.adapters import StoreUnavailableError
 from pi_ray.store.prompt_guard import record
 from tests.lora import put_in_store, rewrite

@@ -10,7 +10,7 @@ import torch
 from pi_ray.config import ModelConfig, PromptConfig
 from pi_ray.models import load_model, load_tokenizer
 from pi_ray.prompt import PromptEncoder
-from pi_ray.serving.stack import AdapterStack
+from pi_ray.serve.engine.multi_lora import AdapterStack
 from pi_ray.store.adapters import AdapterStore
 from tests.bench import serve as bench
 

@@ -12,8 +12,8 @@ from pi_ray.errors import AdapterError, ConfigError
 from pi_ray.models import load_tokenizer
 from pi_ray.protocols import Token
 from pi_ray.run.directory import RunDir
-from pi_ray.serving import chat
-from pi_ray.serving.completion import Completer
+from pi_ray.serve import chat
+from pi_ray.serve.engine.completion import Completer
 from tests.lora import put_in_store
 
 

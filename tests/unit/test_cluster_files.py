@@ -193,7 +193,7 @@ def test_the_services_configuration_is_serves_own(monkeypatch):
 
     spec = next(d for _, d in KUBERAY if d["kind"] == "RayService")["spec"]
     serve = ServeDeploySchema.model_validate(yaml.safe_load(spec["serveConfigV2"]))
-    assert serve.applications[0].import_path == "pi_ray.serving.app:deploy" and serve.applications[0].args["run"] == "/etc/pi-ray/run.yaml"
+    assert serve.applications[0].import_path == "pi_ray.serve.app:deploy" and serve.applications[0].args["run"] == "/etc/pi-ray/run.yaml"
     pod = spec["rayClusterConfig"]["workerGroupSpecs"][0]["template"]
     assert pod["metadata"]["annotations"] == {"pi-ray/run-file": serve.applications[0].args["version"]}, "another run file is another cluster, and read again"
     worker = pod["spec"]["containers"][0]

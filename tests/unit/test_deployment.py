@@ -16,9 +16,9 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from pi_ray.config import CostConfig, ModelConfig, RunConfig, ServeConfig
 from pi_ray.errors import AdapterError
 from pi_ray.run.artifact import write_atomic
-from pi_ray.serving import deployment
-from pi_ray.serving.completion import Ask, RefusedError
-from pi_ray.serving.metrics import Metrics, Traffic
+from pi_ray.serve import deployment
+from pi_ray.serve.engine.completion import Ask, RefusedError
+from pi_ray.serve.metrics import Metrics, Traffic
 from pi_ray.store import remote
 from tests.lora import put_in_store
 

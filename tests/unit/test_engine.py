@@ -12,7 +12,7 @@ import torch
 from pi_ray.config import ModelConfig, ServeConfig
 from pi_ray.errors import AdapterError, ModelError
 from pi_ray.protocols import GenerationRequest
-from pi_ray.serving.engines import TransformersEngine
+from pi_ray.serve.engine.engine import TransformersEngine
 from tests.lora import put_in_store, rewrite
 
 PROMPTS = [list(range(100, 110)), [7, 8, 9], list(range(500, 540))]
@@ -363,7 +363,7 @@ def test_one_thread_alone_loads_merges_and_decodes(fresh, folders, monkeypatch):
     seen = set()
     forward = torch.nn.Linear.forward
     monkeypatch.setattr(torch.nn.Linear, "forward", lambda *a: seen.add(threading.current_thread().name) or forward(*a))
-    monkeypatch.setattr("pi_ray.serving.batch.pack", lambda base: seen.add(threading.current_thread().name))  # packed layers have another forward
+    monkeypatch.setattr("pi_ray.serve.engine.scheduler.pack", lambda base: seen.add(threading.current_thread().name))  # packed layers have another forward
     engine = fresh()
     engine.merge(folders[0])
     asyncio.run(tokens(engine, PROMPTS[0], folders[0]))

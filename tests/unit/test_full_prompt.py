@@ -9,8 +9,8 @@ from pi_ray.config import ModelConfig, PromptConfig, RunConfig, ServeConfig
 from pi_ray.models import load_tokenizer
 from pi_ray.prompt import PromptEncoder
 from pi_ray.protocols import Token
-from pi_ray.serving.api import create_api
-from pi_ray.serving.completion import Completer
+from pi_ray.serve.engine.completion import Completer
+from pi_ray.serve.http.api import create_api
 from pi_ray.store.prompt_guard import record
 from tests.lora import put_in_store, rewrite
 

@@ -11,8 +11,8 @@ import pytest
 from pi_ray import cli
 from pi_ray.config import RunConfig, ServeConfig, run_file
 from pi_ray.errors import ConfigError
-from pi_ray.serving import keys as module
-from pi_ray.serving.keys import Keys, key_digest, line, new_key
+from pi_ray.serve.http import keys as module
+from pi_ray.serve.http.keys import Keys, key_digest, line, new_key
 
 ALL, SOME = "pr-for-everything", "pr-for-colours"
 
@@ -78,7 +78,7 @@ def test_a_key_can_be_added_and_taken_back_while_serving(file, tmp_path, caplog)
 
 
 def test_a_keys_file_lets_the_server_off_loopback_and_its_mistakes_are_said_at_the_start(file, tmp_path, monkeypatch):
-    from pi_ray.serving.app import bearer_key
+    from pi_ray.serve.app import bearer_key
 
     monkeypatch.delenv("PI_RAY_API_KEY", raising=False)
 

@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from pi_ray.serving.pace import LONGEST_S, PIECES, Pace
+from pi_ray.serve.http.stream_coalescing import LONGEST_S, PIECES, Pace
 
 
 class Clock:

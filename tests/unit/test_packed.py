@@ -6,7 +6,7 @@ import transformers
 
 from pi_ray.config import ModelConfig
 from pi_ray.models import load_model
-from pi_ray.serving.packed import pack, set_weight, weight_of
+from pi_ray.serve.engine.onednn_linear import pack, set_weight, weight_of
 
 IDS = torch.tensor([[5, 6, 7, 8]])
 

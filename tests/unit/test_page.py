@@ -11,9 +11,9 @@ import pytest
 import uvicorn
 
 from pi_ray.config import ServeConfig
-from pi_ray.serving import page
-from pi_ray.serving.api import create_api, key_digest
-from pi_ray.serving.completion import RefusedError
+from pi_ray.serve.engine.completion import RefusedError
+from pi_ray.serve.http import page
+from pi_ray.serve.http.api import create_api, key_digest
 from tests.browser import Browser
 
 KEY = "a-secret-key"

@@ -2,7 +2,7 @@
 
 import torch
 
-from pi_ray.serving.prefixes import BLOCK, Prefixes
+from pi_ray.serve.engine.prefix_cache import BLOCK, Prefixes
 
 SIZE = 2 * 4 * BLOCK  # bytes of a block of `copy`
 

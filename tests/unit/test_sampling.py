@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from pi_ray.protocols import GenerationRequest
-from pi_ray.serving import sampling
-from pi_ray.serving.sampling import Sampler, pick
+from pi_ray.serve.engine import sampling
+from pi_ray.serve.engine.sampling import Sampler, pick
 
 LOGITS = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()
 

@@ -9,8 +9,8 @@ import pytest
 from pi_ray import config as configuration
 from pi_ray.config import RunConfig, ServeConfig
 from pi_ray.errors import ConfigError
-from pi_ray.serving import app
-from pi_ray.serving.api import key_digest
+from pi_ray.serve import app
+from pi_ray.serve.http.api import key_digest
 
 KEY = "a-secret-key"
 

@@ -11,9 +11,9 @@ import pytest
 from fake_metrics import Kinds
 
 from pi_ray.config import CostConfig, ServeConfig
-from pi_ray.serving.api import create_api, key_digest
-from pi_ray.serving.completion import Ask, RefusedError
-from pi_ray.serving.metrics import DRIFT, ENGINE_COUNTERS, ENGINE_GAUGES, METRICS, EngineMetrics, Meter, Metrics, Traffic
+from pi_ray.serve.engine.completion import Ask, RefusedError
+from pi_ray.serve.http.api import create_api, key_digest
+from pi_ray.serve.metrics import DRIFT, ENGINE_COUNTERS, ENGINE_GAUGES, METRICS, EngineMetrics, Meter, Metrics, Traffic
 
 REPO = Path(__file__).parents[2]
 START = {"model": "colours", "fingerprint": "colours@v0002", "adapter": "colours@v0002", "prompt": "internalised", "prompt_tokens": 30, "saved": 600}
@@ -175,7 +175,7 @@ def test_an_engines_totals_become_counters_that_only_grow():
 
 def test_the_engine_counts_what_the_metrics_are_made_from(tiny_model):
     from pi_ray.config import ModelConfig
-    from pi_ray.serving.engines import TransformersEngine
+    from pi_ray.serve.engine.engine import TransformersEngine
 
     engine = TransformersEngine(ModelConfig(base=str(tiny_model)), ServeConfig())
     try:

@@ -4,9 +4,9 @@ import pytest
 import torch
 import transformers
 
-from pi_ray.serving.apart import Apart
-from pi_ray.serving.slots import Slots, cache_name, open_rows
-from pi_ray.serving.stack import BASE, AdapterStack
+from pi_ray.serve.engine.kv_cache import Slots, cache_name, open_rows
+from pi_ray.serve.engine.multi_lora import BASE, AdapterStack
+from pi_ray.serve.engine.unbatched_cache import Apart
 
 SIZES = {
     "vocab_size": 200, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,

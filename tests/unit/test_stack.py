@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 from pi_ray.config import ModelConfig
 from pi_ray.errors import AdapterError
 from pi_ray.models import load_model
-from pi_ray.serving import stack as module
-from pi_ray.serving.stack import BASE, AdapterStack
+from pi_ray.serve.engine import multi_lora as module
+from pi_ray.serve.engine.multi_lora import BASE, AdapterStack
 from tests.lora import write_adapter
 
 LAYER = "model.layers.0.self_attn.q_proj"
@@ -194,7 +194,7 @@ def test_single_experts_are_refused(folders):
             super().__init__()
             self.model = torch.nn.ModuleDict({"experts": torch.nn.ModuleList([torch.nn.Linear(4, 4)])})
 
-    from pi_ray.serving.matrices import check, linears
+    from pi_ray.serve.engine.lora_weights import check, linears
 
     path = f"{folders[0]}/../expert.safetensors"
     save_file({f"base_model.model.model.experts.0.lora_{side}.weight": torch.zeros(4, 4) for side in "AB"}, path)

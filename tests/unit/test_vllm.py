@@ -15,7 +15,7 @@ from pi_ray.config import ModelConfig, RunConfig, ServeConfig
 from pi_ray.errors import AdapterError, ConfigError, MissingExtraError
 from pi_ray.protocols import GenerationRequest, Token
 from pi_ray.registry import engines
-from pi_ray.serving import vllm
+from pi_ray.serve.engine import vllm
 from tests.lora import put_in_store, rewrite
 
 

@@ -12,7 +12,7 @@ from typing import Any, TextIO
 
 from pi_ray.config import RunConfig, run_file
 from pi_ray.errors import AdapterError, ConfigError
-from pi_ray.serving.completion import Ask, Completer, RefusedError
+from pi_ray.serve.engine.completion import Ask, Completer, RefusedError
 from pi_ray.store.adapters import NAME, Adapter, AdapterStore
 from pi_ray.store.verify import check
 

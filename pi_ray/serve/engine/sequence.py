@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from pi_ray.protocols import GenerationRequest, Token
-from pi_ray.serving.prefixes import Block
-from pi_ray.serving.sampling import Sampler
+from pi_ray.serve.engine.prefix_cache import Block
+from pi_ray.serve.engine.sampling import Sampler
 
 Item = Token | Exception | None  # an error ends the request, None is its end
 

@@ -9,7 +9,7 @@ import torch
 from transformers import DynamicCache
 
 from pi_ray.models import last
-from pi_ray.serving.stack import AdapterStack
+from pi_ray.serve.engine.multi_lora import AdapterStack
 
 
 class Apart:

@@ -18,7 +18,7 @@ PATH = "/"
 
 @cache
 def text() -> str:
-    return files("pi_ray.serving").joinpath("page.html").read_text(encoding="utf-8")
+    return files("pi_ray.serve.http").joinpath("page.html").read_text(encoding="utf-8")
 
 
 @cache

@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 
 from pi_ray.errors import AdapterError
-from pi_ray.serving.matrices import Matrices, linears, read
-from pi_ray.serving.packed import set_weight, weight_of
+from pi_ray.serve.engine.lora_weights import Matrices, linears, read
+from pi_ray.serve.engine.onednn_linear import set_weight, weight_of
 
 BASE = -1  # the slot of rows that want no adapter
 PADDING = 4  # places for a row, up to which padded groups are quicker than one adapter after the other

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing
 from typing import Any
 
-from pi_ray.serving.completion import Ask
+from pi_ray.serve.engine.completion import Ask
 
 
 async def together(backend: Any, asks: Sequence[Ask]) -> AsyncIterator[dict[str, Any]]:

@@ -18,12 +18,12 @@ from starlette.exceptions import HTTPException
 from pi_ray.cluster import auth
 from pi_ray.config import ServeConfig
 from pi_ray.errors import PiRayError
-from pi_ray.serving.body import Body, ChatBody, CompletionBody, read
-from pi_ray.serving.choices import Usage, together
-from pi_ray.serving.completion import Ask, RefusedError, refused
-from pi_ray.serving.keys import EVERYTHING, Key, Keys, key_digest
-from pi_ray.serving.page import PATH, page
-from pi_ray.serving.reply import Chat, Text
+from pi_ray.serve.engine.completion import Ask, RefusedError, refused
+from pi_ray.serve.http.keys import EVERYTHING, Key, Keys, key_digest
+from pi_ray.serve.http.openai_format import Chat, Text
+from pi_ray.serve.http.page import PATH, page
+from pi_ray.serve.http.schemas import Body, ChatBody, CompletionBody, read
+from pi_ray.serve.http.streaming import Usage, together
 
 __all__ = ["Backend", "create_api", "error_response", "key_digest"]
 log = logging.getLogger("ray.serve")

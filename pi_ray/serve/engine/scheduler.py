@@ -11,12 +11,12 @@ from typing import Any
 import torch
 
 from pi_ray.config import ServeConfig
-from pi_ray.serving.packed import pack
-from pi_ray.serving.prefixes import BLOCK, Prefixes
-from pi_ray.serving.row import Post, Row
-from pi_ray.serving.sampling import pick
-from pi_ray.serving.slots import open_rows
-from pi_ray.serving.stack import AdapterStack
+from pi_ray.serve.engine.kv_cache import open_rows
+from pi_ray.serve.engine.multi_lora import AdapterStack
+from pi_ray.serve.engine.onednn_linear import pack
+from pi_ray.serve.engine.prefix_cache import BLOCK, Prefixes
+from pi_ray.serve.engine.sampling import pick
+from pi_ray.serve.engine.sequence import Post, Row
 
 MOST_LORAS = 16  # where serve.max_loras does not say
 PREFILL = {"cpu": 256}  # prompt tokens between two steps, where serve.prefill_tokens does not say

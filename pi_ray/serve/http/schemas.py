@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from fastapi import Request
 from pydantic import BaseModel, Field, ValidationError
 
-from pi_ray.serving.completion import Ask, RefusedError, several
+from pi_ray.serve.engine.completion import Ask, RefusedError, several
 
 MAX_CHOICES = 16
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}

@@ -16,8 +16,8 @@ import torch
 from pi_ray.config import ModelConfig, ServeConfig
 from pi_ray.models import load_model, load_tokenizer
 from pi_ray.protocols import GenerationRequest, Token
-from pi_ray.serving.batch import Batch
-from pi_ray.serving.row import Post, Row
+from pi_ray.serve.engine.scheduler import Batch
+from pi_ray.serve.engine.sequence import Post, Row
 
 MAX_FAILURES = 3  # failed passes in a row before the engine calls itself broken, so that Serve replaces the replica
 

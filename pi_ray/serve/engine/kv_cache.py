@@ -18,8 +18,8 @@ from transformers import DynamicCache
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
 from pi_ray.models import last
-from pi_ray.serving.apart import Apart
-from pi_ray.serving.stack import BASE, AdapterStack
+from pi_ray.serve.engine.multi_lora import BASE, AdapterStack
+from pi_ray.serve.engine.unbatched_cache import Apart
 
 log = logging.getLogger("ray.serve")
 BLOCK = 64  # positions by which the capacity grows, at least

@@ -15,8 +15,8 @@ from pi_ray.config import PromptConfig, RunConfig
 from pi_ray.errors import AdapterError, ModelError, PiRayError
 from pi_ray.prompt import PromptEncoder, content_ids
 from pi_ray.protocols import GenerationRequest
-from pi_ray.serving.conversation import ConversationEncoder
-from pi_ray.serving.text import Logprobs, TextStream
+from pi_ray.serve.engine.conversation import ConversationEncoder
+from pi_ray.serve.engine.detokenizer import Logprobs, TextStream
 from pi_ray.store.adapters import Adapter, AdapterStore, StoreUnavailableError, UnknownAdapterError
 from pi_ray.store.prompt_guard import NOTHING, Seen
 

@@ -18,9 +18,9 @@ from ray import serve
 from pi_ray.cluster import auth, session
 from pi_ray.config import RunConfig, run_file
 from pi_ray.errors import ConfigError
-from pi_ray.serving.completion import served
-from pi_ray.serving.deployment import build
-from pi_ray.serving.keys import key_digest, load
+from pi_ray.serve.deployment import build
+from pi_ray.serve.engine.completion import served
+from pi_ray.serve.http.keys import key_digest, load
 from pi_ray.store.adapters import AdapterStore
 
 APP = "pi-ray"

@@ -25,10 +25,10 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from pi_ray.cluster import placement
 from pi_ray.config import RunConfig, ServeConfig
 from pi_ray.errors import AdapterError
-from pi_ray.serving.api import create_api
-from pi_ray.serving.completion import Ask, Completer, RefusedError, adapter_of, base_name, served
-from pi_ray.serving.metrics import EngineMetrics, Meter, Metrics, Traffic
-from pi_ray.serving.pace import Pace
+from pi_ray.serve.engine.completion import Ask, Completer, RefusedError, adapter_of, base_name, served
+from pi_ray.serve.http.api import create_api
+from pi_ray.serve.http.stream_coalescing import Pace
+from pi_ray.serve.metrics import EngineMetrics, Meter, Metrics, Traffic
 from pi_ray.store.adapters import AdapterStore
 
 log = logging.getLogger("ray.serve")
@@ -48,7 +48,7 @@ class Model:
 
         from pi_ray.models import context_length, load_tokenizer
         from pi_ray.registry import engines
-        from pi_ray.serving.batch import MOST_LORAS
+        from pi_ray.serve.engine.scheduler import MOST_LORAS
 
         began = time.monotonic()
         sys.setswitchinterval(SWITCH_S)
