@@ -8,7 +8,7 @@ which every node must see. `pi-ray submit run.yaml` does the same from any machi
 
 import sys
 
-from pi_ray.cluster.jobs.entrypoint import main
+from pi_ray.cli.job import main
 
 if __name__ == "__main__":
     sys.exit(main("run", sys.argv[1:]))

@@ -7,7 +7,7 @@ The bearer key is PI_RAY_API_KEY in the environment of the cluster's nodes, or s
 
 import sys
 
-from pi_ray.cluster.jobs.entrypoint import main
+from pi_ray.cli.job import main
 
 if __name__ == "__main__":
     sys.exit(main("serve", sys.argv[1:]))

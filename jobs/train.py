@@ -5,7 +5,7 @@
 
 import sys
 
-from pi_ray.cluster.jobs.entrypoint import main
+from pi_ray.cli.job import main
 
 if __name__ == "__main__":
     sys.exit(main("train", sys.argv[1:]))

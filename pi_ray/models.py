@@ -157,3 +157,8 @@ def verify_once(folder: Path) -> bool:
         verify(folder)
         _verified.add(folder)
     return True
+
+
+def base_name(base: str) -> str:
+    """What clients call the base model: its name, or the last part of a folder or file."""
+    return Path(base).name.removesuffix(".gguf") if base.startswith(("/", ".", "~")) else base

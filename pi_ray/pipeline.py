@@ -17,7 +17,9 @@ from pi_ray.config import RunConfig, dump
 from pi_ray.experiments.sweep import Family, Member, complete
 from pi_ray.progress import Watch, training
 from pi_ray.run.artifact import digest, read_manifest, write_atomic
-from pi_ray.run.directory import RunDir, phases_of, plain_config
+from pi_ray.run.baseline import plain_config
+from pi_ray.run.directory import RunDir
+from pi_ray.run.phases import phases_of
 from pi_ray.train.updates import phase_updates
 
 
@@ -51,6 +53,7 @@ def prepare(config: RunConfig, console: Console) -> None:
 
 
 def train(config: RunConfig, console: Console) -> None:
+    from pi_ray.report.loss_plot import drawing
     from pi_ray.train import launch
 
     if is_closed(config):
@@ -63,7 +66,7 @@ def train(config: RunConfig, console: Console) -> None:
         launch.fingerprint_of(c)
         costs = _costs(c)
         with Watch(console, f"  {name or 'promptintern: '}update", len(costs)) as watch:
-            launch.train(c, training(watch, costs))
+            launch.train(c, drawing(RunDir(c.root), training(watch, costs)))
 
 
 def _tune(config: RunConfig, console: Console) -> None:
@@ -77,11 +80,11 @@ def _tune(config: RunConfig, console: Console) -> None:
 
 
 def evaluate(config: RunConfig, console: Console) -> dict[str, Any]:
-    from pi_ray.evaluate import evaluate as step
+    from pi_ray.evaluate import columns
     from pi_ray.evaluate import hosted as hosted_step
     from pi_ray.report.summary import table
 
-    summary = _evaluate(config, (hosted_step if is_closed(config) else step).columns_of(config), console)
+    summary = _evaluate(config, (hosted_step if is_closed(config) else columns).columns_of(config), console)
     console.print(table(summary))
     return summary
 
@@ -108,14 +111,14 @@ def _evaluate(config: RunConfig, columns: Sequence[Any], console: Console) -> di
 
 def table(family: Family, console: Console, command: str) -> Path:
     """Run what a family still lacks, print its table, and merge its numbers into the results file, whose path is returned."""
-    from pi_ray.evaluate import evaluate as step
+    from pi_ray.evaluate import columns as ways
     from pi_ray.evaluate import hosted as hosted_step
     from pi_ray.experiments import table as page
 
     def column(member: Member) -> Any:
         if not member.trained:
-            return step.untrained(member.config)
-        return (hosted_step if is_closed(member.config) else step).trained(member.config)
+            return ways.untrained(member.config)
+        return (hosted_step if is_closed(member.config) else ways).trained(member.config)
 
     complete(
         family, lambda c: prepare(c, console), lambda c: train(c, console), lambda m: _evaluate(m.config, [column(m)], console),
@@ -138,6 +141,7 @@ def table(family: Family, console: Console, command: str) -> Path:
 
 def _speeds(family: Family, columns: list[Any], console: Console) -> dict[str, Any]:
     """Seconds of each column on one engine, measured once for these adapters."""
+    from pi_ray.evaluate import columns
     from pi_ray.evaluate import evaluate as step
 
     path = family.base.root / f"speed-{digest([(name, c.adapter, c.template, c.shots) for name, c, _ in columns])[:12]}.json"

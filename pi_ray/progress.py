@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import time
 from collections import deque
@@ -119,3 +120,12 @@ def _event(entry: dict[str, Any]) -> str:
         case "warning":
             return f"warning: {entry['text']}"
     return ""
+
+
+def format_money(amount: float, currency: str) -> str:
+    """An amount with cents; with three digits that matter where it is below one."""
+    if amount == 0:
+        return f"{currency} 0"
+    if abs(amount) < 1:
+        return f"{currency} {amount:.{max(2, 2 - math.floor(math.log10(abs(amount))))}f}"
+    return f"{currency} {amount:,.2f}"

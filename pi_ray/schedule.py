@@ -9,12 +9,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from pi_ray.errors import ConfigError
-
-if TYPE_CHECKING:
-    from pi_ray.config import ScheduleConfig
 
 
 @dataclass(frozen=True)
@@ -27,14 +24,27 @@ class Phase:
     steps: int = 0
 
 
-def plan_phases(config: ScheduleConfig) -> list[Phase]:
+class ScheduleSettings(Protocol):
+    """The block `schedule` of a run file; config.ScheduleConfig checks it and says what each key means."""
+
+    name: str
+    phases: int
+    rate_start: float
+    rate_end: float
+    shots: int
+    epochs: int | tuple[int, ...]
+    steps: int | tuple[int, ...]
+    list: tuple[Phase, ...]
+
+
+def plan_phases(config: ScheduleSettings) -> list[Phase]:
     """The phases of a run, by the schedule's name."""
     from pi_ray.registry import schedules
 
     return schedules[config.name](config)
 
 
-def _decreasing(config: ScheduleConfig, curve: Callable[[float], float]) -> list[Phase]:
+def _decreasing(config: ScheduleSettings, curve: Callable[[float], float]) -> list[Phase]:
     """Phases along `curve`, which falls from 1 at t=0 to 0 at t=1; t is the phase's place. Shots are rounded down: 5, 2, 0 as in paper A.2."""
     last = max(config.phases - 1, 1)
     phases = []
@@ -45,12 +55,12 @@ def _decreasing(config: ScheduleConfig, curve: Callable[[float], float]) -> list
     return phases
 
 
-def _length(config: ScheduleConfig, i: int) -> tuple[int, int]:
+def _length(config: ScheduleSettings, i: int) -> tuple[int, int]:
     """(epochs, steps) of phase i."""
     return _of_phase(config, "epochs", i), _of_phase(config, "steps", i)
 
 
-def _of_phase(config: ScheduleConfig, key: str, i: int) -> int:
+def _of_phase(config: ScheduleSettings, key: str, i: int) -> int:
     value = getattr(config, key)
     if isinstance(value, int):
         return value
@@ -59,26 +69,26 @@ def _of_phase(config: ScheduleConfig, key: str, i: int) -> int:
     return value[i]
 
 
-def linear(config: ScheduleConfig) -> list[Phase]:
+def linear(config: ScheduleSettings) -> list[Phase]:
     """Equal falls at each border: the paper's choice (Table 6)."""
     return _decreasing(config, lambda t: 1 - t)
 
 
-def exp(config: ScheduleConfig) -> list[Phase]:
+def exp(config: ScheduleSettings) -> list[Phase]:
     """Fast fall first, then slow: (e^(-4t) - e^-4) / (1 - e^-4)."""
     return _decreasing(config, lambda t: (math.exp(-4 * t) - math.exp(-4)) / (1 - math.exp(-4)))
 
 
-def inverse_exp(config: ScheduleConfig) -> list[Phase]:
+def inverse_exp(config: ScheduleSettings) -> list[Phase]:
     """Slow fall first, then fast: the mirror image of `exp`."""
     return _decreasing(config, lambda t: 1 - (math.exp(-4 * (1 - t)) - math.exp(-4)) / (1 - math.exp(-4)))
 
 
-def constant(config: ScheduleConfig) -> list[Phase]:
+def constant(config: ScheduleSettings) -> list[Phase]:
     """One prompt throughout (direct fine-tuning, Tables 2 to 4): `rate_start` and `shots` in every phase."""
     return [Phase(config.rate_start, config.shots, *_length(config, i)) for i in range(config.phases)]
 
 
-def explicit(config: ScheduleConfig) -> list[Phase]:
+def explicit(config: ScheduleSettings) -> list[Phase]:
     """The phases as listed in `schedule.list`."""
     return [Phase(p.rate, p.shots, p.epochs, p.steps) for p in config.list]

@@ -12,7 +12,8 @@ from pi_ray.models import load_tokenizer
 from pi_ray.prompt import Example, PromptEncoder
 from pi_ray.protocols import UNLABELLED
 from pi_ray.run.artifact import staged
-from pi_ray.run.directory import RunDir, wants_unlabelled
+from pi_ray.run.directory import RunDir
+from pi_ray.run.fingerprint import wants_unlabelled
 from pi_ray.schedule import plan_phases
 
 TEMPLATE = "Translate a colour into its code. red is k4, blue is z9, green is q1, black is b7."

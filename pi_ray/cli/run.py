@@ -23,7 +23,7 @@ verb = Verbs()
 
 @verb("the bundled task on the bundled model: prepare, train, evaluate, report, publish", OVERRIDES)
 def demo(args: argparse.Namespace, console: Console) -> None:
-    text = files("pi_ray").joinpath("demo.yaml").read_text(encoding="utf-8")
+    text = files("pi_ray.cli").joinpath("demo.yaml").read_text(encoding="utf-8")
     _run(run_file.parse(text, "demo.yaml", args.overrides), console)
 
 
@@ -49,7 +49,7 @@ def _run(settings: config.RunConfig, console: Console) -> None:
 
 @verb("write a folder to start from: run.yaml, template.md and rows, all commented", argument("folder", type=Path))
 def init(args: argparse.Namespace, console: Console) -> None:
-    from pi_ray.scaffold import write_task
+    from pi_ray.cli.init import write_task
 
     for path in write_task(args.folder):
         console.print(f"wrote {path}", markup=False)

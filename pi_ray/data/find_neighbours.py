@@ -21,7 +21,8 @@ from pi_ray.config import RetrieveConfig, RunConfig
 from pi_ray.data.phase_dataset import working_folder
 from pi_ray.data.ray_map import fan_out
 from pi_ray.run.artifact import digest_file, tell_of, write_atomic, writing
-from pi_ray.run.directory import RunDir, most_shots
+from pi_ray.run.directory import RunDir
+from pi_ray.run.phases import most_shots
 from pi_ray.run.row_store import count, has_piece, join, read_range, write_piece
 
 PIECE_ROWS = 512  # rows of one neighbour search

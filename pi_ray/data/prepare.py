@@ -22,7 +22,9 @@ from pi_ray.models import load_tokenizer
 from pi_ray.prompt import PromptEncoder, Template
 from pi_ray.protocols import SPLITS, UNLABELLED, Task
 from pi_ray.run.artifact import is_current, staged
-from pi_ray.run.directory import RunDir, distinct_rates, documents_file, phases_of, prepare_fingerprint, rate_name, wants_unlabelled
+from pi_ray.run.directory import RunDir, documents_file
+from pi_ray.run.fingerprint import prepare_fingerprint, wants_unlabelled
+from pi_ray.run.phases import distinct_rates, phases_of, rate_name
 
 COMPRESS_THREADS = 4
 

@@ -15,49 +15,19 @@ from pathlib import Path
 from typing import Any
 
 from pi_ray.config import RunConfig
-from pi_ray.evaluate.generation_workers import Column, generated, medians, timed
+from pi_ray.evaluate.columns import LABELS, Column, columns_of, template_at
+from pi_ray.evaluate.generation_workers import generated, medians, timed
+from pi_ray.evaluate.statistics import corpus_bleu, mean_interval, paired_bleu, paired_mean
 from pi_ray.models import load_tokenizer
 from pi_ray.prompt import PromptEncoder
 from pi_ray.protocols import Row, Task
 from pi_ray.registry import tasks
-from pi_ray.report.summary import LABELS
 from pi_ray.run.artifact import is_current, read_manifest, staged, verify
-from pi_ray.run.directory import RunDir, evaluate_fingerprint, plain_config
-from pi_ray.schedule import plan_phases
-from pi_ray.tasks.metrics import corpus_bleu, mean_interval, paired_bleu, paired_mean
+from pi_ray.run.baseline import plain_config
+from pi_ray.run.directory import RunDir
+from pi_ray.run.fingerprint import evaluate_fingerprint
 from pi_ray.train import gist
-from pi_ray.train.lora import CARD, PACKAGES
-
-
-def columns_of(config: RunConfig) -> list[Column]:
-    """The columns of a trained run; "plain" only when its baseline was trained."""
-    run = RunDir(config.root)
-    plain = run.baseline("plain").best
-    return [
-        Column("base", "", "", 0),
-        Column("base_full_prompt", "", template_at(run, 1.0), config.evaluate.shots or max(p.shots for p in plan_phases(config.schedule)), 1.0),
-        *([Column("plain", str(plain.resolve()), "", 0)] if config.evaluate.baseline else []),
-        trained(config),
-    ]
-
-
-def trained(config: RunConfig) -> Column:
-    """The run's best adapter, with the prompt that it was trained to see at inference."""
-    best = RunDir(config.root).best.resolve()
-    card = json.loads((best / CARD).read_text())
-    return Column("promptintern", str(best), card["template"], card["shots"], card["rate"], card.get("gist", 0))
-
-
-def untrained(config: RunConfig) -> Column:
-    """The base model with the prompt of the run's last phase."""
-    last = plan_phases(config.schedule)[-1]
-    return Column("base", "", template_at(RunDir(config.root), last.rate), last.shots, last.rate)
-
-
-def template_at(run: RunDir, rate: float) -> str:
-    if not rate:
-        return ""
-    return next(t["text"] for t in json.loads((run.templates / "templates.json").read_text()) if t["rate"] == rate)
+from pi_ray.train.lora import PACKAGES
 
 
 def evaluate(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -12,6 +11,7 @@ from typing import Any
 from pi_ray.cluster import placement, session, storage_sync
 from pi_ray.config import ModelConfig, PromptConfig, RunConfig
 from pi_ray.data.ray_map import stream
+from pi_ray.evaluate.columns import Column
 from pi_ray.models import load_tokenizer
 from pi_ray.prompt import PromptEncoder
 
@@ -19,21 +19,6 @@ Prompts = tuple[list[int], list[list[int]]]  # prefix ids, and the ids of each r
 Seconds = list[tuple[float, ...]]  # of single requests: whole prompt, cached prefix, and where there is an adapter: merged
 RECITED = 64  # tokens of an answer to a question for the hidden template
 KINDS = ("latency_s", "latency_cached_s", "latency_merged_s")
-
-
-@dataclass(frozen=True)
-class Column:
-    """One way to answer the test rows. `adapter` is a folder or "" for the base model; `gist` tokens stand for the template if there are any.
-
-    `rate` is the template's, by which documents that come with a row are compressed.
-    """
-
-    name: str
-    adapter: str
-    template: str
-    shots: int
-    rate: float = 0.0
-    gist: int = 0
 
 
 def generated(

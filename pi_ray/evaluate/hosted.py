@@ -15,25 +15,26 @@ from urllib.parse import urlsplit
 
 from pi_ray import __version__
 from pi_ray.errors import TrainingError
+from pi_ray.evaluate.columns import LABELS
 from pi_ray.hosted.answer import PARALLEL, replies
 from pi_ray.hosted.client import OPENAI, Reply
 from pi_ray.hosted.messages import prepared, prompts_of_columns
 from pi_ray.hosted.price import confirmed
 from pi_ray.hosted.tuning import is_tuned, tuned
 from pi_ray.prompt import PromptEncoder, text_of
-from pi_ray.report.summary import LABELS
 from pi_ray.run.artifact import digest, is_current, staged
-from pi_ray.run.directory import RunDir, plain_config
+from pi_ray.run.baseline import plain_config
+from pi_ray.run.directory import RunDir
 
 if TYPE_CHECKING:
     from pi_ray.config import RunConfig
-    from pi_ray.evaluate.generation_workers import Column
+    from pi_ray.evaluate.columns import Column
     from pi_ray.protocols import Row
 
 
 def columns_of(config: RunConfig) -> list[Column]:
     """The columns of a tuned run, with model ids as adapters; "plain" only when its baseline was tuned."""
-    from pi_ray.evaluate.generation_workers import Column
+    from pi_ray.evaluate.columns import Column
 
     prompts, plain = prompts_of_columns(config), plain_config(config)
     with_plain = config.evaluate.baseline and RunDir(plain.root).rows.exists() and is_tuned(plain)
@@ -47,7 +48,7 @@ def columns_of(config: RunConfig) -> list[Column]:
 
 def trained(config: RunConfig) -> Column:
     """The run's tuned model, with the prompt of its last phase. Raises TrainingError when there is none yet."""
-    from pi_ray.evaluate.generation_workers import Column
+    from pi_ray.evaluate.columns import Column
 
     model = tuned(config)[-1].get("model")
     if not model:

@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from pi_ray.evaluate.statistics import bleu_of, bleu_statistics, difference, gap_recovered, over_seeds, paired_bleu, paired_mean
 from pi_ray.experiments.sweep import Family, Member
 from pi_ray.report import cost
 from pi_ray.report.summary import metric_name, seconds, value
 from pi_ray.run.artifact import write_atomic
-from pi_ray.tasks.metrics import bleu_of, bleu_statistics, difference, gap_recovered, over_seeds, paired_bleu, paired_mean
 
 if TYPE_CHECKING:
     from rich.table import Table

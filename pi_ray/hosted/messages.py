@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 from pi_ray.errors import ConfigError, TrainingError
 from pi_ray.prompt import text_of
 from pi_ray.run.artifact import digest, is_current, read_manifest, staged
-from pi_ray.run.directory import RunDir, phases_of
+from pi_ray.run.directory import RunDir
+from pi_ray.run.phases import phases_of
 
 if TYPE_CHECKING:
     from pi_ray.config import RunConfig

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING
 
 from pi_ray.errors import ConfigError, TrainingError
 from pi_ray.models import load_tokenizer
+from pi_ray.progress import format_money
 from pi_ray.prompt import PromptEncoder
-from pi_ray.report.cost import money
 from pi_ray.run.artifact import read_manifest
-from pi_ray.run.directory import RunDir, phases_of
+from pi_ray.run.directory import RunDir
+from pi_ray.run.phases import phases_of
 
 if TYPE_CHECKING:
     from pi_ray.config import RunConfig
@@ -37,7 +38,7 @@ class Estimate:
     def sentence(self, config: RunConfig) -> str:
         """What a person reads before saying yes."""
         training, evaluation = self.cost(config)
-        write = lambda amount: money(amount, config.cost.currency)  # noqa: E731
+        write = lambda amount: format_money(amount, config.cost.currency)  # noqa: E731
         phases = ", ".join(f"phase {i}: {n:,}" for i, n in self.training.items())
         tuning = f"Fine-tuning {config.closed.model} takes about {sum(self.training.values()):,} tokens ({phases}), {write(training)}. " if phases else ""
         return (

@@ -18,7 +18,8 @@ from pi_ray.hosted.client import ENDED_BADLY, Service, UnknownError
 from pi_ray.hosted.messages import file_name, files_of, prompts_of_columns
 from pi_ray.hosted.state import State, only_one
 from pi_ray.run.artifact import digest, verify, write_atomic
-from pi_ray.run.directory import RunDir, phases_of
+from pi_ray.run.directory import RunDir
+from pi_ray.run.phases import phases_of
 
 if TYPE_CHECKING:
     from pi_ray.config import RunConfig

@@ -12,15 +12,19 @@ from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import TYPE_CHECKING
 
+from pi_ray import progress
 from pi_ray.data.ingest import check, read
 from pi_ray.models import load_tokenizer
 from pi_ray.plan import estimate
+from pi_ray.plan.figures import PhasePlan, Plan
 from pi_ray.prompt import Example, PromptEncoder
 from pi_ray.protocols import SPLITS, UNLABELLED
 from pi_ray.registry import tasks
 from pi_ray.report import cost
 from pi_ray.run.artifact import is_current
-from pi_ray.run.directory import RunDir, plain_config, prepare_fingerprint, wants_unlabelled
+from pi_ray.run.baseline import plain_config
+from pi_ray.run.directory import RunDir
+from pi_ray.run.fingerprint import prepare_fingerprint, wants_unlabelled
 from pi_ray.schedule import Phase, plan_phases
 from pi_ray.train.updates import phase_updates
 
@@ -32,52 +36,6 @@ if TYPE_CHECKING:
 
 ANSWERED = 5
 SAMPLE = 256  # training rows whose tokens are counted
-
-
-@dataclass(frozen=True)
-class PhasePlan:
-    """One phase: mean tokens of its shape, updates, and seconds of training. `measured` when the template was already compressed."""
-
-    phase: Phase
-    rows: int
-    shape: estimate.Shape
-    updates: int
-    seconds: float
-    measured: bool
-
-    @property
-    def tokens(self) -> float:
-        """Tokens of one row as the model sees it: prefix, examples and query, label."""
-        return self.shape.prefix + self.shape.row + self.shape.label
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Everything `render` prints. Tokens are means per request; `memory` and `host` are bytes per worker in the largest phase."""
-
-    config: RunConfig
-    rows: dict[str, int]
-    rejects: int
-    notes: list[str]
-    size: estimate.ModelSize
-    speed: estimate.Speed
-    phases: list[PhasePlan]
-    plain: list[PhasePlan]
-    memory: dict[str, float]
-    host: dict[str, float]
-    full: estimate.Shape
-    query: estimate.Shape
-    money: cost.Economics
-    teaching: float = 0.0  # seconds in which a teacher answers unlabelled queries
-
-    @property
-    def seconds(self) -> float:
-        return sum(p.seconds for p in self.phases) + self.teaching
-
-    @property
-    def saved(self) -> float:
-        """Input tokens per request that inference no longer sends."""
-        return self.full.prefix + self.full.row - self.query.prefix - self.query.row
 
 
 @dataclass(frozen=True)
@@ -200,7 +158,7 @@ def render(plan: Plan, console: Console, scale: bool = False) -> None:
         say(f"Placement: {placement.placement(config)}")
     full, query = plan.full.prefix + plan.full.row, plan.query.prefix + plan.query.row
     say(f"Inference: {query:,.0f} input tokens instead of {full:,.0f}, {plan.saved / full:.0%} fewer", "bold")
-    say(f"Cost: training about {cost.money(plan.money.training, config.cost.currency)}. If quality holds: {cost.payback(plan.money, config.cost)}")
+    say(f"Cost: training about {progress.format_money(plan.money.training, config.cost.currency)}. If quality holds: {cost.payback(plan.money, config.cost)}")
     if scale or (plan.speed.device == "gpu" and config.train.workers > config.cluster.gpus_per_node):
         from pi_ray.plan import scale as paper
 
@@ -253,4 +211,3 @@ def _parts(memory: dict[str, float]) -> str:
 
 def _bytes(count: float) -> str:
     return f"{count / 2**30:.1f} GiB" if count >= 2**29 else f"{count / 2**20:,.0f} MiB"
-

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from pi_ray.plan.estimate import ModelSize, Shape
-    from pi_ray.plan.plan import PhasePlan, Plan
+    from pi_ray.plan.figures import PhasePlan, Plan
 
 NODES = (1, 2, 4, 8, 16, 32, 64)
 ROWS = (1_000_000, 100_000_000)

@@ -10,6 +10,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from pi_ray.progress import format_money
 from pi_ray.report import summary as numbers
 
 if TYPE_CHECKING:
@@ -109,7 +110,7 @@ def _plain_instead(summary: dict[str, Any], cost: CostConfig, metric: str) -> st
     if against == "worse":
         return ""
     trained = summary["train"]["plain"]
-    price = money(trained_cost(cost, trained), cost.currency)
+    price = format_money(trained_cost(cost, trained), cost.currency)
     return f" Plain fine-tuning saves as much, its quality is {against}, and its training cost {price}."
 
 
@@ -129,12 +130,3 @@ def _after(requests: int, cost: CostConfig) -> str:
     days = requests / cost.requests_per_month * 365.25 / 12
     time = "less than a day" if days < 1 else f"{days:.0f} days" if days < 60 else f"{days / 30.44:,.0f} months"
     return f"after {requests:,} requests ({time} at {cost.requests_per_month:,} a month)"
-
-
-def money(amount: float, currency: str) -> str:
-    """An amount with cents; with three digits that matter where it is below one."""
-    if amount == 0:
-        return f"{currency} 0"
-    if abs(amount) < 1:
-        return f"{currency} {amount:.{max(2, 2 - math.floor(math.log10(abs(amount))))}f}"
-    return f"{currency} {amount:,.2f}"

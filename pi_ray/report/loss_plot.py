@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from pi_ray.errors import StorageError
@@ -15,6 +15,17 @@ from pi_ray.train.train_log import entries
 WIDTH, HEIGHT = 960, 420
 SCALE = 3  # drawn so many times larger and then shrunk, which smooths every edge
 PALE = "#a9d2c6"
+
+
+def drawing(run: RunDir, watch: Callable[[dict[str, Any]], None]) -> Callable[[dict[str, Any]], None]:
+    """A listener of the training log that calls `watch` and draws the loss curve anew after each phase."""
+
+    def seen(entry: dict[str, Any]) -> None:
+        watch(entry)
+        if entry.get("event") in ("phase_end", "best"):
+            write(run)
+
+    return seen
 
 
 def write(run: RunDir) -> bool:

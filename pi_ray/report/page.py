@@ -13,9 +13,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from pi_ray import __version__
+from pi_ray import __version__, progress
 from pi_ray.config import RunConfig, dump
 from pi_ray.errors import CorruptArtifactError, DataError
+from pi_ray.evaluate import columns
 from pi_ray.report import charts, cost
 from pi_ray.report import summary as numbers
 from pi_ray.report.summary import table
@@ -103,7 +104,7 @@ def _tiles(summary: dict[str, Any], config: RunConfig, metric: str) -> list[tupl
 def _cost(summary: dict[str, Any], config: RunConfig) -> dict[str, Any]:
     """Cells of the cost section, as text."""
     money, prices = cost.of_summary(summary, config.cost), config.cost
-    write = lambda amount: cost.money(amount, prices.currency)  # noqa: E731
+    write = lambda amount: progress.format_money(amount, prices.currency)  # noqa: E731
     requests = lambda n: f"{n:,} requests" if n is not None else "never"  # noqa: E731
     return {
         "lines": [
@@ -112,7 +113,7 @@ def _cost(summary: dict[str, Any], config: RunConfig) -> dict[str, Any]:
         ],
         "requests_per_month": f"{prices.requests_per_month:,}",
         "training": [
-            (numbers.LABELS.get(name, name), _trained(facts), write(cost.trained_cost(prices, facts)))
+            (columns.LABELS.get(name, name), _trained(facts), write(cost.trained_cost(prices, facts)))
             for name, facts in summary["train"].items()
         ],
         "saving": (write(cost.monthly(prices, money.saving.uncached)), write(cost.monthly(prices, money.saving.cached))),

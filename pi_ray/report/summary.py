@@ -10,17 +10,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from pi_ray.evaluate.columns import LABELS
 from pi_ray.schedule import Phase
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-LABELS = {
-    "base": "Base, query alone",
-    "base_full_prompt": "Base, full prompt",
-    "plain": "Plain fine-tuning",
-    "promptintern": "PromptIntern",
-}
 METRIC_NAMES = {"exact_match": "Exact match", "bleu": "BLEU", "execution": "Execution match"}
 PROBES = (  # probe.py
     ("off_task_perplexity", "Perplexity on other text", "{:.1f}"),

@@ -9,7 +9,6 @@ A request prefers a replica that holds its adapter: the handle names the adapter
 from __future__ import annotations
 
 import asyncio
-import inspect
 import logging
 import os
 import sys
@@ -23,9 +22,11 @@ from ray import serve
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
 from pi_ray.cluster import placement
-from pi_ray.config import RunConfig, ServeConfig
+from pi_ray.config import RunConfig
 from pi_ray.errors import AdapterError
-from pi_ray.serve.engine.completion import Ask, Completer, RefusedError, adapter_of, base_name, served
+from pi_ray.models import base_name
+from pi_ray.serve.engine.completion import Ask, Completer, RefusedError, adapter_of, served
+from pi_ray.serve.engine.replica_options import front_options, replica_options, surge_options
 from pi_ray.serve.http.api import create_api
 from pi_ray.serve.http.stream_coalescing import Pace
 from pi_ray.serve.metrics import EngineMetrics, Meter, Metrics, Traffic
@@ -34,7 +35,6 @@ from pi_ray.store.adapters import AdapterStore
 log = logging.getLogger("ray.serve")
 API_REQUESTS = 1024  # open HTTP requests at the ingress; the queue before the model is the bound that clients meet
 SWITCH_S = 0.0002  # after which the decoding thread, back from an operation, gets Python's lock again from those that deliver tokens; 0.005 by default
-HEALTH_PERIOD_S = 2  # Serve replaces a replica after three failures in a row
 
 
 class Model:
@@ -163,7 +163,7 @@ def build(config: RunConfig, digest: str = "") -> serve.Application:
         max_queued_requests=API_REQUESTS,
         ray_actor_options={"num_cpus": 0},
         graceful_shutdown_timeout_s=config.serve.graceful_shutdown_timeout_s,
-        **_surge(100),
+        **surge_options(100),
     )
     return ingress.bind(model.bind(config, *([aside(config)] if aside else [])))
 
@@ -181,54 +181,6 @@ class _Ingress:
 
     def __init__(self, model: Any):
         self.model = model
-
-
-def replica_options(limits: ServeConfig, has: dict[str, float], asked: dict[str, Any]) -> dict[str, Any]:
-    """Serve's options for replicas that hold the base model, on a cluster that `has` so many CPU and GPU: a GPU for each replica where there are any.
-
-    `asked` are Ray's actor options that run.yaml asks for.
-    """
-    scarce = has.get("GPU") or has.get("CPU", 0)
-    return {
-        "max_ongoing_requests": limits.max_ongoing_requests,
-        "max_queued_requests": limits.max_queued_requests,
-        "autoscaling_config": {
-            "min_replicas": limits.min_replicas,
-            "initial_replicas": max(1, limits.min_replicas),  # one starts even where none may be left: a model that cannot load fails the deployment
-            "max_replicas": limits.max_replicas,
-            "target_ongoing_requests": limits.max_ongoing_requests * 0.75,
-            "upscale_delay_s": limits.upscale_delay_s,
-            "downscale_delay_s": limits.downscale_delay_s,
-            "downscale_to_zero_delay_s": limits.downscale_to_zero_delay_s,
-            "look_back_period_s": 15,
-        },
-        "ray_actor_options": {"num_cpus": 1, "num_gpus": int(has.get("GPU", 0) > 0), **asked},
-        # A new version comes up beside the old one, which serves until then; where there is no room for both, the old one must go first.
-        **_surge(100 if scarce > limits.max_replicas else 0),
-        **_care(limits),
-    }
-
-
-def front_options(limits: ServeConfig) -> dict[str, Any]:
-    """For Model in front of an engine with a deployment of its own: one light replica checks and tokenises for all of them."""
-    return {
-        "num_replicas": 1,
-        "max_ongoing_requests": limits.max_ongoing_requests * limits.max_replicas,
-        "max_queued_requests": limits.max_queued_requests,
-        "ray_actor_options": {"num_cpus": 1},
-        **_surge(100),
-        **_care(limits),
-    }
-
-
-def _care(limits: ServeConfig) -> dict[str, Any]:
-    """Serve replaces a replica that does not answer its health check, and lets one that has to go finish what it has begun."""
-    return {"health_check_period_s": HEALTH_PERIOD_S, "health_check_timeout_s": 10, "graceful_shutdown_timeout_s": limits.graceful_shutdown_timeout_s}
-
-
-def _surge(percent: int) -> dict[str, int]:
-    """Extra replicas during an update, in percent. Ray before 2.60 does not know it: there the old replica goes first and requests wait."""
-    return {"max_surge_percent": percent} if "max_surge_percent" in inspect.signature(serve.deployment).parameters else {}
 
 
 def _resources() -> dict[str, float]:

@@ -14,10 +14,9 @@ from typing import Any
 
 from pi_ray.config import PromptConfig, RunConfig
 from pi_ray.errors import AdapterError
-from pi_ray.models import PACKAGED
+from pi_ray.models import PACKAGED, base_name
 from pi_ray.run.artifact import digest, seal, verify, write_atomic
 from pi_ray.run.directory import RunDir
-from pi_ray.serve.engine.completion import base_name
 from pi_ray.store import prompt_guard
 from pi_ray.store.adapters import NAME, AdapterStore
 from pi_ray.store.aliases import LATEST

@@ -12,7 +12,8 @@ from typing import Any
 from pi_ray.config import RunConfig
 from pi_ray.errors import AdapterError, StorageError
 from pi_ray.run.artifact import MANIFEST, staged, tell_of, write_atomic
-from pi_ray.run.directory import RunDir, prepare_fingerprint, train_fingerprint
+from pi_ray.run.directory import RunDir
+from pi_ray.run.fingerprint import prepare_fingerprint, train_fingerprint
 from pi_ray.run.object_storage import Objects
 from pi_ray.store.adapters import AdapterStore, UnknownAdapterError
 from pi_ray.store.aliases import NEWEST

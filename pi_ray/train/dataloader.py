@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pi_ray.config import RunConfig
 from pi_ray.protocols import UNLABELLED
 from pi_ray.run.artifact import is_current
-from pi_ray.run.directory import RunDir, wants_unlabelled
+from pi_ray.run.directory import RunDir
+from pi_ray.run.fingerprint import wants_unlabelled
 from pi_ray.train import gist
 from pi_ray.train.batches import Batch, PhaseRows, plain
 from pi_ray.train.distill import Row, Targets, Taught

@@ -14,9 +14,9 @@ from typing import Any
 from pi_ray.cluster import placement, storage_sync
 from pi_ray.config import RunConfig
 from pi_ray.errors import ConfigError, PiRayError, TrainingError
-from pi_ray.report import loss_plot
 from pi_ray.run.artifact import is_current, read_manifest
-from pi_ray.run.directory import RunDir, learned_from, train_fingerprint
+from pi_ray.run.directory import RunDir
+from pi_ray.run.fingerprint import learned_from, train_fingerprint
 from pi_ray.schedule import plan_phases
 from pi_ray.train import trackers
 from pi_ray.train.train_log import entries
@@ -39,7 +39,7 @@ def train(config: RunConfig, watch: Callable[[dict[str, Any]], None] = lambda en
     """Train on the Ray cluster (started by the caller) and return the train fingerprint. Skipped when every adapter is there.
 
     `watch` gets each entry of the log as it is written. Raises TrainingError when the worker group fails for good, and what a worker found wrong
-    with data, settings or disk at once, since another try would end the same. loss.png is drawn after each phase.
+    with data, settings or disk at once, since another try would end the same.
     """
     fingerprint = fingerprint_of(config)
     if is_trained(config):
@@ -72,7 +72,7 @@ def train(config: RunConfig, watch: Callable[[dict[str, Any]], None] = lambda en
         ),
     )
     stop = threading.Event()
-    follower = threading.Thread(target=_follow, args=(run.train_log, _drawing(run, watch), stop), daemon=True)
+    follower = threading.Thread(target=_follow, args=(run.train_log, watch, stop), daemon=True)
     follower.start()
     try:
         with _timeouts(config.train.collective_timeout_s):
@@ -139,17 +139,6 @@ def _timeouts(seconds: int) -> Iterator[None]:
     finally:
         for key in added:
             del os.environ[key]
-
-
-def _drawing(run: RunDir, watch: Callable[[dict[str, Any]], None]) -> Callable[[dict[str, Any]], None]:
-    """`watch`, and the loss curve drawn anew after each phase."""
-
-    def seen(entry: dict[str, Any]) -> None:
-        watch(entry)
-        if entry.get("event") in ("phase_end", "best"):
-            loss_plot.write(run)
-
-    return seen
 
 
 def _follow(log: Path, watch: Callable[[dict[str, Any]], None], stop: threading.Event) -> None:

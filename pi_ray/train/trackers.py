@@ -16,7 +16,8 @@ from urllib.parse import urlsplit
 from pi_ray.config import RunConfig
 from pi_ray.errors import MissingExtraError
 from pi_ray.run.artifact import write_atomic
-from pi_ray.run.directory import RunDir, learned_from
+from pi_ray.run.directory import RunDir
+from pi_ray.run.fingerprint import learned_from
 
 PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb", "mlflow": "mlflow"}
 WANDB_HOST = "https://api.wandb.ai"

@@ -19,7 +19,8 @@ from pi_ray.errors import TrainingError
 from pi_ray.protocols import UNLABELLED
 from pi_ray.registry import backends
 from pi_ray.run.artifact import digest, read_manifest, sweep
-from pi_ray.run.directory import RunDir, learned_from
+from pi_ray.run.directory import RunDir
+from pi_ray.run.fingerprint import learned_from
 from pi_ray.schedule import plan_phases
 from pi_ray.train import checkpoint, distill, gist, lora, shared_prefix, trackers
 from pi_ray.train.backends import MOMENTS

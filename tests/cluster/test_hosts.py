@@ -84,7 +84,7 @@ def test_on_object_storage_a_node_that_lost_its_disk_finds_everything_again(head
 
 def test_only_what_run_yaml_names_travels_and_no_secret_does(head, task, shared, person):
     jobs = json.dumps(get(f"{LOCAL}/api/jobs/"))
-    assert TOKEN not in jobs and "python -m pi_ray.cluster.jobs.entrypoint run run.yaml" in jobs
+    assert TOKEN not in jobs and "python -m pi_ray.cli.job run run.yaml" in jobs
     inputs = head / "runs" / "my-task" / "inputs"
     assert {path.name for path in inputs.iterdir()} == {"train.jsonl", "dev.jsonl", "test.jsonl", "template.md", "manifest.json"}
     for path in (head / "runs" / "my-task").rglob("*"):

@@ -22,7 +22,7 @@ def small(tiny_model):
 
 def test_a_table_is_run_printed_and_kept_and_goes_on_where_it_was_stopped(small, tmp_path):
     (tmp_path / "paper").mkdir()
-    text = (REPO / "jobs" / "paper" / "distill.yaml").read_text().replace("../../pi_ray/demo.yaml", str(REPO / "pi_ray" / "demo.yaml"))
+    text = (REPO / "jobs" / "paper" / "distill.yaml").read_text().replace("../../pi_ray/cli/demo.yaml", str(REPO / "pi_ray" / "cli" / "demo.yaml"))
     (tmp_path / "paper" / "distill.yaml").write_text(re.sub(r"epochs: \d", "epochs: 1", text))
     command = f"pi-ray table paper/distill.yaml {small} 'table.seeds=[0]' 'table.only=%s'"
     first = shell(command % "[distill]", tmp_path)

@@ -15,7 +15,8 @@ from pi_ray.prompt import PromptEncoder
 from pi_ray.retrieve.neighbours import normalised
 from pi_ray.run import row_store
 from pi_ray.run.artifact import digest_file, verify
-from pi_ray.run.directory import RunDir, plain_config
+from pi_ray.run.baseline import plain_config
+from pi_ray.run.directory import RunDir
 
 pytestmark = pytest.mark.ray
 PASSAGE = (

@@ -3,7 +3,8 @@
 import torch
 
 from pi_ray.config import ModelConfig, PromptConfig
-from pi_ray.evaluate.generation_workers import KINDS, Column, Generator, _item, medians
+from pi_ray.evaluate.columns import Column
+from pi_ray.evaluate.generation_workers import KINDS, Generator, _item, medians
 from pi_ray.evaluate.peft_adapters import LoadedAdapters
 from pi_ray.models import load_model
 from tests.lora import TEMPLATE, write_adapter

@@ -12,10 +12,10 @@ import openai
 import pytest
 
 from pi_ray.config import ModelConfig, PromptConfig, RunConfig, ServeConfig
-from pi_ray.models import load_tokenizer
+from pi_ray.models import base_name, load_tokenizer
 from pi_ray.prompt import PromptEncoder
 from pi_ray.protocols import Token
-from pi_ray.serve.engine.completion import Ask, Completer, RefusedError, base_name, served
+from pi_ray.serve.engine.completion import Ask, Completer, RefusedError, served
 from pi_ray.serve.engine.detokenizer import TextStream, spelled
 from pi_ray.serve.http.api import OPEN_PATHS, create_api
 from pi_ray.serve.http.keys import key_digest, line

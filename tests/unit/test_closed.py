@@ -14,13 +14,14 @@ from pi_ray import hosted, models
 from pi_ray.config import PromptConfig, RunConfig
 from pi_ray.errors import ConfigError, CorruptArtifactError, MissingExtraError, TrainingError
 from pi_ray.evaluate import hosted as hosted_evaluation
-from pi_ray.evaluate.generation_workers import Column
+from pi_ray.evaluate.columns import Column
 from pi_ray.hosted import answer, client, messages, price, state
 from pi_ray.hosted.client import Service
 from pi_ray.prompt import Example, PromptEncoder, text_of
 from pi_ray.report.page import write_report
 from pi_ray.run.artifact import read_manifest, staged
-from pi_ray.run.directory import RunDir, plain_config
+from pi_ray.run.baseline import plain_config
+from pi_ray.run.directory import RunDir
 from tests.unit.fake_openai import FakeOpenAI
 
 KEY = "sk-secret-0123456789"

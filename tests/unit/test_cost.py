@@ -3,6 +3,7 @@
 import pytest
 from fake_run import summary
 
+from pi_ray import progress
 from pi_ray.config import CostConfig
 from pi_ray.report import cost
 
@@ -73,4 +74,4 @@ def test_verdict_says_when_plain_fine_tuning_is_no_worse():
 
 @pytest.mark.parametrize(("amount", "text"), [(0, "EUR 0"), (1234.5, "EUR 1,234.50"), (0.25, "EUR 0.250"), (0.0000432, "EUR 0.0000432"), (-37.3, "EUR -37.30")])
 def test_money_shows_the_digits_that_matter(amount, text):
-    assert cost.money(amount, "EUR") == text
+    assert progress.format_money(amount, "EUR") == text

@@ -17,6 +17,7 @@ from pi_ray.config import CostConfig, ModelConfig, RunConfig, ServeConfig
 from pi_ray.errors import AdapterError
 from pi_ray.run.artifact import write_atomic
 from pi_ray.serve import deployment
+from pi_ray.serve.engine import replica_options
 from pi_ray.serve.engine.completion import Ask, RefusedError
 from pi_ray.serve.metrics import Metrics, Traffic
 from pi_ray.store import remote
@@ -153,7 +154,7 @@ def test_leaving_cancels_the_generation(config):
 
 @pytest.mark.parametrize("limits", [{}, {"min_replicas": 0, "max_replicas": 4}, {"min_replicas": 2, "max_replicas": 2}])
 def test_serve_takes_the_options_and_one_replica_starts_even_where_none_may_be_left(limits):
-    options = deployment.replica_options(ServeConfig(**limits), {}, {})
+    options = replica_options.replica_options(ServeConfig(**limits), {}, {})
     serve.deployment(type("D", (), {}), **options)  # raises for an option that Serve does not know
     scaling = AutoscalingConfig(**options["autoscaling_config"])
     assert scaling.initial_replicas == max(1, limits.get("min_replicas", 1))
@@ -164,7 +165,7 @@ def test_serve_takes_the_options_and_one_replica_starts_even_where_none_may_be_l
 def test_a_new_version_comes_up_beside_the_old_one_where_there_is_room_for_both():
     limits = ServeConfig(max_replicas=2)
     for has, surge in (({"CPU": 2}, 0), ({"CPU": 3}, 100), ({"CPU": 64, "GPU": 2}, 0), ({"CPU": 64, "GPU": 3}, 100)):
-        options = deployment.replica_options(limits, has, {})
+        options = replica_options.replica_options(limits, has, {})
         assert options["max_surge_percent"] == surge
         assert options["ray_actor_options"]["num_gpus"] == int("GPU" in has)
 

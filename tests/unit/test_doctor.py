@@ -18,12 +18,12 @@ import pytest
 from rich.console import Console
 
 from pi_ray import cli
+from pi_ray.cli.init import write_task
 from pi_ray.cluster import doctor, requirements, session
 from pi_ray.cluster.doctor import machine, remote, run
 from pi_ray.config import run_file
 from pi_ray.errors import ClusterError, MissingExtraError
 from pi_ray.plan import estimate
-from pi_ray.scaffold import write_task
 from tests.conftest import unset
 
 Usage = namedtuple("Usage", "total used free")

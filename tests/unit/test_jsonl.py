@@ -8,7 +8,7 @@ import pytest
 from pi_ray.config import TaskConfig, run_file
 from pi_ray.errors import DataError
 from pi_ray.protocols import Reject, Row
-from pi_ray.run.directory import learned_from, prepare_fingerprint
+from pi_ray.run.fingerprint import learned_from, prepare_fingerprint
 from pi_ray.tasks import jsonl
 from pi_ray.tasks.jsonl import JsonlTask
 

@@ -9,7 +9,8 @@ from sacrebleu.metrics import BLEU
 from sacrebleu.significance import PairedTest
 
 from pi_ray.errors import DataError
-from pi_ray.tasks.metrics import bleu_of, bleu_statistics, corpus_bleu, exact_match, gap_recovered, mean_interval, over_seeds, paired_bleu, paired_mean
+from pi_ray.evaluate.statistics import bleu_of, bleu_statistics, corpus_bleu, gap_recovered, mean_interval, over_seeds, paired_bleu, paired_mean
+from pi_ray.tasks.metrics import exact_match
 
 ANSWERS = [f"find . -name '*.{i}' -type f | xargs grep -l word{i % 7}" for i in range(60)]
 WORSE = [a.replace("find", "ls").replace("xargs", "cat") for a in ANSWERS]

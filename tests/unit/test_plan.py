@@ -19,7 +19,8 @@ from pi_ray.plan.plan import plan, render
 from pi_ray.prompt import PromptEncoder
 from pi_ray.registry import tasks
 from pi_ray.run.artifact import staged
-from pi_ray.run.directory import RunDir, prepare_fingerprint
+from pi_ray.run.directory import RunDir
+from pi_ray.run.fingerprint import prepare_fingerprint
 from pi_ray.schedule import plan_phases
 
 TEMPLATE = "# Instruction\n" + "Turn the request into a command of the alert language. " * 12

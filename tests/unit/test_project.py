@@ -32,7 +32,7 @@ def test_an_installed_package_has_the_command_and_carries_the_demo(tmp_path):
     pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation", "--target", tmp_path / "site", REPO]
     subprocess.run(pip, check=True, capture_output=True)
     program = "import pi_ray, sys; from pi_ray.tasks.opsql import OpsqlTask; from importlib.resources import files\n" \
-        "from pi_ray.config.run_file import parse; c = parse(files('pi_ray').joinpath('demo.yaml').read_text(), 'demo.yaml'); print(pi_ray.__file__, c.task.name, len(OpsqlTask(c.task).template().text))"
+        "from pi_ray.config.run_file import parse; c = parse(files('pi_ray.cli').joinpath('demo.yaml').read_text(), 'demo.yaml'); print(pi_ray.__file__, c.task.name, len(OpsqlTask(c.task).template().text))"
 
     def python(*arguments):
         environment = {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(tmp_path / "site")}

@@ -13,7 +13,9 @@ from pi_ray.cluster.jobs import entrypoint
 from pi_ray.config import RunConfig, dump
 from pi_ray.config.run_file import load
 from pi_ray.errors import AdapterError, TrainingError
-from pi_ray.run.directory import RunDir, plain_config, train_fingerprint
+from pi_ray.run.baseline import plain_config
+from pi_ray.run.directory import RunDir
+from pi_ray.run.fingerprint import train_fingerprint
 from pi_ray.run.object_storage import Objects
 from pi_ray.store import refresh
 from pi_ray.train import lora

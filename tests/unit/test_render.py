@@ -144,8 +144,8 @@ def test_beside_a_bucket_jobs_copy_their_run_there_and_what_needs_a_shared_folde
     place = "cluster.storage_path=s3://bucket/pi-ray"
     files, _ = made("k8s", tmp_path, place, "cluster.kubernetes.service_account=reader")
     assert "PersistentVolumeClaim" not in "".join(files.values()) and list(files) == list(made("k8s", tmp_path)[0])
-    assert yaml.safe_load(files["raycronjob.yaml"])["spec"]["jobTemplate"]["entrypoint"] == "python -m pi_ray.cluster.jobs.entrypoint refresh /etc/pi-ray/run.yaml"
-    assert yaml.safe_load(files["rayjob.yaml"])["spec"]["entrypoint"] == "python -m pi_ray.cluster.jobs.entrypoint run /etc/pi-ray/run.yaml"
+    assert yaml.safe_load(files["raycronjob.yaml"])["spec"]["jobTemplate"]["entrypoint"] == "python -m pi_ray.cli.job refresh /etc/pi-ray/run.yaml"
+    assert yaml.safe_load(files["rayjob.yaml"])["spec"]["entrypoint"] == "python -m pi_ray.cli.job run /etc/pi-ray/run.yaml"
     base = {d["kind"]: d for d in yaml.safe_load_all(files["base.yaml"])}
     seen = run_file.parse(base["ConfigMap"]["data"]["run.yaml"], "run.yaml", folder=Path("/etc/pi-ray"))
     assert seen.store == "s3://bucket/pi-ray/store" and seen.task.train == "s3://bucket/pi-ray/inputs/my.task/train.jsonl" and not seen.run_dir.startswith("s3")

@@ -5,12 +5,12 @@ from importlib.resources import files
 import pytest
 import yaml
 
+from pi_ray.cli.init import write_task
 from pi_ray.config.run_file import load, parse
 from pi_ray.errors import ConfigError
 from pi_ray.models import load_tokenizer
 from pi_ray.prompt import PromptEncoder, Template
 from pi_ray.protocols import SPLITS, Row
-from pi_ray.scaffold import write_task
 from pi_ray.tasks.jsonl import JsonlTask
 
 
@@ -57,6 +57,6 @@ def test_the_written_paths_are_returned(tmp_path):
 
 
 def test_the_demo_run_loads():
-    config = parse(files("pi_ray").joinpath("demo.yaml").read_text(), "demo.yaml")
+    config = parse(files("pi_ray.cli").joinpath("demo.yaml").read_text(), "demo.yaml")
     assert config.name == "demo" and config.task.name == "opsql"
     PromptEncoder(load_tokenizer(config.model), config.prompt)  # its chat frame suits its model

@@ -11,7 +11,7 @@ from pi_ray.config import RunConfig
 from pi_ray.config.run_file import load
 from pi_ray.plan import estimate, scale
 from pi_ray.plan.estimate import Shape
-from pi_ray.plan.plan import PhasePlan, Plan
+from pi_ray.plan.figures import PhasePlan, Plan
 from pi_ray.schedule import plan_phases
 from tests.golden.cluster import RUN
 

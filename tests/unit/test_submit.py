@@ -10,13 +10,14 @@ from types import SimpleNamespace
 import pytest
 
 from pi_ray import cli
+from pi_ray.cli import job
+from pi_ray.cli.init import write_task
 from pi_ray.cluster import auth
 from pi_ray.cluster.jobs import bundle, entrypoint, submit
 from pi_ray.config import RunConfig, run_file
 from pi_ray.errors import ClusterError, ConfigError
 from pi_ray.progress import Seen, line
 from pi_ray.run.artifact import staged
-from pi_ray.scaffold import write_task
 from tests.conftest import unset
 
 
@@ -252,7 +253,7 @@ def test_a_run_that_has_no_job_gets_one_and_later_ones_count_on(tmp_path):
     assert FakeJobs([]).start(FACTS, tmp_path, {}) == ("pi-ray-demo-1", True)
     jobs = FakeJobs([known(2, "FAILED"), known(1, "SUCCEEDED")])
     assert jobs.start(FACTS, tmp_path, {}) == ("pi-ray-demo-3", True)
-    assert jobs.sent[0] == "python -m pi_ray.cluster.jobs.entrypoint run run.yaml" and "RAY_AUTH" not in jobs.sent[1]
+    assert jobs.sent[0] == "python -m pi_ray.cli.job run run.yaml" and "RAY_AUTH" not in jobs.sent[1]
 
 
 def test_a_number_is_not_given_twice_where_older_jobs_were_deleted(tmp_path):
@@ -401,7 +402,7 @@ def test_a_yes_to_spending_is_for_one_job(task, tmp_path, monkeypatch):
     monkeypatch.chdir(task)
     said = []
     monkeypatch.setattr(cli, "main", lambda command: said.append(command) or 0)
-    assert entrypoint.main("run", [str(task / "run.yaml"), "closed.confirmed=true", f"run_dir={tmp_path}/mine"]) == 0
+    assert job.main("run", [str(task / "run.yaml"), "closed.confirmed=true", f"run_dir={tmp_path}/mine"]) == 0
     assert said == [["run", f"{tmp_path}/mine", "closed.confirmed=true"]]
     assert run_file.load(tmp_path / "mine" / "run.yaml").closed.confirmed is False
 
@@ -421,7 +422,7 @@ def test_on_object_storage_each_node_has_a_folder_of_its_own_and_the_next_job_fi
     for node in ("a", "b"):
         monkeypatch.setenv("PI_RAY_STORAGE", str(tmp_path / node))
         monkeypatch.chdir(task)
-        assert entrypoint.main("prepare", ["run.yaml", f"cluster.storage_path={place}"]) == 3
+        assert job.main("prepare", ["run.yaml", f"cluster.storage_path={place}"]) == 3
     assert found[0] == (f"{place}/store", [".mirror.json", "inputs", "run.yaml"])
     assert found[1] == (f"{place}/store", [".mirror.json", "inputs", "rows", "run.yaml"])
     assert (tmp_path / "bucket" / "runs" / "my-task" / "rows" / "train").read_text() == "rows"
@@ -430,5 +431,5 @@ def test_on_object_storage_each_node_has_a_folder_of_its_own_and_the_next_job_fi
 def test_a_mistake_in_the_run_file_is_one_sentence_of_the_job(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "run.yaml").write_text("name: demo\ntrian: {}\n")
-    assert entrypoint.main("run", ["run.yaml"]) == 2
+    assert job.main("run", ["run.yaml"]) == 2
     assert "did you mean 'train'" in capsys.readouterr().err

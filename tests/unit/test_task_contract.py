@@ -4,11 +4,11 @@ import json
 
 import pytest
 
+from pi_ray.cli.init import write_task
 from pi_ray.config import TaskConfig
 from pi_ray.prompt import Template
 from pi_ray.protocols import SPLITS, Row
 from pi_ray.registry import tasks
-from pi_ray.scaffold import write_task
 
 
 def own_files(folder, rows):

@@ -8,7 +8,9 @@ from pi_ray.config.run_file import parse
 from pi_ray.errors import ConfigError, TrainingError
 from pi_ray.models import load_model
 from pi_ray.run.artifact import verify
-from pi_ray.run.directory import RunDir, plain_config, train_fingerprint
+from pi_ray.run.baseline import plain_config
+from pi_ray.run.directory import RunDir
+from pi_ray.run.fingerprint import train_fingerprint
 from pi_ray.train import distill, shared_prefix
 from pi_ray.train.batches import PhaseRows, packed, plain
 from pi_ray.train.distill import Targets, Taught

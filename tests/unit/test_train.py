@@ -11,7 +11,8 @@ from pi_ray.cluster.storage_sync import Mirror
 from pi_ray.config import RunConfig, TrainConfig
 from pi_ray.errors import ConfigError, TrainingError
 from pi_ray.run.artifact import digest, verify
-from pi_ray.run.directory import RunDir, train_fingerprint
+from pi_ray.run.directory import RunDir
+from pi_ray.run.fingerprint import train_fingerprint
 from pi_ray.run.object_storage import Objects
 from pi_ray.schedule import Phase, plan_phases
 from pi_ray.train import checkpoint, launch

@@ -19,7 +19,7 @@ from pi_ray.plan import estimate
 from pi_ray.protocols import Reject
 from pi_ray.registry import tasks
 from pi_ray.retrieve import encoders
-from pi_ray.run.directory import distinct_rates, most_shots
+from pi_ray.run.phases import distinct_rates, most_shots
 from pi_ray.schedule import plan_phases
 from pi_ray.train import trackers
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
@@ -22,10 +22,8 @@ from pi_ray.run.object_storage import Objects
 from pi_ray.store import refresh
 
 
-def main(verb: str, arguments: Sequence[str]) -> int:
-    """`pi-ray VERB run.yaml [section.key=value ...]` on the cluster. Returns the exit code."""
-    from pi_ray import cli
-
+def run_job(command_line: Callable[[list[str]], int], verb: str, arguments: Sequence[str]) -> int:
+    """`pi-ray VERB run.yaml [section.key=value ...]` on the cluster, where `command_line` is what the command `pi-ray` calls. Returns the exit code."""
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # the job's log is for those who wait for the run
     try:
         requirements.check()
@@ -35,9 +33,9 @@ def main(verb: str, arguments: Sequence[str]) -> int:
         sys.argv[1:] = command  # what the report names as its command
         with _mirrored(config):
             if not again:
-                return cli.main(command)
+                return command_line(command)
             refresh.place(config)
-            code = cli.main(command)
+            code = command_line(command)
             if not code:
                 refresh.finish(config)
             return code
@@ -125,6 +123,3 @@ def _place(found: dict[str, Path], root: Path) -> None:
         with staged(final, fingerprint=fingerprint) as tmp:
             bundle.copy(found, tmp)
 
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1], sys.argv[2:]))

@@ -151,7 +151,7 @@ class Jobs:
             numbers = [int(found[1]) for job in jobs if (found := re.fullmatch(rf"{re.escape(name)}-(\d+)", job.submission_id))]
             job = f"{name}-{max(numbers, default=0) + 1}"  # older ones may have been deleted
             packages = {"working_dir": str(folder), "py_modules": [str(Path(pi_ray.__file__).parent)], "excludes": ["__pycache__"], "env_vars": environment}
-            command = f"python -m pi_ray.cluster.jobs.entrypoint {shlex.quote(facts['pi_ray.step'])} run.yaml"
+            command = f"python -m pi_ray.cli.job {shlex.quote(facts['pi_ray.step'])} run.yaml"
             try:
                 return _answered(partial(self.client.submit_job, entrypoint=command, submission_id=job, metadata=facts, runtime_env=packages), self.address), True
             except ClusterError as error:

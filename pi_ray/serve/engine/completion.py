@@ -8,11 +8,11 @@ from collections.abc import AsyncIterator
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
-from pathlib import Path
 from typing import Any
 
 from pi_ray.config import PromptConfig, RunConfig
 from pi_ray.errors import AdapterError, ModelError, PiRayError
+from pi_ray.models import base_name
 from pi_ray.prompt import PromptEncoder, content_ids
 from pi_ray.protocols import GenerationRequest
 from pi_ray.serve.engine.conversation import ConversationEncoder
@@ -73,11 +73,6 @@ class RefusedError(Exception):
     def __init__(self, status: int, message: str, kind: str = "invalid_request_error", code: str | None = None, param: str | None = None):
         super().__init__(status, message, kind, code, param)
         self.status, self.message, self.kind, self.code, self.param = status, message, kind, code, param
-
-
-def base_name(base: str) -> str:
-    """What clients call the base model: its name, or the last part of a folder or file."""
-    return Path(base).name.removesuffix(".gguf") if base.startswith(("/", ".", "~")) else base
 
 
 def adapter_of(model: str, base: str) -> str | None:

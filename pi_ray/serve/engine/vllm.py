@@ -71,7 +71,7 @@ class VllmEngine:
 def options(config: RunConfig) -> dict[str, Any]:
     """Arguments of ray.serve.llm.LLMConfig: the model, what the store's adapters need, and the limits of the serve block."""
     from pi_ray.models import resolve
-    from pi_ray.serve.deployment import replica_options
+    from pi_ray.serve.engine.replica_options import replica_options
 
     model, limits = config.model, config.serve
     if limits.merge:

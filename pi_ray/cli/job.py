@@ -1,0 +1,18 @@
+"""The command inside a Ray job: `python -m pi_ray.cli.job VERB run.yaml`, which jobs/*.py and `pi-ray submit` run on the cluster."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from pi_ray import cli
+from pi_ray.cluster.jobs.entrypoint import run_job
+
+
+def main(verb: str, arguments: Sequence[str]) -> int:
+    """`pi-ray VERB run.yaml [section.key=value ...]` with the run directory on the cluster's storage. Returns the exit code."""
+    return run_job(cli.main, verb, arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1], sys.argv[2:]))
