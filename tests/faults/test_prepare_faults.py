@@ -27,7 +27,7 @@ from tests import two_nodes
 from tests.disks import fill, leftovers
 from tests.prepared import prepare_by_hand, tiny_config
 from tests.two_nodes import apart, outside
-from tests.unit.test_jsonl import BAD
+from tests.unit.tasks.test_jsonl import BAD
 
 pytestmark = pytest.mark.fault
 

@@ -14,7 +14,7 @@ from pi_ray.models import load_tokenizer
 from pi_ray.protocols import Reject, Row
 from pi_ray.tasks.nl2bash import Nl2BashTask
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture

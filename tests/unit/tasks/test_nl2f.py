@@ -12,7 +12,7 @@ from pi_ray.models import load_tokenizer
 from pi_ray.protocols import Reject, Row
 from pi_ray.tasks.nl2f import MAX_CELL, MAX_ROWS, Nl2fTask, column, functions, serialise
 
-DATA = Path(os.environ.get("PI_RAY_DATA") or Path(__file__).parents[3] / "shared" / "data")
+DATA = Path(os.environ.get("PI_RAY_DATA") or Path(__file__).parents[4] / "shared" / "data")
 SHEET = [["", "A", "B"], ["1", "Name", "Points"], ["2", "Ann", "5"], ["3", "Bo  b", "7"]]
 ASKED = {"Question": "Who has 5 points?", "Formula": "x", "Formula2": 'FILTER(A2:A3,(B2:B3=5))', "Level": "easy"}
 

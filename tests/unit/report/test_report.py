@@ -8,7 +8,6 @@ import subprocess
 from html.parser import HTMLParser
 
 import pytest
-from fake_run import HOSTILE, SUMMARY, config, summary, write_run
 from rich.console import Console
 
 from pi_ray.errors import CorruptArtifactError, DataError
@@ -16,6 +15,7 @@ from pi_ray.report import charts
 from pi_ray.report import summary as numbers
 from pi_ray.report.page import table, write_report
 from pi_ray.schedule import Phase
+from tests.unit.fake_run import HOSTILE, SUMMARY, config, summary, write_run
 
 QUERY_ALONE = Phase(0.0, 0, 1)
 

@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pytest
 import yaml
-from fake_run import column
 
 from pi_ray.errors import ConfigError
 from pi_ray.experiments import sweep, table
 from pi_ray.run.directory import RunDir
+from tests.unit.fake_run import column
 
-JOBS = Path(__file__).parents[2] / "jobs"
+JOBS = Path(__file__).parents[3] / "jobs"
 SPEEDS = {"none": {"latency_s": 0.2, "latency_cached_s": 0.2, "latency_merged_s": 0.15}}
 
 

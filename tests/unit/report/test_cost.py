@@ -1,11 +1,11 @@
 """Tokens to money, the break-even, and a verdict that does not flatter."""
 
 import pytest
-from fake_run import summary
 
 from pi_ray import progress
 from pi_ray.config import CostConfig
 from pi_ray.report import cost
+from tests.unit.fake_run import summary
 
 PRICES = CostConfig(input=1.0, cached_input=0.1, output=2.0, training_hour=3.0, requests_per_month=1000)
 

@@ -8,14 +8,14 @@ from pathlib import Path
 
 import httpx
 import pytest
-from fake_metrics import Kinds
 
 from pi_ray.config import CostConfig, ServeConfig
 from pi_ray.serve.engine.completion import Ask, RefusedError
 from pi_ray.serve.http.api import create_api, key_digest
 from pi_ray.serve.metrics import DRIFT, ENGINE_COUNTERS, ENGINE_GAUGES, METRICS, EngineMetrics, Meter, Metrics, Traffic
+from tests.unit.fake_metrics import Kinds
 
-REPO = Path(__file__).parents[2]
+REPO = Path(__file__).parents[3]
 START = {"model": "colours", "fingerprint": "colours@v0002", "adapter": "colours@v0002", "prompt": "internalised", "prompt_tokens": 30, "saved": 600}
 TAGS = (("model", "colours"), ("version", "v0002"))
 

@@ -14,7 +14,7 @@ from pi_ray.errors import DataError
 from pi_ray.protocols import SPLITS, Reject, Row
 from pi_ray.tasks.nl2f_w import Nl2fWTask, formula, split_of
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 HEADER = [("Name", "text"), ("Points", "real"), ("Town", "text")]
 
 

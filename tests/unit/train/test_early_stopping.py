@@ -13,7 +13,7 @@ from pi_ray.run.directory import RunDir
 from pi_ray.train.early_stopping import EarlyStop
 from pi_ray.train.trainer import _Worker, train_worker
 from tests.prepared import prepare_by_hand, tiny_config
-from tests.unit.test_train import adapter_hash, dies_and_goes_on, log_of, settings
+from tests.unit.train.test_train import adapter_hash, dies_and_goes_on, log_of, settings
 
 
 def test_it_stops_after_so_many_scores_without_gain_and_keeps_the_state_of_the_best():

@@ -7,8 +7,6 @@ from pathlib import Path
 
 import pytest
 import ray
-from fake_bucket import Bucket, Clock
-from fake_metrics import Kinds
 from ray import serve
 from ray.serve.config import AutoscalingConfig
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
@@ -22,6 +20,8 @@ from pi_ray.serve.engine.completion import Ask, RefusedError
 from pi_ray.serve.metrics import Metrics, Traffic
 from pi_ray.store import remote
 from tests.lora import put_in_store
+from tests.unit.fake_bucket import Bucket, Clock
+from tests.unit.fake_metrics import Kinds
 
 START = {"model": "m", "fingerprint": "colours@v0001", "adapter": "colours@v0001", "prompt": "internalised", "prompt_tokens": 3, "saved": 0}
 

@@ -9,7 +9,6 @@ import faiss
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from test_task_contract import CONFIGS
 
 from pi_ray import registry
 from pi_ray.config import RetrieveConfig, RunConfig
@@ -28,6 +27,7 @@ from pi_ray.retrieve.neighbours import Bank, audit, find, normalised, part
 from pi_ray.retrieve.rouge import RougeIndex
 from pi_ray.run.directory import RunDir
 from pi_ray.run.row_store import write_rows
+from tests.unit.tasks.test_task_contract import CONFIGS
 
 CONFIG, FAISS = RetrieveConfig(), RetrieveConfig(method="faiss")
 PLACES_OF_WEB = [24, 51, 407]  # of "web", "db" and "web db"

@@ -2,7 +2,6 @@
 
 import json
 
-import fake_run
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -14,6 +13,7 @@ from pi_ray.report.page import write_report
 from pi_ray.run.artifact import staged
 from pi_ray.run.directory import RunDir
 from pi_ray.run.row_store import write_rows
+from tests.unit import fake_run
 
 FACTS = {"fingerprint": "f", "rows": 4, "shots": 2, "score": "bleu", "by": "answer", "train_score": 41.25, "method": "exact"}
 

@@ -17,7 +17,7 @@ from pi_ray.train.distill import Targets, Taught
 from pi_ray.train.objectives import distill_sum, sft_sum
 from pi_ray.train.trainer import _Worker, train_worker
 from tests.prepared import prepare_by_hand, tiny_config
-from tests.unit.test_train import adapter_hash, dies_and_goes_on, log_of, settings
+from tests.unit.train.test_train import adapter_hash, dies_and_goes_on, log_of, settings
 
 KEEP_ALL = -100.0
 

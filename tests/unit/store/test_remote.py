@@ -6,7 +6,6 @@ import threading
 from pathlib import Path
 
 import pytest
-from fake_bucket import Bucket, Clock
 
 from pi_ray.config import ModelConfig, RunConfig
 from pi_ray.errors import AdapterError, ConfigError
@@ -17,6 +16,7 @@ from pi_ray.store.adapters import AdapterStore, StoreUnavailableError, UnknownAd
 from pi_ray.store.publish import publish
 from pi_ray.store.release import release
 from tests.lora import card, put_in_store, rewrite, write_adapter
+from tests.unit.fake_bucket import Bucket, Clock
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from pi_ray.models import load_tokenizer
 from pi_ray.protocols import Reject, Row
 from pi_ray.tasks.mbpp import FILE, MbppTask, unfenced
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 ADD = {"task_id": 11, "text": "Add one.", "code": "def add(x):\r\n\treturn x + 1 \r\n\r\n", "test_list": ["assert add(1) == 2 ", "assert add(2) == 3", "assert add(-1) == 0"]}
 NODE = {"task_id": 12, "text": "Depth of a tree.", "code": "class Node:\n    left = None\ndef depth(n): return 1 + depth(n.left) if n else 0", "test_setup_code": "root = Node()\r\nroot.left = Node()"}
 NODE["test_list"] = ["assert depth(root) == 2"]

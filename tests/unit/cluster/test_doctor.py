@@ -70,7 +70,7 @@ def test_versions_are_compared_as_numbers(older, newer):
 
 
 def test_the_floors_are_those_that_pip_installs_by():
-    wanted = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    wanted = tomllib.loads((Path(__file__).parents[3] / "pyproject.toml").read_text())["project"]
     declared = dict(re.match(r"([\w-]+)(?:\[[^\]]*\])?>=([\d.]+)", d).groups() for d in wanted["dependencies"])
     assert {name: declared[name] for name in requirements.FLOORS} == requirements.FLOORS
     assert wanted["requires-python"] == f">={requirements.PYTHON[0]}.{requirements.PYTHON[1]}"

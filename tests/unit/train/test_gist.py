@@ -29,7 +29,7 @@ from pi_ray.train.generation import greedy
 from pi_ray.train.objectives import sft_sum
 from pi_ray.train.trainer import _Worker, train_worker
 from tests.prepared import TEMPLATE, prepare_by_hand, tiny_config
-from tests.unit.test_train import log_of, settings
+from tests.unit.train.test_train import log_of, settings
 
 K = 3
 PREFIX = [*range(20, 45), *gist.ids(K)]

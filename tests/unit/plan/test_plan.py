@@ -24,7 +24,7 @@ from pi_ray.run.fingerprint import prepare_fingerprint
 from pi_ray.schedule import plan_phases
 
 TEMPLATE = "# Instruction\n" + "Turn the request into a command of the alert language. " * 12
-RUNS = Path(__file__).parents[2] / "jobs" / "runs"
+RUNS = Path(__file__).parents[3] / "jobs" / "runs"
 SPEED = estimate.Speed("cpu", "test CPU", 1e9, "assumed")
 
 
