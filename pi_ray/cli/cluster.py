@@ -26,7 +26,7 @@ def doctor(args: argparse.Namespace, console: Console) -> None:
     from pi_ray.cluster import doctor as visit
 
     config, folder = (load(args), folder_of(args)) if args.config else (None, None)
-    if visit.render(visit.examine(config, args.address, folder), console):
+    if visit.print_findings(visit.examine(config, args.address, folder), console):
         sys.exit(1)
 
 
@@ -37,7 +37,7 @@ def doctor(args: argparse.Namespace, console: Console) -> None:
 def submit(args: argparse.Namespace, console: Console) -> None:
     from pi_ray.cluster.jobs import submit as jobs
 
-    sys.exit(jobs.submit(args.config, args.overrides, args.step, args.address, console))
+    sys.exit(jobs.submit_run(args.config, args.overrides, args.step, args.address, console))
 
 
 @verb("jobs of a cluster: where one stands, or all of them", argument("job", nargs="?", default="", metavar="JOB", help="a job's id, or a run's name; default: all"), ADDRESS)
@@ -45,7 +45,7 @@ def status(args: argparse.Namespace, console: Console) -> None:
     from pi_ray.cluster import auth
     from pi_ray.cluster.jobs import submit as jobs
 
-    jobs.status(jobs.Jobs(auth.address_of(args.address)), args.job, console)
+    jobs.print_status(jobs.Jobs(auth.address_of(args.address)), args.job, console)
 
 
 @verb("what a job prints, until it ends; Ctrl-C leaves it running", JOB, ADDRESS)
@@ -54,7 +54,7 @@ def logs(args: argparse.Namespace, console: Console) -> None:
     from pi_ray.cluster.jobs import submit as jobs
 
     cluster = jobs.Jobs(auth.address_of(args.address))
-    sys.exit(jobs.follow(cluster, cluster.find(args.job).submission_id, console))
+    sys.exit(jobs.follow_job(cluster, cluster.find(args.job).submission_id, console))
 
 
 @verb("end a job; what it has done is kept, and submitting its run again goes on from there", JOB, ADDRESS)
@@ -74,9 +74,9 @@ def stop(args: argparse.Namespace, console: Console) -> None:
 def render(args: argparse.Namespace, console: Console) -> None:
     from pi_ray.cluster import render as files
 
-    found, notes = files.render(args.kind, load(args), folder_of(args))
+    found, notes = files.render_cluster_files(args.kind, load(args), folder_of(args))
     if args.out:
-        for path in files.write(found, args.out):
+        for path in files.write_cluster_files(found, args.out):
             console.print(f"wrote {path}", markup=False)
     else:
         print("\n---\n".join(found.values()), end="")

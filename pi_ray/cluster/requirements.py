@@ -12,13 +12,13 @@ FLOORS = {"ray": "2.55", "torch": "2.6", "transformers": "5.3", "peft": "0.18", 
 PYTHON = (3, 11)
 
 
-def check() -> None:
+def check_requirements() -> None:
     """Raises MissingExtraError, with the pip command, for a package that is missing or too old."""
-    for name, found in lacking():
+    for name, found in packages_too_old():
         raise MissingExtraError(f"{name} {found or 'is missing'}: pi-ray needs {name} {FLOORS[name]} or newer; {cure(name)}")
 
 
-def lacking() -> Iterator[tuple[str, str]]:
+def packages_too_old() -> Iterator[tuple[str, str]]:
     """(package, its version, or "" where it is missing) of what is below its floor."""
     for name, floor in FLOORS.items():
         found = installed(name)

@@ -1,4 +1,4 @@
-"""A Ray cluster: joining the one named by RAY_ADDRESS, or one on this machine for as long as the command runs, and which of its nodes do what."""
+"""Joins the Ray cluster that RAY_ADDRESS names, or starts one on this machine for as long as the command runs."""
 
 from __future__ import annotations
 
@@ -13,20 +13,25 @@ from typing import Any
 
 from pi_ray.cluster import auth, requirements
 
-SERVE = {  # Ray Serve's settings that take a quarter off what a request costs in it: replicas call each other by gRPC, and each has one event loop
-    "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1", "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0", "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
-}  # fmt: skip
+# Ray Serve's settings that take a quarter off a request's overhead: replicas call each other by gRPC, with one event loop
+# each. They are set for clusters that pi-ray starts; the files of cluster/ set them for others.
+SERVE = {
+    "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1",
+    "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
+    "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
+}
 
 
 def connect() -> None:
-    """Start or join Ray, quietly; nothing when it is already up. Token authentication stays as Ray sets it, usage statistics stay off.
+    """Start or join Ray, quietly; do nothing when it is up. Token authentication stays as Ray sets it, usage reports stay off.
 
-    Raises ClusterError for a cluster of other machines without authentication, MissingExtraError for versions that are too old.
+    Raises ClusterError for a cluster of other machines without authentication, MissingExtraError for versions that are too
+    old.
     """
-    requirements.check()
+    requirements.check_requirements()
     auth.refuse_open(os.environ.get("RAY_ADDRESS", ""))
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # workers without a GPU keep CUDA_VISIBLE_DEVICES: Ray's coming default
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # workers without a GPU keep CUDA_VISIBLE_DEVICES
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     warnings.filterwarnings("ignore", category=FutureWarning)
     import ray
@@ -35,9 +40,10 @@ def connect() -> None:
         return
     local: dict[str, Any] = {}
     if not os.environ.get("RAY_ADDRESS"):
-        local = {"address": "local", "include_dashboard": False}  # without an address Ray would join, or wait for, whatever cluster was last started on this machine
-        os.environ.update({**SERVE, **os.environ})  # other clusters have them from cluster/
-        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # what Ray's C++ side prints into the terminal is for Ray's developers
+        # Without an address Ray would join, or wait for, whatever cluster was last started on this machine.
+        local = {"address": "local", "include_dashboard": False}
+        os.environ.update({**SERVE, **os.environ})
+        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # Ray's C++ messages on a terminal are for Ray's developers
     with _muted("Set ray log level"):
         ray.init(log_to_driver=False, logging_level=logging.ERROR, **local)
     from ray.data import DataContext
@@ -49,7 +55,7 @@ def connect() -> None:
 
 @contextmanager
 def _muted(phrase: str) -> Iterator[None]:
-    """Leave out lines with `phrase` from what is written to stderr meanwhile, by C++ too. The rest is passed on when the block ends, or fails."""
+    """Drop lines with `phrase` that this process, C++ code included, writes to stderr meanwhile; write the rest at the end."""
     sys.stderr.flush()
     original = os.dup(2)
     with tempfile.TemporaryFile() as held:

@@ -1,1 +1,5 @@
-"""What a run will take before it starts: memory and time from the model's shape (estimate), the whole run (plan), more nodes and rows (scale)."""
+"""What a run will take before it starts: memory and time from the model's shape (estimate), the run (plan), more
+(scale).
+
+A run file enters, figures leave; nothing is loaded or trained. Only the command line, doctor and render import it.
+"""

@@ -1,4 +1,4 @@
-"""What a plan holds: the figures of each phase, and of the run."""
+"""The figures of a plan: of each phase, and of the whole run."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PhasePlan:
-    """One phase: mean tokens of its shape, updates, and seconds of training. `measured` when the template was already compressed."""
+    """One phase: mean tokens of its shape, updates, seconds of training; `measured` once its template is compressed."""
 
     phase: Phase
     rows: int
@@ -32,7 +32,11 @@ class PhasePlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything `render` prints. Tokens are means per request; `memory` and `host` are bytes per worker in the largest phase."""
+    """Everything that `print_plan` prints. Tokens are means per request.
+
+    `memory` and `host` are bytes per worker in the phase that needs most, by what holds them. `plain` are the phases of
+    plain fine-tuning, empty without that baseline. `teaching` are the seconds in which a teacher answers queries.
+    """
 
     config: RunConfig
     rows: dict[str, int]
@@ -47,7 +51,7 @@ class Plan:
     full: estimate.Shape
     query: estimate.Shape
     money: cost.Economics
-    teaching: float = 0.0  # seconds in which a teacher answers unlabelled queries
+    teaching: float = 0.0
 
     @property
     def seconds(self) -> float:

@@ -1,7 +1,7 @@
-"""`pi-ray plan`: what a run will do, take, and save, told before anything is trained. Reads rows and tokenizer, no weights, starts no Ray.
+"""`pi-ray plan`: what a run will do, take and save, before anything is trained.
 
-Token counts are the target model's own. A compressed template is counted as rate x tokens until it has been prepared; the
-numbers of time and money are estimates (estimate.py, cost.py).
+It reads rows and tokenizer, loads no weights and starts no Ray. Token counts are the target model's own; a template
+that is not compressed yet counts as rate x tokens. Time and money are estimates (estimate.py, report/cost.py).
 """
 
 from __future__ import annotations
@@ -12,11 +12,13 @@ from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import TYPE_CHECKING
 
-from pi_ray import progress
+from pi_ray.cluster import placement
 from pi_ray.data.ingest import check, read
 from pi_ray.models import load_tokenizer
 from pi_ray.plan import estimate
 from pi_ray.plan.figures import PhasePlan, Plan
+from pi_ray.plan.scale import print_scale
+from pi_ray.progress import format_money
 from pi_ray.prompt import Example, PromptEncoder
 from pi_ray.protocols import SPLITS, UNLABELLED
 from pi_ray.registry import tasks
@@ -30,17 +32,23 @@ from pi_ray.train.updates import phase_updates
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.table import Table
 
     from pi_ray.config import RunConfig
     from pi_ray.protocols import Row, Task
 
-ANSWERED = 5
+# Tokens of training that one new token costs to generate, about: one at a time, a model mostly waits for memory.
+TOKENS_PER_NEW_TOKEN = 5
 SAMPLE = 256  # training rows whose tokens are counted
 
 
 @dataclass(frozen=True)
-class Counter:
-    """Mean token counts of a sample of training rows, and of the template at any rate."""
+class TokenCounts:
+    """Mean token counts over a sample of training rows, and the template's at any rate.
+
+    `head` is the prompt around an empty template, `heading` what stands once before any examples, `documents` those of
+    a row uncompressed, `above` the tokens that the longest row has above the mean.
+    """
 
     head: int
     template: int
@@ -49,38 +57,45 @@ class Counter:
     heading: float
     label: float
     achieved: dict[float, float]
-    documents: float = 0.0  # of a row, whole
-    above: float = 0.0  # tokens that the longest row has above the mean
+    documents: float = 0.0
+    above: float = 0.0
 
     def shape(self, rate: float, shots: int) -> estimate.Shape:
         kept = self.achieved.get(rate, rate) * (self.template - self.head)
-        own = self.query + rate * self.documents
-        return estimate.Shape(self.head + kept, own + (self.heading + shots * self.shot if shots else 0), self.label)
+        row = self.query + rate * self.documents + (self.heading + shots * self.shot if shots else 0)
+        return estimate.Shape(self.head + kept, row, self.label)
 
 
-def plan(config: RunConfig) -> Plan:
-    """Count rows and tokens, and estimate. Raises DataError for rows that preparation would refuse, and what the task and the model raise."""
+def plan_run(config: RunConfig) -> Plan:
+    """Count rows and tokens, and estimate time, memory and money.
+
+    Raises DataError for rows that preparation would refuse, and what the task and the model raise.
+    """
     task: Task = tasks[config.task.name](config.task)
     splits, rejects = read(task, (*SPLITS, UNLABELLED) if wants_unlabelled(config) else SPLITS)
     notes = check(splits, rejects, config.task, RunDir(config.root))
     rows = {split: len(found) for split, found in splits.items()}
-    counter = _counter(task, splits["train"], config)
-    longest = max(s.prefix + s.row + s.label for s in (counter.shape(p.rate, p.shots) for p in plan_phases(config.schedule))) + counter.above
-    size, speed = estimate.model_size(config.model, config.train.lora, longest), estimate.measure_speed(config)
-    phases = [_phase(p, rows["train"], counter, size, speed, config) for p in plan_phases(config.schedule)]
-    plain = [_phase(p, rows["train"], counter, size, speed, config) for p in plan_phases(plain_config(config).schedule)]
-    full = counter.shape(1.0, config.evaluate.shots or phases[0].phase.shots)
-    query = replace(phases[-1].shape, prefix=config.train.gist) if config.train.gist else phases[-1].shape
-    teaching = _teaching(rows.get(UNLABELLED, 0), phases[0].shape, size, speed, config)
+    counts, schedule = _token_counts(task, splits["train"], config), plan_phases(config.schedule)
+    shapes = [counts.shape(p.rate, p.shots) for p in schedule]
+    longest = max(s.prefix + s.row + s.label for s in shapes) + counts.above
+    size = estimate.model_size(config.model, config.train.lora, longest)
+    speed = estimate.measure_speed(config)
+    phases = [_phase(p, rows["train"], counts, size, speed, config) for p in schedule]
+    plain_schedule = plan_phases(plain_config(config).schedule) if config.evaluate.baseline else []
+    full = counts.shape(1.0, config.evaluate.shots or schedule[0].shots)
+    query = replace(shapes[-1], prefix=config.train.gist) if config.train.gist else shapes[-1]
+    teaching = _teaching_seconds(rows.get(UNLABELLED, 0), shapes[0], size, speed, config)
     return Plan(
-        config, rows, len(rejects), notes, size, speed, phases, plain if config.evaluate.baseline else [],
-        max((estimate.memory(size, p.shape, config) for p in phases), key=lambda m: sum(m.values())), estimate.host_memory(size, config),
-        full, query, _money(config, sum(p.seconds for p in phases) + teaching, full, query), teaching,
+        config=config, rows=rows, rejects=len(rejects), notes=notes, size=size, speed=speed, phases=phases,
+        plain=[_phase(p, rows["train"], counts, size, speed, config) for p in plain_schedule],
+        memory=max((estimate.device_memory(size, s, config) for s in shapes), key=lambda m: sum(m.values())),
+        host=estimate.host_memory(size, config), full=full, query=query,
+        money=_money(config, sum(p.seconds for p in phases) + teaching, full, query), teaching=teaching,
     )
 
 
-def _counter(task: Task, rows: Sequence[Row], config: RunConfig) -> Counter:
-    """Counts over rows evenly spread over the file, because files are often sorted."""
+def _token_counts(task: Task, rows: Sequence[Row], config: RunConfig) -> TokenCounts:
+    """Count over rows that are evenly spread over the file, because files are often sorted."""
     encoder = PromptEncoder(load_tokenizer(config.model), config.prompt)
     sample = rows[:: max(1, len(rows) // SAMPLE)][:SAMPLE]
     examples = [Example(r.query, r.answer) for r in sample]
@@ -90,83 +105,91 @@ def _counter(task: Task, rows: Sequence[Row], config: RunConfig) -> Counter:
     one = [len(encoder.row(r.query, [o])) for r, o in zip(sample, others, strict=True)]
     two = [len(encoder.row(r.query, [o, o])) for r, o in zip(sample, others, strict=True)]
     shot = fmean(b - a for a, b in zip(one, two, strict=True))
-    return Counter(
+    return TokenCounts(
         head=len(encoder.prefix("")),
         template=len(encoder.prefix(task.template().text)),
         query=fmean(queries),
         shot=shot,
         heading=fmean(one) - fmean(queries) - shot,
         label=fmean(labels),
-        achieved=_achieved(task, config),
+        achieved=_achieved_rates(task, config),
         documents=fmean(whole) - fmean(queries),
         above=max(whole) - fmean(whole) + max(labels) - fmean(labels),
     )
 
 
-def _achieved(task: Task, config: RunConfig) -> dict[float, float]:
-    """asked rate -> achieved rate, where the run directory has the templates of exactly this config."""
+def _achieved_rates(task: Task, config: RunConfig) -> dict[float, float]:
+    """Asked rate -> achieved rate, where the run directory has the templates of exactly this config."""
     folder = RunDir(config.root).templates
-    if not (folder / "templates.json").is_file() or not is_current(folder, prepare_fingerprint(config, task.fingerprint())):
+    path = folder / "templates.json"
+    if not path.is_file() or not is_current(folder, prepare_fingerprint(config, task.fingerprint())):
         return {}
-    return {t["rate"]: t["achieved"] for t in json.loads((folder / "templates.json").read_bytes())}
+    return {t["rate"]: t["achieved"] for t in json.loads(path.read_bytes())}
 
 
-def _phase(phase: Phase, rows: int, counter: Counter, size: estimate.ModelSize, speed: estimate.Speed, config: RunConfig) -> PhasePlan:
-    shape = counter.shape(phase.rate, phase.shots)
+def _phase(
+    phase: Phase, rows: int, counts: TokenCounts, size: estimate.ModelSize, speed: estimate.Speed, config: RunConfig,
+) -> PhasePlan:
+    shape = counts.shape(phase.rate, phase.shots)
     updates = phase_updates(rows, phase, config.train.batch_size)
     seconds = updates * estimate.update_seconds(size, shape, config, speed)
-    return PhasePlan(phase, rows, shape, updates, seconds, phase.rate in (0, 1) or phase.rate in counter.achieved)
+    return PhasePlan(phase, rows, shape, updates, seconds, phase.rate in (0, 1) or phase.rate in counts.achieved)
 
 
-def _teaching(queries: int, shape: estimate.Shape, size: estimate.ModelSize, speed: estimate.Speed, config: RunConfig) -> float:
-    """Seconds to answer so many queries. A new token costs about as much as ANSWERED tokens of training: one at a time, a model mostly waits for memory."""
-    one = replace(shape, prefix=0, row=shape.row + ANSWERED * shape.label)
+def _teaching_seconds(
+    queries: int, shape: estimate.Shape, size: estimate.ModelSize, speed: estimate.Speed, config: RunConfig,
+) -> float:
+    """Seconds in which a teacher answers so many queries."""
+    one = replace(shape, prefix=0, row=shape.row + TOKENS_PER_NEW_TOKEN * shape.label)
     return queries / config.train.batch_size * estimate.update_seconds(size, one, config, speed)
 
 
 def _money(config: RunConfig, seconds: float, full: estimate.Shape, query: estimate.Shape) -> cost.Economics:
-    prices = {n: cost.price(config.cost, s.prefix + s.row, s.label, s.prefix) for n, s in (("base_full_prompt", full), ("promptintern", query))}
+    shapes = {"base_full_prompt": full, "promptintern": query}
+    prices = {n: cost.price(config.cost, s.prefix + s.row, s.label, s.prefix) for n, s in shapes.items()}
     return cost.economics(config.cost, cost.training_cost(config.cost, seconds, config.train.workers), prices)
 
 
-def render(plan: Plan, console: Console, scale: bool = False) -> None:
+def print_plan(plan: Plan, console: Console, scale: bool = False) -> None:
     """Print the plan; with `scale` also what more nodes and rows would make of it."""
     from rich.text import Text
 
-    config, size = plan.config, plan.size
-    say = lambda text, style="": console.print(Text(text, style))  # noqa: E731  user text is never read as markup
-    say(f"{config.name}: {config.model.base}, {size.weights / 1e6:,.0f}M weights, {size.lora / 1e6:,.1f}M of LoRA (rank {config.train.lora.rank})", "bold")
-    say(", ".join(f"{n:,} {split}" for split, n in plan.rows.items()) + " rows" + (f"; {plan.rejects:,} rejected" if plan.rejects else "") + "".join(f"; {note}" for note in plan.notes))
+    def say(text: str, style: str = "") -> None:
+        console.print(Text(text, style))  # a user's text is never read as markup
+
+    config, size, train = plan.config, plan.size, plan.config.train
+    lora = f"{size.lora / 1e6:,.1f}M of LoRA (rank {train.lora.rank})"
+    say(f"{config.name}: {config.model.base}, {size.weights / 1e6:,.0f}M weights, {lora}", "bold")
+    rows = ", ".join(f"{n:,} {split}" for split, n in plan.rows.items()) + " rows"
+    say("; ".join([rows, *([f"{plan.rejects:,} rejected"] if plan.rejects else []), *plan.notes]))
     console.print(_table(plan))
     if any(not p.measured for p in plan.phases):
         say("~ template counted as rate x tokens; measured once it is compressed", "dim")
     where = f"{plan.speed.name} ({plan.speed.note}; give or take a factor of two, when nothing else runs there)"
-    say(f"Training: about {_duration(plan.seconds)}{_plain(plan)} on {where}")
+    plain = _duration(sum(p.seconds for p in plan.plain))
+    baseline = f", and {plain} for plain fine-tuning as baseline," if plan.plain else ""
+    say(f"Training: about {_duration(plan.seconds)}{baseline} on {where}")
     if wants_unlabelled(config):
-        asked = plan.rows.get(UNLABELLED, 0)
-        who = "the adapter as phase 0 leaves it" if config.train.distill.teacher == "adapter" else "the base model"
-        say(f"Teacher: {who} answers {asked:,} unlabelled queries with the prompt of phase 0, about {_duration(plan.teaching)} of that" if asked else "Teacher: no unlabelled queries, so it teaches on labelled rows alone; task.queries names the file they come from")
-    say(f"Memory per worker{', on its GPU' if plan.host else ''}: about {_parts(plan.memory)}, besides Python and its libraries")
+        say(_teacher(plan))
+    parts = f"about {_parts(plan.memory)}, besides Python and its libraries"
+    say(f"Memory per worker{', on its GPU' if plan.host else ''}: {parts}")
     if plan.host:
         say(f"Host memory per worker: at most about {_parts(plan.host)}")
     say(_workers(plan))
-    if config.train.share_prefix and size.apart:
+    if train.share_prefix and size.apart:
         say(f"Plain batches, in which every row brings its own copy of the template: {size.apart}")
     if plan.speed.device == "gpu" or scale:
-        from pi_ray.cluster import placement
-
-        say(f"Placement: {placement.placement(config)}")
+        say(f"Placement: {placement.describe_placement(config)}")
     full, query = plan.full.prefix + plan.full.row, plan.query.prefix + plan.query.row
     say(f"Inference: {query:,.0f} input tokens instead of {full:,.0f}, {plan.saved / full:.0%} fewer", "bold")
-    say(f"Cost: training about {progress.format_money(plan.money.training, config.cost.currency)}. If quality holds: {cost.payback(plan.money, config.cost)}")
-    if scale or (plan.speed.device == "gpu" and config.train.workers > config.cluster.gpus_per_node):
-        from pi_ray.plan import scale as paper
-
+    training = format_money(plan.money.training, config.cost.currency)
+    say(f"Cost: training about {training}. If quality holds: {cost.payback(plan.money, config.cost)}")
+    if scale or (plan.speed.device == "gpu" and train.workers > config.cluster.gpus_per_node):
         console.print()
-        paper.render(plan, console)
+        print_scale(plan, console)
 
 
-def _table(plan: Plan):
+def _table(plan: Plan) -> Table:
     from rich import box
     from rich.table import Table
 
@@ -181,7 +204,7 @@ def _table(plan: Plan):
 
 
 def _cells(name: str, phases: Sequence[PhasePlan]) -> list[str]:
-    """One line of the table for one phase, or for several with the same prompt."""
+    """One line of the table, for one phase or for several with the same prompt."""
     p, epochs = phases[0], sum(p.phase.epochs for p in phases)
     tokens = [f"{t:,.0f}" for t in (p.shape.prefix, p.shape.row, p.shape.label)]
     updates, seconds = sum(p.updates for p in phases), sum(p.seconds for p in phases)
@@ -189,14 +212,24 @@ def _cells(name: str, phases: Sequence[PhasePlan]) -> list[str]:
     return [name, kept, str(p.phase.shots), f"{p.rows:,} x {epochs}", *tokens, f"{updates:,}", _duration(seconds)]
 
 
-def _plain(plan: Plan) -> str:
-    return f", and {_duration(sum(p.seconds for p in plan.plain))} for plain fine-tuning as baseline," if plan.plain else ""
+def _teacher(plan: Plan) -> str:
+    queries = plan.rows.get(UNLABELLED, 0)
+    if not queries:
+        return (
+            "Teacher: no unlabelled queries, so it teaches on labelled rows alone; "
+            "task.queries names the file they come from"
+        )
+    adapter = plan.config.train.distill.teacher == "adapter"
+    who = "the adapter as phase 0 leaves it" if adapter else "the base model"
+    work = f"answers {queries:,} unlabelled queries with the prompt of phase 0"
+    return f"Teacher: {who} {work}, about {_duration(plan.teaching)} of that"
 
 
 def _workers(plan: Plan) -> str:
-    train = plan.config.train
-    what = "one GPU" if plan.speed.device == "gpu" else "a share of the CPU cores, so that more workers on one machine are not faster"
-    return f"Workers: {train.workers} training processes, each with {what}; a batch of {train.batch_size} rows gives {plan.config.rows_per_worker} to each."
+    train, cores = plan.config.train, "a share of the CPU cores, so that more workers on one machine are not faster"
+    each = "one GPU" if plan.speed.device == "gpu" else cores
+    rows = f"a batch of {train.batch_size} rows gives {plan.config.rows_per_worker} to each"
+    return f"Workers: {train.workers} training processes, each with {each}; {rows}."
 
 
 def _duration(seconds: float) -> str:

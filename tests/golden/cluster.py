@@ -13,7 +13,7 @@ from functools import cache
 from pathlib import Path
 from unittest.mock import patch
 
-from pi_ray.cluster.render import KINDS, render, write
+from pi_ray.cluster.render import KINDS, render_cluster_files, write_cluster_files
 from pi_ray.config import LoraConfig, ModelConfig
 from pi_ray.config.run_file import load
 from pi_ray.plan import estimate
@@ -36,7 +36,7 @@ def mixtral() -> estimate.ModelSize:
 def rendered(size: estimate.ModelSize, kind: str, overrides: Sequence[str] = ()) -> tuple[dict[str, str], list[str]]:
     """(file -> text, notes) of one kind for the Mixtral run."""
     with patch.object(estimate, "model_size", lambda model, lora: size), patch("pi_ray.cluster.render.values.version", lambda name: RAY):
-        return render(kind, load(RUN, overrides), RUN.parent)
+        return render_cluster_files(kind, load(RUN, overrides), RUN.parent)
 
 
 def files(size: estimate.ModelSize) -> dict[Path, str]:
@@ -48,5 +48,5 @@ def files(size: estimate.ModelSize) -> dict[Path, str]:
 
 if __name__ == "__main__":
     for path, text in files(mixtral()).items():
-        write({path.name: text}, path.parent)
+        write_cluster_files({path.name: text}, path.parent)
         print(f"wrote {path.relative_to(REPO)}")

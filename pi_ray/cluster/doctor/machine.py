@@ -23,16 +23,16 @@ SHARED_MEMORY = Path("/dev/shm")
 CGROUP = Path("/sys/fs/cgroup/memory.max")
 
 
-def versions() -> Iterator[Finding]:
+def check_versions() -> Iterator[Finding]:
     """pi-ray's floors."""
-    lacking = dict(requirements.lacking())
+    lacking = dict(requirements.packages_too_old())
     for name, found in lacking.items():
         yield fail("versions", f"{name} {found or 'is missing'}, and pi-ray needs {requirements.FLOORS[name]} or newer", requirements.cure(name))
     if not lacking:
         yield ok("versions", ", ".join(f"{name} {requirements.installed(name)}" for name in requirements.FLOORS))
 
 
-def storage(config: RunConfig | None, needed: float = ROOM) -> Iterator[Finding]:
+def check_storage(config: RunConfig | None, needed: float = ROOM) -> Iterator[Finding]:
     """Run directory and store can be written, which is tried, and there is room. `needed` in bytes. A store behind a URL is for `bucket`."""
     places = {"run directory": config.run_dir, "adapter store": config.store} if config else {"run directory": str(Path.cwd() / "runs")}
     seen: set[Path] = set()
@@ -69,7 +69,7 @@ def _written(folder: Path) -> int:
     return 0
 
 
-def bucket(location: str) -> Iterator[Finding]:
+def check_bucket(location: str) -> Iterator[Finding]:
     """Storage behind a URL (cluster.storage_path, store) can be written, moved in and deleted from, with the credentials of this machine."""
     from pyarrow import fs
 
@@ -91,7 +91,7 @@ def bucket(location: str) -> Iterator[Finding]:
     yield ok("storage", f"{location} can be written")
 
 
-def scratch() -> Iterator[Finding]:
+def check_scratch() -> Iterator[Finding]:
     """Ray's session folder: Ray stops making objects when its disk is 95% full."""
     folder = Path(os.environ.get("RAY_TMPDIR") or "/tmp")
     usage = shutil.disk_usage(folder)
@@ -100,7 +100,7 @@ def scratch() -> Iterator[Finding]:
     yield fail("scratch", f"the disk of {folder} is {used:.0%} full, and Ray stops at 95%", cure) if used > 0.95 else ok("scratch", f"{folder} has {usage.free / GIB:.0f} GiB free")
 
 
-def shared_memory(workers: int, folder: Path = SHARED_MEMORY) -> Iterator[Finding]:
+def check_shared_memory(workers: int, folder: Path = SHARED_MEMORY) -> Iterator[Finding]:
     """Ray's object store and NCCL live in it; containers often have 64 MiB."""
     if not folder.is_dir():
         return
@@ -113,7 +113,7 @@ def shared_memory(workers: int, folder: Path = SHARED_MEMORY) -> Iterator[Findin
         yield (fail if workers > 1 else note)("shared memory", f"{said}, so that Ray keeps its objects on disk" + (" and GPU workers may not reach each other" if workers > 1 else ""), cure)
 
 
-def ports(config: RunConfig | None) -> Iterator[Finding]:
+def check_ports(config: RunConfig | None) -> Iterator[Finding]:
     """The port that `pi-ray serve` would take, and those of `ray start --head`."""
     if config:
         host, port = config.serve.host, config.serve.port
@@ -135,7 +135,7 @@ def _bound(host: str, port: int) -> str:
     return ""
 
 
-def memory() -> float:
+def free_memory() -> float:
     """Bytes of memory that this process may still take: what is available, or the container's limit."""
     lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines()) if Path("/proc/meminfo").exists() else {}
     free = float(lines["MemAvailable"].split()[0]) * 1024 if "MemAvailable" in lines else float("inf")

@@ -20,7 +20,7 @@ MODES = ("", "token", "k8s")  # values of RAY_AUTH_MODE by which a token is sent
 WORD = re.compile(r"[!-~]+")  # what a token looks like in a header
 
 
-def authentication(address: str = "") -> Iterator[Finding]:
+def check_authentication(address: str = "") -> Iterator[Finding]:
     """Ray's token: on, there, and for you alone. Whether a cluster takes it, `cluster` asks."""
     mode = os.environ.get("RAY_AUTH_MODE", "").lower()
     if mode == "disabled" and address:
@@ -54,7 +54,7 @@ def _private() -> Iterator[Finding]:
         yield ok("token", f"Ray's token is there, from {source}")
 
 
-def cluster(address: str, config: RunConfig | None) -> Iterator[Finding]:
+def check_cluster(address: str, config: RunConfig | None) -> Iterator[Finding]:
     """The Jobs API answers, refuses a request without a token, and takes yours; then its nodes."""
     bare, said = _asked(address)
     if bare is None:

@@ -29,7 +29,7 @@ WEIGHTS = "*.safetensors"
 SCORERS = ("llmlingua", "longllmlingua", "llmlingua2", "selective")  # compressors that load a model
 
 
-def data(config: RunConfig) -> Iterator[Finding]:
+def check_data(config: RunConfig) -> Iterator[Finding]:
     """The template and the first row of each split can be read."""
     try:
         task = tasks[config.task.name](config.task)
@@ -46,7 +46,7 @@ def data(config: RunConfig) -> Iterator[Finding]:
     yield ok("data", f"{config.task.name}: template of {len(template.text):,} characters, first rows of train and test can be read")
 
 
-def model(config: RunConfig) -> Iterator[Finding | estimate.ModelSize]:
+def check_model(config: RunConfig) -> Iterator[Finding | estimate.ModelSize]:
     """The base model's shape, tokenizer and weights can be had; then, last, its size."""
     name = config.model.base
     try:
@@ -65,28 +65,28 @@ def model(config: RunConfig) -> Iterator[Finding | estimate.ModelSize]:
 
 def aids(config: RunConfig) -> dict[str, str]:
     """Key -> each model that preparation loads besides the base, where it does."""
-    found, encoder = {key: own.model for key, own in _compressors(config).items() if own.name in SCORERS}, config.retrieve.encoder_model
+    found, encoder = {check_key: own.model for check_key, own in _compressors(config).items() if own.name in SCORERS}, config.retrieve.encoder_model
     if _encodes(config) and encoder not in encoders.PACKAGED:
         found["retrieve.encoder_model"] = encoder if "/" in encoder or Path(encoder).is_dir() else f"sentence-transformers/{encoder}"  # as the package completes it
-    return {key: name for key, name in found.items() if name != config.model.base}
+    return {check_key: name for check_key, name in found.items() if name != config.model.base}
 
 
-def preparation(config: RunConfig, elsewhere: Sequence[str] = ()) -> Iterator[Finding]:
+def check_preparation(config: RunConfig, elsewhere: Sequence[str] = ()) -> Iterator[Finding]:
     """The weights of those models can be had, but for the keys whose models lie `elsewhere`."""
-    for key, name in aids(config).items():
-        if key in elsewhere:
+    for check_key, name in aids(config).items():
+        if check_key in elsewhere:
             continue
         try:
             missing = _weights(name)
         except (ModelError, MissingExtraError) as error:
             missing = str(error).partition(";")[0]
         if missing:
-            yield fail("model", f"{key}: {name}: {missing}", f"set {key} to a hub id that this machine reaches, or to a folder with config.json, tokenizer and safetensors")
+            yield fail("model", f"{check_key}: {name}: {missing}", f"set {check_key} to a hub id that this machine reaches, or to a folder with config.json, tokenizer and safetensors")
         else:
-            yield ok("model", f"{key}: {name}: weights can be read")
+            yield ok("model", f"{check_key}: {name}: weights can be read")
 
 
-def extras(config: RunConfig) -> Iterator[Finding]:
+def check_extras(config: RunConfig) -> Iterator[Finding]:
     """Packages, and keys of services, that only some settings need."""
     packages = {
         "model.quantize": "bitsandbytes" if config.model.quantize else "",
@@ -94,9 +94,9 @@ def extras(config: RunConfig) -> Iterator[Finding]:
         "train.tracker": trackers.PACKAGES.get(config.train.tracker, ""),
         "serve.engine": "vllm" if config.serve.engine == "vllm" else "",
     }
-    for key, package in packages.items():
+    for check_key, package in packages.items():
         if package and find_spec(package) is None:
-            yield fail("extras", f"{key} needs the package {package}, which is not installed", f"'pip install {package.replace('_', '-')}', on every node")
+            yield fail("extras", f"{check_key} needs the package {package}, which is not installed", f"'pip install {package.replace('_', '-')}', on every node")
     services = [partial(Generation, own) for own in _compressors(config).values() if own.name == "generation"]
     for service in [*services, *([partial(Service, config.closed)] if config.train.backend.name == "openai" else [])]:
         try:
@@ -136,7 +136,7 @@ def _weights(name: str, revision: str = "") -> str:
     return "" if any(f.endswith(".safetensors") for f in files) else "the hub has no safetensors of it"
 
 
-def key(config: RunConfig) -> Iterator[Finding]:
+def check_key(config: RunConfig) -> Iterator[Finding]:
     """A server that others can reach has a key to ask for."""
     host, name = config.serve.host, config.serve.api_key_env
     if auth.is_loopback(f"http://{host}"):
@@ -147,14 +147,14 @@ def key(config: RunConfig) -> Iterator[Finding]:
         yield fail("key", f"serve.host is {host}, and {name} is not set: pi-ray serve will not start", f'\'export {name}="$(openssl rand -hex 32)"\', or set serve.host to 127.0.0.1')
 
 
-def disk(config: RunConfig, size: estimate.ModelSize) -> float:
+def disk_needed(config: RunConfig, size: estimate.ModelSize) -> float:
     """Bytes that a run leaves on disk: an adapter for each phase, checkpoints with Adam's moments, for the run and its baseline, and the rest."""
     arms = 2 if config.evaluate.baseline else 1
     adapters, checkpoints = len(plan_phases(config.schedule)) * 4 * size.lora, (config.train.keep_checkpoints + 1) * 12 * size.lora
     return 2 * GIB + arms * (adapters + checkpoints)
 
 
-def devices(config: RunConfig, gpus: list[tuple[str, float]]) -> Iterator[Finding]:
+def check_devices(config: RunConfig, gpus: list[tuple[str, float]]) -> Iterator[Finding]:
     """GPUs against workers. `gpus` are (name, bytes) of those that can be used."""
     workers = config.train.workers
     if config.train.gpu is False:
@@ -170,7 +170,7 @@ def devices(config: RunConfig, gpus: list[tuple[str, float]]) -> Iterator[Findin
         yield ok("GPUs", f"none, {workers} workers on CPUs (train.gpu: auto)")
 
 
-def memory(config: RunConfig, held: dict[str, float], host: float, gpus: list[tuple[str, float]], free: float) -> Iterator[Finding]:
+def check_memory(config: RunConfig, held: dict[str, float], host: float, gpus: list[tuple[str, float]], free: float) -> Iterator[Finding]:
     """The plan's memory against what there is. `held` is one worker's, `host` the node's besides, in bytes; `free` what this machine has left."""
     one, workers = sum(held.values()), config.train.workers
     smaller = "lower train.micro_batch (or batch_size), set train.gradient_checkpointing: true" + ("" if config.train.backend.zero_stage == 3 else ", or shard the model with train.backend.zero_stage: 3")

@@ -28,7 +28,7 @@ def inputs(config: RunConfig, folder: Path) -> dict[str, Path]:
     return {key: folder / path for key, path in named.items() if not path.is_absolute() and (folder / path).exists()}
 
 
-def files(config: RunConfig, folder: Path) -> dict[str, Path]:
+def bundled_files(config: RunConfig, folder: Path) -> dict[str, Path]:
     """Name in the parcel -> file: each input under its key, such as train.jsonl, whatever it was called. Raises ConfigError above what the Jobs API takes."""
     found: dict[str, Path] = {}
     for key, source in inputs(config, folder).items():
@@ -44,29 +44,29 @@ def files(config: RunConfig, folder: Path) -> dict[str, Path]:
     return found
 
 
-def packed(config: RunConfig, folder: Path) -> RunConfig:
+def bundled_config(config: RunConfig, folder: Path) -> RunConfig:
     """The config that names its inputs as they are called in the parcel, relative to it. Optional files that do not exist keep their names, and are missing there too."""
     return config.replace(**{f"task.{key}": f"{FOLDER}/{key}{source.suffix if source.is_file() else ''}" for key, source in inputs(config, folder).items()})
 
 
-def copy(found: dict[str, Path], target: Path) -> None:
+def copy_files(found: dict[str, Path], target: Path) -> None:
     """Copy `files` into the folder `target`."""
     for name, source in found.items():
         (target / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source, target / name)
 
 
-def fingerprint(found: dict[str, Path]) -> str:
+def bundle_fingerprint(found: dict[str, Path]) -> str:
     """Hash of the names and contents of `files`."""
     return digest({name: digest_file(path) for name, path in found.items()})
 
 
-def pack(config: RunConfig, folder: Path, target: Path) -> str:
+def write_bundle(config: RunConfig, folder: Path, target: Path) -> str:
     """Write run.yaml and the inputs into `target`. Returns the hash of both, by which two submissions are known to be equal."""
-    settings, found = packed(config, folder), files(config, folder)
-    copy(found, target / FOLDER)
+    settings, found = bundled_config(config, folder), bundled_files(config, folder)
+    copy_files(found, target / FOLDER)
     (target / "run.yaml").write_text(dump(settings), encoding="utf-8")
-    return digest([settings.model_dump(mode="json"), fingerprint(found)])
+    return digest([settings.model_dump(mode="json"), bundle_fingerprint(found)])
 
 
 def refuse_secrets(overrides: Sequence[str], config: RunConfig | None = None) -> None:

@@ -26,7 +26,7 @@ def run_job(command_line: Callable[[list[str]], int], verb: str, arguments: Sequ
     """`pi-ray VERB run.yaml [section.key=value ...]` on the cluster, where `command_line` is what the command `pi-ray` calls. Returns the exit code."""
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # the job's log is for those who wait for the run
     try:
-        requirements.check()
+        requirements.check_requirements()
         again = verb == "refresh"
         config = settle(Path(arguments[0] if arguments else "run.yaml"), arguments[1:], again)
         command = ["run" if again else verb, str(config.root), *(["closed.confirmed=true"] if config.closed.confirmed else [])]
@@ -51,12 +51,12 @@ def settle(path: Path, overrides: Sequence[str], again: bool = False) -> RunConf
     """
     path = path / "run.yaml" if path.is_dir() else path
     config = run_file.check(RunConfig, run_file.read(path), str(path), overrides)
-    home, folder = storage(config), path.resolve().parent
+    home, folder = storage_folder(config), path.resolve().parent
     root = home / Path(config.run_dir or f"runs/{config.name}").expanduser()
     config = config.replace(run_dir=str(root), store=_store(config, home))
     came_along = folder.is_relative_to(Path.cwd())
-    found = bundle.files(config, folder) if came_along else {}
-    config = _keep(run_file.absolute(bundle.packed(config, folder), root) if came_along else run_file.absolute(config, folder), found)
+    found = bundle.bundled_files(config, folder) if came_along else {}
+    config = _keep(run_file.absolute(bundle.bundled_config(config, folder), root) if came_along else run_file.absolute(config, folder), found)
     if again:
         there = _there(config)
         config = refresh.config_of(config, there=Objects(there.rpartition("/")[0]) if there else None)
@@ -64,7 +64,7 @@ def settle(path: Path, overrides: Sequence[str], again: bool = False) -> RunConf
     return config
 
 
-def storage(config: RunConfig) -> Path:
+def storage_folder(config: RunConfig) -> Path:
     """Where relative run directories and stores lie on this cluster: cluster.storage_path, PI_RAY_STORAGE of its nodes, or ~/pi-ray.
 
     Every node must see the folder; the last one is for a cluster of one node. Where storage_path is a URL, each node has such a folder of its own.
@@ -88,7 +88,7 @@ def _mirrored(config: RunConfig) -> AbstractContextManager[None]:
 
 def _there(config: RunConfig) -> str:
     """The run directory's URL; "" where storage_path is a folder."""
-    place, home = config.cluster.storage_path, storage(config)
+    place, home = config.cluster.storage_path, storage_folder(config)
     if not storage_sync.is_url(place):
         return ""
     inside = config.root.relative_to(home) if config.root.is_relative_to(home) else Path("runs") / config.root.name
@@ -118,8 +118,8 @@ def _keep(config: RunConfig, found: dict[str, Path]) -> RunConfig:
 
 def _place(found: dict[str, Path], root: Path) -> None:
     """Copy inputs into the run directory, unless these very ones are there."""
-    final, fingerprint = root / bundle.FOLDER, bundle.fingerprint(found)
+    final, fingerprint = root / bundle.FOLDER, bundle.bundle_fingerprint(found)
     if found and not is_current(final, fingerprint):
         with staged(final, fingerprint=fingerprint) as tmp:
-            bundle.copy(found, tmp)
+            bundle.copy_files(found, tmp)
 

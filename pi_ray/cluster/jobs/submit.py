@@ -40,7 +40,7 @@ PAUSE_S = 1.0  # before it is asked again
 NO_ENVIRONMENT = "'python' on the head is not one with pi-ray's packages: activate their environment before 'ray start' (PATH is what counts), or use the image of cluster/Dockerfile"
 
 
-def submit(path: Path, overrides: Sequence[str], step: str, address: str, console: Console) -> int:
+def submit_run(path: Path, overrides: Sequence[str], step: str, address: str, console: Console) -> int:
     """Start the run as a job, or attach to the job that it has, and follow it. Returns the job's exit code; Ctrl-C leaves the job running.
 
     Raises ConfigError (run file, secrets, size) and ClusterError (no answer, no token, the run is going on with other settings).
@@ -55,17 +55,17 @@ def submit(path: Path, overrides: Sequence[str], step: str, address: str, consol
         console.print(f"the token goes to {jobs.address} unencrypted; where the network is not yours, take https or a tunnel (ssh -L, kubectl port-forward)", highlight=False)
     with tempfile.TemporaryDirectory() as target:
         facts = {"pi_ray.run": config.name, "pi_ray.step": step, "pi_ray.run_dir": config.run_dir, "pi_ray.storage": config.cluster.storage_path}
-        facts["pi_ray.fingerprint"] = bundle.pack(config, folder, Path(target))
+        facts["pi_ray.fingerprint"] = bundle.write_bundle(config, folder, Path(target))
         job, new = jobs.start(facts, Path(target), {"COLUMNS": str(console.width)})
     console.print(f"[bold]Job[/]  {job}, {'submitted to' if new else 'which is going on already at'} {jobs.address}", highlight=False)
-    code = follow(jobs, job, console)
+    code = follow_job(jobs, job, console)
     if code == 0 and step in ("run", "publish"):
         again = shlex.join(["pi-ray", "submit", str(path), *overrides, "--step", "serve", *_where(jobs)])
         console.print(f"Paths and addresses above are the cluster's. Serve it there:  {again}", markup=False, highlight=False)
     return code
 
 
-def follow(jobs: Jobs, job: str, console: Console) -> int:
+def follow_job(jobs: Jobs, job: str, console: Console) -> int:
     """Print the job's log until it ends. On a terminal, progress stays in one line below."""
     try:
         with console.status("waiting for the job to start") if console.is_terminal else nullcontext() as live:
@@ -93,7 +93,7 @@ def _where(jobs: Jobs) -> list[str]:
     return [] if jobs.address == auth.DEFAULT else ["--address", jobs.address]
 
 
-def status(jobs: Jobs, name: str, console: Console) -> None:
+def print_status(jobs: Jobs, name: str, console: Console) -> None:
     """One line for each of pi-ray's jobs, newest first; of one job, or one run's newest, where it stands as well."""
     from rich.table import Table
 

@@ -1,5 +1,5 @@
-"""`pi-ray render`: a cluster's files, filled from a run file."""
+"""`pi-ray render`: the files that make a cluster (KubeRay, `ray up`, Slurm), filled from a run file."""
 
-from pi_ray.cluster.render.files import KINDS, render, write
+from pi_ray.cluster.render.files import KINDS, render_cluster_files, write_cluster_files
 
-__all__ = ["KINDS", "render", "write"]
+__all__ = ["KINDS", "render_cluster_files", "write_cluster_files"]

@@ -7,7 +7,7 @@ import shlex
 from importlib.resources import files
 from pathlib import Path
 
-from pi_ray.cluster.render.values import values
+from pi_ray.cluster.render.values import template_values
 from pi_ray.config import RunConfig
 from pi_ray.errors import ConfigError
 from pi_ray.run.artifact import write_atomic
@@ -19,13 +19,13 @@ KINDS = {
 }
 
 
-def render(kind: str, config: RunConfig, folder: Path) -> tuple[dict[str, str], list[str]]:
+def render_cluster_files(kind: str, config: RunConfig, folder: Path) -> tuple[dict[str, str], list[str]]:
     """(file name -> text, notes for the person). `folder` is the one with the run file. Of the launcher's files, the one of cluster.launcher.provider."""
     import jinja2
 
     if kind not in KINDS:
         raise ConfigError(f"'{kind}': choose one of {', '.join(KINDS)}")
-    known, notes = values(config, folder.resolve())
+    known, notes = template_values(config, folder.resolve())
     loader = jinja2.FunctionLoader(lambda name: files(__package__).joinpath(kind, name).read_text(encoding="utf-8"))
     # Not a page: values are quoted for YAML and for the shell, by the filters below, and limited to plain characters where they are not.
     environment = jinja2.Environment(loader=loader, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, autoescape=False)
@@ -46,7 +46,7 @@ def _on_a_bucket(kind: str, storage: str, notes: list[str]) -> None:
         notes.append(f"the workers need the right to read and write {storage}: Ray gives a role to the head alone, so name theirs in node_config (AWS: IamInstanceProfile, GCP: serviceAccounts)")
 
 
-def write(found: dict[str, str], folder: Path) -> list[Path]:
+def write_cluster_files(found: dict[str, str], folder: Path) -> list[Path]:
     """Write the files into `folder`, which is made, and return their paths."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, text in found.items():

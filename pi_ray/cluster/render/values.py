@@ -59,14 +59,14 @@ class Offer:
         return {name: str(amount) for name, amount in self.names.items()}
 
 
-def values(config: RunConfig, folder: Path) -> tuple[dict[str, Any], list[str]]:
+def template_values(config: RunConfig, folder: Path) -> tuple[dict[str, Any], list[str]]:
     """(names and numbers for the templates, notes). `folder` holds the run file: what lies in it is expected in the storage's inputs/<name>.
 
     Raises ModelError where the base model's shape cannot be read, ConfigError where it cannot fit.
     """
-    seen = as_seen(config, folder)
+    seen = as_the_cluster_sees_it(config, folder)
     size = estimate.model_size(config.model, config.train.lora)
-    nodes, root, own = _nodes(seen, size), storage(seen), () if seen.train.gpu else ("train", "evaluate")
+    nodes, root, own = _nodes(seen, size), storage_root(seen), () if seen.train.gpu else ("train", "evaluate")
     return {
         "name": config.name, "name_k8s": re.sub(r"[._]+", "-", seen.name)[:LONGEST].strip("-"), "run": seen, "run_file": RUN_FILE, "run_yaml": (text := _text(seen)), "run_digest": digest(text)[:12],
         "cluster": seen.cluster, "kubernetes": seen.cluster.kubernetes, "slurm": seen.cluster.slurm, "launcher": _launcher(seen), "storage": root, "mounted": not storage_sync.is_url(root),
@@ -75,13 +75,13 @@ def values(config: RunConfig, folder: Path) -> tuple[dict[str, Any], list[str]]:
     }, _notes(seen, nodes, folder)
 
 
-def storage(config: RunConfig) -> str:
+def storage_root(config: RunConfig) -> str:
     return (config.cluster.storage_path or STORAGE).rstrip("/")
 
 
-def as_seen(config: RunConfig, folder: Path) -> RunConfig:
+def as_the_cluster_sees_it(config: RunConfig, folder: Path) -> RunConfig:
     """The run as the cluster's nodes see it: paths on the storage, and GPUs taken for certain, since nodes that come on demand are not there yet when it is asked."""
-    root, here = storage(config), str(folder)
+    root, here = storage_root(config), str(folder)
     task = {
         f"task.{key}": f"{root}/inputs/{config.name}{value[len(here):]}"
         for key, value in config.task.model_dump().items() if isinstance(value, str) and (value == here or value.startswith(f"{here}/"))
@@ -99,14 +99,14 @@ def _text(config: RunConfig) -> str:
 
 def _nodes(config: RunConfig, size: estimate.ModelSize) -> Nodes:
     cluster, train = config.cluster, config.train
-    base = size.weights * estimate.BYTES[estimate.dtype_of(config)]
+    base = size.weights * estimate.BYTES[estimate.dtype_name(config)]
     if not train.gpu:
-        per_worker = sum(estimate.memory(size, estimate.Shape(0, 0, 1), config).values())
+        per_worker = sum(estimate.device_memory(size, estimate.Shape(0, 0, 1), config).values())
         if per_worker > cluster.cpu_node_memory_gib * GIB:
             raise ConfigError(f"one training worker holds {per_worker / GIB:.0f} GiB and cluster.cpu_node_memory_gib is {cluster.cpu_node_memory_gib}; name larger nodes")
         return Nodes(0, 0, 0, cluster.cpu_node_cpus, cluster.cpu_node_memory_gib, per_worker, base)
     gpus = min(cluster.gpus_per_node, train.workers)
-    fixed = sum(estimate.memory(size, estimate.Shape(0, 0, 1), config).values())
+    fixed = sum(estimate.device_memory(size, estimate.Shape(0, 0, 1), config).values())
     if fixed > cluster.gpu_memory_gib * GIB:
         raise ConfigError(
             f"weights and optimiser alone take {fixed / GIB:.0f} GiB of each GPU's {cluster.gpu_memory_gib} (cluster.gpu_memory_gib); "
@@ -147,7 +147,7 @@ def _launcher(config: RunConfig) -> dict[str, Any]:
 
 def _notes(config: RunConfig, nodes: Nodes, folder: Path) -> list[str]:
     """What must be done, or cannot work, with these files."""
-    root = storage(config)
+    root = storage_root(config)
     notes = []
     inside = [v for v in config.task.model_dump().values() if isinstance(v, str) and v.startswith(f"{root}/inputs/")]
     if inside and config.task.name != "opsql":

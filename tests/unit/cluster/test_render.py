@@ -11,7 +11,7 @@ import ray.autoscaler
 import yaml
 
 from pi_ray import cli
-from pi_ray.cluster.render import render, write
+from pi_ray.cluster.render import render_cluster_files, write_cluster_files
 from pi_ray.config import run_file
 from pi_ray.errors import ConfigError
 from pi_ray.plan import estimate
@@ -27,7 +27,7 @@ def small(monkeypatch):
 
 
 def made(kind, tmp_path, *overrides, text=TEXT):
-    return render(kind, run_file.parse(text, "run.yaml", overrides, folder=tmp_path), tmp_path)
+    return render_cluster_files(kind, run_file.parse(text, "run.yaml", overrides, folder=tmp_path), tmp_path)
 
 
 def groups(files):
@@ -183,4 +183,4 @@ def test_files_are_written_and_the_script_can_be_run(small, tmp_path, capsys):
     assert "note: copy" in capsys.readouterr().err
     assert cli.main(["render", "k8s", str(tmp_path / "run.yaml")]) == 0
     assert {d["kind"] for d in yaml.safe_load_all(capsys.readouterr().out)} >= {"Namespace", "RayCluster", "RayJob", "RayCronJob", "RayService", "NetworkPolicy"}
-    assert write({"a": "b"}, tmp_path / "new")[0].read_text() == "b"
+    assert write_cluster_files({"a": "b"}, tmp_path / "new")[0].read_text() == "b"

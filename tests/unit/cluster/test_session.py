@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from pi_ray.cluster.placement import gang, options, placement
+from pi_ray.cluster.placement import describe_placement, training_scaling, worker_options
 from pi_ray.cluster.session import _muted
 from pi_ray.config import RunConfig
 from pi_ray.errors import ConfigError
@@ -24,7 +24,7 @@ def settings(workers=1, gpu="auto", **cluster) -> RunConfig:
 
 
 def per_worker(config, *nodes) -> dict:
-    return gang(config, nodes)["resources_per_worker"]
+    return training_scaling(config, nodes)["resources_per_worker"]
 
 
 @pytest.mark.parametrize("workers, nodes, cpus", [
@@ -37,20 +37,20 @@ def test_workers_share_cpus_as_the_nodes_can_hold_them(workers, nodes, cpus):
 
 def test_one_worker_has_one_gpu_and_its_share_of_that_nodes_cpus():
     head, cpu, gpu = {"CPU": 4}, {"CPU": 64}, {"CPU": 32, "GPU": 8}
-    made = gang(settings(8), [head, cpu, gpu])
+    made = training_scaling(settings(8), [head, cpu, gpu])
     assert made["resources_per_worker"] == {"GPU": 1, "CPU": 4} and made["use_gpu"] and made["placement_strategy"] == "PACK" and made["num_workers"] == 8
     assert per_worker(settings(16), head, gpu, gpu) == {"GPU": 1, "CPU": 4}
     assert per_worker(settings(9), head, cpu, gpu) == {"CPU": 10}, "too few GPUs: auto takes CPUs"
 
 
 def test_a_cluster_that_is_still_to_grow_gets_gpus_where_run_yaml_asks_for_them():
-    made = gang(settings(8, train_resources={"GPU": 1}), [{"CPU": 4}])
+    made = training_scaling(settings(8, train_resources={"GPU": 1}), [{"CPU": 4}])
     assert made["use_gpu"] and made["resources_per_worker"] == {"GPU": 1, "CPU": 1}
 
 
 def test_resources_of_your_own_and_labels_bind_the_gang():
     config = settings(2, train_resources={"trainer": 0.5, "CPU": 3}, labels={"train": {"ray.io/accelerator-type": "A100"}})
-    made = gang(config, [{"CPU": 64}, {"CPU": 8, "trainer": 1}])
+    made = training_scaling(config, [{"CPU": 64}, {"CPU": 8, "trainer": 1}])
     assert made["resources_per_worker"] == {"trainer": 0.5, "CPU": 3} and made["label_selector"] == {"ray.io/accelerator-type": "A100"} and not made["use_gpu"]
     assert per_worker(settings(2, train_resources={"trainer": 0.5}), {"CPU": 64}, {"CPU": 8, "trainer": 1}) == {"trainer": 0.5, "CPU": 4}
 
@@ -58,18 +58,18 @@ def test_resources_of_your_own_and_labels_bind_the_gang():
 @pytest.mark.parametrize("gpu, asked", [("auto", 0.5), (True, 2), (False, 1)])
 def test_a_training_worker_has_exactly_one_gpu_or_none(gpu, asked):
     with pytest.raises(ConfigError, match="one GPU"):
-        gang(settings(1, gpu, train_resources={"GPU": asked}), [{"CPU": 8, "GPU": 4}])
+        training_scaling(settings(1, gpu, train_resources={"GPU": asked}), [{"CPU": 8, "GPU": 4}])
 
 
 def test_a_step_takes_what_run_yaml_asks_for_and_else_nothing_of_its_own():
     config = settings(prepare_resources={"CPU": 0.5, "highmem": 1}, evaluate_resources={"GPU": 0.5, "memory": 1e9}, labels={"serve": {"pool": "serve"}})
-    assert options(config, "prepare") == {"num_cpus": 0.5, "resources": {"highmem": 1}}
-    assert options(config, "evaluate") == {"num_gpus": 0.5, "memory": 1e9}
-    assert options(config, "serve") == {"label_selector": {"pool": "serve"}}
-    assert options(settings(), "prepare") == {}
+    assert worker_options(config, "prepare") == {"num_cpus": 0.5, "resources": {"highmem": 1}}
+    assert worker_options(config, "evaluate") == {"num_gpus": 0.5, "memory": 1e9}
+    assert worker_options(config, "serve") == {"label_selector": {"pool": "serve"}}
+    assert worker_options(settings(), "prepare") == {}
 
 
 def test_the_plan_says_in_one_sentence_where_each_step_runs():
-    said = placement(settings(8, train_resources={"GPU": 1, "CPU": 12}, prepare_resources={"CPU": 2}, labels={"evaluate": {"pool": "a100"}}))
-    assert said.count(".") == 1 and "8 training worker(s) start as one gang" in said
+    said = describe_placement(settings(8, train_resources={"GPU": 1, "CPU": 12}, prepare_resources={"CPU": 2}, labels={"evaluate": {"pool": "a100"}}))
+    assert said.count(".") == 1 and "8 training worker(s) start together, all or none" in said
     assert "GPU nodes, one worker a GPU (1 GPU, 12 CPU each)" in said and "prepare on nodes with 2 CPU for each worker" in said and "labelled pool=a100" in said

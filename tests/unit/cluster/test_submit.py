@@ -45,7 +45,7 @@ def test_a_parcel_holds_the_run_file_and_what_it_names_and_nothing_else(task, tm
     for name in ("runs/my-task/big", "store/x", ".git/config", ".venv/lib", "notes.txt"):
         (task / name).parent.mkdir(parents=True, exist_ok=True)
         (task / name).write_text("at home")
-    bundle.pack(unresolved(task), task, tmp_path / "out")
+    bundle.write_bundle(unresolved(task), task, tmp_path / "out")
     assert sorted(p.relative_to(tmp_path / "out").as_posix() for p in (tmp_path / "out").rglob("*") if p.is_file()) == [
         "inputs/dev.jsonl", "inputs/template.md", "inputs/test.jsonl", "inputs/train.jsonl", "run.yaml",
     ]  # fmt: skip
@@ -59,7 +59,7 @@ def test_files_above_the_run_file_and_equal_names_travel_under_their_keys(task, 
     (tmp_path / "data" / "rows.jsonl").write_text("1")
     (task / "rows.jsonl").write_text("2")
     settings = unresolved(task, "task.train=../data/rows.jsonl", "task.dev=rows.jsonl")
-    bundle.pack(settings, task, tmp_path / "out")
+    bundle.write_bundle(settings, task, tmp_path / "out")
     assert (tmp_path / "out" / "inputs" / "train.jsonl").read_text() == "1"
     assert (tmp_path / "out" / "inputs" / "dev.jsonl").read_text() == "2"
 
@@ -69,23 +69,23 @@ def test_absolute_paths_are_the_clusters_own_and_stay(task, tmp_path):
     (task / "data" / "in").mkdir(parents=True)
     (task / "data" / "in" / "a.json").write_text("{}")
     (task / "data" / ".gitignore").write_text("*")
-    assert bundle.packed(settings, task).task.train == "/shared/train.jsonl"
-    assert "folder/in/a.json" in bundle.files(settings, task) and "folder/.gitignore" not in bundle.files(settings, task)
+    assert bundle.bundled_config(settings, task).task.train == "/shared/train.jsonl"
+    assert "folder/in/a.json" in bundle.bundled_files(settings, task) and "folder/.gitignore" not in bundle.bundled_files(settings, task)
 
 
 def test_equal_runs_have_equal_hashes_and_a_changed_row_another(task, tmp_path):
-    first, again = (bundle.pack(unresolved(task), task, tmp_path / name) for name in "ab")
+    first, again = (bundle.write_bundle(unresolved(task), task, tmp_path / name) for name in "ab")
     with open(task / "train.jsonl", "a") as rows:
         rows.write('{"query": "q", "answer": "a"}\n')
-    assert first == again != bundle.pack(unresolved(task), task, tmp_path / "c")
-    assert first != bundle.pack(unresolved(task, "train.lr=0.1"), task, tmp_path / "d")
+    assert first == again != bundle.write_bundle(unresolved(task), task, tmp_path / "c")
+    assert first != bundle.write_bundle(unresolved(task, "train.lr=0.1"), task, tmp_path / "d")
 
 
 def test_a_parcel_that_is_too_large_names_the_largest_file_and_the_cure(task, monkeypatch):
     monkeypatch.setattr(bundle, "LIMIT", 1 << 10)
     (task / "test.jsonl").write_bytes(bytes(1 << 12))
     with pytest.raises(ConfigError, match=r"most of it .*test\.jsonl.*absolute path"):
-        bundle.files(unresolved(task), task)
+        bundle.bundled_files(unresolved(task), task)
 
 
 @pytest.mark.parametrize("override", ["api_key=abc", "serve.api_key=abc", "hub.token=x", "model.base=hf_abcdefghijklmnopqrst", "closed.suffix=sk-abcdefghijklmnopqrstu"])
@@ -344,7 +344,7 @@ def test_a_job_keeps_its_inputs_in_the_run_directory_under_paths_that_stay(task,
     loaded = []
     for session in ("session-1", "session-2"):  # each cluster session unpacks the parcel somewhere else
         folder = tmp_path / session
-        bundle.pack(unresolved(task), task, folder)
+        bundle.write_bundle(unresolved(task), task, folder)
         monkeypatch.chdir(folder)
         assert entrypoint.settle(folder / "run.yaml", []).root == root
         loaded.append(run_file.load(root / "run.yaml"))
@@ -391,7 +391,7 @@ def test_inputs_by_url_and_those_that_came_along_lie_side_by_side(task, tmp_path
     (tmp_path / "bucket").mkdir()
     (tmp_path / "bucket" / "rows.jsonl").write_text("far")
     monkeypatch.setenv("PI_RAY_STORAGE", str(tmp_path / "node"))
-    bundle.pack(unresolved(task, f"task.train=file://{tmp_path}/bucket/rows.jsonl"), task, tmp_path / "sent")
+    bundle.write_bundle(unresolved(task, f"task.train=file://{tmp_path}/bucket/rows.jsonl"), task, tmp_path / "sent")
     monkeypatch.chdir(tmp_path / "sent")
     config, inputs = entrypoint.settle(Path("run.yaml"), []), tmp_path / "node" / "runs" / "my-task" / "inputs"
     assert (config.task.train, Path(config.task.train).read_text()) == (str(inputs / "train.jsonl"), "far")

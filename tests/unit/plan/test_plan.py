@@ -15,7 +15,7 @@ from pi_ray.config.run_file import load
 from pi_ray.errors import ConfigError, DataError, ModelError
 from pi_ray.models import load_tokenizer
 from pi_ray.plan import estimate, scale
-from pi_ray.plan.plan import plan, render
+from pi_ray.plan.plan import plan_run, print_plan
 from pi_ray.prompt import PromptEncoder
 from pi_ray.registry import tasks
 from pi_ray.run.artifact import staged
@@ -57,7 +57,7 @@ def config(tmp_path, model, monkeypatch):
 
 
 def test_phases_shrink_and_updates_follow_rows_epochs_and_batch(config):
-    made = plan(config.replace(**{"schedule.epochs": 2}))
+    made = plan_run(config.replace(**{"schedule.epochs": 2}))
     assert [p.phase.rate for p in made.phases] == [1.0, 0.5, 0.0]
     assert [p.updates for p in made.phases] == [math.ceil(50 * 2 / 8)] * 3
     assert made.phases[0].tokens > made.phases[1].tokens > made.phases[2].tokens
@@ -66,7 +66,7 @@ def test_phases_shrink_and_updates_follow_rows_epochs_and_batch(config):
 
 def test_tokens_are_those_of_the_encoder(config):
     encoder = PromptEncoder(load_tokenizer(config.model), config.prompt)
-    made = plan(config.replace(**{"schedule.shots": 0}))
+    made = plan_run(config.replace(**{"schedule.shots": 0}))
     template = TEMPLATE.removeprefix("# Instruction\n").strip()
     assert made.full.prefix == len(encoder.prefix(template))
     lengths = [len(encoder.row(f"train request number {i}")) for i in range(50)]
@@ -78,35 +78,35 @@ def test_a_prepared_template_replaces_the_estimate(config):
     fingerprint = prepare_fingerprint(config, tasks["jsonl"](config.task).fingerprint())
     with staged(RunDir(config.root).templates, fingerprint=fingerprint) as folder:
         (folder / "templates.json").write_text(json.dumps([{"rate": 0.5, "achieved": 0.6}]))
-    made = plan(config)
+    made = plan_run(config)
     assert made.phases[1].measured
     assert made.phases[1].shape.prefix == pytest.approx(0.6 * made.full.prefix)
-    assert not plan(config.replace(**{"compress.tolerance": 0.01})).phases[1].measured, "templates of another config are not this one's"
+    assert not plan_run(config.replace(**{"compress.tolerance": 0.01})).phases[1].measured, "templates of another config are not this one's"
 
 
 def test_row_limits_hold(config):
     limited = config.replace(**{"task.rows": {"train": 16, "dev": 0, "test": 3}})
-    assert plan(limited).rows == {"train": 16, "dev": 6, "test": 3}
+    assert plan_run(limited).rows == {"train": 16, "dev": 6, "test": 3}
 
 
 def test_the_plain_baseline_has_as_many_updates_as_all_phases_and_can_be_left_out(config):
-    made = plan(config)
+    made = plan_run(config)
     assert sum(p.updates for p in made.plain) == sum(p.updates for p in made.phases)
-    assert plan(config.replace(**{"evaluate.baseline": False})).plain == []
+    assert plan_run(config.replace(**{"evaluate.baseline": False})).plain == []
 
 
 def test_what_preparation_would_refuse_the_plan_refuses_too(config, tmp_path):
     rows = (tmp_path / "train.jsonl").read_text().splitlines()
     (tmp_path / "test.jsonl").write_text(rows[0] + "\n")
     with pytest.raises(DataError, match="train queries also stand in dev or test"):
-        plan(config)
-    assert plan(config.replace(**{"task.overlap": "drop"})).rows["train"] == len(rows) - 1
+        plan_run(config)
+    assert plan_run(config.replace(**{"task.overlap": "drop"})).rows["train"] == len(rows) - 1
 
 
 def test_no_training_rows_is_the_users_error(config, tmp_path):
     (tmp_path / "train.jsonl").write_text("not json\n")
     with pytest.raises(DataError, match=r"train\.jsonl:1: not valid JSON"):
-        plan(config)
+        plan_run(config)
 
 
 def test_model_size_counts_without_weights(model):
@@ -137,7 +137,7 @@ def test_a_mixture_of_experts_counts_the_chosen_experts_only(tmp_path):
 
 
 def test_a_shared_prefix_saves_time_and_micro_batches_cost_some(config):
-    made = plan(config)
+    made = plan_run(config)
     shape, size = made.phases[0].shape, made.size
     shared = estimate.update_operations(size, shape, config)
     assert shared < estimate.update_operations(size, shape, config.replace(**{"train.micro_batch": 1}))
@@ -146,8 +146,8 @@ def test_a_shared_prefix_saves_time_and_micro_batches_cost_some(config):
 
 
 def test_zero_stages_and_checkpointing_lower_memory(config):
-    made = plan(config)
-    total = lambda **change: sum(estimate.memory(made.size, made.full, config.replace(**change)).values())  # noqa: E731
+    made = plan_run(config)
+    total = lambda **change: sum(estimate.device_memory(made.size, made.full, config.replace(**change)).values())  # noqa: E731
     stages = [total(**{"train.backend.zero_stage": stage}) for stage in range(4)]
     assert stages == sorted(stages, reverse=True) and len(set(stages)) == 4
     assert total(**{"train.gradient_checkpointing": True}) < total()
@@ -163,8 +163,8 @@ def test_a_model_that_cannot_share_its_prefix_is_counted_with_a_copy_for_every_r
     config = config.replace(**{"cluster.gpus_per_node": 1})
     for window in (narrow, wide):
         (folder / "config.json").write_text(json.dumps({**shape, "model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": window}))
-        made[window] = plan(config.replace(**{"model.base": str(folder)}))
-    plain = plan(config.replace(**{"model.base": str(folder), "train.share_prefix": False}))
+        made[window] = plan_run(config.replace(**{"model.base": str(folder)}))
+    plain = plan_run(config.replace(**{"model.base": str(folder), "train.share_prefix": False}))
     assert f"sliding window of {narrow} tokens" in made[narrow].size.apart and made[wide].size.apart == ""
     assert made[narrow].memory == plain.memory and made[narrow].memory["activations"] > 1.5 * made[wide].memory["activations"]
     assert made[narrow].seconds == plain.seconds > made[wide].seconds
@@ -172,7 +172,7 @@ def test_a_model_that_cannot_share_its_prefix_is_counted_with_a_copy_for_every_r
     assert tokens[0] == tokens[1] > tokens[2]
     said = {window: Console(width=200, file=io.StringIO()) for window in made}
     for window, console in said.items():
-        render(made[window], console)
+        print_plan(made[window], console)
         assert ("Plain batches, in which every row brings its own copy of the template: attention is limited" in console.file.getvalue()) == (window == narrow)
 
 
@@ -219,7 +219,7 @@ def test_mixtral_8x7b_on_16_gpus_agrees_with_a_calculation_by_hand(tmp_path):
     assert size.weights == 32 * layer + 2 * 32000 * 4096 + 4096 == 46_702_792_704, "all experts are held"
     assert size.active == 32 * (layer - 6 * experts) + 4096 == 12_617_781_248, "two of eight compute"
     assert size.lora == 32 * 32 * (2 * (4096 + 4096) + 2 * (4096 + 1024)) == 27_262_976, "attention's four layers"
-    held = estimate.memory(size, estimate.Shape(600, 450, 30), config)
+    held = estimate.device_memory(size, estimate.Shape(600, 450, 30), config)
     assert held["base weights"] == 46_702_792_704 * 2 / 16
     assert held["gathered weights"] == (10**9 + layer + 128) * 2, "what DeepSpeed keeps, and one layer with all its experts"
     assert held["LoRA weights, gradients, Adam"] == 27_262_976 * (2 + 2 + 12) / 16
@@ -233,7 +233,7 @@ def test_mixtral_8x7b_on_16_gpus_agrees_with_a_calculation_by_hand(tmp_path):
 def test_what_is_offloaded_moves_to_the_host(tmp_path):
     size, config = sized(tmp_path, mixtral_8x7b(num_hidden_layers=2), "mixtral-8x7b")
     away = config.replace(**{"train.backend.offload_params": True, "train.backend.offload_optimizer": True})
-    here, there = (estimate.memory(size, estimate.Shape(600, 450, 30), c) for c in (config, away))
+    here, there = (estimate.device_memory(size, estimate.Shape(600, 450, 30), c) for c in (config, away))
     host = estimate.host_memory(size, away)
     assert host["base weights"] == here["base weights"] and there["base weights"] == 0
     assert here["LoRA weights, gradients, Adam"] - there["LoRA weights, gradients, Adam"] == size.lora * 12 / 16
@@ -245,15 +245,15 @@ def test_llama_2_7b_on_8_gpus_agrees_with_a_calculation_by_hand(tmp_path):
     linear = 4 * 4096 * 4096 + 3 * 4096 * 11008
     assert size.weights == 32 * (linear + 2 * 4096) + 4096 + 2 * 32000 * 4096 == 6_738_415_616
     assert size.lora == 32 * 32 * (4 * 8192 + 3 * (4096 + 11008)) == 79_953_920
-    held = estimate.memory(size, estimate.Shape(600, 450, 30), config)
+    held = estimate.device_memory(size, estimate.Shape(600, 450, 30), config)
     assert held["base weights"] == 6_738_415_616 * 2, "ZeRO-2 leaves the base whole on each"
     assert held["LoRA weights, gradients, Adam"] == 79_953_920 * (2 + 2 / 8 + 12 / 8)
     assert sum(held.values()) < 80e9
     assert estimate.host_memory(size, config) == {"base model while it is loaded": 6_738_415_616 * 2}
-    sharded = estimate.memory(size, estimate.Shape(600, 450, 30), config.replace(**{"train.backend.zero_stage": 3}))
+    sharded = estimate.device_memory(size, estimate.Shape(600, 450, 30), config.replace(**{"train.backend.zero_stage": 3}))
     assert sharded["base weights"] == 6_738_415_616 * 2 / 8
     assert sharded["gathered weights"] == (10**9 + linear + 2 * 4096 + 128) * 2
-    small = estimate.memory(size, estimate.Shape(600, 450, 30), config.replace(**{"model.quantize": "4bit"}))
+    small = estimate.device_memory(size, estimate.Shape(600, 450, 30), config.replace(**{"model.quantize": "4bit"}))
     assert small["base weights"] == pytest.approx(32 * linear * 4.127 / 8 + 2 * (6_738_415_616 - 32 * linear), rel=1e-3)
 
 
@@ -264,7 +264,7 @@ def test_llama_2_13b_on_8_gpus_agrees_with_a_calculation_by_hand(tmp_path):
     size, config = sized(tmp_path, shape, "llama-2-13b")
     assert size.weights == 40 * (4 * 5120**2 + 3 * 5120 * 13824 + 2 * 5120) + 5120 + 2 * 32000 * 5120 == 13_015_864_320
     assert size.lora == 40 * 32 * (4 * 2 * 5120 + 3 * (5120 + 13824)) == 125_173_760
-    held = estimate.memory(size, estimate.Shape(600, 450, 30), config)
+    held = estimate.device_memory(size, estimate.Shape(600, 450, 30), config)
     assert held["base weights"] == 13_015_864_320 * 2
     assert held["LoRA weights, gradients, Adam"] == 125_173_760 * (2 + 2 / 8 + 12 / 8)
     tokens = 600 + 4 * 479
@@ -281,13 +281,13 @@ def test_run_files_of_the_papers_open_models_have_its_settings(run_file, workers
 
 
 def test_the_probe_measures_this_machine():
-    assert estimate._matmul("cpu", torch.float32, 64, 0.01) > 0
+    assert estimate._matmul_speed("cpu", torch.float32, 64, 0.01) > 0
 
 
 @pytest.mark.parametrize("width", [80, 140])
 def test_render_says_what_matters(config, width):
     console = Console(width=width, record=True, file=io.StringIO())
-    render(plan(config.replace(**{"train.workers": 4})), console)
+    print_plan(plan_run(config.replace(**{"train.workers": 4})), console)
     text = " ".join(console.export_text().split())
     for words in ("50 train", "fewer", "Memory per worker", "4 training processes", "2 to each", "a factor of two", "test CPU"):
         assert words in text
@@ -295,7 +295,7 @@ def test_render_says_what_matters(config, width):
 
 def test_a_plan_for_gpus_says_what_their_hosts_need(config):
     console = Console(width=140, record=True, file=io.StringIO())
-    render(plan(config.replace(**{"train.gpu": True, "train.backend": {"name": "deepspeed", "zero_stage": 3, "offload_params": True}})), console)
+    print_plan(plan_run(config.replace(**{"train.gpu": True, "train.backend": {"name": "deepspeed", "zero_stage": 3, "offload_params": True}})), console)
     text = " ".join(console.export_text().split())
     for words in ("Memory per worker, on its GPU", "gathered weights", "Host memory per worker: at most about", "checkpoint, which the first worker maps"):
         assert words in text
@@ -307,15 +307,15 @@ def test_a_plan_for_gpus_says_what_their_hosts_need(config):
 def test_many_nodes_are_shown_when_asked_for_and_for_runs_on_several(config, changes, asked, shown, monkeypatch):
     monkeypatch.setattr(estimate, "measure_speed", lambda config: estimate.Speed(estimate.device_of(config), "test", 1e9, "assumed"))
     console = Console(width=140, record=True, file=io.StringIO())
-    render(plan(config.replace(**changes)), console, scale=asked)
+    print_plan(plan_run(config.replace(**changes)), console, scale=asked)
     assert ("On nodes of 8 A100s" in console.export_text()) == shown
 
 
 def test_a_plan_with_a_teacher_counts_its_queries_and_time(tiny_model, tmp_path):
     config = RunConfig(name="t", run_dir=str(tmp_path), task={"name": "opsql", "rows": {"train": 20, "unlabelled": 40}}, model={"base": str(tiny_model)}, prompt={"chat": "none"})
-    alone, taught = plan(config), plan(config.replace(**{"train.objective": "distill"}))
+    alone, taught = plan_run(config), plan_run(config.replace(**{"train.objective": "distill"}))
     assert taught.rows["unlabelled"] == 40 and "unlabelled" not in alone.rows
     assert alone.teaching == 0 < taught.teaching and taught.seconds == pytest.approx(alone.seconds + taught.teaching, rel=0.5)
     console = Console(file=io.StringIO(), width=200)
-    render(taught, console)
+    print_plan(taught, console)
     assert "the adapter as phase 0 leaves it answers 40 unlabelled queries" in console.file.getvalue()

@@ -39,27 +39,27 @@ def test_zero_3_gathers_all_weights_twice_a_micro_batch():
 
 def test_an_update_takes_the_longer_of_computing_and_gathering():
     config = plan_of().config
-    found = scale.update(MIXTRAL, SHAPES[0], config)
+    found = scale.scaled_update(MIXTRAL, SHAPES[0], config)
     tokens = 16 * 600 + 128 * 479
     assert found.computing == pytest.approx((6 * MIXTRAL.active + 6 * MIXTRAL.lora) * tokens / (16 * 0.3 * 312e12), rel=0.15), "the rest is attention"
     assert found.gathering == pytest.approx(MIXTRAL.weights * 2 / 50e9 / 0.7)
     assert found.seconds == max(found.computing, found.gathering) + found.summing and found.summing < 0.1
-    slow = scale.update(MIXTRAL, SHAPES[0], config.replace(**{"cluster.launcher.provider": "gcp"}))
+    slow = scale.scaled_update(MIXTRAL, SHAPES[0], config.replace(**{"cluster.launcher.provider": "gcp"}))
     assert slow.gathering == pytest.approx(4 * found.gathering) and slow.limit.startswith("network")
 
 
 def test_the_share_of_peak_agrees_with_published_runs_where_nothing_waits():
     low, high = scale.PUBLISHED_MFU
-    one_node = scale.update(MIXTRAL, SHAPES[0], scale.with_workers(plan_of().config, 8))
+    one_node = scale.scaled_update(MIXTRAL, SHAPES[0], scale.with_workers(plan_of().config, 8))
     assert one_node.limit == "computing" and low <= one_node.mfu <= high
-    assert scale.update(MIXTRAL, SHAPES[0], scale.with_workers(plan_of().config, 512)).mfu < low
+    assert scale.scaled_update(MIXTRAL, SHAPES[0], scale.with_workers(plan_of().config, 512)).mfu < low
 
 
 def test_the_published_run_of_mixtral_with_lora_on_an_a100_is_held_against_the_model():
     p = scale.PUBLISHED
     config = RunConfig(name="a", train={"workers": 1, "gpu": True, "batch_size": p.rows, "gradient_checkpointing": True})
     size = replace(MIXTRAL, lora=2 * 32 * 3 * 16 * (4096 + 14336))  # rank 16 on the three layers of the two experts that a token uses
-    ours = scale.update(size, Shape(0, p.tokens, 0), config)
+    ours = scale.scaled_update(size, Shape(0, p.tokens, 0), config)
     theirs = p.rows / p.rows_per_second
     assert theirs / ours.seconds == pytest.approx(p.times_slower, rel=0.05)
     assert ours.mfu * ours.seconds / theirs == pytest.approx(p.mfu, rel=0.05)
@@ -83,7 +83,7 @@ def test_time_money_and_storage_add_up_from_1_to_64_nodes_and_to_100_million_row
 
 def test_what_limits_it_first_is_said():
     aws = scale.grid(plan_of())
-    assert scale.sentence(aws) == "Limited first by computing; from 4 nodes on by network: gathering sharded weights. 4 nodes are no faster than 2."
+    assert scale.limits_in_words(aws) == "Limited first by computing; from 4 nodes on by network: gathering sharded weights. 4 nodes are no faster than 2."
     assert scale.grid(plan_of(**{"cluster.launcher.provider": "gcp"}))[1].limit == "network: gathering sharded weights"
     short = scale.grid(plan_of(rows=8), (64,))[0]
     assert short.limit == "disk: reading the base model", "a run of a few updates mostly loads"
@@ -124,13 +124,13 @@ def test_operations_and_traffic_of_an_update_are_printed():
     first, last = points[0].update, points[-1].update
     assert first.operations == pytest.approx(6 * (MIXTRAL.active + MIXTRAL.lora) * (8 * 600 + 128 * 479), rel=0.15), "the rest is attention"
     assert first.network == 0 and last.network == 2 * 2 * MIXTRAL.weights * 63 / 64 + 2 * 4 * MIXTRAL.lora
-    assert f"goes from {first.operations:.1e} to {last.operations:.1e} FLOPs, and from 0.0 to 184.1 GB through the network" in scale.work(points)
+    assert f"goes from {first.operations:.1e} to {last.operations:.1e} FLOPs, and from 0.0 to 184.1 GB through the network" in scale.work_in_words(points)
 
 
 @pytest.mark.parametrize("width", [80, 150])
 def test_the_tables_say_what_they_assume(width):
     console = Console(width=width, file=io.StringIO())
-    scale.render(plan_of(), console)
+    scale.print_scale(plan_of(), console)
     text = " ".join(console.file.getvalue().split())
     assert max(map(len, console.file.getvalue().splitlines())) <= width and "…" not in text
     for words in ("On nodes of 8 A100s (aws), with the run's 8,000 rows", "Limited first by computing", "100,000,000", "FLOPs", "GB through the network into each node", "On paper, and an upper bound", "MFU of 8%, 2.6 times slower", "18% to 28%", "look at train.lr"):
@@ -139,5 +139,5 @@ def test_the_tables_say_what_they_assume(width):
 
 def test_a_gpu_too_small_is_said_in_its_line():
     console = Console(width=200, file=io.StringIO())
-    scale.render(plan_of(**{"cluster.gpu_memory_gib": 6}), console)
+    scale.print_scale(plan_of(**{"cluster.gpu_memory_gib": 6}), console)
     assert re.search(r" 8 +128 .*memory: \d+ GiB on a GPU of 6", console.file.getvalue()), console.file.getvalue()

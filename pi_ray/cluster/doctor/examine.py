@@ -27,20 +27,20 @@ def examine(config: RunConfig | None = None, address: str = "", folder: Path | N
     Raises ConfigError for an address that is no URL of a Jobs API.
     """
     address = address and auth.address_of(address)
-    yield from machine.versions()
-    yield from remote.authentication(address)
-    if any(requirements.lacking()):
+    yield from machine.check_versions()
+    yield from remote.check_authentication(address)
+    if any(requirements.packages_too_old()):
         return  # the rest would import them
     if address:
-        yield from remote.cluster(address, config)
+        yield from remote.check_cluster(address, config)
     else:
-        yield from machine.scratch()
-        yield from machine.shared_memory(config.train.workers if config else 1)
-        yield from machine.ports(config)
+        yield from machine.check_scratch()
+        yield from machine.check_shared_memory(config.train.workers if config else 1)
+        yield from machine.check_ports(config)
     if config:
         yield from _run(config, address, _elsewhere(config, folder) if address else [])
     elif not address:
-        yield from machine.storage(None)
+        yield from machine.check_storage(None)
 
 
 def _elsewhere(config: RunConfig, folder: Path | None) -> list[str]:
@@ -60,28 +60,28 @@ def _run(config: RunConfig, address: str, elsewhere: list[str]) -> Iterator[Find
     if elsewhere:
         yield note("paths", f"not on this machine: {', '.join(elsewhere)}", "fine where every node of the cluster can read them under these names: the job looks for them there")
     size: ModelSize | None = None
-    for found in run.model(config) if "model.base" not in elsewhere else ():
+    for found in run.check_model(config) if "model.base" not in elsewhere else ():
         if isinstance(found, Finding):
             yield found
         else:
             size = found
-    yield from run.preparation(config, elsewhere)
+    yield from run.check_preparation(config, elsewhere)
     readable = True
-    for found in run.data(config) if not any(key.startswith("task.") for key in elsewhere) else ():
+    for found in run.check_data(config) if not any(key.startswith("task.") for key in elsewhere) else ():
         readable = readable and found.state != "fail"
         yield found
     for place in filter(is_url, (config.cluster.storage_path, config.store)):
-        yield from machine.bucket(place)
+        yield from machine.check_bucket(place)
     if address:
         if not is_url(config.cluster.storage_path):
             named = config.cluster.storage_path or "PI_RAY_STORAGE of the cluster's nodes, else ~/pi-ray there,"
             yield note("storage", f"{named} is not looked at from here", "every node must have that folder, shared, and may write there; with one node any disk will do")
         return
-    yield from run.extras(config)
-    yield from run.key(config)
-    yield from machine.storage(config, run.disk(config, size) if size else machine.ROOM)
+    yield from run.check_extras(config)
+    yield from run.check_key(config)
+    yield from machine.check_storage(config, run.disk_needed(config, size) if size else machine.ROOM)
     gpus = _gpus()
-    yield from run.devices(config, gpus)
+    yield from run.check_devices(config, gpus)
     if size and readable:
         yield from _memory(config, size, gpus)
 
@@ -92,12 +92,12 @@ def _memory(config: RunConfig, size: ModelSize, gpus: list[tuple[str, float]]) -
     from pi_ray.plan import estimate, plan
 
     try:
-        made = plan.plan(config)
+        made = plan.plan_run(config)
     except PiRayError as error:
         yield fail("plan", str(error), "mend that; 'pi-ray plan' then shows the run before it runs")
         return
     used = min(len(gpus), config.train.workers)
-    yield from run.memory(config, made.memory, estimate.node_memory(size, config, used) if used else 0.0, gpus, machine.memory())
+    yield from run.check_memory(config, made.memory, estimate.node_memory(size, config, used) if used else 0.0, gpus, machine.free_memory())
 
 
 def _gpus() -> list[tuple[str, float]]:
@@ -107,7 +107,7 @@ def _gpus() -> list[tuple[str, float]]:
     return [(p.name, float(p.total_memory)) for p in properties]
 
 
-def render(findings: Iterable[Finding], console: Console) -> int:
+def print_findings(findings: Iterable[Finding], console: Console) -> int:
     """Print each as it comes. Returns how many fail."""
     from rich.text import Text
 
