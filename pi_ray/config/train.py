@@ -125,10 +125,10 @@ class TrainConfig(Block):
     lr_end: Annotated[float, Field(ge=0, le=1)] = Field(0.1, description="share of lr at the last update (cosine)")
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     grad_clip: Annotated[float, Field(gt=0)] = 1.0
-    border: Literal["carry", "rewarm", "reset"] = Field("carry", description="over a phase border: keep optimiser and learning rate, warm the rate up again, or also clear the optimiser")
+    phase_transition: Literal["carry", "rewarm", "reset"] = Field("carry", description="at a phase transition: keep optimiser and learning rate, warm the rate up again, or also clear the optimiser")
     share_prefix: bool = Field(True, description="compute the template once per batch")
     attention: Literal["auto", "sdpa", "flex"] = added("auto", "of batches that share their prefix: torch's SDPA, or flex attention on GPUs; auto: flex where there is a GPU")
-    start: str = added("", "folder of an adapter, such as store/NAME/v0001, whose weights training starts from; of the same base, LoRA shape and alpha. Empty: a fresh one")
+    init_adapter: str = added("", "folder of an adapter, such as store/NAME/v0001, whose weights training starts from; of the same base, LoRA shape and alpha. Empty: a fresh one")
     gist: Count = added(0, "gist tokens, a baseline (Mu et al. 2024): rows see the template through so many trained tokens alone; 0: none")
     gradient_checkpointing: bool = False
     checkpoint_every: Positive = Field(20, description="updates between checkpoints")

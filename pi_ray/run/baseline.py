@@ -10,5 +10,5 @@ from pi_ray.schedule import plan_phases
 def plain_config(config: RunConfig) -> RunConfig:
     """Plain fine-tuning without a prompt: rate 0 and no shots in every phase, so the same rows, updates and learning rates as the run."""
     phases = [{"rate": 0.0, "shots": 0, "epochs": p.epochs, "steps": p.steps} for p in plan_phases(config.schedule)]
-    own = {"schedule": {"name": "list", "list": phases}, "evaluate.shots": 0, "train.objective": "sft", "train.gist": 0, "train.start": ""}
+    own = {"schedule": {"name": "list", "list": phases}, "evaluate.shots": 0, "train.objective": "sft", "train.gist": 0, "train.init_adapter": ""}
     return config.replace(run_dir=str(RunDir(config.root).baseline("plain").root), **own)

@@ -15,8 +15,12 @@ from pi_ray.run.artifact import digest
 from pi_ray.run.phases import most_shots
 from pi_ray.schedule import plan_phases
 
-UNLEARNED = {"max_failures", "keep_checkpoints", "checkpoint_every", "collective_timeout_s", "tracker", "attention"}  # keys that do not change what is learned
-SPREAD = ("workers", "micro_batch")  # how the rows of an update are spread, which changes rounding alone: a run may go on with others
+# Keys of `train` that do not change what is learned. workers and micro_batch only spread the rows of an update, which
+# changes rounding alone: a run may go on with others.
+UNLEARNED = {
+    "max_failures", "keep_checkpoints", "checkpoint_every", "collective_timeout_s", "tracker", "attention", "workers",
+    "micro_batch",
+}
 
 
 def prepare_fingerprint(config: RunConfig, task_fingerprint: str) -> str:
@@ -35,10 +39,10 @@ def train_fingerprint(config: RunConfig, prepare: str) -> str:
 
 
 def _learned(config: RunConfig) -> dict[str, Any]:
-    """The keys of `train` that change what is learned. SPREAD stands in it with its defaults, which keeps earlier fingerprints."""
-    unused = {*UNLEARNED, *(set() if wants_unlabelled(config) else {"distill"}), *(set() if config.train.early_stop else {"dev_every"})}
-    same = config.train.model_copy(update={key: type(config.train).model_fields[key].default for key in SPREAD})
-    return same.model_dump(mode="json", exclude=unused)
+    """The keys of `train` that change what is learned."""
+    distill = set() if wants_unlabelled(config) else {"distill"}
+    dev_every = set() if config.train.early_stop else {"dev_every"}
+    return config.train.model_dump(mode="json", exclude=UNLEARNED | distill | dev_every)
 
 
 def learned_from(config: RunConfig) -> dict[str, Any]:

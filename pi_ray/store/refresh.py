@@ -35,12 +35,12 @@ def config_of(config: RunConfig, now: datetime | None = None, there: Objects | N
         day, version = f"{config.root.name}-{now or datetime.now(UTC):%Y-%m-%d}", _newest(config)
         name = next(name for name in (day if n == 1 else f"{day}-{n}" for n in count(1)) if name not in marks)
     root = config.root.parent / name
-    return config.replace(run_dir=str(root), **{"train.start": str(root / "start" / version)})
+    return config.replace(run_dir=str(root), **{"train.init_adapter": str(root / "start" / version)})
 
 
 def place(config: RunConfig) -> None:
     """Copy the adapter that the refresh starts from into its directory, where every worker finds it and no clearing of the store removes it. Raises AdapterError."""
-    start = Path(config.train.start)
+    start = Path(config.train.init_adapter)
     if not (start / MANIFEST).is_file():
         found = AdapterStore(config.store, config.model).open(f"{config.name}@{start.name}").path
         with staged(start, source=f"{config.store}/{config.name}/{start.name}") as tmp:
@@ -55,14 +55,14 @@ def finish(config: RunConfig) -> None:
 
 
 def _write_mark(config: RunConfig, published: bool) -> None:
-    write_atomic(config.root / MARK, json.dumps({"of": _of(config), "version": Path(config.train.start).name, "published": published}) + "\n")
+    write_atomic(config.root / MARK, json.dumps({"of": _of(config), "version": Path(config.train.init_adapter).name, "published": published}) + "\n")
 
 
 def _of(config: RunConfig) -> str:
     """Fingerprint of what is learned, but for the adapter that it starts from."""
     from pi_ray.registry import tasks
 
-    plain = config.replace(**{"train.start": ""})
+    plain = config.replace(**{"train.init_adapter": ""})
     return train_fingerprint(plain, prepare_fingerprint(plain, tasks[config.task.name](config.task).fingerprint()))
 
 

@@ -57,7 +57,7 @@ def train(config: RunConfig, watch: Callable[[dict[str, Any]], None] = lambda en
     trackers.need(config.train.tracker)
     # here, before a worker starts: a checkpoint of another configuration is refused, and a damaged one told to the person who waits
     checkpoint.newest(run.checkpoints, fingerprint, learned_from(config), lambda text: watch({"event": "warning", "text": text}))
-    gang, elsewhere = placement.gang(config, placement.nodes()), storage_sync.of(run.root)
+    gang, elsewhere = placement.training_scaling(config, placement.cluster_nodes()), storage_sync.of(run.root)
     _forget_best(run, elsewhere)
     trainer = TorchTrainer(
         _ray_worker,

@@ -123,12 +123,12 @@ def weights_of(folder: Path, model: Any, base: str) -> dict[str, torch.Tensor]:
     verify(folder)
     card = json.loads((folder / CARD).read_text())
     if card["base"] != base:
-        raise TrainingError(f"train.start: {folder} was trained on {card['base']}, and model.base is {base}")
+        raise TrainingError(f"train.init_adapter: {folder} was trained on {card['base']}, and model.base is {base}")
     found = {f"{name.removesuffix('.weight')}.default.weight": value.float() for name, value in load_file(folder / "adapter_model.safetensors").items()}
     wanted = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in trainable(model).items()}
     saved, own = json.loads((folder / "adapter_config.json").read_text()), model.peft_config["default"]
     if {name: tuple(value.shape) for name, value in found.items()} != wanted or any(saved.get(key) != getattr(own, key, None) for key in SCALE):
-        raise TrainingError(f"train.start: {folder} does not fit train.lora: take its method, rank, alpha and targets")
+        raise TrainingError(f"train.init_adapter: {folder} does not fit train.lora: take its method, rank, alpha and targets")
     return found
 
 

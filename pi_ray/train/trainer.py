@@ -70,7 +70,7 @@ class _Worker:
         self.log.follow(lambda: trackers.open_tracker(self.config, self.dir, done))
         while done < len(self.updates):
             update = self.updates[done]
-            if update.index == 0 and update.phase and self.config.train.border == "reset":
+            if update.index == 0 and update.phase and self.config.train.phase_transition == "reset":
                 self._reset_optimizer()
             if update.phase and not self.feed.taught:
                 self._teach(update)
@@ -241,8 +241,8 @@ class _Worker:
             found = str(checkpoint.newest(self.dir.checkpoints, self.fingerprint, learned_from(self.config), warn) or "")
         found = self.group.of_first(found)
         if not found:
-            if self.config.train.start:
-                self._start_from(Path(self.config.train.start))
+            if self.config.train.init_adapter:
+                self._start_from(Path(self.config.train.init_adapter))
             return 0
         state, manifest = checkpoint.load(Path(found))
         self.optimised = manifest.get("optimised", manifest["done"])

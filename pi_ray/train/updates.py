@@ -36,7 +36,7 @@ def all_updates(rows: list[int], phases: list[Phase], config: TrainConfig) -> li
     total, step, updates = sum(counts), 0, []
     for i, count in enumerate(counts):
         for index in range(count):
-            done, of = (step, total) if config.border == "carry" else (index, count)
+            done, of = (step, total) if config.phase_transition == "carry" else (index, count)
             updates.append(Update(step, i, index, index * config.batch_size // rows[i], learning_rate(config, done, of)))
             step += 1
     return updates

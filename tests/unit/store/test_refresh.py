@@ -40,12 +40,12 @@ def publish(config, *versions):
 def test_it_starts_from_the_newest_version_in_a_directory_of_the_day(config):
     publish(config, "v0002", "v0009", "v0010")
     again = refresh.config_of(config, MONDAY)
-    assert again.run_dir == f"{config.run_dir}-2026-03-02" and again.train.start == f"{again.run_dir}/start/v0010"
+    assert again.run_dir == f"{config.run_dir}-2026-03-02" and again.train.init_adapter == f"{again.run_dir}/start/v0010"
     refresh.place(again)
     shutil.rmtree(Path(config.store) / "shop" / "v0010")
     refresh.place(again)
-    assert (Path(again.train.start) / "adapter_model.safetensors").is_file(), "it is kept, whatever becomes of the store"
-    assert plain_config(again).train.start == "", "the baseline knows nothing of earlier runs"
+    assert (Path(again.train.init_adapter) / "adapter_model.safetensors").is_file(), "it is kept, whatever becomes of the store"
+    assert plain_config(again).train.init_adapter == "", "the baseline knows nothing of earlier runs"
 
 
 def test_one_that_was_cut_short_goes_on_with_what_it_began_from_until_it_is_published(config):
@@ -56,7 +56,7 @@ def test_one_that_was_cut_short_goes_on_with_what_it_began_from_until_it_is_publ
     assert refresh.config_of(config, NEXT) == begun, "a week later too"
     refresh.finish(begun)
     later = refresh.config_of(config, NEXT)
-    assert (later.run_dir, later.train.start) == (f"{config.run_dir}-2026-03-09", f"{config.run_dir}-2026-03-09/start/v0002")
+    assert (later.run_dir, later.train.init_adapter) == (f"{config.run_dir}-2026-03-09", f"{config.run_dir}-2026-03-09/start/v0002")
     assert refresh.config_of(config, MONDAY).run_dir == f"{config.run_dir}-2026-03-02-2", "the second of a day leaves the first alone"
 
 
@@ -78,7 +78,7 @@ def test_a_store_behind_a_url_is_read_like_a_folder(config):
     publish(config, "v0001")
     again = refresh.config_of(config.replace(store=f"file://{config.store}"), MONDAY)
     refresh.place(again)
-    start = Path(again.train.start)
+    start = Path(again.train.init_adapter)
     assert start.name == "v0001" and (start / "adapter_model.safetensors").read_bytes() == (Path(config.store) / "shop" / "v0001" / "adapter_model.safetensors").read_bytes()
 
 
@@ -92,7 +92,7 @@ def test_on_object_storage_another_cluster_goes_on_with_what_was_begun(config, t
 
     def step(command):
         seen = load(Path(command[1]) / "run.yaml")
-        found.append((command[0], seen.root.name, seen.train.start.removeprefix(f"{seen.run_dir}/"), (seen.root / seen.train.start / "adapter_config.json").is_file()))
+        found.append((command[0], seen.root.name, seen.train.init_adapter.removeprefix(f"{seen.run_dir}/"), (seen.root / seen.train.init_adapter / "adapter_config.json").is_file()))
         return 1 if len(found) == 1 else 0
 
     monkeypatch.setattr(cli, "main", step)
@@ -125,8 +125,8 @@ def test_before_anything_is_published_it_says_what_to_do(config):
 
 
 def test_where_it_starts_from_is_part_of_what_is_learned(config):
-    assert "\n  start:" not in dump(config), "older runs keep their fingerprints"
-    assert train_fingerprint(config, "p") != train_fingerprint(config.replace(**{"train.start": "/store/shop/v0001"}), "p")
+    assert "init_adapter:" not in dump(config), "a run that starts from a fresh adapter does not name the key"
+    assert train_fingerprint(config, "p") != train_fingerprint(config.replace(**{"train.init_adapter": "/store/shop/v0001"}), "p")
 
 
 def settings(config):
@@ -142,7 +142,7 @@ def first(tiny_model, tmp_path_factory):
 
 
 def again(first, tmp_path, **changes):
-    config = first.replace(run_dir=str(tmp_path / "again"), **{"train.start": str(RunDir(first.root).adapter(2)), **changes})
+    config = first.replace(run_dir=str(tmp_path / "again"), **{"train.init_adapter": str(RunDir(first.root).adapter(2)), **changes})
     prepare_by_hand(config)
     return config
 

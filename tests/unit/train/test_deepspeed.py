@@ -159,7 +159,7 @@ def adapters(config):
 
 @pytest.mark.parametrize("setting, border", [(zero_of(2, 2), "carry"), (zero_of(3, 2), "carry"), (zero_of(2, 2), "reset")], ids=["stage 2", "stage 3", "stage 2, cleared at borders"])
 def test_a_run_that_dies_goes_on_to_the_same_bits(tiny_model, tmp_path, setting, border):
-    quiet, config = (config_of(tiny_model, tmp_path / name, setting, {"train.border": border}, steps=3) for name in ("quiet", "dies"))
+    quiet, config = (config_of(tiny_model, tmp_path / name, setting, {"train.phase_transition": border}, steps=3) for name in ("quiet", "dies"))
     assert set(workers.run(2, quietly_and_dying, quiet, config)) == {4}
     assert adapters(config) == adapters(quiet) and losses(config) == losses(quiet)
 

@@ -165,14 +165,14 @@ def test_every_row_is_seen_once_per_epoch_whatever_the_batch():
 def test_borders_carry_or_rewarm_the_learning_rate():
     phases = [Phase(1, 0, 5), Phase(0, 0, 5)]
     carry = [u.lr for u in all_updates([16, 16], phases, TrainConfig(workers=1, batch_size=4))]
-    rewarm = [u.lr for u in all_updates([16, 16], phases, TrainConfig(workers=1, batch_size=4, border="rewarm"))]
+    rewarm = [u.lr for u in all_updates([16, 16], phases, TrainConfig(workers=1, batch_size=4, phase_transition="rewarm"))]
     assert carry[20] < carry[15] and max(carry) == pytest.approx(5e-4)
     assert rewarm[20] > rewarm[19] and rewarm[:20] == rewarm[20:]
 
 
 @pytest.mark.parametrize("border, kept", [("carry", True), ("rewarm", True), ("reset", False)])
 def test_a_border_keeps_or_clears_what_the_optimiser_knows(trained, tmp_path, monkeypatch, border, kept):
-    config = trained.replace(**{"run_dir": str(tmp_path), "train.border": border, "schedule.epochs": 1})
+    config = trained.replace(**{"run_dir": str(tmp_path), "train.phase_transition": border, "schedule.epochs": 1})
     prepare_by_hand(config)
     one, seen = _Worker._one, []
 
@@ -187,11 +187,13 @@ def test_a_border_keeps_or_clears_what_the_optimiser_knows(trained, tmp_path, mo
     assert seen == ([(3, True, True), (6, True, True)] if kept else [(0, False, False)] * 2) and is_trained(config)
 
 
-def test_runs_of_before_keep_their_fingerprint_and_what_changes_rounding_alone_is_not_in_it():
+def test_the_fingerprint_has_every_key_that_changes_what_is_learned_and_none_that_changes_rounding_alone():
     config = RunConfig(name="t")
-    before = {"max_failures", "keep_checkpoints", "checkpoint_every", "distill"}
+    unlearned = {
+        "max_failures", "keep_checkpoints", "checkpoint_every", "collective_timeout_s", "tracker", "attention", "workers", "micro_batch", "distill", "dev_every",
+    }
     phases = [(p.rate, p.shots, p.epochs, p.steps) for p in plan_phases(config.schedule)]
-    assert train_fingerprint(config, "p") == digest(["p", config.train.model_dump(mode="json", exclude=before), phases])
+    assert train_fingerprint(config, "p") == digest(["p", config.train.model_dump(mode="json", exclude=unlearned), phases])
     same = {"train.workers": 4, "train.micro_batch": 2, "train.collective_timeout_s": 9, "train.tracker": "tensorboard", "train.dev_every": 5, "train.attention": "sdpa"}
     assert train_fingerprint(config.replace(**same), "p") == train_fingerprint(config, "p")
     stops = config.replace(**{"train.dev_every": 5, "train.early_stop": 2})
@@ -201,7 +203,7 @@ def test_runs_of_before_keep_their_fingerprint_and_what_changes_rounding_alone_i
 @pytest.mark.parametrize("stop_at", [13, 20])
 def test_a_run_that_clears_its_optimiser_at_borders_goes_on_to_the_same_adapter(tiny_model, tmp_path, monkeypatch, stop_at):
     """Adam's count of updates begins anew at a border, and a checkpoint remembers it."""
-    config = tiny_config(tiny_model, tmp_path / "quiet", **{"schedule.epochs": 3, "train.border": "reset"})
+    config = tiny_config(tiny_model, tmp_path / "quiet", **{"schedule.epochs": 3, "train.phase_transition": "reset"})
     again = config.replace(run_dir=str(tmp_path / "again"))
     for c in (config, again):
         prepare_by_hand(c)
