@@ -1,6 +1,7 @@
-"""Ray's token: whether there is one for a cluster's address. It is found and sent by Ray itself; pi-ray never reads, prints or passes it on.
+"""Ray's token for a cluster's address: whether there is one, and whether the address may be used without.
 
-Ray 2.60 takes it from RAY_AUTH_TOKEN, from the file that RAY_AUTH_TOKEN_PATH names, or from ~/.ray/auth_token, and asks for it where RAY_AUTH_MODE is token.
+Ray itself finds and sends the token; pi-ray never reads, prints or passes it on. Ray 2.60 takes it from RAY_AUTH_TOKEN,
+from the file that RAY_AUTH_TOKEN_PATH names, or from ~/.ray/auth_token, and asks for it where RAY_AUTH_MODE is token.
 """
 
 from __future__ import annotations
@@ -14,15 +15,24 @@ from urllib.parse import urlsplit
 from pi_ray.config.block import PLAIN_URL
 from pi_ray.errors import ClusterError, ConfigError
 
-DEFAULT = "http://127.0.0.1:8265"
-CURE = "Set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH to the cluster's token ('ray get-auth-token' prints it on the head node)"
+DEFAULT_ADDRESS = "http://127.0.0.1:8265"
+CURE = (
+    "Set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH to the cluster's token "
+    "('ray get-auth-token' prints it on the head node)"
+)
 
 
 def address_of(given: str = "", configured: str = "") -> str:
-    """The URL of a Jobs API: --address, cluster.address of run.yaml, RAY_API_SERVER_ADDRESS, or this machine's. Raises ConfigError for what is no plain URL."""
-    address = (given or configured or os.environ.get("RAY_API_SERVER_ADDRESS") or DEFAULT).rstrip("/")
+    """The URL of a Jobs API: --address, else cluster.address of run.yaml, RAY_API_SERVER_ADDRESS, or this machine's.
+
+    Raises ConfigError for anything but a plain URL.
+    """
+    address = (given or configured or os.environ.get("RAY_API_SERVER_ADDRESS") or DEFAULT_ADDRESS).rstrip("/")
     if not re.fullmatch(PLAIN_URL, address):
-        raise ConfigError(f"--address: give the URL of the cluster's Jobs API, such as {DEFAULT}, without user, password or query; Ray's own addresses (HOST:6379, ray://) are not meant")
+        raise ConfigError(
+            f"--address: give the URL of the cluster's Jobs API, such as {DEFAULT_ADDRESS}, without user, password or "
+            "query; Ray's own addresses (HOST:6379, ray://) are not meant"
+        )
     return address
 
 
@@ -35,27 +45,39 @@ def is_loopback(address: str) -> bool:
 
 
 def has_token() -> bool:
-    """Whether Ray would find a token. It is not read."""
+    """Whether Ray would find a token. The token is not read."""
     path = os.environ.get("RAY_AUTH_TOKEN_PATH")
-    return bool(os.environ.get("RAY_AUTH_TOKEN")) or (Path(path) if path else Path.home() / ".ray" / "auth_token").is_file()
+    return (
+        bool(os.environ.get("RAY_AUTH_TOKEN"))
+        or (Path(path) if path else Path.home() / ".ray" / "auth_token").is_file()
+    )
 
 
-def require(address: str) -> None:
-    """Have Ray send its token to `address`. Raises ClusterError where there is none, unless the address is on this machine and authentication is off there.
+def require_token(address: str) -> None:
+    """Have Ray send its token to `address`. Call this before `ray` is imported, which is when Ray reads RAY_AUTH_MODE.
 
-    To be called before `ray` is imported, which is when Ray reads RAY_AUTH_MODE.
+    Raises ClusterError where there is no token, unless the address is on this machine and authentication is off there.
     """
     mode = (os.environ.get("RAY_AUTH_MODE") or ("token" if has_token() else "disabled")).lower()
     if mode != "token" and not is_loopback(address):
-        raise ClusterError(f"{address} is not on this machine, and without a token anyone who reaches it can run programs there. {CURE}")
+        raise ClusterError(
+            f"{address} is not on this machine, and without a token anyone who reaches it can run programs there. "
+            f"{CURE}"
+        )
     if mode == "token" and not has_token():
         raise ClusterError(f"RAY_AUTH_MODE is token, and there is no token. {CURE}")
     os.environ["RAY_AUTH_MODE"] = mode
 
 
 def refuse_open(address: str) -> None:
-    """Raises ClusterError where RAY_AUTH_MODE is disabled and `address`, as RAY_ADDRESS has it ("head:6379", "ray://head:10001"), is another machine's."""
+    """Raise ClusterError where RAY_AUTH_MODE is disabled and `address` is another machine's.
+
+    `address` is written as in RAY_ADDRESS: "head:6379" or "ray://head:10001".
+    """
     if os.environ.get("RAY_AUTH_MODE", "").lower() != "disabled" or address in ("", "auto", "local"):
         return
     if not is_loopback(f"ray://{address.split('://')[-1]}"):
-        raise ClusterError(f"RAY_AUTH_MODE is disabled, and RAY_ADDRESS is {address}: anyone who reaches that cluster can run programs there. {CURE}")
+        raise ClusterError(
+            f"RAY_AUTH_MODE is disabled, and RAY_ADDRESS is {address}: anyone who reaches that cluster can run "
+            f"programs there. {CURE}"
+        )

@@ -22,7 +22,8 @@ def cluster_nodes() -> list[dict[str, float]]:
 
 
 def worker_options(config: RunConfig, step: str) -> dict[str, Any]:
-    """Ray's options of a task or actor of "prepare", "evaluate" or "serve", as run.yaml asks; empty where it asks nothing.
+    """Ray's options of a task or actor of "prepare", "evaluate" or "serve", as run.yaml asks; empty where it asks
+    nothing.
 
     Work that asks for no GPU goes to nodes without one as long as there are any, which is Ray's default.
     """
@@ -36,8 +37,8 @@ def training_scaling(config: RunConfig, nodes: Sequence[Mapping[str, float]]) ->
     """Arguments of Ray Train's ScalingConfig on `nodes` with these resources: all workers start or none, one a GPU.
 
     `train.gpu: auto` takes GPUs where there are enough, or where cluster.train_resources asks for them, as it must on a
-    cluster that is still to grow. Workers share the CPUs that run.yaml does not ask for. Raises ConfigError where a worker
-    would have another share of GPUs than one.
+    cluster that is still to grow. Workers share the CPUs that run.yaml does not ask for. Raises ConfigError where a
+    worker would have another share of GPUs than one.
     """
     asked, workers, gpu = dict(config.cluster.train_resources), config.train.workers, config.train.gpu
     if gpu == "auto":
@@ -62,7 +63,9 @@ def _capacity(node: Mapping[str, float], asked: Mapping[str, float], workers: in
 
 
 def _cpus_per_worker(nodes: Sequence[tuple[float, int]], workers: int) -> float:
-    """Most CPUs that each worker can have on nodes of (CPUs, capacity): whole from 1 on, and 1 where nodes are too few."""
+    """Most CPUs that each worker can have on nodes of (CPUs, capacity): whole from 1 on, and 1 where nodes are too
+    few.
+    """
     for candidate in sorted({cpus / k for cpus, capacity in nodes for k in range(1, capacity + 1)}, reverse=True):
         share = int(candidate) if candidate >= 1 else candidate
         if share and sum(min(capacity, int(cpus / share + 1e-9)) for cpus, capacity in nodes) >= workers:

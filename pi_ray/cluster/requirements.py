@@ -1,4 +1,7 @@
-"""The oldest versions that pi-ray works with, looked up without importing anything; the same as pyproject.toml's, for machines where something else was installed over them."""
+"""The oldest versions that pi-ray works with, as in pyproject.toml, looked up without importing anything.
+
+pip does not notice when another package is installed over them later.
+"""
 
 from __future__ import annotations
 
@@ -8,42 +11,40 @@ from importlib.metadata import PackageNotFoundError, version
 
 from pi_ray.errors import MissingExtraError
 
-FLOORS = {"ray": "2.55", "torch": "2.6", "transformers": "5.3", "peft": "0.18", "deepspeed": "0.18"}
+FLOORS = {"ray": "2.60", "torch": "2.6", "transformers": "5.3", "peft": "0.18", "deepspeed": "0.18"}
 PYTHON = (3, 11)
 
 
 def check_requirements() -> None:
-    """Raises MissingExtraError, with the pip command, for a package that is missing or too old."""
+    """Raise MissingExtraError, with the pip command, for a package that is missing or too old."""
     for name, found in packages_too_old():
-        raise MissingExtraError(f"{name} {found or 'is missing'}: pi-ray needs {name} {FLOORS[name]} or newer; {cure(name)}")
+        raise MissingExtraError(
+            f"{name} {found or 'is missing'}: pi-ray needs {name} {FLOORS[name]} or newer; {install_command(name)}"
+        )
 
 
 def packages_too_old() -> Iterator[tuple[str, str]]:
-    """(package, its version, or "" where it is missing) of what is below its floor."""
+    """(package, its version or "" where it is missing) of each package below its floor."""
     for name, floor in FLOORS.items():
-        found = installed(name)
-        if _numbers(found) < _numbers(floor):
+        found = installed_version(name)
+        if not found or _is_older(found, floor):
             yield name, found
 
 
-def installed(name: str) -> str:
-    """The version, or "" where the package is missing."""
+def _is_older(found: str, floor: str) -> bool:
+    """Whether a version is below a floor. A candidate or a local build (2.6.0rc1, 2.6.0+cpu) counts as its release."""
+    from packaging.version import Version
+
+    return Version(Version(found).base_version) < Version(floor)
+
+
+def installed_version(name: str) -> str:
+    """The version of a package, or "" where it is missing."""
     try:
         return version(name)
     except PackageNotFoundError:
         return ""
 
 
-def cure(name: str) -> str:
+def install_command(name: str) -> str:
     return f"'{sys.executable} -m pip install \"{name}>={FLOORS[name]}\"' brings it"
-
-
-def _numbers(text: str) -> tuple[int, ...]:
-    """ "2.6.0+cpu" -> (2, 6, 0). What is before a release (2.6.0rc1) counts as the release."""
-    numbers: list[int] = []
-    for part in text.split("+")[0].split("."):
-        digits = part[: next((i for i, c in enumerate(part) if not c.isdigit()), len(part))]
-        if not digits:
-            break
-        numbers.append(int(digits))
-    return tuple(numbers)

@@ -13,7 +13,8 @@ from typing import Any
 
 from pi_ray.cluster import auth, requirements
 
-# Ray Serve's settings that take a quarter off a request's overhead: replicas call each other by gRPC, with one event loop
+# Ray Serve's settings that take a quarter off a request's overhead: replicas call each other by gRPC, with one event
+# loop
 # each. They are set for clusters that pi-ray starts; the files of cluster/ set them for others.
 SERVE = {
     "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1",
@@ -23,10 +24,11 @@ SERVE = {
 
 
 def connect() -> None:
-    """Start or join Ray, quietly; do nothing when it is up. Token authentication stays as Ray sets it, usage reports stay off.
+    """Start or join Ray, quietly; do nothing when it is up. Token authentication stays as Ray sets it, usage reports
+    stay off.
 
-    Raises ClusterError for a cluster of other machines without authentication, MissingExtraError for versions that are too
-    old.
+    Raises ClusterError for a cluster of other machines without authentication, MissingExtraError for versions that are
+    too old.
     """
     requirements.check_requirements()
     auth.refuse_open(os.environ.get("RAY_ADDRESS", ""))
@@ -43,7 +45,8 @@ def connect() -> None:
         # Without an address Ray would join, or wait for, whatever cluster was last started on this machine.
         local = {"address": "local", "include_dashboard": False}
         os.environ.update({**SERVE, **os.environ})
-        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # Ray's C++ messages on a terminal are for Ray's developers
+        # Ray's C++ messages on a terminal are for Ray's developers
+        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     with _muted("Set ray log level"):
         ray.init(log_to_driver=False, logging_level=logging.ERROR, **local)
     from ray.data import DataContext
@@ -55,7 +58,9 @@ def connect() -> None:
 
 @contextmanager
 def _muted(phrase: str) -> Iterator[None]:
-    """Drop lines with `phrase` that this process, C++ code included, writes to stderr meanwhile; write the rest at the end."""
+    """Drop lines with `phrase` that this process, C++ code included, writes to stderr meanwhile; write the rest at the
+    end.
+    """
     sys.stderr.flush()
     original = os.dup(2)
     with tempfile.TemporaryFile() as held:

@@ -1,4 +1,8 @@
-"""What travels to a cluster: the run file as resolved, and the rows and template that it names by relative path. Nothing else, and no secret."""
+"""The job bundle that travels to a cluster: the resolved run file, and the rows and template that it names by relative
+path.
+
+Nothing else travels, and no secret.
+"""
 
 from __future__ import annotations
 
@@ -17,52 +21,65 @@ from pi_ray.run.artifact import digest, digest_file
 FOLDER = "inputs"
 LIMIT = 90 << 20  # bytes; the Jobs API takes no upload above 100 MiB
 SECRET_KEY = re.compile(r"(^|[._])(api_?key|token|secret|password|passwd|credentials?)$", re.I)
-NAMES = {"cluster.kubernetes.secret"}  # keys that take a secret's name
+SECRET_NAMES = {"cluster.kubernetes.secret"}  # keys that take a secret's name, which is none itself
 SECRET_VALUE = re.compile(r"\b(sk-[\w-]{16,}|hf_\w{16,}|gh[pousr]_\w{16,}|AKIA[A-Z0-9]{12,}|AIza[\w-]{30,})")
 SECRET_VARIABLE = re.compile(r"(KEY|TOKEN|SECRET|PASSWORD)$")
 
 
-def inputs(config: RunConfig, folder: Path) -> dict[str, Path]:
-    """Key -> path of each existing file or folder that `task` names by a relative path, which starts from `folder`. The config is not resolved yet."""
-    named = {key: Path(getattr(config.task, key)).expanduser() for key in INPUTS if config.task.name != "opsql" and getattr(config.task, key)}
-    return {key: folder / path for key, path in named.items() if not path.is_absolute() and (folder / path).exists()}
+def relative_inputs(config: RunConfig, folder: Path) -> dict[str, Path]:
+    """Key -> path of each existing file or folder that `task` names by a path relative to `folder`.
+
+    The config is not resolved yet.
+    """
+    keys = [key for key in INPUTS if config.task.name != "opsql" and getattr(config.task, key)]
+    named = {key: Path(getattr(config.task, key)).expanduser() for key in keys}
+    return {k: folder / path for k, path in named.items() if not path.is_absolute() and (folder / path).exists()}
 
 
 def bundled_files(config: RunConfig, folder: Path) -> dict[str, Path]:
-    """Name in the parcel -> file: each input under its key, such as train.jsonl, whatever it was called. Raises ConfigError above what the Jobs API takes."""
+    """Name in the bundle -> file: each input is named after its key, such as train.jsonl, whatever it was called.
+
+    Raises ConfigError above what the Jobs API takes.
+    """
     found: dict[str, Path] = {}
-    for key, source in inputs(config, folder).items():
-        for path in _inside(source):
-            found[f"{key}{source.suffix}" if path == source else f"{key}/{path.relative_to(source).as_posix()}"] = path
+    for key, source in relative_inputs(config, folder).items():
+        for path in _files_inside(source):
+            name = f"{key}{source.suffix}" if path == source else f"{key}/{path.relative_to(source).as_posix()}"
+            found[name] = path
     size = sum(path.stat().st_size for path in found.values())
     if size > LIMIT:
         largest = max(found.values(), key=lambda path: path.stat().st_size)
         raise ConfigError(
-            f"what run.yaml names by relative path is {size / (1 << 20):.0f} MiB (most of it {largest}), and a job takes {LIMIT >> 20} MiB along: "
-            "put large data on storage that the cluster sees, and name it by its absolute path there"
+            f"what run.yaml names by relative path is {size / (1 << 20):.0f} MiB (most of it {largest}), and a job "
+            f"takes {LIMIT >> 20} MiB along: put large data on storage that the cluster sees, and name it by its "
+            "absolute path there"
         )
     return found
 
 
 def bundled_config(config: RunConfig, folder: Path) -> RunConfig:
-    """The config that names its inputs as they are called in the parcel, relative to it. Optional files that do not exist keep their names, and are missing there too."""
-    return config.replace(**{f"task.{key}": f"{FOLDER}/{key}{source.suffix if source.is_file() else ''}" for key, source in inputs(config, folder).items()})
+    """The config with its inputs named as in the bundle. Optional files that do not exist keep their names."""
+    found = relative_inputs(config, folder)
+    names = {key: f"{FOLDER}/{key}{source.suffix if source.is_file() else ''}" for key, source in found.items()}
+    return config.replace(**{f"task.{key}": name for key, name in names.items()})
 
 
 def copy_files(found: dict[str, Path], target: Path) -> None:
-    """Copy `files` into the folder `target`."""
+    """Copy the files of `bundled_files` into the folder `target`."""
     for name, source in found.items():
         (target / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source, target / name)
 
 
 def bundle_fingerprint(found: dict[str, Path]) -> str:
-    """Hash of the names and contents of `files`."""
+    """Hash of the names and contents of `bundled_files`."""
     return digest({name: digest_file(path) for name, path in found.items()})
 
 
 def write_bundle(config: RunConfig, folder: Path, target: Path) -> str:
-    """Write run.yaml and the inputs into `target`. Returns the hash of both, by which two submissions are known to be equal."""
+    """Write run.yaml and the inputs into `target`. Returns the hash of both, by which equal submissions are
+    recognised.
+    """
     settings, found = bundled_config(config, folder), bundled_files(config, folder)
     copy_files(found, target / FOLDER)
     (target / "run.yaml").write_text(dump(settings), encoding="utf-8")
@@ -70,27 +87,39 @@ def write_bundle(config: RunConfig, folder: Path, target: Path) -> str:
 
 
 def refuse_secrets(overrides: Sequence[str], config: RunConfig | None = None) -> None:
-    """Raise ConfigError where a key is named, or a value looks, like a secret: what is sent with a job can be read by all who may use the cluster.
+    """Raise ConfigError where a key is named, or a value looks, like a secret.
 
-    Overrides alone come first, before any other message could show them.
+    All who may use the cluster can read a job's settings. Check the overrides alone first, before any other message
+    could show them.
     """
-    held = {value for name, value in os.environ.items() if SECRET_VARIABLE.search(name) and len(value) >= 8}
+    secrets = {value for name, value in os.environ.items() if SECRET_VARIABLE.search(name) and len(value) >= 8}
     given = [override.partition("=")[::2] for override in overrides]
-    named = [key for key, _ in given if SECRET_KEY.search(key) and key not in NAMES]
-    like = [key for key, value in (*given, *(_leaves(config.model_dump(mode="json")) if config else ())) if SECRET_VALUE.search(value) or any(secret in value for secret in held)]
-    for key in named + like:
-        raise ConfigError(f"'{key}' looks like a secret; a job's settings can be read by all who may use the cluster: put it into the environment of the cluster's nodes, where every job finds it")
+    settings = [*given, *(_texts(config.model_dump(mode="json")) if config else ())]
+    by_name = [key for key, _ in given if SECRET_KEY.search(key) and key not in SECRET_NAMES]
+    by_value = [k for k, value in settings if SECRET_VALUE.search(value) or any(secret in value for secret in secrets)]
+    for key in by_name + by_value:
+        raise ConfigError(
+            f"'{key}' looks like a secret; a job's settings can be read by all who may use the cluster: put it into "
+            "the environment of the cluster's nodes, where every job finds it"
+        )
 
 
 def refuse_local_models(config: RunConfig) -> None:
     """Raise ConfigError for a base model that is a relative folder: weights do not travel with a job."""
-    for key, name in (("model.base", config.model.base), ("compress.model", config.compress.model), ("retrieve.encoder_model", config.retrieve.encoder_model)):
+    models = {
+        "model.base": config.model.base, "compress.model": config.compress.model,
+        "retrieve.encoder_model": config.retrieve.encoder_model,
+    }
+    for key, name in models.items():
         if name not in PACKAGED and not Path(name).is_absolute() and not name.startswith("~") and Path(name).exists():
-            raise ConfigError(f"{key}: {name} lies on this machine, and weights do not travel with a job; give a hub id, a packaged name, or an absolute path that every node of the cluster can read")
+            raise ConfigError(
+                f"{key}: {name} lies on this machine, and weights do not travel with a job; give a hub id, a packaged "
+                "name, or an absolute path that every node of the cluster can read"
+            )
 
 
-def _inside(path: Path) -> Iterator[Path]:
-    """`path`, or the files of a folder: without version control, caches, and the ignore files by which Ray would drop others."""
+def _files_inside(path: Path) -> Iterator[Path]:
+    """Yield `path`, or a folder's files without hidden ones (version control, Ray's ignore files) and caches."""
     if path.is_file():
         yield path
         return
@@ -100,14 +129,13 @@ def _inside(path: Path) -> Iterator[Path]:
             yield found
 
 
-def _leaves(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
-    """(dotted key, text) of everything in a config that is text."""
+def _texts(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    """Yield (dotted key, text) for every text in a config."""
     if isinstance(value, dict):
         for name, inner in value.items():
-            yield from _leaves(inner, f"{key}.{name}" if key else str(name))
+            yield from _texts(inner, f"{key}.{name}" if key else str(name))
     elif isinstance(value, list):
         for inner in value:
-            yield from _leaves(inner, key)
+            yield from _texts(inner, key)
     elif isinstance(value, str):
         yield key, value
-

@@ -1,7 +1,8 @@
-"""A step as a Ray job: what jobs/*.py and `pi-ray submit` run on the cluster.
+"""Runs a step as a Ray job: gives the run a place on the cluster's storage, and calls the command line there.
 
-A job's working directory is scratch, which goes with the cluster's session. So what came along is copied into the run directory on lasting
-storage first, and the step runs from there: submitted again, on the same cluster or on its successor, it finds everything under the same paths.
+A job's working directory is scratch that goes with the cluster's session. So its inputs are first copied into the run
+directory on lasting storage, and the step runs from there: submitted again, on the same cluster or its successor, the
+run finds everything under the same paths.
 """
 
 from __future__ import annotations
@@ -23,16 +24,19 @@ from pi_ray.store import refresh
 
 
 def run_job(command_line: Callable[[list[str]], int], verb: str, arguments: Sequence[str]) -> int:
-    """`pi-ray VERB run.yaml [section.key=value ...]` on the cluster, where `command_line` is what the command `pi-ray` calls. Returns the exit code."""
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # the job's log is for those who wait for the run
+    """Run `pi-ray VERB run.yaml [section.key=value ...]` on the cluster through `command_line`. Returns the exit
+    code.
+    """
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # people who wait for the run read the job's log
     try:
         requirements.check_requirements()
-        again = verb == "refresh"
-        config = settle(Path(arguments[0] if arguments else "run.yaml"), arguments[1:], again)
-        command = ["run" if again else verb, str(config.root), *(["closed.confirmed=true"] if config.closed.confirmed else [])]
-        sys.argv[1:] = command  # what the report names as its command
-        with _mirrored(config):
-            if not again:
+        refreshes = verb == "refresh"
+        config = settle(Path(arguments[0] if arguments else "run.yaml"), arguments[1:], refreshes)
+        confirmed = ["closed.confirmed=true"] if config.closed.confirmed else []
+        command = ["run" if refreshes else verb, str(config.root), *confirmed]
+        sys.argv[1:] = command  # the report names it
+        with _synced(config):
+            if not refreshes:
                 return command_line(command)
             refresh.place(config)
             code = command_line(command)
@@ -44,44 +48,49 @@ def run_job(command_line: Callable[[list[str]], int], verb: str, arguments: Sequ
         return error.exit_code
 
 
-def settle(path: Path, overrides: Sequence[str], again: bool = False) -> RunConfig:
-    """Give a run file its place on the cluster's storage, and write it there as resolved. Inputs that came along, or lie on object storage, are copied beside it.
+def settle(path: Path, overrides: Sequence[str], refreshes: bool = False) -> RunConfig:
+    """Give a run its directory on the cluster's storage, and write the resolved run file there.
 
-    `again`: it is refreshed, in a directory of its own beside that.
+    Inputs of the job bundle, or on object storage, are copied beside it. A run that `refreshes` gets a directory of its
+    own.
     """
     path = path / "run.yaml" if path.is_dir() else path
     config = run_file.check(RunConfig, run_file.read(path), str(path), overrides)
     home, folder = storage_folder(config), path.resolve().parent
     root = home / Path(config.run_dir or f"runs/{config.name}").expanduser()
     config = config.replace(run_dir=str(root), store=_store(config, home))
-    came_along = folder.is_relative_to(Path.cwd())
-    found = bundle.bundled_files(config, folder) if came_along else {}
-    config = _keep(run_file.absolute(bundle.bundled_config(config, folder), root) if came_along else run_file.absolute(config, folder), found)
-    if again:
+    bundled = folder.is_relative_to(Path.cwd())
+    found = bundle.bundled_files(config, folder) if bundled else {}
+    base = (bundle.bundled_config(config, folder), root) if bundled else (config, folder)
+    config = _copy_inputs(run_file.absolute(*base), found)
+    if refreshes:
         there = _there(config)
         config = refresh.config_of(config, there=Objects(there.rpartition("/")[0]) if there else None)
-    write_atomic(config.root / "run.yaml", dump(config.replace(**{"closed.confirmed": False})))  # a yes to spending is for one job
+    once = config.replace(**{"closed.confirmed": False})  # a confirmed cost holds for one job
+    write_atomic(config.root / "run.yaml", dump(once))
     return config
 
 
 def storage_folder(config: RunConfig) -> Path:
-    """Where relative run directories and stores lie on this cluster: cluster.storage_path, PI_RAY_STORAGE of its nodes, or ~/pi-ray.
+    """The folder of relative run directories and stores: cluster.storage_path, else PI_RAY_STORAGE, else ~/pi-ray.
 
-    Every node must see the folder; the last one is for a cluster of one node. Where storage_path is a URL, each node has such a folder of its own.
+    Every node must see the folder; ~/pi-ray is for a cluster of one node. Where storage_path is a URL, each node has
+    such a folder of its own.
     """
     place = "" if storage_sync.is_url(config.cluster.storage_path) else config.cluster.storage_path
     return Path(place or os.environ.get("PI_RAY_STORAGE") or "~/pi-ray").expanduser().absolute()
 
 
 def _store(config: RunConfig, home: Path) -> str:
+    """The adapter store, a relative one under cluster.storage_path."""
     store, place = config.store or "store", config.cluster.storage_path
     if storage_sync.is_url(store) or Path(store).expanduser().is_absolute():
         return store
     return f"{place.rstrip('/')}/{store}" if storage_sync.is_url(place) else str(home / store)
 
 
-def _mirrored(config: RunConfig) -> AbstractContextManager[None]:
-    """Where storage_path is a URL: the run directory is fetched from there first, and kept there from then on."""
+def _synced(config: RunConfig) -> AbstractContextManager[None]:
+    """A context that fetches the run directory from object storage and keeps it there, where storage_path is a URL."""
     there = _there(config)
     return storage_sync.Mirror(config.root, Objects(there)).attached() if there else nullcontext()
 
@@ -95,12 +104,14 @@ def _there(config: RunConfig) -> str:
     return f"{place.rstrip('/')}/{inside.as_posix()}"
 
 
-def _keep(config: RunConfig, found: dict[str, Path]) -> RunConfig:
-    """Copy the inputs that were `found`, and those that `task` names by URL, into the run directory, and name the latter there.
+def _copy_inputs(config: RunConfig, found: dict[str, Path]) -> RunConfig:
+    """Copy `found` inputs, and those that `task` names by URL, into the run directory; the config names the latter
+    there.
 
-    What is not there is missing here too. Raises StorageError.
+    Raises StorageError where object storage cannot be read.
     """
-    urls = {key: getattr(config.task, key).rstrip("/") for key in INPUTS if storage_sync.is_url(getattr(config.task, key))}
+    named = {key: getattr(config.task, key).rstrip("/") for key in INPUTS}
+    urls = {key: url for key, url in named.items() if storage_sync.is_url(url)}
     with tempfile.TemporaryDirectory() as scratch:
         for key, url in urls.items():
             above, _, name = url.rpartition("/")
@@ -112,14 +123,9 @@ def _keep(config: RunConfig, found: dict[str, Path]) -> RunConfig:
                     there.fetch(path, to)
             except OSError as error:
                 raise StorageError(f"task.{key}: {url} cannot be read ({error}); may this node read it?") from error
-        _place(found, config.root)
-    return config.replace(**{f"task.{key}": str(config.root / bundle.FOLDER / f"{key}{Path(url).suffix}") for key, url in urls.items()})
-
-
-def _place(found: dict[str, Path], root: Path) -> None:
-    """Copy inputs into the run directory, unless these very ones are there."""
-    final, fingerprint = root / bundle.FOLDER, bundle.bundle_fingerprint(found)
-    if found and not is_current(final, fingerprint):
-        with staged(final, fingerprint=fingerprint) as tmp:
-            bundle.copy_files(found, tmp)
+        final, fingerprint = config.root / bundle.FOLDER, bundle.bundle_fingerprint(found)
+        if found and not is_current(final, fingerprint):
+            with staged(final, fingerprint=fingerprint) as tmp:
+                bundle.copy_files(found, tmp)
+    return config.replace(**{f"task.{key}": str(final / f"{key}{Path(url).suffix}") for key, url in urls.items()})
 

@@ -50,23 +50,26 @@ def failing(findings):
 
 
 def test_old_and_missing_packages_are_named_with_the_command_that_mends_them(monkeypatch):
-    monkeypatch.setattr(requirements, "installed", {"ray": "2.54.9", "torch": "2.6.0+cpu", "transformers": "", "peft": "1.0", "deepspeed": "0.18"}.get)
+    monkeypatch.setattr(requirements, "installed_version", {"ray": "2.54.9", "torch": "2.6.0+cpu", "transformers": "", "peft": "1.0", "deepspeed": "0.18"}.get)
     found = failing(machine.check_versions())
-    assert [f.said for f in found] == ["ray 2.54.9, and pi-ray needs 2.55 or newer", "transformers is missing, and pi-ray needs 5.3 or newer"]
-    assert '-m pip install "ray>=2.55"' in found[0].cure
+    assert [f.said for f in found] == ["ray 2.54.9, and pi-ray needs 2.60 or newer", "transformers is missing, and pi-ray needs 5.3 or newer"]
+    assert '-m pip install "ray>=2.60"' in found[0].cure
     assert len(list(doctor.examine())) == 3, "nothing that would import them is tried"
 
 
 def test_every_other_command_refuses_old_versions_in_one_sentence(monkeypatch, tmp_path, capsys):
     (tmp_path / "run.yaml").write_text("name: a")
-    monkeypatch.setattr(requirements, "installed", lambda name: "2.5.1" if name == "torch" else "99")
+    monkeypatch.setattr(requirements, "installed_version", lambda name: "2.5.1" if name == "torch" else "99")
     assert cli.main(["show", str(tmp_path / "run.yaml")]) == MissingExtraError.exit_code
     assert "torch 2.5.1: pi-ray needs torch 2.6 or newer" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("older, newer", [("2.6", "2.10"), ("5.2.9", "5.3"), ("", "0.1"), ("2.55.0rc1", "2.56"), ("2.6.0+cu128", "2.6.1")])
-def test_versions_are_compared_as_numbers(older, newer):
-    assert requirements._numbers(older) < requirements._numbers(newer)
+def test_versions_are_compared_as_numbers(older, newer, monkeypatch):
+    monkeypatch.setattr(requirements, "FLOORS", {"ray": newer})
+    for found, too_old in ((older, [("ray", older)]), (newer, []), (f"{newer}.0rc1", [])):
+        monkeypatch.setattr(requirements, "installed_version", lambda name, found=found: found)
+        assert list(requirements.packages_too_old()) == too_old
 
 
 def test_the_floors_are_those_that_pip_installs_by():
@@ -300,7 +303,7 @@ def dashboard():
     """A server in place of Ray's dashboard: /api/version answers `codes` without and with the right token."""
 
     class Handler(http.server.BaseHTTPRequestHandler):
-        codes, ray = (401, 200), requirements.installed("ray")
+        codes, ray = (401, 200), requirements.installed_version("ray")
         seen: ClassVar[list] = []
 
         def do_GET(self):
@@ -345,7 +348,7 @@ def test_a_cluster_that_asks_for_the_token_is_fine_and_its_nodes_are_looked_at(d
     assert "1 node, 4 CPUs, 1 GPUs, 8 GiB, for 2 workers" in found[1].said and "{'highmem': 1.0}" in found[2].said
 
 
-@pytest.mark.parametrize("ray, state, said", [("2.54.9", "fail", "needs 2.55 or newer"), ("2.9", "fail", "needs 2.55"), ("99.0.0", "note", "and this machine")])
+@pytest.mark.parametrize("ray, state, said", [("2.54.9", "fail", "needs 2.60 or newer"), ("2.9", "fail", "needs 2.60"), ("99.0.0", "note", "and this machine")])
 def test_another_ray_there_than_here_is_told(dashboard, monkeypatch, ray, state, said):
     monkeypatch.setattr("ray.util.state.list_nodes", lambda **options: [])
     dashboard[1].ray = ray

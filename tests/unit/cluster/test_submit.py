@@ -127,20 +127,20 @@ def test_submit_refuses_a_cluster_off_this_machine_when_authentication_is_off(ta
 
 
 def test_without_a_token_only_this_machine_is_spoken_to(monkeypatch, tmp_path):
-    auth.require("http://127.0.0.1:8265")
+    auth.require_token("http://127.0.0.1:8265")
     monkeypatch.delenv("RAY_AUTH_MODE")
     with pytest.raises(ClusterError, match="without a token"):
-        auth.require("https://ray.example.org")
+        auth.require_token("https://ray.example.org")
     (tmp_path / "token").write_text("secret")
     monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "token"))
-    auth.require("https://ray.example.org")
+    auth.require_token("https://ray.example.org")
     assert os.environ["RAY_AUTH_MODE"] == "token"
 
 
 def test_token_mode_without_a_token_says_where_it_is_looked_for(monkeypatch):
     monkeypatch.setenv("RAY_AUTH_MODE", "token")
     with pytest.raises(ClusterError, match="RAY_AUTH_TOKEN_PATH"):
-        auth.require("http://127.0.0.1:8265")
+        auth.require_token("http://127.0.0.1:8265")
 
 
 @pytest.mark.parametrize("address, here", [
@@ -304,9 +304,9 @@ def test_a_cluster_that_is_only_just_up_is_asked_again(tmp_path, clock):
 
 
 def test_a_head_whose_python_lacks_pi_rays_packages_is_told_with_its_cure():
-    said = submit._first('Job failed: log:\nTraceback (most recent call last):\n  File "x.py", line 1\nModuleNotFoundError: No module named \'rich\'\n')
+    said = submit._main_line('Job failed: log:\nTraceback (most recent call last):\n  File "x.py", line 1\nModuleNotFoundError: No module named \'rich\'\n')
     assert "No module named 'rich'" in said and "before 'ray start'" in said
-    assert submit._first("a\npi-ray: one sentence\nb") == "pi-ray: one sentence"
+    assert submit._main_line("a\npi-ray: one sentence\nb") == "pi-ray: one sentence"
 
 
 def test_a_cluster_that_refuses_a_job_says_why(tmp_path):

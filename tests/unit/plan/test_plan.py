@@ -165,7 +165,7 @@ def test_a_model_that_cannot_share_its_prefix_is_counted_with_a_copy_for_every_r
         (folder / "config.json").write_text(json.dumps({**shape, "model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": window}))
         made[window] = plan_run(config.replace(**{"model.base": str(folder)}))
     plain = plan_run(config.replace(**{"model.base": str(folder), "train.share_prefix": False}))
-    assert f"sliding window of {narrow} tokens" in made[narrow].size.apart and made[wide].size.apart == ""
+    assert f"sliding window of {narrow} tokens" in made[narrow].size.plain_batch_reason and made[wide].size.plain_batch_reason == ""
     assert made[narrow].memory == plain.memory and made[narrow].memory["activations"] > 1.5 * made[wide].memory["activations"]
     assert made[narrow].seconds == plain.seconds > made[wide].seconds
     tokens = [scale.grid(p, (1,))[0].tokens for p in (made[narrow], plain, made[wide])]
@@ -189,8 +189,8 @@ def test_nested_configs_and_models_without_attention_heads_can_be_measured(tmp_p
     for name, shape in shapes.items():
         shape.save_pretrained(tmp_path / name)
         found[name] = estimate.model_size(ModelConfig(base=str(tmp_path / name)), LoraConfig(rank=2), longest=100)
-    assert (found["gemma"].hidden, found["gemma"].layers, found["gemma"].key_value) == (16, 1, 8) and "sliding window" in found["gemma"].apart
-    assert found["rwkv"].hidden == 16 and "attention of its own" in found["rwkv"].apart
+    assert (found["gemma"].hidden, found["gemma"].layers, found["gemma"].key_value) == (16, 1, 8) and "sliding window" in found["gemma"].plain_batch_reason
+    assert found["rwkv"].hidden == 16 and "attention of its own" in found["rwkv"].plain_batch_reason
 
 
 def mixtral_8x7b(**changes):
@@ -311,11 +311,12 @@ def test_many_nodes_are_shown_when_asked_for_and_for_runs_on_several(config, cha
     assert ("On nodes of 8 A100s" in console.export_text()) == shown
 
 
-def test_a_plan_with_a_teacher_counts_its_queries_and_time(tiny_model, tmp_path):
+def test_a_plan_with_a_teacher_counts_its_queries_and_time(tiny_model, tmp_path, monkeypatch):
+    monkeypatch.setattr(estimate, "measure_speed", lambda config: SPEED)
     config = RunConfig(name="t", run_dir=str(tmp_path), task={"name": "opsql", "rows": {"train": 20, "unlabelled": 40}}, model={"base": str(tiny_model)}, prompt={"chat": "none"})
     alone, taught = plan_run(config), plan_run(config.replace(**{"train.objective": "distill"}))
     assert taught.rows["unlabelled"] == 40 and "unlabelled" not in alone.rows
-    assert alone.teaching == 0 < taught.teaching and taught.seconds == pytest.approx(alone.seconds + taught.teaching, rel=0.5)
+    assert alone.teaching == 0 < taught.teaching and taught.seconds == pytest.approx(alone.seconds + taught.teaching)
     console = Console(file=io.StringIO(), width=200)
     print_plan(taught, console)
     assert "the adapter as phase 0 leaves it answers 40 unlabelled queries" in console.file.getvalue()
