@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from pi_ray import cli
-from pi_ray.cluster.jobs import entrypoint
+from pi_ray.cli import job
 from pi_ray.cluster.storage_sync import Mirror
 from pi_ray.config import ModelConfig
 from pi_ray.config.run_file import load
@@ -74,7 +74,7 @@ def test_a_job_beside_a_bucket_takes_its_inputs_from_it_and_leaves_its_run_there
 
     monkeypatch.setattr(cli, "main", step)
     for _ in range(2):
-        assert entrypoint.main("prepare", [str(tmp_path / "run.yaml")]) == 0
+        assert job.main("prepare", [str(tmp_path / "run.yaml")]) == 0
         shutil.rmtree(tmp_path / "pod")
     row = '{"query": "q", "answer": "a"}\n'
     assert seen == [("s3://bucket/pi-ray/store", row, ["inputs"]), ("s3://bucket/pi-ray/store", row, ["inputs", "rows"])]

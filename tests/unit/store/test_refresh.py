@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from pi_ray import cli
-from pi_ray.cluster.jobs import entrypoint
+from pi_ray.cli import job
 from pi_ray.config import RunConfig, dump
 from pi_ray.config.run_file import load
 from pi_ray.errors import AdapterError, TrainingError
@@ -20,7 +20,7 @@ from pi_ray.run.object_storage import Objects
 from pi_ray.store import refresh
 from pi_ray.train import lora
 from pi_ray.train.launch import fingerprint_of
-from pi_ray.train.trainer import _Worker, train_worker
+from pi_ray.train.trainer import Trainer, train_worker
 from tests.lora import put_in_store
 from tests.prepared import prepare_by_hand, tiny_config
 
@@ -97,7 +97,7 @@ def test_on_object_storage_another_cluster_goes_on_with_what_was_begun(config, t
 
     monkeypatch.setattr(cli, "main", step)
     for code in (1, 0, 0):
-        assert entrypoint.main("refresh", [str(tmp_path / "run.yaml")]) == code
+        assert job.main("refresh", [str(tmp_path / "run.yaml")]) == code
         shutil.rmtree(tmp_path / "pod")
         publish(config, "v0002")
     first = f"shop-{datetime.now(UTC):%Y-%m-%d}"
@@ -108,7 +108,7 @@ def test_storage_that_does_not_answer_is_one_sentence_of_the_job(config, tmp_pat
     (tmp_path / "run.yaml").write_text(dump(config.replace(run_dir="runs/shop", **{"cluster.storage_path": f"file://{tmp_path}/bucket"})))
     monkeypatch.setenv("PI_RAY_STORAGE", str(tmp_path / "pod"))
     monkeypatch.setattr(Objects, "folders", lambda self, pattern: (_ for _ in ()).throw(OSError("no route")))
-    assert entrypoint.main("refresh", [str(tmp_path / "run.yaml")]) != 0
+    assert job.main("refresh", [str(tmp_path / "run.yaml")]) != 0
     assert "storage does not answer, or refuses (no route)" in capsys.readouterr().err
 
 
@@ -148,9 +148,9 @@ def again(first, tmp_path, **changes):
 
 
 def test_training_begins_with_the_adapters_weights_and_an_optimiser_that_knows_nothing(first, tmp_path):
-    worker = _Worker(RunConfig.model_validate(settings(again(first, tmp_path))["config"]), "f", "cpu", None)
-    assert worker._resume() == 0
-    saved = lora.weights_of(RunDir(first.root).adapter(2), worker.backend.model, first.model.base)
+    worker = Trainer(RunConfig.model_validate(settings(again(first, tmp_path))["config"]), "f", "cpu", None)
+    assert worker.resume() == 0
+    saved = lora.load_init_adapter(RunDir(first.root).adapter(2), worker.backend.model, first.model.base)
     state = worker.backend.state()
     assert saved and all(torch.equal(state[name], value) for name, value in saved.items())
     assert not any(value.any() for name, value in state.items() if "/" in name)
@@ -167,6 +167,6 @@ def test_an_adapter_of_another_base_or_shape_is_refused(first, tmp_path):
     adapter = RunDir(first.root).adapter(2)
     with pytest.raises(TrainingError, match=r"does not fit train\.lora"):
         train_worker(settings(again(first, tmp_path, **{"train.lora.rank": first.train.lora.rank * 2})))
-    worker = _Worker(RunConfig.model_validate(settings(again(first, tmp_path / "b"))["config"]), "f", "cpu", None)
+    worker = Trainer(RunConfig.model_validate(settings(again(first, tmp_path / "b"))["config"]), "f", "cpu", None)
     with pytest.raises(TrainingError, match=r"and model\.base is /another/model"):
-        lora.weights_of(adapter, worker.backend.model, "/another/model")
+        lora.load_init_adapter(adapter, worker.backend.model, "/another/model")
