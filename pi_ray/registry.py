@@ -48,9 +48,9 @@ compressors = Registry("compressor", {
     "llmlingua": "pi_ray.compress.llmlingua:LLMLingua",
     "longllmlingua": "pi_ray.compress.longllmlingua:LongLLMLingua",
     "llmlingua2": "pi_ray.compress.llmlingua2:LLMLingua2",
-    "selective": "pi_ray.compress.selective:Selective",
-    "generation": "pi_ray.compress.generation:Generation",
-    "none": "pi_ray.compress.none:Keep",
+    "selective": "pi_ray.compress.selective:SelectiveContext",
+    "generation": "pi_ray.compress.generation:GenerationCompressor",
+    "none": "pi_ray.compress.none:NoCompression",
 })
 encoders = Registry("encoder", {
     "ngram": "pi_ray.retrieve.encoders:NgramEncoder",

@@ -10,7 +10,7 @@ from pi_ray import models
 from pi_ray.run.artifact import digest, write_atomic
 
 
-def load(key: str) -> Any | None:
+def load_result(key: str) -> Any | None:
     """What was stored under `key`, a hex digest of all that it depends on; None when nothing was, or when it changed since."""
     try:
         stored = json.loads(_path(key).read_bytes())
@@ -19,7 +19,7 @@ def load(key: str) -> Any | None:
         return None
 
 
-def store(key: str, result: Any) -> None:
+def store_result(key: str, result: Any) -> None:
     """Keep `result`, which JSON can hold."""
     write_atomic(_path(key), json.dumps({"sha256": digest(result), "result": result}, ensure_ascii=False, indent=1))
 

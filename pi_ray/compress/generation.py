@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from pi_ray.compress import cache, words
-from pi_ray.compress.ranked import REMEMBERED, keep_best
+from pi_ray.compress.ranking import CACHED_TEXTS, keep_best
 from pi_ray.config import ClosedConfig, CompressConfig
 from pi_ray.errors import ConfigError, MissingExtraError, ModelError, TrainingError
 from pi_ray.hosted.client import Service
@@ -39,7 +39,7 @@ OWN_WORDS = 0.5  # an answer of which fewer words stand in the text is no compre
 
 
 @dataclass
-class Progress:
+class RemovalState:
     """A text being compressed: its words, after how many rounds each went (0: it is still there), and whether the model removes no more."""
 
     pieces: list[words.Span]
@@ -48,7 +48,7 @@ class Progress:
     done: bool = False
 
 
-class Generation:
+class GenerationCompressor:
     """Compressor "generation". `config.model` is asked at `config.base_url`, OpenAI's API when that is empty, with the key in `config.api_key_env`.
 
     Raises MissingExtraError without the openai package, ConfigError without a key, ModelError when the model cannot be asked.
@@ -57,7 +57,7 @@ class Generation:
     def __init__(self, config: CompressConfig):
         self.config = config
         self.service = _service(config)
-        self._progress = lru_cache(REMEMBERED)(_begin)
+        self._progress = lru_cache(CACHED_TEXTS)(_begin)
 
     def compress(self, text: str, rate: float) -> str:
         state = self._progress(text)
@@ -66,15 +66,15 @@ class Generation:
         while not state.done and _left(state, sizes) > rate * total:
             self._ask_again(text, state)
         kept = keep_best(_scores(state), sizes, max(rate, _left(state, sizes) / max(total, 1)))
-        return words.join(text, state.pieces, kept)
+        return words.join_words(text, state.pieces, kept)
 
-    def _ask_again(self, text: str, state: Progress) -> None:
+    def _ask_again(self, text: str, state: RemovalState) -> None:
         """One round: the words that are left, chunk by chunk, and those of them that the model keeps."""
         left = [i for i, round_ in enumerate(state.gone) if not round_]
         state.rounds += 1
-        for chunk in chunks(text, state.pieces, left):
+        for chunk in split_chunks(text, state.pieces, left):
             inside = set(chunk)
-            part = words.join(text, state.pieces, [i in inside for i in range(len(state.pieces))])
+            part = words.join_words(text, state.pieces, [i in inside for i in range(len(state.pieces))])
             kept = self._kept([text[a:b] for a, b in (state.pieces[i] for i in chunk)], part, first=state.rounds == 1)
             for i, stays in zip(chunk, kept, strict=True):
                 state.gone[i] = 0 if stays else state.rounds
@@ -85,15 +85,15 @@ class Generation:
         """Which words of one chunk the model keeps: all of them when it has no more to remove. Raises ModelError when it does something else at `first`."""
         prompt = INSTRUCTION.replace("{text}", text)
         key = digest(["chat", self.config.base_url, self.config.model, prompt])
-        known = cache.load(key)
+        known = cache.load_result(key)
         said = self._ask(prompt, len(text) // 2 + 64) if known is None else known
         answer = [_bare(w) for w in said.split()]
-        kept = words.find_kept([_bare(w) for w in original], answer)
+        kept = words.find_kept_words([_bare(w) for w in original], answer)
         refused = not answer or sum(kept) < OWN_WORDS * len(answer)
         if refused and first:
             raise ModelError(f"{self.config.model} did not compress the text but answered {said[:80]!r}; compress.model must follow instructions")
         if known is None:
-            cache.store(key, said)
+            cache.store_result(key, said)
         return [True] * len(original) if refused else kept
 
     def _ask(self, prompt: str, limit: int) -> str:
@@ -103,7 +103,7 @@ class Generation:
             raise ModelError(f"compress.name generation: {error}") from None
 
 
-def chunks(text: str, pieces: list[words.Span], left: list[int]) -> list[list[int]]:
+def split_chunks(text: str, pieces: list[words.Span], left: list[int]) -> list[list[int]]:
     """The words `left` in runs of at most CHUNK_WORDS, each ending with a sentence or a line where one ends in its second half."""
     found = []
     while left:
@@ -128,16 +128,16 @@ def _service(config: CompressConfig) -> Service:
         raise MissingExtraError("compress.name 'generation' needs: pip install 'pi-ray[closed]'") from None
 
 
-def _begin(text: str) -> Progress:
-    pieces = words.spans(text)
-    return Progress(pieces, [0] * len(pieces))
+def _begin(text: str) -> RemovalState:
+    pieces = words.word_spans(text)
+    return RemovalState(pieces, [0] * len(pieces))
 
 
-def _left(state: Progress, sizes: list[int]) -> int:
+def _left(state: RemovalState, sizes: list[int]) -> int:
     return sum(size for size, round_ in zip(sizes, state.gone, strict=True) if not round_)
 
 
-def _scores(state: Progress) -> list[float]:
+def _scores(state: RemovalState) -> list[float]:
     """Words that stayed longer score higher; those that went in one round are ordered so that any first few of them are spread evenly."""
     scores = [float(round_ or state.rounds + 1) for round_ in state.gone]
     for round_ in range(1, state.rounds + 1):

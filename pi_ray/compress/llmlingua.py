@@ -20,7 +20,7 @@ from transformers.utils import logging
 
 from pi_ray import models
 from pi_ray.compress import words
-from pi_ray.compress.ranked import REMEMBERED
+from pi_ray.compress.ranking import CACHED_TEXTS
 from pi_ray.config import CompressConfig
 from pi_ray.errors import ModelError
 
@@ -34,7 +34,7 @@ class LLMLingua:
     def __init__(self, config: CompressConfig):
         logging.disable_progress_bar()
         try:
-            self.scorer = Scorer(models.resolve(config.model))
+            self.scorer = PatchedPromptCompressor(models.resolve(config.model))
         except OSError as error:
             raise ModelError(f"compress.model '{config.model}' cannot be loaded: {str(error).splitlines()[0]}") from error
 
@@ -44,11 +44,11 @@ class LLMLingua:
         if len(offsets) < 4:
             return text
         kept = self.scorer.kept_tokens(text, len(offsets), rate)
-        pieces = words.spans(text)
-        return words.join(text, pieces, [2 * sum(t in kept for t in tokens) >= len(tokens) > 0 for tokens in words.tokens_of(pieces, offsets)])
+        pieces = words.word_spans(text)
+        return words.join_words(text, pieces, [2 * sum(t in kept for t in tokens) >= len(tokens) > 0 for tokens in words.tokens_by_span(pieces, offsets)])
 
 
-class Scorer(prompt_compressor.PromptCompressor):
+class PatchedPromptCompressor(prompt_compressor.PromptCompressor):
     """The package's compressor, which also tells which token positions it kept."""
 
     def __init__(self, model: str):
@@ -111,7 +111,7 @@ class Scorer(prompt_compressor.PromptCompressor):
         if not past:
             loss = torch.cat([loss.max().view(1), loss])
         if whole:
-            if len(self.first_pass) >= REMEMBERED:
+            if len(self.first_pass) >= CACHED_TEXTS:
                 self.first_pass.clear()
             self.first_pass[whole] = loss[:-1]
         return loss[:-1].clone(), [(layer.keys, layer.values) for layer in cache.layers]

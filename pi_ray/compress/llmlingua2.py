@@ -15,7 +15,7 @@ from transformers.utils import logging
 
 from pi_ray import models
 from pi_ray.compress import words
-from pi_ray.compress.ranked import Ranked, Ranking
+from pi_ray.compress.ranking import Ranking, RankingCompressor
 from pi_ray.config import COMPRESS_MODELS, CompressConfig
 from pi_ray.errors import ModelError
 
@@ -25,7 +25,7 @@ ROOM = LENGTH - 10  # of which two are special, and a cut may add some
 BATCH = 8  # chunks
 
 
-class LLMLingua2(Ranked):
+class LLMLingua2(RankingCompressor):
     """Compressor "llmlingua2". `config.model` is a token classifier; it runs on the CPU in float32."""
 
     def __init__(self, config: CompressConfig):
@@ -42,11 +42,11 @@ class LLMLingua2(Ranked):
             raise ModelError(f"compress.model '{config.model}' cannot be loaded: {str(error).strip().splitlines()[0]}") from error
 
     def rank(self, text: str) -> Ranking:
-        pieces, scores, sizes = words.spans(text), [], []
+        pieces, scores, sizes = words.word_spans(text), [], []
         chunks = list(self._chunks(text, pieces))
         for at in range(0, len(chunks), BATCH):
             for part, (offsets, chance) in zip(chunks[at : at + BATCH], self._preserve(text, chunks[at : at + BATCH]), strict=True):
-                tokens = words.tokens_of(part, offsets)
+                tokens = words.tokens_by_span(part, offsets)
                 scores += [float(chance[t].mean()) if t else 0.0 for t in tokens]
                 sizes += [len(t) for t in tokens]
         return Ranking(pieces, scores, sizes)
@@ -54,7 +54,7 @@ class LLMLingua2(Ranked):
     def _chunks(self, text: str, pieces: list[words.Span]) -> Iterator[list[words.Span]]:
         """The words in runs that fit the model, each ending with a sentence or a line where one ends in its second half."""
         offsets = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
-        lengths = [len(t) for t in words.tokens_of(pieces, offsets)]
+        lengths = [len(t) for t in words.tokens_by_span(pieces, offsets)]
         first = 0
         while first < len(pieces):
             last, used = first, 0

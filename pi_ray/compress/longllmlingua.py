@@ -9,8 +9,8 @@ scoring on the compressed beginning instead of the whole. The `llmlingua` packag
 from __future__ import annotations
 
 from pi_ray.compress import words
-from pi_ray.compress.causal import Causal
-from pi_ray.compress.ranked import Ranked, Ranking, keep_best
+from pi_ray.compress.ranking import Ranking, RankingCompressor, keep_best
+from pi_ray.compress.surprisal import SurprisalModel
 from pi_ray.config import CompressConfig
 
 QUESTION = "What must be known to do this task for a new input?"
@@ -19,20 +19,20 @@ SPREAD = 0.3  # how far the best segment's rate lies above the mean, and the wor
 SEGMENT_WORDS = 60
 
 
-class LongLLMLingua(Ranked):
+class LongLLMLingua(RankingCompressor):
     """Compressor "longllmlingua"."""
 
     def __init__(self, config: CompressConfig):
         super().__init__()
-        self.causal = Causal(config)
+        self.causal = SurprisalModel(config)
         self.question = config.question or QUESTION
         self._order: dict[str, list[range]] = {}
 
     def rank(self, text: str) -> Ranking:
-        pieces = words.spans(text)
+        pieces = words.word_spans(text)
         offsets, alone = self.causal.surprise(text)
         _, asked = self.causal.surprise(text, self.question + "\n\n")
-        tokens, gain = words.tokens_of(pieces, offsets), alone - asked
+        tokens, gain = words.tokens_by_span(pieces, offsets), alone - asked
         return Ranking(pieces, [float(gain[t].mean()) if t else 0.0 for t in tokens], [len(t) for t in tokens])
 
     def compress(self, text: str, rate: float) -> str:
@@ -42,12 +42,12 @@ class LongLLMLingua(Ranked):
         for place, part in enumerate(order):
             own = segment_rate(rate, place, len(order))
             kept[part.start : part.stop] = keep_best(found.scores[part.start : part.stop], found.sizes[part.start : part.stop], own)
-        return words.join(text, found.pieces, kept)
+        return words.join_words(text, found.pieces, kept)
 
     def _segments(self, text: str) -> list[range]:
         """The segments of `text`, as ranges of its words, the one that suits the question best first."""
         if text not in self._order:
-            pieces, parts = words.spans(text), segments(text)
+            pieces, parts = words.word_spans(text), split_segments(text)
             if len(parts) > 1:
                 parts.sort(key=lambda p: self._unlikely(text[pieces[p.start][0] : pieces[p.stop - 1][1]]))
             self._order = {text: parts}  # one text at a time is asked for at many rates
@@ -58,9 +58,9 @@ class LongLLMLingua(Ranked):
         return float(loss.mean())
 
 
-def segments(text: str) -> list[range]:
+def split_segments(text: str) -> list[range]:
     """Whole lines of `text`, gathered to at least SEGMENT_WORDS words, as ranges of words; the last one may be shorter."""
-    pieces, found, first = words.spans(text), [], 0
+    pieces, found, first = words.word_spans(text), [], 0
     for i in range(1, len(pieces)):
         if i - first >= SEGMENT_WORDS and "\n" in text[pieces[i - 1][1] : pieces[i][0]]:
             found.append(range(first, i))

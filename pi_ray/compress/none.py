@@ -5,7 +5,7 @@ from __future__ import annotations
 from pi_ray.config import CompressConfig
 
 
-class Keep:
+class NoCompression:
     """Returns every text unchanged; a rate between 0 and 1 is then reported as achieved 1.0."""
 
     def __init__(self, config: CompressConfig):

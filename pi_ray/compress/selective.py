@@ -9,8 +9,8 @@ from __future__ import annotations
 import re
 
 from pi_ray.compress import words
-from pi_ray.compress.causal import Causal
-from pi_ray.compress.ranked import Ranked, Ranking
+from pi_ray.compress.ranking import Ranking, RankingCompressor
+from pi_ray.compress.surprisal import SurprisalModel
 from pi_ray.config import CompressConfig
 
 LONGEST = 5  # words of a phrase
@@ -24,25 +24,25 @@ OPENERS = re.compile(
 )
 
 
-class Selective(Ranked):
+class SelectiveContext(RankingCompressor):
     """Compressor "selective"."""
 
     def __init__(self, config: CompressConfig):
         super().__init__()
-        self.causal = Causal(config)
+        self.causal = SurprisalModel(config)
 
     def rank(self, text: str) -> Ranking:
-        pieces = phrases(text)
+        pieces = split_phrases(text)
         offsets, loss = self.causal.surprise(text)
-        tokens = words.tokens_of(pieces, offsets)
+        tokens = words.tokens_by_span(pieces, offsets)
         return Ranking(pieces, [float(loss[t].mean()) if t else 0.0 for t in tokens], [len(t) for t in tokens])
 
 
-def phrases(text: str) -> list[words.Span]:
+def split_phrases(text: str) -> list[words.Span]:
     """(start, end) of each phrase, in order: the words of `text` in groups of at most LONGEST."""
     found: list[words.Span] = []
     length, opened, closed = 0, False, True  # words so far; only openers so far; whether a new phrase must follow
-    for start, end in words.spans(text):
+    for start, end in words.word_spans(text):
         word = text[start:end]
         opener = OPENERS.fullmatch(word) is not None
         broken = closed or "\n" in text[found[-1][1] : start] or word[0] in "([{"

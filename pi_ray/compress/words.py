@@ -12,12 +12,12 @@ from difflib import SequenceMatcher
 Span = tuple[int, int]
 
 
-def spans(text: str) -> list[Span]:
+def word_spans(text: str) -> list[Span]:
     """(start, end) of every word of `text`, in characters."""
     return [m.span() for m in re.finditer(r"\S+", text)]
 
 
-def overlapping(pieces: Sequence[Span], start: int, end: int) -> Iterator[int]:
+def overlapping_spans(pieces: Sequence[Span], start: int, end: int) -> Iterator[int]:
     """Indices of the pieces that share characters with [start, end)."""
     low, high = 0, len(pieces)
     while low < high:
@@ -28,16 +28,16 @@ def overlapping(pieces: Sequence[Span], start: int, end: int) -> Iterator[int]:
         low += 1
 
 
-def tokens_of(pieces: Sequence[Span], offsets: Sequence[Span]) -> list[list[int]]:
+def tokens_by_span(pieces: Sequence[Span], offsets: Sequence[Span]) -> list[list[int]]:
     """Of each piece, the tokens that share characters with it; `offsets` are the characters of each token."""
     found: list[list[int]] = [[] for _ in pieces]
     for token, (start, end) in enumerate(offsets):
-        for i in overlapping(pieces, start, end):
+        for i in overlapping_spans(pieces, start, end):
             found[i].append(token)
     return found
 
 
-def join(text: str, pieces: Sequence[Span], kept: Sequence[bool]) -> str:
+def join_words(text: str, pieces: Sequence[Span], kept: Sequence[bool]) -> str:
     """The kept pieces in order. Neighbours keep the white space between them; over a gap it shrinks to a line break or a space."""
     out, last = "", -1
     for i, (start, end) in enumerate(pieces):
@@ -52,7 +52,7 @@ def join(text: str, pieces: Sequence[Span], kept: Sequence[bool]) -> str:
     return out
 
 
-def find_kept(original: Sequence[str], output: Sequence[str]) -> list[bool]:
+def find_kept_words(original: Sequence[str], output: Sequence[str]) -> list[bool]:
     """Which words of `original` stand in `output`, both in order.
 
     A compressor that only drops words is matched completely; of one that also rewrites, only the words taken over count.

@@ -12,7 +12,8 @@ from dataclasses import asdict
 from typing import Any
 
 from pi_ray.cluster import placement, storage_sync
-from pi_ray.compress.compress import Compressed, cached, compress_template, load
+from pi_ray.compress.rate_control import CompressedTemplate
+from pi_ray.compress.template import cached_template, compress_template, load_compressors
 from pi_ray.config import RunConfig
 from pi_ray.data import phase_dataset, row_documents
 from pi_ray.data.find_neighbours import find_neighbours, has_neighbours
@@ -24,7 +25,7 @@ from pi_ray.protocols import SPLITS, UNLABELLED, Task
 from pi_ray.run.artifact import is_current, staged
 from pi_ray.run.directory import RunDir, documents_file
 from pi_ray.run.fingerprint import prepare_fingerprint, wants_unlabelled
-from pi_ray.run.phases import distinct_rates, phases_of, rate_name
+from pi_ray.run.phases import distinct_rates, numbered_phases, rate_name
 
 COMPRESS_THREADS = 4
 
@@ -72,9 +73,9 @@ def _has_documents(config: RunConfig, run: RunDir, fingerprint: str) -> bool:
 
 def _plan(config: RunConfig) -> list[tuple[str, str, float, int]]:
     """(folder, split, rate, shots) of every dataset: one a phase, its unlabelled queries where a teacher answers them, dev with the last phase's prompt, and with early stop with each."""
-    phases = [(str(i), "train", p.rate, p.shots) for i, p in phases_of(config)]
-    unlabelled = [(f"{UNLABELLED}-{i}", UNLABELLED, p.rate, p.shots) for i, p in phases_of(config)] if wants_unlabelled(config) else []
-    early = [(f"dev-{i}", "dev", p.rate, p.shots) for i, p in phases_of(config)] if config.train.early_stop else []
+    phases = [(str(i), "train", p.rate, p.shots) for i, p in numbered_phases(config)]
+    unlabelled = [(f"{UNLABELLED}-{i}", UNLABELLED, p.rate, p.shots) for i, p in numbered_phases(config)] if wants_unlabelled(config) else []
+    early = [(f"dev-{i}", "dev", p.rate, p.shots) for i, p in numbered_phases(config)] if config.train.early_stop else []
     return [*phases, *unlabelled, ("dev", "dev", *phases[-1][2:]), *early]
 
 
@@ -101,7 +102,7 @@ class CompressRates:
         self.config = config.compress
         self.template = template
         self.tokenizer = load_tokenizer(config.model)
-        self.compressor, self.documents = load(config.compress)
+        self.compressor, self.documents = load_compressors(config.compress)
 
     def __call__(self, item: dict[str, Any]) -> dict[str, Any]:
         return asdict(compress_template(self.compressor, self.template, item["rate"], self.tokenizer, self.config, self.documents))
@@ -109,10 +110,10 @@ class CompressRates:
 
 def _templates(config: RunConfig, template: Template, tokenizer: Any, run: RunDir, fingerprint: str, progress: Progress) -> None:
     """Compress the template once for each rate of the schedule; rates that were made before need no actor."""
-    made = {rate: cached(template, rate, tokenizer, config.compress) for rate in distinct_rates(config)}
+    made = {rate: cached_template(template, rate, tokenizer, config.compress) for rate in distinct_rates(config)}
     missing = [rate for rate, found in made.items() if found is None]
-    results = fan_out([{"rate": rate} for rate in missing], CompressRates, config, template, actors=1, mirror=storage_sync.of(run.root), **placement.options(config, "prepare"))
-    made.update((rate, Compressed(**result)) for rate, result in zip(missing, results, strict=True))
+    results = fan_out([{"rate": rate} for rate in missing], CompressRates, config, template, actors=1, mirror=storage_sync.sync_for(run.root), **placement.worker_options(config, "prepare"))
+    made.update((rate, CompressedTemplate(**result)) for rate, result in zip(missing, results, strict=True))
     entries = []
     with staged(run.templates, fingerprint=fingerprint) as folder:
         for rate, result in made.items():
@@ -138,7 +139,7 @@ def _phases(config: RunConfig, encoder: PromptEncoder, run: RunDir, fingerprint:
     todo = [s for s in planned if not phase_dataset.is_finished(s, rows[s.split])]
     if len(todo) < len(planned):
         progress(f"phases: {len(planned) - len(todo)} of {len(planned)} shards were already there")
-    fan_out([asdict(s) for s in todo], phase_dataset.Builder, config, fingerprint, mirror=storage_sync.of(run.root), **placement.options(config, "prepare"))
+    fan_out([asdict(s) for s in todo], phase_dataset.Builder, config, fingerprint, mirror=storage_sync.sync_for(run.root), **placement.worker_options(config, "prepare"))
     for name, _, rate, shots in plan:
         text = texts.get(rate, "")
         made = phase_dataset.publish(

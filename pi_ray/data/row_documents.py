@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pi_ray.cluster import placement, storage_sync
-from pi_ray.compress.compress import compress_template
+from pi_ray.compress.template import compress_template
 from pi_ray.config import RunConfig
 from pi_ray.data.phase_dataset import working_folder
 from pi_ray.data.ray_map import fan_out
@@ -93,7 +93,7 @@ def compress_documents(config: RunConfig, run: RunDir, fingerprint: str, wanted:
     todo = [p for p in planned if not has_piece(p.path, SCHEMA, run.rows_of(p.split).ids(p.begin, p.end))]
     if len(todo) < len(planned):
         progress(f"documents: {len(planned) - len(todo)} of {len(planned)} pieces were already there")
-    fan_out([asdict(p) for p in todo], CompressDocuments, config, actors=-(-len(todo) // 4), mirror=storage_sync.of(run.root), **placement.options(config, "prepare"))
+    fan_out([asdict(p) for p in todo], CompressDocuments, config, actors=-(-len(todo) // 4), mirror=storage_sync.sync_for(run.root), **placement.worker_options(config, "prepare"))
     totals: dict[float, Counter] = {}
     with staged(run.documents, fingerprint=fingerprint, compressor=config.compress.of_documents.name) as made:
         for (split, rate), some in pieces.items():

@@ -21,12 +21,12 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from pi_ray.compress.words import join, spans
+from pi_ray.compress.words import join_words, word_spans
 from pi_ray.config import PromptConfig
 from pi_ray.prompt import Example
 from pi_ray.run.artifact import digest
 
-PROMPT = "prompt.json"
+PROMPT_FILE = "prompt.json"
 SIMILAR = 0.5
 GRAM = 3  # words
 RUN = 8  # words
@@ -38,33 +38,33 @@ PARAGRAPHS = 12  # of the longest example that is recognised
 COURTESY = re.compile(r"you(?: are|'re) an?(?:,? (?:and )?(?:very )?(?:helpful|useful|friendly|polite|honest|harmless|smart|ai))* assistant\W*", re.IGNORECASE)
 
 
-def normal(text: str) -> str:
+def collapse_whitespace(text: str) -> str:
     """The text with every run of white space as one space."""
     return " ".join(text.split())
 
 
-def mark(example: str) -> str:
+def hash_example(example: str) -> str:
     """What prompt.json keeps of an example."""
-    return digest(normal(example))[:MARK]
+    return digest(collapse_whitespace(example))[:MARK]
 
 
-def worded(form: str, query: str, answer: str) -> str:
+def format_example(form: str, query: str, answer: str) -> str:
     """An example as prompt.example words it, in one pass: what a client sends may spell out {answer} a thousand times."""
     return re.sub(r"\{(query|answer)\}", lambda found: query if found[1] == "query" else answer, form)
 
 
-def record(template: str, compressed: Sequence[dict[str, Any]], examples: Sequence[str]) -> dict[str, Any]:
+def prompt_record(template: str, compressed: Sequence[dict[str, Any]], examples: Sequence[str]) -> dict[str, Any]:
     """The content of prompt.json. `compressed` are {"rate", "text"}, `examples` their texts as training words them."""
-    marks = sorted({mark(example) for example in examples[:MAX_EXAMPLES]})
-    return {"format": 1, "template": template, "sha256": digest(normal(template)), "compressed": list(compressed), "examples": marks}
+    marks = sorted({hash_example(example) for example in examples[:MAX_EXAMPLES]})
+    return {"format": 1, "template": template, "sha256": digest(collapse_whitespace(template)), "compressed": list(compressed), "examples": marks}
 
 
-def flaw(data: dict[str, Any]) -> str:
+def prompt_record_error(data: dict[str, Any]) -> str:
     """What is wrong with the content of a prompt.json, or ""."""
     template, compressed, examples = data.get("template"), data.get("compressed"), data.get("examples")
     if not isinstance(template, str) or len(template) > MAX_TEMPLATE:
         return f"the template is not a text of at most {MAX_TEMPLATE} characters"
-    if data.get("sha256") != digest(normal(template)):
+    if data.get("sha256") != digest(collapse_whitespace(template)):
         return "sha256 is not that of the template"
     if not isinstance(compressed, list) or len(compressed) > 100 or not all(_is_form(form) for form in compressed):
         return "compressed is not a list of rates and texts"
@@ -78,7 +78,7 @@ def _is_form(form: Any) -> bool:
 
 
 @dataclass(frozen=True)
-class Seen:
+class GuardResult:
     """A request as the guard leaves it. `kind`, and with it what `text` is:
 
     internalised: the query, as it came; stripped: the query, without what came with it; drifted: the whole prompt, for the base model;
@@ -89,56 +89,56 @@ class Seen:
     text: str
 
 
-class Guard:
+class PromptGuard:
     """Knows one adapter's prompt."""
 
     def __init__(self, prompt: dict[str, Any], config: PromptConfig):
         self.template = prompt["template"]
         self._forms = sorted(prompt["compressed"], key=lambda form: -form["rate"])
-        self._known = sorted({text for t in (self.template, *(form["text"] for form in self._forms)) if (text := normal(t))}, key=len, reverse=True)
+        self._known = sorted({text for t in (self.template, *(form["text"] for form in self._forms)) if (text := collapse_whitespace(t))}, key=len, reverse=True)
         self._examples = frozenset(prompt["examples"])
         self._config = config
         self._grams = _grams(self.template.split())
 
-    def look(self, system: str, query: str, turns: Sequence[tuple[str, str]] = ()) -> Seen:
+    def look(self, system: str, query: str, turns: Sequence[tuple[str, str]] = ()) -> GuardResult:
         """`system`: the text of system messages, "" for none; `query`: the last user message; `turns`: (role, text) of the messages between them."""
         seen = self._look(system, query, turns)
-        if seen.kind == "unknown" and COURTESY.fullmatch(normal(system)):
+        if seen.kind == "unknown" and COURTESY.fullmatch(collapse_whitespace(system)):
             seen = self._look("", query, turns)
-        return Seen("stripped", seen.text) if system and seen.kind == "internalised" else seen
+        return GuardResult("stripped", seen.text) if system and seen.kind == "internalised" else seen
 
-    def _look(self, system: str, query: str, turns: Sequence[tuple[str, str]]) -> Seen:
+    def _look(self, system: str, query: str, turns: Sequence[tuple[str, str]]) -> GuardResult:
         """Turns behind a template become examples in the words of training. Without one they are a conversation, of which the adapter knows nothing."""
         if [role for role, _ in turns] != ["user", "assistant"] * (len(turns) // 2):
-            return Seen("unknown", query)
+            return GuardResult("unknown", query)
         shots = [Example(asked, answered) for (_, asked), (_, answered) in zip(turns[::2], turns[1::2], strict=True)]
         if shots and not system and (rest := self._behind_template(shots[0].query)) is not None:
             first = shots[0].query
             system, shots[0] = first[: len(first) - len(rest)], Example(rest.strip(), shots[0].answer)
-        examples = [worded(self._config.example, self._unworded(shot.query), shot.answer) for shot in shots]
+        examples = [format_example(self._config.example, self._unworded(shot.query), shot.answer) for shot in shots]
         if examples and self._behind_template(system) is None and self.likeness(system or examples[0]) < SIMILAR:
-            return Seen("unknown", query)
-        seen = self._look_at(system, query) if all(mark(example) in self._examples for example in examples) else Seen("drifted", query)
+            return GuardResult("unknown", query)
+        seen = self._look_at(system, query) if all(hash_example(example) in self._examples for example in examples) else GuardResult("drifted", query)
         if seen.kind != "drifted":
             return seen
         heading = [self._config.examples_heading] if examples and self._config.examples_heading else []
         whole = "\n\n".join([*heading, *examples, query])
-        return Seen("drifted", f"{self.compressed(system)}\n\n{whole}" if system else self.compressed(whole))
+        return GuardResult("drifted", f"{self.compressed(system)}\n\n{whole}" if system else self.compressed(whole))
 
-    def _look_at(self, system: str, query: str) -> Seen:
+    def _look_at(self, system: str, query: str) -> GuardResult:
         """The same where there are no turns, or none that count; of what drifted the query alone."""
         head = system or query
         rest = self._behind_template(head)
         if rest is None:
             if self.likeness(head) >= SIMILAR:
-                return Seen("drifted", query)
-            return Seen("unknown" if system else "internalised", query)
+                return GuardResult("drifted", query)
+            return GuardResult("unknown" if system else "internalised", query)
         rest = self._behind_examples(rest)
         if system and rest == "":
             rest = self._behind_examples(query)
         elif system:
             rest = None  # something was added to the template
-        return Seen("drifted", query) if rest is None else Seen("stripped", self._unworded(rest))
+        return GuardResult("drifted", query) if rest is None else GuardResult("stripped", self._unworded(rest))
 
     def likeness(self, text: str) -> float:
         """Share of the template's three-word sequences that `text` has; 0 for a template too short to tell."""
@@ -150,7 +150,7 @@ class Guard:
         """`text` without what the best compressed form left out of the template."""
         if self._kept is None:
             return text
-        pieces = spans(text)
+        pieces = word_spans(text)
         words = [text[start:end] for start, end in pieces]
         kept, at = [True] * len(words), 0
         while at <= len(words) - RUN:
@@ -161,11 +161,11 @@ class Guard:
             length = _common(self._words, place, words, at)
             kept[at : at + length] = self._kept[place : place + length]
             at += length
-        return join(text, pieces, kept)
+        return join_words(text, pieces, kept)
 
     def _behind_template(self, text: str) -> str | None:
         """What follows the template, or None where the text does not begin with it."""
-        flat = normal(text)
+        flat = collapse_whitespace(text)
         for known in self._known:
             whole_words = len(flat) == len(known) or flat[len(known) :][:1] == " " or not known[-1].isalnum()
             if flat.startswith(known) and whole_words:
@@ -174,9 +174,9 @@ class Guard:
 
     def _behind_examples(self, text: str) -> str | None:
         """What follows the examples, if there are any. None where they cannot all be told from the query: the prompt must not lose a part of that."""
-        text, heading = text.strip(), normal(self._config.examples_heading)
+        text, heading = text.strip(), collapse_whitespace(self._config.examples_heading)
         first, _, rest = text.partition("\n")
-        headed = bool(heading) and normal(first) == heading
+        headed = bool(heading) and collapse_whitespace(first) == heading
         paragraphs = [p for p in re.split(r"\n\s*\n", rest if headed else text) if p.strip()]
         found = at = 0
         while length := self._example_at(paragraphs, at):
@@ -191,13 +191,13 @@ class Guard:
     def _example_at(self, paragraphs: Sequence[str], at: int) -> int:
         """Paragraphs of the known example that begins here; 0 for none."""
         lengths = range(1, min(PARAGRAPHS, len(paragraphs) - at) + 1) if self._examples else ()
-        return next((n for n in lengths if mark("\n\n".join(paragraphs[at : at + n])) in self._examples), 0)
+        return next((n for n in lengths if hash_example("\n\n".join(paragraphs[at : at + n])) in self._examples), 0)
 
     def _unworded(self, text: str) -> str:
         """The bare query where it is worded as in training; the encoder words it again."""
         before, _, after = (part.strip() for part in self._config.query.partition("{query}"))
-        worded = text.startswith(before) and text.endswith(after) and len(text) >= len(before) + len(after)
-        return text[len(before) : len(text) - len(after)].strip() if worded else text
+        format_example = text.startswith(before) and text.endswith(after) and len(text) >= len(before) + len(after)
+        return text[len(before) : len(text) - len(after)].strip() if format_example else text
 
     @cached_property
     def _words(self) -> list[str]:
@@ -260,4 +260,4 @@ def _end(text: str, count: int) -> int:
     return len(text)
 
 
-NOTHING = Guard(record("", [], []), PromptConfig())  # knows no prompt
+EMPTY_GUARD = PromptGuard(prompt_record("", [], []), PromptConfig())  # knows no prompt

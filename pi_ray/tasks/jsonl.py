@@ -22,8 +22,8 @@ from pi_ray.config import TaskConfig
 from pi_ray.errors import DataError
 from pi_ray.prompt import Template
 from pi_ray.protocols import SPLITS, UNLABELLED, Reject, Row
+from pi_ray.tasks.dataset import fingerprint_files, limit_rows
 from pi_ray.tasks.metrics import exact_match
-from pi_ray.tasks.source import fingerprint, limited
 
 MAX_FIELD = 1 << 20  # bytes of one field
 MAX_LINE = 8 << 20  # bytes of one line; what is longer is skipped without being held in memory
@@ -40,7 +40,7 @@ class JsonlTask:
         """Raises DataError when the training or test file is missing; without a dev file there are no dev rows."""
         path = Path(self.config.queries if split == UNLABELLED else getattr(self.config, split))
         if path.is_file():
-            yield from limited(lambda: _read(path, split), getattr(self.config.rows, split))
+            yield from limit_rows(lambda: _read(path, split), getattr(self.config.rows, split))
         elif split not in ("dev", UNLABELLED):
             raise DataError(f"{path}: no such file; put the {split} rows there, or name another file with task.{split} ('pi-ray init FOLDER' writes a sample)")
 
@@ -51,7 +51,7 @@ class JsonlTask:
         return {"exact_match": exact_match(output, row.answer)}
 
     def fingerprint(self) -> str:
-        return fingerprint(self.config, [Path(getattr(self.config, name)) for name in (*SPLITS, "queries", "template")])
+        return fingerprint_files(self.config, [Path(getattr(self.config, name)) for name in (*SPLITS, "queries", "template")])
 
 
 class _Bad(Exception):

@@ -17,10 +17,10 @@ from pi_ray.errors import DataError
 from pi_ray.prompt import Template
 from pi_ray.protocols import Reject, Row
 from pi_ray.run.artifact import digest
+from pi_ray.tasks.dataset import fingerprint_files, select_rows
 from pi_ray.tasks.metrics import exact_match
-from pi_ray.tasks.sandbox.judge import split
-from pi_ray.tasks.sandbox.sandbox import Limits, Program, Sandbox
-from pi_ray.tasks.source import fingerprint, subset
+from pi_ray.tasks.sandbox.judge import split_tests
+from pi_ray.tasks.sandbox.runner import Limits, Program, Sandbox
 
 FILE = "mbpp.jsonl"
 HUB = "google-research-datasets/mbpp"
@@ -30,7 +30,7 @@ FENCE = re.compile(r"```(?:python|py)?[ \t]*\r?\n(.*?)(?:```|\Z)", re.S | re.I)
 
 
 @dataclass(frozen=True)
-class Problem:
+class MbppProblem:
     """One line of the release; `id` as upstream counts."""
 
     id: int
@@ -58,7 +58,7 @@ class MbppTask:
 
     def rows(self, split: str) -> Iterator[Row | Reject]:
         """Raises DataError when the file is missing or the hub cannot be had. Lines whose split cannot be told are rejected with "train"."""
-        return subset(self._rows, self.config, split)
+        return select_rows(self._rows, self.config, split)
 
     def template(self) -> Template:
         return Template.parse(files("pi_ray.tasks").joinpath("mbpp.md").read_text(encoding="utf-8"))
@@ -68,7 +68,7 @@ class MbppTask:
 
     def score_all(self, rows: Sequence[Row], outputs: Sequence[str]) -> list[dict[str, float]]:
         """Scores in the order of `rows`, as many programs at a time as there are cores. Raises ConfigError where they cannot be run safely."""
-        codes = [unfenced(output) for output in outputs]
+        codes = [extract_code(output) for output in outputs]
         scores = [{"exact_match": exact_match(code, row.answer)} for row, code in zip(rows, codes, strict=True)]
         if not self.config.allow_code_execution:
             return scores
@@ -83,7 +83,7 @@ class MbppTask:
         return Program(code, problem.tests, problem.setup, Limits(seconds=SLOW[problem.id]) if problem.id in SLOW else None)
 
     def fingerprint(self) -> str:
-        return digest([self.template().text, fingerprint(self.config, [self.path] if self.config.folder else ())])
+        return digest([self.template().text, fingerprint_files(self.config, [self.path] if self.config.folder else ())])
 
     @cached_property
     def _sandbox(self) -> Sandbox:
@@ -93,20 +93,20 @@ class MbppTask:
         return sandbox
 
     @cached_property
-    def _problems(self) -> dict[str, Problem]:
-        return {str(found.id): found for found in self._found if isinstance(found, Problem)}
+    def _problems(self) -> dict[str, MbppProblem]:
+        return {str(found.id): found for found in self._found if isinstance(found, MbppProblem)}
 
     def _rows(self, split: str) -> Iterator[Row | Reject]:
         for found in self._found:
-            if isinstance(found, Problem) and found.id in IDS.get(split, ()):
+            if isinstance(found, MbppProblem) and found.id in IDS.get(split, ()):
                 yield Row(str(found.id), found.query, found.code)
             elif isinstance(found, Reject) and split == "train":
                 yield found
 
     @cached_property
-    def _found(self) -> list[Problem | Reject]:
+    def _found(self) -> list[MbppProblem | Reject]:
         """All lines, read once: there are 974."""
-        found: dict[int, Problem | Reject] = {}  # a Reject under minus its line number
+        found: dict[int, MbppProblem | Reject] = {}  # a Reject under minus its line number
         for number, line in enumerate(self._lines(), start=1):
             try:
                 problem = _problem(line)
@@ -119,7 +119,7 @@ class MbppTask:
 
     def _lines(self) -> Iterator[bytes | dict[str, Any]]:
         if not self.config.folder:
-            yield from from_hub()
+            yield from load_mbpp_from_hub()
             return
         if not self.path.is_file():
             raise DataError(
@@ -130,13 +130,13 @@ class MbppTask:
             yield from lines
 
 
-def unfenced(output: str) -> str:
+def extract_code(output: str) -> str:
     """What stands in the first code fence of `output`, or all of it when it has none."""
     fenced = FENCE.search(output)
     return fenced[1] if fenced else output
 
 
-def from_hub() -> Iterable[dict[str, Any]]:
+def load_mbpp_from_hub() -> Iterable[dict[str, Any]]:
     """All splits as the hub has them. Raises DataError when the package `datasets` is missing or the hub does not answer."""
     try:
         from datasets import load_dataset
@@ -149,7 +149,7 @@ def from_hub() -> Iterable[dict[str, Any]]:
         ) from None
 
 
-def _problem(line: bytes | dict[str, Any]) -> Problem:
+def _problem(line: bytes | dict[str, Any]) -> MbppProblem:
     """Raises ValueError with the reason when the line cannot be used."""
     data = json.loads(line.decode("utf-8")) if isinstance(line, bytes) else line
     if not isinstance(data, dict) or not isinstance(data.get("task_id"), int) or data["task_id"] < 1:
@@ -159,10 +159,10 @@ def _problem(line: bytes | dict[str, Any]) -> Problem:
         raise ValueError(f"task {data['task_id']}: text, code and test_list are needed, and all must be text")
     text, code, setup, *tests = map(_clean, texts)
     try:
-        split(tests)
+        split_tests(tests)
     except DataError as error:
         raise ValueError(f"task {data['task_id']}: {error}") from None
-    return Problem(data["task_id"], text, code, tuple(tests), setup)
+    return MbppProblem(data["task_id"], text, code, tuple(tests), setup)
 
 
 def _clean(text: str) -> str:

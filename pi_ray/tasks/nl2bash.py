@@ -13,8 +13,8 @@ from pi_ray.errors import DataError
 from pi_ray.prompt import Template
 from pi_ray.protocols import SPLITS, Reject, Row
 from pi_ray.run.artifact import digest
+from pi_ray.tasks.dataset import fingerprint_files, load_hub_rows, most_used, select_rows
 from pi_ray.tasks.metrics import exact_match
-from pi_ray.tasks.source import fingerprint, from_hub, most_used, subset
 
 KINDS = ("nl", "cm")
 HUB = "jiacheng-ye/nl2bash"  # the same split: 8,090 / 609 / 606
@@ -32,7 +32,7 @@ class Nl2BashTask:
 
     def rows(self, split: str) -> Iterator[Row | Reject]:
         """Raises DataError when files are missing or do not run in parallel, or the hub cannot be had."""
-        return subset(self._read, self.config, split)
+        return select_rows(self._read, self.config, split)
 
     def template(self) -> Template:
         """Raises DataError when `task.docs` has no page to use."""
@@ -43,7 +43,7 @@ class Nl2BashTask:
         return {"exact_match": exact_match(output, row.answer)}
 
     def fingerprint(self) -> str:
-        return digest([self.template().text, fingerprint(self.config, self._paths() if self.config.folder else ())])
+        return digest([self.template().text, fingerprint_files(self.config, self._paths() if self.config.folder else ())])
 
     def _documents(self) -> tuple[str, ...]:
         """Pages of the utilities that all training commands use most, whatever the row limits. A page that nobody needs is not read."""
@@ -62,7 +62,7 @@ class Nl2BashTask:
 
     def _read(self, split: str) -> Iterator[Row | Reject]:
         if not self.config.folder:
-            for number, row in enumerate(from_hub(HUB, split), start=1):
+            for number, row in enumerate(load_hub_rows(HUB, split), start=1):
                 yield _row(row["nl"], row["bash"], HUB, number, split)
             return
         missing = [path.name for path in self._paths() if not path.is_file()]

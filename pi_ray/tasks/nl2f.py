@@ -14,7 +14,7 @@ from pi_ray.errors import DataError
 from pi_ray.prompt import Template
 from pi_ray.protocols import Reject, Row
 from pi_ray.run.artifact import digest
-from pi_ray.tasks.source import fingerprint, most_used, subset
+from pi_ray.tasks.dataset import fingerprint_files, most_used, select_rows
 
 FILES = {"train": "train.json", "dev": "valid.json", "test": "test.json"}
 MAX_ROWS = 20  # data rows shown of a table; the last line then says where the data end, which is what a formula needs of the rest
@@ -35,7 +35,7 @@ class Nl2fTask:
 
     def rows(self, split: str) -> Iterator[Row | Reject]:
         """Raises DataError when files are missing or are not arrays; a Reject's line is the number of the table in the file."""
-        return subset(self._read, self.config, split)
+        return select_rows(self._read, self.config, split)
 
     def template(self) -> Template:
         """Raises DataError when `task.docs` has no function to use."""
@@ -46,13 +46,13 @@ class Nl2fTask:
         return {"exact_match": float(_compared(output) == _compared(row.answer))}
 
     def fingerprint(self) -> str:
-        return digest([self.template().text, fingerprint(self.config, self._paths() if self.config.folder else ())])
+        return digest([self.template().text, fingerprint_files(self.config, self._paths() if self.config.folder else ())])
 
     def _documents(self) -> tuple[str, ...]:
         """The functions that all training formulas use most, whatever the row limits."""
         known = _functions(Path(self.config.docs))
         formulas = (row.answer for row in self._read("train") if isinstance(row, Row))
-        chosen = most_used((name for formula in formulas for name in functions(formula)), known, self.config.docs_count)
+        chosen = most_used((name for formula in formulas for name in called_functions(formula)), known, self.config.docs_count)
         if not chosen:
             raise DataError(
                 f"task.docs '{self.config.docs}' describes no function of the training formulas; name another file, or leave task.docs empty for the documents that "
@@ -77,25 +77,25 @@ class _Bad(Exception):
     """Why a table or an entry cannot be used."""
 
 
-def serialise(header: Sequence[str], rows: Sequence[Sequence[str]], end: int) -> str:
+def serialise_table(header: Sequence[str], rows: Sequence[Sequence[str]], end: int) -> str:
     """A sheet as text from which addresses can be derived: column letters with the cells of sheet row 1, then data rows behind their sheet row numbers.
 
     Shown are all columns, since a formula may name any, at most MAX_ROWS rows, and MAX_CELL characters of a cell. When rows are left out, a last line
     names sheet row `end`, where the data end.
     """
-    lines = [" | ".join(f"{column(i)}: {_cell(name)}" for i, name in enumerate(header))]
+    lines = [" | ".join(f"{column_letters(i)}: {_cell(name)}" for i, name in enumerate(header))]
     lines += [f"{number}: " + " | ".join(map(_cell, row)) for number, row in enumerate(rows[:MAX_ROWS], start=2)]
     if end > len(lines):
         lines.append(f"(data to row {end})")
     return "\n".join(["[TABLE]", *lines, "[/TABLE]"])
 
 
-def column(index: int) -> str:
+def column_letters(index: int) -> str:
     """0 -> A, 25 -> Z, 26 -> AA."""
-    return (column(index // 26 - 1) if index >= 26 else "") + chr(ord("A") + index % 26)
+    return (column_letters(index // 26 - 1) if index >= 26 else "") + chr(ord("A") + index % 26)
 
 
-def functions(formula: str) -> list[str]:
+def called_functions(formula: str) -> list[str]:
     """Names of the functions that a formula calls; what stands in quotes does not count."""
     return re.findall(r"([A-Z][A-Z0-9.]*)\(", re.sub(r'"[^"]*"', '""', formula.upper()))
 
@@ -148,7 +148,7 @@ def _sheet(table: Any) -> str:
     if cells[0][1] != "A":
         raise _Bad(f"row 0 of 'Table' must hold a blank corner and column letters, found {cells[0][:3]}")
     header, *rows = (row[1:] for row in cells[1:])
-    return serialise(header, rows, len(rows) + 1)
+    return serialise_table(header, rows, len(rows) + 1)
 
 
 def _entries(table: dict[str, Any]) -> list[Any]:

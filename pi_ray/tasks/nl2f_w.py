@@ -21,8 +21,8 @@ from typing import Any
 
 from pi_ray.errors import DataError
 from pi_ray.protocols import Reject, Row
-from pi_ray.tasks.nl2f import Nl2fTask, column, serialise
-from pi_ray.tasks.source import from_hub
+from pi_ray.tasks.dataset import load_hub_rows
+from pi_ray.tasks.nl2f import Nl2fTask, column_letters, serialise_table
 
 FILES = ("dev.jsonl", "validation.headers.txt")
 HUB = "Salesforce/wikisql"
@@ -53,7 +53,7 @@ class Nl2fWTask(Nl2fTask):
         yield from _folder_rows(*self._paths(), split)
 
 
-def formula(header: Header, select: int, aggregate: int, conditions: Conditions, end: int) -> str:
+def sql_to_formula(header: Header, select: int, aggregate: int, conditions: Conditions, end: int) -> str:
     """WikiSQL's SQL -> a formula over rows 2 to `end`. Raises IndexError for a column, aggregate or comparison that is not there."""
     tests = "*".join(f"({_range(header, c, end)}{COMPARISONS[comparison]}{_value(value, header[c][1])})" for c, comparison, value in conditions)
     cells = _range(header, select, end)
@@ -64,7 +64,7 @@ def formula(header: Header, select: int, aggregate: int, conditions: Conditions,
     return f"{name}({selected})" if name else selected
 
 
-def split_of(table: str) -> str:
+def split_of_table(table: str) -> str:
     """The split of a table such as 1-10015132-11, by the number of its page in the middle."""
     page = re.sub(r"^\d-|-\d+$", "", table)
     share = int(hashlib.sha256(page.encode()).hexdigest(), 16) % 100
@@ -74,7 +74,7 @@ def split_of(table: str) -> str:
 def _range(header: Header, index: int, end: int) -> str:
     if not 0 <= index < len(header):
         raise IndexError(f"the SQL names column {index} of a table with {len(header)}")
-    return f"{column(index)}2:{column(index)}{end}"
+    return f"{column_letters(index)}2:{column_letters(index)}{end}"
 
 
 def _value(value: Any, kind: str) -> str:
@@ -96,7 +96,7 @@ def _folder_rows(questions: Path, headers: Path, split: str) -> Iterator[Row | R
     for number, (line, block) in enumerate(zip(lines, blocks, strict=True), start=1):
         try:
             data = json.loads(line)
-            if split_of(data["table_id"]) != split:
+            if split_of_table(data["table_id"]) != split:
                 continue
             sql = data["sql"]
             row = _row(f"{split}-{number}", data["question"], _header(block, data["question"]), sql["sel"], sql["agg"], sql["conds"], LAST_ROW)
@@ -115,7 +115,7 @@ def _header(block: str, question: str) -> list[tuple[str, str]]:
 
 
 def _hub_rows(split: str) -> Iterator[Row | Reject]:
-    for number, data in enumerate(from_hub(HUB, split), start=1):
+    for number, data in enumerate(load_hub_rows(HUB, split), start=1):
         try:
             table, sql, conds = data["table"], data["sql"], data["sql"]["conds"]
             header = list(zip(table["header"], table["types"], strict=True))
@@ -128,5 +128,5 @@ def _hub_rows(split: str) -> Iterator[Row | Reject]:
 
 
 def _row(name: str, question: str, header: Header, select: int, aggregate: int, conditions: Conditions, end: int) -> Row:
-    sheet = serialise([f"{title} (number)" if kind == "real" else title for title, kind in header], (), end)
-    return Row(name, f"{question.strip()}\n{sheet}", formula(header, select, aggregate, conditions, end), GROUPS[min(len(conditions), 2)])
+    sheet = serialise_table([f"{title} (number)" if kind == "real" else title for title, kind in header], (), end)
+    return Row(name, f"{question.strip()}\n{sheet}", sql_to_formula(header, select, aggregate, conditions, end), GROUPS[min(len(conditions), 2)])

@@ -24,9 +24,9 @@ from typing import Any
 import torch
 
 from pi_ray import models, tasks
-from pi_ray.compress.compress import load
 from pi_ray.compress.llmlingua import LLMLingua
-from pi_ray.compress.search import Compressed, Search
+from pi_ray.compress.rate_control import CompressedTemplate, RateSearch
+from pi_ray.compress.template import load_compressors
 from pi_ray.config import CompressConfig, ModelConfig
 from pi_ray.data.ray_map import fan_out
 from pi_ray.prompt import Template
@@ -49,12 +49,12 @@ def texts(folder: Path) -> dict[str, list[Template]]:
     return {"tldr": [Template(page) for page in pages], "calc": [Template(json.loads(line)["text"]) for line in lines], "templates": templates}
 
 
-def is_protected(made: Compressed) -> bool:
+def is_protected(made: CompressedTemplate) -> bool:
     """Whether the rate could not be met by anything that keeps what is protected."""
     return "protected text alone" in made.note
 
 
-def worst(made: Iterable[Compressed]) -> float:
+def worst(made: Iterable[CompressedTemplate]) -> float:
     """The largest distance from the asked rate, of those that could be met."""
     return max((abs(m.achieved - m.asked) for m in made if not is_protected(m)), default=0.0)
 
@@ -64,13 +64,13 @@ def rows_a_second(spans: Sequence[tuple[float, float]]) -> float:
     return len(spans) / (max(end for _, end in spans) - min(begin for begin, _ in spans))
 
 
-def rates(config: CompressConfig, groups: dict[str, list[Template]], tokenizer: Any) -> list[Compressed]:
+def rates(config: CompressConfig, groups: dict[str, list[Template]], tokenizer: Any) -> list[CompressedTemplate]:
     """Every text at every rate, with a line for each group."""
-    compressor, _ = load(config)
-    every: list[Compressed] = []
+    compressor, _ = load_compressors(config)
+    every: list[CompressedTemplate] = []
     for group, some in groups.items():
         started = time.perf_counter()
-        made = [Search(compressor, text, rate, tokenizer, config).run() for text in some for rate in RATES]
+        made = [RateSearch(compressor, text, rate, tokenizer, config).run() for text in some for rate in RATES]
         sizes, held = [m.full_tokens for m in made], sum(map(is_protected, made))
         free = [abs(m.achieved - m.asked) for m in made if not is_protected(m)] or [0.0]
         print(

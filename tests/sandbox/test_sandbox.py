@@ -21,7 +21,7 @@ from pi_ray.config import TaskConfig
 from pi_ray.errors import ConfigError, DataError
 from pi_ray.tasks.mbpp import FILE, SLOW, MbppTask
 from pi_ray.tasks.sandbox import jail
-from pi_ray.tasks.sandbox.sandbox import Limits, Program, Sandbox
+from pi_ray.tasks.sandbox.runner import Limits, Program, Sandbox
 
 pytestmark = pytest.mark.sandbox
 ROOT = Path(__file__).parents[2]
@@ -133,8 +133,8 @@ ATTACKS = {
         import sys
         frame = sys._getframe()
         while frame:
-            frame.f_globals['encode'] = lambda *a, **k: ['const', 'True']
-            frame.f_globals['run'] = lambda *a: [['str', ''], [['const', 'True']]]
+            frame.f_globals['encode_value'] = lambda *a, **k: ['const', 'True']
+            frame.f_globals['run_steps'] = lambda *a: [['str', ''], [['const', 'True']]]
             frame = frame.f_back
         def f(): return True
         """,

@@ -62,7 +62,7 @@ SEVERITY_WORDINGS = (", this is {}", ", severity {}", " and treat it as {}")
 
 
 @lru_cache(maxsize=4)
-def generate(seed: int = 0) -> Mapping[str, tuple[Row, ...]]:
+def generate_rows(seed: int = 0) -> Mapping[str, tuple[Row, ...]]:
     """All rows of each split, in an order of which every beginning is balanced; no two rows share a query."""
     rng = random.Random(seed)
     pairs = _pairs(rng)
@@ -134,7 +134,7 @@ def _draw(rng: random.Random, service: str, metric: str) -> tuple[str, Statement
 
 
 def main() -> None:
-    for split, rows in generate().items():
+    for split, rows in generate_rows().items():
         print(f"{split}: {len(rows)} rows {dict(Counter(r.group for r in rows if r.group)) or ''}")
         for row in islice(rows, 6):
             print(f"  {row.group or split:16}  {row.query}\n  {'':16}  {row.answer}")

@@ -57,7 +57,7 @@ class Statement:
         return f"from {self.service} | {self.metric} {'>' if self.above else '<'} {self.value} | for {self.window}m | to {self.route}"
 
 
-def parse(text: str) -> Statement:
+def parse_statement(text: str) -> Statement:
     """Text -> Statement. Raises OpsqlError for anything else; the work is linear in at most MAX_CHARACTERS."""
     if len(text) > MAX_CHARACTERS:
         raise OpsqlError(f"{len(text)} characters; a statement has at most {MAX_CHARACTERS}")
@@ -91,7 +91,7 @@ def _minutes(window: re.Match[str]) -> int:
     return minutes
 
 
-def execute(statement: Statement) -> tuple[tuple[int, ...], str]:
+def execute_statement(statement: Statement) -> tuple[tuple[int, ...], str]:
     """The minutes of the metrics table at which the alert fires, and whom it tells.
 
     It fires at minute t when the condition holds in each of the minutes t - window + 1 .. t.

@@ -11,7 +11,7 @@ from pi_ray.prompt import Template
 from pi_ray.protocols import SPLITS, UNLABELLED, Reject, Row
 from pi_ray.run.artifact import digest
 from pi_ray.tasks.metrics import exact_match
-from pi_ray.tasks.opsql.language import OpsqlError, execute, parse
+from pi_ray.tasks.opsql.language import OpsqlError, execute_statement, parse_statement
 
 
 class OpsqlTask:
@@ -21,9 +21,9 @@ class OpsqlTask:
         self.config = config
 
     def rows(self, split: str) -> Iterator[Row | Reject]:
-        from pi_ray.tasks.opsql.generate import generate  # here, so that `python -m pi_ray.tasks.opsql.generate` runs a module not yet imported
+        from pi_ray.tasks.opsql.generate import generate_rows  # here, so that `python -m pi_ray.tasks.opsql.generate` runs a module not yet imported
 
-        return islice(generate()[split], getattr(self.config.rows, split) or None)
+        return islice(generate_rows()[split], getattr(self.config.rows, split) or None)
 
     def template(self) -> Template:
         return Template.parse(files("pi_ray.tasks.opsql").joinpath("template.md").read_text(encoding="utf-8"))
@@ -38,6 +38,6 @@ class OpsqlTask:
 
 def _same_effect(output: str, answer: str) -> float:
     try:
-        return float(execute(parse(output)) == execute(parse(answer)))
+        return float(execute_statement(parse_statement(output)) == execute_statement(parse_statement(answer)))
     except OpsqlError:
         return 0.0

@@ -25,13 +25,13 @@ def main() -> None:
     for name, most in limits:
         resource.setrlimit(getattr(resource, name), (most, most))
     os.write(out, b"ready\n")
-    left = repr(run(sources, steps)).replace("'", '"').encode("ascii")  # JSON: the texts hold no quotes and no backslashes
+    left = repr(run_steps(sources, steps)).replace("'", '"').encode("ascii")  # JSON: the texts hold no quotes and no backslashes
     while left:
         left = left[os.write(out, left):]
     os._exit(0)  # without waiting for threads or exit handlers
 
 
-def run(sources: tuple[str, ...], steps: tuple[tuple[str, str], ...]) -> list[Any]:
+def run_steps(sources: tuple[str, ...], steps: tuple[tuple[str, str], ...]) -> list[Any]:
     """[error, values]: the sources as one `__main__` module, then the steps ("exec", "value" or "truth", source) until one raises."""
     module = type(sys)("__main__")
     sys.modules["__main__"] = module
@@ -42,13 +42,13 @@ def run(sources: tuple[str, ...], steps: tuple[tuple[str, str], ...]) -> list[An
             exec(compile(source, "<program>", "exec"), module.__dict__)
         for kind, source in steps:
             value = (exec if kind == "exec" else eval)(compile(source, "<test>", "exec" if kind == "exec" else "eval"), module.__dict__)
-            values.append(encode(bool(value) if kind == "truth" else value))
+            values.append(encode_value(bool(value) if kind == "truth" else value))
     except BaseException as raised:  # SystemExit too: a program that exits before its tests are done has not passed them
         error = type(raised).__name__
-    return [encode(error), values]
+    return [encode_value(error), values]
 
 
-def encode(value: Any, depth: int = 0) -> list[Any]:
+def encode_value(value: Any, depth: int = 0) -> list[Any]:
     """Plain data, which compares by value in any process. A subclass counts as what it was made from, whatever its `__eq__` says."""
     if value is None or isinstance(value, bool):
         return ["const", str(value)]
@@ -67,12 +67,12 @@ def encode(value: Any, depth: int = 0) -> list[Any]:
     if depth == DEPTH:
         return ["other", ""]
     if isinstance(value, dict):
-        return ["dict", [[encode(key, depth + 1), encode(item, depth + 1)] for key, item in dict.items(value)]]
+        return ["dict", [[encode_value(key, depth + 1), encode_value(item, depth + 1)] for key, item in dict.items(value)]]
     for kind in (list, tuple, set, frozenset):
         if isinstance(value, kind):
-            return [kind.__name__, [encode(item, depth + 1) for item in kind.__iter__(value)]]
+            return [kind.__name__, [encode_value(item, depth + 1) for item in kind.__iter__(value)]]
     if isinstance(value, VIEWS):
-        return ["set", [encode(item, depth + 1) for item in value]]
+        return ["set", [encode_value(item, depth + 1) for item in value]]
     return ["other", ""]
 
 

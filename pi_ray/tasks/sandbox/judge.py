@@ -32,7 +32,7 @@ class Step:
     expected: Any = None
 
 
-def split(tests: Sequence[str]) -> list[Step]:
+def split_tests(tests: Sequence[str]) -> list[Step]:
     """Test statements -> steps. Raises DataError when a test is not Python, or when nothing is asserted."""
     try:
         steps = [_step(statement) for test in tests for statement in ast.parse(test.strip()).body]
@@ -55,7 +55,7 @@ def _step(statement: ast.stmt) -> Step:
     return Step("truth", ast.unparse(test))
 
 
-def verdict(steps: Sequence[Step], line: bytes) -> str:
+def judge_answer(steps: Sequence[Step], line: bytes) -> str:
     """ "passed", or why not. `line` is what the sandbox wrote; it may be anything."""
     try:
         error, values = json.loads(line)

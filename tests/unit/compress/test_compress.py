@@ -6,9 +6,9 @@ import pytest
 
 from pi_ray import models
 from pi_ray.compress import words
-from pi_ray.compress.compress import cached, compress_template
-from pi_ray.compress.none import Keep
-from pi_ray.compress.protect import Hold, units
+from pi_ray.compress.none import NoCompression
+from pi_ray.compress.protection import Protection, split_units
+from pi_ray.compress.template import cached_template, compress_template
 from pi_ray.config import CompressConfig, ModelConfig
 from pi_ray.prompt import Template
 
@@ -30,8 +30,8 @@ class Every:
 
     def compress(self, text: str, rate: float) -> str:
         self.calls += 1
-        spans, rate = words.spans(text), rate**self.bias
-        return words.join(text, spans, [int((i + 1) * rate) > int(i * rate) for i in range(len(spans))])
+        spans, rate = words.word_spans(text), rate**self.bias
+        return words.join_words(text, spans, [int((i + 1) * rate) > int(i * rate) for i in range(len(spans))])
 
 
 @pytest.fixture(scope="module")
@@ -111,21 +111,21 @@ def test_the_label_of_a_line_goes_with_what_is_kept_of_it(tokenizer):
 
 
 def test_units_hold_what_they_should():
-    held = {TEXT[u.start : u.end]: u.hold for u in units(TEXT, CONFIG)}
-    assert held["250"] is Hold.NUMBER and held["`ls -la`"] is Hold.ALWAYS and held["passive"] is Hold.FREE
-    free = {TEXT[u.start : u.end]: u.hold for u in units(TEXT, CompressConfig(protect_numbers=False))}
-    assert free["250"] is Hold.FREE and "Golden" in free
+    held = {TEXT[u.start : u.end]: u.hold for u in split_units(TEXT, CONFIG)}
+    assert held["250"] is Protection.NUMBER and held["`ls -la`"] is Protection.ALWAYS and held["passive"] is Protection.FREE
+    free = {TEXT[u.start : u.end]: u.hold for u in split_units(TEXT, CompressConfig(protect_numbers=False))}
+    assert free["250"] is Protection.FREE and "Golden" in free
 
 
 def test_what_only_looks_like_json_or_a_fence_is_free():
     text = "- [ ] a box to [tick], {not json: 1}\n2. ```\n   code\n   ```\nprose between\n~~~\nmore code\n~~~\n" + "[" * 3000
-    held = [text[u.start : u.end] for u in units(text, CONFIG) if u.hold is Hold.ALWAYS]
+    held = [text[u.start : u.end] for u in split_units(text, CONFIG) if u.hold is Protection.ALWAYS]
     assert held == ["2. ```\n   code\n   ```", "~~~\nmore code\n~~~"]
 
 
 def test_keep_reports_that_nothing_was_dropped(tokenizer):
     config = CompressConfig(name="none")
-    made = compress_template(Keep(config), Template(PROSE), 0.4, tokenizer, config)
+    made = compress_template(NoCompression(config), Template(PROSE), 0.4, tokenizer, config)
     assert made.text == PROSE and made.achieved == 1.0 and "none came no closer than 1.00" in made.note
 
 
@@ -134,24 +134,24 @@ def test_results_are_cached_by_content_and_a_damaged_file_is_made_again(tokenize
     first = compress_template(compressor, template, 0.6, tokenizer, CONFIG)
     calls = compressor.calls
     assert compress_template(compressor, template, 0.6, tokenizer, CONFIG) == first and compressor.calls == calls
-    assert cached(template, 0.61, tokenizer, CONFIG) is None
-    assert cached(template, 0.6, tokenizer, CONFIG.model_copy(update={"protect_numbers": False})) is None
+    assert cached_template(template, 0.61, tokenizer, CONFIG) is None
+    assert cached_template(template, 0.6, tokenizer, CONFIG.model_copy(update={"protect_numbers": False})) is None
     file = next((tmp_path / "compress").glob("*.json"))
     file.write_bytes(file.read_bytes().replace(b"Golden", b"Gilded"))
-    assert cached(template, 0.6, tokenizer, CONFIG) is None
+    assert cached_template(template, 0.6, tokenizer, CONFIG) is None
     assert compress_template(compressor, template, 0.6, tokenizer, CONFIG) == first
 
 
 def test_joining_keeps_line_breaks_and_closes_gaps_with_one_space():
     text = "one  two three\n\nfour five"
-    spans = words.spans(text)
-    assert words.join(text, spans, [True, True, False, True, True]) == "one  two\nfour five"
-    assert words.join(text, spans, [True, False, True, False, False]) == "one three"
+    spans = words.word_spans(text)
+    assert words.join_words(text, spans, [True, True, False, True, True]) == "one  two\nfour five"
+    assert words.join_words(text, spans, [True, False, True, False, False]) == "one three"
 
 
 def test_words_of_a_rewriting_compressor_count_only_where_they_were_taken_over():
-    assert words.find_kept(["a", "b", "a", "c"], ["a", "c"]) == [True, False, False, True]
-    assert words.find_kept(["a", "b", "c"], ["new", "b", "c"]) == [False, True, True]
+    assert words.find_kept_words(["a", "b", "a", "c"], ["a", "c"]) == [True, False, False, True]
+    assert words.find_kept_words(["a", "b", "c"], ["new", "b", "c"]) == [False, True, True]
 
 
 INSTRUCTION = (
@@ -181,16 +181,16 @@ def test_llmlingua_compresses_a_long_text_to_its_end(llmlingua, tokenizer):
     kept = llmlingua.compress(long, 0.5).split()
     assert is_subsequence(kept, long.split())
     half = long.split()[-40:]
-    assert sum(words.find_kept(half, kept[-40:])) < 36
+    assert sum(words.find_kept_words(half, kept[-40:])) < 36
 
 
 def test_llmlingua_meets_the_rate_on_a_real_model(llmlingua, tokenizer):
-    from pi_ray.compress.search import Search
+    from pi_ray.compress.rate_control import RateSearch
 
     config = CompressConfig()
     short, shorter = llmlingua.compress(INSTRUCTION, 0.6), llmlingua.compress(INSTRUCTION, 0.3)
     assert is_subsequence(short.split(), INSTRUCTION.split()) and len(shorter) < len(short) < len(INSTRUCTION)
     assert llmlingua.compress(INSTRUCTION, 0.6) == short
-    made = Search(llmlingua, Template(INSTRUCTION), 0.5, tokenizer, config).run()
+    made = RateSearch(llmlingua, Template(INSTRUCTION), 0.5, tokenizer, config).run()
     assert abs(made.achieved - 0.5) <= config.tolerance
     assert "{code}," in made.text and {"15", "1", "100."} <= set(made.text.split())

@@ -13,12 +13,12 @@ import torch
 from pi_ray import models
 from pi_ray.cli import main
 from pi_ray.compress import cache as kept
-from pi_ray.compress import llmlingua, llmlingua2, longllmlingua, selective, show, words
-from pi_ray.compress.causal import Causal
-from pi_ray.compress.compress import cached, compress_template, load
-from pi_ray.compress.generation import Generation, Progress, chunks
-from pi_ray.compress.ranked import REMEMBERED, Ranking, keep_best
-from pi_ray.compress.search import Compressed, Search
+from pi_ray.compress import display, llmlingua, llmlingua2, longllmlingua, selective, words
+from pi_ray.compress.generation import GenerationCompressor, RemovalState, split_chunks
+from pi_ray.compress.ranking import CACHED_TEXTS, Ranking, keep_best
+from pi_ray.compress.rate_control import CompressedTemplate, RateSearch
+from pi_ray.compress.surprisal import SurprisalModel
+from pi_ray.compress.template import cached_template, compress_template, load_compressors
 from pi_ray.config import CompressConfig, ModelConfig
 from pi_ray.errors import ConfigError, ModelError
 from pi_ray.prompt import Template
@@ -113,12 +113,12 @@ def config_of(tiny_model, classifier, chat):
 @pytest.mark.parametrize("name", compressors.names())
 def test_every_compressor_meets_the_rate_or_says_why_not(name, config_of, tokenizer):
     config = config_of(name)
-    compressor, _ = load(config)
+    compressor, _ = load_compressors(config)
     for size, rate in [(50, 0.5), (50, 0.8), (300, 0.3), (2000, 0.5), (8000, 0.4)]:
         text = text_of(size, tokenizer)
-        made = Search(compressor, Template(text), rate, tokenizer, config).run()
+        made = RateSearch(compressor, Template(text), rate, tokenizer, config).run()
         assert made.tokens == len(tokenizer(made.text).input_ids) and made.full_tokens >= size
-        assert show._kept(text.split(), made.text.split()).count(True) == len(made.text.split()), "a word was changed, moved or glued"
+        assert display._kept(text.split(), made.text.split()).count(True) == len(made.text.split()), "a word was changed, moved or glued"
         assert all(span in made.text for span in HELD if span in text)
         if name == "none":
             assert made.achieved == 1 and "none came no closer than 1.00" in made.note
@@ -129,7 +129,7 @@ def test_every_compressor_meets_the_rate_or_says_why_not(name, config_of, tokeni
 @pytest.mark.parametrize("name", compressors.names())
 def test_every_compressor_gives_the_same_twice_and_more_at_a_higher_rate(name, config_of, tokenizer):
     text = text_of(300, tokenizer)
-    first, again = load(config_of(name))[0], load(config_of(name))[0]
+    first, again = load_compressors(config_of(name))[0], load_compressors(config_of(name))[0]
     low, high = first.compress(text, 0.3), first.compress(text, 0.7)
     assert (again.compress(text, 0.7), again.compress(text, 0.3)) == (high, low)
     assert len(low) < len(high) < len(text) or name == "none"
@@ -137,17 +137,17 @@ def test_every_compressor_gives_the_same_twice_and_more_at_a_higher_rate(name, c
 
 @pytest.mark.parametrize("name", ["llmlingua", "selective", "generation"])
 def test_an_actor_that_sees_many_texts_remembers_few(name, config_of):
-    compressor = load(config_of(name))[0]
+    compressor = load_compressors(config_of(name))[0]
     before = remembered(compressor)
-    for i in range(REMEMBERED + 9):
+    for i in range(CACHED_TEXTS + 9):
         compressor.compress(f"Text {i} is short, and of it no more than a half is going to stay.", 0.5)
-    assert 0 < remembered(compressor) - before <= REMEMBERED
+    assert 0 < remembered(compressor) - before <= CACHED_TEXTS
 
 
 def remembered(compressor) -> int:
     """Rankings and chat answers that are alive, and first passes of LLMLingua."""
     gc.collect()
-    return sum(type(o) in (Ranking, Progress) for o in gc.get_objects()) + (len(compressor.scorer.first_pass) if isinstance(compressor, llmlingua.LLMLingua) else 0)
+    return sum(type(o) in (Ranking, RemovalState) for o in gc.get_objects()) + (len(compressor.scorer.first_pass) if isinstance(compressor, llmlingua.LLMLingua) else 0)
 
 
 # Each
@@ -161,28 +161,28 @@ def test_the_best_pieces_stay_up_to_the_rate_and_of_equals_the_earlier():
 
 def test_phrases_are_short_groups_of_words_between_marks_and_small_words():
     text = "You are given a request (in plain English), that\nthe team of experts wrote"
-    assert [text[a:b] for a, b in selective.phrases(text)] == ["You are given", "a request", "(in plain English),", "that", "the team", "of experts wrote"]
+    assert [text[a:b] for a, b in selective.split_phrases(text)] == ["You are given", "a request", "(in plain English),", "that", "the team", "of experts wrote"]
     counting = "one two three four five six seven"
-    assert [counting[a:b] for a, b in selective.phrases(counting)] == ["one two three four five", "six seven"]
+    assert [counting[a:b] for a, b in selective.split_phrases(counting)] == ["one two three four five", "six seven"]
 
 
 def test_selective_drops_the_phrases_that_tell_least():
     text = "the red zebra, of the usual kind, in a sudden storm"
     told = {"the": 1.0, "red": 6.0, "zebra,": 9.0, "of": 0.5, "usual": 1.0, "kind,": 0.5, "in": 1.0, "a": 1.0, "sudden": 4.0, "storm": 5.0}
-    compressor = selective.Selective.__new__(selective.Selective)
-    super(selective.Selective, compressor).__init__()
-    compressor.causal = SimpleNamespace(surprise=lambda t: (words.spans(t), torch.tensor([told[w] for w in t.split()])))
+    compressor = selective.SelectiveContext.__new__(selective.SelectiveContext)
+    super(selective.SelectiveContext, compressor).__init__()
+    compressor.causal = SimpleNamespace(surprise=lambda t: (words.word_spans(t), torch.tensor([told[w] for w in t.split()])))
     assert compressor.compress(text, 0.7) == "the red zebra, in a sudden storm"
     assert compressor.compress(text, 0.3) == "the red zebra,"
 
 
 def test_selective_with_a_real_model_keeps_what_surprises():
     counting = "one, two, three, four, five, six, seven, eight, nine, zebra, eleven, twelve, thirteen, fourteen, fifteen, sixteen, seventeen, eighteen"
-    assert "zebra," in selective.Selective(CompressConfig(name="selective")).compress(counting, 0.3).split()
+    assert "zebra," in selective.SelectiveContext(CompressConfig(name="selective")).compress(counting, 0.3).split()
 
 
 def test_surprise_is_that_of_the_whole_text_and_windows_keep_what_stands_before(tiny_model, tokenizer):
-    causal, text = Causal(CompressConfig(name="selective", model=str(tiny_model))), text_of(300, tokenizer)
+    causal, text = SurprisalModel(CompressConfig(name="selective", model=str(tiny_model))), text_of(300, tokenizer)
     offsets, whole = causal.surprise(text)
     assert len(offsets) == len(whole) and text[slice(*offsets[-1])] == "."
     ids = torch.tensor([[tokenizer.bos_token_id, *tokenizer(text).input_ids]])
@@ -204,7 +204,7 @@ def test_longllmlingua_keeps_more_of_the_segment_that_suits_the_question():
 
     def surprise(text, before=""):
         unlikely = 0.1 if "pears" in before else 5.0
-        return words.spans(text), torch.full((len(text.split()),), unlikely)
+        return words.word_spans(text), torch.full((len(text.split()),), unlikely)
 
     compressor.causal, compressor.question, compressor._order = SimpleNamespace(surprise=surprise), "Which pears?", {}
     counts = Counter(compressor.compress(text, 0.5).split())
@@ -227,8 +227,8 @@ def test_llmlingua2_prefers_the_words_that_the_package_prefers(classifier):
 
 def test_llmlingua2_reads_a_long_text_in_chunks_that_end_with_sentences(classifier, tokenizer):
     compressor, text = llmlingua2.LLMLingua2(CompressConfig(name="llmlingua2", model=str(classifier))), text_of(1500, tokenizer)
-    runs = list(compressor._chunks(text, words.spans(text)))
-    assert len(runs) > 2 and [span for run in runs for span in run] == words.spans(text)
+    runs = list(compressor._chunks(text, words.word_spans(text)))
+    assert len(runs) > 2 and [span for run in runs for span in run] == words.word_spans(text)
     assert all(text[run[-1][1] - 1] == "." for run in runs)
     assert max(len(compressor.tokenizer(text[r[0][0] : r[-1][1]]).input_ids) for r in runs) <= llmlingua2.LENGTH
 
@@ -253,7 +253,7 @@ def test_each_compressor_has_a_model_of_its_own_unless_another_is_named():
 
 def test_a_chat_model_is_told_what_the_paper_tells_it_and_asked_until_it_is_short_enough(config_of, chat, tokenizer):
     text = text_of(300, tokenizer)
-    made = Generation(config_of("generation")).compress(text, 0.35)
+    made = GenerationCompressor(config_of("generation")).compress(text, 0.35)
     prompts = [c["messages"][0]["content"] for c in chat.chats]
     assert all("+ You can ONLY remove unimportant words.\n+ Do not reorder the original words." in p for p in prompts)
     assert sent(prompts[0]) == text and len(sent(prompts[1]).split()) == pytest.approx(2 / 3 * len(text.split()), abs=1)
@@ -263,24 +263,24 @@ def test_a_chat_model_is_told_what_the_paper_tells_it_and_asked_until_it_is_shor
 
 def test_a_chat_models_answers_are_paid_once_by_endpoint_and_model_and_the_key_is_never_written(config_of, chat, tokenizer, tmp_path):
     text = text_of(100, tokenizer)
-    first = Generation(config_of("generation")).compress(text, 0.5)
+    first = GenerationCompressor(config_of("generation")).compress(text, 0.5)
     paid = len(chat.chats)
-    assert Generation(config_of("generation")).compress(text, 0.5) == first and len(chat.chats) == paid
-    Generation(config_of("generation", model="another")).compress(text, 0.5)
+    assert GenerationCompressor(config_of("generation")).compress(text, 0.5) == first and len(chat.chats) == paid
+    GenerationCompressor(config_of("generation", model="another")).compress(text, 0.5)
     assert len(chat.chats) == 2 * paid
     config = config_of("generation")
-    compress_template(load(config)[0], Template(text), 0.5, tokenizer, config)
+    compress_template(load_compressors(config)[0], Template(text), 0.5, tokenizer, config)
     written = [f.read_text() for f in tmp_path.rglob("*") if f.is_file()]
     assert len(written) > 3 and KEY not in "".join(written)
-    assert cached(Template(text), 0.5, tokenizer, config_of("generation", base_url="http://127.0.0.1:1/v1")) is None
-    assert cached(Template(text), 0.5, tokenizer, config_of("generation", api_key_env="ANOTHER_KEY")), "the name of the variable changes nothing"
+    assert cached_template(Template(text), 0.5, tokenizer, config_of("generation", base_url="http://127.0.0.1:1/v1")) is None
+    assert cached_template(Template(text), 0.5, tokenizer, config_of("generation", api_key_env="ANOTHER_KEY")), "the name of the variable changes nothing"
 
 
 def test_a_long_text_is_sent_in_chunks_that_end_with_sentences(config_of, chat, tokenizer):
     text = text_of(1000, tokenizer)
-    spans = words.spans(text)
-    assert [i for run in chunks(text, spans, list(range(len(spans)))) for i in run] == list(range(len(spans)))
-    Generation(config_of("generation")).compress(text, 0.9)
+    spans = words.word_spans(text)
+    assert [i for run in split_chunks(text, spans, list(range(len(spans)))) for i in run] == list(range(len(spans)))
+    GenerationCompressor(config_of("generation")).compress(text, 0.9)
     parts = [sent(c["messages"][0]["content"]) for c in chat.chats]
     assert len(parts) > 1 and all(p.endswith(".") for p in parts) and " ".join(parts).split() == text.split()
 
@@ -288,7 +288,7 @@ def test_a_long_text_is_sent_in_chunks_that_end_with_sentences(config_of, chat, 
 def test_a_chat_model_that_stops_removing_words_is_not_helped_and_the_result_says_so(config_of, chat, tokenizer):
     chat.answer = lambda model, prompt: sent(prompt).replace("Please make sure that you write only the statement itself and nothing else, ", "")
     config = config_of("generation")
-    made = Search(load(config)[0], Template(text_of(200, tokenizer)), 0.3, tokenizer, config).run()
+    made = RateSearch(load_compressors(config)[0], Template(text_of(200, tokenizer)), 0.3, tokenizer, config).run()
     assert made.achieved > 0.8 and "generation came no closer than" in made.note and len(chat.chats) == 2
 
 
@@ -296,13 +296,13 @@ def test_a_chat_model_that_cannot_or_will_not_compress_is_an_error_that_says_wha
     text = text_of(60, tokenizer)
     chat.answer = lambda model, prompt: "I am sorry, but as a language model I cannot do that."
     with pytest.raises(ModelError, match="gpt-4 did not compress the text but answered 'I am sorry"):
-        Generation(config_of("generation")).compress(text, 0.5)
+        GenerationCompressor(config_of("generation")).compress(text, 0.5)
     chat.faults["POST /chat"] = [400]
     with pytest.raises(ModelError, match=r"compress\.name generation: asking gpt-4"):
-        Generation(config_of("generation")).compress(text, 0.5)
+        GenerationCompressor(config_of("generation")).compress(text, 0.5)
     monkeypatch.setenv("OPENAI_API_KEY", "")
     with pytest.raises(ConfigError, match=r"compress\.api_key_env: the environment variable OPENAI_API_KEY is empty"):
-        Generation(config_of("generation"))
+        GenerationCompressor(config_of("generation"))
     with pytest.raises(ValueError, match="the key belongs in the environment"):
         config_of("generation", base_url="https://me:secret@example.org/v1")
 
@@ -318,8 +318,8 @@ class Every:
 
     def compress(self, text, rate):
         self.texts.add(text)
-        spans = words.spans(text)
-        return words.join(text, spans, [int((i + 1) * rate) > int(i * rate) for i in range(len(spans))])
+        spans = words.word_spans(text)
+        return words.join_words(text, spans, [int((i + 1) * rate) > int(i * rate) for i in range(len(spans))])
 
 
 PROSE = " ".join(f"{a} {b}" for a in ("please", "always", "write", "short", "clear", "answers") for b in ("and", "never", "use", "the", "passive", "voice"))
@@ -336,12 +336,12 @@ def test_documents_have_a_compressor_and_a_rate_of_their_own(tokenizer, rate, ex
     assert made.asked == pytest.approx((0.5 * sizes[0] + expected * sizes[1]) / sum(sizes), abs=1e-3)
     assert made.achieved == pytest.approx(made.asked, abs=config.tolerance) and not made.note
     assert made.tokens == len(tokenizer(made.text).input_ids)
-    assert cached(TEMPLATE, 0.5, tokenizer, config) == made
+    assert cached_template(TEMPLATE, 0.5, tokenizer, config) == made
 
 
 def test_a_template_rate_of_one_or_nothing_holds_for_the_documents_too(tokenizer):
     config = CompressConfig(documents={"rate": 0.2})
-    assert cached(TEMPLATE, 1, tokenizer, config).text == TEMPLATE.text and cached(TEMPLATE, 0, tokenizer, config).text == ""
+    assert cached_template(TEMPLATE, 1, tokenizer, config).text == TEMPLATE.text and cached_template(TEMPLATE, 0, tokenizer, config).text == ""
 
 
 def test_a_note_says_whether_it_is_about_the_instruction_or_the_documents(tokenizer):
@@ -352,10 +352,10 @@ def test_a_note_says_whether_it_is_about_the_instruction_or_the_documents(tokeni
 
 
 def test_one_model_is_loaded_where_the_documents_differ_by_rate_alone(config_of):
-    instruction, documents = load(config_of("selective", documents={"rate": 0.2}))
+    instruction, documents = load_compressors(config_of("selective", documents={"rate": 0.2}))
     assert instruction is documents
-    instruction, documents = load(config_of("selective", documents={"name": "none"}))
-    assert type(instruction).__name__ == "Selective" and type(documents).__name__ == "Keep"
+    instruction, documents = load_compressors(config_of("selective", documents={"name": "none"}))
+    assert type(instruction).__name__ == "SelectiveContext" and type(documents).__name__ == "NoCompression"
     assert config_of("selective", documents={"name": "none"}).label == "selective, documents none"
 
 
@@ -404,17 +404,17 @@ def test_overrides_may_stand_behind_an_option_but_an_unknown_option_is_an_error(
 
 
 def test_dropped_words_are_struck_through_line_by_line():
-    text = show.struck("keep the code\nof the last line", "keep code\nthe line")
+    text = display.strike_dropped_words("keep the code\nof the last line", "keep code\nthe line")
     assert [(text.plain[s.start : s.end], str(s.style)) for s in text.spans] == [("the", "strike dim"), ("of", "strike dim"), ("last", "strike dim")]
-    assert show.struck("a b c a d", "a d", marks=True).plain == "~~a b c~~ a d", "the words that stand together stay together"
+    assert display.strike_dropped_words("a b c a d", "a d", marks=True).plain == "~~a b c~~ a d", "the words that stand together stay together"
 
 
 # The benchmark's arithmetic
 
 
 def test_the_benchmark_counts_the_worst_rate_that_could_be_met():
-    met, held = Compressed("", 0.5, 0.53, 1, 1), Compressed("", 0.3, 0.6, 1, 1, "protected text alone is 60% of the template")
-    made = [met, held, Compressed("", 0.3, 0.38, 1, 1, "x came no closer than 0.38")]
+    met, held = CompressedTemplate("", 0.5, 0.53, 1, 1), CompressedTemplate("", 0.3, 0.6, 1, 1, "protected text alone is 60% of the template")
+    made = [met, held, CompressedTemplate("", 0.3, 0.38, 1, 1, "x came no closer than 0.38")]
     assert bench.worst(made) == pytest.approx(0.08) and bench.worst([]) == 0
     assert bench.rows_a_second([(10.0, 11.0), (10.5, 12.0)]) == 1.0
 

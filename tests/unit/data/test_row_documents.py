@@ -88,7 +88,7 @@ def test_documents_are_compressed_row_by_row_and_each_rate_finds_its_own(prepare
     config, run = prepared
     monkeypatch.setenv("PI_RAY_CACHE", "")  # the user's own cache folder has the tokenizer; results go to another
     monkeypatch.setattr("pi_ray.compress.cache._path", lambda key: tmp_path / "compressed" / key)
-    monkeypatch.setattr("pi_ray.registry.compressors._parts", {"halves": f"{__name__}:Halves", "none": "pi_ray.compress.none:Keep"})
+    monkeypatch.setattr("pi_ray.registry.compressors._parts", {"halves": f"{__name__}:Halves", "none": "pi_ray.compress.none:NoCompression"})
     monkeypatch.setattr(row_documents, "fan_out", in_process)
     monkeypatch.setattr(row_documents, "PIECE_ROWS", 2)
     Halves.calls, said = 0, []

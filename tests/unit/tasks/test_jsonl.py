@@ -8,7 +8,7 @@ import pytest
 from pi_ray.config import TaskConfig, run_file
 from pi_ray.errors import DataError
 from pi_ray.protocols import Reject, Row
-from pi_ray.run.fingerprint import learned_from, prepare_fingerprint
+from pi_ray.run.fingerprint import learning_settings, prepare_fingerprint
 from pi_ray.tasks import jsonl
 from pi_ray.tasks.jsonl import JsonlTask
 
@@ -163,7 +163,7 @@ def test_queries_without_an_answer_come_in_the_same_layouts(tmp_path, row):
 def test_a_project_that_is_moved_has_the_fingerprint_it_had_and_one_whose_rows_change_has_not(tmp_path):
     def made_from(folder):
         config = run_file.load(folder / "run.yaml")
-        return prepare_fingerprint(config, JsonlTask(config.task).fingerprint()), learned_from(config)
+        return prepare_fingerprint(config, JsonlTask(config.task).fingerprint()), learning_settings(config)
 
     here, there = tmp_path / "here", tmp_path / "there"
     here.mkdir()

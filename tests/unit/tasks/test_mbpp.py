@@ -12,7 +12,7 @@ from pi_ray.config import ModelConfig, TaskConfig
 from pi_ray.errors import DataError
 from pi_ray.models import load_tokenizer
 from pi_ray.protocols import Reject, Row
-from pi_ray.tasks.mbpp import FILE, MbppTask, unfenced
+from pi_ray.tasks.mbpp import FILE, MbppTask, extract_code
 
 ROOT = Path(__file__).parents[3]
 ADD = {"task_id": 11, "text": "Add one.", "code": "def add(x):\r\n\treturn x + 1 \r\n\r\n", "test_list": ["assert add(1) == 2 ", "assert add(2) == 3", "assert add(-1) == 0"]}
@@ -93,7 +93,7 @@ def test_the_template_follows_the_paper():
     ("x = 1", "x = 1"), ("```python\nx = 1\n```", "x = 1\n"), ("Here it is:\n```py\r\nx = 1\n```\nand\n```\ny\n```", "x = 1\n"), ("```\nx = 1", "x = 1"), ("a = '```'", "a = '```'"), ("", ""),
 ])
 def test_code_is_taken_out_of_its_fence(output, code):
-    assert unfenced(output) == code
+    assert extract_code(output) == code
 
 
 def test_nothing_is_run_unless_it_is_allowed(tmp_path):

@@ -10,7 +10,7 @@ from pi_ray.config import ModelConfig, TaskConfig
 from pi_ray.errors import DataError
 from pi_ray.models import load_tokenizer
 from pi_ray.protocols import Reject, Row
-from pi_ray.tasks.nl2f import MAX_CELL, MAX_ROWS, Nl2fTask, column, functions, serialise
+from pi_ray.tasks.nl2f import MAX_CELL, MAX_ROWS, Nl2fTask, called_functions, column_letters, serialise_table
 
 DATA = Path(os.environ.get("PI_RAY_DATA") or Path(__file__).parents[4] / "shared" / "data")
 SHEET = [["", "A", "B"], ["1", "Name", "Points"], ["2", "Ann", "5"], ["3", "Bo  b", "7"]]
@@ -36,11 +36,11 @@ def test_each_question_of_a_table_is_a_row_with_the_sheet_in_its_query(folder):
 
 
 def test_columns_beyond_z_have_two_letters():
-    assert [column(i) for i in (0, 25, 26, 701, 702)] == ["A", "Z", "AA", "ZZ", "AAA"]
+    assert [column_letters(i) for i in (0, 25, 26, 701, 702)] == ["A", "Z", "AA", "ZZ", "AAA"]
 
 
 def test_a_giant_table_is_cut_and_says_where_its_data_end():
-    lines = serialise(["Name"], [["x" * 99]] * 500, 501).splitlines()
+    lines = serialise_table(["Name"], [["x" * 99]] * 500, 501).splitlines()
     assert len(lines) == MAX_ROWS + 4 and lines[-2] == "(data to row 501)"
     assert lines[2] == "2: " + "x" * (MAX_CELL - 1) + "…"
 
@@ -84,7 +84,7 @@ def test_exact_match_is_the_authors(folder):
 
 
 def test_quoted_text_calls_no_function():
-    assert functions('COUNT(FILTER(A2:A9,(B2:B9="Max(x)")*(C2:C9>1)))') == ["COUNT", "FILTER"]
+    assert called_functions('COUNT(FILTER(A2:A9,(B2:B9="Max(x)")*(C2:C9>1)))') == ["COUNT", "FILTER"]
 
 
 def test_the_template_follows_the_paper_and_has_its_documents():

@@ -12,7 +12,7 @@ from pi_ray.config import TaskConfig
 from pi_ray.config.run_file import load
 from pi_ray.errors import DataError
 from pi_ray.protocols import SPLITS, Reject, Row
-from pi_ray.tasks.nl2f_w import Nl2fWTask, formula, split_of
+from pi_ray.tasks.nl2f_w import Nl2fWTask, split_of_table, sql_to_formula
 
 ROOT = Path(__file__).parents[3]
 HEADER = [("Name", "text"), ("Points", "real"), ("Town", "text")]
@@ -68,11 +68,11 @@ def task_of(folder, **changes):
     ],
 )
 def test_sql_becomes_a_formula(select, aggregate, conditions, expected):
-    assert formula(HEADER, select, aggregate, conditions, 9) == expected
+    assert sql_to_formula(HEADER, select, aggregate, conditions, 9) == expected
 
 
 def test_a_row_has_the_question_the_header_and_the_number_of_conditions(folder):
-    split = split_of("1-1-1")
+    split = split_of_table("1-1-1")
     first, second = task_of(folder).rows(split)
     sheet = "[TABLE]\nA: Full name | B: Points (number) | C: In 2007-08\n(data to row 100)\n[/TABLE]"
     assert first == Row(f"{split}-1", f"Who has 5?\n{sheet}", "FILTER(A2:A100,(B2:B100=5))", "one condition")
@@ -80,8 +80,8 @@ def test_a_row_has_the_question_the_header_and_the_number_of_conditions(folder):
 
 
 def test_all_tables_of_a_page_stand_in_one_split():
-    assert split_of("1-10015132-11") == split_of("1-10015132-9") == split_of("2-10015132-1")
-    shares = [sum(split_of(f"1-{page}-1") == split for page in range(4000)) / 4000 for split in SPLITS]
+    assert split_of_table("1-10015132-11") == split_of_table("1-10015132-9") == split_of_table("2-10015132-1")
+    shares = [sum(split_of_table(f"1-{page}-1") == split for page in range(4000)) / 4000 for split in SPLITS]
     assert shares == pytest.approx([0.75, 0.10, 0.15], abs=0.02)
 
 
@@ -89,7 +89,7 @@ def test_all_tables_of_a_page_stand_in_one_split():
 def test_a_question_that_cannot_be_used_is_rejected_and_the_rest_kept(folder, line):
     good = (folder / "dev.jsonl").read_text().splitlines()[1]
     (folder / "dev.jsonl").write_text(f"{line}\n{good}\n")
-    bad, row = task_of(folder).rows(split_of("1-1-1"))
+    bad, row = task_of(folder).rows(split_of_table("1-1-1"))
     assert isinstance(bad, Reject) and bad.line == 1 and isinstance(row, Row)
 
 

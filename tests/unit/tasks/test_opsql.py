@@ -10,8 +10,20 @@ from pi_ray.config import ModelConfig, TaskConfig
 from pi_ray.models import load_tokenizer
 from pi_ray.protocols import SPLITS
 from pi_ray.tasks.opsql import OpsqlTask
-from pi_ray.tasks.opsql.generate import DEFAULT_ROUTE, DEFAULT_WINDOW, GROUPS, MEASURES, SEVERITIES, generate, main, trained_services
-from pi_ray.tasks.opsql.language import LONGEST, MAX_CHARACTERS, METRICS, ROUTES, SERVICES, SHORTEST, OpsqlError, Statement, _series, execute, parse
+from pi_ray.tasks.opsql.generate import DEFAULT_ROUTE, DEFAULT_WINDOW, GROUPS, MEASURES, SEVERITIES, generate_rows, main, trained_services
+from pi_ray.tasks.opsql.language import (
+    LONGEST,
+    MAX_CHARACTERS,
+    METRICS,
+    ROUTES,
+    SERVICES,
+    SHORTEST,
+    OpsqlError,
+    Statement,
+    _series,
+    execute_statement,
+    parse_statement,
+)
 
 REFERENCE = "from r9 | lat > 2000 | for 60m | to fern"
 NAMES = {code: name for name, code in SERVICES.items()}
@@ -23,13 +35,13 @@ def task():
 
 
 def pair(row):
-    statement = parse(row.answer)
+    statement = parse_statement(row.answer)
     return statement.service, statement.metric
 
 
 def test_the_canonical_wording_of_a_statement_parses_back_to_it():
-    for row in [row for split in SPLITS for row in generate()[split]]:
-        assert str(parse(row.answer)) == row.answer
+    for row in [row for split in SPLITS for row in generate_rows()[split]]:
+        assert str(parse_statement(row.answer)) == row.answer
 
 
 @pytest.mark.parametrize("text", [
@@ -52,17 +64,17 @@ def test_what_the_language_lets_vary_runs_the_same_without_matching_exactly(task
 ])
 def test_what_is_not_opsql_raises_and_scores_nothing(task, text):
     with pytest.raises(OpsqlError):
-        parse(text)
+        parse_statement(text)
     row = replace(next(task.rows("test")), answer=REFERENCE)
     assert task.score(row, text) == {"exact_match": 0.0, "execution": 0.0}
 
 
 @pytest.mark.parametrize("text", ["from r9 | lat > 3000 | for 10m | to fern", "from g5 | req < 40 | for 60m | to kite", "from a8 | cpu > 900 | for 5m | to moss"])
 def test_an_alert_fires_when_its_condition_held_in_every_minute_of_the_window(text):
-    s = parse(text)
+    s = parse_statement(text)
     holds = [v > s.value if s.above else v < s.value for v in _series(s.service, s.metric)]
     expected = tuple(t for t in range(s.window - 1, len(holds)) if all(holds[t - s.window + 1 : t + 1]))
-    assert execute(s) == (expected, s.route) and 0 < len(expected) < len(holds)
+    assert execute_statement(s) == (expected, s.route) and 0 < len(expected) < len(holds)
 
 
 def test_every_alert_that_rows_can_ask_for_fires_and_differs_from_every_other_of_its_service():
@@ -71,21 +83,21 @@ def test_every_alert_that_rows_can_ask_for_fires_and_differs_from_every_other_of
         for metric, window in product(MEASURES, (5, 10, 15, 20, 30, 45, 60)):
             for amount in MEASURES[metric].amounts:
                 statement = Statement(code, metric, MEASURES[metric].above, amount * MEASURES[metric].scale, window, "moss")
-                minutes, _ = execute(statement)
+                minutes, _ = execute_statement(statement)
                 assert minutes, f"{statement} never fires, so wrong outputs would count as right"
                 assert minutes not in seen, f"{statement} and {seen.get(minutes)} fire in the same minutes"
                 seen[minutes] = statement
 
 
 def test_one_wrong_fact_changes_the_result():
-    for row in generate()["test"]:
-        s = parse(row.answer)
+    for row in generate_rows()["test"]:
+        s = parse_statement(row.answer)
         other = next(c for c in SERVICES.values() if c != s.service)
         wrong = [
             replace(s, service=other), replace(s, route=next(r for r in ROUTES if r != s.route)), replace(s, above=not s.above),
             replace(s, metric=next(m for m in METRICS if m != s.metric)), replace(s, value=s.value // 2), replace(s, window=20 if s.window != 20 else 30),
         ]
-        assert all(execute(w) != execute(s) for w in wrong), row.answer
+        assert all(execute_statement(w) != execute_statement(s) for w in wrong), row.answer
 
 
 def test_services_and_codes_are_distinct_and_no_code_follows_from_its_name():
@@ -115,23 +127,23 @@ def test_the_template_is_long_enough_to_be_worth_internalising(task):
 
 def test_there_are_enough_rows_and_they_are_the_same_each_time(task):
     assert len(list(task.rows("train"))) >= 480 and len(list(task.rows("dev"))) >= 80 and len(list(task.rows("test"))) >= 150
-    before = generate()
-    generate.cache_clear()
-    assert generate() == before and generate(seed=1) != before
+    before = generate_rows()
+    generate_rows.cache_clear()
+    assert generate_rows() == before and generate_rows(seed=1) != before
 
 
 def test_no_query_and_no_id_stands_twice_in_all_splits():
-    rows = [row for rows in generate().values() for row in rows]
+    rows = [row for rows in generate_rows().values() for row in rows]
     assert len({" ".join(row.query.casefold().split()) for row in rows}) == len(rows) == len({row.id for row in rows})
 
 
 @pytest.mark.parametrize("split", ["dev", "test"])
 @pytest.mark.parametrize("used", [120, 240, 600])
 def test_groups_mean_what_they_say_for_any_number_of_training_rows(split, used):
-    pairs = {pair(row) for row in generate()["train"][:used]}
+    pairs = {pair(row) for row in generate_rows()["train"][:used]}
     services, metrics = {s for s, _ in pairs}, {m for _, m in pairs}
-    everything = {pair(row) for row in generate()["train"]}
-    for row in generate()[split]:
+    everything = {pair(row) for row in generate_rows()["train"]}
+    for row in generate_rows()[split]:
         service, metric = pair(row)
         assert metric in metrics
         expected = {"like train": (True, True), "new combinations": (True, False), "template only": (False, False)}[row.group]
@@ -140,7 +152,7 @@ def test_groups_mean_what_they_say_for_any_number_of_training_rows(split, used):
 
 
 def test_the_first_120_training_rows_hold_each_trained_service_three_times_and_each_route():
-    first = [parse(row.answer) for row in generate()["train"][:120]]
+    first = [parse_statement(row.answer) for row in generate_rows()["train"][:120]]
     times = Counter(NAMES[s.service] for s in first)
     assert set(times) == trained_services() and len(times) == 30 and min(times.values()) >= 3
     assert {s.route for s in first} == set(ROUTES) and {s.metric for s in first} == set(METRICS)
@@ -159,7 +171,7 @@ def test_training_rows_carry_no_group(task):
 def test_every_answer_is_what_the_query_says(task):
     """Read from the words of the query, independently of the generator."""
     for row in [*task.rows("train"), *task.rows("test")]:
-        s, words = parse(row.answer), row.query.lower().replace(":", " ").replace(",", " ").replace(".", " ").split()
+        s, words = parse_statement(row.answer), row.query.lower().replace(":", " ").replace(",", " ").replace(".", " ").split()
         assert NAMES[s.service] in words and s.above == bool({"above", "over"} & set(words))
         amount = next(int(w) for w in words if w.isdigit())
         assert s.value == amount * {"lat": 1000, "err": 100, "ram": 1000, "cpu": 10, "lag": 1, "req": 1}[s.metric]
@@ -175,7 +187,7 @@ def test_the_generator_prints_counts_and_rows(capsys):
 
 
 def test_unlabelled_queries_use_every_service_and_tell_no_answer():
-    rows = generate()["unlabelled"]
+    rows = generate_rows()["unlabelled"]
     assert {row.answer for row in rows} == {""}
     used = Counter(name for row in rows[:480] for name in SERVICES if name in row.query.replace(":", " ").split() + row.query.rstrip(".").split())
     assert used.keys() == SERVICES.keys() and min(used.values()) >= 10

@@ -9,8 +9,8 @@ from fractions import Fraction
 import pytest
 
 from pi_ray.errors import DataError
-from pi_ray.tasks.sandbox.harness import encode, run
-from pi_ray.tasks.sandbox.judge import Step, split, verdict
+from pi_ray.tasks.sandbox.harness import encode_value, run_steps
+from pi_ray.tasks.sandbox.judge import Step, judge_answer, split_tests
 
 Point = namedtuple("Point", "x y")
 
@@ -23,11 +23,11 @@ def own_main(monkeypatch):
 
 def sent(values, error=""):
     """The line that the harness writes."""
-    return repr([encode(error), [encode(value) for value in values]]).replace("'", '"').encode()
+    return repr([encode_value(error), [encode_value(value) for value in values]]).replace("'", '"').encode()
 
 
 def judged(value, expected):
-    return verdict([Step("value", "f()", expected)], sent([value]))
+    return judge_answer([Step("value", "f()", expected)], sent([value]))
 
 
 @pytest.mark.parametrize("value", [
@@ -73,11 +73,11 @@ def test_a_value_within_itself_is_an_answer_and_a_wrong_one():
     b'[["str",""],' + b'[["list",' * 20_000 + b"[]" + b"]]" * 20_000 + b"]", b'[["str",""],[]]', b'[["str",""],[["const","True"]]]', b'[["str",""],[["int","29"]]]' * 2,
 ], ids=range(19))
 def test_a_forged_line_never_passes_and_never_raises(line):
-    assert verdict([Step("value", "f()", 41)], line) != "passed"
+    assert judge_answer([Step("value", "f()", 41)], line) != "passed"
 
 
 def test_the_expected_value_stays_outside():
-    steps = split(["assert f(1) == [2, 3]", "assert f(2) == (-1.5, None, {'a'})", "x = f(3)", "assert x", "assert x == g()", "assert f(4) != 5"])
+    steps = split_tests(["assert f(1) == [2, 3]", "assert f(2) == (-1.5, None, {'a'})", "x = f(3)", "assert x", "assert x == g()", "assert f(4) != 5"])
     assert [(s.kind, s.source, s.expected) for s in steps] == [
         ("value", "f(1)", [2, 3]), ("value", "f(2)", (-1.5, None, {"a"})), ("exec", "x = f(3)", None), ("truth", "x", None), ("truth", "x == g()", None), ("truth", "f(4) != 5", None),
     ]
@@ -86,7 +86,7 @@ def test_the_expected_value_stays_outside():
 @pytest.mark.parametrize("tests", [[], ["x = 1"], ["assert f( =="], ["assert '\0'"]])
 def test_tests_that_prove_nothing_are_refused(tests):
     with pytest.raises(DataError, match=r"assert|not valid Python"):
-        split(tests)
+        split_tests(tests)
 
 
 @pytest.mark.parametrize(("code", "reason"), [
@@ -95,16 +95,16 @@ def test_tests_that_prove_nothing_are_refused(tests):
     ("def f(x): return x + 1 if x < 2 else 1 / 0", "raised ZeroDivisionError"), ("class Odd(Exception): pass\nOdd.__name__ = '<b>'\nraise Odd", "raised an exception"),
 ])
 def test_the_harness_says_what_happened(code, reason):
-    steps = split(["assert f(1) == 2", "assert f(2) == 3"])
-    error, values = run((code, ""), [(s.kind, s.source) for s in steps])
-    assert verdict(steps, json.dumps([error, values]).encode()) == reason
+    steps = split_tests(["assert f(1) == 2", "assert f(2) == 3"])
+    error, values = run_steps((code, ""), [(s.kind, s.source) for s in steps])
+    assert judge_answer(steps, json.dumps([error, values]).encode()) == reason
 
 
 def test_code_then_set_up_then_tests():
-    error, values = run(("class Node:\n    value = 1", "root = Node()"), [("value", "root.value"), ("truth", "root"), ("value", "__name__")])
-    assert (error, values) == (encode(""), [encode(1), encode(True), encode("__main__")])
+    error, values = run_steps(("class Node:\n    value = 1", "root = Node()"), [("value", "root.value"), ("truth", "root"), ("value", "__name__")])
+    assert (error, values) == (encode_value(""), [encode_value(1), encode_value(True), encode_value("__main__")])
 
 
 def test_a_value_is_taken_when_it_is_returned():
-    _, values = run(("seen = []\ndef f(x):\n    seen.append(x)\n    return seen",), [("value", "f(1)"), ("value", "f(2)")])
-    assert values == [encode([1]), encode([1, 2])]
+    _, values = run_steps(("seen = []\ndef f(x):\n    seen.append(x)\n    return seen",), [("value", "f(1)"), ("value", "f(2)")])
+    assert values == [encode_value([1]), encode_value([1, 2])]

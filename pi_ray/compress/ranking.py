@@ -8,7 +8,7 @@ from functools import lru_cache
 
 from pi_ray.compress import words
 
-REMEMBERED = 64  # texts: an actor may see any number
+CACHED_TEXTS = 64  # texts: an actor may see any number
 
 
 @dataclass(frozen=True)
@@ -20,18 +20,18 @@ class Ranking:
     sizes: Sequence[float]
 
 
-class Ranked:
+class RankingCompressor:
     """What such compressors share: a text is ranked once, since it is asked for at many rates."""
 
     def __init__(self) -> None:
-        self.ranking = lru_cache(REMEMBERED)(self.rank)
+        self.ranking = lru_cache(CACHED_TEXTS)(self.rank)
 
     def rank(self, text: str) -> Ranking:
         raise NotImplementedError
 
     def compress(self, text: str, rate: float) -> str:
         found = self.ranking(text)
-        return words.join(text, found.pieces, keep_best(found.scores, found.sizes, rate))
+        return words.join_words(text, found.pieces, keep_best(found.scores, found.sizes, rate))
 
 
 def keep_best(scores: Sequence[float], sizes: Sequence[float], rate: float) -> list[bool]:

@@ -27,7 +27,7 @@ from importlib.resources import files
 
 from pi_ray.errors import ConfigError
 from pi_ray.tasks.sandbox.jail import PROBE, SEARCH, Jail, interpreter, user_id
-from pi_ray.tasks.sandbox.judge import Step, split, verdict
+from pi_ray.tasks.sandbox.judge import Step, judge_answer, split_tests
 
 READY = b"ready\n"
 OPEN_FILES = 64
@@ -104,7 +104,7 @@ class Sandbox:
 
     def run(self, program: Program) -> Verdict:
         """Raises DataError when the tests are unusable, ConfigError when the sandbox itself no longer starts."""
-        steps = split(program.tests)
+        steps = split_tests(program.tests)
         user = self._users.get()
         try:
             return self._run(program, steps, user)
@@ -161,7 +161,7 @@ class Sandbox:
         limits = replace(self.limits, seconds=max(self.limits.seconds, 10.0))
         user = self._users.get()
         walls = jail.tests(_rlimits(limits, walled=True), limits.files_mib, user)
-        found = self._run(Program(PROBE, (), limits=limits), split([test for _, test in walls]), user)
+        found = self._run(Program(PROBE, (), limits=limits), split_tests([test for _, test in walls]), user)
         self._users.put(user)
         if not found.passed:
             raise OSError(f"a test program did not find the walls that it should ({found.reason} of {len(walls)})")
@@ -202,4 +202,4 @@ def _read(descriptor: int, most: int, deadline: float) -> bytes:
 def _reason(answer: bytes, steps: list[Step], limits: Limits) -> str:
     if len(answer) > limits.output_kib << 10:
         return "too much output"
-    return verdict(steps, answer) if answer else "no answer"
+    return judge_answer(steps, answer) if answer else "no answer"

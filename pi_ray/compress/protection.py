@@ -26,7 +26,7 @@ ROW_WORDS = 5  # a line of a table or list has at most this many words
 ROW_LINES = 4  # and stands among at least this many such lines
 
 
-class Hold(IntEnum):
+class Protection(IntEnum):
     """How strongly a unit is held: words are free, numbers survive while there is room, the rest always."""
 
     FREE = 0
@@ -40,11 +40,11 @@ class Unit:
 
     start: int
     end: int
-    hold: Hold
+    hold: Protection
     label: bool = False
 
 
-def units(text: str, config: CompressConfig) -> list[Unit]:
+def split_units(text: str, config: CompressConfig) -> list[Unit]:
     """The text as units, in order, separated by white space.
 
     A unit is a word, or the words that a protected span joins, or a whole line of a table: half a row is a fact lost or made wrong.
@@ -52,7 +52,7 @@ def units(text: str, config: CompressConfig) -> list[Unit]:
     always = [*(m.span() for m in re.finditer(_pattern(config), text, re.M | re.S)), *_json(text)]
     merged: list[list[int]] = []
     labels = {m.span(1) for m in re.finditer(LABEL, text, re.M)}
-    for start, end in sorted([*words.spans(text), *always, *labels, *_rows(text)]):
+    for start, end in sorted([*words.word_spans(text), *always, *labels, *_rows(text)]):
         if merged and start < merged[-1][1]:
             merged[-1][1] = max(merged[-1][1], end)
         else:
@@ -76,10 +76,10 @@ def _json(text: str) -> Iterator[words.Span]:
                 yield opening.start(), at
 
 
-def _hold(piece: str, start: int, end: int, always: Sequence[words.Span], config: CompressConfig) -> Hold:
+def _hold(piece: str, start: int, end: int, always: Sequence[words.Span], config: CompressConfig) -> Protection:
     if any(a < end and start < b for a, b in always):
-        return Hold.ALWAYS
-    return Hold.NUMBER if config.protect_numbers and re.search(r"\d", piece) else Hold.FREE
+        return Protection.ALWAYS
+    return Protection.NUMBER if config.protect_numbers and re.search(r"\d", piece) else Protection.FREE
 
 
 def _rows(text: str) -> list[words.Span]:

@@ -19,7 +19,7 @@ from pi_ray.run.artifact import digest, digest_file
 LIKE_TRAIN, UNSEEN = "like train", "template only"
 
 
-def limited(read: Callable[[], Iterator[Row | Reject]], n: int) -> Iterator[Row | Reject]:
+def limit_rows(read: Callable[[], Iterator[Row | Reject]], n: int) -> Iterator[Row | Reject]:
     """All that `read` gives, or with n > 0 at most n of its rows in their order: those whose ids have the smallest sha256.
 
     The choice does not depend on the order of the file, and a larger n keeps the rows of a smaller one. It costs one more pass,
@@ -32,7 +32,7 @@ def limited(read: Callable[[], Iterator[Row | Reject]], n: int) -> Iterator[Row 
     yield from (row for row in read() if isinstance(row, Reject) or row.id in chosen)
 
 
-def subset(read: Callable[[str], Iterator[Row | Reject]], config: TaskConfig, split: str) -> Iterator[Row | Reject]:
+def select_rows(read: Callable[[str], Iterator[Row | Reject]], config: TaskConfig, split: str) -> Iterator[Row | Reject]:
     """`limited` to what `task.rows` says of the split; "unlabelled" are the training rows that it leaves out, without their answers.
 
     With `task.unseen`, no training row has an answer that uses one of those names, and dev and test rows are in one of two groups: LIKE_TRAIN, UNSEEN.
@@ -52,17 +52,17 @@ def subset(read: Callable[[str], Iterator[Row | Reject]], config: TaskConfig, sp
                 yield row
 
     if split != UNLABELLED:
-        yield from limited(lambda: known(split), getattr(rows, split))
+        yield from limit_rows(lambda: known(split), getattr(rows, split))
     elif rows.train or unseen:
-        labelled = {row.id for row in limited(lambda: known("train"), rows.train) if isinstance(row, Row)}
+        labelled = {row.id for row in limit_rows(lambda: known("train"), rows.train) if isinstance(row, Row)}
 
         def rest() -> Iterator[Row | Reject]:
             yield from (replace(row, answer="") for row in read("train") if isinstance(row, Row) and row.id not in labelled)
 
-        yield from limited(rest, rows.unlabelled)
+        yield from limit_rows(rest, rows.unlabelled)
 
 
-def fingerprint(config: TaskConfig, paths: Iterable[Path]) -> str:
+def fingerprint_files(config: TaskConfig, paths: Iterable[Path]) -> str:
     """Hash of the row limits, the names not to be seen, and of the contents of `paths`, streamed; a missing file counts as such."""
     unseen = [sorted(config.unseen)] if config.unseen else []
     return digest([config.rows.model_dump(), *unseen, [digest_file(path) if path.is_file() else None for path in paths]])
@@ -74,7 +74,7 @@ def most_used(names: Iterable[str], known: Container[str], n: int) -> list[str]:
     return sorted(counts, key=lambda name: (-counts[name], name))[:n]
 
 
-def from_hub(name: str, split: str) -> Iterable[dict[str, Any]]:
+def load_hub_rows(name: str, split: str) -> Iterable[dict[str, Any]]:
     """Rows of a hub data set, read from the parquet copy that the hub keeps of it: a set's own loading script is never run.
 
     Raises DataError when the package `datasets` is missing or the hub does not answer.

@@ -13,7 +13,7 @@ from pi_ray.config import CompressConfig, ModelConfig
 WINDOW = 1024  # tokens the model sees at once; a token has at least half of them before it, where the text has
 
 
-class Causal:
+class SurprisalModel:
     """Loads `config.model` on the CPU in float32. Raises ModelError when it cannot be had."""
 
     def __init__(self, config: CompressConfig):

@@ -13,7 +13,7 @@ from functools import lru_cache
 from typing import Any
 
 from pi_ray.compress import cache
-from pi_ray.compress.search import Compressed, Search, count
+from pi_ray.compress.rate_control import CompressedTemplate, RateSearch, count_tokens
 from pi_ray.config import CompressConfig
 from pi_ray.prompt import Template
 from pi_ray.protocols import Compressor
@@ -22,7 +22,7 @@ from pi_ray.run.artifact import digest
 ALGORITHM = 2  # part of the cache key: raise it when equal input gives another output
 
 
-def load(config: CompressConfig) -> tuple[Compressor, Compressor]:
+def load_compressors(config: CompressConfig) -> tuple[Compressor, Compressor]:
     """The instruction's compressor and the documents', which is the same one unless they differ. Models are loaded here."""
     from pi_ray.registry import compressors
 
@@ -32,31 +32,31 @@ def load(config: CompressConfig) -> tuple[Compressor, Compressor]:
 
 def compress_template(
     compressor: Compressor, template: Template, rate: float, tokenizer: Any, config: CompressConfig, documents: Compressor | None = None,
-) -> Compressed:
+) -> CompressedTemplate:
     """The template at `rate` (0 nothing, 1 untouched), from the cache when it was made before. `documents` compresses the documents."""
     if _apart(rate, config):
         if documents is None:
             raise ValueError("compress.documents is set: `load` gives the documents' compressor too")
         parts = zip((compressor, documents), _parts(template, rate, config), strict=True)
         return _together(template, tokenizer, [compress_template(c, *part[:2], tokenizer, part[2]) for c, part in parts])
-    found = cached(template, rate, tokenizer, config)
+    found = cached_template(template, rate, tokenizer, config)
     if found is None:
-        found = Search(compressor, template, rate, tokenizer, config).run()
-        cache.store(_key(template, rate, tokenizer, config), asdict(found))
+        found = RateSearch(compressor, template, rate, tokenizer, config).run()
+        cache.store_result(_key(template, rate, tokenizer, config), asdict(found))
     return found
 
 
-def cached(template: Template, rate: float, tokenizer: Any, config: CompressConfig) -> Compressed | None:
+def cached_template(template: Template, rate: float, tokenizer: Any, config: CompressConfig) -> CompressedTemplate | None:
     """What needs no compressor: rate 0 or 1, or a result made before. None otherwise, and when the cached file is damaged."""
     if _apart(rate, config):
-        parts = [cached(t, r, tokenizer, k) for t, r, k in _parts(template, rate, config)]
+        parts = [cached_template(t, r, tokenizer, k) for t, r, k in _parts(template, rate, config)]
         return None if None in parts else _together(template, tokenizer, parts)
     if rate in (0, 1) or not template.text:
-        full = count(tokenizer, template.text)
-        return Compressed(template.text if rate else "", rate, rate, full if rate else 0, full)
-    stored = cache.load(_key(template, rate, tokenizer, config))
+        full = count_tokens(tokenizer, template.text)
+        return CompressedTemplate(template.text if rate else "", rate, rate, full if rate else 0, full)
+    stored = cache.load_result(_key(template, rate, tokenizer, config))
     try:
-        return Compressed(**stored) if stored is not None else None
+        return CompressedTemplate(**stored) if stored is not None else None
     except TypeError:
         return None
 
@@ -74,13 +74,13 @@ def _parts(template: Template, rate: float, config: CompressConfig) -> list[tupl
     ]
 
 
-def _together(template: Template, tokenizer: Any, parts: Sequence[Compressed]) -> Compressed:
+def _together(template: Template, tokenizer: Any, parts: Sequence[CompressedTemplate]) -> CompressedTemplate:
     """Instruction and documents as one result, whose asked rate is the mean of theirs by tokens."""
-    text, full = "\n\n".join(p.text for p in parts if p.text), count(tokenizer, template.text)
+    text, full = "\n\n".join(p.text for p in parts if p.text), count_tokens(tokenizer, template.text)
     asked = sum(p.asked * p.full_tokens for p in parts) / max(sum(p.full_tokens for p in parts), 1)
     notes = [f"{name}: {part.note}" for name, part in zip(("instruction", "documents"), parts, strict=True) if part.note]
-    tokens = count(tokenizer, text)
-    return Compressed(text, round(asked, 4), round(tokens / max(full, 1), 4), tokens, full, "; ".join(notes))
+    tokens = count_tokens(tokenizer, text)
+    return CompressedTemplate(text, round(asked, 4), round(tokens / max(full, 1), 4), tokens, full, "; ".join(notes))
 
 
 def _key(template: Template, rate: float, tokenizer: Any, config: CompressConfig) -> str:

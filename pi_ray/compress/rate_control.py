@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from pi_ray.compress import words
-from pi_ray.compress.protect import Hold, Unit, units
+from pi_ray.compress.protection import Protection, Unit, split_units
 from pi_ray.config import CompressConfig
 from pi_ray.prompt import Template
 from pi_ray.protocols import Compressor
@@ -25,7 +25,7 @@ Choice = list[list[bool]]  # of each part, which units stay
 
 
 @dataclass(frozen=True)
-class Compressed:
+class CompressedTemplate:
     """A template at one rate. `asked` and `achieved` are shares of `full_tokens`; `note` says in words what could not be kept."""
 
     text: str
@@ -36,7 +36,7 @@ class Compressed:
     note: str = ""
 
 
-def count(tokenizer: Any, text: str) -> int:
+def count_tokens(tokenizer: Any, text: str) -> int:
     return len(tokenizer(text, add_special_tokens=False).input_ids) if text else 0
 
 
@@ -45,13 +45,13 @@ class _Part:
 
     def __init__(self, text: str, config: CompressConfig):
         self.text = text
-        self.words = words.spans(text)
-        self.units = units(text, config)
+        self.words = words.word_spans(text)
+        self.units = split_units(text, config)
         self.line_end = [bisect_left(self.units, _next_line(text, u.end), key=lambda v: v.start) for u in self.units]
 
-    def choose(self, output: str, hold: Hold) -> list[bool]:
+    def choose(self, output: str, hold: Protection) -> list[bool]:
         """Which units stay: those that `output` keeps (at least half of their words) or that are held at least as strongly as `hold`."""
-        kept = words.find_kept([self.text[a:b] for a, b in self.words], output.split())
+        kept = words.find_kept_words([self.text[a:b] for a, b in self.words], output.split())
         return [u.hold >= hold or s >= 0.5 for u, s in zip(self.units, _shares(self.words, kept, self.units), strict=True)]
 
     def render(self, chosen: Sequence[bool]) -> str:
@@ -60,7 +60,7 @@ class _Part:
         for i in reversed(range(len(chosen) - 1)):
             if self.units[i].label and not chosen[i]:
                 chosen[i] = any(chosen[i + 1 : self.line_end[i]])
-        return words.join(self.text, [(u.start, u.end) for u in self.units], chosen)
+        return words.join_words(self.text, [(u.start, u.end) for u in self.units], chosen)
 
 
 def _next_line(text: str, at: int) -> int:
@@ -79,21 +79,21 @@ def _shares(spans: Sequence[words.Span], kept: Sequence[bool], parts: Sequence[U
     return share
 
 
-class Search:
+class RateSearch:
     """One template, one rate. `run` returns the closest that was found, with a note where that is not close."""
 
     def __init__(self, compressor: Compressor, template: Template, rate: float, tokenizer: Any, config: CompressConfig):
         self.compressor, self.template, self.rate, self.tokenizer, self.config = compressor, template, rate, tokenizer, config
         self.parts = [_Part(text, config) for text in (template.instruction, *template.documents) if text]
-        self.full = count(tokenizer, template.text)
+        self.full = count_tokens(tokenizer, template.text)
 
-    def run(self) -> Compressed:
+    def run(self) -> CompressedTemplate:
         """Narrow the compressor's rate by interpolation until the measured one is well within the tolerance."""
         nothing = [""] * len(self.parts)
-        numbers, floor = self._draft(self._choose(nothing, Hold.NUMBER)), self._draft(self._choose(nothing, Hold.ALWAYS))
-        hold, best = (Hold.NUMBER, numbers) if numbers.achieved <= NUMBER_SHARE * self.rate else (Hold.ALWAYS, floor)
+        numbers, floor = self._draft(self._choose(nothing, Protection.NUMBER)), self._draft(self._choose(nothing, Protection.ALWAYS))
+        hold, best = (Protection.NUMBER, numbers) if numbers.achieved <= NUMBER_SHARE * self.rate else (Protection.ALWAYS, floor)
         low, high = (0.0, best.achieved), (1.0, 1.0)  # (asked, achieved) on either side of the goal
-        under: tuple[Compressed, Choice] | None = None  # the compressor's own on either side
+        under: tuple[CompressedTemplate, Choice] | None = None  # the compressor's own on either side
         over: Choice | None = None
         tried: set[str] = set()
         stuck = False  # another rate gave the same text: halve the gap instead of creeping along it
@@ -115,18 +115,18 @@ class Search:
             best = min(best, self._draft(self._between(*under, over)), key=self._error)
         return replace(best, note=self._note(best, floor, numbers))
 
-    def _choose(self, outputs: Sequence[str], hold: Hold) -> Choice:
+    def _choose(self, outputs: Sequence[str], hold: Protection) -> Choice:
         return [p.choose(o, hold) for p, o in zip(self.parts, outputs, strict=True)]
 
-    def _draft(self, choice: Choice) -> Compressed:
+    def _draft(self, choice: Choice) -> CompressedTemplate:
         text = "\n\n".join(t for t in (p.render(c) for p, c in zip(self.parts, choice, strict=True)) if t)
-        tokens = count(self.tokenizer, text)
-        return Compressed(text, self.rate, round(tokens / self.full, 4), tokens, self.full)
+        tokens = count_tokens(self.tokenizer, text)
+        return CompressedTemplate(text, self.rate, round(tokens / self.full, 4), tokens, self.full)
 
-    def _error(self, made: Compressed) -> float:
+    def _error(self, made: CompressedTemplate) -> float:
         return abs(made.achieved - self.rate)
 
-    def _between(self, draft: Compressed, under: Choice, over: Choice) -> Choice:
+    def _between(self, draft: CompressedTemplate, under: Choice, over: Choice) -> Choice:
         """`under` and, of what only `over` keeps, the largest units that there is room for: the compressor's own rates lie too far apart."""
         choice, room = [list(c) for c in under], round(self.rate * self.full) - draft.tokens
         extra = [(p, u) for p in range(len(over)) for u in range(len(over[p])) if over[p][u] and not under[p][u]]
@@ -137,15 +137,15 @@ class Search:
         return choice
 
     def _size(self, part: _Part, unit: int) -> int:
-        return count(self.tokenizer, " " + part.text[part.units[unit].start : part.units[unit].end])
+        return count_tokens(self.tokenizer, " " + part.text[part.units[unit].start : part.units[unit].end])
 
     def _largest(self) -> float:
         """The largest unit that may be dropped, as a share of the template."""
-        free = [(u.end - u.start, p, i) for p in self.parts for i, u in enumerate(p.units) if u.hold < Hold.ALWAYS]
+        free = [(u.end - u.start, p, i) for p in self.parts for i, u in enumerate(p.units) if u.hold < Protection.ALWAYS]
         _, part, unit = max(free, key=lambda f: f[0], default=(0, None, 0))
         return self._size(part, unit) / self.full if part else 0.0
 
-    def _note(self, best: Compressed, floor: Compressed, numbers: Compressed) -> str:
+    def _note(self, best: CompressedTemplate, floor: CompressedTemplate, numbers: CompressedTemplate) -> str:
         """What a reader of the report must know about this template; empty when all went as asked."""
         notes, tolerance = [], self.config.tolerance
         if floor.achieved > best.asked + tolerance:

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 from rich.text import Text
 
 from pi_ray.compress import words
-from pi_ray.compress.compress import Compressed, cached, compress_template, load
+from pi_ray.compress.rate_control import CompressedTemplate
+from pi_ray.compress.template import cached_template, compress_template, load_compressors
 from pi_ray.config import RunConfig
 from pi_ray.models import load_tokenizer
 from pi_ray.prompt import Template
@@ -19,19 +20,19 @@ if TYPE_CHECKING:
 DROPPED = "strike dim"
 
 
-def show(file: Path, rate: float, config: RunConfig, console: Console) -> None:
+def show_compression(file: Path, rate: float, config: RunConfig, console: Console) -> None:
     """Compress a template (or any text) as a run with this config would, and print it."""
     template = Template.load(file)
     tokenizer = load_tokenizer(config.model)
-    found = cached(template, rate, tokenizer, config.compress)
+    found = cached_template(template, rate, tokenizer, config.compress)
     if found is None:
-        compressor, documents = load(config.compress)
+        compressor, documents = load_compressors(config.compress)
         found = compress_template(compressor, template, rate, tokenizer, config.compress, documents)
-    console.print(struck(template.text, found.text, marks=not console.is_terminal))
-    console.print(f"\n{summary(found, config)}", markup=False)
+    console.print(strike_dropped_words(template.text, found.text, marks=not console.is_terminal))
+    console.print(f"\n{compression_summary(found, config)}", markup=False)
 
 
-def summary(found: Compressed, config: RunConfig) -> str:
+def compression_summary(found: CompressedTemplate, config: RunConfig) -> str:
     note = f"; {found.note}" if found.note else ""
     return (
         f"{config.compress.label}: asked {found.asked:.2f}, achieved {found.achieved:.2f}, "
@@ -39,9 +40,9 @@ def summary(found: Compressed, config: RunConfig) -> str:
     )
 
 
-def struck(original: str, compressed: str, marks: bool = False) -> Text:
+def strike_dropped_words(original: str, compressed: str, marks: bool = False) -> Text:
     """`original` with the words that `compressed` lacks struck through; with `marks` between ~~ as well, for where there are no styles."""
-    spans = words.spans(original)
+    spans = words.word_spans(original)
     kept = _kept([original[a:b] for a, b in spans], compressed.split())
     edges = [i for i in range(len(spans)) if not i or kept[i] != kept[i - 1] or "\n" in original[spans[i - 1][1] : spans[i][0]]]
     out, at = Text(), 0
@@ -56,7 +57,7 @@ def struck(original: str, compressed: str, marks: bool = False) -> Text:
 
 def _kept(original: list[str], output: list[str]) -> list[bool]:
     """Which words stayed. Of several equal words the output may mean any; next to one that stayed is likelier than the first in the text."""
-    places = [i for i, stays in enumerate(words.find_kept(original, output)) if stays]
+    places = [i for i, stays in enumerate(words.find_kept_words(original, output)) if stays]
     for n in reversed(range(len(places) - 1)):
         if original[places[n + 1] - 1] == original[places[n]]:
             places[n] = places[n + 1] - 1
