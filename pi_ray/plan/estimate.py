@@ -37,8 +37,8 @@ class ModelSize:
 
     `weights` counts all, `active` those that one token is multiplied with (without the output layer), `head` the output
     layer, `block` one layer, `linear` the linear layers, `lora` the adapter. Of a mixture of experts `weights`, `block`
-    and `linear` count every expert, `active` and `inner` the chosen ones. `apart` says why rows cannot share their
-    prefix, "" where they can.
+    and `linear` count every expert, `active` and `inner` the chosen ones.
+    `plain_batch_reason` says why rows cannot share their prefix, "" where they can.
     """
 
     weights: int
@@ -51,7 +51,7 @@ class ModelSize:
     hidden: int
     inner: int
     key_value: int
-    apart: str = ""
+    plain_batch_reason: str = ""
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ def model_size(model: ModelConfig, lora: LoraConfig, longest: float = 0) -> Mode
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from pi_ray.train.shared_prefix import can_share_prefix
+    from pi_ray.train.shared_prefix import why_prefix_cannot_be_shared
 
     try:
         revision = model.revision or "main"
@@ -99,7 +99,7 @@ def model_size(model: ModelConfig, lora: LoraConfig, longest: float = 0) -> Mode
             f"model '{model.base}' cannot be measured: {reason}. "
             "A folder with its config.json is enough: model.base=FOLDER"
         ) from error
-    shape, apart = shape.get_text_config(), can_share_prefix(net, longest)
+    shape, plain_batch_reason = shape.get_text_config(), why_prefix_cannot_be_shared(net, longest)
     heads = getattr(shape, "num_attention_heads", None) or 1  # recurrent models have none
     width = getattr(shape, "head_dim", None) or shape.hidden_size // heads
     inner = getattr(shape, "moe_intermediate_size", None) or getattr(shape, "intermediate_size", None)
@@ -117,13 +117,13 @@ def model_size(model: ModelConfig, lora: LoraConfig, longest: float = 0) -> Mode
         hidden=shape.hidden_size,
         inner=(inner or 4 * shape.hidden_size) * experts,
         key_value=(getattr(shape, "num_key_value_heads", None) or heads) * width,
-        apart=apart,
+        plain_batch_reason=plain_batch_reason,
     )
 
 
 def shares_prefix(size: ModelSize, config: RunConfig) -> bool:
     """Whether training computes the template once for each pass, and not with every row."""
-    return config.train.share_prefix and not size.apart
+    return config.train.share_prefix and not size.plain_batch_reason
 
 
 def _active_weights(net: Any, shape: Any, chosen: int) -> int:

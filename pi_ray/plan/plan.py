@@ -24,11 +24,11 @@ from pi_ray.protocols import SPLITS, UNLABELLED
 from pi_ray.registry import tasks
 from pi_ray.report import cost
 from pi_ray.run.artifact import is_current
-from pi_ray.run.baseline import plain_config
+from pi_ray.run.baseline import plain_finetuning_config
 from pi_ray.run.directory import RunDir
 from pi_ray.run.fingerprint import prepare_fingerprint, wants_unlabelled
 from pi_ray.schedule import Phase, plan_phases
-from pi_ray.train.updates import phase_updates
+from pi_ray.train.updates import updates_in_phase
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -81,7 +81,7 @@ def plan_run(config: RunConfig) -> Plan:
     size = estimate.model_size(config.model, config.train.lora, longest)
     speed = estimate.measure_speed(config)
     phases = [_phase(p, rows["train"], counts, size, speed, config) for p in schedule]
-    plain_schedule = plan_phases(plain_config(config).schedule) if config.evaluate.baseline else []
+    plain_schedule = plan_phases(plain_finetuning_config(config).schedule) if config.evaluate.baseline else []
     full = counts.shape(1.0, config.evaluate.shots or schedule[0].shots)
     query = replace(shapes[-1], prefix=config.train.gist) if config.train.gist else shapes[-1]
     teaching = _teaching_seconds(rows.get(UNLABELLED, 0), shapes[0], size, speed, config)
@@ -131,7 +131,7 @@ def _phase(
     phase: Phase, rows: int, counts: TokenCounts, size: estimate.ModelSize, speed: estimate.Speed, config: RunConfig,
 ) -> PhasePlan:
     shape = counts.shape(phase.rate, phase.shots)
-    updates = phase_updates(rows, phase, config.train.batch_size)
+    updates = updates_in_phase(rows, phase, config.train.batch_size)
     seconds = updates * estimate.update_seconds(size, shape, config, speed)
     return PhasePlan(phase, rows, shape, updates, seconds, phase.rate in (0, 1) or phase.rate in counts.achieved)
 
@@ -176,8 +176,8 @@ def print_plan(plan: Plan, console: Console, scale: bool = False) -> None:
     if plan.host:
         say(f"Host memory per worker: at most about {_parts(plan.host)}")
     say(_workers(plan))
-    if train.share_prefix and size.apart:
-        say(f"Plain batches, in which every row brings its own copy of the template: {size.apart}")
+    if train.share_prefix and size.plain_batch_reason:
+        say(f"Plain batches, in which every row brings its own copy of the template: {size.plain_batch_reason}")
     if plan.speed.device == "gpu" or scale:
         say(f"Placement: {placement.describe_placement(config)}")
     full, query = plan.full.prefix + plan.full.row, plan.query.prefix + plan.query.row

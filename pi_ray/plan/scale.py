@@ -38,7 +38,7 @@ from typing import TYPE_CHECKING
 from pi_ray.config import RunConfig
 from pi_ray.plan import estimate
 from pi_ray.report import cost
-from pi_ray.train.updates import phase_updates
+from pi_ray.train.updates import updates_in_phase
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -183,7 +183,7 @@ def _nodes(config: RunConfig) -> int:
 def _point(plan: Plan, nodes: int, rows: int) -> Point:
     config, size = with_workers(plan.config, nodes * plan.config.cluster.gpus_per_node), plan.size
     train, workers = config.train, config.train.workers
-    counts = [phase_updates(rows, p.phase, train.batch_size) for p in plan.phases]
+    counts = [updates_in_phase(rows, p.phase, train.batch_size) for p in plan.phases]
     updates = [scaled_update(size, p.shape, config) for p in plan.phases]
     training = sum(n * u.seconds for n, u in zip(counts, updates, strict=True))
     base = size.weights * estimate.BYTES[estimate.dtype_name(config)]

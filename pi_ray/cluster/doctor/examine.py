@@ -1,4 +1,4 @@
-"""All looks in a row, and how they are shown."""
+"""All checks in a row, and their printed form."""
 
 from __future__ import annotations
 
@@ -21,16 +21,17 @@ STYLES = {"ok": ("ok  ", "green"), "note": ("note", "yellow"), "fail": ("FAIL", 
 
 
 def examine(config: RunConfig | None = None, address: str = "", folder: Path | None = None) -> Iterator[Finding]:
-    """Look at this machine, or at the cluster at `address`, and at the run, where one is given. Each finding comes as soon as it is made.
-    `folder` is the one with the run file, which a job takes along.
+    """Check this machine, or the cluster at `address`, and the run, where one is given; yield each finding as it is
+    made.
 
-    Raises ConfigError for an address that is no URL of a Jobs API.
+    `folder` holds the run file; a job takes its inputs along. Raises ConfigError for an address that is no Jobs API's
+    URL.
     """
     address = address and auth.address_of(address)
     yield from machine.check_versions()
     yield from remote.check_authentication(address)
     if any(requirements.packages_too_old()):
-        return  # the rest would import them
+        return  # the other checks would import them
     if address:
         yield from remote.check_cluster(address, config)
     else:
@@ -38,27 +39,33 @@ def examine(config: RunConfig | None = None, address: str = "", folder: Path | N
         yield from machine.check_shared_memory(config.train.workers if config else 1)
         yield from machine.check_ports(config)
     if config:
-        yield from _run(config, address, _elsewhere(config, folder) if address else [])
+        yield from _check_run(config, address, _elsewhere(config, folder) if address else [])
     elif not address:
         yield from machine.check_storage(None)
 
 
 def _elsewhere(config: RunConfig, folder: Path | None) -> list[str]:
-    """Keys of what a job does not take along and this machine does not have: URLs, and paths that only the cluster's nodes may see."""
-    from pi_ray.cluster.doctor.run import aids
+    """Keys of inputs that neither travel with a job nor lie here: URLs, and paths that the cluster's nodes may see."""
+    from pi_ray.cluster.doctor.run import other_models
 
-    named = {"model.base": config.model.base, **aids(config), **{f"task.{key}": getattr(config.task, key) for key in INPUTS}}
-    paths = {key: Path(value).expanduser() for key, value in named.items() if value and not (key.startswith("task.") and config.task.name == "opsql")}
-    lacking = {key for key, path in paths.items() if path.is_absolute() and not path.exists() and not (folder and path.is_relative_to(folder.resolve()))}
-    return [key for key in paths if key in lacking or is_url(named[key])]
+    inputs = {} if config.task.name == "opsql" else {f"task.{key}": getattr(config.task, key) for key in INPUTS}
+    named = {"model.base": config.model.base, **other_models(config), **inputs}
+
+    def is_elsewhere(value: str) -> bool:
+        path = Path(value).expanduser()
+        travels = folder and path.is_relative_to(folder.resolve())
+        return is_url(value) or (path.is_absolute() and not path.exists() and not travels)
+
+    return [key for key, value in named.items() if value and is_elsewhere(value)]
 
 
-def _run(config: RunConfig, address: str, elsewhere: list[str]) -> Iterator[Finding]:
-    """The run itself. What lies on a cluster (`elsewhere`) is looked at by the job there."""
+def _check_run(config: RunConfig, address: str, elsewhere: list[str]) -> Iterator[Finding]:
+    """Check the run itself. The job on the cluster checks the inputs that lie `elsewhere`."""
     from pi_ray.cluster.doctor import run
 
     if elsewhere:
-        yield note("paths", f"not on this machine: {', '.join(elsewhere)}", "fine where every node of the cluster can read them under these names: the job looks for them there")
+        cure = "fine where every node of the cluster can read them under these names: the job looks for them there"
+        yield note("paths", f"not on this machine: {', '.join(elsewhere)}", cure)
     size: ModelSize | None = None
     for found in run.check_model(config) if "model.base" not in elsewhere else ():
         if isinstance(found, Finding):
@@ -75,7 +82,8 @@ def _run(config: RunConfig, address: str, elsewhere: list[str]) -> Iterator[Find
     if address:
         if not is_url(config.cluster.storage_path):
             named = config.cluster.storage_path or "PI_RAY_STORAGE of the cluster's nodes, else ~/pi-ray there,"
-            yield note("storage", f"{named} is not looked at from here", "every node must have that folder, shared, and may write there; with one node any disk will do")
+            cure = "every node must have that folder, shared, and may write there; with one node any disk will do"
+            yield note("storage", f"{named} is not looked at from here", cure)
         return
     yield from run.check_extras(config)
     yield from run.check_key(config)
@@ -83,10 +91,10 @@ def _run(config: RunConfig, address: str, elsewhere: list[str]) -> Iterator[Find
     gpus = _gpus()
     yield from run.check_devices(config, gpus)
     if size and readable:
-        yield from _memory(config, size, gpus)
+        yield from _check_memory(config, size, gpus)
 
 
-def _memory(config: RunConfig, size: ModelSize, gpus: list[tuple[str, float]]) -> Iterator[Finding]:
+def _check_memory(config: RunConfig, size: ModelSize, gpus: list[tuple[str, float]]) -> Iterator[Finding]:
     from pi_ray.cluster.doctor import run
     from pi_ray.errors import PiRayError
     from pi_ray.plan import estimate, plan
@@ -97,7 +105,8 @@ def _memory(config: RunConfig, size: ModelSize, gpus: list[tuple[str, float]]) -
         yield fail("plan", str(error), "mend that; 'pi-ray plan' then shows the run before it runs")
         return
     used = min(len(gpus), config.train.workers)
-    yield from run.check_memory(config, made.memory, estimate.node_memory(size, config, used) if used else 0.0, gpus, machine.free_memory())
+    host = estimate.node_memory(size, config, used) if used else 0.0
+    yield from run.check_memory(config, made.memory, host, gpus, machine.free_memory())
 
 
 def _gpus() -> list[tuple[str, float]]:
@@ -108,14 +117,14 @@ def _gpus() -> list[tuple[str, float]]:
 
 
 def print_findings(findings: Iterable[Finding], console: Console) -> int:
-    """Print each as it comes. Returns how many fail."""
+    """Print each finding as it comes. Returns how many fail."""
     from rich.text import Text
 
     failed = 0
     for found in findings:
         failed += found.state == "fail"
         word, style = STYLES[found.state]
-        console.print(Text.assemble((word, style), f"  {found.what:14}{found.said}"))
+        console.print(Text.assemble((word, style), f"  {found.what:14}{found.message}"))
         if found.cure:
             console.print(Text(f"      {'':14}-> {found.cure}", "dim" if found.state == "note" else ""))
     console.print(Text("nothing is in the way" if not failed else f"{failed} to mend", "bold"))

@@ -1,4 +1,4 @@
-"""What one look found."""
+"""A finding: the result of one check, with its cure."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class Finding:
-    """`state` "fail" means that a run cannot work so, "note" that a person should know. `cure` says how to mend it; it stands with everything that is not "ok"."""
+    """`what` was checked. "fail": a run cannot work so; "note": a person should know. `cure` comes with both."""
 
     what: str
     state: Literal["ok", "note", "fail"]
-    said: str
+    message: str
     cure: str = ""
 
 
-def ok(what: str, said: str) -> Finding:
-    return Finding(what, "ok", said)
+def ok(what: str, message: str) -> Finding:
+    return Finding(what, "ok", message)
 
 
-def note(what: str, said: str, cure: str) -> Finding:
-    return Finding(what, "note", said, cure)
+def note(what: str, message: str, cure: str) -> Finding:
+    return Finding(what, "note", message, cure)
 
 
-def fail(what: str, said: str, cure: str) -> Finding:
-    return Finding(what, "fail", said, cure)
+def fail(what: str, message: str, cure: str) -> Finding:
+    return Finding(what, "fail", message, cure)

@@ -1,4 +1,4 @@
-"""Looks at this machine: versions, disk, shared memory, ports, memory. Each yields what it found; none changes anything that lasts."""
+"""Checks of this machine: versions, disk, shared memory, ports, memory. None changes anything that lasts."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pi_ray.cluster import requirements
 from pi_ray.cluster.doctor.finding import Finding, fail, note, ok
 from pi_ray.cluster.storage_sync import is_url
 from pi_ray.config import RunConfig
-from pi_ray.run.artifact import CURES
+from pi_ray.run.artifact import DISK_CURES
 
 GIB = 2**30
 ROOM = 2 * GIB  # for rows, templates, evaluation and the report
@@ -24,36 +24,53 @@ CGROUP = Path("/sys/fs/cgroup/memory.max")
 
 
 def check_versions() -> Iterator[Finding]:
-    """pi-ray's floors."""
+    """Check that packages are new enough."""
     lacking = dict(requirements.packages_too_old())
     for name, found in lacking.items():
-        yield fail("versions", f"{name} {found or 'is missing'}, and pi-ray needs {requirements.FLOORS[name]} or newer", requirements.cure(name))
+        yield fail(
+            "versions",
+            f"{name} {found or 'is missing'}, and pi-ray needs {requirements.FLOORS[name]} or newer",
+            requirements.install_command(name),
+        )
     if not lacking:
-        yield ok("versions", ", ".join(f"{name} {requirements.installed(name)}" for name in requirements.FLOORS))
+        yield ok(
+            "versions", ", ".join(f"{name} {requirements.installed_version(name)}" for name in requirements.FLOORS)
+        )
 
 
 def check_storage(config: RunConfig | None, needed: float = ROOM) -> Iterator[Finding]:
-    """Run directory and store can be written, which is tried, and there is room. `needed` in bytes. A store behind a URL is for `bucket`."""
-    places = {"run directory": config.run_dir, "adapter store": config.store} if config else {"run directory": str(Path.cwd() / "runs")}
+    """Check by writing that run directory and adapter store can be written, and that `needed` bytes are free.
+
+    A store behind a URL is for `check_bucket`.
+    """
+    places = (
+        {"run directory": config.run_dir, "adapter store": config.store}
+        if config
+        else {"run directory": str(Path.cwd() / "runs")}
+    )
     seen: set[Path] = set()
     for name, folder in ((name, Path(place)) for name, place in places.items() if not is_url(place)):
-        there = next(p for p in (folder, *folder.parents) if p.is_dir())
-        if there in seen:
+        parent = next(p for p in (folder, *folder.parents) if p.is_dir())
+        if parent in seen:
             continue
-        seen.add(there)
-        error = _written(there)
-        free = shutil.disk_usage(there).free
+        seen.add(parent)
+        error, free = _write_error(parent), shutil.disk_usage(parent).free
         if error:
             key = "run_dir" if name == "run directory" else "store"
-            yield fail("storage", f"{folder} ({name}) cannot be written: {os.strerror(error)}", CURES.get(error, f"set {key} to a folder on a disk that works"))
+            yield fail(
+                "storage",
+                f"{folder} ({name}) cannot be written: {os.strerror(error)}",
+                DISK_CURES.get(error, f"set {key} to a folder on a disk that works"),
+            )
         elif free < needed:
-            yield fail("storage", f"{there} has {free / GIB:.1f} GiB free, and the run takes about {needed / GIB:.1f} GiB", "free some space, or set run_dir (or cluster.storage_path) to a larger disk")
+            message = f"{parent} has {free / GIB:.1f} GiB free, and the run takes about {needed / GIB:.1f} GiB"
+            yield fail("storage", message, "free some space, or set run_dir (or cluster.storage_path) to a larger disk")
         else:
-            yield ok("storage", f"{there} can be written, {free / GIB:.0f} GiB free")
+            yield ok("storage", f"{parent} can be written, {free / GIB:.0f} GiB free")
 
 
-def _written(folder: Path) -> int:
-    """0, or the errno of writing, syncing and renaming a small file as every artefact is written."""
+def _write_error(folder: Path) -> int:
+    """Write, sync and rename a small file, as every artifact is written. Returns 0, or the errno."""
     path = folder / f".pi-ray-doctor.{uuid.uuid4().hex}"
     try:
         with open(path, "wb") as f:
@@ -70,11 +87,15 @@ def _written(folder: Path) -> int:
 
 
 def check_bucket(location: str) -> Iterator[Finding]:
-    """Storage behind a URL (cluster.storage_path, store) can be written, moved in and deleted from, with the credentials of this machine."""
+    """Check by trying that this machine may write, move and delete under a URL (cluster.storage_path, store)."""
     from pyarrow import fs
 
     if location.startswith("hf://"):
-        yield note("storage", f"{location} is not tried, since each file would be a commit there", "HF_TOKEN must be allowed to write there")
+        yield note(
+            "storage",
+            f"{location} is not tried, since each file would be a commit there",
+            "HF_TOKEN must be allowed to write there",
+        )
         return
     try:
         place, path = fs.FileSystem.from_uri(location)
@@ -85,47 +106,65 @@ def check_bucket(location: str) -> Iterator[Finding]:
         place.move(name, f"{name}.moved")
         place.delete_file(f"{name}.moved")
     except (OSError, ValueError, NotImplementedError) as error:
-        cure = "check its name and region, and this machine's credentials (an AWS profile or role, gcloud auth application-default login); the cluster's nodes need them too"
+        cure = (
+            "check its name and region, and this machine's credentials (an AWS profile or role, gcloud auth "
+            "application-default login); the cluster's nodes need them too"
+        )
         yield fail("storage", f"{location} cannot be written: {str(error).splitlines()[0][:200]}", cure)
         return
     yield ok("storage", f"{location} can be written")
 
 
 def check_scratch() -> Iterator[Finding]:
-    """Ray's session folder: Ray stops making objects when its disk is 95% full."""
+    """Check the disk of Ray's session folder: Ray stops making objects when it is 95% full."""
     folder = Path(os.environ.get("RAY_TMPDIR") or "/tmp")
     usage = shutil.disk_usage(folder)
     used = 1 - usage.free / usage.total
     cure = "free some space, or set RAY_TMPDIR to a folder on another disk"
-    yield fail("scratch", f"the disk of {folder} is {used:.0%} full, and Ray stops at 95%", cure) if used > 0.95 else ok("scratch", f"{folder} has {usage.free / GIB:.0f} GiB free")
+    if used > 0.95:
+        yield fail("scratch", f"the disk of {folder} is {used:.0%} full, and Ray stops at 95%", cure)
+    else:
+        yield ok("scratch", f"{folder} has {usage.free / GIB:.0f} GiB free")
 
 
 def check_shared_memory(workers: int, folder: Path = SHARED_MEMORY) -> Iterator[Finding]:
-    """Ray's object store and NCCL live in it; containers often have 64 MiB."""
+    """Check shared memory, which Ray's object store and NCCL use; containers often have 64 MiB."""
     if not folder.is_dir():
         return
     size = shutil.disk_usage(folder).total
-    cure = "give the container more: docker run --shm-size=8g, or on Kubernetes an emptyDir with medium: Memory at /dev/shm"
-    said = f"{folder} holds {size / GIB:.1f} GiB"
+    kubernetes = "on Kubernetes an emptyDir with medium: Memory at /dev/shm"
+    cure = f"give the container more: docker run --shm-size=8g, or {kubernetes}"
+    message = f"{folder} holds {size / GIB:.1f} GiB"
     if size >= GIB:
-        yield ok("shared memory", said)
+        yield ok("shared memory", message)
     else:
-        yield (fail if workers > 1 else note)("shared memory", f"{said}, so that Ray keeps its objects on disk" + (" and GPU workers may not reach each other" if workers > 1 else ""), cure)
+        message += ", so that Ray keeps its objects on disk"
+        if workers > 1:
+            yield fail("shared memory", f"{message} and GPU workers may not reach each other", cure)
+        else:
+            yield note("shared memory", message, cure)
 
 
 def check_ports(config: RunConfig | None) -> Iterator[Finding]:
-    """The port that `pi-ray serve` would take, and those of `ray start --head`."""
+    """Check the port that `pi-ray serve` would take, and the ports of `ray start --head`."""
     if config:
         host, port = config.serve.host, config.serve.port
-        error = _bound(host, port)
-        yield fail("ports", f"serving: {host}:{port}: {error}", "set serve.port to a free port, or end what listens there") if error else ok("ports", f"serving: {host}:{port} is free")
+        if error := _bind_error(host, port):
+            cure = "set serve.port to a free port, or end the program that listens there"
+            yield fail("ports", f"serving: {host}:{port}: {error}", cure)
+        else:
+            yield ok("ports", f"serving: {host}:{port} is free")
     for port, whose in RAY_PORTS.items():
-        if _bound("127.0.0.1", port):
-            yield note("ports", f"127.0.0.1:{port}, that of {whose}, is taken", "is it your cluster? Then 'pi-ray doctor --address http://127.0.0.1:8265' looks at it; else give ray start --port and --dashboard-port")
+        if _bind_error("127.0.0.1", port):
+            cure = (
+                "is it your cluster? Then 'pi-ray doctor --address http://127.0.0.1:8265' looks at it; "
+                "else give ray start --port and --dashboard-port"
+            )
+            yield note("ports", f"127.0.0.1:{port}, that of {whose}, is taken", cure)
 
 
-def _bound(host: str, port: int) -> str:
-    """What keeps a server from listening there, or ""."""
+def _bind_error(host: str, port: int) -> str:
+    """The error of a server that would listen there, or ""."""
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -136,8 +175,9 @@ def _bound(host: str, port: int) -> str:
 
 
 def free_memory() -> float:
-    """Bytes of memory that this process may still take: what is available, or the container's limit."""
-    lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines()) if Path("/proc/meminfo").exists() else {}
+    """Bytes of memory that this process may still take: the machine's available memory, or the container's limit."""
+    meminfo = Path("/proc/meminfo")
+    lines = dict(line.split(":", 1) for line in meminfo.read_text().splitlines()) if meminfo.exists() else {}
     free = float(lines["MemAvailable"].split()[0]) * 1024 if "MemAvailable" in lines else float("inf")
     limit = CGROUP.read_text().strip() if CGROUP.is_file() else "max"
     return min(free, float(limit)) if limit.isdigit() else free

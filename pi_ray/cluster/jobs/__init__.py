@@ -1,3 +1,3 @@
-"""Runs as jobs of a Ray cluster: what travels there (bundle), sending and following it (submit), and what runs there
-(entrypoint).
+"""Runs as jobs of a Ray cluster: the bundle that travels there, submitting and following, and the entrypoint that runs
+there.
 """

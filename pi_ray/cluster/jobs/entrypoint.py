@@ -19,7 +19,7 @@ from pi_ray.cluster.jobs import bundle
 from pi_ray.config import INPUTS, RunConfig, dump, run_file
 from pi_ray.errors import PiRayError, StorageError
 from pi_ray.run.artifact import is_current, staged, write_atomic
-from pi_ray.run.object_storage import Objects
+from pi_ray.run.object_storage import ObjectStorage
 from pi_ray.store import refresh
 
 
@@ -38,10 +38,10 @@ def run_job(command_line: Callable[[list[str]], int], verb: str, arguments: Sequ
         with _synced(config):
             if not refreshes:
                 return command_line(command)
-            refresh.place(config)
+            refresh.copy_start_adapter(config)
             code = command_line(command)
             if not code:
-                refresh.finish(config)
+                refresh.mark_published(config)
             return code
     except PiRayError as error:
         print(f"pi-ray: {error}", file=sys.stderr)
@@ -65,7 +65,7 @@ def settle(path: Path, overrides: Sequence[str], refreshes: bool = False) -> Run
     config = _copy_inputs(run_file.absolute(*base), found)
     if refreshes:
         there = _there(config)
-        config = refresh.config_of(config, there=Objects(there.rpartition("/")[0]) if there else None)
+        config = refresh.refresh_config(config, there=ObjectStorage(there.rpartition("/")[0]) if there else None)
     once = config.replace(**{"closed.confirmed": False})  # a confirmed cost holds for one job
     write_atomic(config.root / "run.yaml", dump(once))
     return config
@@ -92,7 +92,7 @@ def _store(config: RunConfig, home: Path) -> str:
 def _synced(config: RunConfig) -> AbstractContextManager[None]:
     """A context that fetches the run directory from object storage and keeps it there, where storage_path is a URL."""
     there = _there(config)
-    return storage_sync.Mirror(config.root, Objects(there)).attached() if there else nullcontext()
+    return storage_sync.StorageSync(config.root, ObjectStorage(there)).attached() if there else nullcontext()
 
 
 def _there(config: RunConfig) -> str:
@@ -116,7 +116,7 @@ def _copy_inputs(config: RunConfig, found: dict[str, Path]) -> RunConfig:
         for key, url in urls.items():
             above, _, name = url.rpartition("/")
             try:
-                there = Objects(above)
+                there = ObjectStorage(above)
                 for path in (path for path in there.list() if path == name or path.startswith(f"{name}/")):
                     found[f"{key}{Path(name).suffix}{path.removeprefix(name)}"] = to = Path(scratch) / key / path
                     to.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Filling the templates beside this file: k8s (KubeRay), launcher (`ray up`), slurm."""
+"""Fills the templates beside this file: k8s (KubeRay), launcher (`ray up`), slurm."""
 
 from __future__ import annotations
 
@@ -20,30 +20,45 @@ KINDS = {
 
 
 def render_cluster_files(kind: str, config: RunConfig, folder: Path) -> tuple[dict[str, str], list[str]]:
-    """(file name -> text, notes for the person). `folder` is the one with the run file. Of the launcher's files, the one of cluster.launcher.provider."""
+    """Render the files of a kind: (file name -> text, notes for the person). `folder` holds the run file.
+
+    Of the launcher's files, only the one of cluster.launcher.provider.
+    """
     import jinja2
 
     if kind not in KINDS:
         raise ConfigError(f"'{kind}': choose one of {', '.join(KINDS)}")
     known, notes = template_values(config, folder.resolve())
     loader = jinja2.FunctionLoader(lambda name: files(__package__).joinpath(kind, name).read_text(encoding="utf-8"))
-    # Not a page: values are quoted for YAML and for the shell, by the filters below, and limited to plain characters where they are not.
-    environment = jinja2.Environment(loader=loader, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, autoescape=False)
-    environment.filters |= {"q": lambda value: json.dumps(value, ensure_ascii=False), "sh": lambda value: shlex.quote(str(value))}
-    wanted = [name for name in KINDS[kind] if kind != "launcher" or name.startswith(config.cluster.launcher.provider)]
+    # No HTML: the filters below quote values for YAML and for the shell; other values are limited to plain characters.
+    environment = jinja2.Environment(
+        loader=loader, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True,
+        keep_trailing_newline=True, autoescape=False,
+    )
+    environment.filters["q"] = lambda value: json.dumps(value, ensure_ascii=False)
+    environment.filters["sh"] = lambda value: shlex.quote(str(value))
+    provider = config.cluster.launcher.provider
+    wanted = [name for name in KINDS[kind] if kind != "launcher" or name.startswith(provider)]
     if not known["mounted"]:
-        _on_a_bucket(kind, known["storage"], notes)
+        _note_bucket(kind, known["storage"], notes)
     if kind == "launcher" and known["mounted"] and not config.cluster.launcher.nfs:
-        notes.append(f"nothing mounts {known['storage']} on the machines: name an NFS server in cluster.launcher.nfs, or a bucket in cluster.storage_path")
+        cure = "name an NFS server in cluster.launcher.nfs, or a bucket in cluster.storage_path"
+        notes.append(f"nothing mounts {known['storage']} on the machines: {cure}")
     return {name: environment.get_template(f"{name}.j2").render(known) for name in wanted}, notes
 
 
-def _on_a_bucket(kind: str, storage: str, notes: list[str]) -> None:
-    """What must be given for storage behind a URL is noted. Raises ConfigError where it does not work."""
+def _note_bucket(kind: str, storage: str, notes: list[str]) -> None:
+    """Add a note on the rights that storage behind a URL needs. Raises ConfigError for Slurm, which cannot use it."""
     if kind == "slurm":
-        raise ConfigError(f"cluster.storage_path is {storage}: a Slurm job keeps its run in a folder that every node sees, such as /shared; name that one")
+        raise ConfigError(
+            f"cluster.storage_path is {storage}: a Slurm job keeps its run in a folder that every node sees, such "
+            "as /shared; name that one"
+        )
     if kind == "launcher":
-        notes.append(f"the workers need the right to read and write {storage}: Ray gives a role to the head alone, so name theirs in node_config (AWS: IamInstanceProfile, GCP: serviceAccounts)")
+        notes.append(
+            f"the workers need the right to read and write {storage}: Ray gives a role to the head alone, so name "
+            "theirs in node_config (AWS: IamInstanceProfile, GCP: serviceAccounts)"
+        )
 
 
 def write_cluster_files(found: dict[str, str], folder: Path) -> list[Path]:

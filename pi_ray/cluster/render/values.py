@@ -1,4 +1,6 @@
-"""What the templates are filled with: how many nodes of what size, the run file as the cluster sees it, and what a person should know before using them."""
+"""The values of the templates: how many nodes of what size, the run file as the cluster sees it, and notes for the
+person.
+"""
 
 from __future__ import annotations
 
@@ -46,9 +48,10 @@ class Nodes:
 
 @dataclass(frozen=True)
 class Offer:
-    """What the nodes of some steps have to offer besides CPUs and GPUs: resources of your own, plenty of each, as they say where and not how many, and labels.
+    """Custom resources and labels of the nodes of some steps.
 
-    Ray's own labels (ray.io/...) it sets by itself.
+    Resources say where work may go and not how much, so that there is plenty of each. Ray sets its own labels
+    (ray.io/...).
     """
 
     names: dict[str, int]
@@ -60,75 +63,95 @@ class Offer:
 
 
 def template_values(config: RunConfig, folder: Path) -> tuple[dict[str, Any], list[str]]:
-    """(names and numbers for the templates, notes). `folder` holds the run file: what lies in it is expected in the storage's inputs/<name>.
+    """(values of the templates, notes). `folder` holds the run file; its files are expected in the storage's
+    inputs/<name>.
 
-    Raises ModelError where the base model's shape cannot be read, ConfigError where it cannot fit.
+    Raises ModelError where the base model's shape cannot be read, ConfigError where the model cannot fit.
     """
     seen = as_the_cluster_sees_it(config, folder)
     size = estimate.model_size(config.model, config.train.lora)
-    nodes, root, own = _nodes(seen, size), storage_root(seen), () if seen.train.gpu else ("train", "evaluate")
+    nodes, root, run_yaml = _nodes(seen, size), storage_root(seen), _run_yaml(seen)
+    on_cpus = () if seen.train.gpu else ("train", "evaluate")
     return {
-        "name": config.name, "name_k8s": re.sub(r"[._]+", "-", seen.name)[:LONGEST].strip("-"), "run": seen, "run_file": RUN_FILE, "run_yaml": (text := _text(seen)), "run_digest": digest(text)[:12],
-        "cluster": seen.cluster, "kubernetes": seen.cluster.kubernetes, "slurm": seen.cluster.slurm, "launcher": _launcher(seen), "storage": root, "mounted": not storage_sync.is_url(root),
-        "ray": version("ray"), "nodes": nodes, "gpu": nodes.gpu > 0, "resource_name": "nvidia.com/gpu", "object_store": OBJECT_STORE * GIB,
-        "cpu_offer": _offer(seen, "prepare", *own), "gpu_offer": _offer(seen, "train", "evaluate"), "serve_offer": _offer(seen, "serve"), "any_offer": _offer(seen, "prepare", "train", "evaluate"),
+        "name": config.name, "name_k8s": re.sub(r"[._]+", "-", seen.name)[:LONGEST].strip("-"), "run": seen,
+        "run_file": RUN_FILE, "run_yaml": run_yaml, "run_digest": digest(run_yaml)[:12],
+        "cluster": seen.cluster, "kubernetes": seen.cluster.kubernetes, "slurm": seen.cluster.slurm,
+        "launcher": _launcher(seen), "storage": root, "mounted": not storage_sync.is_url(root), "ray": version("ray"),
+        "nodes": nodes, "gpu": nodes.gpu > 0, "resource_name": "nvidia.com/gpu", "object_store": OBJECT_STORE * GIB,
+        "cpu_offer": _offer(seen, "prepare", *on_cpus), "gpu_offer": _offer(seen, "train", "evaluate"),
+        "serve_offer": _offer(seen, "serve"), "any_offer": _offer(seen, "prepare", "train", "evaluate"),
     }, _notes(seen, nodes, folder)
 
 
 def storage_root(config: RunConfig) -> str:
+    """The folder or URL that every node sees."""
     return (config.cluster.storage_path or STORAGE).rstrip("/")
 
 
 def as_the_cluster_sees_it(config: RunConfig, folder: Path) -> RunConfig:
-    """The run as the cluster's nodes see it: paths on the storage, and GPUs taken for certain, since nodes that come on demand are not there yet when it is asked."""
+    """The run with paths on the cluster's storage, and with GPUs: nodes that come on demand are not there yet to be
+    seen.
+    """
     root, here = storage_root(config), str(folder)
     task = {
         f"task.{key}": f"{root}/inputs/{config.name}{value[len(here):]}"
-        for key, value in config.task.model_dump().items() if isinstance(value, str) and (value == here or value.startswith(f"{here}/"))
+        for key, value in config.task.model_dump().items()
+        if isinstance(value, str) and (value == here or value.startswith(f"{here}/"))
     }
-    run_dir = f"runs/{config.name}" if storage_sync.is_url(root) else f"{root}/runs/{config.name}"  # beside a bucket each node has a copy of its own
+    # Beside a bucket each node has a run directory of its own.
+    run_dir = f"runs/{config.name}" if storage_sync.is_url(root) else f"{root}/runs/{config.name}"
     own = {"run_dir": run_dir, "store": f"{root}/store", "train.gpu": config.train.gpu is not False}
     return config.replace(**own, **task, **{"cluster.storage_path": root})
 
 
-def _text(config: RunConfig) -> str:
-    """The run file, with what is not a default; all of it where the rest would read back to something else."""
-    text = yaml.safe_dump(config.model_dump(mode="json", exclude_defaults=True), sort_keys=False, allow_unicode=True, width=160)
+def _run_yaml(config: RunConfig) -> str:
+    """The run file without defaults; with them where the shorter one would not read back to the same run."""
+    own = config.model_dump(mode="json", exclude_defaults=True)
+    text = yaml.safe_dump(own, sort_keys=False, allow_unicode=True, width=160)
     return text if RunConfig.model_validate(yaml.safe_load(text)) == config else dump(config)
 
 
 def _nodes(config: RunConfig, size: estimate.ModelSize) -> Nodes:
+    """Size the nodes after the model. Raises ConfigError where a worker does not fit."""
     cluster, train = config.cluster, config.train
     base = size.weights * estimate.BYTES[estimate.dtype_name(config)]
     if not train.gpu:
         per_worker = sum(estimate.device_memory(size, estimate.Shape(0, 0, 1), config).values())
         if per_worker > cluster.cpu_node_memory_gib * GIB:
-            raise ConfigError(f"one training worker holds {per_worker / GIB:.0f} GiB and cluster.cpu_node_memory_gib is {cluster.cpu_node_memory_gib}; name larger nodes")
+            raise ConfigError(
+                f"one training worker holds {per_worker / GIB:.0f} GiB and cluster.cpu_node_memory_gib is "
+                f"{cluster.cpu_node_memory_gib}; name larger nodes"
+            )
         return Nodes(0, 0, 0, cluster.cpu_node_cpus, cluster.cpu_node_memory_gib, per_worker, base)
     gpus = min(cluster.gpus_per_node, train.workers)
     fixed = sum(estimate.device_memory(size, estimate.Shape(0, 0, 1), config).values())
     if fixed > cluster.gpu_memory_gib * GIB:
         raise ConfigError(
-            f"weights and optimiser alone take {fixed / GIB:.0f} GiB of each GPU's {cluster.gpu_memory_gib} (cluster.gpu_memory_gib); "
-            "take train.backend.zero_stage 3, more train.workers, or offload_params and offload_optimizer"
+            f"weights and optimiser alone take {fixed / GIB:.0f} GiB of each GPU's {cluster.gpu_memory_gib} "
+            "(cluster.gpu_memory_gib); take train.backend.zero_stage 3, more train.workers, or offload_params and "
+            "offload_optimizer"
         )
     needed = _round(estimate.node_memory(size, config, gpus) / GIB + OBJECT_STORE + MARGIN)
     given = cluster.gpu_node_memory_gib
     if given and given < needed:
-        raise ConfigError(f"cluster.gpu_node_memory_gib is {given}, and {gpus} workers of this model take about {needed} GiB of a node's memory; raise it, or leave it out")
-    share = max(1, cluster.gpu_node_cpus // cluster.gpus_per_node)
-    return Nodes(math.ceil(train.workers / gpus), gpus, given or needed, share, _round(base / GIB + OBJECT_STORE + MARGIN), fixed, base)
+        raise ConfigError(
+            f"cluster.gpu_node_memory_gib is {given}, and {gpus} workers of this model take about {needed} GiB of a "
+            "node's memory; raise it, or leave it out"
+        )
+    cpus, serving = max(1, cluster.gpu_node_cpus // cluster.gpus_per_node), _round(base / GIB + OBJECT_STORE + MARGIN)
+    return Nodes(math.ceil(train.workers / gpus), gpus, given or needed, cpus, serving, fixed, base)
 
 
 def _round(gib: float) -> int:
+    """The next multiple of 8 GiB."""
     return 8 * math.ceil(gib / 8)
 
 
 def _offer(config: RunConfig, *steps: str) -> Offer:
     cluster = config.cluster
     names = sorted({name for step in steps for name in getattr(cluster, f"{step}_resources")} - BUILT_IN)
-    labels = {key: value for step in steps for key, value in cluster.labels.get(step, {}).items() if not key.startswith("ray.io/")}
-    return Offer(dict.fromkeys(names, PLENTY), labels)
+    labels = {key: value for step in steps for key, value in cluster.labels.get(step, {}).items()}
+    return Offer(dict.fromkeys(names, PLENTY), {k: v for k, v in labels.items() if not k.startswith("ray.io/")})
 
 
 def _launcher(config: RunConfig) -> dict[str, Any]:
@@ -138,23 +161,26 @@ def _launcher(config: RunConfig) -> dict[str, Any]:
     machine = given.gpu_machine or gpu.get(config.cluster.gpu_memory_gib, "")
     if not machine or (config.cluster.gpus_per_node != 8 and not given.gpu_machine):
         raise ConfigError(
-            f"{given.provider} has no usual machine with {config.cluster.gpus_per_node} A100s of {config.cluster.gpu_memory_gib} GiB; "
-            "name one in cluster.launcher.gpu_machine, or take 8 GPUs of 40 or 80 GiB"
+            f"{given.provider} has no usual machine with {config.cluster.gpus_per_node} A100s of "
+            f"{config.cluster.gpu_memory_gib} GiB; name one in cluster.launcher.gpu_machine, or take 8 GPUs of 40 or 80 "
+            "GiB"
         )
-    usual = {"gpu_machine": machine, "cpu_machine": given.cpu_machine or cpu, "region": given.region or region, "zone": given.zone or zone}
-    return {**given.model_dump(), **usual}
+    machines = {"gpu_machine": machine, "cpu_machine": given.cpu_machine or cpu}
+    return {**given.model_dump(), **machines, "region": given.region or region, "zone": given.zone or zone}
 
 
 def _notes(config: RunConfig, nodes: Nodes, folder: Path) -> list[str]:
-    """What must be done, or cannot work, with these files."""
-    root = storage_root(config)
-    notes = []
-    inside = [v for v in config.task.model_dump().values() if isinstance(v, str) and v.startswith(f"{root}/inputs/")]
-    if inside and config.task.name != "opsql":
+    """Notes on what a person must still do, and on what cannot work with these files."""
+    root, notes = storage_root(config), []
+    texts = {k: v for k, v in config.task.model_dump().items() if isinstance(v, str)}
+    if config.task.name != "opsql" and any(v.startswith(f"{root}/inputs/") for v in texts.values()):
         notes.append(f"copy {folder} to {root}/inputs/{config.name}: the run reads its rows and template there")
-    elsewhere = [k for k, v in config.task.model_dump().items() if isinstance(v, str) and v.startswith("/") and not v.startswith(f"{root}/")]
+    elsewhere = [k for k, v in texts.items() if v.startswith("/") and not v.startswith(f"{root}/")]
     if elsewhere:
         notes.append(f"{', '.join('task.' + k for k in elsewhere)} must be on every node under the same path")
     if nodes.gpu and nodes.base > config.cluster.gpu_memory_gib * GIB:
-        notes.append(f"evaluating and serving hold the whole base on one GPU: {nodes.base / GIB:.0f} GiB, and a GPU here has {config.cluster.gpu_memory_gib}; they need a larger one")
+        notes.append(
+            f"evaluating and serving hold the whole base on one GPU: {nodes.base / GIB:.0f} GiB, and a GPU here has "
+            f"{config.cluster.gpu_memory_gib}; they need a larger one"
+        )
     return notes
