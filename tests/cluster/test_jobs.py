@@ -1,4 +1,6 @@
-"""The steps of jobs/ through Ray's own `ray job submit`, each a job of its own, from a checkout with a task in it; at last a server that asks for its key."""
+"""The steps of jobs/ through Ray's own `ray job submit`, each a job of its own, from a checkout with a task in it; at
+last a server that asks for its key.
+"""
 
 import json
 import shutil
@@ -20,12 +22,17 @@ REPO = Path(__file__).parents[2]
 
 @pytest.fixture
 def checkout(task, shared, tmp_path) -> tuple[Path, int]:
-    """(a folder with pi_ray, jobs and my-task, the port of its server). The task's run.yaml holds all settings, so that the commands are plain."""
+    """(a folder with pi_ray, jobs and my-task, the port of its server). The task's run.yaml holds all settings, so that
+    the commands are plain.
+    """
     folder, port = tmp_path / "checkout", free_port()
     for name in ("pi_ray", "jobs"):
         shutil.copytree(REPO / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copytree(task, folder / "my-task")
-    own = ["name=by-steps", f"model.base={shared}/model", f"compress.model={shared}/model", *TINY, "schedule.epochs=1", f"serve.port={port}"]
+    own = [
+        "name=by-steps", f"model.base={shared}/model", f"compress.model={shared}/model", *TINY, "schedule.epochs=1",
+        f"serve.port={port}",
+    ]
     path = folder / "my-task" / "run.yaml"
     path.write_text(dump(run_file.check(RunConfig, run_file.read(path), str(path), own)))
     return folder, port
@@ -33,7 +40,10 @@ def checkout(task, shared, tmp_path) -> tuple[Path, int]:
 
 def ask(port: int, key: str) -> tuple[int, dict]:
     body = json.dumps({"model": "by-steps", "messages": [{"role": "user", "content": "what about my login?"}]}).encode()
-    request = urllib.request.Request(f"http://127.0.0.1:{port}/v1/chat/completions", body, {"Content-Type": "application/json", "Authorization": f"Bearer {key}"})
+    request = urllib.request.Request(
+        f"http://127.0.0.1:{port}/v1/chat/completions", body,
+        {"Content-Type": "application/json", "Authorization": f"Bearer {key}"},
+    )
     try:
         with urllib.request.urlopen(request, timeout=60) as answer:
             return answer.status, json.loads(answer.read())
@@ -58,7 +68,10 @@ def test_each_step_is_a_job_and_the_server_answers_with_its_key(head, checkout, 
     run = RunDir(head / "runs" / "by-steps")
 
     def submit(step: str, *options: str):
-        return person(LOCAL, "job", "submit", *options, "--working-dir", str(folder), "--", "python", f"jobs/{step}.py", "my-task/run.yaml", program="ray")
+        return person(
+            LOCAL, "job", "submit", *options, "--working-dir", str(folder), "--", "python", f"jobs/{step}.py",
+            "my-task/run.yaml", program="ray",
+        )
 
     said = ended(submit("prepare"))
     assert "succeeded" in said and run.templates.exists() and not run.adapter(0).exists()
@@ -67,7 +80,11 @@ def test_each_step_is_a_job_and_the_server_answers_with_its_key(head, checkout, 
     said += ended(submit("evaluate"))
     assert run.evaluation.exists() and not (head / "store" / "by-steps").exists()
     last = ended(submit("main"))
-    assert "up to date" in last and "every phase has its adapter" in last and (head / "store" / "by-steps" / "latest.json").exists()
+    assert (
+        "up to date" in last
+        and "every phase has its adapter" in last
+        and (head / "store" / "by-steps" / "latest.json").exists()
+    )
 
     ended(submit("serve", "--no-wait", "--submission-id", "server"))
     wait("the server", lambda: healthy(port))

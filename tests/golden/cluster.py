@@ -2,7 +2,8 @@
 
     python -m tests.golden.cluster
 
-writes them again. The shape of Mixtral-8x7B is transformers' default, so that no hub is asked, and Ray's version is the one below, whichever is installed.
+writes them again. The shape of Mixtral-8x7B is transformers' default, so that no hub is asked, and Ray's version is the
+one below, whichever is installed.
 """
 
 from __future__ import annotations
@@ -35,7 +36,10 @@ def mixtral() -> estimate.ModelSize:
 
 def rendered(size: estimate.ModelSize, kind: str, overrides: Sequence[str] = ()) -> tuple[dict[str, str], list[str]]:
     """(file -> text, notes) of one kind for the Mixtral run."""
-    with patch.object(estimate, "model_size", lambda model, lora: size), patch("pi_ray.cluster.render.values.version", lambda name: RAY):
+    with (
+        patch.object(estimate, "model_size", lambda model, lora: size),
+        patch("pi_ray.cluster.render.values.version", lambda name: RAY),
+    ):
         return render_cluster_files(kind, load(RUN, overrides), RUN.parent)
 
 

@@ -1,11 +1,14 @@
 """KubeRay's custom resources as a compact schema, kuberay.json, and a check against it.
 
-    python -m tests.golden.kuberay VERSION ray.io_rayclusters.yaml ray.io_rayjobs.yaml ray.io_raycronjobs.yaml ray.io_rayservices.yaml
+    python -m tests.golden.kuberay VERSION ray.io_rayclusters.yaml ray.io_rayjobs.yaml ray.io_raycronjobs.yaml
+    ray.io_rayservices.yaml
 
-makes it from KubeRay's CRD files (helm-chart/kuberay-operator/crds). What it keeps of them: names, types, enums, limits, what is required; a name that is not
-there is an error. Where a CRD repeats a type of Kubernetes itself, such as a pod template, the type's name stands alone, and Kubernetes' own schema is asked.
+makes it from KubeRay's CRD files (helm-chart/kuberay-operator/crds). What it keeps of them: names, types, enums,
+limits, what is required; a name that is not there is an error. Where a CRD repeats a type of Kubernetes itself, such as
+a pod template, the type's name stands alone, and Kubernetes' own schema is asked.
 
-A file may have those types cut down to their `type`, and its status and descriptions left out; then FILE@WHERE says where its text was read: the commit, mostly.
+A file may have those types cut down to their `type`, and its status and descriptions left out; then FILE@WHERE says
+where its text was read: the commit, mostly.
 """
 
 from __future__ import annotations
@@ -20,9 +23,12 @@ from typing import Any
 
 FILE = Path(__file__).with_name("kuberay.json")
 KUBERNETES = {
-    "template": "PodTemplateSpec", "submitterPodTemplate": "PodTemplateSpec", "headService": "Service", "serveService": "Service", "valueFrom": "EnvVarSource",
-    "autoscalerOptions.resources": "ResourceRequirements", "autoscalerOptions.securityContext": "SecurityContext", "autoscalerOptions.env": "EnvVar",
-    "autoscalerOptions.envFrom": "EnvFromSource", "autoscalerOptions.volumeMounts": "VolumeMount", "metadata": "ObjectMeta",
+    "template": "PodTemplateSpec", "submitterPodTemplate": "PodTemplateSpec", "headService": "Service",
+    "serveService": "Service", "valueFrom": "EnvVarSource",
+    "autoscalerOptions.resources": "ResourceRequirements", "autoscalerOptions.securityContext": "SecurityContext",
+    "autoscalerOptions.env": "EnvVar",
+    "autoscalerOptions.envFrom": "EnvFromSource", "autoscalerOptions.volumeMounts": "VolumeMount",
+    "metadata": "ObjectMeta",
 }  # fmt: skip
 KEPT = ("type", "enum", "minimum", "maximum", "minItems", "pattern", "required")
 
@@ -37,7 +43,9 @@ def compact(node: dict[str, Any], name: str = "", parent: str = "") -> dict[str,
         if rule.startswith("self in ["):  # an enum in other words
             found["enum"] = ast.literal_eval(rule.removeprefix("self in "))
     if "properties" in node:
-        found["properties"] = {key: compact(value, key, name) for key, value in node["properties"].items() if key != "status"}
+        found["properties"] = {
+            key: compact(value, key, name) for key, value in node["properties"].items() if key != "status"
+        }
         found["additionalProperties"] = False
     elif isinstance(node.get("additionalProperties"), dict):
         found["additionalProperties"] = compact(node["additionalProperties"], parent=name)
@@ -51,8 +59,13 @@ def errors(resource: dict[str, Any]) -> list[str]:
     import jsonschema
 
     schema = json.loads(FILE.read_text())["kinds"][resource["kind"]]
-    wrong = [f"{'.'.join(map(str, e.path))}: {e.message}" for e in jsonschema.Draft202012Validator(schema).iter_errors(resource)]
-    return wrong + [problem for kind, value in _kubernetes(schema, resource) for problem in kubernetes_errors(_wrapped(kind, value))]
+    wrong = [
+        f"{'.'.join(map(str, e.path))}: {e.message}"
+        for e in jsonschema.Draft202012Validator(schema).iter_errors(resource)
+    ]
+    return wrong + [
+        problem for kind, value in _kubernetes(schema, resource) for problem in kubernetes_errors(_wrapped(kind, value))
+    ]
 
 
 def kubernetes_errors(resource: dict[str, Any]) -> list[str]:
@@ -72,7 +85,9 @@ def _kubernetes(schema: dict[str, Any], value: Any) -> Iterator[tuple[str, Any]]
         yield from ((schema["kubernetes"], v) for v in (value if schema["type"] == "array" else [value]))
     elif isinstance(value, dict):
         for key, part in value.items():
-            yield from _kubernetes(schema.get("properties", {}).get(key) or schema.get("additionalProperties") or {}, part)
+            yield from _kubernetes(
+                schema.get("properties", {}).get(key) or schema.get("additionalProperties") or {}, part
+            )
     elif isinstance(value, list):
         for part in value:
             yield from _kubernetes(schema.get("items", {}), part)
@@ -82,8 +97,9 @@ def _wrapped(kind: str, value: dict[str, Any]) -> dict[str, Any]:
     """A whole resource around a part, since Kubernetes' schemas are of whole ones."""
     container = {"name": "c", "image": "i"}
     around = {
-        "ResourceRequirements": {"resources": value}, "SecurityContext": {"securityContext": value}, "EnvVar": {"env": [value]}, "EnvFromSource": {"envFrom": [value]},
-        "VolumeMount": {"volumeMounts": [value]}, "EnvVarSource": {"env": [{"name": "n", "valueFrom": value}]},
+        "ResourceRequirements": {"resources": value}, "SecurityContext": {"securityContext": value},
+        "EnvVar": {"env": [value]}, "EnvFromSource": {"envFrom": [value]}, "VolumeMount": {"volumeMounts": [value]},
+        "EnvVarSource": {"env": [{"name": "n", "valueFrom": value}]},
     }
     if kind == "Service":
         return {"apiVersion": "v1", "kind": "Service", **value}
@@ -102,7 +118,8 @@ def main(version: str, paths: list[str]) -> None:
         served = next(v for v in spec["versions"] if v["name"] == "v1")
         kind, root = spec["names"]["kind"], compact(served["schema"]["openAPIV3Schema"])
         root["properties"] |= {"apiVersion": {"enum": [f"{spec['group']}/v1"]}, "kind": {"enum": [kind]}}
-        kinds[kind] = root | {"required": ["apiVersion", "kind", "metadata", "spec"]}  # what the API server asks of every resource
+        # what the API server asks of every resource
+        kinds[kind] = root | {"required": ["apiVersion", "kind", "metadata", "spec"]}
         source[Path(path).name] = where or f"sha256 {hashlib.sha256(text).hexdigest()}"
     FILE.write_text(json.dumps({"kuberay": version, "source": source, "kinds": kinds}, indent=1, sort_keys=True) + "\n")
 

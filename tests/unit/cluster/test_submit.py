@@ -1,4 +1,6 @@
-"""What travels with a job, who is let in, and how a run keeps its place on the cluster's storage. No cluster is needed."""
+"""What travels with a job, who is let in, and how a run keeps its place on the cluster's storage. No cluster is
+needed.
+"""
 
 import asyncio
 import json
@@ -24,7 +26,10 @@ from tests.conftest import unset
 @pytest.fixture(autouse=True)
 def bare(monkeypatch, tmp_path):
     """No token, no address and no storage of this machine's user."""
-    unset(monkeypatch, "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_API_SERVER_ADDRESS", "PI_RAY_STORAGE")
+    unset(
+        monkeypatch, "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_API_SERVER_ADDRESS",
+        "PI_RAY_STORAGE",
+    )
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
 
 
@@ -70,7 +75,9 @@ def test_absolute_paths_are_the_clusters_own_and_stay(task, tmp_path):
     (task / "data" / "in" / "a.json").write_text("{}")
     (task / "data" / ".gitignore").write_text("*")
     assert bundle.bundled_config(settings, task).task.train == "/shared/train.jsonl"
-    assert "folder/in/a.json" in bundle.bundled_files(settings, task) and "folder/.gitignore" not in bundle.bundled_files(settings, task)
+    assert "folder/in/a.json" in bundle.bundled_files(
+        settings, task
+    ) and "folder/.gitignore" not in bundle.bundled_files(settings, task)
 
 
 def test_equal_runs_have_equal_hashes_and_a_changed_row_another(task, tmp_path):
@@ -88,7 +95,13 @@ def test_a_parcel_that_is_too_large_names_the_largest_file_and_the_cure(task, mo
         bundle.bundled_files(unresolved(task), task)
 
 
-@pytest.mark.parametrize("override", ["api_key=abc", "serve.api_key=abc", "hub.token=x", "model.base=hf_abcdefghijklmnopqrst", "closed.suffix=sk-abcdefghijklmnopqrstu"])
+@pytest.mark.parametrize(
+    "override",
+    [
+        "api_key=abc", "serve.api_key=abc", "hub.token=x", "model.base=hf_abcdefghijklmnopqrst",
+        "closed.suffix=sk-abcdefghijklmnopqrstu",
+    ],
+)
 def test_overrides_that_look_like_secrets_are_refused_without_being_shown(override):
     key, _, value = override.partition("=")
     with pytest.raises(ConfigError) as refused:
@@ -144,14 +157,17 @@ def test_token_mode_without_a_token_says_where_it_is_looked_for(monkeypatch):
 
 
 @pytest.mark.parametrize("address, here", [
-    ("http://127.0.0.1:8265", True), ("http://localhost:8265", True), ("http://[::1]:8265", True), ("http://127.9.9.9", True),
+    ("http://127.0.0.1:8265", True), ("http://localhost:8265", True), ("http://[::1]:8265", True),
+    ("http://127.9.9.9", True),
     ("http://10.0.0.1:8265", False), ("https://localhost.example.org", False), ("http://0.0.0.0:8265", False),
 ])  # fmt: skip
 def test_loopback_is_told_by_the_address(address, here):
     assert auth.is_loopback(address) is here
 
 
-@pytest.mark.parametrize("address", ["10.0.0.1:6379", "ray://head:10001", "auto", "http://user:pass@head:8265", "http://head:8265/?token=x"])
+@pytest.mark.parametrize(
+    "address", ["10.0.0.1:6379", "ray://head:10001", "auto", "http://user:pass@head:8265", "http://head:8265/?token=x"]
+)
 def test_an_address_is_a_plain_url(address):
     with pytest.raises(ConfigError, match="URL of the cluster's Jobs API"):
         auth.address_of(address)
@@ -203,13 +219,21 @@ def tailed(monkeypatch, connections, statuses):
 
 
 def test_a_log_goes_on_after_a_lost_connection_without_a_line_twice_or_missing(monkeypatch):
-    connections = [["one\ntw", RuntimeError("closed")], ["one\n", "two\nth", ConnectionError("reset")], ["one\ntwo\nthree\n", "four"]]
-    assert tailed(monkeypatch, connections, ["RUNNING", ConnectionError("no route"), "SUCCEEDED"]) == ["one", "two", "three", "four"]
+    connections = [
+        ["one\ntw", RuntimeError("closed")], ["one\n", "two\nth", ConnectionError("reset")],
+        ["one\ntwo\nthree\n", "four"],
+    ]
+    assert tailed(monkeypatch, connections, ["RUNNING", ConnectionError("no route"), "SUCCEEDED"]) == [
+        "one", "two", "three", "four",
+    ]
 
 
 def test_a_job_that_a_new_head_does_not_know_is_said_so(monkeypatch):
     with pytest.raises(ClusterError, match="submit again: the run goes on from storage"):
-        tailed(monkeypatch, [["one\n", ConnectionError("gone")]], [RuntimeError("Request failed with status code 404: Job x does not exist")])
+        tailed(
+            monkeypatch, [["one\n", ConnectionError("gone")]],
+            [RuntimeError("Request failed with status code 404: Job x does not exist")],
+        )
     assert tailed.lines == ["one"]
 
 
@@ -234,7 +258,9 @@ class FakeJobs(submit.Jobs):
         return submission_id
 
 
-FACTS = {"pi_ray.run": "demo", "pi_ray.step": "run", "pi_ray.run_dir": "", "pi_ray.storage": "", "pi_ray.fingerprint": "f"}
+FACTS = {
+    "pi_ray.run": "demo", "pi_ray.step": "run", "pi_ray.run_dir": "", "pi_ray.storage": "", "pi_ray.fingerprint": "f",
+}
 
 
 def known(number, status, **changes):
@@ -261,8 +287,16 @@ def test_a_number_is_not_given_twice_where_older_jobs_were_deleted(tmp_path):
     assert FakeJobs([known(10, "FAILED"), known(9, "FAILED")]).start(FACTS, tmp_path, {}) == ("pi-ray-demo-11", True)
 
 
-@pytest.mark.parametrize("said", ["Job with submission_id pi-ray-demo-1 already exists.", "No available agent to submit job, please try again later."])
-def test_a_cluster_that_never_takes_the_job_is_asked_once_a_second_and_then_given_up(tmp_path, clock, monkeypatch, said):
+@pytest.mark.parametrize(
+    "said",
+    [
+        "Job with submission_id pi-ray-demo-1 already exists.",
+        "No available agent to submit job, please try again later.",
+    ],
+)
+def test_a_cluster_that_never_takes_the_job_is_asked_once_a_second_and_then_given_up(
+    tmp_path, clock, monkeypatch, said
+):
     class Never(FakeJobs):
         asked = 0
 
@@ -285,7 +319,10 @@ def test_two_that_start_a_run_at_the_same_time_get_one_job(tmp_path, clock):
     class Race(FakeJobs):
         def submit_job(self, submission_id, **sent):
             self.known.append(known(1, "PENDING"))  # the other was first
-            raise RuntimeError(f"Request failed with status code 400: ValueError: Job with submission_id {submission_id} already exists.")
+            raise RuntimeError(
+                f"Request failed with status code 400: ValueError: Job with submission_id {submission_id} already "
+                "exists."
+            )
 
     assert Race([]).start(FACTS, tmp_path, {}) == ("pi-ray-demo-1", False)
 
@@ -297,14 +334,19 @@ def test_a_cluster_that_is_only_just_up_is_asked_again(tmp_path, clock):
         def submit_job(self, submission_id, **sent):
             self.asked += 1
             if self.asked < 3:
-                raise RuntimeError("Request failed with status code 500: No available agent to submit job, please try again later..")
+                raise RuntimeError(
+                    "Request failed with status code 500: No available agent to submit job, please try again later.."
+                )
             return submission_id
 
     assert Young([]).start(FACTS, tmp_path, {}) == ("pi-ray-demo-1", True)
 
 
 def test_a_head_whose_python_lacks_pi_rays_packages_is_told_with_its_cure():
-    said = submit._main_line('Job failed: log:\nTraceback (most recent call last):\n  File "x.py", line 1\nModuleNotFoundError: No module named \'rich\'\n')
+    said = submit._main_line(
+        "Job failed: log:\nTraceback (most recent call last):\n  File \"x.py\", line 1\nModuleNotFoundError: No module "
+        "named 'rich'\n"
+    )
     assert "No module named 'rich'" in said and "before 'ray start'" in said
     assert submit._main_line("a\npi-ray: one sentence\nb") == "pi-ray: one sentence"
 
@@ -325,7 +367,9 @@ def test_a_run_that_is_going_on_otherwise_is_neither_attached_to_nor_started_twi
 
 
 def test_another_run_directory_is_another_run(tmp_path):
-    assert FakeJobs([known(1, "RUNNING", **{"pi_ray.run_dir": "/shared/mine"})]).start(FACTS, tmp_path, {}) == ("pi-ray-demo-2", True)
+    assert FakeJobs([known(1, "RUNNING", **{"pi_ray.run_dir": "/shared/mine"})]).start(FACTS, tmp_path, {}) == (
+        "pi-ray-demo-2", True,
+    )
 
 
 def test_a_job_is_found_by_its_id_and_by_its_run():
@@ -349,7 +393,9 @@ def test_a_job_keeps_its_inputs_in_the_run_directory_under_paths_that_stay(task,
         assert entrypoint.settle(folder / "run.yaml", []).root == root
         loaded.append(run_file.load(root / "run.yaml"))
     assert loaded[0] == loaded[1]
-    assert loaded[0].task.train == str(root / "inputs" / "train.jsonl") and loaded[0].store == str(tmp_path / "storage" / "store")
+    assert loaded[0].task.train == str(root / "inputs" / "train.jsonl") and loaded[0].store == str(
+        tmp_path / "storage" / "store"
+    )
     assert (root / "inputs" / "train.jsonl").read_bytes() == (task / "train.jsonl").read_bytes()
 
 
@@ -371,7 +417,9 @@ def test_a_run_file_on_storage_is_used_where_it_is(task, tmp_path, monkeypatch):
     assert settings.store == str(tmp_path / "home" / "pi-ray" / "store")
 
 
-def test_inputs_on_object_storage_are_fetched_and_those_that_are_not_there_are_missing_here_too(task, tmp_path, monkeypatch):
+def test_inputs_on_object_storage_are_fetched_and_those_that_are_not_there_are_missing_here_too(
+    task, tmp_path, monkeypatch
+):
     """As the run file of a RayJob names them, on a cluster whose storage is a bucket."""
     place = f"file://{tmp_path}/bucket/inputs/my-task"
     shutil.copytree(task, tmp_path / "bucket" / "inputs" / "my-task")
@@ -380,10 +428,20 @@ def test_inputs_on_object_storage_are_fetched_and_those_that_are_not_there_are_m
     monkeypatch.setenv("PI_RAY_STORAGE", str(tmp_path / "node"))
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
-    config = entrypoint.settle(task / "run.yaml", [f"task.{key}={place}/{name}" for key, name in (("train", "train.jsonl"), ("queries", "none.jsonl"), ("folder", "extra"))])
+    config = entrypoint.settle(
+        task / "run.yaml",
+        [
+            f"task.{key}={place}/{name}"
+            for key, name in (("train", "train.jsonl"), ("queries", "none.jsonl"), ("folder", "extra"))
+        ],
+    )
     inputs = tmp_path / "node" / "runs" / "my-task" / "inputs"
-    assert (inputs / "train.jsonl").read_bytes() == (task / "train.jsonl").read_bytes() and (inputs / "folder" / "deep" / "a.txt").read_text() == "a"
-    assert (config.task.train, config.task.folder, config.task.queries) == (str(inputs / "train.jsonl"), str(inputs / "folder"), str(inputs / "queries.jsonl"))
+    assert (inputs / "train.jsonl").read_bytes() == (task / "train.jsonl").read_bytes() and (
+        inputs / "folder" / "deep" / "a.txt"
+    ).read_text() == "a"
+    assert (config.task.train, config.task.folder, config.task.queries) == (
+        str(inputs / "train.jsonl"), str(inputs / "folder"), str(inputs / "queries.jsonl"),
+    )
     assert not (inputs / "queries.jsonl").exists() and run_file.load(inputs.parent / "run.yaml") == config
 
 
@@ -395,7 +453,10 @@ def test_inputs_by_url_and_those_that_came_along_lie_side_by_side(task, tmp_path
     monkeypatch.chdir(tmp_path / "sent")
     config, inputs = entrypoint.settle(Path("run.yaml"), []), tmp_path / "node" / "runs" / "my-task" / "inputs"
     assert (config.task.train, Path(config.task.train).read_text()) == (str(inputs / "train.jsonl"), "far")
-    assert Path(config.task.dev).parent == inputs and Path(config.task.dev).read_bytes() == (task / "dev.jsonl").read_bytes()
+    assert (
+        Path(config.task.dev).parent == inputs
+        and Path(config.task.dev).read_bytes() == (task / "dev.jsonl").read_bytes()
+    )
 
 
 def test_a_yes_to_spending_is_for_one_job(task, tmp_path, monkeypatch):
@@ -407,7 +468,9 @@ def test_a_yes_to_spending_is_for_one_job(task, tmp_path, monkeypatch):
     assert run_file.load(tmp_path / "mine" / "run.yaml").closed.confirmed is False
 
 
-def test_on_object_storage_each_node_has_a_folder_of_its_own_and_the_next_job_finds_all_there(task, tmp_path, monkeypatch):
+def test_on_object_storage_each_node_has_a_folder_of_its_own_and_the_next_job_finds_all_there(
+    task, tmp_path, monkeypatch
+):
     (tmp_path / "bucket").mkdir()
     place, found = f"file://{tmp_path}/bucket", []
 

@@ -37,10 +37,21 @@ def model(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
     raw = Tokenizer(models.BPE())
     raw.pre_tokenizer, raw.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    raw.train_from_iterator([TEMPLATE], trainers.BpeTrainer(vocab_size=300, special_tokens=["</s>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    raw.train_from_iterator(
+        [TEMPLATE],
+        trainers.BpeTrainer(
+            vocab_size=300, special_tokens=["</s>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+        ),
+    )
     PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="</s>").save_pretrained(folder)
     LlamaConfig(
-        vocab_size=300, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=False,
+        vocab_size=300,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=False,
     ).save_pretrained(folder)
     return str(folder)
 
@@ -52,8 +63,19 @@ def config(tmp_path, model, monkeypatch):
         lines = [json.dumps({"query": f"{split} request number {i}", "answer": f"alert {i}"}) for i in range(n)]
         (tmp_path / f"{split}.jsonl").write_text("\n".join(lines) + "\n")
     (tmp_path / "template.md").write_text(TEMPLATE)
-    task = {"name": "jsonl", "template": str(tmp_path / "template.md"), **{s: str(tmp_path / f"{s}.jsonl") for s in ("train", "dev", "test")}}
-    return RunConfig(name="tiny", run_dir=str(tmp_path / "run"), task=task, model={"base": model}, prompt={"chat": "none"}, train={"batch_size": 8})
+    task = {
+        "name": "jsonl",
+        "template": str(tmp_path / "template.md"),
+        **{s: str(tmp_path / f"{s}.jsonl") for s in ("train", "dev", "test")},
+    }
+    return RunConfig(
+        name="tiny",
+        run_dir=str(tmp_path / "run"),
+        task=task,
+        model={"base": model},
+        prompt={"chat": "none"},
+        train={"batch_size": 8},
+    )
 
 
 def test_phases_shrink_and_updates_follow_rows_epochs_and_batch(config):
@@ -81,7 +103,9 @@ def test_a_prepared_template_replaces_the_estimate(config):
     made = plan_run(config)
     assert made.phases[1].measured
     assert made.phases[1].shape.prefix == pytest.approx(0.6 * made.full.prefix)
-    assert not plan_run(config.replace(**{"compress.tolerance": 0.01})).phases[1].measured, "templates of another config are not this one's"
+    assert not plan_run(config.replace(**{"compress.tolerance": 0.01})).phases[1].measured, (
+        "templates of another config are not this one's"
+    )
 
 
 def test_row_limits_hold(config):
@@ -147,7 +171,10 @@ def test_a_shared_prefix_saves_time_and_micro_batches_cost_some(config):
 
 def test_zero_stages_and_checkpointing_lower_memory(config):
     made = plan_run(config)
-    total = lambda **change: sum(estimate.device_memory(made.size, made.full, config.replace(**change)).values())  # noqa: E731
+
+    def total(**change):
+        return sum(estimate.device_memory(made.size, made.full, config.replace(**change)).values())
+
     stages = [total(**{"train.backend.zero_stage": stage}) for stage in range(4)]
     assert stages == sorted(stages, reverse=True) and len(set(stages)) == 4
     assert total(**{"train.gradient_checkpointing": True}) < total()
@@ -162,34 +189,68 @@ def test_a_model_that_cannot_share_its_prefix_is_counted_with_a_copy_for_every_r
     narrow, wide, made = 64, 4096, {}
     config = config.replace(**{"cluster.gpus_per_node": 1})
     for window in (narrow, wide):
-        (folder / "config.json").write_text(json.dumps({**shape, "model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": window}))
+        (folder / "config.json").write_text(
+            json.dumps(
+                {**shape, "model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": window}
+            )
+        )
         made[window] = plan_run(config.replace(**{"model.base": str(folder)}))
     plain = plan_run(config.replace(**{"model.base": str(folder), "train.share_prefix": False}))
-    assert f"sliding window of {narrow} tokens" in made[narrow].size.plain_batch_reason and made[wide].size.plain_batch_reason == ""
-    assert made[narrow].memory == plain.memory and made[narrow].memory["activations"] > 1.5 * made[wide].memory["activations"]
+    assert (
+        f"sliding window of {narrow} tokens" in made[narrow].size.plain_batch_reason
+        and made[wide].size.plain_batch_reason == ""
+    )
+    assert (
+        made[narrow].memory == plain.memory
+        and made[narrow].memory["activations"] > 1.5 * made[wide].memory["activations"]
+    )
     assert made[narrow].seconds == plain.seconds > made[wide].seconds
     tokens = [scale.grid(p, (1,))[0].tokens for p in (made[narrow], plain, made[wide])]
     assert tokens[0] == tokens[1] > tokens[2]
     said = {window: Console(width=200, file=io.StringIO()) for window in made}
     for window, console in said.items():
         print_plan(made[window], console)
-        assert ("Plain batches, in which every row brings its own copy of the template: attention is limited" in console.file.getvalue()) == (window == narrow)
+        assert (
+            "Plain batches, in which every row brings its own copy of the template: attention is limited"
+            in console.file.getvalue()
+        ) == (window == narrow)
 
 
 def test_nested_configs_and_models_without_attention_heads_can_be_measured(tmp_path):
     import transformers
 
-    text = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8, "vocab_size": 50}
-    vision = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "image_size": 8, "patch_size": 4}
+    text = {
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 8,
+        "vocab_size": 50,
+    }
+    vision = {
+        "hidden_size": 8,
+        "intermediate_size": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 1,
+        "image_size": 8,
+        "patch_size": 4,
+    }
     shapes = {
-        "gemma": transformers.Gemma3Config(text_config={**text, "sliding_window": 9}, vision_config=vision, mm_tokens_per_image=4),
+        "gemma": transformers.Gemma3Config(
+            text_config={**text, "sliding_window": 9}, vision_config=vision, mm_tokens_per_image=4
+        ),
         "rwkv": transformers.RwkvConfig(vocab_size=50, hidden_size=16, attention_hidden_size=16, num_hidden_layers=1),
     }
     found = {}
     for name, shape in shapes.items():
         shape.save_pretrained(tmp_path / name)
         found[name] = estimate.model_size(ModelConfig(base=str(tmp_path / name)), LoraConfig(rank=2), longest=100)
-    assert (found["gemma"].hidden, found["gemma"].layers, found["gemma"].key_value) == (16, 1, 8) and "sliding window" in found["gemma"].plain_batch_reason
+    assert (found["gemma"].hidden, found["gemma"].layers, found["gemma"].key_value) == (
+        16,
+        1,
+        8,
+    ) and "sliding window" in found["gemma"].plain_batch_reason
     assert found["rwkv"].hidden == 16 and "attention of its own" in found["rwkv"].plain_batch_reason
 
 
@@ -206,7 +267,9 @@ def llama_2_7b():
 
 
 def sized(folder, shape, run_file, **changes):
-    """(size, config) of the run file jobs/runs/<run_file>.yaml with a model of this shape, which is read from a folder."""
+    """(size, config) of the run file jobs/runs/<run_file>.yaml with a model of this shape, which is read from a
+    folder.
+    """
     shape.save_pretrained(folder)
     config = load(RUNS / f"{run_file}.yaml").replace(**{"model.base": str(folder), **changes})
     return estimate.model_size(config.model, config.train.lora), config
@@ -221,13 +284,17 @@ def test_mixtral_8x7b_on_16_gpus_agrees_with_a_calculation_by_hand(tmp_path):
     assert size.lora == 32 * 32 * (2 * (4096 + 4096) + 2 * (4096 + 1024)) == 27_262_976, "attention's four layers"
     held = estimate.device_memory(size, estimate.Shape(600, 450, 30), config)
     assert held["base weights"] == 46_702_792_704 * 2 / 16
-    assert held["gathered weights"] == (10**9 + layer + 128) * 2, "what DeepSpeed keeps, and one layer with all its experts"
+    assert held["gathered weights"] == (10**9 + layer + 128) * 2, (
+        "what DeepSpeed keeps, and one layer with all its experts"
+    )
     assert held["LoRA weights, gradients, Adam"] == 27_262_976 * (2 + 2 + 12) / 16
     tokens = 600 + 8 * 479
     one = tokens * (8 * 4096 + 2 * 1024 + 4 * 2 * 14336) + 2 * 1024 * 8 * 1079
     assert held["activations"] == 2 * (32 * tokens * 4096 + one)
     assert 12 * 2**30 < sum(held.values()) < 13 * 2**30
-    assert estimate.host_memory(size, config) == {"checkpoint, which the first worker maps while it is loaded": 46_702_792_704 * 2}
+    assert estimate.host_memory(size, config) == {
+        "checkpoint, which the first worker maps while it is loaded": 46_702_792_704 * 2
+    }
 
 
 def test_what_is_offloaded_moves_to_the_host(tmp_path):
@@ -250,7 +317,9 @@ def test_llama_2_7b_on_8_gpus_agrees_with_a_calculation_by_hand(tmp_path):
     assert held["LoRA weights, gradients, Adam"] == 79_953_920 * (2 + 2 / 8 + 12 / 8)
     assert sum(held.values()) < 80e9
     assert estimate.host_memory(size, config) == {"base model while it is loaded": 6_738_415_616 * 2}
-    sharded = estimate.device_memory(size, estimate.Shape(600, 450, 30), config.replace(**{"train.backend.zero_stage": 3}))
+    sharded = estimate.device_memory(
+        size, estimate.Shape(600, 450, 30), config.replace(**{"train.backend.zero_stage": 3})
+    )
     assert sharded["base weights"] == 6_738_415_616 * 2 / 8
     assert sharded["gathered weights"] == (10**9 + linear + 2 * 4096 + 128) * 2
     small = estimate.device_memory(size, estimate.Shape(600, 450, 30), config.replace(**{"model.quantize": "4bit"}))
@@ -260,7 +329,9 @@ def test_llama_2_7b_on_8_gpus_agrees_with_a_calculation_by_hand(tmp_path):
 def test_llama_2_13b_on_8_gpus_agrees_with_a_calculation_by_hand(tmp_path):
     from transformers import LlamaConfig
 
-    shape = LlamaConfig(hidden_size=5120, intermediate_size=13824, num_hidden_layers=40, num_attention_heads=40, num_key_value_heads=40)
+    shape = LlamaConfig(
+        hidden_size=5120, intermediate_size=13824, num_hidden_layers=40, num_attention_heads=40, num_key_value_heads=40
+    )
     size, config = sized(tmp_path, shape, "llama-2-13b")
     assert size.weights == 40 * (4 * 5120**2 + 3 * 5120 * 13824 + 2 * 5120) + 5120 + 2 * 32000 * 5120 == 13_015_864_320
     assert size.lora == 40 * 32 * (4 * 2 * 5120 + 3 * (5120 + 13824)) == 125_173_760
@@ -275,7 +346,13 @@ def test_llama_2_13b_on_8_gpus_agrees_with_a_calculation_by_hand(tmp_path):
 @pytest.mark.parametrize("run_file, workers", [("mixtral-8x7b", 16), ("llama-2-7b", 8), ("llama-2-13b", 8)])
 def test_run_files_of_the_papers_open_models_have_its_settings(run_file, workers):
     config = load(RUNS / f"{run_file}.yaml")
-    assert (config.task.name, config.train.workers, config.train.batch_size, config.train.lora.rank, config.train.checkpoint_every) == ("nl2bash", workers, 128, 32, 200)
+    assert (
+        config.task.name,
+        config.train.workers,
+        config.train.batch_size,
+        config.train.lora.rank,
+        config.train.checkpoint_every,
+    ) == ("nl2bash", workers, 128, 32, 200)
     assert [(p.rate, p.shots) for p in plan_phases(config.schedule)] == [(1.0, 10), (0.5, 5), (0.0, 0)]
     assert sum(p.epochs for p in plan_phases(config.schedule)) == 12
 
@@ -289,23 +366,46 @@ def test_render_says_what_matters(config, width):
     console = Console(width=width, record=True, file=io.StringIO())
     print_plan(plan_run(config.replace(**{"train.workers": 4})), console)
     text = " ".join(console.export_text().split())
-    for words in ("50 train", "fewer", "Memory per worker", "4 training processes", "2 to each", "a factor of two", "test CPU"):
+    for words in (
+        "50 train",
+        "fewer",
+        "Memory per worker",
+        "4 training processes",
+        "2 to each",
+        "a factor of two",
+        "test CPU",
+    ):
         assert words in text
 
 
 def test_a_plan_for_gpus_says_what_their_hosts_need(config):
     console = Console(width=140, record=True, file=io.StringIO())
-    print_plan(plan_run(config.replace(**{"train.gpu": True, "train.backend": {"name": "deepspeed", "zero_stage": 3, "offload_params": True}})), console)
+    print_plan(
+        plan_run(
+            config.replace(
+                **{"train.gpu": True, "train.backend": {"name": "deepspeed", "zero_stage": 3, "offload_params": True}}
+            )
+        ),
+        console,
+    )
     text = " ".join(console.export_text().split())
-    for words in ("Memory per worker, on its GPU", "gathered weights", "Host memory per worker: at most about", "checkpoint, which the first worker maps"):
+    for words in (
+        "Memory per worker, on its GPU",
+        "gathered weights",
+        "Host memory per worker: at most about",
+        "checkpoint, which the first worker maps",
+    ):
         assert words in text
 
 
 @pytest.mark.parametrize("changes, asked, shown", [
-    ({}, False, False), ({}, True, True), ({"train.gpu": True}, False, False), ({"train.gpu": True, "train.workers": 16, "train.batch_size": 16}, False, True),
+    ({}, False, False), ({}, True, True), ({"train.gpu": True}, False, False),
+    ({"train.gpu": True, "train.workers": 16, "train.batch_size": 16}, False, True),
 ])  # fmt: skip
 def test_many_nodes_are_shown_when_asked_for_and_for_runs_on_several(config, changes, asked, shown, monkeypatch):
-    monkeypatch.setattr(estimate, "measure_speed", lambda config: estimate.Speed(estimate.device_of(config), "test", 1e9, "assumed"))
+    monkeypatch.setattr(
+        estimate, "measure_speed", lambda config: estimate.Speed(estimate.device_of(config), "test", 1e9, "assumed")
+    )
     console = Console(width=140, record=True, file=io.StringIO())
     print_plan(plan_run(config.replace(**changes)), console, scale=asked)
     assert ("On nodes of 8 A100s" in console.export_text()) == shown
@@ -313,7 +413,10 @@ def test_many_nodes_are_shown_when_asked_for_and_for_runs_on_several(config, cha
 
 def test_a_plan_with_a_teacher_counts_its_queries_and_time(tiny_model, tmp_path, monkeypatch):
     monkeypatch.setattr(estimate, "measure_speed", lambda config: SPEED)
-    config = RunConfig(name="t", run_dir=str(tmp_path), task={"name": "opsql", "rows": {"train": 20, "unlabelled": 40}}, model={"base": str(tiny_model)}, prompt={"chat": "none"})
+    config = RunConfig(
+        name="t", run_dir=str(tmp_path), task={"name": "opsql", "rows": {"train": 20, "unlabelled": 40}},
+        model={"base": str(tiny_model)}, prompt={"chat": "none"},
+    )
     alone, taught = plan_run(config), plan_run(config.replace(**{"train.objective": "distill"}))
     assert taught.rows["unlabelled"] == 40 and "unlabelled" not in alone.rows
     assert alone.teaching == 0 < taught.teaching and taught.seconds == pytest.approx(alone.seconds + taught.teaching)

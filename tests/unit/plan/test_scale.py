@@ -15,22 +15,32 @@ from pi_ray.plan.figures import PhasePlan, Plan
 from pi_ray.schedule import plan_phases
 from tests.golden.cluster import RUN
 
-# As test_plan.py counts them by hand: Mixtral-8x7B with LoRA of rank 32 on attention, and SmolLM2-135M with it on every linear layer.
-MIXTRAL = estimate.ModelSize(46_702_792_704, 12_617_781_248, 32000 * 4096, 1_451_270_144, 0, 27_262_976, 32, 4096, 2 * 14336, 1024)
-SMOLLM2 = estimate.ModelSize(134_515_008, 106_203_456, 49152 * 576, 3_540_115, 106_168_320, 9_768_960, 30, 576, 1536, 192)
+# As test_plan.py counts them by hand: Mixtral-8x7B with LoRA of rank 32 on attention, and SmolLM2-135M with it on every
+# linear layer.
+MIXTRAL = estimate.ModelSize(
+    46_702_792_704, 12_617_781_248, 32000 * 4096, 1_451_270_144, 0, 27_262_976, 32, 4096, 2 * 14336, 1024
+)
+SMOLLM2 = estimate.ModelSize(
+    134_515_008, 106_203_456, 49152 * 576, 3_540_115, 106_168_320, 9_768_960, 30, 576, 1536, 192
+)
 SHAPES = (Shape(600, 450, 30), Shape(300, 240, 30), Shape(5, 30, 30))
 
 
 def plan_of(rows=8000, size=MIXTRAL, **changes):
     config = load(RUN).replace(**changes)
     phases = [PhasePlan(p, rows, s, 0, 0.0, True) for p, s in zip(plan_phases(config.schedule), SHAPES, strict=True)]
-    return Plan(config, {"train": rows}, 0, [], size, estimate.Speed("gpu", "A100", 1.0, ""), phases, [], {}, {}, SHAPES[0], SHAPES[-1], None)
+    return Plan(
+        config, {"train": rows}, 0, [], size, estimate.Speed("gpu", "A100", 1.0, ""), phases, [], {}, {}, SHAPES[0],
+        SHAPES[-1], None,
+    )
 
 
 def test_zero_3_gathers_all_weights_twice_a_micro_batch():
     config = plan_of().config
     inside, between = scale.traffic(MIXTRAL, config)
-    assert inside == 2 * MIXTRAL.weights * 2 * 15 / 16, "into one of 16 GPUs: all but its own share, in bfloat16, forward and backward"
+    assert inside == 2 * MIXTRAL.weights * 2 * 15 / 16, (
+        "into one of 16 GPUs: all but its own share, in bfloat16, forward and backward"
+    )
     assert between == 2 * MIXTRAL.weights * 2 / 2, "into one of 2 nodes: the other's half"
     assert scale.traffic(MIXTRAL, config.replace(**{"train.micro_batch": 4}))[1] == 2 * between
     assert scale.traffic(MIXTRAL, config.replace(**{"train.backend.zero_stage": 2})) == (0, 0)
@@ -41,7 +51,9 @@ def test_an_update_takes_the_longer_of_computing_and_gathering():
     config = plan_of().config
     found = scale.scaled_update(MIXTRAL, SHAPES[0], config)
     tokens = 16 * 600 + 128 * 479
-    assert found.computing == pytest.approx((6 * MIXTRAL.active + 6 * MIXTRAL.lora) * tokens / (16 * 0.3 * 312e12), rel=0.15), "the rest is attention"
+    assert found.computing == pytest.approx(
+        (6 * MIXTRAL.active + 6 * MIXTRAL.lora) * tokens / (16 * 0.3 * 312e12), rel=0.15
+    ), "the rest is attention"
     assert found.gathering == pytest.approx(MIXTRAL.weights * 2 / 50e9 / 0.7)
     assert found.seconds == max(found.computing, found.gathering) + found.summing and found.summing < 0.1
     slow = scale.scaled_update(MIXTRAL, SHAPES[0], config.replace(**{"cluster.launcher.provider": "gcp"}))
@@ -57,8 +69,11 @@ def test_the_share_of_peak_agrees_with_published_runs_where_nothing_waits():
 
 def test_the_published_run_of_mixtral_with_lora_on_an_a100_is_held_against_the_model():
     p = scale.PUBLISHED
-    config = RunConfig(name="a", train={"workers": 1, "gpu": True, "batch_size": p.rows, "gradient_checkpointing": True})
-    size = replace(MIXTRAL, lora=2 * 32 * 3 * 16 * (4096 + 14336))  # rank 16 on the three layers of the two experts that a token uses
+    config = RunConfig(
+        name="a", train={"workers": 1, "gpu": True, "batch_size": p.rows, "gradient_checkpointing": True}
+    )
+    # rank 16 on the three layers of the two experts that a token uses
+    size = replace(MIXTRAL, lora=2 * 32 * 3 * 16 * (4096 + 14336))
     ours = scale.scaled_update(size, Shape(0, p.tokens, 0), config)
     theirs = p.rows / p.rows_per_second
     assert theirs / ours.seconds == pytest.approx(p.times_slower, rel=0.05)
@@ -77,13 +92,18 @@ def test_time_money_and_storage_add_up_from_1_to_64_nodes_and_to_100_million_row
     for p in points:
         assert p.money == pytest.approx(p.seconds / 3600 * p.gpus * 2.0)
     few, many = scale.grid(plan_of(), (2,), (10**6, 10**8))
-    assert many.training == pytest.approx(100 * few.training, rel=1e-3) and many.tokens == pytest.approx(100 * few.tokens, rel=1e-3)
+    assert many.training == pytest.approx(100 * few.training, rel=1e-3) and many.tokens == pytest.approx(
+        100 * few.tokens, rel=1e-3
+    )
     assert many.stored - few.stored == pytest.approx(4 * 99e6 * sum(s.row + s.label for s in SHAPES))
 
 
 def test_what_limits_it_first_is_said():
     aws = scale.grid(plan_of())
-    assert scale.limits_in_words(aws) == "Limited first by computing; from 4 nodes on by network: gathering sharded weights. 4 nodes are no faster than 2."
+    assert scale.limits_in_words(aws) == (
+        "Limited first by computing; from 4 nodes on by network: gathering sharded weights. "
+        "4 nodes are no faster than 2."
+    )
     assert scale.grid(plan_of(**{"cluster.launcher.provider": "gcp"}))[1].limit == "network: gathering sharded weights"
     short = scale.grid(plan_of(rows=8), (64,))[0]
     assert short.limit == "disk: reading the base model", "a run of a few updates mostly loads"
@@ -92,7 +112,9 @@ def test_what_limits_it_first_is_said():
 def test_an_unsharded_model_is_limited_by_computing_or_by_too_few_rows():
     plan = plan_of(size=replace(SMOLLM2), **{"train.backend.zero_stage": 2})
     first, *_, last = scale.grid(plan, rows=(10**6,))
-    assert (first.update.network, last.update.network) == (0, 2 * 4 * SMOLLM2.lora), "only gradients travel, between nodes alone"
+    assert (first.update.network, last.update.network) == (0, 2 * 4 * SMOLLM2.lora), (
+        "only gradients travel, between nodes alone"
+    )
     assert last.limit in ("starting GPU kernels: too few rows", "computing")
 
 
@@ -106,12 +128,16 @@ MEASURED = [  # rows, prefix, query and answer; plain / shared seconds
 def test_counted_work_agrees_with_measured_seconds(rows, prefix, query, answer, ratio):
     config = RunConfig(name="a", train={"workers": 1, "batch_size": rows})
     shape = Shape(prefix, query, answer)
-    counted = estimate.update_operations(SMOLLM2, shape, config.replace(**{"train.share_prefix": False})) / estimate.update_operations(SMOLLM2, shape, config)
+    counted = estimate.update_operations(
+        SMOLLM2, shape, config.replace(**{"train.share_prefix": False})
+    ) / estimate.update_operations(SMOLLM2, shape, config)
     assert counted == pytest.approx(ratio, rel=0.35)
 
 
 def test_two_workers_of_one_machine_compute_the_template_twice():
-    """As tests/bench/scale.py measured it (jobs/paper/RESULTS.md): 0.92 times as fast behind 480 tokens, 1.16 times without. That threads wait for each other cancels."""
+    """As tests/bench/scale.py measured it (jobs/paper/RESULTS.md): 0.92 times as fast behind 480 tokens, 1.16 times
+    without. That threads wait for each other cancels.
+    """
     one, two = (RunConfig(name="a", train={"workers": n, "batch_size": 16}) for n in (1, 2))
     work = lambda config, prefix: estimate.update_operations(SMOLLM2, Shape(prefix, 29, 15), config)  # noqa: E731
     assert work(one, 480) / work(two, 480) == pytest.approx((480 + 16 * 43) / (2 * 480 + 16 * 43), rel=0.05)
@@ -122,9 +148,14 @@ def test_two_workers_of_one_machine_compute_the_template_twice():
 def test_operations_and_traffic_of_an_update_are_printed():
     points = scale.grid(plan_of())
     first, last = points[0].update, points[-1].update
-    assert first.operations == pytest.approx(6 * (MIXTRAL.active + MIXTRAL.lora) * (8 * 600 + 128 * 479), rel=0.15), "the rest is attention"
+    assert first.operations == pytest.approx(6 * (MIXTRAL.active + MIXTRAL.lora) * (8 * 600 + 128 * 479), rel=0.15), (
+        "the rest is attention"
+    )
     assert first.network == 0 and last.network == 2 * 2 * MIXTRAL.weights * 63 / 64 + 2 * 4 * MIXTRAL.lora
-    assert f"goes from {first.operations:.1e} to {last.operations:.1e} FLOPs, and from 0.0 to 184.1 GB through the network" in scale.work_in_words(points)
+    assert (
+        f"goes from {first.operations:.1e} to {last.operations:.1e} FLOPs, and from 0.0 to 184.1 GB through the network"
+        in scale.work_in_words(points)
+    )
 
 
 @pytest.mark.parametrize("width", [80, 150])
@@ -133,7 +164,11 @@ def test_the_tables_say_what_they_assume(width):
     scale.print_scale(plan_of(), console)
     text = " ".join(console.file.getvalue().split())
     assert max(map(len, console.file.getvalue().splitlines())) <= width and "…" not in text
-    for words in ("On nodes of 8 A100s (aws), with the run's 8,000 rows", "Limited first by computing", "100,000,000", "FLOPs", "GB through the network into each node", "On paper, and an upper bound", "MFU of 8%, 2.6 times slower", "18% to 28%", "look at train.lr"):
+    for words in (
+        "On nodes of 8 A100s (aws), with the run's 8,000 rows", "Limited first by computing", "100,000,000", "FLOPs",
+        "GB through the network into each node", "On paper, and an upper bound", "MFU of 8%, 2.6 times slower",
+        "18% to 28%", "look at train.lr",
+    ):
         assert words in text
 
 
