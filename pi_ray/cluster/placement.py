@@ -9,6 +9,7 @@ from pi_ray.errors import ConfigError
 
 if TYPE_CHECKING:
     from pi_ray.config import RunConfig
+    from pi_ray.config.cluster import Step
 
 RAY_NAMES = {"CPU": "num_cpus", "GPU": "num_gpus", "memory": "memory"}  # other resources keep their names
 PACK = "PACK"  # Ray's placement strategy: on as few nodes as possible, since gradients travel faster inside a node
@@ -21,7 +22,7 @@ def cluster_nodes() -> list[dict[str, float]]:
     return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
-def worker_options(config: RunConfig, step: str) -> dict[str, Any]:
+def worker_options(config: RunConfig, step: Step) -> dict[str, Any]:
     """Ray's options of a task or actor of "prepare", "evaluate" or "serve", as run.yaml asks; empty where it asks
     nothing.
 
@@ -78,13 +79,15 @@ def describe_placement(config: RunConfig) -> str:
     certain = config.train.gpu is True or config.cluster.train_resources.get("GPU")
     gpus = "GPU nodes, one worker a GPU" if certain else "GPUs if there are enough, one worker each, else CPUs"
     train = _nodes_of(config, "train", gpus if config.train.gpu is not False else "CPU nodes")
-    usual = {"prepare": "CPU nodes", "evaluate": "a GPU each, or a node's CPUs", "serve": "its replicas' nodes"}
+    usual: dict[Step, str] = {
+        "prepare": "CPU nodes", "evaluate": "a GPU each, or a node's CPUs", "serve": "its replicas' nodes",
+    }
     others = "; ".join(f"{step} on {_nodes_of(config, step, where)}" for step, where in usual.items())
     gang = f"all or none (a placement group, {PACK}: on as few nodes as possible)"
     return f"{config.train.workers} training worker(s) start together, {gang}, on {train}; {others}."
 
 
-def _nodes_of(config: RunConfig, step: str, usual: str) -> str:
+def _nodes_of(config: RunConfig, step: Step, usual: str) -> str:
     """The nodes that run.yaml asks for a worker of a step, in words; `usual` where it asks for nothing."""
     asked = ", ".join(f"{amount:g} {name}" for name, amount in getattr(config.cluster, f"{step}_resources").items())
     labels = ", ".join(f"{name}={value}" for name, value in config.cluster.labels.get(step, {}).items())

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 from pi_ray.cluster import auth, requirements
 from pi_ray.cluster.doctor import machine, remote
 from pi_ray.cluster.doctor.finding import Finding, fail, note
-from pi_ray.cluster.storage_sync import is_url
 from pi_ray.config import INPUTS, RunConfig
+from pi_ray.run.object_storage import is_url
 
 if TYPE_CHECKING:
     from rich.console import Console

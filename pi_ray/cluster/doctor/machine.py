@@ -12,9 +12,9 @@ from pathlib import Path
 
 from pi_ray.cluster import requirements
 from pi_ray.cluster.doctor.finding import Finding, fail, note, ok
-from pi_ray.cluster.storage_sync import is_url
 from pi_ray.config import RunConfig
 from pi_ray.run.artifact import DISK_CURES
+from pi_ray.run.object_storage import is_url
 
 GIB = 2**30
 ROOM = 2 * GIB  # for rows, templates, evaluation and the report

@@ -159,15 +159,17 @@ def _check_nodes(address: str, config: RunConfig | None) -> Iterator[Finding]:
         yield note("nodes", "none has joined yet", "a head that has just started takes some seconds: ask again")
         return
     cpus, gpus, memory = (sum(r.get(name, 0) for r in found) for name in ("CPU", "GPU", "memory"))
-    nodes = "1 node" if len(found) == 1 else f"{len(found)} nodes"
-    message = f"{nodes}, {cpus:g} CPUs, {gpus:g} GPUs, {memory / GIB:.0f} GiB"
-    workers = config.train.workers if config else 0
-    if config and config.train.gpu is True and gpus < workers:
+    number = "1 node" if len(found) == 1 else f"{len(found)} nodes"
+    message = f"{number}, {cpus:g} CPUs, {gpus:g} GPUs, {memory / GIB:.0f} GiB"
+    if not config:
+        yield ok("nodes", message)
+        return
+    if config.train.gpu is True and gpus < config.train.workers:
         cure = "fine where the autoscaler adds nodes; else start more, or lower train.workers"
-        yield note("GPUs", f"{message}, for {workers} workers that need a GPU each", cure)
+        yield note("GPUs", f"{message}, for {config.train.workers} workers that need a GPU each", cure)
     else:
         yield ok("nodes", message)
-    for step in ("prepare", "train", "evaluate", "serve") if config else ():
+    for step in ("prepare", "train", "evaluate", "serve"):
         asked = getattr(config.cluster, f"{step}_resources")
         if asked and not any(all(r.get(name, 0) >= amount for name, amount in asked.items()) for r in found):
             start = "start one with ray start --resources, or mend the names"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -107,7 +107,9 @@ def check_extras(config: RunConfig) -> Iterator[Finding]:
         if package and find_spec(package) is None:
             cure = f"'pip install {package.replace('_', '-')}', on every node"
             yield fail("extras", f"{key} needs the package {package}, which is not installed", cure)
-    services = [partial(GenerationCompressor, c) for c in _compressors(config).values() if c.name == "generation"]
+    services: list[Callable[[], object]] = [
+        partial(GenerationCompressor, c) for c in _compressors(config).values() if c.name == "generation"
+    ]
     if config.train.backend.name == "openai":
         services.append(partial(Service, config.closed))
     for service in services:

@@ -19,7 +19,7 @@ from pi_ray.cluster.jobs import bundle
 from pi_ray.config import INPUTS, RunConfig, dump, run_file
 from pi_ray.errors import PiRayError, StorageError
 from pi_ray.run.artifact import is_current, staged, write_atomic
-from pi_ray.run.object_storage import ObjectStorage
+from pi_ray.run.object_storage import ObjectStorage, is_url
 from pi_ray.store import refresh
 
 
@@ -77,28 +77,28 @@ def storage_folder(config: RunConfig) -> Path:
     Every node must see the folder; ~/pi-ray is for a cluster of one node. Where storage_path is a URL, each node has
     such a folder of its own.
     """
-    place = "" if storage_sync.is_url(config.cluster.storage_path) else config.cluster.storage_path
+    place = "" if is_url(config.cluster.storage_path) else config.cluster.storage_path
     return Path(place or os.environ.get("PI_RAY_STORAGE") or "~/pi-ray").expanduser().absolute()
 
 
 def _store(config: RunConfig, home: Path) -> str:
     """The adapter store, a relative one under cluster.storage_path."""
     store, place = config.store or "store", config.cluster.storage_path
-    if storage_sync.is_url(store) or Path(store).expanduser().is_absolute():
+    if is_url(store) or Path(store).expanduser().is_absolute():
         return store
-    return f"{place.rstrip('/')}/{store}" if storage_sync.is_url(place) else str(home / store)
+    return f"{place.rstrip('/')}/{store}" if is_url(place) else str(home / store)
 
 
 def _synced(config: RunConfig) -> AbstractContextManager[None]:
     """A context that fetches the run directory from object storage and keeps it there, where storage_path is a URL."""
     there = _there(config)
-    return storage_sync.StorageSync(config.root, ObjectStorage(there)).attached() if there else nullcontext()
+    return storage_sync.StorageSync(config.root, ObjectStorage(there)).attach_driver() if there else nullcontext()
 
 
 def _there(config: RunConfig) -> str:
     """The run directory's URL; "" where storage_path is a folder."""
     place, home = config.cluster.storage_path, storage_folder(config)
-    if not storage_sync.is_url(place):
+    if not is_url(place):
         return ""
     inside = config.root.relative_to(home) if config.root.is_relative_to(home) else Path("runs") / config.root.name
     return f"{place.rstrip('/')}/{inside.as_posix()}"
@@ -111,13 +111,13 @@ def _copy_inputs(config: RunConfig, found: dict[str, Path]) -> RunConfig:
     Raises StorageError where object storage cannot be read.
     """
     named = {key: getattr(config.task, key).rstrip("/") for key in INPUTS}
-    urls = {key: url for key, url in named.items() if storage_sync.is_url(url)}
+    urls = {key: url for key, url in named.items() if is_url(url)}
     with tempfile.TemporaryDirectory() as scratch:
         for key, url in urls.items():
             above, _, name = url.rpartition("/")
             try:
                 there = ObjectStorage(above)
-                for path in (path for path in there.list() if path == name or path.startswith(f"{name}/")):
+                for path in (path for path in there.list_keys() if path == name or path.startswith(f"{name}/")):
                     found[f"{key}{Path(name).suffix}{path.removeprefix(name)}"] = to = Path(scratch) / key / path
                     to.parent.mkdir(parents=True, exist_ok=True)
                     there.fetch(path, to)

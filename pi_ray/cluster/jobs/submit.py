@@ -115,7 +115,7 @@ def print_status(jobs: Jobs, name: str, console: Console) -> None:
     found = [jobs.find(name)] if name else jobs.all()
     table = Table("job", "run", "step", "status", "for", "stands at" if name else "run directory", box=None)
     for job in found:
-        run, step, folder = (job.metadata[f"pi_ray.{key}"] for key in ("run", "step", "run_dir"))
+        run, step, folder = (_facts(job)[f"pi_ray.{key}"] for key in ("run", "step", "run_dir"))
         last = escape(str(jobs.seen(job))) if name else folder or f"runs/{run}"
         table.add_row(job.submission_id, run, step, job.status.lower(), _minutes(job), last)
     console.print(table if found else "no jobs of pi-ray there", highlight=False)
@@ -134,12 +134,12 @@ class Jobs:
     def all(self) -> list[JobDetails]:
         """pi-ray's jobs, newest first."""
         found = _answered(self.client.list_jobs, self.address)
-        own = (job for job in found if job.submission_id and "pi_ray.run" in (job.metadata or {}))
+        own = (job for job in found if job.submission_id and "pi_ray.run" in _facts(job))
         return sorted(own, key=lambda job: -(job.start_time or 0))
 
     def find(self, name: str) -> JobDetails:
         """A job by its id, or a run's job by the run's name: the one that is going on, else the newest."""
-        found = [job for job in self.all() if name in (job.submission_id, job.metadata["pi_ray.run"])]
+        found = [job for job in self.all() if name in (job.submission_id, _facts(job)["pi_ray.run"])]
         if not found:
             raise ClusterError(
                 f"no job and no run '{name}' at {self.address}; 'pi-ray status' lists what there is. "
@@ -150,7 +150,7 @@ class Jobs:
     def seen(self, job: JobDetails) -> Seen:
         """The progress of a job, from its log."""
         seen = Seen()
-        for line in self.log(job.submission_id).splitlines():
+        for line in self.log(_id(job)).splitlines():
             seen.take(line)
         return seen
 
@@ -173,10 +173,10 @@ class Jobs:
         }
         while True:
             jobs, place = self.all(), ("pi_ray.run", "pi_ray.run_dir", "pi_ray.storage")
-            same = (job for job in jobs if all(job.metadata.get(key) == facts[key] for key in place))
+            same = (job for job in jobs if all(_facts(job).get(key) == facts[key] for key in place))
             if running := next((job for job in same if job.status not in ENDED), None):
                 return self._attach(running, facts), False
-            numbers = [int(m[1]) for job in jobs if (m := re.fullmatch(rf"{re.escape(name)}-(\d+)", job.submission_id))]
+            numbers = [int(m[1]) for job in jobs if (m := re.fullmatch(rf"{re.escape(name)}-(\d+)", _id(job)))]
             job_id = f"{name}-{max(numbers, default=0) + 1}"  # older jobs may have been deleted
             submit = partial(
                 self.client.submit_job, entrypoint=command, submission_id=job_id, metadata=facts, runtime_env=packages,
@@ -192,13 +192,13 @@ class Jobs:
 
     def _attach(self, job: JobDetails, facts: dict[str, str]) -> str:
         """The id of a running job of the same run. Raises ClusterError where its step, settings or inputs differ."""
-        if any(job.metadata[key] != facts[key] for key in ("pi_ray.step", "pi_ray.fingerprint")):
+        if any(_facts(job)[key] != facts[key] for key in ("pi_ray.step", "pi_ray.fingerprint")):
             raise ClusterError(
                 f"the run '{facts['pi_ray.run']}' is going on as job {job.submission_id} "
-                f"({job.metadata['pi_ray.step']}), and its settings or inputs are not these: "
+                f"({_facts(job)['pi_ray.step']}), and its settings or inputs are not these: "
                 f"'pi-ray stop {job.submission_id}' ends it, another name makes this a run of its own"
             )
-        return job.submission_id
+        return _id(job)
 
     def tail(self, job: str, take: Callable[[str], None]) -> None:
         """Hand each line of the job's log to `take` until the job ends, over lost connections too."""
@@ -301,6 +301,15 @@ def _main_line(message: str | None) -> str:
     last = lines[-1] if lines else "no message"
     line = next((line for line in reversed(lines) if line.startswith("pi-ray: ")), last)
     return f"{line}. {NO_ENVIRONMENT}" if line.startswith("ModuleNotFoundError") else line
+
+
+def _facts(job: JobDetails) -> dict[str, str]:
+    """What `submit_run` told the cluster about the job."""
+    return job.metadata or {}
+
+
+def _id(job: JobDetails) -> str:
+    return job.submission_id or ""
 
 
 def _minutes(job: JobDetails) -> str:

@@ -13,11 +13,12 @@ from typing import Any
 
 import yaml
 
-from pi_ray.cluster import storage_sync
 from pi_ray.config import RunConfig, dump
+from pi_ray.config.cluster import Step
 from pi_ray.errors import ConfigError
 from pi_ray.plan import estimate
 from pi_ray.run.artifact import digest
+from pi_ray.run.object_storage import is_url
 
 GIB = 2**30
 STORAGE = "/shared"  # where storage is mounted when cluster.storage_path does not say
@@ -71,12 +72,12 @@ def template_values(config: RunConfig, folder: Path) -> tuple[dict[str, Any], li
     seen = as_the_cluster_sees_it(config, folder)
     size = estimate.model_size(config.model, config.train.lora)
     nodes, root, run_yaml = _nodes(seen, size), storage_root(seen), _run_yaml(seen)
-    on_cpus = () if seen.train.gpu else ("train", "evaluate")
+    on_cpus: tuple[Step, ...] = () if seen.train.gpu else ("train", "evaluate")
     return {
         "name": config.name, "name_k8s": re.sub(r"[._]+", "-", seen.name)[:LONGEST].strip("-"), "run": seen,
         "run_file": RUN_FILE, "run_yaml": run_yaml, "run_digest": digest(run_yaml)[:12],
         "cluster": seen.cluster, "kubernetes": seen.cluster.kubernetes, "slurm": seen.cluster.slurm,
-        "launcher": _launcher(seen), "storage": root, "mounted": not storage_sync.is_url(root), "ray": version("ray"),
+        "launcher": _launcher(seen), "storage": root, "mounted": not is_url(root), "ray": version("ray"),
         "nodes": nodes, "gpu": nodes.gpu > 0, "resource_name": "nvidia.com/gpu", "object_store": OBJECT_STORE * GIB,
         "cpu_offer": _offer(seen, "prepare", *on_cpus), "gpu_offer": _offer(seen, "train", "evaluate"),
         "serve_offer": _offer(seen, "serve"), "any_offer": _offer(seen, "prepare", "train", "evaluate"),
@@ -99,7 +100,7 @@ def as_the_cluster_sees_it(config: RunConfig, folder: Path) -> RunConfig:
         if isinstance(value, str) and (value == here or value.startswith(f"{here}/"))
     }
     # Beside a bucket each node has a run directory of its own.
-    run_dir = f"runs/{config.name}" if storage_sync.is_url(root) else f"{root}/runs/{config.name}"
+    run_dir = f"runs/{config.name}" if is_url(root) else f"{root}/runs/{config.name}"
     own = {"run_dir": run_dir, "store": f"{root}/store", "train.gpu": config.train.gpu is not False}
     return config.replace(**own, **task, **{"cluster.storage_path": root})
 
@@ -147,7 +148,7 @@ def _round(gib: float) -> int:
     return 8 * math.ceil(gib / 8)
 
 
-def _offer(config: RunConfig, *steps: str) -> Offer:
+def _offer(config: RunConfig, *steps: Step) -> Offer:
     cluster = config.cluster
     names = sorted({name for step in steps for name in getattr(cluster, f"{step}_resources")} - BUILT_IN)
     labels = {key: value for step in steps for key, value in cluster.labels.get(step, {}).items()}
@@ -162,7 +163,8 @@ def _launcher(config: RunConfig) -> dict[str, Any]:
     if not machine or (config.cluster.gpus_per_node != 8 and not given.gpu_machine):
         raise ConfigError(
             f"{given.provider} has no usual machine with {config.cluster.gpus_per_node} A100s of "
-            f"{config.cluster.gpu_memory_gib} GiB; name one in cluster.launcher.gpu_machine, or take 8 GPUs of 40 or 80 "
+            f"{config.cluster.gpu_memory_gib} GiB; name one in cluster.launcher.gpu_machine, or take 8 GPUs of 40 or "
+            "80 "
             "GiB"
         )
     machines = {"gpu_machine": machine, "cpu_machine": given.cpu_machine or cpu}
