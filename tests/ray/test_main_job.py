@@ -1,4 +1,4 @@
-"""The whole main job as a person types it, from a folder outside the checkout, on a tiny model: and every command of the README."""
+"""The whole main job as a person types it, from a folder outside the checkout, on a tiny model, by docs/quickstart.md."""
 
 import json
 import os
@@ -23,8 +23,8 @@ from pi_ray.serve.engine.completion import Completer
 
 pytestmark = pytest.mark.ray
 REPO = Path(__file__).parents[2]
-README = (REPO / "README.md").read_text()
-README_CURL = re.search(r"^curl .*?\}'$", README, re.S | re.M).group(0)
+README, QUICKSTART = (REPO / "README.md").read_text(), (REPO / "docs" / "quickstart.md").read_text()
+CURL = re.search(r"^curl .*?\}'$", QUICKSTART, re.S | re.M).group(0)
 SMALL = "task.rows={train: 16, dev: 6, test: 9} train.batch_size=8 schedule.epochs=1 evaluate.max_new_tokens=4 evaluate.latency_rows=1 train.lora.rank=4"
 
 
@@ -125,7 +125,7 @@ def wait_for(url: str, server: subprocess.Popen, seconds: int = 120) -> None:
             time.sleep(0.5)
 
 
-def test_your_own_prompt_in_the_steps_of_the_readme(small, tmp_path):
+def test_your_own_prompt_in_the_steps_of_the_quickstart(small, tmp_path):
     shell("pi-ray init my-task/", tmp_path)
     assert "train.lr" in shell("pi-ray schema", tmp_path) or "lr" in shell("pi-ray schema", tmp_path)
     assert "rank: 32" in shell("pi-ray show my-task/run.yaml", tmp_path)
@@ -133,9 +133,14 @@ def test_your_own_prompt_in_the_steps_of_the_readme(small, tmp_path):
     assert "phase" in shell(f"pi-ray plan my-task/run.yaml {tiny}", tmp_path).lower()
     shell(f"pi-ray run my-task/run.yaml {tiny}", tmp_path)
     assert (tmp_path / "runs" / "my-task" / "report.html").is_file()
+    assert "nothing to do" in shell(f"pi-ray prepare my-task/run.yaml {tiny}", tmp_path)
+    assert "Q5 3" in shell(f"pi-ray neighbours my-task/run.yaml --row train-3 {tiny}", tmp_path), "the other row's answer"
     assert "nothing to do" in shell(f"pi-ray train my-task/run.yaml {tiny}", tmp_path)
+    assert "Plain fine-tuning" in shell(f"pi-ray evaluate my-task/run.yaml {tiny}", tmp_path)
+    assert "report.html" in shell(f"pi-ray report my-task/run.yaml {tiny}", tmp_path)
+    assert "v0001" in shell(f"pi-ray publish my-task/run.yaml {tiny}", tmp_path), "it is there already, and only named"
     with serving("pi-ray serve runs/my-task", tmp_path):
-        answer = json.loads(shell(README_CURL, tmp_path))
+        answer = json.loads(shell(CURL, tmp_path))
         assert answer["model"] == "my-task" and answer["usage"]["prompt_tokens_saved"] > 100
 
 
@@ -165,20 +170,25 @@ def test_the_prefix_benchmark_prints_both_sides_and_ends_with_json(tiny_model):
 
 
 RUN_HERE = {
-    "make demo", "make test", "pi-ray init my-task/", "pi-ray plan my-task/run.yaml", "pi-ray run my-task/run.yaml", "pi-ray serve runs/my-task", README_CURL,
-    "pi-ray demo", "pi-ray show my-task/run.yaml", "pi-ray schema", "python -m tests.bench.prefix", "pip install .", "pi-ray serve", "pi-ray init",
-    "pi-ray table jobs/paper/table4.yaml task.folder=/path/to/nl2bash",  # test_paper.py
-    "pi-ray compress",  # unit/test_compressors.py
-    "pi-ray doctor my-task/run.yaml", "pi-ray plan my-task/run.yaml --scale", "pi-ray render k8s my-task/run.yaml --out my-cluster",  # unit/test_doctor.py, test_scale.py, test_render.py
-    "pi-ray submit my-task/run.yaml --address http://127.0.0.1:8265", "pi-ray status my-task --address http://127.0.0.1:8265",  # cluster/test_hosts.py
-    "pi-ray release NAME --version v0003 --canary 10", "pi-ray key NAME --adapters a b", "pi-ray chat my-task",  # unit/test_release.py, test_keys.py, test_chat.py
-    "pi-ray refresh", "pi-ray neighbours", "python -m tests.bench.serve",  # unit/test_refresh.py, test_neighbours_show.py, test_bench_serve.py
+    "make demo", "make test", "pip install .", "pi-ray demo", "pi-ray serve", "pi-ray plan my-task/run.yaml", CURL,
+    "pi-ray init my-task/", "pi-ray run my-task/run.yaml", "pi-ray serve runs/my-task", "pi-ray schema", "pi-ray run",
+    "pi-ray show my-task/run.yaml", "pi-ray prepare my-task/run.yaml", "pi-ray train my-task/run.yaml", "pi-ray plan",
+    "pi-ray evaluate my-task/run.yaml", "pi-ray report my-task/run.yaml", "pi-ray publish my-task/run.yaml",
+    "pi-ray neighbours my-task/run.yaml --row train-3",
+    "pi-ray show my-task/run.yaml train.lr=0.0003 schedule.shots=4",  # unit/docs/test_commands.py, as all other pages
+    "pi-ray compress my-task/template.md --rate 0.5",  # unit/docs/test_commands.py
+    "pi-ray doctor my-task/run.yaml",  # unit/cluster/test_doctor.py
+    "pi-ray refresh", "pi-ray refresh my-task/run.yaml",  # unit/store/test_refresh.py
+    "pi-ray chat my-task",  # unit/serve/test_chat.py
 }  # fmt: skip
 
 
-def test_every_command_of_the_readme_is_run_by_a_test():
+@pytest.mark.parametrize("page", [README, QUICKSTART], ids=["README.md", "docs/quickstart.md"])
+def test_every_command_that_a_newcomer_types_is_run_by_a_test(page):
     """`make test` is what runs this; test_project.py sees to its recipe, and to `pip install .`."""
-    fenced = "\n".join(re.findall(r"```bash\n(.*?)```", README, re.S))
-    commands = {c.split(" #")[0].strip() for c in re.split(r"(?<!\\)\n", fenced)} | set(re.findall(r"`((?:pi-ray|make|pip|python -m) [^`]+)`", README))
-    assert commands - {""} <= RUN_HERE, f"no test runs {commands - {''} - RUN_HERE}"
-    assert {"make demo", "make test", "pi-ray run my-task/run.yaml", README_CURL} <= commands
+    fenced = "\n".join(re.findall(r"```bash\n(.*?)```", page, re.S))
+    commands = {re.split(r"\s+#", c)[0].strip() for c in re.split(r"(?<!\\)\n", fenced)} - {""}
+    commands |= set(re.findall(r"`((?:pi-ray|make|pip|python -m) [^`]+)`", page))
+    assert commands <= RUN_HERE, f"no test runs {commands - RUN_HERE}"
+    assert {"make demo", "make test", "pi-ray run my-task/run.yaml", "pi-ray serve runs/my-task"} <= commands
+    assert page is README or CURL in commands

@@ -76,6 +76,15 @@ def test_where_is_it_answers_twenty_questions_with_files_that_exist():
         assert files and all((REPO / name).is_file() for name in files), f"{question} {answer}"
 
 
+def test_the_run_directory_holds_what_the_page_says(tmp_path):
+    from pi_ray.run.directory import RunDir
+
+    (listing,) = re.findall(r"^runs/NAME/\n(.*?)\n\n", ARCHITECTURE, re.S | re.M)
+    listed = {line.split()[0].partition("/")[0] for line in listing.splitlines()}
+    known = {path.relative_to(tmp_path).parts[0] for path in vars(RunDir(tmp_path)).values() if path != tmp_path}
+    assert known <= listed and listed - known <= {"loss.svg", "baselines"}
+
+
 def test_generated_pages_are_current():
     stale = generator().stale()
     assert not stale, f"{', '.join(p.name for p in stale)}: run python docs/site/generate.py, which writes them"
