@@ -22,10 +22,10 @@ def generator():
     return module
 
 
-def test_readme_has_at_most_a_thousand_words_one_picture_and_few_tables():
+def test_readme_has_at_most_a_thousand_words_one_picture_and_one_table():
     assert len(README.split()) <= 1000
     assert len(re.findall(r"!\[[^\]]+\]\(", README)) == 1
-    assert len(re.findall(r"^\|[-|]+\|$", README, re.M)) == 2, "the result, and the map of folders"
+    assert len(re.findall(r"^\|[-|]+\|$", README, re.M)) == 1
 
 
 @pytest.mark.parametrize("page", NAMES)
@@ -138,13 +138,16 @@ def test_readme_repeats_the_benchmarks_word_for_word():
     def rows(text: str) -> list[str]:
         return [line for line in text.partition("<!-- result:")[2].splitlines()[1:7] if line.startswith("|")]
 
-    assert len(rows(README)) == 6 and rows(README) == rows((DOCS / "benchmarks.md").read_text())
+    benchmarks = (DOCS / "benchmarks.md").read_text()
+    assert len(rows(README)) == 6 and rows(README) == rows(benchmarks)
+    for number in re.findall(r"[\d.]+ times|[\d.]+ BLEU|\d+ labelled rows|\d+ test\s+rows", README):
+        assert number.split()[0] in benchmarks, f"README says {number!r}, docs/benchmarks.md does not"
 
 
 def test_readmes_folders_are_those_of_the_repository():
     tracked = subprocess.run(["git", "ls-files"], cwd=REPO, capture_output=True, text=True, check=True).stdout
     top = {p.partition("/")[0] for p in tracked.splitlines() if "/" in p and not p.startswith(".")}
-    assert set(re.findall(r"^\| `(\w+)/` \|", README, re.M)) == top
+    assert set(re.findall(r"^- `(\w+)/` ", README, re.M)) == top
 
 
 def test_every_page_is_in_the_navigation_and_reached_from_readme():
