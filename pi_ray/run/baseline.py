@@ -7,7 +7,7 @@ from pi_ray.run.directory import RunDir
 from pi_ray.schedule import plan_phases
 
 
-def plain_config(config: RunConfig) -> RunConfig:
+def plain_finetuning_config(config: RunConfig) -> RunConfig:
     """Plain fine-tuning without a prompt: rate 0 and no shots in every phase, so the same rows, updates and learning rates as the run."""
     phases = [{"rate": 0.0, "shots": 0, "epochs": p.epochs, "steps": p.steps} for p in plan_phases(config.schedule)]
     own = {"schedule": {"name": "list", "list": phases}, "evaluate.shots": 0, "train.objective": "sft", "train.gist": 0, "train.init_adapter": ""}

@@ -28,7 +28,7 @@ class RunDir:
         self.documents = self.root / "documents"  # artefact: documents of rows as each phase has them, where rows have any (compress/documents.py)
         self.neighbours = self.root / "neighbours.parquet"  # id, split, neighbours: list<string>, scores: list<float> (best first)
         self.phases = self.root / "phases"  # one artefact for each phase, and "dev" (dev rows with the last phase's prompt)
-        self.taught = self.root / "taught"  # artefact: what the teacher answered and how sure it was (train/teach.py)
+        self.teacher_answers = self.root / "teacher_answers"  # artifact: the teacher's answers, how sure it was (train/distill.py)
         self.checkpoints = self.root / "checkpoints"
         self.adapters = self.root / "adapters"
         self.best = self.adapters / "best"  # link to the phase adapter with the highest dev accuracy

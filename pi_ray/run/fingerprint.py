@@ -12,7 +12,7 @@ from pi_ray import __version__
 from pi_ray.config import INPUTS, RunConfig
 from pi_ray.protocols import UNLABELLED
 from pi_ray.run.artifact import digest
-from pi_ray.run.phases import most_shots
+from pi_ray.run.phases import max_shots
 from pi_ray.schedule import plan_phases
 
 # Keys of `train` that do not change what is learned. workers and micro_batch only spread the rows of an update, which
@@ -25,7 +25,7 @@ UNLEARNED = {
 
 def prepare_fingerprint(config: RunConfig, task_fingerprint: str) -> str:
     phases = [(p.rate, p.shots) for p in plan_phases(config.schedule)]
-    made_from = [__version__, task_fingerprint, _dump(config, "task", "model", "prompt", "compress", "retrieve"), phases, most_shots(config)]
+    made_from = [__version__, task_fingerprint, _dump(config, "task", "model", "prompt", "compress", "retrieve"), phases, max_shots(config)]
     return digest([*made_from, UNLABELLED] if wants_unlabelled(config) else made_from)
 
 
@@ -45,7 +45,7 @@ def _learned(config: RunConfig) -> dict[str, Any]:
     return config.train.model_dump(mode="json", exclude=UNLEARNED | distill | dev_every)
 
 
-def learned_from(config: RunConfig) -> dict[str, Any]:
+def learning_settings(config: RunConfig) -> dict[str, Any]:
     """What an adapter depends on besides rows and template, as dotted key -> value: for saying what has changed."""
     return _flat({**_dump(config, "task", "model", "prompt", "compress", "retrieve", "schedule"), "train": _learned(config)})
 

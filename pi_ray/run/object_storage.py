@@ -1,103 +1,144 @@
-"""Objects under a URL (s3://, gs://, file://, any file system of pyarrow's), by their keys: written whole or not at all."""
+"""Objects under a URL, by their keys: s3://, gs://, hf:// (huggingface_hub's), file://, any file system of pyarrow's.
+
+Credentials are where each provider's own tools look for them.
+"""
 
 from __future__ import annotations
 
+import io
 import re
 import shutil
-import uuid
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, BinaryIO
 
 from pi_ray.errors import StorageError
+from pi_ray.run.artifact import TEMPORARY, temporary_path
 
-PIECE = 1 << 20
-PASSING = re.compile(r"\..+\.[0-9a-f]{32}\.(tmp|old)")  # names of what is still being written, here and in artifact.py
-
-
-def is_passing(key: str) -> bool:
-    return any(PASSING.fullmatch(part) for part in PurePosixPath(key).parts)
+CHUNK = 1 << 20  # bytes copied at once
 
 
-class Objects:
-    """`files` and `root` instead of the URL's, for tests. Raises what the file system raises: OSError of some kind."""
+def is_url(place: Path | str) -> bool:
+    return re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", str(place)) is not None
 
-    def __init__(self, url: str, files: Any = None, root: str = ""):
+
+def is_temporary(key: str) -> bool:
+    """Whether `key` is, or lies in, something that is still being written."""
+    return any(TEMPORARY.fullmatch(part) for part in PurePosixPath(key).parts)
+
+
+class ObjectStorage:
+    """The objects under `url`. `file_system` and `root` stand in for the URL's in tests.
+
+    Methods raise what the file system raises, an OSError of some kind; `explain_errors` makes a StorageError of it.
+    """
+
+    def __init__(self, url: str, file_system: Any = None, root: str = ""):
         self.url = url
-        if files is None:
-            files, root = _file_system(url)
-        self.files, self.root = files, root.rstrip("/")
+        if file_system is None:
+            file_system, root = open_file_system(url)
+        self._opened, self._root = file_system, root.rstrip("/")
 
-    def list(self, inside: str = "") -> list[str]:
-        from pyarrow.fs import FileSelector, FileType
-
-        found = self.files.get_file_info(FileSelector(self._at(inside), allow_not_found=True, recursive=True))
-        keys = [info.path.removeprefix(self.root).lstrip("/") for info in found if info.type == FileType.File]
-        return [key for key in keys if not is_passing(key)]
-
-    def folders(self, pattern: str) -> list[str]:
-        """Names of the folders right here that a pattern such as "run-*" fits."""
-        from pyarrow.fs import FileSelector, FileType
-
-        found = self.files.get_file_info(FileSelector(self._at(""), allow_not_found=True))
-        return [info.base_name for info in found if info.type == FileType.Directory and fnmatchcase(info.base_name, pattern)]
-
-    def read(self, key: str) -> bytes | None:
+    @contextmanager
+    def explain_errors(self, advice: str) -> Iterator[None]:
+        """Turn an OSError of any method into a StorageError that ends in `advice`."""
         try:
-            with self.files.open_input_stream(self._at(key)) as stream:
-                return stream.read()
+            yield
+        except OSError as error:
+            raise StorageError(f"{self.url}: storage does not answer, or refuses ({error}); {advice}") from error
+
+    def list_keys(self, inside: str = "") -> list[str]:
+        """The keys of all whole objects under the folder `inside`."""
+        from pyarrow.fs import FileSelector, FileType
+
+        found = self._files.get_file_info(FileSelector(self._path(inside), allow_not_found=True, recursive=True))
+        keys = [info.path.removeprefix(self._root).lstrip("/") for info in found if info.type == FileType.File]
+        return [key for key in keys if not is_temporary(key)]
+
+    def list_folders(self, inside: str = "", pattern: str = "*", holding: str = "") -> list[str]:
+        """Names of the folders directly in `inside` that fit `pattern` and hold an object of the name `holding`."""
+        from pyarrow.fs import FileSelector, FileType
+
+        found = self._files.get_file_info(FileSelector(self._path(inside), allow_not_found=True))
+        names = [i.base_name for i in found if i.type == FileType.Directory and fnmatchcase(i.base_name, pattern)]
+        if not holding or not names:
+            return names
+        infos = self._files.get_file_info([f"{self._path(inside)}/{name}/{holding}" for name in names])
+        return [name for name, info in zip(names, infos, strict=True) if info.is_file]
+
+    def read(self, key: str, max_bytes: int | None = None) -> bytes | None:
+        """An object, or its first `max_bytes`; None when there is none."""
+        try:
+            with self._files.open_input_stream(self._path(key)) as stream:
+                return stream.read(max_bytes)
         except FileNotFoundError:
             return None
 
-    def fetch(self, key: str, to: Path) -> None:
-        with self.files.open_input_stream(self._at(key)) as stream, open(to, "wb") as out:
-            shutil.copyfileobj(stream, out, PIECE)
+    def fetch(self, key: str, path: Path, max_bytes: int | None = None) -> bool:
+        """Copy an object into a file, no more than `max_bytes` of it. Returns whether that was all of it."""
+        with self._files.open_input_stream(self._path(key)) as stream, open(path, "wb") as out:
+            if max_bytes is None:
+                shutil.copyfileobj(stream, out, CHUNK)
+                return True
+            while max_bytes and (data := stream.read(min(CHUNK, max_bytes))):
+                max_bytes -= out.write(data)
+            return not stream.read(1)
 
-    def forget(self, key: str) -> None:
+    def delete(self, key: str) -> None:
         with suppress(FileNotFoundError):
-            self.files.delete_file(self._at(key))
+            self._files.delete_file(self._path(key))
 
-    def send(self, path: Path, key: str) -> None:
-        """Straight to its name, where a part of it stays if the connection is lost: for a file that no manifest names yet."""
-        self.files.create_dir(self._at(str(PurePosixPath(key).parent)), recursive=True)
-        with open(path, "rb") as source, self.files.open_output_stream(self._at(key)) as out:
-            shutil.copyfileobj(source, out, PIECE)
+    def write(self, data: bytes, key: str, atomic: bool = True) -> None:
+        """As `upload`, from memory."""
+        self._put(io.BytesIO(data), key, atomic)
 
-    def put(self, path: Path, key: str) -> None:
-        """A file, whole or not at all: sent under another name, then moved."""
-        self._whole(key, lambda tmp: self.send(path, tmp))
+    def upload(self, path: Path, key: str, atomic: bool = True) -> None:
+        """Copy a file to `key`, whole or not at all: it is sent under another name, then moved.
 
-    def write(self, data: bytes, key: str) -> None:
-        """As `put`, from memory."""
+        With `atomic=False` it goes straight to its name, where a part of it stays if the connection is lost: for a
+        file that no manifest names yet, and for one that the provider replaces as a whole.
+        """
+        with open(path, "rb") as source:
+            self._put(source, key, atomic)
 
-        def write(tmp: str) -> None:
-            with self.files.open_output_stream(self._at(tmp)) as out:
-                out.write(data)
-
-        self._whole(key, write)
-
-    def _whole(self, key: str, write: Callable[[str], None]) -> None:
-        place = PurePosixPath(key)
-        tmp = str(place.with_name(f".{place.name}.{uuid.uuid4().hex}.tmp"))
-        self.files.create_dir(self._at(str(place.parent)), recursive=True)
+    def _put(self, source: BinaryIO, key: str, atomic: bool) -> None:
+        final = PurePosixPath(self._path(key))
+        target = temporary_path(final) if atomic else final
+        self._files.create_dir(str(final.parent), recursive=True)
         try:
-            write(tmp)
-            self.files.move(self._at(tmp), self._at(key))
+            with self._files.open_output_stream(str(target)) as out:
+                shutil.copyfileobj(source, out, CHUNK)
+            if atomic:
+                self._files.move(str(target), str(final))
         except BaseException:
-            with suppress(OSError):
-                self.files.delete_file(self._at(tmp))
+            if atomic:
+                with suppress(OSError):
+                    self._files.delete_file(str(target))
             raise
 
-    def _at(self, key: str) -> str:
-        return f"{self.root}/{key}".rstrip("/")
+    @property
+    def _files(self) -> Any:
+        """The file system, which asks the provider anew: one of fsspec's remembers listings for ever."""
+        if handler := getattr(self._opened, "handler", None):
+            handler.fs.invalidate_cache()
+        return self._opened
+
+    def _path(self, key: str) -> str:
+        return f"{self._root}/{key}".rstrip("/")
 
 
-def _file_system(url: str) -> tuple[Any, str]:
+def open_file_system(url: str) -> tuple[Any, str]:
+    """pyarrow's file system and the path in it. Raises StorageError for a URL that it does not know."""
     from pyarrow.fs import FileSystem
 
+    public = url.partition("?")[0]  # what follows may hold a secret
     try:
-        return FileSystem.from_uri(url)
+        file_system, path = FileSystem.from_uri(url)
     except (ValueError, ImportError, OSError) as error:
-        raise StorageError(f"cluster.storage_path: {url} cannot be opened ({str(error).splitlines()[0]}); take a folder, s3://bucket/folder or gs://bucket/folder") from error
+        reason = f"cannot be opened ({str(error).splitlines()[0]})"
+        raise StorageError(f"{public} {reason}; take a folder, s3://bucket/folder, gs://, hf:// or file://") from error
+    if not path.strip("/"):
+        raise StorageError(f"{public} names no place; give bucket and path: s3://bucket/folder, gs://, hf:// or file://")
+    return file_system, path

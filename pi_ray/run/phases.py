@@ -17,9 +17,9 @@ def distinct_rates(config: RunConfig) -> list[float]:
     return sorted({1.0, *(p.rate for p in plan_phases(config.schedule))} - {0.0}, reverse=True)
 
 
-def most_shots(config: RunConfig) -> int:
+def max_shots(config: RunConfig) -> int:
     return max(config.evaluate.shots, *(p.shots for p in plan_phases(config.schedule)))
 
 
-def phases_of(config: RunConfig) -> Iterator[tuple[int, Phase]]:
+def numbered_phases(config: RunConfig) -> Iterator[tuple[int, Phase]]:
     yield from enumerate(plan_phases(config.schedule))

@@ -1,7 +1,7 @@
-"""Rows on disk, in Parquet, read and written in parts, so that what is held of them is bounded whatever their number.
+"""Rows on disk, in Parquet, read and written in parts, so that memory is bounded whatever their number.
 
-What many workers make lies in pieces, one file for each range of rows, under a hidden folder whose name holds the fingerprint. A piece is there
-whole or not at all; after a kill those that are there are found again. Joined they are one file, byte-identical whoever made them.
+What many workers make lies in pieces, one file for each range of rows. A piece is there whole or not at all; joined, pieces are
+one file, byte-identical whoever made them.
 """
 
 from __future__ import annotations
@@ -19,15 +19,22 @@ from pi_ray.protocols import Row
 from pi_ray.run.artifact import check_plain, write_atomic
 
 GROUP_ROWS = 4096  # rows that are read at once
-ROWS = pa.schema({"id": pa.string(), "query": pa.string(), "answer": pa.string(), "group": pa.string(), "documents": pa.list_(pa.string())})
+SCHEMA = pa.schema({
+    "id": pa.string(), "query": pa.string(), "answer": pa.string(), "group": pa.string(), "documents": pa.list_(pa.string()),
+})
+PARQUET = {"compression": "zstd", "write_page_checksum": True}
 
 
-def count(path: Path) -> int:
+def count_rows(path: Path) -> int:
+    """The rows of a Parquet file."""
     return pq.read_metadata(path).num_rows
 
 
 def read_range(path: Path, begin: int = 0, end: int | None = None, columns: Sequence[str] | None = None) -> pa.Table:
-    """Rows [begin, end) of a file; only the row groups that hold them are read. Raises CorruptArtifactError as `artifact.read_parquet`."""
+    """Rows [begin, end) of a file; only the row groups that hold them are read.
+
+    Raises CorruptArtifactError as `artifact.read_parquet`.
+    """
     with pq.ParquetFile(path, page_checksum_verification=True) as file:
         check_plain(path, file.schema_arrow)
         ends = list(accumulate(file.metadata.row_group(g).num_rows for g in range(file.num_row_groups)))
@@ -38,20 +45,26 @@ def read_range(path: Path, begin: int = 0, end: int | None = None, columns: Sequ
         return table.slice(begin - first, end - begin)
 
 
+def to_rows(table: pa.Table) -> list[Row]:
+    """The rows of a table with a row's columns; `documents` may be missing."""
+    named = table.select([name for name in SCHEMA.names if name in table.column_names]).to_pylist()
+    return [Row(**{**values, "documents": tuple(values.get("documents") or ())}) for values in named]
+
+
 class StoredRows(Sequence[Row]):
-    """The rows of a split as they lie on disk: a slice reads what it names, and nothing else is held."""
+    """The rows of a split on disk: a slice reads the rows that it names, and nothing else is held."""
 
     def __init__(self, path: Path):
         self.path = Path(path)
 
     def __len__(self) -> int:
-        return count(self.path)
+        return count_rows(self.path)
 
     def __getitem__(self, part: Any) -> Any:
         if isinstance(part, int):
             return self[part : part + 1 or None][0]
         begin, end, step = part.indices(len(self))
-        return [_row(r) for r in read_range(self.path, begin, end).to_pylist()][::step]
+        return to_rows(read_range(self.path, begin, end))[::step]
 
     def __iter__(self) -> Iterator[Row]:
         for begin in range(0, len(self), GROUP_ROWS):
@@ -61,15 +74,11 @@ class StoredRows(Sequence[Row]):
         return read_range(self.path, begin, end, ["id"])["id"].to_pylist()
 
 
-def _row(stored: dict[str, Any]) -> Row:
-    return Row(**{**stored, "documents": tuple(stored.get("documents") or ())})
-
-
 class RowWriter:
     """Writes rows as they come, a row group at a time. A context manager."""
 
     def __init__(self, path: Path):
-        self.writer = pq.ParquetWriter(path, ROWS, compression="zstd", write_page_checksum=True)
+        self.writer = pq.ParquetWriter(path, SCHEMA, **PARQUET)
         self.waiting: list[Row] = []
 
     def __enter__(self) -> RowWriter:
@@ -86,7 +95,8 @@ class RowWriter:
 
     def _flush(self) -> None:
         if self.waiting:
-            self.writer.write_table(pa.table({name: [getattr(r, name) for r in self.waiting] for name in ROWS.names}, schema=ROWS))
+            columns = {name: [getattr(r, name) for r in self.waiting] for name in SCHEMA.names}
+            self.writer.write_table(pa.table(columns, schema=SCHEMA))
             self.waiting = []
 
 
@@ -97,14 +107,14 @@ def write_rows(path: Path, rows: Iterable[Row]) -> None:
 
 
 def write_piece(path: Path | str, table: pa.Table) -> None:
-    """One file in one step, with a checksum in each page."""
+    """Write one file in one step, with a checksum in each page. Raises StorageError."""
     buffer = io.BytesIO()
-    pq.write_table(table, buffer, compression="zstd", write_page_checksum=True)
+    pq.write_table(table, buffer, **PARQUET)
     write_atomic(Path(path), buffer.getvalue())
 
 
 def has_piece(path: Path | str, schema: pa.Schema, ids: Sequence[str]) -> bool:
-    """Whether the piece is there, undamaged, and holds these rows."""
+    """Whether the piece is there, undamaged, and holds the rows with these ids."""
     try:
         table = pq.read_table(path, page_checksum_verification=True)
     except (OSError, pa.ArrowException):
@@ -112,10 +122,11 @@ def has_piece(path: Path | str, schema: pa.Schema, ids: Sequence[str]) -> bool:
     return table.schema.equals(schema) and table["id"].to_pylist() == list(ids)
 
 
-def join(pieces: Iterable[Path | str], path: Path, schema: pa.Schema) -> None:
-    """Write the pieces one after another into one file, a row group of GROUP_ROWS at a time."""
-    waiting, held = [], 0
-    with pq.ParquetWriter(path, schema, compression="zstd", write_page_checksum=True) as writer:
+def join_pieces(pieces: Iterable[Path | str], path: Path, schema: pa.Schema) -> None:
+    """Write the pieces one after another into one file, a row group of GROUP_ROWS or a little more at a time."""
+    waiting: list[pa.Table] = []
+    held = 0
+    with pq.ParquetWriter(path, schema, **PARQUET) as writer:
         for piece in pieces:
             waiting.append(pq.read_table(piece))
             held += waiting[-1].num_rows

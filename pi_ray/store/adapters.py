@@ -1,10 +1,12 @@
-"""The adapter store as serving sees it: a name -> a verified folder. Nothing from a request reaches the disk before the name is checked.
+"""The adapter store as serving sees it: a name -> a verified folder. Names are checked before any file is touched.
 
     store/<name>/latest.json            {"version": "v0002"}
     store/<name>/aliases.json           which version answers (aliases.py); written by `pi-ray release`
-    store/<name>/v0001, v0002, ...      adapter_model.safetensors, adapter_config.json, pi_ray.json, prompt.json, README.md, manifest.json
+    store/<name>/v0001, v0002, ...      adapter_model.safetensors, adapter_config.json, pi_ray.json, prompt.json,
+                                        README.md, manifest.json
 
-It is a folder (folder.py) or behind a URL (remote.py). What is in it is treated as hostile until verified: it may have been copied from elsewhere.
+The store is a folder (local.py) or behind a URL (remote.py). Its content may have been copied from elsewhere, so it is
+treated as hostile until it is verified.
 """
 
 from __future__ import annotations
@@ -18,37 +20,44 @@ from typing import Any
 from pi_ray.config import ModelConfig, PromptConfig
 from pi_ray.errors import AdapterError
 from pi_ray.run.artifact import MANIFEST, digest, digest_file
-from pi_ray.store.aliases import ALIAS, ALIASES, LATEST, NEWEST, SERVED, VERSION, Alias, parse
-from pi_ray.store.local import Folder
-from pi_ray.store.prompt_guard import PROMPT, Guard
-from pi_ray.store.remote import Remote, StoreUnavailableError
-from pi_ray.store.verify import check, read_json
+from pi_ray.run.object_storage import is_url
+from pi_ray.store.aliases import ALIAS, ALIASES, LATEST, NEWEST, SERVED, VERSION, Alias, parse_aliases
+from pi_ray.store.local import LocalStore
+from pi_ray.store.prompt_guard import PROMPT_FILE, PromptGuard
+from pi_ray.store.remote import RemoteStore, StoreUnavailableError
+from pi_ray.store.verify import read_json, verify_adapter
 
 __all__ = ["NAME", "Adapter", "AdapterStore", "StoreUnavailableError", "UnknownAdapterError", "split_name"]
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
-REMEMBERED = 1000  # refusals
+MAX_REFUSALS = 1000  # that are remembered
 
 
 class UnknownAdapterError(AdapterError):
-    """No adapter of this name, or a name that no adapter can have."""
+    """There is no adapter of this name, or no adapter can have it."""
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """A verified adapter: `path` holds its files, `card` is its pi_ray.json, `guard` knows its prompt where that was published."""
+    """A verified adapter: the folder of its files, its pi_ray.json, and its prompt guard where its prompt is known."""
 
     name: str
     version: str
     path: Path
     card: dict[str, Any] = field(repr=False)
-    guard: Guard | None = field(default=None, repr=False, compare=False)
+    guard: PromptGuard | None = field(default=None, repr=False, compare=False)
 
 
 def split_name(spec: str) -> tuple[str, str]:
-    """"name", "name@v0002" or "name@alias" -> (name, version or alias or ""). Raises UnknownAdapterError for anything else; touches no file."""
+    """Split "name", "name@v0002" or "name@alias" into name and version, alias or "". Touches no file.
+
+    Raises UnknownAdapterError for anything else.
+    """
     name, at, label = spec.partition("@")
     if not NAME.fullmatch(name) or (at and not VERSION.fullmatch(label) and not ALIAS.fullmatch(label)):
-        raise UnknownAdapterError(f"no adapter can be named {spec[:80]!r}; a name is 1 to 64 of a-z, 0-9, '.', '_' and '-', and may be followed by @v0001 or @alias")
+        raise UnknownAdapterError(
+            f"no adapter can be named {spec[:80]!r}; a name is 1 to 64 of a-z, 0-9, '.', '_' and '-', and may be "
+            "followed by @v0001 or @alias"
+        )
     return name, label
 
 
@@ -56,40 +65,36 @@ class AdapterStore:
     """Reads the store at `location`, a folder or a URL. With `base`, adapters of any other base model are refused."""
 
     def __init__(self, location: Path | str, base: ModelConfig | None = None):
-        self.place: Folder | Remote = Remote(str(location)) if is_url(location) else Folder(location)
+        self.backend: LocalStore | RemoteStore
+        self.backend = RemoteStore(str(location)) if is_url(location) else LocalStore(location)
         self.base = base
         self._verified: dict[str, Adapter] = {}
         self._refused: dict[str, str] = {}
 
-    @property
-    def folder(self) -> Path:
-        """Where a store in a folder is."""
-        return self.place.root
-
     def names(self) -> list[str]:
         """Names that can be asked for, sorted. Their files are verified when they are opened, not here."""
-        return sorted(name for name in self.place.names() if NAME.fullmatch(name))
+        return sorted(name for name in self.backend.names() if NAME.fullmatch(name))
 
-    def open(self, spec: str, ticket: str = "") -> Adapter:
-        """The verified adapter for "name", "name@v0002" or "name@alias". Raises UnknownAdapterError, or AdapterError saying what is wrong with it.
+    def open(self, spec: str, sticky_key: str = "") -> Adapter:
+        """The verified adapter for "name", "name@v0002" or "name@alias". `sticky_key` decides whether a canary answers.
 
-        `ticket` decides whether a version on trial answers.
+        Raises UnknownAdapterError, or AdapterError that says why the adapter is refused.
         """
-        name, version = self.resolve(spec, ticket)
-        path = self.place.version(name, version)
+        name, version = self.resolve(spec, sticky_key)
+        path = self.backend.version_folder(name, version)
         if path is None:
             raise UnknownAdapterError(f"no adapter '{spec}' in the store")
-        state = _state(path)
+        state = _folder_state(path)
         if state in self._refused:
             raise AdapterError(self._refused[state])
         if state not in self._verified:
             self._verified[state] = self._verify(name, version, path, state)
         return self._verified[state]
 
-    def resolve(self, spec: str, ticket: str = "") -> tuple[str, str]:
-        """(name, version) of what `spec` means now. The version's files are not looked at."""
+    def resolve(self, spec: str, sticky_key: str = "") -> tuple[str, str]:
+        """(name, version) for which `spec` stands now. The version's files are not read."""
         name, label = split_name(spec)
-        if not self.place.knows(name):
+        if not self.backend.has_adapter(name):
             raise UnknownAdapterError(f"no adapter '{name}' in the store")
         if VERSION.fullmatch(label):
             return name, label
@@ -98,14 +103,14 @@ class AdapterStore:
         alias = self.aliases(name).get(label or SERVED)
         if label and not alias:
             raise UnknownAdapterError(f"no alias '{label}' of an adapter '{name}' in the store")
-        return name, alias.pick(ticket) if alias else self.latest(name)
+        return name, alias.pick(sticky_key) if alias else self.latest(name)
 
     def aliases(self, name: str) -> dict[str, Alias]:
-        return parse(self.place.read(name, ALIASES) or {}, name)
+        return parse_aliases(self.backend.read_json(name, ALIASES) or {}, name)
 
     def latest(self, name: str) -> str:
         """The newest published version. Raises UnknownAdapterError when there is none."""
-        found = self.place.read(name, LATEST)
+        found = self.backend.read_json(name, LATEST)
         if found is None:
             raise UnknownAdapterError(f"no adapter '{name}' in the store")
         version = found.get("version")
@@ -114,25 +119,23 @@ class AdapterStore:
         return version
 
     def _verify(self, name: str, version: str, path: Path, state: str) -> Adapter:
-        """Every check there is. A refusal is remembered until the folder changes, so that asking again costs nothing."""
+        """Verify a folder. A refusal is remembered until the folder changes, so that asking again costs nothing."""
         try:
-            card = check(path, self.base)
+            card = verify_adapter(path, self.base)
         except AdapterError as error:
-            message = f"adapter '{name}@{version}' is refused: {error}"
-            self._refused[state] = message
-            if len(self._refused) > REMEMBERED:
+            self._refused[state] = f"adapter '{name}@{version}' is refused: {error}"
+            if len(self._refused) > MAX_REFUSALS:
                 del self._refused[next(iter(self._refused))]
-            raise AdapterError(message) from error
-        guard = Guard(read_json(path / PROMPT), PromptConfig(**card["prompt"])) if (path / PROMPT).is_file() else None
+            raise AdapterError(f"adapter '{name}@{version}' is refused: {error}") from error
+        guard = None
+        if (path / PROMPT_FILE).is_file():
+            guard = PromptGuard(read_json(path / PROMPT_FILE), PromptConfig(**card["prompt"]))
         return Adapter(name, version, path, card, guard)
 
 
-def is_url(location: Path | str) -> bool:
-    return "://" in str(location)
-
-
-def _state(path: Path) -> str:
-    """Hash of the manifest and of every file's size and times, so that a folder changed after its verification is verified again."""
-    files = [(e.name, s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino) for e in sorted(os.scandir(path), key=lambda e: e.name) if (s := e.stat(follow_symlinks=False))]
+def _folder_state(path: Path) -> str:
+    """Hash of the manifest and of each file's size and times: a folder that was changed since is verified again."""
+    stats = [(e.name, e.stat(follow_symlinks=False)) for e in sorted(os.scandir(path), key=lambda e: e.name)]
+    files = [(name, s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino) for name, s in stats]
     manifest = path / MANIFEST
     return digest([str(path), files, digest_file(manifest) if manifest.is_file() else ""])

@@ -1,7 +1,7 @@
-"""Is this folder a plain LoRA adapter and nothing else? Every check before an adapter is published or served.
+"""Verification of an adapter folder, before it is published or served: a plain LoRA adapter and nothing else.
 
-The folder is treated as hostile: it may have been copied from elsewhere. Nothing in it is unpickled, imported or run, names written in
-its files are compared and never opened, and sizes are bounded before anything is read.
+The folder may have been copied from elsewhere, so it is treated as hostile. Nothing in it is unpickled, imported or
+run, names written in its files are compared and never opened, and sizes are bounded before anything is read.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 from pi_ray.config import ModelConfig, PromptConfig
 from pi_ray.errors import AdapterError
 from pi_ray.run.artifact import MANIFEST, digest_file
-from pi_ray.store.prompt_guard import PROMPT, flaw
+from pi_ray.store.prompt_guard import PROMPT_FILE, prompt_record_error
 
 LORA_TENSOR = re.compile(r"base_model\.model\.([\w.]+)\.lora_([AB])\.weight", re.ASCII)
 WEIGHTS, CONFIG, CARD = "adapter_model.safetensors", "adapter_config.json", "pi_ray.json"
@@ -28,44 +28,52 @@ MAX_JSON_BYTES = 8 << 20
 MAX_WEIGHT_BYTES = 8 << 30
 MAX_RANK = 4096
 MAX_TOKENS = 1 << 30
-MAX_WORDING = 100_000
-MAX_REPEATS = 4  # of a text in its wording
-PIECE = 16_384  # elements; torch computes fewer than 32,768 in the calling thread alone
+MAX_WORDING = 100_000  # characters of the prompt block
+MAX_REPEATS = 4  # of the query or the answer in the wording of a prompt
+CHUNK = 16_384  # elements; torch computes fewer than 32,768 in the calling thread alone
 # Settings of adapter_config.json that serving understands; any other one must be empty, since peft would act on it
 # (import a module, change base weights, run a regular expression over module names).
 KNOWN_SETTINGS = {
     "r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora", "peft_type", "task_type", "bias", "inference_mode",
     "init_lora_weights", "base_model_name_or_path", "revision", "peft_version", "megatron_core", "qalora_group_size",
 }  # fmt: skip
-SERVED = "only plain LoRA and rsLoRA on linear layers can be published and served (an adapter of another method can be evaluated)"
+SERVED = (
+    "only plain LoRA and rsLoRA on linear layers can be published and served "
+    "(an adapter of another method can be evaluated)"
+)
 CARD_FIELDS = {
-    "base": str, "prompt": dict, "template": str, "full_prompt_tokens": int | float, "query_prompt_tokens": int | float, "max_answer_tokens": int,
+    "base": str, "prompt": dict, "template": str, "full_prompt_tokens": int | float,
+    "query_prompt_tokens": int | float, "max_answer_tokens": int,
 }  # fmt: skip
 
 
-def check(path: Path, base: ModelConfig | None = None) -> dict[str, Any]:
-    """The card of the adapter folder `path`, after every check there is. Raises AdapterError saying what is wrong."""
+def verify_adapter(path: Path, base: ModelConfig | None = None) -> dict[str, Any]:
+    """The card (pi_ray.json) of the adapter folder `path`, after every check. Raises AdapterError with the reason.
+
+    With `base`, an adapter of any other base model is refused.
+    """
     names = _check_listing(path)
     _check_hashes(path, names)
     rank = _check_config(read_json(path / CONFIG))
     card = read_json(path / CARD)
     _check_card(card, base)
-    if PROMPT in names and (wrong := flaw(read_json(path / PROMPT))):
-        raise AdapterError(f"{PROMPT}: {wrong}")
-    _check_shapes(read_header(path / WEIGHTS), rank)
+    if PROMPT_FILE in names and (wrong := prompt_record_error(read_json(path / PROMPT_FILE))):
+        raise AdapterError(f"{PROMPT_FILE}: {wrong}")
+    _check_shapes(read_safetensors_header(path / WEIGHTS), rank)
     _check_finite(path / WEIGHTS)
     return card
 
 
 def _check_listing(path: Path) -> list[str]:
-    """File names of the folder: plain files of the allowed kinds only, none of them too large."""
+    """File names of the folder, which are plain files of the allowed kinds, none of them too large."""
     names = []
     for entry in os.scandir(path):
         info = entry.stat(follow_symlinks=False)
         if not stat.S_ISREG(info.st_mode):
             raise AdapterError(f"{entry.name} is not a plain file")
         if Path(entry.name).suffix not in SUFFIXES:
-            raise AdapterError(f"{entry.name}: only {', '.join(sorted(SUFFIXES))} files are allowed; weights must be safetensors, never a pickle")
+            allowed = f"only {', '.join(sorted(SUFFIXES))} files are allowed"
+            raise AdapterError(f"{entry.name}: {allowed}; weights must be safetensors, never a pickle")
         if info.st_size > (MAX_WEIGHT_BYTES if entry.name == WEIGHTS else MAX_JSON_BYTES):
             raise AdapterError(f"{entry.name} is too large ({info.st_size} bytes)")
         names.append(entry.name)
@@ -76,7 +84,7 @@ def _check_listing(path: Path) -> list[str]:
 
 
 def _check_hashes(path: Path, names: list[str]) -> None:
-    """Every file but the manifest is in the manifest with its sha256, and nothing else is. Names in the manifest are compared, never opened."""
+    """Check that the manifest lists exactly the other files, with their sha256. Its names are compared, never opened."""
     files = read_json(path / MANIFEST).get("files")
     if not isinstance(files, dict) or set(files) != set(names) - {MANIFEST}:
         raise AdapterError(f"{MANIFEST} does not list exactly the files of the folder")
@@ -88,24 +96,28 @@ def _check_hashes(path: Path, names: list[str]) -> None:
 
 
 def _check_config(config: dict[str, Any]) -> int:
-    """The rank. Everything that peft would do beyond plain LoRA is refused."""
+    """Refuse everything that peft would do beyond plain LoRA. Returns the rank."""
     if config.get("peft_type") != "LORA":
         raise AdapterError(f"{CONFIG}: peft_type is {config.get('peft_type')!r}; {SERVED}")
     wanted = {"bias": "none", "init_lora_weights": True, "task_type": "CAUSAL_LM"}
-    odd = [k for k, v in config.items() if (v and k not in KNOWN_SETTINGS) or (k in wanted and v != wanted[k])]
-    if odd:
-        raise AdapterError(f"{CONFIG}: {', '.join(sorted(odd)[:8])} set; {SERVED}")
+    refused = [k for k, v in config.items() if (v and k not in KNOWN_SETTINGS) or (k in wanted and v != wanted[k])]
+    if refused:
+        raise AdapterError(f"{CONFIG}: {', '.join(sorted(refused)[:8])} set; {SERVED}")
     rank, alpha = config.get("r"), config.get("lora_alpha")
     if type(rank) is not int or not 1 <= rank <= MAX_RANK:
         raise AdapterError(f"{CONFIG}: r is not a number from 1 to {MAX_RANK}")
-    if type(alpha) not in (int, float) or not math.isfinite(alpha):
+    if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not math.isfinite(alpha):
         raise AdapterError(f"{CONFIG}: lora_alpha is not a number")
     return rank
 
 
 def _check_card(card: dict[str, Any], base: ModelConfig | None) -> None:
     if card.get("gist"):
-        raise AdapterError(f"{CARD}: it was trained with gist tokens, a baseline that can be evaluated ('pi-ray evaluate', 'pi-ray table') but not published or served")
+        verbs = "'pi-ray evaluate', 'pi-ray table'"
+        raise AdapterError(
+            f"{CARD}: it was trained with gist tokens, a baseline that can be evaluated ({verbs}) but not published or "
+            "served"
+        )
     wrong = [k for k, kind in CARD_FIELDS.items() if not isinstance(card.get(k), kind)]
     if wrong:
         raise AdapterError(f"{CARD}: {', '.join(wrong)} missing or of the wrong type")
@@ -116,15 +128,21 @@ def _check_card(card: dict[str, Any], base: ModelConfig | None) -> None:
         prompt = PromptConfig(**card["prompt"])
     except (TypeError, ValueError) as error:
         raise AdapterError(f"{CARD}: the prompt block is not valid ({error.__class__.__name__})") from error
-    repeats = max(wording.count(part) for wording in (prompt.query, prompt.example) for part in ("{query}", "{answer}"))
+    repeats = max(text.count(part) for text in (prompt.query, prompt.example) for part in ("{query}", "{answer}"))
     if repeats > MAX_REPEATS or len(prompt.model_dump_json()) > MAX_WORDING:
-        raise AdapterError(f"{CARD}: the prompt block multiplies the query or an answer, or is longer than {MAX_WORDING} characters")
+        raise AdapterError(
+            f"{CARD}: the prompt block multiplies the query or an answer, or is longer than {MAX_WORDING} characters"
+        )
     if base and (card["base"], card.get("revision", "")) != (base.base, base.revision):
-        raise AdapterError(f"it was trained for another base model ({Path(card['base']).name[:64]}) than the served one")
+        name = Path(card["base"]).name[:64]
+        raise AdapterError(f"it was trained for another base model ({name}) than the served one")
 
 
-def read_header(path: Path) -> dict[str, dict[str, Any]]:
-    """Tensor name -> {"dtype", "shape", "data_offsets"} of a safetensors file, without reading a tensor. Raises AdapterError when its sizes lie."""
+def read_safetensors_header(path: Path) -> dict[str, dict[str, Any]]:
+    """Tensor name -> {"dtype", "shape", "data_offsets"} of a safetensors file. Reads no tensor.
+
+    Raises AdapterError where sizes in the header do not fit each other or the file.
+    """
     size = path.stat().st_size
     with open(path, "rb") as f:
         length = struct.unpack("<Q", f.read(8).ljust(8, b"\0"))[0]
@@ -143,21 +161,23 @@ def read_header(path: Path) -> dict[str, dict[str, Any]]:
 
 
 def _tensor_bytes(name: str, tensor: dict[str, Any]) -> int:
-    """Bytes of one tensor, which its offsets must agree with; safetensors itself refuses gaps and overlaps."""
+    """Bytes of one tensor, with which its offsets must agree; safetensors itself refuses gaps and overlaps."""
     shape, offsets = tensor["shape"], tensor["data_offsets"]
     if tensor["dtype"] not in FLOAT_BYTES:
-        raise AdapterError(f"{WEIGHTS}: {name[:80]!r} has dtype {str(tensor['dtype'])[:16]}, expected one of {', '.join(FLOAT_BYTES)}")
+        dtype, allowed = str(tensor["dtype"])[:16], ", ".join(FLOAT_BYTES)
+        raise AdapterError(f"{WEIGHTS}: {name[:80]!r} has dtype {dtype}, expected one of {allowed}")
     if not (isinstance(shape, list) and len(shape) == 2 and all(type(n) is int and 0 < n < 1 << 31 for n in shape)):
         raise AdapterError(f"{WEIGHTS}: {name[:80]!r} is not a matrix")
     count = shape[0] * shape[1] * FLOAT_BYTES[tensor["dtype"]]
-    if not (isinstance(offsets, list) and len(offsets) == 2 and all(type(n) is int for n in offsets) and offsets[1] - offsets[0] == count):
+    are_offsets = isinstance(offsets, list) and len(offsets) == 2 and all(type(n) is int for n in offsets)
+    if not are_offsets or offsets[1] - offsets[0] != count:
         raise AdapterError(f"{WEIGHTS}: the offsets of {name[:80]!r} do not fit its shape")
     return count
 
 
 def _check_shapes(header: dict[str, dict[str, Any]], rank: int) -> None:
-    """LoRA pairs only: A of shape (rank, in), B of shape (out, rank)."""
-    seen: dict[str, set[str]] = {}
+    """Check that the tensors are LoRA pairs: A of shape (rank, in), B of shape (out, rank)."""
+    pairs: dict[str, set[str]] = {}
     for name, tensor in header.items():
         match = LORA_TENSOR.fullmatch(name)
         if not match:
@@ -165,23 +185,26 @@ def _check_shapes(header: dict[str, dict[str, Any]], rank: int) -> None:
         found = tensor["shape"][0 if match[2] == "A" else 1]
         if found != rank:
             raise AdapterError(f"{WEIGHTS}: {name[:80]!r} has rank {found}, {CONFIG} says {rank}")
-        seen.setdefault(match[1], set()).add(match[2])
-    if not seen or any(pair != {"A", "B"} for pair in seen.values()):
+        pairs.setdefault(match[1], set()).add(match[2])
+    if not pairs or any(pair != {"A", "B"} for pair in pairs.values()):
         raise AdapterError(f"{WEIGHTS}: LoRA matrices do not come in pairs of A and B")
 
 
 def _check_finite(path: Path) -> None:
-    """One tensor in memory at a time, and piece by piece: large ones start OpenMP threads for this thread as well, which slows the decoding one (engines.py)."""
+    """Check that no weight is NaN or infinite, with one tensor in memory at a time.
+
+    In chunks, since a large operation starts OpenMP threads for this thread too, which slows the one that decodes.
+    """
     import torch
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(path, framework="pt") as f:
-            bad = next((name for name in f.keys() if not all(torch.isfinite(piece).all() for piece in f.get_tensor(name).flatten().split(PIECE))), None)  # noqa: SIM118 (not a dict)
+            for name in f.keys():  # noqa: SIM118 (not a dict)
+                if not all(torch.isfinite(chunk).all() for chunk in f.get_tensor(name).flatten().split(CHUNK)):
+                    raise AdapterError(f"{path.name}: {name!r} holds NaN or Inf")
     except SafetensorError as error:
         raise AdapterError(f"{path.name}: not readable as safetensors ({error})") from error
-    if bad:
-        raise AdapterError(f"{path.name}: {bad!r} holds NaN or Inf")
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -191,7 +214,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def parse_json(data: bytes, name: str) -> dict[str, Any]:
-    """As `read_json`, of what was read already."""
+    """As `read_json`, from the content of the file `name`."""
     try:
         value = json.loads(data)
     except (ValueError, RecursionError) as error:

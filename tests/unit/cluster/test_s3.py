@@ -7,12 +7,12 @@ import pytest
 
 from pi_ray import cli
 from pi_ray.cli import job
-from pi_ray.cluster.storage_sync import Mirror
+from pi_ray.cluster.storage_sync import StorageSync
 from pi_ray.config import ModelConfig
 from pi_ray.config.run_file import load
 from pi_ray.errors import CorruptArtifactError, StorageError
 from pi_ray.run.artifact import staged, write_atomic
-from pi_ray.run.object_storage import Objects
+from pi_ray.run.object_storage import ObjectStorage
 from pi_ray.store.adapters import AdapterStore
 from tests.lora import put_in_store
 
@@ -41,21 +41,21 @@ def server():
 
 
 def test_what_one_node_writes_another_one_fetches_and_damage_is_found(tmp_path):
-    there = Objects(f"{BUCKET}/runs/a")
-    with Mirror(tmp_path / "one", there).attached():
+    there = ObjectStorage(f"{BUCKET}/runs/a")
+    with StorageSync(tmp_path / "one", there).attach_driver():
         write_atomic(tmp_path / "one" / "run.yaml", "name: a\n")
         with staged(tmp_path / "one" / "rows", fingerprint="x") as tmp:
             (tmp / "train").write_bytes(b"rows" * 400_000)
-        assert {"run.yaml", "rows/train", "rows/manifest.json"} <= set(there.list()), "sent when it was written"
-    Mirror(tmp_path / "two", Objects(there.url)).pull()
+        assert {"run.yaml", "rows/train", "rows/manifest.json"} <= set(there.list_keys()), "sent when it was written"
+    StorageSync(tmp_path / "two", ObjectStorage(there.url)).pull()
     assert (tmp_path / "two" / "rows" / "train").read_bytes() == b"rows" * 400_000 and (tmp_path / "two" / "run.yaml").read_text() == "name: a\n"
     there.write(b"other", "rows/train")
     with pytest.raises(CorruptArtifactError, match="rows is damaged"):
-        Mirror(tmp_path / "three", Objects(there.url)).pull()
+        StorageSync(tmp_path / "three", ObjectStorage(there.url)).pull()
 
 
 def test_a_job_beside_a_bucket_takes_its_inputs_from_it_and_leaves_its_run_there(tmp_path, monkeypatch):
-    inputs = Objects(f"{BUCKET}/inputs")
+    inputs = ObjectStorage(f"{BUCKET}/inputs")
     for name in ("train", "dev", "test"):
         inputs.write(b'{"query": "q", "answer": "a"}\n', f"{name}.jsonl")
     inputs.write(b"# Instruction\n\nDo it.\n", "template.md")
@@ -78,19 +78,19 @@ def test_a_job_beside_a_bucket_takes_its_inputs_from_it_and_leaves_its_run_there
         shutil.rmtree(tmp_path / "pod")
     row = '{"query": "q", "answer": "a"}\n'
     assert seen == [("s3://bucket/pi-ray/store", row, ["inputs"]), ("s3://bucket/pi-ray/store", row, ["inputs", "rows"])]
-    assert Objects("s3://bucket/pi-ray").folders("r*") == ["runs"] and Objects("s3://bucket/pi-ray/runs/far").read("rows/train") == b"prepared"
+    assert ObjectStorage("s3://bucket/pi-ray").list_folders(pattern="r*") == ["runs"] and ObjectStorage("s3://bucket/pi-ray/runs/far").read("rows/train") == b"prepared"
 
 
 def test_an_adapter_is_served_from_a_bucket(tiny_model, tmp_path):
     put_in_store(tmp_path / "store", "shop", tiny_model)
-    there = Objects(f"{BUCKET}/store")
+    there = ObjectStorage(f"{BUCKET}/store")
     for path in (p for p in (tmp_path / "store").rglob("*") if p.is_file()):
-        there.put(path, path.relative_to(tmp_path / "store").as_posix())
+        there.upload(path, path.relative_to(tmp_path / "store").as_posix())
     store = AdapterStore(f"{BUCKET}/store", ModelConfig(base=str(tiny_model)))
     assert store.names() == ["shop"]
     assert (store.open("shop").path / "adapter_model.safetensors").read_bytes() == (tmp_path / "store" / "shop" / "v0001" / "adapter_model.safetensors").read_bytes()
 
 
 def test_a_bucket_that_is_not_there_is_said(tmp_path):
-    with pytest.raises(StorageError, match="storage does not answer, or refuses"), Mirror(tmp_path / "run", Objects("s3://no-such-bucket/run")).attached():
+    with pytest.raises(StorageError, match="storage does not answer, or refuses"), StorageSync(tmp_path / "run", ObjectStorage("s3://no-such-bucket/run")).attach_driver():
         write_atomic(tmp_path / "run" / "run.yaml", "name: a\n")

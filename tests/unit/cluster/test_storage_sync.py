@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 from pyarrow.fs import LocalFileSystem, SubTreeFileSystem
 
-from pi_ray.cluster.storage_sync import Mirror, of, refresh
+from pi_ray.cluster.storage_sync import StorageSync, fetch_updates, sync_for
 from pi_ray.data.ray_map import _once, fan_out
 from pi_ray.errors import CorruptArtifactError, StorageError
-from pi_ray.run.artifact import digest_file, read_manifest, staged, verify, write_atomic
-from pi_ray.run.object_storage import Objects
+from pi_ray.run.artifact import digest_file, read_manifest, staged, verify_artifact, write_atomic
+from pi_ray.run.object_storage import ObjectStorage
 
 
 class Bucket:
@@ -59,8 +59,8 @@ def bucket(tmp_path):
     return SubTreeFileSystem(str(tmp_path / "bucket"), LocalFileSystem())
 
 
-def mirror(folder: Path, files) -> Mirror:
-    return Mirror(folder, Objects("s3://bucket/run", files, "run"))
+def sync_of(folder: Path, files) -> StorageSync:
+    return StorageSync(folder, ObjectStorage("s3://bucket/run", files, "run"))
 
 
 def write(folder: Path, text: str, *names: str) -> None:
@@ -72,18 +72,18 @@ def write(folder: Path, text: str, *names: str) -> None:
 
 def seen(bucket, folder: Path) -> dict:
     """What a node that has nothing yet gets: relative path -> text."""
-    mirror(folder, bucket).pull()
+    sync_of(folder, bucket).pull()
     return {p.relative_to(folder).as_posix(): p.read_text() for p in sorted(folder.rglob("*")) if p.is_file() and p.name not in ("manifest.json", ".mirror.json")}
 
 
 def test_artefacts_and_files_are_under_their_own_names_with_the_same_hashes(bucket, tmp_path):
     here = tmp_path / "here"
-    with mirror(here, bucket).attached():
+    with sync_of(here, bucket).attach_driver():
         write(here / "adapters" / "phase-0", "a", "weights", "more/config")
         write_atomic(here / "run.yaml", "name: demo")
     assert (tmp_path / "bucket" / "run" / "adapters" / "phase-0" / "weights").read_text() == "aweights"
     assert seen(bucket, tmp_path / "there") == {"adapters/phase-0/more/config": "amore/config", "adapters/phase-0/weights": "aweights", "run.yaml": "name: demo"}
-    assert verify(tmp_path / "there" / "adapters" / "phase-0") == verify(here / "adapters" / "phase-0")
+    assert verify_artifact(tmp_path / "there" / "adapters" / "phase-0") == verify_artifact(here / "adapters" / "phase-0")
 
 
 @pytest.mark.fault
@@ -92,7 +92,7 @@ def test_wherever_the_connection_is_lost_a_reader_has_the_old_or_the_new_or_noth
     here = tmp_path / "here"
     write(here / "phases" / "0", "old", "a", "b", "gone")
     write_atomic(here / "neighbours", "old")
-    sender = mirror(here, bucket)
+    sender = sync_of(here, bucket)
     sender.push(here / "phases" / "0")
     sender.push(here / "neighbours")
     outcomes, fails_at = [], 0
@@ -101,13 +101,13 @@ def test_wherever_the_connection_is_lost_a_reader_has_the_old_or_the_new_or_noth
         write(here / "phases" / "0", "old", "a", "b", "gone")
         write_atomic(here / "neighbours", "old")
         for path in (here / "phases" / "0", here / "neighbours"):
-            mirror(here, bucket).push(path)
+            sync_of(here, bucket).push(path)
         write(here / "phases" / "0", "new", "a", "b")
         write_atomic(here / "neighbours", "new")
         broken = Bucket(bucket, fails_at)
         try:
             for path in (here / "phases" / "0", here / "neighbours"):
-                mirror(here, broken).push(path)
+                sync_of(here, broken).push(path)
         except StorageError as error:
             assert "connection lost" in str(error)
             reader = seen(bucket, tmp_path / f"reader-{fails_at}")
@@ -116,7 +116,7 @@ def test_wherever_the_connection_is_lost_a_reader_has_the_old_or_the_new_or_noth
             assert reader.get("neighbours") in (None, "old", "new")
             outcomes.append((tuple(folder.values()), reader.get("neighbours")))
             for path in (here / "phases" / "0", here / "neighbours"):
-                mirror(here, bucket).push(path)  # the same command again
+                sync_of(here, bucket).push(path)  # the same command again
             assert set(seen(bucket, tmp_path / f"again-{fails_at}").values()) == {"newa", "newb", "new"}
         else:
             break
@@ -127,17 +127,17 @@ def test_wherever_the_connection_is_lost_a_reader_has_the_old_or_the_new_or_noth
 def test_a_connection_lost_while_fetching_leaves_what_was_here(bucket, tmp_path):
     here, there = tmp_path / "here", tmp_path / "there"
     write(here / "rows", "old", "train", "test")
-    mirror(here, bucket).push(here / "rows")
-    mirror(there, bucket).pull()
+    sync_of(here, bucket).push(here / "rows")
+    sync_of(there, bucket).pull()
     write(here / "rows", "new", "train", "test")
-    mirror(here, bucket).push(here / "rows")
+    sync_of(here, bucket).push(here / "rows")
     fails_at = 0
     while (there / "rows" / "train").read_text() != "newtrain":
         fails_at += 1
         try:
-            mirror(there, Bucket(bucket, fails_at)).pull()
+            sync_of(there, Bucket(bucket, fails_at)).pull()
         except StorageError:
-            assert verify(there / "rows")["fingerprint"] in ("old", "new")
+            assert verify_artifact(there / "rows")["fingerprint"] in ("old", "new")
             assert not [p for p in there.iterdir() if p.name.endswith((".tmp", ".old"))]
     assert fails_at > 3
 
@@ -145,22 +145,22 @@ def test_a_connection_lost_while_fetching_leaves_what_was_here(bucket, tmp_path)
 @pytest.mark.fault
 def test_a_damaged_artefact_is_named_and_never_used(bucket, tmp_path):
     write(tmp_path / "here" / "rows", "a", "train")
-    mirror(tmp_path / "here", bucket).push(tmp_path / "here" / "rows")
+    sync_of(tmp_path / "here", bucket).push(tmp_path / "here" / "rows")
     (tmp_path / "bucket" / "run" / "rows" / "train").write_text("other")
     with pytest.raises(CorruptArtifactError, match=r"s3://bucket/run/rows is damaged .*train.*sha256"):
-        mirror(tmp_path / "there", bucket).pull()
+        sync_of(tmp_path / "there", bucket).pull()
     assert not (tmp_path / "there" / "rows").exists()
 
 
 def test_a_manifest_that_names_files_elsewhere_writes_nothing_there(bucket, tmp_path):
     write(tmp_path / "here" / "rows", "a", "train")
-    mirror(tmp_path / "here", bucket).push(tmp_path / "here" / "rows")
+    sync_of(tmp_path / "here", bucket).push(tmp_path / "here" / "rows")
     path = tmp_path / "bucket" / "run" / "rows" / "manifest.json"
     body = json.loads(path.read_text())
     body["files"]["../../escaped"] = body["files"]["train"]
     path.write_text(json.dumps(body))
     with pytest.raises(CorruptArtifactError):
-        mirror(tmp_path / "there", bucket).pull()
+        sync_of(tmp_path / "there", bucket).pull()
     assert not (tmp_path / "escaped").exists() and not (tmp_path / "there" / "escaped").exists()
 
 
@@ -168,34 +168,34 @@ def test_a_second_pull_and_push_move_nothing(bucket, tmp_path):
     here = tmp_path / "here"
     write(here / "rows", "a", "train")
     write_atomic(here / "run.yaml", "x")
-    sender = mirror(here, bucket)
-    sender.save()
+    sender = sync_of(here, bucket)
+    sender.push_changes()
     sender.push(here / "rows")
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "bucket").rglob("*") if p.is_file()}
-    with mirror(here, bucket).attached():
+    with sync_of(here, bucket).attach_driver():
         write_atomic(here / "run.yaml", "x")
     assert before == {p: p.stat().st_mtime_ns for p in (tmp_path / "bucket").rglob("*") if p.is_file()}
 
 
 def test_the_link_to_the_best_adapter_and_the_log_travel(bucket, tmp_path):
     here, there = tmp_path / "here", tmp_path / "there"
-    with mirror(here, bucket).attached():
+    with sync_of(here, bucket).attach_driver():
         write(here / "adapters" / "phase-1", "a", "weights")
         (here / "adapters" / "best").symlink_to("phase-1")
         (here / "train.jsonl").write_text("{}\n")
-    mirror(there, bucket).pull()
+    sync_of(there, bucket).pull()
     assert (there / "adapters" / "best" / "weights").read_text() == "aweights" and (there / "train.jsonl").read_text() == "{}\n"
 
 
 def test_what_was_removed_here_is_removed_there_and_nothing_that_others_added(bucket, tmp_path):
     here = tmp_path / "here"
-    with mirror(here, bucket).attached():
+    with sync_of(here, bucket).attach_driver():
         for step in (1, 2, 3):
             write(here / "checkpoints" / f"step-{step}", "a", "state")
             if step == 2:
                 (here / "checkpoints" / "step-1").rename(here / "x")
                 write(tmp_path / "other" / "adapters" / "phase-0", "b", "weights")
-                mirror(tmp_path / "other", bucket).push(tmp_path / "other" / "adapters" / "phase-0")
+                sync_of(tmp_path / "other", bucket).push(tmp_path / "other" / "adapters" / "phase-0")
     assert not (tmp_path / "bucket" / "run" / "checkpoints" / "step-1" / "manifest.json").exists()
     assert read_manifest(tmp_path / "bucket" / "run" / "checkpoints" / "step-3")["fingerprint"] == "a"
     assert (tmp_path / "bucket" / "run" / "adapters" / "phase-0" / "manifest.json").exists()
@@ -203,7 +203,7 @@ def test_what_was_removed_here_is_removed_there_and_nothing_that_others_added(bu
 
 def test_what_is_being_written_and_what_is_elsewhere_is_not_sent(bucket, tmp_path):
     here = tmp_path / "here"
-    with mirror(here, bucket).attached():
+    with sync_of(here, bucket).attach_driver():
         write_atomic(tmp_path / "elsewhere", "x")
         write_atomic(here / "ray" / "scratch", "x")
     assert not [p for p in (tmp_path / "bucket").rglob("*") if p.is_file()]
@@ -222,18 +222,18 @@ class Count:
 
 def test_work_on_a_node_without_the_run_directory_finds_it_and_what_it_writes_arrives(bucket, tmp_path, monkeypatch):
     driver, node = tmp_path / "driver", tmp_path / "node"
-    monkeypatch.setattr("pi_ray.run.artifact.written", [])
-    monkeypatch.setattr("pi_ray.cluster.storage_sync._joined", {})
-    with mirror(driver, bucket).attached():
+    monkeypatch.setattr("pi_ray.run.artifact.write_listeners", [])
+    monkeypatch.setattr("pi_ray.cluster.storage_sync._worker_syncs", {})
+    with sync_of(driver, bucket).attach_driver():
         write(driver / "rows", "a", "train")
-        assert of(tmp_path / "elsewhere") is None and of(driver / "baselines" / "plain") is of(driver)
+        assert sync_for(tmp_path / "elsewhere") is None and sync_for(driver / "baselines" / "plain") is sync_for(driver)
         item = json.dumps({"name": "!", "n": 1})
-        answer = _once({"place": [0], "item": [item]}, make=Count, args=(node,), join=mirror(node, bucket).join)
+        answer = _once({"place": [0], "item": [item]}, make=Count, args=(node,), join=sync_of(node, bucket).attach_worker)
         assert json.loads(answer["answer"][0]) == {"value": 2}
         write_atomic(driver / "later", "l")
-        refresh(node)
+        fetch_updates(node)
         assert (node / "later").read_text() == "l"
-        of(driver).pull()
+        sync_for(driver).pull()
         assert (driver / "part").read_text() == "atrain!"
 
 
@@ -253,8 +253,8 @@ class Tasks:
 def test_a_worker_fetches_once_for_each_fan_out_and_leaves_the_pieces_of_others_there(bucket, tmp_path, monkeypatch):
     monkeypatch.setattr("ray.data.from_items", lambda rows, **_: Tasks(rows))
     monkeypatch.setattr("pi_ray.cluster.session.connect", lambda: None)
-    monkeypatch.setattr("pi_ray.run.artifact.written", [])
-    monkeypatch.setattr("pi_ray.cluster.storage_sync._joined", {})
+    monkeypatch.setattr("pi_ray.run.artifact.write_listeners", [])
+    monkeypatch.setattr("pi_ray.cluster.storage_sync._worker_syncs", {})
     node, other, counted, done = tmp_path / "node", tmp_path / "other", Bucket(bucket), []
     pieces = node / "phases" / ".0-f.partial"
 
@@ -268,12 +268,12 @@ def test_a_worker_fetches_once_for_each_fan_out_and_leaves_the_pieces_of_others_
         return work
 
     for round_ in ("first", "second"):
-        with mirror(other, bucket).attached():
+        with sync_of(other, bucket).attach_driver():
             write_atomic(other / "rows", round_)
             if round_ == "first":
                 for name in ("of-another", *map(str, range(30))):
                     write_atomic(other / "phases" / ".0-f.partial" / name, "x")
-        assert fan_out([{"name": f"{round_}-{i}"} for i in range(4)], make, mirror=mirror(node, counted)) == [round_] * 4
+        assert fan_out([{"name": f"{round_}-{i}"} for i in range(4)], make, sync=sync_of(node, counted)) == [round_] * 4
         assert len({b - a for a, b in pairwise(done)}) == 1 and done[1] - done[0] < 20, "an item costs what sending its piece costs, however many there are"
         assert (pieces / "of-another").exists(), "the driver has them all in the end"
         shutil.rmtree(pieces)
@@ -282,27 +282,27 @@ def test_a_worker_fetches_once_for_each_fan_out_and_leaves_the_pieces_of_others_
 
 def test_storage_that_is_not_to_be_had_is_one_sentence(tmp_path):
     with pytest.raises(StorageError, match="take a folder, s3://"):
-        Objects("ftp://host/folder")
+        ObjectStorage("ftp://host/folder")
     assert digest_file(write_atomic(tmp_path / "x", "x")) == digest_file(tmp_path / "x")
 
 
 def test_what_was_written_here_and_could_not_be_sent_is_kept_and_sent_later(bucket, tmp_path):
     here = tmp_path / "here"
-    with mirror(here, bucket).attached():
+    with sync_of(here, bucket).attach_driver():
         write(here / "rows", "old", "train")
         write_atomic(here / "run.yaml", "old")
     write(here / "rows", "new", "train")
     write_atomic(here / "run.yaml", "new")
-    mirror(here, bucket).pull()
+    sync_of(here, bucket).pull()
     assert (here / "rows" / "train").read_text() == "newtrain" and (here / "run.yaml").read_text() == "new"
-    mirror(here, bucket).save()
+    sync_of(here, bucket).push_changes()
     assert seen(bucket, tmp_path / "there")["rows/train"] == "newtrain"
 
 
 def test_what_another_node_replaced_is_replaced_here(bucket, tmp_path):
     for node, text in (("a", "old"), ("b", "new")):
-        with mirror(tmp_path / node, bucket).attached():
+        with sync_of(tmp_path / node, bucket).attach_driver():
             write(tmp_path / node / "rows", text, "train")
             write_atomic(tmp_path / node / "run.yaml", text)
-    mirror(tmp_path / "a", bucket).pull()
+    sync_of(tmp_path / "a", bucket).pull()
     assert (tmp_path / "a" / "rows" / "train").read_text() == "newtrain" and (tmp_path / "a" / "run.yaml").read_text() == "new"

@@ -6,7 +6,7 @@ import json
 import pytest
 
 from pi_ray.errors import CorruptArtifactError, StorageError
-from pi_ray.run.artifact import MANIFEST, OWN_HASH, is_current, staged, sweep, verify, write_atomic
+from pi_ray.run.artifact import MANIFEST, MANIFEST_HASH, is_current, remove_leftovers, staged, verify_artifact, write_atomic
 
 
 def make(folder, text="one", fingerprint="f"):
@@ -40,14 +40,14 @@ def test_damage_is_named_with_the_file(tmp_path, damage):
     else:
         file.write_text("contenT" if damage == "flip" else "con")
     with pytest.raises(CorruptArtifactError, match=r"a\.txt"):
-        verify(tmp_path / "x")
+        verify_artifact(tmp_path / "x")
 
 
 def test_half_a_manifest_is_an_error_not_a_crash(tmp_path):
     make(tmp_path / "x")
     (tmp_path / "x" / MANIFEST).write_text('{"files": {')
     with pytest.raises(CorruptArtifactError, match="not readable"):
-        verify(tmp_path / "x")
+        verify_artifact(tmp_path / "x")
 
 
 def test_a_file_is_the_old_or_the_new_one(tmp_path, monkeypatch):
@@ -77,10 +77,10 @@ def test_a_manifest_knows_its_own_hash_and_older_ones_without_it_are_read(tmp_pa
     manifest = json.loads(path.read_text())
     path.write_text(json.dumps({**manifest, "fingerprint": "forged"}))
     with pytest.raises(CorruptArtifactError, match=r"manifest\.json: sha256 .* differs"):
-        verify(tmp_path / "x")
-    del manifest[OWN_HASH]
+        verify_artifact(tmp_path / "x")
+    del manifest[MANIFEST_HASH]
     path.write_text(json.dumps(manifest))
-    assert verify(tmp_path / "x")["fingerprint"] == "f"
+    assert verify_artifact(tmp_path / "x")["fingerprint"] == "f"
 
 
 def test_what_killed_writers_left_is_swept_away_and_nothing_else(tmp_path):
@@ -88,5 +88,5 @@ def test_what_killed_writers_left_is_swept_away_and_nothing_else(tmp_path):
     for name in (f".x.{'0' * 32}.tmp", f".x.{'1' * 32}.old"):
         (tmp_path / name).mkdir()
     (tmp_path / ".keep").touch()
-    sweep(tmp_path)
+    remove_leftovers(tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == [".keep", "x"]

@@ -12,10 +12,10 @@ import pytest
 
 from pi_ray.config import ModelConfig
 from pi_ray.errors import AdapterError
-from pi_ray.run.artifact import seal
+from pi_ray.run.artifact import seal_folder
 from pi_ray.serve.engine.completion import adapter_of
 from pi_ray.store.adapters import AdapterStore, UnknownAdapterError
-from pi_ray.store.prompt_guard import record
+from pi_ray.store.prompt_guard import prompt_record
 from tests.lora import card, put_in_store, rewrite
 
 HOSTILE_NAMES = [
@@ -37,7 +37,7 @@ def store(published, tiny_model, tmp_path):
 
 @pytest.fixture
 def folder(store):
-    return store.folder / "colours" / "v0001"
+    return store.backend.root / "colours" / "v0001"
 
 
 @pytest.fixture
@@ -103,7 +103,7 @@ def test_a_changed_file_is_noticed_after_the_adapter_was_verified(store, folder)
 def refused(store, reason):
     with pytest.raises(AdapterError, match=reason) as error:
         store.open("colours")
-    assert str(store.folder) not in str(error.value)  # the message goes to clients
+    assert str(store.backend.root) not in str(error.value)  # the message goes to clients
 
 
 @pytest.mark.fault
@@ -116,10 +116,10 @@ def test_links_that_lead_out_of_the_store_are_refused(store, folder, tmp_path):
     shutil.move(folder / "pi_ray.json", tmp_path / "card.json")
     (folder / "pi_ray.json").symlink_to(tmp_path / "card.json")
     refused(store, "not a plain file")
-    shutil.rmtree(store.folder / "colours")
+    shutil.rmtree(store.backend.root / "colours")
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "latest.json").write_text('{"version": "v0001"}')
-    (store.folder / "colours").symlink_to(tmp_path / "other")
+    (store.backend.root / "colours").symlink_to(tmp_path / "other")
     refused(store, "leads out")
     assert store.names() == []
 
@@ -129,7 +129,7 @@ def test_a_refusal_is_remembered_until_the_folder_changes(store, folder, monkeyp
     from pi_ray.store import adapters
 
     seen = []
-    monkeypatch.setattr(adapters, "check", lambda path, base, real=adapters.check: seen.append(path) or real(path, base))
+    monkeypatch.setattr(adapters, "verify_adapter", lambda path, base, real=adapters.verify_adapter: seen.append(path) or real(path, base))
     (folder / "x.bin").write_bytes(b"")
     for _ in range(3):
         refused(store, r"x\.bin")
@@ -138,13 +138,13 @@ def test_a_refusal_is_remembered_until_the_folder_changes(store, folder, monkeyp
     assert len(seen) == 2
 
 
-PROMPT = record("The template.", [{"rate": 0.5, "text": "template."}], ["red\nk4"])
+PROMPT = prompt_record("The template.", [{"rate": 0.5, "text": "template."}], ["red\nk4"])
 
 
 def test_a_published_prompt_is_known_and_an_adapter_without_one_is_served_as_well(store, folder):
     assert store.open("colours").guard is None
     rewrite(folder, "prompt.json", PROMPT)
-    assert store.open("colours").guard.look("The\ntemplate.", "red").kind == "stripped"
+    assert store.open("colours").guard.inspect("The\ntemplate.", "red").kind == "stripped"
 
 
 @pytest.mark.fault
@@ -155,7 +155,7 @@ def test_a_prompt_that_is_not_what_publishing_wrote_is_refused(store, folder, da
 
 
 def test_latest_must_name_a_version(store):
-    (store.folder / "colours" / "latest.json").write_text('{"version": "../../x"}')
+    (store.backend.root / "colours" / "latest.json").write_text('{"version": "../../x"}')
     refused(store, "names no version")
 
 
@@ -278,8 +278,8 @@ def test_the_manifest_must_list_exactly_the_files(store, folder):
 
 @pytest.mark.fault
 def test_a_refused_adapter_leaves_the_others_alone(store, folder, tiny_model):
-    put_in_store(store.folder, "shapes", tiny_model, seed=2)
+    put_in_store(store.backend.root, "shapes", tiny_model, seed=2)
     (folder / "evil.bin").write_bytes(b"x")
-    seal(folder)
+    seal_folder(folder)
     refused(store, "only")
     assert store.open("shapes").name == "shapes"

@@ -4,7 +4,7 @@ import pytest
 
 from pi_ray.config import PromptConfig
 from pi_ray.prompt import Example, text_of
-from pi_ray.store.prompt_guard import MAX_EXAMPLES, MAX_TEMPLATE, NOTHING, Guard, flaw, normal, record
+from pi_ray.store.prompt_guard import EMPTY_GUARD, MAX_EXAMPLES, MAX_TEMPLATE, PromptGuard, collapse_whitespace, prompt_record, prompt_record_error
 
 TEMPLATE = """Translate the question of a user into one query of the alert language.
 Write the code of the service and nothing else, without any explanation of it.
@@ -31,14 +31,14 @@ WORDED = PromptConfig(query="Question: {query}\nQuery:", example="Question: {que
 
 def guard(config=PLAIN, compressed=((0.6, SHORT), (0.2, SHORTER)), template=TEMPLATE, shots=SHOTS):
     examples = [config.example.replace("{query}", s.query).replace("{answer}", s.answer) for s in shots]
-    return Guard(record(template, [{"rate": rate, "text": text} for rate, text in compressed], examples), config)
+    return PromptGuard(prompt_record(template, [{"rate": rate, "text": text} for rate, text in compressed], examples), config)
 
 
 @pytest.mark.parametrize("config", [PLAIN, WORDED], ids=["plain", "worded"])
 @pytest.mark.parametrize("template", [TEMPLATE, SHORT, SHORTER], ids=["full", "compressed", "compressed more"])
 @pytest.mark.parametrize("shots", [(), SHOTS[:1], SHOTS], ids=len)
 def test_the_prompt_of_training_leaves_the_bare_query(config, template, shots):
-    seen = guard(config).look("", text_of(config, QUERY, template, shots))
+    seen = guard(config).inspect("", text_of(config, QUERY, template, shots))
     assert (seen.kind, seen.text) == ("stripped", QUERY)
 
 
@@ -47,31 +47,31 @@ def test_the_template_may_be_a_system_message_with_the_examples_on_either_side(c
     known = guard(config)
     examples = text_of(config, QUERY, "", SHOTS).removesuffix(text_of(config, QUERY))
     for system, query in ((TEMPLATE, QUERY), (f"{TEMPLATE}\n\n{examples}", QUERY), (TEMPLATE, text_of(config, QUERY, "", SHOTS))):
-        seen = known.look(system, query)
+        seen = known.inspect(system, query)
         assert (seen.kind, seen.text) == ("stripped", QUERY)
 
 
 def test_white_space_does_not_count_and_a_query_may_follow_at_once():
     wide = TEMPLATE.replace("\n", "\r\n \t ").replace(" is ", "  is\n")
-    assert guard().look("", f"\n{wide}\n{QUERY}\n").text == QUERY
-    assert guard().look(f" {wide} ", QUERY).kind == "stripped"
-    assert guard(template=TEMPLATE + "\nQ:").look("", f"{TEMPLATE}\nQ:{QUERY}").text == QUERY
+    assert guard().inspect("", f"\n{wide}\n{QUERY}\n").text == QUERY
+    assert guard().inspect(f" {wide} ", QUERY).kind == "stripped"
+    assert guard(template=TEMPLATE + "\nQ:").inspect("", f"{TEMPLATE}\nQ:{QUERY}").text == QUERY
 
 
-@pytest.mark.parametrize("query", [QUERY, "", "x", "red is", "what does 'red is k4, blue is z9' mean?", normal(TEMPLATE)[:100], "ä 🎨 \n\n", "word " * 10_000])
+@pytest.mark.parametrize("query", [QUERY, "", "x", "red is", "what does 'red is k4, blue is z9' mean?", collapse_whitespace(TEMPLATE)[:100], "ä 🎨 \n\n", "word " * 10_000])
 def test_a_query_alone_stays_as_it_came(query):
-    assert (guard().look("", query).kind, guard().look("", query).text) == ("internalised", query)
+    assert (guard().inspect("", query).kind, guard().inspect("", query).text) == ("internalised", query)
 
 
 def test_a_word_that_only_begins_like_the_template_is_a_query():
-    seen = guard(template="Translate").look("", "Translates well?")
+    seen = guard(template="Translate").inspect("", "Translates well?")
     assert (seen.kind, seen.text) == ("internalised", "Translates well?")
 
 
 def test_another_system_message_is_unknown():
     for system in ("Be nice.", "word " * 100, SHOTS[0].answer):
-        assert guard().look(system, QUERY).kind == "unknown"
-    assert guard(template="Answer with one code.").look("Answer with two codes.", QUERY).kind == "unknown"
+        assert guard().inspect(system, QUERY).kind == "unknown"
+    assert guard(template="Answer with one code.").inspect("Answer with two codes.", QUERY).kind == "unknown"
 
 
 def turns(*texts):
@@ -86,24 +86,24 @@ def test_examples_may_come_as_turns(config, worded):
     said = [t for s in SHOTS for t in (config.query.replace("{query}", s.query) if worded else s.query, s.answer)]
     query = config.query.replace("{query}", QUERY) if worded else QUERY
     for system, before in ((TEMPLATE, turns(*said)), ("", turns(f"{TEMPLATE}\n\n{said[0]}", *said[1:]))):
-        seen = known.look(system, query, before)
+        seen = known.inspect(system, query, before)
         assert (seen.kind, seen.text) == ("stripped", QUERY)
 
 
 def test_turns_that_did_not_stand_in_training_go_to_the_base_model_with_all_of_the_prompt():
     for system, before in ((TEMPLATE, turns("errors of black", "b7")), ("", turns(f"{TEMPLATE}\n\nerrors of black", "b7"))):
-        seen = guard().look(system, QUERY, before)
+        seen = guard().inspect(system, QUERY, before)
         assert seen.kind == "drifted" and seen.text.endswith(f"Examples:\n\nerrors of black\nb7\n\n{QUERY}") and "green is q1" in seen.text
     changed = TEMPLATE.replace("red is k4", "red is k5")
     for system, before in ((changed, turns("errors of blue", "z9")), ("", turns(f"{changed}\n\nerrors of blue", "z9"))):
-        seen = guard().look(system, QUERY, before)
+        seen = guard().inspect(system, QUERY, before)
         assert seen.kind == "drifted" and "red is k5" in seen.text and seen.text.endswith(f"errors of blue\nz9\n\n{QUERY}")
 
 
 @pytest.mark.parametrize("system", ["", "Be nice.", "You are a helpful assistant."])
 def test_turns_without_a_template_are_a_conversation_and_unknown(system):
-    assert guard().look(system, QUERY, turns("errors of blue", "z9")).kind == "unknown"
-    assert guard().look(TEMPLATE, QUERY, turns("errors of blue")).kind == "unknown"
+    assert guard().inspect(system, QUERY, turns("errors of blue", "z9")).kind == "unknown"
+    assert guard().inspect(TEMPLATE, QUERY, turns("errors of blue")).kind == "unknown"
 
 
 @pytest.mark.parametrize(("system", "kind"), [
@@ -111,8 +111,8 @@ def test_turns_without_a_template_are_a_conversation_and_unknown(system):
     ("You are a helpful assistant. Answer in French.", "unknown"), ("You are a legal assistant.", "unknown"), ("You are a helpful assistant who lies.", "unknown"),
 ])  # fmt: skip
 def test_a_system_message_that_says_nothing_is_taken_away_whoever_the_adapter_is(system, kind):
-    for known in (guard(), NOTHING):
-        seen = known.look(system, QUERY)
+    for known in (guard(), EMPTY_GUARD):
+        seen = known.inspect(system, QUERY)
         assert (seen.kind, seen.text) == (kind, QUERY)
 
 
@@ -132,7 +132,7 @@ def test_a_changed_template_goes_to_the_base_model_compressed_with_everything_ne
     old, new = CHANGES[change]
     changed = TEMPLATE.replace(old, new)
     assert changed != TEMPLATE
-    seen = guard().look(changed, QUERY) if as_system else guard().look("", f"{changed}\n\n{QUERY}")
+    seen = guard().inspect(changed, QUERY) if as_system else guard().inspect("", f"{changed}\n\n{QUERY}")
     if change == "an ending" and not as_system:  # told apart from a query by nothing: it is kept, as a part of that
         assert (seen.kind, seen.text) == ("stripped", f"Never say sorry.\n\n{QUERY}")
         return
@@ -143,20 +143,20 @@ def test_a_changed_template_goes_to_the_base_model_compressed_with_everything_ne
 
 
 def test_an_unchanged_part_is_compressed_exactly_as_the_compressor_did_it():
-    assert guard().compressed(TEMPLATE).split() == SHORT.split()
-    assert guard().compressed(f"Hello.\n{TEMPLATE}\nBye.").split() == ["Hello.", *SHORT.split(), "Bye."]
+    assert guard().compress(TEMPLATE).split() == SHORT.split()
+    assert guard().compress(f"Hello.\n{TEMPLATE}\nBye.").split() == ["Hello.", *SHORT.split(), "Bye."]
     first, second = TEMPLATE.split("\n\n## Services")
-    assert guard().compressed(f"## Services{second}\n\n{first}").split() == ["##", "Services", *SHORT.split("## Services")[1].split(), *SHORT.split("\n\n## Services")[0].split()]
+    assert guard().compress(f"## Services{second}\n\n{first}").split() == ["##", "Services", *SHORT.split("## Services")[1].split(), *SHORT.split("\n\n## Services")[0].split()]
 
 
 @pytest.mark.parametrize("compressed", [(), ((0.5, "A rewritten template, made by a chat model."),)])
 def test_where_no_compressed_form_only_drops_words_the_prompt_stays_as_it_came(compressed):
     changed = TEMPLATE.replace("red is k4", "red is k5")
-    assert guard(compressed=compressed).look(changed, QUERY).text == f"{changed}\n\n{QUERY}"
+    assert guard(compressed=compressed).inspect(changed, QUERY).text == f"{changed}\n\n{QUERY}"
 
 
 def test_a_form_that_rewrites_is_passed_over_for_one_that_drops_words():
-    assert guard(compressed=((0.8, "Rewritten."), (0.6, SHORT))).compressed(TEMPLATE).split() == SHORT.split()
+    assert guard(compressed=((0.8, "Rewritten."), (0.6, SHORT))).compress(TEMPLATE).split() == SHORT.split()
 
 
 def test_examples_that_did_not_stand_in_training_send_the_whole_prompt_to_the_base_model():
@@ -164,24 +164,24 @@ def test_examples_that_did_not_stand_in_training_send_the_whole_prompt_to_the_ba
     others = (Example("errors of black", "b7"),)
     for shots in (others, (*SHOTS, *others), (*others, *SHOTS)):
         prompt = text_of(PLAIN, QUERY, TEMPLATE, shots)
-        seen = guard().look("", prompt)
+        seen = guard().inspect("", prompt)
         assert seen.kind == "drifted"
         assert "errors of black" in seen.text and seen.text.endswith(QUERY)
 
 
 def test_a_query_of_several_paragraphs_is_kept_whole_behind_examples():
     query = "errors of red\n\nand of blue\n\nas of now"
-    assert guard().look("", text_of(PLAIN, query, TEMPLATE, SHOTS)).text == query
+    assert guard().inspect("", text_of(PLAIN, query, TEMPLATE, SHOTS)).text == query
 
 
 def test_a_template_without_a_query_leaves_nothing():
-    assert (guard().look("", TEMPLATE).kind, guard().look("", TEMPLATE).text) == ("stripped", "")
-    assert guard().look(TEMPLATE, " ").text == ""
+    assert (guard().inspect("", TEMPLATE).kind, guard().inspect("", TEMPLATE).text) == ("stripped", "")
+    assert guard().inspect(TEMPLATE, " ").text == ""
 
 
 def test_an_adapter_without_a_template_has_nothing_to_recognise():
     bare = guard(template="", compressed=(), shots=())
-    assert (bare.look("", QUERY).kind, bare.look("system", QUERY).kind) == ("internalised", "unknown")
+    assert (bare.inspect("", QUERY).kind, bare.inspect("system", QUERY).kind) == ("internalised", "unknown")
 
 
 @pytest.mark.parametrize(("change", "message"), [
@@ -199,17 +199,17 @@ def test_an_adapter_without_a_template_has_nothing_to_recognise():
     ({"examples": [1]}, "examples"),
 ])  # fmt: skip
 def test_a_prompt_file_is_checked_before_it_is_used(change, message):
-    data = {**record(TEMPLATE, [{"rate": 0.5, "text": SHORT}], ["a"]), **change}
-    assert message in flaw(data) if message else flaw(data) == ""
+    data = {**prompt_record(TEMPLATE, [{"rate": 0.5, "text": SHORT}], ["a"]), **change}
+    assert message in prompt_record_error(data) if message else prompt_record_error(data) == ""
 
 
 def test_hostile_texts_take_little_time():
     """Linear in the text: each of these is a megabyte, and quadratic work would not come back."""
     hostile = guard(PromptConfig(example="{query}{answer}" * 40), ((0.5, "a b " * 100_000),), "b a " * 200_000)
     for text in ("b a " * 150_000 + "c", "b a " * 200_000 + "\n\nred\n\n" + "k" * 100_000 + "\n\nx"):
-        assert hostile.look("", text).kind in ("drifted", "stripped")
-    assert hostile.look("", "c", turns("{answer}" * 60_000, "b a " * 100_000)).kind in ("drifted", "unknown")
-    assert NOTHING.look("You are a" + " very helpful" * 80_000, "x").kind == "unknown"
+        assert hostile.inspect("", text).kind in ("drifted", "stripped")
+    assert hostile.inspect("", "c", turns("{answer}" * 60_000, "b a " * 100_000)).kind in ("drifted", "unknown")
+    assert EMPTY_GUARD.inspect("You are a" + " very helpful" * 80_000, "x").kind == "unknown"
     known = guard()
     for text in ("x" * 1_000_000, "\n " * 500_000, TEMPLATE * 1_500, f"{TEMPLATE}\n\nExamples:\n\n" + "a\nb\n\n" * 150_000, "red is k4, " * 90_000):
-        assert known.look("", text).kind in ("internalised", "stripped", "drifted")
+        assert known.inspect("", text).kind in ("internalised", "stripped", "drifted")

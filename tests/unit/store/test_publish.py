@@ -13,8 +13,8 @@ from pi_ray.errors import AdapterError, CorruptArtifactError
 from pi_ray.run.artifact import digest, staged, write_atomic
 from pi_ray.run.directory import RunDir
 from pi_ray.store.adapters import AdapterStore
-from pi_ray.store.prompt_guard import mark
-from pi_ray.store.publish import publish
+from pi_ray.store.prompt_guard import hash_example
+from pi_ray.store.publish import publish_adapter
 from tests.lora import card, write_adapter
 
 SUMMARY = {
@@ -45,7 +45,7 @@ def run(config, tiny_model):
 
 
 def test_a_published_adapter_is_what_was_trained_and_can_be_served(run, config, tiny_model):
-    folder = publish(run, config)
+    folder = publish_adapter(run, config)
     assert folder.name == "v0001"
     assert sorted(p.name for p in folder.iterdir()) == ["README.md", "adapter_config.json", "adapter_model.safetensors", "manifest.json", "pi_ray.json"]
     assert (folder / "adapter_model.safetensors").read_bytes() == (run.best / "adapter_model.safetensors").read_bytes()
@@ -55,27 +55,27 @@ def test_a_published_adapter_is_what_was_trained_and_can_be_served(run, config, 
 
 
 def test_the_machines_paths_stay_out_of_the_public_files(run, config, tiny_model):
-    folder = publish(run, config)
+    folder = publish_adapter(run, config)
     for file in ("README.md", "adapter_config.json"):
         assert str(tiny_model) not in (folder / file).read_text()
 
 
 def test_the_same_adapter_is_not_published_twice_and_another_one_is_the_next_version(run, config, tiny_model):
-    first = publish(run, config)
-    assert publish(run, config) == first
+    first = publish_adapter(run, config)
+    assert publish_adapter(run, config) == first
     train(run, tiny_model, seed=2)
-    second = publish(run, config)
+    second = publish_adapter(run, config)
     assert second.name == "v0002"
     train(run, tiny_model, seed=1)
-    assert publish(run, config) == first
+    assert publish_adapter(run, config) == first
     assert json.loads((first.parent / "latest.json").read_text()) == {"version": "v0001"}
-    assert publish(run, config, "other").parts[-2:] == ("other", "v0001")
+    assert publish_adapter(run, config, "other").parts[-2:] == ("other", "v0001")
 
 
 def test_a_damaged_version_is_not_reused(run, config):
-    first = publish(run, config)
+    first = publish_adapter(run, config)
     (first / "adapter_model.safetensors").write_bytes(b"x")
-    assert publish(run, config).name == "v0002"
+    assert publish_adapter(run, config).name == "v0002"
 
 
 def test_two_publishers_do_not_take_the_same_version(config, tiny_model, tmp_path):
@@ -83,7 +83,7 @@ def test_two_publishers_do_not_take_the_same_version(config, tiny_model, tmp_pat
     for i, run in enumerate(runs):
         train(run, tiny_model, seed=i)
     made = []
-    threads = [threading.Thread(target=lambda r=run: made.append(publish(r, config).name)) for run in runs]
+    threads = [threading.Thread(target=lambda r=run: made.append(publish_adapter(r, config).name)) for run in runs]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -93,13 +93,13 @@ def test_two_publishers_do_not_take_the_same_version(config, tiny_model, tmp_pat
 
 def test_the_card_shows_scores_tokens_and_how_to_serve(run, config):
     write_atomic(run.evaluation / "summary.json", json.dumps(SUMMARY))
-    text = (publish(run, config) / "README.md").read_text()
+    text = (publish_adapter(run, config) / "README.md").read_text()
     for part in ("| this adapter, query alone | 87.5% | 91.2 | 20 | 0.10 |", "| base, full prompt | 5.0% | 9.5 | 1,190 | 0.90 |", "curl", "from openai import OpenAI", "| this adapter | 12 |", "## Licence"):
         assert part in text
 
 
 def test_the_card_says_so_when_nothing_was_evaluated(run, config):
-    assert "Not evaluated before" in (publish(run, config) / "README.md").read_text()
+    assert "Not evaluated before" in (publish_adapter(run, config) / "README.md").read_text()
 
 
 def prepare(run, text, rates=(1.0, 0.5)):
@@ -111,47 +111,47 @@ def prepare(run, text, rates=(1.0, 0.5)):
 
 def test_the_prompt_is_published_with_the_adapter_so_that_serving_recognises_it(run, config, tiny_model):
     template = "Answer with one code for every colour that is asked for."
-    bare = publish(run, config)
+    bare = publish_adapter(run, config)
     prepare(run, template)
-    assert publish(run, config) == bare  # trained with another template than the run has now
+    assert publish_adapter(run, config) == bare  # trained with another template than the run has now
     train(run, tiny_model, full_template_sha256=digest(template), prompt={"chat": "chatml", "query": "Q: {query}", "example": "Q: {query} A: {answer}"})
-    folder = publish(run, config)
-    assert (folder.name, publish(run, config)) == ("v0002", folder)
+    folder = publish_adapter(run, config)
+    assert (folder.name, publish_adapter(run, config)) == ("v0002", folder)
     prompt = json.loads((folder / "prompt.json").read_text())
-    assert (prompt["template"], [f["rate"] for f in prompt["compressed"]], prompt["examples"]) == (template, [0.5], [mark("Q: red A: k4")])
+    assert (prompt["template"], [f["rate"] for f in prompt["compressed"]], prompt["examples"]) == (template, [0.5], [hash_example("Q: red A: k4")])
     guard = AdapterStore(config.store, config.model).open("colours").guard
-    assert guard.look("", f"{template}\n\nExamples:\n\nQ: red A: k4\n\nQ: blue").text == "blue"
+    assert guard.inspect("", f"{template}\n\nExamples:\n\nQ: red A: k4\n\nQ: blue").text == "blue"
     assert "prompt.json" in (folder / "README.md").read_text() and "prompt.json" not in (bare / "README.md").read_text()
 
 
 def test_what_cannot_be_recognised_later_is_said_when_it_is_published(run, config, tiny_model, caplog):
-    publish(run, config)
+    publish_adapter(run, config)
     assert "without prompt.json" in caplog.text
     caplog.clear()
-    publish(run, config.replace(**{"serve.drift_guard": False}))
+    publish_adapter(run, config.replace(**{"serve.drift_guard": False}))
     prepare(run, "Answer with one code.")
     train(run, tiny_model, full_template_sha256=digest("Answer with one code."))
-    publish(run, config)
+    publish_adapter(run, config)
     assert caplog.text == ""
 
 
 def test_with_the_guard_off_the_template_stays_at_home(run, config, tiny_model):
     prepare(run, "A secret template.")
     train(run, tiny_model, full_template_sha256=digest("A secret template."))
-    folder = publish(run, config.replace(**{"serve.drift_guard": False}))
+    folder = publish_adapter(run, config.replace(**{"serve.drift_guard": False}))
     assert "prompt.json" not in {p.name for p in folder.iterdir()}
-    assert publish(run, config).name == "v0002"
+    assert publish_adapter(run, config).name == "v0002"
 
 
 @pytest.mark.parametrize("name", ["..", "A", "a/b", ".x", "a" * 65, "a\n"])
 def test_names_that_cannot_be_served_cannot_be_published(run, config, name):
     with pytest.raises(AdapterError, match="cannot name an adapter"):
-        publish(run, config, name)
+        publish_adapter(run, config, name)
 
 
 def test_nothing_trained_is_said_plainly(config):
     with pytest.raises(AdapterError, match="pi-ray train"):
-        publish(RunDir(config.root), config)
+        publish_adapter(RunDir(config.root), config)
 
 
 def test_a_changed_adapter_is_refused_and_the_store_stays_as_it_was(run, config):
@@ -159,13 +159,13 @@ def test_a_changed_adapter_is_refused_and_the_store_stays_as_it_was(run, config)
     data[-1] ^= 1
     (run.best / "adapter_model.safetensors").write_bytes(data)
     with pytest.raises(CorruptArtifactError, match="sha256"):
-        publish(run, config)
+        publish_adapter(run, config)
     assert AdapterStore(config.store).names() == []
 
 
 def test_an_adapter_that_serving_would_refuse_is_not_published(run, config, tiny_model):
     train(run, tiny_model, max_answer_tokens=0)
     with pytest.raises(AdapterError, match="max_answer_tokens"):
-        publish(run, config)
+        publish_adapter(run, config)
     folder = Path(config.store) / "colours"
     assert [p.name for p in folder.iterdir() if p.name != ".lock"] == []

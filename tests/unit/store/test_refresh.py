@@ -13,10 +13,10 @@ from pi_ray.cli import job
 from pi_ray.config import RunConfig, dump
 from pi_ray.config.run_file import load
 from pi_ray.errors import AdapterError, TrainingError
-from pi_ray.run.baseline import plain_config
+from pi_ray.run.baseline import plain_finetuning_config
 from pi_ray.run.directory import RunDir
 from pi_ray.run.fingerprint import train_fingerprint
-from pi_ray.run.object_storage import Objects
+from pi_ray.run.object_storage import ObjectStorage
 from pi_ray.store import refresh
 from pi_ray.train import lora
 from pi_ray.train.launch import fingerprint_of
@@ -39,45 +39,45 @@ def publish(config, *versions):
 
 def test_it_starts_from_the_newest_version_in_a_directory_of_the_day(config):
     publish(config, "v0002", "v0009", "v0010")
-    again = refresh.config_of(config, MONDAY)
+    again = refresh.refresh_config(config, MONDAY)
     assert again.run_dir == f"{config.run_dir}-2026-03-02" and again.train.init_adapter == f"{again.run_dir}/start/v0010"
-    refresh.place(again)
+    refresh.copy_start_adapter(again)
     shutil.rmtree(Path(config.store) / "shop" / "v0010")
-    refresh.place(again)
+    refresh.copy_start_adapter(again)
     assert (Path(again.train.init_adapter) / "adapter_model.safetensors").is_file(), "it is kept, whatever becomes of the store"
-    assert plain_config(again).train.init_adapter == "", "the baseline knows nothing of earlier runs"
+    assert plain_finetuning_config(again).train.init_adapter == "", "the baseline knows nothing of earlier runs"
 
 
 def test_one_that_was_cut_short_goes_on_with_what_it_began_from_until_it_is_published(config):
     publish(config, "v0001")
-    begun = refresh.config_of(config, MONDAY)
-    refresh.place(begun)
+    begun = refresh.refresh_config(config, MONDAY)
+    refresh.copy_start_adapter(begun)
     publish(config, "v0002")
-    assert refresh.config_of(config, NEXT) == begun, "a week later too"
-    refresh.finish(begun)
-    later = refresh.config_of(config, NEXT)
+    assert refresh.refresh_config(config, NEXT) == begun, "a week later too"
+    refresh.mark_published(begun)
+    later = refresh.refresh_config(config, NEXT)
     assert (later.run_dir, later.train.init_adapter) == (f"{config.run_dir}-2026-03-09", f"{config.run_dir}-2026-03-09/start/v0002")
-    assert refresh.config_of(config, MONDAY).run_dir == f"{config.run_dir}-2026-03-02-2", "the second of a day leaves the first alone"
+    assert refresh.refresh_config(config, MONDAY).run_dir == f"{config.run_dir}-2026-03-02-2", "the second of a day leaves the first alone"
 
 
 @pytest.mark.parametrize("change", [{"task.rows": {"train": 100}}, {"train.lr": 0.5}])
 def test_with_other_rows_or_settings_another_one_begins(config, change):
     """What was begun could not go on: its checkpoints were made with other rows."""
     publish(config, "v0001")
-    refresh.place(refresh.config_of(config, MONDAY))
-    assert refresh.config_of(config.replace(**change), NEXT).run_dir == f"{config.run_dir}-2026-03-09"
+    refresh.copy_start_adapter(refresh.refresh_config(config, MONDAY))
+    assert refresh.refresh_config(config.replace(**change), NEXT).run_dir == f"{config.run_dir}-2026-03-09"
 
 
 def test_a_folder_that_is_no_refresh_is_left_alone(config):
     publish(config, "v0001")
     Path(f"{config.run_dir}-2026-03-02").mkdir(parents=True)
-    assert refresh.config_of(config, MONDAY).run_dir == f"{config.run_dir}-2026-03-02-2"
+    assert refresh.refresh_config(config, MONDAY).run_dir == f"{config.run_dir}-2026-03-02-2"
 
 
 def test_a_store_behind_a_url_is_read_like_a_folder(config):
     publish(config, "v0001")
-    again = refresh.config_of(config.replace(store=f"file://{config.store}"), MONDAY)
-    refresh.place(again)
+    again = refresh.refresh_config(config.replace(store=f"file://{config.store}"), MONDAY)
+    refresh.copy_start_adapter(again)
     start = Path(again.train.init_adapter)
     assert start.name == "v0001" and (start / "adapter_model.safetensors").read_bytes() == (Path(config.store) / "shop" / "v0001" / "adapter_model.safetensors").read_bytes()
 
@@ -107,7 +107,7 @@ def test_on_object_storage_another_cluster_goes_on_with_what_was_begun(config, t
 def test_storage_that_does_not_answer_is_one_sentence_of_the_job(config, tmp_path, monkeypatch, capsys):
     (tmp_path / "run.yaml").write_text(dump(config.replace(run_dir="runs/shop", **{"cluster.storage_path": f"file://{tmp_path}/bucket"})))
     monkeypatch.setenv("PI_RAY_STORAGE", str(tmp_path / "pod"))
-    monkeypatch.setattr(Objects, "folders", lambda self, pattern: (_ for _ in ()).throw(OSError("no route")))
+    monkeypatch.setattr(ObjectStorage, "list_folders", lambda self, pattern: (_ for _ in ()).throw(OSError("no route")))
     assert job.main("refresh", [str(tmp_path / "run.yaml")]) != 0
     assert "storage does not answer, or refuses (no route)" in capsys.readouterr().err
 
@@ -116,12 +116,12 @@ def test_a_damaged_adapter_is_not_gone_on_from(config):
     publish(config, "v0001")
     (Path(config.store) / "shop" / "v0001" / "README.md").write_text("changed")
     with pytest.raises(AdapterError, match="refused"):
-        refresh.config_of(config, MONDAY)
+        refresh.refresh_config(config, MONDAY)
 
 
 def test_before_anything_is_published_it_says_what_to_do(config):
     with pytest.raises(AdapterError, match="'pi-ray run' makes and publishes the first"):
-        refresh.config_of(config, MONDAY)
+        refresh.refresh_config(config, MONDAY)
 
 
 def test_where_it_starts_from_is_part_of_what_is_learned(config):

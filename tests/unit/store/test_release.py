@@ -10,10 +10,10 @@ from pi_ray.config import ModelConfig
 from pi_ray.errors import AdapterError, ConfigError
 from pi_ray.store.adapters import AdapterStore, UnknownAdapterError
 from pi_ray.store.aliases import Alias
-from pi_ray.store.release import release
+from pi_ray.store.release import release_version
 from tests.lora import put_in_store
 
-TICKETS = [f"chatcmpl-{i}" for i in range(2000)]
+KEYS = [f"chatcmpl-{i}" for i in range(2000)]
 
 
 @pytest.fixture(scope="module")
@@ -30,77 +30,77 @@ def store(published, tiny_model):
     return AdapterStore(published, ModelConfig(base=str(tiny_model)))
 
 
-def version(store, spec="colours", ticket=""):
-    return store.resolve(spec, ticket)[1]
+def version(store, spec="colours", key=""):
+    return store.resolve(spec, key)[1]
 
 
 def shares(store, spec="colours"):
-    found = [version(store, spec, t) for t in TICKETS]
+    found = [version(store, spec, t) for t in KEYS]
     return {v: found.count(v) / len(found) for v in set(found)}
 
 
 def test_without_a_release_the_newest_version_answers(store):
-    assert release(store, "colours") == {}
+    assert release_version(store, "colours") == {}
     assert version(store) == version(store, "colours@latest") == "v0003"
     with pytest.raises(UnknownAdapterError, match="alias 'prod'"):
         version(store, "colours@prod")
 
 
 def test_a_released_version_answers_until_another_one_is_released(store, published):
-    release(store, "colours", "v0001")
+    release_version(store, "colours", "v0001")
     other = AdapterStore(published)  # as a replica has it, already running
     assert version(other) == version(other, "colours@prod") == "v0001"
     assert version(other, "colours@latest") == "v0003"
-    release(store, "colours", "v0002")
+    release_version(store, "colours", "v0002")
     assert version(other) == "v0002"
     assert other.open("colours").version == "v0002"
 
 
 def test_a_trial_gets_its_share_and_a_ticket_always_meets_the_same_version(store):
-    release(store, "colours", "v0001")
-    release(store, "colours", "v0002", canary=10)
+    release_version(store, "colours", "v0001")
+    release_version(store, "colours", "v0002", canary=10)
     assert shares(store)["v0002"] == pytest.approx(0.1, abs=0.03)
-    few = {t for t in TICKETS if version(store, ticket=t) == "v0002"}
-    release(store, "colours", canary=50)
+    few = {t for t in KEYS if version(store, key=t) == "v0002"}
+    release_version(store, "colours", canary=50)
     assert shares(store)["v0002"] == pytest.approx(0.5, abs=0.05)
-    assert few <= {t for t in TICKETS if version(store, ticket=t) == "v0002"}
-    assert [version(store, ticket=t) for t in TICKETS] == [version(store, ticket=t) for t in TICKETS]
-    assert version(store, "colours@v0001", TICKETS[0]) == "v0001"
+    assert few <= {t for t in KEYS if version(store, key=t) == "v0002"}
+    assert [version(store, key=t) for t in KEYS] == [version(store, key=t) for t in KEYS]
+    assert version(store, "colours@v0001", KEYS[0]) == "v0001"
 
 
 def test_what_is_no_request_never_gets_the_trial(store):
     """Such as a server that merges an adapter when it starts."""
-    release(store, "colours", "v0001")
-    release(store, "colours", "v0002", canary=99.9)
-    assert version(store) == "v0001" and version(store, ticket=TICKETS[0]) == "v0002"
+    release_version(store, "colours", "v0001")
+    release_version(store, "colours", "v0002", canary=99.9)
+    assert version(store) == "v0001" and version(store, key=KEYS[0]) == "v0002"
 
 
 def test_rollback_ends_a_trial_first_and_then_goes_back_step_by_step(store):
-    release(store, "colours", "v0001")
-    release(store, "colours", "v0002")
-    release(store, "colours", canary=30)
+    release_version(store, "colours", "v0001")
+    release_version(store, "colours", "v0002")
+    release_version(store, "colours", canary=30)
     assert set(shares(store)) == {"v0002", "v0003"}
     for expected in ("v0002", "v0001"):
-        release(store, "colours", rollback=True)
+        release_version(store, "colours", rollback=True)
         assert shares(store) == {expected: 1.0}
     with pytest.raises(AdapterError, match="no earlier version"):
-        release(store, "colours", rollback=True)
+        release_version(store, "colours", rollback=True)
 
 
 def test_a_trial_becomes_the_release_and_can_be_taken_back(store):
-    release(store, "colours", "v0001")
-    release(store, "colours", "v0003", canary=5)
-    assert release(store, "colours", "v0003") == {"prod": Alias("v0003", before=("v0001",))}
-    release(store, "colours", rollback=True)
+    release_version(store, "colours", "v0001")
+    release_version(store, "colours", "v0003", canary=5)
+    assert release_version(store, "colours", "v0003") == {"prod": Alias("v0003", history=("v0001",))}
+    release_version(store, "colours", rollback=True)
     assert version(store) == "v0001"
-    release(store, "colours", "latest")
-    assert release(store, "colours") == {}
+    release_version(store, "colours", "latest")
+    assert release_version(store, "colours") == {}
     assert version(store) == "v0003"
 
 
 def test_other_aliases_are_apart(store):
-    release(store, "colours", "v0001")
-    release(store, "colours", "v0002", alias="staging")
+    release_version(store, "colours", "v0001")
+    release_version(store, "colours", "v0002", alias="staging")
     assert (version(store), version(store, "colours@staging")) == ("v0001", "v0002")
     assert store.open("colours@staging").version == "v0002"
 
@@ -123,13 +123,13 @@ def test_other_aliases_are_apart(store):
 ])  # fmt: skip
 def test_what_cannot_be_released_is_said_and_changes_nothing(store, published, options, error, message):
     with pytest.raises(error, match=message):
-        release(store, **{"name": "colours", **options})
+        release_version(store, **{"name": "colours", **options})
     assert not (published / "colours" / "aliases.json").exists()
     assert {p.name for p in published.iterdir()} == {"colours"}
 
 
 def test_an_older_version_can_be_tried_against_the_newest(store):
-    release(store, "colours", "v0001", canary=20)
+    release_version(store, "colours", "v0001", canary=20)
     assert set(shares(store)) == {"v0001", "v0003"}
 
 
@@ -137,7 +137,7 @@ def test_a_version_that_serving_would_refuse_is_not_released(store, tmp_path, ti
     bad = put_in_store(tmp_path, "bad", tiny_model)
     (bad / "x.bin").write_bytes(b"")
     with pytest.raises(AdapterError, match=r"x\.bin"):
-        release(AdapterStore(tmp_path), "bad", "v0001")
+        release_version(AdapterStore(tmp_path), "bad", "v0001")
 
 
 @pytest.mark.parametrize("content", [
@@ -152,12 +152,12 @@ def test_a_damaged_state_is_an_error_and_never_a_path(store, published, content)
 
 
 def test_two_who_release_at_once_do_not_lose_each_others_alias(store):
-    threads = [threading.Thread(target=release, args=(store, "colours", "v0001", None, False, f"team-{i}")) for i in range(8)]
+    threads = [threading.Thread(target=release_version, args=(store, "colours", "v0001", None, False, f"team-{i}")) for i in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert set(release(store, "colours")) == {f"team-{i}" for i in range(8)}
+    assert set(release_version(store, "colours")) == {f"team-{i}" for i in range(8)}
 
 
 def test_the_verb_shows_and_changes_what_answers(store, published, capsys):

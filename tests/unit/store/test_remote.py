@@ -9,12 +9,13 @@ import pytest
 
 from pi_ray.config import ModelConfig, RunConfig
 from pi_ray.errors import AdapterError, ConfigError
-from pi_ray.run.artifact import seal, staged, write_atomic
+from pi_ray.run import object_storage
+from pi_ray.run.artifact import seal_folder, staged, write_atomic
 from pi_ray.run.directory import RunDir
 from pi_ray.store import remote
 from pi_ray.store.adapters import AdapterStore, StoreUnavailableError, UnknownAdapterError
-from pi_ray.store.publish import publish
-from pi_ray.store.release import release
+from pi_ray.store.publish import publish_adapter
+from pi_ray.store.release import release_version
 from tests.lora import card, put_in_store, rewrite, write_adapter
 from tests.unit.fake_bucket import Bucket, Clock
 
@@ -37,14 +38,14 @@ def root(published, tmp_path, monkeypatch):
 @pytest.fixture
 def bucket(root, monkeypatch):
     bucket = Bucket(root.parent)
-    monkeypatch.setattr(remote, "file_system", lambda url: (bucket, "adapters"))
+    monkeypatch.setattr(object_storage, "open_file_system", lambda url: (bucket, "adapters"))
     return bucket
 
 
 @pytest.fixture
 def store(bucket, tiny_model):
     store = AdapterStore("s3://bucket/adapters", ModelConfig(base=str(tiny_model)))
-    store.place._clock = Clock()
+    store.backend._clock = Clock()
     return store
 
 
@@ -81,7 +82,7 @@ def test_a_new_version_is_seen_within_seconds_and_the_store_is_not_asked_for_eve
     store.open("colours")
     put_in_store(root, "colours", tiny_model, 3, version="v0002")
     assert store.open("colours").version == "v0001"
-    store.place._clock.now += remote.REFRESH_S
+    store.backend._clock.now += remote.REFRESH_S
     assert store.open("colours").version == "v0002"
     assert store.open("colours@v0001").version == "v0001"
 
@@ -89,7 +90,7 @@ def test_a_new_version_is_seen_within_seconds_and_the_store_is_not_asked_for_eve
 def test_while_the_store_is_out_of_reach_what_is_known_is_served(store, bucket):
     store.open("colours")
     bucket.down = True
-    store.place._clock.now += 100
+    store.backend._clock.now += 100
     assert store.open("colours").version == "v0001"
     with pytest.raises(StoreUnavailableError) as error:
         store.open("shapes")
@@ -102,16 +103,16 @@ def test_while_it_is_out_of_reach_one_request_in_some_seconds_waits_for_it(store
     store.open("colours")
     bucket.down = True
     for times in (1, 2):
-        store.place._clock.now += remote.REFRESH_S
+        store.backend._clock.now += remote.REFRESH_S
         asked = bucket.asked
         for _ in range(10):
-            assert store.open("colours").version == store.place.versions("colours")[-1] == "v0001", times
+            assert store.open("colours").version == store.backend.versions("colours")[-1] == "v0001", times
         assert bucket.asked == asked + 1
 
 
 def test_requests_beside_the_one_that_waits_for_the_store_do_not(store, bucket):
     store.open("colours")
-    store.place._clock.now += remote.REFRESH_S
+    store.backend._clock.now += remote.REFRESH_S
     entered, goes_on, asking = threading.Event(), threading.Event(), []
     bucket._check = lambda: asking.append(threading.current_thread()) or entered.set() or (asking[-1] is waiting and goes_on.wait(30))
     waiting = threading.Thread(target=store.open, args=("colours",))
@@ -128,12 +129,12 @@ def test_requests_beside_the_one_that_waits_for_the_store_do_not(store, bucket):
 @pytest.mark.fault
 def test_names_that_somebody_made_up_cost_the_store_nothing_and_are_not_kept(store, bucket):
     store.open("colours")
-    before = bucket.asked, len(store.place._known)
+    before = bucket.asked, len(store.backend._answers)
     for i in range(50):
         for spec in (f"made-up-{i}", f"made-up-{i}@v0001", f"colours@v{i + 2:04d}"):
             with pytest.raises(UnknownAdapterError):
                 store.open(spec)
-    assert (bucket.asked, len(store.place._known)) == before
+    assert (bucket.asked, len(store.backend._answers)) == before
 
 
 def test_unknown_names_and_versions_are_unknown(store, root):
@@ -194,7 +195,7 @@ def test_a_flipped_bit_is_refused_and_not_fetched_again_with_every_request(store
     assert bucket.opened == []
     data[-1] ^= 1
     file.write_bytes(data)
-    store.place._clock.now += remote.RETRY_S
+    store.backend._clock.now += remote.RETRY_S
     assert store.open("colours").name == "colours"
 
 
@@ -219,14 +220,14 @@ def test_publish_and_release_write_there_too(store, bucket, root, tiny_model, tm
     config = RunConfig(name="flags", run_dir=str(tmp_path / "run"), store="s3://bucket/adapters", model=ModelConfig(base=str(tiny_model)))
     run = RunDir(config.root)
     train(run, tiny_model, 1)
-    first = publish(run, config)
+    first = publish_adapter(run, config)
     assert first.parts[-2:] == ("flags", "v0001")
     assert sorted(p.name for p in (root / "flags" / "v0001").iterdir()) == sorted(p.name for p in first.iterdir())
-    assert publish(run, config) == first
+    assert publish_adapter(run, config) == first
     train(run, tiny_model, 2)
-    assert publish(run, config).name == "v0002"
+    assert publish_adapter(run, config).name == "v0002"
     assert store.names() == ["colours", "flags", "shapes"]
-    release(store, "flags", "v0001")
+    release_version(store, "flags", "v0001")
     assert store.open("flags").version == "v0001"
     assert json.loads((root / "flags" / "aliases.json").read_text())["prod"]["version"] == "v0001"
     assert not any((tmp_path / "cache" / "uploads").iterdir())
@@ -243,11 +244,11 @@ def test_a_failed_upload_is_no_version(store, bucket, root, tiny_model, tmp_path
 
     bucket.open_output_stream = fail_late
     with pytest.raises(StoreUnavailableError):
-        publish(RunDir(config.root), config)
+        publish_adapter(RunDir(config.root), config)
     assert not (root / "flags" / "v0001" / "manifest.json").exists() and not (root / "flags" / "latest.json").exists()
     assert store.names() == ["colours", "shapes"]
     del bucket.open_output_stream
-    assert publish(RunDir(config.root), config).name == "v0001"
+    assert publish_adapter(RunDir(config.root), config).name == "v0001"
     assert AdapterStore(config.store).open("flags").version == "v0001"
 
 
@@ -261,10 +262,10 @@ def test_a_url_is_opened_by_pyarrow(root, tiny_model):
 def test_a_url_by_fsspec_sees_new_versions(root, tiny_model):
     """hf:// comes through fsspec, whose file systems remember listings."""
     store = AdapterStore(f"fsspec+file://{root}", ModelConfig(base=str(tiny_model)))
-    store.place._clock = Clock()
+    store.backend._clock = Clock()
     assert store.open("colours").version == "v0001"
     put_in_store(root, "colours", tiny_model, 3, version="v0002")
-    store.place._clock.now += remote.REFRESH_S
+    store.backend._clock.now += remote.REFRESH_S
     assert store.open("colours").version == "v0002"
 
 
@@ -284,7 +285,7 @@ def test_a_folder_without_a_manifest_is_no_version(store, root):
     with pytest.raises(UnknownAdapterError):
         store.open("colours")
     write_atomic(root / "colours" / "latest.json", "{}")
-    seal(root / "colours" / "v0001")
-    store.place._clock.now += remote.REFRESH_S
+    seal_folder(root / "colours" / "v0001")
+    store.backend._clock.now += remote.REFRESH_S
     with pytest.raises(AdapterError, match="names no version"):
         store.open("colours")
