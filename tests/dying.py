@@ -48,7 +48,7 @@ def ray_worker(settings: dict[str, Any]) -> None:
 def install(root: Path) -> None:
     """Plant the faults into this process."""
     from pi_ray.run import artifact
-    from pi_ray.train.trainer import _Worker
+    from pi_ray.train.trainer import Trainer
 
     faults = [Fault(**f) for f in json.loads((root / "faults.json").read_text())]
 
@@ -59,7 +59,7 @@ def install(root: Path) -> None:
                 mark.touch()
                 os.kill(os.getpid(), fault.signal)
 
-    one, loss, end, commit = _Worker._one, _Worker._loss, _Worker._end_phase, artifact.commit
+    one, loss, end, commit = Trainer.train_step, Trainer.summed_loss, Trainer.end_phase, artifact.commit_folder
     present: dict[str, Any] = {"rank": 0}
 
     def begins(self: Any, update: Any) -> None:
@@ -83,5 +83,5 @@ def install(root: Path) -> None:
             strike("checkpoint", int(final.name.removeprefix("step-")), present["rank"])
         commit(tmp, final)
 
-    _Worker._one, _Worker._loss, _Worker._end_phase, artifact.commit = begins, forward, ended, written
+    Trainer.train_step, Trainer.summed_loss, Trainer.end_phase, artifact.commit_folder = begins, forward, ended, written
 

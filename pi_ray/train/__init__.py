@@ -1,1 +1,5 @@
-"""Training: LoRA through the phases in one process group (trainer), its data (dataloader, shared_prefix), objectives, distillation, checkpoints, trackers."""
+"""Training: LoRA through all phases in one process group.
+
+Prepared datasets of phases enter; adapters, a training log and checkpoints leave. launch.py starts workers on Ray
+Train, trainer.py is the loop of each. Imports go down to run/, models and cluster/, never up to evaluate/.
+"""

@@ -1,7 +1,7 @@
-"""How gradients become one AdamW update over all workers: DeepSpeed ZeRO, or plain data parallelism.
+"""Training backends: gradients become one AdamW update over all workers, by data parallelism or DeepSpeed ZeRO.
 
-Both give and take the same state: full fp32 weights and Adam moments by parameter name, free of world size and of ZeRO stage.
-A loss is scaled by the caller so that the sum over workers is the gradient wanted.
+Both give and take the same state: full fp32 weights and Adam moments by parameter name, whatever the world size and
+ZeRO stage. The caller scales losses so that their gradients are to be summed over micro-batches and workers.
 """
 
 from __future__ import annotations
@@ -14,63 +14,70 @@ import torch.distributed as dist
 
 from pi_ray.config import TrainConfig
 from pi_ray.train import deepspeed_settings
-from pi_ray.train.lora import trainable
+from pi_ray.train.lora import trainable_parameters
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class DdpBackend:
-    """Gradients summed by all_reduce, torch AdamW on every worker. Needs no package besides torch; one worker needs no network."""
+    """Data parallelism: gradients summed by all_reduce, torch's AdamW on every worker. One worker needs no network."""
 
     def __init__(self, build: Callable[[], Any], config: TrainConfig, micro_batches: int = 1, bf16: bool = False):
         self.model = build()
         self.config = config
-        self.params = trainable(self.model)
-        self.optimizer = torch.optim.AdamW(self.params.values(), lr=config.lr, betas=deepspeed_settings.BETAS, eps=deepspeed_settings.EPS, weight_decay=config.weight_decay)
+        self.params = trainable_parameters(self.model)
+        self.optimizer = torch.optim.AdamW(
+            self.params.values(), lr=config.lr, betas=deepspeed_settings.BETAS, eps=deepspeed_settings.EPS,
+            weight_decay=config.weight_decay,
+        )
 
     def backward(self, loss: torch.Tensor, last: bool) -> None:
         loss.backward()
 
     def step(self, lr: float) -> None:
         if dist.is_initialized() and dist.get_world_size() > 1:
-            flat = torch.cat([p.grad.flatten() for p in self.params.values()])
+            grads = [p.grad for p in self.params.values()]
+            flat = torch.nn.utils.parameters_to_vector(grads)
             dist.all_reduce(flat)
-            for p, g in zip(self.params.values(), flat.split([p.numel() for p in self.params.values()]), strict=True):
-                p.grad.copy_(g.view_as(p))
+            torch.nn.utils.vector_to_parameters(flat, grads)
         torch.nn.utils.clip_grad_norm_(self.params.values(), self.config.grad_clip)
         _set_lr(self.optimizer, lr)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
     def state(self) -> dict[str, torch.Tensor]:
-        return _named_state(self.params, lambda p: p.detach(), lambda p, key: self.optimizer.state[p].get(key, torch.zeros_like(p)))
+        moment = lambda p, key: self.optimizer.state[p].get(key, torch.zeros_like(p))  # noqa: E731
+        return _named_state(self.params, torch.Tensor.detach, moment)
 
     def load_state(self, state: dict[str, torch.Tensor], updates: int) -> None:
         for name, p in self.params.items():
             p.data.copy_(state[name])
-            self.optimizer.state[p] = {"step": torch.tensor(float(updates)), **{key: state[f"{key}/{name}"].to(p.device).clone() for key in MOMENTS}}
+            moments = {key: state[f"{key}/{name}"].to(p.device).clone() for key in MOMENTS}
+            self.optimizer.state[p] = {"step": torch.tensor(float(updates)), **moments}
 
 
 class DeepSpeedBackend:
-    """DeepSpeed ZeRO of `train.backend.zero_stage` (0 to 3). With stage 3 the base is sharded as it is loaded: no worker has all of it."""
+    """DeepSpeed ZeRO, stages 0 to 3 (`train.backend.zero_stage`). Stage 3 shards the base model while it is loaded."""
 
     def __init__(self, build: Callable[[], Any], config: TrainConfig, micro_batches: int = 1, bf16: bool = False):
         import deepspeed
 
-        # a compiled shared-memory all_reduce for inference: not used here, and building it would need a compiler on every worker
+        # a compiled all_reduce in shared memory, for inference; to build it would need a compiler on every worker
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        self.config = config
         self.stage = config.backend.zero_stage
-        settings = deepspeed_settings.settings(config, dist.get_world_size(), micro_batches, bf16)
+        settings = deepspeed_settings.deepspeed_config(config, dist.get_world_size(), micro_batches, bf16)
         self.loading = deepspeed_settings.shard_while_loading(settings)
         model = build()
-        deepspeed_settings.mark_leaves(model)
-        self.engine, self.optimizer, *_ = deepspeed.initialize(model=model, model_parameters=list(trainable(model).values()), config=settings, dist_init_required=False)
+        deepspeed_settings.mark_zero3_leaves(model)
+        params = list(trainable_parameters(model).values())
+        self.engine, self.optimizer, *_ = deepspeed.initialize(
+            model=model, model_parameters=params, config=settings, dist_init_required=False
+        )
         self.model = self.engine
-        self.params = trainable(self.engine.module)
+        self.params = trainable_parameters(self.engine.module)
 
     def backward(self, loss: torch.Tensor, last: bool) -> None:
-        # DeepSpeed averages over workers and micro-batches, the loss is already this worker's part of the sum
+        # DeepSpeed takes the mean over workers and micro-batches, and the gradients are to be summed
         self.engine.backward(loss * dist.get_world_size() * self.engine.gradient_accumulation_steps())
         if not last:
             self.engine.step()
@@ -82,28 +89,29 @@ class DeepSpeedBackend:
     def state(self) -> dict[str, torch.Tensor]:
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
-        if not self._sharded:
-            inner = _inner(self.engine.optimizer)
-            return _named_state(self.params, lambda p: p.detach(), lambda p, key: inner.state[p].get(key, torch.zeros_like(p)))
-        return _named_state(self.params, safe_get_full_fp32_param, safe_get_full_optimizer_state)
+        if self._sharded:
+            return _named_state(self.params, safe_get_full_fp32_param, safe_get_full_optimizer_state)
+        inner = _torch_optimizer(self.engine.optimizer)
+        moment = lambda p, key: inner.state[p].get(key, torch.zeros_like(p))  # noqa: E731
+        return _named_state(self.params, torch.Tensor.detach, moment)
 
     def load_state(self, state: dict[str, torch.Tensor], updates: int) -> None:
         from deepspeed.runtime.zero import GatheredParameters
         from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
-        self._prime()
-        inner = _inner(self.engine.optimizer)
+        self._create_optimizer_state()
+        inner = _torch_optimizer(self.engine.optimizer)
         for name, p in self.params.items():
+            moments = {key: state[f"{key}/{name}"] for key in MOMENTS}
             if self._sharded:
                 safe_set_full_fp32_param(p, state[name].to(p.device))
-                for key in MOMENTS:
-                    safe_set_full_optimizer_state(p, state[f"{key}/{name}"].to(p.device), key)
-                with GatheredParameters([p], modifier_rank=0, enabled=self.stage == 3):
-                    p.data.copy_(state[name])
+                for key, value in moments.items():
+                    safe_set_full_optimizer_state(p, value.to(p.device), key)
             else:
+                for key, value in moments.items():
+                    inner.state[p][key].copy_(value)
+            with GatheredParameters([p], modifier_rank=0, enabled=self.stage == 3):
                 p.data.copy_(state[name])
-                for key in MOMENTS:
-                    inner.state[p][key].copy_(state[f"{key}/{name}"])
         for entry in inner.state.values():
             entry["step"] = torch.tensor(float(updates))
 
@@ -111,16 +119,17 @@ class DeepSpeedBackend:
     def _sharded(self) -> bool:
         return self.stage > 0 or self.engine.bfloat16_enabled()
 
-    def _prime(self) -> None:
-        """One update with zero gradients at rate zero: it moves nothing, and makes the optimiser state that load_state fills."""
+    def _create_optimizer_state(self) -> None:
+        """One update with zero gradients at learning rate 0: it moves no weight and makes the state to be loaded."""
         micro_batches = self.engine.gradient_accumulation_steps()
         for i in range(micro_batches):
             token = torch.zeros(1, 2, dtype=torch.long, device=self.engine.device)
-            self.backward(self.engine(input_ids=token, use_cache=False).logits.float().sum() * 0.0, last=i == micro_batches - 1)
+            logits = self.engine(input_ids=token, use_cache=False).logits
+            self.backward(logits.float().sum() * 0.0, last=i == micro_batches - 1)
         self.step(0.0)
 
 
-def _inner(optimizer: Any) -> torch.optim.Optimizer:
+def _torch_optimizer(optimizer: Any) -> torch.optim.Optimizer:
     """The torch optimiser inside DeepSpeed's wrappers."""
     while hasattr(optimizer, "optimizer"):
         optimizer = optimizer.optimizer
@@ -133,6 +142,7 @@ def _set_lr(optimizer: Any, lr: float) -> None:
 
 
 def _named_state(params: dict[str, Any], weight: Any, moment: Any) -> dict[str, torch.Tensor]:
+    """Weights by parameter name and moments by "exp_avg/NAME": full fp32 copies on the CPU."""
     state = {}
     for name, p in params.items():
         state[name] = weight(p).float().cpu().clone()

@@ -1,4 +1,4 @@
-"""The workers that train together: what they agree on. One worker alone needs no network."""
+"""Collectives of the workers that train together. One worker alone needs no network."""
 
 from __future__ import annotations
 
@@ -8,36 +8,36 @@ import torch
 import torch.distributed as dist
 
 
-class Group:
-    """`rank` of `world`, as torch.distributed says where it is up. Every method is called by all of them, and gives each the same if it does not say otherwise."""
+class WorkerGroup:
+    """`rank` of `world`, by torch.distributed where it is initialised. All workers call each method together."""
 
     def __init__(self, device: str):
         self.device = device
         self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
-    def sum(self, values: torch.Tensor) -> torch.Tensor:
-        """On the CPU."""
+    def all_reduce_sum(self, values: torch.Tensor) -> torch.Tensor:
+        """The sum over workers, on the CPU."""
         if self.world > 1:
             values = values.to(self.device)
             dist.all_reduce(values)
         return values.cpu()
 
-    def at_first(self, mine: Any) -> list[Any]:
-        """What each worker gave, by rank: on rank 0, and nothing on the others."""
+    def gather_to_rank0(self, value: Any) -> list[Any]:
+        """Every worker's value, by rank, on rank 0; an empty list on the others."""
         if self.world == 1:
-            return [mine]
-        parts = [None] * self.world if self.rank == 0 else None
-        dist.gather_object(mine, parts)
-        return parts or []
+            return [value]
+        values = [None] * self.world if self.rank == 0 else None
+        dist.gather_object(value, values)
+        return values or []
 
-    def of_first(self, value: Any) -> Any:
-        """What rank 0 gave."""
+    def broadcast_from_rank0(self, value: Any) -> Any:
+        """Rank 0's value, on every worker."""
         if self.world == 1:
             return value
-        found = [value]
-        dist.broadcast_object_list(found, device=torch.device(self.device))
-        return found[0]
+        values = [value]
+        dist.broadcast_object_list(values, device=torch.device(self.device))
+        return values[0]
 
-    def wait(self) -> None:
+    def barrier(self) -> None:
         if self.world > 1:
             dist.barrier()

@@ -1,6 +1,7 @@
-"""Greedy batch generation for evaluation: the shared prefix is computed once, rows leave the batch as they end.
+"""Greedy generation for a batch of rows behind one prefix, whose keys and values are computed once.
 
-Not here: serving's engine, which streams and samples (serving/engines.py).
+The teacher and the evaluation use it. It is not the serving engine: all rows start together and leave as they end, with
+no scheduling, streaming or sampling, so a row's answer depends on its batch by rounding alone.
 """
 
 from __future__ import annotations
@@ -13,10 +14,10 @@ from typing import Any
 import torch
 from transformers import DynamicCache
 
-from pi_ray.models import last
+from pi_ray.models import last_logits_index
 
 
-def prefix_cache(model: Any, prefix: Sequence[int]) -> DynamicCache:
+def compute_prefix_cache(model: Any, prefix: Sequence[int]) -> DynamicCache:
     """Keys and values of the prefix, batch 1."""
     cache = DynamicCache()
     if prefix:
@@ -25,57 +26,66 @@ def prefix_cache(model: Any, prefix: Sequence[int]) -> DynamicCache:
 
 
 @torch.inference_mode()
-def greedy(model: Any, prefix: Sequence[int], rows: Sequence[Sequence[int]], max_new_tokens: int, end: int | None, cache: DynamicCache | None = None) -> list[list[int]]:
-    """Answer ids of each row (without `end`), temperature 0. `cache` is that of the prefix, when it is at hand; it is not changed.
+def generate_greedy(
+    model: Any, prefix: Sequence[int], rows: Sequence[Sequence[int]], max_new_tokens: int, end: int | None,
+    cache: DynamicCache | None = None,
+) -> list[list[int]]:
+    """Answer ids of each row, without `end`, at temperature 0. `cache` is the prefix's, if known; it is not changed.
 
-    A cache that holds fewer tokens holds the prefix's last ones (gist tokens): rows see these alone, and stand where they stand behind the whole.
-    Rows are padded on the left between prefix and row; position ids and mask leave the padding out, so a row's ids do not depend on its batch
-    (up to rounding).
+    A cache shorter than the prefix holds its last tokens (gist tokens): rows see these alone, and keep the positions
+    that they have behind the whole prefix. Rows are padded on the left, between prefix and row, where mask and position
+    ids leave the padding out.
     """
-    cache = copy.deepcopy(prefix_cache(model, prefix) if cache is None else cache)
-    longest, size, held = max(map(len, rows)), len(rows), cache.get_seq_length()
+    cache = copy.deepcopy(compute_prefix_cache(model, prefix) if cache is None else cache)
+    longest, size, cached = max(map(len, rows)), len(rows), cache.get_seq_length()
     if len(prefix):
         cache.batch_repeat_interleave(size)
     ids = torch.tensor([[0] * (longest - len(r)) + list(r) for r in rows], device=model.device)
-    mask = torch.tensor([[1] * held + [0] * (longest - len(r)) + [1] * len(r) for r in rows], device=model.device)
+    mask = torch.tensor([[1] * cached + [0] * (longest - len(r)) + [1] * len(r) for r in rows], device=model.device)
     answers: list[list[int]] = [[] for _ in rows]
     alive = list(range(size))
     for _ in range(max_new_tokens):
-        positions = len(prefix) - held + (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
-        picked = _forward(model, ids, mask, positions, cache).argmax(-1).tolist()
-        keep = [i for i, token in enumerate(picked) if token != end]
+        positions = len(prefix) - cached + (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+        tokens = _forward(model, ids, mask, positions, cache).argmax(-1).tolist()
+        keep = [i for i, token in enumerate(tokens) if token != end]
         if not keep:
             break
         for i in keep:
-            answers[alive[i]].append(picked[i])
+            answers[alive[i]].append(tokens[i])
         if len(keep) < len(alive):
             index = torch.tensor(keep, device=mask.device)
             cache.batch_select_indices(index)
             mask = mask[index]
             alive = [alive[i] for i in keep]
-        ids = torch.tensor([[picked[i]] for i in keep], device=mask.device)
+        ids = torch.tensor([[tokens[i]] for i in keep], device=mask.device)
         mask = torch.cat([mask, mask.new_ones(len(keep), 1)], -1)
     return answers
 
 
-def latency(model: Any, prefix: Sequence[int], row: Sequence[int], new_tokens: int, fill: Callable[[], DynamicCache] | None = None) -> tuple[float, float]:
-    """Seconds of one request of exactly `new_tokens` tokens: (whole prompt computed, prefix read from a cache).
+def request_seconds(
+    model: Any, prefix: Sequence[int], row: Sequence[int], new_tokens: int,
+    fill: Callable[[], DynamicCache] | None = None,
+) -> tuple[float, float]:
+    """Seconds of one request of exactly `new_tokens` tokens: (with the prefix computed, with the prefix cached).
 
     `fill` computes the cache where rows do not see the whole prefix.
     """
     started = time.perf_counter()
     if fill:
-        greedy(model, prefix, [row], new_tokens, end=None, cache=fill())
+        generate_greedy(model, prefix, [row], new_tokens, end=None, cache=fill())
     else:
-        greedy(model, [], [[*prefix, *row]], new_tokens, end=None)
-    whole = time.perf_counter() - started
-    cache = fill() if fill else prefix_cache(model, prefix)
+        generate_greedy(model, [], [[*prefix, *row]], new_tokens, end=None)
+    uncached = time.perf_counter() - started
+    cache = fill() if fill else compute_prefix_cache(model, prefix)
     started = time.perf_counter()
-    greedy(model, prefix, [row], new_tokens, end=None, cache=cache)
-    return whole, time.perf_counter() - started
+    generate_greedy(model, prefix, [row], new_tokens, end=None, cache=cache)
+    return uncached, time.perf_counter() - started
 
 
 @torch.inference_mode()
 def _forward(model: Any, ids: torch.Tensor, mask: Any, positions: Any, cache: DynamicCache) -> torch.Tensor:
     """Logits after the last token, (rows, vocabulary)."""
-    return model(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=last(1, ids.device)).logits[:, -1]
+    return model(
+        input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True,
+        logits_to_keep=last_logits_index(1, ids.device),
+    ).logits[:, -1]

@@ -1,4 +1,4 @@
-"""LoRA (paper A.2: rank 32) or another of peft's methods on the base model, and adapter folders that remember their prompt."""
+"""Adapters: LoRA (paper A.2: rank 32) or another of peft's methods, and adapter folders that carry their prompt."""
 
 from __future__ import annotations
 
@@ -14,64 +14,73 @@ import torch
 
 from pi_ray.config import LoraConfig, RunConfig
 from pi_ray.errors import ConfigError, TrainingError
-from pi_ray.run.artifact import digest, staged, verify, write_atomic
+from pi_ray.run.artifact import digest, staged, verify_artifact, write_atomic
 from pi_ray.run.directory import RunDir
 from pi_ray.train import gist
 from pi_ray.train.deepspeed_settings import moe_blocks
 
 CARD = "pi_ray.json"
 ALL_LINEAR = "all-linear"
-SCALE = ("lora_alpha", "use_rslora", "init_lora_weights")  # what matrices of one shape count for, and beside which base weights, in adapter_config.json
+# Keys of adapter_config.json by which equal matrices mean the same: their scale, and the base weights beside them.
+SCALE_KEYS = ("lora_alpha", "use_rslora", "init_lora_weights")
 PACKAGES = ("ray", "torch", "transformers", "peft", "deepspeed", "llmlingua", "faiss-cpu", "sacrebleu")
 
 
 def add_lora(model: Any, config: LoraConfig, seed: int) -> Any:
-    """The peft model; equal seeds give equal adapters on every worker."""
+    """The base model with a fresh adapter, as a peft model; equal seeds give equal adapters on every worker."""
     import peft
 
     torch.manual_seed(seed)
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "The following (rank|alpha)_pattern keys", RuntimeWarning)  # peft's own, made for fused experts that are not adapted
+        # peft warns of patterns that it made itself, for fused experts that are not adapted
+        warnings.filterwarnings("ignore", "The following (rank|alpha)_pattern keys", RuntimeWarning)
         return peft.get_peft_model(model, peft_config(model, config))
 
 
 def peft_config(model: Any, config: LoraConfig) -> Any:
-    """peft's configuration of `train.lora.method` for this base model. Raises ConfigError when it has no such places."""
+    """peft's configuration of `train.lora` for this base model. Raises ConfigError for experts it does not have."""
     import peft
 
-    named = config.targets if isinstance(config.targets, str) else list(config.targets)
+    targets = config.targets if isinstance(config.targets, str) else list(config.targets)
     if config.method == "ia3":
-        places = {} if named == ALL_LINEAR else {"target_modules": named, "feedforward_modules": []}
-        return peft.IA3Config(**places, task_type="CAUSAL_LM")
+        modules = {} if targets == ALL_LINEAR else {"target_modules": targets, "feedforward_modules": []}
+        return peft.IA3Config(**modules, task_type="CAUSAL_LM")
     return peft.LoraConfig(
         r=config.rank, lora_alpha=config.alpha, lora_dropout=config.dropout, task_type="CAUSAL_LM",
-        target_modules=_attention(model) if named == ALL_LINEAR and moe_blocks(model) else named, target_parameters=_experts(model) if config.experts else None,
-        use_rslora=config.method == "rslora", use_dora=config.method == "dora", init_lora_weights="pissa" if config.method == "pissa" else True,
+        target_modules=_attention_layers(model) if targets == ALL_LINEAR and moe_blocks(model) else targets,
+        target_parameters=_expert_weights(model) if config.experts else None,
+        use_rslora=config.method == "rslora", use_dora=config.method == "dora",
+        init_lora_weights="pissa" if config.method == "pissa" else True,
     )
 
 
-def _attention(model: Any) -> list[str]:
-    """Attention's linear layers, as "self_attn.q_proj". Of a mixture of experts peft's own all-linear would take the experts and the router too."""
+def _attention_layers(model: Any) -> list[str]:
+    """Attention's linear layers, such as "self_attn.q_proj"; peft's all-linear would take experts and router too."""
     parts = [name.split(".") for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
     return sorted({".".join(p[-2:]) for p in parts if len(p) > 1 and "att" in p[-2]})
 
 
-def _experts(model: Any) -> list[str]:
-    """The fused weights (experts, out, in) of a mixture of experts, as "experts.down_proj"."""
-    weights = [(name, getattr(p, "ds_shape", p.shape)) for block in moe_blocks(model) for name, p in block.experts.named_parameters(recurse=False)]
-    found = sorted({f"experts.{name}" for name, shape in weights if len(shape) == 3})
+def _expert_weights(model: Any) -> list[str]:
+    """The fused weights (experts, out, in) of a mixture of experts, such as "experts.down_proj"."""
+    weights = [item for block in moe_blocks(model) for item in block.experts.named_parameters(recurse=False)]
+    found = sorted({f"experts.{name}" for name, p in weights if len(getattr(p, "ds_shape", p.shape)) == 3})
     if not found:
         raise ConfigError("train.lora.experts: this base model has no fused experts; leave it out")
     return found
 
 
-def start(model: Any, config: LoraConfig) -> dict[str, torch.Tensor]:
-    """The matrices that pissa starts from and has taken out of the base weights (A0, B0), by parameter name; none for other methods."""
-    return {name: p.detach().float().cpu().clone() for name, p in trainable(model).items()} if config.method == "pissa" else {}
+def pissa_start(model: Any, config: LoraConfig) -> dict[str, torch.Tensor]:
+    """The matrices A0, B0 that PiSSA starts from and takes out of the base weights, by name; none for other methods."""
+    if config.method != "pissa":
+        return {}
+    return {name: p.detach().float().cpu().clone() for name, p in trainable_parameters(model).items()}
 
 
 def adapter_card(config: RunConfig, phases: Sequence[dict[str, Any]], **facts: Any) -> dict[str, Any]:
-    """What an adapter must know to be used: its base, the prompt format it was trained on, and where it comes from. `phases` are the datasets' manifests."""
+    """The content of pi_ray.json: base model, prompt format and origin of an adapter.
+
+    `phases` are the manifests of the phases' datasets.
+    """
     first, last, gists = phases[0], phases[-1], config.train.gist
     return {
         "format": 1,
@@ -93,49 +102,65 @@ def adapter_card(config: RunConfig, phases: Sequence[dict[str, Any]], **facts: A
     }
 
 
-def save_adapter(folder: Path, model: Any, weights: dict[str, torch.Tensor], card: dict[str, Any], started: dict[str, torch.Tensor] | None = None) -> None:
-    """A plain PEFT folder (safetensors) with pi_ray.json, and gist embeddings if there are any, hashed. `weights` are full fp32 tensors by parameter name.
+def save_adapter(
+    folder: Path, model: Any, weights: dict[str, torch.Tensor], card: dict[str, Any],
+    pissa: dict[str, torch.Tensor] | None = None,
+) -> None:
+    """Write an artifact: peft's folder (safetensors), pi_ray.json, and gist embeddings if there are any.
 
-    `started` is what `start` gave: the difference to it is saved, which fits the base model as it was.
+    `weights` are full fp32 tensors by parameter name. `pissa` are the matrices of `pissa_start`: the difference to them
+    is saved, which fits the unchanged base model.
     """
     with staged(folder, fingerprint=card["fingerprint"]) as tmp:
-        model.save_pretrained(tmp, state_dict={name: _difference(name, value, started) if started else value for name, value in weights.items()}, safe_serialization=True)
-        if started:
+        state = {name: _difference(name, value, pissa) for name, value in weights.items()} if pissa else weights
+        model.save_pretrained(tmp, state_dict=state, safe_serialization=True)
+        if pissa:
             file = tmp / "adapter_config.json"
             saved = json.loads(file.read_text())
-            write_atomic(file, json.dumps({**saved, "r": 2 * saved["r"], "lora_alpha": 2 * saved["lora_alpha"], "init_lora_weights": True}, indent=1) + "\n")
-        gist.save(tmp, weights)
-        (tmp / "README.md").unlink(missing_ok=True)  # peft's empty model card; publish writes a real one
+            saved |= {"r": 2 * saved["r"], "lora_alpha": 2 * saved["lora_alpha"], "init_lora_weights": True}
+            write_atomic(file, json.dumps(saved, indent=1) + "\n")
+        gist.save_gist(tmp, weights)
+        (tmp / "README.md").unlink(missing_ok=True)  # peft's empty model card
         write_atomic(tmp / CARD, json.dumps(card, indent=1, sort_keys=True, ensure_ascii=False) + "\n")
 
 
-def _difference(name: str, value: torch.Tensor, started: dict[str, torch.Tensor]) -> torch.Tensor:
+def _difference(name: str, value: torch.Tensor, start: dict[str, torch.Tensor]) -> torch.Tensor:
     """B A - B0 A0 as one product of twice the rank: [B, -B0] [A; A0]."""
     if ".lora_A." in name:
-        return torch.cat([value, started[name]], 0)
-    return torch.cat([value, -started[name]], 1) if ".lora_B." in name else value
+        return torch.cat([value, start[name]], 0)
+    return torch.cat([value, -start[name]], 1) if ".lora_B." in name else value
 
 
-def weights_of(folder: Path, model: Any, base: str) -> dict[str, torch.Tensor]:
-    """The weights of an adapter folder by `model`'s parameter names, in fp32. Raises CorruptArtifactError, or TrainingError when it is of another base, shape or scale."""
+def load_init_adapter(folder: Path, model: Any, base: str) -> dict[str, torch.Tensor]:
+    """The fp32 weights of an adapter folder (`train.init_adapter`), by `model`'s parameter names.
+
+    Raises CorruptArtifactError, or TrainingError when its base model, shape or scale is another.
+    """
     from safetensors.torch import load_file
 
-    verify(folder)
+    verify_artifact(folder)
     card = json.loads((folder / CARD).read_text())
     if card["base"] != base:
         raise TrainingError(f"train.init_adapter: {folder} was trained on {card['base']}, and model.base is {base}")
-    found = {f"{name.removesuffix('.weight')}.default.weight": value.float() for name, value in load_file(folder / "adapter_model.safetensors").items()}
-    wanted = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in trainable(model).items()}
-    saved, own = json.loads((folder / "adapter_config.json").read_text()), model.peft_config["default"]
-    if {name: tuple(value.shape) for name, value in found.items()} != wanted or any(saved.get(key) != getattr(own, key, None) for key in SCALE):
-        raise TrainingError(f"train.init_adapter: {folder} does not fit train.lora: take its method, rank, alpha and targets")
-    return found
+    weights = {
+        f"{name.removesuffix('.weight')}.default.weight": value.float()
+        for name, value in load_file(folder / "adapter_model.safetensors").items()
+    }
+    shapes = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in trainable_parameters(model).items()}
+    saved, wanted = json.loads((folder / "adapter_config.json").read_text()), model.peft_config["default"]
+    same_scale = all(saved.get(key) == getattr(wanted, key, None) for key in SCALE_KEYS)
+    if not same_scale or {name: tuple(value.shape) for name, value in weights.items()} != shapes:
+        raise TrainingError(
+            f"train.init_adapter: {folder} does not fit train.lora: take its method, rank, alpha and targets"
+        )
+    return weights
 
 
-def mark_best(run: RunDir, phases: int) -> tuple[int, float]:
-    """Link `best` to the phase adapter with the highest dev accuracy (the later one of equals). Returns phase and accuracy.
+def link_best_adapter(run: RunDir, phases: int) -> tuple[int, float]:
+    """Link `best` to the phase adapter with the highest dev accuracy (of equals the later one).
 
-    Not the lowest loss: an adapter that has learned more is surer of what it cannot know, and a few such answers outweigh all the others.
+    Returns phase and accuracy. The loss does not decide: an adapter that has learned more is also surer of answers that
+    it cannot know, and a few of these outweigh all others.
     """
     accuracies = [json.loads((run.adapter(i) / CARD).read_text())["dev_accuracy"] for i in range(phases)]
     best = max(range(phases), key=lambda i: (accuracies[i], i))
@@ -146,5 +171,5 @@ def mark_best(run: RunDir, phases: int) -> tuple[int, float]:
     return best, accuracies[best]
 
 
-def trainable(model: Any) -> dict[str, torch.nn.Parameter]:
+def trainable_parameters(model: Any) -> dict[str, torch.nn.Parameter]:
     return {name: p for name, p in model.named_parameters() if p.requires_grad}

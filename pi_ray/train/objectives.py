@@ -1,4 +1,4 @@
-"""What is minimised: cross-entropy on the answer's tokens alone (paper equation 4), or towards what a teacher holds likely there."""
+"""Training losses: cross-entropy on the answers' tokens alone (paper equation 4), or to a teacher's distribution."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ if TYPE_CHECKING:
     from pi_ray.train.distill import Targets
 
 
-def sft_sum(model: Any, batch: Batch) -> torch.Tensor:
-    """Summed cross-entropy (nats) over the answer tokens of the batch; the caller divides by the tokens of the whole update."""
+def sft_loss(model: Any, batch: Batch) -> torch.Tensor:
+    """Summed cross-entropy (nats) over the answer tokens of the batch; the caller divides by those of the update."""
     logits = model(**batch.inputs).logits
     return F.cross_entropy(logits.flatten(0, -2).float(), batch.labels, ignore_index=-100, reduction="sum")
 
 
-def loss_and_hits(model: Any, batch: Batch) -> tuple[float, float]:
-    """(summed cross-entropy, answer tokens to which the model gives the largest probability)."""
+def loss_and_correct(model: Any, batch: Batch) -> tuple[float, float]:
+    """(summed cross-entropy, number of answer tokens that the model holds likeliest)."""
     logits = model(**batch.inputs).logits.flatten(0, -2).float()
     loss = F.cross_entropy(logits, batch.labels, ignore_index=-100, reduction="sum")
     return loss.item(), (logits.argmax(-1) == batch.labels).sum().item()
 
 
-def distill_sum(model: Any, batch: Batch, targets: Targets, share: float) -> torch.Tensor:
-    """As `sft_sum`, with weight `share` on the cross-entropy (nats) to the teacher's likeliest tokens, and the rest on the answer's own."""
+def distill_loss(model: Any, batch: Batch, targets: Targets, share: float) -> torch.Tensor:
+    """As `sft_loss`, with weight `share` on the cross-entropy to the teacher's distribution, the rest on the labels."""
     logits = model(**batch.inputs).logits.flatten(0, -2).float()
-    labels = batch.labels[batch.labels != -100]
-    logprobs = torch.log_softmax(logits[batch.labels != -100], -1)
+    counted = batch.labels != -100
+    logprobs = torch.log_softmax(logits[counted], -1)
     soft = -(targets.probs * logprobs.gather(1, targets.ids)).sum()
     if share == 1:
         return soft
-    return share * soft + (1 - share) * F.nll_loss(logprobs, labels, reduction="sum")
+    return share * soft + (1 - share) * F.nll_loss(logprobs, batch.labels[counted], reduction="sum")

@@ -1,6 +1,7 @@
-"""Where others watch: TensorBoard, Weights & Biases or MLflow get what the training log gets. `train.tracker` names one; the first worker alone talks to it.
+"""Experiment trackers: TensorBoard, Weights & Biases or MLflow (`train.tracker`) get what the training log gets.
 
-All three write into the run directory unless the user's environment says otherwise, so nothing leaves the machine that its owner did not send off.
+The first worker alone talks to them. All three write into the run directory unless the user's environment says
+otherwise, so nothing leaves the machine that its owner did not send off.
 """
 
 from __future__ import annotations
@@ -9,118 +10,116 @@ import json
 import netrc
 import os
 from importlib.util import find_spec
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 from urllib.parse import urlsplit
 
 from pi_ray.config import RunConfig
 from pi_ray.errors import MissingExtraError
 from pi_ray.run.artifact import write_atomic
 from pi_ray.run.directory import RunDir
-from pi_ray.run.fingerprint import learned_from
+from pi_ray.run.fingerprint import learning_settings
 
 PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb", "mlflow": "mlflow"}
 WANDB_HOST = "https://api.wandb.ai"
 
 
-class Writer(Protocol):
-    """What each of the three is reduced to."""
-
-    def scalars(self, values: dict[str, float], step: int) -> None: ...
-
-    def note(self, key: str, text: str, step: int) -> None: ...
-
-    def close(self) -> None: ...
-
-
 class Tracker:
     """Takes entries of the training log and sends numbers by update, and phases as notes."""
 
-    def __init__(self, writer: Writer):
-        self.writer = writer
-        self.phase = -1
+    phase = -1
 
-    def take(self, entry: dict[str, Any]) -> None:
+    def scalars(self, values: dict[str, float], step: int) -> None:
+        raise NotImplementedError
+
+    def note(self, key: str, text: str, step: int) -> None:
+        raise NotImplementedError
+
+    def close(self) -> None:
+        raise NotImplementedError
+
+    def add(self, entry: dict[str, Any]) -> None:
+        step = entry.get("step", 0)
         if "loss" in entry:
-            self._update(entry)
+            if entry["phase"] != self.phase:
+                self.phase = entry["phase"]
+                self.note("phase", f"phase {self.phase} begins at update {step}", step)
+            self.scalars({
+                "train/loss": entry["loss"], "train/lr": entry["lr"], "train/phase": entry["phase"],
+                "train/tokens_per_s": entry["tokens"] / max(entry["seconds"], 1e-9),
+                "train/tokens_saved": 1 - entry["tokens"] / entry["plain_tokens"],
+            }, step)
         elif "dev_loss" in entry:
-            self.writer.scalars({"dev/loss": entry["dev_loss"], "dev/accuracy": entry["dev_accuracy"]}, entry["step"])
-        if entry.get("event") == "best":
-            self.writer.note("best", f"phase {entry['phase']}, dev accuracy {entry['dev_accuracy']:.4f}", entry["step"])
+            self.scalars({"dev/loss": entry["dev_loss"], "dev/accuracy": entry["dev_accuracy"]}, step)
+        elif entry.get("event") == "best":
+            self.note("best", f"phase {entry['phase']}, dev accuracy {entry['dev_accuracy']:.4f}", step)
 
-    def _update(self, entry: dict[str, Any]) -> None:
-        if entry["phase"] != self.phase:
-            self.phase = entry["phase"]
-            self.writer.note("phase", f"phase {self.phase} begins at update {entry['step']}", entry["step"])
-        values = {"train/loss": entry["loss"], "train/lr": entry["lr"], "train/phase": entry["phase"], "train/tokens_per_s": entry["tokens"] / max(entry["seconds"], 1e-9)}
-        self.writer.scalars({**values, "train/tokens_saved": 1 - entry["tokens"] / entry["plain_tokens"]}, entry["step"])
+
+def require_tracker(name: str) -> None:
+    """Raises MissingExtraError when the package of this tracker is not installed."""
+    if name and find_spec(PACKAGES[name]) is None:
+        raise MissingExtraError(
+            f"train.tracker: {name} needs the package {PACKAGES[name]}; "
+            f"install it on every node with: pip install {PACKAGES[name]}"
+        )
+
+
+def open_tracker(config: RunConfig, run: RunDir, done: int) -> Tracker | None:
+    """The tracker of `train.tracker`, going on after `done` updates; None where none is wanted."""
+    name = config.train.tracker
+    if not name:
+        return None
+    require_tracker(name)
+    return {"tensorboard": _TensorBoard, "wandb": _Wandb, "mlflow": _MlFlow}[name](config, run, done)
+
+
+class _TensorBoard(Tracker):
+    """Event files under tensorboard/, to be seen with `tensorboard --logdir RUN/tensorboard`."""
+
+    def __init__(self, config: RunConfig, run: RunDir, done: int):
+        from tensorboardX import SummaryWriter
+
+        # purge_step: updates that are done again after a restart are shown once
+        self.writer = SummaryWriter(str(run.root / "tensorboard"), purge_step=done, flush_secs=10)
+        self.note("config", json.dumps(learning_settings(config), indent=1), done)
+
+    def scalars(self, values: dict[str, float], step: int) -> None:
+        for key, value in values.items():
+            self.writer.add_scalar(key, value, step)
+
+    def note(self, key: str, text: str, step: int) -> None:
+        self.writer.add_text(key, text, step)
 
     def close(self) -> None:
         self.writer.close()
 
 
-def need(name: str) -> None:
-    """Raises MissingExtraError when the package of this tracker is not installed."""
-    if name and find_spec(PACKAGES[name]) is None:
-        raise MissingExtraError(f"train.tracker: {name} needs the package {PACKAGES[name]}; install it on every node with: pip install {PACKAGES[name]}")
-
-
-def open_tracker(config: RunConfig, run: RunDir, done: int) -> Tracker | None:
-    """The tracker of `train.tracker`, going on after `done` updates; None for none."""
-    name = config.train.tracker
-    if not name:
-        return None
-    need(name)
-    return Tracker({"tensorboard": _TensorBoard, "wandb": _Wandb, "mlflow": _MlFlow}[name](config, run, done))
-
-
-class _TensorBoard:
-    """Event files under tensorboard/. Looked at with `tensorboard --logdir RUN/tensorboard`."""
-
-    def __init__(self, config: RunConfig, run: RunDir, done: int):
-        from tensorboardX import SummaryWriter
-
-        # purge_step: what was written of updates that are done again is not shown twice
-        self.to = SummaryWriter(str(run.root / "tensorboard"), purge_step=done, flush_secs=10)
-        self.note("config", json.dumps(learned_from(config), indent=1), done)
-
-    def scalars(self, values: dict[str, float], step: int) -> None:
-        for key, value in values.items():
-            self.to.add_scalar(key, value, step)
-
-    def note(self, key: str, text: str, step: int) -> None:
-        self.to.add_text(key, text, step)
-
-    def close(self) -> None:
-        self.to.close()
-
-
-class _Wandb:
-    """A run of the project "pi-ray", the same one after a restart. Offline, under wandb/, unless the user has logged in or set WANDB_MODE."""
+class _Wandb(Tracker):
+    """A run of the project "pi-ray", the same after a restart. Offline, under wandb/, without a login or WANDB_MODE."""
 
     def __init__(self, config: RunConfig, run: RunDir, done: int):
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
         import wandb
 
-        mode = os.environ.get("WANDB_MODE") or ("online" if logged_in() else "offline")
-        settings = wandb.Settings(console="off", disable_git=True, save_code=False, silent=True)
-        self.to = wandb.init(
-            project=os.environ.get("WANDB_PROJECT") or "pi-ray", name=config.name, id=_remembered(run, "wandb", os.urandom(8).hex()), resume="allow",
-            dir=str(run.root), mode=mode, config=learned_from(config), settings=settings,
+        self.run = wandb.init(
+            project=os.environ.get("WANDB_PROJECT") or "pi-ray", name=config.name,
+            id=_run_id(run, "wandb", os.urandom(8).hex()), resume="allow", dir=str(run.root),
+            mode=os.environ.get("WANDB_MODE") or ("online" if logged_in() else "offline"),
+            config=learning_settings(config),
+            settings=wandb.Settings(console="off", disable_git=True, save_code=False, silent=True),
         )
 
     def scalars(self, values: dict[str, float], step: int) -> None:
-        self.to.log(values, step=step)
+        self.run.log(values, step=step)
 
     def note(self, key: str, text: str, step: int) -> None:
-        self.to.summary[f"{key}/{step}"] = text
+        self.run.summary[f"{key}/{step}"] = text
 
     def close(self) -> None:
-        self.to.finish()
+        self.run.finish()
 
 
-class _MlFlow:
-    """A run of the experiment "pi-ray", the same one after a restart: in mlflow.db of the run directory, or where MLFLOW_TRACKING_URI says."""
+class _MlFlow(Tracker):
+    """A run of the experiment "pi-ray", the same after a restart: in RUN/mlflow.db, or at MLFLOW_TRACKING_URI."""
 
     def __init__(self, config: RunConfig, run: RunDir, done: int):
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
@@ -129,24 +128,24 @@ class _MlFlow:
         if not os.environ.get("MLFLOW_TRACKING_URI"):
             mlflow.set_tracking_uri(f"sqlite:///{run.root.resolve() / 'mlflow.db'}")
         mlflow.set_experiment(os.environ.get("MLFLOW_EXPERIMENT_NAME") or "pi-ray")
-        self.to, known = mlflow, _remembered(run, "mlflow")
-        found = mlflow.start_run(run_id=known) if known else mlflow.start_run(run_name=config.name)
+        self.mlflow, known = mlflow, _run_id(run, "mlflow")
+        started = mlflow.start_run(run_id=known) if known else mlflow.start_run(run_name=config.name)
         if not known:
-            _remembered(run, "mlflow", found.info.run_id)
-            mlflow.log_params({key: str(value)[:500] for key, value in learned_from(config).items()})
+            _run_id(run, "mlflow", started.info.run_id)
+            mlflow.log_params({key: str(value)[:500] for key, value in learning_settings(config).items()})
 
     def scalars(self, values: dict[str, float], step: int) -> None:
-        self.to.log_metrics({key.replace("/", "_"): value for key, value in values.items()}, step=step)
+        self.mlflow.log_metrics({key.replace("/", "_"): value for key, value in values.items()}, step=step)
 
     def note(self, key: str, text: str, step: int) -> None:
-        self.to.set_tag(f"{key}_{step}", text)
+        self.mlflow.set_tag(f"{key}_{step}", text)
 
     def close(self) -> None:
-        self.to.end_run()
+        self.mlflow.end_run()
 
 
 def logged_in() -> bool:
-    """Whether the user has given W&B's client a key, in the environment or with `wandb login`. The key itself is not read."""
+    """Whether the user has given W&B's client a key, by WANDB_API_KEY or `wandb login`. The key itself is not read."""
     if os.environ.get("WANDB_API_KEY"):
         return True
     host = urlsplit(os.environ.get("WANDB_BASE_URL") or WANDB_HOST).hostname or ""
@@ -156,9 +155,9 @@ def logged_in() -> bool:
         return False
 
 
-def _remembered(run: RunDir, tracker: str, new: str = "") -> str:
-    """The id by which a tracker knows this run, so that a restart goes on with it. `new` is noted where there is none yet."""
-    path: Path = run.root / "tracker.json"
+def _run_id(run: RunDir, tracker: str, new: str = "") -> str:
+    """The tracker's id of this run, by which a restart goes on with it; `new` is noted where there is none yet."""
+    path = run.root / "tracker.json"
     try:
         known = json.loads(path.read_bytes())
     except (OSError, ValueError):

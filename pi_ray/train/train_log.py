@@ -1,4 +1,4 @@
-"""train.jsonl: one line for each update and each event, which people watch, the report draws, and trackers are sent."""
+"""Training log: train.jsonl, one line for each update and event, which people watch, reports draw and trackers get."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pi_ray.errors import MissingExtraError
-from pi_ray.run.artifact import write_atomic, writing
+from pi_ray.run.artifact import translate_disk_errors, write_atomic
 from pi_ray.train.lease import Lease
 
 if TYPE_CHECKING:
@@ -16,52 +16,53 @@ if TYPE_CHECKING:
 
 
 class TrainLog:
-    """Written by the first worker alone; the others' calls do nothing."""
+    """Written by the first worker alone; on the others (`writes` is false) every call does nothing."""
 
     def __init__(self, path: Path, writes: bool = True):
-        self.path, self.writes = path, writes
+        self.path = path
         self.tracker: Tracker | None = None
         self.lease = Lease(path.with_suffix(".owner")) if writes else None
         if writes and path.exists() and (data := path.read_bytes()) and not data.endswith(b"\n"):
-            write_atomic(path, data + b"\n")  # a crash left half a line, which the next one shall not join
+            write_atomic(path, data + b"\n")  # ends the half line that a crash left
 
     def add(self, entry: dict[str, Any]) -> None:
-        """Raises StorageError where the disk does not take it, TrainingError once another group of workers has taken the run over."""
+        """Append a line. Raises StorageError on a full disk, TrainingError once another worker group has the lease."""
         if not self.lease:
             return
         self.lease.check()
-        with writing(self.path), open(self.path, "a") as f:
+        with translate_disk_errors(self.path), open(self.path, "a") as f:
             f.write(json.dumps(entry) + "\n")
         if self.tracker:
-            self._watched(lambda: self.tracker.take(entry))
+            self._guarded(self.tracker.add, entry)
 
     def trim(self, done: int) -> None:
-        """Drop what it says of updates that will be done again, and lines that a crash left half written."""
-        if self.writes and self.path.exists():
-            kept = [entry for entry in entries(self.path.read_bytes()) if entry.get("step", -1) < done]
+        """Drop lines of updates from `done` on, which will be done again, and half-written ones."""
+        if self.lease and self.path.exists():
+            kept = [entry for entry in read_entries(self.path.read_bytes()) if entry.get("step", -1) < done]
             write_atomic(self.path, "".join(json.dumps(entry) + "\n" for entry in kept))
 
-    def follow(self, opens: Callable[[], Tracker | None]) -> None:
+    def follow(self, open_tracker: Callable[[], Tracker | None]) -> None:
         """Send every entry from now on to a tracker as well."""
-        if self.writes:
-            self.tracker = self._watched(opens)
+        if self.lease:
+            self.tracker = self._guarded(open_tracker)
 
     def close(self) -> None:
         if self.tracker:
-            self._watched(self.tracker.close)
+            self._guarded(self.tracker.close)
 
-    def _watched(self, call: Callable[[], Any]) -> Any:
-        """A tracker that fails, such as a server that is gone, is given up with a warning: it must not stop what it watches."""
+    def _guarded(self, call: Callable[..., Any], *args: Any) -> Any:
+        """Call a tracker. One that fails, as when its server is gone, is dropped with a warning; training goes on."""
         try:
-            return call()
+            return call(*args)
         except MissingExtraError:
             raise
         except Exception as error:
             self.tracker = None
-            self.add({"event": "warning", "text": f"train.tracker gets no more, training goes on: {type(error).__name__}: {error}"})
+            text = f"train.tracker gets no more, training goes on: {type(error).__name__}: {error}"
+            self.add({"event": "warning", "text": text})
 
 
-def entries(data: bytes) -> Iterator[dict[str, Any]]:
+def read_entries(data: bytes) -> Iterator[dict[str, Any]]:
     """Every whole line that is a JSON object."""
     for line in data.splitlines():
         try:

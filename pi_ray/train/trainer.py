@@ -1,6 +1,6 @@
-"""Progressive fine-tuning inside one worker: through all phases without a restart or a reload of the model.
+"""Progressive fine-tuning inside one worker: all phases in a row, without a restart or a reload of the base model.
 
-Needs torch.distributed alone (or nothing, for one worker), so that it runs under Ray Train, torchrun and in a test.
+It needs torch.distributed alone (or nothing, with one worker), so that it runs under Ray Train, torchrun and in a test.
 """
 
 from __future__ import annotations
@@ -18,252 +18,327 @@ from pi_ray.config import RunConfig
 from pi_ray.errors import TrainingError
 from pi_ray.protocols import UNLABELLED
 from pi_ray.registry import backends
-from pi_ray.run.artifact import digest, read_manifest, sweep
+from pi_ray.run.artifact import digest, read_manifest, remove_leftovers
 from pi_ray.run.directory import RunDir
-from pi_ray.run.fingerprint import learned_from
+from pi_ray.run.fingerprint import learning_settings
 from pi_ray.schedule import plan_phases
 from pi_ray.train import checkpoint, distill, gist, lora, shared_prefix, trackers
 from pi_ray.train.backends import MOMENTS
-from pi_ray.train.batches import Batch, PhaseRows, differs, longest_of, manifest_of, packed, plain, to_device
-from pi_ray.train.dataloader import Feed, Pack
-from pi_ray.train.distill import Targets
-from pi_ray.train.distributed import Group
+from pi_ray.train.batches import (
+    Batch,
+    PhaseDataset,
+    TokenRow,
+    dataset_manifest,
+    longest_row_tokens,
+    packed_batch,
+    packing_error,
+    plain_batch,
+    to_device,
+)
+from pi_ray.train.dataloader import Pack, TrainDataLoader, UpdateBatches
+from pi_ray.train.distributed import WorkerGroup
 from pi_ray.train.early_stopping import EarlyStop
-from pi_ray.train.objectives import distill_sum, loss_and_hits, sft_sum
+from pi_ray.train.objectives import distill_loss, loss_and_correct, sft_loss
 from pi_ray.train.train_log import TrainLog
-from pi_ray.train.updates import Update, all_updates
+from pi_ray.train.updates import Update, plan_updates
+
+DEV_ROWS = 8  # dev rows of one forward pass
 
 
 def train_worker(settings: dict[str, Any]) -> None:
-    """One worker's whole training. `settings`: config (RunConfig as JSON), fingerprint, device; torch.distributed is up, or there is one worker."""
-    worker = _Worker(RunConfig.model_validate(settings["config"]), settings["fingerprint"], settings["device"], settings.get("report"))
+    """Train in this process, as one worker. torch.distributed is initialised, or there is one worker alone.
+
+    `settings`: config (RunConfig as JSON), fingerprint, device, and `report`, which gets metrics after each save.
+    """
+    config = RunConfig.model_validate(settings["config"])
+    trainer = Trainer(config, settings["fingerprint"], settings["device"], settings.get("report"))
     try:
-        worker.run()
+        trainer.train()
     finally:
-        worker.close()
+        trainer.close()
 
 
-class _Worker:
-    def __init__(self, config: RunConfig, fingerprint: str, device: str, report: Callable[[dict[str, Any]], None] | None):
+class Trainer:
+    """The training of one run: base model, adapter, optimiser, data loader, log and checkpoints of one worker."""
+
+    def __init__(
+        self, config: RunConfig, fingerprint: str, device: str, report: Callable[[dict[str, Any]], None] | None
+    ):
         self.config, self.fingerprint, self.device = config, fingerprint, device
         self.report = report or (lambda metrics: None)
         self.dir = RunDir(config.root)
-        self.group = Group(device)
+        self.group = WorkerGroup(device)
         self.rank, self.world = self.group.rank, self.group.world
         self.log = TrainLog(self.dir.train_log, writes=self.rank == 0)
         phases = plan_phases(config.schedule)
-        self.manifests = [manifest_of(self.dir.phase(i)) for i in range(len(phases))]
-        self.dev = PhaseRows(self.dir.phase("dev"))
-        self.own_dev = [PhaseRows(self.dir.phase(f"dev-{i}")) if config.train.early_stop else self.dev for i in range(len(phases))]
-        self.updates = all_updates([m["rows"] for m in self.manifests], phases, config.train)
-        self.ends = {u.phase: u.step + 1 for u in self.updates}  # how many updates are done with when a phase is
-        self.optimised = 0  # updates that Adam's moments have seen
+        self.manifests = [dataset_manifest(self.dir.phase(i)) for i in range(len(phases))]
+        self.dev = PhaseDataset(self.dir.phase("dev"))  # under the last phase's prompt
+        own_prompt = config.train.early_stop > 0
+        self.phase_dev = [
+            PhaseDataset(self.dir.phase(f"dev-{i}")) if own_prompt else self.dev for i in range(len(phases))
+        ]
+        self.updates = plan_updates([m["rows"] for m in self.manifests], phases, config.train)
+        self.ends = {u.phase: u.step + 1 for u in self.updates}  # phase -> the first step after it
+        self.adam_updates = 0  # updates that Adam's moments have seen
         self.early = EarlyStop(config.train.early_stop)
-        self.micro = config.train.micro_batch or config.rows_per_worker
-        self.backend = self._build()
-        self.pack = self._packing()
-        self.feed = Feed(config, fingerprint, self.updates, self.pack, self.rank, self.world)
+        self.micro_batch = config.train.micro_batch or config.rows_per_worker
+        bf16 = models.dtype_of(config.model, device) == torch.bfloat16
+        micro_batches = config.rows_per_worker // self.micro_batch
+        self.backend = backends[config.train.backend.name](self.build_model, config.train, micro_batches, bf16)
+        self.pack = self._choose_packing()
+        self.dataloader = TrainDataLoader(config, fingerprint, self.updates, self.pack, self.rank, self.world)
 
-    def run(self) -> None:
-        done = self._resume()
+    @property
+    def model(self) -> Any:
+        """The peft model, without the wrapper of a backend."""
+        return getattr(self.backend.model, "module", self.backend.model)
+
+    def train(self) -> None:
+        """Go on after the newest checkpoint, through all updates that are left."""
+        done = self.resume()
         self.log.trim(done)
         self.log.follow(lambda: trackers.open_tracker(self.config, self.dir, done))
         while done < len(self.updates):
             update = self.updates[done]
-            if update.index == 0 and update.phase and self.config.train.phase_transition == "reset":
-                self._reset_optimizer()
-            if update.phase and not self.feed.taught:
-                self._teach(update)
-            if self.feed.teaches and (update.phase, update.index) == (1, 0):
-                manifest = read_manifest(self.dir.taught)
-                self.log.add({"event": "taught", "step": update.step, **{key: manifest[key] for key in distill.SAID}})
-            self._one(update)
-            done = self._score(update)
+            if update.phase:
+                self.phase_transition(update)
+            self.train_step(update)
+            done = self.evaluate(update)
             if (update.step + 1) % self.config.train.checkpoint_every == 0:
-                self._checkpoint(update, done)
-        self._finish()
+                self.save_checkpoint(update, done)
+        self.finish()
 
     def close(self) -> None:
-        self.feed.close()
+        self.dataloader.close()
         self.log.close()
 
-    def _build(self) -> Any:
-        """The backend, which calls `_model`."""
-        backend, bf16 = backends[self.config.train.backend.name], models.dtype_of(self.config.model, self.device) == torch.bfloat16
-        return backend(self._model, self.config.train, self.config.rows_per_worker // self.micro, bf16)
-
-    def _model(self) -> Any:
-        """The base with a fresh adapter, ready to train."""
+    def build_model(self) -> Any:
+        """The base model with a fresh adapter, ready to train; called by the backend, which may shard it."""
+        train = self.config.train
         model = models.load_model(self.config.model, self.device)
-        self.apart = shared_prefix.can_share_prefix(model, longest_of(self.dir.phases) + self.config.train.gist)
-        model = lora.add_lora(model, self.config.train.lora, self.config.train.seed)
-        self.started = lora.start(model, self.config.train.lora)
-        if self.config.train.gist:
-            gist.attach(model, self.config.train.gist)
-        if self.config.train.gradient_checkpointing:
+        self.plain_batch_reason = shared_prefix.why_prefix_cannot_be_shared(
+            model, longest_row_tokens(self.dir.phases) + train.gist
+        )
+        model = lora.add_lora(model, train.lora, train.seed)
+        self.pissa_start = lora.pissa_start(model, train.lora)
+        if train.gist:
+            gist.add_gist_embeddings(model, train.gist)
+        if train.gradient_checkpointing:
             model.enable_input_require_grads()
             model.gradient_checkpointing_enable({"use_reentrant": False})
         return model.train()
 
-    def _packing(self) -> Pack:
-        """Rows behind one copy of their prefix where that is wanted and the model can, else plain batches, and the log says why."""
+    def _choose_packing(self) -> Pack:
+        """Packed rows behind one copy of their prefix where the model can, else plain batches and a log line why."""
         train = self.config.train
         if not train.share_prefix:
-            return plain
-        reason = self.group.of_first(self.apart or differs(self.backend.model, self.device, shared_prefix.wants_flex(train.attention, self.device)))
+            return plain_batch
+        flex = shared_prefix.uses_flex_attention(train.attention, self.device)
+        reason = self.group.broadcast_from_rank0(
+            self.plain_batch_reason or packing_error(self.backend.model, self.device, flex)
+        )
         if train.gist and reason:
-            raise TrainingError(f"model.base cannot be trained with gist tokens (train.gist), which need full attention in every layer: {reason}")
+            raise TrainingError(
+                "model.base cannot be trained with gist tokens (train.gist), which need full attention in every layer: "
+                f"{reason}"
+            )
         if reason:
             self.log.add({"event": "plain_batches", "reason": reason})
-        return plain if reason else packed
+        return plain_batch if reason else packed_batch
 
-    def _one(self, update: Update) -> None:
-        """One update over all workers."""
+    def phase_transition(self, update: Update) -> None:
+        """Before an update of a phase after the first: reset the optimiser, and have the teacher answer, where due."""
+        if update.index == 0 and self.config.train.phase_transition == "reset":
+            self._reset_optimizer()
+        if not self.dataloader.has_answers:
+            self._make_teacher_answers(update)
+        if self.dataloader.distills and (update.phase, update.index) == (1, 0):
+            manifest = read_manifest(self.dir.teacher_answers)
+            facts = {key: manifest[key] for key in distill.LOGGED}
+            self.log.add({"event": "teacher_answers", "step": update.step, **facts})
+
+    def train_step(self, update: Update) -> None:
+        """One optimiser update over all workers, and its line in the log."""
         started = time.monotonic()
-        ready, train = self.feed[update], self.config.train
-        torch.manual_seed(int(digest([train.seed, update.step, self.rank])[:15], 16))  # for dropout, the base model's own too
-        counts = torch.zeros(3, dtype=torch.float64)
-        for i, (batch, targets) in enumerate(ready.parts):
-            loss = self._loss(to_device(batch, self.device), targets) / ready.answer_tokens
-            counts += torch.tensor([float(loss.detach()), batch.tokens, batch.plain_tokens], dtype=torch.float64)
-            self.backend.backward(loss, last=i + 1 == len(ready.parts))
-        counts = self.group.sum(counts)
-        if not torch.isfinite(counts[0]):  # summed over workers, so that all of them stop together
-            raise TrainingError(f"loss is {counts[0]:.3g} at update {update.step} (phase {update.phase}); lower train.lr, and look for empty or broken rows")
+        batches = self.dataloader[update]
+        # dropout's random numbers, in the base model too, depend on seed, update and rank alone
+        torch.manual_seed(int(digest([self.config.train.seed, update.step, self.rank])[:15], 16))
+        loss, tokens, plain_tokens = self.group.all_reduce_sum(self.forward_backward(batches)).tolist()
+        if not torch.isfinite(torch.tensor(loss)):  # the same sum on every worker, so that all of them stop together
+            raise TrainingError(
+                f"loss is {loss:.3g} at update {update.step} (phase {update.phase}); "
+                "lower train.lr, and look for empty or broken rows"
+            )
         self.backend.step(update.lr)
-        self.optimised += 1
+        self.adam_updates += 1
         self.log.add({
-            "step": update.step, "phase": update.phase, "epoch": update.epoch, "loss": round(counts[0].item(), 6), "lr": update.lr,
-            "tokens": int(counts[1]), "plain_tokens": int(counts[2]), "seconds": round(time.monotonic() - started, 4), "time": round(time.time(), 3),
+            "step": update.step, "phase": update.phase, "epoch": update.epoch, "loss": round(loss, 6), "lr": update.lr,
+            "tokens": int(tokens), "plain_tokens": int(plain_tokens),
+            "seconds": round(time.monotonic() - started, 4), "time": round(time.time(), 3),
         })
 
-    def _loss(self, batch: Batch, targets: Targets | None) -> torch.Tensor:
-        """Summed over answer tokens."""
+    def forward_backward(self, batches: UpdateBatches) -> torch.Tensor:
+        """This worker's part of an update: its gradients, and (loss, tokens, plain tokens) as (3,) float64."""
+        totals = torch.zeros(3, dtype=torch.float64)
+        for i, (batch, targets) in enumerate(batches.parts):
+            loss = self.summed_loss(to_device(batch, self.device), targets) / batches.answer_tokens
+            totals += torch.tensor([float(loss.detach()), batch.tokens, batch.plain_tokens], dtype=torch.float64)
+            self.backend.backward(loss, last=i + 1 == len(batches.parts))
+        return totals
+
+    def summed_loss(self, batch: Batch, targets: distill.Targets | None) -> torch.Tensor:
+        """The loss of one forward pass by `train.objective`, summed over answer tokens."""
         if targets is None:
-            return sft_sum(self.backend.model, batch)
+            return sft_loss(self.backend.model, batch)
         train = self.config.train
-        return distill_sum(self.backend.model, batch, targets.to(self.device), 1.0 if train.objective == "distill" else train.distill.share)
+        share = 1.0 if train.objective == "distill" else train.distill.share
+        return distill_loss(self.backend.model, batch, targets.to(self.device), share)
 
-    def _score(self, update: Update) -> int:
-        """Take a dev score where one is due, and end the phase where it is over or gains no more. Returns how many updates are done with.
+    def evaluate(self, update: Update) -> int:
+        """Score dev rows where due, end the phase where it is over or gains no more; returns how many updates are done.
 
-        With early stop a phase is scored under its own prompt: what it learns need not show under the last one's yet.
+        With early stop a phase is scored under its own prompt: the last phase's prompt need not show its gain yet.
         """
         done, end, train = update.step + 1, self.ends[update.phase], self.config.train
         if done < end and not (train.dev_every and (update.index + 1) % train.dev_every == 0):
             return done
         if done < end or train.early_stop:
-            loss, accuracy = self.dev_scores(self.own_dev[update.phase])
-            stops = self.early.take((accuracy, loss), update.step, self.optimised, self._state)
+            loss, accuracy = self.evaluate_dev(self.phase_dev[update.phase])
+            stops = self.early.add_score((accuracy, loss), update.step, self.adam_updates, self._finite_state)
             if done < end:
-                self.log.add({"event": "dev", "phase": update.phase, "step": update.step, "dev_loss": round(loss, 6), "dev_accuracy": round(accuracy, 6)})
+                self._log_dev("dev", update, loss, accuracy)
                 if not stops:
                     return done
-        self._end_phase(update)
+        self.end_phase(update)
         return end
 
-    def _end_phase(self, update: Update) -> None:
-        """Leave an adapter behind: the present one, or with early stop the one of the phase's best score, from which the next phase then goes on.
+    @torch.no_grad()
+    def evaluate_dev(self, dev: PhaseDataset) -> tuple[float, float]:
+        """(mean cross-entropy in nats a token, share of tokens that are the likeliest) on the answers of `dev`."""
+        self.backend.model.eval()
+        mine, total = range(self.rank, len(dev), self.world), torch.zeros(2, dtype=torch.float64)
+        # as many forward passes on every worker: sharded models need all workers in each
+        for start in range(0, -(-len(dev) // self.world), DEV_ROWS):
+            numbers = list(mine[start : start + DEV_ROWS])
+            batch = self.pack(dev.prefix + gist.gist_ids(self.config.train.gist), dev.take(numbers or [0]))
+            found = loss_and_correct(self.backend.model, to_device(batch, self.device))
+            if numbers:
+                total += torch.tensor(found, dtype=torch.float64)
+        self.backend.model.train()
+        loss, accuracy = (self.group.all_reduce_sum(total) / dev.label_lengths.sum()).tolist()
+        return loss, accuracy
 
-        Its card has dev scores under the last phase's prompt, by which phases are compared.
+    def end_phase(self, update: Update) -> None:
+        """Save the phase's adapter: the present one, or with early stop that of the best dev score.
+
+        The next phase goes on from the saved one. Its card has dev scores under the last phase's prompt, by which
+        phases are compared.
         """
         best = {}
         if self.early.state is not None:
             if self.early.step != update.step:
-                self.backend.load_state(self.early.state, self.early.optimised)
-                self.optimised = self.early.optimised
+                self.backend.load_state(self.early.state, self.early.adam_updates)
+                self.adam_updates = self.early.adam_updates
             best = {"best_step": self.early.step, "early": update.step + 1 < self.ends[update.phase]}
-            self.early.forget()
-        loss, accuracy = self.dev_scores(self.dev)
-        weights = {name: value for name, value in self._state().items() if "/" not in name}
+            self.early = EarlyStop(self.config.train.early_stop)
+        loss, accuracy = self.evaluate_dev(self.dev)
+        weights = {name: value for name, value in self._finite_state().items() if "/" not in name}
         if self.rank == 0:
-            model = getattr(self.backend.model, "module", self.backend.model)
-            card = lora.adapter_card(self.config, self.manifests, fingerprint=self.fingerprint, phase=update.phase, dev_loss=loss, dev_accuracy=accuracy)
-            lora.save_adapter(self.dir.adapter(update.phase), model, weights, card, self.started)
-        self.log.add({"event": "phase_end", "phase": update.phase, "step": update.step, "dev_loss": round(loss, 6), "dev_accuracy": round(accuracy, 6), **best})
+            facts = {"fingerprint": self.fingerprint, "phase": update.phase, "dev_loss": loss, "dev_accuracy": accuracy}
+            card = lora.adapter_card(self.config, self.manifests, **facts)
+            lora.save_adapter(self.dir.adapter(update.phase), self.model, weights, card, self.pissa_start)
+        self._log_dev("phase_end", update, loss, accuracy, **best)
         self.report({"phase": update.phase, "step": update.step, "dev_loss": loss})
 
-    def _teach(self, update: Update) -> None:
-        """At the border after the first phase: the teacher answers, each worker for its share of the rows."""
+    def _log_dev(self, event: str, update: Update, loss: float, accuracy: float, **facts: Any) -> None:
+        scores = {"dev_loss": round(loss, 6), "dev_accuracy": round(accuracy, 6)}
+        self.log.add({"event": event, "phase": update.phase, "step": update.step, **scores, **facts})
+
+    def _make_teacher_answers(self, update: Update) -> None:
+        """Have the teacher answer, each worker for its share of the rows, at the first phase transition."""
         train, started = self.config.train, time.monotonic()
         if train.distill.teacher == "adapter" and (update.phase, update.index) != (1, 0):
             raise TrainingError(
-                f"{self.dir.taught}: what the teacher answered is missing or of another run, and the teacher has been trained on since; "
-                f"delete {self.dir.checkpoints} to train again"
+                f"{self.dir.teacher_answers}: the teacher's answers are missing or of another run, and the teacher has "
+                f"been trained on since; delete {self.dir.checkpoints} to train again"
             )
-        labelled, unlabelled = PhaseRows(self.dir.phase(0)), PhaseRows(self.dir.phase(f"{UNLABELLED}-0"))
-        model, end = getattr(self.backend.model, "module", self.backend.model), models.load_tokenizer(self.config.model).eos_token_id
-        view = lambda rows: to_device(self.pack(labelled.prefix, rows), self.device)  # noqa: E731
-        shares = self.group.at_first(distill.lesson(model, labelled, unlabelled, train.distill, end, view, self.micro, self.rank, self.world))
+        labelled, unlabelled = PhaseDataset(self.dir.phase(0)), PhaseDataset(self.dir.phase(f"{UNLABELLED}-0"))
+        end = models.load_tokenizer(self.config.model).eos_token_id
+
+        def pack(rows: list[TokenRow]) -> Batch:
+            return to_device(self.pack(labelled.prefix, rows), self.device)
+
+        shares = self.group.gather_to_rank0(distill.teacher_answers(
+            self.model, labelled, unlabelled, train.distill, end, pack, self.micro_batch, self.rank, self.world
+        ))
         if self.rank == 0:
-            distill.write(self.dir.taught, shares, train.distill, self.fingerprint, len(unlabelled), round(time.monotonic() - started, 1))
-        self.group.wait()
-        storage_sync.refresh(self.dir.root)
-        self.feed.taught = True
+            seconds = round(time.monotonic() - started, 1)
+            distill.write_teacher_answers(
+                self.dir.teacher_answers, shares, train.distill, self.fingerprint, len(unlabelled), seconds
+            )
+        self.group.barrier()
+        storage_sync.fetch_updates(self.dir.root)
+        self.dataloader.has_answers = True
 
-    @torch.no_grad()
-    def dev_scores(self, dev: PhaseRows) -> tuple[float, float]:
-        """Mean cross-entropy (nats a token), and the share of tokens that are the likeliest one, of the answers of `dev` under its prompt."""
-        self.backend.model.eval()
-        mine, total = range(self.rank, len(dev), self.world), torch.zeros(2, dtype=torch.float64)
-        rounds = -(-len(dev) // self.world)  # equal on every worker: sharded models need all of them in each forward
-        for start in range(0, rounds, 8):
-            numbers = list(mine[start : start + 8])
-            batch = self.pack(dev.prefix + gist.ids(self.config.train.gist), dev.take(numbers or [0]))
-            found = loss_and_hits(self.backend.model, to_device(batch, self.device))
-            if numbers:
-                total += torch.tensor(found, dtype=torch.float64)
-        self.backend.model.train()
-        loss, accuracy = (self.group.sum(total) / dev.label_lengths.sum()).tolist()
-        return loss, accuracy
-
-    def _state(self) -> checkpoint.State:
-        """The backend's state, equal on every worker. Raises TrainingError, on all of them, where it holds no numbers any more: such a state is never written."""
+    def _finite_state(self) -> checkpoint.State:
+        """The backend's state, equal on every worker. Raises TrainingError on all where it holds inf or NaN."""
         state = self.backend.state()
         if broken := [name for name, value in state.items() if not torch.isfinite(value).all()]:
-            raise TrainingError(f"{broken[0]} (and {len(broken) - 1} more) became infinite or no number; lower train.lr or train.grad_clip")
+            raise TrainingError(
+                f"{broken[0]} (and {len(broken) - 1} more) became infinite or no number; "
+                "lower train.lr or train.grad_clip"
+            )
         return state
 
-    def _checkpoint(self, update: Update, done: int) -> None:
-        state = self._state()
+    def save_checkpoint(self, update: Update, done: int) -> None:
+        state = self._finite_state()
         if self.rank == 0:
-            facts = {"optimised": self.optimised, "early": self.early.facts(), "learned_from": learned_from(self.config)}
-            checkpoint.save(self.dir.checkpoints, state, done, self.fingerprint, self.config.train.keep_checkpoints, self.early.state, **facts)
+            checkpoint.save_checkpoint(
+                self.dir.checkpoints, state, done, self.fingerprint, self.config.train.keep_checkpoints,
+                self.early.state, early=self.early.facts(), adam_updates=self.adam_updates,
+                learned_from=learning_settings(self.config),
+            )
         self.report({"phase": update.phase, "step": update.step})
 
-    def _resume(self) -> int:
-        """Updates already in the newest whole checkpoint, which is loaded; 0 when there is none. Rank 0 decides for all."""
+    def resume(self) -> int:
+        """Load the newest whole checkpoint, which rank 0 finds for all; returns how many updates are done, 0 for none.
+
+        Without a checkpoint the weights of `train.init_adapter` are loaded, if it is set.
+        """
         found = ""
         if self.rank == 0:
-            sweep(self.dir.checkpoints)
-            sweep(self.dir.adapters)
-            warn = lambda text: self.log.add({"event": "warning", "text": text})  # noqa: E731
-            found = str(checkpoint.newest(self.dir.checkpoints, self.fingerprint, learned_from(self.config), warn) or "")
-        found = self.group.of_first(found)
+            remove_leftovers(self.dir.checkpoints)
+            remove_leftovers(self.dir.adapters)
+            found = str(checkpoint.newest_checkpoint(
+                self.dir.checkpoints, self.fingerprint, learning_settings(self.config),
+                lambda text: self.log.add({"event": "warning", "text": text}),
+            ) or "")
+        found = self.group.broadcast_from_rank0(found)
         if not found:
             if self.config.train.init_adapter:
-                self._start_from(Path(self.config.train.init_adapter))
+                self._load_init_adapter(Path(self.config.train.init_adapter))
             return 0
-        state, manifest = checkpoint.load(Path(found))
-        self.optimised = manifest.get("optimised", manifest["done"])
-        self.backend.load_state(state, self.optimised)
-        self.early.restore(manifest.get("early", {}), checkpoint.load_best(Path(found)))
+        state, best_state, manifest = checkpoint.load_checkpoint(Path(found))
+        self.adam_updates = manifest["adam_updates"]
+        self.backend.load_state(state, self.adam_updates)
+        self.early = EarlyStop(self.config.train.early_stop, **manifest["early"], state=best_state)
         return manifest["done"]
 
-    def _start_from(self, folder: Path) -> None:
-        """An adapter's weights in place of fresh ones; the optimiser knows nothing of how they came about."""
-        model = self.backend.model
-        weights = lora.weights_of(folder, getattr(model, "module", model), self.config.model.base)
-        self.backend.load_state({**weights, **{f"{key}/{name}": torch.zeros_like(value) for name, value in weights.items() for key in MOMENTS}}, 0)
+    def _load_init_adapter(self, folder: Path) -> None:
+        """Start from an adapter's weights, with Adam's moments at zero."""
+        weights = lora.load_init_adapter(folder, self.model, self.config.model.base)
+        moments = {f"{key}/{name}": torch.zeros_like(value) for name, value in weights.items() for key in MOMENTS}
+        self.backend.load_state({**weights, **moments}, 0)
 
     def _reset_optimizer(self) -> None:
-        state = {name: torch.zeros_like(value) if "/" in name else value for name, value in self.backend.state().items()}
-        self.backend.load_state(state, 0)
-        self.optimised = 0
+        state = self.backend.state()
+        self.backend.load_state({k: torch.zeros_like(v) if "/" in k else v for k, v in state.items()}, 0)
+        self.adam_updates = 0
 
-    def _finish(self) -> None:
-        """Mark the best adapter; what a resume needs is needed no more."""
+    def finish(self) -> None:
+        """Link the best adapter and remove the checkpoints, which nothing needs any more."""
         if self.rank == 0:
-            best, accuracy = lora.mark_best(self.dir, len(self.manifests))
-            self.log.add({"event": "best", "phase": best, "step": len(self.updates) - 1, "dev_accuracy": round(accuracy, 6)})
-            checkpoint.clear(self.dir.checkpoints)
+            best, accuracy = lora.link_best_adapter(self.dir, len(self.manifests))
+            step = len(self.updates) - 1
+            self.log.add({"event": "best", "phase": best, "step": step, "dev_accuracy": round(accuracy, 6)})
+            checkpoint.remove_checkpoints(self.dir.checkpoints)

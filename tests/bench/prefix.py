@@ -19,8 +19,8 @@ import torch
 from pi_ray.config import LoraConfig, ModelConfig
 from pi_ray.models import load_model
 from pi_ray.train import lora, shared_prefix
-from pi_ray.train.batches import Batch, packed, plain, to_device
-from pi_ray.train.objectives import sft_sum
+from pi_ray.train.batches import Batch, packed_batch, plain_batch, to_device
+from pi_ray.train.objectives import sft_loss
 from tests.bench.report import header, last_line
 
 CASES = [("shots and template", 8, 200, 45, 15), ("long template", 8, 550, 100, 18), ("short rows", 16, 480, 25, 18)]  # name, rows, prefix, query, answer
@@ -30,10 +30,10 @@ def step(model: torch.nn.Module, batch: Batch) -> tuple[float, float, torch.Tens
     """(seconds, mean loss, gradient of all trainable weights)."""
     model.zero_grad(set_to_none=True)
     started = time.perf_counter()
-    loss = sft_sum(model, batch) / (batch.labels >= 0).sum()
+    loss = sft_loss(model, batch) / (batch.labels >= 0).sum()
     loss.backward()
     seconds = time.perf_counter() - started
-    return seconds, loss.item(), torch.cat([p.grad.flatten() for p in lora.trainable(model).values()])
+    return seconds, loss.item(), torch.cat([p.grad.flatten() for p in lora.trainable_parameters(model).values()])
 
 
 def measure(model: torch.nn.Module, case: tuple[str, int, int, int, int], rounds: int) -> tuple[float, float, float]:
@@ -44,12 +44,12 @@ def measure(model: torch.nn.Module, case: tuple[str, int, int, int, int], rounds
         return [rng.randrange(100, 40000) for _ in range(n)]
 
     head, data = ids(prefix), [(ids(query + rng.randrange(-5, 6)), ids(answer + rng.randrange(-2, 3))) for _ in range(rows)]
-    shared, padded = (to_device(pack(head, data), str(model.device)) for pack in (packed, plain))
+    shared, padded = (to_device(pack(head, data), str(model.device)) for pack in (packed_batch, plain_batch))
     times: dict[str, list[float]] = {"shared": [], "plain": []}
     for i in range(rounds + 1):
         model.set_attn_implementation("sdpa")
         plain_s, plain_loss, expected = step(model, padded)
-        shared_prefix.enable(model)
+        shared_prefix.enable_shared_prefix(model)
         shared_s, shared_loss, found = step(model, shared)
         if i:  # the first round warms up
             times["plain"].append(plain_s)

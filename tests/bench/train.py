@@ -45,8 +45,8 @@ from pi_ray.run.directory import RunDir
 from pi_ray.schedule import plan_phases
 from pi_ray.tasks.nl2bash import Nl2BashTask
 from pi_ray.train import lora
-from pi_ray.train.batches import PhaseRows
-from pi_ray.train.updates import all_updates, batch_rows
+from pi_ray.train.batches import PhaseDataset, packed_batch
+from pi_ray.train.updates import batch_rows, plan_updates
 from tests.bench.report import header, last_line
 
 TEMPLATE_TOKENS, EXAMPLES = 480, 40  # of the shared prefix; rows that fill it up after the task's own template
@@ -149,8 +149,8 @@ def _write(folder: Path, rate: float, template: str, prefix: list[int], table: d
 
 def in_order(config: RunConfig) -> list[list[Ids]]:
     """The rows of each update, in pi-ray's order, with the template's tokens in front of every prompt."""
-    data = PhaseRows(RunDir(config.root).phase(0))
-    updates = all_updates([len(data)], plan_phases(config.schedule), config.train)
+    data = PhaseDataset(RunDir(config.root).phase(0))
+    updates = plan_updates([len(data)], plan_phases(config.schedule), config.train)
     return [[(data.prefix + prompt, label) for prompt, label in data.take(batch_rows(u, len(data), config.train))] for u in updates]
 
 
@@ -183,20 +183,20 @@ def device() -> str:
 
 
 def adapter_hash(model: Any) -> str:
-    return digest(b"".join(p.detach().float().cpu().numpy().tobytes() for p in lora.trainable(model).values()))
+    return digest(b"".join(p.detach().float().cpu().numpy().tobytes() for p in lora.trainable_parameters(model).values()))
 
 
 def pi_ray(config: RunConfig) -> Run:
-    from pi_ray.train.trainer import _Worker
+    from pi_ray.train.trainer import Trainer
 
-    worker = _Worker(config, "bench", device(), None)
+    worker = Trainer(config, "bench", device(), None)
     start, seconds = adapter_hash(worker.backend.model), []
     for update in worker.updates:
         started = time.perf_counter()
-        worker._one(update)
+        worker.train_step(update)
         seconds.append(time.perf_counter() - started)
     entries = [json.loads(line) for line in RunDir(config.root).train_log.read_text().splitlines()][-len(seconds):]
-    note = "" if worker.pack.__name__ == "packed" else "no shared prefix: this model cannot take packed rows"
+    note = "" if worker.pack is packed_batch else "no shared prefix: this model cannot take packed rows"
     return Run(seconds, [e["loss"] for e in entries], [e["tokens"] for e in entries], start, peak_memory(), note)
 
 
@@ -283,7 +283,7 @@ def _measured(trainer: type, config: RunConfig) -> type:
     from torch.utils.data import SequentialSampler
 
     phases = plan_phases(config.schedule)
-    rates = [u.lr / config.train.lr for u in all_updates([phases[0].steps * config.train.batch_size], phases, config.train)]
+    rates = [u.lr / config.train.lr for u in plan_updates([phases[0].steps * config.train.batch_size], phases, config.train)]
 
     class Measured(trainer):  # type: ignore[misc, valid-type]
         def training_step(self, model: Any, inputs: dict[str, Any], *rest: Any, **named: Any) -> Any:
@@ -359,7 +359,7 @@ def compare(config: RunConfig, name: str, rounds: int, threads: int, micro: int)
     """All sides on one prompt, alternating; prints them and returns what was measured."""
     rows = in_order(config)
     tokens = sum(len(prompt) + len(label) for prompt, label in flat(rows)) / len(rows)
-    batch, prefix = len(rows[0]), len(PhaseRows(RunDir(config.root).phase(0)).prefix)
+    batch, prefix = len(rows[0]), len(PhaseDataset(RunDir(config.root).phase(0)).prefix)
     print(f"  {name}: {batch} rows of {prefix} + {tokens / batch - prefix:.0f} tokens an update, {len(rows)} updates, {rounds} round(s)", flush=True)
     sides = {side: Side() for side in ("pi-ray", "hf", "trl", "trl packed")}
     for _ in range(rounds):

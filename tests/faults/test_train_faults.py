@@ -12,12 +12,12 @@ import pytest
 import torch
 
 from pi_ray.errors import CorruptArtifactError, StorageError, TrainingError
-from pi_ray.run.artifact import MANIFEST, OWN_HASH, verify
+from pi_ray.run.artifact import MANIFEST, MANIFEST_HASH, verify_artifact
 from pi_ray.run.directory import RunDir
-from pi_ray.store.publish import publish
+from pi_ray.store.publish import publish_adapter
 from pi_ray.train import checkpoint, launch
 from pi_ray.train.backends import DdpBackend
-from pi_ray.train.trainer import _Worker, train_worker
+from pi_ray.train.trainer import Trainer, train_worker
 from tests import dying, workers
 from tests.disks import fill, leftovers
 from tests.dying import Fault
@@ -33,7 +33,7 @@ def settings(config):
 
 
 def adapters(config):
-    return [verify(RunDir(config.root).adapter(i))["files"]["adapter_model.safetensors"]["sha256"] for i in range(3)]
+    return [verify_artifact(RunDir(config.root).adapter(i))["files"]["adapter_model.safetensors"]["sha256"] for i in range(3)]
 
 
 def log_of(config):
@@ -80,19 +80,19 @@ def again(config, root, **changes):
 @contextmanager
 def dies_before(step):
     """The worker of this process is interrupted there."""
-    one = _Worker._one
+    one = Trainer.train_step
 
     def dies(self, update):
         if update.step == step:
             raise KeyboardInterrupt
         one(self, update)
 
-    _Worker._one = dies
+    Trainer.train_step = dies
     try:
         with pytest.raises(KeyboardInterrupt):
             yield
     finally:
-        _Worker._one = one
+        Trainer.train_step = one
 
 
 # F7: a loss that is no number
@@ -104,19 +104,19 @@ def poisoned(given, value, rank, at):
 
     from pi_ray.train import trainer
 
-    real, calls = trainer.sft_sum, [0]
+    real, calls = trainer.sft_loss, [0]
 
     def loss(model, batch):
         calls[0] += 1
         return real(model, batch) * (value if dist.get_rank() == rank and calls[0] > at else 1.0)
 
-    trainer.sft_sum = loss
+    trainer.sft_loss = loss
     try:
         train_worker(given)
     except TrainingError as error:
         return str(error)
     finally:
-        trainer.sft_sum = real
+        trainer.sft_loss = real
 
 
 @pytest.mark.parametrize("backend, value", [({"name": "ddp"}, float("nan")), ({"name": "deepspeed", "zero_stage": 2}, float("inf"))], ids=["ddp nan", "zero inf"])
@@ -125,8 +125,8 @@ def test_f7_all_workers_stop_in_the_update_in_which_one_has_no_number(tiny_model
     first, second = workers.run(2, poisoned, settings(config), value, 1, 6)
     assert first == second and "update 6 (phase 0)" in first and "train.lr" in first
     assert steps(config) == list(range(6)) and log_of(config)[-1]["step"] == 5
-    found = checkpoint.newest(RunDir(config.root).checkpoints, launch.fingerprint_of(config))
-    state, manifest = checkpoint.load(found)
+    found = checkpoint.newest_checkpoint(RunDir(config.root).checkpoints, launch.fingerprint_of(config))
+    state, _, manifest = checkpoint.load_checkpoint(found)
     assert manifest["done"] == 4 and all(torch.isfinite(value).all() for value in state.values())
 
 
@@ -143,7 +143,7 @@ def test_f7_a_state_that_is_no_number_is_never_written(tiny_model, tmp_path, mon
     monkeypatch.setattr(DdpBackend, "step", breaks)
     with pytest.raises(TrainingError, match="no number"):
         train_worker(settings(config))
-    assert [p.name for p in checkpoint.checkpoints(RunDir(config.root).checkpoints)] == ["step-00000004"]
+    assert [p.name for p in checkpoint.list_checkpoints(RunDir(config.root).checkpoints)] == ["step-00000004"]
 
 
 # F5: damaged checkpoints
@@ -151,7 +151,7 @@ def test_f7_a_state_that_is_no_number_is_never_written(tiny_model, tmp_path, mon
 
 def two_checkpoints(folder):
     for done in (2, 4):
-        checkpoint.save(folder, {"w": torch.arange(3.0) + done}, done, "f", keep=3, optimised=done)
+        checkpoint.save_checkpoint(folder, {"w": torch.arange(3.0) + done}, done, "f", keep=3, adam_updates=done)
     return folder / "step-00000004"
 
 
@@ -171,8 +171,8 @@ def damage(file, how):
 def test_f5_a_damaged_checkpoint_is_set_aside_with_a_warning_and_the_older_one_used(tmp_path, name, how):
     newest, said = two_checkpoints(tmp_path), []
     damage(newest / name, how)
-    found = checkpoint.newest(tmp_path, "f", warn=said.append)
-    state, manifest = checkpoint.load(found)
+    found = checkpoint.newest_checkpoint(tmp_path, "f", warn=said.append)
+    state, _, manifest = checkpoint.load_checkpoint(found)
     assert manifest["done"] == 2 and state["w"].tolist() == [2, 3, 4]
     assert (tmp_path / "step-00000004.corrupt").is_dir() and not newest.exists()
     assert len(said) == 1 and "step-00000004.corrupt" in said[0] and name in said[0]
@@ -183,14 +183,14 @@ def test_f5_a_damaged_checkpoint_is_set_aside_with_a_warning_and_the_older_one_u
 def test_f5_no_single_flipped_bit_of_a_manifest_is_believed(tmp_path):
     newest = two_checkpoints(tmp_path)
     whole = (newest / MANIFEST).read_bytes()
-    believed = {k: v for k, v in json.loads(whole).items() if k != OWN_HASH}
+    believed = {k: v for k, v in json.loads(whole).items() if k != MANIFEST_HASH}
     trusted = 0
     for at in range(len(whole)):
         data = bytearray(whole)
         data[at] ^= 1 << at % 8
         (newest / MANIFEST).write_bytes(data)
         with suppress(CorruptArtifactError):
-            found = verify(newest)
+            found = verify_artifact(newest)
             assert {k: v for k, v in found.items() if k in believed} == believed, f"byte {at}"
             trusted += 1
     assert trusted < 40, "only where the flip makes other white space, or hits the name under which the manifest's own hash stands"
@@ -198,9 +198,9 @@ def test_f5_no_single_flipped_bit_of_a_manifest_is_believed(tmp_path):
 
 def test_f5_when_every_checkpoint_is_damaged_training_begins_again(tmp_path):
     two_checkpoints(tmp_path)
-    for folder in checkpoint.checkpoints(tmp_path):
+    for folder in checkpoint.list_checkpoints(tmp_path):
         damage(folder / checkpoint.STATE, "truncate")
-    assert checkpoint.newest(tmp_path, "f") is None
+    assert checkpoint.newest_checkpoint(tmp_path, "f") is None
     assert len(list(tmp_path.glob("*.corrupt"))) == 2
 
 
@@ -220,10 +220,10 @@ def test_f5_a_run_whose_newest_checkpoint_is_damaged_ends_with_the_same_adapters
 
 
 def test_f6_a_checkpoint_that_does_not_fit_leaves_the_one_before(small_disk):
-    checkpoint.save(small_disk / "c", {"w": torch.ones(700_000)}, 2, "f", keep=3)
+    checkpoint.save_checkpoint(small_disk / "c", {"w": torch.ones(700_000)}, 2, "f", keep=3)
     with pytest.raises(StorageError, match=r"step-00000004.*No space left.*free some space"):
-        checkpoint.save(small_disk / "c", {"w": torch.ones(1_500_000)}, 4, "f", keep=3)
-    assert checkpoint.newest(small_disk / "c", "f").name == "step-00000002" and not leftovers(small_disk)
+        checkpoint.save_checkpoint(small_disk / "c", {"w": torch.ones(1_500_000)}, 4, "f", keep=3)
+    assert checkpoint.newest_checkpoint(small_disk / "c", "f").name == "step-00000002" and not leftovers(small_disk)
 
 
 def test_f6_training_stops_at_a_full_disk_and_goes_on_when_there_is_space(alone, small_disk):
@@ -233,7 +233,7 @@ def test_f6_training_stops_at_a_full_disk_and_goes_on_when_there_is_space(alone,
     ballast = fill(small_disk, 24_000)
     with pytest.raises(StorageError, match="disk is full"):
         train_worker(settings(config))
-    assert not leftovers(small_disk) and checkpoint.newest(RunDir(config.root).checkpoints, launch.fingerprint_of(config)).name == "step-00000004"
+    assert not leftovers(small_disk) and checkpoint.newest_checkpoint(RunDir(config.root).checkpoints, launch.fingerprint_of(config)).name == "step-00000004"
     ballast.unlink()
     train_worker(settings(config))
     assert adapters(config) == adapters(alone) and steps(config) == list(range(UPDATES))
@@ -241,26 +241,26 @@ def test_f6_training_stops_at_a_full_disk_and_goes_on_when_there_is_space(alone,
 
 def test_f6_an_adapter_that_does_not_fit_into_the_store_leaves_the_published_one(alone, tiny_model, small_disk):
     config = alone.replace(store=str(small_disk / "store"))
-    first = publish(RunDir(config.root), config)
+    first = publish_adapter(RunDir(config.root), config)
     other = alone.replace(run_dir=str(small_disk.parent / "other"), **{"train.seed": 1, "schedule.epochs": 1})
     prepare_by_hand(other)
     train_worker(settings(other))
     ballast = fill(small_disk, 16_000)
     with pytest.raises(StorageError, match="No space left"):
-        publish(RunDir(other.root), config)
+        publish_adapter(RunDir(other.root), config)
     assert json.loads((first.parent / "latest.json").read_text()) == {"version": "v0001"} and not leftovers(small_disk)
-    verify(first)
+    verify_artifact(first)
     ballast.unlink()
-    assert publish(RunDir(other.root), config).name == "v0002"
+    assert publish_adapter(RunDir(other.root), config).name == "v0002"
 
 
 def test_f6_a_read_only_disk_is_named(small_disk):
-    checkpoint.save(small_disk / "c", {"w": torch.ones(3)}, 2, "f", keep=3)
+    checkpoint.save_checkpoint(small_disk / "c", {"w": torch.ones(3)}, 2, "f", keep=3)
     subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
     try:
         with pytest.raises(StorageError, match=r"Read-only.*mount it for writing"):
-            checkpoint.save(small_disk / "c", {"w": torch.ones(3)}, 4, "f", keep=3)
-        assert checkpoint.newest(small_disk / "c", "f").name == "step-00000002"
+            checkpoint.save_checkpoint(small_disk / "c", {"w": torch.ones(3)}, 4, "f", keep=3)
+        assert checkpoint.newest_checkpoint(small_disk / "c", "f").name == "step-00000002"
     finally:
         subprocess.run(["mount", "-o", "remount,rw", small_disk], check=True)
 
@@ -279,13 +279,13 @@ def another_user():
 
 
 def test_f6_a_folder_of_another_owner_is_named(tmp_path):
-    checkpoint.save(tmp_path / "c", {"w": torch.ones(3)}, 2, "f", keep=3)
+    checkpoint.save_checkpoint(tmp_path / "c", {"w": torch.ones(3)}, 2, "f", keep=3)
     (tmp_path / "c").chmod(0o555)
     for folder in (tmp_path, *tmp_path.parents):
         if folder.name.startswith("pytest-"):
             folder.chmod(0o755)
     with another_user(), pytest.raises(StorageError, match=r"Permission denied.*may not write"):
-        checkpoint.save(tmp_path / "c", {"w": torch.ones(3)}, 4, "f", keep=3)
+        checkpoint.save_checkpoint(tmp_path / "c", {"w": torch.ones(3)}, 4, "f", keep=3)
     assert [p.name for p in (tmp_path / "c").iterdir()] == ["step-00000002"]
 
 
@@ -368,7 +368,7 @@ def test_f4_more_kills_than_max_failures_end_the_run_with_its_newest_checkpoint_
     with pytest.raises(TrainingError, match="the same command goes on") as stopped:
         launch.train(config)
     assert stopped.value.exit_code and dying.fired(tmp_path) == 2 and not launch.is_trained(config)
-    assert checkpoint.newest(RunDir(tmp_path).checkpoints, launch.fingerprint_of(config)).name == "step-00000008"
+    assert checkpoint.newest_checkpoint(RunDir(tmp_path).checkpoints, launch.fingerprint_of(config)).name == "step-00000008"
 
 
 @pytest.mark.ray

@@ -6,8 +6,8 @@ from types import SimpleNamespace
 import pytest
 
 from pi_ray.run.directory import RunDir
-from pi_ray.train.batches import PhaseRows
-from pi_ray.train.updates import all_updates, batch_rows
+from pi_ray.train.batches import PhaseDataset
+from pi_ray.train.updates import batch_rows, plan_updates
 from tests.bench import scale, train
 from tests.bench.train import (
     EXAMPLES,
@@ -42,7 +42,7 @@ def prepared(tiny_model, tmp_path_factory):
 
 def test_the_template_has_480_tokens_and_the_query_phase_none_of_them(prepared):
     config, longest, _ = prepared
-    template, query = (PhaseRows(RunDir(config.root).phase(i)) for i in range(2))
+    template, query = (PhaseDataset(RunDir(config.root).phase(i)) for i in range(2))
     assert len(template.prefix) == TEMPLATE_TOKENS
     assert query.prefix == template.prefix[: len(query.prefix)] and len(query.prefix) < 10
     assert template.take(range(8)) == query.take(range(8))
@@ -51,8 +51,8 @@ def test_the_template_has_480_tokens_and_the_query_phase_none_of_them(prepared):
 
 def test_peers_get_the_rows_of_every_update_in_our_order(prepared):
     config = prepared[0].replace(schedule={"name": "list", "list": [{"rate": 1.0, "shots": 0, "steps": 2}]})
-    data, rows = PhaseRows(RunDir(config.root).phase(0)), in_order(config)
-    numbers = [batch_rows(u, 8, config.train) for u in all_updates([8], plan_phases(config.schedule), config.train)]
+    data, rows = PhaseDataset(RunDir(config.root).phase(0)), in_order(config)
+    numbers = [batch_rows(u, 8, config.train) for u in plan_updates([8], plan_phases(config.schedule), config.train)]
     assert [len(update) for update in rows] == [4, 4]
     assert list(flat(rows)) == [(data.prefix + prompt, label) for update in numbers for prompt, label in data.take(update)]
     assert sorted(n for update in numbers for n in update) == list(range(8))

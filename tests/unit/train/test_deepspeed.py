@@ -7,11 +7,11 @@ import torch
 
 from pi_ray.config import BackendConfig, RunConfig, TrainConfig
 from pi_ray.models import load_model
-from pi_ray.run.artifact import verify as verified
+from pi_ray.run.artifact import verify_artifact as verified
 from pi_ray.run.directory import RunDir
 from pi_ray.store import verify
 from pi_ray.train import checkpoint, deepspeed_settings, lora
-from pi_ray.train.trainer import _Worker, train_worker
+from pi_ray.train.trainer import Trainer, train_worker
 from tests import workers
 from tests.prepared import prepare_by_hand, tiny_config
 
@@ -50,7 +50,7 @@ def train(config, stop_at=0):
 
 def train_one(config, stop_at=0):
     """One worker, which ends before update `stop_at` if that is not 0. Every weight is sharded, also those that DeepSpeed would keep whole for their size."""
-    one, settings = _Worker._one, deepspeed_settings.settings
+    one, settings = Trainer.train_step, deepspeed_settings.deepspeed_config
 
     def stops(self, update):
         if stop_at and update.step == stop_at:
@@ -62,13 +62,13 @@ def train_one(config, stop_at=0):
         made["zero_optimization"]["stage3_param_persistence_threshold"] = 0
         return made
 
-    _Worker._one, deepspeed_settings.settings = stops, sharded
+    Trainer.train_step, deepspeed_settings.deepspeed_config = stops, sharded
     try:
         train_worker({"config": config.model_dump(mode="json"), "fingerprint": "f", "device": "cpu"})
     except KeyboardInterrupt:
         pass
     finally:
-        _Worker._one, deepspeed_settings.settings = one, settings
+        Trainer.train_step, deepspeed_settings.deepspeed_config = one, settings
 
 
 def losses(config):
@@ -116,10 +116,10 @@ def test_twenty_updates_have_the_losses_of_one_process_without_deepspeed(request
     train(config)
     assert losses(config) == pytest.approx(alone(model, **(EXPERTS if changes == EXPERTS else {})), abs=1e-4)
     folder = RunDir(config.root).adapter(1)
-    tensors = verify.read_header(folder / verify.WEIGHTS)
+    tensors = verify.read_safetensors_header(folder / verify.WEIGHTS)
     assert {t["dtype"] for t in tensors.values()} == {"F32"} and all(0 not in t["shape"] for t in tensors.values()), "saved whole, not a worker's shard"
     if changes != EXPERTS:
-        verify.check(folder, config.model)
+        verify.verify_adapter(folder, config.model)
 
 
 @pytest.mark.parametrize("family, change, within", [
@@ -148,7 +148,7 @@ def quietly_and_dying(quiet, config):
     """One worker of both runs, one after the other, which costs one start. Returns how many updates the second went on from."""
     train_one(quiet)
     train_one(config, stop_at=5)
-    done = checkpoint.load(checkpoint.newest(RunDir(config.root).checkpoints, "f"))[1]["done"]
+    done = checkpoint.load_checkpoint(checkpoint.newest_checkpoint(RunDir(config.root).checkpoints, "f"))[-1]["done"]
     train_one(config)
     return done
 
@@ -190,7 +190,7 @@ def test_whole_mixtures_of_experts_are_leaves_and_dense_models_have_none(tiny_mo
     def marked(config):
         with torch.device("meta"):
             model = transformers.AutoModelForCausalLM.from_config(config)
-        deepspeed_settings.mark_leaves(model)
+        deepspeed_settings.mark_zero3_leaves(model)
         return [type(m).__name__ for m in get_z3_leaf_modules(model)]
 
     small = {"hidden_size": 8, "intermediate_size": 8, "moe_intermediate_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2, "vocab_size": 8}
@@ -202,20 +202,20 @@ def test_whole_mixtures_of_experts_are_leaves_and_dense_models_have_none(tiny_mo
 
 def test_settings_are_those_of_the_run():
     config = TrainConfig(workers=4, batch_size=32, backend=BackendConfig(zero_stage=3))
-    made = deepspeed_settings.settings(config, world=4, micro_batches=2, bf16=True)
+    made = deepspeed_settings.deepspeed_config(config, world=4, micro_batches=2, bf16=True)
     assert (made["train_micro_batch_size_per_gpu"], made["gradient_accumulation_steps"], made["bf16"]) == (4, 2, {"enabled": True})
     assert made["zero_optimization"]["stage"] == 3
     assert not {"offload_optimizer", "offload_param"} & set(made["zero_optimization"])
-    away = deepspeed_settings.settings(config.model_copy(update={"backend": BackendConfig(zero_stage=3, **OFFLOAD)}), world=4, micro_batches=2, bf16=False)
+    away = deepspeed_settings.deepspeed_config(config.model_copy(update={"backend": BackendConfig(zero_stage=3, **OFFLOAD)}), world=4, micro_batches=2, bf16=False)
     assert {away["zero_optimization"][key]["device"] for key in ("offload_optimizer", "offload_param")} == {"cpu"}
 
 
 def test_transformers_shards_only_for_stage_3_and_only_as_long_as_the_backend_lives():
     from transformers.integrations import is_deepspeed_zero3_enabled
 
-    made = deepspeed_settings.settings(TrainConfig(backend=BackendConfig(zero_stage=2)), 2, 1, False)
+    made = deepspeed_settings.deepspeed_config(TrainConfig(backend=BackendConfig(zero_stage=2)), 2, 1, False)
     assert deepspeed_settings.shard_while_loading(made) is None and not is_deepspeed_zero3_enabled()
-    alive = deepspeed_settings.shard_while_loading(deepspeed_settings.settings(TrainConfig(backend=BackendConfig(zero_stage=3)), 2, 1, False))
+    alive = deepspeed_settings.shard_while_loading(deepspeed_settings.deepspeed_config(TrainConfig(backend=BackendConfig(zero_stage=3)), 2, 1, False))
     assert is_deepspeed_zero3_enabled()
     del alive
     assert not is_deepspeed_zero3_enabled()

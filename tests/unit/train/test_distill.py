@@ -7,15 +7,15 @@ import torch
 from pi_ray.config.run_file import parse
 from pi_ray.errors import ConfigError, TrainingError
 from pi_ray.models import load_model
-from pi_ray.run.artifact import verify
-from pi_ray.run.baseline import plain_config
+from pi_ray.run.artifact import verify_artifact
+from pi_ray.run.baseline import plain_finetuning_config
 from pi_ray.run.directory import RunDir
 from pi_ray.run.fingerprint import train_fingerprint
 from pi_ray.train import distill, shared_prefix
-from pi_ray.train.batches import PhaseRows, packed, plain
-from pi_ray.train.distill import Targets, Taught
-from pi_ray.train.objectives import distill_sum, sft_sum
-from pi_ray.train.trainer import _Worker, train_worker
+from pi_ray.train.batches import PhaseDataset, packed_batch, plain_batch
+from pi_ray.train.distill import DistilledRows, Targets
+from pi_ray.train.objectives import distill_loss, sft_loss
+from pi_ray.train.trainer import Trainer, train_worker
 from tests.prepared import prepare_by_hand, tiny_config
 from tests.unit.train.test_train import adapter_hash, dies_and_goes_on, log_of, settings
 
@@ -32,11 +32,11 @@ def taught(tiny_model, tmp_path_factory):
 
 
 def rows_of(config):
-    return pq.read_table(RunDir(config.root).taught / distill.FILE).to_pylist()
+    return pq.read_table(RunDir(config.root).teacher_answers / distill.FILE).to_pylist()
 
 
 def event(config):
-    return next(e for e in log_of(config) if e.get("event") == "taught")
+    return next(e for e in log_of(config) if e.get("event") == "teacher_answers")
 
 
 def test_the_teacher_judges_every_labelled_row_and_what_it_answered_itself(taught):
@@ -54,8 +54,8 @@ def test_the_teacher_is_the_adapter_as_the_first_phase_leaves_it(taught):
 
     run = RunDir(taught.root)
     model = PeftModel.from_pretrained(load_model(taught.model, "cpu"), run.adapter(0)).eval()
-    data = PhaseRows(run.phase(0))
-    again = distill.judge(model, lambda rows: plain(data.prefix, rows), data, distill.labels(data, range(12)), 4, 5)
+    data = PhaseDataset(run.phase(0))
+    again = distill.score_answers(model, lambda rows: plain_batch(data.prefix, rows), data, distill.labelled_answers(data, range(12)), 4, 5)
     assert [e["confidence"] for e in again] == pytest.approx([r["confidence"] for r in rows_of(taught) if r["labelled"]], abs=1e-3)
 
 
@@ -68,14 +68,14 @@ def test_an_answer_that_is_not_sure_enough_is_not_learned_from(taught):
     sure = sorted(r["confidence"] for r in rows_of(taught) if not r["labelled"])
     if not sure:
         pytest.fail("the tiny model ended no answer; the test needs some")
-    data = [Taught(run.taught, PhaseRows(run.phase(2)), PhaseRows(run.phase("unlabelled-2")), c) for c in (KEEP_ALL, sure[-1], 0.0)]
+    data = [DistilledRows(run.teacher_answers, PhaseDataset(run.phase(2)), PhaseDataset(run.phase("unlabelled-2")), c) for c in (KEEP_ALL, sure[-1], 0.0)]
     assert [len(d) for d in data] == [12 + len(sure), 12 + sure.count(sure[-1]), 12]
 
 
 def test_a_student_gets_the_prompt_of_its_phase_and_the_answer_of_the_teacher(taught):
     run = RunDir(taught.root)
-    own, queries = PhaseRows(run.phase(2)), PhaseRows(run.phase("unlabelled-2"))
-    data, made = Taught(run.taught, own, queries, KEEP_ALL), rows_of(taught)
+    own, queries = PhaseDataset(run.phase(2)), PhaseDataset(run.phase("unlabelled-2"))
+    data, made = DistilledRows(run.teacher_answers, own, queries, KEEP_ALL), rows_of(taught)
     assert data.take([0]) == own.take([0])
     place = len(made) - 1
     assert data.take([place]) == [(queries.take([made[place]["number"]])[0][0], made[place]["label_ids"])]
@@ -86,28 +86,28 @@ def test_a_student_gets_the_prompt_of_its_phase_and_the_answer_of_the_teacher(ta
     assert targets.ids[0].tolist() == made[0]["top_ids"][:4]
 
 
-@pytest.mark.parametrize("pack", [packed, plain])
+@pytest.mark.parametrize("pack", [packed_batch, plain_batch])
 def test_a_teacher_who_is_certain_of_the_label_teaches_like_the_label(taught, pack):
-    data, model = PhaseRows(RunDir(taught.root).phase(0)), load_model(taught.model, "cpu").eval()
-    if pack is packed:
-        shared_prefix.enable(model)
+    data, model = PhaseDataset(RunDir(taught.root).phase(0)), load_model(taught.model, "cpu").eval()
+    if pack is packed_batch:
+        shared_prefix.enable_shared_prefix(model)
     rows = data.take([0, 1, 2])
     batch = pack(data.prefix, rows)
     labels = torch.tensor([token for _, label in rows for token in label])[:, None]
     certain = Targets(labels, torch.ones_like(labels, dtype=torch.float32))
     for share in (1.0, 0.3):
-        assert distill_sum(model, batch, certain, share).item() == pytest.approx(sft_sum(model, batch).item(), rel=1e-5)
+        assert distill_loss(model, batch, certain, share).item() == pytest.approx(sft_loss(model, batch).item(), rel=1e-5)
 
 
 def test_the_loss_is_the_cross_entropy_to_the_teacher(taught):
-    data, model = PhaseRows(RunDir(taught.root).phase(0)), load_model(taught.model, "cpu").eval()
+    data, model = PhaseDataset(RunDir(taught.root).phase(0)), load_model(taught.model, "cpu").eval()
     rows = data.take([3])
-    batch, count = plain(data.prefix, rows), len(rows[0][1])
+    batch, count = plain_batch(data.prefix, rows), len(rows[0][1])
     targets = Targets(torch.tensor([[5, 9]] * count), torch.tensor([[0.75, 0.25]] * count))
     with torch.no_grad():
         logprobs = torch.log_softmax(model(**batch.inputs).logits[0].float(), -1)
         expected = -(0.75 * logprobs[:, 5] + 0.25 * logprobs[:, 9]).sum().item()
-        assert distill_sum(model, batch, targets, 1.0).item() == pytest.approx(expected, rel=1e-5)
+        assert distill_loss(model, batch, targets, 1.0).item() == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("stop_at, every", [(6, 2), (8, 2), (14, 2), (7, 4)])
@@ -117,17 +117,17 @@ def test_a_run_that_dies_at_the_border_or_after_it_goes_on_to_the_same_adapter_a
     prepare_by_hand(config)
     dies_and_goes_on(config, stop_at, monkeypatch)
     assert adapter_hash(config) == adapter_hash(taught)
-    said = [e for e in log_of(config) if e.get("event") == "taught"]
+    said = [e for e in log_of(config) if e.get("event") == "teacher_answers"]
     assert [{**e, "seconds_teaching": 0} for e in said] == [{**event(taught), "seconds_teaching": 0}]
-    assert verify(RunDir(config.root).taught)["files"] == verify(RunDir(taught.root).taught)["files"]
+    assert verify_artifact(RunDir(config.root).teacher_answers)["files"] == verify_artifact(RunDir(taught.root).teacher_answers)["files"]
 
 
 def test_a_teacher_that_was_trained_on_is_not_asked_again(taught, tmp_path, monkeypatch):
     config = taught.replace(run_dir=str(tmp_path))
     prepare_by_hand(config)
-    monkeypatch.setattr(_Worker, "_finish", lambda self: None)  # as if killed before the end: the checkpoints are still there
+    monkeypatch.setattr(Trainer, "finish", lambda self: None)  # as if killed before the end: the checkpoints are still there
     train_worker(settings(config))
-    (RunDir(tmp_path).taught / "manifest.json").unlink()
+    (RunDir(tmp_path).teacher_answers / "manifest.json").unlink()
     RunDir(tmp_path).checkpoints.joinpath("step-00000018").rename(tmp_path / "gone")
     with pytest.raises(TrainingError, match="trained on since; delete"):
         train_worker(settings(config))
@@ -147,8 +147,8 @@ def test_in_plain_batches_the_teacher_says_the_same(taught, tmp_path):
 
 def test_the_base_as_teacher_is_the_base_without_its_adapter(taught, tmp_path):
     config = trained_with(taught, tmp_path, **{"train.distill.teacher": "base"})
-    data, bare = PhaseRows(RunDir(config.root).phase(0)), load_model(config.model, "cpu").eval()
-    again = distill.judge(bare, lambda rows: plain(data.prefix, rows), data, distill.labels(data, range(12)), 4, 5)
+    data, bare = PhaseDataset(RunDir(config.root).phase(0)), load_model(config.model, "cpu").eval()
+    again = distill.score_answers(bare, lambda rows: plain_batch(data.prefix, rows), data, distill.labelled_answers(data, range(12)), 4, 5)
     found = [r["confidence"] for r in rows_of(config) if r["labelled"]]
     assert found == pytest.approx([e["confidence"] for e in again], abs=1e-3)
     assert found != pytest.approx([r["confidence"] for r in rows_of(taught) if r["labelled"]], abs=1e-1)
@@ -164,7 +164,7 @@ def test_mixed_learns_from_the_teacher_by_its_share_and_from_the_labels_by_the_r
 
 
 def test_plain_fine_tuning_has_no_teacher(taught):
-    assert plain_config(taught).train.objective == "sft"
+    assert plain_finetuning_config(taught).train.objective == "sft"
 
 
 def test_what_a_teacher_would_do_does_not_retrain_a_run_without_one(taught):

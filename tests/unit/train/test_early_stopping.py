@@ -1,6 +1,7 @@
 """Early stop: which score counts, when it stops, and that a run that dies in between ends the same."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from pi_ray.data import prepare
 from pi_ray.run.artifact import staged
 from pi_ray.run.directory import RunDir
 from pi_ray.train.early_stopping import EarlyStop
-from pi_ray.train.trainer import _Worker, train_worker
+from pi_ray.train.trainer import Trainer, train_worker
 from tests.prepared import prepare_by_hand, tiny_config
 from tests.unit.train.test_train import adapter_hash, dies_and_goes_on, log_of, settings
 
@@ -19,24 +20,21 @@ from tests.unit.train.test_train import adapter_hash, dies_and_goes_on, log_of, 
 def test_it_stops_after_so_many_scores_without_gain_and_keeps_the_state_of_the_best():
     early = EarlyStop(patience=2)
     scores = [(0.5, 1.0), (0.6, 0.9), (0.6, 0.9), (0.6, 0.95)]
-    stops = [early.take(score, step, step + 1, lambda step=step: {"at": step}) for step, score in enumerate(scores)]
+    stops = [early.add_score(score, step, step + 1, lambda step=step: {"at": step}) for step, score in enumerate(scores)]
     assert stops == [False, False, False, True]
-    assert (early.state, early.step, early.optimised, early.best) == ({"at": 1}, 1, 2, (0.6, 0.9))
-    again = EarlyStop(patience=2)
-    again.restore(json.loads(json.dumps(early.facts())), early.state)
-    assert again == early
-    early.forget()
-    assert early == EarlyStop(patience=2)
+    assert (early.state, early.step, early.adam_updates, early.best) == ({"at": 1}, 1, 2, (0.6, 0.9))
+    again = EarlyStop(patience=2, **json.loads(json.dumps(early.facts())), state=early.state)
+    assert replace(again, best=tuple(again.best)) == early
 
 
 def test_of_equal_accuracies_the_lower_loss_is_a_gain():
     early = EarlyStop(patience=1)
-    assert not early.take((0.5, 1.0), 0, 1, dict) and not early.take((0.5, 0.9), 1, 2, dict) and early.step == 1
+    assert not early.add_score((0.5, 1.0), 0, 1, dict) and not early.add_score((0.5, 0.9), 1, 2, dict) and early.step == 1
 
 
 def test_without_patience_nothing_is_kept():
     early = EarlyStop(patience=0)
-    assert not early.take((0.5, 1.0), 0, 1, lambda: pytest.fail("no state is asked for")) and early.facts() == {}
+    assert not early.add_score((0.5, 1.0), 0, 1, lambda: pytest.fail("no state is asked for")) and early.facts() == {}
 
 
 def test_it_needs_scores():
@@ -47,14 +45,14 @@ def test_it_needs_scores():
 @pytest.fixture
 def scored(monkeypatch):
     """Dev accuracies by update: phase 0 gains until update 3 and then no more, the others always. Under the last phase's prompt it is 0.9."""
-    accuracy, score = {1: 0.1, 3: 0.3, 5: 0.2, 7: 0.2}, _Worker._score
+    accuracy, score = {1: 0.1, 3: 0.3, 5: 0.2, 7: 0.2}, Trainer.evaluate
 
     def noted(self, update):
         self.now = update.step
         return score(self, update)
 
-    monkeypatch.setattr(_Worker, "_score", noted)
-    monkeypatch.setattr(_Worker, "dev_scores", lambda self, dev: (1.0, 0.9 if dev is self.dev else accuracy.get(self.now, 0.4 + self.now / 100)))
+    monkeypatch.setattr(Trainer, "evaluate", noted)
+    monkeypatch.setattr(Trainer, "evaluate_dev", lambda self, dev: (1.0, 0.9 if dev is self.dev else accuracy.get(self.now, 0.4 + self.now / 100)))
 
 
 @pytest.fixture
@@ -66,15 +64,15 @@ def config(tiny_model, tmp_path):
 
 
 def test_a_phase_that_gains_no_more_ends_early_and_the_next_goes_on_from_its_best_adapter(config, scored, monkeypatch):
-    end, kept = _Worker._end_phase, []
+    end, kept = Trainer.end_phase, []
 
     def ends(self, update, *scores):
         best = self.early.state
         end(self, update, *scores)
         state = self.backend.state()
-        kept.append(all(torch.equal(best[name], state[name]) for name in state) and self.optimised)
+        kept.append(all(torch.equal(best[name], state[name]) for name in state) and self.adam_updates)
 
-    monkeypatch.setattr(_Worker, "_end_phase", ends)
+    monkeypatch.setattr(Trainer, "end_phase", ends)
     train_worker(settings(config))
     log = log_of(config)
     assert [e["step"] for e in log if "loss" in e] == [*range(8), *range(9, 27)]
@@ -99,8 +97,8 @@ def test_a_run_that_dies_goes_on_to_the_same_adapters(config, scored, tmp_path, 
 def test_a_phase_is_judged_under_its_own_prompt_and_its_adapter_compared_under_the_last_ones(tiny_model, tmp_path, monkeypatch):
     config = tiny_config(tiny_model, tmp_path, **{"train.dev_every": 2, "train.early_stop": 9})
     prepare_by_hand(config)
-    scores, asked = _Worker.dev_scores, []
-    monkeypatch.setattr(_Worker, "dev_scores", lambda self, dev: asked.append(dev.rate) or scores(self, dev))
+    scores, asked = Trainer.evaluate_dev, []
+    monkeypatch.setattr(Trainer, "evaluate_dev", lambda self, dev: asked.append(dev.rate) or scores(self, dev))
     train_worker(settings(config))
     assert asked == [1.0, 1.0, 0.0, 0.5, 0.5, 0.0, 0.0, 0.0, 0.0], "of three updates after the second, after the third, and for the card"
 

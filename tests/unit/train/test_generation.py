@@ -5,8 +5,8 @@ import torch
 
 from pi_ray.config import ModelConfig
 from pi_ray.models import load_model
-from pi_ray.train.batches import plain
-from pi_ray.train.generation import greedy, latency, prefix_cache
+from pi_ray.train.batches import plain_batch
+from pi_ray.train.generation import compute_prefix_cache, generate_greedy, request_seconds
 
 PREFIX = list(range(100, 130))
 ROWS = [[5, 6, 7], [200, 201, 202, 203, 204], [9]]
@@ -28,27 +28,27 @@ def expected(model):
 
 
 def test_each_row_of_a_batch_gets_what_transformers_generates_for_it_alone(model, expected):
-    assert greedy(model, PREFIX, ROWS, 8, end=None) == expected
+    assert generate_greedy(model, PREFIX, ROWS, 8, end=None) == expected
 
 
 def test_a_cached_prefix_changes_nothing_and_is_not_used_up(model, expected):
-    cache = prefix_cache(model, PREFIX)
+    cache = compute_prefix_cache(model, PREFIX)
     for _ in range(2):
-        assert greedy(model, PREFIX, ROWS, 8, end=None, cache=cache) == expected
+        assert generate_greedy(model, PREFIX, ROWS, 8, end=None, cache=cache) == expected
     assert cache.get_seq_length() == len(PREFIX)
 
 
 def test_a_row_stops_at_its_end_token_and_the_others_go_on(model, expected):
     end = expected[0][2]
-    assert greedy(model, PREFIX, ROWS, 8, end=end) == [ids[: ids.index(end)] if end in ids else ids for ids in expected]
+    assert generate_greedy(model, PREFIX, ROWS, 8, end=end) == [ids[: ids.index(end)] if end in ids else ids for ids in expected]
 
 
 def test_no_prefix_is_a_prefix_too(model, expected):
-    assert greedy(model, [], [PREFIX + ROWS[0]], 8, end=None) == expected[:1]
+    assert generate_greedy(model, [], [PREFIX + ROWS[0]], 8, end=None) == expected[:1]
 
 
 def test_latency_gives_seconds_with_and_without_the_cache(model):
-    whole, cached = latency(model, PREFIX, ROWS[0], 3)
+    whole, cached = request_seconds(model, PREFIX, ROWS[0], 3)
     assert whole > 0 and cached > 0
 
 
@@ -57,8 +57,8 @@ def test_the_output_layer_gets_rows_that_lie_together(model):
     seen = []
     hook = model.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     try:
-        greedy(model, PREFIX, ROWS, 2, end=None)
-        model(**plain(PREFIX, [(row, [1, 2]) for row in ROWS]).inputs)
+        generate_greedy(model, PREFIX, ROWS, 2, end=None)
+        model(**plain_batch(PREFIX, [(row, [1, 2]) for row in ROWS]).inputs)
     finally:
         hook.remove()
     assert [tuple(x.shape[:2]) for x in seen] == [(1, 1), (3, 1), (3, 1), (3, 2)]

@@ -17,22 +17,22 @@ from pi_ray.evaluate.peft_adapters import LoadedAdapters
 from pi_ray.models import load_model, load_tokenizer
 from pi_ray.plan.plan import plan_phases
 from pi_ray.prompt import PromptEncoder
-from pi_ray.run.artifact import staged, verify
-from pi_ray.run.baseline import plain_config
+from pi_ray.run.artifact import staged, verify_artifact
+from pi_ray.run.baseline import plain_finetuning_config
 from pi_ray.run.directory import RunDir
 from pi_ray.run.fingerprint import train_fingerprint
-from pi_ray.store.publish import publish
-from pi_ray.store.verify import check
+from pi_ray.store.publish import publish_adapter
+from pi_ray.store.verify import verify_adapter
 from pi_ray.train import generation, gist, lora, shared_prefix
-from pi_ray.train.batches import packed
-from pi_ray.train.generation import greedy
-from pi_ray.train.objectives import sft_sum
-from pi_ray.train.trainer import _Worker, train_worker
+from pi_ray.train.batches import packed_batch
+from pi_ray.train.generation import generate_greedy
+from pi_ray.train.objectives import sft_loss
+from pi_ray.train.trainer import Trainer, train_worker
 from tests.prepared import TEMPLATE, prepare_by_hand, tiny_config
 from tests.unit.train.test_train import log_of, settings
 
 K = 3
-PREFIX = [*range(20, 45), *gist.ids(K)]
+PREFIX = [*range(20, 45), *gist.gist_ids(K)]
 ROWS = [([5, 6, 7, 8], [9, 10]), ([11, 12], [13, 14, 15]), ([16] * 7, [17])]
 KEPT = {"schedule": {"name": "constant", "phases": 2, "shots": 1, "epochs": 1}, "train.gist": K}
 
@@ -40,8 +40,8 @@ KEPT = {"schedule": {"name": "constant", "phases": 2, "shots": 1, "epochs": 1}, 
 @pytest.fixture(scope="module")
 def model(tiny_model):
     model = lora.add_lora(load_model(ModelConfig(base=str(tiny_model))), LoraConfig(rank=4), seed=0)
-    gist.attach(model, K)
-    for name, p in lora.trainable(model).items():
+    gist.add_gist_embeddings(model, K)
+    for name, p in lora.trainable_parameters(model).items():
         if "lora_B" in name or name.endswith(".gist"):
             torch.nn.init.normal_(p, std=0.1)
     return model
@@ -74,15 +74,15 @@ def config(tiny_model, tmp_path_factory):
 
 
 def files_of(config, phase=1):
-    return {name: entry["sha256"] for name, entry in verify(RunDir(config.root).adapter(phase))["files"].items() if name.endswith(".safetensors")}
+    return {name: entry["sha256"] for name, entry in verify_artifact(RunDir(config.root).adapter(phase))["files"].items() if name.endswith(".safetensors")}
 
 
 def test_packed_rows_get_the_logits_of_an_ordinary_pass_with_an_explicit_mask(model):
     expected = torch.cat([masked(model, PREFIX, prompt + label[:-1])[-len(label) :] for prompt, label in ROWS])
     seeing = torch.cat([masked(model, PREFIX, prompt + label[:-1], len(PREFIX))[-len(label) :] for prompt, label in ROWS])
-    shared_prefix.enable(model)
+    shared_prefix.enable_shared_prefix(model)
     with torch.no_grad():
-        found = model(**packed(PREFIX, ROWS).inputs).logits[0]
+        found = model(**packed_batch(PREFIX, ROWS).inputs).logits[0]
     assert torch.allclose(found, expected, atol=1e-5)
     assert (found - seeing).abs().max() > 1e-3, "a row that sees the template too has other logits"
 
@@ -106,10 +106,10 @@ def test_rows_change_with_the_gists_and_not_with_the_template():
 
 
 def test_each_gist_embedding_is_trained_and_the_vocabulary_is_not(model):
-    shared_prefix.enable(model)
+    shared_prefix.enable_shared_prefix(model)
     model.zero_grad()
-    sft_sum(model, packed(PREFIX, ROWS)).backward()
-    grown = {name: p for name, p in lora.trainable(model).items() if "lora_" not in name}
+    sft_loss(model, packed_batch(PREFIX, ROWS)).backward()
+    grown = {name: p for name, p in lora.trainable_parameters(model).items() if "lora_" not in name}
     assert [tuple(p.shape) for p in grown.values()] == [(K, 32)]
     assert all(row.abs().max() > 0 for p in grown.values() for row in p.grad)
     logits = model(input_ids=torch.tensor([PREFIX]), use_cache=False).logits
@@ -126,7 +126,7 @@ def test_gists_start_as_the_mean_embedding_and_leave_the_others_alone(tiny_model
 def test_every_phase_leaves_an_adapter_with_its_gists(config):
     steps = [e["loss"] for e in log_of(config) if "loss" in e]
     assert len(steps) == 6 and steps[-1] < steps[0]
-    first, last = (gist.read(RunDir(config.root).adapter(i)) for i in (0, 1))
+    first, last = (gist.load_gist(RunDir(config.root).adapter(i)) for i in (0, 1))
     assert first.shape == last.shape == (K, 32) and not torch.equal(first, last)
     card = json.loads((RunDir(config.root).adapter(1) / "pi_ray.json").read_text())
     assert card["gist"] == K and card["template"] == TEMPLATE
@@ -136,17 +136,17 @@ def test_every_phase_leaves_an_adapter_with_its_gists(config):
 def test_a_run_that_dies_goes_on_to_the_same_adapter_and_gists(config, tmp_path, monkeypatch):
     again = config.replace(run_dir=str(tmp_path))
     prepare_by_hand(again)
-    one = _Worker._one
+    one = Trainer.train_step
 
     def dies(self, update):
         if update.step == 5:
             raise KeyboardInterrupt
         one(self, update)
 
-    monkeypatch.setattr(_Worker, "_one", dies)
+    monkeypatch.setattr(Trainer, "train_step", dies)
     with pytest.raises(KeyboardInterrupt):
         train_worker(settings(again))
-    monkeypatch.setattr(_Worker, "_one", one)
+    monkeypatch.setattr(Trainer, "train_step", one)
     train_worker(settings(again))
     assert files_of(again) == files_of(config)
     assert set(files_of(again)) == {"adapter_model.safetensors", gist.FILE}
@@ -159,19 +159,19 @@ def test_a_cache_of_the_gists_alone_answers_as_the_masked_prompt_does(config):
     column = trained(config)
     assert column.gist == K
     encoder = PromptEncoder(load_tokenizer(config.model), config.prompt)
-    prefix = encoder.prefix(column.template) + gist.ids(K)
+    prefix = encoder.prefix(column.template) + gist.gist_ids(K)
     rows = [encoder.row(query) for query in ("what is red?", "and which of them is black, then?")]
     reference = PeftModel.from_pretrained(load_model(config.model), column.adapter).eval()
-    gist.attach(reference, K)
-    reference.get_input_embeddings().gist.data.copy_(gist.read(RunDir(config.root).best))
+    gist.add_gist_embeddings(reference, K)
+    reference.get_input_embeddings().gist.data.copy_(gist.load_gist(RunDir(config.root).best))
     expected = [greedily(reference, prefix, row, 6) for row in rows]
 
     loaded = LoadedAdapters(load_model(config.model))
     loaded.load(column.adapter)
     loaded.activate(column.adapter)
-    cache = gist.gist_cache(loaded.model, prefix, gist.read(RunDir(config.root).best))
+    cache = gist.gist_cache(loaded.model, prefix, gist.load_gist(RunDir(config.root).best))
     assert cache.get_seq_length() == K
-    assert greedy(loaded.model, prefix, rows, 6, end=None, cache=cache) == expected
+    assert generate_greedy(loaded.model, prefix, rows, 6, end=None, cache=cache) == expected
     generator = generation_workers.Generator(config.model, config.prompt, [column.adapter], limit=6, typical=2)
     generator.end = None
     work = {"column": "gist", "adapter": column.adapter, "prefix": prefix, "rows": [0, 1], "prompts": rows}
@@ -186,7 +186,7 @@ def test_rows_stand_behind_the_whole_prompt_though_the_cache_is_short(model, mon
     cache, forward, logits = gist.gist_cache(model, PREFIX, model.get_input_embeddings().gist), generation._forward, []
     monkeypatch.setattr(generation, "_forward", lambda *given: logits.append(forward(*given)) or logits[-1])
     prompts = [prompt for prompt, _ in ROWS[1:]]
-    found = greedy(model, PREFIX, prompts, 3, end=None, cache=cache)
+    found = generate_greedy(model, PREFIX, prompts, 3, end=None, cache=cache)
     for row, (prompt, answer) in enumerate(zip(prompts, found, strict=True)):
         expected = masked(model, PREFIX, prompt + answer)
         for step, at in enumerate(logits):
@@ -221,10 +221,10 @@ def test_evaluation_counts_the_gists_and_not_the_template(config, tmp_path, monk
 
 def test_gist_adapters_are_neither_published_nor_served(config, tmp_path):
     with pytest.raises(AdapterError, match="gist tokens, a baseline that can be evaluated"):
-        publish(RunDir(config.root), config.replace(store=str(tmp_path)))
+        publish_adapter(RunDir(config.root), config.replace(store=str(tmp_path)))
     assert not (tmp_path / config.name / "v0001").exists() and not (tmp_path / config.name / "latest.json").exists()
     with pytest.raises(AdapterError, match="not published or served"):
-        check(RunDir(config.root).adapter(1))
+        verify_adapter(RunDir(config.root).adapter(1))
 
 
 @pytest.mark.parametrize("changes, reason", [
@@ -240,7 +240,7 @@ def test_what_cannot_have_gists_is_refused_when_the_config_is_read(tiny_model, t
 
 
 def test_a_model_that_does_not_see_the_whole_prompt_is_refused_before_training(config, tmp_path, monkeypatch):
-    monkeypatch.setattr(shared_prefix, "can_share_prefix", lambda model, longest: "attention is limited to a sliding window of 64 tokens")
+    monkeypatch.setattr(shared_prefix, "why_prefix_cannot_be_shared", lambda model, longest: "attention is limited to a sliding window of 64 tokens")
     other = config.replace(run_dir=str(tmp_path))
     prepare_by_hand(other)
     with pytest.raises(TrainingError, match=r"gist tokens \(train.gist\), which need full attention .* sliding window"):
@@ -248,5 +248,5 @@ def test_a_model_that_does_not_see_the_whole_prompt_is_refused_before_training(c
 
 
 def test_the_plain_baseline_has_no_gists_and_the_number_of_gists_is_part_of_what_was_trained(config):
-    assert plain_config(config).train.gist == 0 and not any(p.rate for p in plan_phases(plain_config(config).schedule))
+    assert plain_finetuning_config(config).train.gist == 0 and not any(p.rate for p in plan_phases(plain_finetuning_config(config).schedule))
     assert len({train_fingerprint(config.replace(**{"train.gist": k}), "prepared") for k in (0, K, K + 1)}) == 3

@@ -10,11 +10,11 @@ from pi_ray.errors import AdapterError, ConfigError, TrainingError
 from pi_ray.evaluate.peft_adapters import LoadedAdapters
 from pi_ray.models import load_model
 from pi_ray.run.directory import RunDir
-from pi_ray.store.publish import publish
-from pi_ray.store.verify import check, read_header
+from pi_ray.store.publish import publish_adapter
+from pi_ray.store.verify import read_safetensors_header, verify_adapter
 from pi_ray.train import lora
-from pi_ray.train.batches import PhaseRows, plain
-from pi_ray.train.objectives import sft_sum
+from pi_ray.train.batches import PhaseDataset, plain_batch
+from pi_ray.train.objectives import sft_loss
 from pi_ray.train.trainer import train_worker
 from tests.prepared import prepare_by_hand, tiny_config
 
@@ -22,7 +22,7 @@ from tests.prepared import prepare_by_hand, tiny_config
 def places(model, config):
     """Modules and parameters that get something trained, without layer numbers."""
     wrapped = lora.add_lora(load_model(ModelConfig(base=str(model))), config, seed=0)
-    return {name.split("layers.")[1][2:].split(".lora_")[0] for name in lora.trainable(wrapped)}
+    return {name.split("layers.")[1][2:].split(".lora_")[0] for name in lora.trainable_parameters(wrapped)}
 
 
 ATTENTION = {f"self_attn.{name}_proj" for name in "qkvo"}
@@ -67,9 +67,9 @@ METHODS = [
 def test_an_adapter_of_each_method_does_on_the_untouched_base_what_it_did_in_training(trained, family, settings, refused):
     config = trained(family, **settings)
     run, base = RunDir(config.root), load_model(config.model)
-    folder, dev = str(run.adapter(1)), PhaseRows(run.phase("dev"))
-    loaded, batch = LoadedAdapters(base), plain(dev.prefix, dev.take(range(len(dev))))
-    loss = lambda: (sft_sum(loaded.model, batch) / dev.label_lengths.sum()).item()  # noqa: E731
+    folder, dev = str(run.adapter(1)), PhaseDataset(run.phase("dev"))
+    loaded, batch = LoadedAdapters(base), plain_batch(dev.prefix, dev.take(range(len(dev))))
+    loss = lambda: (sft_loss(loaded.model, batch) / dev.label_lengths.sum()).item()  # noqa: E731
     with torch.no_grad():
         bare = loss()
         loaded.load(folder)
@@ -88,10 +88,10 @@ def test_an_adapter_of_each_method_does_on_the_untouched_base_what_it_did_in_tra
 def test_what_serving_cannot_compute_is_refused_at_publish_in_one_sentence(trained, tmp_path, family, settings, refused):
     config = trained(family, **settings).replace(store=str(tmp_path))
     if not refused:
-        assert check(publish(RunDir(config.root), config), config.model)["base"] == config.model.base
+        assert verify_adapter(publish_adapter(RunDir(config.root), config), config.model)["base"] == config.model.base
         return
     with pytest.raises(AdapterError, match=f"{refused}; only plain LoRA and rsLoRA"):
-        publish(RunDir(config.root), config)
+        publish_adapter(RunDir(config.root), config)
     assert not list((tmp_path / "tiny").glob("v*"))
 
 
@@ -99,7 +99,7 @@ def test_pissa_is_saved_as_plain_lora_of_twice_the_rank(trained):
     folder = RunDir(trained("tiny_model", method="pissa").root).adapter(1)
     saved = json.loads((folder / "adapter_config.json").read_text())
     assert (saved["r"], saved["lora_alpha"], saved["init_lora_weights"]) == (8, 16, True)
-    assert {t["shape"][0] for name, t in read_header(folder / "adapter_model.safetensors").items() if "lora_A" in name} == {8}
+    assert {t["shape"][0] for name, t in read_safetensors_header(folder / "adapter_model.safetensors").items() if "lora_A" in name} == {8}
 
 
 @pytest.mark.parametrize("settings", [{"method": "rslora", "alpha": 16}, {"method": "lora"}, {"method": "pissa"}])
@@ -107,9 +107,9 @@ def test_matrices_are_not_started_from_where_they_would_count_for_something_else
     config = trained("tiny_model", method="rslora")
     folder, base = RunDir(config.root).adapter(1), config.model.base
     found = [lora.add_lora(load_model(config.model), c, seed=0) for c in (config.train.lora, LoraConfig(**{"rank": 4, "alpha": 8, **settings}))]
-    assert lora.weights_of(folder, found[0], base).keys() == lora.trainable(found[1]).keys(), "names and shapes alone would do"
+    assert lora.load_init_adapter(folder, found[0], base).keys() == lora.trainable_parameters(found[1]).keys(), "names and shapes alone would do"
     with pytest.raises(TrainingError, match=r"does not fit train\.lora: take its method, rank, alpha"):
-        lora.weights_of(folder, found[1], base)
+        lora.load_init_adapter(folder, found[1], base)
 
 
 @pytest.mark.parametrize("settings, reason", [

@@ -4,7 +4,7 @@ import threading
 
 import pytest
 
-from pi_ray.train.prefetch import Ahead
+from pi_ray.train.prefetch import Prefetcher
 
 
 def test_the_next_one_is_ready_before_it_is_asked_for():
@@ -16,7 +16,7 @@ def test_the_next_one_is_ready_before_it_is_asked_for():
             ready.set()
         return i * 10
 
-    ahead = Ahead(make, 3)
+    ahead = Prefetcher(make, 3)
     assert ahead[0] == 0 and ready.wait(5), "1 is made though nobody asked for it"
     assert ahead[1] == 10 and ahead[2] == 20 and made == [(0, False), (1, False), (2, False)]
     ahead.close()
@@ -24,17 +24,17 @@ def test_the_next_one_is_ready_before_it_is_asked_for():
 
 def test_each_is_made_once_and_only_two_are_held():
     made = []
-    ahead = Ahead(lambda i: made.append(i) or i, 4)
+    ahead = Prefetcher(lambda i: made.append(i) or i, 4)
     for i in (0, 0, 1, 1, 3):
         assert ahead[i] == i
-    assert sorted(made)[:2] == [0, 1] and made.count(3) == 1 and set(ahead.held) == {3}
+    assert sorted(made)[:2] == [0, 1] and made.count(3) == 1 and set(ahead.futures) == {3}
     ahead.close()
 
 
 def test_what_may_not_be_made_yet_is_made_when_it_is_asked_for():
     made, allowed = [], []
-    ahead = Ahead(lambda i: made.append(i) or i, 3, lambda i: i in allowed)
-    assert ahead[0] == 0 and ahead[1] == 1 and made == [0, 1] and 2 not in ahead.held
+    ahead = Prefetcher(lambda i: made.append(i) or i, 3, lambda i: i in allowed)
+    assert ahead[0] == 0 and ahead[1] == 1 and made == [0, 1] and 2 not in ahead.futures
     ahead.close()
 
 
@@ -44,7 +44,7 @@ def test_an_error_is_raised_where_the_thing_is_asked_for():
             raise ValueError("broken")
         return i
 
-    ahead = Ahead(make, 3)
+    ahead = Prefetcher(make, 3)
     assert ahead[0] == 0
     with pytest.raises(ValueError, match="broken"):
         ahead[1]

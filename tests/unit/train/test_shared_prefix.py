@@ -9,8 +9,8 @@ from pi_ray.config import LoraConfig, ModelConfig
 from pi_ray.errors import TrainingError
 from pi_ray.models import load_model
 from pi_ray.train import lora, shared_prefix
-from pi_ray.train.batches import differs, packed, plain
-from pi_ray.train.objectives import sft_sum
+from pi_ray.train.batches import packed_batch, packing_error, plain_batch
+from pi_ray.train.objectives import sft_loss
 
 ROWS = [([5, 6, 7, 8], [9, 10]), ([11, 12], [13, 14, 15]), ([16] * 7, [17])]
 
@@ -26,43 +26,43 @@ def model(tiny_model):
 
 def gradients(model, batch):
     model.zero_grad()
-    loss = sft_sum(model, batch)
+    loss = sft_loss(model, batch)
     loss.backward()
-    return loss.item(), torch.cat([p.grad.flatten() for p in lora.trainable(model).values()])
+    return loss.item(), torch.cat([p.grad.flatten() for p in lora.trainable_parameters(model).values()])
 
 
 @pytest.mark.parametrize("prefix", [[], [3], list(range(20, 60))], ids=["no prefix", "one token", "forty tokens"])
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["", "gradient checkpointing"])
 def test_gradients_equal_those_of_plain_batches(model, prefix, checkpointing):
     model.set_attn_implementation("sdpa")
-    loss, expected = gradients(model, plain(prefix, ROWS))
-    shared_prefix.enable(model)
+    loss, expected = gradients(model, plain_batch(prefix, ROWS))
+    shared_prefix.enable_shared_prefix(model)
     if checkpointing:
         model.enable_input_require_grads()
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    shared_loss, found = gradients(model, packed(prefix, ROWS))
+    shared_loss, found = gradients(model, packed_batch(prefix, ROWS))
     model.gradient_checkpointing_disable()
     assert shared_loss == pytest.approx(loss, rel=1e-5)
     assert (found - expected).norm() / expected.norm() < 1e-3
 
 
 def test_a_row_does_not_see_its_neighbours(model):
-    shared_prefix.enable(model)
-    alone = sft_sum(model, packed([1, 2, 3], ROWS[:1])).item()
-    together = [sft_sum(model, packed([1, 2, 3], [ROWS[0], other])).item() - sft_sum(model, packed([1, 2, 3], [other])).item() for other in ROWS[1:]]
+    shared_prefix.enable_shared_prefix(model)
+    alone = sft_loss(model, packed_batch([1, 2, 3], ROWS[:1])).item()
+    together = [sft_loss(model, packed_batch([1, 2, 3], [ROWS[0], other])).item() - sft_loss(model, packed_batch([1, 2, 3], [other])).item() for other in ROWS[1:]]
     assert together == pytest.approx([alone, alone], rel=1e-5)
 
 
 def test_the_prefix_passes_through_the_model_once():
-    batch = packed(list(range(100)), ROWS)
+    batch = packed_batch(list(range(100)), ROWS)
     fed = sum(len(prompt) + len(label) - 1 for prompt, label in ROWS)
     assert batch.tokens == 100 + fed
     assert batch.plain_tokens == 300 + fed
 
 
 def test_only_answer_tokens_are_labels():
-    assert packed([1], ROWS).labels.tolist() == [9, 10, 13, 14, 15, 17]
-    assert sorted(n for n in plain([1], ROWS).labels.tolist() if n != -100) == sorted([9, 10, 13, 14, 15, 17])
+    assert packed_batch([1], ROWS).labels.tolist() == [9, 10, 13, 14, 15, 17]
+    assert sorted(n for n in plain_batch([1], ROWS).labels.tolist() if n != -100) == sorted([9, 10, 13, 14, 15, 17])
 
 
 @pytest.mark.parametrize("config, reason", [
@@ -77,7 +77,7 @@ def test_only_answer_tokens_are_labels():
 def test_models_without_full_attention_say_why_they_get_plain_batches(config, reason):
     inner = SimpleNamespace(**config)
     model = SimpleNamespace(config=SimpleNamespace(get_text_config=lambda: inner), _can_set_attn_implementation=lambda: True)
-    found = shared_prefix.can_share_prefix(model, 100)
+    found = shared_prefix.why_prefix_cannot_be_shared(model, 100)
     assert (reason in found) if reason else found == ""
 
 
@@ -93,16 +93,16 @@ def test_other_decoders_with_full_attention_take_them_too_with_gradient_checkpoi
 
     torch.manual_seed(0)
     base = getattr(transformers, f"{family}ForCausalLM")(getattr(transformers, f"{family}Config")(**SMALL, **own)).eval()
-    assert shared_prefix.can_share_prefix(base, 99) == ""
+    assert shared_prefix.why_prefix_cannot_be_shared(base, 99) == ""
     model = lora.add_lora(base, LoraConfig(rank=4), seed=0)
     for name, p in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(p, std=0.05)
-    loss, expected = gradients(model.train(), plain(list(range(20, 40)), ROWS))
-    shared_prefix.enable(model)
+    loss, expected = gradients(model.train(), plain_batch(list(range(20, 40)), ROWS))
+    shared_prefix.enable_shared_prefix(model)
     model.enable_input_require_grads()
     model.gradient_checkpointing_enable({"use_reentrant": False})
-    shared_loss, found = gradients(model, packed(list(range(20, 40)), ROWS))
+    shared_loss, found = gradients(model, packed_batch(list(range(20, 40)), ROWS))
     assert shared_loss == pytest.approx(loss, rel=1e-5)
     assert (found - expected).norm() / expected.norm() < 1e-3
 
@@ -121,18 +121,18 @@ LAYERS = {"num_hidden_layers": 2}
 @pytest.mark.parametrize("name, own", [("Bloom", {"n_layer": 2, "n_head": 4}), ("Mpt", {"d_model": 32, "n_layers": 2, "n_heads": 4}), ("Rwkv", {**LAYERS, "attention_hidden_size": 32})])
 def test_an_attention_that_cannot_be_exchanged_gets_plain_batches_and_without_looking_rows_would_see_each_other(name, own):
     model = family(name, **own)
-    assert f"{name}ForCausalLM has an attention of its own" in shared_prefix.can_share_prefix(model, 99)
+    assert f"{name}ForCausalLM has an attention of its own" in shared_prefix.why_prefix_cannot_be_shared(model, 99)
     before = model.config._attn_implementation
-    assert "computes something else" in differs(model, "cpu", False)
+    assert "computes something else" in packing_error(model, "cpu", False)
     assert model.config._attn_implementation == before and model.training
 
 
 def test_what_a_config_does_not_tell_is_found_by_computing():
     """gpt-oss has a learned sink in each layer, which the shared attention knows nothing of; its window holds these rows."""
     sinks = family("GptOss", **{**SMALL, "head_dim": 8, "num_local_experts": 2, "num_experts_per_tok": 1, "sliding_window": 128})
-    assert shared_prefix.can_share_prefix(sinks, 99) == "" != differs(sinks, "cpu", False)
+    assert shared_prefix.why_prefix_cannot_be_shared(sinks, 99) == "" != packing_error(sinks, "cpu", False)
     llama = family("Llama", **SMALL)
-    assert differs(llama, "cpu", False) == "" and llama.config._attn_implementation == shared_prefix.NAME and llama.training
+    assert packing_error(llama, "cpu", False) == "" and llama.config._attn_implementation == shared_prefix.NAME and llama.training
 
 
 def dense(prefix, visible, lengths):
@@ -148,7 +148,7 @@ def test_flex_attentions_mask_is_the_layouts(prefix, visible, lengths):
 
     layout = shared_prefix.Layout.build(prefix, lengths, visible)
     size = prefix + sum(lengths)
-    assert torch.equal(create_mask(layout.sees(), 1, 1, size, size, device="cpu")[0, 0], dense(prefix, visible, lengths))
+    assert torch.equal(create_mask(layout.mask_mod(), 1, 1, size, size, device="cpu")[0, 0], dense(prefix, visible, lengths))
 
 
 @pytest.mark.parametrize("prefix, visible, lengths", [(0, 0, [3, 5]), (7, 7, [4, 6]), (150, 3, [40, 1])])
@@ -165,9 +165,9 @@ def test_a_model_answers_the_same_through_flex_attention():
 
     torch.manual_seed(0)
     base = transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**SMALL, "hidden_size": 64})).eval()
-    batch, found = packed(list(range(20, 40)), ROWS), []
+    batch, found = packed_batch(list(range(20, 40)), ROWS), []
     for flex in (False, True):
-        shared_prefix.enable(base, flex)
+        shared_prefix.enable_shared_prefix(base, flex)
         with torch.no_grad():
             found.append(base(**batch.inputs).logits)
     assert batch.inputs["layout"].blocks is not None, "flex attention was used"
@@ -175,6 +175,6 @@ def test_a_model_answers_the_same_through_flex_attention():
 
 
 def test_flex_attention_is_for_gpus():
-    assert shared_prefix.wants_flex("auto", "cuda:0") and not shared_prefix.wants_flex("sdpa", "cuda:0") and not shared_prefix.wants_flex("auto", "cpu")
+    assert shared_prefix.uses_flex_attention("auto", "cuda:0") and not shared_prefix.uses_flex_attention("sdpa", "cuda:0") and not shared_prefix.uses_flex_attention("auto", "cpu")
     with pytest.raises(TrainingError, match="GPUs only"):
-        shared_prefix.wants_flex("flex", "cpu")
+        shared_prefix.uses_flex_attention("flex", "cpu")

@@ -10,7 +10,7 @@ from pi_ray.config import RunConfig
 from pi_ray.errors import MissingExtraError
 from pi_ray.run.directory import RunDir
 from pi_ray.train import trackers
-from pi_ray.train.train_log import TrainLog, entries
+from pi_ray.train.train_log import TrainLog, read_entries
 
 UPDATE = {"loss": 1.5, "lr": 0.01, "epoch": 0, "tokens": 100, "plain_tokens": 400, "seconds": 0.5}
 LOG = [
@@ -42,12 +42,17 @@ def tracked(config, done=0):
     log.close()
 
 
+def tracker_of(scalars, note, close):
+    tracker = trackers.Tracker()
+    vars(tracker).update(scalars=scalars, note=note, close=close)
+    return tracker
+
+
 def test_numbers_go_by_update_and_phases_are_marked():
     said = []
-    writer = SimpleNamespace(scalars=lambda values, step: said.append((step, values)), note=lambda key, text, step: said.append((step, key, text)), close=lambda: said.append("closed"))
-    tracker = trackers.Tracker(writer)
+    tracker = tracker_of(lambda values, step: said.append((step, values)), lambda key, text, step: said.append((step, key, text)), lambda: said.append("closed"))
     for entry in LOG:
-        tracker.take(entry)
+        tracker.add(entry)
     tracker.close()
     assert said[0] == (0, "phase", "phase 0 begins at update 0") and said[3][1] == "phase"
     assert said[1] == (0, {"train/loss": 1.5, "train/lr": 0.01, "train/phase": 0, "train/tokens_per_s": 200.0, "train/tokens_saved": 0.75})
@@ -61,9 +66,9 @@ def test_no_tracker_is_the_default(tmp_path):
 
 def test_a_missing_package_is_named_with_the_command_that_installs_it(monkeypatch):
     monkeypatch.setattr(trackers, "find_spec", lambda name: None)
-    trackers.need("")
+    trackers.require_tracker("")
     with pytest.raises(MissingExtraError, match="pip install mlflow"):
-        trackers.need("mlflow")
+        trackers.require_tracker("mlflow")
 
 
 def test_tensorboard_files_stand_in_the_run_directory(tmp_path):
@@ -134,7 +139,7 @@ def test_the_log_is_cut_back_to_what_is_done_and_half_lines_are_dropped(tmp_path
     path = tmp_path / "train.jsonl"
     path.write_text('{"event": "warning"}\n{"step": 0}\n{"step": 1}\n[3]\n{"step": 2}\n{"ste')
     TrainLog(path).trim(2)
-    assert list(entries(path.read_bytes())) == [{"event": "warning"}, {"step": 0}, {"step": 1}] and path.read_text().endswith("}\n")
+    assert list(read_entries(path.read_bytes())) == [{"event": "warning"}, {"step": 0}, {"step": 1}] and path.read_text().endswith("}\n")
 
 
 @pytest.mark.parametrize("at", ["opened", "told", "closed"])
@@ -142,12 +147,12 @@ def test_a_tracker_that_fails_is_given_up_with_a_warning_and_training_goes_on(tm
     def fails(*_):
         raise ConnectionError("the server is gone")
 
-    writer = SimpleNamespace(scalars=fails if at == "told" else lambda *a: None, note=lambda *a: None, close=fails if at == "closed" else lambda: None)
+    tracker = tracker_of(fails if at == "told" else lambda *a: None, lambda *a: None, fails if at == "closed" else lambda: None)
     log = TrainLog(tmp_path / "train.jsonl")
-    log.follow(fails if at == "opened" else lambda: trackers.Tracker(writer))
+    log.follow(fails if at == "opened" else lambda: tracker)
     for entry in LOG[:4]:
         log.add(entry)
     log.close()
-    found = list(entries((tmp_path / "train.jsonl").read_bytes()))
+    found = list(read_entries((tmp_path / "train.jsonl").read_bytes()))
     assert [e["text"] for e in found if e.get("event") == "warning"] == ["train.tracker gets no more, training goes on: ConnectionError: the server is gone"]
     assert [e for e in found if e.get("event") != "warning"] == LOG[:4] and log.tracker is None

@@ -7,18 +7,18 @@ import torch
 from pyarrow.fs import LocalFileSystem, SubTreeFileSystem
 
 from pi_ray import pipeline
-from pi_ray.cluster.storage_sync import Mirror
+from pi_ray.cluster.storage_sync import StorageSync
 from pi_ray.config import RunConfig, TrainConfig
 from pi_ray.errors import ConfigError, TrainingError
-from pi_ray.run.artifact import digest, verify
+from pi_ray.run.artifact import digest, verify_artifact
 from pi_ray.run.directory import RunDir
 from pi_ray.run.fingerprint import train_fingerprint
-from pi_ray.run.object_storage import Objects
+from pi_ray.run.object_storage import ObjectStorage
 from pi_ray.schedule import Phase, plan_phases
 from pi_ray.train import checkpoint, launch
 from pi_ray.train.launch import fingerprint_of, is_trained
-from pi_ray.train.trainer import _Worker, train_worker
-from pi_ray.train.updates import all_updates, batch_rows
+from pi_ray.train.trainer import Trainer, train_worker
+from pi_ray.train.updates import batch_rows, plan_updates
 from tests.conftest import tiny
 from tests.prepared import prepare_by_hand, tiny_config
 
@@ -28,7 +28,7 @@ def settings(config):
 
 
 def adapter_hash(config, phase=2):
-    return verify(RunDir(config.root).adapter(phase))["files"]["adapter_model.safetensors"]["sha256"]
+    return verify_artifact(RunDir(config.root).adapter(phase))["files"]["adapter_model.safetensors"]["sha256"]
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +51,7 @@ def test_loss_falls_and_every_phase_leaves_an_adapter(trained):
     assert [e["phase"] for e in log_of(trained) if e.get("event") == "phase_end"] == [0, 1, 2]
     assert is_trained(trained)
     for phase in range(3):
-        verify(RunDir(trained.root).adapter(phase))
+        verify_artifact(RunDir(trained.root).adapter(phase))
 
 
 def test_best_names_the_adapter_with_the_highest_dev_accuracy_and_of_equals_the_last(trained):
@@ -64,7 +64,7 @@ def test_an_adapter_that_is_surer_of_what_it_cannot_know_is_not_worse(trained, t
     config = trained.replace(**{"run_dir": str(tmp_path), "schedule.epochs": 1})
     prepare_by_hand(config)
     scores = iter([(0.5, 0.6), (0.9, 0.8), (0.7, 0.7)])
-    monkeypatch.setattr(_Worker, "dev_scores", lambda self, dev: next(scores))
+    monkeypatch.setattr(Trainer, "evaluate_dev", lambda self, dev: next(scores))
     train_worker(settings(config))
     assert RunDir(tmp_path).best.resolve().name == "phase-1"
 
@@ -82,17 +82,17 @@ def test_an_adapter_remembers_its_prompt(trained):
 
 def dies_and_goes_on(config, stop_at, monkeypatch):
     """Training that is interrupted before update `stop_at`, and then called again."""
-    one = _Worker._one
+    one = Trainer.train_step
 
     def dies(self, update):
         if update.step == stop_at:
             raise KeyboardInterrupt
         one(self, update)
 
-    monkeypatch.setattr(_Worker, "_one", dies)
+    monkeypatch.setattr(Trainer, "train_step", dies)
     with pytest.raises(KeyboardInterrupt):
         train_worker(settings(config))
-    monkeypatch.setattr(_Worker, "_one", one)
+    monkeypatch.setattr(Trainer, "train_step", one)
     train_worker(settings(config))
 
 
@@ -108,28 +108,28 @@ def test_a_run_that_dies_goes_on_to_the_same_adapter(trained, tiny_model, tmp_pa
 def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_is_used(tmp_path, caplog):
     state = {"w": torch.arange(3.0)}
     for done in (2, 4):
-        checkpoint.save(tmp_path, {"w": state["w"] + done}, done, "f", keep=3)
+        checkpoint.save_checkpoint(tmp_path, {"w": state["w"] + done}, done, "f", keep=3)
     victim = tmp_path / "step-00000004" / "state.safetensors"
     data = bytearray(victim.read_bytes())
     data[-1] ^= 1
     victim.write_bytes(data)
-    found = checkpoint.newest(tmp_path, "f")
+    found = checkpoint.newest_checkpoint(tmp_path, "f")
     assert found.name == "step-00000002"
-    assert checkpoint.load(found)[0]["w"].tolist() == [2, 3, 4]
+    assert checkpoint.load_checkpoint(found)[0]["w"].tolist() == [2, 3, 4]
     assert (tmp_path / "step-00000004.corrupt").is_dir()
     assert "state.safetensors" in caplog.text and "sha256" in caplog.text
 
 
 def test_checkpoints_of_another_configuration_are_refused(tmp_path):
-    checkpoint.save(tmp_path, {"w": torch.zeros(1)}, 2, "before", keep=3)
+    checkpoint.save_checkpoint(tmp_path, {"w": torch.zeros(1)}, 2, "before", keep=3)
     with pytest.raises(TrainingError, match="another configuration"):
-        checkpoint.newest(tmp_path, "after")
+        checkpoint.newest_checkpoint(tmp_path, "after")
 
 
 def test_a_loss_that_is_not_a_number_stops_training_and_says_where(tiny_model, tmp_path, monkeypatch):
     config = tiny_config(tiny_model, tmp_path)
     prepare_by_hand(config)
-    monkeypatch.setattr("pi_ray.train.trainer.sft_sum", lambda model, batch: torch.tensor(float("nan"), requires_grad=True))
+    monkeypatch.setattr("pi_ray.train.trainer.sft_loss", lambda model, batch: torch.tensor(float("nan"), requires_grad=True))
     with pytest.raises(TrainingError, match=r"update 0 \(phase 0\)"):
         train_worker(settings(config))
     assert not RunDir(tmp_path).checkpoints.exists()
@@ -155,7 +155,7 @@ def test_plain_batches_learn_the_same(trained, tmp_path):
 
 def test_every_row_is_seen_once_per_epoch_whatever_the_batch():
     config = TrainConfig(workers=1, batch_size=5, seed=3)
-    updates = all_updates([20, 20], [Phase(1, 0, 2), Phase(0, 0, 1)], config)
+    updates = plan_updates([20, 20], [Phase(1, 0, 2), Phase(0, 0, 1)], config)
     assert len(updates) == 12
     rows = [n for u in updates[:4] for n in batch_rows(u, 20, config)]
     assert sorted(rows) == list(range(20))
@@ -164,8 +164,8 @@ def test_every_row_is_seen_once_per_epoch_whatever_the_batch():
 
 def test_borders_carry_or_rewarm_the_learning_rate():
     phases = [Phase(1, 0, 5), Phase(0, 0, 5)]
-    carry = [u.lr for u in all_updates([16, 16], phases, TrainConfig(workers=1, batch_size=4))]
-    rewarm = [u.lr for u in all_updates([16, 16], phases, TrainConfig(workers=1, batch_size=4, phase_transition="rewarm"))]
+    carry = [u.lr for u in plan_updates([16, 16], phases, TrainConfig(workers=1, batch_size=4))]
+    rewarm = [u.lr for u in plan_updates([16, 16], phases, TrainConfig(workers=1, batch_size=4, phase_transition="rewarm"))]
     assert carry[20] < carry[15] and max(carry) == pytest.approx(5e-4)
     assert rewarm[20] > rewarm[19] and rewarm[:20] == rewarm[20:]
 
@@ -174,15 +174,15 @@ def test_borders_carry_or_rewarm_the_learning_rate():
 def test_a_border_keeps_or_clears_what_the_optimiser_knows(trained, tmp_path, monkeypatch, border, kept):
     config = trained.replace(**{"run_dir": str(tmp_path), "train.phase_transition": border, "schedule.epochs": 1})
     prepare_by_hand(config)
-    one, seen = _Worker._one, []
+    one, seen = Trainer.train_step, []
 
     def begins(self, update):
         if update.phase and not update.index:
             moments = [value for name, value in self.backend.state().items() if "/" in name]
-            seen.append((self.optimised, all(value.any() for value in moments), any(value.any() for value in moments)))
+            seen.append((self.adam_updates, all(value.any() for value in moments), any(value.any() for value in moments)))
         one(self, update)
 
-    monkeypatch.setattr(_Worker, "_one", begins)
+    monkeypatch.setattr(Trainer, "train_step", begins)
     train_worker(settings(config))
     assert seen == ([(3, True, True), (6, True, True)] if kept else [(0, False, False)] * 2) and is_trained(config)
 
@@ -247,14 +247,14 @@ def test_half_precision_without_scaled_losses_is_refused(tiny_model, tmp_path):
 
 def test_the_mark_of_settings_of_before_is_removed_before_training_begins_and_in_the_bucket_too(tmp_path):
     (tmp_path / "bucket").mkdir()
-    objects = Objects("s3://bucket/run", SubTreeFileSystem(str(tmp_path / "bucket"), LocalFileSystem()), "run")
-    before, now, later = (Mirror(tmp_path / name, objects) for name in ("before", "now", "later"))
+    objects = ObjectStorage("s3://bucket/run", SubTreeFileSystem(str(tmp_path / "bucket"), LocalFileSystem()), "run")
+    before, now, later = (StorageSync(tmp_path / name, objects) for name in ("before", "now", "later"))
     run = RunDir(before.local)
     run.adapter(0).mkdir(parents=True)
     run.best.symlink_to("phase-0")
-    before.save()
+    before.push_changes()
     now.pull()
     assert RunDir(now.local).best.is_symlink()
-    launch._forget_best(RunDir(now.local), now)
+    launch._remove_best_link(RunDir(now.local), now)
     later.pull()
     assert not RunDir(now.local).best.is_symlink() and not RunDir(later.local).best.is_symlink()
