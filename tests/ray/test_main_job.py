@@ -187,7 +187,7 @@ RUN_HERE = {
 def test_every_command_that_a_newcomer_types_is_run_by_a_test(page):
     """`make test` is what runs this; test_project.py sees to its recipe, and to `pip install .`."""
     fenced = "\n".join(re.findall(r"```bash\n(.*?)```", page, re.S))
-    commands = {re.split(r"\s+#", c)[0].strip() for c in re.split(r"(?<!\\)\n", fenced)} - {""}
+    commands = {re.sub(r"(^|\s+)# .*", "", c).strip() for c in re.split(r"(?<!\\)\n", fenced)} - {""}
     commands |= set(re.findall(r"`((?:pi-ray|make|pip|python -m) [^`]+)`", page))
     assert commands <= RUN_HERE, f"no test runs {commands - RUN_HERE}"
     assert {"make demo", "make test", "pi-ray run my-task/run.yaml", "pi-ray serve runs/my-task"} <= commands

@@ -180,3 +180,14 @@ def test_prose_keeps_to_120_columns(page):
     long = [line for line in prose(page).splitlines() if len(line) > 120]
     long = [line for line in long if not line.lstrip().startswith(("|", "<!--"))]
     assert not long, f"{page}: {long[0]}"
+
+
+def test_how_it_works_has_a_line_for_each_part_of_the_paper():
+    text = (DOCS / "how-it-works.md").read_text()
+    first = [line.split("|")[1] for line in text.splitlines() if line.startswith("| ")]
+    parts = ["Section 3", "Section 4.1", "Section 4.2", "Section 4.3", "Section 5.1", "Section 5.5", "Tables 1 to 8"]
+    parts += [f"quation {i}" for i in range(1, 5)] + [f"Appendix {a}" for a in ("A.2", "A.3", "A.4", "B", "C.1", "C.2")]
+    parts += [f"lines {lines}" for lines in ("1 to 7", "8 to 12", "13 and 14")]
+    assert [part for part in parts if not any(part in cell for cell in first)] == []
+    for reason in ("Middle rates", "Constants of exp", "MBPP", "answer tokens", "best adapter", "Ray Data's iterators"):
+        assert reason in text, f"where we differ: {reason}"
