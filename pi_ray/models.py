@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pi_ray.errors import ConfigError, CorruptArtifactError, MissingExtraError, ModelError
-from pi_ray.run.artifact import digest_file, staged, verify
+from pi_ray.run.artifact import digest_file, staged, verify_artifact
 
 if TYPE_CHECKING:
     import torch
@@ -87,7 +87,7 @@ def load_model(config: ModelConfig, device: str = "cpu", **options: Any) -> Any:
     return _from_pretrained(AutoModelForCausalLM, config, dtype=dtype, **options).to(device).eval()
 
 
-def last(count: int, device: Any = "cpu") -> torch.Tensor:
+def last_logits_index(count: int, device: Any = "cpu") -> torch.Tensor:
     """`logits_to_keep` of a forward pass of which only the last `count` tokens' logits are wanted.
 
     By index, not as a number: of a number transformers makes a slice, and torch multiplies a slice of several rows with the output layer
@@ -154,7 +154,7 @@ def verify_once(folder: Path) -> bool:
     if not folder.is_dir():
         return False
     if folder not in _verified:
-        verify(folder)
+        verify_artifact(folder)
         _verified.add(folder)
     return True
 

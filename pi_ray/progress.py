@@ -113,7 +113,7 @@ def _event(entry: dict[str, Any]) -> str:
             return f"phase {entry['phase']} done{' early, no more gain' if entry.get('early') else ''}, dev loss {entry['dev_loss']:.3f}; adapter written{best}"
         case "best":
             return f"the best adapter on dev rows is that of phase {entry['phase']} ({entry['dev_accuracy']:.1%} of their tokens right)"
-        case "taught":
+        case "teacher_answers":
             return f"the teacher answered {entry['answered']} of {entry['queries']} unlabelled queries, {entry['kept']} of them surely enough to learn from"
         case "plain_batches":
             return f"plain batches, since {entry['reason']}"
