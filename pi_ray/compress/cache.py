@@ -1,4 +1,4 @@
-"""What compression made, kept by content hash in the cache folder and shared between runs. A damaged file counts as missing."""
+"""Results of compression, one JSON file for each content hash in the cache folder; runs share them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pi_ray.run.artifact import digest, write_atomic
 
 
 def load_result(key: str) -> Any | None:
-    """What was stored under `key`, a hex digest of all that it depends on; None when nothing was, or when it changed since."""
+    """The result stored under `key`, a hex digest of its inputs; None where there is none or its file is damaged."""
     try:
         stored = json.loads(_path(key).read_bytes())
         return stored["result"] if stored["sha256"] == digest(stored["result"]) else None
@@ -20,7 +20,7 @@ def load_result(key: str) -> Any | None:
 
 
 def store_result(key: str, result: Any) -> None:
-    """Keep `result`, which JSON can hold."""
+    """Keep `result`, a value that JSON can hold."""
     write_atomic(_path(key), json.dumps({"sha256": digest(result), "result": result}, ensure_ascii=False, indent=1))
 
 

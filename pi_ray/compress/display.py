@@ -1,4 +1,6 @@
-"""`pi-ray compress`: a file at some rate, with what was dropped struck through, for people who tune a template."""
+"""Output of `pi-ray compress`: a text at some rate, with the dropped words struck through, for people who tune a
+template.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,6 @@ from typing import TYPE_CHECKING
 from rich.text import Text
 
 from pi_ray.compress import words
-from pi_ray.compress.rate_control import CompressedTemplate
 from pi_ray.compress.template import cached_template, compress_template, load_compressors
 from pi_ray.config import RunConfig
 from pi_ray.models import load_tokenizer
@@ -29,34 +30,36 @@ def show_compression(file: Path, rate: float, config: RunConfig, console: Consol
         compressor, documents = load_compressors(config.compress)
         found = compress_template(compressor, template, rate, tokenizer, config.compress, documents)
     console.print(strike_dropped_words(template.text, found.text, marks=not console.is_terminal))
-    console.print(f"\n{compression_summary(found, config)}", markup=False)
-
-
-def compression_summary(found: CompressedTemplate, config: RunConfig) -> str:
-    note = f"; {found.note}" if found.note else ""
-    return (
-        f"{config.compress.label}: asked {found.asked:.2f}, achieved {found.achieved:.2f}, "
-        f"{found.tokens} of {found.full_tokens} tokens of {Path(config.model.base).name}{note}"
+    console.print(
+        f"\n{config.compress.label}: asked {found.asked:.2f}, achieved {found.achieved:.2f}, {found.tokens} of "
+        f"{found.full_tokens} tokens of {Path(config.model.base).name}{f'; {found.note}' if found.note else ''}",
+        markup=False,
     )
 
 
 def strike_dropped_words(original: str, compressed: str, marks: bool = False) -> Text:
-    """`original` with the words that `compressed` lacks struck through; with `marks` between ~~ as well, for where there are no styles."""
+    """`original` with the words that `compressed` lacks struck through; with `marks` also put between ~~, for plain
+    text.
+    """
     spans = words.word_spans(original)
-    kept = _kept([original[a:b] for a, b in spans], compressed.split())
-    edges = [i for i in range(len(spans)) if not i or kept[i] != kept[i - 1] or "\n" in original[spans[i - 1][1] : spans[i][0]]]
+    kept = find_kept_adjacent([original[a:b] for a, b in spans], compressed.split())
     out, at = Text(), 0
-    for first, end in zip(edges, [*edges[1:], len(spans)], strict=True):
-        start, stop = spans[first][0], spans[end - 1][1]
+    first = 0
+    for i in range(1, len(spans) + 1):
+        if i < len(spans) and kept[i] == kept[first] and "\n" not in original[spans[i - 1][1] : spans[i][0]]:
+            continue
+        start, stop = spans[first][0], spans[i - 1][1]
         piece = original[start:stop]
         out.append(original[at:start])
         out.append(f"~~{piece}~~" if marks and not kept[first] else piece, style="" if kept[first] else DROPPED)
-        at = stop
+        at, first = stop, i
     return out
 
 
-def _kept(original: list[str], output: list[str]) -> list[bool]:
-    """Which words stayed. Of several equal words the output may mean any; next to one that stayed is likelier than the first in the text."""
+def find_kept_adjacent(original: list[str], output: list[str]) -> list[bool]:
+    """Which words were kept: where the output may mean any of several equal words, the one next to the following kept
+    word.
+    """
     places = [i for i, stays in enumerate(words.find_kept_words(original, output)) if stays]
     for n in reversed(range(len(places) - 1)):
         if original[places[n + 1] - 1] == original[places[n]]:

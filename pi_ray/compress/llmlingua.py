@@ -1,8 +1,10 @@
-"""LLMLingua (Jiang et al. 2023, arXiv 2310.05736): drop the tokens that a small language model finds least surprising.
+"""LLMLingua (Jiang et al. 2023, arXiv 2310.05736): drop the tokens with the least surprisal under a small language
+model.
 
-The algorithm is the `llmlingua` package's own token-level iterative compression. `Scorer` makes it run on current transformers and
-offline, and mends three faults of it: keys and values were handed over in a format that no longer exists; a token was judged by the
-surprise of the token after it; and a text, or its tail, shorter than one window was not compressed at all (microsoft/LLMLingua#196).
+The algorithm is the `llmlingua` package's own token-level iterative compression. `PatchedPromptCompressor` makes it run
+on current transformers and offline, and mends three faults: keys and values were handed over in a format that no longer
+exists; a token was judged by the surprisal of the token after it; and a text, or its tail, shorter than one window was
+not compressed at all (microsoft/LLMLingua#196).
 """
 
 from __future__ import annotations
@@ -34,64 +36,69 @@ class LLMLingua:
     def __init__(self, config: CompressConfig):
         logging.disable_progress_bar()
         try:
-            self.scorer = PatchedPromptCompressor(models.resolve(config.model))
+            self.package = PatchedPromptCompressor(models.resolve(config.model))
         except OSError as error:
-            raise ModelError(f"compress.model '{config.model}' cannot be loaded: {str(error).splitlines()[0]}") from error
+            reason = str(error).splitlines()[0]
+            raise ModelError(f"compress.model '{config.model}' cannot be loaded: {reason}") from error
 
     def compress(self, text: str, rate: float) -> str:
-        """The words of `text` of which LLMLingua keeps at least half the tokens, about `rate` of them all."""
-        offsets = self.scorer.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+        """The words with at least half of their tokens among the share `rate` of tokens that LLMLingua keeps."""
+        offsets = self.package.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
         if len(offsets) < 4:
             return text
-        kept = self.scorer.kept_tokens(text, len(offsets), rate)
+        kept = self.package.kept_tokens(text, len(offsets), rate)
         pieces = words.word_spans(text)
-        return words.join_words(text, pieces, [2 * sum(t in kept for t in tokens) >= len(tokens) > 0 for tokens in words.tokens_by_span(pieces, offsets)])
+        tokens = words.tokens_by_span(pieces, offsets)
+        return words.join_words(text, pieces, [2 * len(kept & set(t)) >= len(t) > 0 for t in tokens])
 
 
 class PatchedPromptCompressor(prompt_compressor.PromptCompressor):
-    """The package's compressor, which also tells which token positions it kept."""
+    """The package's compressor, which also says which token positions it kept."""
 
     def __init__(self, model: str):
         with _without_download():
             super().__init__(model, device_map="cpu", model_config={"trust_remote_code": False})
         self.model.eval()
-        # only used for numbers that are reported; ours are measured with the target model's tokenizer
-        self.oai_tokenizer = SimpleNamespace(encode=lambda text: self.tokenizer(text, add_special_tokens=False).input_ids)
+        # counts for the package's report, which is not used: rates are measured with the target model's tokenizer
+        self.oai_tokenizer = SimpleNamespace(
+            encode=lambda text: self.tokenizer(text, add_special_tokens=False).input_ids
+        )
         # newer transformers call the argument `cache` and warn about the old name
         self.cache_argument = "cache" if "cache" in signature(self.model.forward).parameters else "past_key_values"
         self.positions = torch.empty(0, dtype=torch.long)
-        self.first_pass: dict[bytes, torch.Tensor] = {}  # token ids -> surprise
+        self.first_pass: dict[bytes, torch.Tensor] = {}  # token ids of a text -> surprisal of its tokens
 
     def kept_tokens(self, text: str, length: int, rate: float) -> set[int]:
-        """Positions of the tokens that stay, of `length` in all. Windows are of equal size: a shorter last one would be left whole."""
+        """Positions, among `length` tokens, that stay. Windows have one size: a shorter last one would stay whole."""
         self.positions = torch.arange(length)
         windows = -(-length // WINDOW)
-        self.compress_prompt(
-            [text], rate=rate, iterative_size=length // windows, use_context_level_filter=False, use_sentence_level_filter=False,
-        )
+        filters = {"use_context_level_filter": False, "use_sentence_level_filter": False}
+        self.compress_prompt([text], rate=rate, iterative_size=length // windows, **filters)
         return set(self.positions.tolist())
 
     def get_compressed_input(self, loss: Any, input_ids: Any, attention_mask: Any, *args: Any, **kwargs: Any) -> Any:
-        """As the package does, with the same choice applied to the positions (their head is set aside with very long texts)."""
-        aside = len(self.positions) - input_ids.shape[1]
-        ids = self.positions[aside:].unsqueeze(0)
+        """The package's choice, applied to the positions too; with very long texts it sees only the last of them."""
+        unseen = len(self.positions) - input_ids.shape[1]
+        ids = self.positions[unseen:].unsqueeze(0)
         kept, *rest = super().get_compressed_input(loss, ids, attention_mask, *args, **kwargs)
-        where = torch.searchsorted(ids[0], kept[0])
-        self.positions = torch.cat([self.positions[:aside], kept[0]])
-        return input_ids[:, where], *rest
+        self.positions = torch.cat([self.positions[:unseen], kept[0]])
+        return input_ids[:, torch.searchsorted(ids[0], kept[0])], *rest
 
     def get_ppl(
-        self, text: str, granularity: str = "sentence", input_ids: Any = None, attention_mask: Any = None, past_key_values: Any = None,
-        return_kv: bool = False, end: int | None = None, condition_mode: str = "none", condition_pos_id: int = 0,
-    ) -> Any:
-        """Surprise -log p of tokens [past, end - 1), index for index; past is the length of `past_key_values`, a list of (key, value).
+        self, text: str, granularity: str = "sentence", input_ids: Any = None, attention_mask: Any = None,
+        past_key_values: Any = None, return_kv: bool = False, end: int | None = None, condition_mode: str = "none",
+        condition_pos_id: int = 0,
+    ) -> Any:  # fmt: skip
+        """Surprisal of tokens [past, end - 1), index for index; past is the length of `past_key_values`, (key, value)
+        by layer.
 
-        One cached token is computed again, because its output predicts the first token of the window. The very first token of a text
-        has nothing before it and counts as the most surprising one.
+        One cached token is computed again, because its output predicts the first token of the window. The very first
+        token of a text has no token before it and counts as the most surprising one.
         """
         if granularity != "token" or condition_mode != "none" or not return_kv:
             raise NotImplementedError("only the token-level filter of LLMLingua is used here")
-        whole = input_ids.numpy().tobytes() if end is None else b""  # the first pass over a text: the same whatever the rate
+        # the first pass over a text is the same at any rate
+        whole = input_ids.numpy().tobytes() if end is None else b""
         if whole in self.first_pass:
             return self.first_pass[whole].clone(), None
         past = past_key_values[0][0].shape[2] if past_key_values else 0
@@ -103,10 +110,11 @@ class PatchedPromptCompressor(prompt_compressor.PromptCompressor):
         parts = []
         for start in range(begin, end, BLOCK):
             stop = min(start + BLOCK, end)
+            options = {"attention_mask": attention_mask[:, :stop], "use_cache": True, self.cache_argument: cache}
             with torch.no_grad():
-                out = self.model(input_ids[:, start:stop], attention_mask=attention_mask[:, :stop], use_cache=True, **{self.cache_argument: cache})
-            known = input_ids[0, start + 1 : min(stop + 1, end)]
-            parts.append(torch.nn.functional.cross_entropy(out.logits[0, : len(known)], known, reduction="none"))
+                out = self.model(input_ids[:, start:stop], **options)
+            targets = input_ids[0, start + 1 : min(stop + 1, end)]
+            parts.append(torch.nn.functional.cross_entropy(out.logits[0, : len(targets)], targets, reduction="none"))
         loss = torch.cat(parts)
         if not past:
             loss = torch.cat([loss.max().view(1), loss])

@@ -1,7 +1,8 @@
-"""LLMLingua-2 (Pan et al. 2024, arXiv 2403.12968): a small encoder says of each token whether it is worth keeping.
+"""LLMLingua-2 (Pan et al. 2024, arXiv 2403.12968): a small encoder classifies each token as worth keeping or not.
 
-A word scores by the mean probability of "preserve" over its tokens, and the best words stay, in order (their section 4.2). The
-`llmlingua` package's own code knows two models by name and downloads a tokenizer to count with; this runs any token classifier.
+A word scores by the mean probability of "preserve" over its tokens, and the best words stay, in order (their section
+4.2). The `llmlingua` package's own code knows two models by name and downloads a tokenizer to count with; this runs any
+token classifier.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from pi_ray.errors import ModelError
 
 PRESERVE = 1  # the label
 LENGTH = 512  # tokens of a chunk with its special tokens, as the model was trained
-ROOM = LENGTH - 10  # of which two are special, and a cut may add some
+ROOM = LENGTH - 10  # two of them are special, and a cut may add some
 BATCH = 8  # chunks
 
 
@@ -35,47 +36,41 @@ class LLMLingua2(RankingCompressor):
         try:
             architectures = AutoConfig.from_pretrained(name, trust_remote_code=False).architectures or []
             if not any("ForTokenClassification" in a for a in architectures):
-                raise ModelError(f"compress.model '{config.model}' is no token classifier, which llmlingua2 needs; {COMPRESS_MODELS['llmlingua2']} is one")
+                raise ModelError(
+                    f"compress.model '{config.model}' is no token classifier, which llmlingua2 needs; "
+                    f"{COMPRESS_MODELS['llmlingua2']} is one"
+                )
             self.tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-            self.model = AutoModelForTokenClassification.from_pretrained(name, trust_remote_code=False, dtype=torch.float32).eval()
+            model = AutoModelForTokenClassification.from_pretrained(name, trust_remote_code=False, dtype=torch.float32)
         except (OSError, ValueError) as error:
-            raise ModelError(f"compress.model '{config.model}' cannot be loaded: {str(error).strip().splitlines()[0]}") from error
+            reason = str(error).strip().splitlines()[0]
+            raise ModelError(f"compress.model '{config.model}' cannot be loaded: {reason}") from error
+        self.model = model.eval()
 
     def rank(self, text: str) -> Ranking:
-        pieces, scores, sizes = words.word_spans(text), [], []
-        chunks = list(self._chunks(text, pieces))
-        for at in range(0, len(chunks), BATCH):
-            for part, (offsets, chance) in zip(chunks[at : at + BATCH], self._preserve(text, chunks[at : at + BATCH]), strict=True):
-                tokens = words.tokens_by_span(part, offsets)
-                scores += [float(chance[t].mean()) if t else 0.0 for t in tokens]
-                sizes += [len(t) for t in tokens]
-        return Ranking(pieces, scores, sizes)
+        chunks = self._chunks(text)
+        results = [r for at in range(0, len(chunks), BATCH) for r in self._classify(text, chunks[at : at + BATCH])]
+        offsets = [span for spans, _ in results for span in spans]
+        chances = torch.cat([torch.zeros(0), *(chance for _, chance in results)])
+        return Ranking.from_tokens(words.word_spans(text), offsets, chances)
 
-    def _chunks(self, text: str, pieces: list[words.Span]) -> Iterator[list[words.Span]]:
-        """The words in runs that fit the model, each ending with a sentence or a line where one ends in its second half."""
+    def _chunks(self, text: str) -> list[words.Span]:
+        """Spans of runs of words that fit the model."""
+        pieces = words.word_spans(text)
         offsets = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
         lengths = [len(t) for t in words.tokens_by_span(pieces, offsets)]
-        first = 0
-        while first < len(pieces):
-            last, used = first, 0
-            while last < len(pieces) and (last == first or used + lengths[last] <= ROOM):
-                used += lengths[last]
-                last += 1
-            if last < len(pieces):
-                second_half = range((first + last) // 2 + 1, last + 1)
-                last = max((i for i in second_half if text[pieces[i - 1][1] - 1] == "." or "\n" in text[pieces[i - 1][1] : pieces[i][0]]), default=last)
-            yield pieces[first:last]
-            first = last
+        return [(pieces[c[0]][0], pieces[c[-1]][1]) for c in words.split_chunks(text, pieces, lengths, ROOM)]
 
     @torch.no_grad()
-    def _preserve(self, text: str, chunks: list[list[words.Span]]) -> Iterator[tuple[list[words.Span], torch.Tensor]]:
-        """Of each chunk, the characters of its tokens in `text`, and their probability of being worth keeping."""
+    def _classify(self, text: str, chunks: list[words.Span]) -> Iterator[tuple[list[words.Span], torch.Tensor]]:
+        """For each chunk the spans of its tokens in `text`, and their probabilities of being worth keeping, shape
+        (tokens,).
+        """
         batch: Any = self.tokenizer(
-            [text[c[0][0] : c[-1][1]] for c in chunks], padding=True, truncation=True, max_length=LENGTH,
+            [text[start:end] for start, end in chunks], padding=True, truncation=True, max_length=LENGTH,
             return_offsets_mapping=True, return_special_tokens_mask=True, return_tensors="pt",
-        )
+        )  # fmt: skip
         logits = self.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-        chances = torch.softmax(logits, -1)[..., PRESERVE]
-        for chunk, chance, offsets, special in zip(chunks, chances, batch["offset_mapping"], batch["special_tokens_mask"], strict=True):
-            start = chunk[0][0]
-            yield [(start + a, start + b) for a, b in offsets[special == 0].tolist()], chance[special == 0]
+        chances, masks = torch.softmax(logits, -1)[..., PRESERVE], batch["special_tokens_mask"] == 0
+        for (start, _), chance, offsets, mask in zip(chunks, chances, batch["offset_mapping"], masks, strict=True):
+            yield [(start + a, start + b) for a, b in offsets[mask].tolist()], chance[mask]

@@ -1,4 +1,4 @@
-"""The compressor of people who want the template whole or not at all."""
+"""Compressor "none", for templates that are shown whole or not at all."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ class NoCompression:
     """Returns every text unchanged; a rate between 0 and 1 is then reported as achieved 1.0."""
 
     def __init__(self, config: CompressConfig):
-        self.config = config
+        pass
 
     def compress(self, text: str, rate: float) -> str:
         return text

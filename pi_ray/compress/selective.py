@@ -1,7 +1,8 @@
-"""Selective Context (Li et al. 2023, arXiv 2310.06201): drop the phrases that tell a language model least.
+"""Selective Context (Li et al. 2023, arXiv 2310.06201): drop the phrases with the least self-information.
 
-A phrase's self-information is the mean of -log p over its tokens, as in the authors' code. Theirs are the noun chunks of a parser; here a
-phrase is a group of words between punctuation, line breaks and the small words that open a new group, so that no parser is needed.
+A phrase's self-information is the mean of -log p over its tokens, as in the authors' code. Their phrases are the noun
+chunks of a parser; here a phrase is a group of words between punctuation, line breaks and the small words that open a
+new group, so that no parser is needed.
 """
 
 from __future__ import annotations
@@ -29,28 +30,27 @@ class SelectiveContext(RankingCompressor):
 
     def __init__(self, config: CompressConfig):
         super().__init__()
-        self.causal = SurprisalModel(config)
+        self.model = SurprisalModel(config)
 
     def rank(self, text: str) -> Ranking:
-        pieces = split_phrases(text)
-        offsets, loss = self.causal.surprise(text)
-        tokens = words.tokens_by_span(pieces, offsets)
-        return Ranking(pieces, [float(loss[t].mean()) if t else 0.0 for t in tokens], [len(t) for t in tokens])
+        return Ranking.from_tokens(split_phrases(text), *self.model.surprisal(text))
 
 
 def split_phrases(text: str) -> list[words.Span]:
-    """(start, end) of each phrase, in order: the words of `text` in groups of at most LONGEST."""
+    """The words of `text` in groups of at most LONGEST, as spans."""
     found: list[words.Span] = []
-    length, opened, closed = 0, False, True  # words so far; only openers so far; whether a new phrase must follow
+    length, only_openers, closed = 0, False, True  # of the last phrase; `closed`: the next word begins a new one
     for start, end in words.word_spans(text):
         word = text[start:end]
-        opener = OPENERS.fullmatch(word) is not None
-        broken = closed or "\n" in text[found[-1][1] : start] or word[0] in "([{"
-        if broken or length == LONGEST or (opener and not opened):
+        is_opener = OPENERS.fullmatch(word) is not None
+        if (
+            closed or length == LONGEST or "\n" in text[found[-1][1] : start] or word[0] in "([{"
+            or (is_opener and not only_openers)
+        ):
             found.append((start, end))
-            length, opened = 1, opener
+            length, only_openers = 1, is_opener
         else:
             found[-1] = (found[-1][0], end)
-            length, opened = length + 1, opened and opener
+            length, only_openers = length + 1, only_openers and is_opener
         closed = word[-1] in ".,;:!?)]}"
     return found

@@ -1,73 +1,103 @@
-"""Words of a text: where they stand, which of them a compressor kept, and how the kept ones are put together again.
+"""The words of a text: their positions, which of them a compressor kept, and the text that the kept ones make.
 
-A word is a run of anything but white space. Compression removes whole words, so that two words are never glued into one.
+A word is a run of anything but white space. Compression removes whole words, so that two words are never glued into
+one.
 """
 
 from __future__ import annotations
 
 import re
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from difflib import SequenceMatcher
 
-Span = tuple[int, int]
+Span = tuple[int, int]  # (start, end) in characters of a text
 
 
 def word_spans(text: str) -> list[Span]:
-    """(start, end) of every word of `text`, in characters."""
+    """The span of every word of `text`, in order."""
     return [m.span() for m in re.finditer(r"\S+", text)]
 
 
-def overlapping_spans(pieces: Sequence[Span], start: int, end: int) -> Iterator[int]:
-    """Indices of the pieces that share characters with [start, end)."""
-    low, high = 0, len(pieces)
-    while low < high:
-        middle = (low + high) // 2
-        low, high = (middle + 1, high) if pieces[middle][1] <= start else (low, middle)
-    while low < len(pieces) and pieces[low][0] < end:
-        yield low
-        low += 1
-
-
 def tokens_by_span(pieces: Sequence[Span], offsets: Sequence[Span]) -> list[list[int]]:
-    """Of each piece, the tokens that share characters with it; `offsets` are the characters of each token."""
+    """For each piece the indices of the tokens that share characters with it; `offsets` are the spans of the tokens."""
     found: list[list[int]] = [[] for _ in pieces]
+    ends = [end for _, end in pieces]
     for token, (start, end) in enumerate(offsets):
-        for i in overlapping_spans(pieces, start, end):
+        for i in range(bisect_right(ends, start), len(pieces)):
+            if pieces[i][0] >= end:
+                break
             found[i].append(token)
     return found
 
 
+def split_chunks(text: str, pieces: Sequence[Span], sizes: Sequence[int], room: int) -> Iterator[range]:
+    """Runs of pieces, as ranges of indices, whose `sizes` sum to at most `room`; a single piece may be larger.
+
+    A run ends with the last sentence or line that ends in its second half, if one does.
+    """
+    first = 0
+    while first < len(pieces):
+        last, used = first + 1, sizes[first]
+        while last < len(pieces) and used + sizes[last] <= room:
+            used += sizes[last]
+            last += 1
+        if last < len(pieces):
+            breaks = (
+                i for i in range(last, (first + last) // 2, -1) if _is_break(text, pieces[i - 1][1], pieces[i][0])
+            )
+            last = next(breaks, last)
+        yield range(first, last)
+        first = last
+
+
+def _is_break(text: str, end: int, start: int) -> bool:
+    """Whether a sentence or a line ends between a word's `end` and the `start` of the next."""
+    return text[end - 1] == "." or "\n" in text[end:start]
+
+
 def join_words(text: str, pieces: Sequence[Span], kept: Sequence[bool]) -> str:
-    """The kept pieces in order. Neighbours keep the white space between them; over a gap it shrinks to a line break or a space."""
-    out, last = "", -1
+    """The kept pieces in order.
+
+    The white space between two neighbours stays; where pieces are missing between them it becomes a line break or a
+    space.
+    """
+    parts: list[str] = []
+    last = 0
     for i, (start, end) in enumerate(pieces):
-        if not kept[i]:
-            continue
-        if last >= 0:
-            between = text[pieces[last][1] : start]
-            gap = "\n" if "\n" in between else " "
-            out += between if last == i - 1 else gap
-        out += text[start:end]
-        last = i
-    return out
+        if kept[i]:
+            if parts:
+                between = text[pieces[last][1] : start]
+                parts.append(between if last == i - 1 else "\n" if "\n" in between else " ")
+            parts.append(text[start:end])
+            last = i
+    return "".join(parts)
+
+
+def kept_in_order(original: Sequence[str], output: Sequence[str]) -> list[bool] | None:
+    """Which words of `original` stand in `output`, both in order; None where the output has other words.
+
+    Linear in both, which may come from a stranger.
+    """
+    kept, at = [False] * len(original), 0
+    for word in output:
+        try:
+            at = original.index(word, at)
+        except ValueError:
+            return None
+        kept[at] = True
+        at += 1
+    return kept
 
 
 def find_kept_words(original: Sequence[str], output: Sequence[str]) -> list[bool]:
     """Which words of `original` stand in `output`, both in order.
 
-    A compressor that only drops words is matched completely; of one that also rewrites, only the words taken over count.
+    The output of a compressor that only drops words is matched completely. If it also rewrites, words that are equal
+    count.
     """
-    kept = [False] * len(original)
-    at = 0
-    for word in output:
-        try:
-            at = original.index(word, at)
-        except ValueError:
-            break
-        kept[at] = True
-        at += 1
-    else:
-        return kept
+    if (exact := kept_in_order(original, output)) is not None:
+        return exact
     kept = [False] * len(original)
     for block in SequenceMatcher(None, original, output, autojunk=False).get_matching_blocks():
         kept[block.a : block.a + block.size] = [True] * block.size

@@ -108,11 +108,11 @@ def in_actors(rows: Sequence[str], actors: int) -> float:
 def in_a_loop(rows: Sequence[str]) -> float:
     compressor = LLMLingua(CompressConfig())
     compressor.compress(WARM_UP, RATE)
-    scorer = compressor.scorer
-    lengths = [len(scorer.tokenizer(text, add_special_tokens=False).input_ids) for text in rows]
+    package = compressor.package
+    lengths = [len(package.tokenizer(text, add_special_tokens=False).input_ids) for text in rows]
     begin = time.time()
     for text, length in zip(rows, lengths, strict=True):
-        scorer.kept_tokens(text, length, RATE)
+        package.kept_tokens(text, length, RATE)
     return rows_a_second([(begin, time.time())] * len(rows))
 
 

@@ -111,15 +111,15 @@ def test_the_label_of_a_line_goes_with_what_is_kept_of_it(tokenizer):
 
 
 def test_units_hold_what_they_should():
-    held = {TEXT[u.start : u.end]: u.hold for u in split_units(TEXT, CONFIG)}
-    assert held["250"] is Protection.NUMBER and held["`ls -la`"] is Protection.ALWAYS and held["passive"] is Protection.FREE
-    free = {TEXT[u.start : u.end]: u.hold for u in split_units(TEXT, CompressConfig(protect_numbers=False))}
-    assert free["250"] is Protection.FREE and "Golden" in free
+    held = {TEXT[u.start : u.end]: u.protection for u in split_units(TEXT, CONFIG)}
+    assert held["250"] is Protection.NUMBER and held["`ls -la`"] is Protection.ALWAYS and held["passive"] is Protection.NONE
+    free = {TEXT[u.start : u.end]: u.protection for u in split_units(TEXT, CompressConfig(protect_numbers=False))}
+    assert free["250"] is Protection.NONE and "Golden" in free
 
 
 def test_what_only_looks_like_json_or_a_fence_is_free():
     text = "- [ ] a box to [tick], {not json: 1}\n2. ```\n   code\n   ```\nprose between\n~~~\nmore code\n~~~\n" + "[" * 3000
-    held = [text[u.start : u.end] for u in split_units(text, CONFIG) if u.hold is Protection.ALWAYS]
+    held = [text[u.start : u.end] for u in split_units(text, CONFIG) if u.protection is Protection.ALWAYS]
     assert held == ["2. ```\n   code\n   ```", "~~~\nmore code\n~~~"]
 
 

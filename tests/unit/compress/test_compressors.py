@@ -13,8 +13,8 @@ import torch
 from pi_ray import models
 from pi_ray.cli import main
 from pi_ray.compress import cache as kept
-from pi_ray.compress import display, llmlingua, llmlingua2, longllmlingua, selective, words
-from pi_ray.compress.generation import GenerationCompressor, RemovalState, split_chunks
+from pi_ray.compress import display, generation, llmlingua, llmlingua2, longllmlingua, selective, words
+from pi_ray.compress.generation import GenerationCompressor, RemovalState
 from pi_ray.compress.ranking import CACHED_TEXTS, Ranking, keep_best
 from pi_ray.compress.rate_control import CompressedTemplate, RateSearch
 from pi_ray.compress.surprisal import SurprisalModel
@@ -118,7 +118,7 @@ def test_every_compressor_meets_the_rate_or_says_why_not(name, config_of, tokeni
         text = text_of(size, tokenizer)
         made = RateSearch(compressor, Template(text), rate, tokenizer, config).run()
         assert made.tokens == len(tokenizer(made.text).input_ids) and made.full_tokens >= size
-        assert display._kept(text.split(), made.text.split()).count(True) == len(made.text.split()), "a word was changed, moved or glued"
+        assert display.find_kept_adjacent(text.split(), made.text.split()).count(True) == len(made.text.split()), "a word was changed, moved or glued"
         assert all(span in made.text for span in HELD if span in text)
         if name == "none":
             assert made.achieved == 1 and "none came no closer than 1.00" in made.note
@@ -147,7 +147,7 @@ def test_an_actor_that_sees_many_texts_remembers_few(name, config_of):
 def remembered(compressor) -> int:
     """Rankings and chat answers that are alive, and first passes of LLMLingua."""
     gc.collect()
-    return sum(type(o) in (Ranking, RemovalState) for o in gc.get_objects()) + (len(compressor.scorer.first_pass) if isinstance(compressor, llmlingua.LLMLingua) else 0)
+    return sum(type(o) in (Ranking, RemovalState) for o in gc.get_objects()) + (len(compressor.package.first_pass) if isinstance(compressor, llmlingua.LLMLingua) else 0)
 
 
 # Each
@@ -171,7 +171,7 @@ def test_selective_drops_the_phrases_that_tell_least():
     told = {"the": 1.0, "red": 6.0, "zebra,": 9.0, "of": 0.5, "usual": 1.0, "kind,": 0.5, "in": 1.0, "a": 1.0, "sudden": 4.0, "storm": 5.0}
     compressor = selective.SelectiveContext.__new__(selective.SelectiveContext)
     super(selective.SelectiveContext, compressor).__init__()
-    compressor.causal = SimpleNamespace(surprise=lambda t: (words.word_spans(t), torch.tensor([told[w] for w in t.split()])))
+    compressor.model = SimpleNamespace(surprisal=lambda t: (words.word_spans(t), torch.tensor([told[w] for w in t.split()])))
     assert compressor.compress(text, 0.7) == "the red zebra, in a sudden storm"
     assert compressor.compress(text, 0.3) == "the red zebra,"
 
@@ -182,17 +182,17 @@ def test_selective_with_a_real_model_keeps_what_surprises():
 
 
 def test_surprise_is_that_of_the_whole_text_and_windows_keep_what_stands_before(tiny_model, tokenizer):
-    causal, text = SurprisalModel(CompressConfig(name="selective", model=str(tiny_model))), text_of(300, tokenizer)
-    offsets, whole = causal.surprise(text)
+    model, text = SurprisalModel(CompressConfig(name="selective", model=str(tiny_model))), text_of(300, tokenizer)
+    offsets, whole = model.surprisal(text)
     assert len(offsets) == len(whole) and text[slice(*offsets[-1])] == "."
     ids = torch.tensor([[tokenizer.bos_token_id, *tokenizer(text).input_ids]])
     with torch.no_grad():
-        expected = torch.nn.functional.cross_entropy(causal.model(ids).logits[0, :-1], ids[0, 1:], reduction="none")
+        expected = torch.nn.functional.cross_entropy(model.model(ids).logits[0, :-1], ids[0, 1:], reduction="none")
     assert torch.allclose(whole, expected, atol=1e-4)
-    causal.window = 201
-    _, windowed = causal.surprise(text)
+    model.window = 201
+    _, windowed = model.surprisal(text)
     assert len(windowed) == len(whole) and torch.allclose(windowed[:200], whole[:200], atol=1e-4)
-    assert not torch.allclose(causal.surprise(text, "A question.")[1][:9], whole[:9], atol=1e-4)
+    assert not torch.allclose(model.surprisal(text, "A question.")[1][:9], whole[:9], atol=1e-4)
 
 
 def test_longllmlingua_keeps_more_of_the_segment_that_suits_the_question():
@@ -202,11 +202,11 @@ def test_longllmlingua_keeps_more_of_the_segment_that_suits_the_question():
     compressor = longllmlingua.LongLLMLingua.__new__(longllmlingua.LongLLMLingua)
     super(longllmlingua.LongLLMLingua, compressor).__init__()
 
-    def surprise(text, before=""):
-        unlikely = 0.1 if "pears" in before else 5.0
+    def surprisal(text, prefix=""):
+        unlikely = 0.1 if "pears" in prefix else 5.0
         return words.word_spans(text), torch.full((len(text.split()),), unlikely)
 
-    compressor.causal, compressor.question, compressor._order = SimpleNamespace(surprise=surprise), "Which pears?", {}
+    compressor.model, compressor.question, compressor._order = SimpleNamespace(surprisal=surprisal), "Which pears?", {}
     counts = Counter(compressor.compress(text, 0.5).split())
     assert counts == {"pears": 56, "apples": 35, "plums": 14}
 
@@ -227,10 +227,10 @@ def test_llmlingua2_prefers_the_words_that_the_package_prefers(classifier):
 
 def test_llmlingua2_reads_a_long_text_in_chunks_that_end_with_sentences(classifier, tokenizer):
     compressor, text = llmlingua2.LLMLingua2(CompressConfig(name="llmlingua2", model=str(classifier))), text_of(1500, tokenizer)
-    runs = list(compressor._chunks(text, words.word_spans(text)))
-    assert len(runs) > 2 and [span for run in runs for span in run] == words.word_spans(text)
-    assert all(text[run[-1][1] - 1] == "." for run in runs)
-    assert max(len(compressor.tokenizer(text[r[0][0] : r[-1][1]]).input_ids) for r in runs) <= llmlingua2.LENGTH
+    chunks, spans = compressor._chunks(text), words.word_spans(text)
+    assert len(chunks) > 2 and [(a + s, a + e) for a, b in chunks for s, e in words.word_spans(text[a:b])] == spans
+    assert all(text[end - 1] == "." for _, end in chunks)
+    assert max(len(compressor.tokenizer(text[start:end]).input_ids) for start, end in chunks) <= llmlingua2.LENGTH
 
 
 @pytest.mark.parametrize("model, message", [
@@ -279,7 +279,8 @@ def test_a_chat_models_answers_are_paid_once_by_endpoint_and_model_and_the_key_i
 def test_a_long_text_is_sent_in_chunks_that_end_with_sentences(config_of, chat, tokenizer):
     text = text_of(1000, tokenizer)
     spans = words.word_spans(text)
-    assert [i for run in split_chunks(text, spans, list(range(len(spans)))) for i in run] == list(range(len(spans)))
+    chunks = words.split_chunks(text, spans, [1] * len(spans), generation.CHUNK_WORDS)
+    assert [i for chunk in chunks for i in chunk] == list(range(len(spans)))
     GenerationCompressor(config_of("generation")).compress(text, 0.9)
     parts = [sent(c["messages"][0]["content"]) for c in chat.chats]
     assert len(parts) > 1 and all(p.endswith(".") for p in parts) and " ".join(parts).split() == text.split()
