@@ -15,8 +15,9 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path, PurePosixPath
 
 from pi_ray.errors import CorruptArtifactError
@@ -106,7 +107,8 @@ class StorageSync:
         with self._locked_state():
             for link in self.local.rglob("adapters/best"):
                 if link.is_symlink():
-                    self._push_bytes(os.readlink(link).encode(), self._key(link) + LINK)
+                    target, key = os.readlink(link).encode(), self._key(link) + LINK
+                    self._push_object(key, digest(target), partial(self.storage.write, target, key))
             self._prune("")
 
     def pull(self, unfinished: bool = True) -> None:
@@ -198,19 +200,16 @@ class StorageSync:
     # Single files
 
     def _push_file(self, path: Path, key: str) -> str:
-        found = digest_file(path)
+        return self._push_object(key, digest_file(path), partial(self.storage.upload, path, key))
+
+    def _push_object(self, key: str, found: str, send: Callable[[], None]) -> str:
+        """`send` an object whose hash is `found`, unless it is there."""
         if self.storage.read(key + HASH) != found.encode():
             self.storage.delete(key + HASH)
-            self.storage.upload(path, key)
+            send()
             self.storage.write(found.encode(), key + HASH)
         self.known.update((key, key + HASH))
         return found
-
-    def _push_bytes(self, data: bytes, key: str) -> None:
-        if self.storage.read(key) != data or self.storage.read(key + HASH) != digest(data).encode():
-            self.storage.delete(key + HASH)
-            self.storage.write(data, key)
-            self.storage.write(digest(data).encode(), key + HASH)
 
     def _pull_file(self, key: str, synced: dict[str, str]) -> None:
         recorded, is_link = (self.storage.read(key + HASH) or b"").decode(), key.endswith(LINK)

@@ -1,4 +1,4 @@
-"""The baseline that is trained beside a run: plain fine-tuning, which is a schedule and not code of its own."""
+"""The baseline that is trained beside a run: plain fine-tuning, which is a schedule and needs no code of its own."""
 
 from __future__ import annotations
 
@@ -8,7 +8,11 @@ from pi_ray.schedule import plan_phases
 
 
 def plain_finetuning_config(config: RunConfig) -> RunConfig:
-    """Plain fine-tuning without a prompt: rate 0 and no shots in every phase, so the same rows, updates and learning rates as the run."""
+    """Plain fine-tuning without a prompt: rate 0 and no shots in every phase.
+
+    It has the rows, updates and learning rates of the run.
+    """
     phases = [{"rate": 0.0, "shots": 0, "epochs": p.epochs, "steps": p.steps} for p in plan_phases(config.schedule)]
-    own = {"schedule": {"name": "list", "list": phases}, "evaluate.shots": 0, "train.objective": "sft", "train.gist": 0, "train.init_adapter": ""}
-    return config.replace(run_dir=str(RunDir(config.root).baseline("plain").root), **own)
+    changes = {"evaluate.shots": 0, "train.objective": "sft", "train.gist": 0, "train.init_adapter": ""}
+    run_dir = str(RunDir(config.root).baseline("plain").root)
+    return config.replace(run_dir=run_dir, schedule={"name": "list", "list": phases}, **changes)

@@ -1,7 +1,7 @@
-"""Fingerprints: hashes of what a step's output depends on, by which the step knows that it is done.
+"""Fingerprints: hashes of the settings and inputs on which a step's output depends, so that a step knows it is done.
 
-A change of `serve.port` retrains nothing. Preparation has one fingerprint for all that it makes: a change of `retrieve` makes templates and
-documents again too, from the cache of compressed text.
+A change of `serve.port` retrains nothing. Preparation has one fingerprint for all its outputs: a change of `retrieve`
+makes templates and documents again too, from the cache of compressed text.
 """
 
 from __future__ import annotations
@@ -15,18 +15,19 @@ from pi_ray.run.artifact import digest
 from pi_ray.run.phases import max_shots
 from pi_ray.schedule import plan_phases
 
-# Keys of `train` that do not change what is learned. workers and micro_batch only spread the rows of an update, which
+PREPARED = ("task", "model", "prompt", "compress", "retrieve")  # the blocks that preparation reads
+# Keys of `train` that do not change the adapter. workers and micro_batch only spread the rows of an update, which
 # changes rounding alone: a run may go on with others.
-UNLEARNED = {
+NOT_LEARNED = {
     "max_failures", "keep_checkpoints", "checkpoint_every", "collective_timeout_s", "tracker", "attention", "workers",
     "micro_batch",
-}
+}  # fmt: skip
 
 
 def prepare_fingerprint(config: RunConfig, task_fingerprint: str) -> str:
     phases = [(p.rate, p.shots) for p in plan_phases(config.schedule)]
-    made_from = [__version__, task_fingerprint, _dump(config, "task", "model", "prompt", "compress", "retrieve"), phases, max_shots(config)]
-    return digest([*made_from, UNLABELLED] if wants_unlabelled(config) else made_from)
+    parts = [__version__, task_fingerprint, _dump(config, *PREPARED), phases, max_shots(config)]
+    return digest([*parts, UNLABELLED] if wants_unlabelled(config) else parts)
 
 
 def wants_unlabelled(config: RunConfig) -> bool:
@@ -35,25 +36,9 @@ def wants_unlabelled(config: RunConfig) -> bool:
 
 
 def train_fingerprint(config: RunConfig, prepare: str) -> str:
-    return digest([prepare, _learned(config), [(p.rate, p.shots, p.epochs, p.steps) for p in plan_phases(config.schedule)]])
-
-
-def _learned(config: RunConfig) -> dict[str, Any]:
-    """The keys of `train` that change what is learned."""
-    distill = set() if wants_unlabelled(config) else {"distill"}
-    dev_every = set() if config.train.early_stop else {"dev_every"}
-    return config.train.model_dump(mode="json", exclude=UNLEARNED | distill | dev_every)
-
-
-def learning_settings(config: RunConfig) -> dict[str, Any]:
-    """What an adapter depends on besides rows and template, as dotted key -> value: for saying what has changed."""
-    return _flat({**_dump(config, "task", "model", "prompt", "compress", "retrieve", "schedule"), "train": _learned(config)})
-
-
-def _flat(value: Any, key: str = "") -> dict[str, Any]:
-    if not isinstance(value, dict):
-        return {key: value}
-    return {k: v for name, inner in value.items() for k, v in _flat(inner, f"{key}.{name}" if key else name).items()}
+    """`prepare` is the fingerprint of the prepared rows."""
+    phases = [(p.rate, p.shots, p.epochs, p.steps) for p in plan_phases(config.schedule)]
+    return digest([prepare, _learned(config), phases])
 
 
 def evaluate_fingerprint(config: RunConfig, columns: list[tuple[str, str]]) -> str:
@@ -61,6 +46,23 @@ def evaluate_fingerprint(config: RunConfig, columns: list[tuple[str, str]]) -> s
     return digest([columns, _dump(config, "evaluate")])
 
 
+def learning_settings(config: RunConfig) -> dict[str, Any]:
+    """Dotted key -> value of every setting on which an adapter depends, to say which of them has changed."""
+    return _flatten({**_dump(config, *PREPARED, "schedule"), "train": _learned(config)})
+
+
+def _learned(config: RunConfig) -> dict[str, Any]:
+    """The keys of `train` that change the adapter."""
+    unused = {"distill": wants_unlabelled(config), "dev_every": bool(config.train.early_stop)}
+    return config.train.model_dump(mode="json", exclude=NOT_LEARNED | {key for key, used in unused.items() if not used})
+
+
+def _flatten(value: Any, key: str = "") -> dict[str, Any]:
+    if not isinstance(value, dict):
+        return {key: value}
+    return {k: v for name, inner in value.items() for k, v in _flatten(inner, f"{key}.{name}" if key else name).items()}
+
+
 def _dump(config: RunConfig, *blocks: str) -> dict[str, Any]:
-    """Those blocks without the paths of rows and template: the task's fingerprint has what is in these files, and a project may be moved."""
+    """Blocks without the paths of rows and template, which may be moved: the task's fingerprint has their content."""
     return {b: getattr(config, b).model_dump(mode="json", exclude=set(INPUTS) if b == "task" else None) for b in blocks}

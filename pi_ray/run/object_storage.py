@@ -140,5 +140,5 @@ def open_file_system(url: str) -> tuple[Any, str]:
         reason = f"cannot be opened ({str(error).splitlines()[0]})"
         raise StorageError(f"{public} {reason}; take a folder, s3://bucket/folder, gs://, hf:// or file://") from error
     if not path.strip("/"):
-        raise StorageError(f"{public} names no place; give bucket and path: s3://bucket/folder, gs://, hf:// or file://")
+        raise StorageError(f"{public} names no place; give bucket and path: s3://bucket/folder, gs://, hf://, file://")
     return file_system, path

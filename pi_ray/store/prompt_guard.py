@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from pi_ray.compress.words import join_words, word_spans
+from pi_ray.compress.words import join_words, kept_in_order, word_spans
 from pi_ray.config import PromptConfig
 from pi_ray.prompt import Example
 from pi_ray.run.artifact import digest
@@ -183,7 +183,7 @@ class PromptGuard:
                 at += 1
                 continue
             length = RUN
-            while words[at + length : at + length + 1] == self._words[start + length : start + length + 1] != []:
+            while at + length < len(words) and words[at + length] == self._word(start + length):
                 length += 1
             kept[at : at + length] = self._kept[start : start + length]
             at += length
@@ -232,6 +232,9 @@ class PromptGuard:
     def _words(self) -> list[str]:
         return self.template.split()
 
+    def _word(self, i: int) -> str:
+        return self._words[i] if i < len(self._words) else ""
+
     @cached_property
     def _runs(self) -> dict[tuple[str, ...], int]:
         """RUN words in a row -> their first index in the template."""
@@ -240,7 +243,7 @@ class PromptGuard:
     @cached_property
     def _kept(self) -> list[bool] | None:
         """Which words of the template the best form kept that only dropped words."""
-        return next((kept for text in self._compressed if (kept := _kept_words(self._words, text.split()))), None)
+        return next((kept for text in self._compressed if (kept := kept_in_order(self._words, text.split()))), None)
 
     def _is_worded_as_example(self, text: str) -> bool:
         """Whether the parts of prompt.example that are the same in every example stand in `text`, in order."""
@@ -253,22 +256,6 @@ class PromptGuard:
             if at < len(part):
                 return False
         return at <= len(text) - len(last)
-
-
-def _kept_words(words: Sequence[str], output: Sequence[str]) -> list[bool] | None:
-    """Which of `words` stand in `output`, in the same order; None where it has other words too.
-
-    Linear, since both may come from a stranger.
-    """
-    kept, at = [False] * len(words), 0
-    for word in output:
-        while at < len(words) and words[at] != word:
-            at += 1
-        if at == len(words):
-            return None
-        kept[at] = True
-        at += 1
-    return kept
 
 
 def _ngrams(words: Sequence[str]) -> set[tuple[str, ...]]:

@@ -34,8 +34,9 @@ CHUNK = 16_384  # elements; torch computes fewer than 32,768 in the calling thre
 # Settings of adapter_config.json that serving understands; any other one must be empty, since peft would act on it
 # (import a module, change base weights, run a regular expression over module names).
 KNOWN_SETTINGS = {
-    "r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora", "peft_type", "task_type", "bias", "inference_mode",
-    "init_lora_weights", "base_model_name_or_path", "revision", "peft_version", "megatron_core", "qalora_group_size",
+    "r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora", "peft_type", "task_type", "bias",
+    "inference_mode", "init_lora_weights", "base_model_name_or_path", "revision", "peft_version", "megatron_core",
+    "qalora_group_size",
 }  # fmt: skip
 SERVED = (
     "only plain LoRA and rsLoRA on linear layers can be published and served "
@@ -84,7 +85,7 @@ def _check_listing(path: Path) -> list[str]:
 
 
 def _check_hashes(path: Path, names: list[str]) -> None:
-    """Check that the manifest lists exactly the other files, with their sha256. Its names are compared, never opened."""
+    """Check that the manifest lists exactly the other files, with their sha256. Its names are never opened."""
     files = read_json(path / MANIFEST).get("files")
     if not isinstance(files, dict) or set(files) != set(names) - {MANIFEST}:
         raise AdapterError(f"{MANIFEST} does not list exactly the files of the folder")

@@ -1,4 +1,6 @@
-"""Run directories, stores and inputs on S3, as a real client of it sees them: pyarrow's, against moto's server on this machine."""
+"""Run directories, stores and inputs on S3, as a real client of it sees them: pyarrow's, against moto's server on this
+machine.
+"""
 
 import shutil
 from pathlib import Path
@@ -29,7 +31,8 @@ def server():
     host, port = server.get_host_and_port()
     with pytest.MonkeyPatch.context() as patch:
         for name, value in {
-            "AWS_ENDPOINT_URL": f"http://{host}:{port}", "AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_REGION": "us-east-1",
+            "AWS_ENDPOINT_URL": f"http://{host}:{port}", "AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret",
+            "AWS_REGION": "us-east-1",
             "AWS_EC2_METADATA_DISABLED": "true",
         }.items():  # fmt: skip
             patch.setenv(name, value)
@@ -48,7 +51,9 @@ def test_what_one_node_writes_another_one_fetches_and_damage_is_found(tmp_path):
             (tmp / "train").write_bytes(b"rows" * 400_000)
         assert {"run.yaml", "rows/train", "rows/manifest.json"} <= set(there.list_keys()), "sent when it was written"
     StorageSync(tmp_path / "two", ObjectStorage(there.url)).pull()
-    assert (tmp_path / "two" / "rows" / "train").read_bytes() == b"rows" * 400_000 and (tmp_path / "two" / "run.yaml").read_text() == "name: a\n"
+    assert (tmp_path / "two" / "rows" / "train").read_bytes() == b"rows" * 400_000 and (
+        tmp_path / "two" / "run.yaml"
+    ).read_text() == "name: a\n"
     there.write(b"other", "rows/train")
     with pytest.raises(CorruptArtifactError, match="rows is damaged"):
         StorageSync(tmp_path / "three", ObjectStorage(there.url)).pull()
@@ -60,14 +65,27 @@ def test_a_job_beside_a_bucket_takes_its_inputs_from_it_and_leaves_its_run_there
         inputs.write(b'{"query": "q", "answer": "a"}\n', f"{name}.jsonl")
     inputs.write(b"# Instruction\n\nDo it.\n", "template.md")
     lines = [f"  {key}: {BUCKET}/inputs/{key}.jsonl" for key in ("train", "dev", "test")]
-    (tmp_path / "run.yaml").write_text("\n".join(["name: far", "cluster: {storage_path: s3://bucket/pi-ray}", "task:", *lines, f"  template: {BUCKET}/inputs/template.md"]) + "\n")
+    (tmp_path / "run.yaml").write_text(
+        "\n".join(
+            [
+                "name: far", "cluster: {storage_path: s3://bucket/pi-ray}", "task:", *lines,
+                f"  template: {BUCKET}/inputs/template.md",
+            ]
+        )
+        + "\n"
+    )
     monkeypatch.setenv("PI_RAY_STORAGE", str(tmp_path / "pod"))
     monkeypatch.chdir(tmp_path / "..")
     seen = []
 
     def step(command):
         config = load(Path(command[1]) / "run.yaml")
-        seen.append((config.store, Path(config.task.train).read_text(), sorted(p.name for p in config.root.iterdir() if p.is_dir())))
+        seen.append(
+            (
+                config.store, Path(config.task.train).read_text(),
+                sorted(p.name for p in config.root.iterdir() if p.is_dir()),
+            )
+        )
         with staged(config.root / "rows", fingerprint="x") as tmp:
             (tmp / "train").write_text("prepared")
         return 0
@@ -77,8 +95,13 @@ def test_a_job_beside_a_bucket_takes_its_inputs_from_it_and_leaves_its_run_there
         assert job.main("prepare", [str(tmp_path / "run.yaml")]) == 0
         shutil.rmtree(tmp_path / "pod")
     row = '{"query": "q", "answer": "a"}\n'
-    assert seen == [("s3://bucket/pi-ray/store", row, ["inputs"]), ("s3://bucket/pi-ray/store", row, ["inputs", "rows"])]
-    assert ObjectStorage("s3://bucket/pi-ray").list_folders(pattern="r*") == ["runs"] and ObjectStorage("s3://bucket/pi-ray/runs/far").read("rows/train") == b"prepared"
+    assert seen == [
+        ("s3://bucket/pi-ray/store", row, ["inputs"]), ("s3://bucket/pi-ray/store", row, ["inputs", "rows"]),
+    ]
+    assert (
+        ObjectStorage("s3://bucket/pi-ray").list_folders(pattern="r*") == ["runs"]
+        and ObjectStorage("s3://bucket/pi-ray/runs/far").read("rows/train") == b"prepared"
+    )
 
 
 def test_an_adapter_is_served_from_a_bucket(tiny_model, tmp_path):
@@ -88,9 +111,14 @@ def test_an_adapter_is_served_from_a_bucket(tiny_model, tmp_path):
         there.upload(path, path.relative_to(tmp_path / "store").as_posix())
     store = AdapterStore(f"{BUCKET}/store", ModelConfig(base=str(tiny_model)))
     assert store.names() == ["shop"]
-    assert (store.open("shop").path / "adapter_model.safetensors").read_bytes() == (tmp_path / "store" / "shop" / "v0001" / "adapter_model.safetensors").read_bytes()
+    assert (store.open("shop").path / "adapter_model.safetensors").read_bytes() == (
+        tmp_path / "store" / "shop" / "v0001" / "adapter_model.safetensors"
+    ).read_bytes()
 
 
 def test_a_bucket_that_is_not_there_is_said(tmp_path):
-    with pytest.raises(StorageError, match="storage does not answer, or refuses"), StorageSync(tmp_path / "run", ObjectStorage("s3://no-such-bucket/run")).attach_driver():
+    with (
+        pytest.raises(StorageError, match="storage does not answer, or refuses"),
+        StorageSync(tmp_path / "run", ObjectStorage("s3://no-such-bucket/run")).attach_driver(),
+    ):
         write_atomic(tmp_path / "run" / "run.yaml", "name: a\n")

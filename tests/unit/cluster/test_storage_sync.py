@@ -1,4 +1,6 @@
-"""A run directory on object storage: what a reader sees while it is written, when the connection is lost, and when it is damaged."""
+"""A run directory on object storage: what a reader sees while it is written, when the connection is lost, and when it
+is damaged.
+"""
 
 import json
 import shutil
@@ -9,7 +11,7 @@ import pytest
 from pyarrow.fs import LocalFileSystem, SubTreeFileSystem
 
 from pi_ray.cluster.storage_sync import StorageSync, fetch_updates, sync_for
-from pi_ray.data.ray_map import _once, fan_out
+from pi_ray.data.ray_map import ItemActor, fan_out
 from pi_ray.errors import CorruptArtifactError, StorageError
 from pi_ray.run.artifact import digest_file, read_manifest, staged, verify_artifact, write_atomic
 from pi_ray.run.object_storage import ObjectStorage
@@ -73,7 +75,11 @@ def write(folder: Path, text: str, *names: str) -> None:
 def seen(bucket, folder: Path) -> dict:
     """What a node that has nothing yet gets: relative path -> text."""
     sync_of(folder, bucket).pull()
-    return {p.relative_to(folder).as_posix(): p.read_text() for p in sorted(folder.rglob("*")) if p.is_file() and p.name not in ("manifest.json", ".mirror.json")}
+    return {
+        p.relative_to(folder).as_posix(): p.read_text()
+        for p in sorted(folder.rglob("*"))
+        if p.is_file() and p.name not in ("manifest.json", ".mirror.json")
+    }
 
 
 def test_artefacts_and_files_are_under_their_own_names_with_the_same_hashes(bucket, tmp_path):
@@ -82,8 +88,13 @@ def test_artefacts_and_files_are_under_their_own_names_with_the_same_hashes(buck
         write(here / "adapters" / "phase-0", "a", "weights", "more/config")
         write_atomic(here / "run.yaml", "name: demo")
     assert (tmp_path / "bucket" / "run" / "adapters" / "phase-0" / "weights").read_text() == "aweights"
-    assert seen(bucket, tmp_path / "there") == {"adapters/phase-0/more/config": "amore/config", "adapters/phase-0/weights": "aweights", "run.yaml": "name: demo"}
-    assert verify_artifact(tmp_path / "there" / "adapters" / "phase-0") == verify_artifact(here / "adapters" / "phase-0")
+    assert seen(bucket, tmp_path / "there") == {
+        "adapters/phase-0/more/config": "amore/config", "adapters/phase-0/weights": "aweights",
+        "run.yaml": "name: demo",
+    }
+    assert verify_artifact(tmp_path / "there" / "adapters" / "phase-0") == verify_artifact(
+        here / "adapters" / "phase-0"
+    )
 
 
 @pytest.mark.fault
@@ -112,7 +123,10 @@ def test_wherever_the_connection_is_lost_a_reader_has_the_old_or_the_new_or_noth
             assert "connection lost" in str(error)
             reader = seen(bucket, tmp_path / f"reader-{fails_at}")
             folder = {name: text[:3] for name, text in reader.items() if name.startswith("phases")}
-            assert folder in ({}, dict.fromkeys(("phases/0/a", "phases/0/b", "phases/0/gone"), "old"), dict.fromkeys(("phases/0/a", "phases/0/b"), "new"))
+            assert folder in (
+                {}, dict.fromkeys(("phases/0/a", "phases/0/b", "phases/0/gone"), "old"),
+                dict.fromkeys(("phases/0/a", "phases/0/b"), "new"),
+            )
             assert reader.get("neighbours") in (None, "old", "new")
             outcomes.append((tuple(folder.values()), reader.get("neighbours")))
             for path in (here / "phases" / "0", here / "neighbours"):
@@ -184,7 +198,9 @@ def test_the_link_to_the_best_adapter_and_the_log_travel(bucket, tmp_path):
         (here / "adapters" / "best").symlink_to("phase-1")
         (here / "train.jsonl").write_text("{}\n")
     sync_of(there, bucket).pull()
-    assert (there / "adapters" / "best" / "weights").read_text() == "aweights" and (there / "train.jsonl").read_text() == "{}\n"
+    assert (there / "adapters" / "best" / "weights").read_text() == "aweights" and (
+        there / "train.jsonl"
+    ).read_text() == "{}\n"
 
 
 def test_what_was_removed_here_is_removed_there_and_nothing_that_others_added(bucket, tmp_path):
@@ -228,7 +244,8 @@ def test_work_on_a_node_without_the_run_directory_finds_it_and_what_it_writes_ar
         write(driver / "rows", "a", "train")
         assert sync_for(tmp_path / "elsewhere") is None and sync_for(driver / "baselines" / "plain") is sync_for(driver)
         item = json.dumps({"name": "!", "n": 1})
-        answer = _once({"place": [0], "item": [item]}, make=Count, args=(node,), join=sync_of(node, bucket).attach_worker)
+        actor = ItemActor(Count, (node,), sync_of(node, bucket).attach_worker)
+        answer = actor({"place": [0], "item": [item]})
         assert json.loads(answer["answer"][0]) == {"value": 2}
         write_atomic(driver / "later", "l")
         fetch_updates(node)
@@ -237,21 +254,23 @@ def test_work_on_a_node_without_the_run_directory_finds_it_and_what_it_writes_ar
         assert (driver / "part").read_text() == "atrain!"
 
 
-class Tasks:
-    """Ray Data in this process, as a node's one worker."""
+class OneActor:
+    """Ray Data in this process, as a node's one actor."""
 
     def __init__(self, rows):
         self.rows = rows
 
-    def map_batches(self, work, batch_size, fn_kwargs):
-        return Tasks([{name: value[0] for name, value in work({name: [value] for name, value in row.items()}, **fn_kwargs).items()} for row in self.rows])
+    def map_batches(self, actor, batch_size, compute, fn_constructor_args):
+        work = actor(*fn_constructor_args)
+        answers = [work({name: [value] for name, value in row.items()}) for row in self.rows]
+        return OneActor([{name: values[0] for name, values in answer.items()} for answer in answers])
 
     def iter_rows(self):
         return self.rows
 
 
 def test_a_worker_fetches_once_for_each_fan_out_and_leaves_the_pieces_of_others_there(bucket, tmp_path, monkeypatch):
-    monkeypatch.setattr("ray.data.from_items", lambda rows, **_: Tasks(rows))
+    monkeypatch.setattr("ray.data.from_items", lambda rows, **_: OneActor(rows))
     monkeypatch.setattr("pi_ray.cluster.session.connect", lambda: None)
     monkeypatch.setattr("pi_ray.run.artifact.write_listeners", [])
     monkeypatch.setattr("pi_ray.cluster.storage_sync._worker_syncs", {})
@@ -273,8 +292,11 @@ def test_a_worker_fetches_once_for_each_fan_out_and_leaves_the_pieces_of_others_
             if round_ == "first":
                 for name in ("of-another", *map(str, range(30))):
                     write_atomic(other / "phases" / ".0-f.partial" / name, "x")
-        assert fan_out([{"name": f"{round_}-{i}"} for i in range(4)], make, sync=sync_of(node, counted)) == [round_] * 4
-        assert len({b - a for a, b in pairwise(done)}) == 1 and done[1] - done[0] < 20, "an item costs what sending its piece costs, however many there are"
+        items = [{"name": f"{round_}-{i}"} for i in range(4)]
+        assert fan_out(items, make, actors=1, sync=sync_of(node, counted)) == [round_] * 4
+        assert len({b - a for a, b in pairwise(done)}) == 1 and done[1] - done[0] < 20, (
+            "an item costs what sending its piece costs, however many there are"
+        )
         assert (pieces / "of-another").exists(), "the driver has them all in the end"
         shutil.rmtree(pieces)
         done.clear()
@@ -305,4 +327,6 @@ def test_what_another_node_replaced_is_replaced_here(bucket, tmp_path):
             write(tmp_path / node / "rows", text, "train")
             write_atomic(tmp_path / node / "run.yaml", text)
     sync_of(tmp_path / "a", bucket).pull()
-    assert (tmp_path / "a" / "rows" / "train").read_text() == "newtrain" and (tmp_path / "a" / "run.yaml").read_text() == "new"
+    assert (tmp_path / "a" / "rows" / "train").read_text() == "newtrain" and (
+        tmp_path / "a" / "run.yaml"
+    ).read_text() == "new"

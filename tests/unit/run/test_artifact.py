@@ -1,4 +1,4 @@
-"""Artefacts: whole or not there, verified by hash, the old one kept when the new one fails."""
+"""Artifacts: whole or not there, verified by hash, the old one kept when the new one fails."""
 
 import errno
 import json
@@ -6,7 +6,15 @@ import json
 import pytest
 
 from pi_ray.errors import CorruptArtifactError, StorageError
-from pi_ray.run.artifact import MANIFEST, MANIFEST_HASH, is_current, remove_leftovers, staged, verify_artifact, write_atomic
+from pi_ray.run.artifact import (
+    MANIFEST,
+    MANIFEST_HASH,
+    is_current,
+    remove_leftovers,
+    staged,
+    verify_artifact,
+    write_atomic,
+)
 
 
 def make(folder, text="one", fingerprint="f"):
@@ -59,9 +67,17 @@ def test_a_file_is_the_old_or_the_new_one(tmp_path, monkeypatch):
     assert [p.name for p in tmp_path.iterdir()] == ["f.json"]
 
 
-@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "no space"), RuntimeError("I/O error: No space left on device (os error 28)")], ids=["python", "rust"])
+@pytest.mark.parametrize(
+    "error", [OSError(errno.ENOSPC, "no space"), RuntimeError("I/O error: No space left on device (os error 28)")],
+    ids=["python", "rust"],
+)
 def test_a_full_disk_is_said_with_the_cure_whoever_wrote(tmp_path, error):
-    with pytest.raises(StorageError, match=r"x: cannot be written \(No space left on device\): the disk is full; free some space"), staged(tmp_path / "x", fingerprint="g"):
+    with (
+        pytest.raises(
+            StorageError, match=r"x: cannot be written \(No space left on device\): the disk is full; free some space"
+        ),
+        staged(tmp_path / "x", fingerprint="g"),
+    ):
         raise error
     assert not list(tmp_path.iterdir())
 

@@ -6,7 +6,7 @@ import pytest
 
 from pi_ray.protocols import Row
 from pi_ray.run import row_store
-from pi_ray.run.row_store import StoredRows, has_piece, join, read_range, write_piece, write_rows
+from pi_ray.run.row_store import StoredRows, has_piece, join_pieces, read_range, write_piece, write_rows
 
 SCHEMA = pa.schema({"id": pa.string(), "n": pa.int32()})
 
@@ -17,7 +17,10 @@ def small_groups(monkeypatch):
 
 
 def rows(count):
-    return [Row(f"r{i}", f"query {i}", f"answer {i}", "g" * (i % 2), tuple(f"doc {d}" for d in range(i % 3))) for i in range(count)]
+    return [
+        Row(f"r{i}", f"query {i}", f"answer {i}", "g" * (i % 2), tuple(f"doc {d}" for d in range(i % 3)))
+        for i in range(count)
+    ]
 
 
 @pytest.mark.parametrize("count", [0, 1, 4, 11])
@@ -27,14 +30,19 @@ def test_rows_come_back_whole_and_in_any_part(tmp_path, count):
     assert len(found) == count and list(found) == found[:] == rows(count)
     for begin in range(count + 2):
         for end in range(begin, count + 2):
-            assert found[begin:end] == rows(count)[begin:end] and found.ids(begin, end) == [r.id for r in rows(count)[begin:end]]
+            assert found[begin:end] == rows(count)[begin:end] and found.ids(begin, end) == [
+                r.id for r in rows(count)[begin:end]
+            ]
     assert [found[i] for i in range(-count, count)] == rows(count) * 2
 
 
 def test_only_the_groups_that_hold_a_part_are_read(tmp_path, monkeypatch):
     write_rows(tmp_path / "rows.parquet", rows(11))
     asked, original = [], pq.ParquetFile.read_row_groups
-    monkeypatch.setattr(pq.ParquetFile, "read_row_groups", lambda self, groups, *a, **k: asked.append(list(groups)) or original(self, groups, *a, **k))
+    monkeypatch.setattr(
+        pq.ParquetFile, "read_row_groups",
+        lambda self, groups, *a, **k: asked.append(list(groups)) or original(self, groups, *a, **k),
+    )
     StoredRows(tmp_path / "rows.parquet")[5:7]
     read_range(tmp_path / "rows.parquet", 3, 5)
     assert asked == [[1], [0, 1]]
@@ -61,9 +69,12 @@ def test_pieces_of_any_size_are_joined_in_order(tmp_path):
     sizes, at, paths = [3, 0, 9, 1, 2], 0, []
     for i, size in enumerate(sizes):
         paths.append(tmp_path / f"{i}.parquet")
-        write_piece(paths[-1], pa.table({"id": [f"r{n}" for n in range(at, at + size)], "n": list(range(at, at + size))}, schema=SCHEMA))
+        write_piece(
+            paths[-1],
+            pa.table({"id": [f"r{n}" for n in range(at, at + size)], "n": list(range(at, at + size))}, schema=SCHEMA),
+        )
         at += size
-    join(paths, tmp_path / "all.parquet", SCHEMA)
+    join_pieces(paths, tmp_path / "all.parquet", SCHEMA)
     assert pq.read_table(tmp_path / "all.parquet")["n"].to_pylist() == list(range(15))
-    join([], tmp_path / "none.parquet", SCHEMA)
+    join_pieces([], tmp_path / "none.parquet", SCHEMA)
     assert read_range(tmp_path / "none.parquet").num_rows == 0

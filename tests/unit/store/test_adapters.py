@@ -19,8 +19,10 @@ from pi_ray.store.prompt_guard import prompt_record
 from tests.lora import card, put_in_store, rewrite
 
 HOSTILE_NAMES = [
-    "", "..", "../x", "/etc", "/etc/passwd", "a/../../b", "a%2f..", "a\x00b", ".hidden", "tiny:..", "x" * 300, "аdapter", "ａ", "a;rm -rf ~", "A", "a b", "a\n", "-a",
-    "a@", "a@../v1", "a@v1", "a@v0001/../..", "a@v0001\n", "a\\..\\b", "~", "$HOME", "a\ud800", "a@.prod", "a@PROD", "a@prod/x", "a@latest.json", "a@" + "p" * 33, "a@b@c",
+    "", "..", "../x", "/etc", "/etc/passwd", "a/../../b", "a%2f..", "a\x00b", ".hidden", "tiny:..", "x" * 300,
+    "аdapter", "ａ", "a;rm -rf ~", "A", "a b", "a\n", "-a",
+    "a@", "a@../v1", "a@v1", "a@v0001/../..", "a@v0001\n", "a\\..\\b", "~", "$HOME", "a\ud800", "a@.prod", "a@PROD",
+    "a@prod/x", "a@latest.json", "a@" + "p" * 33, "a@b@c",
 ]  # fmt: skip
 
 
@@ -46,7 +48,10 @@ def no_disk(monkeypatch):
     calls = []
 
     def count(module, name):
-        monkeypatch.setattr(module, name, lambda *a, **k: calls.append((name, a)) or (_ for _ in ()).throw(AssertionError(f"{name} was called")))
+        monkeypatch.setattr(
+            module, name,
+            lambda *a, **k: calls.append((name, a)) or (_ for _ in ()).throw(AssertionError(f"{name} was called")),
+        )
 
     for name in ("open", "stat", "lstat", "scandir", "listdir", "readlink"):
         count(os, name)
@@ -129,7 +134,10 @@ def test_a_refusal_is_remembered_until_the_folder_changes(store, folder, monkeyp
     from pi_ray.store import adapters
 
     seen = []
-    monkeypatch.setattr(adapters, "verify_adapter", lambda path, base, real=adapters.verify_adapter: seen.append(path) or real(path, base))
+    monkeypatch.setattr(
+        adapters, "verify_adapter",
+        lambda path, base, real=adapters.verify_adapter: seen.append(path) or real(path, base),
+    )
     (folder / "x.bin").write_bytes(b"")
     for _ in range(3):
         refused(store, r"x\.bin")
@@ -148,7 +156,13 @@ def test_a_published_prompt_is_known_and_an_adapter_without_one_is_served_as_wel
 
 
 @pytest.mark.fault
-@pytest.mark.parametrize("data", [{}, {**PROMPT, "template": "Another."}, {**PROMPT, "examples": [1]}, {**PROMPT, "compressed": [{"rate": 2, "text": ""}]}, b"[]", b"[" * 100_000])
+@pytest.mark.parametrize(
+    "data",
+    [
+        {}, {**PROMPT, "template": "Another."}, {**PROMPT, "examples": [1]},
+        {**PROMPT, "compressed": [{"rate": 2, "text": ""}]}, b"[]", b"[" * 100_000,
+    ],
+)
 def test_a_prompt_that_is_not_what_publishing_wrote_is_refused(store, folder, data):
     rewrite(folder, "prompt.json", data)
     refused(store, r"prompt\.json")
@@ -192,7 +206,10 @@ def safetensors(tensors, metadata_length=None):
     return struct.pack("<Q", len(text) if metadata_length is None else metadata_length) + text + data
 
 
-A, B = "base_model.model.model.layers.0.mlp.up_proj.lora_A.weight", "base_model.model.model.layers.0.mlp.up_proj.lora_B.weight"
+A, B = (
+    "base_model.model.model.layers.0.mlp.up_proj.lora_A.weight",
+    "base_model.model.model.layers.0.mlp.up_proj.lora_B.weight",
+)
 
 
 def pair(a=("F32", [4, 32], b"\0" * 512), b=("F32", [64, 4], b"\0" * 1024)):

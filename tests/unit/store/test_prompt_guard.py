@@ -1,10 +1,20 @@
-"""The prompt drift guard without a model: what is recognised, what is taken away, and that nothing of a query is ever lost."""
+"""The prompt drift guard without a model: what is recognised, what is taken away, and that nothing of a query is ever
+lost.
+"""
 
 import pytest
 
 from pi_ray.config import PromptConfig
 from pi_ray.prompt import Example, text_of
-from pi_ray.store.prompt_guard import EMPTY_GUARD, MAX_EXAMPLES, MAX_TEMPLATE, PromptGuard, collapse_whitespace, prompt_record, prompt_record_error
+from pi_ray.store.prompt_guard import (
+    EMPTY_GUARD,
+    MAX_EXAMPLES,
+    MAX_TEMPLATE,
+    PromptGuard,
+    collapse_whitespace,
+    prompt_record,
+    prompt_record_error,
+)
 
 TEMPLATE = """Translate the question of a user into one query of the alert language.
 Write the code of the service and nothing else, without any explanation of it.
@@ -26,12 +36,16 @@ SHORTER = "red is k4, blue is z9"
 QUERY = "errors of red\n\nsince 14:00, please"
 SHOTS = (Example("errors of blue", "z9"), Example("errors of\n\nthe green one", "q1\nt14"))
 PLAIN = PromptConfig()
-WORDED = PromptConfig(query="Question: {query}\nQuery:", example="Question: {query}\nQuery: {answer}", examples_heading="")
+WORDED = PromptConfig(
+    query="Question: {query}\nQuery:", example="Question: {query}\nQuery: {answer}", examples_heading=""
+)
 
 
 def guard(config=PLAIN, compressed=((0.6, SHORT), (0.2, SHORTER)), template=TEMPLATE, shots=SHOTS):
     examples = [config.example.replace("{query}", s.query).replace("{answer}", s.answer) for s in shots]
-    return PromptGuard(prompt_record(template, [{"rate": rate, "text": text} for rate, text in compressed], examples), config)
+    return PromptGuard(
+        prompt_record(template, [{"rate": rate, "text": text} for rate, text in compressed], examples), config
+    )
 
 
 @pytest.mark.parametrize("config", [PLAIN, WORDED], ids=["plain", "worded"])
@@ -46,7 +60,9 @@ def test_the_prompt_of_training_leaves_the_bare_query(config, template, shots):
 def test_the_template_may_be_a_system_message_with_the_examples_on_either_side(config):
     known = guard(config)
     examples = text_of(config, QUERY, "", SHOTS).removesuffix(text_of(config, QUERY))
-    for system, query in ((TEMPLATE, QUERY), (f"{TEMPLATE}\n\n{examples}", QUERY), (TEMPLATE, text_of(config, QUERY, "", SHOTS))):
+    for system, query in (
+        (TEMPLATE, QUERY), (f"{TEMPLATE}\n\n{examples}", QUERY), (TEMPLATE, text_of(config, QUERY, "", SHOTS)),
+    ):
         seen = known.inspect(system, query)
         assert (seen.kind, seen.text) == ("stripped", QUERY)
 
@@ -58,7 +74,13 @@ def test_white_space_does_not_count_and_a_query_may_follow_at_once():
     assert guard(template=TEMPLATE + "\nQ:").inspect("", f"{TEMPLATE}\nQ:{QUERY}").text == QUERY
 
 
-@pytest.mark.parametrize("query", [QUERY, "", "x", "red is", "what does 'red is k4, blue is z9' mean?", collapse_whitespace(TEMPLATE)[:100], "ä 🎨 \n\n", "word " * 10_000])
+@pytest.mark.parametrize(
+    "query",
+    [
+        QUERY, "", "x", "red is", "what does 'red is k4, blue is z9' mean?", collapse_whitespace(TEMPLATE)[:100],
+        "ä 🎨 \n\n", "word " * 10_000,
+    ],
+)
 def test_a_query_alone_stays_as_it_came(query):
     assert (guard().inspect("", query).kind, guard().inspect("", query).text) == ("internalised", query)
 
@@ -91,13 +113,21 @@ def test_examples_may_come_as_turns(config, worded):
 
 
 def test_turns_that_did_not_stand_in_training_go_to_the_base_model_with_all_of_the_prompt():
-    for system, before in ((TEMPLATE, turns("errors of black", "b7")), ("", turns(f"{TEMPLATE}\n\nerrors of black", "b7"))):
+    for system, before in (
+        (TEMPLATE, turns("errors of black", "b7")), ("", turns(f"{TEMPLATE}\n\nerrors of black", "b7")),
+    ):
         seen = guard().inspect(system, QUERY, before)
-        assert seen.kind == "drifted" and seen.text.endswith(f"Examples:\n\nerrors of black\nb7\n\n{QUERY}") and "green is q1" in seen.text
+        assert (
+            seen.kind == "drifted"
+            and seen.text.endswith(f"Examples:\n\nerrors of black\nb7\n\n{QUERY}")
+            and "green is q1" in seen.text
+        )
     changed = TEMPLATE.replace("red is k4", "red is k5")
     for system, before in ((changed, turns("errors of blue", "z9")), ("", turns(f"{changed}\n\nerrors of blue", "z9"))):
         seen = guard().inspect(system, QUERY, before)
-        assert seen.kind == "drifted" and "red is k5" in seen.text and seen.text.endswith(f"errors of blue\nz9\n\n{QUERY}")
+        assert (
+            seen.kind == "drifted" and "red is k5" in seen.text and seen.text.endswith(f"errors of blue\nz9\n\n{QUERY}")
+        )
 
 
 @pytest.mark.parametrize("system", ["", "Be nice.", "You are a helpful assistant."])
@@ -107,8 +137,10 @@ def test_turns_without_a_template_are_a_conversation_and_unknown(system):
 
 
 @pytest.mark.parametrize(("system", "kind"), [
-    ("You are a helpful assistant.", "stripped"), ("you are a helpful,\nharmless and honest assistant", "stripped"), ("You're an AI assistant!", "stripped"),
-    ("You are a helpful assistant. Answer in French.", "unknown"), ("You are a legal assistant.", "unknown"), ("You are a helpful assistant who lies.", "unknown"),
+    ("You are a helpful assistant.", "stripped"), ("you are a helpful,\nharmless and honest assistant", "stripped"),
+    ("You're an AI assistant!", "stripped"),
+    ("You are a helpful assistant. Answer in French.", "unknown"), ("You are a legal assistant.", "unknown"),
+    ("You are a helpful assistant who lies.", "unknown"),
 ])  # fmt: skip
 def test_a_system_message_that_says_nothing_is_taken_away_whoever_the_adapter_is(system, kind):
     for known in (guard(), EMPTY_GUARD):
@@ -146,7 +178,12 @@ def test_an_unchanged_part_is_compressed_exactly_as_the_compressor_did_it():
     assert guard().compress(TEMPLATE).split() == SHORT.split()
     assert guard().compress(f"Hello.\n{TEMPLATE}\nBye.").split() == ["Hello.", *SHORT.split(), "Bye."]
     first, second = TEMPLATE.split("\n\n## Services")
-    assert guard().compress(f"## Services{second}\n\n{first}").split() == ["##", "Services", *SHORT.split("## Services")[1].split(), *SHORT.split("\n\n## Services")[0].split()]
+    assert guard().compress(f"## Services{second}\n\n{first}").split() == [
+        "##",
+        "Services",
+        *SHORT.split("## Services")[1].split(),
+        *SHORT.split("\n\n## Services")[0].split(),
+    ]
 
 
 @pytest.mark.parametrize("compressed", [(), ((0.5, "A rewritten template, made by a chat model."),)])
@@ -211,5 +248,8 @@ def test_hostile_texts_take_little_time():
     assert hostile.inspect("", "c", turns("{answer}" * 60_000, "b a " * 100_000)).kind in ("drifted", "unknown")
     assert EMPTY_GUARD.inspect("You are a" + " very helpful" * 80_000, "x").kind == "unknown"
     known = guard()
-    for text in ("x" * 1_000_000, "\n " * 500_000, TEMPLATE * 1_500, f"{TEMPLATE}\n\nExamples:\n\n" + "a\nb\n\n" * 150_000, "red is k4, " * 90_000):
+    for text in (
+        "x" * 1_000_000, "\n " * 500_000, TEMPLATE * 1_500, f"{TEMPLATE}\n\nExamples:\n\n" + "a\nb\n\n" * 150_000,
+        "red is k4, " * 90_000,
+    ):
         assert known.inspect("", text).kind in ("internalised", "stripped", "drifted")

@@ -34,7 +34,10 @@ def train(run, base, seed=1, phase=2, **facts):
 
 @pytest.fixture
 def config(tiny_model, tmp_path):
-    return RunConfig(name="colours", run_dir=str(tmp_path / "run"), store=str(tmp_path / "store"), model=ModelConfig(base=str(tiny_model)))
+    return RunConfig(
+        name="colours", run_dir=str(tmp_path / "run"), store=str(tmp_path / "store"),
+        model=ModelConfig(base=str(tiny_model)),
+    )
 
 
 @pytest.fixture
@@ -47,7 +50,9 @@ def run(config, tiny_model):
 def test_a_published_adapter_is_what_was_trained_and_can_be_served(run, config, tiny_model):
     folder = publish_adapter(run, config)
     assert folder.name == "v0001"
-    assert sorted(p.name for p in folder.iterdir()) == ["README.md", "adapter_config.json", "adapter_model.safetensors", "manifest.json", "pi_ray.json"]
+    assert sorted(p.name for p in folder.iterdir()) == [
+        "README.md", "adapter_config.json", "adapter_model.safetensors", "manifest.json", "pi_ray.json",
+    ]
     assert (folder / "adapter_model.safetensors").read_bytes() == (run.best / "adapter_model.safetensors").read_bytes()
     adapter = AdapterStore(config.store, config.model).open("colours")
     assert adapter.version == "v0001"
@@ -94,7 +99,14 @@ def test_two_publishers_do_not_take_the_same_version(config, tiny_model, tmp_pat
 def test_the_card_shows_scores_tokens_and_how_to_serve(run, config):
     write_atomic(run.evaluation / "summary.json", json.dumps(SUMMARY))
     text = (publish_adapter(run, config) / "README.md").read_text()
-    for part in ("| this adapter, query alone | 87.5% | 91.2 | 20 | 0.10 |", "| base, full prompt | 5.0% | 9.5 | 1,190 | 0.90 |", "curl", "from openai import OpenAI", "| this adapter | 12 |", "## Licence"):
+    for part in (
+        "| this adapter, query alone | 87.5% | 91.2 | 20 | 0.10 |",
+        "| base, full prompt | 5.0% | 9.5 | 1,190 | 0.90 |",
+        "curl",
+        "from openai import OpenAI",
+        "| this adapter | 12 |",
+        "## Licence",
+    ):
         assert part in text
 
 
@@ -106,7 +118,9 @@ def prepare(run, text, rates=(1.0, 0.5)):
     entries = [{"rate": r, "achieved": r, "text": " ".join(text.split()[: int(len(text.split()) * r)])} for r in rates]
     write_atomic(run.templates / "templates.json", json.dumps(entries))
     run.rows.mkdir(exist_ok=True)
-    pq.write_table(pa.table({"id": ["1"], "query": ["red"], "answer": ["k4"], "group": [""]}), run.rows / "train.parquet")
+    pq.write_table(
+        pa.table({"id": ["1"], "query": ["red"], "answer": ["k4"], "group": [""]}), run.rows / "train.parquet"
+    )
 
 
 def test_the_prompt_is_published_with_the_adapter_so_that_serving_recognises_it(run, config, tiny_model):
@@ -114,11 +128,16 @@ def test_the_prompt_is_published_with_the_adapter_so_that_serving_recognises_it(
     bare = publish_adapter(run, config)
     prepare(run, template)
     assert publish_adapter(run, config) == bare  # trained with another template than the run has now
-    train(run, tiny_model, full_template_sha256=digest(template), prompt={"chat": "chatml", "query": "Q: {query}", "example": "Q: {query} A: {answer}"})
+    train(
+        run, tiny_model, full_template_sha256=digest(template),
+        prompt={"chat": "chatml", "query": "Q: {query}", "example": "Q: {query} A: {answer}"},
+    )
     folder = publish_adapter(run, config)
     assert (folder.name, publish_adapter(run, config)) == ("v0002", folder)
     prompt = json.loads((folder / "prompt.json").read_text())
-    assert (prompt["template"], [f["rate"] for f in prompt["compressed"]], prompt["examples"]) == (template, [0.5], [hash_example("Q: red A: k4")])
+    assert (prompt["template"], [f["rate"] for f in prompt["compressed"]], prompt["examples"]) == (
+        template, [0.5], [hash_example("Q: red A: k4")],
+    )
     guard = AdapterStore(config.store, config.model).open("colours").guard
     assert guard.inspect("", f"{template}\n\nExamples:\n\nQ: red A: k4\n\nQ: blue").text == "blue"
     assert "prompt.json" in (folder / "README.md").read_text() and "prompt.json" not in (bare / "README.md").read_text()

@@ -29,7 +29,10 @@ MONDAY, NEXT = datetime(2026, 3, 2), datetime(2026, 3, 9)
 
 @pytest.fixture
 def config(tmp_path, tiny_model):
-    return RunConfig(name="shop", run_dir=str(tmp_path / "runs" / "shop"), store=str(tmp_path / "store"), model={"base": str(tiny_model)}, task={"name": "opsql"})
+    return RunConfig(
+        name="shop", run_dir=str(tmp_path / "runs" / "shop"), store=str(tmp_path / "store"),
+        model={"base": str(tiny_model)}, task={"name": "opsql"},
+    )
 
 
 def publish(config, *versions):
@@ -40,11 +43,15 @@ def publish(config, *versions):
 def test_it_starts_from_the_newest_version_in_a_directory_of_the_day(config):
     publish(config, "v0002", "v0009", "v0010")
     again = refresh.refresh_config(config, MONDAY)
-    assert again.run_dir == f"{config.run_dir}-2026-03-02" and again.train.init_adapter == f"{again.run_dir}/start/v0010"
+    assert (
+        again.run_dir == f"{config.run_dir}-2026-03-02" and again.train.init_adapter == f"{again.run_dir}/start/v0010"
+    )
     refresh.copy_start_adapter(again)
     shutil.rmtree(Path(config.store) / "shop" / "v0010")
     refresh.copy_start_adapter(again)
-    assert (Path(again.train.init_adapter) / "adapter_model.safetensors").is_file(), "it is kept, whatever becomes of the store"
+    assert (Path(again.train.init_adapter) / "adapter_model.safetensors").is_file(), (
+        "it is kept, whatever becomes of the store"
+    )
     assert plain_finetuning_config(again).train.init_adapter == "", "the baseline knows nothing of earlier runs"
 
 
@@ -56,8 +63,12 @@ def test_one_that_was_cut_short_goes_on_with_what_it_began_from_until_it_is_publ
     assert refresh.refresh_config(config, NEXT) == begun, "a week later too"
     refresh.mark_published(begun)
     later = refresh.refresh_config(config, NEXT)
-    assert (later.run_dir, later.train.init_adapter) == (f"{config.run_dir}-2026-03-09", f"{config.run_dir}-2026-03-09/start/v0002")
-    assert refresh.refresh_config(config, MONDAY).run_dir == f"{config.run_dir}-2026-03-02-2", "the second of a day leaves the first alone"
+    assert (later.run_dir, later.train.init_adapter) == (
+        f"{config.run_dir}-2026-03-09", f"{config.run_dir}-2026-03-09/start/v0002",
+    )
+    assert refresh.refresh_config(config, MONDAY).run_dir == f"{config.run_dir}-2026-03-02-2", (
+        "the second of a day leaves the first alone"
+    )
 
 
 @pytest.mark.parametrize("change", [{"task.rows": {"train": 100}}, {"train.lr": 0.5}])
@@ -79,20 +90,31 @@ def test_a_store_behind_a_url_is_read_like_a_folder(config):
     again = refresh.refresh_config(config.replace(store=f"file://{config.store}"), MONDAY)
     refresh.copy_start_adapter(again)
     start = Path(again.train.init_adapter)
-    assert start.name == "v0001" and (start / "adapter_model.safetensors").read_bytes() == (Path(config.store) / "shop" / "v0001" / "adapter_model.safetensors").read_bytes()
+    assert (
+        start.name == "v0001"
+        and (start / "adapter_model.safetensors").read_bytes()
+        == (Path(config.store) / "shop" / "v0001" / "adapter_model.safetensors").read_bytes()
+    )
 
 
 def test_on_object_storage_another_cluster_goes_on_with_what_was_begun(config, tmp_path, monkeypatch):
     """As a RayCronJob beside a bucket: each cluster is new, and nothing but the bucket is left of the last one."""
     publish(config, "v0001")
-    (tmp_path / "run.yaml").write_text(dump(config.replace(run_dir="runs/shop", **{"cluster.storage_path": f"file://{tmp_path}/bucket"})))
+    (tmp_path / "run.yaml").write_text(
+        dump(config.replace(run_dir="runs/shop", **{"cluster.storage_path": f"file://{tmp_path}/bucket"}))
+    )
     (tmp_path / "bucket").mkdir()
     monkeypatch.setenv("PI_RAY_STORAGE", str(tmp_path / "pod"))
     found = []
 
     def step(command):
         seen = load(Path(command[1]) / "run.yaml")
-        found.append((command[0], seen.root.name, seen.train.init_adapter.removeprefix(f"{seen.run_dir}/"), (seen.root / seen.train.init_adapter / "adapter_config.json").is_file()))
+        found.append(
+            (
+                command[0], seen.root.name, seen.train.init_adapter.removeprefix(f"{seen.run_dir}/"),
+                (seen.root / seen.train.init_adapter / "adapter_config.json").is_file(),
+            )
+        )
         return 1 if len(found) == 1 else 0
 
     monkeypatch.setattr(cli, "main", step)
@@ -101,11 +123,16 @@ def test_on_object_storage_another_cluster_goes_on_with_what_was_begun(config, t
         shutil.rmtree(tmp_path / "pod")
         publish(config, "v0002")
     first = f"shop-{datetime.now(UTC):%Y-%m-%d}"
-    assert found == [("run", first, "start/v0001", True), ("run", first, "start/v0001", True), ("run", f"{first}-2", "start/v0002", True)]
+    assert found == [
+        ("run", first, "start/v0001", True), ("run", first, "start/v0001", True),
+        ("run", f"{first}-2", "start/v0002", True),
+    ]
 
 
 def test_storage_that_does_not_answer_is_one_sentence_of_the_job(config, tmp_path, monkeypatch, capsys):
-    (tmp_path / "run.yaml").write_text(dump(config.replace(run_dir="runs/shop", **{"cluster.storage_path": f"file://{tmp_path}/bucket"})))
+    (tmp_path / "run.yaml").write_text(
+        dump(config.replace(run_dir="runs/shop", **{"cluster.storage_path": f"file://{tmp_path}/bucket"}))
+    )
     monkeypatch.setenv("PI_RAY_STORAGE", str(tmp_path / "pod"))
     monkeypatch.setattr(ObjectStorage, "list_folders", lambda self, pattern: (_ for _ in ()).throw(OSError("no route")))
     assert job.main("refresh", [str(tmp_path / "run.yaml")]) != 0
@@ -126,7 +153,9 @@ def test_before_anything_is_published_it_says_what_to_do(config):
 
 def test_where_it_starts_from_is_part_of_what_is_learned(config):
     assert "init_adapter:" not in dump(config), "a run that starts from a fresh adapter does not name the key"
-    assert train_fingerprint(config, "p") != train_fingerprint(config.replace(**{"train.init_adapter": "/store/shop/v0001"}), "p")
+    assert train_fingerprint(config, "p") != train_fingerprint(
+        config.replace(**{"train.init_adapter": "/store/shop/v0001"}), "p"
+    )
 
 
 def settings(config):
@@ -142,7 +171,9 @@ def first(tiny_model, tmp_path_factory):
 
 
 def again(first, tmp_path, **changes):
-    config = first.replace(run_dir=str(tmp_path / "again"), **{"train.init_adapter": str(RunDir(first.root).adapter(2)), **changes})
+    config = first.replace(
+        run_dir=str(tmp_path / "again"), **{"train.init_adapter": str(RunDir(first.root).adapter(2)), **changes}
+    )
     prepare_by_hand(config)
     return config
 
@@ -159,7 +190,10 @@ def test_training_begins_with_the_adapters_weights_and_an_optimiser_that_knows_n
 def test_its_first_loss_is_lower_than_a_fresh_adapters(first, tmp_path):
     config = again(first, tmp_path, **{"schedule.epochs": 1})
     train_worker(settings(config))
-    fresh, warm = ([json.loads(line) for line in RunDir(c.root).train_log.read_text().splitlines() if "loss" in line] for c in (first, config))
+    fresh, warm = (
+        [json.loads(line) for line in RunDir(c.root).train_log.read_text().splitlines() if "loss" in line]
+        for c in (first, config)
+    )
     assert warm[0]["loss"] < fresh[0]["loss"]
 
 

@@ -141,8 +141,10 @@ def test_a_version_that_serving_would_refuse_is_not_released(store, tmp_path, ti
 
 
 @pytest.mark.parametrize("content", [
-    '{"prod": {"version": "../../x"}}', '{"prod": {"version": "v0001", "canary": "x", "percent": 5}}', '{"prod": {"version": "v0001", "percent": 1000}}',
-    '{"prod": "v0001"}', '{"../x": {"version": "v0001"}}', "[]", "{", '{"prod": {"version": "v0001", "before": "v0001"}}',
+    '{"prod": {"version": "../../x"}}', '{"prod": {"version": "v0001", "canary": "x", "percent": 5}}',
+    '{"prod": {"version": "v0001", "percent": 1000}}',
+    '{"prod": "v0001"}', '{"../x": {"version": "v0001"}}', "[]", "{",
+    '{"prod": {"version": "v0001", "before": "v0001"}}',
 ])  # fmt: skip
 def test_a_damaged_state_is_an_error_and_never_a_path(store, published, content):
     (published / "colours" / "aliases.json").write_text(content)
@@ -152,7 +154,10 @@ def test_a_damaged_state_is_an_error_and_never_a_path(store, published, content)
 
 
 def test_two_who_release_at_once_do_not_lose_each_others_alias(store):
-    threads = [threading.Thread(target=release_version, args=(store, "colours", "v0001", None, False, f"team-{i}")) for i in range(8)]
+    threads = [
+        threading.Thread(target=release_version, args=(store, "colours", "v0001", None, False, f"team-{i}"))
+        for i in range(8)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -167,8 +172,12 @@ def test_the_verb_shows_and_changes_what_answers(store, published, capsys):
 
     assert "colours: v0003 answers, and whatever is published after it" in pi_ray()[1]
     assert "colours: v0001 answers\nversions: v0001, v0002, v0003 (newest)" in pi_ray("--version", "v0001")[1]
-    assert "v0001 answers; v0002 answers 10 % of requests on trial" in pi_ray("--version", "v0002", "--canary", "10%")[1]
+    assert (
+        "v0001 answers; v0002 answers 10 % of requests on trial" in pi_ray("--version", "v0002", "--canary", "10%")[1]
+    )
     assert "colours@staging: v0003 answers" in pi_ray("--version", "latest", "--alias", "staging")[1]
     assert "colours: v0001 answers\n" in pi_ray("--rollback")[1]
     assert pi_ray("--canary", "ten") == (2, "pi-ray: --canary ten: give a percentage between 0 and 100\n")
-    assert json.loads((published / "colours" / "aliases.json").read_text())["prod"] == {"version": "v0001", "canary": "", "percent": 0.0, "before": []}
+    assert json.loads((published / "colours" / "aliases.json").read_text())["prod"] == {
+        "version": "v0001", "canary": "", "percent": 0.0, "before": [],
+    }

@@ -78,7 +78,9 @@ def test_a_copy_that_was_damaged_here_is_fetched_again(store, bucket, tiny_model
     assert (path / "adapter_model.safetensors").stat().st_size > 1
 
 
-def test_a_new_version_is_seen_within_seconds_and_the_store_is_not_asked_for_every_request(store, bucket, root, tiny_model):
+def test_a_new_version_is_seen_within_seconds_and_the_store_is_not_asked_for_every_request(
+    store, bucket, root, tiny_model
+):
     store.open("colours")
     put_in_store(root, "colours", tiny_model, 3, version="v0002")
     assert store.open("colours").version == "v0001"
@@ -114,7 +116,9 @@ def test_requests_beside_the_one_that_waits_for_the_store_do_not(store, bucket):
     store.open("colours")
     store.backend._clock.now += remote.REFRESH_S
     entered, goes_on, asking = threading.Event(), threading.Event(), []
-    bucket._check = lambda: asking.append(threading.current_thread()) or entered.set() or (asking[-1] is waiting and goes_on.wait(30))
+    bucket._check = lambda: (
+        asking.append(threading.current_thread()) or entered.set() or (asking[-1] is waiting and goes_on.wait(30))
+    )
     waiting = threading.Thread(target=store.open, args=("colours",))
     waiting.start()
     try:
@@ -144,7 +148,13 @@ def test_unknown_names_and_versions_are_unknown(store, root):
 
 
 @pytest.mark.fault
-@pytest.mark.parametrize("name", ["..", "../x", "/etc", "a/../../b", "a%2f..", "a\x00b", ".hidden", "x" * 300, "аdapter", "colours@../v0001", "a;rm -rf ~"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "..", "../x", "/etc", "a/../../b", "a%2f..", "a\x00b", ".hidden", "x" * 300, "аdapter", "colours@../v0001",
+        "a;rm -rf ~",
+    ],
+)
 def test_a_forbidden_name_reaches_neither_the_store_nor_the_disk(store, bucket, tmp_path, name):
     bucket.down = True
     with pytest.raises(UnknownAdapterError):
@@ -217,7 +227,10 @@ def train(run, base, seed):
 
 
 def test_publish_and_release_write_there_too(store, bucket, root, tiny_model, tmp_path):
-    config = RunConfig(name="flags", run_dir=str(tmp_path / "run"), store="s3://bucket/adapters", model=ModelConfig(base=str(tiny_model)))
+    config = RunConfig(
+        name="flags", run_dir=str(tmp_path / "run"), store="s3://bucket/adapters",
+        model=ModelConfig(base=str(tiny_model)),
+    )
     run = RunDir(config.root)
     train(run, tiny_model, 1)
     first = publish_adapter(run, config)
@@ -234,7 +247,10 @@ def test_publish_and_release_write_there_too(store, bucket, root, tiny_model, tm
 
 
 def test_a_failed_upload_is_no_version(store, bucket, root, tiny_model, tmp_path):
-    config = RunConfig(name="flags", run_dir=str(tmp_path / "run"), store="s3://bucket/adapters", model=ModelConfig(base=str(tiny_model)))
+    config = RunConfig(
+        name="flags", run_dir=str(tmp_path / "run"), store="s3://bucket/adapters",
+        model=ModelConfig(base=str(tiny_model)),
+    )
     train(RunDir(config.root), tiny_model, 1)
 
     def fail_late(path, real=bucket.open_output_stream):
