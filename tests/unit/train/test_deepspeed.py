@@ -116,7 +116,7 @@ def test_twenty_updates_have_the_losses_of_one_process_without_deepspeed(request
     train(config)
     assert losses(config) == pytest.approx(alone(model, **(EXPERTS if changes == EXPERTS else {})), abs=1e-4)
     folder = RunDir(config.root).adapter(1)
-    tensors = verify.read_safetensors_header(folder / verify.WEIGHTS)
+    tensors = verify.read_safetensors_header(folder / verify.WEIGHTS_FILE)
     assert {t["dtype"] for t in tensors.values()} == {"F32"} and all(0 not in t["shape"] for t in tensors.values()), "saved whole, not a worker's shard"
     if changes != EXPERTS:
         verify.verify_adapter(folder, config.model)
@@ -154,7 +154,7 @@ def quietly_and_dying(quiet, config):
 
 
 def adapters(config):
-    return [verified(RunDir(config.root).adapter(i))["files"][verify.WEIGHTS]["sha256"] for i in range(2)]
+    return [verified(RunDir(config.root).adapter(i))["files"][verify.WEIGHTS_FILE]["sha256"] for i in range(2)]
 
 
 @pytest.mark.parametrize("setting, border", [(zero_of(2, 2), "carry"), (zero_of(3, 2), "carry"), (zero_of(2, 2), "reset")], ids=["stage 2", "stage 3", "stage 2, cleared at borders"])

@@ -1,11 +1,10 @@
-"""Two groups of workers and one run directory: the one that started last writes."""
+"""Two worker groups and one run directory: the group that started last writes."""
 
 import json
 
 import pytest
 
 from pi_ray.errors import TrainingError
-from pi_ray.train.lease import Lease
 from pi_ray.train.train_log import TrainLog
 
 
@@ -22,11 +21,17 @@ def test_a_group_that_was_given_up_stops_at_its_next_line(tmp_path):
 
 def test_other_workers_of_the_group_take_nothing_over(tmp_path):
     first = TrainLog(tmp_path / "train.jsonl")
+    holder = (tmp_path / "train.owner").read_text()
     TrainLog(tmp_path / "train.jsonl", writes=False).add({"step": 9})
+    assert (tmp_path / "train.owner").read_text() == holder == first.lease.holder
     first.add({"step": 0})
+    assert [json.loads(line)["step"] for line in (tmp_path / "train.jsonl").read_text().splitlines()] == [0]
 
 
 def test_storage_that_cannot_be_read_for_a_moment_stops_nobody(tmp_path):
-    lease = Lease(tmp_path / "train.owner")
-    (tmp_path / "train.owner").unlink()
-    lease.check()
+    log = TrainLog(tmp_path / "train.jsonl")
+    (tmp_path / "train.owner").rename(tmp_path / "away")
+    log.add({"step": 0})
+    (tmp_path / "away").rename(tmp_path / "train.owner")
+    log.add({"step": 1})
+    assert [json.loads(line)["step"] for line in (tmp_path / "train.jsonl").read_text().splitlines()] == [0, 1]
