@@ -2,11 +2,9 @@
 
 Files that are written into the copy are uploaded under the same name, and what others have uploaded is fetched before
 work starts; a file that was written here and could not be uploaded is kept. A reader never has half of anything:
-    an artifact (a folder with a manifest)    its old manifest is removed, its files are sent, the new manifest comes
-                                              last; a fetched artifact is verified
-    a single file                             sent under another name and moved; its hash comes last, beside it
-                                              (NAME.sha256)
-    the link adapters/best                    a single file that holds the name
+    an artifact (a folder with a manifest)   its old manifest is removed, its files are sent, its new manifest last
+    a single file                            sent under another name and moved, and then its hash (NAME.sha256)
+    the link adapters/best                   a single file that holds the name
 """
 
 from __future__ import annotations

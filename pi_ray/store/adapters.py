@@ -21,7 +21,7 @@ from pi_ray.config import ModelConfig, PromptConfig
 from pi_ray.errors import AdapterError
 from pi_ray.run.artifact import MANIFEST, digest, digest_file
 from pi_ray.run.object_storage import is_url
-from pi_ray.store.aliases import ALIAS, ALIASES, LATEST, NEWEST, SERVED, VERSION, Alias, parse_aliases
+from pi_ray.store.aliases import ALIAS, ALIASES_FILE, DEFAULT_ALIAS, LATEST, LATEST_FILE, VERSION, Alias, parse_aliases
 from pi_ray.store.local import LocalStore
 from pi_ray.store.prompt_guard import PROMPT_FILE, PromptGuard
 from pi_ray.store.remote import RemoteStore, StoreUnavailableError
@@ -98,24 +98,24 @@ class AdapterStore:
             raise UnknownAdapterError(f"no adapter '{name}' in the store")
         if VERSION.fullmatch(label):
             return name, label
-        if label == NEWEST:
+        if label == LATEST:
             return name, self.latest(name)
-        alias = self.aliases(name).get(label or SERVED)
+        alias = self.aliases(name).get(label or DEFAULT_ALIAS)
         if label and not alias:
             raise UnknownAdapterError(f"no alias '{label}' of an adapter '{name}' in the store")
         return name, alias.pick(sticky_key) if alias else self.latest(name)
 
     def aliases(self, name: str) -> dict[str, Alias]:
-        return parse_aliases(self.backend.read_json(name, ALIASES) or {}, name)
+        return parse_aliases(self.backend.read_json(name, ALIASES_FILE) or {}, name)
 
     def latest(self, name: str) -> str:
         """The newest published version. Raises UnknownAdapterError when there is none."""
-        found = self.backend.read_json(name, LATEST)
+        found = self.backend.read_json(name, LATEST_FILE)
         if found is None:
             raise UnknownAdapterError(f"no adapter '{name}' in the store")
         version = found.get("version")
         if not isinstance(version, str) or not VERSION.fullmatch(version):
-            raise AdapterError(f"adapter '{name}': {LATEST} names no version")
+            raise AdapterError(f"adapter '{name}': {LATEST_FILE} names no version")
         return version
 
     def _verify(self, name: str, version: str, path: Path, state: str) -> Adapter:

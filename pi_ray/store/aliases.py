@@ -15,8 +15,9 @@ from typing import Any
 from pi_ray.errors import AdapterError
 from pi_ray.run.artifact import digest
 
-ALIASES, LATEST = "aliases.json", "latest.json"
-SERVED, NEWEST = "prod", "latest"  # the alias for which a name alone stands, and the one that is always the newest
+ALIASES_FILE, LATEST_FILE = "aliases.json", "latest.json"
+DEFAULT_ALIAS = "prod"  # for which a name alone stands
+LATEST = "latest"  # stands for the newest version
 VERSION = re.compile(r"v[0-9]{4,9}")
 ALIAS = re.compile(r"(?!v[0-9])[a-z][a-z0-9_-]{0,31}")
 MAX_HISTORY = 20  # versions through which `--rollback` can go back
@@ -60,8 +61,8 @@ class Alias:
 def parse_aliases(data: dict[str, Any], name: str) -> dict[str, Alias]:
     """aliases.json of the adapter `name`. Raises AdapterError when it is not as `dump_aliases` wrote it."""
     if not all(map(ALIAS.fullmatch, data)):
-        raise AdapterError(f"adapter '{name}': {ALIASES} holds a name that no alias can have")
-    return {alias: _parse_alias(entry, f"adapter '{name}': {ALIASES}: '{alias}'") for alias, entry in data.items()}
+        raise AdapterError(f"adapter '{name}': {ALIASES_FILE} holds a name that no alias can have")
+    return {alias: _parse_alias(entry, f"adapter '{name}': {ALIASES_FILE}: '{alias}'") for alias, entry in data.items()}
 
 
 def dump_aliases(aliases: dict[str, Alias]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import Any
 
 from pi_ray.errors import AdapterError, CorruptArtifactError
 from pi_ray.run.artifact import staged, translate_disk_errors, verify_artifact, write_atomic
-from pi_ray.store.aliases import LATEST, VERSION
+from pi_ray.store.aliases import LATEST_FILE, VERSION
 from pi_ray.store.verify import read_json
 
 
@@ -28,7 +28,7 @@ class LocalStore:
             entries = list(os.scandir(self.root))
         except (FileNotFoundError, NotADirectoryError):
             return []
-        return [e.name for e in entries if e.is_dir(follow_symlinks=False) and (Path(e.path) / LATEST).is_file()]
+        return [e.name for e in entries if e.is_dir(follow_symlinks=False) and (Path(e.path) / LATEST_FILE).is_file()]
 
     def has_adapter(self, name: str) -> bool:
         """Whether there may be an adapter of this name."""

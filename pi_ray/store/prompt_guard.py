@@ -32,7 +32,7 @@ from pi_ray.run.artifact import digest
 PROMPT_FILE = "prompt.json"
 SIMILAR = 0.5
 NGRAM = 3  # words
-RUN = 8  # words
+MIN_MATCH = 8  # words
 MIN_WORDS = 20  # of a template whose changed forms are recognised: a shorter one shares n-grams with queries by chance
 MAX_EXAMPLES = 50_000
 MAX_TEMPLATE = 1 << 20  # characters
@@ -177,12 +177,12 @@ class PromptGuard:
         spans = word_spans(text)
         words = [text[start:end] for start, end in spans]
         kept, at = [True] * len(words), 0
-        while at <= len(words) - RUN:
-            start = self._runs.get(tuple(words[at : at + RUN]))
+        while at <= len(words) - MIN_MATCH:
+            start = self._runs.get(tuple(words[at : at + MIN_MATCH]))
             if start is None:
                 at += 1
                 continue
-            length = RUN
+            length = MIN_MATCH
             while at + length < len(words) and words[at + length] == self._word(start + length):
                 length += 1
             kept[at : at + length] = self._kept[start : start + length]
@@ -238,7 +238,7 @@ class PromptGuard:
     @cached_property
     def _runs(self) -> dict[tuple[str, ...], int]:
         """RUN words in a row -> their first index in the template."""
-        return {tuple(self._words[i : i + RUN]): i for i in reversed(range(len(self._words) - RUN + 1))}
+        return {tuple(self._words[i : i + MIN_MATCH]): i for i in reversed(range(len(self._words) - MIN_MATCH + 1))}
 
     @cached_property
     def _kept(self) -> list[bool] | None:

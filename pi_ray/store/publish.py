@@ -19,11 +19,11 @@ from pi_ray.models import PACKAGED, base_name
 from pi_ray.run.artifact import digest, seal_folder, verify_artifact, write_atomic
 from pi_ray.run.directory import RunDir
 from pi_ray.store.adapters import NAME, AdapterStore
-from pi_ray.store.aliases import LATEST
+from pi_ray.store.aliases import LATEST_FILE
 from pi_ray.store.local import LocalStore
 from pi_ray.store.prompt_guard import MAX_TEMPLATE, PROMPT_FILE, format_example, prompt_record
 from pi_ray.store.remote import RemoteStore
-from pi_ray.store.verify import CARD, CONFIG, WEIGHTS, read_json, verify_adapter
+from pi_ray.store.verify import CARD_FILE, CONFIG_FILE, WEIGHTS_FILE, read_json, verify_adapter
 
 log = logging.getLogger(__name__)
 COLUMNS = {
@@ -46,10 +46,10 @@ def publish_adapter(run: RunDir, config: RunConfig, name: str = "") -> Path:
         raise AdapterError(f"{run.best}: no trained adapter; 'pi-ray train' makes one")
     source = run.best.resolve()
     files = verify_artifact(source)["files"]
-    missing = {WEIGHTS, CONFIG, CARD} - set(files)
+    missing = {WEIGHTS_FILE, CONFIG_FILE, CARD_FILE} - set(files)
     if missing:
         raise AdapterError(f"{source}: {', '.join(sorted(missing))} missing; train again")
-    prompt = _prompt_record(run, read_json(source / CARD)) if config.serve.drift_guard else None
+    prompt = _prompt_record(run, read_json(source / CARD_FILE)) if config.serve.drift_guard else None
     if config.serve.drift_guard and not prompt:
         log.warning(
             "'%s' is published without %s: this run directory has no template that it was trained with, or one longer "
@@ -57,12 +57,12 @@ def publish_adapter(run: RunDir, config: RunConfig, name: str = "") -> Path:
             "publish in one directory, or say with serve.drift_guard: false that this is wanted",
             name, PROMPT_FILE, MAX_TEMPLATE,
         )  # fmt: skip
-    sources = {file: files[file]["sha256"] for file in (WEIGHTS, CONFIG, CARD)}
+    sources = {file: files[file]["sha256"] for file in (WEIGHTS_FILE, CONFIG_FILE, CARD_FILE)}
     fingerprint = digest({**sources, PROMPT_FILE: digest(prompt)} if prompt else sources)
     backend = AdapterStore(config.store).backend
     with backend.lock(name):
         version = backend.find_version(name, fingerprint) or _add(backend, name, source, fingerprint, run, prompt)
-        backend.write(name, LATEST, json.dumps({"version": version}) + "\n")
+        backend.write(name, LATEST_FILE, json.dumps({"version": version}) + "\n")
     folder = backend.version_folder(name, version)
     if folder is None:
         raise AdapterError(f"{config.store}: '{name}@{version}' was removed while it was published")
@@ -77,11 +77,11 @@ def _add(
     verify_adapter(source)
     version = f"v{int(next(reversed(backend.versions(name)), 'v0')[1:]) + 1:04d}"
     with backend.stage_version(name, version, fingerprint) as tmp:
-        card = read_json(source / CARD)
-        shutil.copyfile(source / WEIGHTS, tmp / WEIGHTS)
-        shutil.copyfile(source / CARD, tmp / CARD)
-        config = {**read_json(source / CONFIG), "base_model_name_or_path": _public_base(card["base"])}
-        write_atomic(tmp / CONFIG, json.dumps(config, indent=1, sort_keys=True) + "\n")
+        card = read_json(source / CARD_FILE)
+        shutil.copyfile(source / WEIGHTS_FILE, tmp / WEIGHTS_FILE)
+        shutil.copyfile(source / CARD_FILE, tmp / CARD_FILE)
+        config = {**read_json(source / CONFIG_FILE), "base_model_name_or_path": _public_base(card["base"])}
+        write_atomic(tmp / CONFIG_FILE, json.dumps(config, indent=1, sort_keys=True) + "\n")
         if prompt:
             write_atomic(tmp / PROMPT_FILE, json.dumps(prompt, indent=1, ensure_ascii=False) + "\n")
         write_atomic(tmp / "README.md", model_card(name, version, card, config, _read_scores(run), bool(prompt)))

@@ -19,9 +19,9 @@ from pi_ray.run.directory import RunDir
 from pi_ray.run.fingerprint import prepare_fingerprint, train_fingerprint
 from pi_ray.run.object_storage import ObjectStorage
 from pi_ray.store.adapters import AdapterStore, UnknownAdapterError
-from pi_ray.store.aliases import NEWEST
+from pi_ray.store.aliases import LATEST
 
-MARK = "refresh.json"
+MARK_FILE = "refresh.json"
 
 
 def refresh_config(config: RunConfig, now: datetime | None = None, storage: ObjectStorage | None = None) -> RunConfig:
@@ -64,7 +64,7 @@ def mark_published(config: RunConfig) -> None:
 
 def _write_mark(config: RunConfig, published: bool) -> None:
     mark = {"of": _fingerprint(config), "version": Path(config.train.init_adapter).name, "published": published}
-    write_atomic(config.root / MARK, json.dumps(mark) + "\n")
+    write_atomic(config.root / MARK_FILE, json.dumps(mark) + "\n")
 
 
 def _fingerprint(config: RunConfig) -> str:
@@ -78,18 +78,19 @@ def _fingerprint(config: RunConfig) -> str:
 def _read_marks(root: Path, storage: ObjectStorage | None) -> dict[str, dict[str, Any]]:
     """The mark of each directory beside the run's that is named like a refresh's; {} for one without a mark."""
     pattern = f"{root.name}-????-??-??*"
-    texts = {p.name: (p / MARK).read_bytes() if (p / MARK).is_file() else b"{}" for p in root.parent.glob(pattern)}
+    files = [folder / MARK_FILE for folder in root.parent.glob(pattern)]
+    texts = {file.parent.name: file.read_bytes() if file.is_file() else b"{}" for file in files}
     if storage:
         with storage.explain_errors("the same command goes on when it does"):
             names = storage.list_folders(pattern=pattern)
-            texts |= {name: storage.read(f"{name}/{MARK}") or b"{}" for name in names}
+            texts |= {name: storage.read(f"{name}/{MARK_FILE}") or b"{}" for name in names}
     return {name: json.loads(text) for name, text in texts.items()}
 
 
 def _newest_version(config: RunConfig) -> str:
     """The newest published version, such as v0002, which is verified."""
     try:
-        return AdapterStore(config.store, config.model).open(f"{config.name}@{NEWEST}").version
+        return AdapterStore(config.store, config.model).open(f"{config.name}@{LATEST}").version
     except UnknownAdapterError:
         raise AdapterError(
             f"{config.store}: no adapter '{config.name}' is published yet, so there is nothing to go on from; "

@@ -18,12 +18,12 @@ from typing import Any
 
 from pi_ray.errors import AdapterError, ConfigError
 from pi_ray.store.adapters import AdapterStore, split_name
-from pi_ray.store.aliases import ALIAS, ALIASES, NEWEST, SERVED, VERSION, Alias, dump_aliases
+from pi_ray.store.aliases import ALIAS, ALIASES_FILE, DEFAULT_ALIAS, LATEST, VERSION, Alias, dump_aliases
 
 
 def release_version(
     store: AdapterStore, name: str, version: str = "", canary: float | None = None, rollback: bool = False,
-    alias: str = SERVED,
+    alias: str = DEFAULT_ALIAS,
 ) -> dict[str, Alias]:  # fmt: skip
     """Change an alias of an adapter as the arguments say; without any, change nothing. Returns all its aliases.
 
@@ -38,18 +38,18 @@ def release_version(
         aliases = store.aliases(name)
         changed = _change(store, name, aliases.pop(alias, None), version, canary, rollback, alias)
         aliases |= {alias: changed} if changed else {}
-        store.backend.write(name, ALIASES, json.dumps(dump_aliases(aliases), indent=1) + "\n")
+        store.backend.write(name, ALIASES_FILE, json.dumps(dump_aliases(aliases), indent=1) + "\n")
     return aliases
 
 
 def _check_arguments(name: str, version: str, canary: float | None, rollback: bool, alias: str) -> None:
     if split_name(name)[1]:
         raise ConfigError(f"'{name}': give the adapter's name alone, and the version with --version")
-    if version and version != NEWEST and not VERSION.fullmatch(version):
-        raise ConfigError(f"--version {version}: a version looks like v0003; '{NEWEST}' follows the newest one")
-    if not ALIAS.fullmatch(alias) or alias == NEWEST:
+    if version and version != LATEST and not VERSION.fullmatch(version):
+        raise ConfigError(f"--version {version}: a version looks like v0003; '{LATEST}' follows the newest one")
+    if not ALIAS.fullmatch(alias) or alias == LATEST:
         allowed = "1 to 32 of a-z, 0-9, '_' and '-', starting with a letter"
-        raise ConfigError(f"--alias {alias}: take {allowed}, and not '{NEWEST}' or like a version")
+        raise ConfigError(f"--alias {alias}: take {allowed}, and not '{LATEST}' or like a version")
     if canary is not None and not 0 < canary < 100:
         others = "--rollback ends a trial, --version alone gives a version to everyone"
         raise ConfigError(f"--canary {canary:g}: give a percentage between 0 and 100; {others}")
@@ -68,9 +68,9 @@ def _change(
         return now.rolled_back()
     if canary is not None:
         return _with_canary(store, name, now, version, canary, alias)
-    if version == NEWEST and alias == SERVED:
+    if version == LATEST and alias == DEFAULT_ALIAS:
         return None
-    version = store.latest(name) if version == NEWEST else version
+    version = store.latest(name) if version == LATEST else version
     store.open(f"{name}@{version}")  # a version that serving would refuse is not released
     return now.with_version(version) if now else Alias(version)
 
@@ -81,13 +81,13 @@ def _with_canary(
     """The alias with `version`, else its present canary, else the newest version, for `percent` percent."""
     newest = store.latest(name)
     if now is None:
-        if version in ("", NEWEST, newest) or alias != SERVED:
+        if version in ("", LATEST, newest) or alias != DEFAULT_ALIAS:
             other = next((v for v in reversed(store.backend.versions(name)) if v != (version or newest)), "v0001")
-            command = f"--version {other}" + (f" --alias {alias}" if alias != SERVED else "")
+            command = f"--version {other}" + (f" --alias {alias}" if alias != DEFAULT_ALIAS else "")
             first = "say first what the other requests get, such as"
             raise AdapterError(f"nothing was released as '{alias}' yet; {first} {command}")
         now = Alias(newest)
-    candidate = newest if version == NEWEST else version or now.canary or newest
+    candidate = newest if version == LATEST else version or now.canary or newest
     if candidate == now.version:
         raise AdapterError(f"{candidate} answers all requests already; name the version to try with --version")
     store.open(f"{name}@{candidate}")
@@ -97,10 +97,10 @@ def _with_canary(
 def print_aliases(store: AdapterStore, name: str, aliases: dict[str, Alias], say: Callable[[str], Any]) -> None:
     """Say in words which version answers under each alias, and list every version."""
     newest = store.latest(name)
-    if SERVED not in aliases:
+    if DEFAULT_ALIAS not in aliases:
         say(f"{name}: {newest} answers, and whatever is published after it; --version keeps one")
-    for alias, at in sorted(aliases.items(), key=lambda item: item[0] != SERVED):
-        label = name if alias == SERVED else f"{name}@{alias}"
+    for alias, at in sorted(aliases.items(), key=lambda item: item[0] != DEFAULT_ALIAS):
+        label = name if alias == DEFAULT_ALIAS else f"{name}@{alias}"
         trial = f"; {at.canary} answers {at.percent:g} % of requests on trial" if at.canary else ""
         history = f"; before: {', '.join(reversed(at.history))}" if at.history else ""
         say(f"{label}: {at.version} answers{trial}{history}")

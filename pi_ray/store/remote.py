@@ -22,8 +22,8 @@ from pi_ray.errors import AdapterError, ConfigError, CorruptArtifactError, Stora
 from pi_ray.models import cache_dir
 from pi_ray.run.artifact import MANIFEST, digest, staged, temporary_path, translate_disk_errors, verify_artifact
 from pi_ray.run.object_storage import ObjectStorage
-from pi_ray.store.aliases import LATEST, VERSION
-from pi_ray.store.verify import MAX_JSON_BYTES, MAX_WEIGHT_BYTES, SUFFIXES, WEIGHTS, parse_json
+from pi_ray.store.aliases import LATEST_FILE, VERSION
+from pi_ray.store.verify import MAX_JSON_BYTES, MAX_WEIGHT_BYTES, SUFFIXES, WEIGHTS_FILE, parse_json
 
 log = logging.getLogger("ray.serve")
 REFRESH_S, RETRY_S = 5.0, 60.0
@@ -38,14 +38,13 @@ class StoreUnavailableError(AdapterError):
 class RemoteStore:
     """The same methods as local.LocalStore. Names given to it are valid already; the store's files may be hostile."""
 
-    def __init__(self, url: str, refresh_s: float = REFRESH_S, clock: Callable[[], float] = time.monotonic):
+    def __init__(self, url: str):
         self.url = url.rstrip("/")
         try:
             self._storage = ObjectStorage(self.url)
         except StorageError as error:
             raise ConfigError(f"store: {error}") from error
-        self._refresh_s = refresh_s
-        self._clock = clock
+        self._clock: Callable[[], float] = time.monotonic
         self._answers: dict[tuple[str, ...], tuple[float, Any]] = {}  # question -> time and answer
         self._failed_at = float("-inf")  # when the store last did not answer
         self._fetched: set[Path] = set()
@@ -54,7 +53,7 @@ class RemoteStore:
 
     def names(self) -> list[str]:
         """Names of the folders that have a latest version."""
-        return self._recent(("names",), lambda: self._folders("", LATEST))
+        return self._recent(("names",), lambda: self._folders("", LATEST_FILE))
 
     def has_adapter(self, name: str) -> bool:
         """As LocalStore's; a made-up name costs the store nothing and leaves nothing here."""
@@ -136,7 +135,7 @@ class RemoteStore:
         answered, now = self._answers.get(question), self._clock()
         at, value = answered or (now, None)
         if answered:
-            recent = min(now - at, now - self._failed_at) < self._refresh_s
+            recent = min(now - at, now - self._failed_at) < REFRESH_S
             if recent or not self._asking.acquire(blocking=False):
                 return value
         try:
@@ -218,7 +217,7 @@ def _listed_files(manifest: bytes) -> dict[str, int]:
             problem = "names a file that no adapter has; weights must be safetensors, never a pickle"
             raise AdapterError(f"{MANIFEST} {problem}")
         recorded = recorded if isinstance(recorded, dict) else {}
-        size, limit = recorded.get("bytes"), MAX_WEIGHT_BYTES if name == WEIGHTS else MAX_JSON_BYTES
+        size, limit = recorded.get("bytes"), MAX_WEIGHT_BYTES if name == WEIGHTS_FILE else MAX_JSON_BYTES
         if not isinstance(recorded.get("sha256"), str) or type(size) is not int or not 0 <= size <= limit:
             raise AdapterError(f"{name} is too large, or {MANIFEST} gives no size and hash")
         sizes[name] = size

@@ -21,7 +21,7 @@ from pi_ray.run.artifact import MANIFEST, digest_file
 from pi_ray.store.prompt_guard import PROMPT_FILE, prompt_record_error
 
 LORA_TENSOR = re.compile(r"base_model\.model\.([\w.]+)\.lora_([AB])\.weight", re.ASCII)
-WEIGHTS, CONFIG, CARD = "adapter_model.safetensors", "adapter_config.json", "pi_ray.json"
+WEIGHTS_FILE, CONFIG_FILE, CARD_FILE = "adapter_model.safetensors", "adapter_config.json", "pi_ray.json"
 SUFFIXES = {".safetensors", ".json", ".md"}
 FLOAT_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
 MAX_JSON_BYTES = 8 << 20
@@ -38,7 +38,7 @@ KNOWN_SETTINGS = {
     "inference_mode", "init_lora_weights", "base_model_name_or_path", "revision", "peft_version", "megatron_core",
     "qalora_group_size",
 }  # fmt: skip
-SERVED = (
+ONLY_LORA = (
     "only plain LoRA and rsLoRA on linear layers can be published and served "
     "(an adapter of another method can be evaluated)"
 )
@@ -55,13 +55,13 @@ def verify_adapter(path: Path, base: ModelConfig | None = None) -> dict[str, Any
     """
     names = _check_listing(path)
     _check_hashes(path, names)
-    rank = _check_config(read_json(path / CONFIG))
-    card = read_json(path / CARD)
+    rank = _check_config(read_json(path / CONFIG_FILE))
+    card = read_json(path / CARD_FILE)
     _check_card(card, base)
     if PROMPT_FILE in names and (wrong := prompt_record_error(read_json(path / PROMPT_FILE))):
         raise AdapterError(f"{PROMPT_FILE}: {wrong}")
-    _check_shapes(read_safetensors_header(path / WEIGHTS), rank)
-    _check_finite(path / WEIGHTS)
+    _check_shapes(read_safetensors_header(path / WEIGHTS_FILE), rank)
+    _check_finite(path / WEIGHTS_FILE)
     return card
 
 
@@ -75,10 +75,10 @@ def _check_listing(path: Path) -> list[str]:
         if Path(entry.name).suffix not in SUFFIXES:
             allowed = f"only {', '.join(sorted(SUFFIXES))} files are allowed"
             raise AdapterError(f"{entry.name}: {allowed}; weights must be safetensors, never a pickle")
-        if info.st_size > (MAX_WEIGHT_BYTES if entry.name == WEIGHTS else MAX_JSON_BYTES):
+        if info.st_size > (MAX_WEIGHT_BYTES if entry.name == WEIGHTS_FILE else MAX_JSON_BYTES):
             raise AdapterError(f"{entry.name} is too large ({info.st_size} bytes)")
         names.append(entry.name)
-    missing = {WEIGHTS, CONFIG, CARD, MANIFEST} - set(names)
+    missing = {WEIGHTS_FILE, CONFIG_FILE, CARD_FILE, MANIFEST} - set(names)
     if missing:
         raise AdapterError(f"{', '.join(sorted(missing))} missing")
     return names
@@ -99,41 +99,37 @@ def _check_hashes(path: Path, names: list[str]) -> None:
 def _check_config(config: dict[str, Any]) -> int:
     """Refuse everything that peft would do beyond plain LoRA. Returns the rank."""
     if config.get("peft_type") != "LORA":
-        raise AdapterError(f"{CONFIG}: peft_type is {config.get('peft_type')!r}; {SERVED}")
+        raise AdapterError(f"{CONFIG_FILE}: peft_type is {config.get('peft_type')!r}; {ONLY_LORA}")
     wanted = {"bias": "none", "init_lora_weights": True, "task_type": "CAUSAL_LM"}
     refused = [k for k, v in config.items() if (v and k not in KNOWN_SETTINGS) or (k in wanted and v != wanted[k])]
     if refused:
-        raise AdapterError(f"{CONFIG}: {', '.join(sorted(refused)[:8])} set; {SERVED}")
+        raise AdapterError(f"{CONFIG_FILE}: {', '.join(sorted(refused)[:8])} set; {ONLY_LORA}")
     rank, alpha = config.get("r"), config.get("lora_alpha")
     if type(rank) is not int or not 1 <= rank <= MAX_RANK:
-        raise AdapterError(f"{CONFIG}: r is not a number from 1 to {MAX_RANK}")
+        raise AdapterError(f"{CONFIG_FILE}: r is not a number from 1 to {MAX_RANK}")
     if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not math.isfinite(alpha):
-        raise AdapterError(f"{CONFIG}: lora_alpha is not a number")
+        raise AdapterError(f"{CONFIG_FILE}: lora_alpha is not a number")
     return rank
 
 
 def _check_card(card: dict[str, Any], base: ModelConfig | None) -> None:
     if card.get("gist"):
-        verbs = "'pi-ray evaluate', 'pi-ray table'"
-        raise AdapterError(
-            f"{CARD}: it was trained with gist tokens, a baseline that can be evaluated ({verbs}) but not published or "
-            "served"
-        )
+        baseline = "a baseline that can be evaluated ('pi-ray evaluate', 'pi-ray table') but not published or served"
+        raise AdapterError(f"{CARD_FILE}: it was trained with gist tokens, {baseline}")
     wrong = [k for k, kind in CARD_FIELDS.items() if not isinstance(card.get(k), kind)]
     if wrong:
-        raise AdapterError(f"{CARD}: {', '.join(wrong)} missing or of the wrong type")
+        raise AdapterError(f"{CARD_FILE}: {', '.join(wrong)} missing or of the wrong type")
     counts = ("full_prompt_tokens", "query_prompt_tokens", "max_answer_tokens")
     if not all(0 <= card[k] < MAX_TOKENS for k in counts) or card["max_answer_tokens"] < 1:
-        raise AdapterError(f"{CARD}: {', '.join(counts)} are not counts of tokens, the last one at least 1")
+        raise AdapterError(f"{CARD_FILE}: {', '.join(counts)} are not counts of tokens, the last one at least 1")
     try:
         prompt = PromptConfig(**card["prompt"])
     except (TypeError, ValueError) as error:
-        raise AdapterError(f"{CARD}: the prompt block is not valid ({error.__class__.__name__})") from error
+        raise AdapterError(f"{CARD_FILE}: the prompt block is not valid ({error.__class__.__name__})") from error
     repeats = max(text.count(part) for text in (prompt.query, prompt.example) for part in ("{query}", "{answer}"))
     if repeats > MAX_REPEATS or len(prompt.model_dump_json()) > MAX_WORDING:
-        raise AdapterError(
-            f"{CARD}: the prompt block multiplies the query or an answer, or is longer than {MAX_WORDING} characters"
-        )
+        problem = f"multiplies the query or an answer, or is longer than {MAX_WORDING} characters"
+        raise AdapterError(f"{CARD_FILE}: the prompt block {problem}")
     if base and (card["base"], card.get("revision", "")) != (base.base, base.revision):
         name = Path(card["base"]).name[:64]
         raise AdapterError(f"it was trained for another base model ({name}) than the served one")
@@ -166,13 +162,13 @@ def _tensor_bytes(name: str, tensor: dict[str, Any]) -> int:
     shape, offsets = tensor["shape"], tensor["data_offsets"]
     if tensor["dtype"] not in FLOAT_BYTES:
         dtype, allowed = str(tensor["dtype"])[:16], ", ".join(FLOAT_BYTES)
-        raise AdapterError(f"{WEIGHTS}: {name[:80]!r} has dtype {dtype}, expected one of {allowed}")
+        raise AdapterError(f"{WEIGHTS_FILE}: {name[:80]!r} has dtype {dtype}, expected one of {allowed}")
     if not (isinstance(shape, list) and len(shape) == 2 and all(type(n) is int and 0 < n < 1 << 31 for n in shape)):
-        raise AdapterError(f"{WEIGHTS}: {name[:80]!r} is not a matrix")
+        raise AdapterError(f"{WEIGHTS_FILE}: {name[:80]!r} is not a matrix")
     count = shape[0] * shape[1] * FLOAT_BYTES[tensor["dtype"]]
     are_offsets = isinstance(offsets, list) and len(offsets) == 2 and all(type(n) is int for n in offsets)
     if not are_offsets or offsets[1] - offsets[0] != count:
-        raise AdapterError(f"{WEIGHTS}: the offsets of {name[:80]!r} do not fit its shape")
+        raise AdapterError(f"{WEIGHTS_FILE}: the offsets of {name[:80]!r} do not fit its shape")
     return count
 
 
@@ -182,13 +178,13 @@ def _check_shapes(header: dict[str, dict[str, Any]], rank: int) -> None:
     for name, tensor in header.items():
         match = LORA_TENSOR.fullmatch(name)
         if not match:
-            raise AdapterError(f"{WEIGHTS}: {name[:80]!r} is not a LoRA matrix")
+            raise AdapterError(f"{WEIGHTS_FILE}: {name[:80]!r} is not a LoRA matrix")
         found = tensor["shape"][0 if match[2] == "A" else 1]
         if found != rank:
-            raise AdapterError(f"{WEIGHTS}: {name[:80]!r} has rank {found}, {CONFIG} says {rank}")
+            raise AdapterError(f"{WEIGHTS_FILE}: {name[:80]!r} has rank {found}, {CONFIG_FILE} says {rank}")
         pairs.setdefault(match[1], set()).add(match[2])
     if not pairs or any(pair != {"A", "B"} for pair in pairs.values()):
-        raise AdapterError(f"{WEIGHTS}: LoRA matrices do not come in pairs of A and B")
+        raise AdapterError(f"{WEIGHTS_FILE}: LoRA matrices do not come in pairs of A and B")
 
 
 def _check_finite(path: Path) -> None:

@@ -1,10 +1,10 @@
-"""Stand-ins for an object store and for the time that passes between two looks at it."""
+"""Stand-ins for object storage and for the clock between two requests to it."""
 
 from pyarrow.fs import LocalFileSystem, SubTreeFileSystem
 
 
 class Bucket:
-    """pyarrow's interface over a folder, as object stores show theirs; counts what is asked and can be out of reach."""
+    """A folder behind pyarrow's file system interface, which counts its operations and can be out of reach."""
 
     def __init__(self, root):
         self.inner = SubTreeFileSystem(str(root), LocalFileSystem())

@@ -13,8 +13,9 @@ from pathlib import Path
 from pi_ray.cluster import requirements
 from pi_ray.cluster.doctor.finding import Finding, fail, note, ok
 from pi_ray.config import RunConfig
+from pi_ray.errors import StorageError
 from pi_ray.run.artifact import DISK_CURES
-from pi_ray.run.object_storage import is_url
+from pi_ray.run.object_storage import ObjectStorage, is_url
 
 GIB = 2**30
 ROOM = 2 * GIB  # for rows, templates, evaluation and the report
@@ -88,8 +89,6 @@ def _write_error(folder: Path) -> int:
 
 def check_bucket(location: str) -> Iterator[Finding]:
     """Check by trying that this machine may write, move and delete under a URL (cluster.storage_path, store)."""
-    from pyarrow import fs
-
     if location.startswith("hf://"):
         yield note(
             "storage",
@@ -98,14 +97,10 @@ def check_bucket(location: str) -> Iterator[Finding]:
         )
         return
     try:
-        place, path = fs.FileSystem.from_uri(location)
-        name = f"{path}/.pi-ray-doctor.{uuid.uuid4().hex}"
-        place.create_dir(path)
-        with place.open_output_stream(name) as stream:
-            stream.write(b"pi-ray")
-        place.move(name, f"{name}.moved")
-        place.delete_file(f"{name}.moved")
-    except (OSError, ValueError, NotImplementedError) as error:
+        storage, key = ObjectStorage(location), f".pi-ray-doctor.{uuid.uuid4().hex}"
+        storage.write(b"pi-ray", key)  # under another name, then moved
+        storage.delete(key)
+    except (OSError, StorageError, NotImplementedError) as error:
         cure = (
             "check its name and region, and this machine's credentials (an AWS profile or role, gcloud auth "
             "application-default login); the cluster's nodes need them too"

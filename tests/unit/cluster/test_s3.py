@@ -1,6 +1,4 @@
-"""Run directories, stores and inputs on S3, as a real client of it sees them: pyarrow's, against moto's server on this
-machine.
-"""
+"""Run directories, stores and inputs on S3, through pyarrow's client, against moto's server on this machine."""
 
 import shutil
 from pathlib import Path
@@ -11,7 +9,7 @@ from pi_ray import cli
 from pi_ray.cli import job
 from pi_ray.cluster.storage_sync import StorageSync
 from pi_ray.config import ModelConfig
-from pi_ray.config.run_file import load
+from pi_ray.config.run_file import load_run_file
 from pi_ray.errors import CorruptArtifactError, StorageError
 from pi_ray.run.artifact import staged, write_atomic
 from pi_ray.run.object_storage import ObjectStorage
@@ -43,7 +41,7 @@ def server():
     server.stop()
 
 
-def test_what_one_node_writes_another_one_fetches_and_damage_is_found(tmp_path):
+def test_a_node_fetches_the_files_of_another_one_and_finds_damage(tmp_path):
     there = ObjectStorage(f"{BUCKET}/runs/a")
     with StorageSync(tmp_path / "one", there).attach_driver():
         write_atomic(tmp_path / "one" / "run.yaml", "name: a\n")
@@ -79,7 +77,7 @@ def test_a_job_beside_a_bucket_takes_its_inputs_from_it_and_leaves_its_run_there
     seen = []
 
     def step(command):
-        config = load(Path(command[1]) / "run.yaml")
+        config = load_run_file(Path(command[1]) / "run.yaml")
         seen.append(
             (
                 config.store, Path(config.task.train).read_text(),
@@ -116,7 +114,7 @@ def test_an_adapter_is_served_from_a_bucket(tiny_model, tmp_path):
     ).read_bytes()
 
 
-def test_a_bucket_that_is_not_there_is_said(tmp_path):
+def test_a_missing_bucket_is_one_sentence(tmp_path):
     with (
         pytest.raises(StorageError, match="storage does not answer, or refuses"),
         StorageSync(tmp_path / "run", ObjectStorage("s3://no-such-bucket/run")).attach_driver(),

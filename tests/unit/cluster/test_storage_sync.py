@@ -1,6 +1,4 @@
-"""A run directory on object storage: what a reader sees while it is written, when the connection is lost, and when it
-is damaged.
-"""
+"""Storage sync: a reader's view while a run directory is written, when the connection is lost, and of damage."""
 
 import json
 import shutil
@@ -73,7 +71,7 @@ def write(folder: Path, text: str, *names: str) -> None:
 
 
 def seen(bucket, folder: Path) -> dict:
-    """What a node that has nothing yet gets: relative path -> text."""
+    """The files of a node that fetches for the first time: relative path -> text."""
     sync_of(folder, bucket).pull()
     return {
         p.relative_to(folder).as_posix(): p.read_text()
@@ -82,7 +80,7 @@ def seen(bucket, folder: Path) -> dict:
     }
 
 
-def test_artefacts_and_files_are_under_their_own_names_with_the_same_hashes(bucket, tmp_path):
+def test_artifacts_and_files_keep_their_names_and_hashes_on_storage(bucket, tmp_path):
     here = tmp_path / "here"
     with sync_of(here, bucket).attach_driver():
         write(here / "adapters" / "phase-0", "a", "weights", "more/config")
@@ -98,7 +96,7 @@ def test_artefacts_and_files_are_under_their_own_names_with_the_same_hashes(buck
 
 
 @pytest.mark.fault
-def test_wherever_the_connection_is_lost_a_reader_has_the_old_or_the_new_or_nothing(bucket, tmp_path):
+def test_wherever_the_connection_is_lost_a_reader_has_the_old_the_new_or_no_artifact(bucket, tmp_path):
     """Every single operation of a replacement fails once, in turn."""
     here = tmp_path / "here"
     write(here / "phases" / "0", "old", "a", "b", "gone")
@@ -138,7 +136,7 @@ def test_wherever_the_connection_is_lost_a_reader_has_the_old_or_the_new_or_noth
 
 
 @pytest.mark.fault
-def test_a_connection_lost_while_fetching_leaves_what_was_here(bucket, tmp_path):
+def test_a_connection_lost_while_fetching_leaves_the_local_copy(bucket, tmp_path):
     here, there = tmp_path / "here", tmp_path / "there"
     write(here / "rows", "old", "train", "test")
     sync_of(here, bucket).push(here / "rows")
@@ -157,7 +155,7 @@ def test_a_connection_lost_while_fetching_leaves_what_was_here(bucket, tmp_path)
 
 
 @pytest.mark.fault
-def test_a_damaged_artefact_is_named_and_never_used(bucket, tmp_path):
+def test_a_damaged_artifact_is_named_and_never_used(bucket, tmp_path):
     write(tmp_path / "here" / "rows", "a", "train")
     sync_of(tmp_path / "here", bucket).push(tmp_path / "here" / "rows")
     (tmp_path / "bucket" / "run" / "rows" / "train").write_text("other")
@@ -203,7 +201,7 @@ def test_the_link_to_the_best_adapter_and_the_log_travel(bucket, tmp_path):
     ).read_text() == "{}\n"
 
 
-def test_what_was_removed_here_is_removed_there_and_nothing_that_others_added(bucket, tmp_path):
+def test_files_removed_here_are_removed_on_storage_but_not_the_files_of_other_nodes(bucket, tmp_path):
     here = tmp_path / "here"
     with sync_of(here, bucket).attach_driver():
         for step in (1, 2, 3):
@@ -217,7 +215,7 @@ def test_what_was_removed_here_is_removed_there_and_nothing_that_others_added(bu
     assert (tmp_path / "bucket" / "run" / "adapters" / "phase-0" / "manifest.json").exists()
 
 
-def test_what_is_being_written_and_what_is_elsewhere_is_not_sent(bucket, tmp_path):
+def test_temporary_files_and_files_outside_the_run_directory_are_not_sent(bucket, tmp_path):
     here = tmp_path / "here"
     with sync_of(here, bucket).attach_driver():
         write_atomic(tmp_path / "elsewhere", "x")
@@ -226,7 +224,7 @@ def test_what_is_being_written_and_what_is_elsewhere_is_not_sent(bucket, tmp_pat
 
 
 class Count:
-    """Work of a worker: counts the rows that the driver prepared, into a file of its own."""
+    """A worker's work: reads the driver's rows and writes a file of its own."""
 
     def __init__(self, root: Path):
         self.root = root
@@ -236,7 +234,7 @@ class Count:
         return item["n"] + 1
 
 
-def test_work_on_a_node_without_the_run_directory_finds_it_and_what_it_writes_arrives(bucket, tmp_path, monkeypatch):
+def test_a_worker_on_a_node_without_the_run_directory_fetches_it_and_sends_its_files(bucket, tmp_path, monkeypatch):
     driver, node = tmp_path / "driver", tmp_path / "node"
     monkeypatch.setattr("pi_ray.run.artifact.write_listeners", [])
     monkeypatch.setattr("pi_ray.cluster.storage_sync._worker_syncs", {})
@@ -302,13 +300,13 @@ def test_a_worker_fetches_once_for_each_fan_out_and_leaves_the_pieces_of_others_
         done.clear()
 
 
-def test_storage_that_is_not_to_be_had_is_one_sentence(tmp_path):
+def test_a_url_of_an_unknown_kind_is_one_sentence(tmp_path):
     with pytest.raises(StorageError, match="take a folder, s3://"):
         ObjectStorage("ftp://host/folder")
     assert digest_file(write_atomic(tmp_path / "x", "x")) == digest_file(tmp_path / "x")
 
 
-def test_what_was_written_here_and_could_not_be_sent_is_kept_and_sent_later(bucket, tmp_path):
+def test_files_written_here_and_not_sent_yet_are_kept_and_sent_later(bucket, tmp_path):
     here = tmp_path / "here"
     with sync_of(here, bucket).attach_driver():
         write(here / "rows", "old", "train")
@@ -321,7 +319,7 @@ def test_what_was_written_here_and_could_not_be_sent_is_kept_and_sent_later(buck
     assert seen(bucket, tmp_path / "there")["rows/train"] == "newtrain"
 
 
-def test_what_another_node_replaced_is_replaced_here(bucket, tmp_path):
+def test_an_artifact_that_another_node_replaced_is_replaced_here(bucket, tmp_path):
     for node, text in (("a", "old"), ("b", "new")):
         with sync_of(tmp_path / node, bucket).attach_driver():
             write(tmp_path / node / "rows", text, "train")

@@ -71,7 +71,7 @@ def test_a_file_is_the_old_or_the_new_one(tmp_path, monkeypatch):
     "error", [OSError(errno.ENOSPC, "no space"), RuntimeError("I/O error: No space left on device (os error 28)")],
     ids=["python", "rust"],
 )
-def test_a_full_disk_is_said_with_the_cure_whoever_wrote(tmp_path, error):
+def test_a_full_disk_is_an_error_with_its_cure_from_python_and_from_rust(tmp_path, error):
     with (
         pytest.raises(
             StorageError, match=r"x: cannot be written \(No space left on device\): the disk is full; free some space"
@@ -99,7 +99,7 @@ def test_a_manifest_knows_its_own_hash_and_older_ones_without_it_are_read(tmp_pa
     assert verify_artifact(tmp_path / "x")["fingerprint"] == "f"
 
 
-def test_what_killed_writers_left_is_swept_away_and_nothing_else(tmp_path):
+def test_only_the_leftovers_of_killed_writers_are_removed(tmp_path):
     make(tmp_path / "x")
     for name in (f".x.{'0' * 32}.tmp", f".x.{'1' * 32}.old"):
         (tmp_path / name).mkdir()

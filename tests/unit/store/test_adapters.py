@@ -163,7 +163,7 @@ def test_a_published_prompt_is_known_and_an_adapter_without_one_is_served_as_wel
         {**PROMPT, "compressed": [{"rate": 2, "text": ""}]}, b"[]", b"[" * 100_000,
     ],
 )
-def test_a_prompt_that_is_not_what_publishing_wrote_is_refused(store, folder, data):
+def test_a_prompt_file_that_publishing_did_not_write_is_refused(store, folder, data):
     rewrite(folder, "prompt.json", data)
     refused(store, r"prompt\.json")
 

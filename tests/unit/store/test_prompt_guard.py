@@ -1,11 +1,9 @@
-"""The prompt drift guard without a model: what is recognised, what is taken away, and that nothing of a query is ever
-lost.
-"""
+"""The prompt guard without a model: it recognises a prompt, strips it, and never loses a part of a query."""
 
 import pytest
 
 from pi_ray.config import PromptConfig
-from pi_ray.prompt import Example, text_of
+from pi_ray.prompt import Example, render_prompt
 from pi_ray.store.prompt_guard import (
     EMPTY_GUARD,
     MAX_EXAMPLES,
@@ -52,16 +50,16 @@ def guard(config=PLAIN, compressed=((0.6, SHORT), (0.2, SHORTER)), template=TEMP
 @pytest.mark.parametrize("template", [TEMPLATE, SHORT, SHORTER], ids=["full", "compressed", "compressed more"])
 @pytest.mark.parametrize("shots", [(), SHOTS[:1], SHOTS], ids=len)
 def test_the_prompt_of_training_leaves_the_bare_query(config, template, shots):
-    seen = guard(config).inspect("", text_of(config, QUERY, template, shots))
+    seen = guard(config).inspect("", render_prompt(config, QUERY, template, shots))
     assert (seen.kind, seen.text) == ("stripped", QUERY)
 
 
 @pytest.mark.parametrize("config", [PLAIN, WORDED], ids=["plain", "worded"])
 def test_the_template_may_be_a_system_message_with_the_examples_on_either_side(config):
     known = guard(config)
-    examples = text_of(config, QUERY, "", SHOTS).removesuffix(text_of(config, QUERY))
+    examples = render_prompt(config, QUERY, "", SHOTS).removesuffix(render_prompt(config, QUERY))
     for system, query in (
-        (TEMPLATE, QUERY), (f"{TEMPLATE}\n\n{examples}", QUERY), (TEMPLATE, text_of(config, QUERY, "", SHOTS)),
+        (TEMPLATE, QUERY), (f"{TEMPLATE}\n\n{examples}", QUERY), (TEMPLATE, render_prompt(config, QUERY, "", SHOTS)),
     ):
         seen = known.inspect(system, query)
         assert (seen.kind, seen.text) == ("stripped", QUERY)
@@ -105,14 +103,14 @@ def turns(*texts):
 def test_examples_may_come_as_turns(config, worded):
     """With the template as system message or in the first turn, and each query bare or in the words of training."""
     known = guard(config)
-    said = [t for s in SHOTS for t in (config.query.replace("{query}", s.query) if worded else s.query, s.answer)]
+    texts = [t for s in SHOTS for t in (config.query.replace("{query}", s.query) if worded else s.query, s.answer)]
     query = config.query.replace("{query}", QUERY) if worded else QUERY
-    for system, before in ((TEMPLATE, turns(*said)), ("", turns(f"{TEMPLATE}\n\n{said[0]}", *said[1:]))):
+    for system, before in ((TEMPLATE, turns(*texts)), ("", turns(f"{TEMPLATE}\n\n{texts[0]}", *texts[1:]))):
         seen = known.inspect(system, query, before)
         assert (seen.kind, seen.text) == ("stripped", QUERY)
 
 
-def test_turns_that_did_not_stand_in_training_go_to_the_base_model_with_all_of_the_prompt():
+def test_turns_that_are_not_examples_of_training_go_to_the_base_model_with_all_of_the_prompt():
     for system, before in (
         (TEMPLATE, turns("errors of black", "b7")), ("", turns(f"{TEMPLATE}\n\nerrors of black", "b7")),
     ):
@@ -192,15 +190,15 @@ def test_where_no_compressed_form_only_drops_words_the_prompt_stays_as_it_came(c
     assert guard(compressed=compressed).inspect(changed, QUERY).text == f"{changed}\n\n{QUERY}"
 
 
-def test_a_form_that_rewrites_is_passed_over_for_one_that_drops_words():
+def test_a_rewritten_form_is_passed_over_for_one_that_drops_words():
     assert guard(compressed=((0.8, "Rewritten."), (0.6, SHORT))).compress(TEMPLATE).split() == SHORT.split()
 
 
-def test_examples_that_did_not_stand_in_training_send_the_whole_prompt_to_the_base_model():
-    """The border between them and the query is not certain, and a query must not lose a part."""
+def test_examples_that_are_not_of_training_send_the_whole_prompt_to_the_base_model():
+    """The boundary between them and the query is not certain, and a query must not lose a part."""
     others = (Example("errors of black", "b7"),)
     for shots in (others, (*SHOTS, *others), (*others, *SHOTS)):
-        prompt = text_of(PLAIN, QUERY, TEMPLATE, shots)
+        prompt = render_prompt(PLAIN, QUERY, TEMPLATE, shots)
         seen = guard().inspect("", prompt)
         assert seen.kind == "drifted"
         assert "errors of black" in seen.text and seen.text.endswith(QUERY)
@@ -208,7 +206,7 @@ def test_examples_that_did_not_stand_in_training_send_the_whole_prompt_to_the_ba
 
 def test_a_query_of_several_paragraphs_is_kept_whole_behind_examples():
     query = "errors of red\n\nand of blue\n\nas of now"
-    assert guard().inspect("", text_of(PLAIN, query, TEMPLATE, SHOTS)).text == query
+    assert guard().inspect("", render_prompt(PLAIN, query, TEMPLATE, SHOTS)).text == query
 
 
 def test_a_template_without_a_query_leaves_nothing():

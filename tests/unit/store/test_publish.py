@@ -143,7 +143,7 @@ def test_the_prompt_is_published_with_the_adapter_so_that_serving_recognises_it(
     assert "prompt.json" in (folder / "README.md").read_text() and "prompt.json" not in (bare / "README.md").read_text()
 
 
-def test_what_cannot_be_recognised_later_is_said_when_it_is_published(run, config, tiny_model, caplog):
+def test_publishing_without_a_known_prompt_is_a_warning(run, config, tiny_model, caplog):
     publish_adapter(run, config)
     assert "without prompt.json" in caplog.text
     caplog.clear()
@@ -154,7 +154,7 @@ def test_what_cannot_be_recognised_later_is_said_when_it_is_published(run, confi
     assert caplog.text == ""
 
 
-def test_with_the_guard_off_the_template_stays_at_home(run, config, tiny_model):
+def test_with_the_guard_off_the_template_is_not_published(run, config, tiny_model):
     prepare(run, "A secret template.")
     train(run, tiny_model, full_template_sha256=digest("A secret template."))
     folder = publish_adapter(run, config.replace(**{"serve.drift_guard": False}))
@@ -168,7 +168,7 @@ def test_names_that_cannot_be_served_cannot_be_published(run, config, name):
         publish_adapter(run, config, name)
 
 
-def test_nothing_trained_is_said_plainly(config):
+def test_without_a_trained_adapter_the_error_names_the_command(config):
     with pytest.raises(AdapterError, match="pi-ray train"):
         publish_adapter(RunDir(config.root), config)
 

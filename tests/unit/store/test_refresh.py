@@ -11,7 +11,7 @@ import torch
 from pi_ray import cli
 from pi_ray.cli import job
 from pi_ray.config import RunConfig, dump
-from pi_ray.config.run_file import load
+from pi_ray.config.run_file import load_run_file
 from pi_ray.errors import AdapterError, TrainingError
 from pi_ray.run.baseline import plain_finetuning_config
 from pi_ray.run.directory import RunDir
@@ -40,7 +40,7 @@ def publish(config, *versions):
         put_in_store(Path(config.store), config.name, Path(config.model.base), version=version)
 
 
-def test_it_starts_from_the_newest_version_in_a_directory_of_the_day(config):
+def test_a_refresh_starts_from_the_newest_version_in_a_directory_of_the_day(config):
     publish(config, "v0002", "v0009", "v0010")
     again = refresh.refresh_config(config, MONDAY)
     assert (
@@ -55,7 +55,7 @@ def test_it_starts_from_the_newest_version_in_a_directory_of_the_day(config):
     assert plain_finetuning_config(again).train.init_adapter == "", "the baseline knows nothing of earlier runs"
 
 
-def test_one_that_was_cut_short_goes_on_with_what_it_began_from_until_it_is_published(config):
+def test_a_refresh_that_was_cut_short_keeps_its_start_adapter_until_it_is_published(config):
     publish(config, "v0001")
     begun = refresh.refresh_config(config, MONDAY)
     refresh.copy_start_adapter(begun)
@@ -72,8 +72,8 @@ def test_one_that_was_cut_short_goes_on_with_what_it_began_from_until_it_is_publ
 
 
 @pytest.mark.parametrize("change", [{"task.rows": {"train": 100}}, {"train.lr": 0.5}])
-def test_with_other_rows_or_settings_another_one_begins(config, change):
-    """What was begun could not go on: its checkpoints were made with other rows."""
+def test_with_other_rows_or_settings_a_new_refresh_begins(config, change):
+    """The old one could not go on: its checkpoints were made with other rows."""
     publish(config, "v0001")
     refresh.copy_start_adapter(refresh.refresh_config(config, MONDAY))
     assert refresh.refresh_config(config.replace(**change), NEXT).run_dir == f"{config.run_dir}-2026-03-09"
@@ -97,8 +97,8 @@ def test_a_store_behind_a_url_is_read_like_a_folder(config):
     )
 
 
-def test_on_object_storage_another_cluster_goes_on_with_what_was_begun(config, tmp_path, monkeypatch):
-    """As a RayCronJob beside a bucket: each cluster is new, and nothing but the bucket is left of the last one."""
+def test_on_object_storage_another_cluster_goes_on_with_the_refresh(config, tmp_path, monkeypatch):
+    """As a RayCronJob beside a bucket: each cluster is new, and only the bucket is left of the last one."""
     publish(config, "v0001")
     (tmp_path / "run.yaml").write_text(
         dump(config.replace(run_dir="runs/shop", **{"cluster.storage_path": f"file://{tmp_path}/bucket"}))
@@ -108,7 +108,7 @@ def test_on_object_storage_another_cluster_goes_on_with_what_was_begun(config, t
     found = []
 
     def step(command):
-        seen = load(Path(command[1]) / "run.yaml")
+        seen = load_run_file(Path(command[1]) / "run.yaml")
         found.append(
             (
                 command[0], seen.root.name, seen.train.init_adapter.removeprefix(f"{seen.run_dir}/"),
@@ -139,19 +139,19 @@ def test_storage_that_does_not_answer_is_one_sentence_of_the_job(config, tmp_pat
     assert "storage does not answer, or refuses (no route)" in capsys.readouterr().err
 
 
-def test_a_damaged_adapter_is_not_gone_on_from(config):
+def test_a_damaged_adapter_is_no_start(config):
     publish(config, "v0001")
     (Path(config.store) / "shop" / "v0001" / "README.md").write_text("changed")
     with pytest.raises(AdapterError, match="refused"):
         refresh.refresh_config(config, MONDAY)
 
 
-def test_before_anything_is_published_it_says_what_to_do(config):
+def test_without_a_published_adapter_the_error_says_what_to_do(config):
     with pytest.raises(AdapterError, match="'pi-ray run' makes and publishes the first"):
         refresh.refresh_config(config, MONDAY)
 
 
-def test_where_it_starts_from_is_part_of_what_is_learned(config):
+def test_the_start_adapter_is_part_of_the_training_fingerprint(config):
     assert "init_adapter:" not in dump(config), "a run that starts from a fresh adapter does not name the key"
     assert train_fingerprint(config, "p") != train_fingerprint(
         config.replace(**{"train.init_adapter": "/store/shop/v0001"}), "p"
@@ -178,7 +178,7 @@ def again(first, tmp_path, **changes):
     return config
 
 
-def test_training_begins_with_the_adapters_weights_and_an_optimiser_that_knows_nothing(first, tmp_path):
+def test_training_begins_with_the_adapters_weights_and_a_fresh_optimiser(first, tmp_path):
     worker = Trainer(RunConfig.model_validate(settings(again(first, tmp_path))["config"]), "f", "cpu", None)
     assert worker.resume() == 0
     saved = lora.load_init_adapter(RunDir(first.root).adapter(2), worker.backend.model, first.model.base)
@@ -187,7 +187,7 @@ def test_training_begins_with_the_adapters_weights_and_an_optimiser_that_knows_n
     assert not any(value.any() for name, value in state.items() if "/" in name)
 
 
-def test_its_first_loss_is_lower_than_a_fresh_adapters(first, tmp_path):
+def test_the_first_loss_is_lower_than_a_fresh_adapters(first, tmp_path):
     config = again(first, tmp_path, **{"schedule.epochs": 1})
     train_worker(settings(config))
     fresh, warm = (

@@ -56,7 +56,7 @@ def test_a_released_version_answers_until_another_one_is_released(store, publish
     assert other.open("colours").version == "v0002"
 
 
-def test_a_trial_gets_its_share_and_a_ticket_always_meets_the_same_version(store):
+def test_a_canary_gets_its_share_and_a_sticky_key_always_meets_the_same_version(store):
     release_version(store, "colours", "v0001")
     release_version(store, "colours", "v0002", canary=10)
     assert shares(store)["v0002"] == pytest.approx(0.1, abs=0.03)
@@ -68,14 +68,14 @@ def test_a_trial_gets_its_share_and_a_ticket_always_meets_the_same_version(store
     assert version(store, "colours@v0001", KEYS[0]) == "v0001"
 
 
-def test_what_is_no_request_never_gets_the_trial(store):
-    """Such as a server that merges an adapter when it starts."""
+def test_without_a_sticky_key_the_canary_never_answers(store):
+    """A server that merges an adapter when it starts has no key."""
     release_version(store, "colours", "v0001")
     release_version(store, "colours", "v0002", canary=99.9)
     assert version(store) == "v0001" and version(store, key=KEYS[0]) == "v0002"
 
 
-def test_rollback_ends_a_trial_first_and_then_goes_back_step_by_step(store):
+def test_rollback_ends_a_canary_first_and_then_goes_back_step_by_step(store):
     release_version(store, "colours", "v0001")
     release_version(store, "colours", "v0002")
     release_version(store, "colours", canary=30)
@@ -87,7 +87,7 @@ def test_rollback_ends_a_trial_first_and_then_goes_back_step_by_step(store):
         release_version(store, "colours", rollback=True)
 
 
-def test_a_trial_becomes_the_release_and_can_be_taken_back(store):
+def test_a_canary_becomes_the_release_and_can_be_taken_back(store):
     release_version(store, "colours", "v0001")
     release_version(store, "colours", "v0003", canary=5)
     assert release_version(store, "colours", "v0003") == {"prod": Alias("v0003", history=("v0001",))}
@@ -98,7 +98,7 @@ def test_a_trial_becomes_the_release_and_can_be_taken_back(store):
     assert version(store) == "v0003"
 
 
-def test_other_aliases_are_apart(store):
+def test_aliases_do_not_change_each_other(store):
     release_version(store, "colours", "v0001")
     release_version(store, "colours", "v0002", alias="staging")
     assert (version(store), version(store, "colours@staging")) == ("v0001", "v0002")
@@ -121,7 +121,7 @@ def test_other_aliases_are_apart(store):
     ({"name": "colours@v0001"}, ConfigError, "name alone"),
     ({"name": "shapes", "version": "v0001"}, AdapterError, "no adapter 'shapes'"),
 ])  # fmt: skip
-def test_what_cannot_be_released_is_said_and_changes_nothing(store, published, options, error, message):
+def test_a_wrong_release_is_an_error_and_changes_nothing(store, published, options, error, message):
     with pytest.raises(error, match=message):
         release_version(store, **{"name": "colours", **options})
     assert not (published / "colours" / "aliases.json").exists()
@@ -146,14 +146,14 @@ def test_a_version_that_serving_would_refuse_is_not_released(store, tmp_path, ti
     '{"prod": "v0001"}', '{"../x": {"version": "v0001"}}', "[]", "{",
     '{"prod": {"version": "v0001", "before": "v0001"}}',
 ])  # fmt: skip
-def test_a_damaged_state_is_an_error_and_never_a_path(store, published, content):
+def test_damaged_aliases_are_an_error_and_never_a_path(store, published, content):
     (published / "colours" / "aliases.json").write_text(content)
     with pytest.raises(AdapterError, match=r"aliases\.json"):
         store.open("colours")
     assert store.open("colours@v0001").version == "v0001"
 
 
-def test_two_who_release_at_once_do_not_lose_each_others_alias(store):
+def test_releases_at_once_do_not_lose_each_others_alias(store):
     threads = [
         threading.Thread(target=release_version, args=(store, "colours", "v0001", None, False, f"team-{i}"))
         for i in range(8)

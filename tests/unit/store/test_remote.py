@@ -62,7 +62,7 @@ def test_an_adapter_is_fetched_once_verified_and_served_from_here(store, bucket,
     assert {p.name for p in (tmp_path / "cache" / "adapters").rglob("*") if "tmp" in p.name} == set()
 
 
-def test_another_process_of_the_machine_finds_what_was_fetched(store, bucket, tiny_model):
+def test_another_process_of_the_machine_finds_the_fetched_copy(store, bucket, tiny_model):
     path = store.open("colours").path
     bucket.opened.clear()
     other = AdapterStore("s3://bucket/adapters", ModelConfig(base=str(tiny_model)))
@@ -89,7 +89,7 @@ def test_a_new_version_is_seen_within_seconds_and_the_store_is_not_asked_for_eve
     assert store.open("colours@v0001").version == "v0001"
 
 
-def test_while_the_store_is_out_of_reach_what_is_known_is_served(store, bucket):
+def test_while_the_store_is_out_of_reach_known_adapters_are_served(store, bucket):
     store.open("colours")
     bucket.down = True
     store.backend._clock.now += 100
@@ -101,7 +101,7 @@ def test_while_the_store_is_out_of_reach_what_is_known_is_served(store, bucket):
     assert store.open("shapes").name == "shapes"
 
 
-def test_while_it_is_out_of_reach_one_request_in_some_seconds_waits_for_it(store, bucket):
+def test_while_the_store_is_out_of_reach_one_request_in_some_seconds_waits_for_it(store, bucket):
     store.open("colours")
     bucket.down = True
     for times in (1, 2):
@@ -210,7 +210,7 @@ def test_a_flipped_bit_is_refused_and_not_fetched_again_with_every_request(store
 
 
 @pytest.mark.fault
-def test_what_a_whole_adapter_may_not_be_is_refused_as_in_a_folder(store, bucket, root, tiny_model):
+def test_an_adapter_is_verified_as_in_a_folder(store, bucket, root, tiny_model):
     config = json.loads((root / "colours" / "v0001" / "adapter_config.json").read_text())
     rewrite(root / "colours" / "v0001", "adapter_config.json", {**config, "auto_map": {"AutoModel": "evil.Model"}})
     refused(store, "auto_map")
@@ -226,7 +226,7 @@ def train(run, base, seed):
     run.best.symlink_to("phase-0")
 
 
-def test_publish_and_release_write_there_too(store, bucket, root, tiny_model, tmp_path):
+def test_publish_and_release_write_to_a_store_behind_a_url(store, bucket, root, tiny_model, tmp_path):
     config = RunConfig(
         name="flags", run_dir=str(tmp_path / "run"), store="s3://bucket/adapters",
         model=ModelConfig(base=str(tiny_model)),
@@ -286,7 +286,7 @@ def test_a_url_by_fsspec_sees_new_versions(root, tiny_model):
 
 
 @pytest.mark.parametrize("url", ["nope://x/y", "s3://", "file:///", "http://example.org/x"])
-def test_a_url_of_another_kind_is_named_with_what_there_is(url):
+def test_a_url_of_an_unknown_kind_is_an_error_that_names_the_known_kinds(url):
     with pytest.raises(ConfigError, match=r"s3://.*gs://, hf://"):
         AdapterStore(url)
 
