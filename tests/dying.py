@@ -1,6 +1,8 @@
-"""Training workers that are killed or stopped at given places, once each. Faults are planted as files in the run directory, so that every new process knows them.
+"""Training workers that are killed or stopped at given places, once each. Faults are planted as files in the run
+directory, so that every new process knows them.
 
-`pi_ray.train.launch._ray_worker` is replaced by `ray_worker`; the signal is the real one, sent by the worker to itself, so that nothing has to be timed.
+`pi_ray.train.launch._ray_worker` is replaced by `ray_worker`; the signal is the real one, sent by the worker to itself,
+so that nothing has to be timed.
 """
 
 from __future__ import annotations
@@ -15,7 +17,9 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Fault:
-    """`signal` to worker `rank` at a place: in the forward pass of "update" N, in the middle of writing "checkpoint" N, after "phase" N has ended."""
+    """`signal` to worker `rank` at a place: in the forward pass of "update" N, in the middle of writing "checkpoint" N,
+    after "phase" N has ended.
+    """
 
     place: str
     number: int

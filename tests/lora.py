@@ -5,26 +5,33 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from pi_ray.run.artifact import seal, staged, write_atomic
+from pi_ray.run.artifact import seal_folder, staged, write_atomic
 
 TEMPLATE = "Answer with one code."
 
 
 def card(base_model: Path | str, **changes) -> dict:
     return {
-        "format": 1, "run": "tiny", "task": "colours", "base": str(base_model), "revision": "", "prompt": {"chat": "chatml", "query": "Q: {query}"}, "template": "",
-        "full_template_sha256": "0" * 64, "full_prompt_tokens": 120, "query_prompt_tokens": 12, "max_answer_tokens": 6, "phase": 2, "rate": 0.0, "shots": 0,
+        "format": 1, "run": "tiny", "task": "colours", "base": str(base_model), "revision": "",
+        "prompt": {"chat": "chatml", "query": "Q: {query}"}, "template": "",
+        "full_template_sha256": "0" * 64, "full_prompt_tokens": 120, "query_prompt_tokens": 12, "max_answer_tokens": 6,
+        "phase": 2, "rate": 0.0, "shots": 0,
         "fingerprint": "f" * 64, "versions": {"peft": "0"}, **changes,
     }  # fmt: skip
 
 
 def write_adapter(folder: Path, base: Path, seed: int = 1, rank: int = 4, facts: dict | None = None) -> Path:
-    """peft's two files and pi_ray.json, without a manifest. The weights are large enough to change the greedy answer."""
+    """peft's two files and pi_ray.json, without a manifest. The weights are large enough to change the greedy
+    answer.
+    """
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
-    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM"))
+    model = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(base),
+        LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM"),
+    )
     torch.manual_seed(seed)
     with torch.no_grad():
         for name, weight in model.named_parameters():
@@ -45,6 +52,6 @@ def put_in_store(store: Path, name: str, base: Path, seed: int = 1, version: str
 
 
 def rewrite(folder: Path, file: str, data: bytes | dict) -> None:
-    """Change a file of an artefact and make its manifest agree, as someone who built a hostile adapter would."""
+    """Change a file of an artifact and make its manifest agree, as someone who built a hostile adapter would."""
     (folder / file).write_bytes(json.dumps(data).encode() if isinstance(data, dict) else data)
-    seal(folder)
+    seal_folder(folder)

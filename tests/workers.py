@@ -1,4 +1,6 @@
-"""Training workers as processes of this machine over gloo, without Ray. They fork from one server that has everything imported, so that a start costs little."""
+"""Training workers as processes of this machine over gloo, without Ray. They fork from one server that has everything
+imported, so that a start costs little.
+"""
 
 from __future__ import annotations
 
@@ -10,17 +12,27 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-PRELOAD = ["deepspeed.runtime.zero.muon.muon_optimizer", "peft", "transformers.models.llama.modeling_llama", "transformers.models.mixtral.modeling_mixtral", "pi_ray.train.trainer", "tests.workers"]
+PRELOAD = [
+    "deepspeed.runtime.zero.muon.muon_optimizer", "peft", "transformers.models.llama.modeling_llama",
+    "transformers.models.mixtral.modeling_mixtral", "pi_ray.train.trainer", "tests.workers",
+]
 
 
 def run(world: int, work: Callable[..., Any], *args: Any) -> list[Any]:
-    """What `work(*args)` returns in each of `world` processes that know each other through torch.distributed. `work` is a module's function."""
+    """What `work(*args)` returns in each of `world` processes that know each other through torch.distributed. `work` is
+    a module's function.
+    """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
     results: list[Any] = [None] * world
     with tempfile.TemporaryDirectory() as folder:
         said = context.SimpleQueue()
-        processes = [context.Process(target=_one, args=(rank, world, f"file://{Path(folder) / 'store'}", said, work, args), daemon=True) for rank in range(world)]
+        processes = [
+            context.Process(
+                target=_one, args=(rank, world, f"file://{Path(folder) / 'store'}", said, work, args), daemon=True
+            )
+            for rank in range(world)
+        ]
         for process in processes:
             process.start()
         try:

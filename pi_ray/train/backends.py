@@ -36,7 +36,7 @@ class DdpBackend:
 
     def step(self, lr: float) -> None:
         if dist.is_initialized() and dist.get_world_size() > 1:
-            grads = [p.grad for p in self.params.values()]
+            grads: list[Any] = [p.grad for p in self.params.values()]
             flat = torch.nn.utils.parameters_to_vector(grads)
             dist.all_reduce(flat)
             torch.nn.utils.vector_to_parameters(flat, grads)

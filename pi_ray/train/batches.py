@@ -89,7 +89,9 @@ def packed_batch(prefix: list[int], rows: Sequence[TokenRow]) -> Batch:
     lengths = [len(ids) for ids in fed]
     ids = prefix + [token for row in fed for token in row]
     positions = [*range(len(prefix)), *(len(prefix) + i for n in lengths for i in range(n))]
-    keep, labels, end = [], [], len(prefix)
+    keep: list[int] = []
+    labels: list[int] = []
+    end = len(prefix)
     for (_, label), n in zip(rows, lengths, strict=True):
         end += n
         keep.extend(range(end - len(label), end))

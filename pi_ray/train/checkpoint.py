@@ -101,4 +101,4 @@ def load_checkpoint(path: Path) -> tuple[State, State | None, dict[str, Any]]:
     from safetensors.torch import load_file
 
     best = load_file(path / BEST) if (path / BEST).exists() else None
-    return load_file(path / STATE), best, read_manifest(path)
+    return load_file(path / STATE), best, read_manifest(path) or {}

@@ -38,7 +38,7 @@ def shard_while_loading(deepspeed_config: dict[str, Any]) -> Any:
     """
     if deepspeed_config["zero_optimization"]["stage"] < 3:
         return None
-    from transformers.integrations import HfDeepSpeedConfig
+    from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
     return HfDeepSpeedConfig(deepspeed_config)
 

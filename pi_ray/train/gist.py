@@ -18,7 +18,6 @@ from transformers import DynamicCache
 from pi_ray.models import last_logits_index
 
 FILE = "gist.safetensors"  # beside adapter_model.safetensors
-PARAMETER = "gist"
 
 
 def gist_ids(k: int) -> list[int]:
@@ -33,10 +32,10 @@ def count_gist_tokens(prefix: Sequence[int]) -> int:
 class GistEmbedding(torch.nn.Module):
     """The base model's input embeddings, and (k, D) trained ones for ids -1 to -k, which start as the mean of all."""
 
-    def __init__(self, base: torch.nn.Module, k: int):
+    def __init__(self, base: Any, k: int):
         super().__init__()
         self.base = base
-        self.register_parameter(PARAMETER, torch.nn.Parameter(base.weight.detach().float().mean(0).repeat(k, 1)))
+        self.gist = torch.nn.Parameter(base.weight.detach().float().mean(0).repeat(k, 1))
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         """Embeddings of `tokens`. Gist embeddings always take part, so that every worker has gradients of them."""
@@ -55,15 +54,15 @@ def save_gist(folder: Path, weights: dict[str, torch.Tensor]) -> None:
     from safetensors.torch import save_file
 
     for name, value in weights.items():
-        if name.endswith(f".{PARAMETER}"):
-            save_file({PARAMETER: value.contiguous()}, folder / FILE)
+        if name.endswith(".gist"):
+            save_file({"gist": value.contiguous()}, folder / FILE)
 
 
 def load_gist(folder: Path) -> torch.Tensor | None:
     """The (k, D) gist embeddings of an adapter folder; None where it was trained without."""
     from safetensors.torch import load_file
 
-    return load_file(folder / FILE)[PARAMETER] if (folder / FILE).exists() else None
+    return load_file(folder / FILE)["gist"] if (folder / FILE).exists() else None
 
 
 @torch.inference_mode()
@@ -76,6 +75,7 @@ def gist_cache(model: Any, prefix: Sequence[int], gists: torch.Tensor) -> Dynami
     known = model.get_input_embeddings()(torch.tensor([list(prefix[:-k])], device=device))
     embeds, cache = torch.cat([known, gists[None].to(known)], 1), DynamicCache()
     model(inputs_embeds=embeds, past_key_values=cache, use_cache=True, logits_to_keep=last_logits_index(1, device))
-    for layer in cache.layers:
+    layers: Any = cache.layers
+    for layer in layers:
         layer.keys, layer.values = layer.keys[:, :, -k:].clone(), layer.values[:, :, -k:].clone()
     return cache

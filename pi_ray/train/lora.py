@@ -43,7 +43,7 @@ def peft_config(model: Any, config: LoraConfig) -> Any:
 
     targets = config.targets if isinstance(config.targets, str) else list(config.targets)
     if config.method == "ia3":
-        modules = {} if targets == ALL_LINEAR else {"target_modules": targets, "feedforward_modules": []}
+        modules: dict[str, Any] = {} if targets == ALL_LINEAR else {"target_modules": targets, "feedforward_modules": []}
         return peft.IA3Config(**modules, task_type="CAUSAL_LM")
     return peft.LoraConfig(
         r=config.rank, lora_alpha=config.alpha, lora_dropout=config.dropout, task_type="CAUSAL_LM",

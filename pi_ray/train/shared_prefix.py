@@ -84,7 +84,7 @@ def shared_prefix_attention(
     query (1, H, S, D), key and value (1, H_kv, S, D) -> output (1, S, H, D).
     """
     grouped = {"enable_gqa": True} if query.shape[1] != key.shape[1] else {}
-    options = {"dropout_p": dropout, "scale": scaling, **grouped}
+    options: dict[str, Any] = {"dropout_p": dropout, "scale": scaling, **grouped}
     attend = F.scaled_dot_product_attention
     if layout is None:
         return attend(query, key, value, is_causal=True, **options).transpose(1, 2).contiguous(), None
@@ -94,7 +94,7 @@ def shared_prefix_attention(
     seen_key, seen_value = head_key[:, :, p - v :], head_value[:, :, p - v :]
     outputs = [attend(head, head_key, head_value, is_causal=True, **options)] if p else []
     for n, q, k, w in zip(layout.lengths, queries, keys, values, strict=True):
-        mask = {"attn_mask": layout.mask[:n, : v + n]} if v else {"is_causal": True}
+        mask: dict[str, Any] = {"attn_mask": layout.mask[:n, : v + n]} if v else {"is_causal": True}
         outputs.append(attend(q, torch.cat([seen_key, k], 2), torch.cat([seen_value, w], 2), **mask, **options))
     return torch.cat(outputs, 2).transpose(1, 2).contiguous(), None
 
@@ -131,7 +131,7 @@ def uses_flex_attention(choice: str, device: str) -> bool:
     return gpu and choice != "sdpa"
 
 
-def why_prefix_cannot_be_shared(model: torch.nn.Module, longest: float = 0) -> str:
+def why_prefix_cannot_be_shared(model: Any, longest: float = 0) -> str:
     """The reason why a base model's class or config rules out packed batches; "" where they do not.
 
     `longest`: tokens of the longest row with its prefix; a sliding window that holds them all is full attention. What
@@ -152,7 +152,7 @@ def why_prefix_cannot_be_shared(model: torch.nn.Module, longest: float = 0) -> s
 
 
 @contextmanager
-def ordinary_attention(model: torch.nn.Module) -> Iterator[None]:
+def ordinary_attention(model: Any) -> Iterator[None]:
     """A context in which the model attends by plain SDPA, with KV cache and masks, as generation needs."""
     attention = model.config._attn_implementation
     model.set_attn_implementation("sdpa")
@@ -162,7 +162,7 @@ def ordinary_attention(model: torch.nn.Module) -> Iterator[None]:
         model.set_attn_implementation(attention)
 
 
-def enable_shared_prefix(model: torch.nn.Module, flex: bool = False) -> None:
+def enable_shared_prefix(model: Any, flex: bool = False) -> None:
     """Route the model's attention through `shared_prefix_attention`, or through flex attention."""
     AttentionInterface.register(NAME, shared_prefix_attention)
     AttentionInterface.register(FLEX, flex_shared_prefix_attention)

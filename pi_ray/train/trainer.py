@@ -82,7 +82,7 @@ class Trainer:
         self.adam_updates = 0  # updates that Adam's moments have seen
         self.early = EarlyStop(config.train.early_stop)
         self.micro_batch = config.train.micro_batch or config.rows_per_worker
-        bf16 = models.dtype_of(config.model, device) == torch.bfloat16
+        bf16 = models.model_dtype(config.model, device) == torch.bfloat16
         micro_batches = config.rows_per_worker // self.micro_batch
         self.backend = backends[config.train.backend.name](self.build_model, config.train, micro_batches, bf16)
         self.pack = self._choose_packing()
@@ -153,7 +153,7 @@ class Trainer:
         if not self.dataloader.has_answers:
             self._make_teacher_answers(update)
         if self.dataloader.distills and (update.phase, update.index) == (1, 0):
-            manifest = read_manifest(self.dir.teacher_answers)
+            manifest = read_manifest(self.dir.teacher_answers) or {}
             facts = {key: manifest[key] for key in distill.LOGGED}
             self.log.add({"event": "teacher_answers", "step": update.step, **facts})
 

@@ -33,11 +33,11 @@ def updates_in_phase(rows: int, phase: Phase, batch_size: int) -> int:
 def plan_updates(rows: list[int], phases: list[Phase], config: TrainConfig) -> list[Update]:
     """Every update of the run in order. `rows[i]` is the number of labelled rows of phase i."""
     counts = [updates_in_phase(n, p, config.batch_size) for n, p in zip(rows, phases, strict=True)]
-    total, updates = sum(counts), []
+    updates: list[Update] = []
     for phase, count in enumerate(counts):
         for index in range(count):
             step, epoch = len(updates), index * config.batch_size // rows[phase]
-            position = (step, total) if config.phase_transition == "carry" else (index, count)
+            position = (step, sum(counts)) if config.phase_transition == "carry" else (index, count)
             updates.append(Update(step, phase, index, epoch, learning_rate(config, *position)))
     return updates
 

@@ -2,9 +2,9 @@
 
     python -m tests.bench.prefix [--model smollm2-135m] [--rounds 5]
 
-The peer is the padded batch that trainers commonly use, given the same advantages: SDPA attention and logits at the answer's tokens alone.
-Both are timed alternately, forward and backward, and the median is taken. `token_ratio` is the tokens that each row with a prefix of its own
-would have over those that pass through the model.
+The peer is the padded batch that trainers commonly use, given the same advantages: SDPA attention and logits at the
+answer's tokens alone. Both are timed alternately, forward and backward, and the median is taken. `token_ratio` is the
+tokens that each row with a prefix of its own would have over those that pass through the model.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from pi_ray.train.batches import Batch, packed_batch, plain_batch, to_device
 from pi_ray.train.objectives import sft_loss
 from tests.bench.report import header, last_line
 
-CASES = [("shots and template", 8, 200, 45, 15), ("long template", 8, 550, 100, 18), ("short rows", 16, 480, 25, 18)]  # name, rows, prefix, query, answer
+# name, rows, prefix, query, answer
+CASES = [("shots and template", 8, 200, 45, 15), ("long template", 8, 550, 100, 18), ("short rows", 16, 480, 25, 18)]
 
 
 def step(model: torch.nn.Module, batch: Batch) -> tuple[float, float, torch.Tensor]:
@@ -43,7 +44,9 @@ def measure(model: torch.nn.Module, case: tuple[str, int, int, int, int], rounds
     def ids(n: int) -> list[int]:
         return [rng.randrange(100, 40000) for _ in range(n)]
 
-    head, data = ids(prefix), [(ids(query + rng.randrange(-5, 6)), ids(answer + rng.randrange(-2, 3))) for _ in range(rows)]
+    head, data = (
+        ids(prefix), [(ids(query + rng.randrange(-5, 6)), ids(answer + rng.randrange(-2, 3))) for _ in range(rows)],
+    )
     shared, padded = (to_device(pack(head, data), str(model.device)) for pack in (packed_batch, plain_batch))
     times: dict[str, list[float]] = {"shared": [], "plain": []}
     for i in range(rounds + 1):
@@ -59,7 +62,10 @@ def measure(model: torch.nn.Module, case: tuple[str, int, int, int, int], rounds
     print(f"  {name}: {rows} rows of {prefix} + {query} + {answer} tokens")
     print(f"    plain   median {median(times['plain']):7.2f} s  loss {plain_loss:.6f}  {padded.plain_tokens} tokens")
     print(f"    shared  median {median(times['shared']):7.2f} s  loss {shared_loss:.6f}  {shared.tokens} tokens")
-    print(f"    speedup {speedup:.2f}, token ratio {ratio:.2f}, gradients differ by {difference:.1e} (relative)", flush=True)
+    print(
+        f"    speedup {speedup:.2f}, token ratio {ratio:.2f}, gradients differ by {difference:.1e} (relative)",
+        flush=True,
+    )
     return speedup, ratio, difference
 
 
@@ -75,7 +81,8 @@ def main() -> None:
         if "lora_B" in name:  # zero at the start, which would leave half of the gradients zero
             torch.nn.init.normal_(p, std=0.01)
     results = [measure(model, case, args.rounds) for case in CASES]
-    worst = min(results, key=lambda r: r[0] / r[1])  # the case that stands worst against its token ratio is the one reported
+    # the case that stands worst against its token ratio is the one reported
+    worst = min(results, key=lambda r: r[0] / r[1])
     last_line(speedup=worst[0], token_ratio=worst[1], grad_rel_diff=max(r[2] for r in results))
 
 

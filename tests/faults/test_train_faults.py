@@ -1,4 +1,6 @@
-"""Training under faults: killed, stopped and misled workers, damaged checkpoints, full disks, changed configurations. Ray only where Ray is what is tested; a lost host is in tests/cluster."""
+"""Training under faults: killed, stopped and misled workers, damaged checkpoints, full disks, changed configurations.
+Ray only where Ray is what is tested; a lost host is in tests/cluster.
+"""
 
 import json
 import os
@@ -33,7 +35,10 @@ def settings(config):
 
 
 def adapters(config):
-    return [verify_artifact(RunDir(config.root).adapter(i))["files"]["adapter_model.safetensors"]["sha256"] for i in range(3)]
+    return [
+        verify_artifact(RunDir(config.root).adapter(i))["files"]["adapter_model.safetensors"]["sha256"]
+        for i in range(3)
+    ]
 
 
 def log_of(config):
@@ -49,7 +54,9 @@ def work(given):
 
 
 def config_of(model, root, **changes):
-    config = tiny_config(model, root, **{"schedule.epochs": 3, "train.batch_size": 4, "train.checkpoint_every": 4, **changes})
+    config = tiny_config(
+        model, root, **{"schedule.epochs": 3, "train.batch_size": 4, "train.checkpoint_every": 4, **changes}
+    )
     prepare_by_hand(config)
     return config
 
@@ -119,7 +126,10 @@ def poisoned(given, value, rank, at):
         trainer.sft_loss = real
 
 
-@pytest.mark.parametrize("backend, value", [({"name": "ddp"}, float("nan")), ({"name": "deepspeed", "zero_stage": 2}, float("inf"))], ids=["ddp nan", "zero inf"])
+@pytest.mark.parametrize(
+    "backend, value", [({"name": "ddp"}, float("nan")), ({"name": "deepspeed", "zero_stage": 2}, float("inf"))],
+    ids=["ddp nan", "zero inf"],
+)
 def test_f7_all_workers_stop_in_the_update_in_which_one_has_no_number(tiny_model, tmp_path, backend, value):
     config = config_of(tiny_model, tmp_path, **{"train.workers": 2, "train.backend": backend})
     first, second = workers.run(2, poisoned, settings(config), value, 1, 6)
@@ -177,7 +187,9 @@ def test_f5_a_damaged_checkpoint_is_set_aside_with_a_warning_and_the_older_one_u
     assert (tmp_path / "step-00000004.corrupt").is_dir() and not newest.exists()
     assert len(said) == 1 and "step-00000004.corrupt" in said[0] and name in said[0]
     if how != "delete" and name == checkpoint.STATE:
-        assert said[0].count("sha256") == 1 and len([w for w in said[0].replace(";", "").split() if len(w) == 64]) == 2, "both hashes are named"
+        assert (
+            said[0].count("sha256") == 1 and len([w for w in said[0].replace(";", "").split() if len(w) == 64]) == 2
+        ), "both hashes are named"
 
 
 def test_f5_no_single_flipped_bit_of_a_manifest_is_believed(tmp_path):
@@ -193,7 +205,9 @@ def test_f5_no_single_flipped_bit_of_a_manifest_is_believed(tmp_path):
             found = verify_artifact(newest)
             assert {k: v for k, v in found.items() if k in believed} == believed, f"byte {at}"
             trusted += 1
-    assert trusted < 40, "only where the flip makes other white space, or hits the name under which the manifest's own hash stands"
+    assert trusted < 40, (
+        "only where the flip makes other white space, or hits the name under which the manifest's own hash stands"
+    )
 
 
 def test_f5_when_every_checkpoint_is_damaged_training_begins_again(tmp_path):
@@ -233,7 +247,11 @@ def test_f6_training_stops_at_a_full_disk_and_goes_on_when_there_is_space(alone,
     ballast = fill(small_disk, 24_000)
     with pytest.raises(StorageError, match="disk is full"):
         train_worker(settings(config))
-    assert not leftovers(small_disk) and checkpoint.newest_checkpoint(RunDir(config.root).checkpoints, launch.fingerprint_of(config)).name == "step-00000004"
+    assert (
+        not leftovers(small_disk)
+        and checkpoint.newest_checkpoint(RunDir(config.root).checkpoints, launch.fingerprint_of(config)).name
+        == "step-00000004"
+    )
     ballast.unlink()
     train_worker(settings(config))
     assert adapters(config) == adapters(alone) and steps(config) == list(range(UPDATES))
@@ -301,7 +319,11 @@ def test_f9_a_changed_configuration_is_refused_and_the_changes_are_named(alone, 
     with pytest.raises(TrainingError, match="another configuration") as refused:
         train_worker({**settings(changed)})
     said = str(refused.value)
-    assert "train.lr was 0.01, now 0.02" in said and "train.lora.rank was 4, now 8" in said and f"now {str(tiny_mixtral)!r}" in said
+    assert (
+        "train.lr was 0.01, now 0.02" in said
+        and "train.lora.rank was 4, now 8" in said
+        and f"now {str(tiny_mixtral)!r}" in said
+    )
     assert "train.batch_size" not in said and sorted(p.name for p in RunDir(tmp_path).checkpoints.iterdir()) == before
     train_worker(settings(config))
     assert adapters(config) == adapters(alone)
@@ -310,7 +332,11 @@ def test_f9_a_changed_configuration_is_refused_and_the_changes_are_named(alone, 
 def test_f9_another_number_of_workers_goes_on_with_the_same_rows_in_the_same_order(alone, tmp_path):
     config = again(alone, tmp_path)
     more = config.replace(**{"train.workers": 2, "train.micro_batch": 1, "train.max_failures": 9})
-    assert launch.fingerprint_of(more) == launch.fingerprint_of(config) != launch.fingerprint_of(config.replace(**{"train.seed": 1}))
+    assert (
+        launch.fingerprint_of(more)
+        == launch.fingerprint_of(config)
+        != launch.fingerprint_of(config.replace(**{"train.seed": 1}))
+    )
     with dies_before(14):
         train_worker(settings(config))
     workers.run(2, work, settings(more))
@@ -335,7 +361,9 @@ def test_f1_killed_in_a_phase_in_a_checkpoint_and_between_phases_it_ends_with_th
     launch.train(config)
     assert dying.fired(tmp_path) == 3
     assert adapters(config) == adapters(pair) and steps(config) == list(range(UPDATES))
-    assert len(dying.forwards(tmp_path)) <= UPDATES + 3 * 2 * 4, "each kill costs two intervals between checkpoints at most"
+    assert len(dying.forwards(tmp_path)) <= UPDATES + 3 * 2 * 4, (
+        "each kill costs two intervals between checkpoints at most"
+    )
     assert not leftovers(tmp_path) and not RunDir(tmp_path).checkpoints.exists()
 
 
@@ -350,7 +378,11 @@ def test_f1_killed_after_its_last_adapter_a_run_over_an_older_one_is_not_taken_f
         launch.train(config)
     assert dying.fired(tmp_path) == 1 and len(adapters(config)) == 3 and not launch.is_trained(config)
     launch.train(config)
-    assert launch.is_trained(config) and not RunDir(tmp_path).checkpoints.exists() and log_of(config)[-1]["event"] == "best"
+    assert (
+        launch.is_trained(config)
+        and not RunDir(tmp_path).checkpoints.exists()
+        and log_of(config)[-1]["event"] == "best"
+    )
 
 
 @pytest.mark.ray
@@ -368,7 +400,10 @@ def test_f4_more_kills_than_max_failures_end_the_run_with_its_newest_checkpoint_
     with pytest.raises(TrainingError, match="the same command goes on") as stopped:
         launch.train(config)
     assert stopped.value.exit_code and dying.fired(tmp_path) == 2 and not launch.is_trained(config)
-    assert checkpoint.newest_checkpoint(RunDir(tmp_path).checkpoints, launch.fingerprint_of(config)).name == "step-00000008"
+    assert (
+        checkpoint.newest_checkpoint(RunDir(tmp_path).checkpoints, launch.fingerprint_of(config)).name
+        == "step-00000008"
+    )
 
 
 @pytest.mark.ray
@@ -384,21 +419,26 @@ def test_f7_what_another_try_would_only_repeat_is_not_tried_again(pair, tmp_path
 
 
 PROGRAM = (
-    "import sys, pathlib; from pi_ray import cluster; from pi_ray.config import RunConfig; from pi_ray.train.loop import train\n"
+    "import sys, pathlib; from pi_ray import cluster; from pi_ray.config import RunConfig; from pi_ray.train.loop "
+    "import train\n"
     "cluster.connect(); train(RunConfig.model_validate_json(pathlib.Path(sys.argv[1]).read_text()))"
 )
 
 
 @pytest.mark.ray
 def test_f2_after_the_driver_was_killed_the_same_command_ends_with_the_same_adapters(pair, tmp_path):
-    """SIGKILL to the driver and its whole process group while the last phase runs; half of a snapshot of Ray's lies about as well."""
+    """SIGKILL to the driver and its whole process group while the last phase runs; half of a snapshot of Ray's lies
+    about as well.
+    """
     config = again(pair, tmp_path / "run", **{"train.max_failures": 0})
     (tmp_path / "config.json").write_text(config.model_dump_json())
     command = [sys.executable, "-c", PROGRAM, str(tmp_path / "config.json")]
     log = RunDir(config.root).train_log
     first = subprocess.Popen(command, start_new_session=True, env=outside())
     deadline = time.monotonic() + 120
-    while not (log.exists() and sum('"phase": 2' in line and '"loss"' in line for line in log.read_text().splitlines()) >= 2):
+    while not (
+        log.exists() and sum('"phase": 2' in line and '"loss"' in line for line in log.read_text().splitlines()) >= 2
+    ):
         assert first.poll() is None and time.monotonic() < deadline, "the first run ended before it could be killed"
         time.sleep(0.01)
     os.killpg(first.pid, signal.SIGKILL)

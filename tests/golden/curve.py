@@ -3,8 +3,8 @@
     python -m tests.golden.curve
 
 writes it again. Three phases of nine updates on a Llama of two layers, with random weights and rows made from seeds,
-on one CPU thread in float32. Weights are drawn uniformly and rows need no tokenizer, so that the curve depends as little
-as possible on the machine and on versions of libraries.
+on one CPU thread in float32. Weights are drawn uniformly and rows need no tokenizer, so that the curve depends as
+little as possible on the machine and on versions of libraries.
 """
 
 from __future__ import annotations

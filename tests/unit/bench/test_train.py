@@ -1,4 +1,6 @@
-"""The benchmarks of training: what is prepared, what a number means. The trainers themselves are run by the benchmarks alone."""
+"""The benchmarks of training: what is prepared, what a number means. The trainers themselves are run by the benchmarks
+alone.
+"""
 
 import sys
 from types import SimpleNamespace
@@ -54,7 +56,9 @@ def test_peers_get_the_rows_of_every_update_in_our_order(prepared):
     data, rows = PhaseDataset(RunDir(config.root).phase(0)), in_order(config)
     numbers = [batch_rows(u, 8, config.train) for u in plan_updates([8], plan_phases(config.schedule), config.train)]
     assert [len(update) for update in rows] == [4, 4]
-    assert list(flat(rows)) == [(data.prefix + prompt, label) for update in numbers for prompt, label in data.take(update)]
+    assert list(flat(rows)) == [
+        (data.prefix + prompt, label) for update in numbers for prompt, label in data.take(update)
+    ]
     assert sorted(n for update in numbers for n in update) == list(range(8))
 
 
@@ -92,11 +96,11 @@ def test_a_trl_that_refuses_to_pack_is_left_out_and_any_other_failure_is_not(mon
     def refuses(*_):
         raise ValueError("packing needs another attention\nand more")
 
-    monkeypatch.setattr(train, "apart", refuses)
-    assert train.one(Job("trl packed", "", 1, 1)) is None
+    monkeypatch.setattr(train, "in_fresh_process", refuses)
+    assert train.run_side(Job("trl packed", "", 1, 1)) is None
     assert "trl packed: not on this machine (packing needs another attention)" in capsys.readouterr().out
     with pytest.raises(ValueError, match="another attention"):
-        train.one(Job("trl", "", 1, 1))
+        train.run_side(Job("trl", "", 1, 1))
 
 
 def test_packs_hold_two_of_the_longest_rows_and_an_update_about_a_batch():
@@ -106,11 +110,44 @@ def test_packs_hold_two_of_the_longest_rows_and_an_update_about_a_batch():
 
 def test_the_figures_are_peers_over_ours_and_our_memory_over_theirs():
     results = [
-        {"prompt": "template", "over": {"hf": 6.0, "trl": 5.0}, "peak": {"pi-ray": 2, "hf": 1, "trl": 9, "trl packed": 8}},
+        {
+            "prompt": "template", "over": {"hf": 6.0, "trl": 5.0},
+            "peak": {"pi-ray": 2, "hf": 1, "trl": 9, "trl packed": 8},
+        },
         {"prompt": "query", "over": {"hf": 1.5, "trl": 1.2}, "peak": {"pi-ray": 1, "hf": 1, "trl": 3, "trl packed": 2}},
     ]
-    assert figures(results) == {"over_hf_template": 6.0, "over_trl_template": 5.0, "over_hf_query": 1.5, "over_trl_query": 1.2, "peak_memory_over_trl": 0.25}
+    assert figures(results) == {
+        "over_hf_template": 6.0, "over_trl_template": 5.0, "over_hf_query": 1.5, "over_trl_query": 1.2,
+        "peak_memory_over_trl": 0.25,
+    }
     assert loss_difference([2.0, 1.0], [2.0, 1.25]) == pytest.approx(0.2)
+
+
+@pytest.mark.parametrize("side, prompt, difference", [("hf", 0, 2e-3), ("trl", 1, 1e-3), ("trl", 0, float("nan"))])
+def test_losses_that_are_not_within_tolerance_end_the_benchmark_with_an_error(side, prompt, difference):
+    results = [{"prompt": name, "loss_difference": {"hf": 1e-6, "trl": 9e-4}} for name in ("template", "query")]
+    train.require_equal_losses(results)
+    results[prompt]["loss_difference"][side] = difference
+    with pytest.raises(
+        SystemExit, match=rf"not within 0\.001 .*: {side} on prompt {results[prompt]['prompt']}: losses differ by"
+    ) as error:
+        train.require_equal_losses(results)
+    assert error.value.code not in (0, None) and str(error.value).count("on prompt") == 1
+
+
+def test_the_benchmark_exits_with_an_error_when_losses_differ(prepared, monkeypatch, capsys):
+    config, _, data = prepared
+    run = lambda job: Run([1.0, 1.0], [2.0, 1.0 if job.side != "trl" else 1.1], [9, 9], "")  # noqa: E731
+    monkeypatch.setattr(train, "run_side", run)
+    monkeypatch.setattr(train, "in_fresh_process", lambda work, *args: 8 if work is train._fitting else work(*args))
+    monkeypatch.setattr(train, "find_spec", lambda name: True)
+    monkeypatch.setattr(train, "version", lambda name: "1")
+    arguments = ["--data", str(data), "--model", config.model.base, "--updates", "2", "--batch", "4"]
+    monkeypatch.setattr(sys, "argv", ["train", *arguments])
+    monkeypatch.setattr(train.os, "environ", dict(train.os.environ))
+    with pytest.raises(SystemExit, match=r"trl on prompt template: losses differ by 9\.1e-02; trl on prompt query"):
+        train.main()
+    assert "NOT within" in capsys.readouterr().out
 
 
 def entry(time, phase, seconds=1.0):
@@ -119,13 +156,22 @@ def entry(time, phase, seconds=1.0):
 
 def test_steps_are_timed_within_a_phase_and_the_start_apart():
     times = scale.Times()
-    times.add([{"event": "note"}, entry(110.0, 0, 4.0), entry(112.0, 0), entry(115.0, 0), {"event": "phase_end"}, entry(130.0, 1), entry(131.0, 1)], launched=100.0)
+    times.add(
+        [
+            {"event": "note"}, entry(110.0, 0, 4.0), entry(112.0, 0), entry(115.0, 0), {"event": "phase_end"},
+            entry(130.0, 1), entry(131.0, 1),
+        ],
+        launched=100.0,
+    )
     assert times.starts == [6.0]
     assert times.medians == [2.5, 1.0]
 
 
 def test_two_workers_and_ray_are_compared_over_both_phases():
-    times = {side: scale.Times({0: [template], 1: [query]}) for side, template, query in (("one", 6.0, 2.0), ("two", 3.0, 1.0), ("ray", 3.1, 1.1))}
+    times = {
+        side: scale.Times({0: [template], 1: [query]})
+        for side, template, query in (("one", 6.0, 2.0), ("two", 3.0, 1.0), ("ray", 3.1, 1.1))
+    }
     assert scale.figures(times) == {"workers2_over_1": pytest.approx(2.0), "ray_overhead": pytest.approx(0.05)}
 
 

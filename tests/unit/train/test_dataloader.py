@@ -23,7 +23,9 @@ def prepared(tiny_model, tmp_path):
 
 @pytest.fixture
 def opened(monkeypatch):
-    """(folder, whether the main thread waited for it) of each dataset that was opened; `ready` is set when it is phase 1's."""
+    """(folder, whether the main thread waited for it) of each dataset that was opened; `ready` is set when it is phase
+    1's.
+    """
     seen, ready = [], threading.Event()
 
     class Noted(PhaseDataset):
@@ -77,7 +79,9 @@ def test_each_worker_has_its_rows_in_micro_batches_and_all_count_the_same_answer
         ready = dataloader.TrainDataLoader(config, "f", updates, packed_batch, rank, 2)[updates[4]]
         assert ready.answer_tokens == sum(len(label) for _, label in data.take(rows))
         for (batch, targets), number in zip(ready.parts, rows[rank::2], strict=True):
-            assert targets is None and torch.equal(batch.inputs["input_ids"], packed_batch(data.prefix, data.take([number])).inputs["input_ids"])
+            assert targets is None and torch.equal(
+                batch.inputs["input_ids"], packed_batch(data.prefix, data.take([number])).inputs["input_ids"]
+            )
 
 
 def test_plain_batches_hold_rows_of_about_one_length_and_packed_ones_need_not(prepared):
@@ -91,10 +95,18 @@ def test_plain_batches_hold_rows_of_about_one_length_and_packed_ones_need_not(pr
     found = {}
     for pack in (plain_batch, packed_batch):
         updates = plan_updates([12] * 3, plan_phases(config.schedule), config.train)
-        found[pack] = [part for rank in range(2) for part, _ in dataloader.TrainDataLoader(config, "f", updates, pack, rank, 2)[update].parts]
+        found[pack] = [
+            part
+            for rank in range(2)
+            for part, _ in dataloader.TrainDataLoader(config, "f", updates, pack, rank, 2)[update].parts
+        ]
     assert sum(part.tokens for part in found[plain_batch]) == padded(sorted(order, key=length)) < padded(order)
-    assert torch.cat([part.labels for part in found[packed_batch]]).tolist() == [token for rank in range(2) for _, label in data.take(order[rank::2]) for token in label]
-    given = [sorted(token for part in parts for token in part.labels.tolist() if token != -100) for parts in found.values()]
+    assert torch.cat([part.labels for part in found[packed_batch]]).tolist() == [
+        token for rank in range(2) for _, label in data.take(order[rank::2]) for token in label
+    ]
+    given = [
+        sorted(token for part in parts for token in part.labels.tolist() if token != -100) for parts in found.values()
+    ]
     assert given[0] == given[1], "the same rows"
 
 

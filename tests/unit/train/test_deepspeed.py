@@ -1,4 +1,6 @@
-"""ZeRO with several processes against one without DeepSpeed, on random models of the real ones' structure: the same losses, and shards of the base from the start."""
+"""ZeRO with several processes against one without DeepSpeed, on random models of the real ones' structure: the same
+losses, and shards of the base from the start.
+"""
 
 import json
 
@@ -49,7 +51,9 @@ def train(config, stop_at=0):
 
 
 def train_one(config, stop_at=0):
-    """One worker, which ends before update `stop_at` if that is not 0. Every weight is sharded, also those that DeepSpeed would keep whole for their size."""
+    """One worker, which ends before update `stop_at` if that is not 0. Every weight is sharded, also those that
+    DeepSpeed would keep whole for their size.
+    """
     one, settings = Trainer.train_step, deepspeed_settings.deepspeed_config
 
     def stops(self, update):
@@ -99,41 +103,55 @@ CHECKPOINTING = {"train.gradient_checkpointing": True, "train.micro_batch": 1}
 
 
 @pytest.mark.parametrize("family, setting, changes", [
-    ("tiny_mixtral", zero_of(3, 4), {}),
-    ("tiny_mixtral", zero_of(3, 2), EXPERTS),
-    ("tiny_mixtral", zero_of(3, 2), CHECKPOINTING),
-    ("tiny_mixtral", zero_of(2, 2), {}),
-    ("tiny_model", zero_of(3, 4, **OFFLOAD), {}),
-    ("tiny_model", zero_of(1, 2), CHECKPOINTING),
+    ("tiny_mixtral", zero_of(3, 4), {}), ("tiny_mixtral", zero_of(3, 2), EXPERTS),
+    ("tiny_mixtral", zero_of(3, 2), CHECKPOINTING), ("tiny_mixtral", zero_of(2, 2), {}),
+    ("tiny_model", zero_of(3, 4, **OFFLOAD), {}), ("tiny_model", zero_of(1, 2), CHECKPOINTING),
     ("tiny_model", zero_of(0, 2), {}),
     ("tiny_model", zero_of(2, 2, offload_optimizer=True), {"train.share_prefix": False}),
-], ids=["mixtral, stage 3, 4 workers", "mixtral with experts, stage 3, 2 workers", "mixtral with checkpointing, stage 3, 2 workers", "mixtral, stage 2, 2 workers",
-        "llama offloaded, stage 3, 4 workers", "llama with checkpointing, stage 1, 2 workers", "llama, stage 0, 2 workers",
+], ids=["mixtral, stage 3, 4 workers", "mixtral with experts, stage 3, 2 workers",
+        "mixtral with checkpointing, stage 3, 2 workers", "mixtral, stage 2, 2 workers",
+        "llama offloaded, stage 3, 4 workers", "llama with checkpointing, stage 1, 2 workers",
+        "llama, stage 0, 2 workers",
         "llama in plain batches, offloaded, stage 2, 2 workers"])  # fmt: skip
-def test_twenty_updates_have_the_losses_of_one_process_without_deepspeed(request, alone, tmp_path, family, setting, changes):
+def test_twenty_updates_have_the_losses_of_one_process_without_deepspeed(
+    request, alone, tmp_path, family, setting, changes
+):
     model = request.getfixturevalue(family)
     config = config_of(model, tmp_path, setting, changes)
     train(config)
     assert losses(config) == pytest.approx(alone(model, **(EXPERTS if changes == EXPERTS else {})), abs=1e-4)
     folder = RunDir(config.root).adapter(1)
     tensors = verify.read_safetensors_header(folder / verify.WEIGHTS_FILE)
-    assert {t["dtype"] for t in tensors.values()} == {"F32"} and all(0 not in t["shape"] for t in tensors.values()), "saved whole, not a worker's shard"
+    assert {t["dtype"] for t in tensors.values()} == {"F32"} and all(0 not in t["shape"] for t in tensors.values()), (
+        "saved whole, not a worker's shard"
+    )
     if changes != EXPERTS:
         verify.verify_adapter(folder, config.model)
 
 
 @pytest.mark.parametrize("family, change, within", [
-    ("tiny_mixtral", {"model.dtype": "bfloat16"}, 0.02), ("tiny_model", {"train.lora.method": "dora"}, 1e-4), ("tiny_model", {"train.lora.method": "pissa"}, 1e-4),
+    ("tiny_mixtral", {"model.dtype": "bfloat16"}, 0.02), ("tiny_model", {"train.lora.method": "dora"}, 1e-4),
+    ("tiny_model", {"train.lora.method": "pissa"}, 1e-4),
 ], ids=["bfloat16", "dora", "pissa"])  # fmt: skip
 def test_bfloat16_and_methods_that_read_the_base_weights_train_in_shards_too(request, tmp_path, family, change, within):
     model = request.getfixturevalue(family)
-    runs = [config_of(model, tmp_path / name, setting, change, steps=2) for name, setting in (("plain", PLAIN), ("sharded", zero_of(3, 2)))]
+    runs = [
+        config_of(model, tmp_path / name, setting, change, steps=2)
+        for name, setting in (("plain", PLAIN), ("sharded", zero_of(3, 2)))
+    ]
     for config in runs:
         train(config)
     assert losses(runs[1]) == pytest.approx(losses(runs[0]), abs=within)
 
 
-@pytest.mark.parametrize("first, then", [(PLAIN, zero_of(3, 2)), (zero_of(3, 2, offload_optimizer=True), zero_of(2, 2, offload_optimizer=True)), (zero_of(3, 2), PLAIN)], ids=["1 to 2 workers", "stage 3 to 2, offloaded", "2 workers to 1"])
+@pytest.mark.parametrize(
+    "first, then",
+    [
+        (PLAIN, zero_of(3, 2)), (zero_of(3, 2, offload_optimizer=True), zero_of(2, 2, offload_optimizer=True)),
+        (zero_of(3, 2), PLAIN),
+    ],
+    ids=["1 to 2 workers", "stage 3 to 2, offloaded", "2 workers to 1"],
+)
 def test_a_run_goes_on_with_another_number_of_workers_and_another_stage(tiny_mixtral, tmp_path, first, then):
     whole = config_of(tiny_mixtral, tmp_path / "whole", PLAIN, steps=3)
     train(whole)
@@ -145,7 +163,9 @@ def test_a_run_goes_on_with_another_number_of_workers_and_another_stage(tiny_mix
 
 
 def quietly_and_dying(quiet, config):
-    """One worker of both runs, one after the other, which costs one start. Returns how many updates the second went on from."""
+    """One worker of both runs, one after the other, which costs one start. Returns how many updates the second went on
+    from.
+    """
     train_one(quiet)
     train_one(config, stop_at=5)
     done = checkpoint.load_checkpoint(checkpoint.newest_checkpoint(RunDir(config.root).checkpoints, "f"))[-1]["done"]
@@ -157,9 +177,15 @@ def adapters(config):
     return [verified(RunDir(config.root).adapter(i))["files"][verify.WEIGHTS_FILE]["sha256"] for i in range(2)]
 
 
-@pytest.mark.parametrize("setting, border", [(zero_of(2, 2), "carry"), (zero_of(3, 2), "carry"), (zero_of(2, 2), "reset")], ids=["stage 2", "stage 3", "stage 2, cleared at borders"])
+@pytest.mark.parametrize(
+    "setting, border", [(zero_of(2, 2), "carry"), (zero_of(3, 2), "carry"), (zero_of(2, 2), "reset")],
+    ids=["stage 2", "stage 3", "stage 2, cleared at borders"],
+)
 def test_a_run_that_dies_goes_on_to_the_same_bits(tiny_model, tmp_path, setting, border):
-    quiet, config = (config_of(tiny_model, tmp_path / name, setting, {"train.phase_transition": border}, steps=3) for name in ("quiet", "dies"))
+    quiet, config = (
+        config_of(tiny_model, tmp_path / name, setting, {"train.phase_transition": border}, steps=3)
+        for name in ("quiet", "dies")
+    )
     assert set(workers.run(2, quietly_and_dying, quiet, config)) == {4}
     assert adapters(config) == adapters(quiet) and losses(config) == losses(quiet)
 
@@ -172,7 +198,10 @@ def share_held(config):
 
     def build():
         model = load_model(config.model)
-        found.append(sum(p.numel() + p.ds_tensor.numel() for p in model.parameters()) / sum(p.ds_numel for p in model.parameters()))
+        found.append(
+            sum(p.numel() + p.ds_tensor.numel() for p in model.parameters())
+            / sum(p.ds_numel for p in model.parameters())
+        )
         return lora.add_lora(model, config.train.lora, config.train.seed)
 
     DeepSpeedBackend(build, config.train)
@@ -180,7 +209,9 @@ def share_held(config):
 
 
 def test_the_base_is_sharded_as_it_is_loaded(tiny_mixtral, tmp_path):
-    assert workers.run(4, share_held, tiny_config(tiny_mixtral, tmp_path, **zero_of(3, 4))) == pytest.approx([1 / 4] * 4, rel=0.01)
+    assert workers.run(4, share_held, tiny_config(tiny_mixtral, tmp_path, **zero_of(3, 4))) == pytest.approx(
+        [1 / 4] * 4, rel=0.01
+    )
 
 
 def test_whole_mixtures_of_experts_are_leaves_and_dense_models_have_none(tiny_model, tiny_mixtral):
@@ -193,20 +224,31 @@ def test_whole_mixtures_of_experts_are_leaves_and_dense_models_have_none(tiny_mo
         deepspeed_settings.mark_zero3_leaves(model)
         return [type(m).__name__ for m in get_z3_leaf_modules(model)]
 
-    small = {"hidden_size": 8, "intermediate_size": 8, "moe_intermediate_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2, "vocab_size": 8}
+    small = {
+        "hidden_size": 8, "intermediate_size": 8, "moe_intermediate_size": 8, "num_hidden_layers": 2,
+        "num_attention_heads": 2, "num_key_value_heads": 2, "vocab_size": 8,
+    }
     assert marked(transformers.AutoConfig.from_pretrained(tiny_model)) == []
     assert marked(transformers.AutoConfig.from_pretrained(tiny_mixtral)) == ["MixtralSparseMoeBlock"] * 2
     assert marked(transformers.Qwen3MoeConfig(**small, num_experts=4)) == ["Qwen3MoeSparseMoeBlock"] * 2
-    assert marked(transformers.Qwen2MoeConfig(**small, num_experts=4, shared_expert_intermediate_size=8)) == ["Qwen2MoeSparseMoeBlock"] * 2
+    assert (
+        marked(transformers.Qwen2MoeConfig(**small, num_experts=4, shared_expert_intermediate_size=8))
+        == ["Qwen2MoeSparseMoeBlock"] * 2
+    )
 
 
 def test_settings_are_those_of_the_run():
     config = TrainConfig(workers=4, batch_size=32, backend=BackendConfig(zero_stage=3))
     made = deepspeed_settings.deepspeed_config(config, world=4, micro_batches=2, bf16=True)
-    assert (made["train_micro_batch_size_per_gpu"], made["gradient_accumulation_steps"], made["bf16"]) == (4, 2, {"enabled": True})
+    assert (made["train_micro_batch_size_per_gpu"], made["gradient_accumulation_steps"], made["bf16"]) == (
+        4, 2, {"enabled": True},
+    )
     assert made["zero_optimization"]["stage"] == 3
     assert not {"offload_optimizer", "offload_param"} & set(made["zero_optimization"])
-    away = deepspeed_settings.deepspeed_config(config.model_copy(update={"backend": BackendConfig(zero_stage=3, **OFFLOAD)}), world=4, micro_batches=2, bf16=False)
+    away = deepspeed_settings.deepspeed_config(
+        config.model_copy(update={"backend": BackendConfig(zero_stage=3, **OFFLOAD)}), world=4, micro_batches=2,
+        bf16=False,
+    )
     assert {away["zero_optimization"][key]["device"] for key in ("offload_optimizer", "offload_param")} == {"cpu"}
 
 
@@ -215,7 +257,9 @@ def test_transformers_shards_only_for_stage_3_and_only_as_long_as_the_backend_li
 
     made = deepspeed_settings.deepspeed_config(TrainConfig(backend=BackendConfig(zero_stage=2)), 2, 1, False)
     assert deepspeed_settings.shard_while_loading(made) is None and not is_deepspeed_zero3_enabled()
-    alive = deepspeed_settings.shard_while_loading(deepspeed_settings.deepspeed_config(TrainConfig(backend=BackendConfig(zero_stage=3)), 2, 1, False))
+    alive = deepspeed_settings.shard_while_loading(
+        deepspeed_settings.deepspeed_config(TrainConfig(backend=BackendConfig(zero_stage=3)), 2, 1, False)
+    )
     assert is_deepspeed_zero3_enabled()
     del alive
     assert not is_deepspeed_zero3_enabled()

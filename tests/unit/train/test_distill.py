@@ -4,7 +4,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from pi_ray.config.run_file import parse
+from pi_ray.config.run_file import parse_run_file
 from pi_ray.errors import ConfigError, TrainingError
 from pi_ray.models import load_model
 from pi_ray.run.artifact import verify_artifact
@@ -24,7 +24,10 @@ KEEP_ALL = -100.0
 
 @pytest.fixture(scope="module")
 def taught(tiny_model, tmp_path_factory):
-    changes = {"schedule.epochs": 2, "train.objective": "distill", "train.distill.confidence": KEEP_ALL, "train.distill.top_k": 4}
+    changes = {
+        "schedule.epochs": 2, "train.objective": "distill", "train.distill.confidence": KEEP_ALL,
+        "train.distill.top_k": 4,
+    }
     config = tiny_config(tiny_model, tmp_path_factory.mktemp("taught"), **changes)
     prepare_by_hand(config)
     train_worker(settings(config))
@@ -55,8 +58,12 @@ def test_the_teacher_is_the_adapter_as_the_first_phase_leaves_it(taught):
     run = RunDir(taught.root)
     model = PeftModel.from_pretrained(load_model(taught.model, "cpu"), run.adapter(0)).eval()
     data = PhaseDataset(run.phase(0))
-    again = distill.score_answers(model, lambda rows: plain_batch(data.prefix, rows), data, distill.labelled_answers(data, range(12)), 4, 5)
-    assert [e["confidence"] for e in again] == pytest.approx([r["confidence"] for r in rows_of(taught) if r["labelled"]], abs=1e-3)
+    again = distill.score_answers(
+        model, lambda rows: plain_batch(data.prefix, rows), data, distill.labelled_answers(data, range(12)), 4, 5
+    )
+    assert [e["confidence"] for e in again] == pytest.approx(
+        [r["confidence"] for r in rows_of(taught) if r["labelled"]], abs=1e-3
+    )
 
 
 def test_every_objective_has_the_same_number_of_updates(taught):
@@ -68,7 +75,10 @@ def test_an_answer_that_is_not_sure_enough_is_not_learned_from(taught):
     sure = sorted(r["confidence"] for r in rows_of(taught) if not r["labelled"])
     if not sure:
         pytest.fail("the tiny model ended no answer; the test needs some")
-    data = [DistilledRows(run.teacher_answers, PhaseDataset(run.phase(2)), PhaseDataset(run.phase("unlabelled-2")), c) for c in (KEEP_ALL, sure[-1], 0.0)]
+    data = [
+        DistilledRows(run.teacher_answers, PhaseDataset(run.phase(2)), PhaseDataset(run.phase("unlabelled-2")), c)
+        for c in (KEEP_ALL, sure[-1], 0.0)
+    ]
     assert [len(d) for d in data] == [12 + len(sure), 12 + sure.count(sure[-1]), 12]
 
 
@@ -96,7 +106,9 @@ def test_a_teacher_who_is_certain_of_the_label_teaches_like_the_label(taught, pa
     labels = torch.tensor([token for _, label in rows for token in label])[:, None]
     certain = Targets(labels, torch.ones_like(labels, dtype=torch.float32))
     for share in (1.0, 0.3):
-        assert distill_loss(model, batch, certain, share).item() == pytest.approx(sft_loss(model, batch).item(), rel=1e-5)
+        assert distill_loss(model, batch, certain, share).item() == pytest.approx(
+            sft_loss(model, batch).item(), rel=1e-5
+        )
 
 
 def test_the_loss_is_the_cross_entropy_to_the_teacher(taught):
@@ -111,21 +123,29 @@ def test_the_loss_is_the_cross_entropy_to_the_teacher(taught):
 
 
 @pytest.mark.parametrize("stop_at, every", [(6, 2), (8, 2), (14, 2), (7, 4)])
-def test_a_run_that_dies_at_the_border_or_after_it_goes_on_to_the_same_adapter_and_names_its_teacher(taught, tmp_path, monkeypatch, stop_at, every):
-    """Also where the newest checkpoint is from before the border: what the teacher answered is used again, and the log says so again."""
+def test_a_run_that_dies_at_the_border_or_after_it_goes_on_to_the_same_adapter_and_names_its_teacher(
+    taught, tmp_path, monkeypatch, stop_at, every
+):
+    """Also where the newest checkpoint is from before the border: what the teacher answered is used again, and the log
+    says so again.
+    """
     config = taught.replace(**{"run_dir": str(tmp_path), "train.checkpoint_every": every})
     prepare_by_hand(config)
     dies_and_goes_on(config, stop_at, monkeypatch)
     assert adapter_hash(config) == adapter_hash(taught)
     said = [e for e in log_of(config) if e.get("event") == "teacher_answers"]
     assert [{**e, "seconds_teaching": 0} for e in said] == [{**event(taught), "seconds_teaching": 0}]
-    assert verify_artifact(RunDir(config.root).teacher_answers)["files"] == verify_artifact(RunDir(taught.root).teacher_answers)["files"]
+    assert (
+        verify_artifact(RunDir(config.root).teacher_answers)["files"]
+        == verify_artifact(RunDir(taught.root).teacher_answers)["files"]
+    )
 
 
 def test_a_teacher_that_was_trained_on_is_not_asked_again(taught, tmp_path, monkeypatch):
     config = taught.replace(run_dir=str(tmp_path))
     prepare_by_hand(config)
-    monkeypatch.setattr(Trainer, "finish", lambda self: None)  # as if killed before the end: the checkpoints are still there
+    # as if killed before the end: the checkpoints are still there
+    monkeypatch.setattr(Trainer, "finish", lambda self: None)
     train_worker(settings(config))
     (RunDir(tmp_path).teacher_answers / "manifest.json").unlink()
     RunDir(tmp_path).checkpoints.joinpath("step-00000018").rename(tmp_path / "gone")
@@ -142,13 +162,17 @@ def trained_with(taught, root, **changes):
 
 def test_in_plain_batches_the_teacher_says_the_same(taught, tmp_path):
     config = trained_with(taught, tmp_path, **{"train.share_prefix": False})
-    assert [r["confidence"] for r in rows_of(config)[:12]] == pytest.approx([r["confidence"] for r in rows_of(taught)[:12]], abs=1e-2)
+    assert [r["confidence"] for r in rows_of(config)[:12]] == pytest.approx(
+        [r["confidence"] for r in rows_of(taught)[:12]], abs=1e-2
+    )
 
 
 def test_the_base_as_teacher_is_the_base_without_its_adapter(taught, tmp_path):
     config = trained_with(taught, tmp_path, **{"train.distill.teacher": "base"})
     data, bare = PhaseDataset(RunDir(config.root).phase(0)), load_model(config.model, "cpu").eval()
-    again = distill.score_answers(bare, lambda rows: plain_batch(data.prefix, rows), data, distill.labelled_answers(data, range(12)), 4, 5)
+    again = distill.score_answers(
+        bare, lambda rows: plain_batch(data.prefix, rows), data, distill.labelled_answers(data, range(12)), 4, 5
+    )
     found = [r["confidence"] for r in rows_of(config) if r["labelled"]]
     assert found == pytest.approx([e["confidence"] for e in again], abs=1e-3)
     assert found != pytest.approx([r["confidence"] for r in rows_of(taught) if r["labelled"]], abs=1e-1)
@@ -157,7 +181,9 @@ def test_the_base_as_teacher_is_the_base_without_its_adapter(taught, tmp_path):
 def test_mixed_learns_from_the_teacher_by_its_share_and_from_the_labels_by_the_rest(taught, tmp_path):
     first = []
     for share in (1.0, 0.25, 0.0):
-        config = trained_with(taught, tmp_path / str(share), **{"train.objective": "mixed", "train.distill.share": share})
+        config = trained_with(
+            taught, tmp_path / str(share), **{"train.objective": "mixed", "train.distill.share": share}
+        )
         assert (adapter_hash(config) == adapter_hash(taught)) == (share == 1)
         first.append(next(e["loss"] for e in log_of(config) if e.get("phase") == 1 and "loss" in e))
     assert first[1] == pytest.approx(0.25 * first[0] + 0.75 * first[2], abs=1e-4) and abs(first[0] - first[2]) > 1e-2
@@ -173,14 +199,23 @@ def test_what_a_teacher_would_do_does_not_retrain_a_run_without_one(taught):
     assert train_fingerprint(taught, "p") != train_fingerprint(taught.replace(**{"train.distill.top_k": 7}), "p")
 
 
-@pytest.mark.parametrize(("text", "says"), [
-    ("name: a\ntrain: {objective: distill, backend: {zero_stage: 3}}", "zero_stage 2 or less"),
-    ("name: a\ntrain: {objective: mixed}\nschedule: {phases: 1}", "needs a phase after the first"),
-    ("name: a\ntrain: {objective: distill}\nschedule: {name: list, list: [{rate: 1, shots: 0}]}", "needs a phase after the first"),
-    ("name: a\ntrain: {objective: distill}\nschedule: {rate_start: 0.5}", "the whole template, which the teacher reads: its rate is 0.5"),
-])
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("name: a\ntrain: {objective: distill, backend: {zero_stage: 3}}", "zero_stage 2 or less"),
+        ("name: a\ntrain: {objective: mixed}\nschedule: {phases: 1}", "needs a phase after the first"),
+        (
+            "name: a\ntrain: {objective: distill}\nschedule: {name: list, list: [{rate: 1, shots: 0}]}",
+            "needs a phase after the first",
+        ),
+        (
+            "name: a\ntrain: {objective: distill}\nschedule: {rate_start: 0.5}",
+            "the whole template, which the teacher reads: its rate is 0.5",
+        ),
+    ],
+)
 def test_what_cannot_be_taught_is_refused_at_once(text, says):
     with pytest.raises(ConfigError, match=says):
-        parse(text, "run.yaml")
+        parse_run_file(text, "run.yaml")
 
 

@@ -22,7 +22,9 @@ def expected(model):
     found = []
     for row in ROWS:
         ids = torch.tensor([PREFIX + row])
-        out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False, eos_token_id=-1)
+        out = model.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False, eos_token_id=-1
+        )
         found.append(out[0, ids.shape[1] :].tolist())
     return found
 
@@ -40,7 +42,9 @@ def test_a_cached_prefix_changes_nothing_and_is_not_used_up(model, expected):
 
 def test_a_row_stops_at_its_end_token_and_the_others_go_on(model, expected):
     end = expected[0][2]
-    assert generate_greedy(model, PREFIX, ROWS, 8, end=end) == [ids[: ids.index(end)] if end in ids else ids for ids in expected]
+    assert generate_greedy(model, PREFIX, ROWS, 8, end=end) == [
+        ids[: ids.index(end)] if end in ids else ids for ids in expected
+    ]
 
 
 def test_no_prefix_is_a_prefix_too(model, expected):

@@ -1,4 +1,6 @@
-"""Gist tokens: the mask that hides the template, the embeddings that are trained, and answers from the cached gists alone."""
+"""Gist tokens: the mask that hides the template, the embeddings that are trained, and answers from the cached gists
+alone.
+"""
 
 import json
 
@@ -11,8 +13,9 @@ from pydantic import ValidationError
 from pi_ray.config import LoraConfig, ModelConfig
 from pi_ray.errors import AdapterError, TrainingError
 from pi_ray.evaluate import generation_workers
-from pi_ray.evaluate.columns import trained
-from pi_ray.evaluate.evaluate import evaluate
+from pi_ray.evaluate.answers import AnswerLengths
+from pi_ray.evaluate.columns import trained_column
+from pi_ray.evaluate.evaluate import evaluate_run
 from pi_ray.evaluate.peft_adapters import LoadedAdapters
 from pi_ray.models import load_model, load_tokenizer
 from pi_ray.plan.plan import plan_phases
@@ -54,7 +57,9 @@ def masked(model, prefix, tokens, visible=K):
     mask[p:, : p - visible] = False
     model.set_attn_implementation("sdpa")
     with torch.no_grad():
-        return model(input_ids=torch.tensor([[*prefix, *tokens]]), attention_mask=mask[None, None], use_cache=False).logits[0, p:]
+        return model(
+            input_ids=torch.tensor([[*prefix, *tokens]]), attention_mask=mask[None, None], use_cache=False
+        ).logits[0, p:]
 
 
 def greedily(model, prefix, row, steps):
@@ -74,12 +79,18 @@ def config(tiny_model, tmp_path_factory):
 
 
 def files_of(config, phase=1):
-    return {name: entry["sha256"] for name, entry in verify_artifact(RunDir(config.root).adapter(phase))["files"].items() if name.endswith(".safetensors")}
+    return {
+        name: entry["sha256"]
+        for name, entry in verify_artifact(RunDir(config.root).adapter(phase))["files"].items()
+        if name.endswith(".safetensors")
+    }
 
 
 def test_packed_rows_get_the_logits_of_an_ordinary_pass_with_an_explicit_mask(model):
     expected = torch.cat([masked(model, PREFIX, prompt + label[:-1])[-len(label) :] for prompt, label in ROWS])
-    seeing = torch.cat([masked(model, PREFIX, prompt + label[:-1], len(PREFIX))[-len(label) :] for prompt, label in ROWS])
+    seeing = torch.cat(
+        [masked(model, PREFIX, prompt + label[:-1], len(PREFIX))[-len(label) :] for prompt, label in ROWS]
+    )
     shared_prefix.enable_shared_prefix(model)
     with torch.no_grad():
         found = model(**packed_batch(PREFIX, ROWS).inputs).logits[0]
@@ -156,7 +167,7 @@ def test_a_cache_of_the_gists_alone_answers_as_the_masked_prompt_does(config):
     """What training left on disk, once as evaluation loads it, and once as the model that was trained."""
     from peft import PeftModel
 
-    column = trained(config)
+    column = trained_column(config)
     assert column.gist == K
     encoder = PromptEncoder(load_tokenizer(config.model), config.prompt)
     prefix = encoder.prefix(column.template) + gist.gist_ids(K)
@@ -172,7 +183,7 @@ def test_a_cache_of_the_gists_alone_answers_as_the_masked_prompt_does(config):
     cache = gist.gist_cache(loaded.model, prefix, gist.load_gist(RunDir(config.root).best))
     assert cache.get_seq_length() == K
     assert generate_greedy(loaded.model, prefix, rows, 6, end=None, cache=cache) == expected
-    generator = generation_workers.Generator(config.model, config.prompt, [column.adapter], limit=6, typical=2)
+    generator = generation_workers.Generator(config.model, config.prompt, [column.adapter], AnswerLengths(6, 2))
     generator.end = None
     work = {"column": "gist", "adapter": column.adapter, "prefix": prefix, "rows": [0, 1], "prompts": rows}
     assert generator(work) == expected
@@ -196,27 +207,41 @@ def test_rows_stand_behind_the_whole_prompt_though_the_cache_is_short(model, mon
 def test_evaluation_counts_the_gists_and_not_the_template(config, tmp_path, monkeypatch):
     """Without Ray: the actor's work is done here."""
     run, encoder = RunDir(config.root), PromptEncoder(load_tokenizer(config.model), config.prompt)
-    with staged(run.rows, fingerprint="by-hand") as tmp:
+    with staged(run.rows, fingerprint="by-hand", rows={"train": 2, "test": 2}) as tmp:
         for split in ("train", "test"):
-            pq.write_table(pa.table({"id": ["a", "b"], "query": ["red?", "blue?"], "answer": ["k4", "z9"], "group": ["", ""]}), tmp / f"{split}.parquet")
-    pq.write_table(pa.table({"id": ["a"], "split": ["test"], "neighbours": [["b"]], "scores": [[1.0]]}), run.neighbours)
+            pq.write_table(
+                pa.table({"id": ["a", "b"], "query": ["red?", "blue?"], "answer": ["k4", "z9"], "group": ["", ""]}),
+                tmp / f"{split}.parquet",
+            )
+    neighbours = {
+        "id": ["a", "b"] * 2, "split": ["train"] * 2 + ["test"] * 2, "neighbours": [["b"], ["a"], ["b"], []],
+        "scores": [[1.0], [1.0], [1.0], []],
+    }
+    pq.write_table(pa.table(neighbours), run.neighbours)
 
-    def answered(config, columns, work, limit, typical):
-        generator = generation_workers.Generator(config.model, config.prompt, [c.adapter for c in columns], limit, typical)
+    def answered(config, columns, work, lengths):
+        generator = generation_workers.Generator(config.model, config.prompt, [c.adapter for c in columns], lengths)
         for place, item in enumerate(work):
             done = generator(item)
             said.extend([] if "timed" in item else done)
             yield place, done
 
     said = []
-    monkeypatch.setattr(generation_workers, "_answered", answered)
-    quick = config.replace(**{"evaluate.probe": False, "evaluate.bootstrap": 10, "evaluate.latency_rows": 1, "evaluate.max_new_tokens": 3})
-    found = evaluate(quick, columns=[trained(config)])["promptintern"]
-    own = [len(encoder.row("red?", shots)) for shots in run.read_shots("test", {r.id: r for r in run.read_rows("train")}, 1).values()]
+    monkeypatch.setattr(generation_workers, "run_work", answered)
+    quick = config.replace(
+        **{"evaluate.probe": False, "evaluate.bootstrap": 10, "evaluate.latency_rows": 1, "evaluate.max_new_tokens": 3}
+    )
+    found = evaluate_run(quick, columns=[trained_column(config)])["promptintern"]
+    own = [
+        len(encoder.row("red?", shots))
+        for shots in run.read_shots("test", {r.id: r for r in run.read_rows("train")}, 1).values()
+    ]
     assert found["prefix_tokens"] == K and found["latency_merged_s"] > 0
     assert found["input_tokens"] == K + (own[0] + len(encoder.row("blue?"))) / 2
     lengths = [len(ids) for ids in said]
-    assert sorted(lengths) == [1, 3] and (found["cut_off"], found["output_tokens"]) == (0.5, 3), "one is stopped after its third token, the other ends"
+    assert sorted(lengths) == [1, 3] and (found["cut_off"], found["output_tokens"]) == (0.5, 3), (
+        "one is stopped after its third token, the other ends"
+    )
 
 
 def test_gist_adapters_are_neither_published_nor_served(config, tmp_path):
@@ -240,7 +265,10 @@ def test_what_cannot_have_gists_is_refused_when_the_config_is_read(tiny_model, t
 
 
 def test_a_model_that_does_not_see_the_whole_prompt_is_refused_before_training(config, tmp_path, monkeypatch):
-    monkeypatch.setattr(shared_prefix, "why_prefix_cannot_be_shared", lambda model, longest: "attention is limited to a sliding window of 64 tokens")
+    monkeypatch.setattr(
+        shared_prefix, "why_prefix_cannot_be_shared",
+        lambda model, longest: "attention is limited to a sliding window of 64 tokens",
+    )
     other = config.replace(run_dir=str(tmp_path))
     prepare_by_hand(other)
     with pytest.raises(TrainingError, match=r"gist tokens \(train.gist\), which need full attention .* sliding window"):
@@ -248,5 +276,7 @@ def test_a_model_that_does_not_see_the_whole_prompt_is_refused_before_training(c
 
 
 def test_the_plain_baseline_has_no_gists_and_the_number_of_gists_is_part_of_what_was_trained(config):
-    assert plain_finetuning_config(config).train.gist == 0 and not any(p.rate for p in plan_phases(plain_finetuning_config(config).schedule))
+    assert plain_finetuning_config(config).train.gist == 0 and not any(
+        p.rate for p in plan_phases(plain_finetuning_config(config).schedule)
+    )
     assert len({train_fingerprint(config.replace(**{"train.gist": k}), "prepared") for k in (0, K, K + 1)}) == 3

@@ -28,10 +28,14 @@ def places(model, config):
 ATTENTION = {f"self_attn.{name}_proj" for name in "qkvo"}
 
 
-def test_all_linear_is_every_linear_layer_of_a_dense_model_and_attention_alone_of_a_mixture_of_experts(tiny_model, tiny_mixtral):
+def test_all_linear_is_every_linear_layer_of_a_dense_model_and_attention_alone_of_a_mixture_of_experts(
+    tiny_model, tiny_mixtral
+):
     assert places(tiny_model, LoraConfig(rank=2)) == ATTENTION | {f"mlp.{name}_proj" for name in ("gate", "up", "down")}
     assert places(tiny_mixtral, LoraConfig(rank=2)) == ATTENTION
-    assert places(tiny_mixtral, LoraConfig(rank=2, experts=True)) == ATTENTION | {"mlp.experts", "mlp.experts.base_layer"}
+    assert places(tiny_mixtral, LoraConfig(rank=2, experts=True)) == ATTENTION | {
+        "mlp.experts", "mlp.experts.base_layer",
+    }
     assert places(tiny_mixtral, LoraConfig(rank=2, targets=("q_proj",))) == {"self_attn.q_proj"}
 
 
@@ -48,8 +52,12 @@ def trained(request, tmp_path_factory):
     def run(family, **settings):
         key = json.dumps([family, settings])
         if key not in made:
-            changes = {"train.lora": {**({} if settings.get("method") == "ia3" else {"rank": 4, "alpha": 8}), **settings}}
-            made[key] = tiny_config(request.getfixturevalue(family), tmp_path_factory.mktemp("run"), **{"schedule.phases": 2, **changes})
+            changes = {
+                "train.lora": {**({} if settings.get("method") == "ia3" else {"rank": 4, "alpha": 8}), **settings}
+            }
+            made[key] = tiny_config(
+                request.getfixturevalue(family), tmp_path_factory.mktemp("run"), **{"schedule.phases": 2, **changes}
+            )
             prepare_by_hand(made[key])
             train_worker({"config": made[key].model_dump(mode="json"), "fingerprint": "f", "device": "cpu"})
         return made[key]
@@ -59,12 +67,15 @@ def trained(request, tmp_path_factory):
 
 METHODS = [
     ("tiny_model", {"method": "rslora"}, ""), ("tiny_model", {"method": "pissa"}, ""), ("tiny_mixtral", {}, ""),
-    ("tiny_model", {"method": "dora"}, "use_dora set"), ("tiny_model", {"method": "ia3"}, "peft_type is 'IA3'"), ("tiny_mixtral", {"experts": True}, "target_parameters set"),
+    ("tiny_model", {"method": "dora"}, "use_dora set"), ("tiny_model", {"method": "ia3"}, "peft_type is 'IA3'"),
+    ("tiny_mixtral", {"experts": True}, "target_parameters set"),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("family, settings, refused", METHODS)
-def test_an_adapter_of_each_method_does_on_the_untouched_base_what_it_did_in_training(trained, family, settings, refused):
+def test_an_adapter_of_each_method_does_on_the_untouched_base_what_it_did_in_training(
+    trained, family, settings, refused
+):
     config = trained(family, **settings)
     run, base = RunDir(config.root), load_model(config.model)
     folder, dev = str(run.adapter(1)), PhaseDataset(run.phase("dev"))
@@ -85,7 +96,9 @@ def test_an_adapter_of_each_method_does_on_the_untouched_base_what_it_did_in_tra
 
 
 @pytest.mark.parametrize("family, settings, refused", METHODS)
-def test_what_serving_cannot_compute_is_refused_at_publish_in_one_sentence(trained, tmp_path, family, settings, refused):
+def test_what_serving_cannot_compute_is_refused_at_publish_in_one_sentence(
+    trained, tmp_path, family, settings, refused
+):
     config = trained(family, **settings).replace(store=str(tmp_path))
     if not refused:
         assert verify_adapter(publish_adapter(RunDir(config.root), config), config.model)["base"] == config.model.base
@@ -99,15 +112,24 @@ def test_pissa_is_saved_as_plain_lora_of_twice_the_rank(trained):
     folder = RunDir(trained("tiny_model", method="pissa").root).adapter(1)
     saved = json.loads((folder / "adapter_config.json").read_text())
     assert (saved["r"], saved["lora_alpha"], saved["init_lora_weights"]) == (8, 16, True)
-    assert {t["shape"][0] for name, t in read_safetensors_header(folder / "adapter_model.safetensors").items() if "lora_A" in name} == {8}
+    assert {
+        t["shape"][0]
+        for name, t in read_safetensors_header(folder / "adapter_model.safetensors").items()
+        if "lora_A" in name
+    } == {8}
 
 
 @pytest.mark.parametrize("settings", [{"method": "rslora", "alpha": 16}, {"method": "lora"}, {"method": "pissa"}])
 def test_matrices_are_not_started_from_where_they_would_count_for_something_else(trained, settings):
     config = trained("tiny_model", method="rslora")
     folder, base = RunDir(config.root).adapter(1), config.model.base
-    found = [lora.add_lora(load_model(config.model), c, seed=0) for c in (config.train.lora, LoraConfig(**{"rank": 4, "alpha": 8, **settings}))]
-    assert lora.load_init_adapter(folder, found[0], base).keys() == lora.trainable_parameters(found[1]).keys(), "names and shapes alone would do"
+    found = [
+        lora.add_lora(load_model(config.model), c, seed=0)
+        for c in (config.train.lora, LoraConfig(**{"rank": 4, "alpha": 8, **settings}))
+    ]
+    assert lora.load_init_adapter(folder, found[0], base).keys() == lora.trainable_parameters(found[1]).keys(), (
+        "names and shapes alone would do"
+    )
     with pytest.raises(TrainingError, match=r"does not fit train\.lora: take its method, rank, alpha"):
         lora.load_init_adapter(folder, found[1], base)
 
@@ -116,7 +138,10 @@ def test_matrices_are_not_started_from_where_they_would_count_for_something_else
     ({"train": {"lora": {"experts": True, "dropout": 0.1}}}, "without dropout"),
     ({"train": {"lora": {"experts": True, "method": "dora"}}}, "lora or rslora"),
     ({"train": {"lora": {"method": "pissa"}}, "model": {"quantize": "4bit"}}, "cannot go with model.quantize"),
-    ({"train": {"lora": {"method": "pissa"}, "objective": "distill", "distill": {"teacher": "base"}}}, "base model as teacher"),
+    (
+        {"train": {"lora": {"method": "pissa"}, "objective": "distill", "distill": {"teacher": "base"}}},
+        "base model as teacher",
+    ),
     ({"train": {"gpu": False}, "model": {"quantize": "4bit"}}, "needs GPUs"),
     ({"train": {"backend": {"zero_stage": 3}}, "model": {"quantize": "4bit"}}, "zero_stage 2 or less"),
 ])  # fmt: skip
@@ -133,7 +158,11 @@ def test_four_bits_on_a_cpu_are_refused(tiny_model):
 def test_settings_that_are_not_used_leave_no_trace_in_a_dump():
     """So the fingerprints of runs that were made before there were these settings still hold."""
     plain_dump = RunConfig(name="a").model_dump(mode="json")
-    assert "quantize" not in plain_dump["model"] and not {"method", "experts"} & set(plain_dump["train"]["lora"]) and set(plain_dump["train"]["backend"]) == {"name", "zero_stage"}
+    assert (
+        "quantize" not in plain_dump["model"]
+        and not {"method", "experts"} & set(plain_dump["train"]["lora"])
+        and set(plain_dump["train"]["backend"]) == {"name", "zero_stage"}
+    )
     used = RunConfig(name="a").replace(**{"train.lora.method": "dora", "train.backend.offload_optimizer": True})
     assert RunConfig.model_validate(used.model_dump(mode="json")) == used
     assert used.train.lora.method == "dora" and used.train.backend.offload_optimizer

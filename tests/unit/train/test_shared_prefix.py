@@ -49,7 +49,11 @@ def test_gradients_equal_those_of_plain_batches(model, prefix, checkpointing):
 def test_a_row_does_not_see_its_neighbours(model):
     shared_prefix.enable_shared_prefix(model)
     alone = sft_loss(model, packed_batch([1, 2, 3], ROWS[:1])).item()
-    together = [sft_loss(model, packed_batch([1, 2, 3], [ROWS[0], other])).item() - sft_loss(model, packed_batch([1, 2, 3], [other])).item() for other in ROWS[1:]]
+    together = [
+        sft_loss(model, packed_batch([1, 2, 3], [ROWS[0], other])).item()
+        - sft_loss(model, packed_batch([1, 2, 3], [other])).item()
+        for other in ROWS[1:]
+    ]
     assert together == pytest.approx([alone, alone], rel=1e-5)
 
 
@@ -76,23 +80,31 @@ def test_only_answer_tokens_are_labels():
 ])
 def test_models_without_full_attention_say_why_they_get_plain_batches(config, reason):
     inner = SimpleNamespace(**config)
-    model = SimpleNamespace(config=SimpleNamespace(get_text_config=lambda: inner), _can_set_attn_implementation=lambda: True)
+    model = SimpleNamespace(
+        config=SimpleNamespace(get_text_config=lambda: inner), _can_set_attn_implementation=lambda: True
+    )
     found = shared_prefix.why_prefix_cannot_be_shared(model, 100)
     assert (reason in found) if reason else found == ""
 
 
-SMALL = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": 0}
+SMALL = {
+    "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "pad_token_id": 0,
+}
 MIXED = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
 
 
 @pytest.mark.parametrize("family, own", [
-    ("Mistral", {"sliding_window": None}), ("Mixtral", {"num_local_experts": 4}), ("Qwen2", {}), ("Qwen3", {"head_dim": 8}), ("Qwen3Moe", {"head_dim": 8, **MIXED}),
+    ("Mistral", {"sliding_window": None}), ("Mixtral", {"num_local_experts": 4}), ("Qwen2", {}),
+    ("Qwen3", {"head_dim": 8}), ("Qwen3Moe", {"head_dim": 8, **MIXED}),
 ])  # fmt: skip
 def test_other_decoders_with_full_attention_take_them_too_with_gradient_checkpointing(family, own):
     import transformers
 
     torch.manual_seed(0)
-    base = getattr(transformers, f"{family}ForCausalLM")(getattr(transformers, f"{family}Config")(**SMALL, **own)).eval()
+    base = getattr(transformers, f"{family}ForCausalLM")(
+        getattr(transformers, f"{family}Config")(**SMALL, **own)
+    ).eval()
     assert shared_prefix.why_prefix_cannot_be_shared(base, 99) == ""
     model = lora.add_lora(base, LoraConfig(rank=4), seed=0)
     for name, p in model.named_parameters():
@@ -112,14 +124,24 @@ def family(name, **own):
     import transformers
 
     torch.manual_seed(0)
-    return getattr(transformers, f"{name}ForCausalLM")(getattr(transformers, f"{name}Config")(**{"vocab_size": 64, "hidden_size": 32, "initializer_range": 0.2, **own}))
+    return getattr(transformers, f"{name}ForCausalLM")(
+        getattr(transformers, f"{name}Config")(**{"vocab_size": 64, "hidden_size": 32, "initializer_range": 0.2, **own})
+    )
 
 
 LAYERS = {"num_hidden_layers": 2}
 
 
-@pytest.mark.parametrize("name, own", [("Bloom", {"n_layer": 2, "n_head": 4}), ("Mpt", {"d_model": 32, "n_layers": 2, "n_heads": 4}), ("Rwkv", {**LAYERS, "attention_hidden_size": 32})])
-def test_an_attention_that_cannot_be_exchanged_gets_plain_batches_and_without_looking_rows_would_see_each_other(name, own):
+@pytest.mark.parametrize(
+    "name, own",
+    [
+        ("Bloom", {"n_layer": 2, "n_head": 4}), ("Mpt", {"d_model": 32, "n_layers": 2, "n_heads": 4}),
+        ("Rwkv", {**LAYERS, "attention_hidden_size": 32}),
+    ],
+)
+def test_an_attention_that_cannot_be_exchanged_gets_plain_batches_and_without_looking_rows_would_see_each_other(
+    name, own
+):
     model = family(name, **own)
     assert f"{name}ForCausalLM has an attention of its own" in shared_prefix.why_prefix_cannot_be_shared(model, 99)
     before = model.config._attn_implementation
@@ -128,11 +150,19 @@ def test_an_attention_that_cannot_be_exchanged_gets_plain_batches_and_without_lo
 
 
 def test_what_a_config_does_not_tell_is_found_by_computing():
-    """gpt-oss has a learned sink in each layer, which the shared attention knows nothing of; its window holds these rows."""
-    sinks = family("GptOss", **{**SMALL, "head_dim": 8, "num_local_experts": 2, "num_experts_per_tok": 1, "sliding_window": 128})
+    """gpt-oss has a learned sink in each layer, which the shared attention knows nothing of; its window holds these
+    rows.
+    """
+    sinks = family(
+        "GptOss", **{**SMALL, "head_dim": 8, "num_local_experts": 2, "num_experts_per_tok": 1, "sliding_window": 128}
+    )
     assert shared_prefix.why_prefix_cannot_be_shared(sinks, 99) == "" != packing_error(sinks, "cpu", False)
     llama = family("Llama", **SMALL)
-    assert packing_error(llama, "cpu", False) == "" and llama.config._attn_implementation == shared_prefix.NAME and llama.training
+    assert (
+        packing_error(llama, "cpu", False) == ""
+        and llama.config._attn_implementation == shared_prefix.NAME
+        and llama.training
+    )
 
 
 def dense(prefix, visible, lengths):
@@ -142,13 +172,18 @@ def dense(prefix, visible, lengths):
     return torch.tensor([[sees(q, k) for k in range(len(segment))] for q in range(len(segment))])
 
 
-@pytest.mark.parametrize("prefix, visible, lengths", [(0, 0, [3, 1, 5]), (7, 7, [4, 6]), (150, 3, [40, 90, 1])], ids=["no prefix", "prefix", "gist tokens, several blocks"])
+@pytest.mark.parametrize(
+    "prefix, visible, lengths", [(0, 0, [3, 1, 5]), (7, 7, [4, 6]), (150, 3, [40, 90, 1])],
+    ids=["no prefix", "prefix", "gist tokens, several blocks"],
+)
 def test_flex_attentions_mask_is_the_layouts(prefix, visible, lengths):
     from torch.nn.attention.flex_attention import create_mask
 
     layout = shared_prefix.Layout.build(prefix, lengths, visible)
     size = prefix + sum(lengths)
-    assert torch.equal(create_mask(layout.mask_mod(), 1, 1, size, size, device="cpu")[0, 0], dense(prefix, visible, lengths))
+    assert torch.equal(
+        create_mask(layout.mask_mod(), 1, 1, size, size, device="cpu")[0, 0], dense(prefix, visible, lengths)
+    )
 
 
 @pytest.mark.parametrize("prefix, visible, lengths", [(0, 0, [3, 5]), (7, 7, [4, 6]), (150, 3, [40, 1])])
@@ -156,7 +191,10 @@ def test_flex_attention_gives_what_sdpa_gives(prefix, visible, lengths):
     torch.manual_seed(0)
     layout = shared_prefix.Layout.build(prefix, lengths, visible)
     query, key, value = (torch.randn(1, heads, prefix + sum(lengths), 16) for heads in (4, 2, 2))
-    sdpa, flex = (attend(None, query, key, value, None, scaling=0.3, layout=layout)[0] for attend in (shared_prefix.shared_prefix_attention, shared_prefix.flex_shared_prefix_attention))
+    sdpa, flex = (
+        attend(None, query, key, value, None, scaling=0.3, layout=layout)[0]
+        for attend in (shared_prefix.shared_prefix_attention, shared_prefix.flex_shared_prefix_attention)
+    )
     assert torch.allclose(sdpa, flex, atol=1e-5) and layout.blocks is not None
 
 
@@ -175,6 +213,10 @@ def test_a_model_answers_the_same_through_flex_attention():
 
 
 def test_flex_attention_is_for_gpus():
-    assert shared_prefix.uses_flex_attention("auto", "cuda:0") and not shared_prefix.uses_flex_attention("sdpa", "cuda:0") and not shared_prefix.uses_flex_attention("auto", "cpu")
+    assert (
+        shared_prefix.uses_flex_attention("auto", "cuda:0")
+        and not shared_prefix.uses_flex_attention("sdpa", "cuda:0")
+        and not shared_prefix.uses_flex_attention("auto", "cpu")
+    )
     with pytest.raises(TrainingError, match="GPUs only"):
         shared_prefix.uses_flex_attention("flex", "cpu")

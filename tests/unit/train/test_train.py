@@ -6,10 +6,10 @@ import pytest
 import torch
 from pyarrow.fs import LocalFileSystem, SubTreeFileSystem
 
-from pi_ray import pipeline
 from pi_ray.cluster.storage_sync import StorageSync
 from pi_ray.config import RunConfig, TrainConfig
 from pi_ray.errors import ConfigError, TrainingError
+from pi_ray.plan.update_tokens import tokens_of_updates
 from pi_ray.run.artifact import digest, verify_artifact
 from pi_ray.run.directory import RunDir
 from pi_ray.run.fingerprint import train_fingerprint
@@ -129,7 +129,9 @@ def test_checkpoints_of_another_configuration_are_refused(tmp_path):
 def test_a_loss_that_is_not_a_number_stops_training_and_says_where(tiny_model, tmp_path, monkeypatch):
     config = tiny_config(tiny_model, tmp_path)
     prepare_by_hand(config)
-    monkeypatch.setattr("pi_ray.train.trainer.sft_loss", lambda model, batch: torch.tensor(float("nan"), requires_grad=True))
+    monkeypatch.setattr(
+        "pi_ray.train.trainer.sft_loss", lambda model, batch: torch.tensor(float("nan"), requires_grad=True)
+    )
     with pytest.raises(TrainingError, match=r"update 0 \(phase 0\)"):
         train_worker(settings(config))
     assert not RunDir(tmp_path).checkpoints.exists()
@@ -141,7 +143,9 @@ def test_micro_batches_change_nothing_but_memory(trained, tmp_path):
     for c in (config, whole):
         prepare_by_hand(c)
         train_worker(settings(c))
-    assert [e["loss"] for e in log_of(config) if "loss" in e] == pytest.approx([e["loss"] for e in log_of(whole) if "loss" in e], rel=1e-4)
+    assert [e["loss"] for e in log_of(config) if "loss" in e] == pytest.approx(
+        [e["loss"] for e in log_of(whole) if "loss" in e], rel=1e-4
+    )
 
 
 def test_plain_batches_learn_the_same(trained, tmp_path):
@@ -165,7 +169,9 @@ def test_every_row_is_seen_once_per_epoch_whatever_the_batch():
 def test_borders_carry_or_rewarm_the_learning_rate():
     phases = [Phase(1, 0, 5), Phase(0, 0, 5)]
     carry = [u.lr for u in plan_updates([16, 16], phases, TrainConfig(workers=1, batch_size=4))]
-    rewarm = [u.lr for u in plan_updates([16, 16], phases, TrainConfig(workers=1, batch_size=4, phase_transition="rewarm"))]
+    rewarm = [
+        u.lr for u in plan_updates([16, 16], phases, TrainConfig(workers=1, batch_size=4, phase_transition="rewarm"))
+    ]
     assert carry[20] < carry[15] and max(carry) == pytest.approx(5e-4)
     assert rewarm[20] > rewarm[19] and rewarm[:20] == rewarm[20:]
 
@@ -179,7 +185,9 @@ def test_a_border_keeps_or_clears_what_the_optimiser_knows(trained, tmp_path, mo
     def begins(self, update):
         if update.phase and not update.index:
             moments = [value for name, value in self.backend.state().items() if "/" in name]
-            seen.append((self.adam_updates, all(value.any() for value in moments), any(value.any() for value in moments)))
+            seen.append(
+                (self.adam_updates, all(value.any() for value in moments), any(value.any() for value in moments))
+            )
         one(self, update)
 
     monkeypatch.setattr(Trainer, "train_step", begins)
@@ -190,18 +198,34 @@ def test_a_border_keeps_or_clears_what_the_optimiser_knows(trained, tmp_path, mo
 def test_the_fingerprint_has_every_key_that_changes_what_is_learned_and_none_that_changes_rounding_alone():
     config = RunConfig(name="t")
     unlearned = {
-        "max_failures", "keep_checkpoints", "checkpoint_every", "collective_timeout_s", "tracker", "attention", "workers", "micro_batch", "distill", "dev_every",
+        "max_failures", "keep_checkpoints", "checkpoint_every", "collective_timeout_s", "tracker", "attention",
+        "workers", "micro_batch", "distill", "dev_every",
     }
     phases = [(p.rate, p.shots, p.epochs, p.steps) for p in plan_phases(config.schedule)]
-    assert train_fingerprint(config, "p") == digest(["p", config.train.model_dump(mode="json", exclude=unlearned), phases])
-    same = {"train.workers": 4, "train.micro_batch": 2, "train.collective_timeout_s": 9, "train.tracker": "tensorboard", "train.dev_every": 5, "train.attention": "sdpa"}
+    assert train_fingerprint(config, "p") == digest(
+        ["p", config.train.model_dump(mode="json", exclude=unlearned), phases]
+    )
+    same = {
+        "train.workers": 4, "train.micro_batch": 2, "train.collective_timeout_s": 9, "train.tracker": "tensorboard",
+        "train.dev_every": 5, "train.attention": "sdpa",
+    }
     assert train_fingerprint(config.replace(**same), "p") == train_fingerprint(config, "p")
     stops = config.replace(**{"train.dev_every": 5, "train.early_stop": 2})
-    assert len({train_fingerprint(c, "p") for c in (config, stops, stops.replace(**{"train.dev_every": 6}), config.replace(**{"train.lr": 1e-3}))}) == 4
+    assert (
+        len(
+            {
+                train_fingerprint(c, "p")
+                for c in (config, stops, stops.replace(**{"train.dev_every": 6}), config.replace(**{"train.lr": 1e-3}))
+            }
+        )
+        == 4
+    )
 
 
 @pytest.mark.parametrize("stop_at", [13, 20])
-def test_a_run_that_clears_its_optimiser_at_borders_goes_on_to_the_same_adapter(tiny_model, tmp_path, monkeypatch, stop_at):
+def test_a_run_that_clears_its_optimiser_at_borders_goes_on_to_the_same_adapter(
+    tiny_model, tmp_path, monkeypatch, stop_at
+):
     """Adam's count of updates begins anew at a border, and a checkpoint remembers it."""
     config = tiny_config(tiny_model, tmp_path / "quiet", **{"schedule.epochs": 3, "train.phase_transition": "reset"})
     again = config.replace(run_dir=str(tmp_path / "again"))
@@ -229,13 +253,15 @@ def test_a_model_with_an_attention_of_its_own_trains_in_plain_batches_and_the_lo
         prepare_by_hand(config)
         train_worker(settings(config))
     assert [e["loss"] for e in log_of(wanted) if "loss" in e] == [e["loss"] for e in log_of(plain) if "loss" in e]
-    assert [e["reason"] for e in log_of(wanted) if e.get("event") == "plain_batches"] == ["BloomForCausalLM has an attention of its own, which cannot be exchanged"]
+    assert [e["reason"] for e in log_of(wanted) if e.get("event") == "plain_batches"] == [
+        "BloomForCausalLM has an attention of its own, which cannot be exchanged"
+    ]
     assert not [e for e in log_of(plain) if e.get("event") == "plain_batches"]
-    assert pipeline._costs(wanted) == pipeline._costs(plain)
+    assert tokens_of_updates(wanted) == tokens_of_updates(plain)
 
 
 def test_the_progress_of_shared_prefixes_counts_them_once(trained):
-    assert pipeline._costs(trained)[0] < pipeline._costs(trained.replace(**{"train.share_prefix": False}))[0]
+    assert tokens_of_updates(trained)[0] < tokens_of_updates(trained.replace(**{"train.share_prefix": False}))[0]
 
 
 def test_half_precision_without_scaled_losses_is_refused(tiny_model, tmp_path):
