@@ -15,13 +15,13 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from pi_ray.config import RunConfig
-from pi_ray.data import phase_dataset
+from pi_ray.data import phase_dataset, pieces
 
 NODE = {"num_cpus": 1, "object_store_memory": 100 << 20}
 
@@ -43,41 +43,41 @@ def apart(*words: str, timeout: float = 300) -> None:
             os.killpg(process.pid, signal.SIGKILL)
 
 
-class HeldBuilder(phase_dataset.Builder):
-    """Says on which node it has begun, and waits until the other one is lost."""
+class WaitingTokeniser(phase_dataset.TokeniseRows):
+    """Marks the node on which it has begun, and waits until the other one is lost."""
 
-    def __call__(self, item: dict[str, Any]) -> str:
+    def __call__(self, table: Any, rows: pieces.RowRange) -> dict[str, Any]:
         import ray
 
         folder = Path(self.config.run_dir).parent
         (folder / f"begun-{ray.get_runtime_context().get_node_id()}").touch()
         while not (folder / "killed").exists():
             time.sleep(0.01)
-        return super().__call__(item)
+        return super().__call__(table, rows)
 
 
-class CountedBuilder(phase_dataset.Builder):
-    """Notes each shard that it builds in the file `built`. Where a file `hold` is there when it starts, it waits for ever from the fifth shard on.
+class CountedSink(pieces.PieceSink):
+    """Notes each phase's file that it has written in `written`. With a file `hold`, it waits for ever after four.
 
-    Those that will be held build one at a time, so that nothing is under way, built and not yet noted, when the fourth stands there.
+    Held sinks write one piece at a time, so that no piece is written and not yet noted when the four are.
     """
 
-    def __init__(self, config: RunConfig, fingerprint: str):
-        super().__init__(config, fingerprint)
-        self.folder = Path(config.run_dir).parent
-        self.held = (self.folder / "hold").exists()
-
-    def __call__(self, item: dict[str, Any]) -> str:
-        built = self.folder / "built"
-        with open(self.folder / "turn", "w") as turn:
-            if self.held:
+    def write(self, blocks: Iterable[Any], ctx: Any) -> None:
+        blocks = list(blocks)
+        paths = [Path(path) for block in blocks for path in block[pieces.PATH].unique().to_pylist()]
+        if "phases" not in paths[0].parts:
+            return super().write(blocks, ctx)
+        folder = paths[0].parents[3]  # FOLDER/run/phases/.NAME.partial/part-N.parquet
+        written, is_held = folder / "written", (folder / "hold").exists()
+        with open(folder / "turn", "w") as turn:
+            if is_held:
                 fcntl.flock(turn, fcntl.LOCK_EX)
-            while self.held and built.exists() and len(built.read_text().split()) >= 4:
+            while is_held and written.exists() and len(written.read_text().split()) >= 4:
                 time.sleep(0.01)
-            made = super().__call__(item)
-            with open(built, "a") as f:
-                f.write(f"{Path(made).parent.name}/{Path(made).name}\n")
-        return made
+            super().write(blocks, ctx)
+            with open(written, "a") as f:
+                f.writelines(f"{path.parent.name}/{path.name}\n" for path in paths)
+        return None
 
 
 def prepare_and_lose(folder: Path) -> None:
@@ -101,7 +101,7 @@ def prepare_and_lose(folder: Path) -> None:
         nodes.add_node(**NODE)
         (folder / "killed").touch()
 
-    phase_dataset.SHARD_ROWS, phase_dataset.Builder = 10, HeldBuilder
+    phase_dataset.PIECE_ROWS, phase_dataset.TokeniseRows = 10, WaitingTokeniser  # type: ignore[misc]
     here = f"begun-{ray.get_runtime_context().get_node_id()}"  # the driver is attached to the head
     killer = threading.Thread(target=lose, args=(lambda: any(p.name != here for p in folder.glob("begun-*")),), daemon=True)
     killer.start()
@@ -112,10 +112,10 @@ def prepare_and_lose(folder: Path) -> None:
 
 
 def prepare_held(folder: Path) -> None:
-    """Prepare on a Ray of its own, counting shards; killed by the test."""
+    """Prepare on a Ray of its own, counting files; killed by the test."""
     from pi_ray.data.prepare import prepare
 
-    phase_dataset.SHARD_ROWS, phase_dataset.Builder = 10, CountedBuilder
+    phase_dataset.PIECE_ROWS, pieces.PieceSink = 10, CountedSink  # type: ignore[misc]
     prepare(RunConfig.model_validate_json((folder / "config.json").read_text()), lambda line: None)
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 from pi_ray.compress import cache
 from pi_ray.compress.rate_control import CompressedTemplate, RateSearch, count_tokens
@@ -27,7 +27,7 @@ def load_compressors(config: CompressConfig) -> tuple[Compressor, Compressor]:
     """The instruction's and the documents' compressor with their models loaded; the same one unless they differ."""
     from pi_ray.registry import compressors
 
-    instruction, documents = config.of_instruction, config.of_documents
+    instruction, documents = config.for_instruction, config.for_documents
     first = compressors[instruction.name](instruction)
     return first, first if documents == instruction else compressors[documents.name](documents)
 
@@ -39,12 +39,12 @@ def compress_template(
     """The template at `rate` (0: nothing, 1: unchanged). `documents` compresses its documents, with
     `compress.documents`.
     """
-    if _is_split(rate, config):
+    parts = split_template(template, rate, config)
+    if len(parts) > 1:
         if documents is None:
             raise ValueError("compress.documents is set: `load_compressors` gives the documents' compressor too")
-        parts = zip((compressor, documents), _split(template, rate, config), strict=True)
-        results = [compress_template(c, part, r, tokenizer, own) for c, (part, r, own) in parts]
-        return _combine(template, tokenizer, results)
+        both = zip((compressor, documents), parts, strict=True)
+        return combine_parts(template, tokenizer, [compress_template(c, t, r, tokenizer, k) for c, (t, r, k) in both])
     found = cached_template(template, rate, tokenizer, config)
     if found is None:
         found = RateSearch(compressor, template, rate, tokenizer, config).run()
@@ -56,10 +56,11 @@ def cached_template(
     template: Template, rate: float, tokenizer: Any, config: CompressConfig
 ) -> CompressedTemplate | None:
     """A result that needs no compressor: rate 0 or 1, or one made before. None otherwise, also for a damaged file."""
-    if _is_split(rate, config):
-        parts = [cached_template(part, r, tokenizer, own) for part, r, own in _split(template, rate, config)]
-        results = [part for part in parts if part is not None]
-        return _combine(template, tokenizer, results) if len(results) == len(parts) else None
+    parts = split_template(template, rate, config)
+    if len(parts) > 1:
+        found = [cached_template(part, r, tokenizer, own) for part, r, own in parts]
+        results = [part for part in found if part is not None]
+        return combine_parts(template, tokenizer, results) if len(results) == len(parts) else None
     if rate in (0, 1) or not template.text:
         full = count_tokens(tokenizer, template.text)
         return CompressedTemplate(template.text if rate else "", rate, rate, full if rate else 0, full)
@@ -70,22 +71,28 @@ def cached_template(
         return None
 
 
-def _is_split(rate: float, config: CompressConfig) -> bool:
-    """Whether instruction and documents are compressed each in its own way."""
-    return config.documents is not None and rate not in (0, 1)
+class TemplatePart(NamedTuple):
+    """A text to compress, its rate and its compressor's settings."""
+
+    template: Template
+    rate: float
+    config: CompressConfig
 
 
-def _split(template: Template, rate: float, config: CompressConfig) -> list[tuple[Template, float, CompressConfig]]:
-    """The instruction and the documents, each as a template with its rate and its compressor's settings."""
-    assert config.documents is not None
+def split_template(template: Template, rate: float, config: CompressConfig) -> list[TemplatePart]:
+    """The template in one part, or with `compress.documents` the instruction and the documents, each as a template."""
+    if config.documents is None or rate in (0, 1):
+        return [TemplatePart(template, rate, config)]
     return [
-        (Template(template.instruction), rate, config.of_instruction),
-        (Template("", template.documents), config.documents.at(rate), config.of_documents),
+        TemplatePart(Template(template.instruction), rate, config.for_instruction),
+        TemplatePart(Template("", template.documents), config.documents.rate_at(rate), config.for_documents),
     ]
 
 
-def _combine(template: Template, tokenizer: Any, parts: Sequence[CompressedTemplate]) -> CompressedTemplate:
-    """Instruction and documents as one result, whose asked rate is the mean of theirs weighted by tokens."""
+def combine_parts(template: Template, tokenizer: Any, parts: Sequence[CompressedTemplate]) -> CompressedTemplate:
+    """The results of `split_template`'s parts as one, whose asked rate is the mean of theirs weighted by tokens."""
+    if len(parts) == 1:
+        return parts[0]
     text, full = "\n\n".join(p.text for p in parts if p.text), count_tokens(tokenizer, template.text)
     asked = sum(p.asked * p.full_tokens for p in parts) / max(sum(p.full_tokens for p in parts), 1)
     named = zip(("instruction", "documents"), parts, strict=True)

@@ -1,6 +1,7 @@
-"""The retrieval step: neighbours.parquet, the examples of every row, found by Ray Data actors in pieces that survive a kill.
+"""The retrieval step: neighbours.parquet, the examples of every row, found by Ray Data actors that share one bank.
 
-Beside it stands neighbours.json: its hash, how it was made, and on a sample of rows what FAISS missed of the exact best.
+A task builds the bank, once for each side that rows are compared by, and Ray's object store holds it: the actors of a node read
+its arrays in place. Beside the result stands neighbours.json: its hash, how it was made, and what FAISS missed on a sample.
 """
 
 from __future__ import annotations
@@ -9,76 +10,68 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pi_ray.cluster import placement, storage_sync
+from pi_ray.cluster import placement, session, storage_sync
 from pi_ray.config import RetrieveConfig, RunConfig
-from pi_ray.data.phase_dataset import working_folder
-from pi_ray.data.ray_map import fan_out
-from pi_ray.run.artifact import digest_file, tell_of, write_atomic, writing
+from pi_ray.data.pieces import Pieces, RowRange, partial_folder, run_pipeline
+from pi_ray.data.ray_map import Attach, attach_of, raise_worker_errors
+from pi_ray.run.artifact import digest_file, notify_written, translate_disk_errors, write_atomic
 from pi_ray.run.directory import RunDir
-from pi_ray.run.phases import most_shots
-from pi_ray.run.row_store import count, has_piece, join, read_range, write_piece
+from pi_ray.run.phases import max_shots
+from pi_ray.run.row_store import count_rows, join_pieces, read_range, to_rows
 
-PIECE_ROWS = 512  # rows of one neighbour search
+PIECE_ROWS = 512
 SAMPLE = 256  # rows whose exact best are looked up where FAISS chose
-SCHEMA = pa.schema({"id": pa.string(), "split": pa.string(), "neighbours": pa.list_(pa.string()), "scores": pa.list_(pa.float32())})
+SCHEMA = pa.schema({
+    "id": pa.string(), "split": pa.string(), "neighbours": pa.list_(pa.string()), "scores": pa.list_(pa.float32()),
+})
 SCORES = {"bleu": "BLEU", "rouge-l": "ROUGE-L", "embedding": "cosine"}
 
 
-@dataclass(frozen=True)
-class Piece:
-    """The neighbours of rows [begin, end) of `split`, to be written to `path`."""
-
-    split: str
-    begin: int
-    end: int
-    path: str
-
-
 class FindNeighbours:
-    """Work of an actor: indexes the training rows by the side that is asked for, then any number of pieces. It holds one at a time."""
+    """Inside an actor: the neighbours of a range of rows in the bank that `get_bank` gives, fetched once."""
 
-    def __init__(self, config: RunConfig, k: int):
-        self.run, self.config, self.k = RunDir(config.root), config.retrieve, k
-        self.by, self.bank = "", None
+    def __init__(self, get_bank: Callable[[], Any], k: int):
+        self.bank, self.k = get_bank(), k
 
-    def __call__(self, item: dict[str, Any]) -> dict[str, Any]:
-        return self.audit() if "audit" in item else self.find(Piece(**item))
+    def __call__(self, table: pa.Table, rows: RowRange) -> dict[str, pa.Table]:
+        found = self.bank.find(to_rows(table), self.k)
+        ids, scores = [f.ids for f in found], [f.scores for f in found]
+        columns = {"id": table["id"], "split": [rows.split] * len(found), "neighbours": ids, "scores": scores}
+        return {rows.split: pa.table(columns, schema=SCHEMA)}
 
-    def find(self, piece: Piece) -> dict[str, Any]:
-        rows = self.run.rows_of(piece.split)[piece.begin : piece.end]
-        found = self._bank(self.config.by if piece.split == "train" else "query").find(rows, self.k)
-        columns = {"id": [r.id for r in rows], "split": [piece.split] * len(rows), "neighbours": [f.ids for f in found], "scores": [f.scores for f in found]}
-        write_piece(piece.path, pa.table(columns, schema=SCHEMA))
-        return {}
 
-    def audit(self) -> dict[str, Any]:
-        from pi_ray.retrieve.neighbours import audit
+def build_bank(run: RunDir, config: RetrieveConfig, by: Any, attach: Attach | None = None) -> tuple[None, Any]:
+    """Nothing, as a sign that it is done, and the bank of the run's training rows, compared by `by`."""
+    from pi_ray.retrieve.neighbours import Bank, choose_bank
 
-        rows = self.run.rows_of("train")
-        step = max(1, len(rows) // SAMPLE)
-        return asdict(audit(self._bank(self.config.by), [r for i, r in enumerate(rows) if i % step == 0][:SAMPLE], self.k))
+    if attach:
+        attach()
+    rows = run.rows_of("train")
+    chosen = choose_bank(rows.ids(), config.bank_fraction)
+    return None, Bank((row for row in rows if row.id in chosen), config, by)
 
-    def _bank(self, by: str) -> Any:
-        from pi_ray.retrieve.neighbours import Bank, part
 
-        if by != self.by:
-            self.by, self.bank = "", None  # gone before the next is built: each holds all training rows
-            rows = self.run.rows_of("train")
-            chosen = part(rows.ids(), self.config.bank_fraction)
-            self.by, self.bank = by, Bank((r for r in rows if r.id in chosen), self.config, by)
-        return self.bank
+def audit_sample(run: RunDir, bank: Any, k: int, attach: Attach | None = None) -> dict[str, Any]:
+    """Compare FAISS's choice with the exact best, on training rows in equal steps."""
+    from pi_ray.retrieve.neighbours import audit_bank
+
+    if attach:
+        attach()
+    rows = run.rows_of("train")
+    step = max(1, len(rows) // SAMPLE)
+    return asdict(audit_bank(bank, [row for i, row in enumerate(rows) if i % step == 0][:SAMPLE], k))
 
 
 def has_neighbours(config: RunConfig, run: RunDir, fingerprint: str) -> bool:
-    """Whether neighbours.parquet is there and undamaged; its hash stands beside it. True too when the run needs none."""
-    if not most_shots(config):
+    """Whether neighbours.parquet is there and undamaged (its hash stands beside it), or the run needs none."""
+    if not max_shots(config):
         return True
     facts = read_facts(run)
     try:
@@ -96,38 +89,53 @@ def read_facts(run: RunDir) -> dict[str, Any]:
         return {}
 
 
-def find_neighbours(config: RunConfig, run: RunDir, fingerprint: str, splits: Sequence[str], progress: Callable[[str], None]) -> None:
+def find_neighbours(
+    config: RunConfig, run: RunDir, fingerprint: str, splits: Sequence[str], progress: Callable[[str], None],
+) -> None:
     """Find the examples of all rows and write neighbours.parquet, in the order of the splits and their rows."""
-    k = most_shots(config)
-    folder = working_folder(run.neighbours, fingerprint)
-    for left in run.root.glob(f".{run.neighbours.name}-*.partial"):
-        if left != folder:
-            shutil.rmtree(left, ignore_errors=True)  # of another configuration
-    pieces = list(_plan(run, splits, folder))
-    todo = [p for p in pieces if not has_piece(p.path, SCHEMA, run.rows_of(p.split).ids(p.begin, p.end))]
-    if len(todo) < len(pieces):
-        progress(f"neighbours: {len(pieces) - len(todo)} of {len(pieces)} pieces were already there")
-    exact = is_exact(config.retrieve, run)
-    items: list[dict[str, Any]] = [*([] if exact else [{"audit": True}]), *map(asdict, todo)]  # all of one index, then all of the other
-    results = fan_out(items, FindNeighbours, config, k, actors=-(-len(items) // 4), mirror=storage_sync.of(run.root), **placement.options(config, "prepare"))
+    k, exact = max_shots(config), is_exact(config.retrieve, run)
+    folder = partial_folder(run.neighbours, fingerprint)
+    pieces = Pieces(run, SCHEMA, PIECE_ROWS, {split: {split: f"{folder}/{split}-"} for split in splits})
+    todo, audit = pieces.unfinished("neighbours", progress), {}
+    for by in dict.fromkeys((config.retrieve.by, "query")):  # dev and test rows by the query, whatever training rows go by
+        ranges = [rows for rows in todo if by == (config.retrieve.by if rows.split == "train" else "query")]
+        to_audit = not exact and by == config.retrieve.by
+        if ranges or to_audit:
+            audit |= _search(config, pieces, ranges, by, k, to_audit)
     made = folder / "all.parquet"
-    with writing(made):
-        join([p.path for p in pieces], made, SCHEMA)
+    with translate_disk_errors(made):
+        join_pieces((file for split in splits for file in pieces.files(split, split)), made, SCHEMA)
         os.replace(made, run.neighbours)
-    tell_of(run.neighbours)
+    notify_written(run.neighbours)
     facts = {
-        "fingerprint": fingerprint, "sha256": digest_file(run.neighbours), "rows": count(run.neighbours), "shots": k, "score": config.retrieve.score,
-        "by": config.retrieve.by, "train_score": _mean_score(run), "method": "exact" if exact else "faiss", **({} if exact else {"audit": results[0]}),
+        "fingerprint": fingerprint, "sha256": digest_file(run.neighbours), "rows": count_rows(run.neighbours), "shots": k,
+        "score": config.retrieve.score, "by": config.retrieve.by, "train_score": _mean_score(run),
+        "method": "exact" if exact else "faiss", **({} if exact else {"audit": audit}),
     }
     write_atomic(run.neighbours.with_suffix(".json"), json.dumps(facts, indent=1) + "\n")
     shutil.rmtree(folder, ignore_errors=True)
-    progress(f"neighbours: {summary(facts)}")
+    progress(f"neighbours: {summarise_facts(facts)}")
 
 
-def summary(facts: dict[str, Any], by: str = "answer") -> str:
-    """neighbours.json in words. `by`: what training rows were compared by, where an earlier version did not write it down."""
+def _search(config: RunConfig, pieces: Pieces, ranges: list[RowRange], by: str, k: int, to_audit: bool) -> dict[str, Any]:
+    """Find the neighbours of these ranges in the bank of one side, and return its audit. The bank is gone afterwards."""
+    session.connect()
+    import ray
+
+    attach, options = attach_of(storage_sync.sync_for(pieces.run.root)), placement.worker_options(config, "prepare")
+    with raise_worker_errors():
+        built, bank = ray.remote(build_bank).options(num_returns=2, **options).remote(pieces.run, config.retrieve, by, attach)
+        ray.get(built)  # the driver waits for the bank, and does not fetch it
+        audit = ray.remote(audit_sample).options(**options).remote(pieces.run, bank, k, attach) if to_audit else None
+        run_pipeline(config, pieces, ranges, FindNeighbours, partial(ray.get, bank), k, actors=-(-len(ranges) // 4))
+        return ray.get(audit) if audit else {}
+
+
+def summarise_facts(facts: dict[str, Any], by: str = "answer") -> str:
+    """neighbours.json in words. `by`: the side that training rows were compared by, where the file does not say."""
     score, by = SCORES[facts["score"]], facts.get("by", by)
-    start = f"{facts['shots']} for each of {facts['rows']} rows, mean {score} {facts['train_score']:.1f} between train {'answers' if by == 'answer' else 'queries'}"
+    between = f"mean {score} {facts['train_score']:.1f} between train {'answers' if by == 'answer' else 'queries'}"
+    start = f"{facts['shots']} for each of {facts['rows']} rows, {between}"
     if facts["method"] == "exact":
         return f"{start}; every pair was scored"
     seen = facts["audit"]
@@ -138,14 +146,10 @@ def summary(facts: dict[str, Any], by: str = "answer") -> str:
 
 
 def is_exact(config: RetrieveConfig, run: RunDir) -> bool:
-    from pi_ray.retrieve.neighbours import is_exact as decide
+    """Whether every pair of the run's rows is scored."""
+    from pi_ray.retrieve.neighbours import scores_all_pairs
 
-    return decide(config, max(1, round(count(run.rows / "train.parquet") * config.bank_fraction)))
-
-
-def _plan(run: RunDir, splits: Sequence[str], folder: Path) -> list[Piece]:
-    ranges = [(s, a, min(a + PIECE_ROWS, rows)) for s in splits for rows in [count(run.rows / f"{s}.parquet")] for a in range(0, rows, PIECE_ROWS)]
-    return [Piece(*range_, str(folder / f"part-{i:05d}.parquet")) for i, range_ in enumerate(ranges)]
+    return scores_all_pairs(config, max(1, round(count_rows(run.rows / "train.parquet") * config.bank_fraction)))
 
 
 def _mean_score(run: RunDir) -> float:

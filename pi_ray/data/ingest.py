@@ -1,7 +1,7 @@
 """Ingest: the task's rows, checked, into rows/{train,dev,test}.parquet and rejects.jsonl.
 
-What is checked: how many rows are bad, ids that are not unique, splits that are empty, and training queries that also stand in dev or
-test, which would make every score a lie. Rows go to disk as they come; what is held of each is its id and a short form of its query.
+Checked are the number of bad rows, ids that are not unique, empty splits, and training queries that are also in dev or test, which
+would make every score a lie. Rows go to disk as they come; memory holds each row's id and a short form of its query.
 """
 
 from __future__ import annotations
@@ -21,46 +21,52 @@ from pi_ray.config import TaskConfig
 from pi_ray.errors import DataError
 from pi_ray.protocols import SPLITS, UNLABELLED, Reject, Row, Task
 from pi_ray.retrieve.neighbours import normalised
-from pi_ray.run.artifact import staged, write_atomic, writing
+from pi_ray.run.artifact import staged, translate_disk_errors, write_atomic
 from pi_ray.run.directory import RunDir
 from pi_ray.run.row_store import RowWriter, StoredRows, write_rows
 
 DEV_SHARE = 0.1  # of the training rows, when the task has no dev rows
 SHOWN = 3  # examples named in an error
-SHORT = 64  # characters of a query that are held
+KEY_CHARACTERS = 64  # of a query that are held
 
 
-class Key(NamedTuple):
-    """What the checks need of a row. `query` is normalised; of a long one it has the beginning and a hash of the whole."""
+class RowKey(NamedTuple):
+    """The part of a row that the checks need. `query` is normalised; a long one is its beginning and a hash of the whole."""
 
     id: str
     query: str
 
 
-Splits = dict[str, list[Any]]  # of rows, or of their keys
+Splits = dict[str, list[Any]]  # split -> its rows, or their keys
 
 
-def ingest(task: Task, config: TaskConfig, run: RunDir, fingerprint: str, progress: Callable[[str], None], names: Sequence[str] = SPLITS) -> None:
-    """Write the rows artefact: the splits of `names`. Raises DataError when the rows cannot be used; rejects.jsonl is written in any case."""
-    with writing(run.rows):
+def ingest(
+    task: Task, config: TaskConfig, run: RunDir, fingerprint: str, progress: Callable[[str], None], names: Sequence[str] = SPLITS,
+) -> None:
+    """Write the rows artifact: the splits in `names`. rejects.jsonl is written in any case.
+
+    Raises DataError when the rows cannot be used, StorageError when the disk does not take them.
+    """
+    with translate_disk_errors(run.rows):
         run.root.mkdir(parents=True, exist_ok=True)
         for left in run.root.glob(".rows-*.read"):
-            shutil.rmtree(left, ignore_errors=True)  # of a run that was killed
+            shutil.rmtree(left, ignore_errors=True)  # a run was killed
         with TemporaryDirectory(prefix=".rows-", suffix=".read", dir=run.root, ignore_cleanup_errors=True) as folder:
             keys, rejects, documents = _store(task, names, Path(folder))
             write_atomic(run.rejects, "".join(json.dumps(asdict(r), ensure_ascii=False) + "\n" for r in rejects))
-            notes = check(keys, rejects, config, run)
+            notes = check_splits(keys, rejects, config, run)
             counts = {split: len(kept) for split, kept in keys.items()}
-            with staged(run.rows, fingerprint=fingerprint, rows=counts, rejected=len(rejects), notes=notes, documents=documents) as made:
-                for split, kept in sorted(keys.items(), key=lambda item: item[0] == "train"):  # train last: dev rows may come out of it
-                    _keep(split, kept, Path(folder), made / f"{split}.parquet")
-    told = ", ".join(f"{n} {split}" for split, n in counts.items())
-    progress("; ".join([f"rows: {told}, {len(rejects)} rejected", *([f"{documents} documents come with rows"] if documents else []), *notes]))
+            facts = {"rows": counts, "rejected": len(rejects), "notes": notes, "documents": documents}
+            with staged(run.rows, fingerprint=fingerprint, **facts) as made:
+                for split in sorted(keys, key=lambda split: split == "train"):  # train last: dev rows may come out of it
+                    _write_kept(split, keys[split], Path(folder), made / f"{split}.parquet")
+    parts = [f"rows: {', '.join(f'{n} {split}' for split, n in counts.items())}, {len(rejects)} rejected"]
+    progress("; ".join([*parts, *([f"{documents} documents come with rows"] if documents else []), *notes]))
 
 
-def _store(task: Task, names: Sequence[str], folder: Path) -> tuple[dict[str, list[Key]], list[Reject], int]:
-    """Write all rows of each split, in the task's order; return their keys, the rejects, and how many documents there are."""
-    keys: dict[str, list[Key]] = {split: [] for split in names}
+def _store(task: Task, names: Sequence[str], folder: Path) -> tuple[dict[str, list[RowKey]], list[Reject], int]:
+    """Write all rows of each split, in the task's order; return their keys, the rejects, and the number of documents."""
+    keys: dict[str, list[RowKey]] = {split: [] for split in names}
     rejects: list[Reject] = []
     documents = 0
     for split in names:
@@ -75,15 +81,16 @@ def _store(task: Task, names: Sequence[str], folder: Path) -> tuple[dict[str, li
     return keys, rejects, documents
 
 
-def _key(row: Row) -> Key:
+def _key(row: Row) -> RowKey:
     query = normalised(row.query)
-    if len(query) <= SHORT:
-        return Key(row.id, query)
-    return Key(row.id, f"{query[:SHORT].rstrip()}... {blake2b(query.encode('utf-8', 'surrogatepass'), digest_size=16).hexdigest()}")
+    if len(query) <= KEY_CHARACTERS:
+        return RowKey(row.id, query)
+    digest = blake2b(query.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
+    return RowKey(row.id, f"{query[:KEY_CHARACTERS].rstrip()}... {digest}")
 
 
-def _keep(split: str, kept: Sequence[Key], folder: Path, final: Path) -> None:
-    """Of the rows that were stored, those that the checks kept: a file as it is, unless they took rows out or made dev rows of training rows."""
+def _write_kept(split: str, kept: Sequence[RowKey], folder: Path, final: Path) -> None:
+    """Write the stored rows that the checks kept; the file as it is, unless rows were taken out or became dev rows."""
     own = StoredRows(folder / f"{split}.parquet")
     if len(own) == len(kept):
         os.rename(own.path, final)
@@ -93,7 +100,7 @@ def _keep(split: str, kept: Sequence[Key], folder: Path, final: Path) -> None:
     write_rows(final, (row for row in source if row.id in wanted))
 
 
-def read(task: Task, names: Sequence[str] = SPLITS) -> tuple[dict[str, list[Row]], list[Reject]]:
+def read_splits(task: Task, names: Sequence[str] = SPLITS) -> tuple[dict[str, list[Row]], list[Reject]]:
     """All rows of each split, held in memory, and all rejects, in the task's order."""
     splits: dict[str, list[Row]] = {}
     rejects: list[Reject] = []
@@ -104,38 +111,41 @@ def read(task: Task, names: Sequence[str] = SPLITS) -> tuple[dict[str, list[Row]
     return splits, rejects
 
 
-def check(splits: Splits, rejects: Sequence[Reject], config: TaskConfig, run: RunDir) -> list[str]:
+def check_splits(splits: Splits, rejects: Sequence[Reject], config: TaskConfig, run: RunDir) -> list[str]:
     """Make `splits` fit to train and score on: a dev split if there is none, no query on both sides. Returns notes for people.
 
-    They hold rows or their keys: anything with `id` and `query`.
-    Raises DataError for too many rejects, ids that are not unique, an overlap that is not to be dropped, an empty split. Writes nothing.
+    Splits hold rows or their keys: anything with `id` and `query`. Raises DataError for too many rejects, ids that are not unique,
+    an overlap that is not to be dropped, an empty split. Writes nothing.
     """
     _check_rejects(rejects, config.max_bad_rows, run)
     _check_ids(splits)
     notes = _make_dev(splits) + _separate(splits, config.overlap) + _new_queries(splits)
     for split in SPLITS:
         if not splits[split]:
-            raise DataError(f"task '{config.name}' has no {split} rows; {len(rejects)} rows were rejected, see {run.rejects}")
+            counted = f"{len(rejects)} rows were rejected, see {run.rejects}"
+            raise DataError(f"task '{config.name}' has no {split} rows; {counted}")
     return notes
 
 
-def _check_rejects(rejects: Sequence[Reject], most: int, run: RunDir) -> None:
-    if len(rejects) <= most:
+def _check_rejects(rejects: Sequence[Reject], limit: int, run: RunDir) -> None:
+    if len(rejects) <= limit:
         return
     first = "\n".join(f"  {r.source}:{r.line}: {r.reason}" for r in rejects[:SHOWN])
     raise DataError(
-        f"{len(rejects)} bad rows, and task.max_bad_rows is {most}:\n{first}\nMend the rows or raise task.max_bad_rows; 'pi-ray prepare' lists all of them in {run.rejects}"
+        f"{len(rejects)} bad rows, and task.max_bad_rows is {limit}:\n{first}\n"
+        f"Mend the rows or raise task.max_bad_rows; 'pi-ray prepare' lists all of them in {run.rejects}"
     )
 
 
 def _check_ids(splits: Splits) -> None:
-    twice = [i for i, n in Counter(r.id for rows in splits.values() for r in rows).items() if n > 1]
-    if twice:
-        raise DataError(f"{len(twice)} ids stand more than once over train, dev and test, such as {', '.join(repr(i) for i in twice[:SHOWN])}; make them unique")
+    repeated = [i for i, n in Counter(r.id for rows in splits.values() for r in rows).items() if n > 1]
+    if repeated:
+        some = ", ".join(map(repr, repeated[:SHOWN]))
+        raise DataError(f"{len(repeated)} ids stand more than once over train, dev and test, such as {some}; make them unique")
 
 
 def _make_dev(splits: Splits) -> list[str]:
-    """Without dev rows, the last tenth of the training rows becomes dev; training rows with the same query as one of them go."""
+    """Without dev rows, the last tenth of the training rows becomes dev; other training rows with their queries are dropped."""
     if splits["dev"] or len(splits["train"]) < 2:
         return []
     size = max(1, int(len(splits["train"]) * DEV_SHARE))
@@ -147,17 +157,19 @@ def _make_dev(splits: Splits) -> list[str]:
 
 def _separate(splits: Splits, overlap: str) -> list[str]:
     """Refuse, or drop from train, the queries that also stand in dev or test."""
-    held = {normalised(r.query): s for s in ("dev", "test") for r in splits[s]}
-    shared = [r for r in splits["train"] if normalised(r.query) in held]
+    splits_of = {normalised(r.query): s for s in ("dev", "test") for r in splits[s]}
+    shared = [r for r in splits["train"] if normalised(r.query) in splits_of]
     if not shared:
         return []
     if overlap == "error":
-        examples = "\n".join(f"  train row {r.id!r}, also in {held[normalised(r.query)]}: {r.query[:100]!r}" for r in shared[:SHOWN])
+        examples = "\n".join(
+            f"  train row {r.id!r}, also in {splits_of[normalised(r.query)]}: {r.query[:100]!r}" for r in shared[:SHOWN]
+        )
         raise DataError(
             f"{len(shared)} train queries also stand in dev or test, so scores would measure memory:\n{examples}\n"
             "Remove them, or set task.overlap: drop to leave them out of train"
         )
-    _drop(splits, set(held))
+    _drop(splits, set(splits_of))
     return [f"{len(shared)} train rows dropped, because their queries also stand in dev or test"]
 
 

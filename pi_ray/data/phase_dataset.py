@@ -1,93 +1,79 @@
-"""Shards: the token ids of one phase's rows, in parquet files of 256 rows, each a pure function of (row range, config).
+"""The datasets of phases: token ids of every row, in Parquet files of 512 rows, sealed with hashes and the phase's prefix.
 
-Workers write shards into a hidden folder whose name holds the fingerprint; the driver seals and renames it when all are there.
-After a kill the finished shards are found again, so that nothing is done twice, and the result is byte-identical.
+One pass over a split makes the files of all its phases, so that a row is read and its answer tokenised once.
 """
 
 from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pi_ray.config import ModelConfig, PromptConfig, RunConfig
+from pi_ray.data.pieces import RowRange
 from pi_ray.models import load_tokenizer
 from pi_ray.prompt import Example, PromptEncoder
 from pi_ray.protocols import UNLABELLED, Row
-from pi_ray.run.artifact import commit, seal
+from pi_ray.run.artifact import commit_folder, seal_folder
 from pi_ray.run.directory import RunDir
-from pi_ray.run.row_store import StoredRows, has_piece, read_range, write_piece
+from pi_ray.run.row_store import read_range, to_rows
 
-SHARD_ROWS = 256
+PIECE_ROWS = 512
 SCHEMA = pa.schema({"id": pa.string(), "prompt_ids": pa.list_(pa.int32()), "label_ids": pa.list_(pa.int32())})
 
 
-@dataclass(frozen=True)
-class Shard:
-    """Rows [begin, end) of `split` with `shots` examples each and their documents at `rate`, to be written to `path`."""
+class PhaseData(NamedTuple):
+    """One dataset: its folder's name, the split, the template's rate and the examples of each row."""
 
+    name: str
     split: str
+    rate: float
     shots: int
-    begin: int
-    end: int
-    path: str
-    rate: float = 0.0
 
 
-def plan(folder: Path, split: str, shots: int, rows: int, rate: float) -> list[Shard]:
-    starts = range(0, rows, SHARD_ROWS)
-    return [Shard(split, shots, a, min(a + SHARD_ROWS, rows), str(folder / f"part-{i:05d}.parquet"), rate) for i, a in enumerate(starts)]
+class TokeniseRows:
+    """Inside a Ray worker: a range of rows -> for each dataset of its split a table of `SCHEMA`.
 
-
-def working_folder(final: Path, fingerprint: str) -> Path:
-    """Where shards of `final` gather until it is complete."""
-    folder = final.with_name(f".{final.name}-{fingerprint[:12]}.partial")
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
-
-
-def is_finished(shard: Shard, rows: Sequence[Row]) -> bool:
-    """True when the file is there, undamaged, and holds these rows (all rows of the split are given)."""
-    if not Path(shard.path).exists():
-        return False
-    ids = rows.ids(shard.begin, shard.end) if isinstance(rows, StoredRows) else [r.id for r in rows[shard.begin : shard.end]]
-    return has_piece(shard.path, SCHEMA, ids)
-
-
-class Builder:
-    """Work of a Ray worker: encodes a shard's rows and writes its file in one step. Reads its part of the run directory."""
-
-    def __init__(self, config: RunConfig, fingerprint: str):
-        self.config, self.fingerprint = config, fingerprint
-
-    def __call__(self, item: dict[str, Any]) -> str:
-        shard, run = Shard(**item), RunDir(self.config.run_dir)
-        rows = run.read_rows(shard.split, shard.rate, shard.begin, shard.end)
-        bank = _bank(self.config.run_dir, self.fingerprint) if shard.shots else {}
-        shots = run.read_shots(shard.split, bank, shard.shots, shard.begin, shard.end)
-        write_piece(shard.path, encode(rows, shots, _encoder(self.config.model, self.config.prompt)))
-        return shard.path
-
-
-def encode(rows: Sequence[Row], shots: dict[str, list[Example]], encoder: PromptEncoder) -> pa.Table:
-    """Columns id, prompt_ids (the row's documents, examples, query, chat tail) and label_ids (answer, end of sequence; empty for an unlabelled query).
-
-    The template is in the manifest.
+    prompt_ids are the row's documents, examples, query and chat tail; label_ids the answer and the end of sequence, or nothing
+    for an unlabelled query. The template is in the manifest. Documents and examples are read from the run directory.
     """
-    prompts = [encoder.row(r.query, shots.get(r.id, ()), r.documents) for r in rows]
-    labels = [encoder.answer(r.answer) if r.answer else [] for r in rows]
-    return pa.table({"id": [r.id for r in rows], "prompt_ids": prompts, "label_ids": labels}, schema=SCHEMA)
+
+    def __init__(self, config: RunConfig, fingerprint: str, datasets: list[PhaseData]):
+        self.config, self.fingerprint, self.datasets = config, fingerprint, datasets
+
+    def __call__(self, table: pa.Table, rows: RowRange) -> dict[str, pa.Table]:
+        encoder, plain = _encoder(self.config.model, self.config.prompt), to_rows(table)
+        labels = pa.array([encoder.answer(r.answer) if r.answer else [] for r in plain], SCHEMA.field("label_ids").type)
+        has_documents = any(r.documents for r in plain)
+        prompts: dict[tuple[float, int], pa.Array] = {}  # phases whose rows have the same prompts share them
+        tables = {}
+        for data in self.datasets:
+            if data.split != rows.split:
+                continue
+            key = (data.rate if has_documents else 0.0, data.shots)
+            if key not in prompts:
+                prompts[key] = self._prompts(encoder, plain, data, rows)
+            tables[data.name] = pa.table([table["id"], prompts[key], labels], schema=SCHEMA)
+        return tables
+
+    def _prompts(self, encoder: PromptEncoder, plain: list[Row], data: PhaseData, rows: RowRange) -> pa.Array:
+        run = RunDir(self.config.run_dir)
+        bank = _bank(self.config.run_dir, self.fingerprint) if data.shots else {}
+        shots = run.read_shots(data.split, bank, data.shots, rows.begin, rows.end)
+        if data.rate < 1 and any(r.documents for r in plain):
+            plain = run.read_rows(data.split, data.rate, rows.begin, rows.end)
+        ids = [encoder.row(r.query, shots.get(r.id, ()), r.documents) for r in plain]
+        return pa.array(ids, SCHEMA.field("prompt_ids").type)
 
 
-def publish(folder: Path, final: Path, prefix_ids: list[int], **manifest: Any) -> dict[str, Any]:
+def publish_phase(folder: Path, final: Path, prefix_ids: list[int], **manifest: Any) -> dict[str, Any]:
     """Count tokens, write the manifest, and give the working folder its final name. Returns the manifest."""
     for left in folder.glob(".*.tmp"):
         left.unlink()  # a worker was killed while it wrote
@@ -98,12 +84,12 @@ def publish(folder: Path, final: Path, prefix_ids: list[int], **manifest: Any) -
         "row_mean": round(pc.mean(prompts).as_py(), 1), "row_max": pc.max(prompts).as_py(),
         "label_mean": round(pc.mean(labels).as_py(), 1), "label_max": pc.max(labels).as_py(),
     }
-    body = seal(folder, prefix_ids=prefix_ids, rows=len(prompts), tokens=tokens, **manifest)
-    commit(folder, final)
+    body = seal_folder(folder, prefix_ids=prefix_ids, rows=len(prompts), tokens=tokens, **manifest)
+    commit_folder(folder, final)
     return body
 
 
-def _lengths(path: Path) -> tuple[pa.Array, pa.Array]:
+def _lengths(path: Path) -> tuple[pa.Array, ...]:
     table = pq.read_table(path, columns=["prompt_ids", "label_ids"]).combine_chunks()
     return tuple(pc.list_value_length(table[name]).combine_chunks() for name in ("prompt_ids", "label_ids"))
 
@@ -136,7 +122,7 @@ class _Bank(Mapping[str, Example]):
         return len(self.places)
 
 
-# Worker processes build many shards; the fingerprint in the key keeps a later run in the same process from reading an earlier one's rows.
+# Worker processes take many ranges; the fingerprint in the key keeps a later run in the same process from an earlier one's rows.
 @lru_cache(maxsize=1)
 def _bank(run_dir: str, fingerprint: str) -> _Bank:
     return _Bank(RunDir(run_dir).rows / "train.parquet")

@@ -1,7 +1,7 @@
-"""Fan out: the same work on many items through Ray Data.
+"""Work on Ray Data: errors of workers come out as the one sentence that helps, and nodes that share no disk fetch the run directory.
 
-What a user did wrong may only show in a worker. There a PiRayError is returned instead of raised, and raised again here: otherwise Ray
-would retry it, and bury the one sentence that helps under its own traceback.
+A user's mistake may only show in a worker. There a PiRayError is returned instead of raised, and raised again by the driver:
+otherwise Ray Data would wrap it and append its own advice to the sentence.
 """
 
 from __future__ import annotations
@@ -10,56 +10,90 @@ import json
 import logging
 import uuid
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 from pi_ray import errors
 from pi_ray.cluster import session
-from pi_ray.cluster.storage_sync import Mirror
+from pi_ray.cluster.storage_sync import StorageSync
 
 Work = Callable[[dict[str, Any]], Any]
+Attach = Callable[[], None]  # makes a process of a node fetch the run directory, and send what it writes
 
 
-def fan_out(items: Sequence[dict[str, Any]], make: Callable[..., Work], *args: Any, actors: int = 0, mirror: Mirror | None = None, **options: Any) -> list[Any]:
+def fan_out(items: Sequence[dict[str, Any]], make: Callable[..., Work], *args: Any, **options: Any) -> list[Any]:
     """`make(*args)(item)` for each item, in the order of the items. See `stream`."""
-    return [value for _, value in sorted(stream(items, make, *args, actors=actors, mirror=mirror, **options), key=lambda pair: pair[0])]
+    return [value for _, value in sorted(stream(items, make, *args, **options), key=lambda pair: pair[0])]
 
 
 def stream(
-    items: Sequence[dict[str, Any]], make: Callable[..., Work], *args: Any, actors: int = 0, mirror: Mirror | None = None, **options: Any,
+    items: Sequence[dict[str, Any]], make: Callable[..., Work], *args: Any, actors: int, sync: StorageSync | None = None, **options: Any,
 ) -> Iterator[tuple[int, Any]]:
-    """(place of the item, `make(*args)(item)`) as they are done. Items and results are what JSON can hold. No items: Ray is not touched.
+    """Yield (place of the item, `make(*args)(item)`) as they are done, by at most `actors` actors, which call `make` once each.
 
-    With `actors`, at most that many processes call `make` once and end with the job: for work that loads something large. Without, Ray's running
-    workers call it once for each item: it should be cheap there. `mirror` brings the run directory, once to each process, and takes what they write there.
-    `options` are Ray's, of each actor or task: num_cpus, num_gpus, resources, label_selector (see cluster.options).
+    Items and results are JSON values. Without items Ray is not touched. `sync` brings the run directory to each actor and takes
+    what it writes there. `options` are Ray's for each actor (placement.worker_options).
     """
     if not items:
         return
     session.connect()
     import ray
 
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
-    context.print_on_execution_start = False
-    join = partial(mirror.join, uuid.uuid4().hex) if mirror else None
     numbered = [{"place": i, "item": json.dumps(item)} for i, item in enumerate(items)]
-    dataset = ray.data.from_items(numbered, override_num_blocks=len(items))
-    if actors:
-        pool = ray.data.ActorPoolStrategy(min_size=1, max_size=actors)
-        dataset = dataset.map_batches(_Worker, batch_size=1, compute=pool, fn_constructor_args=(make, args, join), **options)
-    else:
-        dataset = dataset.map_batches(_once, batch_size=1, fn_kwargs={"make": make, "args": args, "join": join}, **options)
-    for row in dataset.iter_rows():
-        yield row["place"], _result(json.loads(row["answer"]))
-    if mirror:
-        mirror.pull()
+    with quiet_context(ray):
+        dataset = ray.data.from_items(numbered, override_num_blocks=len(items)).map_batches(
+            ItemActor, batch_size=1, compute=ray.data.ActorPoolStrategy(min_size=1, max_size=actors),
+            fn_constructor_args=(make, args, attach_of(sync)), **options,
+        )
+        for row in dataset.iter_rows():
+            yield row["place"], _result(json.loads(row["answer"]))
+    if sync:
+        sync.pull()
 
 
-class _Worker:
-    def __init__(self, make: Callable[..., Work], args: tuple[Any, ...], join: Callable[[], None] | None = None):
-        self.make, self.args, self.join = make, args, join
+@contextmanager
+def quiet_context(ray: Any) -> Iterator[Any]:
+    """Ray Data's settings meanwhile: silent, with an error's traceback left to the caller. Yields them, to be changed."""
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)
+    context = ray.data.DataContext.get_current().copy()
+    context.enable_progress_bars = context.print_on_execution_start = False
+    with ray.data.DataContext.current(context):
+        yield context
+
+
+@contextmanager
+def raise_worker_errors() -> Iterator[None]:
+    """Raise the PiRayError of a plain Ray task as itself."""
+    import ray
+
+    try:
+        yield
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, errors.PiRayError):
+            raise error.cause from None
+        raise
+
+
+def attach_of(sync: StorageSync | None) -> Attach | None:
+    """What each worker of one job calls before it works; each process fetches once a job."""
+    return partial(sync.attach_worker, uuid.uuid4().hex) if sync else None
+
+
+def to_payload(error: errors.PiRayError) -> list[str]:
+    """An error as a JSON value that `from_payload` makes the same error of."""
+    return [type(error).__name__, str(error)]
+
+
+def from_payload(payload: Sequence[str]) -> errors.PiRayError:
+    return getattr(errors, payload[0], errors.PiRayError)(payload[1])
+
+
+class ItemActor:
+    """Inside an actor: makes the work when the first item comes, then does one item at a time."""
+
+    def __init__(self, make: Callable[..., Work], args: tuple[Any, ...], attach: Attach | None = None):
+        self.make, self.args, self.attach = make, args, attach
         self.work: Work | None = None
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
@@ -67,19 +101,15 @@ class _Worker:
 
     def _answer(self, item: dict[str, Any]) -> str:
         try:
-            if self.join and not self.work:
-                self.join()
+            if self.attach and not self.work:
+                self.attach()
             self.work = self.work or self.make(*self.args)
             return json.dumps({"value": self.work(item)})
         except errors.PiRayError as error:
-            return json.dumps({"error": type(error).__name__, "message": str(error)})
-
-
-def _once(batch: dict[str, Any], make: Callable[..., Work], args: tuple[Any, ...], join: Callable[[], None] | None) -> dict[str, Any]:
-    return _Worker(make, args, join)(batch)
+            return json.dumps({"error": to_payload(error)})
 
 
 def _result(answer: dict[str, Any]) -> Any:
     if "error" in answer:
-        raise getattr(errors, answer["error"], errors.PiRayError)(answer["message"])
+        raise from_payload(answer["error"])
     return answer["value"]

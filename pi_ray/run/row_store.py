@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pi_ray.protocols import Row
-from pi_ray.run.artifact import check_plain, write_atomic
+from pi_ray.run.artifact import refuse_extension_types, write_atomic
 
 GROUP_ROWS = 4096  # rows that are read at once
 SCHEMA = pa.schema({
@@ -36,7 +36,7 @@ def read_range(path: Path, begin: int = 0, end: int | None = None, columns: Sequ
     Raises CorruptArtifactError as `artifact.read_parquet`.
     """
     with pq.ParquetFile(path, page_checksum_verification=True) as file:
-        check_plain(path, file.schema_arrow)
+        refuse_extension_types(path, file.schema_arrow)
         ends = list(accumulate(file.metadata.row_group(g).num_rows for g in range(file.num_row_groups)))
         begin, end, _ = slice(begin, end).indices(ends[-1] if ends else 0)
         groups = [g for g, last in enumerate(ends) if last > begin and (ends[g - 1] if g else 0) < end]

@@ -14,15 +14,16 @@ import pyarrow.parquet as pq
 import pytest
 
 from pi_ray.config import RunConfig, TaskConfig
-from pi_ray.data import phase_dataset
+from pi_ray.data import phase_dataset, pieces
 from pi_ray.data.ingest import ingest
+from pi_ray.data.pieces import RangeSource, partial_folder
 from pi_ray.data.prepare import prepare
 from pi_ray.errors import CorruptArtifactError, DataError, StorageError
 from pi_ray.protocols import Row
-from pi_ray.run.artifact import digest_file, seal
+from pi_ray.run.artifact import digest_file, seal_folder
 from pi_ray.run.directory import RunDir
 from pi_ray.tasks.jsonl import JsonlTask
-from pi_ray.train.batches import PhaseRows
+from pi_ray.train.batches import PhaseDataset
 from tests import two_nodes
 from tests.disks import fill, leftovers
 from tests.prepared import prepare_by_hand, tiny_config
@@ -124,9 +125,9 @@ def test_d3_pickled_columns_in_a_run_directory_are_refused_though_its_hashes_agr
     table = pickled_column(canary, "prompt_ids").append_column("label_ids", pa.array([[1]] * 4))
     pq.write_table(table, folder / "part-00000.parquet")
     manifest = json.loads((folder / "manifest.json").read_text())
-    seal(folder, **{k: v for k, v in manifest.items() if k not in ("files", "manifest_sha256")})
+    seal_folder(folder, **{k: v for k, v in manifest.items() if k not in ("files", "manifest_sha256")})
     with pytest.raises(CorruptArtifactError, match="prompt_ids has an Arrow extension type"):
-        PhaseRows(folder)
+        PhaseDataset(folder)
 
 
 def test_d3_tensor_columns_with_pickled_metadata_are_refused(tmp_path, canary):
@@ -158,54 +159,60 @@ def test_d3_class_keys_in_json_are_text_and_nothing_else(tmp_path, canary, name)
 # F6: a disk that is full
 
 
-def test_f6_a_shard_that_does_not_fit_leaves_the_finished_ones_and_no_debris(tiny_model, small_disk):
+def test_f6_a_piece_that_does_not_fit_leaves_the_finished_ones_and_no_debris(tiny_model, small_disk):
     config = tiny_config(tiny_model, small_disk / "run").replace(**{"schedule.shots": 0})
     rng = random.Random(0)
     rows = [Row(f"r{i}", f"what is case {rng.getrandbits(500)}?", f"a{i}") for i in range(200)]
     run = RunDir(config.root)
     run.rows.mkdir(parents=True)
     pq.write_table(pa.table({k: [getattr(r, k) for r in rows] for k in ("id", "query", "answer", "group")}), run.rows / "train.parquet")
-    folder = phase_dataset.working_folder(run.phase(0), "f")
-    one, two = (phase_dataset.Shard("train", 0, a, a + 100, str(folder / f"part-{i:05d}.parquet")) for i, a in enumerate((0, 100)))
-    build = phase_dataset.Builder(config, "f")
-    build(vars(one))
+    folder = partial_folder(run.phase(0), "f")
+    phase = phase_dataset.PhaseData("0", "train", 1.0, 0)
+    step = pieces.Pieces(run, phase_dataset.SCHEMA, 100, {"train": {"0": f"{folder}/part-"}})
+    one, two = step.ranges("train")
+    mapped = pieces.MapRange(phase_dataset.TokeniseRows, (config, "f", [phase]), step.outputs, None)
+
+    def write(rows):
+        pieces.write_files(mapped(*RangeSource(run, [rows], None).get_read_tasks(1)[0]()), step.schema)
+
+    write(one)
     ballast = fill(small_disk, 4096)
     with pytest.raises(StorageError, match=r"part-00001\.parquet.*No space left"):
-        build(vars(two))
-    assert phase_dataset.is_finished(one, rows) and not phase_dataset.is_finished(two, rows) and not leftovers(small_disk)
+        write(two)
+    assert step.is_finished(one) and not step.is_finished(two) and not leftovers(small_disk)
     ballast.unlink()
-    build(vars(two))
-    assert phase_dataset.is_finished(two, rows)
+    write(two)
+    assert step.is_finished(two)
 
 
 # D2, F3: a killed driver, a lost node
 
 
 @pytest.mark.ray
-def test_d2_killed_half_way_the_same_command_computes_no_shard_twice_and_ends_the_same(config, tmp_path, ray_local, monkeypatch):
-    monkeypatch.setattr(phase_dataset, "SHARD_ROWS", 10)
+def test_d2_killed_half_way_the_same_command_writes_no_file_twice_and_ends_the_same(config, tmp_path, ray_local, monkeypatch):
+    monkeypatch.setattr(phase_dataset, "PIECE_ROWS", 10)
     clean = config.replace(run_dir=str(tmp_path / "clean" / "run"))
     prepare(clean, lambda line: None)
     (tmp_path / "config.json").write_text(config.model_dump_json())
     (tmp_path / "hold").touch()
     first = subprocess.Popen([sys.executable, "-m", "tests.two_nodes", "held", str(tmp_path)], start_new_session=True, env=outside())
-    built, deadline = tmp_path / "built", time.monotonic() + 120
-    while not (built.exists() and len(built.read_text().split()) >= 4):
+    written, deadline = tmp_path / "written", time.monotonic() + 120
+    while not (written.exists() and len(written.read_text().split()) >= 4):
         assert first.poll() is None and time.monotonic() < deadline, "the first run ended before it could be killed"
         time.sleep(0.01)
     os.killpg(first.pid, signal.SIGKILL)
     first.wait()
     (tmp_path / "hold").unlink()
-    monkeypatch.setattr(phase_dataset, "Builder", two_nodes.CountedBuilder)
+    monkeypatch.setattr(pieces, "PieceSink", two_nodes.CountedSink)
     prepare(config, lambda line: None)
-    done = built.read_text().split()
+    done = written.read_text().split()
     assert len(done) == len(set(done)) == 9, "4 + 4 of train, 1 of dev"
     assert phases(config) == phases(clean)
 
 
 @pytest.mark.ray
 def test_f3_a_node_that_is_lost_in_preparation_changes_no_byte(config, tmp_path, ray_local, monkeypatch):
-    monkeypatch.setattr(phase_dataset, "SHARD_ROWS", 10)
+    monkeypatch.setattr(phase_dataset, "PIECE_ROWS", 10)
     clean = config.replace(run_dir=str(tmp_path / "clean" / "run"))
     prepare(clean, lambda line: None)
     (tmp_path / "config.json").write_text(config.model_dump_json())

@@ -7,15 +7,15 @@ import pyarrow.parquet as pq
 import pytest
 
 from pi_ray.config import RunConfig
-from pi_ray.data import find_neighbours, phase_dataset
+from pi_ray.data import find_neighbours, phase_dataset, pieces
 from pi_ray.data.prepare import prepare
 from pi_ray.errors import DataError, ModelError
 from pi_ray.models import load_tokenizer
 from pi_ray.prompt import PromptEncoder
 from pi_ray.retrieve.neighbours import normalised
 from pi_ray.run import row_store
-from pi_ray.run.artifact import digest_file, verify
-from pi_ray.run.baseline import plain_config
+from pi_ray.run.artifact import digest_file, verify_artifact
+from pi_ray.run.baseline import plain_finetuning_config
 from pi_ray.run.directory import RunDir
 
 pytestmark = pytest.mark.ray
@@ -50,8 +50,8 @@ def config(tmp_path):
 
 
 @pytest.fixture(autouse=True)
-def small_shards(monkeypatch, ray_local):
-    monkeypatch.setattr(phase_dataset, "SHARD_ROWS", 10)
+def small_pieces(monkeypatch, ray_local):
+    monkeypatch.setattr(phase_dataset, "PIECE_ROWS", 10)
 
 
 def run_quietly(config):
@@ -74,7 +74,7 @@ def test_every_artefact_is_written_and_a_second_run_touches_nothing(config):
     assert set(templates) == {1.0, 0.5} and templates[0.5]["achieved"] == 1.0  # compressor "none" drops nothing, and says so
 
     for name, rate, shots, rows in (("0", 1.0, 2, 25), ("1", 0.5, 1, 25), ("2", 0.0, 0, 25), ("dev", 0.0, 0, 6)):
-        manifest = verify(run.phase(name))
+        manifest = verify_artifact(run.phase(name))
         text = templates[rate]["text"] if rate else ""
         assert manifest["fingerprint"] == fingerprint and manifest["phase"] == {"rate": rate, "shots": shots}
         assert manifest["template"] == text and manifest["prefix_ids"] == encoder.prefix(text) and manifest["rows"] == rows
@@ -86,7 +86,7 @@ def test_every_artefact_is_written_and_a_second_run_touches_nothing(config):
     for row in table:
         assert row["prompt_ids"] == encoder.row(train[row["id"]].query, chosen[row["id"]])
         assert row["label_ids"] == encoder.answer(train[row["id"]].answer)
-    assert verify(run.phase(0))["tokens"]["row_max"] == max(len(r["prompt_ids"]) for r in table)
+    assert verify_artifact(run.phase(0))["tokens"]["row_max"] == max(len(r["prompt_ids"]) for r in table)
 
     near = pq.read_table(run.neighbours).to_pylist()
     assert [r["id"] for r in near] == [f"{s}-{i}" for s, n in (("train", 25), ("dev", 6), ("test", 7)) for i in range(n)]
@@ -101,12 +101,12 @@ def test_every_artefact_is_written_and_a_second_run_touches_nothing(config):
     assert state(run) == before
 
 
-def test_a_killed_run_keeps_its_finished_shards_and_ends_byte_identical(config):
+def test_a_killed_run_keeps_its_finished_pieces_and_ends_byte_identical(config):
     fingerprint, _ = run_quietly(config)
     run = RunDir(config.root)
     wanted = {p: digest for p, (digest, _) in state(run).items()}
     partial = run.phases / f".0-{fingerprint[:12]}.partial"
-    run.phase(0).rename(partial)  # as a kill leaves it: no manifest, one shard missing, one damaged, one half written
+    run.phase(0).rename(partial)  # as a kill leaves it: no manifest, one file missing, one damaged, one half written
     (partial / "manifest.json").unlink()
     (partial / "part-00000.parquet").unlink()
     damaged = partial / "part-00001.parquet"
@@ -118,7 +118,7 @@ def test_a_killed_run_keeps_its_finished_shards_and_ends_byte_identical(config):
     finished = (partial / "part-00002.parquet").stat().st_mtime_ns
 
     again, said = run_quietly(config)
-    assert again == fingerprint and said[0] == "phases: 1 of 3 shards were already there"
+    assert again == fingerprint and said[0] == "phases: 1 of 3 pieces were already there"
     assert (run.phase(0) / "part-00002.parquet").stat().st_mtime_ns == finished
     assert {p: digest for p, (digest, _) in state(run).items()} == wanted
     assert sorted(p.name for p in run.phases.iterdir()) == ["0", "1", "2", "dev"]
@@ -136,7 +136,7 @@ def test_documents_that_come_with_rows_are_compressed_by_actors_and_stand_in_eac
     run, encoder = RunDir(config.root), PromptEncoder(load_tokenizer(config.model), config.prompt)
     bank = {r.id: r for r in run.read_rows("train")}
     for phase, rate in enumerate((1.0, 0.5, 0.0)):
-        shots, rows = run.read_shots("train", bank, verify(run.phase(phase))["phase"]["shots"]), run.read_rows("train", rate)
+        shots, rows = run.read_shots("train", bank, verify_artifact(run.phase(phase))["phase"]["shots"]), run.read_rows("train", rate)
         made = pq.read_table(sorted(run.phase(phase).glob("*.parquet"))).to_pylist()
         assert [m["prompt_ids"] for m in made] == [encoder.row(r.query, shots.get(r.id, ()), r.documents) for r in rows]
         assert any(r.documents for r in rows) == (rate > 0)
@@ -150,9 +150,10 @@ def test_neighbours_of_a_killed_run_go_on_with_their_pieces(config, monkeypatch)
     fingerprint, _ = run_quietly(config)
     run = RunDir(config.root)
     wanted = digest_file(run.neighbours)
-    folder = phase_dataset.working_folder(run.neighbours, fingerprint)  # as a kill leaves it: no neighbours yet, the first two of five pieces
+    folder = pieces.partial_folder(run.neighbours, fingerprint)  # as a kill leaves it: no neighbours, the first two of five pieces
     for i in range(2):
-        row_store.write_piece(folder / f"part-{i:05d}.parquet", pq.read_table(run.neighbours).slice(10 * i, 10).replace_schema_metadata())
+        table = pq.read_table(run.neighbours).slice(10 * i, 10).replace_schema_metadata()
+        row_store.write_piece(folder / f"train-{i:05d}.parquet", table)
     run.neighbours.unlink()
     said = run_quietly(config)[1]
     assert said[0] == "neighbours: 2 of 5 pieces were already there"
@@ -169,11 +170,11 @@ def test_a_lost_or_damaged_neighbour_file_is_made_again(config):
 
 
 def test_the_plain_baseline_needs_neither_neighbours_nor_compressed_templates(config):
-    plain = plain_config(config)
+    plain = plain_finetuning_config(config)
     _, said = run_quietly(plain)
     run = RunDir(plain.root)
     assert not run.neighbours.exists() and [t["rate"] for t in json.loads((run.templates / "templates.json").read_text())] == [1.0]
-    assert verify(run.phase(0))["phase"] == {"rate": 0.0, "shots": 0} and said[-1].startswith("phase dev: rate 0, 0 shots, 6 rows, 3 + ")
+    assert verify_artifact(run.phase(0))["phase"] == {"rate": 0.0, "shots": 0} and said[-1].startswith("phase dev: rate 0, 0 shots, 6 rows, 3 + ")
 
 
 def test_bad_rows_are_kept_aside_and_too_many_stop_the_run(config, tmp_path):
@@ -215,7 +216,7 @@ def test_without_dev_rows_the_last_train_rows_serve(config, tmp_path):
     assert [r.id for r in RunDir(config.root).read_rows("dev")] == ["train-23", "train-24"]
 
 
-def test_the_compressor_runs_in_an_actor_once_for_all_rates(config, tmp_path, monkeypatch):
+def test_actors_compress_the_template_to_each_rate(config, tmp_path, monkeypatch):
     monkeypatch.setenv("PI_RAY_CACHE", "")  # the user's own cache folder, which holds the model
     _, said = run_quietly(config.replace(**{"compress.name": "llmlingua", "schedule.shots": 0, "schedule.phases": 4}))
     assert [line.split(" -> ")[0] for line in said if line.startswith("templates")] == ["templates: rate 1", "templates: rate 0.6667", "templates: rate 0.3333"]

@@ -6,7 +6,7 @@ import pytest
 
 from pi_ray.config import TaskConfig
 from pi_ray.data import ingest as step
-from pi_ray.data.ingest import check, ingest
+from pi_ray.data.ingest import check_splits, ingest
 from pi_ray.errors import DataError
 from pi_ray.protocols import Row
 from pi_ray.run.directory import RunDir
@@ -20,7 +20,7 @@ def test_a_teacher_is_never_asked_what_is_evaluated_or_labelled_nor_anything_twi
         "train": [Row("a", "How many?", "1"), Row("b", "Which?", "2")], "dev": [Row("c", "When?", "3")], "test": [Row("d", "Who is it?", "4")],
         "unlabelled": [Row(f"u{i}", q, "") for i, q in enumerate(["who  is IT?", "When?", "how many?", "Where?", "Why?", "where?"])],
     }
-    notes = check(splits, [], TaskConfig(), RunDir(tmp_path))
+    notes = check_splits(splits, [], TaskConfig(), RunDir(tmp_path))
     assert [r.query for r in splits["unlabelled"]] == ["Where?", "Why?"]
     assert notes == ["4 of 6 unlabelled queries left out, since they stand elsewhere too"]
 
@@ -47,7 +47,7 @@ def test_an_overlap_is_shown_by_the_beginning_of_its_query(tmp_path):
     task = TaskConfig(name="x")
     rows = {"train": [Row("a", LONG + "last", "1")], "dev": [Row("b", "q", "1")], "test": [Row("c", LONG + "LAST", "1")]}
     with pytest.raises(DataError, match="train row 'a', also in test: 'tell me, as shortly"):
-        check({s: [step._key(r) for r in some] for s, some in rows.items()}, [], task, RunDir(tmp_path))
+        check_splits({s: [step._key(r) for r in some] for s, some in rows.items()}, [], task, RunDir(tmp_path))
 
 
 def test_dev_rows_are_taken_out_of_train_on_disk_too(tmp_path):
@@ -60,4 +60,4 @@ def test_dev_rows_are_taken_out_of_train_on_disk_too(tmp_path):
 
 def test_what_is_held_of_a_row_does_not_grow_with_it():
     key = step._key(Row("a", LONG * 1000, "an answer" * 1000))
-    assert len(key.query) < 2 * step.SHORT and key == step._key(Row("a", (LONG * 1000).upper(), ""))
+    assert len(key.query) < 2 * step.KEY_CHARACTERS and key == step._key(Row("a", (LONG * 1000).upper(), ""))

@@ -3,13 +3,15 @@
 import json
 import shutil
 
+import pyarrow as pa
 import pytest
 
 from pi_ray.config import ModelConfig, PromptConfig, RunConfig, TaskConfig
 from pi_ray.data import row_documents
 from pi_ray.data.ingest import ingest
+from pi_ray.data.pieces import MapRange, RangeSource, write_files
 from pi_ray.models import load_tokenizer
-from pi_ray.prompt import Example, PromptEncoder, text_of
+from pi_ray.prompt import Example, PromptEncoder, render_prompt
 from pi_ray.protocols import Reject, Row
 from pi_ray.run.artifact import read_manifest
 from pi_ray.run.directory import RunDir, documents_file
@@ -44,7 +46,7 @@ def test_documents_that_cannot_be_used_reject_their_row_alone(tmp_path, bad, rea
 def test_a_prompt_has_the_template_the_rows_documents_examples_and_the_query():
     config = PromptConfig(chat="chatml")
     encoder, shots = PromptEncoder(load_tokenizer(ModelConfig()), config), [Example("a?", "b")]
-    text = text_of(config, "c?", "Template.", shots, ["Doc one.", "Doc two."])
+    text = render_prompt(config, "c?", "Template.", shots, ["Doc one.", "Doc two."])
     assert text == "Template.\n\nDoc one.\n\nDoc two.\n\nExamples:\n\na?\nb\n\nc?"
     ids = encoder.encode("c?", "Template.", shots, ["Doc one.", "Doc two."])
     assert ids.prefix == encoder.prefix("Template.") and encoder.tokenizer.decode(ids.ids) == f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n"
@@ -79,26 +81,32 @@ class Halves:
         return " ".join(words[: round(len(words) * rate)])
 
 
-def in_process(items, make, *args, **_):
-    work = make(*args) if items else None
-    return [work(item) for item in items]
+def in_process(config, step, todo, make, *args, actors):
+    """run_pipeline without Ray, by one actor."""
+    mapped = MapRange(make, args, step.outputs, None)
+    for task in RangeSource(step.run, todo, None).get_read_tasks(len(todo)):
+        write_files(mapped(*task()), step.schema)
 
 
 def test_documents_are_compressed_row_by_row_and_each_rate_finds_its_own(prepared, monkeypatch, tmp_path):
     config, run = prepared
     monkeypatch.setenv("PI_RAY_CACHE", "")  # the user's own cache folder has the tokenizer; results go to another
     monkeypatch.setattr("pi_ray.compress.cache._path", lambda key: tmp_path / "compressed" / key)
-    monkeypatch.setattr("pi_ray.registry.compressors._parts", {"halves": f"{__name__}:Halves", "none": "pi_ray.compress.none:NoCompression"})
-    monkeypatch.setattr(row_documents, "fan_out", in_process)
+    parts = {"halves": f"{__name__}:Halves", "none": "pi_ray.compress.none:NoCompression"}
+    monkeypatch.setattr("pi_ray.registry.compressors._parts", parts)
+    monkeypatch.setattr(row_documents, "run_pipeline", in_process)
     monkeypatch.setattr(row_documents, "PIECE_ROWS", 2)
-    Halves.calls, said = 0, []
-    assert not row_documents.is_done(run, "f")
-    row_documents.compress_documents(config, run, "f", [("train", 0.5), ("test", 0.5), ("train", 0.5)], said.append)
-    assert row_documents.is_done(run, "f") and not row_documents.is_done(run, "g")
+    Halves.calls, said, wanted = 0, [], [("train", 0.5), ("test", 0.5), ("train", 0.5)]
+    assert not row_documents.has_documents(run, "f", wanted)
+    row_documents.compress_documents(config, run, "f", wanted, said.append)
+    assert row_documents.has_documents(run, "f", wanted) and not row_documents.has_documents(run, "g", wanted)
+    assert not row_documents.has_documents(run, "f", [*wanted, ("dev", 0.5)])
     assert said[0].startswith("documents: rate 0.5 -> achieved 0.") and "of 6 documents of rows" in said[0]
     whole, half, none = (run.read_rows("train", rate) for rate in (1.0, 0.5, 0.0))
-    assert [len(r.documents) for r in whole] == [len(r.documents) for r in half] == [0, 2, 0, 1, 0] and not any(r.documents for r in none)
-    assert whole[3].documents == (LONG,) and half[1].documents[0] == half[3].documents[0] and len(half[3].documents[0]) < 0.7 * len(LONG)
+    counts = [0, 2, 0, 1, 0]
+    assert [len(r.documents) for r in whole] == [len(r.documents) for r in half] == counts and not any(r.documents for r in none)
+    assert whole[3].documents == (LONG,) and half[1].documents[0] == half[3].documents[0]
+    assert len(half[3].documents[0]) < 0.7 * len(LONG)
     assert run.read_rows("train", 0.5, 3, 5) == half[3:5] and (run.documents / documents_file("test", 0.5)).exists()
     calls = Halves.calls
     for file in run.documents.iterdir():
@@ -116,7 +124,7 @@ def test_an_actor_takes_the_cores_that_it_asked_for_and_no_share_of_the_node(pre
     monkeypatch.setattr("torch.set_num_threads", threads.append)
     monkeypatch.setattr("os.cpu_count", lambda: 30)
     for asked in ({}, {"CPU": 0.5}, {"CPU": 4}):
-        row_documents.CompressDocuments(config.replace(**{"cluster.prepare_resources": asked}))
+        row_documents.CompressDocuments(config.replace(**{"cluster.prepare_resources": asked}), {})
     assert threads == [1, 1, 4]
 
 
@@ -124,7 +132,7 @@ def test_rows_without_documents_need_no_step(tmp_path):
     config = task_of(tmp_path, [{"query": "q", "answer": "a"}])
     run = RunDir(tmp_path / "run")
     ingest(JsonlTask(config), config, run, "f", lambda line: None)
-    assert row_documents.is_done(run, "f") and run.read_rows("train", 0.5) == run.read_rows("train")
+    assert row_documents.has_documents(run, "f", [("train", 0.5)]) and run.read_rows("train", 0.5) == run.read_rows("train")
 
 
 def test_the_documents_rate_follows_the_templates_or_its_own():
@@ -137,40 +145,37 @@ def test_a_half_made_step_goes_on_with_its_pieces(prepared, monkeypatch):
     config, run = prepared
     asked, clean, said = [], [], []
     monkeypatch.setattr(row_documents, "PIECE_ROWS", 2)
-    monkeypatch.setattr(row_documents, "CompressDocuments", Keeping)
-    monkeypatch.setattr(row_documents, "fan_out", in_process)
+    monkeypatch.setattr(row_documents, "CompressDocuments", KeepDocuments)
+    monkeypatch.setattr(row_documents, "run_pipeline", in_process)
     row_documents.compress_documents(config, run, "f", [("train", 0.5)], clean.append)
     wanted = read_manifest(run.documents)
     shutil.rmtree(run.documents)
 
-    def broken(items, make, *args, **_):
-        asked.append(len(items))
-        work = make(*args)
-        done = [work(item) for item in items[:2]]
+    def broken(config, step, todo, *args, **options):
+        asked.append(len(todo))
+        in_process(config, step, todo[:2], *args, **options)
         if len(asked) == 1:
             raise KeyboardInterrupt
-        return done + [work(item) for item in items[2:]]
+        in_process(config, step, todo[2:], *args, **options)
 
-    monkeypatch.setattr(row_documents, "fan_out", broken)
+    monkeypatch.setattr(row_documents, "run_pipeline", broken)
     with pytest.raises(KeyboardInterrupt):
         row_documents.compress_documents(config, run, "f", [("train", 0.5)], lambda line: None)
     row_documents.compress_documents(config, run, "f", [("train", 0.5)], said.append)
-    assert asked == [3, 1] and said == ["documents: 2 of 3 pieces were already there", *clean] and run.read_rows("train", 0.5) == run.read_rows("train")
+    assert asked == [3, 1] and said == ["documents: 2 of 3 pieces were already there", *clean]
+    assert run.read_rows("train", 0.5) == run.read_rows("train")
     assert "achieved 1.00 (3 of 3 tokens of 3 documents of rows)" in clean[0] and read_manifest(run.documents) == wanted
     assert not list(run.root.glob(".documents-*"))
 
 
-class Keeping:
-    """Work of an actor that leaves documents as they are."""
+class KeepDocuments:
+    """Leaves documents as they are."""
 
-    def __init__(self, config):
-        self.run = RunDir(config.root)
+    def __init__(self, config, rates):
+        pass
 
-    def __call__(self, item):
-        import pyarrow as pa
-
-        from pi_ray.run.row_store import write_piece
-
-        rows = self.run.rows_of(item["split"])[item["begin"] : item["end"]]
-        counts = {name: [0 if name == "off" else len(r.documents) for r in rows] for name in row_documents.COUNTS}
-        write_piece(item["path"], pa.table({"id": [r.id for r in rows], "documents": [list(r.documents) for r in rows], **counts}, schema=row_documents.SCHEMA))
+    def __call__(self, table, rows):
+        texts = [row or [] for row in table["documents"].to_pylist()]
+        counts = {name: [0 if name == "off" else len(row) for row in texts] for name in row_documents.COUNTS}
+        columns = {"id": table["id"], "documents": texts, **counts}
+        return {0.5: pa.table(columns, schema=row_documents.SCHEMA)}

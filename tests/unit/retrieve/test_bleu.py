@@ -7,7 +7,7 @@ import pytest
 from sacrebleu.metrics.bleu import BLEU
 
 from pi_ray.retrieve.bleu import BleuIndex
-from pi_ray.retrieve.grams import tokens
+from pi_ray.retrieve.ngrams import words_13a
 
 SENTENCE = BLEU(effective_order=True)
 REAL = [
@@ -46,7 +46,7 @@ def test_words_are_those_of_sacrebleu(seed):
     rng = random.Random(seed)
     marks = [chr(c) for c in range(32, 127)] + ["\n", "\t", "é", "\u2028", "&quot;", "&amp;", "<skipped>", "-\n", "12", "3.4", "a,b"]
     for text in [*ODD, *REAL, *("".join(rng.choices(marks, k=rng.randrange(60))) for _ in range(2000))]:
-        assert tokens(text) == SENTENCE._preprocess_segment(text).split(), repr(text)
+        assert words_13a(text) == SENTENCE._preprocess_segment(text).split(), repr(text)
 
 
 def test_scores_of_chosen_candidates_are_those_of_the_whole_bank():

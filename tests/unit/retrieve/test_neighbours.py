@@ -1,6 +1,7 @@
 """Neighbours: what is found, what must never be found, and in which order."""
 
 import importlib.util
+import pickle
 import random
 import weakref
 from dataclasses import replace
@@ -13,8 +14,9 @@ import pytest
 from pi_ray import registry
 from pi_ray.config import RetrieveConfig, RunConfig
 from pi_ray.data import find_neighbours
-from pi_ray.data.find_neighbours import FindNeighbours, Piece
-from pi_ray.data.ingest import check, read
+from pi_ray.data.find_neighbours import FindNeighbours, build_bank
+from pi_ray.data.ingest import check_splits, read_splits
+from pi_ray.data.pieces import MapRange, RangeSource, RowRange, write_files
 from pi_ray.errors import MissingExtraError
 from pi_ray.protocols import SPLITS, Row
 from pi_ray.registry import tasks
@@ -23,7 +25,7 @@ from pi_ray.retrieve.bleu import BleuIndex
 from pi_ray.retrieve.candidates import Candidates
 from pi_ray.retrieve.cosine import CosineIndex
 from pi_ray.retrieve.encoders import NgramEncoder, SentenceEncoder
-from pi_ray.retrieve.neighbours import Bank, audit, find, normalised, part
+from pi_ray.retrieve.neighbours import Bank, audit_bank, choose_bank, normalised
 from pi_ray.retrieve.rouge import RougeIndex
 from pi_ray.run.directory import RunDir
 from pi_ray.run.row_store import write_rows
@@ -41,6 +43,11 @@ def rows(count: int, seed: int = 0) -> list[Row]:
         service, metric, value = rng.choice(services), rng.choice(metrics), rng.randrange(100)
         out.append(Row(f"r{i:04d}", f"{i}: watch {metric} of {service} above {value}", f"from {service} | {metric} > {value} | for {rng.randrange(9)}m"))
     return out
+
+
+def find(rows: list[Row], bank: list[Row], k: int, config: RetrieveConfig, by: str = "answer"):
+    """The k best examples of each row in a bank of its own."""
+    return Bank(bank, config, by).find(rows, k)
 
 
 def test_neighbours_are_those_of_exact_bleu():
@@ -128,7 +135,7 @@ def test_the_best_among_proposed_texts_are_the_best_of_all_when_all_are_proposed
 
 def test_ngrams_of_the_bank_itself_are_those_counted_anew():
     texts = [*(r.answer for r in rows(50)), "", "a", "a a a b", "a"]
-    grams = BleuIndex(texts).grams
+    grams = BleuIndex(texts).ngrams
     some = [texts[i] for i in (3, 50, 52, 3, 51, 53)]
     kept, anew = grams(some), grams([*some, "x"])
     assert kept.indptr.tolist() == anew.indptr[:-1].tolist() and kept.lengths.tolist() == anew.lengths[:-1].tolist()
@@ -146,10 +153,10 @@ def test_vectors_of_a_bank_have_length_one_and_are_near_where_bleu_is_high():
 
 def test_what_faiss_missed_is_told():
     bank = Bank(rows(200), FAISS)
-    whole = audit(bank, rows(200)[:50], 5)
+    whole = audit_bank(bank, rows(200)[:50], 5)
     assert whole.rows == 50 and whole.recall > 0.9 and whole.score <= whole.exact_score + 1e-9
     bank.candidates.nearest = lambda texts, count: np.tile(np.arange(8), (len(texts), 1))
-    assert audit(bank, rows(200)[:50], 5).recall < 0.5
+    assert audit_bank(bank, rows(200)[:50], 5).recall < 0.5
 
 
 def test_near_identical_examples_are_left_out_when_diversity_is_wanted():
@@ -203,51 +210,64 @@ def test_other_scores_rank_by_their_own_measure(score):
 @pytest.mark.parametrize("method", ["exact", "faiss"])
 def test_of_every_task_no_row_is_given_itself_its_duplicate_or_a_row_of_another_split(name, method, tmp_path):
     task = tasks[name](CONFIGS[name](tmp_path, {"train": 40, "dev": 10, "test": 10} if name == "opsql" else {}))
-    splits, rejects = read(task)
-    check(splits, rejects, task.config.model_copy(update={"overlap": "drop"}), RunDir(tmp_path))
+    splits, rejects = read_splits(task)
+    check_splits(splits, rejects, task.config.model_copy(update={"overlap": "drop"}), RunDir(tmp_path))
     twins = [replace(r, id=f"twin-{r.id}", query=f"  {r.query.upper()} ") for r in splits["train"]]
     bank = splits["train"] = [*splits["train"], *twins]
     own = {r.id: normalised(r.query) for r in bank}
     for by in ("answer", "query"):
         config = RunConfig.model_validate({"name": "a", "run_dir": str(tmp_path / by), "retrieve": {"method": method, "by": by}})
-        actor = actor_of(config, splits, len(bank))
+        run = run_of(config, splits)
         for split in SPLITS:
             sides = find(splits[split], bank, len(bank), config.retrieve, by if split == "train" else "query")
-            for row, near, expected in zip(splits[split], found_by(actor, split), sides, strict=True):
+            for row, near, expected in zip(splits[split], found_by(config, run, split, len(bank)), sides, strict=True):
                 others = {i for i, query in own.items() if query != normalised(row.query)}
                 assert set(near) == others and len(near) == len(others), "all rows of train with another query, and no other"
                 assert near == expected.ids, "dev and test by the query, whatever train is compared by"
 
 
-def actor_of(config, splits, k):
-    """An actor of the step, over these rows on disk."""
-    folder = RunDir(config.root).rows
-    folder.mkdir(parents=True)
+def run_of(config, splits):
+    """A run directory with these rows."""
+    run = RunDir(config.root)
+    run.rows.mkdir(parents=True)
     for split in SPLITS:
-        write_rows(folder / f"{split}.parquet", splits[split])
-    return FindNeighbours(config, k)
+        write_rows(run.rows / f"{split}.parquet", splits[split])
+    return run
 
 
-def found_by(actor, split):
-    """Ids of the neighbours of each row of the split."""
-    made = actor.run.root / "piece.parquet"
-    actor.find(Piece(split, 0, len(actor.run.rows_of(split)), str(made)))
-    return pq.read_table(made)["neighbours"].to_pylist()
+def found_by(config, run, split, k):
+    """Ids of the neighbours of each row of the split, as an actor of the step finds them."""
+    bank = build_bank(run, config.retrieve, config.retrieve.by if split == "train" else "query")[1]
+    table = pq.read_table(run.rows / f"{split}.parquet")
+    made = FindNeighbours(lambda: bank, k)(table, RowRange(split, 0, table.num_rows, 0))
+    return made[split]["neighbours"].to_pylist()
 
 
 def test_a_share_of_the_bank_holds_every_smaller_one_and_gives_all_neighbours(tmp_path):
     splits = {split: [replace(r, id=f"{split}-{r.id}", query=f"{split} {r.query}") for r in rows(count)] for split, count in (("train", 40), ("dev", 3), ("test", 3))}
     ids = [r.id for r in splits["train"]]
-    shares = {fraction: part(ids, fraction) for fraction in (0.01, 0.25, 0.5, 1.0)}
+    shares = {fraction: choose_bank(ids, fraction) for fraction in (0.01, 0.25, 0.5, 1.0)}
     assert [len(share) for share in shares.values()] == [1, 10, 20, 40] and shares[0.01] < shares[0.25] < shares[0.5] < shares[1.0] == set(ids)
-    assert part(ids[::-1], 0.25) == shares[0.25]
+    assert choose_bank(ids[::-1], 0.25) == shares[0.25]
     for fraction, share in shares.items():
-        actor = actor_of(RunConfig.model_validate({"name": "a", "run_dir": str(tmp_path / str(fraction)), "retrieve": {"bank_fraction": fraction}}), splits, 50)
-        assert all(set(near) == share for split in ("dev", "test") for near in found_by(actor, split))
-        assert all(set(near) == share - {row} for row, near in zip(ids, found_by(actor, "train"), strict=True))
+        settings = {"name": "a", "run_dir": str(tmp_path / str(fraction)), "retrieve": {"bank_fraction": fraction}}
+        config = RunConfig.model_validate(settings)
+        run = run_of(config, splits)
+        assert all(set(near) == share for split in ("dev", "test") for near in found_by(config, run, split, 50))
+        assert all(set(near) == share - {row} for row, near in zip(ids, found_by(config, run, "train", 50), strict=True))
 
 
-def test_an_actor_holds_one_index_at_a_time_and_builds_each_once(tmp_path, monkeypatch):
+class InProcess:
+    """Ray's remote functions, called at once; their results are their references."""
+
+    def __init__(self, function):
+        self.remote = function
+
+    def options(self, **_):
+        return self
+
+
+def test_one_bank_is_held_at_a_time_and_each_is_built_once_for_all_actors(tmp_path, monkeypatch):
     alive, most, said = weakref.WeakSet(), [], []
 
     class Counted(Bank):
@@ -256,14 +276,33 @@ def test_an_actor_holds_one_index_at_a_time_and_builds_each_once(tmp_path, monke
             alive.add(self)
             most.append(len(alive))
 
+    def two_actors(config, step, todo, make, *args, actors):
+        mapped = [MapRange(make, args, step.outputs, None) for _ in range(2)]
+        for i, task in enumerate(RangeSource(step.run, todo, None).get_read_tasks(len(todo))):
+            write_files(mapped[i % 2](*task()), step.schema)
+
     monkeypatch.setattr(neighbours, "Bank", Counted)
     monkeypatch.setattr(find_neighbours, "PIECE_ROWS", 4)
-    monkeypatch.setattr(find_neighbours, "fan_out", lambda items, make, *args, **_: list(map(make(*args), items)))
-    config = RunConfig.model_validate({"name": "a", "run_dir": str(tmp_path), "retrieve": {"method": "faiss"}, "schedule": {"shots": 2}})
-    run = actor_of(config, dict.fromkeys(SPLITS, rows(9)), 2).run
+    monkeypatch.setattr(find_neighbours, "run_pipeline", two_actors)
+    monkeypatch.setattr("pi_ray.cluster.session.connect", lambda: None)
+    monkeypatch.setattr("ray.remote", InProcess)
+    monkeypatch.setattr("ray.get", lambda reference: reference)
+    settings = {"name": "a", "run_dir": str(tmp_path), "retrieve": {"method": "faiss"}, "schedule": {"shots": 2}}
+    config = RunConfig.model_validate(settings)
+    run = run_of(config, dict.fromkeys(SPLITS, rows(9)))
     find_neighbours.find_neighbours(config, run, "f", SPLITS, said.append)
     assert most == [1, 1], "of the answers, of the queries"
     assert "FAISS proposed: of 9 rows" in said[-1] and find_neighbours.read_facts(run)["by"] == "answer"
+
+
+@pytest.mark.parametrize("config", [CONFIG, FAISS, RetrieveConfig(score="rouge-l", diversity=0.1), RetrieveConfig(score="embedding")])
+def test_a_bank_that_is_sent_to_other_processes_shares_its_arrays_and_finds_the_same(config):
+    bank, buffers = Bank(rows(300), config), []
+    sent = pickle.dumps(bank, protocol=5, buffer_callback=buffers.append)
+    copy = pickle.loads(sent, buffers=[bytes(buffer.raw()) for buffer in buffers])  # read-only, as from the object store
+    probes = [*rows(9), Row("z", "another", "from web | load > 5 | for 5m")]
+    assert copy.find(probes, 5) == bank.find(probes, 5)
+    assert config.method == "faiss" or len(sent) < 2000, "nothing that grows with the bank but FAISS's index is copied"
 
 
 @pytest.mark.parametrize("settings, used", [
