@@ -67,10 +67,7 @@ class StorageSync:
         self.push_changes()
 
     def attach_worker(self, work: str = "") -> None:
-        """Fetch the run directory, and from now on send what this process writes. Workers end with their work.
-
-        With an id of the `work`, the directory is fetched once for it.
-        """
+        """Fetch the run directory, once for each id of `work`, and from now on send what this process writes."""
         if work in _started_work:
             return
         self.pull(unfinished=False)
@@ -131,10 +128,7 @@ class StorageSync:
 
     @contextmanager
     def _locked_state(self) -> Iterator[dict[str, str]]:
-        """Let processes of one node take turns. Yields key -> hash of what is the same here and on storage.
-
-        Changes to it are kept, also after an error.
-        """
+        """Let a node's processes take turns. Yields key -> hash of all that is synced; changes are always kept."""
         self.local.mkdir(parents=True, exist_ok=True)
         with open(self.local / STATE, "a+") as state, self.storage.explain_errors(ADVICE):
             fcntl.flock(state, fcntl.LOCK_EX)

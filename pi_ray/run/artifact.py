@@ -35,17 +35,11 @@ DISK_CURES = {
 AnyPath = TypeVar("AnyPath", bound=PurePath)
 
 
-def canonical_json(value: Any) -> str:
-    """JSON with sorted keys and no spaces, so that equal values give equal text (and equal hashes)."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-
-
 def digest(value: Any) -> str:
-    """Hex sha256 of a string, bytes, or anything JSON can hold."""
-    if not isinstance(value, bytes):
-        text = value if isinstance(value, str) else canonical_json(value)
-        value = text.encode("utf-8", "surrogatepass")
-    return hashlib.sha256(value).hexdigest()
+    """Hex sha256 of bytes, a string, or the canonical JSON of a value, so that equal values have equal hashes."""
+    if not isinstance(value, bytes | str):
+        value = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(value.encode("utf-8", "surrogatepass") if isinstance(value, str) else value).hexdigest()
 
 
 def digest_file(path: Path) -> str:
@@ -68,10 +62,7 @@ def _sync(path: Path) -> None:
 
 @contextmanager
 def translate_disk_errors(path: Path) -> Iterator[None]:
-    """Turn the errors of a full, read-only or foreign disk into a StorageError that names `path` and the cure.
-
-    Other errors pass as they are.
-    """
+    """Turn the errors of a full, read-only or foreign disk into a StorageError that names `path` and the cure."""
     try:
         yield
     except Exception as error:
@@ -84,10 +75,7 @@ def translate_disk_errors(path: Path) -> Iterator[None]:
 
 
 def write_atomic(path: Path, content: str | bytes) -> Path:
-    """Write one file so that `path` is the old content or all of the new one, even after a power cut.
-
-    Raises StorageError.
-    """
+    """Write a file so that `path` is the old content or all of the new, even after a power cut. Raises StorageError."""
     path = Path(path)
     tmp = temporary_path(path)
     with translate_disk_errors(path):
@@ -170,16 +158,12 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     except ValueError as error:
-        raise CorruptArtifactError(
-            f"{path}: not readable as JSON ({error}); delete the folder to make it again"
-        ) from error
+        problem = f"not readable as JSON ({error}); delete the folder to make it again"
+        raise CorruptArtifactError(f"{path}: {problem}") from error
 
 
 def verify_artifact(folder: Path) -> dict[str, Any]:
-    """The manifest of `folder`, after the hash of every file in it was checked.
-
-    Raises CorruptArtifactError that names the file and both hashes.
-    """
+    """The manifest of `folder`, after a check of every file's hash. Raises CorruptArtifactError with both hashes."""
     path, manifest = Path(folder) / MANIFEST, read_manifest(folder)
     if manifest is None:
         raise CorruptArtifactError(f"{folder}: no {MANIFEST}; it is incomplete or not a pi-ray artifact")

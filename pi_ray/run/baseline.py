@@ -8,10 +8,7 @@ from pi_ray.schedule import plan_phases
 
 
 def plain_finetuning_config(config: RunConfig) -> RunConfig:
-    """Plain fine-tuning without a prompt: rate 0 and no shots in every phase.
-
-    It has the rows, updates and learning rates of the run.
-    """
+    """Rate 0 and no shots in every phase: the run's rows, updates and learning rates, without a prompt."""
     phases = [{"rate": 0.0, "shots": 0, "epochs": p.epochs, "steps": p.steps} for p in plan_phases(config.schedule)]
     changes = {"evaluate.shots": 0, "train.objective": "sft", "train.gist": 0, "train.init_adapter": ""}
     run_dir = str(RunDir(config.root).baseline("plain").root)

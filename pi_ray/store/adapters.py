@@ -48,16 +48,11 @@ class Adapter:
 
 
 def split_name(spec: str) -> tuple[str, str]:
-    """Split "name", "name@v0002" or "name@alias" into name and version, alias or "". Touches no file.
-
-    Raises UnknownAdapterError for anything else.
-    """
+    """Split "name", "name@v0002" or "name@alias" at the "@", or raise UnknownAdapterError. Touches no file."""
     name, at, label = spec.partition("@")
     if not NAME.fullmatch(name) or (at and not VERSION.fullmatch(label) and not ALIAS.fullmatch(label)):
-        raise UnknownAdapterError(
-            f"no adapter can be named {spec[:80]!r}; a name is 1 to 64 of a-z, 0-9, '.', '_' and '-', and may be "
-            "followed by @v0001 or @alias"
-        )
+        rule = "1 to 64 of a-z, 0-9, '.', '_' and '-', and may be followed by @v0001 or @alias"
+        raise UnknownAdapterError(f"no adapter can be named {spec[:80]!r}; a name is {rule}")
     return name, label
 
 

@@ -91,10 +91,7 @@ def _add(
 
 
 def _prompt_record(run: RunDir, card: dict[str, Any]) -> dict[str, Any] | None:
-    """prompt.json, from the run's templates and training rows.
-
-    None where the run has another template now than the adapter was trained with, or one too long.
-    """
+    """prompt.json, from templates and rows; None where the template is too long or not the adapter's own."""
     try:
         templates = json.loads((run.templates / "templates.json").read_bytes())
     except FileNotFoundError:
@@ -102,8 +99,7 @@ def _prompt_record(run: RunDir, card: dict[str, Any]) -> dict[str, Any] | None:
     full = next(t["text"] for t in templates if t["rate"] == 1)
     if card.get("full_template_sha256") not in {digest(t["text"]) for t in templates} or len(full) > MAX_TEMPLATE:
         return None
-    kept = ("rate", "achieved", "text")
-    compressed = [{key: t[key] for key in kept} for t in templates if 0 < t["rate"] < 1]
+    compressed = [{k: t[k] for k in ("rate", "achieved", "text")} for t in templates if 0 < t["rate"] < 1]
     wording = PromptConfig(**card["prompt"]).example
     rows = run.read_rows("train") if (run.rows / "train.parquet").is_file() else []
     return prompt_record(full, compressed, [format_example(wording, row.query, row.answer) for row in rows])

@@ -44,10 +44,7 @@ def refresh_config(config: RunConfig, now: datetime | None = None, storage: Obje
 
 
 def copy_start_adapter(config: RunConfig) -> None:
-    """Copy the adapter from which the refresh starts into its run directory, where it stays. Raises AdapterError.
-
-    There every worker finds it, and no clearing of the store removes it.
-    """
+    """Copy the start adapter into the refresh's run directory, for all workers and for good. Raises AdapterError."""
     start = Path(config.train.init_adapter)
     if not (start / MANIFEST).is_file():
         found = AdapterStore(config.store, config.model).open(f"{config.name}@{start.name}").path
@@ -92,7 +89,5 @@ def _newest_version(config: RunConfig) -> str:
     try:
         return AdapterStore(config.store, config.model).open(f"{config.name}@{LATEST}").version
     except UnknownAdapterError:
-        raise AdapterError(
-            f"{config.store}: no adapter '{config.name}' is published yet, so there is nothing to go on from; "
-            "'pi-ray run' makes and publishes the first"
-        ) from None
+        cure = "so there is nothing to go on from; 'pi-ray run' makes and publishes the first"
+        raise AdapterError(f"{config.store}: no adapter '{config.name}' is published yet, {cure}") from None

@@ -38,10 +38,7 @@ KNOWN_SETTINGS = {
     "inference_mode", "init_lora_weights", "base_model_name_or_path", "revision", "peft_version", "megatron_core",
     "qalora_group_size",
 }  # fmt: skip
-ONLY_LORA = (
-    "only plain LoRA and rsLoRA on linear layers can be published and served "
-    "(an adapter of another method can be evaluated)"
-)
+ONLY_LORA = "only plain LoRA and rsLoRA on linear layers can be published and served (others can be evaluated)"
 CARD_FIELDS = {
     "base": str, "prompt": dict, "template": str, "full_prompt_tokens": int | float,
     "query_prompt_tokens": int | float, "max_answer_tokens": int,
@@ -188,10 +185,7 @@ def _check_shapes(header: dict[str, dict[str, Any]], rank: int) -> None:
 
 
 def _check_finite(path: Path) -> None:
-    """Check that no weight is NaN or infinite, with one tensor in memory at a time.
-
-    In chunks, since a large operation starts OpenMP threads for this thread too, which slows the one that decodes.
-    """
+    """Check that no weight is NaN or infinite: in chunks, as OpenMP threads of this thread would slow decoding."""
     import torch
     from safetensors import SafetensorError, safe_open
 

@@ -10,7 +10,7 @@ import torch
 
 from pi_ray import cli
 from pi_ray.cli import job
-from pi_ray.config import RunConfig, dump
+from pi_ray.config import RunConfig, dump_config
 from pi_ray.config.run_file import load_run_file
 from pi_ray.errors import AdapterError, TrainingError
 from pi_ray.run.baseline import plain_finetuning_config
@@ -101,7 +101,7 @@ def test_on_object_storage_another_cluster_goes_on_with_the_refresh(config, tmp_
     """As a RayCronJob beside a bucket: each cluster is new, and only the bucket is left of the last one."""
     publish(config, "v0001")
     (tmp_path / "run.yaml").write_text(
-        dump(config.replace(run_dir="runs/shop", **{"cluster.storage_path": f"file://{tmp_path}/bucket"}))
+        dump_config(config.replace(run_dir="runs/shop", **{"cluster.storage_path": f"file://{tmp_path}/bucket"}))
     )
     (tmp_path / "bucket").mkdir()
     monkeypatch.setenv("PI_RAY_STORAGE", str(tmp_path / "pod"))
@@ -131,7 +131,7 @@ def test_on_object_storage_another_cluster_goes_on_with_the_refresh(config, tmp_
 
 def test_storage_that_does_not_answer_is_one_sentence_of_the_job(config, tmp_path, monkeypatch, capsys):
     (tmp_path / "run.yaml").write_text(
-        dump(config.replace(run_dir="runs/shop", **{"cluster.storage_path": f"file://{tmp_path}/bucket"}))
+        dump_config(config.replace(run_dir="runs/shop", **{"cluster.storage_path": f"file://{tmp_path}/bucket"}))
     )
     monkeypatch.setenv("PI_RAY_STORAGE", str(tmp_path / "pod"))
     monkeypatch.setattr(ObjectStorage, "list_folders", lambda self, pattern: (_ for _ in ()).throw(OSError("no route")))
@@ -152,7 +152,7 @@ def test_without_a_published_adapter_the_error_says_what_to_do(config):
 
 
 def test_the_start_adapter_is_part_of_the_training_fingerprint(config):
-    assert "init_adapter:" not in dump(config), "a run that starts from a fresh adapter does not name the key"
+    assert "init_adapter:" not in dump_config(config), "a run that starts from a fresh adapter does not name the key"
     assert train_fingerprint(config, "p") != train_fingerprint(
         config.replace(**{"train.init_adapter": "/store/shop/v0001"}), "p"
     )
