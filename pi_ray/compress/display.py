@@ -1,6 +1,4 @@
-"""Output of `pi-ray compress`: a text at some rate, with the dropped words struck through, for people who tune a
-template.
-"""
+"""Output of `pi-ray compress`: a text with the words struck through that a rate drops, for tuning a template."""
 
 from __future__ import annotations
 
@@ -38,9 +36,7 @@ def show_compression(file: Path, rate: float, config: RunConfig, console: Consol
 
 
 def strike_dropped_words(original: str, compressed: str, marks: bool = False) -> Text:
-    """`original` with the words that `compressed` lacks struck through; with `marks` also put between ~~, for plain
-    text.
-    """
+    """`original` with the dropped words struck through; with `marks` also put between ~~, for plain text."""
     spans = words.word_spans(original)
     kept = find_kept_adjacent([original[a:b] for a, b in spans], compressed.split())
     out, at = Text(), 0
@@ -57,9 +53,7 @@ def strike_dropped_words(original: str, compressed: str, marks: bool = False) ->
 
 
 def find_kept_adjacent(original: list[str], output: list[str]) -> list[bool]:
-    """Which words were kept: where the output may mean any of several equal words, the one next to the following kept
-    word.
-    """
+    """Which words were kept: of several equal ones, the one that stands next to the following kept word."""
     places = [i for i, stays in enumerate(words.find_kept_words(original, output)) if stays]
     for n in reversed(range(len(places) - 1)):
         if original[places[n + 1] - 1] == original[places[n]]:

@@ -61,11 +61,9 @@ class RemovalState:
 
 
 class GenerationCompressor:
-    """Compressor "generation": asks `config.model` at `config.base_url` (empty: OpenAI's API), with the key in
-    `config.api_key_env`.
+    """Compressor "generation": asks `config.model` at `config.base_url` (empty: OpenAI's API).
 
-    Raises MissingExtraError without the openai package, ConfigError without a key, ModelError when the model cannot be
-    asked.
+    Raises MissingExtraError without the openai package, ConfigError without a key, ModelError when the model fails.
     """
 
     def __init__(self, config: CompressConfig):

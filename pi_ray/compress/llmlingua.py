@@ -1,5 +1,4 @@
-"""LLMLingua (Jiang et al. 2023, arXiv 2310.05736): drop the tokens with the least surprisal under a small language
-model.
+"""LLMLingua (Jiang et al. 2023, arXiv 2310.05736): drop the tokens with the least surprisal under a small model.
 
 The algorithm is the `llmlingua` package's own token-level iterative compression. `PatchedPromptCompressor` makes it run
 on current transformers and offline, and mends three faults: keys and values were handed over in a format that no longer
@@ -36,7 +35,7 @@ class LLMLingua:
     def __init__(self, config: CompressConfig):
         logging.disable_progress_bar()
         try:
-            self.package = PatchedPromptCompressor(models.resolve(config.model))
+            self.package = PatchedPromptCompressor(models.resolve_base(config.model))
         except OSError as error:
             reason = str(error).splitlines()[0]
             raise ModelError(f"compress.model '{config.model}' cannot be loaded: {reason}") from error
@@ -89,8 +88,7 @@ class PatchedPromptCompressor(prompt_compressor.PromptCompressor):
         past_key_values: Any = None, return_kv: bool = False, end: int | None = None, condition_mode: str = "none",
         condition_pos_id: int = 0,
     ) -> Any:  # fmt: skip
-        """Surprisal of tokens [past, end - 1), index for index; past is the length of `past_key_values`, (key, value)
-        by layer.
+        """Surprisal of tokens [past, end - 1); past is the length of `past_key_values`, (key, value) by layer.
 
         One cached token is computed again, because its output predicts the first token of the window. The very first
         token of a text has no token before it and counts as the most surprising one.
@@ -122,7 +120,8 @@ class PatchedPromptCompressor(prompt_compressor.PromptCompressor):
             if len(self.first_pass) >= CACHED_TEXTS:
                 self.first_pass.clear()
             self.first_pass[whole] = loss[:-1]
-        return loss[:-1].clone(), [(layer.keys, layer.values) for layer in cache.layers]
+        layers: Any = cache.layers  # of attention; no other kind has keys and values
+        return loss[:-1].clone(), [(layer.keys, layer.values) for layer in layers]
 
 
 @contextmanager

@@ -1,8 +1,7 @@
 """LLMLingua-2 (Pan et al. 2024, arXiv 2403.12968): a small encoder classifies each token as worth keeping or not.
 
-A word scores by the mean probability of "preserve" over its tokens, and the best words stay, in order (their section
-4.2). The `llmlingua` package's own code knows two models by name and downloads a tokenizer to count with; this runs any
-token classifier.
+A word scores by the mean probability of "preserve" over its tokens; the best words stay, in order (their section 4.2).
+The `llmlingua` package's code knows two models by name and downloads a tokenizer; this runs any token classifier.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ class LLMLingua2(RankingCompressor):
     def __init__(self, config: CompressConfig):
         super().__init__()
         logging.disable_progress_bar()
-        name = models.resolve(config.model)
+        name = models.resolve_base(config.model)
         try:
             architectures = AutoConfig.from_pretrained(name, trust_remote_code=False).architectures or []
             if not any("ForTokenClassification" in a for a in architectures):
@@ -63,9 +62,7 @@ class LLMLingua2(RankingCompressor):
 
     @torch.no_grad()
     def _classify(self, text: str, chunks: list[words.Span]) -> Iterator[tuple[list[words.Span], torch.Tensor]]:
-        """For each chunk the spans of its tokens in `text`, and their probabilities of being worth keeping, shape
-        (tokens,).
-        """
+        """For each chunk the spans of its tokens in `text`, and their probabilities of "preserve", shape (tokens,)."""
         batch: Any = self.tokenizer(
             [text[start:end] for start, end in chunks], padding=True, truncation=True, max_length=LENGTH,
             return_offsets_mapping=True, return_special_tokens_mask=True, return_tensors="pt",

@@ -58,9 +58,7 @@ class LongLLMLingua(RankingCompressor):
 
 
 def split_segments(text: str) -> list[range]:
-    """Whole lines of `text`, gathered to at least SEGMENT_WORDS words, as ranges of words; the last one may be
-    shorter.
-    """
+    """Ranges of words: whole lines of `text`, gathered to at least SEGMENT_WORDS words; the last may be shorter."""
     pieces, found, first = words.word_spans(text), [], 0
     for i in range(1, len(pieces)):
         if i - first >= SEGMENT_WORDS and "\n" in text[pieces[i - 1][1] : pieces[i][0]]:

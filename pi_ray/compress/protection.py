@@ -1,9 +1,7 @@
-"""Protected spans: the units of a template that compression keeps or drops as a whole, and how strongly each is
-protected.
+"""Protection: the units of a template that compression keeps or drops whole, and how strongly each is protected.
 
 Placeholders, code, JSON, URLs and the user's terms survive byte for byte. Numbers survive too as long as they leave
-room for words: in a template that is mostly a table of codes, all numbers and nothing else would be useless. A number
-is never cut in half.
+room for words: in a template that is mostly a table of codes, all numbers and no words would be useless.
 """
 
 from __future__ import annotations
@@ -47,11 +45,7 @@ class Unit:
 
 
 def split_units(text: str, config: CompressConfig) -> list[Unit]:
-    """The text as units, in order, separated by white space.
-
-    A unit is a word, or the words that a protected span joins, or a whole line of a table: half a row is a fact lost or
-    made wrong.
-    """
+    """Words, table lines (half a row would be a wrong fact) and protected spans with their whole words, in order."""
     terms = [re.escape(t) for t in sorted(config.protect, key=len, reverse=True) if t.strip()]
     pattern = "|".join([CODE, URL, PLACEHOLDER, *terms])
     always = [*(m.span() for m in re.finditer(pattern, text, re.M | re.S)), *_json_spans(text)]

@@ -23,9 +23,7 @@ class Ranking:
 
     @classmethod
     def from_tokens(cls, pieces: Sequence[words.Span], offsets: Sequence[words.Span], scores: torch.Tensor) -> Ranking:
-        """Score each piece by the mean of its tokens' `scores`, shape (len(offsets),); `offsets` are the tokens'
-        spans.
-        """
+        """Score each piece by the mean `scores` of its tokens, shape (tokens,); `offsets` are the tokens' spans."""
         tokens = words.tokens_by_span(pieces, offsets)
         return cls(pieces, [float(scores[t].mean()) if t else 0.0 for t in tokens], [len(t) for t in tokens])
 
@@ -45,9 +43,7 @@ class RankingCompressor:
 
 
 def keep_best(scores: Sequence[float], sizes: Sequence[int], rate: float) -> list[bool]:
-    """Which pieces stay, by falling score, so that their sizes come closest to `rate` of the whole; of equals the
-    earlier.
-    """
+    """Which pieces stay, by falling score, for sizes that come closest to `rate` of all; of equals the earlier."""
     kept, used, goal = [False] * len(scores), 0, rate * sum(sizes)
     for i in sorted(range(len(scores)), key=lambda i: -scores[i]):
         if used + sizes[i] / 2 > goal:

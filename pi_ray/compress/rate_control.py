@@ -55,9 +55,7 @@ class _Part:
         return self.text[self.units[unit].start : self.units[unit].end]
 
     def choose(self, output: str, level: Protection) -> list[bool]:
-        """Which units stay: those with half of their words in `output`, and those protected at `level` or more
-        strongly.
-        """
+        """Which units stay: half of their words stand in `output`, or their protection is at least `level`."""
         kept = words.find_kept_words([self.text[a:b] for a, b in self.words], output.split())
         chosen, at = [], 0
         for unit in self.units:
@@ -88,9 +86,7 @@ class RateSearch:
         self.full = count_tokens(tokenizer, template.text)
 
     def run(self) -> CompressedTemplate:
-        """The closest result, with a note where it is not close: the compressor's rate is narrowed down by
-        interpolation.
-        """
+        """The closest result that interpolation of the compressor's rate finds, with a note where it is not close."""
         nothing = [""] * len(self.parts)
         numbers = self._draft(self._choose(nothing, Protection.NUMBER))
         minimum = self._draft(self._choose(nothing, Protection.ALWAYS))
@@ -131,9 +127,7 @@ class RateSearch:
         return abs(result.achieved - self.rate)
 
     def _between(self, draft: CompressedTemplate, under: Choice, over: Choice) -> Choice:
-        """`under`, and the largest units of `over` alone that there is room for: the compressor knows no rate between
-        the two.
-        """
+        """`under` and the largest units of `over` that there is room for: no rate of the compressor lies between."""
         choice, room = [list(c) for c in under], round(self.rate * self.full) - draft.tokens
         extra = [(p, u) for p, units in enumerate(over) for u, stays in enumerate(units) if stays and not under[p][u]]
         sizes = {(p, u): self._size(self.parts[p], u) for p, u in extra}

@@ -1,6 +1,4 @@
-"""Surprisal of tokens, -log p in nats, under a small causal language model: the score of Selective Context and
-LongLLMLingua.
-"""
+"""Surprisal of tokens, -log p in nats, under a small causal language model: what phrases and segments score by."""
 
 from __future__ import annotations
 

@@ -1,9 +1,7 @@
-"""Template compression at a measured rate: x~_tmp = C(x_tmp, rate), paper equation 2, from the cache where it was made
-before.
+"""Template compression at a measured rate, x~_tmp = C(x_tmp, rate) (paper equation 2), cached by content.
 
 Instruction and documents are compressed separately (paper 4.1): at one common rate by one compressor, or each by its
-own at its own rate where `compress.documents` says so. Rates are counted with the tokenizer of the model that will read
-the text.
+own at its own rate where `compress.documents` says so. The tokenizer of the model that reads the text counts the rate.
 """
 
 from __future__ import annotations
@@ -36,9 +34,7 @@ def compress_template(
     compressor: Compressor, template: Template, rate: float, tokenizer: Any, config: CompressConfig,
     documents: Compressor | None = None,
 ) -> CompressedTemplate:  # fmt: skip
-    """The template at `rate` (0: nothing, 1: unchanged). `documents` compresses its documents, with
-    `compress.documents`.
-    """
+    """The template at `rate` (0: nothing, 1: unchanged); `documents` is needed where `compress.documents` is set."""
     parts = split_template(template, rate, config)
     if len(parts) > 1:
         if documents is None:

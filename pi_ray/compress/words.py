@@ -1,7 +1,6 @@
 """The words of a text: their positions, which of them a compressor kept, and the text that the kept ones make.
 
-A word is a run of anything but white space. Compression removes whole words, so that two words are never glued into
-one.
+A word is a run of anything but white space. Compression removes whole words, so that no two are glued into one.
 """
 
 from __future__ import annotations
@@ -57,11 +56,7 @@ def _is_break(text: str, end: int, start: int) -> bool:
 
 
 def join_words(text: str, pieces: Sequence[Span], kept: Sequence[bool]) -> str:
-    """The kept pieces in order.
-
-    The white space between two neighbours stays; where pieces are missing between them it becomes a line break or a
-    space.
-    """
+    """The kept pieces in order, with the white space between neighbours, and a line break or a space over a gap."""
     parts: list[str] = []
     last = 0
     for i, (start, end) in enumerate(pieces):
@@ -91,11 +86,7 @@ def kept_in_order(original: Sequence[str], output: Sequence[str]) -> list[bool] 
 
 
 def find_kept_words(original: Sequence[str], output: Sequence[str]) -> list[bool]:
-    """Which words of `original` stand in `output`, both in order.
-
-    The output of a compressor that only drops words is matched completely. If it also rewrites, words that are equal
-    count.
-    """
+    """Which words of `original` stand in `output`, both in order; of an output with other words, the equal ones."""
     if (exact := kept_in_order(original, output)) is not None:
         return exact
     kept = [False] * len(original)

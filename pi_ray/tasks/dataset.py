@@ -1,4 +1,4 @@
-"""What tasks share that read data: a stable choice of n rows, a hash of the files, the names used most, and rows from the hub."""
+"""What tasks over data sets share: their base class, a stable choice of n rows, a hash of files, the hub."""
 
 from __future__ import annotations
 
@@ -8,83 +8,151 @@ from collections import Counter
 from collections.abc import Callable, Container, Iterable, Iterator
 from dataclasses import replace
 from heapq import nsmallest
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from pi_ray.config import TaskConfig
 from pi_ray.errors import DataError
+from pi_ray.prompt import Template
 from pi_ray.protocols import UNLABELLED, Reject, Row
 from pi_ray.run.artifact import digest, digest_file
+from pi_ray.tasks.metrics import exact_match
 
 LIKE_TRAIN, UNSEEN = "like train", "template only"
 
 
-def limit_rows(read: Callable[[], Iterator[Row | Reject]], n: int) -> Iterator[Row | Reject]:
-    """All that `read` gives, or with n > 0 at most n of its rows in their order: those whose ids have the smallest sha256.
+class UnusableRow(Exception):
+    """Why one row is rejected."""
 
-    The choice does not depend on the order of the file, and a larger n keeps the rows of a smaller one. It costs one more pass,
-    in which n ids are held. Rejects are passed on whether or not their rows would have been chosen.
+
+class DatasetTask:
+    """Base of the tasks over published data sets, whose files stand in `task.folder`; scored by exact match.
+
+    A subclass names its template file, its data files and where to get them, and implements `read_split`; also
+    `documents` where `task.docs` can replace the documents that ship with the task.
+    """
+
+    template_file: str
+    data_files: tuple[str, ...]
+    must_hold: str  # what `task.folder` must hold, and who publishes it
+
+    def __init__(self, config: TaskConfig):
+        self.config = config
+        self.folder = Path(config.folder)
+
+    def read_split(self, split: str) -> Iterator[Row | Reject]:
+        """All rows of the split. Raises DataError where the data cannot be had."""
+        raise NotImplementedError
+
+    def documents(self) -> tuple[str, ...]:
+        """The template's documents from `task.docs`; none: those that ship with the task. Raises DataError."""
+        return ()
+
+    def rows(self, split: str) -> Iterator[Row | Reject]:
+        """Raises DataError where the data cannot be had."""
+        return select_rows(self.read_split, self.config, split)
+
+    def template(self) -> Template:
+        """Raises DataError where `task.docs` has nothing to use."""
+        template = Template.parse(files("pi_ray.tasks").joinpath(self.template_file).read_text(encoding="utf-8"))
+        documents = self.documents() if self.config.docs else ()
+        return Template(template.instruction, documents or template.documents)
+
+    def score(self, row: Row, output: str) -> dict[str, float]:
+        return {"exact_match": exact_match(output, row.answer)}
+
+    def fingerprint(self) -> str:
+        paths = [self.folder / name for name in self.data_files] if self.config.folder else []
+        return digest([self.template().text, fingerprint_files(self.config, paths)])
+
+    def require_files(self) -> None:
+        """Raises DataError where a data file is missing."""
+        folder = self.config.folder
+        if missing := [name for name in self.data_files if not folder or not (self.folder / name).is_file()]:
+            raise DataError(f"task.folder '{folder}' lacks {', '.join(missing)}: it must hold {self.must_hold}")
+
+    def load_from_hub(self, name: str, *arguments: str, **options: str) -> Any:
+        """A hub data set, as `datasets.load_dataset` gives it. Raises DataError without that package or an answer."""
+        names = ", ".join(self.data_files)
+        cure = f"or set task.folder to a folder with {names}; without it the data is {name} on the hub"
+        try:
+            from datasets import load_dataset
+        except ImportError:
+            raise DataError(f"the package datasets is missing: pip install datasets, {cure}") from None
+        try:
+            return load_dataset(name, *arguments, **options)
+        except Exception as error:  # no network, refused, gone: datasets raises some ten unrelated types for these
+            raise DataError(
+                f"the hub did not give the data ({type(error).__name__}: {error}): connect, {cure}"
+            ) from None
+
+    def load_hub_rows(self, name: str, split: str) -> Iterable[dict[str, Any]]:
+        """Rows of a hub data set, from the hub's parquet copy: a data set's own loading script is never run."""
+        part = "validation" if split == "dev" else split
+        return self.load_from_hub(name, split=part, revision="refs/convert/parquet")
+
+    def most_used(self, names: Callable[[str], Iterable[str]], known: Container[str], cure: str) -> list[str]:
+        """The `task.docs_count` commonest `known` names in the training answers, whatever the row limits; ties by
+        alphabet.
+
+        `names` gives the names in one answer. Raises DataError with `cure` where no answer has a known name.
+        """
+        answers = (row.answer for row in self.read_split("train") if isinstance(row, Row))
+        counts = Counter(name for answer in answers for name in names(answer) if name in known)
+        if not counts:
+            raise DataError(f"task.docs '{self.config.docs}' {cure}")
+        return sorted(counts, key=lambda name: (-counts[name], name))[: self.config.docs_count]
+
+
+def limit_rows(read: Callable[[], Iterator[Row | Reject]], n: int) -> Iterator[Row | Reject]:
+    """All that `read` gives, or with n > 0 at most n of its rows, in order: those whose ids have the smallest sha256.
+
+    The choice does not depend on the order of the file, and a larger n keeps the rows of a smaller one. It costs one
+    more pass, in which n ids are kept in memory. Rejects are always passed on.
     """
     if not n:
         yield from read()
         return
-    chosen = set(nsmallest(n, (row.id for row in read() if isinstance(row, Row)), key=lambda i: hashlib.sha256(i.encode()).digest()))
+    ids = (row.id for row in read() if isinstance(row, Row))
+    chosen = set(nsmallest(n, ids, key=lambda i: hashlib.sha256(i.encode()).digest()))
     yield from (row for row in read() if isinstance(row, Reject) or row.id in chosen)
 
 
-def select_rows(read: Callable[[str], Iterator[Row | Reject]], config: TaskConfig, split: str) -> Iterator[Row | Reject]:
-    """`limited` to what `task.rows` says of the split; "unlabelled" are the training rows that it leaves out, without their answers.
+def select_rows(
+    read: Callable[[str], Iterator[Row | Reject]], config: TaskConfig, split: str
+) -> Iterator[Row | Reject]:
+    """The rows of a split within `task.rows`; "unlabelled" are the training rows left out, without their answers.
 
-    With `task.unseen`, no training row has an answer that uses one of those names, and dev and test rows are in one of two groups: LIKE_TRAIN, UNSEEN.
+    With `task.unseen`, no training answer uses one of the names, and dev and test rows are LIKE_TRAIN or UNSEEN.
     """
     rows, unseen = config.rows, [re.compile(rf"(?<!\w){re.escape(name)}(?!\w)") for name in config.unseen]
 
-    def uses(row: Row) -> bool:
+    def uses_unseen(row: Row) -> bool:
         return any(name.search(row.answer) for name in unseen)
 
-    def known(split: str) -> Iterator[Row | Reject]:
+    def labelled(split: str) -> Iterator[Row | Reject]:
         for row in read(split):
             if not unseen or isinstance(row, Reject):
                 yield row
             elif split != "train":
-                yield replace(row, group=UNSEEN if uses(row) else LIKE_TRAIN)
-            elif not uses(row):
+                yield replace(row, group=UNSEEN if uses_unseen(row) else LIKE_TRAIN)
+            elif not uses_unseen(row):
                 yield row
 
     if split != UNLABELLED:
-        yield from limit_rows(lambda: known(split), getattr(rows, split))
+        yield from limit_rows(lambda: labelled(split), getattr(rows, split))
     elif rows.train or unseen:
-        labelled = {row.id for row in limit_rows(lambda: known("train"), rows.train) if isinstance(row, Row)}
+        used = {row.id for row in limit_rows(lambda: labelled("train"), rows.train) if isinstance(row, Row)}
 
-        def rest() -> Iterator[Row | Reject]:
-            yield from (replace(row, answer="") for row in read("train") if isinstance(row, Row) and row.id not in labelled)
+        def unused() -> Iterator[Row | Reject]:
+            yield from (replace(r, answer="") for r in read("train") if isinstance(r, Row) and r.id not in used)
 
-        yield from limit_rows(rest, rows.unlabelled)
+        yield from limit_rows(unused, rows.unlabelled)
 
 
 def fingerprint_files(config: TaskConfig, paths: Iterable[Path]) -> str:
-    """Hash of the row limits, the names not to be seen, and of the contents of `paths`, streamed; a missing file counts as such."""
+    """Hash of the row limits, the unseen names and the contents of `paths`; a missing file counts as such."""
     unseen = [sorted(config.unseen)] if config.unseen else []
-    return digest([config.rows.model_dump(), *unseen, [digest_file(path) if path.is_file() else None for path in paths]])
-
-
-def most_used(names: Iterable[str], known: Container[str], n: int) -> list[str]:
-    """The `n` commonest of those `names` that are `known`, commonest first, ties alphabetically."""
-    counts = Counter(name for name in names if name in known)
-    return sorted(counts, key=lambda name: (-counts[name], name))[:n]
-
-
-def load_hub_rows(name: str, split: str) -> Iterable[dict[str, Any]]:
-    """Rows of a hub data set, read from the parquet copy that the hub keeps of it: a set's own loading script is never run.
-
-    Raises DataError when the package `datasets` is missing or the hub does not answer.
-    """
-    cure = f"or set task.folder to a folder that holds the files; without it the data is {name} on the hub"
-    try:
-        from datasets import load_dataset
-    except ImportError:
-        raise DataError(f"the package datasets is missing: pip install datasets, {cure}") from None
-    try:
-        return load_dataset(name, split="validation" if split == "dev" else split, revision="refs/convert/parquet")
-    except Exception as error:  # no network, refused, gone: datasets raises some ten unrelated types for these
-        raise DataError(f"the hub did not give the data ({type(error).__name__}: {error}): connect, {cure}") from None
+    contents = [digest_file(path) if path.is_file() else None for path in paths]
+    return digest([config.rows.model_dump(), *unseen, contents])

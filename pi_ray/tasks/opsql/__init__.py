@@ -1,4 +1,4 @@
-"""OpsQL, the bundled task: template.md, language, rows and score."""
+"""OpsQL, the bundled task: template.md, the language, generated rows and the score."""
 
 from pi_ray.tasks.opsql.task import OpsqlTask
 

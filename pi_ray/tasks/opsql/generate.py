@@ -1,14 +1,14 @@
 """Seeded rows of the OpsQL task. `python -m pi_ray.tasks.opsql.generate` prints their numbers and some of them.
 
-Three groups say how far a row is from training: "like train" (its service and metric stand together in training rows), "new
-combinations" (each stands there, never together) and "template only" (its service stands in no training row, only in the template).
+Three groups say how far a row is from training: "like train" (its service and metric stand together in training rows),
+"new combinations" (each stands there, never together), "template only" (its service stands in the template alone).
 """
 
 from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import count, islice
@@ -19,13 +19,13 @@ from pi_ray.tasks.opsql.language import LONGEST, SERVICES, SHORTEST, Statement
 SIZES = {"train": 600, "dev": 90, "test": 150, UNLABELLED: 1200}
 LIKE_TRAIN, NEW_COMBINATIONS, TEMPLATE_ONLY = GROUPS = ("like train", "new combinations", "template only")
 TEMPLATE_ONLY_SERVICES = 10
-HELD_OUT_METRICS = 2  # of each trained service, for the new combinations
+HELD_OUT_METRICS = 2  # for each trained service, which give the new combinations
 DEFAULT_WINDOW, DEFAULT_ROUTE = 15, "moss"
 
 
 @dataclass(frozen=True)
 class Measure:
-    """How people speak of a metric. `scale` turns the spoken amount into the metric's unit."""
+    """A metric in people's words. `scale` turns the spoken amount into the metric's unit."""
 
     names: tuple[str, str]
     above: bool
@@ -44,8 +44,8 @@ MEASURES = {
 }
 SIDES = {True: ("above", "over"), False: ("below", "under")}
 WINDOWS = {
-    "1 minute": 1, "3 minutes": 3, "5 minutes": 5, "10 minutes": 10, "20 minutes": 20, "30 minutes": 30, "half an hour": 30,
-    "45 minutes": 45, "1 hour": 60, "2 hours": 120, "3 hours": 180,
+    "1 minute": 1, "3 minutes": 3, "5 minutes": 5, "10 minutes": 10, "20 minutes": 20, "30 minutes": 30,
+    "half an hour": 30, "45 minutes": 45, "1 hour": 60, "2 hours": 120, "3 hours": 180,
 }
 SEVERITIES = {"critical": "fern", "urgent": "fern", "serious": "kite", "minor": "moss", "low": "cobalt"}
 UNNAMED = 0.25  # share of queries that leave the window (or the severity) to the default
@@ -63,17 +63,18 @@ SEVERITY_WORDINGS = (", this is {}", ", severity {}", " and treat it as {}")
 
 @lru_cache(maxsize=4)
 def generate_rows(seed: int = 0) -> Mapping[str, tuple[Row, ...]]:
-    """All rows of each split, in an order of which every beginning is balanced; no two rows share a query."""
+    """All rows of each split, ordered so that the first n of them are balanced for any n; no two rows share a query."""
     rng = random.Random(seed)
     pairs = _pairs(rng)
-    asked: set[str] = set()
-    groups = {
-        split: [_rows(rng, pairs[group], group, asked) for group in ((LIKE_TRAIN,) if split == "train" else GROUPS)]
+    queries: set[str] = set()
+    streams = {
+        split: [_rows(rng, pairs[group], group, queries) for group in ((LIKE_TRAIN,) if split == "train" else GROUPS)]
         for split in ("test", "dev", "train")
     }
-    all_services = [a + b for a, b in zip(pairs[NEW_COMBINATIONS] + pairs[LIKE_TRAIN], pairs[TEMPLATE_ONLY], strict=True)]
-    groups[UNLABELLED] = [(replace(row, answer="") for row in _rows(rng, all_services, "", asked))]
-    return {split: tuple(_split(split, streams)) for split, streams in groups.items()}
+    trained = pairs[NEW_COMBINATIONS] + pairs[LIKE_TRAIN]
+    all_services = [a + b for a, b in zip(trained, pairs[TEMPLATE_ONLY], strict=True)]
+    streams[UNLABELLED] = [(replace(row, answer="") for row in _rows(rng, all_services, "", queries))]
+    return {split: tuple(_interleave(split, groups)) for split, groups in streams.items()}
 
 
 def trained_services(seed: int = 0) -> set[str]:
@@ -84,34 +85,34 @@ def trained_services(seed: int = 0) -> set[str]:
 def _pairs(rng: random.Random) -> dict[str, list[list[tuple[str, str]]]]:
     """group -> rounds of (service, metric), each round with every service of the group once.
 
-    Training takes its rounds in this order, so its first rows already hold all its pairs: 30 services x 4 metrics are 120 rows.
+    Training takes its rounds in this order, so its first rows hold all its pairs: 30 services x 4 metrics are 120 rows.
     """
     services = rng.sample(sorted(SERVICES), len(SERVICES))
     untrained, trained = services[:TEMPLATE_ONLY_SERVICES], services[TEMPLATE_ONLY_SERVICES:]
     order = {service: rng.sample(sorted(MEASURES), len(MEASURES)) for service in services}
-    rounds = {group: [] for group in GROUPS}
+    rounds: dict[str, list[list[tuple[str, str]]]] = {group: [] for group in GROUPS}
     for i in range(len(MEASURES)):
         rounds[NEW_COMBINATIONS if i < HELD_OUT_METRICS else LIKE_TRAIN].append([(s, order[s][i]) for s in trained])
         rounds[TEMPLATE_ONLY].append([(s, order[s][i]) for s in untrained])
     return rounds
 
 
-def _rows(rng: random.Random, rounds: list[list[tuple[str, str]]], group: str, asked: set[str]) -> Iterator[Row]:
-    """Rows of one group without end, round after round, services shuffled within a round. Ids are given later."""
+def _rows(rng: random.Random, rounds: list[list[tuple[str, str]]], group: str, queries: set[str]) -> Iterator[Row]:
+    """Rows of one group without end and without ids, round after round, services shuffled within a round."""
     for turn in count():
         pairs = rounds[turn % len(rounds)]
         for service, metric in rng.sample(pairs, len(pairs)):
             query, statement = _draw(rng, service, metric)
-            while query.casefold() in asked:
+            while query.casefold() in queries:
                 query, statement = _draw(rng, service, metric)
-            asked.add(query.casefold())
+            queries.add(query.casefold())
             yield Row("", query, str(statement), group)
 
 
-def _split(split: str, streams: list[Iterator[Row]]) -> Iterator[Row]:
-    """The groups in turn. Training rows have no group: it only names parts of dev and test."""
+def _interleave(split: str, groups: Sequence[Iterator[Row]]) -> Iterator[Row]:
+    """One row of each group in turn. Training rows name no group: groups are parts of dev and test."""
     for i in range(SIZES[split]):
-        row = next(streams[i % len(streams)])
+        row = next(groups[i % len(groups)])
         yield Row(f"{split}-{i}", row.query, row.answer, row.group if split in ("dev", "test") else "")
 
 

@@ -1,16 +1,17 @@
-"""OpsQL, a small in-house alert language: its vocabulary, a parser, and an interpreter over a fixed synthetic metrics table.
+"""OpsQL, a small in-house alert language: vocabulary, parser, and an interpreter over a fixed synthetic metrics table.
 
     from r9 | lat > 2000 | for 10m | to fern
 
-reads: on service r9, when `lat` has been above 2000 in each of the last 10 minutes, tell route fern. `from` comes first, the other
-three clauses stand once each in any order, and `1h` means `60m`. Model output is untrusted: parsing and execution are bounded and
-total, and whatever is not OpsQL raises OpsqlError.
+means: on service r9, when `lat` has been above 2000 in each of the last 10 minutes, tell route fern. `from` comes
+first, the other three clauses stand once each in any order, and `1h` means `60m`. Model output is untrusted: parsing
+and execution are bounded and total, and any other text raises OpsqlError.
 """
 
 from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -19,13 +20,16 @@ import numpy as np
 from pi_ray.errors import DataError
 
 SERVICES = {
-    "checkout": "r9", "search": "r5", "login": "f9", "billing": "x4", "catalog": "d9", "cart": "k4", "shipping": "c2", "returns": "w8",
-    "reviews": "w2", "wishlist": "t3", "coupons": "b2", "loyalty": "g5", "inventory": "t5", "pricing": "x6", "taxes": "s2", "invoices": "y3",
-    "refunds": "q3", "fraud": "z6", "email": "m5", "chat": "a3", "video": "p3", "images": "k8", "maps": "y2", "profiles": "b9",
-    "orders": "p8", "payments": "v5", "ledger": "m3", "reports": "a8", "exports": "d4", "imports": "h3", "archive": "f5", "gateway": "e8",
-    "scheduler": "q5", "mobile": "v6", "partners": "g9", "suppliers": "j2", "warehouse": "c3", "delivery": "n9", "feeds": "e9", "ads": "s3",
+    "checkout": "r9", "search": "r5", "login": "f9", "billing": "x4", "catalog": "d9", "cart": "k4", "shipping": "c2",
+    "returns": "w8", "reviews": "w2", "wishlist": "t3", "coupons": "b2", "loyalty": "g5", "inventory": "t5",
+    "pricing": "x6", "taxes": "s2", "invoices": "y3", "refunds": "q3", "fraud": "z6", "email": "m5", "chat": "a3",
+    "video": "p3", "images": "k8", "maps": "y2", "profiles": "b9", "orders": "p8", "payments": "v5", "ledger": "m3",
+    "reports": "a8", "exports": "d4", "imports": "h3", "archive": "f5", "gateway": "e8", "scheduler": "q5",
+    "mobile": "v6", "partners": "g9", "suppliers": "j2", "warehouse": "c3", "delivery": "n9", "feeds": "e9",
+    "ads": "s3",
 }
-METRICS = {"lat": 6000, "err": 800, "ram": 8000, "cpu": 900, "lag": 800, "req": 80}  # the largest threshold that anyone alerts on
+# the largest threshold that anyone alerts on
+METRICS = {"lat": 6000, "err": 800, "ram": 8000, "cpu": 900, "lag": 800, "req": 80}
 ROUTES = ("fern", "kite", "moss", "cobalt")
 SHORTEST, LONGEST = 5, 60  # minutes of a window
 MINUTES = 1440  # length of the metrics table
@@ -54,7 +58,8 @@ class Statement:
     route: str
 
     def __str__(self) -> str:
-        return f"from {self.service} | {self.metric} {'>' if self.above else '<'} {self.value} | for {self.window}m | to {self.route}"
+        condition = f"{self.metric} {'>' if self.above else '<'} {self.value}"
+        return f"from {self.service} | {condition} | for {self.window}m | to {self.route}"
 
 
 def parse_statement(text: str) -> Statement:
@@ -68,7 +73,8 @@ def parse_statement(text: str) -> Statement:
     condition, window, route = (_only(pattern, rest) for pattern in (_CONDITION, _WINDOW, _ROUTE))
     if len(rest) != 3:
         raise OpsqlError(f"{len(rest)} clauses after 'from'; there must be a condition, 'for' and 'to'")
-    return Statement(service[1], _known(condition[1], METRICS), condition[2] == ">", int(condition[3]), _minutes(window), _known(route[1], ROUTES))
+    metric, above, value = _known(condition[1], METRICS), condition[2] == ">", int(condition[3])
+    return Statement(service[1], metric, above, value, _minutes(window), _known(route[1], ROUTES))
 
 
 def _only(pattern: re.Pattern[str], clauses: list[str]) -> re.Match[str]:
@@ -78,7 +84,7 @@ def _only(pattern: re.Pattern[str], clauses: list[str]) -> re.Match[str]:
     return found[0]
 
 
-def _known(word: str, words: dict[str, int] | tuple[str, ...]) -> str:
+def _known(word: str, words: Collection[str]) -> str:
     if word not in words:
         raise OpsqlError(f"'{word}' is none of {', '.join(words)}")
     return word
@@ -92,7 +98,7 @@ def _minutes(window: re.Match[str]) -> int:
 
 
 def execute_statement(statement: Statement) -> tuple[tuple[int, ...], str]:
-    """The minutes of the metrics table at which the alert fires, and whom it tells.
+    """The minutes of the metrics table at which the alert fires, and the route that it tells.
 
     It fires at minute t when the condition holds in each of the minutes t - window + 1 .. t.
     """
@@ -105,10 +111,10 @@ def execute_statement(statement: Statement) -> tuple[tuple[int, ...], str]:
 
 @lru_cache(maxsize=len(SERVICES) * len(METRICS))
 def _series(service: str, metric: str) -> np.ndarray:
-    """One column of the metrics table: int64, shape (MINUTES,), three waves whose phases and periods come from a hash of the names.
+    """One column of the metrics table, int64, shape (MINUTES,): three waves that follow from a hash of the names.
 
-    It runs from 0 to 1.3 times the largest threshold and moves slowly, so that every usual alert fires and a wrong threshold,
-    window or side gives other minutes.
+    It runs from 0 to 1.3 times the largest threshold and moves slowly, so that every usual alert fires and a wrong
+    threshold, window or side gives other minutes.
     """
     parts = np.frombuffer(hashlib.sha256(f"{service} {metric}".encode()).digest()[:6], dtype=np.uint8) / 256
     periods, phases = np.array([600, 190, 70]) * (1 + 0.4 * parts[:3]), 2 * np.pi * parts[3:]

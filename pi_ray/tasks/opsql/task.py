@@ -8,20 +8,21 @@ from itertools import islice
 
 from pi_ray.config import TaskConfig
 from pi_ray.prompt import Template
-from pi_ray.protocols import SPLITS, UNLABELLED, Reject, Row
+from pi_ray.protocols import SPLITS, UNLABELLED, Row
 from pi_ray.run.artifact import digest
 from pi_ray.tasks.metrics import exact_match
 from pi_ray.tasks.opsql.language import OpsqlError, execute_statement, parse_statement
 
 
 class OpsqlTask:
-    """Generated rows (always the same) and a template that ships with the package. `task.rows.<split>: n` takes the first n."""
+    """Generated rows (always the same) and a packaged template; `task.rows.<split>: n` takes the first n."""
 
     def __init__(self, config: TaskConfig):
         self.config = config
 
-    def rows(self, split: str) -> Iterator[Row | Reject]:
-        from pi_ray.tasks.opsql.generate import generate_rows  # here, so that `python -m pi_ray.tasks.opsql.generate` runs a module not yet imported
+    def rows(self, split: str) -> Iterator[Row]:
+        # imported here, so that `python -m pi_ray.tasks.opsql.generate` runs a module not yet imported
+        from pi_ray.tasks.opsql.generate import generate_rows
 
         return islice(generate_rows()[split], getattr(self.config.rows, split) or None)
 
@@ -29,15 +30,13 @@ class OpsqlTask:
         return Template.parse(files("pi_ray.tasks.opsql").joinpath("template.md").read_text(encoding="utf-8"))
 
     def score(self, row: Row, output: str) -> dict[str, float]:
-        """"exact_match" of the text, and "execution": the output fires in the same minutes and tells the same route as the answer."""
-        return {"exact_match": exact_match(output, row.answer), "execution": _same_effect(output, row.answer)}
+        """"exact_match" of the text; "execution": the alert fires in the same minutes and tells the same route."""
+        try:
+            same = execute_statement(parse_statement(output)) == execute_statement(parse_statement(row.answer))
+        except OpsqlError:
+            same = False
+        return {"exact_match": exact_match(output, row.answer), "execution": float(same)}
 
     def fingerprint(self) -> str:
-        return digest([self.template().text, *([[r.id, r.query, r.answer, r.group] for r in self.rows(split)] for split in (*SPLITS, UNLABELLED))])
-
-
-def _same_effect(output: str, answer: str) -> float:
-    try:
-        return float(execute_statement(parse_statement(output)) == execute_statement(parse_statement(answer)))
-    except OpsqlError:
-        return 0.0
+        rows = [[[r.id, r.query, r.answer, r.group] for r in self.rows(split)] for split in (*SPLITS, UNLABELLED)]
+        return digest([self.template().text, *rows])

@@ -1,1 +1,4 @@
-"""Generated programs run here and nowhere else: walls around them (jail), their side of it (harness), and the verdict outside (judge)."""
+"""Sandbox for generated programs: walls around them (jail), their side of it (harness), the verdict outside (judge).
+
+A Program and its tests enter `runner.Sandbox`; a Verdict leaves. Imports nothing of pi_ray but errors.
+"""

@@ -1,8 +1,9 @@
 """The program's side of the sandbox: `python -c` of this file, inside, with the standard library alone.
 
-Standard input is a marshal of (limits, folder, sources, steps). Standard output becomes the line `ready`, and then one line of JSON,
-[error, [value of each step]], in which a value is a nested list of a kind and ASCII text (`encode`). The program shares this process
-and may rewrite all of it. So nothing here decides anything: no expected value ever comes in, and judge.py takes what goes out as data.
+Standard input is a marshal of (limits, folder, sources, steps). Standard output is the line `ready`, and then one line
+of JSON, [error, [value of each step]], in which a value is a nested list of a kind and ASCII text (`encode_value`). The
+program shares this process and may rewrite all of it. So nothing is decided here: no expected value ever comes in, and
+judge.py takes the output as data.
 """
 
 import marshal
@@ -11,8 +12,9 @@ import resource
 import sys
 from typing import Any
 
-DEPTH = 100  # of nested containers; what is deeper is not plain data
-VIEWS = (type({}.keys()), type({}.items()))  # they equal sets
+DEPTH = 100  # of nested containers; a deeper value is not plain data
+SEQUENCES: Any = (list, tuple, set, frozenset)
+VIEWS: Any = (type({}.keys()), type({}.items()))
 
 
 def main() -> None:
@@ -22,17 +24,18 @@ def main() -> None:
     for stream in (0, 1, 2):
         os.dup2(nothing, stream)
     os.chdir(folder)
-    for name, most in limits:
-        resource.setrlimit(getattr(resource, name), (most, most))
+    for name, limit in limits.items():
+        resource.setrlimit(getattr(resource, name), (limit, limit))
     os.write(out, b"ready\n")
-    left = repr(run_steps(sources, steps)).replace("'", '"').encode("ascii")  # JSON: the texts hold no quotes and no backslashes
-    while left:
-        left = left[os.write(out, left):]
+    # JSON: texts have no quotes or backslashes
+    answer = repr(run_steps(sources, steps)).replace("'", '"').encode("ascii")
+    while answer:
+        answer = answer[os.write(out, answer):]
     os._exit(0)  # without waiting for threads or exit handlers
 
 
 def run_steps(sources: tuple[str, ...], steps: tuple[tuple[str, str], ...]) -> list[Any]:
-    """[error, values]: the sources as one `__main__` module, then the steps ("exec", "value" or "truth", source) until one raises."""
+    """[error, values]: runs the sources as `__main__`, then the steps (kind of judge.Step, source) until one raises."""
     module = type(sys)("__main__")
     sys.modules["__main__"] = module
     values: list[Any] = []
@@ -41,15 +44,17 @@ def run_steps(sources: tuple[str, ...], steps: tuple[tuple[str, str], ...]) -> l
         for source in sources:
             exec(compile(source, "<program>", "exec"), module.__dict__)
         for kind, source in steps:
-            value = (exec if kind == "exec" else eval)(compile(source, "<test>", "exec" if kind == "exec" else "eval"), module.__dict__)
+            execute, mode = (exec, "exec") if kind == "exec" else (eval, "eval")
+            value = execute(compile(source, "<test>", mode), module.__dict__)
             values.append(encode_value(bool(value) if kind == "truth" else value))
-    except BaseException as raised:  # SystemExit too: a program that exits before its tests are done has not passed them
+    # SystemExit too: a program that exits before its tests are done has not passed them
+    except BaseException as raised:
         error = type(raised).__name__
     return [encode_value(error), values]
 
 
 def encode_value(value: Any, depth: int = 0) -> list[Any]:
-    """Plain data, which compares by value in any process. A subclass counts as what it was made from, whatever its `__eq__` says."""
+    """Plain data, which compares by value in any process. A subclass counts as its base type, whatever its `__eq__`."""
     if value is None or isinstance(value, bool):
         return ["const", str(value)]
     if isinstance(value, int):
@@ -67,11 +72,11 @@ def encode_value(value: Any, depth: int = 0) -> list[Any]:
     if depth == DEPTH:
         return ["other", ""]
     if isinstance(value, dict):
-        return ["dict", [[encode_value(key, depth + 1), encode_value(item, depth + 1)] for key, item in dict.items(value)]]
-    for kind in (list, tuple, set, frozenset):
+        return ["dict", [[encode_value(part, depth + 1) for part in pair] for pair in dict.items(value)]]
+    for kind in SEQUENCES:
         if isinstance(value, kind):
             return [kind.__name__, [encode_value(item, depth + 1) for item in kind.__iter__(value)]]
-    if isinstance(value, VIEWS):
+    if isinstance(value, VIEWS):  # they equal sets
         return ["set", [encode_value(item, depth + 1) for item in value]]
     return ["other", ""]
 

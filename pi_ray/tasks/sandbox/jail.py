@@ -4,13 +4,13 @@ Linux and util-linux, as root or with unprivileged user namespaces. For each pro
 
     unshare    own mounts, network (no interface is up), processes, IPC; as an ordinary user also an own user namespace
     mount      /usr, the interpreter and three devices, read-only, into an otherwise empty root; a fresh tmpfs as /tmp
-    chroot     into that root: home directories, /etc, /proc, /sys and all other files do not exist there. The kernel gives a process
-               whose root is changed no new user namespaces, which closes the way back to privileges and to more mounts
-    timeout    is the first process of the tree; when it ends, the kernel ends the whole tree. It does so by itself soon after the wall
-               limit, if nobody is there any more to end it at the limit
+    chroot     into that root: home directories, /etc, /proc, /sys and all other files do not exist there. The kernel
+               gives such a process no new user namespaces, which closes the way back to privileges and to more mounts
+    timeout    is the first process of the tree; when it ends, the kernel ends the whole tree. It does so by itself soon
+               after the wall limit, if nobody is there any more to end it at the limit
     setpriv    as root: a user id that nobody else has; for all: no capabilities, no new privileges
 
-`Jail.tests` states each wall as an assert. They are run once inside, before anything else is; what is printed as active has been seen to hold.
+`Jail.tests` states each wall as an assert. They run inside first, so each printed protection was seen to hold.
 """
 
 from __future__ import annotations
@@ -23,15 +23,18 @@ import signal
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
-SYSTEM = ("/usr", "/lib", "/lib32", "/lib64", "/libx32", "/bin", "/sbin", "/nix/store", "/gnu/store")  # where a system keeps its shared libraries
+# where a system keeps its shared libraries
+SYSTEM = ("/usr", "/lib", "/lib32", "/lib64", "/libx32", "/bin", "/sbin", "/nix/store", "/gnu/store")
 DEVICES = ("/dev/null", "/dev/zero", "/dev/urandom")
 TOOLS = ("unshare", "mount", "chroot", "timeout", "setpriv", "sh")
 SEARCH = "/usr/sbin:/usr/bin:/sbin:/bin"
 USERS = (50_000, 60_000)  # user ids that no distribution hands out by itself
 SCRIPT = (
     "echo 1000 >/proc/self/oom_score_adj; "  # short of memory, the kernel ends a program before anything else
-    '"$1" --all --fstab "$2/fstab" && "$1" -t tmpfs -o "size=$3m,nr_inodes=4k,mode=1777,nosuid,nodev" tmpfs "$2/root/tmp" && shift 3 && exec "$@"'
+    '"$1" --all --fstab "$2/fstab" && '
+    '"$1" -t tmpfs -o "size=$3m,nr_inodes=4k,mode=1777,nosuid,nodev" tmpfs "$2/root/tmp" && shift 3 && exec "$@"'
 )
 PROBE = """
 import os, resource, socket
@@ -52,6 +55,8 @@ def read_only(*folders):
     return all(os.statvfs(folder).f_flag & os.ST_RDONLY for folder in folders)
 """
 
+ResourceLimits = dict[str, int]  # name in the module `resource` -> soft and hard limit
+
 _numbers = itertools.count(os.getpid() * 64)  # sandboxes of one machine start at different ids
 
 
@@ -67,27 +72,37 @@ def interpreter() -> tuple[Path, set[Path]]:
     return python, {Path(prefix).resolve() for prefix in (sys.base_prefix, sys.base_exec_prefix, python.parent)}
 
 
+def describe_limits(limits: ResourceLimits) -> str:
+    listed = (f"{name.removeprefix('RLIMIT_').lower()} {value}" for name, value in limits.items())
+    return f"limits of each process: {', '.join(listed)}"
+
+
 class Jail:
     """The walls of one Sandbox. Raises OSError, with the reason as its text, where a tool is missing."""
 
     def __init__(self) -> None:
-        self.tools = {tool: shutil.which(tool, path=SEARCH) or shutil.which(tool) for tool in TOOLS}
-        if missing := [tool for tool, path in self.tools.items() if not path]:
+        tools = {tool: shutil.which(tool, path=SEARCH) or shutil.which(tool) for tool in TOOLS}
+        self.tools = {tool: path for tool, path in tools.items() if path}
+        if missing := [tool for tool in TOOLS if tool not in self.tools]:
             raise OSError(f"this machine has no {', '.join(missing)}")
-        self._needed = interpreter()[1]
-        if forbidden := self._needed & {Path("/"), Path(os.path.expanduser("~"))}:
-            raise OSError(f"Python is installed in {forbidden.pop()} itself, which would have to be shown to the program")
+        needed = interpreter()[1]
+        if forbidden := needed & {Path("/"), Path(os.path.expanduser("~"))}:
+            raise OSError(
+                f"Python is installed in {forbidden.pop()} itself, which would have to be shown to the program"
+            )
         self._folder = tempfile.TemporaryDirectory(prefix="pi-ray-sandbox-", ignore_cleanup_errors=True)
         self.folder = Path(self._folder.name).resolve()
         self.folder.chmod(0o755)
-        self._lay_out()
+        self.visible = self._build_root(needed)
 
     def command(self, program: list[str], seconds: float, files_mib: int, user: int) -> list[str]:
         """The command line that runs `program` (a path and arguments) inside."""
-        own = ["--user", "--map-root-user"] if os.geteuid() else []
-        drop = ["--securebits=+noroot,+noroot_locked"] if own else [f"--reuid={user}", f"--regid={user}", "--clear-groups"]
+        namespace = ["--user", "--map-root-user"] if os.geteuid() else []
+        drop = [f"--reuid={user}", f"--regid={user}", "--clear-groups"]
+        if namespace:
+            drop = ["--securebits=+noroot,+noroot_locked"]
         return [
-            self.tools["unshare"], *own, "--mount", "--net", "--ipc", "--pid", "--fork", "--kill-child",
+            self.tools["unshare"], *namespace, "--mount", "--net", "--ipc", "--pid", "--fork", "--kill-child",
             self.tools["sh"], "-c", SCRIPT, "sh", self.tools["mount"], str(self.folder), str(files_mib),
             self.tools["chroot"], str(self.folder / "root"),
             self.tools["timeout"], "--signal=KILL", str(seconds + 1),
@@ -95,57 +110,65 @@ class Jail:
         ]  # fmt: skip
 
     def kill(self, pid: int) -> None:
-        """End what `command` started as process `pid`: by the first process inside, since `unshare` then stays until the whole tree is gone."""
+        """End the tree of process `pid` that `command` started; `unshare` stays until all processes inside are gone."""
         try:
-            inside = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+            inside = [int(p) for p in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
         except OSError:  # a kernel without this file
             inside = []
         for process in inside or [pid]:
             with contextlib.suppress(ProcessLookupError):
-                os.kill(int(process), signal.SIGKILL)
+                os.kill(process, signal.SIGKILL)
 
-    def tests(self, limits: tuple[tuple[str, int], ...], files_mib: int, user: int) -> list[tuple[str, str]]:
-        """(sentence, assert that proves it) of each wall, for PROBE run inside. `limits`: resource name and value."""
-        top = sorted(p.name for p in (self.folder / "root").iterdir())
-        own = f"a user id of its own, such as {user}" if os.geteuid() == 0 else "root of an own user namespace, mapped to this user"
-        return [
-            ("network: none, not even loopback", "assert [reach('127.0.0.1'), reach('192.0.2.1')] == ['Network is unreachable', 'Network is unreachable']"),
-            ("processes: an own tree, which ends with the program", "assert os.getppid() == 1"),
-            (f"files: {', '.join(self.shown)}, read-only; nothing else of this machine", f"assert [sorted(os.listdir('/')), read_only('/', *{self.shown})] == [{top}, True]"),
-            (f"writing: a private /tmp of {files_mib} MiB, in memory, gone with the program", f"assert [size('/tmp'), os.listdir('/tmp')] == [{files_mib << 20}, []]"),
-            (f"rights: {own}; no capabilities", f"assert [os.getuid(), refused(os.chroot, '/tmp')] == [{user if os.geteuid() == 0 else 0}, 'Operation not permitted']"),
-            (
-                "limits of each process: " + ", ".join(f"{name.removeprefix('RLIMIT_').lower()} {value}" for name, value in limits),
-                f"assert [resource.getrlimit(getattr(resource, name)) for name in {[name for name, _ in limits]}] == {[(value, value) for _, value in limits]}",
-            ),
-        ]
+    def tests(self, limits: ResourceLimits, files_mib: int, user: int) -> list[tuple[str, str]]:
+        """(sentence, assert that proves it) for each wall; PROBE defines the functions that the asserts call."""
+        top, shown = sorted(p.name for p in (self.folder / "root").iterdir()), self.visible
+        inside, named = 0, "root of an own user namespace, mapped to this user"
+        if os.geteuid() == 0:
+            inside, named = user, f"a user id of its own, such as {user}"
+        walls: dict[str, tuple[str, Any]] = {
+            "network: none, not even loopback":
+                ("[reach('127.0.0.1'), reach('192.0.2.1')]", ["Network is unreachable"] * 2),
+            "processes: an own tree, which ends with the program": ("os.getppid()", 1),
+            f"files: {', '.join(shown)}, read-only; nothing else of this machine":
+                (f"[sorted(os.listdir('/')), read_only('/', *{shown})]", [top, True]),
+            f"writing: a private /tmp of {files_mib} MiB, in memory, gone with the program":
+                ("[size('/tmp'), os.listdir('/tmp')]", [files_mib << 20, []]),
+            f"rights: {named}; no capabilities":
+                ("[os.getuid(), refused(os.chroot, '/tmp')]", [inside, "Operation not permitted"]),
+            describe_limits(limits):
+                (f"[resource.getrlimit(getattr(resource, n)) for n in {[*limits]}]", [(n, n) for n in limits.values()]),
+        }  # fmt: skip
+        return [(sentence, f"assert {found} == {expected}") for sentence, (found, expected) in walls.items()]
 
-    def _lay_out(self) -> None:
-        """The empty root with its mount points, and the fstab that fills it; made once, mounted by each program for itself."""
+    def _build_root(self, needed: set[Path]) -> list[str]:
+        """Create the empty root and the fstab that fills it for each program; returns the folders that programs see."""
         root = self.folder / "root"
-        self.shown: list[str] = []
+        visible: list[str] = []
         mounts = [(root, root, "bind,ro")]
         (root / "tmp").mkdir(parents=True)
         (root / "dev").mkdir()
         (root / "dev" / "shm").symlink_to("../tmp")
-        for path in sorted({*map(Path, SYSTEM), *self._needed}):
+        for path in sorted({*map(Path, SYSTEM), *needed}):
             inside = root / path.relative_to("/")
             if path.is_symlink():
                 inside.symlink_to(os.readlink(path))
-            elif path.is_dir() and not any(path.is_relative_to(source) for source in self.shown):
+            elif path.is_dir() and not any(path.is_relative_to(source) for source in visible):
                 inside.mkdir(parents=True)
-                self.shown.append(str(path))
+                visible.append(str(path))
                 mounts.append((path, inside, "rbind,ro"))
         for device in map(Path, DEVICES):
-            (root / device.relative_to("/")).touch()
-            mounts.append((device, root / device.relative_to("/"), "bind"))
+            inside = root / device.relative_to("/")
+            inside.touch()
+            mounts.append((device, inside, "bind"))
         if (cache := Path("/etc/ld.so.cache")).is_file():  # libraries in /usr/local/lib are found through it
             (root / "etc").mkdir()
             shutil.copy(cache, root / "etc" / "ld.so.cache")
         for folder, _, _ in os.walk(root):
             os.chmod(folder, 0o755)
-        (self.folder / "fstab").write_text("".join(f"{_escaped(source)} {_escaped(target)} none {options} 0 0\n" for source, target, options in mounts))
+        lines = [f"{_escape(source)} {_escape(target)} none {options} 0 0\n" for source, target, options in mounts]
+        (self.folder / "fstab").write_text("".join(lines))
+        return visible
 
 
-def _escaped(path: Path) -> str:
+def _escape(path: Path) -> str:
     return str(path).replace("\\", r"\134").replace(" ", r"\040").replace("\t", r"\011")

@@ -1,12 +1,13 @@
-"""Asserts are split: the sandbox runs the program's half, this trusted process compares what comes out with the expected value.
+"""Verdicts: the sandbox evaluates one side of an assert, this trusted process compares the value with the other.
 
-`assert f(3) == [1, 2]` becomes "evaluate f(3)" inside, and a comparison with [1, 2] here. The expected value never goes in, so that no
-exit code, patched builtin, `__eq__`, stack frame or forged output passes a test: the only way to the right value is to compute it
-(or to know it from the prompt, which no sandbox can tell from computing it). What came out is data in a format of its own, read
-without running anything.
+`assert f(3) == [1, 2]` becomes "evaluate f(3)" inside, and a comparison with [1, 2] here. The expected value never goes
+in, so that no exit code, patched builtin, `__eq__`, stack frame or forged output passes a test: the only way to the
+right value is to compute it (or to know it from the prompt, which no sandbox can tell from computing it). The output is
+data in a format of its own, read without running anything.
 
-What stays open: an assert that is not `... == <literal>` is evaluated inside as a whole, and a program that takes over its own process
-can claim that it held. Of MBPP's 2,922 asserts these are 3, all of task 596 (dev rows), which compares with `sys.getsizeof(...)`.
+Left open: an assert that is not `... == <literal>` is evaluated inside as a whole, and a program that takes over its
+own process can claim that it held. Of MBPP's 2,922 asserts 3 are of this kind, all in task 596 (a dev row,
+`sys.getsizeof`).
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ CONSTANTS = {"None": None, "True": True, "False": False}
 
 @dataclass(frozen=True)
 class Step:
-    """What is run inside: kind "exec" (a statement), "value" (must equal `expected`) or "truth" (must be true)."""
+    """One piece to run: kind "exec" (a statement), "value" (must equal `expected`) or "truth" (must be true)."""
 
     kind: str
     source: str
@@ -56,7 +57,7 @@ def _step(statement: ast.stmt) -> Step:
 
 
 def judge_answer(steps: Sequence[Step], line: bytes) -> str:
-    """ "passed", or why not. `line` is what the sandbox wrote; it may be anything."""
+    """ "passed", or the reason why not. `line` is the sandbox's output; it may be anything."""
     try:
         error, values = json.loads(line)
         found = [_decode(value) for value in values]
@@ -71,7 +72,7 @@ def judge_answer(steps: Sequence[Step], line: bytes) -> str:
 
 
 def _decode(data: list[Any]) -> Any:
-    """The inverse of harness.encode. What is no plain data becomes an object that equals nothing. Raises ValueError and the like."""
+    """The inverse of harness.encode_value; other data becomes an object that equals nothing. Raises ValueError etc."""
     kind, *parts = data
     content = parts[0]
     if kind in ("list", "tuple", "set", "frozenset"):

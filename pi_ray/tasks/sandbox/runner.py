@@ -1,10 +1,10 @@
 """Runs generated programs against tests, many at a time, with nothing of this machine in their reach.
 
-Three parts that trust each other one way: jail.py puts walls around a process, harness.py runs in it, judge.py decides outside, by
-value, from what comes out. An exit code or a printed word counts for nothing. What a hostile program can still do: use up its limits
-(at most `processes` times `memory_mib`, `seconds` long; there is no bound on the sum other than that), see the folders that
-`protections()` names, learn the machine's time and kernel version, attack the kernel through its system calls (there is no seccomp
-filter), and what judge.py says about asserts without a literal.
+Three parts that trust each other one way: jail.py puts walls around a process, harness.py runs in it, judge.py decides
+outside, by value. An exit code or a printed word counts for nothing. A hostile program can still use up its limits (at
+most `processes` times `memory_mib`, `seconds` long; there is no other bound on the sum), see the folders that
+`protections()` names, learn the machine's time and kernel version, attack the kernel through its system calls (there is
+no seccomp filter), and use the gap that judge.py names for asserts without a literal.
 """
 
 from __future__ import annotations
@@ -24,25 +24,31 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from importlib.resources import files
+from typing import IO
 
 from pi_ray.errors import ConfigError
-from pi_ray.tasks.sandbox.jail import PROBE, SEARCH, Jail, interpreter, user_id
+from pi_ray.tasks.sandbox.jail import PROBE, SEARCH, Jail, ResourceLimits, describe_limits, interpreter, user_id
 from pi_ray.tasks.sandbox.judge import Step, judge_answer, split_tests
 
 READY = b"ready\n"
 OPEN_FILES = 64
-ENVIRONMENT = {"PATH": SEARCH, "HOME": "/tmp", "LANG": "C.UTF-8", "PYTHONHASHSEED": "0"}  # sets in the same order each time: the same verdict
+# PYTHONHASHSEED: sets in the same order each time, for the same verdict
+ENVIRONMENT = {"PATH": SEARCH, "HOME": "/tmp", "LANG": "C.UTF-8", "PYTHONHASHSEED": "0"}
 CURE = (
-    "It needs Linux with util-linux and the right to make namespaces: run as root, or allow user namespaces (sysctl kernel.unprivileged_userns_clone=1 "
-    "and kernel.apparmor_restrict_unprivileged_userns=0, where they exist), or give a container the capability SYS_ADMIN. "
-    "With task.unsafe_local_execution: true generated code runs without walls, with all that you may do yourself"
+    "It needs Linux with util-linux and the right to make namespaces: run as root, or allow user namespaces (sysctl "
+    "kernel.unprivileged_userns_clone=1 and kernel.apparmor_restrict_unprivileged_userns=0, where they exist), or give "
+    "a container the capability SYS_ADMIN. With task.unsafe_local_execution: true generated code runs without walls, "
+    "with all that you may do yourself"
 )
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Of one program. `seconds` of wall time; `memory_mib` of address space for each of at most `processes` processes and threads;
-    `output_kib` for the values that the tests ask for (what it prints is dropped unread); `files_mib` in its private /tmp."""
+    """Limits of one program, and of each of its processes.
+
+    `memory_mib` is address space, `output_kib` the values that the tests ask for (printed text is dropped unread),
+    `files_mib` its private /tmp, `processes` counts threads too.
+    """
 
     seconds: float = 10.0
     memory_mib: int = 1024
@@ -53,7 +59,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class Program:
-    """Untrusted `code`; then `setup`, then `tests` (asserts), which are the task's and run in the program's namespace, in this order."""
+    """Untrusted `code`, then the task's `setup` and `tests` (asserts), which run in its namespace, in this order."""
 
     code: str
     tests: tuple[str, ...]
@@ -63,19 +69,18 @@ class Program:
 
 @dataclass(frozen=True)
 class Verdict:
-    """`reason`: "passed", "failed: test 2", "raised NameError", "timeout", "no answer" (it exited or crashed), "too much output".
-    `seconds`: wall time, all included."""
+    """`reason`: "passed", "failed: test 2", "raised NameError", "timeout", "no answer" (crashed), "too much output"."""
 
     passed: bool
     reason: str
-    seconds: float
+    seconds: float  # of wall time, all included
 
 
 class Sandbox:
-    """At most `parallel` programs at a time (0: as many as this process has cores), from any thread.
+    """Runs at most `parallel` programs at a time (0: as many as this process has cores), for any thread.
 
-    Making one runs a probe inside and raises ConfigError where a wall does not hold, unless `unsafe_local`: then programs run as
-    plain processes with resource limits and a scratch folder, which `protections()` says.
+    The constructor runs a probe inside and raises ConfigError where a wall does not hold, unless `unsafe_local`: then
+    programs run as plain processes with resource limits and a scratch folder, which `protections()` says.
     """
 
     def __init__(self, limits: Limits = Limits(), parallel: int = 0, unsafe_local: bool = False):
@@ -88,18 +93,19 @@ class Sandbox:
         self._jail: Jail | None = None
         try:
             self._jail = Jail()
-            self._protections = self._prove(self._jail)
+            self._protections = self._probe(self._jail)
         except OSError as error:
             if not unsafe_local:
                 raise ConfigError(f"generated code cannot be run safely here: {error}. {CURE}") from None
             self._jail = None
             self._protections = (
-                f"NO WALLS: generated code runs with this user's rights, can change this user's files and use the network ({error})",
-                f"limits of each process: {_sentence(_rlimits(limits, walled=False))}; {limits.seconds:g} s of wall time",
+                "NO WALLS: generated code runs with this user's rights, can change this user's files and use the "
+                f"network ({error})",
+                f"{describe_limits(_resource_limits(limits, walled=False))}; {limits.seconds:g} s of wall time",
             )
 
     def protections(self) -> tuple[str, ...]:
-        """What holds, a sentence each; with walls, each was seen to hold when this Sandbox was made."""
+        """The protections, a sentence each; with walls, each was seen to hold when this Sandbox was made."""
         return self._protections
 
     def run(self, program: Program) -> Verdict:
@@ -123,30 +129,43 @@ class Sandbox:
         started = time.monotonic()
         deadline = started + limits.seconds
         with ExitStack() as stack:
-            folder = "/tmp" if self._jail else stack.enter_context(tempfile.TemporaryDirectory(ignore_cleanup_errors=True))
+            folder = "/tmp"
+            if not self._jail:
+                folder = stack.enter_context(tempfile.TemporaryDirectory(ignore_cleanup_errors=True))
             request = stack.enter_context(tempfile.TemporaryFile())
-            marshal.dump((_rlimits(limits, bool(self._jail)), folder, (program.code, program.setup), [(step.kind, step.source) for step in steps]), request)
+            sources, sent = (program.code, program.setup), [(step.kind, step.source) for step in steps]
+            marshal.dump((_resource_limits(limits, bool(self._jail)), folder, sources, sent), request)
             request.seek(0)
             process = stack.enter_context(self._popen(limits, user, request))
-            answer = _read(process.stdout.fileno(), limits.output_kib << 10, deadline)
+            assert process.stdout and process.stderr
+            answer = _read_until(process.stdout.fileno(), limits.output_kib << 10, deadline)
             process.stdout.close()
             self._end(process, deadline)
             complaint = process.stderr.read(4096).decode(errors="replace").strip()
         seconds = time.monotonic() - started
-        if seconds < limits.seconds and not answer.startswith(READY):
+        if seconds >= limits.seconds:
+            return Verdict(False, "timeout", seconds)
+        if not answer.startswith(READY):
             raise OSError(complaint or f"its command ended with {process.returncode} and said nothing")
-        reason = "timeout" if seconds >= limits.seconds else _reason(answer.removeprefix(READY), steps, limits)
+        answer = answer.removeprefix(READY)
+        if len(answer) > limits.output_kib << 10:
+            reason = "too much output"
+        else:
+            reason = judge_answer(steps, answer) if answer else "no answer"
         return Verdict(reason == "passed", reason, seconds)
 
-    def _popen(self, limits: Limits, user: int, request: object) -> subprocess.Popen[bytes]:
+    def _popen(self, limits: Limits, user: int, request: IO[bytes]) -> subprocess.Popen[bytes]:
         python, _ = interpreter()
         command = [str(python), "-s", "-S", "-P", "-B", "-X", "utf8", "-c", self._harness]
         if self._jail:
             command = self._jail.command(command, limits.seconds, limits.files_mib, user)
-        return subprocess.Popen(command, stdin=request, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd="/", env=ENVIRONMENT, start_new_session=True)
+        pipe = subprocess.PIPE
+        return subprocess.Popen(
+            command, stdin=request, stdout=pipe, stderr=pipe, cwd="/", env=ENVIRONMENT, start_new_session=True
+        )
 
     def _end(self, process: subprocess.Popen[bytes], deadline: float) -> None:
-        """Returns when the process is gone: with walls, its tree is gone then too; without, its process group has been killed."""
+        """Returns when the process is gone, with its whole tree inside walls, else with its process group."""
         if self._jail:
             try:
                 process.wait(max(0.0, deadline - time.monotonic()))
@@ -156,50 +175,46 @@ class Sandbox:
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
 
-    def _prove(self, jail: Jail) -> tuple[str, ...]:
-        """Raises OSError when the probe does not run inside or finds a wall missing."""
+    def _probe(self, jail: Jail) -> tuple[str, ...]:
+        """A sentence for each wall. Raises OSError when the probe does not run inside or finds a wall missing."""
         limits = replace(self.limits, seconds=max(self.limits.seconds, 10.0))
         user = self._users.get()
-        walls = jail.tests(_rlimits(limits, walled=True), limits.files_mib, user)
-        found = self._run(Program(PROBE, (), limits=limits), split_tests([test for _, test in walls]), user)
+        walls = jail.tests(_resource_limits(limits, walled=True), limits.files_mib, user)
+        steps = split_tests([test for _, test in walls])
+        verdict = self._run(Program(PROBE, (), limits=limits), steps, user)
         self._users.put(user)
-        if not found.passed:
-            raise OSError(f"a test program did not find the walls that it should ({found.reason} of {len(walls)})")
-        return (*(sentence for sentence, _ in walls), f"wall time: {self.limits.seconds:g} s", "verdicts: values are compared outside, and expected literals never enter")
+        if not verdict.passed:
+            raise OSError(f"a test program did not find the walls that it should ({verdict.reason} of {len(walls)})")
+        return (
+            *(sentence for sentence, _ in walls),
+            f"wall time: {self.limits.seconds:g} s",
+            "verdicts: values are compared outside, and expected literals never enter",
+        )
 
 
 def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _rlimits(limits: Limits, walled: bool) -> tuple[tuple[str, int], ...]:
-    """(name in the module `resource`, soft and hard limit). Without walls the process limit would count all of the user's processes."""
-    chosen = [("RLIMIT_CPU", math.ceil(limits.seconds) + 1), ("RLIMIT_FSIZE", limits.files_mib << 20), ("RLIMIT_CORE", 0), ("RLIMIT_NOFILE", OPEN_FILES)]
+def _resource_limits(limits: Limits, walled: bool) -> ResourceLimits:
+    """Without walls the process limit is left out: it would count all of the user's processes."""
+    chosen = {
+        "RLIMIT_CPU": math.ceil(limits.seconds) + 1, "RLIMIT_FSIZE": limits.files_mib << 20, "RLIMIT_CORE": 0,
+        "RLIMIT_NOFILE": OPEN_FILES,
+    }  # fmt: skip
     if sys.platform == "linux":  # elsewhere address space cannot be limited
-        chosen.append(("RLIMIT_AS", limits.memory_mib << 20))
-    if walled:
-        chosen.append(("RLIMIT_NPROC", limits.processes))
-    return tuple(chosen)
+        chosen["RLIMIT_AS"] = limits.memory_mib << 20
+    return {**chosen, "RLIMIT_NPROC": limits.processes} if walled else chosen
 
 
-def _sentence(rlimits: tuple[tuple[str, int], ...]) -> str:
-    return ", ".join(f"{name.removeprefix('RLIMIT_').lower()} {value}" for name, value in rlimits)
-
-
-def _read(descriptor: int, most: int, deadline: float) -> bytes:
-    """Bytes until the end of the stream, the deadline, or more than `most` and READY."""
+def _read_until(descriptor: int, limit: int, deadline: float) -> bytes:
+    """Bytes until the end of the stream, the deadline, or more than `limit` and READY."""
     found = bytearray()
     with selectors.DefaultSelector() as selector:
         selector.register(descriptor, selectors.EVENT_READ)
-        while len(found) <= most + len(READY) and selector.select(max(0.0, deadline - time.monotonic())):
+        while len(found) <= limit + len(READY) and selector.select(max(0.0, deadline - time.monotonic())):
             chunk = os.read(descriptor, 1 << 16)
             if not chunk:
                 break
             found += chunk
     return bytes(found)
-
-
-def _reason(answer: bytes, steps: list[Step], limits: Limits) -> str:
-    if len(answer) > limits.output_kib << 10:
-        return "too much output"
-    return judge_answer(steps, answer) if answer else "no answer"

@@ -162,7 +162,7 @@ def test_queries_without_an_answer_come_in_the_same_layouts(tmp_path, row):
 
 def test_a_project_that_is_moved_has_the_fingerprint_it_had_and_one_whose_rows_change_has_not(tmp_path):
     def made_from(folder):
-        config = run_file.load(folder / "run.yaml")
+        config = run_file.load_run_file(folder / "run.yaml")
         return prepare_fingerprint(config, JsonlTask(config.task).fingerprint()), learning_settings(config)
 
     here, there = tmp_path / "here", tmp_path / "there"

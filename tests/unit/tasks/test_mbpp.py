@@ -72,7 +72,7 @@ def test_without_a_folder_the_rows_come_from_the_hub_or_it_says_what_to_do(monke
     monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=lambda name, part: {"prompt": [], "test": [ADD]} if (name, part) == ("google-research-datasets/mbpp", "full") else {}))
     assert [row.id for row in task_of("").rows("test")] == ["11"]
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(DataError, match=r"set task\.folder .*mbpp\.jsonl, or pip install datasets"):
+    with pytest.raises(DataError, match=r"pip install datasets, or set task\.folder .*mbpp\.jsonl"):
         list(task_of("").rows("test"))
 
 

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from pi_ray.config import ModelConfig, TaskConfig
-from pi_ray.config.run_file import load
+from pi_ray.config.run_file import load_run_file
 from pi_ray.errors import DataError
 from pi_ray.models import load_tokenizer
 from pi_ray.protocols import Reject, Row
@@ -173,7 +173,7 @@ def test_documents_that_cannot_be_used_are_refused_with_the_cure(folder, pages):
 
 def test_a_relative_docs_path_starts_from_the_run_file(tmp_path):
     (tmp_path / "run.yaml").write_text("name: a\ntask: {name: nl2bash, folder: data, docs: pages}\n")
-    assert load(tmp_path / "run.yaml").task.docs == str(tmp_path / "pages")
+    assert load_run_file(tmp_path / "run.yaml").task.docs == str(tmp_path / "pages")
 
 
 def test_the_published_pages_give_a_template_of_the_commonest_utilities(published, published_pages):
@@ -194,5 +194,5 @@ def test_the_published_split_has_the_papers_numbers_of_rows_and_no_rejects(publi
 
 
 def test_the_run_file_loads_and_drops_the_overlap(published):
-    config = load(ROOT / "jobs" / "runs" / "nl2bash.yaml", [f"task.folder={published}"])
+    config = load_run_file(ROOT / "jobs" / "runs" / "nl2bash.yaml", [f"task.folder={published}"])
     assert config.task.overlap == "drop" and len(list(Nl2BashTask(config.task).rows("train"))) == config.task.rows.train == 512

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from pi_ray.config import TaskConfig
-from pi_ray.config.run_file import load
+from pi_ray.config.run_file import load_run_file
 from pi_ray.errors import DataError
 from pi_ray.protocols import SPLITS, Reject, Row
 from pi_ray.tasks.nl2f_w import Nl2fWTask, split_of_table, sql_to_formula
@@ -154,5 +154,5 @@ def test_known_questions_have_the_formulas_worked_out_by_hand(rows, number, aske
 
 
 def test_the_run_file_loads(published):
-    config = load(ROOT / "jobs" / "runs" / "nl2f-w.yaml", [f"task.folder={published}"])
+    config = load_run_file(ROOT / "jobs" / "runs" / "nl2f-w.yaml", [f"task.folder={published}"])
     assert len(list(Nl2fWTask(config.task).rows("train"))) == config.task.rows.train == 512
