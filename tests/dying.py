@@ -33,12 +33,12 @@ def plant(root: Path, *faults: Fault) -> None:
 
 
 def fired(root: Path) -> int:
-    """How many of the faults have come to pass."""
+    """How many of the faults have happened."""
     return len(list(root.glob("fired-*")))
 
 
 def forwards(root: Path) -> list[int]:
-    """The updates that worker 0 has begun, in order, those done again too."""
+    """The updates that worker 0 has begun, in order, with those that it did again."""
     return [int(line) for line in (root / "begun").read_text().split()]
 
 

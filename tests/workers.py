@@ -19,8 +19,8 @@ PRELOAD = [
 
 
 def run(world: int, work: Callable[..., Any], *args: Any) -> list[Any]:
-    """What `work(*args)` returns in each of `world` processes that know each other through torch.distributed. `work` is
-    a module's function.
+    """The results of `work(*args)` in each of `world` processes that know each other through torch.distributed. `work`
+    is a module's function.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)

@@ -97,11 +97,9 @@ def packed_batch(prefix: list[int], rows: Sequence[TokenRow]) -> Batch:
         keep.extend(range(end - len(label), end))
         labels.extend(label)
     inputs = {
-        "input_ids": torch.tensor([ids]),
-        "position_ids": torch.tensor([positions]),
-        "logits_to_keep": torch.tensor(keep),
+        "input_ids": torch.tensor([ids]), "position_ids": torch.tensor([positions]),
+        "logits_to_keep": torch.tensor(keep), "use_cache": False,
         "layout": Layout.build(len(prefix), lengths, visible=gist.count_gist_tokens(prefix) or len(prefix)),
-        "use_cache": False,
     }
     return Batch(inputs, torch.tensor(labels), len(ids), len(rows) * len(prefix) + sum(lengths))
 

@@ -43,8 +43,8 @@ def peft_config(model: Any, config: LoraConfig) -> Any:
 
     targets = config.targets if isinstance(config.targets, str) else list(config.targets)
     if config.method == "ia3":
-        modules: dict[str, Any] = {} if targets == ALL_LINEAR else {"target_modules": targets, "feedforward_modules": []}
-        return peft.IA3Config(**modules, task_type="CAUSAL_LM")
+        chosen: dict[str, Any] = {"target_modules": targets, "feedforward_modules": []}
+        return peft.IA3Config(**({} if targets == ALL_LINEAR else chosen), task_type="CAUSAL_LM")
     return peft.LoraConfig(
         r=config.rank, lora_alpha=config.alpha, lora_dropout=config.dropout, task_type="CAUSAL_LM",
         target_modules=_attention_layers(model) if targets == ALL_LINEAR and moe_blocks(model) else targets,
@@ -83,22 +83,14 @@ def adapter_card(config: RunConfig, phases: Sequence[dict[str, Any]], **facts: A
     """
     first, last, gists = phases[0], phases[-1], config.train.gist
     return {
-        "format": 1,
-        "run": config.name,
-        "task": config.task.name,
-        "base": config.model.base,
-        "revision": config.model.revision,
-        "prompt": config.prompt.model_dump(mode="json"),
-        "versions": {p: version(p) for p in PACKAGES},
-        "rate": last["phase"]["rate"],
-        "shots": last["phase"]["shots"],
-        "template": last["template"],
+        "format": 1, "run": config.name, "task": config.task.name, "versions": {p: version(p) for p in PACKAGES},
+        "base": config.model.base, "revision": config.model.revision, "prompt": config.prompt.model_dump(mode="json"),
+        "rate": last["phase"]["rate"], "shots": last["phase"]["shots"], "template": last["template"],
         "full_template_sha256": digest(first["template"]),
         "full_prompt_tokens": round(first["tokens"]["prefix"] + first["tokens"]["row_mean"]),
         "query_prompt_tokens": round((gists or last["tokens"]["prefix"]) + last["tokens"]["row_mean"]),
         "max_answer_tokens": int(last["tokens"]["label_max"]),
-        **({"gist": gists} if gists else {}),
-        **facts,
+        **({"gist": gists} if gists else {}), **facts,
     }
 
 

@@ -22,19 +22,9 @@ from pi_ray.run.artifact import digest, read_manifest, remove_leftovers
 from pi_ray.run.directory import RunDir
 from pi_ray.run.fingerprint import learning_settings
 from pi_ray.schedule import plan_phases
-from pi_ray.train import checkpoint, distill, gist, lora, shared_prefix, trackers
+from pi_ray.train import batches, checkpoint, distill, gist, lora, shared_prefix, trackers
 from pi_ray.train.backends import MOMENTS
-from pi_ray.train.batches import (
-    Batch,
-    PhaseDataset,
-    TokenRow,
-    dataset_manifest,
-    longest_row_tokens,
-    packed_batch,
-    packing_error,
-    plain_batch,
-    to_device,
-)
+from pi_ray.train.batches import Batch, PhaseDataset, TokenRow, to_device
 from pi_ray.train.dataloader import Pack, TrainDataLoader, UpdateBatches
 from pi_ray.train.distributed import WorkerGroup
 from pi_ray.train.early_stopping import EarlyStop
@@ -71,7 +61,7 @@ class Trainer:
         self.rank, self.world = self.group.rank, self.group.world
         self.log = TrainLog(self.dir.train_log, writes=self.rank == 0)
         phases = plan_phases(config.schedule)
-        self.manifests = [dataset_manifest(self.dir.phase(i)) for i in range(len(phases))]
+        self.manifests = [batches.dataset_manifest(self.dir.phase(i)) for i in range(len(phases))]
         self.dev = PhaseDataset(self.dir.phase("dev"))  # under the last phase's prompt
         own_prompt = config.train.early_stop > 0
         self.phase_dev = [
@@ -117,7 +107,7 @@ class Trainer:
         train = self.config.train
         model = models.load_model(self.config.model, self.device)
         self.plain_batch_reason = shared_prefix.why_prefix_cannot_be_shared(
-            model, longest_row_tokens(self.dir.phases) + train.gist
+            model, batches.longest_row_tokens(self.dir.phases) + train.gist
         )
         model = lora.add_lora(model, train.lora, train.seed)
         self.pissa_start = lora.pissa_start(model, train.lora)
@@ -132,10 +122,10 @@ class Trainer:
         """Packed rows behind one copy of their prefix where the model can, else plain batches and a log line why."""
         train = self.config.train
         if not train.share_prefix:
-            return plain_batch
+            return batches.plain_batch
         flex = shared_prefix.uses_flex_attention(train.attention, self.device)
         reason = self.group.broadcast_from_rank0(
-            self.plain_batch_reason or packing_error(self.backend.model, self.device, flex)
+            self.plain_batch_reason or batches.packing_error(self.backend.model, self.device, flex)
         )
         if train.gist and reason:
             raise TrainingError(
@@ -144,7 +134,7 @@ class Trainer:
             )
         if reason:
             self.log.add({"event": "plain_batches", "reason": reason})
-        return plain_batch if reason else packed_batch
+        return batches.plain_batch if reason else batches.packed_batch
 
     def phase_transition(self, update: Update) -> None:
         """Before an update of a phase after the first: reset the optimiser, and have the teacher answer, where due."""
@@ -160,10 +150,10 @@ class Trainer:
     def train_step(self, update: Update) -> None:
         """One optimiser update over all workers, and its line in the log."""
         started = time.monotonic()
-        batches = self.dataloader[update]
+        mine = self.dataloader[update]
         # dropout's random numbers, in the base model too, depend on seed, update and rank alone
         torch.manual_seed(int(digest([self.config.train.seed, update.step, self.rank])[:15], 16))
-        loss, tokens, plain_tokens = self.group.all_reduce_sum(self.forward_backward(batches)).tolist()
+        loss, tokens, plain_tokens = self.group.all_reduce_sum(self.forward_backward(mine)).tolist()
         if not torch.isfinite(torch.tensor(loss)):  # the same sum on every worker, so that all of them stop together
             raise TrainingError(
                 f"loss is {loss:.3g} at update {update.step} (phase {update.phase}); "
@@ -177,13 +167,13 @@ class Trainer:
             "seconds": round(time.monotonic() - started, 4), "time": round(time.time(), 3),
         })
 
-    def forward_backward(self, batches: UpdateBatches) -> torch.Tensor:
+    def forward_backward(self, update: UpdateBatches) -> torch.Tensor:
         """This worker's part of an update: its gradients, and (loss, tokens, plain tokens) as (3,) float64."""
         totals = torch.zeros(3, dtype=torch.float64)
-        for i, (batch, targets) in enumerate(batches.parts):
-            loss = self.summed_loss(to_device(batch, self.device), targets) / batches.answer_tokens
+        for i, (batch, targets) in enumerate(update.parts):
+            loss = self.summed_loss(to_device(batch, self.device), targets) / update.answer_tokens
             totals += torch.tensor([float(loss.detach()), batch.tokens, batch.plain_tokens], dtype=torch.float64)
-            self.backend.backward(loss, last=i + 1 == len(batches.parts))
+            self.backend.backward(loss, last=i + 1 == len(update.parts))
         return totals
 
     def summed_loss(self, batch: Batch, targets: distill.Targets | None) -> torch.Tensor:

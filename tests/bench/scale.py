@@ -11,9 +11,9 @@ the query alone.
     ray     the same two started by `pi_ray.train.launch.train` on a local Ray
 
 They run in turn, each from a cold start. A step is the time from one update's log entry to the next, within a phase, so
-that the first update of a phase warms up; start-up is told apart. Last line, from medians summed over both phases:
-`workers2_over_1` is the seconds of one worker over those of two (both have all cores, and each of two workers computes
-the template for its half of the rows), `ray_overhead` is ray / two - 1.
+that the first update of a phase warms up; start-up is reported by itself. Last line, from medians summed over both
+phases: `workers2_over_1` is the seconds of one worker over those of two (both have all cores, and each of two workers
+computes the template for its half of the rows), `ray_overhead` is ray / two - 1.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class Times:
 
 
 def train_plainly(settings: dict[str, Any]) -> None:
-    """In each process that torchrun starts."""
+    """Train in each process that torchrun starts."""
     import torch
     import torch.distributed as dist
 
@@ -90,7 +90,9 @@ def train_on_ray(settings: dict[str, Any], threads: int) -> None:
 
 
 def command(side: str, settings: Path, threads: int) -> tuple[list[str], dict[str, str]]:
-    """What to start, and its environment. Ray gives its workers their threads itself, by their share of the CPUs."""
+    """The command of a side, and its environment. Ray gives its workers their threads itself, by their share of the
+    CPUs.
+    """
     workers, module = SIDES[side], ["tests.bench.scale", "--worker", str(settings), "--threads", str(threads)]
     environment = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS" and not k.startswith("RAY_ADDRESS")}
     environment |= {

@@ -91,7 +91,7 @@ class Side:
     runs: list[Run] = field(default_factory=list)
 
     def seconds(self, tokens: float, packed: bool = False) -> float:
-        """Median seconds of an update after the first; of a packed one scaled to `tokens`."""
+        """Median seconds of an update after the first; packed updates are scaled to `tokens`."""
         return median(
             s * tokens / n if packed else s
             for run in self.runs
@@ -121,7 +121,7 @@ def data_folder(given: str) -> str:
 def run_config(
     root: Path, model: str, dtype: str, batch: int, updates: int, rates: Sequence[float], **train: Any
 ) -> RunConfig:
-    """So many updates at each template rate, with pi-ray's defaults for LoRA and learning rate."""
+    """A run of `updates` updates at each template rate, with pi-ray's defaults for LoRA and learning rate."""
     return RunConfig.model_validate({
         "name": "bench", "run_dir": str(root), "model": {"base": model, "dtype": dtype}, "prompt": {"chat": "chatml"},
         "schedule": {"name": "list", "list": [{"rate": rate, "shots": 0, "steps": updates} for rate in rates]},
@@ -200,7 +200,9 @@ def micro_batch(batch: int, row_tokens: int, model: Any, available: int) -> int:
 
 
 def measure(job: Job) -> Run:
-    """In a process of its own: one side from a cold start. Memory is the process's, or the GPU's when there is one."""
+    """Run one side from a cold start, in a process of its own. Memory is the process's, or the GPU's when there is
+    one.
+    """
     torch.set_num_threads(job.threads)
     config = RunConfig.model_validate_json(job.config)
     return pi_ray(config) if job.side == "pi-ray" else peer(config, job)
@@ -422,7 +424,7 @@ def in_fresh_process(work: Any, *args: Any) -> Any:
 
 
 def run_side(job: Job) -> Run | None:
-    """A side's run; None when TRL refuses to pack here."""
+    """Run one side; None when TRL refuses to pack on this machine."""
     try:
         return in_fresh_process(measure, job)
     except Exception as error:

@@ -63,7 +63,7 @@ def config_of(model, root, **changes):
 
 @pytest.fixture(scope="module")
 def alone(tiny_model, tmp_path_factory):
-    """A quiet run of one worker."""
+    """A run of one worker, without faults."""
     config = config_of(tiny_model, tmp_path_factory.mktemp("alone"))
     train_worker(settings(config))
     return config
@@ -71,7 +71,7 @@ def alone(tiny_model, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def pair(tiny_model, tmp_path_factory):
-    """A quiet run of two workers, without Ray: the same bits as with it."""
+    """A run of two workers without faults and without Ray, which ends with the same bits."""
     config = config_of(tiny_model, tmp_path_factory.mktemp("pair"), **{"train.workers": 2})
     workers.run(2, work, settings(config))
     return config
@@ -86,7 +86,7 @@ def again(config, root, **changes):
 
 @contextmanager
 def dies_before(step):
-    """The worker of this process is interrupted there."""
+    """Train in this process, and interrupt the worker there."""
     one = Trainer.train_step
 
     def dies(self, update):
@@ -285,7 +285,7 @@ def test_f6_a_read_only_disk_is_named(small_disk):
 
 @contextmanager
 def another_user():
-    """File permissions bind this process, as they do a user who is not root."""
+    """Have file permissions bind this process, as they bind a user who is not root."""
     root = os.geteuid() == 0
     if root:
         os.seteuid(65534)
@@ -369,7 +369,7 @@ def test_f1_killed_in_a_phase_in_a_checkpoint_and_between_phases_it_ends_with_th
 
 @pytest.mark.ray
 def test_f1_killed_after_its_last_adapter_a_run_over_an_older_one_is_not_taken_for_finished(alone, tmp_path, on_ray):
-    """The older one's mark of its best adapter is still there when the new settings begin."""
+    """The link to the older run's best adapter is still there when training with the new settings begins."""
     config = again(alone, tmp_path, **{"train.max_failures": 0, "schedule.epochs": 1})
     train_worker(settings(config.replace(**{"train.lr": 0.02})))
     assert RunDir(tmp_path).best.exists()
@@ -408,7 +408,7 @@ def test_f4_more_kills_than_max_failures_end_the_run_with_its_newest_checkpoint_
 
 @pytest.mark.ray
 def test_f7_what_another_try_would_only_repeat_is_not_tried_again(pair, tmp_path, ray_local):
-    """A base model that is not there: the worker's own sentence and class, after one start."""
+    """With a missing base model, the worker's own error arrives after one start."""
     config = again(pair, tmp_path).replace(**{"model.base": "/no/such/model", "train.max_failures": 3})
     with pytest.raises(Exception, match="no such") as refused:
         launch.train(config)

@@ -74,8 +74,8 @@ class RecordedTrainer(Trainer):
     losses: list[float]
     dev_losses: list[float]
 
-    def forward_backward(self, batches: UpdateBatches) -> torch.Tensor:
-        totals = super().forward_backward(batches)
+    def forward_backward(self, update: UpdateBatches) -> torch.Tensor:
+        totals = super().forward_backward(update)
         self.losses.append(totals[0].item())
         return totals
 

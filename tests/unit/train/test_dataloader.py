@@ -1,4 +1,4 @@
-"""What updates are fed with is there before it is asked for, over phase borders too."""
+"""The data loader: batches are ready before they are asked for, at phase transitions too."""
 
 import threading
 
@@ -43,16 +43,16 @@ def opened(monkeypatch):
 def test_the_next_phases_rows_are_read_while_the_present_phase_trains(prepared, opened):
     config, updates = prepared
     seen, ready = opened
-    source = dataloader.TrainDataLoader(config, "f", updates, packed_batch)
-    source[updates[0]]
+    loader = dataloader.TrainDataLoader(config, "f", updates, packed_batch)
+    loader[updates[0]]
     assert ready.wait(10), "phase 1 is opened though no update of it was asked for"
     for update in updates:
-        source[update]
+        loader[update]
     assert seen == [("0", False), ("1", False), ("2", False)]
-    source.close()
+    loader.close()
 
 
-def test_the_first_batch_of_the_next_phase_is_made_before_the_border(prepared, monkeypatch):
+def test_the_first_batch_of_the_next_phase_is_made_before_the_phase_transition(prepared, monkeypatch):
     config, updates = prepared
     made, first = [], threading.Event()
     make = dataloader.TrainDataLoader._make
@@ -64,10 +64,10 @@ def test_the_first_batch_of_the_next_phase_is_made_before_the_border(prepared, m
         return make(self, step)
 
     monkeypatch.setattr(dataloader.TrainDataLoader, "_make", noted)
-    source = dataloader.TrainDataLoader(config, "f", updates, packed_batch)
-    source[updates[2]]
+    loader = dataloader.TrainDataLoader(config, "f", updates, packed_batch)
+    loader[updates[2]]
     assert first.wait(10) and updates[3].phase == 1 and 4 not in made
-    source.close()
+    loader.close()
 
 
 def test_each_worker_has_its_rows_in_micro_batches_and_all_count_the_same_answers(prepared):
@@ -76,9 +76,9 @@ def test_each_worker_has_its_rows_in_micro_batches_and_all_count_the_same_answer
     data = PhaseDataset(RunDir(config.root).phase(1))
     rows = batch_rows(updates[4], len(data), config.train)
     for rank in range(2):
-        ready = dataloader.TrainDataLoader(config, "f", updates, packed_batch, rank, 2)[updates[4]]
-        assert ready.answer_tokens == sum(len(label) for _, label in data.take(rows))
-        for (batch, targets), number in zip(ready.parts, rows[rank::2], strict=True):
+        update_batches = dataloader.TrainDataLoader(config, "f", updates, packed_batch, rank, 2)[updates[4]]
+        assert update_batches.answer_tokens == sum(len(label) for _, label in data.take(rows))
+        for (batch, targets), number in zip(update_batches.parts, rows[rank::2], strict=True):
             assert targets is None and torch.equal(
                 batch.inputs["input_ids"], packed_batch(data.prefix, data.take([number])).inputs["input_ids"]
             )
@@ -113,8 +113,8 @@ def test_plain_batches_hold_rows_of_about_one_length_and_packed_ones_need_not(pr
 def test_rows_that_a_teacher_is_to_answer_first_are_not_read_before_it_has(prepared, opened):
     config, updates = prepared
     config = config.replace(**{"train.objective": "distill"})
-    source = dataloader.TrainDataLoader(config, "f", updates, packed_batch)
+    loader = dataloader.TrainDataLoader(config, "f", updates, packed_batch)
     for update in updates[:3]:
-        source[update]
-    assert [name for name, _ in opened[0]] == ["0"] and not source.has_answers
-    source.close()
+        loader[update]
+    assert [name for name, _ in opened[0]] == ["0"] and not loader.has_answers
+    loader.close()

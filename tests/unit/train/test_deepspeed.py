@@ -23,7 +23,7 @@ OFFLOAD = {"offload_optimizer": True, "offload_params": True}
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread():
-    """Tiny matrices are slower with more, and other processes want the cores."""
+    """One thread: tiny matrices are slower with more, and other processes want the cores."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -45,14 +45,14 @@ def config_of(model, root, *changes, steps=10):
 
 
 def train(config, stop_at=0):
-    """In this process, or in as many as it has workers."""
+    """Train in this process, or in as many as the run has workers."""
     world = config.train.workers
     return train_one(config, stop_at) if world == 1 else workers.run(world, train_one, config, stop_at)
 
 
 def train_one(config, stop_at=0):
-    """One worker, which ends before update `stop_at` if that is not 0. Every weight is sharded, also those that
-    DeepSpeed would keep whole for their size.
+    """Train as one worker, which ends before update `stop_at` if that is not 0. Every weight is sharded, also those
+    that DeepSpeed would keep whole for their size.
     """
     one, settings = Trainer.train_step, deepspeed_settings.deepspeed_config
 
@@ -163,8 +163,8 @@ def test_a_run_goes_on_with_another_number_of_workers_and_another_stage(tiny_mix
 
 
 def quietly_and_dying(quiet, config):
-    """One worker of both runs, one after the other, which costs one start. Returns how many updates the second went on
-    from.
+    """Train as one worker of both runs, one after the other, which costs one start. Returns how many updates the second
+    went on from.
     """
     train_one(quiet)
     train_one(config, stop_at=5)
@@ -178,12 +178,12 @@ def adapters(config):
 
 
 @pytest.mark.parametrize(
-    "setting, border", [(zero_of(2, 2), "carry"), (zero_of(3, 2), "carry"), (zero_of(2, 2), "reset")],
-    ids=["stage 2", "stage 3", "stage 2, cleared at borders"],
+    "setting, transition", [(zero_of(2, 2), "carry"), (zero_of(3, 2), "carry"), (zero_of(2, 2), "reset")],
+    ids=["stage 2", "stage 3", "stage 2, optimiser reset at phase transitions"],
 )
-def test_a_run_that_dies_goes_on_to_the_same_bits(tiny_model, tmp_path, setting, border):
+def test_a_run_that_dies_goes_on_to_the_same_bits(tiny_model, tmp_path, setting, transition):
     quiet, config = (
-        config_of(tiny_model, tmp_path / name, setting, {"train.phase_transition": border}, steps=3)
+        config_of(tiny_model, tmp_path / name, setting, {"train.phase_transition": transition}, steps=3)
         for name in ("quiet", "dies")
     )
     assert set(workers.run(2, quietly_and_dying, quiet, config)) == {4}

@@ -1,4 +1,6 @@
-"""A teacher that reads the full prompt: what it answers, what is kept, and what students learn from it."""
+"""Distillation: which answers a teacher with the full prompt gives, which are kept, and how students learn from
+them.
+"""
 
 import pyarrow.parquet as pq
 import pytest
@@ -23,12 +25,12 @@ KEEP_ALL = -100.0
 
 
 @pytest.fixture(scope="module")
-def taught(tiny_model, tmp_path_factory):
+def distilled(tiny_model, tmp_path_factory):
     changes = {
         "schedule.epochs": 2, "train.objective": "distill", "train.distill.confidence": KEEP_ALL,
         "train.distill.top_k": 4,
     }
-    config = tiny_config(tiny_model, tmp_path_factory.mktemp("taught"), **changes)
+    config = tiny_config(tiny_model, tmp_path_factory.mktemp("distilled"), **changes)
     prepare_by_hand(config)
     train_worker(settings(config))
     return config
@@ -42,37 +44,37 @@ def event(config):
     return next(e for e in log_of(config) if e.get("event") == "teacher_answers")
 
 
-def test_the_teacher_judges_every_labelled_row_and_what_it_answered_itself(taught):
-    made = rows_of(taught)
+def test_the_teacher_judges_every_labelled_row_and_what_it_answered_itself(distilled):
+    made = rows_of(distilled)
     assert [r["number"] for r in made if r["labelled"]] == list(range(12))
-    assert len(made) == 12 + event(taught)["answered"] and event(taught)["queries"] == 12
+    assert len(made) == 12 + event(distilled)["answered"] and event(distilled)["queries"] == 12
     for row in made:
         assert len(row["top_ids"]) == len(row["top_logprobs"]) == 4 * len(row["label_ids"])
         assert row["confidence"] <= 0
 
 
-def test_the_teacher_is_the_adapter_as_the_first_phase_leaves_it(taught):
+def test_the_teacher_is_the_adapter_as_the_first_phase_leaves_it(distilled):
     """Its confidence in the labels, computed again from the published adapter of phase 0 with ordinary batches."""
     from peft import PeftModel
 
-    run = RunDir(taught.root)
-    model = PeftModel.from_pretrained(load_model(taught.model, "cpu"), run.adapter(0)).eval()
+    run = RunDir(distilled.root)
+    model = PeftModel.from_pretrained(load_model(distilled.model, "cpu"), run.adapter(0)).eval()
     data = PhaseDataset(run.phase(0))
     again = distill.score_answers(
         model, lambda rows: plain_batch(data.prefix, rows), data, distill.labelled_answers(data, range(12)), 4, 5
     )
     assert [e["confidence"] for e in again] == pytest.approx(
-        [r["confidence"] for r in rows_of(taught) if r["labelled"]], abs=1e-3
+        [r["confidence"] for r in rows_of(distilled) if r["labelled"]], abs=1e-3
     )
 
 
-def test_every_objective_has_the_same_number_of_updates(taught):
-    assert len([e for e in log_of(taught) if "loss" in e]) == 18
+def test_every_objective_has_the_same_number_of_updates(distilled):
+    assert len([e for e in log_of(distilled) if "loss" in e]) == 18
 
 
-def test_an_answer_that_is_not_sure_enough_is_not_learned_from(taught):
-    run = RunDir(taught.root)
-    sure = sorted(r["confidence"] for r in rows_of(taught) if not r["labelled"])
+def test_an_answer_that_is_not_sure_enough_is_not_learned_from(distilled):
+    run = RunDir(distilled.root)
+    sure = sorted(r["confidence"] for r in rows_of(distilled) if not r["labelled"])
     if not sure:
         pytest.fail("the tiny model ended no answer; the test needs some")
     data = [
@@ -82,10 +84,10 @@ def test_an_answer_that_is_not_sure_enough_is_not_learned_from(taught):
     assert [len(d) for d in data] == [12 + len(sure), 12 + sure.count(sure[-1]), 12]
 
 
-def test_a_student_gets_the_prompt_of_its_phase_and_the_answer_of_the_teacher(taught):
-    run = RunDir(taught.root)
+def test_a_student_gets_the_prompt_of_its_phase_and_the_answer_of_the_teacher(distilled):
+    run = RunDir(distilled.root)
     own, queries = PhaseDataset(run.phase(2)), PhaseDataset(run.phase("unlabelled-2"))
-    data, made = DistilledRows(run.teacher_answers, own, queries, KEEP_ALL), rows_of(taught)
+    data, made = DistilledRows(run.teacher_answers, own, queries, KEEP_ALL), rows_of(distilled)
     assert data.take([0]) == own.take([0])
     place = len(made) - 1
     assert data.take([place]) == [(queries.take([made[place]["number"]])[0][0], made[place]["label_ids"])]
@@ -97,8 +99,8 @@ def test_a_student_gets_the_prompt_of_its_phase_and_the_answer_of_the_teacher(ta
 
 
 @pytest.mark.parametrize("pack", [packed_batch, plain_batch])
-def test_a_teacher_who_is_certain_of_the_label_teaches_like_the_label(taught, pack):
-    data, model = PhaseDataset(RunDir(taught.root).phase(0)), load_model(taught.model, "cpu").eval()
+def test_a_teacher_who_is_certain_of_the_label_teaches_like_the_label(distilled, pack):
+    data, model = PhaseDataset(RunDir(distilled.root).phase(0)), load_model(distilled.model, "cpu").eval()
     if pack is packed_batch:
         shared_prefix.enable_shared_prefix(model)
     rows = data.take([0, 1, 2])
@@ -111,8 +113,8 @@ def test_a_teacher_who_is_certain_of_the_label_teaches_like_the_label(taught, pa
         )
 
 
-def test_the_loss_is_the_cross_entropy_to_the_teacher(taught):
-    data, model = PhaseDataset(RunDir(taught.root).phase(0)), load_model(taught.model, "cpu").eval()
+def test_the_loss_is_the_cross_entropy_to_the_teacher(distilled):
+    data, model = PhaseDataset(RunDir(distilled.root).phase(0)), load_model(distilled.model, "cpu").eval()
     rows = data.take([3])
     batch, count = plain_batch(data.prefix, rows), len(rows[0][1])
     targets = Targets(torch.tensor([[5, 9]] * count), torch.tensor([[0.75, 0.25]] * count))
@@ -123,26 +125,26 @@ def test_the_loss_is_the_cross_entropy_to_the_teacher(taught):
 
 
 @pytest.mark.parametrize("stop_at, every", [(6, 2), (8, 2), (14, 2), (7, 4)])
-def test_a_run_that_dies_at_the_border_or_after_it_goes_on_to_the_same_adapter_and_names_its_teacher(
-    taught, tmp_path, monkeypatch, stop_at, every
+def test_a_run_that_dies_at_the_phase_transition_or_after_it_goes_on_to_the_same_adapter(
+    distilled, tmp_path, monkeypatch, stop_at, every
 ):
-    """Also where the newest checkpoint is from before the border: what the teacher answered is used again, and the log
-    says so again.
+    """Also where the newest checkpoint is older than the phase transition: the teacher answers are used again, and the
+    log says so again.
     """
-    config = taught.replace(**{"run_dir": str(tmp_path), "train.checkpoint_every": every})
+    config = distilled.replace(**{"run_dir": str(tmp_path), "train.checkpoint_every": every})
     prepare_by_hand(config)
     dies_and_goes_on(config, stop_at, monkeypatch)
-    assert adapter_hash(config) == adapter_hash(taught)
+    assert adapter_hash(config) == adapter_hash(distilled)
     said = [e for e in log_of(config) if e.get("event") == "teacher_answers"]
-    assert [{**e, "seconds_teaching": 0} for e in said] == [{**event(taught), "seconds_teaching": 0}]
+    assert [{**e, "seconds_teaching": 0} for e in said] == [{**event(distilled), "seconds_teaching": 0}]
     assert (
         verify_artifact(RunDir(config.root).teacher_answers)["files"]
-        == verify_artifact(RunDir(taught.root).teacher_answers)["files"]
+        == verify_artifact(RunDir(distilled.root).teacher_answers)["files"]
     )
 
 
-def test_a_teacher_that_was_trained_on_is_not_asked_again(taught, tmp_path, monkeypatch):
-    config = taught.replace(run_dir=str(tmp_path))
+def test_a_teacher_that_was_trained_on_is_not_asked_again(distilled, tmp_path, monkeypatch):
+    config = distilled.replace(run_dir=str(tmp_path))
     prepare_by_hand(config)
     # as if killed before the end: the checkpoints are still there
     monkeypatch.setattr(Trainer, "finish", lambda self: None)
@@ -153,50 +155,50 @@ def test_a_teacher_that_was_trained_on_is_not_asked_again(taught, tmp_path, monk
         train_worker(settings(config))
 
 
-def trained_with(taught, root, **changes):
-    config = taught.replace(run_dir=str(root), **changes)
+def trained_with(distilled, root, **changes):
+    config = distilled.replace(run_dir=str(root), **changes)
     prepare_by_hand(config)
     train_worker(settings(config))
     return config
 
 
-def test_in_plain_batches_the_teacher_says_the_same(taught, tmp_path):
-    config = trained_with(taught, tmp_path, **{"train.share_prefix": False})
+def test_in_plain_batches_the_teacher_says_the_same(distilled, tmp_path):
+    config = trained_with(distilled, tmp_path, **{"train.share_prefix": False})
     assert [r["confidence"] for r in rows_of(config)[:12]] == pytest.approx(
-        [r["confidence"] for r in rows_of(taught)[:12]], abs=1e-2
+        [r["confidence"] for r in rows_of(distilled)[:12]], abs=1e-2
     )
 
 
-def test_the_base_as_teacher_is_the_base_without_its_adapter(taught, tmp_path):
-    config = trained_with(taught, tmp_path, **{"train.distill.teacher": "base"})
+def test_the_base_as_teacher_is_the_base_without_its_adapter(distilled, tmp_path):
+    config = trained_with(distilled, tmp_path, **{"train.distill.teacher": "base"})
     data, bare = PhaseDataset(RunDir(config.root).phase(0)), load_model(config.model, "cpu").eval()
     again = distill.score_answers(
         bare, lambda rows: plain_batch(data.prefix, rows), data, distill.labelled_answers(data, range(12)), 4, 5
     )
     found = [r["confidence"] for r in rows_of(config) if r["labelled"]]
     assert found == pytest.approx([e["confidence"] for e in again], abs=1e-3)
-    assert found != pytest.approx([r["confidence"] for r in rows_of(taught) if r["labelled"]], abs=1e-1)
+    assert found != pytest.approx([r["confidence"] for r in rows_of(distilled) if r["labelled"]], abs=1e-1)
 
 
-def test_mixed_learns_from_the_teacher_by_its_share_and_from_the_labels_by_the_rest(taught, tmp_path):
+def test_mixed_learns_from_the_teacher_by_its_share_and_from_the_labels_by_the_rest(distilled, tmp_path):
     first = []
     for share in (1.0, 0.25, 0.0):
         config = trained_with(
-            taught, tmp_path / str(share), **{"train.objective": "mixed", "train.distill.share": share}
+            distilled, tmp_path / str(share), **{"train.objective": "mixed", "train.distill.share": share}
         )
-        assert (adapter_hash(config) == adapter_hash(taught)) == (share == 1)
+        assert (adapter_hash(config) == adapter_hash(distilled)) == (share == 1)
         first.append(next(e["loss"] for e in log_of(config) if e.get("phase") == 1 and "loss" in e))
     assert first[1] == pytest.approx(0.25 * first[0] + 0.75 * first[2], abs=1e-4) and abs(first[0] - first[2]) > 1e-2
 
 
-def test_plain_fine_tuning_has_no_teacher(taught):
-    assert plain_finetuning_config(taught).train.objective == "sft"
+def test_plain_fine_tuning_has_no_teacher(distilled):
+    assert plain_finetuning_config(distilled).train.objective == "sft"
 
 
-def test_what_a_teacher_would_do_does_not_retrain_a_run_without_one(taught):
-    sft = taught.replace(**{"train.objective": "sft"})
+def test_what_a_teacher_would_do_does_not_retrain_a_run_without_one(distilled):
+    sft = distilled.replace(**{"train.objective": "sft"})
     assert train_fingerprint(sft, "p") == train_fingerprint(sft.replace(**{"train.distill.top_k": 7}), "p")
-    assert train_fingerprint(taught, "p") != train_fingerprint(taught.replace(**{"train.distill.top_k": 7}), "p")
+    assert train_fingerprint(distilled, "p") != train_fingerprint(distilled.replace(**{"train.distill.top_k": 7}), "p")
 
 
 @pytest.mark.parametrize(

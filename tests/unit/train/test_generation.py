@@ -57,7 +57,7 @@ def test_latency_gives_seconds_with_and_without_the_cache(model):
 
 
 def test_the_output_layer_gets_rows_that_lie_together(model):
-    """Of rows that do not, torch multiplies each with a copy of the layer's weights."""
+    """Otherwise torch multiplies each row with a copy of the output layer's weights."""
     seen = []
     hook = model.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     try:

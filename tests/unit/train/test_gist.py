@@ -164,7 +164,7 @@ def test_a_run_that_dies_goes_on_to_the_same_adapter_and_gists(config, tmp_path,
 
 
 def test_a_cache_of_the_gists_alone_answers_as_the_masked_prompt_does(config):
-    """What training left on disk, once as evaluation loads it, and once as the model that was trained."""
+    """The files of a trained run, loaded as evaluation does, answer as the model that was trained."""
     from peft import PeftModel
 
     column = trained_column(config)
@@ -205,7 +205,7 @@ def test_rows_stand_behind_the_whole_prompt_though_the_cache_is_short(model, mon
 
 
 def test_evaluation_counts_the_gists_and_not_the_template(config, tmp_path, monkeypatch):
-    """Without Ray: the actor's work is done here."""
+    """Without Ray: this process does the actor's work."""
     run, encoder = RunDir(config.root), PromptEncoder(load_tokenizer(config.model), config.prompt)
     with staged(run.rows, fingerprint="by-hand", rows={"train": 2, "test": 2}) as tmp:
         for split in ("train", "test"):

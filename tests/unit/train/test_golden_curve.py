@@ -1,4 +1,4 @@
-"""The golden curve: a tiny run loses as it did when curve.json was written, and mistakes in training would show."""
+"""The golden curve: a tiny run has the losses of curve.json, and mistakes in training would move them."""
 
 import json
 from dataclasses import replace
@@ -50,7 +50,7 @@ def batches_with(monkeypatch, change):
 
 
 def first_label_token_masked(monkeypatch):
-    """Of one row of each batch alone: the smallest mistake of a mask."""
+    """In one row of each batch alone: the smallest mistake of a label mask."""
 
     def mask(batch):
         labels = batch.labels.clone()

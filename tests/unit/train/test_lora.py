@@ -1,4 +1,4 @@
-"""What is trained beside the base model: where it sits, each of peft's methods by name, and what may be published."""
+"""Adapters: the layers that they train, each of peft's methods by name, and which of them may be published."""
 
 import json
 
@@ -156,7 +156,6 @@ def test_four_bits_on_a_cpu_are_refused(tiny_model):
 
 
 def test_settings_that_are_not_used_leave_no_trace_in_a_dump():
-    """So the fingerprints of runs that were made before there were these settings still hold."""
     plain_dump = RunConfig(name="a").model_dump(mode="json")
     assert (
         "quantize" not in plain_dump["model"]

@@ -1,4 +1,4 @@
-"""The next thing is made while the present one is used."""
+"""Prefetching: the next item is made while the present one is used."""
 
 import threading
 
@@ -16,26 +16,26 @@ def test_the_next_one_is_ready_before_it_is_asked_for():
             ready.set()
         return i * 10
 
-    ahead = Prefetcher(make, 3)
-    assert ahead[0] == 0 and ready.wait(5), "1 is made though nobody asked for it"
-    assert ahead[1] == 10 and ahead[2] == 20 and made == [(0, False), (1, False), (2, False)]
-    ahead.close()
+    prefetcher = Prefetcher(make, 3)
+    assert prefetcher[0] == 0 and ready.wait(5), "1 is made though nobody asked for it"
+    assert prefetcher[1] == 10 and prefetcher[2] == 20 and made == [(0, False), (1, False), (2, False)]
+    prefetcher.close()
 
 
-def test_each_is_made_once_and_only_two_are_held():
+def test_each_is_made_once_and_only_two_are_kept():
     made = []
-    ahead = Prefetcher(lambda i: made.append(i) or i, 4)
+    prefetcher = Prefetcher(lambda i: made.append(i) or i, 4)
     for i in (0, 0, 1, 1, 3):
-        assert ahead[i] == i
-    assert sorted(made)[:2] == [0, 1] and made.count(3) == 1 and set(ahead.futures) == {3}
-    ahead.close()
+        assert prefetcher[i] == i
+    assert sorted(made)[:2] == [0, 1] and made.count(3) == 1 and set(prefetcher.futures) == {3}
+    prefetcher.close()
 
 
 def test_what_may_not_be_made_yet_is_made_when_it_is_asked_for():
     made, allowed = [], []
-    ahead = Prefetcher(lambda i: made.append(i) or i, 3, lambda i: i in allowed)
-    assert ahead[0] == 0 and ahead[1] == 1 and made == [0, 1] and 2 not in ahead.futures
-    ahead.close()
+    prefetcher = Prefetcher(lambda i: made.append(i) or i, 3, lambda i: i in allowed)
+    assert prefetcher[0] == 0 and prefetcher[1] == 1 and made == [0, 1] and 2 not in prefetcher.futures
+    prefetcher.close()
 
 
 def test_an_error_is_raised_where_the_thing_is_asked_for():
@@ -44,10 +44,10 @@ def test_an_error_is_raised_where_the_thing_is_asked_for():
             raise ValueError("broken")
         return i
 
-    ahead = Prefetcher(make, 3)
-    assert ahead[0] == 0
+    prefetcher = Prefetcher(make, 3)
+    assert prefetcher[0] == 0
     with pytest.raises(ValueError, match="broken"):
-        ahead[1]
+        prefetcher[1]
     with pytest.raises(IndexError):
-        ahead[3]
-    ahead.close()
+        prefetcher[3]
+    prefetcher.close()

@@ -150,7 +150,7 @@ def test_an_attention_that_cannot_be_exchanged_gets_plain_batches_and_without_lo
 
 
 def test_what_a_config_does_not_tell_is_found_by_computing():
-    """gpt-oss has a learned sink in each layer, which the shared attention knows nothing of; its window holds these
+    """gpt-oss has a learned sink in each layer, which shared-prefix attention leaves out; its window holds these
     rows.
     """
     sinks = family(

@@ -1,4 +1,4 @@
-"""Trackers: what TensorBoard, W&B and MLflow are told, by whom, and what stays on the machine."""
+"""Trackers: which entries TensorBoard, W&B and MLflow get, from which worker, and which data stay on the machine."""
 
 import json
 import sys
@@ -183,13 +183,13 @@ def test_the_log_is_cut_back_to_what_is_done_and_half_lines_are_dropped(tmp_path
     ] and path.read_text().endswith("}\n")
 
 
-@pytest.mark.parametrize("at", ["opened", "told", "closed"])
+@pytest.mark.parametrize("at", ["opened", "called", "closed"])
 def test_a_tracker_that_fails_is_given_up_with_a_warning_and_training_goes_on(tmp_path, at):
     def fails(*_):
         raise ConnectionError("the server is gone")
 
     tracker = tracker_of(
-        fails if at == "told" else lambda *a: None, lambda *a: None, fails if at == "closed" else lambda: None
+        fails if at == "called" else lambda *a: None, lambda *a: None, fails if at == "closed" else lambda: None
     )
     log = TrainLog(tmp_path / "train.jsonl")
     log.follow(fails if at == "opened" else lambda: tracker)

@@ -81,7 +81,7 @@ def test_an_adapter_remembers_its_prompt(trained):
 
 
 def dies_and_goes_on(config, stop_at, monkeypatch):
-    """Training that is interrupted before update `stop_at`, and then called again."""
+    """Interrupt training before update `stop_at`, then train again."""
     one = Trainer.train_step
 
     def dies(self, update):
@@ -166,7 +166,7 @@ def test_every_row_is_seen_once_per_epoch_whatever_the_batch():
     assert rows != [n for u in updates[4:8] for n in batch_rows(u, 20, config)]
 
 
-def test_borders_carry_or_rewarm_the_learning_rate():
+def test_phase_transitions_carry_or_rewarm_the_learning_rate():
     phases = [Phase(1, 0, 5), Phase(0, 0, 5)]
     carry = [u.lr for u in plan_updates([16, 16], phases, TrainConfig(workers=1, batch_size=4))]
     rewarm = [
@@ -176,9 +176,9 @@ def test_borders_carry_or_rewarm_the_learning_rate():
     assert rewarm[20] > rewarm[19] and rewarm[:20] == rewarm[20:]
 
 
-@pytest.mark.parametrize("border, kept", [("carry", True), ("rewarm", True), ("reset", False)])
-def test_a_border_keeps_or_clears_what_the_optimiser_knows(trained, tmp_path, monkeypatch, border, kept):
-    config = trained.replace(**{"run_dir": str(tmp_path), "train.phase_transition": border, "schedule.epochs": 1})
+@pytest.mark.parametrize("transition, kept", [("carry", True), ("rewarm", True), ("reset", False)])
+def test_a_phase_transition_keeps_or_resets_the_optimiser(trained, tmp_path, monkeypatch, transition, kept):
+    config = trained.replace(**{"run_dir": str(tmp_path), "train.phase_transition": transition, "schedule.epochs": 1})
     prepare_by_hand(config)
     one, seen = Trainer.train_step, []
 
@@ -223,10 +223,10 @@ def test_the_fingerprint_has_every_key_that_changes_what_is_learned_and_none_tha
 
 
 @pytest.mark.parametrize("stop_at", [13, 20])
-def test_a_run_that_clears_its_optimiser_at_borders_goes_on_to_the_same_adapter(
+def test_a_run_that_resets_its_optimiser_at_phase_transitions_goes_on_to_the_same_adapter(
     tiny_model, tmp_path, monkeypatch, stop_at
 ):
-    """Adam's count of updates begins anew at a border, and a checkpoint remembers it."""
+    """Adam counts its updates anew after a phase transition, and a checkpoint has that count."""
     config = tiny_config(tiny_model, tmp_path / "quiet", **{"schedule.epochs": 3, "train.phase_transition": "reset"})
     again = config.replace(run_dir=str(tmp_path / "again"))
     for c in (config, again):
@@ -271,7 +271,7 @@ def test_half_precision_without_scaled_losses_is_refused(tiny_model, tmp_path):
         launch.train(config)
 
 
-def test_the_mark_of_settings_of_before_is_removed_before_training_begins_and_in_the_bucket_too(tmp_path):
+def test_the_best_link_of_an_earlier_training_is_removed_before_training_begins_and_in_the_bucket_too(tmp_path):
     (tmp_path / "bucket").mkdir()
     objects = ObjectStorage("s3://bucket/run", SubTreeFileSystem(str(tmp_path / "bucket"), LocalFileSystem()), "run")
     before, now, later = (StorageSync(tmp_path / name, objects) for name in ("before", "now", "later"))
