@@ -1,1 +1,5 @@
-"""Evaluation on held-out rows: columns (ways of answering), their answers and seconds, scores with intervals, what was forgotten and what leaks."""
+"""Evaluation on the held-out test rows: a trained run enters, eval/summary.json leaves.
+
+evaluate.py asks each column (columns.py) through an answerer, scores the answers, and measures tokens and seconds.
+Imports go to train/, hosted/ and data/; report/ and experiments/ read the summary.
+"""

@@ -1,13 +1,16 @@
-"""Columns: the ways of answering that an evaluation compares, each an adapter (or none), a template and a number of shots."""
+"""Columns: the ways of answering that an evaluation compares, each a model, a template and a number of examples."""
 
 from __future__ import annotations
 
 import json
 from dataclasses import dataclass
 
+from pi_ray import hosted
 from pi_ray.config import RunConfig
+from pi_ray.errors import TrainingError
+from pi_ray.run.baseline import plain_finetuning_config
 from pi_ray.run.directory import RunDir
-from pi_ray.schedule import plan_phases
+from pi_ray.run.prepared import prompts_of_columns
 from pi_ray.train.lora import CARD
 
 LABELS = {
@@ -20,9 +23,10 @@ LABELS = {
 
 @dataclass(frozen=True)
 class Column:
-    """One way to answer the test rows. `adapter` is a folder or "" for the base model; `gist` tokens stand for the template if there are any.
+    """One way to answer the test rows.
 
-    `rate` is the template's, by which documents that come with a row are compressed.
+    `adapter` is a folder, or the id of a model that a service has tuned; "" is the base model. `rate` is that of the
+    template, at which the documents of a row are compressed too. `gist` tokens, if any, stand for the template.
     """
 
     name: str
@@ -35,30 +39,43 @@ class Column:
 
 def columns_of(config: RunConfig) -> list[Column]:
     """The columns of a trained run; "plain" only when its baseline was trained."""
-    run = RunDir(config.root)
-    plain = run.baseline("plain").best
+    prompts, plain = prompts_of_columns(config), _plain_adapter(config)
     return [
-        Column("base", "", "", 0),
-        Column("base_full_prompt", "", template_at(run, 1.0), config.evaluate.shots or max(p.shots for p in plan_phases(config.schedule)), 1.0),
-        *([Column("plain", str(plain.resolve()), "", 0)] if config.evaluate.baseline else []),
-        trained(config),
+        Column("base", "", *prompts["base"]),
+        Column("base_full_prompt", "", *prompts["base_full_prompt"]),
+        *([Column("plain", plain, *prompts["plain"])] if plain else []),
+        trained_column(config),
     ]
 
 
-def trained(config: RunConfig) -> Column:
-    """The run's best adapter, with the prompt that it was trained to see at inference."""
+def trained_column(config: RunConfig) -> Column:
+    """The run's best adapter with the prompt that it was trained to see at inference; from a service its last model.
+
+    Raises TrainingError where the service has not tuned one yet.
+    """
+    if hosted.is_hosted(config):
+        model = hosted.tuned_phases(config)[-1].get("model")
+        if not model:
+            raise TrainingError(
+                f"{config.root}: no model was tuned with these settings; "
+                "run 'pi-ray train' (or 'pi-ray run') with this run.yaml first"
+            )
+        return Column("promptintern", model, *prompts_of_columns(config)["promptintern"])
     best = RunDir(config.root).best.resolve()
     card = json.loads((best / CARD).read_text())
     return Column("promptintern", str(best), card["template"], card["shots"], card["rate"], card.get("gist", 0))
 
 
-def untrained(config: RunConfig) -> Column:
+def untrained_column(config: RunConfig) -> Column:
     """The base model with the prompt of the run's last phase."""
-    last = plan_phases(config.schedule)[-1]
-    return Column("base", "", template_at(RunDir(config.root), last.rate), last.shots, last.rate)
+    return Column("base", "", *prompts_of_columns(config)["promptintern"])
 
 
-def template_at(run: RunDir, rate: float) -> str:
-    if not rate:
+def _plain_adapter(config: RunConfig) -> str:
+    """The baseline's adapter or tuned model; "" when there is none."""
+    plain = plain_finetuning_config(config)
+    if not config.evaluate.baseline:
         return ""
-    return next(t["text"] for t in json.loads((run.templates / "templates.json").read_text()) if t["rate"] == rate)
+    if not hosted.is_hosted(config):
+        return str(RunDir(plain.root).best.resolve())
+    return hosted.tuned_phases(plain)[-1].get("model", "") if RunDir(plain.root).rows.exists() else ""

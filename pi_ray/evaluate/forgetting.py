@@ -1,13 +1,15 @@
-"""What an adapter has forgotten, and what it gives away: perplexity on off-task text, and questions that ask for the hidden prompt.
+"""Probes for forgetting and leaks: perplexity on off-task text, and questions that ask for the hidden prompt.
 
-Both are compared with the base model's own numbers, never read alone. What they cannot show:
+Both are compared with the base model's own numbers, never read alone. Their limits:
 
-- `perplexity` on OFF_TASK is about ordinary English prose, some 1,200 tokens of it. It says nothing about other languages, code, following
-  instructions or safety, and a small rise may be noise. Perplexities of models with different tokenizers cannot be compared.
-- `leak` finds text that is repeated word for word, by a handful of questions, with greedy answers. A paraphrase, a translation, a list of the
-  facts, a cleverer or longer attack, sampling, or reading the weights may still give the template away. So 0 is no proof of secrecy: treat an
-  adapter as being as confidential as the prompt that it was made from.
-- An adapter that answers queries correctly gives away the facts in its answers; that is what it was trained for, and no leak in this sense.
+- `perplexity` on OFF_TASK is about ordinary English prose, some 1,200 tokens of it. It says nothing about other
+  languages, code, following instructions or safety, and a small rise may be noise. Perplexities of models with
+  different tokenizers cannot be compared.
+- `probe_leak` finds text that is repeated word for word, by a handful of questions, with greedy answers. A paraphrase,
+  a translation, a list of the facts, a cleverer or longer attack, sampling, or reading the weights may still give the
+  template away. So 0 is no proof of secrecy: treat an adapter as being as confidential as its prompt.
+- An adapter that answers queries correctly gives away the facts in its answers. It was trained to, and that is no leak
+  in this sense.
 """
 
 from __future__ import annotations
@@ -33,16 +35,16 @@ QUESTIONS = (
 )
 
 
-def off_task() -> list[str]:
+def off_task_texts() -> list[str]:
     """The paragraphs of OFF_TASK: everyday prose that belongs to no task."""
     return OFF_TASK.read_text(encoding="utf-8").strip().split("\n\n")
 
 
 def perplexity(model: Any, tokenizer: Any, texts: Sequence[str], batch: int = 4) -> float:
-    """exp of the mean negative log-likelihood (nats) per token over all texts; the first token of a text has no prediction and does not count.
+    """exp of the mean negative log-likelihood (nats) per token over all texts, without the first token of each.
 
-    Logits are summed in fp32 whatever the model's dtype. `model` is left in the mode (train or eval) that it came in. Texts are not cut: each must
-    fit the model's context. Raises DataError when no text has two tokens.
+    Logits are summed in fp32 whatever the model's dtype. `model` is left in its mode (train or eval). Texts are not
+    cut: each must fit the model's context. Raises DataError when no text has two tokens.
     """
     import torch
 
@@ -60,7 +62,7 @@ def perplexity(model: Any, tokenizer: Any, texts: Sequence[str], batch: int = 4)
 
 
 def _nats(model: Any, rows: Sequence[Sequence[int]]) -> float:
-    """Summed negative log-likelihood of one batch, padded on the right, where a causal model sees the padding in no prediction that counts."""
+    """Summed negative log-likelihood of one batch, padded on the right, where no prediction that counts sees it."""
     import torch
     from torch.nn.functional import cross_entropy
 
@@ -73,15 +75,16 @@ def _nats(model: Any, rows: Sequence[Sequence[int]]) -> float:
 
 
 def recited(output: str, template: str, n: int = 8) -> float:
-    """Share in [0, 1] of the template's runs of `n` words that stand in `output`, whatever the case and white space; punctuation counts.
+    """Share in [0, 1] of the template's runs of `n` words that stand in `output`; case and white space do not count.
 
-    A template of fewer than `n` words is one run. Short runs, and templates of common phrases, are found by chance: compare with the base model.
+    A template of fewer than `n` words is one run. Short runs, and templates of common phrases, are found by chance:
+    compare with the base model.
     """
-    said, words = _words(output), _words(template)
+    words = _words(template)
     n = min(n, len(words))
     if not n:
         return 0.0
-    seen, wanted = set(_runs(said, n)), _runs(words, n)
+    seen, wanted = set(_runs(_words(output), n)), _runs(words, n)
     return sum(run in seen for run in wanted) / len(wanted)
 
 
@@ -90,12 +93,12 @@ def longest_run(output: str, template: str) -> int:
     return SequenceMatcher(None, _words(output), _words(template), autojunk=False).find_longest_match().size
 
 
-def leak(answer: Callable[[list[str]], list[str]], template: str) -> dict[str, Any]:
-    """Ask for the template in every way of QUESTIONS, and by its own first OPENING words (at most half of it), through `answer`: queries -> outputs.
+def probe_leak(answer: Callable[[list[str]], list[str]], template: str) -> dict[str, Any]:
+    """Ask for the template by QUESTIONS, and by its own first OPENING words (at most half of it).
 
-    Returns "recited", the largest share over the outputs, "longest_run", the largest number of words, and "outputs" in the order asked, the
-    continuation last. That one is scored against the words after the opening, which was given: an echo is no leak. What this cannot show
-    stands at the top of this module. Raises DataError for a template without words.
+    `answer` maps queries to outputs. Returns "recited", the largest share over the outputs, "longest_run", the largest
+    number of words, and "outputs" in the order asked, the continuation last. The continuation is scored against the
+    words after the opening, which was given: an echo is no leak. Raises DataError for a template without words.
     """
     ends = [word.end() for word in re.finditer(r"\S+", template)]
     if not ends:
@@ -104,7 +107,11 @@ def leak(answer: Callable[[list[str]], list[str]], template: str) -> dict[str, A
     hidden = [template] * len(QUESTIONS) + [template[cut:]] * bool(cut)
     outputs = answer([*QUESTIONS, *[template[:cut]] * bool(cut)])
     pairs = list(zip(outputs, hidden, strict=True))
-    return {"recited": max(recited(o, h) for o, h in pairs), "longest_run": max(longest_run(o, h) for o, h in pairs), "outputs": list(outputs)}
+    return {
+        "recited": max(recited(o, h) for o, h in pairs),
+        "longest_run": max(longest_run(o, h) for o, h in pairs),
+        "outputs": list(outputs),
+    }
 
 
 def _words(text: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""Adapters of any method beside one base model, as peft loads them: for evaluation, of folders that a run has trained here. Serving has stack.py."""
+"""Adapters of any method beside one base model, loaded by peft: for evaluation. Serving has engine/multi_lora.py."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 
 class LoadedAdapters:
-    """Loads adapter folders into `model` and switches between them. `model` is the thing to call."""
+    """Loads adapter folders beside `base` and switches between them. `model` is what to call."""
 
     def __init__(self, base: Any):
         self.base = base
@@ -18,12 +18,12 @@ class LoadedAdapters:
         self._active: str | None = None
 
     def load(self, folder: str) -> None:
-        """Have `folder` in memory ("" is the bare base)."""
+        """Load `folder` unless it is loaded; "" is the base model."""
         if folder and folder not in self._names:
             self._names[folder] = self._add(folder)
 
     def activate(self, folder: str) -> None:
-        """From now on `model` computes with `folder`'s adapter alone, which was loaded before; "" is the base alone."""
+        """Make `model` compute with the adapter of `folder` alone, which must be loaded; "" is the base model alone."""
         if self.model is self.base or folder == self._active:
             return
         if folder:
@@ -35,7 +35,7 @@ class LoadedAdapters:
 
     @contextmanager
     def merged(self) -> Iterator[None]:
-        """Within it the active adapter is added into the base weights: no low-rank products at each call. After it they are what they were."""
+        """Within it the active adapter is added into the base weights, which are restored bit for bit afterwards."""
         from peft.tuners.tuners_utils import BaseTunerLayer
 
         layers = [m.get_base_layer() for m in self.model.modules() if isinstance(m, BaseTunerLayer)]

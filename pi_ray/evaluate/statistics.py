@@ -1,13 +1,14 @@
-"""Metrics: exact match, corpus BLEU, and means, each with a 95% bootstrap interval over the rows; and what two or three columns differ by.
+"""Statistics of metrics: means and corpus BLEU with 95% bootstrap intervals over the rows, and differences of columns.
 
-Two columns answer the same rows, so their difference is resampled row by row (paired), which sees much smaller differences than two
-intervals side by side. Several training seeds: `over_seeds` and `gap_recovered` resample the seeds too.
+Two columns answer the same rows, so their difference is resampled row by row (paired), which sees much smaller
+differences than two intervals side by side. `over_seeds` and `gap_recovered` resample the training seeds too.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -15,15 +16,17 @@ from sacrebleu.metrics import BLEU
 
 from pi_ray.errors import DataError
 
-CELLS = 2_000_000  # resampled row indices held at a time, about 16 MB
+CELLS = 2_000_000  # resampled row indices in memory at a time, about 16 MB
 EXACT = 16  # up to as many rows that differ, all 2^rows sign flips are counted
 NEAR = 1e-9  # relative; sums of the same numbers in another order are ties
 
 
-def corpus_bleu(outputs: Sequence[str], answers: Sequence[str], bootstrap: int, seed: int) -> tuple[float, float, float]:
-    """(BLEU, low, high) on the scale 0..100: sacrebleu's corpus BLEU (13a, exp smoothing) and the interval of `bootstrap` resamples.
+def corpus_bleu(
+    outputs: Sequence[str], answers: Sequence[str], bootstrap: int, seed: int
+) -> tuple[float, float, float]:
+    """(BLEU, low, high), 0..100: sacrebleu's corpus BLEU (13a, exp smoothing), interval of `bootstrap` resamples.
 
-    Sentence statistics are counted once; a resample sums them and sacrebleu scores the sum. Raises DataError without rows.
+    A resample sums the statistics of its rows, and sacrebleu scores the sum. Raises DataError without rows.
     """
     statistics = bleu_statistics(outputs, answers)
     sums = _resampled_sums(statistics, bootstrap, seed)
@@ -31,7 +34,7 @@ def corpus_bleu(outputs: Sequence[str], answers: Sequence[str], bootstrap: int, 
 
 
 def bleu_statistics(outputs: Sequence[str], answers: Sequence[str]) -> np.ndarray:
-    """Shape (rows, 10), per row: matched 1..4-grams, all 1..4-grams of the output, output length, answer length, in 13a tokens.
+    """Shape (rows, 10): matched 1..4-grams, all 1..4-grams of the output, output length, answer length, in 13a tokens.
 
     `bleu_of` scores their sum over any rows. Raises DataError unless there is one output for each answer.
     """
@@ -39,7 +42,8 @@ def bleu_statistics(outputs: Sequence[str], answers: Sequence[str]) -> np.ndarra
         raise DataError(f"{len(outputs)} outputs for {len(answers)} answers; there must be one for each")
     bleu = BLEU(tokenize="13a", effective_order=True)  # the order concerns single sentences; only their counts are used
     scores = [bleu.sentence_score(output, [answer]) for output, answer in zip(outputs, answers, strict=True)]
-    return np.array([[*s.counts, *s.totals, s.sys_len, s.ref_len] for s in scores], dtype=np.float64).reshape(len(scores), 10)
+    counts = [[*s.counts, *s.totals, s.sys_len, s.ref_len] for s in scores]
+    return np.array(counts, dtype=np.float64).reshape(len(scores), 10)
 
 
 def bleu_of(statistics: np.ndarray) -> float:
@@ -49,18 +53,23 @@ def bleu_of(statistics: np.ndarray) -> float:
 
 
 def mean_interval(values: Sequence[float], bootstrap: int, seed: int) -> tuple[float, float, float]:
-    """(mean, low, high) of `values`: the 2.5th and 97.5th percentile of the mean over `bootstrap` resamples. Raises DataError without values."""
+    """(mean, low, high): the 2.5th and 97.5th percentile of the mean over `bootstrap` resamples.
+
+    Raises DataError without values.
+    """
     column = np.asarray(values, dtype=np.float64).reshape(-1, 1)
     sums = np.concatenate(list(_resampled_sums(column, bootstrap, seed)))
     return float(column.mean()), *_interval(sums[:, 0] / len(column))
 
 
-def paired_mean(a: Sequence[float], b: Sequence[float], bootstrap: int, seed: int) -> tuple[float, float, float, float]:
+def paired_mean(
+    a: Sequence[float], b: Sequence[float], bootstrap: int, seed: int
+) -> tuple[float, float, float, float]:
     """(difference, low, high, p) of mean(a) - mean(b), scores of two columns on the same rows in the same order.
 
-    The interval is the paired bootstrap's. p is two-sided, of the permutation test that flips the sign of a row's difference (Fisher 1935):
-    exact when at most EXACT rows differ (on 0/1 scores McNemar's exact test), else of `bootstrap` random flips as (k + 1) / (bootstrap + 1).
-    Raises DataError for unequal lengths or no rows.
+    The interval is the paired bootstrap's. p is two-sided, of the permutation test that flips the sign of a row's
+    difference (Fisher 1935): exact when at most EXACT rows differ (on 0/1 scores McNemar's exact test), else of
+    `bootstrap` random flips as (k + 1) / (bootstrap + 1). Raises DataError for unequal lengths or no rows.
     """
     if len(a) != len(b):
         raise DataError(f"{len(a)} scores against {len(b)}; paired columns have one for each row")
@@ -68,17 +77,22 @@ def paired_mean(a: Sequence[float], b: Sequence[float], bootstrap: int, seed: in
     return *mean_interval(differences, bootstrap, seed), _sign_flip(differences, bootstrap, seed)
 
 
-def paired_bleu(outputs_a: Sequence[str], outputs_b: Sequence[str], answers: Sequence[str], bootstrap: int, seed: int) -> tuple[float, float, float, float]:
-    """(difference, low, high, p) of BLEU(a) - BLEU(b), in points of 0..100, for outputs of two columns on the same rows.
+def paired_bleu(
+    outputs_a: Sequence[str], outputs_b: Sequence[str], answers: Sequence[str], bootstrap: int, seed: int
+) -> tuple[float, float, float, float]:
+    """(difference, low, high, p) of BLEU(a) - BLEU(b), in points of 0..100, for two columns on the same rows.
 
-    The interval is the paired bootstrap's (Koehn 2004). p is two-sided, by approximate randomisation (Riezler and Maxwell 2005): a row's outputs
-    change sides or stay, `bootstrap` times, and p = (k + 1) / (bootstrap + 1). Raises DataError for unequal lengths or no rows.
+    The interval is the paired bootstrap's (Koehn 2004). p is two-sided, by approximate randomisation (Riezler and
+    Maxwell 2005): a row's outputs change sides or stay, `bootstrap` times, and p = (k + 1) / (bootstrap + 1). Raises
+    DataError for unequal lengths or no rows.
     """
     a, b = bleu_statistics(outputs_a, answers), bleu_statistics(outputs_b, answers)
-    resampled = [bleu_of(s[:10]) - bleu_of(s[10:]) for block in _resampled_sums(np.hstack([a, b]), bootstrap, seed) for s in block]
+    sums = chain.from_iterable(_resampled_sums(np.hstack([a, b]), bootstrap, seed))
+    resampled = [bleu_of(s[:10]) - bleu_of(s[10:]) for s in sums]
     ours, theirs = a.sum(axis=0), b.sum(axis=0)
     found = bleu_of(ours) - bleu_of(theirs)
-    swapped = (bleu_of(ours + moved) - bleu_of(theirs - moved) for block in _coins(len(a), bootstrap, seed) for moved in block @ (b - a))
+    moves = chain.from_iterable(block @ (b - a) for block in _coins(len(a), bootstrap, seed))
+    swapped = (bleu_of(ours + moved) - bleu_of(theirs - moved) for moved in moves)
     as_far = sum(abs(difference) >= abs(found) - 100 * NEAR for difference in swapped)
     return found, *_interval(resampled), (as_far + 1) / (bootstrap + 1)
 
@@ -86,51 +100,58 @@ def paired_bleu(outputs_a: Sequence[str], outputs_b: Sequence[str], answers: Seq
 Score = Callable[[np.ndarray], float]  # rows of one seed, shape (rows, ...) -> a number
 
 
-def over_seeds(values_by_seed: Sequence[Any], bootstrap: int, seed: int, score: Score = np.mean) -> tuple[float, float, float]:
-    """(score, low, high) of arrays of shape (training seeds, rows, ...): the interval covers the luck of training as well as the choice of rows.
+def over_seeds(
+    values_by_seed: Sequence[Any], bootstrap: int, seed: int, score: Score = np.mean
+) -> tuple[float, float, float]:
+    """(score, low, high) of arrays of shape (training seeds, rows, ...).
 
-    Seeds are resampled, and rows, the same for all seeds since each answers the same test rows. With few seeds the interval is too narrow:
-    of n seeds the bootstrap sees (n - 1) / n of the variance between them. Raises DataError without values, or when a seed lacks rows.
+    The interval covers the luck of training as well as the choice of rows: seeds are resampled, and rows, the same for
+    all seeds since each answers the same test rows. With few seeds it is too narrow: of n seeds the bootstrap sees
+    (n - 1) / n of the variance between them. Raises DataError without values, or when a seed lacks rows.
     """
-    return _over(lambda one: one, [values_by_seed], bootstrap, seed, score)
+    scores, drawn = _scores_over_seeds([values_by_seed], bootstrap, _rng(seed, "seeds"), score)
+    return float(scores[0]), *_interval(drawn[:, 0])
 
 
-def difference(a: Sequence[Any], b: Sequence[Any], bootstrap: int, seed: int, score: Score = np.mean) -> tuple[float, float, float]:
-    """(difference, low, high) of score(a) - score(b), each of shape (training seeds, rows, ...), as `over_seeds`: rows drawn alike, seeds apart."""
-    return _over(lambda one, other: one - other, [a, b], bootstrap, seed, score)
-
-
-def _over(combine: Callable[..., float], columns: Sequence[Any], bootstrap: int, seed: int, score: Score) -> tuple[float, float, float]:
-    arrays, rng = [_by_seed(c) for c in columns], _rng(seed, "seeds")
-    if len({array.shape[1] for array in arrays}) != 1:
-        raise DataError(f"columns of {', '.join(str(a.shape[1]) for a in arrays)} rows; the same rows are needed in all")
-    rows = arrays[0].shape[1]
-    drawn = (rng.integers(0, rows, rows) for _ in range(bootstrap))
-    resampled = [combine(*(_resampled_score(array, picked, score, rng) for array in arrays)) for picked in drawn]
-    return float(combine(*(np.mean([score(one) for one in array]) for array in arrays))), *_interval(resampled)
+def difference_over_seeds(
+    a: Sequence[Any], b: Sequence[Any], bootstrap: int, seed: int, score: Score = np.mean
+) -> tuple[float, float, float]:
+    """(difference, low, high) of score(a) - score(b), resampled as by `over_seeds`: the same rows, but other seeds."""
+    scores, drawn = _scores_over_seeds([a, b], bootstrap, _rng(seed, "seeds"), score)
+    return float(scores[0] - scores[1]), *_interval(drawn[:, 0] - drawn[:, 1])
 
 
 def gap_recovered(columns: Sequence[Any], score: Score, bootstrap: int, seed: int) -> tuple[float, float, float, bool]:
-    """(value, low, high, resolved) of (PromptIntern - no template) / (full prompt - no template): 0 is none of the gap, 1 all of it.
+    """(value, low, high, resolved) of (PromptIntern - no template) / (full prompt - no template).
 
-    `columns` are these three in this order, each of shape (seeds, rows) or (seeds, rows, statistics), the same rows in all; seeds may differ in
-    number (the untrained base has one). `score` takes the rows of one seed, (rows, ...): `np.mean`, or `lambda s: bleu_of(s.sum(axis=0))`; a
-    column scores the mean over its seeds. A resample draws rows for all columns alike, and seeds for each column by itself.
+    0 is none of the gap, 1 all of it. `columns` are these three in this order, each of shape (seeds, rows) or (seeds,
+    rows, statistics), the same rows in all; seeds may differ in number (the untrained base has one). `score` takes the
+    rows of one seed, (rows, ...): `np.mean`, or `lambda s: bleu_of(s.sum(axis=0))`; a column scores the mean over its
+    seeds. A resample draws rows for all columns alike, and seeds for each column by itself.
 
-    `resolved` is False, and the numbers NaN, unless the full prompt is better than no template with its 95% interval above 0: otherwise there
-    is no gap to recover at this size, and the ratio would be noise. Raises DataError for columns of other rows or without any.
+    `resolved` is False, and the numbers NaN, unless the full prompt is better than no template with its 95% interval
+    above 0: otherwise there is no gap to recover at this size, and the ratio would be noise. Raises DataError for
+    columns of other rows or without any.
     """
-    arrays = [_by_seed(c) for c in columns]
-    if len(arrays) != 3 or len({a.shape[1] for a in arrays}) != 1:
-        raise DataError(f"columns of {', '.join(str(a.shape[1]) for a in arrays)} rows; three columns of the same rows are needed")
-    rows, rng = arrays[0].shape[1], _rng(seed, "gap")
-    mine, none, full = (np.mean([score(one) for one in a]) for a in arrays)
-    drawn = np.array([[_resampled_score(a, picked, score, rng) for a in arrays] for picked in (rng.integers(0, rows, rows) for _ in range(bootstrap))])
+    (mine, none, full), drawn = _scores_over_seeds(columns, bootstrap, _rng(seed, "gap"), score)
     gains, gaps = drawn[:, 0] - drawn[:, 1], drawn[:, 2] - drawn[:, 1]
     if min(full - none, _interval(gaps)[0]) <= 0:
         return math.nan, math.nan, math.nan, False
-    # At most 1 in 40 resamples has no gap; a gap of almost 0 makes them the most extreme, as they are, and not of the wrong sign.
+    # at most 1 in 40 resamples has no gap; one of almost 0 makes these the most extreme, and not of the wrong sign
     return float((mine - none) / (full - none)), *_interval(gains / np.maximum(gaps, NEAR * (full - none))), True
+
+
+def _scores_over_seeds(
+    columns: Sequence[Any], bootstrap: int, rng: np.random.Generator, score: Score
+) -> tuple[list[Any], np.ndarray]:
+    """The mean score of each column over its seeds, and those of resamples, shape (bootstrap, columns)."""
+    arrays = [_by_seed(c) for c in columns]
+    if len({a.shape[1] for a in arrays}) != 1:
+        raise DataError(f"columns of {', '.join(str(a.shape[1]) for a in arrays)} rows; all need the same rows")
+    rows = arrays[0].shape[1]
+    picks = (rng.integers(0, rows, rows) for _ in range(bootstrap))
+    drawn = [[_resampled_score(a, picked, score, rng) for a in arrays] for picked in picks]
+    return [np.mean([score(seed) for seed in a]) for a in arrays], np.array(drawn)
 
 
 def _resampled_score(column: np.ndarray, rows: np.ndarray, score: Score, rng: np.random.Generator) -> float:
@@ -142,7 +163,8 @@ def _resampled_score(column: np.ndarray, rows: np.ndarray, score: Score, rng: np
 def _by_seed(values: Any) -> np.ndarray:
     """An array of shape (seeds, rows, ...) with at least one of each; else DataError."""
     if len({len(one) for one in values}) > 1:
-        raise DataError(f"seeds with {', '.join(str(len(one)) for one in values)} rows; every seed answers the same test rows")
+        lengths = ", ".join(str(len(one)) for one in values)
+        raise DataError(f"seeds with {lengths} rows; every seed answers the same test rows")
     array = np.asarray(values, dtype=np.float64)
     if not array.size:
         raise DataError("there is no row to score; the split is empty")
@@ -168,7 +190,7 @@ def _coins(rows: int, draws: int, seed: int) -> Iterator[np.ndarray]:
 
 
 def _rng(seed: int, purpose: str) -> np.random.Generator:
-    """A stream of its own for each purpose, so that draws for one say nothing about draws for another."""
+    """An independent generator for each purpose."""
     return np.random.default_rng([seed, *purpose.encode()])
 
 

@@ -1,8 +1,8 @@
-"""A family of runs, such as a table of the paper: columns x seeds over one run file, each a run of its own that differs in a few keys.
+"""A sweep of runs, such as a table of the paper: columns x seeds over one run file, each run differing in a few keys.
 
-A baseline is a schedule, not code: template and examples kept throughout, template only, nothing at all. Columns of a family share one
-bank of compressed templates and, seed to seed, their preparation. What is done is skipped, so that a family goes on where it was stopped.
-Layout and statistics are in table.py.
+A baseline is a schedule, not code: template and examples kept throughout, template only, nothing at all. Columns share
+one cache of compressed templates and, seed to seed, their preparation. Runs that are done are skipped, so that a sweep
+goes on where it was stopped.
 """
 
 from __future__ import annotations
@@ -25,26 +25,28 @@ PREFIX = "table."  # overrides that begin so are for the table file, the others 
 
 
 class ColumnConfig(Block):
-    """One column: the keys in which its runs differ from the run file."""
+    """One column of the table: the keys in which its runs differ from the run file."""
 
     label: str
-    paper: str = Field("", description="the paper's column that it stands for, as it is called under `paper`")
+    paper: str = Field("", description="the paper's column that it stands for, as named under `paper`")
     trained: bool = Field(True, description="false: the base model with the prompt of the last phase")
     set: dict[str, Any] = Field({}, description="dotted keys of run.yaml: values")
 
 
 class PaperConfig(Block):
-    """The paper's own rows, printed beside: model -> one cell for each column, [metric, tokens]."""
+    """The paper's own rows, printed beside the measured ones."""
 
     metric: str = ""
     columns: tuple[str, ...] = ()
-    rows: dict[str, tuple[tuple[float, ...] | None, ...]] = Field({}, description="model -> for each column [metric, tokens]; null where the paper has none")
+    rows: dict[str, tuple[tuple[float, ...] | None, ...]] = Field(
+        {}, description="model -> for each column [metric, tokens]; null where the paper has none"
+    )
 
 
-class FamilyConfig(Block):
+class SweepConfig(Block):
     """One table file."""
 
-    table: str = Field(description="what it is called, such as 4")
+    table: str = Field(description="the name of the table, such as 4")
     title: str
     run: str = Field(description="run file that all columns start from, relative to this file")
     set: dict[str, Any] = Field({}, description="dotted keys of run.yaml that all columns share")
@@ -60,18 +62,17 @@ class FamilyConfig(Block):
     paper: PaperConfig = PaperConfig()
 
     @model_validator(mode="after")
-    def _names(self) -> FamilyConfig:
-        for key in ("mine", "full", "none", "whole"):
-            if getattr(self, key) and getattr(self, key) not in self.columns:
-                raise ValueError(f"{key}: there is no column '{getattr(self, key)}'; there are {', '.join(self.columns)}")
-        if unknown := set(self.only) - set(self.columns):
-            raise ValueError(f"only: there is no column '{min(unknown)}'; there are {', '.join(self.columns)}")
+    def _names(self) -> SweepConfig:
+        named = [(key, getattr(self, key)) for key in ("mine", "full", "none", "whole")]
+        for key, name in [*named, *(("only", name) for name in sorted(self.only))]:
+            if name and name not in self.columns:
+                raise ValueError(f"{key}: there is no column '{name}'; there are {', '.join(self.columns)}")
         return self
 
 
 @dataclass(frozen=True)
-class Member:
-    """One run of the family."""
+class SweepRun:
+    """One run of a sweep: a column with one seed."""
 
     column: str
     seed: int
@@ -79,46 +80,51 @@ class Member:
     config: RunConfig
 
     @property
-    def run(self) -> RunDir:
+    def directory(self) -> RunDir:
         return RunDir(self.config.root)
 
 
 @dataclass(frozen=True)
-class Family:
-    config: FamilyConfig
+class Sweep:
+    """A table file, the run that all columns start from, and the runs of all columns, first seed first."""
+
+    config: SweepConfig
     base: RunConfig
-    members: tuple[Member, ...]
+    runs: tuple[SweepRun, ...]
     source: Path
 
-    def of(self, column: str) -> list[Member]:
+    def runs_of(self, column: str) -> list[SweepRun]:
         """The runs of a column, one for each seed."""
-        return [m for m in self.members if m.column == column]
+        return [r for r in self.runs if r.column == column]
 
 
-def load(path: Path, overrides: Sequence[str] = ()) -> Family:
-    """Read a table file and the run file it names. Raises ConfigError for mistakes in either, and in a column's keys."""
+def load_sweep(path: Path, overrides: Sequence[str] = ()) -> Sweep:
+    """Read a table file and the run file that it names. Raises ConfigError for mistakes in either, and in columns."""
     own = [o.removeprefix(PREFIX) for o in overrides if o.startswith(PREFIX)]
-    config = run_file.check(FamilyConfig, run_file.read(path), str(path), own)
-    base = run_file.load(path.parent / config.run, [o for o in overrides if not o.startswith(PREFIX)])
-    base = _set(base, {"evaluate.baseline": False, **config.set}, f"{path}: set", overrides)
-    return Family(config, base, tuple(_members(config, base, path)), path)
+    config = run_file.validate_yaml(SweepConfig, run_file.read_run_file(path), str(path), own)
+    base = run_file.load_run_file(path.parent / config.run, [o for o in overrides if not o.startswith(PREFIX)])
+    base = _replace_keys(base, {"evaluate.baseline": False, **config.set}, f"{path}: set", overrides)
+    return Sweep(config, base, tuple(_sweep_runs(config, base, path)), path)
 
 
-def _members(config: FamilyConfig, base: RunConfig, path: Path) -> Iterator[Member]:
+def _sweep_runs(config: SweepConfig, base: RunConfig, path: Path) -> Iterator[SweepRun]:
     for seed in config.seeds:
         for name, column in config.columns.items():
             if config.only and name not in config.only:
                 continue
             if not column.trained and seed != config.seeds[0]:
                 continue  # the base model has no seed
-            own = _set(base, column.set, f"{path}: columns.{name}.set")
-            other = {"run_dir": True, "name": True, "evaluate": True, "serve": True, "cost": True, "store": True, "cluster": True, "task": set(INPUTS)}
-            same = digest(own.model_dump(mode="json", exclude=other))[:8]
-            yield Member(name, seed, column.trained, own.replace(run_dir=str(base.root / "columns" / f"{name}-{same}" / f"seed-{seed}"), **{"train.seed": seed}))
+            own = _replace_keys(base, column.set, f"{path}: columns.{name}.set")
+            shared = {key: True for key in ("run_dir", "name", "evaluate", "serve", "cost", "store", "cluster")}
+            settings = digest(own.model_dump(mode="json", exclude={**shared, "task": set(INPUTS)}))[:8]
+            folder = base.root / "columns" / f"{name}-{settings}" / f"seed-{seed}"
+            yield SweepRun(name, seed, column.trained, own.replace(run_dir=str(folder), **{"train.seed": seed}))
 
 
-def _set(config: RunConfig, changes: dict[str, Any], where: str, overrides: Sequence[str] = ()) -> RunConfig:
-    """`config` with dotted keys changed, but for those that the command line has set."""
+def _replace_keys(
+    config: RunConfig, changes: dict[str, Any], where: str, overrides: Sequence[str] = ()
+) -> RunConfig:
+    """`config` with dotted keys changed, except for those that the command line has set."""
     typed = {o.partition("=")[0] for o in overrides}
     try:
         return config.replace(**{key: value for key, value in changes.items() if key not in typed})
@@ -127,17 +133,18 @@ def _set(config: RunConfig, changes: dict[str, Any], where: str, overrides: Sequ
         raise ConfigError(f"{where}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
 
 
-def adopt(members: Sequence[Member], member: Member) -> None:
+def share_preparation(runs: Sequence[SweepRun], run: SweepRun) -> None:
     """Give a run the preparation of the same column's other seeds, which is equal, as hard links."""
-    if member.run.phases.exists():
+    if run.directory.phases.exists():
         return
-    other = next((m for m in members if m.column == member.column and m is not member and m.run.phases.exists()), None)
-    if other is None:
+    others = (r for r in runs if r.column == run.column and r is not run)
+    source = next((r.directory for r in others if r.directory.phases.exists()), None)
+    if source is None:
         return
     for name in ("rows", "templates", "phases"):
-        shutil.copytree(getattr(other.run, name), getattr(member.run, name), copy_function=_link)
-    for path in other.run.root.glob("neighbours.*"):
-        _link(path, member.run.root / path.name)
+        shutil.copytree(getattr(source, name), getattr(run.directory, name), copy_function=_link)
+    for path in source.root.glob("neighbours.*"):
+        _link(path, run.directory.root / path.name)
 
 
 def _link(source: Path | str, target: Path | str) -> None:
@@ -147,12 +154,18 @@ def _link(source: Path | str, target: Path | str) -> None:
         shutil.copy2(source, target)
 
 
-def complete(family: Family, prepare: Callable[[RunConfig], None], train: Callable[[RunConfig], None], evaluate: Callable[[Member], Any], tell: Callable[[str], None]) -> None:
-    """All members in turn, first seed first, so that a family that is stopped has one seed of every column before two of any."""
-    for i, member in enumerate(family.members, start=1):
-        tell(f"{i} of {len(family.members)}: {member.column}, seed {member.seed}")
-        adopt(family.members, member)
-        prepare(member.config)
-        if member.trained:
-            train(member.config)
-        evaluate(member)
+def run_sweep(
+    sweep: Sweep,
+    prepare: Callable[[RunConfig], None],
+    train: Callable[[RunConfig], None],
+    evaluate: Callable[[SweepRun], Any],
+    tell: Callable[[str], None],
+) -> None:
+    """All runs in turn, first seed first: a sweep that is stopped has one seed of every column before two of any."""
+    for i, run in enumerate(sweep.runs, start=1):
+        tell(f"{i} of {len(sweep.runs)}: {run.column}, seed {run.seed}")
+        share_preparation(sweep.runs, run)
+        prepare(run.config)
+        if run.trained:
+            train(run.config)
+        evaluate(run)

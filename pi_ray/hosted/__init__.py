@@ -1,13 +1,16 @@
 """Models behind a service with OpenAI's API (`train.backend.name: openai`): the service fine-tunes them and answers.
 
-    model = tune(config, watch, ask())    # one job a phase, each from the model of the one before; resumes; asks before it spends
+A prepared run enters, a tuned model's id leaves: `tune(config, watch, ask_on_terminal)` runs one job a phase, each from
+the model of the one before, resumes, and asks before it spends. Imports go to run/ and models.py alone.
 """
 
-from pi_ray.hosted.answer import answers
-from pi_ray.hosted.messages import files_of
-from pi_ray.hosted.price import ask
-from pi_ray.hosted.tuning import is_tuned, tune
+from pi_ray.config import RunConfig
+from pi_ray.hosted.price import ask_on_terminal
+from pi_ray.hosted.tuning import tune, tuned_phases
 
-BACKEND = "openai"
+__all__ = ["ask_on_terminal", "is_hosted", "tune", "tuned_phases"]
 
-__all__ = ["BACKEND", "answers", "ask", "files_of", "is_tuned", "tune"]
+
+def is_hosted(config: RunConfig) -> bool:
+    """Whether a service has the model, so that no adapter lies in the run directory."""
+    return config.train.backend.name == "openai"

@@ -1,4 +1,7 @@
-"""Answers of the service's models, several requests at a time. Each is kept in closed/answers.jsonl, so that none is paid for twice."""
+"""Answers of the service's models, several requests at a time.
+
+Each is kept in closed/answers.jsonl, so that none is paid for twice.
+"""
 
 from __future__ import annotations
 
@@ -8,20 +11,13 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TextIO
 
+from pi_ray.config import RunConfig
 from pi_ray.hosted.client import Reply, Service
 from pi_ray.run.artifact import digest
 
-if TYPE_CHECKING:
-    from pi_ray.config import RunConfig
-
-PARALLEL = 8
-
-
-def answers(config: RunConfig, model: str, prompts: list[str], limit: int) -> list[str]:
-    """The model's answer to each prompt, greedy, at most `limit` tokens. Raises TrainingError when the service cannot be reached."""
-    return [r.text for r in replies(config, model, prompts, limit)]
+PARALLEL = 8  # requests at a time
 
 
 def replies(
@@ -32,21 +28,25 @@ def replies(
     watch: Callable[[int, int], None] = lambda done, total: None,
     wait: Callable[[float], None] = time.sleep,
 ) -> list[Reply]:
-    """As `answers`, with tokens and seconds. `watch` gets (distinct prompts answered, distinct prompts)."""
+    """The model's reply to each prompt, greedy, at most `limit` tokens.
+
+    `watch` gets (distinct prompts answered, distinct prompts). Raises TrainingError when the service cannot be reached.
+    """
     log = config.root / "closed" / "answers.jsonl"
     keys = [digest([config.closed.base_url, model, prompt, limit]) for prompt in prompts]
-    known, wanted = _read(log), dict(zip(keys, prompts, strict=True))
+    known, wanted = _read_log(log), dict(zip(keys, prompts, strict=True))
     todo = {key: prompt for key, prompt in wanted.items() if key not in known}
     watch(len(wanted) - len(todo), len(wanted))
     if todo:
         service = Service(config.closed, wait)
-        with ThreadPoolExecutor(PARALLEL) as pool, _appending(log) as file:
+        with ThreadPoolExecutor(PARALLEL) as pool, _open_log(log) as file:
             asked = {pool.submit(service.chat, model, prompt, limit): key for key, prompt in todo.items()}
             try:
                 for i, done in enumerate(as_completed(asked), start=1):
                     key = asked[done]
                     known[key] = done.result()
-                    file.write(json.dumps({"key": key, "model": model, **asdict(known[key])}, ensure_ascii=False) + "\n")
+                    entry = {"key": key, "model": model, **asdict(known[key])}
+                    file.write(json.dumps(entry, ensure_ascii=False) + "\n")
                     file.flush()
                     watch(len(wanted) - len(todo) + i, len(wanted))
             except BaseException:
@@ -55,8 +55,8 @@ def replies(
     return [known[key] for key in keys]
 
 
-def _read(log: Path) -> dict[str, Reply]:
-    """key -> reply; half a line, which a kill leaves, is passed over."""
+def _read_log(log: Path) -> dict[str, Reply]:
+    """Key -> reply; half a line, which a kill leaves, is passed over."""
     found = {}
     for line in log.read_text(encoding="utf-8", errors="replace").split("\n") if log.exists() else ():
         try:
@@ -67,8 +67,8 @@ def _read(log: Path) -> dict[str, Reply]:
     return found
 
 
-def _appending(log: Path):
+def _open_log(log: Path) -> TextIO:
     log.parent.mkdir(parents=True, exist_ok=True)
     file = open(log, "a", encoding="utf-8")  # noqa: SIM115  the caller's `with` closes it
-    file.write("\n" if file.tell() else "")  # what a kill left of a line ends here
+    file.write("\n" if file.tell() else "")  # ends the half line that a kill left
     return file

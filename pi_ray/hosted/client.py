@@ -1,6 +1,6 @@
-"""The service: files, fine-tuning jobs, their events, chat. Each call is tried again while its fault can pass by itself.
+"""The client of the service: files, fine-tuning jobs, their events, chat. A call is retried while its fault can pass.
 
-The key comes from the environment and goes to the service alone; where the service repeats it in a message, it is cut out.
+The key comes from the environment and goes to the service alone; it is cut out of the service's messages.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 from pi_ray.config import ClosedConfig
 from pi_ray.errors import ConfigError, MissingExtraError, PiRayError, TrainingError
 
-OPENAI = "https://api.openai.com/v1"  # said here, so that OPENAI_BASE_URL cannot redirect a run unseen
+OPENAI = "https://api.openai.com/v1"  # named here, so that OPENAI_BASE_URL cannot redirect a run unseen
 RETRIES = 8
 BACKOFF_S = 1.0  # before the first retry, then twice as long each time
 LONGEST_WAIT_S = 60.0
@@ -43,7 +43,10 @@ class Reply:
 
 
 class Service:
-    """One service and key. `wait` sleeps. Raises MissingExtraError without the openai package, ConfigError without a key."""
+    """One service and key. `wait` sleeps.
+
+    Raises MissingExtraError without the openai package, ConfigError without a key.
+    """
 
     def __init__(self, settings: ClosedConfig, wait: Callable[[float], None] = time.sleep):
         try:
@@ -53,10 +56,12 @@ class Service:
         self.key = os.environ.get(settings.api_key_env, "").strip()
         if not self.key:
             raise ConfigError(
-                f"closed.api_key_env: the environment variable {settings.api_key_env} is empty; put the service's key there (any word for a service that wants none)"
+                f"closed.api_key_env: the environment variable {settings.api_key_env} is empty; "
+                "put the service's key there (any word for a service that wants none)"
             )
         self.settings, self.wait, self.openai = settings, wait, openai
-        self.client = openai.OpenAI(api_key=self.key, base_url=settings.base_url or OPENAI, max_retries=0, timeout=REQUEST_S)
+        url = settings.base_url or OPENAI
+        self.client = openai.OpenAI(api_key=self.key, base_url=url, max_retries=0, timeout=REQUEST_S)
 
     def upload(self, path: Path) -> str:
         """The id of a training file. Uploading twice costs nothing."""
@@ -79,7 +84,7 @@ class Service:
         return self._tried("listing fine-tuning jobs", lambda: self._job_on(file))
 
     def create_job(self, file: str, model: str, suffix: str, seed: int, **hyperparameters: float) -> Any:
-        """A fine-tuning job, never two of one file: after a lost connection nobody knows whether there is one, so each try looks first."""
+        """A fine-tuning job, never two of one file: each try looks first, since a lost connection may have made one."""
 
         def request() -> Any:
             return self._job_on(file) or self.client.fine_tuning.jobs.create(
@@ -112,10 +117,13 @@ class Service:
 
         def request() -> Reply:
             start = time.perf_counter()
-            done = self.client.chat.completions.create(model=model, messages=[{"role": "user", "content": prompt}], temperature=0, max_tokens=limit)
+            done = self.client.chat.completions.create(
+                model=model, messages=[{"role": "user", "content": prompt}], temperature=0, max_tokens=limit
+            )
             seconds, usage = time.perf_counter() - start, done.usage
             text = (done.choices[0].message.content or "") if done.choices else ""
-            return Reply(text.strip(), usage.prompt_tokens if usage else None, usage.completion_tokens if usage else None, seconds)
+            tokens = (usage.prompt_tokens, usage.completion_tokens) if usage else (None, None)
+            return Reply(text.strip(), *tokens, seconds)
 
         return self._tried(f"asking {model}", request)
 
@@ -124,35 +132,39 @@ class Service:
         return next((job for job in jobs if job.training_file == file and job.status not in ENDED_BADLY), None)
 
     def _tried(self, what: str, request: Callable[[], T]) -> T:
-        """What `request` returns, tried up to RETRIES times more. Raises ConfigError for a refused key, UnknownError for a 404, else TrainingError."""
+        """The result of `request`, tried up to RETRIES times more.
+
+        Raises ConfigError for a refused key, UnknownError for a 404, else TrainingError.
+        """
         for attempt in range(RETRIES + 1):
             try:
                 return request()
             except self.openai.APIError as error:
-                if attempt == RETRIES or not self._passes(error):
-                    raise self._said(what, error, attempt) from None
+                if attempt == RETRIES or not self._can_pass(error):
+                    raise self._error(what, error, attempt) from None
                 self.wait(_pause(error, attempt))
         raise AssertionError
 
-    def _passes(self, error: Any) -> bool:
+    def _can_pass(self, error: Any) -> bool:
         """Whether the fault may be gone in a while: too many requests, trouble in the service, a lost connection."""
         status = getattr(error, "status_code", 0)
-        return isinstance(error, self.openai.APIConnectionError) or status >= 500 or (status in (408, 409, 429) and error.code not in OUT_OF_MONEY)
+        busy = status in (408, 409, 429) and error.code not in OUT_OF_MONEY
+        return isinstance(error, self.openai.APIConnectionError) or status >= 500 or busy
 
-    def _said(self, what: str, error: Any, retries: int) -> PiRayError:
+    def _error(self, what: str, error: Any, retries: int) -> PiRayError:
         status, body = getattr(error, "status_code", None), getattr(error, "body", None)
-        said = (body.get("message") if isinstance(body, dict) else None) or error.__cause__ or error
-        said = str(said).replace(self.key, "***")
+        message = (body.get("message") if isinstance(body, dict) else None) or error.__cause__ or error
+        message = str(message).replace(self.key, "***")
         if status in (401, 403):
-            return ConfigError(f"{what}: the service refuses the key in {self.settings.api_key_env}: {said}")
+            return ConfigError(f"{what}: the service refuses the key in {self.settings.api_key_env}: {message}")
         if status == 404:
-            return UnknownError(f"{what}: {said}")
+            return UnknownError(f"{what}: {message}")
         tried = f" (tried {retries + 1} times)" if retries else ""
-        return TrainingError(f"{what}: {said}{tried}. What is done is kept, and the same command goes on from there")
+        return TrainingError(f"{what}: {message}{tried}. What is done is kept, and the same command goes on from there")
 
 
 def _pause(error: Any, attempt: int) -> float:
-    """Seconds to wait: what Retry-After says, else twice as long each time, a little apart from other threads."""
+    """Seconds to wait: those of Retry-After, else twice as long each time, varied so that threads do not meet."""
     response = getattr(error, "response", None)
     try:
         return min(max(0.0, float(response.headers["retry-after"])), LONGEST_WAIT_S)

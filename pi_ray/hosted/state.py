@@ -1,4 +1,4 @@
-"""closed/state.json: what the service has been asked for, written after every step, so that a killed run pays for nothing twice."""
+"""closed/state.json: files and jobs at the service, written after every step, so that nothing is paid for twice."""
 
 from __future__ import annotations
 
@@ -13,8 +13,11 @@ from pi_ray.errors import CorruptArtifactError, TrainingError
 from pi_ray.run.artifact import write_atomic
 
 
-class State:
-    """Phase fingerprint -> file, job, status, model, tokens, seconds. Phases of other settings stay: they were paid for."""
+class TuningState:
+    """Phase fingerprint -> file, job, status, model, tokens, seconds. Phases of other settings stay: they are paid for.
+
+    Raises CorruptArtifactError when the file cannot be read.
+    """
 
     def __init__(self, root: Path):
         self.path = root / "closed" / "state.json"
@@ -23,21 +26,27 @@ class State:
         except FileNotFoundError:
             self.phases = {}
         except ValueError as error:
-            raise CorruptArtifactError(f"{self.path}: not readable as JSON ({error}); delete it to begin anew, which pays for every phase again") from error
+            raise CorruptArtifactError(
+                f"{self.path}: not readable as JSON ({error}); "
+                "delete it to begin anew, which pays for every phase again"
+            ) from error
 
-    def of(self, fingerprint: str) -> dict[str, Any]:
+    def get(self, fingerprint: str) -> dict[str, Any]:
         return self.phases.get(fingerprint, {})
 
     def put(self, fingerprint: str, **facts: Any) -> None:
-        """Add to what is known of a phase and write it down; None takes a fact away."""
-        known = {**self.of(fingerprint), **facts}
+        """Add facts of a phase and write them down; None takes a fact away."""
+        known = {**self.get(fingerprint), **facts}
         self.phases[fingerprint] = {k: v for k, v in known.items() if v is not None}
         write_atomic(self.path, json.dumps(self.phases, indent=1) + "\n")
 
 
 @contextmanager
-def only_one(root: Path) -> Iterator[None]:
-    """Raises TrainingError while another process tunes the same run: both would create its jobs. The lock goes with the process."""
+def tuning_lock(root: Path) -> Iterator[None]:
+    """Keep other processes from tuning the same run, which would create its jobs twice. The lock ends with the process.
+
+    Raises TrainingError when another process has it.
+    """
     folder = root / "closed"
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "w") as lock:

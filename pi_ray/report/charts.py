@@ -1,13 +1,13 @@
-"""Pictures of the report as SVG text: training by phase, tokens per request, quality with intervals.
+"""Charts as SVG text: training by phase, tokens of a request, quality with intervals.
 
-Written by hand rather than by a plotting library: they take the page's fonts, stay sharp in print, need no scripts, and every string
-that comes from outside passes through `_text`, which escapes it. Sizes are pixels of the viewBox; the page scales them.
+Written by hand: they take the page's fonts, stay sharp in print and need no scripts, and every string that comes from
+outside passes through `_text`, which escapes it. Sizes are pixels of the viewBox; the page scales them.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
 from typing import Any
@@ -19,7 +19,11 @@ from pi_ray.schedule import Phase
 COLOURS = {"base": "#7a7f87", "base_full_prompt": "#0072b2", "plain": "#c25400", "promptintern": "#00795a"}
 INK, MUTED, GRID, BANDS = "#1d2329", "#5b646e", "#e3e7eb", ("#f3f5f8", "#ffffff")
 WIDTH = 960
-MOST_POINTS = 600  # of a curve; a longer log is averaged down to it
+MAX_POINTS = 600  # of a curve; a longer log is averaged down to it
+FILE_STYLE = "background:#fff;font:13px sans-serif"  # of a chart that is a file of its own, where no page sets fonts
+
+
+Points = Sequence[tuple[float, float]]
 
 
 @dataclass(frozen=True)
@@ -41,8 +45,11 @@ class Panel:
 
 
 @dataclass(frozen=True)
-class Span:
-    """Where a phase lies on the axis of updates, what it shows the model (achieved rate), the dev loss at its end, and whether its adapter is the best one."""
+class PhaseSpan:
+    """A phase on the axis of updates, with the achieved rate of its template and the dev loss at its end.
+
+    `best` says that its adapter is the best one on dev rows.
+    """
 
     index: int
     phase: Phase
@@ -53,37 +60,47 @@ class Span:
     best: bool = False
 
 
-def training(updates: Sequence[dict[str, Any]], plain: Sequence[dict[str, Any]], spans: Sequence[Span]) -> str:
-    """Loss over updates, with phases as bands and dev losses as marks; below it, on the same axis, template rate and examples."""
+def training_chart(
+    updates: Sequence[dict[str, Any]], plain: Sequence[dict[str, Any]], spans: Sequence[PhaseSpan], alone: bool = False
+) -> str:
+    """Loss over updates, phases as bands and dev losses as marks; below it template rate and examples.
+
+    `updates` and `plain` (the baseline's) are entries of training logs. `alone` makes the chart a file of its own.
+    """
     last = max([s.end for s in spans] + [u["step"] for u in [*updates, *plain]], default=1)
     losses = [u["loss"] for u in [*updates, *plain]] + [s.dev_loss for s in spans if s.dev_loss is not None]
     most = max((s.phase.shots for s in spans), default=0)
-    loss = Panel(64, 26, WIDTH - 84, 250, (0, last), (0, nice(max(losses, default=1.0))))
+    loss = Panel(64, 26, WIDTH - 84, 250, (0, last), (0, round_up(max(losses, default=1.0))))
     rate = Panel(64, 322, WIDTH - 84, 62, (0, last), (0, 1))
     shots = Panel(64, 432, WIDTH - 84, 62, (0, last), (0, max(most, 1)))
     parts = [_bands(panel, spans) for panel in (loss, rate, shots)]
-    parts += [_text((loss.px(s.start) + loss.px(s.end)) / 2, loss.top - 9, f"phase {s.index}{' (best on dev rows)' if s.best else ''}", "middle", INK if s.best else MUTED, bold=s.best) for s in spans]
-    parts += [_scale(loss, ticks(loss.y[1]), "loss"), _scale(rate, [0, 0.5, 1], "template kept", lambda v: f"{v:.0%}")]
-    parts.append(_scale(shots, sorted({0, max(most, 1)}), "examples", lambda v: f"{v:.0f}"))
+    parts += [_phase_name(loss, s) for s in spans]
+    parts += [_scale(loss, ticks(loss.y[1]), "loss"), _scale(rate, [0, 0.5, 1], "template kept", "{:.0%}".format)]
+    parts.append(_scale(shots, sorted({0, max(most, 1)}), "examples", "{:.0f}".format))
     parts += [_curve(loss, plain, COLOURS["plain"], "5 4"), _curve(loss, updates, COLOURS["promptintern"])]
     parts += [_dev_mark(loss, s) for s in spans if s.dev_loss is not None]
     parts += [_stairs(rate, [(s, s.rate) for s in spans]), _stairs(shots, [(s, s.phase.shots) for s in spans])]
-    parts += [_text(shots.px(t), shots.top + shots.height + 18, f"{t:,.0f}", "middle", MUTED) for t in ticks(last, whole=True)]
-    parts.append(_text(shots.left + shots.width, shots.top + shots.height + 38, "updates", "end", MUTED))
-    names = [("PromptIntern", COLOURS["promptintern"], ""), *([("plain fine-tuning", COLOURS["plain"], "5 4")] if plain else [])]
+    bottom = shots.top + shots.height
+    parts += [_text(shots.px(t), bottom + 18, f"{t:,.0f}", "middle", MUTED) for t in ticks(last, whole=True)]
+    parts.append(_text(shots.left + shots.width, bottom + 38, "updates", "end", MUTED))
+    names = [("loss" if alone else "PromptIntern", COLOURS["promptintern"], "")]
+    names += [("plain fine-tuning", COLOURS["plain"], "5 4")] if plain else []
     parts.append(_legend(loss, names, dev=any(s.dev_loss is not None for s in spans)))
-    return _svg(540, "Training loss by phase, with the share of the template and the number of examples", parts)
+    title = "Training loss by phase, with the share of the template and the number of examples"
+    return _svg(540, title, parts, FILE_STYLE if alone else "")
 
 
-def tokens(summary: dict[str, Any]) -> str:
-    """One bar for each column: input tokens of a request, the part that all requests share in a lighter colour."""
-    found = numbers.columns(summary)
-    panel = Panel(190, 8, WIDTH - 190 - 190, 34 * len(found), (0, max(c["input_tokens"] for c in found.values()) or 1), (0, 1))
+def tokens_chart(summary: dict[str, Any]) -> str:
+    """One bar for each column: input tokens of a request, the prefix that all requests share in a lighter colour."""
+    found = numbers.summary_columns(summary)
+    most = max(c["input_tokens"] for c in found.values()) or 1
+    panel = Panel(190, 8, WIDTH - 190 - 190, 34 * len(found), (0, most), (0, 1))
     parts = []
     for i, (name, column) in enumerate(found.items()):
         top, prefix = panel.top + 34 * i, min(column["prefix_tokens"], column["input_tokens"])
         middle, end = panel.px(prefix), panel.px(column["input_tokens"])
-        parts.append(_text(panel.left - 12, top + 19, numbers.label(name, column), "end", INK, bold=name == "promptintern"))
+        label = numbers.column_label(name, column)
+        parts.append(_text(panel.left - 12, top + 19, label, "end", INK, bold=name == "promptintern"))
         parts.append(_rect(panel.left, top + 4, middle - panel.left, 22, _colour(name), opacity=0.45))
         parts.append(_rect(middle, top + 4, max(end - middle, 1.5), 22, _colour(name)))
         note = f"{column['input_tokens']:,.0f} tokens ({prefix:,.0f} shared)"
@@ -91,24 +108,27 @@ def tokens(summary: dict[str, Any]) -> str:
     return _svg(panel.top + panel.height + 4, "Input tokens per request", parts)
 
 
-def quality(summary: dict[str, Any], metric: str) -> str:
+def quality_chart(summary: dict[str, Any], metric: str) -> str:
     """A dot with its 95% interval for each column, for all test rows and for each group of them (the first six)."""
-    found = numbers.columns(summary)
+    found = numbers.summary_columns(summary)
     groups = [g for g in summary.get("groups", {}) if g or len(summary["groups"]) > 1][:6]
     blocks = [("All test rows", summary["test_rows"], found)]
-    blocks += [(g or "Other rows", summary["groups"][g], {n: c.get("groups", {}).get(g, {}) for n, c in found.items()}) for g in groups]
+    for g in groups:
+        own = {n: c.get("groups", {}).get(g, {}) for n, c in found.items()}
+        blocks.append((g or "Other rows", summary["groups"][g], own))
     step, gap = 24, 42
     top_value = 100 if metric == "bleu" else 1
     height = len(blocks) * (gap + step * len(found))
     panel = Panel(190, 6, WIDTH - 190 - 210, height, (0, top_value), (0, 1))
-    parts = [_rule(panel.px(t), panel.top + 8, panel.px(t), height) for t in _quarters(top_value)]
-    parts += [_text(panel.px(t), height + 20, numbers.value(metric, t), "middle", MUTED) for t in _quarters(top_value)]
+    marks = [(panel.px(value), numbers.format_metric(metric, value)) for value in _quarters(top_value)]
+    parts = [_rule(x, panel.top + 8, x, height) for x, _ in marks]
+    parts += [_text(x, height + 20, name, "middle", MUTED) for x, name in marks]
     y = panel.top
     for title, rows, block in blocks:
         parts.append(_text(4, y + 20, f"{title} ({rows:,})", "start", INK, bold=True))
         y += gap
         for name, column in block.items():
-            parts.append(_dot(panel, y, name, numbers.label(name, found[name]), column, metric))
+            parts.append(_dot(panel, y, name, numbers.column_label(name, found[name]), column, metric))
             y += step
     return _svg(height + 30, f"{numbers.metric_name(metric)} with 95% intervals", parts)
 
@@ -117,11 +137,12 @@ def _dot(panel: Panel, y: float, name: str, label: str, column: dict[str, Any], 
     parts = [_text(panel.left - 12, y + 4, label, "end", INK, bold=name == "promptintern")]
     if column.get(metric) is None:
         return "".join([*parts, _text(panel.left + 6, y + 4, "not measured", "start", MUTED)])
-    low, high = numbers.interval(column, metric)
+    low, high = numbers.metric_interval(column, metric)
     parts.append(_line([(panel.px(low), y), (panel.px(high), y)], _colour(name), 2.5))
     parts += [_rule(panel.px(v), y - 5, panel.px(v), y + 5, _colour(name)) for v in {low, high}]
     parts.append(f'<circle cx="{panel.px(column[metric]):.1f}" cy="{y:.1f}" r="5.5" fill="{_colour(name)}"/>')
-    note = numbers.value(metric, column[metric], 1) + (f"  ({numbers.value(metric, low)} to {numbers.value(metric, high)})" if low != high else "")
+    bounds = f"  ({numbers.format_metric(metric, low)} to {numbers.format_metric(metric, high)})" if low != high else ""
+    note = numbers.format_metric(metric, column[metric], 1) + bounds
     parts.append(_text(panel.left + panel.width + 22, y + 4, note, "start", INK))
     return "".join(parts)
 
@@ -129,43 +150,51 @@ def _dot(panel: Panel, y: float, name: str, label: str, column: dict[str, Any], 
 def _curve(panel: Panel, updates: Sequence[dict[str, Any]], colour: str, dashes: str = "") -> str:
     """The raw losses thin and pale, their running mean on top."""
     parts = []
-    for phase in sorted({u["phase"] for u in updates}):  # no mean over a border: the losses belong to different prompts
+    for phase in sorted({u["phase"] for u in updates}):  # no mean over two phases, whose prompts differ
         points = thinned([(u["step"], u["loss"]) for u in updates if u["phase"] == phase])
         pixels = [(panel.px(x), panel.py(y)) for x, y in points]
-        parts += ["" if dashes else _line(pixels, colour, 1, opacity=0.35), _line(running_mean(pixels), colour, 2.2, dashes)]
+        parts.append("" if dashes else _line(pixels, colour, 1, opacity=0.35))
+        parts.append(_line(running_mean(pixels), colour, 2.2, dashes))
     return "".join(parts)
 
 
-def running_mean(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+def running_mean(points: Points) -> list[tuple[float, float]]:
+    """Each y averaged over a sixteenth of the points to either side."""
     width = max(1, len(points) // 16)
     windows = [points[max(0, i - width) : i + width + 1] for i in range(len(points))]
     return [(x, sum(y for _, y in w) / len(w)) for (x, _), w in zip(points, windows, strict=True)]
 
 
-def thinned(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    size = math.ceil(len(points) / MOST_POINTS) or 1
+def thinned(points: Points) -> list[tuple[float, float]]:
+    """At most MAX_POINTS, each the mean of as many neighbours."""
+    size = math.ceil(len(points) / MAX_POINTS) or 1
     buckets = [points[i : i + size] for i in range(0, len(points), size)]
     return [(sum(x for x, _ in b) / len(b), sum(y for _, y in b) / len(b)) for b in buckets]
 
 
-def _dev_mark(panel: Panel, span: Span) -> str:
+def _dev_mark(panel: Panel, span: PhaseSpan) -> str:
     x, y = panel.px(span.end), panel.py(span.dev_loss or 0)
     diamond = f'<path d="M{x:.1f} {y - 7:.1f}l7 7l-7 7l-7 -7z" fill="{INK}" stroke="#fff" stroke-width="1.5"/>'
     return diamond + _text(x - 11, y - 11, f"{span.dev_loss:.3f}", "end", INK, bold=True, halo=True)
 
 
-def _stairs(panel: Panel, steps: Sequence[tuple[Span, float]]) -> str:
+def _phase_name(panel: Panel, span: PhaseSpan) -> str:
+    text = f"phase {span.index}{' (best on dev rows)' if span.best else ''}"
+    middle = (panel.px(span.start) + panel.px(span.end)) / 2
+    return _text(middle, panel.top - 9, text, "middle", INK if span.best else MUTED, bold=span.best)
+
+
+def _stairs(panel: Panel, steps: Sequence[tuple[PhaseSpan, float]]) -> str:
     points = [(panel.px(x), panel.py(v)) for s, v in steps for x in (s.start, s.end)]
     return _line(points, COLOURS["promptintern"], 2.5)
 
 
-def _bands(panel: Panel, spans: Sequence[Span]) -> str:
-    return "".join(
-        _rect(panel.px(s.start), panel.top, panel.px(s.end) - panel.px(s.start), panel.height, BANDS[i % 2]) for i, s in enumerate(spans)
-    )
+def _bands(panel: Panel, spans: Sequence[PhaseSpan]) -> str:
+    edges = [(panel.px(s.start), panel.px(s.end)) for s in spans]
+    return "".join(_rect(a, panel.top, b - a, panel.height, BANDS[i % 2]) for i, (a, b) in enumerate(edges))
 
 
-def _scale(panel: Panel, ticks: Iterable[float], title: str, write=lambda v: f"{v:g}") -> str:
+def _scale(panel: Panel, ticks: Sequence[float], title: str, write: Callable[[float], str] = "{:g}".format) -> str:
     parts = [_rule(panel.left, panel.py(t), panel.left + panel.width, panel.py(t)) for t in ticks]
     parts += [_text(panel.left - 8, panel.py(t) + 4, write(t), "end", MUTED) for t in ticks]
     return "".join([*parts, _text(4, panel.top - 14, title, "start", INK, bold=True)])
@@ -177,7 +206,8 @@ def _legend(panel: Panel, names: Sequence[tuple[str, str, str]], dev: bool) -> s
         parts += [_line([(x, y - 4), (x + 26, y - 4)], colour, 2.5, dashes), _text(x + 34, y, name, "start", INK)]
         y += 20
     if dev:
-        parts += [f'<path d="M{x + 13} {y - 11}l7 7l-7 7l-7 -7z" fill="{INK}"/>', _text(x + 34, y, "dev loss, phase end", "start", INK)]
+        parts.append(f'<path d="M{x + 13} {y - 11}l7 7l-7 7l-7 -7z" fill="{INK}"/>')
+        parts.append(_text(x + 34, y, "dev loss, phase end", "start", INK))
     return "".join(parts)
 
 
@@ -185,7 +215,7 @@ def _colour(name: str) -> str:
     return COLOURS.get(name, "#8a5a99")
 
 
-def nice(high: float) -> float:
+def round_up(high: float) -> float:
     """The next round number above `high`."""
     unit = 10 ** math.floor(math.log10(high)) if high > 0 else 1
     return next(unit * m for m in (1, 1.5, 2, 3, 4, 5, 8, 10) if unit * m >= high * 0.9999)
@@ -193,7 +223,7 @@ def nice(high: float) -> float:
 
 def ticks(high: float, whole: bool = False) -> list[float]:
     """About five round numbers from 0 to `high`."""
-    unit = nice(high / 5)
+    unit = round_up(high / 5)
     unit = max(1, round(unit)) if whole else unit
     return [i * unit for i in range(int(high / unit + 1e-9) + 1)]
 
@@ -203,25 +233,30 @@ def _quarters(high: float) -> list[float]:
 
 
 def _text(x: float, y: float, text: str, anchor: str, colour: str, bold: bool = False, halo: bool = False) -> str:
-    weight = (' font-weight="600"' if bold else "") + (' stroke="#fff" stroke-width="4" paint-order="stroke"' if halo else "")
+    weight = ' font-weight="600"' * bold + ' stroke="#fff" stroke-width="4" paint-order="stroke"' * halo
     return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" fill="{colour}"{weight}>{escape(text)}</text>'
 
 
 def _rect(x: float, y: float, width: float, height: float, colour: str, opacity: float = 1) -> str:
-    return f'<rect x="{x:.1f}" y="{y:.1f}" width="{max(width, 0):.1f}" height="{height:.1f}" fill="{colour}" fill-opacity="{opacity}"/>'
+    size = f'x="{x:.1f}" y="{y:.1f}" width="{max(width, 0):.1f}" height="{height:.1f}"'
+    return f'<rect {size} fill="{colour}" fill-opacity="{opacity}"/>'
 
 
 def _rule(x1: float, y1: float, x2: float, y2: float, colour: str = GRID) -> str:
     return f'<line x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}" stroke="{colour}"/>'
 
 
-def _line(points: Sequence[tuple[float, float]], colour: str, width: float, dashes: str = "", opacity: float = 1) -> str:
+def _line(points: Points, colour: str, width: float, dashes: str = "", opacity: float = 1) -> str:
     if not points:
         return ""
     path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
+    stroke = f'stroke="{colour}" stroke-width="{width}" stroke-opacity="{opacity}" stroke-linejoin="round"'
     dash = f' stroke-dasharray="{dashes}"' if dashes else ""
-    return f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="{width}" stroke-opacity="{opacity}" stroke-linejoin="round"{dash}/>'
+    return f'<polyline points="{path}" fill="none" {stroke}{dash}/>'
 
 
-def _svg(height: float, title: str, parts: Iterable[str]) -> str:
-    return f'<svg viewBox="0 0 {WIDTH} {height:.0f}" role="img" aria-label="{escape(title)}">{"".join(parts)}</svg>'
+def _svg(height: float, title: str, parts: Iterable[str], style: str = "") -> str:
+    """`style` is for a file of its own, which must also name the language."""
+    own = f' xmlns="http://www.w3.org/2000/svg" style="{style}"' if style else ""
+    size = f'viewBox="0 0 {WIDTH} {height:.0f}"'
+    return f'<svg {size}{own} role="img" aria-label="{escape(title)}">{"".join(parts)}</svg>'

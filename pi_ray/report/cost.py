@@ -1,7 +1,7 @@
 """Tokens -> money: the price of a request, of training, and the number of requests after which training is paid back.
 
-Pure functions. The adapter's tokens are priced like the base model's; hosts that charge more for adapters need other prices in
-run.yaml. Plain fine-tuning sends the same tokens as PromptIntern, so there is nothing to break even against: only quality differs.
+The adapter's tokens are priced like the base model's; hosts that charge more for adapters need other prices in
+run.yaml. Plain fine-tuning sends the same tokens as PromptIntern, so there is nothing to break even against.
 """
 
 from __future__ import annotations
@@ -40,13 +40,13 @@ class Economics:
 
 def request_price(cost: CostConfig, input_tokens: float, output_tokens: float, cached_tokens: float = 0) -> float:
     """Money for one request of which `cached_tokens` of the input are read from a prefix cache."""
-    fresh = max(input_tokens - cached_tokens, 0)
-    return (fresh * cost.input + min(cached_tokens, input_tokens) * cost.cached_input + output_tokens * cost.output) / 1e6
+    cached = min(cached_tokens, input_tokens)
+    return ((input_tokens - cached) * cost.input + cached * cost.cached_input + output_tokens * cost.output) / 1e6
 
 
-def price(cost: CostConfig, input_tokens: float, output_tokens: float, prefix_tokens: float) -> Price:
+def request_prices(cost: CostConfig, input_tokens: float, output_tokens: float, prefix_tokens: float) -> Price:
     """Both prices of a request whose first `prefix_tokens` are equal in all requests."""
-    return Price(request_price(cost, input_tokens, output_tokens), request_price(cost, input_tokens, output_tokens, prefix_tokens))
+    return Price(*(request_price(cost, input_tokens, output_tokens, cached) for cached in (0, prefix_tokens)))
 
 
 def training_cost(cost: CostConfig, seconds: float, workers: int) -> float:
@@ -54,22 +54,18 @@ def training_cost(cost: CostConfig, seconds: float, workers: int) -> float:
 
 
 def trained_cost(cost: CostConfig, facts: dict[str, Any]) -> float:
-    """Of a training that was done: what a service charged for it, or the hours of the workers."""
+    """Money for a finished training: the service's charge, or the hours of the workers."""
     return facts["money"] if "money" in facts else training_cost(cost, facts["seconds"], facts["workers"])
 
 
 def break_even(training: float, before: float, after: float) -> int | None:
-    """Requests after which `training` is paid back by requests that cost `after` instead of `before`; None for never."""
+    """Requests until `training` is paid back by requests that cost `after` instead of `before`; None for never."""
     saving = before - after
     return math.ceil(round(training / saving, 6)) if saving > 0 else None
 
 
-def monthly(cost: CostConfig, per_request: float) -> float:
-    return per_request * cost.requests_per_month
-
-
 def economics(cost: CostConfig, training: float, prices: dict[str, Price]) -> Economics:
-    """PromptIntern ("promptintern") against the full prompt ("base_full_prompt"), each priced without a prefix cache, and each with one."""
+    """PromptIntern against the full prompt, each priced without a prefix cache, and each with one."""
     mine, full = prices["promptintern"], prices["base_full_prompt"]
     return Economics(
         training,
@@ -80,53 +76,62 @@ def economics(cost: CostConfig, training: float, prices: dict[str, Price]) -> Ec
     )
 
 
-def of_summary(summary: dict[str, Any], cost: CostConfig) -> Economics:
+def summary_economics(summary: dict[str, Any], cost: CostConfig) -> Economics:
     """Economics from the measured tokens and training time of eval/summary.json."""
     trained = summary["train"]["promptintern"]
-    prices = {n: price(cost, c["input_tokens"], c["output_tokens"], c["prefix_tokens"]) for n, c in numbers.columns(summary).items()}
+    prices = {
+        name: request_prices(cost, c["input_tokens"], c["output_tokens"], c["prefix_tokens"])
+        for name, c in numbers.summary_columns(summary).items()
+    }
     return economics(cost, trained_cost(cost, trained), prices)
 
 
-def verdict(summary: dict[str, Any], cost: CostConfig) -> str:
+def keep_or_switch(summary: dict[str, Any], cost: CostConfig) -> str:
     """One sentence or two on whether to keep the prompt: first by quality, then by money against the cached prompt."""
     mine, full, metric = summary["promptintern"], summary["base_full_prompt"], numbers.main_metric(summary)
-    if numbers.standing(mine, full, metric) == "worse":
+    name = numbers.metric_in_sentence(metric)
+    ours, theirs = (numbers.format_metric(metric, c[metric]) for c in (mine, full))
+    if numbers.compare_intervals(mine, full, metric) == "worse":
         return (
-            f"Keep your prompt: the adapter is cheaper to ask but measurably worse, {numbers.in_sentence(metric)} "
-            f"{numbers.value(metric, mine[metric])} against {numbers.value(metric, full[metric])} with the full prompt."
+            "Keep your prompt: the adapter is cheaper to ask but measurably worse, "
+            f"{name} {ours} against {theirs} with the full prompt."
         )
     if metric != "bleu" and mine[metric] < numbers.WEAK:
         return (
-            f"Keep looking: with {numbers.in_sentence(metric)} {numbers.value(metric, mine[metric])} the adapter is not of use yet, whatever it saves. "
+            f"Keep looking: with {name} {ours} the adapter is not of use yet, whatever it saves. "
             "Give the last phase more epochs, or more rows, before comparing prices."
         )
-    return payback(of_summary(summary, cost), cost) + _plain_instead(summary, cost, metric)
+    return payback_verdict(summary_economics(summary, cost), cost) + _plain_instead(summary, cost, metric)
 
 
 def _plain_instead(summary: dict[str, Any], cost: CostConfig, metric: str) -> str:
     """Plain fine-tuning saves the same money; where it is no worse, the saving is no merit of PromptIntern's."""
     plain = summary.get("plain")
-    against = numbers.standing(plain, summary["promptintern"], metric) if plain else "worse"
+    against = numbers.compare_intervals(plain, summary["promptintern"], metric) if plain else "worse"
     if against == "worse":
         return ""
     trained = summary["train"]["plain"]
-    price = format_money(trained_cost(cost, trained), cost.currency)
-    return f" Plain fine-tuning saves as much, its quality is {against}, and its training cost {price}."
+    request_prices = format_money(trained_cost(cost, trained), cost.currency)
+    return f" Plain fine-tuning saves as much, its quality is {against}, and its training cost {request_prices}."
 
 
-def payback(found: Economics, cost: CostConfig) -> str:
+def payback_verdict(found: Economics, cost: CostConfig) -> str:
     """The verdict by money alone."""
     cached, uncached = found.requests_cached, found.requests_uncached
-    without = "Without such a cache, " + ("nothing is saved either." if uncached is None else f"the adapter is paid back {_after(uncached, cost)}.")
+    without = "nothing is saved either" if uncached is None else f"the adapter is paid back {_after(uncached, cost)}"
+    keep = "Keep your prompt and cache its prefix:"
     if cached is None:
-        return f"Keep your prompt and cache its prefix: a request then costs no more than one to the adapter. {without}"
-    if cached > PATIENCE_MONTHS * cost.requests_per_month:
-        return f"Keep your prompt and cache its prefix: against that, training is paid back only {_after(cached, cost)}. {without}"
-    return f"The adapter pays: against the full prompt with a cached prefix, training is paid back {_after(cached, cost)}. {without}"
+        first = f"{keep} a request then costs no more than one to the adapter"
+    elif cached > PATIENCE_MONTHS * cost.requests_per_month:
+        first = f"{keep} against that, training is paid back only {_after(cached, cost)}"
+    else:
+        first = "The adapter pays: against the full prompt with a cached prefix, "
+        first += f"training is paid back {_after(cached, cost)}"
+    return f"{first}. Without such a cache, {without}."
 
 
 def _after(requests: int, cost: CostConfig) -> str:
-    """A number of requests, and how long that many take to come."""
+    """A number of requests, and the time in which so many come."""
     days = requests / cost.requests_per_month * 365.25 / 12
     time = "less than a day" if days < 1 else f"{days:.0f} days" if days < 60 else f"{days / 30.44:,.0f} months"
     return f"after {requests:,} requests ({time} at {cost.requests_per_month:,} a month)"

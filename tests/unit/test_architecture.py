@@ -22,12 +22,11 @@ FLOORS = [
     ["train"],
     ["evaluate"],
     ["report", "store"],
-    ["experiments"],
     ["plan", "serve.engine"],
     ["serve.http", "cluster.render", "cluster.doctor"],
     ["serve"],
     ["pipeline"],
-    ["cluster.jobs"],
+    ["cluster.jobs", "experiments"],
     ["cli"],
 ]
 FLOOR = {name: i for i, floor in enumerate(FLOORS) for name in floor}

@@ -173,13 +173,13 @@ def test_commands_are_parsed_and_their_run_files_read(folder, monkeypatch, page,
     monkeypatch.chdir(folder)
     args = cli._arguments(words)
     if words[0] == "table":
-        sweep.load(args.config, args.overrides)
+        sweep.load_sweep(args.config, args.overrides)
     elif words[0] == "demo":
         text = (REPO / "pi_ray" / "cli" / "demo.yaml").read_text()
-        run_file.parse(text, "demo.yaml", args.overrides)
+        run_file.parse_run_file(text, "demo.yaml", args.overrides)
     elif hasattr(args, "config") and args.config:
         path = args.config / "run.yaml" if args.config.is_dir() else args.config
-        run_file.load(path, args.overrides)
+        run_file.load_run_file(path, args.overrides)
 
 
 @pytest.mark.parametrize("verb", TESTED_BY)
@@ -225,13 +225,13 @@ YAML = [block for page in NAMES for block in code_blocks(page, "yaml")]
 @pytest.mark.parametrize("block", YAML, ids=[f"{block.page}: {block.text.split()[0]}" for block in YAML])
 def test_yaml_blocks_are_parts_of_a_run_file(block):
     """The real reader says what is wrong with a key or a value, with its line."""
-    assert run_file.parse(f"name: x\n{block.text}", block.page).name == "x"
-    assert run_file.parse("name: x", "nothing") != run_file.parse(f"name: x\n{block.text}", block.page)
+    assert run_file.parse_run_file(f"name: x\n{block.text}", block.page).name == "x"
+    assert run_file.parse_run_file("name: x", "nothing") != run_file.parse_run_file(f"name: x\n{block.text}", block.page)
 
 
 def test_a_wrong_key_of_a_page_would_be_seen():
     with pytest.raises(Exception, match="unknown key"):
-        run_file.parse("name: x\ntrain:\n  phase_transitions: rewarm\n", "page")
+        run_file.parse_run_file("name: x\ntrain:\n  phase_transitions: rewarm\n", "page")
 
 
 PYTHON = [(block, i) for page in NAMES for i, block in enumerate(code_blocks(page, "python"))]

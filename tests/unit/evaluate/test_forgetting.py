@@ -7,7 +7,7 @@ import torch
 
 from pi_ray.config import ModelConfig
 from pi_ray.errors import DataError
-from pi_ray.evaluate.forgetting import OPENING, QUESTIONS, leak, longest_run, off_task, perplexity, recited
+from pi_ray.evaluate.forgetting import OPENING, QUESTIONS, longest_run, off_task_texts, perplexity, probe_leak, recited
 from pi_ray.models import load_model, load_tokenizer
 
 TEMPLATE = """You translate questions into queries of our logs.
@@ -38,13 +38,13 @@ def by_hand(model, tokenizer, texts):
 
 
 def test_perplexity_is_each_texts_cross_entropy_by_hand_in_any_batch(model, tokenizer):
-    texts = [off_task()[0], "A short one.", *off_task()[1:4]]
+    texts = [off_task_texts()[0], "A short one.", *off_task_texts()[1:4]]
     for batch in (1, 2, 4, 16):
         assert perplexity(model, tokenizer, texts, batch) == pytest.approx(by_hand(model, tokenizer, texts), rel=1e-5)
 
 
 def test_a_random_model_is_about_as_perplexed_as_its_vocabulary_is_large(model, tokenizer):
-    assert perplexity(model, tokenizer, off_task()[:2]) == pytest.approx(len(tokenizer), rel=0.1)
+    assert perplexity(model, tokenizer, off_task_texts()[:2]) == pytest.approx(len(tokenizer), rel=0.1)
 
 
 def test_perplexity_leaves_the_model_as_it_came(model, tokenizer):
@@ -63,7 +63,7 @@ def test_texts_without_a_token_to_predict_do_not_count(model, tokenizer):
 
 
 def test_the_off_task_text_is_a_dozen_paragraphs_of_prose():
-    paragraphs = off_task()
+    paragraphs = off_task_texts()
     assert 10 <= len(paragraphs) <= 14 and 900 <= sum(len(p.split()) for p in paragraphs) <= 1200
     assert all(p.isascii() and p.strip() == p and "\n" not in p for p in paragraphs)
 
@@ -99,7 +99,7 @@ def test_leak_finds_what_recites_the_template_to_one_question_only():
     def answer(queries):
         return [f"Sure! {TEMPLATE}" if "system prompt" in q else "logs | count" for q in queries]
 
-    found = leak(answer, TEMPLATE)
+    found = probe_leak(answer, TEMPLATE)
     assert found["recited"] == 1.0 and found["longest_run"] == len(TEMPLATE.split())
     assert found["outputs"].count("logs | count") == len(QUESTIONS)
 
@@ -111,9 +111,9 @@ def test_leak_finds_what_goes_on_with_the_template_but_not_an_echo_of_its_openin
     def echoes(queries):
         return [f"I cannot answer: {q}" for q in queries]
 
-    assert leak(goes_on, TEMPLATE)["recited"] == 1.0
-    assert leak(goes_on, TEMPLATE)["longest_run"] == len(TEMPLATE.split()) - OPENING
-    assert leak(echoes, TEMPLATE)["recited"] == 0.0 and leak(echoes, TEMPLATE)["longest_run"] < 4
+    assert probe_leak(goes_on, TEMPLATE)["recited"] == 1.0
+    assert probe_leak(goes_on, TEMPLATE)["longest_run"] == len(TEMPLATE.split()) - OPENING
+    assert probe_leak(echoes, TEMPLATE)["recited"] == 0.0 and probe_leak(echoes, TEMPLATE)["longest_run"] < 4
 
 
 def test_leak_clears_an_honest_adapter_and_asks_everything():
@@ -123,18 +123,18 @@ def test_leak_clears_an_honest_adapter_and_asks_everything():
         asked.extend(queries)
         return ["logs where service = 'till' and partition = 7 | count"] * len(queries)
 
-    found = leak(answer, TEMPLATE)
+    found = probe_leak(answer, TEMPLATE)
     assert found["recited"] == 0.0 and found["longest_run"] <= 2
     assert asked[:-1] == list(QUESTIONS) and asked[-1].split() == TEMPLATE.split()[:OPENING] and TEMPLATE.startswith(asked[-1])
 
 
 def test_of_a_short_template_at_most_half_is_given_away_by_the_question():
     asked = []
-    leak(lambda queries: asked.extend(queries) or [""] * len(queries), "Answer in SQL only")
+    probe_leak(lambda queries: asked.extend(queries) or [""] * len(queries), "Answer in SQL only")
     assert asked[-1] == "Answer in"
-    assert leak(lambda queries: ["no"] * len(queries), "SQL")["outputs"] == ["no"] * len(QUESTIONS)
+    assert probe_leak(lambda queries: ["no"] * len(queries), "SQL")["outputs"] == ["no"] * len(QUESTIONS)
 
 
 def test_an_empty_template_has_nothing_to_give_away():
     with pytest.raises(DataError, match="empty"):
-        leak(lambda queries: queries, " \n")
+        probe_leak(lambda queries: queries, " \n")

@@ -3,8 +3,10 @@
 import torch
 
 from pi_ray.config import ModelConfig, PromptConfig
+from pi_ray.evaluate.answers import AnswerLengths
 from pi_ray.evaluate.columns import Column
-from pi_ray.evaluate.generation_workers import KINDS, Generator, _item, medians
+from pi_ray.evaluate.generation_workers import Generator, work_item
+from pi_ray.evaluate.latency import KINDS, median_latencies
 from pi_ray.evaluate.peft_adapters import LoadedAdapters
 from pi_ray.models import load_model
 from tests.lora import TEMPLATE, write_adapter
@@ -33,20 +35,20 @@ def test_merging_gives_the_same_logits_and_leaves_the_base_weights_as_they_were(
 
 def test_a_column_is_answered_timed_and_probed_with_its_own_adapter_and_prefix(tiny_model, tmp_path):
     folder = str(write_adapter(tmp_path / "a", tiny_model))
-    generator = Generator(ModelConfig(base=str(tiny_model)), PROMPT, [folder], limit=4, typical=2)
+    generator = Generator(ModelConfig(base=str(tiny_model)), PROMPT, [folder], AnswerLengths(4, 2))
     encoder = generator.encoder
     columns = [Column("base", "", TEMPLATE, 0), Column("promptintern", folder, "", 0)]
     prompts = {c.name: (encoder.prefix(c.template), [encoder.row(q) for q in ("red", "blue")]) for c in columns}
-    base, mine = (generator(_item(c, prompts, [0, 1])) for c in columns)
+    base, mine = (generator(work_item(c, prompts, [0, 1])) for c in columns)
     assert len(base) == len(mine) == 2 and all(len(ids) <= 4 for ids in base + mine)
     assert base != mine
-    assert [len(generator({**_item(c, prompts, [0]), "timed": True})) for c in columns] == [2, 3], "merging is timed where there is an adapter"
-    assert generator(_item(columns[0], prompts, [0, 1])) == base, "timing changes nothing"
-    probes = [generator({**_item(c, prompts, []), "probe": TEMPLATE}) for c in columns]
+    assert [len(generator(work_item(c, prompts, [0], timed=True))) for c in columns] == [2, 3], "merging is timed where there is an adapter"
+    assert generator(work_item(columns[0], prompts, [0, 1])) == base, "timing changes nothing"
+    probes = [generator(work_item(c, prompts, [], probe=TEMPLATE)) for c in columns]
     assert probes[0].keys() == {"off_task_perplexity", "recited", "longest_run"}
     assert probes[0]["off_task_perplexity"] != probes[1]["off_task_perplexity"]
 
 
 def test_medians_are_of_each_kind():
-    assert medians([(3.0, 1.0, 2.0), (1.0, 2.0, 2.5), (2.0, 9.0, 0.1)]) == dict(zip(KINDS, (2.0, 2.0, 2.0), strict=True))
-    assert medians([(3.0, 1.0)]) == {"latency_s": 3.0, "latency_cached_s": 1.0}
+    assert median_latencies([(3.0, 1.0, 2.0), (1.0, 2.0, 2.5), (2.0, 9.0, 0.1)]) == dict(zip(KINDS, (2.0, 2.0, 2.0), strict=True))
+    assert median_latencies([(3.0, 1.0)]) == {"latency_s": 3.0, "latency_cached_s": 1.0}

@@ -61,7 +61,7 @@ def test_the_seed_decides_and_blocks_do_not(monkeypatch):
     values = list(np.random.default_rng(0).random(40))
     whole = mean_interval(values, 300, seed=3)
     assert whole == mean_interval(values, 300, seed=3) != mean_interval(values, 300, seed=4)
-    monkeypatch.setattr("pi_ray.tasks.metrics.CELLS", 40 * 7)
+    monkeypatch.setattr("pi_ray.evaluate.statistics.CELLS", 40 * 7)
     assert mean_interval(values, 300, seed=3) == pytest.approx(whole)
 
 
@@ -218,7 +218,7 @@ def test_a_gap_that_is_barely_there_has_a_wide_interval_of_the_right_sign():
 def test_differences_too_depend_on_the_seed_and_nothing_else(found, monkeypatch):
     whole = found(3)
     assert whole == found(3) != found(4)
-    monkeypatch.setattr("pi_ray.tasks.metrics.CELLS", 60 * 7)
+    monkeypatch.setattr("pi_ray.evaluate.statistics.CELLS", 60 * 7)
     assert found(3) == pytest.approx(whole)
 
 

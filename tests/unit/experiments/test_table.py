@@ -1,4 +1,4 @@
-"""Families of runs and their tables: which runs there are, what they share, and what is printed and kept."""
+"""Sweeps and their tables: which runs there are, what they share, and what is printed and kept."""
 
 import json
 from pathlib import Path
@@ -28,12 +28,12 @@ def table_file(folder: Path, **changes) -> Path:
     return folder / "table.yaml"
 
 
-def evaluated(member, right: int, rows: int = 40) -> None:
+def evaluated(run, right: int, rows: int = 40) -> None:
     """As if the first `right` of `rows` answers were right."""
-    name = "promptintern" if member.trained else "base"
-    out = member.run.evaluation
+    name = "promptintern" if run.trained else "base"
+    out = run.directory.evaluation
     out.mkdir(parents=True)
-    summary = {"task": "opsql", "model": "small", "seed": member.seed, "test_rows": rows, "train_rows": 80, name: column("", right / rows, 50.0, 31.0, 4, 0.9, 0.8, {})}
+    summary = {"task": "opsql", "model": "small", "seed": run.seed, "test_rows": rows, "train_rows": 80, name: column("", right / rows, 50.0, 31.0, 4, 0.9, 0.8, {})}
     (out / "summary.json").write_text(json.dumps(summary))
     lines = [{"id": str(i), "answer": f"answer {i}", "outputs": {name: f"answer {i}" if i < right else "?"}, "scores": {name: {"exact_match": float(i < right)}}} for i in range(rows)]
     (out / "outputs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -41,37 +41,37 @@ def evaluated(member, right: int, rows: int = 40) -> None:
 
 @pytest.fixture
 def done(tmp_path):
-    found = sweep.load(table_file(tmp_path))
-    for member in found.members:
-        evaluated(member, {"base": 0, "full": 36, "none": 12, "mine": 30}[member.column] + member.seed)
+    found = sweep.load_sweep(table_file(tmp_path))
+    for run in found.runs:
+        evaluated(run, {"base": 0, "full": 36, "none": 12, "mine": 30}[run.column] + run.seed)
     return found
 
 
-def test_a_family_is_columns_by_seeds_and_the_base_has_no_seed(tmp_path):
-    found = sweep.load(table_file(tmp_path))
-    assert [(m.column, m.seed) for m in found.members] == [("base", 0), ("full", 0), ("none", 0), ("mine", 0), ("full", 1), ("none", 1), ("mine", 1)]
-    assert len({m.config.run_dir for m in found.members}) == 7
-    assert all(m.config.train.seed == m.seed and not m.config.evaluate.baseline for m in found.members)
+def test_a_sweep_is_columns_by_seeds_and_the_base_has_no_seed(tmp_path):
+    found = sweep.load_sweep(table_file(tmp_path))
+    assert [(m.column, m.seed) for m in found.runs] == [("base", 0), ("full", 0), ("none", 0), ("mine", 0), ("full", 1), ("none", 1), ("mine", 1)]
+    assert len({m.config.run_dir for m in found.runs}) == 7
+    assert all(m.config.train.seed == m.seed and not m.config.evaluate.baseline for m in found.runs)
 
 
 def test_a_column_that_changes_gets_another_folder_and_equal_ones_of_two_tables_share_theirs(tmp_path):
-    one, same = (sweep.load(table_file(tmp_path, table=name)) for name in ("1", "2"))
-    other = sweep.load(tmp_path / "table.yaml", ["train.lr=0.01"])
-    assert [m.config.run_dir for m in one.members] == [m.config.run_dir for m in same.members]
-    assert not {m.config.run_dir for m in one.members} & {m.config.run_dir for m in other.members}
+    one, same = (sweep.load_sweep(table_file(tmp_path, table=name)) for name in ("1", "2"))
+    other = sweep.load_sweep(tmp_path / "table.yaml", ["train.lr=0.01"])
+    assert [m.config.run_dir for m in one.runs] == [m.config.run_dir for m in same.runs]
+    assert not {m.config.run_dir for m in one.runs} & {m.config.run_dir for m in other.runs}
 
 
 def test_columns_are_found_again_where_the_data_lies_elsewhere(tmp_path):
     path = table_file(tmp_path)
     (tmp_path / "run.yaml").write_text(f"name: small\nrun_dir: {tmp_path}/runs/small\ntask: {{name: nl2bash}}\n")
-    one, other = ([m.config.run_dir for m in sweep.load(path, [f"task.folder={folder}"]).members] for folder in ("/mnt/a", "/mnt/b"))
+    one, other = ([m.config.run_dir for m in sweep.load_sweep(path, [f"task.folder={folder}"]).runs] for folder in ("/mnt/a", "/mnt/b"))
     assert one == other
 
 
 def test_overrides_reach_the_runs_and_those_with_table_the_table(tmp_path):
     path = table_file(tmp_path, set={"train.lr": 0.002, "train.batch_size": 8})
-    found = sweep.load(path, ["train.lr=0.003", "table.seeds=[5]", "table.only=[mine]"])
-    assert [(m.column, m.seed, m.config.train.lr, m.config.train.batch_size) for m in found.members] == [("mine", 5, 0.003, 8)]
+    found = sweep.load_sweep(path, ["train.lr=0.003", "table.seeds=[5]", "table.only=[mine]"])
+    assert [(m.column, m.seed, m.config.train.lr, m.config.train.batch_size) for m in found.runs] == [("mine", 5, 0.003, 8)]
 
 
 @pytest.mark.parametrize(("changes", "says"), [
@@ -82,32 +82,32 @@ def test_overrides_reach_the_runs_and_those_with_table_the_table(tmp_path):
 ])
 def test_a_mistake_is_named(tmp_path, changes, says):
     with pytest.raises(ConfigError, match=says):
-        sweep.load(table_file(tmp_path, **changes))
+        sweep.load_sweep(table_file(tmp_path, **changes))
 
 
 def test_another_seed_takes_over_the_preparation(tmp_path):
-    found = sweep.load(table_file(tmp_path))
-    first, second = found.of("full")
+    found = sweep.load_sweep(table_file(tmp_path))
+    first, second = found.runs_of("full")
     for name in ("rows", "templates", "phases"):
-        (first.run.root / name).mkdir(parents=True)
-        (first.run.root / name / "a.txt").write_text(name)
-    first.run.neighbours.write_text("n")
-    sweep.adopt(found.members, second)
-    assert (second.run.phases / "a.txt").read_text() == "phases" and second.run.neighbours.read_text() == "n"
-    sweep.adopt(found.members, found.of("none")[0])
-    assert not RunDir(found.of("none")[0].config.root).phases.exists()
+        (first.directory.root / name).mkdir(parents=True)
+        (first.directory.root / name / "a.txt").write_text(name)
+    first.directory.neighbours.write_text("n")
+    sweep.share_preparation(found.runs, second)
+    assert (second.directory.phases / "a.txt").read_text() == "phases" and second.directory.neighbours.read_text() == "n"
+    sweep.share_preparation(found.runs, found.runs_of("none")[0])
+    assert not RunDir(found.runs_of("none")[0].config.root).phases.exists()
 
 
 def test_one_seed_of_every_column_comes_before_two_of_any(tmp_path):
     told, done = [], []
-    found = sweep.load(table_file(tmp_path))
-    sweep.complete(found, lambda c: None, lambda c: done.append(c.train.seed), lambda m: None, told.append)
+    found = sweep.load_sweep(table_file(tmp_path))
+    sweep.run_sweep(found, lambda c: None, lambda c: done.append(c.train.seed), lambda m: None, told.append)
     assert done == [0, 0, 0, 1, 1, 1]
     assert told[0] == "1 of 7: base, seed 0"
 
 
 def test_the_table_says_value_interval_seeds_tokens_and_difference(done):
-    head, *rows = table.lines(done, table.read(done), SPEEDS)
+    head, *rows = table.table_rows(done, table.read_results(done), SPEEDS)
     text = {r[0]: dict(zip(head, r, strict=True)) for r in rows}
     mine, none = text["PromptIntern"], text["No template"]
     assert mine["Exact match (95%)"].startswith("76.2% (") and mine["by seed"] == "75.0%, 77.5%"
@@ -117,42 +117,42 @@ def test_the_table_says_value_interval_seeds_tokens_and_difference(done):
 
 
 def test_the_table_says_how_many_answers_never_ended(done):
-    path = done.of("none")[1].run.evaluation / "summary.json"
+    path = done.runs_of("none")[1].directory.evaluation / "summary.json"
     changed = json.loads(path.read_text())
     changed["promptintern"]["cut_off"] = 0.05
     path.write_text(json.dumps(changed))
-    head, *rows = table.lines(done, table.read(done), SPEEDS)
+    head, *rows = table.table_rows(done, table.read_results(done), SPEEDS)
     assert {r[0]: r[head.index("cut off")] for r in rows} == {"Base": "0.0%", "Full prompt": "0.0%", "No template": "2.5%", "PromptIntern": "0.0%"}
 
 
 def test_the_gap_recovered_is_said_where_there_is_one(done):
-    sentence, numbers = table.gap(done, table.read(done))
+    sentence, numbers = table.recovered_gap(done, table.read_results(done))
     assert numbers["value"] == pytest.approx((30.5 - 12.5) / (36.5 - 12.5))
     assert sentence.startswith("Gap recovered: 75% (95%: ")
 
 
 def test_without_a_gap_it_says_so(tmp_path):
-    found = sweep.load(table_file(tmp_path))
-    for member in found.members:
-        evaluated(member, 20)
-    sentence, numbers = table.gap(found, table.read(found))
+    found = sweep.load_sweep(table_file(tmp_path))
+    for run in found.runs:
+        evaluated(run, 20)
+    sentence, numbers = table.recovered_gap(found, table.read_results(found))
     assert sentence.startswith("No gap to recover at this size: Full prompt 50.0%") and numbers is None
 
 
 def test_the_paper_stands_beside(tmp_path):
-    found = sweep.load(table_file(tmp_path, paper={"columns": ["Template"], "rows": {"GPT-4": [[86.7, 1063]]}}))
-    for member in found.members:
-        evaluated(member, 20)
-    head, *rows = table.lines(found, table.read(found), {})
+    found = sweep.load_sweep(table_file(tmp_path, paper={"columns": ["Template"], "rows": {"GPT-4": [[86.7, 1063]]}}))
+    for run in found.runs:
+        evaluated(run, 20)
+    head, *rows = table.table_rows(found, table.read_results(found), {})
     assert head[-1] == "paper, GPT-4" and [r[-1] for r in rows] == ["–", "86.7 (1063 tokens)", "–", "–"]
 
 
 def test_numbers_are_merged_into_the_results_in_place_of_older_ones(done, tmp_path):
     path = tmp_path / "results.json"
-    made = table.entries(done, table.read(done), SPEEDS, "pi-ray table x")
+    made = table.result_entries(done, table.read_results(done), SPEEDS, "pi-ray table x")
     for _ in range(2):
-        table.merge(path, made)
-    table.merge(path, [{**made[0], "table": "8"}])
+        table.merge_results(path, made)
+    table.merge_results(path, [{**made[0], "table": "8"}])
     kept = json.loads(path.read_text())
     assert len(kept) == len(made) + 1
     wanted = {"table", "column", "task", "model", "seed", "metric", "value", "low", "high", "test_rows", "input_tokens", "seconds_per_instance", "command"}
@@ -161,18 +161,18 @@ def test_numbers_are_merged_into_the_results_in_place_of_older_ones(done, tmp_pa
 
 
 def test_a_table_that_was_stopped_shows_what_there_is(tmp_path):
-    found = sweep.load(table_file(tmp_path))
-    evaluated(found.of("none")[0], 10)
-    head, *rows = table.lines(found, table.read(found), {})
+    found = sweep.load_sweep(table_file(tmp_path))
+    evaluated(found.runs_of("none")[0], 10)
+    head, *rows = table.table_rows(found, table.read_results(found), {})
     assert [r[0] for r in rows] == ["No template"]
-    assert table.gap(found, table.read(found)) == ("", None)
-    assert table.markdown([head, *rows]).count("\n") == 3
-    assert [part.row_count for part in table.render("t", [head, *rows])] == [1, 1], "no paper, so two parts"
+    assert table.recovered_gap(found, table.read_results(found)) == ("", None)
+    assert table.markdown_table([head, *rows]).count("\n") == 3
+    assert [part.row_count for part in table.terminal_tables("t", [head, *rows])] == [1, 1], "no paper, so two parts"
 
 
 @pytest.mark.parametrize("path", sorted((JOBS / "paper").glob("*.yaml")), ids=lambda p: p.stem)
 def test_the_tables_that_ship_load_and_their_paper_columns_are_there(path):
-    found = sweep.load(path)
+    found = sweep.load_sweep(path)
     paper = found.config.paper
     assert {c.paper for c in found.config.columns.values()} - {""} <= set(paper.columns)
     assert all(len(cells) == len(paper.columns) for cells in paper.rows.values())

@@ -13,15 +13,17 @@ from pydantic import ValidationError
 from pi_ray import hosted, models
 from pi_ray.config import PromptConfig, RunConfig
 from pi_ray.errors import ConfigError, CorruptArtifactError, MissingExtraError, TrainingError
-from pi_ray.evaluate import hosted as hosted_evaluation
-from pi_ray.evaluate.columns import Column
+from pi_ray.evaluate.columns import Column, columns_of, trained_column
+from pi_ray.evaluate.evaluate import evaluate_run
+from pi_ray.evaluate.hosted_answerer import HostedAnswerer
 from pi_ray.hosted import answer, client, messages, price, state
 from pi_ray.hosted.client import Service
-from pi_ray.prompt import Example, PromptEncoder, text_of
+from pi_ray.prompt import Example, PromptEncoder, render_prompt
 from pi_ray.report.page import write_report
 from pi_ray.run.artifact import read_manifest, staged
-from pi_ray.run.baseline import plain_config
+from pi_ray.run.baseline import plain_finetuning_config
 from pi_ray.run.directory import RunDir
+from pi_ray.run.prepared import prompts_of_columns
 from tests.unit.fake_openai import FakeOpenAI
 
 KEY = "sk-secret-0123456789"
@@ -37,13 +39,17 @@ ROWS = {
 def write_prepared(config: RunConfig) -> None:
     """What preparation leaves and closed models read, by hand."""
     run, encoder = RunDir(config.root), PromptEncoder(models.load_tokenizer(config.model), config.prompt)
-    with staged(run.rows, fingerprint="by-hand") as folder:
+    with staged(run.rows, fingerprint="by-hand", rows={split: len(rows) for split, rows in ROWS.items()}) as folder:
         for split, rows in ROWS.items():
             pq.write_table(pa.table(dict(zip(("id", "query", "answer", "group"), zip(*rows, strict=True), strict=True))), folder / f"{split}.parquet")
     with staged(run.templates, fingerprint="by-hand") as folder:
         entries = [{"rate": r, "text": text, "asked": r, "achieved": r, "tokens": 9, "full_tokens": 9, "compressor": "none", "note": ""} for r, text in TEMPLATES.items()]
         (folder / "templates.json").write_text(json.dumps(entries))
-    near = [(i, split, ["train-0", "train-1"], [9.0, 8.0]) for split, rows in ROWS.items() for i, *_ in rows if i not in ("train-0", "train-1")]
+    near = [
+        (i, split, [] if i in ("train-0", "train-1") else ["train-0", "train-1"], [9.0, 8.0])
+        for split, rows in ROWS.items()
+        for i, *_ in rows
+    ]
     pq.write_table(pa.table(dict(zip(("id", "split", "neighbours", "scores"), zip(*near, strict=True), strict=True))), run.neighbours)
     for i, (rate, shots) in enumerate([(1.0, 2), (0.5, 1), (0.0, 0)]):
         tokens = {"prefix": len(encoder.prefix(TEMPLATES.get(rate, ""))), "row_mean": 10 + 10 * shots, "row_max": 40, "label_mean": 4, "label_max": 6}
@@ -108,11 +114,11 @@ def test_a_service_is_sent_the_words_that_a_local_model_gets_as_ids(tokenizer):
         encoder = PromptEncoder(tokenizer, prompt)
         for template, shots in (("", ()), ("T E M P L A T E", [Example("far", "1"), Example("near", "2")])):
             framed = tokenizer.decode(encoder.encode("some query", template, shots).ids)
-            assert framed == encoder.head + text_of(prompt, "some query", template, shots) + encoder.tail
+            assert framed == encoder.head + render_prompt(prompt, "some query", template, shots) + encoder.tail
 
 
 def test_each_phase_has_a_file_of_messages_with_less_of_the_prompt_and_at_last_the_query_alone(config):
-    folder = hosted.files_of(RunDir(config.root), config)
+    folder = messages.write_training_files(RunDir(config.root), config)
     files = [[json.loads(line)["messages"] for line in (folder / f"phase-{i}.jsonl").read_text().splitlines()] for i in range(3)]
     query = "what is green, 2?"
     assert [f[2][0]["content"] for f in files] == [
@@ -125,10 +131,10 @@ def test_each_phase_has_a_file_of_messages_with_less_of_the_prompt_and_at_last_t
 
 
 def test_files_are_hashed_made_once_and_a_damaged_one_is_not_sent(config, service):
-    folder = hosted.files_of(RunDir(config.root), config)
+    folder = messages.write_training_files(RunDir(config.root), config)
     assert set(read_manifest(folder)["files"]) == {"phase-0.jsonl", "phase-1.jsonl", "phase-2.jsonl"}
     (folder / "phase-1.jsonl").write_text("{}\n")
-    assert hosted.files_of(RunDir(config.root), config) == folder
+    assert messages.write_training_files(RunDir(config.root), config) == folder
     with pytest.raises(CorruptArtifactError, match=r"phase-1\.jsonl: sha256"):
         tune(config)
     assert service.requests == []
@@ -162,7 +168,7 @@ def test_each_phase_is_a_job_that_continues_from_the_model_of_the_phase_before(c
     assert {f["purpose"] for f in service.files.values()} == {"fine-tune"}
     assert [(e["phase"], e["status"]) for e in watch if e.get("status") == "running"] == [(0, "running"), (1, "running"), (2, "running")]
     assert "Step 3/3" in watch.messages() and "1,000 tokens trained" in watch.messages()
-    assert hosted.is_tuned(config)
+    assert hosted.tuned_phases(config)[-1].get("model")
 
 
 def test_batch_size_and_learning_rate_are_sent_only_when_they_are_set(config, service):
@@ -218,7 +224,7 @@ def test_a_run_killed_at_any_moment_goes_on_without_paying_twice(config, service
     with pytest.raises(KeyboardInterrupt):
         tune(config)
     assert len(service.jobs) == jobs_then
-    assert not hosted.is_tuned(config)
+    assert not hosted.tuned_phases(config)[-1].get("model")
     assert tune(config) == list(service.jobs.values())[2]["fine_tuned_model"]
     assert len(service.jobs) == 3
     assert [e["step"] for e in map(json.loads, RunDir(config.root).train_log.read_text().splitlines())] == list(range(9))
@@ -303,7 +309,7 @@ def test_a_job_that_the_service_has_forgotten_is_said_with_the_way_out(config, s
 
 
 def test_two_processes_do_not_tune_the_same_run(config, service):
-    with state.only_one(config.root), pytest.raises(TrainingError, match="another process"):
+    with state.tuning_lock(config.root), pytest.raises(TrainingError, match="another process"):
         tune(config)
     assert service.requests == []
 
@@ -333,11 +339,11 @@ def test_the_cost_is_told_and_declining_it_uploads_nothing(config, service):
 
 def test_the_estimate_is_tokens_times_the_configs_prices(config, tokenizer):
     settings = config.replace(**{"closed.train_price": 10.0, "closed.input_price": 2.0, "closed.output_price": 4.0})
-    made = price.estimate(settings, [0, 2], [("", 0, 0.0), (TEMPLATES[1.0], 2, 1.0), ("", 0, 0.0)])
+    made = price.estimate_tokens(settings, [0, 2], [("", 0, 0.0), (TEMPLATES[1.0], 2, 1.0), ("", 0, 0.0)])
     assert set(made.training) == {0, 2}
     assert made.cost(settings) == pytest.approx((sum(made.training.values()) * 10 / 1e6, (made.input * 2 + made.output * 4) / 1e6))
-    assert price.estimate(settings, [], [("", 0, 0.0)]).input < made.input / 3
-    assert price.estimate(settings, [], [("", 0, 0.0)]).output == sum(len(tokenizer(a).input_ids) + 1 for _, _, a, _ in ROWS["test"])
+    assert price.estimate_tokens(settings, [], [("", 0, 0.0)]).input < made.input / 3
+    assert price.estimate_tokens(settings, [], [("", 0, 0.0)]).output == sum(len(tokenizer(a).input_ids) + 1 for _, _, a, _ in ROWS["test"])
 
 
 def test_only_what_is_still_to_be_trained_is_asked_for(config, service):
@@ -360,18 +366,18 @@ def test_a_job_that_is_running_already_is_followed_without_asking(config, servic
 def test_on_a_terminal_the_question_is_asked_and_elsewhere_the_key_that_confirms_is_named(monkeypatch, capsys):
     monkeypatch.setattr(sys.stdin, "isatty", lambda: False, raising=False)
     with pytest.raises(ConfigError, match=r"closed\.confirmed=true"):
-        hosted.ask()("It costs 3.")
+        hosted.ask_on_terminal("It costs 3.")
     monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
     for said, meant in (("y", True), ("YES ", True), ("", False), ("n", False)):
         monkeypatch.setattr("builtins.input", lambda question, said=said: said)
-        assert hosted.ask()("It costs 3.") is meant
+        assert hosted.ask_on_terminal("It costs 3.") is meant
     assert "It costs 3." in capsys.readouterr().out
 
 
 def test_the_key_is_in_no_file_and_no_message_even_when_the_service_repeats_it(config, service, monkeypatch):
     watch = Listener()
     tune(config, watch)
-    hosted_evaluation.evaluate(config, wait=lambda seconds: None)
+    evaluate(config)
     assert [p for p in config.root.rglob("*") if p.is_file() and KEY.encode() in p.read_bytes()] == []
     assert KEY not in watch.messages()
     monkeypatch.setenv("OPENAI_API_KEY", "sk-wrong-9876543210")
@@ -404,13 +410,17 @@ def test_the_address_is_the_configs_and_not_the_environments(monkeypatch):
 # Answers
 
 
+def answers(config, model, prompts, limit):
+    return [r.text for r in answer.replies(config, model, prompts, limit)]
+
+
 def test_answers_come_in_the_order_of_the_prompts_several_at_a_time_and_greedy(config, service):
     meet = threading.Barrier(answer.PARALLEL, timeout=60)
 
     service.answer, reply = lambda model, prompt: prompt[::-1], service.reply
     service.reply = lambda *args: (meet.wait(), reply(*args))
     prompts = [f"prompt {i}" for i in range(2 * answer.PARALLEL)]
-    assert hosted.answers(config, "base-1", prompts, 9) == [p[::-1] for p in prompts]
+    assert answers(config, "base-1", prompts, 9) == [p[::-1] for p in prompts]
     assert service.most_at_once == answer.PARALLEL
     assert {(c["temperature"], c["max_tokens"], c["model"]) for c in service.chats} == {(0, 9, "base-1")}
 
@@ -421,18 +431,18 @@ def test_answers_that_are_there_are_not_asked_for_again_even_after_a_kill_in_mid
     service.faults["POST /chat"] = [None] * 5 + [400]
     prompts = [f"prompt {i}" for i in range(6)]
     with pytest.raises(TrainingError, match="asking base-1"):
-        hosted.answers(config, "base-1", prompts, 9)
+        answers(config, "base-1", prompts, 9)
     log = config.root / "closed" / "answers.jsonl"
     whole = log.read_text().splitlines()
     log.write_text("\n".join([*whole[:-1], whole[-1][:20]]))
     service.requests.clear()
-    assert hosted.answers(config, "base-1", prompts, 9) == [p.upper() for p in prompts]
+    assert answers(config, "base-1", prompts, 9) == [p.upper() for p in prompts]
     assert service.count("POST /chat/completions") == 6 - (len(whole) - 1)
     service.requests.clear()
-    assert hosted.answers(config, "base-1", [*prompts, prompts[0]], 9)[-1] == "PROMPT 0"
+    assert answers(config, "base-1", [*prompts, prompts[0]], 9)[-1] == "PROMPT 0"
     assert service.requests == []
-    hosted.answers(config, "base-1", prompts[:1], 10)
-    hosted.answers(config, "base-2", prompts[:1], 9)
+    answers(config, "base-1", prompts[:1], 10)
+    answers(config, "base-2", prompts[:1], 9)
     assert service.count("POST /chat/completions") == 2
 
 
@@ -446,8 +456,9 @@ def test_answers_survive_a_busy_service_and_lost_connections(config, service, fa
 # Evaluation
 
 
-def evaluate(config, *arguments, **options):
-    return hosted_evaluation.evaluate(config, *arguments, **options, wait=lambda seconds: None)
+def evaluate(config, *arguments, confirm=lambda sentence: False, **options):
+    answerer = HostedAnswerer(config, confirm, wait=lambda seconds: None)
+    return evaluate_run(config, *arguments, **options, answerer=answerer)
 
 
 def test_the_tuned_model_is_asked_with_the_query_alone_and_the_base_model_without_and_with_the_prompt(config, service):
@@ -472,16 +483,16 @@ def test_the_tuned_model_is_asked_with_the_query_alone_and_the_base_model_withou
 
 
 def test_the_plain_baseline_is_a_column_once_it_has_a_model_of_its_own(config, service):
-    plain = plain_config(config)
+    plain = plain_finetuning_config(config)
     write_prepared(plain)
     tune(config)
     model = tune(plain, columns=("plain",))
     assert len(service.jobs) == 6 and plain.root != config.root
-    columns = hosted.columns_of(config)
+    columns = columns_of(config)
     assert [(c.name, c.adapter) for c in columns if c.name == "plain"] == [("plain", model)]
-    summary = evaluate(config, columns=[hosted.trained(config), *columns[2:3]])
+    summary = evaluate(config, columns=[trained_column(config), *columns[2:3]])
     assert set(summary["train"]) == {"promptintern", "plain"} and "base" not in summary
-    assert "plain" not in [c.name for c in hosted.columns_of(config.replace(**{"evaluate.baseline": False}))]
+    assert "plain" not in [c.name for c in columns_of(config.replace(**{"evaluate.baseline": False}))]
 
 
 def test_an_evaluation_is_skipped_when_nothing_changed_and_then_asks_nothing(config, service, monkeypatch):
@@ -495,7 +506,7 @@ def test_an_evaluation_is_skipped_when_nothing_changed_and_then_asks_nothing(con
 
 
 def test_the_base_model_alone_is_asked_only_after_its_cost_was_confirmed(config, service):
-    columns, asked = [Column(name, "", *messages.prompts_of_columns(config)[name]) for name in ("base", "base_full_prompt")], []
+    columns, asked = [Column(name, "", *prompts_of_columns(config)[name]) for name in ("base", "base_full_prompt")], []
     config = config.replace(**{"closed.confirmed": False})
     with pytest.raises(TrainingError, match="not confirmed"):
         evaluate(config, columns=columns)

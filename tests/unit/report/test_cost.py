@@ -31,44 +31,44 @@ def test_break_even_counts_whole_requests_and_may_never_come(training, before, a
 
 
 def test_a_cached_prompt_is_the_harder_opponent():
-    money = cost.of_summary(summary(), CostConfig())
+    money = cost.summary_economics(summary(), CostConfig())
     assert 0 < money.saving.cached < money.saving.uncached
     assert money.requests_uncached < money.requests_cached
 
 
 def test_plain_fine_tuning_costs_the_same_per_request():
-    prices = cost.of_summary(summary(), CostConfig()).prices
+    prices = cost.summary_economics(summary(), CostConfig()).prices
     assert prices["plain"] == prices["promptintern"]
 
 
 def test_verdict_pays_when_quality_holds_and_training_comes_back_soon():
-    text = cost.verdict(summary(), CostConfig())
+    text = cost.keep_or_switch(summary(), CostConfig())
     assert text.startswith("The adapter pays") and "cached prefix" in text and "Plain" not in text
 
 
 def test_verdict_keeps_the_prompt_when_quality_falls():
-    text = cost.verdict(summary(**{"base_full_prompt.exact_match": 0.9, "base_full_prompt.intervals.exact_match": [0.85, 0.95]}), CostConfig())
+    text = cost.keep_or_switch(summary(**{"base_full_prompt.exact_match": 0.9, "base_full_prompt.intervals.exact_match": [0.85, 0.95]}), CostConfig())
     assert text.startswith("Keep your prompt") and "70% against 90%" in text
 
 
 def test_verdict_keeps_the_prompt_when_the_cached_prompt_costs_no_more():
-    text = cost.verdict(summary(**{"promptintern.output_tokens": 60.0}), CostConfig())
+    text = cost.keep_or_switch(summary(**{"promptintern.output_tokens": 60.0}), CostConfig())
     assert text.startswith("Keep your prompt and cache its prefix") and "Without such a cache" in text
 
 
 def test_verdict_keeps_the_prompt_when_payback_takes_more_than_a_year():
-    text = cost.verdict(summary(), CostConfig(requests_per_month=1000))
+    text = cost.keep_or_switch(summary(), CostConfig(requests_per_month=1000))
     assert text.startswith("Keep your prompt") and "months" in text
 
 
 def test_verdict_praises_no_adapter_that_answers_almost_nothing():
     weak = {"promptintern.exact_match": 0.02, "promptintern.intervals.exact_match": [0.0, 0.05]}
-    text = cost.verdict(summary(**weak, **{"base_full_prompt.exact_match": 0.0, "base_full_prompt.intervals.exact_match": [0.0, 0.0]}), CostConfig())
+    text = cost.keep_or_switch(summary(**weak, **{"base_full_prompt.exact_match": 0.0, "base_full_prompt.intervals.exact_match": [0.0, 0.0]}), CostConfig())
     assert text.startswith("Keep looking") and "2%" in text and "pays" not in text
 
 
 def test_verdict_says_when_plain_fine_tuning_is_no_worse():
-    text = cost.verdict(summary(**{"plain.exact_match": 0.71, "plain.intervals.exact_match": [0.65, 0.77]}), CostConfig())
+    text = cost.keep_or_switch(summary(**{"plain.exact_match": 0.71, "plain.intervals.exact_match": [0.65, 0.77]}), CostConfig())
     assert "Plain fine-tuning saves as much, its quality is level" in text
 
 

@@ -1,47 +1,103 @@
-"""loss.png: a picture of what the training log holds."""
+"""loss.svg: a picture of what the training log holds."""
 
-import io
 import json
+import re
+from xml.etree import ElementTree
 
-from PIL import Image
+import pytest
 
+from pi_ray.errors import StorageError
 from pi_ray.report import charts, loss_plot
 from pi_ray.report.charts import COLOURS
 from pi_ray.run.directory import RunDir
 from pi_ray.schedule import Phase
+from tests.unit.fake_run import config
+
+SVG = "{http://www.w3.org/2000/svg}"
+LEFT, TOP, WIDTH, HEIGHT = 64, 26, 876, 250  # pixels of the panel of losses
 
 
 def updates(phases):
-    return [{"step": 10 * p + i, "phase": p, "loss": 2.0 - 0.05 * (10 * p + i)} for p in range(phases) for i in range(10)]
+    return [
+        {"step": 10 * p + i, "phase": p, "loss": 2.0 - 0.05 * (10 * p + i)} for p in range(phases) for i in range(10)
+    ]
 
 
-def test_each_phase_and_its_dev_loss_are_drawn(tmp_path):
+def drawn(tmp_path, log):
+    """The picture of a log of a run of three phases."""
     run = RunDir(tmp_path)
-    log = [*updates(3), {"event": "phase_end", "phase": 1, "step": 19, "dev_loss": 1.0}, {"event": "best", "phase": 2, "step": 29, "dev_accuracy": 0.5}]
+    run.train_log.parent.mkdir(parents=True, exist_ok=True)
     run.train_log.write_text("".join(json.dumps(e) + "\n" for e in log) + '{"half')
-    assert loss_plot.write(run)
-    image = Image.open(tmp_path / "loss.png").convert("RGB")
-    assert image.size == (loss_plot.WIDTH, loss_plot.HEIGHT)
-    line = tuple(int(COLOURS["promptintern"][i : i + 2], 16) for i in (1, 3, 5))
-    near = lambda pixel: sum(abs(a - b) for a, b in zip(pixel, line, strict=True)) < 60  # noqa: E731
-    columns = {x for x in range(image.width) for y in range(40, 370) if near(image.getpixel((x, y)))}
-    assert min(columns) < 80 and max(columns) > image.width - 40, "the curve goes over the whole picture"
+    assert loss_plot.write_loss_plot(run, config(tmp_path))
+    return ElementTree.parse(tmp_path / "loss.svg").getroot()
 
 
-def test_the_picture_says_more_with_every_fact():
-    plain, ended, best = (loss_plot.png(updates(2), ends, b) for ends, b in (([], None), ([{"step": 9, "dev_loss": 1.0}], None), ([{"step": 9, "dev_loss": 1.0}], 1)))
-    assert len({plain, ended, best}) == 3 and all(Image.open(io.BytesIO(p)).format == "PNG" for p in (plain, ended, best))
+def points(picture, width):
+    """The points of each curve of losses whose line is so wide."""
+    lines = [e for e in picture.iter(f"{SVG}polyline") if e.get("stroke-width") == width]
+    return [[tuple(map(float, p.split(","))) for p in e.get("points").split()] for e in lines]
 
 
-def test_without_updates_or_room_there_is_no_picture_and_no_error(tmp_path):
-    assert not loss_plot.write(RunDir(tmp_path))
-    run = RunDir(tmp_path / "run")
-    run.root.mkdir()
-    run.train_log.write_text(json.dumps(updates(1)[0]) + "\n")
-    assert loss_plot.write(run), "one update is enough"
+def texts(picture):
+    return [e.text for e in picture.iter(f"{SVG}text")]
+
+
+def test_every_loss_each_phase_and_its_dev_loss_are_drawn(tmp_path):
+    ends = [{"event": "phase_end", "phase": 1, "step": 19, "dev_loss": 1.0}]
+    picture = drawn(tmp_path, [*updates(3), *ends, {"event": "best", "phase": 2, "step": 29, "dev_accuracy": 0.5}])
+    assert picture.tag == f"{SVG}svg" and picture.get("viewBox") == f"0 0 {charts.WIDTH} 540"
+    x = lambda step: LEFT + step / 29 * WIDTH  # noqa: E731
+    y = lambda loss: TOP + HEIGHT - loss / 2 * HEIGHT  # noqa: E731
+    raw, means = points(picture, "1"), points(picture, "2.2")
+    assert [len(curve) for curve in raw] == [len(curve) for curve in means] == [10, 10, 10], "one curve a phase"
+    for curve, phase in zip(raw, range(3), strict=True):
+        wanted = [(x(u["step"]), y(u["loss"])) for u in updates(3) if u["phase"] == phase]
+        assert [v for p in curve for v in p] == pytest.approx([v for p in wanted for v in p], abs=0.06)
+    assert {e.get("stroke") for e in picture.iter(f"{SVG}polyline")} == {COLOURS["promptintern"]}
+    bands = [e for e in picture.iter(f"{SVG}rect") if float(e.get("y")) == TOP]
+    edges = [(float(e.get("x")), float(e.get("x")) + float(e.get("width"))) for e in bands]
+    assert [v for e in edges for v in e] == pytest.approx([x(s) for s in (0, 9, 9, 19, 19, 29)], abs=0.11)
+    assert [e.get("fill") for e in bands] == [charts.BANDS[0], charts.BANDS[1], charts.BANDS[0]]
+    marks = [e.get("d") for e in picture.iter(f"{SVG}path") if e.get("stroke")]
+    at = [tuple(map(float, re.match(r"M([\d.]+) ([\d.]+)", d).groups())) for d in marks]
+    assert at == [pytest.approx((x(19), y(1.0) - 7), abs=0.06)], "the dev loss, at the end of its phase"
+    assert "1.000" in texts(picture)
+    names = [t for t in texts(picture) if t.startswith("phase ")]
+    assert names == ["phase 0", "phase 1", "phase 2 (best on dev rows)"]
+
+
+def test_the_picture_says_more_with_every_fact(tmp_path):
+    end, best = {"event": "phase_end", "phase": 0, "step": 9, "dev_loss": 1.0}, {"event": "best", "phase": 1}
+    made = [texts(drawn(tmp_path, [*updates(2), *facts])) for facts in ([], [end], [end, best])]
+    assert [("1.000" in t, "dev loss, phase end" in t) for t in made] == [(False, False), (True, True), (True, True)]
+    assert ["phase 1 (best on dev rows)" in t for t in made] == [False, False, True]
+
+
+def test_it_is_drawn_after_each_phase_and_the_listener_hears_everything(tmp_path):
+    run, heard = RunDir(tmp_path), []
+    listen = loss_plot.draw_after_phases(config(tmp_path), heard.append)
+    run.train_log.write_text("".join(json.dumps(e) + "\n" for e in updates(1)))
+    for entry in updates(1):
+        listen(entry)
+    assert not (tmp_path / "loss.svg").exists()
+    listen({"event": "phase_end", "phase": 0, "step": 9})
+    assert (tmp_path / "loss.svg").exists() and len(heard) == 11
+
+
+def test_without_updates_or_room_there_is_no_picture_and_no_error(tmp_path, monkeypatch):
+    assert not loss_plot.write_loss_plot(RunDir(tmp_path), config(tmp_path))
+    assert len(points(drawn(tmp_path / "run", updates(1)[:1]), "1")) == 1, "one update is enough"
+
+    def full(path, content):
+        raise StorageError("no room")
+
+    monkeypatch.setattr(loss_plot, "write_atomic", full)
+    assert not loss_plot.write_loss_plot(RunDir(tmp_path / "run"), config(tmp_path / "run"))
 
 
 def test_the_reports_picture_marks_the_best_phase_too():
-    spans = [charts.Span(i, Phase(1 - i, 0, 1), 1 - i, 10 * i, 10 * i + 9, 1.0, best=i == 1) for i in range(2)]
-    picture = charts.training(updates(2), [], spans)
+    spans = [
+        charts.PhaseSpan(i, Phase(1 - i, 0, 1), 1 - i, 10 * i, 10 * i + 9, 1.0, best=i == 1) for i in range(2)
+    ]
+    picture = charts.training_chart(updates(2), [], spans)
     assert "phase 1 (best on dev rows)" in picture and "phase 0 (best" not in picture

@@ -13,7 +13,8 @@ from rich.console import Console
 from pi_ray.errors import CorruptArtifactError, DataError
 from pi_ray.report import charts
 from pi_ray.report import summary as numbers
-from pi_ray.report.page import table, write_report
+from pi_ray.report.loss_plot import read_updates
+from pi_ray.report.page import write_report
 from pi_ray.schedule import Phase
 from tests.unit.fake_run import HOSTILE, SUMMARY, config, summary, write_run
 
@@ -92,9 +93,7 @@ def test_an_update_done_again_after_a_restart_counts_once_and_nan_is_skipped(tmp
     run = write_run(tmp_path)
     with open(run.train_log, "a") as f:
         f.write("\n" + json.dumps({"step": 89, "phase": 2, "loss": 0.123}) + "\n" + '{"step": 90, "phase": 2, "loss": NaN}\n')
-    from pi_ray.report.page import _updates
-
-    updates = _updates(run.train_log)
+    updates = read_updates(run.train_log)
     assert len(updates) == 90 and updates[-1]["loss"] == 0.123
 
 
@@ -123,13 +122,13 @@ def test_headline_says_when_quality_is_lower_or_the_prompt_is_only_shortened():
 
 
 def test_answers_that_never_ended_are_counted_where_there_are_some():
-    cells = lambda found: {line.name: line.cells for line in numbers.lines(found)}  # noqa: E731
+    cells = lambda found: {line.name: line.cells for line in numbers.table_lines(found)}  # noqa: E731
     assert "Answers cut off" not in cells(summary())
     assert cells(summary(**{"promptintern.cut_off": 0.05}))["Answers cut off"][-1] == ("5.0%", "at 40 tokens")
 
 
 def test_percents_never_round_to_all_or_nothing():
-    assert [numbers.percent(x) for x in (0, 0.004, 0.5, 0.996, 1)] == ["0%", "0.4%", "50%", "99.6%", "100%"]
+    assert [numbers.format_percent(x) for x in (0, 0.004, 0.5, 0.996, 1)] == ["0%", "0.4%", "50%", "99.6%", "100%"]
 
 
 def test_the_metric_of_headlines_is_one_that_tells_columns_apart():
@@ -140,7 +139,7 @@ def test_the_metric_of_headlines_is_one_that_tells_columns_apart():
 
 def test_the_terminal_table_shows_every_column_and_reads_no_markup():
     console = Console(width=160, record=True, file=io.StringIO())
-    console.print(table(summary(**{"plain.label": "[red]Plain[/red]"})))
+    console.print(numbers.summary_table(summary(**{"plain.label": "[red]Plain[/red]"})))
     text = console.export_text()
     for part in ("Base, full prompt", "[red]Plain[/red]", "PromptIntern", "70.0%", "64.0% to 76.0%", "services only in the template (60)"):
         assert part in text
@@ -148,8 +147,8 @@ def test_the_terminal_table_shows_every_column_and_reads_no_markup():
 
 def test_a_long_log_is_averaged_down():
     updates = [{"step": i, "phase": 0, "loss": 1.0} for i in range(5000)]
-    span = charts.Span(0, Phase(1.0, 0, 1), 1.0, 0, 4999, 0.5)
-    assert len(charts.training(updates, [], [span])) < 40_000
+    span = charts.PhaseSpan(0, Phase(1.0, 0, 1), 1.0, 0, 4999, 0.5)
+    assert len(charts.training_chart(updates, [], [span])) < 40_000
 
 
 def test_a_browser_shows_the_page_without_errors(tmp_path):

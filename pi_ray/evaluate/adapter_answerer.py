@@ -1,0 +1,114 @@
+"""Answers from adapters on this cluster: generated in batches, timed one by one, probed for forgetting and leaks."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from pi_ray import __version__
+from pi_ray.config import RunConfig
+from pi_ray.evaluate import generation_workers
+from pi_ray.evaluate.answers import AnswerLengths, Answers, RowWatch
+from pi_ray.evaluate.columns import Column
+from pi_ray.evaluate.generation_workers import Prompts, column_prompts, work_item
+from pi_ray.evaluate.latency import median_latencies
+from pi_ray.models import load_tokenizer
+from pi_ray.prompt import PromptEncoder
+from pi_ray.run.artifact import verify_artifact
+from pi_ray.run.directory import RunDir
+from pi_ray.run.fingerprint import evaluate_fingerprint
+from pi_ray.run.prepared import prepared_fingerprint, read_templates
+from pi_ray.train.lora import PACKAGES
+
+
+class AdapterAnswerer:
+    """The answerer of a run whose adapters lie in its directory."""
+
+    def __init__(self, config: RunConfig):
+        self.config, self.run, self.model = config, RunDir(config.root), config.model.base
+
+    def fingerprint(self, columns: Sequence[Column]) -> str:
+        """Raises CorruptArtifactError for a damaged adapter."""
+        prepared = prepared_fingerprint(self.run)
+        trained_from = [
+            (c.name, verify_artifact(Path(c.adapter))["fingerprint"] if c.adapter else prepared) for c in columns
+        ]
+        return evaluate_fingerprint(self.config, trained_from)
+
+    def answer(self, columns: Sequence[Column], lengths: AnswerLengths, watch: RowWatch) -> dict[str, Answers]:
+        encoder = PromptEncoder(load_tokenizer(self.config.model), self.config.prompt)
+        prompts = {c.name: column_prompts(c, self.run, encoder, self.config.evaluate.split) for c in columns}
+        outputs, seconds, probes = self._generate(columns, prompts, lengths, watch)
+        answers = {}
+        for c in columns:
+            prefix, rows = prompts[c.name]
+            sent = c.gist or len(prefix)  # gist tokens are sent in place of the template
+            tokens = [len(ids) for ids in outputs[c.name]]
+            answers[c.name] = Answers([encoder.decode(ids) for ids in outputs[c.name]], {
+                "input_tokens": sent + fmean(map(len, rows)),
+                "output_tokens": fmean(n + 1 for n in tokens),
+                "cut_off": fmean(n == lengths.limit for n in tokens),
+                "prefix_tokens": sent,
+                **median_latencies(seconds[c.name]),
+                **probes[c.name],
+            })  # fmt: skip
+        return answers
+
+    def _generate(
+        self, columns: Sequence[Column], prompts: dict[str, Prompts], lengths: AnswerLengths, watch: RowWatch
+    ) -> tuple[dict[str, list[Any]], dict[str, list[Any]], dict[str, dict[str, Any]]]:
+        """Column -> output ids of each row; -> seconds of the first rows, one by one; -> what `forgetting` finds."""
+        settings, total = self.config.evaluate, {c.name: len(prompts[c.name][1]) for c in columns}
+        few, size = min(settings.latency_rows, *total.values()), settings.batch_size
+        starts = [(c, i) for c in columns for i in range(0, total[c.name], size)]
+        work = [work_item(c, prompts, range(i, min(i + size, total[c.name]))) for c, i in starts]
+        work += [work_item(c, prompts, [i], timed=True) for c in columns for i in range(few)]
+        if settings.probe and (template := read_templates(self.run)[1.0]):
+            work += [work_item(c, prompts, [], probe=template) for c in columns]
+        outputs: dict[str, list[Any]] = {name: [None] * n for name, n in total.items()}
+        seconds: dict[str, list[Any]] = {name: [] for name in total}
+        probes: dict[str, dict[str, Any]] = {name: {} for name in total}
+        for place, result in generation_workers.run_work(self.config, columns, work, lengths):
+            name = work[place]["column"]
+            if "probe" in work[place]:
+                probes[name] = result
+            elif "timed" in work[place]:
+                seconds[name].append(result)
+                watch(f"{name}, latency", len(seconds[name]), few)
+            else:
+                for i, ids in zip(work[place]["rows"], result, strict=True):
+                    outputs[name][i] = ids
+                watch(name, sum(ids is not None for ids in outputs[name]), total[name])
+        return outputs, seconds, probes
+
+    def environment(self) -> dict[str, Any]:
+        versions = {"pi-ray": __version__, "python": platform.python_version(), **{p: version(p) for p in PACKAGES}}
+        return {"versions": versions, "hardware": _hardware()}
+
+    def training_facts(self, config: RunConfig) -> dict[str, Any]:
+        """From the training log; a teacher's seconds and answers are counted too."""
+        log = [json.loads(line) for line in RunDir(config.root).train_log.read_text().splitlines()]
+        updates = [e for e in log if "loss" in e]
+        teacher: dict[str, Any] = next((e for e in log if e.get("event") == "teacher_answers"), {})
+        seconds = sum(e["seconds"] for e in updates) + teacher.get("seconds_teaching", 0)
+        return {
+            "updates": len(updates), "seconds": round(seconds, 1), "tokens": sum(e["tokens"] for e in updates),
+            "workers": config.train.workers, **{k: teacher[k] for k in ("queries", "answered", "kept") if k in teacher},
+        }  # fmt: skip
+
+
+def _hardware() -> str:
+    import torch
+
+    if torch.cuda.is_available():
+        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
+    facts = Path("/proc/cpuinfo")
+    name = re.search(r"^model name\s*: (.*)$", facts.read_text(), re.M) if facts.exists() else None
+    return f"{os.cpu_count()} CPU cores ({name[1] if name else platform.processor()})"

@@ -1,0 +1,89 @@
+"""Answers from a service that has the models: tuned ones with the prompt of the last phase, and the base model."""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from importlib.metadata import version
+from statistics import fmean, median
+from typing import Any
+from urllib.parse import urlsplit
+
+from pi_ray import __version__, hosted
+from pi_ray.config import RunConfig
+from pi_ray.evaluate.answers import AnswerLengths, Answers, RowWatch
+from pi_ray.evaluate.columns import Column
+from pi_ray.hosted.answer import PARALLEL, replies
+from pi_ray.hosted.client import OPENAI
+from pi_ray.hosted.price import confirm_cost
+from pi_ray.models import load_tokenizer
+from pi_ray.prompt import PromptEncoder, render_prompt
+from pi_ray.run.artifact import digest
+from pi_ray.run.directory import RunDir
+from pi_ray.run.prepared import ColumnPrompt, prepared_fingerprint
+
+
+class HostedAnswerer:
+    """The answerer of a run whose models a service has. Answers that are there already are not asked for again.
+
+    The cost was confirmed with the training. Where all columns are the base model there was none, so `confirm` is
+    called as by `hosted.tune`. `wait` sleeps between tries.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        confirm: Callable[[str], bool] = hosted.ask_on_terminal,
+        wait: Callable[[float], None] = time.sleep,
+    ):
+        self.config, self.run, self.model = config, RunDir(config.root), config.closed.model
+        self.confirm, self.wait = confirm, wait
+
+    def fingerprint(self, columns: Sequence[Column]) -> str:
+        """Raises TrainingError where nothing was prepared."""
+        asked = [(c.name, c.adapter or self.model, c.template, c.shots) for c in columns]
+        settings = self.config.evaluate.model_dump(mode="json")
+        return digest([self.config.closed.base_url, asked, prepared_fingerprint(self.run), settings])
+
+    def answer(self, columns: Sequence[Column], lengths: AnswerLengths, watch: RowWatch) -> dict[str, Answers]:
+        """Raises TrainingError when the cost is declined or the service cannot be reached."""
+        config, split = self.config, self.config.evaluate.split
+        if not any(c.adapter for c in columns):
+            prompts = [ColumnPrompt(c.template, c.shots, c.rate) for c in columns]
+            confirm_cost(config, (), prompts, lambda sentence: None, self.confirm)
+        encoder = PromptEncoder(load_tokenizer(config.model), config.prompt)
+        bank, answers = {r.id: r for r in self.run.read_rows("train")}, {}
+        for c in columns:
+            shots, rows = self.run.read_shots(split, bank, c.shots), self.run.read_rows(split, c.rate)
+            asked = [render_prompt(config.prompt, r.query, c.template, shots.get(r.id, ()), r.documents) for r in rows]
+            found = replies(config, c.adapter or self.model, asked, lengths.limit, partial(watch, c.name), self.wait)
+            # the tokenizer's counts give the share of the prefix, and stand in where the service counts nothing
+            prefix = len(encoder.prefix(c.template))
+            counts = [prefix + len(encoder.row(r.query, shots.get(r.id, ()), r.documents)) for r in rows]
+            sent = fmean(_first(r.input_tokens, n) for r, n in zip(found, counts, strict=True))
+            answers[c.name] = Answers([r.text for r in found], {
+                "input_tokens": sent,
+                "output_tokens": fmean(_first(r.output_tokens, len(encoder.answer(r.text))) for r in found),
+                "prefix_tokens": round(sent * prefix / fmean(counts)),
+                "latency_s": median(r.seconds for r in found),
+            })  # fmt: skip
+        return answers
+
+    def environment(self) -> dict[str, Any]:
+        host = urlsplit(self.config.closed.base_url or OPENAI).hostname
+        return {
+            "versions": {"pi-ray": __version__, "python": platform.python_version(), "openai": version("openai")},
+            "hardware": f"{host}, asked {PARALLEL} at a time",
+        }
+
+    def training_facts(self, config: RunConfig) -> dict[str, Any]:
+        """The sums over the tuning jobs; "money" is the service's price for them."""
+        phases = hosted.tuned_phases(config)
+        total = {key: sum(phase.get(key, 0) for phase in phases) for key in ("updates", "seconds", "tokens")}
+        return {**total, "workers": 1, "money": total["tokens"] * config.closed.train_price / 1e6}
+
+
+def _first(counted: int | None, estimated: int) -> int:
+    return estimated if counted is None else counted

@@ -1,0 +1,63 @@
+"""Scores of a column's answers: metrics with intervals, by group, and against another column on the same rows."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from pi_ray.evaluate.statistics import corpus_bleu, mean_interval, paired_bleu, paired_mean
+from pi_ray.protocols import Row, Task
+
+
+@dataclass(frozen=True)
+class ScoredAnswers:
+    """Rows, one answer to each, and the metrics of each answer. `bootstrap` resamples are drawn from `seed`."""
+
+    rows: Sequence[Row]
+    texts: Sequence[str]
+    scores: Sequence[dict[str, float]]
+    bootstrap: int
+    seed: int
+
+    def summarise(self) -> dict[str, Any]:
+        """Every metric with its 95% bootstrap interval over rows; BLEU on 0..100, the others in 0..1."""
+        found = {m: mean_interval([s[m] for s in self.scores], self.bootstrap, self.seed) for m in self.scores[0]}
+        found["bleu"] = corpus_bleu(self.texts, [r.answer for r in self.rows], self.bootstrap, self.seed)
+        values = {metric: value for metric, (value, _, _) in found.items()}
+        return {**values, "intervals": {metric: [low, high] for metric, (_, low, high) in found.items()}}
+
+    def summarise_groups(self, groups: Mapping[str, int]) -> dict[str, Any]:
+        """Group -> the number of its rows and their summary."""
+        return {group: {"rows": n, **self._of_group(group).summarise()} for group, n in groups.items()}
+
+    def compare(self, other: ScoredAnswers) -> dict[str, list[float]]:
+        """Metric -> [difference, low, high, p] of self minus `other`, which answers the same rows."""
+        settings = self.bootstrap, self.seed
+        found = {
+            metric: paired_mean([s[metric] for s in self.scores], [s[metric] for s in other.scores], *settings)
+            for metric in self.scores[0]
+        }
+        found["bleu"] = paired_bleu(self.texts, other.texts, [r.answer for r in self.rows], *settings)
+        return {metric: list(values) for metric, values in found.items()}
+
+    def _of_group(self, group: str) -> ScoredAnswers:
+        chosen = [i for i, row in enumerate(self.rows) if row.group == group]
+        rows, texts, scores = ([column[i] for i in chosen] for column in (self.rows, self.texts, self.scores))
+        return replace(self, rows=rows, texts=texts, scores=scores)
+
+
+def score_rows(task: Task, rows: Sequence[Row], texts: Sequence[str]) -> list[dict[str, float]]:
+    """The metrics of each row; a task whose scoring is work (running programs) takes all rows at once."""
+    at_once = getattr(task, "score_all", None)
+    return at_once(rows, texts) if at_once else [task.score(row, text) for row, text in zip(rows, texts, strict=True)]
+
+
+def output_lines(rows: Sequence[Row], columns: Mapping[str, ScoredAnswers]) -> Iterator[str]:
+    """outputs.jsonl: each row with the answer and the metrics of every column."""
+    for i, r in enumerate(rows):
+        outputs = {name: c.texts[i] for name, c in columns.items()}
+        scores = {name: c.scores[i] for name, c in columns.items()}
+        row = {"id": r.id, "group": r.group, "query": r.query, "answer": r.answer}
+        yield json.dumps({**row, "outputs": outputs, "scores": scores}, ensure_ascii=False) + "\n"
