@@ -1,3 +1,3 @@
-"""pi-ray: long recurrent prompts become LoRA adapters, so that inference sends the query alone (PromptIntern, on Ray)."""
+"""pi-ray turns long recurrent prompts into LoRA adapters, so that inference sends the query alone."""
 
 __version__ = "0.1.0"

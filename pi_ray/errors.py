@@ -1,8 +1,8 @@
-"""The error tree. What a user did wrong is one of these, with a sentence that says what to do; a bug is anything else."""
+"""The exceptions that pi-ray raises on purpose, each with a sentence that says what to do. Any other one is a bug."""
 
 
 class PiRayError(Exception):
-    """Root of everything pi-ray raises on purpose. The command line prints it without a traceback and exits with `exit_code`."""
+    """Base class. The command line prints it without a traceback and exits with `exit_code`."""
 
     exit_code = 1
 
@@ -50,12 +50,12 @@ class AdapterError(PiRayError):
 
 
 class ClusterError(PiRayError):
-    """A cluster does not answer, refuses a job, has no token or lost the job. A job that failed gives its own exit code instead."""
+    """A cluster does not answer, refuses a job, has no token or lost the job. A failed job gives its own exit code."""
 
     exit_code = 9
 
 
 class StorageError(PiRayError):
-    """A file cannot be written: the disk is full or read-only, or this user may not. What was there before is untouched."""
+    """A file cannot be written: the disk is full or read-only, or this user may not. Existing files are untouched."""
 
     exit_code = 10

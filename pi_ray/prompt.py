@@ -1,8 +1,8 @@
 """The prompt and its parts: x = (template, examples, query), paper section 3.
 
-Text becomes token ids here and nowhere else: preparation, evaluation and serving all call `PromptEncoder`, so that the ids
-sent at inference are the ids trained on. A prompt is two runs of ids: `prefix` (chat head + template, equal for all
-rows of a phase, so it can be computed once) and `row` (examples + query + chat tail).
+Text becomes token ids here and nowhere else: preparation, evaluation and serving all call `PromptEncoder`, so that the
+ids sent at inference are the ids trained on. A prompt has two parts: `prefix` (chat head + template, equal for all rows
+of a phase, so it can be computed once) and `row` (examples + query + chat tail).
 """
 
 from __future__ import annotations
@@ -20,7 +20,10 @@ if TYPE_CHECKING:
     from pi_ray.config import PromptConfig
 
 CHATML = ("<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n")
-ROLE_WORDS = {"user", "assistant", "model", "human", "system", "inst", "s", "bos", "begin", "of", "turn", "start", "end"}
+# Words of a chat template that only mark roles and turns.
+ROLE_WORDS = {
+    "user", "assistant", "model", "human", "system", "inst", "s", "bos", "begin", "of", "turn", "start", "end",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -36,18 +39,24 @@ class Template:
 
     @classmethod
     def parse(cls, markdown: str) -> Template:
-        """Read template.md: text under `# Instruction`, then documents under `# Documents`, each starting at a `## ` heading.
+        """Read template.md: the instruction, then documents that each begin at a `## ` heading.
 
-        Without these headings everything is the instruction. HTML comments are notes to the author and are dropped.
+        The lines `# Instruction` and `# Documents` are optional and never sent. With `# Documents`, only headings
+        below it begin documents: so an instruction can have `## ` headings of its own. A `## ` line inside fenced code
+        is no heading. HTML comments are notes to the author and are dropped.
         """
         text = re.sub(r"<!--.*?-->\n?", "", markdown, flags=re.S).strip()
-        head, _, tail = text.partition("\n# Documents")
-        instruction = re.sub(r"\A# Instruction[^\n]*\n", "", head).strip()
-        documents = tuple(d.strip() for d in re.split(r"\n(?=## )", tail) if d.strip())
-        return cls(instruction, documents)
+        instruction, *below = re.split(r"^# Documents\b[^\n]*", text, maxsplit=1, flags=re.M)
+        if below:
+            sections = _split_at_headings(below[0])
+        else:
+            instruction, *sections = _split_at_headings(text)
+        instruction = re.sub(r"\A# Instruction[^\n]*(\n|\Z)", "", instruction).strip()
+        return cls(instruction, tuple(filter(None, map(str.strip, sections))))
 
     @classmethod
     def load(cls, path: Path) -> Template:
+        """Read a template file. Raises DataError if it is missing, not UTF-8 or empty."""
         try:
             template = cls.parse(Path(path).read_text(encoding="utf-8"))
         except FileNotFoundError:
@@ -55,8 +64,19 @@ class Template:
         except UnicodeDecodeError as error:
             raise DataError(f"{path}: not UTF-8 ({error})") from None
         if not template.text:
-            raise DataError(f"{path}: the template is empty; write the instruction under a line `# Instruction`")
+            raise DataError(f"{path}: the template is empty; write the instruction, then documents under `## ` lines")
         return template
+
+
+def _split_at_headings(text: str) -> list[str]:
+    """The text before the first `## ` line, then one part for each such line outside fenced code."""
+    parts, fenced = [""], False
+    for line in text.split("\n"):
+        fenced ^= line.lstrip().startswith("```")
+        if line.startswith("## ") and not fenced:
+            parts.append("")
+        parts[-1] += line + "\n"
+    return parts
 
 
 @dataclass(frozen=True)
@@ -68,7 +88,7 @@ class Example:
 
 
 @dataclass(frozen=True)
-class Encoded:
+class EncodedPrompt:
     """Token ids of a prompt: `prefix` is shared by every row of a phase, `row` belongs to the row."""
 
     prefix: list[int]
@@ -79,54 +99,66 @@ class Encoded:
         return self.prefix + self.row
 
 
-def text_of(config: PromptConfig, query: str, template: str = "", shots: Sequence[Example] = (), documents: Sequence[str] = ()) -> str:
-    """A whole prompt as text, for a model behind an API: the words that PromptEncoder puts between chat head and tail."""
-    return (template + "\n\n" if template else "") + _body(config, query, shots, documents)
+def render_prompt(
+    config: PromptConfig, query: str, template: str = "", shots: Sequence[Example] = (), documents: Sequence[str] = ()
+) -> str:
+    """A whole prompt as text, for a model behind an API: what PromptEncoder puts between chat head and tail."""
+    return (template + "\n\n" if template else "") + _render_row(config, query, shots, documents)
 
 
-def _body(config: PromptConfig, query: str, shots: Sequence[Example], documents: Sequence[str]) -> str:
-    """The row's own documents, examples, query."""
-    rendered = [config.example.replace("{query}", s.query).replace("{answer}", s.answer) for s in shots]
+def _render_row(config: PromptConfig, query: str, shots: Sequence[Example], documents: Sequence[str]) -> str:
+    """The text after the template: the row's own documents, examples, query."""
+    examples = [config.example.replace("{query}", s.query).replace("{answer}", s.answer) for s in shots]
     heading = [config.examples_heading] if shots and config.examples_heading else []
-    return "\n\n".join([*documents, *heading, *rendered, config.query.replace("{query}", query)])
+    return "\n\n".join([*documents, *heading, *examples, config.query.replace("{query}", query)])
 
 
-_tokenizing = threading.Lock()  # a call sets how the tokenizer treats special tokens, and a server's threads share one tokenizer
+_tokenizer_lock = threading.Lock()  # a call sets split_special_tokens on the tokenizer, which a server's threads share
 
 
 def content_ids(tokenizer: Any, text: str) -> list[int]:
-    """Ids of a user's text: a special token spelled out in it stays text, so that a query cannot end its own turn."""
+    """Token ids of a user's text; special tokens spelled out in it stay text, so no query can end its own turn."""
     return _ids(tokenizer, text, split_special_tokens=True)
 
 
 def _ids(tokenizer: Any, text: str, split_special_tokens: bool) -> list[int]:
-    with _tokenizing:
+    with _tokenizer_lock:
         return tokenizer(text, add_special_tokens=False, split_special_tokens=split_special_tokens).input_ids
 
 
 class PromptEncoder:
-    """Text -> ids for one tokenizer and one prompt format. Raises ModelError when the chat template injects text of its own."""
+    """Text -> token ids for one tokenizer and one prompt format.
+
+    Raises ModelError if the tokenizer has no end-of-sequence token or its chat template adds a system prompt.
+    """
 
     def __init__(self, tokenizer: Any, config: PromptConfig):
         self.tokenizer = tokenizer
         self.config = config
         self.head, self.tail = _chat_frame(tokenizer, config.chat)
         if tokenizer.eos_token_id is None:
-            raise ModelError("the tokenizer has no end-of-sequence token; pi-ray needs one to know where an answer ends")
-        with _tokenizing:
+            raise ModelError("the tokenizer has no end-of-sequence token, by which pi-ray knows where an answer ends")
+        with _tokenizer_lock:
             empty = tokenizer("").input_ids
-        self.bos = [] if not empty or tokenizer.bos_token_id not in empty or (self.head and self.head.startswith(tokenizer.bos_token)) else [tokenizer.bos_token_id]
+        bos = tokenizer.bos_token_id
+        self.bos = [bos] if bos in empty and not (self.head and self.head.startswith(tokenizer.bos_token)) else []
 
     def prefix(self, template: str) -> list[int]:
         """Chat head and template text; the head alone when the template is internalised (rate 0)."""
         return self.bos + self._frame(self.head) + (self._content(template + "\n\n") if template else [])
 
     def row(self, query: str, shots: Sequence[Example] = (), documents: Sequence[str] = ()) -> list[int]:
-        """The row's own documents, examples (least similar first, so that the best one stands next to the query), query, chat tail."""
-        return self._content(_body(self.config, query, shots, documents)) + self._frame(self.tail)
+        """The row's own documents, examples, query, chat tail.
 
-    def encode(self, query: str, template: str = "", shots: Sequence[Example] = (), documents: Sequence[str] = ()) -> Encoded:
-        return Encoded(self.prefix(template), self.row(query, shots, documents))
+        `shots` come with the least similar first, so that the best example stands next to the query.
+        """
+        return self._content(_render_row(self.config, query, shots, documents)) + self._frame(self.tail)
+
+    def encode(
+        self, query: str, template: str = "", shots: Sequence[Example] = (), documents: Sequence[str] = ()
+    ) -> EncodedPrompt:
+        """A whole prompt."""
+        return EncodedPrompt(self.prefix(template), self.row(query, shots, documents))
 
     def answer(self, answer: str) -> list[int]:
         """The label ids: the answer and the end-of-sequence token."""
@@ -147,23 +179,27 @@ class PromptEncoder:
 
 
 def _chat_frame(tokenizer: Any, chat: str) -> tuple[str, str]:
-    """The text before and after the user's words."""
+    """The chat head and tail: the text before and after a user's words."""
     if chat == "none":
         return "", "\n"
     if chat == "chatml":
         return CHATML
     if not tokenizer.chat_template:
-        raise ModelError(f"prompt.chat is '{chat}', but this model has no chat template; set prompt.chat to 'none' or 'chatml'")
-    mark = "\x02QUERY\x03"  # no white space (as \x1f is), which templates trim
-    text = tokenizer.apply_chat_template([{"role": "user", "content": mark}], tokenize=False, add_generation_prompt=True)
+        raise ModelError(
+            f"prompt.chat is '{chat}', but this model has no chat template; set prompt.chat to 'none' or 'chatml'"
+        )
+    mark = "\x02QUERY\x03"  # \x1f would count as white space, which templates trim
+    message = {"role": "user", "content": mark}
+    text = tokenizer.apply_chat_template([message], tokenize=False, add_generation_prompt=True)
     head, found, tail = text.partition(mark)
     if not found:
-        raise ModelError("the model's chat template does not keep the user's words; set prompt.chat to 'none' or 'chatml'")
+        raise ModelError("the chat template does not keep the user's words; set prompt.chat to 'none' or 'chatml'")
     words = re.findall(r"[A-Za-z]{2,}", re.sub(r"<[^>]*>|\[/?[A-Z_]+\]", " ", head))
     injected = [w for w in words if w.lower() not in ROLE_WORDS]
     if injected and chat != "model+system":
         raise ModelError(
-            f"the model's chat template adds a system prompt of its own ({' '.join(injected[:12])!r}...), which would be sent and paid for with every query; "
-            "set prompt.chat to 'chatml' to leave it out, or to 'model+system' to keep it"
+            f"the model's chat template adds a system prompt of its own ({' '.join(injected[:12])!r}...), which would "
+            "be sent and paid for with every query; set prompt.chat to 'chatml' to leave it out, or to 'model+system' "
+            "to keep it"
         )
     return head, tail

@@ -1,4 +1,4 @@
-"""The six Protocols that people extend. registry.py says how a name finds its implementation."""
+"""The six Protocols that people extend, and the types that they exchange. registry.py finds parts by name."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ if TYPE_CHECKING:
     from pi_ray.schedule import Phase
 
 SPLITS = ("train", "dev", "test")
-UNLABELLED = "unlabelled"  # a fourth, of rows with an empty answer, that a teacher answers
+UNLABELLED = "unlabelled"  # a further split: rows with an empty answer, which a teacher answers
 
 
 @dataclass(frozen=True)
 class Row:
-    """One labelled query. `id` is unique over all splits; `group` names a part of the test set that is reported apart.
+    """One labelled query. `id` is unique over all splits; `group` names a part of the test set with its own scores.
 
-    `documents` come with the query, such as passages that were retrieved for it; a prompt has them as compressed as its template.
+    `documents` come with the query, such as passages retrieved for it, and are compressed at the template's rate.
     """
 
     id: str
@@ -33,7 +33,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Reject:
-    """A row that could not be used: where it stood and why."""
+    """A row that cannot be used: its file, its line and the reason."""
 
     source: str
     line: int
@@ -44,25 +44,25 @@ class Task(Protocol):
     """Data, template and metric. Constructed with a TaskConfig."""
 
     def rows(self, split: str) -> Iterator[Row | Reject]:
-        """All rows of "train", "dev" or "test", streamed; what cannot be used comes as a Reject.
+        """Stream all rows of "train", "dev", "test" or "unlabelled", with a Reject for each that cannot be used.
 
-        Of "unlabelled" the queries that have no answer (Row.answer is ""), as many as there are: none is fine.
+        Rows of "unlabelled" have the answer ""; there may be none.
         """
 
     def template(self) -> Template: ...
 
     def score(self, row: Row, output: str) -> dict[str, float]:
-        """Per-row metrics in [0, 1]; always has "exact_match". Corpus BLEU is added by evaluate.py for every task."""
+        """Metrics of one row in [0, 1], "exact_match" among them. evaluate/ adds corpus BLEU for every task."""
 
     def fingerprint(self) -> str:
-        """Hash of everything the rows and the template are made from."""
+        """A hash of everything that rows and template are made from."""
 
 
 class Compressor(Protocol):
     """Constructed with a CompressConfig."""
 
     def compress(self, text: str, rate: float) -> str:
-        """Keep about `rate` (0 < rate < 1) of the tokens of `text`. Protected spans and rate control are the caller's."""
+        """Keep about `rate` (0 < rate < 1) of the tokens of `text`. The caller protects spans and controls the rate."""
 
 
 class Encoder(Protocol):
@@ -77,30 +77,31 @@ class Schedule(Protocol):
 
 
 class Backend(Protocol):
-    """How gradients become an update over all workers. Constructed with (build, TrainConfig, micro-batches an update, bf16) inside a worker.
+    """Turns gradients into an update over all workers.
 
-    `build()` loads and returns the peft model, in bfloat16 or else float32; called once, when the backend has made ready for it.
-    `model` is what the loop calls; a wrapper such as DeepSpeed's engine stands in for the model there.
+    Constructed inside a worker with (build, TrainConfig, micro-batches of an update, bf16). `build()` loads and returns
+    the peft model, in bfloat16 or else float32; the backend calls it once, when it is ready. `model` is called by the
+    training loop: the peft model, or a wrapper such as DeepSpeed's engine.
     """
 
     model: Any
 
     def backward(self, loss: Any, last: bool) -> None:
-        """Accumulate gradients of one micro-batch; `last` marks the one that completes the update."""
+        """Accumulate the gradients of one micro-batch; `last` marks the last one of an update."""
 
     def step(self, lr: float) -> None:
-        """One AdamW update of the trainable weights with gradients summed over workers, clipped."""
+        """Do one AdamW update of the trainable weights, with gradients summed over workers and clipped."""
 
     def state(self) -> dict[str, Any]:
         """name -> fp32 CPU tensor: full weights and Adam moments of the trainable parameters, equal on every worker."""
 
     def load_state(self, state: dict[str, Any], updates: int) -> None:
-        """Take over what `state` gave after `updates` updates, which AdamW's bias correction counts."""
+        """Restore the `state()` of `updates` updates, which AdamW's bias correction counts."""
 
 
 @dataclass(frozen=True)
 class GenerationRequest:
-    """What an engine is asked for. `prompt_ids` come from PromptEncoder; `adapter` is a verified folder or "" for the base."""
+    """One sequence to generate. `prompt_ids` come from PromptEncoder; `adapter` is a verified folder, "" the base."""
 
     prompt_ids: list[int]
     max_new_tokens: int
@@ -109,11 +110,14 @@ class GenerationRequest:
     top_p: float = 1.0
     seed: int | None = None
     stop: tuple[str, ...] = field(default=())
-    logprobs: int | None = None  # how many of the likeliest tokens come with each token; None: no log-probabilities at all
+    logprobs: int | None = None  # likeliest tokens that come with each token; None: no log-probabilities at all
 
 
 class Token(NamedTuple):
-    """One generated token. `logprob` is its natural log-probability under the model (temperature 1), `top` the likeliest (id, logprob), best first."""
+    """One generated token. `logprob` is its natural log-probability under the model (temperature 1).
+
+    `top` has the likeliest tokens as (id, logprob), best first.
+    """
 
     id: int
     logprob: float | None = None
@@ -123,12 +127,12 @@ class Token(NamedTuple):
 class Engine(Protocol):
     """Constructed with (ModelConfig, ServeConfig) inside a Serve replica.
 
-    May also have: check(), which raises when no answer can be expected any more; stats(), counts and gauges for metrics; merge(folder), called once
-    before the first request when serve.merge is set.
+    Optional methods: check() raises when the engine can no longer answer; stats() returns counts and gauges for
+    metrics; merge(folder) is called once before the first request if serve.merge is set.
     """
 
     def generate(self, request: GenerationRequest) -> AsyncIterator[Token]:
-        """Tokens as they are generated, ending after the end-of-sequence token, `stop` or the limit. Closing it frees the slot.
+        """Yield tokens up to the end-of-sequence token, `stop` or the limit. Closing the iterator ends the sequence.
 
-        Raises AdapterError when the adapter does not fit the base model.
+        Raises AdapterError if the adapter does not fit the base model.
         """

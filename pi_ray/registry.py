@@ -1,7 +1,7 @@
-"""Name -> implementation, for the six kinds of part that people extend.
+"""Registries: name -> implementation, for the six kinds of part in protocols.py.
 
-A part is a line `"name": "module:attribute"` below, or an entry point in the group `pi_ray.<kind>` of an installed package.
-Nothing is imported before it is asked for.
+A part is a line `"name": "module:attribute"` below, or an entry point in the group `pi_ray.<kind>` of an installed
+package. A part is imported only when its name is looked up.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pi_ray.errors import ConfigError
 
 
 class Registry:
-    """The parts of one kind. `registry["name"]` imports and returns the part; `names()` lists what can be asked for."""
+    """The parts of one kind. `registry["name"]` imports and returns a part; `names()` lists all names."""
 
     def __init__(self, kind: str, parts: dict[str, str]):
         self.kind = kind
@@ -31,7 +31,8 @@ class Registry:
         parts = self._all()
         if name not in parts:
             close = get_close_matches(name, parts, n=1)
-            raise ConfigError(f"no {self.kind} named '{name}'" + (f"; did you mean '{close[0]}'?" if close else f"; there are: {', '.join(sorted(parts))}"))
+            hint = f"did you mean '{close[0]}'?" if close else f"there are: {', '.join(sorted(parts))}"
+            raise ConfigError(f"no {self.kind} named '{name}'; {hint}")
         module, _, attribute = parts[name].partition(":")
         return getattr(import_module(module), attribute)
 

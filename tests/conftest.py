@@ -1,4 +1,4 @@
-"""Fixtures that many tests share: a tiny random model with a real tokenizer, a prepared run directory, and one local Ray."""
+"""Fixtures that many tests share: tiny random models with a real tokenizer, and one local Ray."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ def tiny_model(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_mixtral(tmp_path_factory) -> Path:
-    """As `tiny_model`, a Mixtral: in each layer 4 experts of which a token uses 2."""
+    """A random Mixtral like `tiny_model`: each layer has 4 experts, and a token uses 2 of them."""
     return tiny(tmp_path_factory.mktemp("tiny-mixtral"), "Mixtral", num_local_experts=4, num_experts_per_tok=2)
 
 
-def tiny(folder: Path, family: str, **own) -> Path:
+def tiny(folder: Path, family: str, **settings) -> Path:
     """A random model of `family` with SmolLM2's tokenizer in `folder`."""
     import torch
     import transformers
@@ -34,8 +34,9 @@ def tiny(folder: Path, family: str, **own) -> Path:
     tokenizer = load_tokenizer(ModelConfig())
     torch.manual_seed(0)
     config = getattr(transformers, f"{family}Config")(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, **own,
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, **settings,
     )
     getattr(transformers, f"{family}ForCausalLM")(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -43,9 +44,10 @@ def tiny(folder: Path, family: str, **own) -> Path:
 
 
 def unset(monkeypatch, *names: str) -> None:
-    """Remove environment variables until the test ends, and then put back what was there, or nothing, whatever the code under test sets meanwhile.
+    """Remove environment variables until the test ends, whatever the code under test sets meanwhile.
 
-    `monkeypatch.delenv(name, raising=False)` alone remembers nothing of a variable that was not there: what the code sets would stay for all tests that follow.
+    `monkeypatch.delenv(name, raising=False)` alone remembers nothing about a missing variable: a value that the code
+    sets would stay for all later tests.
     """
     for name in names:
         monkeypatch.setenv(name, "")

@@ -26,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     console = Console(highlight=False, soft_wrap=True)
     try:
         if args.verb != "doctor":  # which says it, and more
-            requirements.check()
+            requirements.check_requirements()
         VERBS[args.verb][2](args, console)
     except PiRayError as error:
         print(f"pi-ray: {error}", file=sys.stderr)

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pi_ray.cli.verbs import OVERRIDES, RUN, Verbs, argument, folder_of, load
+from pi_ray.cli.verbs import OVERRIDES, RUN, Verbs, argument, folder_of, load_config
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -25,7 +25,7 @@ JOB = argument("job", metavar="JOB", help="a job's id, or a run's name")
 def doctor(args: argparse.Namespace, console: Console) -> None:
     from pi_ray.cluster import doctor as visit
 
-    config, folder = (load(args), folder_of(args)) if args.config else (None, None)
+    config, folder = (load_config(args), folder_of(args)) if args.config else (None, None)
     if visit.print_findings(visit.examine(config, args.address, folder), console):
         sys.exit(1)
 
@@ -74,7 +74,7 @@ def stop(args: argparse.Namespace, console: Console) -> None:
 def render(args: argparse.Namespace, console: Console) -> None:
     from pi_ray.cluster import render as files
 
-    found, notes = files.render_cluster_files(args.kind, load(args), folder_of(args))
+    found, notes = files.render_cluster_files(args.kind, load_config(args), folder_of(args))
     if args.out:
         for path in files.write_cluster_files(found, args.out):
             console.print(f"wrote {path}", markup=False)

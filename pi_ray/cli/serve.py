@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from pi_ray.cli.verbs import OVERRIDES, RUN, Verbs, argument, load
+from pi_ray.cli.verbs import OVERRIDES, RUN, Verbs, argument, load_config
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -17,7 +17,7 @@ verb = Verbs()
 def serve(args: argparse.Namespace, console: Console) -> None:
     from pi_ray.serve import app
 
-    app.run(load(args))
+    app.run_server(load_config(args))
 
 
 @verb(
@@ -34,9 +34,9 @@ def release(args: argparse.Namespace, console: Console) -> None:
     from pi_ray.store.adapters import AdapterStore
 
     store = AdapterStore(args.store)
-    canary = step.percent(args.canary) if args.canary else None
-    aliases = step.release(store, args.name, args.version, canary, args.rollback, args.alias)
-    step.show(store, args.name, aliases, lambda line: console.print(line, markup=False))
+    canary = step.parse_percent(args.canary) if args.canary else None
+    aliases = step.release_version(store, args.name, args.version, canary, args.rollback, args.alias)
+    step.print_aliases(store, args.name, aliases, lambda line: console.print(line, markup=False))
 
 
 @verb(
@@ -48,7 +48,7 @@ def key(args: argparse.Namespace, console: Console) -> None:
     from pi_ray.serve.http import keys
 
     made = keys.new_key()
-    print(f"the key, shown this once:\n  {made}\nits line for the file that serve.keys_file names:\n  {keys.line(made, args.name, args.adapters)}")
+    print(f"the key, shown this once:\n  {made}\nits line for the file that serve.keys_file names:\n  {keys.keys_file_line(made, args.name, args.adapters)}")
 
 
 @verb(

@@ -37,10 +37,10 @@ RUN = argument("config", type=Path, metavar="run.yaml", help="a run file, or a r
 OVERRIDES = argument("overrides", nargs="*", default=[], metavar="section.key=value", help="overrides, such as train.lr=0.0003")
 
 
-def load(args: argparse.Namespace) -> config.RunConfig:
+def load_config(args: argparse.Namespace) -> config.RunConfig:
     """The run that RUN and OVERRIDES name. Raises ConfigError for what is wrong with it."""
     path = args.config / "run.yaml" if args.config.is_dir() else args.config
-    return run_file.load(path, args.overrides)
+    return run_file.load_run_file(path, args.overrides)
 
 
 def folder_of(args: argparse.Namespace) -> Path:

@@ -1,7 +1,8 @@
-"""What every block of a run file is made of: frozen, no unknown keys, and types with their limits."""
+"""The base class of every block of a run file: frozen, no unknown keys, and number types with their limits."""
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -19,19 +20,36 @@ class Block(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-def added(default: Any, description: str) -> Any:
-    """A key that dumps leave out while it has its default, so that its arrival changed no fingerprint of runs that do not use it."""
+def doc(default: Any, description: str) -> Any:
+    """A field with its default and the sentence that schema and docs show for it."""
+    return Field(default, description=description)
+
+
+def omit_default(default: Any, description: str) -> Any:
+    """As `doc`, a field that dumps omit at its default, so that a new key changes no fingerprint of runs without it."""
     return Field(default, description=description, exclude_if=lambda value: value == default)
 
 
-def unused(block: Block, keys: tuple[str, ...], where: str, why: str) -> None:
-    """Raises ValueError where one of these keys, which go without effect, does not have its default."""
+def forbid_unused(block: Block, keys: tuple[str, ...], where: str, why: str) -> None:
+    """Raise ValueError for the first of `keys` that is set, though none of them has an effect in this block."""
     if found := [key for key in keys if getattr(block, key) != type(block).model_fields[key].default]:
         raise ValueError(f"{where}.{found[0]} would have no effect: {why}; leave it out")
 
 
-def assign(data: dict[str, Any], key: str, value: Any) -> None:
-    """Set a dotted key, such as "train.lr", in nested blocks. Raises ConfigError where the key leads through a value."""
+def refuse(wrong: object, message: str) -> None:
+    """Raise ValueError(message) if `wrong` is true; pydantic turns the message into a mistake at the block."""
+    if wrong:
+        raise ValueError(message)
+
+
+def check_plain_url(url: str, key: str, secret_goes: str = "the key belongs in the environment") -> None:
+    """Raise ValueError for a URL that could hold a secret. An empty one is fine."""
+    wrong = url and not re.fullmatch(PLAIN_URL, url)
+    refuse(wrong, f"{key} must be an http or https URL without user, password or query; {secret_goes}")
+
+
+def set_key(data: dict[str, Any], key: str, value: Any) -> None:
+    """Set a dotted key, such as "train.lr", in nested blocks. Raises ConfigError if the key leads through a value."""
     *blocks, last = key.split(".")
     for block in blocks:
         data = data.setdefault(block, {})

@@ -1,10 +1,10 @@
-"""run.yaml and table files: read, override, check. Every mistake is named with file, line, key and closest match."""
+"""Reading run files and table files: overrides, checks, paths. A mistake is named with file, line, key and cure."""
 
 from __future__ import annotations
 
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, TypeVar
@@ -12,35 +12,38 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from pi_ray.config import INPUTS, RunConfig, assign
+from pi_ray.config import INPUTS, RunConfig, set_key
 from pi_ray.errors import ConfigError
 
 M = TypeVar("M", bound=BaseModel)
+RENAMED_KEYS = {"train.border": "train.phase_transition", "train.start": "train.init_adapter"}  # old -> new
+COMMAND_LINE = 0  # the line number of keys that come from overrides
 
 
-def load(path: Path | str, overrides: Sequence[str] = ()) -> RunConfig:
+def load_run_file(path: Path | str, overrides: Sequence[str] = ()) -> RunConfig:
     """Read run.yaml, apply `section.key=value` overrides, check, and make its paths absolute.
 
-    Raises ConfigError: unknown key (with the closest match), wrong type, impossible value; each with file, line and key.
+    Raises ConfigError with file, line and key: unknown or renamed key, wrong type, impossible value.
     """
     path = Path(path)
-    return parse(read(path), str(path), overrides, folder=path.resolve().parent)
+    return parse_run_file(read_run_file(path), str(path), overrides, folder=path.resolve().parent)
 
 
-def read(path: Path) -> str:
+def read_run_file(path: Path) -> str:
+    """The file's text. Raises ConfigError if there is none."""
     try:
         return path.read_text(encoding="utf-8")
     except (FileNotFoundError, IsADirectoryError):
         raise ConfigError(f"{path}: no such file; 'pi-ray init FOLDER' writes one to start from") from None
 
 
-def parse(text: str, source: str, overrides: Sequence[str] = (), folder: Path | None = None) -> RunConfig:
-    """As `load`, from text; `source` is the name used in messages, `folder` what relative task paths start from."""
-    return absolute(check(RunConfig, text, source, overrides), folder or Path.cwd())
+def parse_run_file(text: str, source: str, overrides: Sequence[str] = (), folder: Path | None = None) -> RunConfig:
+    """As `load_run_file`, from text: messages name `source`; relative task paths start from `folder` or here."""
+    return make_paths_absolute(validate_yaml(RunConfig, text, source, overrides), folder or Path.cwd())
 
 
-def check(model: type[M], text: str, source: str, overrides: Sequence[str] = ()) -> M:
-    """YAML text -> a model such as RunConfig, with its mistakes explained."""
+def validate_yaml(model: type[M], text: str, source: str, overrides: Sequence[str] = ()) -> M:
+    """YAML text -> an instance of `model`, such as RunConfig. Raises ConfigError, one line for each mistake."""
     try:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
         data = yaml.safe_load(text) or {}
@@ -49,65 +52,87 @@ def check(model: type[M], text: str, source: str, overrides: Sequence[str] = ())
         where = f"{source}:{mark.line + 1}" if mark else source
         raise ConfigError(f"{where}: not valid YAML: {getattr(error, 'problem', error)}") from None
     if not isinstance(data, dict):
-        raise ConfigError(f"{source}: expected labelled blocks such as 'task:' and 'train:', found {type(data).__name__}")
-    lines = _lines(node) if node else {}
+        found = type(data).__name__
+        raise ConfigError(f"{source}: expected labelled blocks such as 'task:' and 'train:', found {found}")
+    lines = _line_numbers(node) if node else {}
     for override in overrides:
         key, equals, value = override.partition("=")
         if not equals:
             raise ConfigError(f"'{override}': an override is section.key=value, such as train.lr=0.0003")
-        assign(data, key.strip(), yaml.safe_load(value) if value else "")
-        lines[tuple(key.strip().split("."))] = 0
+        set_key(data, key.strip(), yaml.safe_load(value) if value else "")
+        lines[tuple(key.strip().split("."))] = COMMAND_LINE
+    if renamed := [
+        f"{_place(source, line)}: key '{old}' is now called '{new}'"
+        for old, new in RENAMED_KEYS.items()
+        for path, line in lines.items()
+        if old == ".".join(path) or path[-1:] == (old,)  # nested, or dotted as under `set` of a table file
+    ]:
+        raise ConfigError("\n".join(renamed))
     try:
         return model.model_validate(data)
     except ValidationError as error:
         raise ConfigError("\n".join(_explain(e, source, lines, model) for e in error.errors())) from None
 
 
-def absolute(config: RunConfig, folder: Path) -> RunConfig:
-    """The config with every path absolute: those of `task` start from `folder`, run directory, store and keys file from the current one."""
-    def at(base: Path, value: str) -> str:
+def make_paths_absolute(config: RunConfig, folder: Path) -> RunConfig:
+    """Resolve paths: those of `task` from `folder`; run directory, store and keys file from the current folder."""
+
+    def resolve(base: Path, value: str) -> str:
         return str(base / Path(value).expanduser()) if value and "://" not in value else value
 
-    task = config.task
-    paths = {k: at(folder, getattr(task, k)) for k in INPUTS} if task.name != "opsql" else {}
+    task, here = config.task, Path.cwd()
+    paths = {key: resolve(folder, getattr(task, key)) for key in INPUTS} if task.name != "opsql" else {}
     return config.model_copy(update={
         "task": task.model_copy(update=paths),
-        "run_dir": at(Path.cwd(), config.run_dir or f"runs/{config.name}"),
-        "store": at(Path.cwd(), config.store or "store"),
-        "serve": config.serve.model_copy(update={"keys_file": at(Path.cwd(), config.serve.keys_file)}),
+        "run_dir": resolve(here, config.run_dir or f"runs/{config.name}"),
+        "store": resolve(here, config.store or "store"),
+        "serve": config.serve.model_copy(update={"keys_file": resolve(here, config.serve.keys_file)}),
     })
 
 
-def _lines(node: yaml.Node, path: tuple[str, ...] = ()) -> dict[tuple[str, ...], int]:
+def _line_numbers(node: yaml.Node, path: tuple[str, ...] = ()) -> dict[tuple[str, ...], int]:
+    """Path of each key, such as ("train", "lr") -> its line in the file, from 1."""
     found = {path: node.start_mark.line + 1}
     if isinstance(node, yaml.MappingNode):
         for key, value in node.value:
-            found.update(_lines(value, (*path, key.value)))
+            found.update(_line_numbers(value, (*path, key.value)))
             found[(*path, key.value)] = key.start_mark.line + 1
     elif isinstance(node, yaml.SequenceNode):
         for i, value in enumerate(node.value):
-            found.update(_lines(value, (*path, str(i))))
+            found.update(_line_numbers(value, (*path, str(i))))
     return found
 
 
-def _explain(error: dict[str, Any], source: str, lines: dict[tuple[str, ...], int], model: type[BaseModel]) -> str:
-    path = tuple(str(p) for p in error["loc"])
-    while path and path not in lines and len(path) > 1:  # pydantic appends union branches to the location
+def _place(source: str, line: int | None) -> str:
+    return "command line" if line == COMMAND_LINE else f"{source}:{line}" if line else source
+
+
+def _explain(error: Mapping[str, Any], source: str, lines: dict[tuple[str, ...], int], model: type[BaseModel]) -> str:
+    """One of pydantic's mistakes in words."""
+    path = tuple(str(part) for part in error["loc"])
+    while len(path) > 1 and path not in lines:  # pydantic appends union branches to the location
         path = path[:-1]
-    line = lines.get(path)
-    where = "command line" if line == 0 else f"{source}:{line}" if line else source
+    where = _place(source, lines.get(path))
     key = ".".join(path) or "run.yaml"
     if error["type"] == "extra_forbidden":
-        close = get_close_matches(path[-1], _known_keys(model, path[:-1]), n=1)
-        return f"{where}: unknown key '{key}'" + (f"; did you mean '{'.'.join((*path[:-1], close[0]))}'?" if close else f"; known here: {', '.join(_known_keys(model, path[:-1]))}")
+        return f"{where}: {_unknown_key(path, key, model)}"
     if error["type"] == "missing":
-        return f"{where}: key '{'.'.join(str(p) for p in error['loc'])}' is missing"
-    message = error["msg"].removeprefix("Value error, ")
-    given = "" if isinstance(error.get("input"), dict) or error["type"] == "value_error" else f" (given: {error.get('input')!r})"
+        return f"{where}: key '{'.'.join(str(part) for part in error['loc'])}' is missing"
+    message, value = error["msg"].removeprefix("Value error, "), error.get("input")
+    given = "" if isinstance(value, dict) or error["type"] == "value_error" else f" (given: {value!r})"
     return f"{where}: {key}: {message}{given}"
 
 
+def _unknown_key(path: tuple[str, ...], key: str, model: type[BaseModel]) -> str:
+    """Names the closest match, else all keys of the block."""
+    known = _known_keys(model, path[:-1])
+    if close := get_close_matches(path[-1], known, n=1):
+        return f"unknown key '{key}'; did you mean '{'.'.join((*path[:-1], close[0]))}'?"
+    return f"unknown key '{key}'; known here: {', '.join(known)}"
+
+
 def _known_keys(model: Any, path: Sequence[str]) -> list[str]:
+    """The keys of the block at `path` below `model`."""
     for part in path:
         field = getattr(model, "model_fields", {}).get(part)
         if field is None:

@@ -25,7 +25,7 @@ from pathlib import Path
 import httpx
 
 from pi_ray.config import ModelConfig, PromptConfig, RunConfig, ServeConfig
-from pi_ray.models import resolve
+from pi_ray.models import resolve_base
 from tests.bench.report import header
 from tests.conftest import tiny
 from tests.faults.service import Answer, Service, free_port
@@ -122,7 +122,7 @@ def main() -> int:
     header(f"{args.clients} streaming clients, {args.replicas} replicas, one killed every {args.every:.0f} s")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        base = resolve(args.model) if args.model else str(tiny(folder / "model", "Llama"))
+        base = resolve_base(args.model) if args.model else str(tiny(folder / "model", "Llama"))
         for a in range(ADAPTERS):
             put_in_store(folder / "store", f"adapter-{a}", base, a)
         limits = ServeConfig(port=free_port(), engine="watched", min_replicas=args.replicas, max_replicas=args.replicas, max_ongoing_requests=SLOTS, max_queued_requests=QUEUE)

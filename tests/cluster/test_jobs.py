@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from pi_ray.config import RunConfig, dump, run_file
+from pi_ray.config import RunConfig, dump_config, run_file
 from pi_ray.run.directory import RunDir
 from tests.cluster.conftest import KEY, LOCAL, TINY, ended
 from tests.faults.service import free_port
@@ -34,7 +34,7 @@ def checkout(task, shared, tmp_path) -> tuple[Path, int]:
         f"serve.port={port}",
     ]
     path = folder / "my-task" / "run.yaml"
-    path.write_text(dump(run_file.check(RunConfig, run_file.read(path), str(path), own)))
+    path.write_text(dump_config(run_file.validate_yaml(RunConfig, run_file.read_run_file(path), str(path), own)))
     return folder, port
 
 

@@ -25,7 +25,7 @@ def obey() -> None:
                 [node] = ray.nodes()
                 print(json.dumps({"metrics": f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"}), flush=True)
                 continue
-            serve.run(deployment.build(run_file.load(path)), name=app.APP, route_prefix="/", blocking=False)
+            serve.run(deployment.build_application(run_file.load_run_file(path)), name=app.APP_NAME, route_prefix="/", blocking=False)
             outcome = {"deployed": path}
         except Exception as error:
             outcome = {"failed": str(error)}
@@ -34,4 +34,4 @@ def obey() -> None:
 
 if __name__ == "__main__":
     threading.Thread(target=obey, daemon=True).start()
-    app.run(run_file.load(sys.argv[1]))
+    app.run_server(run_file.load_run_file(sys.argv[1]))

@@ -91,7 +91,7 @@ class Service:
     def _write(self, config: RunConfig) -> str:
         self.files += 1
         path = self.folder / f"run-{self.files}.yaml"
-        path.write_text(configuration.dump(config))
+        path.write_text(configuration.dump_config(config))
         return str(path)
 
     def deploy(self, seconds: float = 120, **changes: Any) -> dict[str, str]:

@@ -15,7 +15,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from pi_ray.config.run_file import load
+from pi_ray.config.run_file import load_run_file
 from pi_ray.models import load_tokenizer
 from pi_ray.run.artifact import read_manifest
 from pi_ray.run.directory import RunDir
@@ -77,7 +77,7 @@ def test_a_second_demo_reuses_everything(demo, small):
 
 def test_the_server_sends_exactly_the_ids_that_the_last_phase_trained_on(demo):
     folder, _ = demo
-    config = load(folder / "runs" / "demo" / "run.yaml")
+    config = load_run_file(folder / "runs" / "demo" / "run.yaml")
     tokenizer = load_tokenizer(config.model)
     completer = Completer(config, engine=None, tokenizer=tokenizer, context=8192)
     adapter = completer.store.open("demo")

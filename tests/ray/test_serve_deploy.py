@@ -56,7 +56,7 @@ def httpx_status(url, headers=None):
 def app_file(folder, tiny_model, port, version, **limits):
     """serve/app.yaml for a run in `folder`, on this machine alone."""
     run = RunConfig(name="t", store=str(folder / "store"), model=ModelConfig(base=str(tiny_model)), prompt=PromptConfig(chat="chatml"), serve=ServeConfig(**limits))
-    (folder / "run.yaml").write_text(configuration.dump(run))
+    (folder / "run.yaml").write_text(configuration.dump_config(run))
     app = yaml.safe_load((REPO / "serve" / "app.yaml").read_text())
     app["http_options"] |= {"host": "127.0.0.1", "port": port}
     app["applications"][0]["args"] = {"run": str(folder / "run.yaml"), "version": version}

@@ -1,4 +1,4 @@
-"""What is printed where there is no terminal: a line now and then, with the time left at the present speed."""
+"""Progress without a terminal: a line every ten seconds, with the time left at the present speed."""
 
 import io
 
@@ -6,7 +6,7 @@ import pytest
 from rich.console import Console
 
 from pi_ray import progress
-from pi_ray.progress import Watch, training
+from pi_ray.progress import ProgressLine, training_listener
 
 
 @pytest.fixture
@@ -22,10 +22,10 @@ def lines(console):
 
 def test_a_line_every_ten_seconds_and_at_the_end(clock):
     console = Console(file=io.StringIO(), width=100)
-    with Watch(console, "work", 100) as watch:
+    with ProgressLine(console, "work", 100) as shown:
         for i in range(1, 101):
             clock[0] += 1
-            watch.to(i)
+            shown.update(i)
     assert len(lines(console)) == 11
     assert lines(console)[0] == "work: 1/100  "
     assert lines(console)[1].endswith("89 s left")
@@ -34,43 +34,57 @@ def test_a_line_every_ten_seconds_and_at_the_end(clock):
 
 def test_time_left_follows_the_present_speed(clock):
     console = Console(file=io.StringIO(), width=100)
-    with Watch(console, "work", 120) as watch:
+    with ProgressLine(console, "work", 120) as shown:
         for i in range(1, 101):
             clock[0] += 12 if i <= 50 else 2
-            watch.to(i)
+            shown.update(i)
     assert lines(console)[-1].endswith("40 s left")
 
 
-def test_training_is_told_by_phase_update_loss_and_speed(clock):
+def test_training_shows_phase_update_loss_and_speed(clock):
     console = Console(file=io.StringIO(), width=120)
-    with Watch(console, "update", 20) as watch:
-        listen = training(watch, [10] * 5 + [2] * 15)
+    with ProgressLine(console, "update", 20) as shown:
+        listen = training_listener(shown, [10] * 5 + [2] * 15)
         listen({"step": 4, "phase": 1, "loss": 0.5, "tokens": 300, "plain_tokens": 1200, "seconds": 2.0})
         listen({"event": "phase_end", "phase": 1, "step": 4, "dev_loss": 0.25})
         listen({"event": "plain_batches", "reason": "attention is limited to a sliding window of 64 tokens"})
     text = console.file.getvalue()
-    assert "5/20" in text and "phase 1" in text and "loss 0.500" in text and "150 tokens/s, 75% saved by sharing" in text
+    assert "5/20" in text and "phase 1" in text and "loss 0.500" in text
+    assert "150 tokens/s, 75% saved by sharing" in text
     assert "6 s left" in text  # 15 updates of a fifth of the work of the one that took 2 s
     assert "phase 1 done, dev loss 0.250" in text and "sliding window" in text
 
 
-@pytest.mark.parametrize("entry, said", [
-    ({"event": "dev", "phase": 0, "step": 9, "dev_loss": 0.5, "dev_accuracy": 0.25}, "update 10, dev loss 0.500, dev accuracy 25.0%"),
-    ({"event": "phase_end", "phase": 0, "step": 9, "dev_loss": 0.5, "best_step": 5, "early": True}, "phase 0 done early, no more gain, dev loss 0.500; adapter written, as it was after update 6"),
-    ({"event": "phase_end", "phase": 0, "step": 9, "dev_loss": 0.5, "best_step": 9, "early": False}, "phase 0 done, dev loss 0.500; adapter written"),
-    ({"event": "best", "phase": 2, "step": 9, "dev_accuracy": 0.75}, "the best adapter on dev rows is that of phase 2 (75.0% of their tokens right)"),
+@pytest.mark.parametrize("entry, text", [
+    (
+        {"event": "dev", "phase": 0, "step": 9, "dev_loss": 0.5, "dev_accuracy": 0.25},
+        "update 10, dev loss 0.500, dev accuracy 25.0%",
+    ),
+    (
+        {"event": "phase_end", "phase": 0, "step": 9, "dev_loss": 0.5, "best_step": 5, "early": True},
+        "phase 0 done early, no more gain, dev loss 0.500; adapter written, as it was after update 6",
+    ),
+    (
+        {"event": "phase_end", "phase": 0, "step": 9, "dev_loss": 0.5, "best_step": 9, "early": False},
+        "phase 0 done, dev loss 0.500; adapter written",
+    ),
+    (
+        {"event": "best", "phase": 2, "step": 9, "dev_accuracy": 0.75},
+        "the best adapter on dev rows is that of phase 2 (75.0% of their tokens right)",
+    ),
     ({"event": "warning", "text": "checkpoint set aside"}, "warning: checkpoint set aside"),
     ({"event": "of a later version"}, ""),
 ])  # fmt: skip
-def test_events_are_told_in_words(entry, said):
+def test_events_are_shown_in_words(entry, text):
     console = Console(file=io.StringIO(), width=200)
-    with Watch(console, "update", 20) as watch:
-        training(watch, [1] * 20)(entry)
-    assert lines(console) == ([f"update: {said}"] if said else [])
+    with ProgressLine(console, "update", 20) as shown:
+        training_listener(shown, [1] * 20)(entry)
+    assert lines(console) == ([f"update: {text}"] if text else [])
 
 
-def test_nothing_is_said_of_sharing_where_nothing_is_shared():
+def test_no_saving_is_shown_where_no_prefix_is_shared():
     console = Console(file=io.StringIO(), width=200)
-    with Watch(console, "update", 20) as watch:
-        training(watch, [1] * 20)({"step": 4, "phase": 1, "loss": 0.5, "tokens": 300, "plain_tokens": 300, "seconds": 2.0})
+    with ProgressLine(console, "update", 20) as shown:
+        listen = training_listener(shown, [1] * 20)
+        listen({"step": 4, "phase": 1, "loss": 0.5, "tokens": 300, "plain_tokens": 300, "seconds": 2.0})
     assert "saved" not in lines(console)[0]

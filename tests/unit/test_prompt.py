@@ -2,6 +2,7 @@
 
 import time
 from concurrent.futures import ThreadPoolExecutor
+from importlib.resources import files
 from types import SimpleNamespace
 
 import pytest
@@ -27,14 +28,17 @@ def test_a_chat_template_that_injects_a_system_prompt_is_an_error_unless_asked_f
 def test_a_chat_template_that_trims_what_users_write_is_taken():
     """As Llama 3's and Gemma's do."""
     trims = load_tokenizer(ModelConfig())
-    trims.chat_template = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content | trim }}<|im_end|>\n{% endfor %}{{ '<|im_start|>assistant\n' }}"
-    assert PromptEncoder(trims, PromptConfig(chat="model")).encode("Q").ids == PromptEncoder(trims, PromptConfig(chat="chatml")).encode("Q").ids
+    message = "<|im_start|>{{ m.role }}\n{{ m.content | trim }}<|im_end|>\n"
+    trims.chat_template = "{% for m in messages %}" + message + "{% endfor %}{{ '<|im_start|>assistant\n' }}"
+    by_model, chatml = (PromptEncoder(trims, PromptConfig(chat=chat)) for chat in ("model", "chatml"))
+    assert by_model.encode("Q").ids == chatml.encode("Q").ids
 
 
 def test_template_examples_and_query_stand_in_this_order(tokenizer):
     encoder = PromptEncoder(tokenizer, PromptConfig(chat="chatml"))
     text = tokenizer.decode(encoder.encode("Q", "TEMPLATE", [Example("far", "1"), Example("near", "2")]).ids)
-    assert text == "<|im_start|>user\nTEMPLATE\n\nExamples:\n\nfar\n1\n\nnear\n2\n\nQ<|im_end|>\n<|im_start|>assistant\n"
+    body = "TEMPLATE\n\nExamples:\n\nfar\n1\n\nnear\n2\n\nQ"
+    assert text == f"<|im_start|>user\n{body}<|im_end|>\n<|im_start|>assistant\n"
 
 
 def test_query_alone_is_the_frame_and_the_query(tokenizer):
@@ -62,10 +66,34 @@ def test_plain_text_prompts_need_no_chat_template(tokenizer):
 
 
 def test_template_md_is_instruction_and_documents_without_the_authors_comments():
-    template = Template.parse("<!-- note -->\n# Instruction\n\nDo it.\n\n# Documents\n\n## A\none\n\n## B\ntwo <!-- why -->\n")
+    template = Template.parse(
+        "<!-- note -->\n# Instruction\n\nDo it.\n\n# Documents\n\n## A\none\n\n## B\ntwo <!-- why -->\n"
+    )
     assert template.instruction == "Do it."
     assert [d.splitlines()[0] for d in template.documents] == ["## A", "## B"]
     assert "note" not in template.text and "why" not in template.text
+
+
+@pytest.mark.parametrize(("markdown", "instruction", "documents"), [
+    ("Do it.\n\n## A\none\n\n## B\ntwo", "Do it.", ["## A\none", "## B\ntwo"]),
+    ("# Instruction\nDo it.\n## A\none", "Do it.", ["## A\none"]),
+    ("## A\none", "", ["## A\none"]),
+    ("# Documents\n## A\none", "", ["## A\none"]),
+    ("Do it.\n## Rules\nBe kind.\n# Documents\n## A\none", "Do it.\n## Rules\nBe kind.", ["## A\none"]),
+    ("Do it.\n# Documents\nloose\n## A\none", "Do it.", ["loose", "## A\none"]),
+    ("Do it.\n### Small\nfine", "Do it.\n### Small\nfine", []),
+    ("Do it:\n```\n## no heading\n```\n## A\none", "Do it:\n```\n## no heading\n```", ["## A\none"]),
+])  # fmt: skip
+def test_headings_begin_documents_and_below_a_documents_line_only_there(markdown, instruction, documents):
+    assert Template.parse(markdown) == Template(instruction, tuple(documents))
+
+
+@pytest.mark.parametrize("name", ["mbpp.md", "nl2bash.md", "nl2f.md", "opsql/template.md"])
+def test_bundled_templates_have_a_document_for_each_heading(name):
+    text = files("pi_ray.tasks").joinpath(name).read_text(encoding="utf-8")
+    template = Template.parse(text)
+    assert "#" not in template.instruction and template.instruction
+    assert [d.splitlines()[0] for d in template.documents] == [x for x in text.splitlines() if x.startswith("## ")]
 
 
 def test_text_without_headings_is_all_instruction():
@@ -81,7 +109,7 @@ def test_an_empty_or_missing_template_says_so(tmp_path):
 
 
 def test_threads_that_share_a_tokenizer_do_not_change_each_others_ids():
-    """A server's threads do. As in transformers, a call here first sets how special tokens are treated, and then goes by that."""
+    """As in transformers, a call first sets on the tokenizer how special tokens are treated, then reads it there."""
 
     class Careless:
         eos_token_id, bos_token_id, chat_template = 0, 1, ""

@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from pi_ray.cli.init import write_task
-from pi_ray.config.run_file import load, parse
+from pi_ray.config.run_file import load_run_file, parse_run_file
 from pi_ray.errors import ConfigError
 from pi_ray.models import load_tokenizer
 from pi_ray.prompt import PromptEncoder, Template
@@ -16,7 +16,7 @@ from pi_ray.tasks.jsonl import JsonlTask
 
 def test_a_written_task_loads_without_rejects_and_without_a_shared_query(tmp_path):
     write_task(tmp_path / "mine")
-    task = JsonlTask(load(tmp_path / "mine" / "run.yaml").task)
+    task = JsonlTask(load_run_file(tmp_path / "mine" / "run.yaml").task)
     rows = [row for split in SPLITS for row in task.rows(split)]
     assert len(rows) == 6 and all(isinstance(row, Row) for row in rows)
     assert len({row.query.casefold() for row in rows}) == len({row.id for row in rows}) == 6
@@ -57,6 +57,6 @@ def test_the_written_paths_are_returned(tmp_path):
 
 
 def test_the_demo_run_loads():
-    config = parse(files("pi_ray.cli").joinpath("demo.yaml").read_text(), "demo.yaml")
+    config = parse_run_file(files("pi_ray.cli").joinpath("demo.yaml").read_text(), "demo.yaml")
     assert config.name == "demo" and config.task.name == "opsql"
     PromptEncoder(load_tokenizer(config.model), config.prompt)  # its chat frame suits its model

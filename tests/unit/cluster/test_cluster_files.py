@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from pi_ray.cluster.session import SERVE
-from pi_ray.config import dump, run_file
+from pi_ray.config import dump_config, run_file
 from tests.golden import cluster, kuberay
 
 pytestmark = pytest.mark.cluster
@@ -375,6 +375,6 @@ def test_secrets_of_the_environment_reach_no_file_and_no_dump(monkeypatch):
     }
     for name, value in planted.items():
         monkeypatch.setenv(name, value)
-    config = run_file.load(cluster.RUN)
-    written = [dump(config), config.model_dump_json(), *cluster.files(cluster.mixtral()).values()]
+    config = run_file.load_run_file(cluster.RUN)
+    written = [dump_config(config), config.model_dump_json(), *cluster.files(cluster.mixtral()).values()]
     assert not [name for name, value in planted.items() for text in written if value in text]

@@ -42,7 +42,7 @@ def own_token(tmp_path, monkeypatch):
 
 
 def settings(tmp_path, *overrides):
-    return run_file.parse(
+    return run_file.parse_run_file(
         f"name: t\nrun_dir: {tmp_path}/run\nstore: {tmp_path}/store", "t.yaml", overrides, folder=tmp_path
     )
 

@@ -30,7 +30,7 @@ def small(monkeypatch):
 
 
 def made(kind, tmp_path, *overrides, text=TEXT):
-    return render_cluster_files(kind, run_file.parse(text, "run.yaml", overrides, folder=tmp_path), tmp_path)
+    return render_cluster_files(kind, run_file.parse_run_file(text, "run.yaml", overrides, folder=tmp_path), tmp_path)
 
 
 def groups(files):
@@ -57,7 +57,7 @@ def test_a_nodes_memory_is_what_the_model_takes_there(small, tmp_path):
         == f"{8 * -(-(2 * (6 + whole) + 18) // 8):.0f}Gi"
     )
     sharded = estimate.node_memory(
-        SMALL, run_file.parse(TEXT, "t.yaml", ["train.gpu=true", "train.backend.zero_stage=3"]), 2
+        SMALL, run_file.parse_run_file(TEXT, "t.yaml", ["train.gpu=true", "train.backend.zero_stage=3"]), 2
     )
     assert sharded == 2 * 6 * 2**30 + 2 * 10**8, "sharded: the checkpoint is mapped once"
     with pytest.raises(ConfigError, match=r"gpu_node_memory_gib is 16, and 2 workers of this model take about \d+ GiB"):
@@ -86,7 +86,7 @@ def test_the_run_file_in_the_cluster_has_the_clusters_paths(small, tmp_path):
         "k8s", tmp_path, "task.train=rows/train.jsonl", "train.lr=0.002", "task.dev=/elsewhere/dev.jsonl"
     )
     config_map = next(d for d in yaml.safe_load_all(files["base.yaml"]) if d["kind"] == "ConfigMap")
-    seen = run_file.parse(config_map["data"]["run.yaml"], "run.yaml", folder=Path("/etc/pi-ray"))
+    seen = run_file.parse_run_file(config_map["data"]["run.yaml"], "run.yaml", folder=Path("/etc/pi-ray"))
     assert (
         seen.task.train == "/data/inputs/my.task/rows/train.jsonl"
         and seen.task.template == "/data/inputs/my.task/template.md"
@@ -212,7 +212,7 @@ def test_beside_a_bucket_jobs_copy_their_run_there_and_what_needs_a_shared_folde
         == "python -m pi_ray.cli.job run /etc/pi-ray/run.yaml"
     )
     base = {d["kind"]: d for d in yaml.safe_load_all(files["base.yaml"])}
-    seen = run_file.parse(base["ConfigMap"]["data"]["run.yaml"], "run.yaml", folder=Path("/etc/pi-ray"))
+    seen = run_file.parse_run_file(base["ConfigMap"]["data"]["run.yaml"], "run.yaml", folder=Path("/etc/pi-ray"))
     assert (
         seen.store == "s3://bucket/pi-ray/store"
         and seen.task.train == "s3://bucket/pi-ray/inputs/my.task/train.jsonl"
@@ -247,7 +247,7 @@ def test_what_a_file_cannot_do_is_noted():
 ])  # fmt: skip
 def test_values_cannot_leave_their_place_or_hold_a_secret(override, message):
     with pytest.raises(ConfigError, match=message):
-        run_file.parse("name: a", "t.yaml", [override])
+        run_file.parse_run_file("name: a", "t.yaml", [override])
 
 
 def test_files_are_written_and_the_script_can_be_run(small, tmp_path, capsys):

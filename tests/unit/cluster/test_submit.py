@@ -18,7 +18,7 @@ from pi_ray.cluster import auth
 from pi_ray.cluster.jobs import bundle, entrypoint, submit
 from pi_ray.config import RunConfig, run_file
 from pi_ray.errors import ClusterError, ConfigError
-from pi_ray.progress import Seen, line
+from pi_ray.progress import LogProgress, progress_line
 from pi_ray.run.artifact import staged
 from tests.conftest import unset
 
@@ -40,7 +40,7 @@ def task(tmp_path):
 
 
 def unresolved(task, *overrides) -> RunConfig:
-    return run_file.check(RunConfig, (task / "run.yaml").read_text(), "run.yaml", overrides)
+    return run_file.validate_yaml(RunConfig, (task / "run.yaml").read_text(), "run.yaml", overrides)
 
 
 # The parcel
@@ -54,7 +54,7 @@ def test_a_parcel_holds_the_run_file_and_what_it_names_and_nothing_else(task, tm
     assert sorted(p.relative_to(tmp_path / "out").as_posix() for p in (tmp_path / "out").rglob("*") if p.is_file()) == [
         "inputs/dev.jsonl", "inputs/template.md", "inputs/test.jsonl", "inputs/train.jsonl", "run.yaml",
     ]  # fmt: skip
-    sent = run_file.load(tmp_path / "out" / "run.yaml")
+    sent = run_file.load_run_file(tmp_path / "out" / "run.yaml")
     assert sent.task.train == str(tmp_path / "out" / "inputs" / "train.jsonl")
     assert not os.path.exists(sent.task.queries), "an optional file that was missing is missing there too"
 
@@ -177,12 +177,12 @@ def test_an_address_is_a_plain_url(address):
 
 
 def test_a_line_of_progress_is_read_as_it_was_printed():
-    seen = Seen()
-    assert not seen.take("Train  LoRA rank 4 through the phases, 1 worker(s), ddp")
-    assert seen.take(line("  promptintern: update", 12, 90, "phase 1  loss 0.310  900 tokens/s  3 min left"))
+    seen = LogProgress()
+    assert not seen.read_line("Train  LoRA rank 4 through the phases, 1 worker(s), ddp")
+    assert seen.read_line(progress_line("  promptintern: update", 12, 90, "phase 1  loss 0.310  900 tokens/s  3 min left"))
     assert str(seen) == "train  promptintern: update 12/90  phase 1  loss 0.310  900 tokens/s  3 min left"
-    assert not seen.take("Evaluate  test rows, temperature 0") and str(seen) == "evaluate"
-    assert not seen.take("templates: rate 1/2 of 3")
+    assert not seen.read_line("Evaluate  test rows, temperature 0") and str(seen) == "evaluate"
+    assert not seen.read_line("templates: rate 1/2 of 3")
 
 
 class FakeClient:
@@ -391,7 +391,7 @@ def test_a_job_keeps_its_inputs_in_the_run_directory_under_paths_that_stay(task,
         bundle.write_bundle(unresolved(task), task, folder)
         monkeypatch.chdir(folder)
         assert entrypoint.settle(folder / "run.yaml", []).root == root
-        loaded.append(run_file.load(root / "run.yaml"))
+        loaded.append(run_file.load_run_file(root / "run.yaml"))
     assert loaded[0] == loaded[1]
     assert loaded[0].task.train == str(root / "inputs" / "train.jsonl") and loaded[0].store == str(
         tmp_path / "storage" / "store"
@@ -412,7 +412,7 @@ def test_a_run_file_on_storage_is_used_where_it_is(task, tmp_path, monkeypatch):
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
     entrypoint.settle(task, [f"run_dir={tmp_path}/mine"])
-    settings = run_file.load(tmp_path / "mine" / "run.yaml")
+    settings = run_file.load_run_file(tmp_path / "mine" / "run.yaml")
     assert settings.task.train == str(task / "train.jsonl") and not (tmp_path / "mine" / "inputs").exists()
     assert settings.store == str(tmp_path / "home" / "pi-ray" / "store")
 
@@ -442,7 +442,7 @@ def test_inputs_on_object_storage_are_fetched_and_those_that_are_not_there_are_m
     assert (config.task.train, config.task.folder, config.task.queries) == (
         str(inputs / "train.jsonl"), str(inputs / "folder"), str(inputs / "queries.jsonl"),
     )
-    assert not (inputs / "queries.jsonl").exists() and run_file.load(inputs.parent / "run.yaml") == config
+    assert not (inputs / "queries.jsonl").exists() and run_file.load_run_file(inputs.parent / "run.yaml") == config
 
 
 def test_inputs_by_url_and_those_that_came_along_lie_side_by_side(task, tmp_path, monkeypatch):
@@ -465,7 +465,7 @@ def test_a_yes_to_spending_is_for_one_job(task, tmp_path, monkeypatch):
     monkeypatch.setattr(cli, "main", lambda command: said.append(command) or 0)
     assert job.main("run", [str(task / "run.yaml"), "closed.confirmed=true", f"run_dir={tmp_path}/mine"]) == 0
     assert said == [["run", f"{tmp_path}/mine", "closed.confirmed=true"]]
-    assert run_file.load(tmp_path / "mine" / "run.yaml").closed.confirmed is False
+    assert run_file.load_run_file(tmp_path / "mine" / "run.yaml").closed.confirmed is False
 
 
 def test_on_object_storage_each_node_has_a_folder_of_its_own_and_the_next_job_finds_all_there(
@@ -475,7 +475,7 @@ def test_on_object_storage_each_node_has_a_folder_of_its_own_and_the_next_job_fi
     place, found = f"file://{tmp_path}/bucket", []
 
     def step(command):
-        config = run_file.load(Path(command[1]) / "run.yaml")
+        config = run_file.load_run_file(Path(command[1]) / "run.yaml")
         found.append((config.store, sorted(p.name for p in config.root.iterdir())))
         with staged(config.root / "rows", fingerprint="x") as tmp:
             (tmp / "train").write_text("rows")

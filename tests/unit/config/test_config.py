@@ -1,12 +1,13 @@
-"""run.yaml: defaults, overrides, and mistakes that are named with file, line, key and cure."""
+"""Run files: defaults, overrides, and mistakes that are named with file, line, key and cure."""
 
 import json
 
 import pytest
 
 from pi_ray import cli, config
-from pi_ray.config import run_file
+from pi_ray.config import RunConfig, run_file
 from pi_ray.errors import ConfigError
+from pi_ray.experiments import sweep
 
 
 @pytest.mark.parametrize("text, message", [
@@ -21,9 +22,19 @@ from pi_ray.errors import ConfigError
     ("name: a\nschedule: {rate_start: 0.2, rate_end: 0.5}", "the template must shrink"),
     ("name: a\nprompt: {query: hello}", "prompt.query must contain {query}"),
     ("name: a\nserve: {min_replicas: 3}", "serve.min_replicas 3 is above"),
-    ("name: a\nschedule: {name: list, shots: 3, list: [{rate: 1, shots: 0}]}", "t.yaml:2: schedule: schedule.shots would have no effect: with name: list each phase in schedule.list has its own; leave it out"),
-    ("name: a\nschedule: {name: list, epochs: [1], list: [{rate: 1, shots: 0}]}", "schedule.epochs would have no effect"),
-    ("name: a\nschedule: {name: constant, rate_end: 0.3}", "schedule.rate_end would have no effect: name: constant keeps rate_start throughout"),
+    (
+        "name: a\nschedule: {name: list, shots: 3, list: [{rate: 1, shots: 0}]}",
+        "t.yaml:2: schedule: schedule.shots would have no effect: "
+        "with name: list each phase in schedule.list has its own; leave it out",
+    ),
+    (
+        "name: a\nschedule: {name: list, epochs: [1], list: [{rate: 1, shots: 0}]}",
+        "schedule.epochs would have no effect",
+    ),
+    (
+        "name: a\nschedule: {name: constant, rate_end: 0.3}",
+        "schedule.rate_end would have no effect: name: constant keeps rate_start throughout",
+    ),
     ("name: a\ntrain: {backend: {name: ddp, zero_stage: 3}}", "train.backend.zero_stage would have no effect"),
     ("name: a\ntrain: {lora: {method: ia3, alpha: 3}}", "train.lora.alpha would have no effect"),
     ("name: a\ntrain: {share_prefix: false, attention: flex}", "train.attention would have no effect"),
@@ -32,48 +43,76 @@ from pi_ray.errors import ConfigError
 ])
 def test_a_mistake_is_named_with_its_place_and_cure(text, message):
     with pytest.raises(ConfigError) as error:
-        run_file.parse(text, "t.yaml")
+        run_file.parse_run_file(text, "t.yaml")
     assert message in str(error.value)
 
 
-def test_overrides_reach_into_blocks_and_their_mistakes_are_said_to_be_the_command_lines():
-    assert run_file.parse("name: a", "t.yaml", ["train.lr=0.1", "task.rows={train: 5}"]).task.rows.train == 5
+def test_overrides_reach_into_blocks_and_their_mistakes_name_the_command_line():
+    assert run_file.parse_run_file("name: a", "t.yaml", ["train.lr=0.1", "task.rows={train: 5}"]).task.rows.train == 5
     with pytest.raises(ConfigError, match=r"command line: unknown key 'train\.lrr'"):
-        run_file.parse("name: a", "t.yaml", ["train.lrr=0.1"])
+        run_file.parse_run_file("name: a", "t.yaml", ["train.lrr=0.1"])
     with pytest.raises(ConfigError, match=r"section\.key=value"):
-        run_file.parse("name: a", "t.yaml", ["train.lr"])
+        run_file.parse_run_file("name: a", "t.yaml", ["train.lr"])
 
 
-def test_what_show_prints_reads_back_to_the_same_config():
-    first = run_file.parse("name: a\nschedule: {epochs: [1, 2, 3]}", "t.yaml")
-    assert run_file.parse(config.dump(first), "shown") == first
+@pytest.mark.parametrize("text, overrides, message", [
+    ("name: a\ntrain:\n  border: reset", [], "t.yaml:3: key 'train.border' is now called 'train.phase_transition'"),
+    ("name: a\ntrain: {start: x}", [], "t.yaml:2: key 'train.start' is now called 'train.init_adapter'"),
+    ("name: a", ["train.border=reset"], "command line: key 'train.border' is now called 'train.phase_transition'"),
+])  # fmt: skip
+def test_a_renamed_key_is_answered_with_its_new_name(text, overrides, message):
+    with pytest.raises(ConfigError) as error:
+        run_file.parse_run_file(text, "t.yaml", overrides)
+    assert str(error.value) == message
+
+
+def test_a_renamed_key_in_a_table_file_is_answered_with_its_line(tmp_path):
+    (tmp_path / "run.yaml").write_text("name: a")
+    columns = "columns:\n  mine:\n    label: Mine\n    set:\n      train.border: reset\n"
+    (tmp_path / "table.yaml").write_text(f"table: '4'\ntitle: T\nrun: run.yaml\nmine: mine\n{columns}")
+    with pytest.raises(ConfigError, match=r"table\.yaml:9: .*now called 'train\.phase_transition'"):
+        sweep.load_sweep(tmp_path / "table.yaml")
+
+
+def test_new_names_of_renamed_keys_are_keys():
+    for old, new in run_file.RENAMED_KEYS.items():
+        block = RunConfig.model_fields[new.split(".")[0]].annotation
+        assert new.split(".")[1] in block.model_fields and old.split(".")[1] not in block.model_fields
+
+
+def test_the_output_of_show_reads_back_to_the_same_config():
+    first = run_file.parse_run_file("name: a\nschedule: {epochs: [1, 2, 3]}", "t.yaml")
+    assert run_file.parse_run_file(config.dump_config(first), "shown") == first
 
 
 @pytest.mark.parametrize("text", [
-    "schedule: {name: list, list: [{rate: 1, shots: 0}]}", "schedule: {name: constant, rate_start: 0.5, rate_end: 0.5}", "train: {backend: {name: ddp, zero_stage: 2}}",
+    "schedule: {name: list, list: [{rate: 1, shots: 0}]}",
+    "schedule: {name: constant, rate_start: 0.5, rate_end: 0.5}",
+    "train: {backend: {name: ddp, zero_stage: 2}}",
     "train: {lora: {method: ia3}}", "train: {share_prefix: false, attention: sdpa}",
 ])  # fmt: skip
-def test_what_has_its_default_is_not_said_to_be_without_effect(text):
-    first = run_file.parse(f"name: a\n{text}", "t.yaml")
-    assert run_file.parse(config.dump(first), "shown") == first
+def test_a_key_at_its_default_is_not_called_without_effect(text):
+    first = run_file.parse_run_file(f"name: a\n{text}", "t.yaml")
+    assert run_file.parse_run_file(config.dump_config(first), "shown") == first
 
 
 def test_relative_paths_start_from_the_run_file(tmp_path):
     (tmp_path / "run.yaml").write_text("name: a\ntask: {train: rows.jsonl}")
-    assert run_file.load(tmp_path / "run.yaml").task.train == str(tmp_path / "rows.jsonl")
+    assert run_file.load_run_file(tmp_path / "run.yaml").task.train == str(tmp_path / "rows.jsonl")
 
 
 def test_a_missing_run_file_says_how_to_get_one():
     with pytest.raises(ConfigError, match="pi-ray init"):
-        run_file.load("nowhere/run.yaml")
+        run_file.load_run_file("nowhere/run.yaml")
 
 
 def test_the_schema_describes_every_block():
-    assert {"task", "model", "schedule", "train", "evaluate", "serve"} <= set(json.loads(config.schema())["properties"])
+    blocks = json.loads(config.json_schema())["properties"]
+    assert {"task", "model", "schedule", "train", "evaluate", "serve"} <= set(blocks)
 
 
-def test_what_is_missing_on_the_command_line_is_the_run_file_and_not_the_overrides(capsys):
+def test_a_missing_argument_is_called_the_run_file_and_not_the_overrides(capsys):
     with pytest.raises(SystemExit):
         cli.main(["plan"])
-    said = capsys.readouterr().err
-    assert "required: run.yaml" in said and "section.key" not in said.splitlines()[-1]
+    printed = capsys.readouterr().err
+    assert "required: run.yaml" in printed and "section.key" not in printed.splitlines()[-1]

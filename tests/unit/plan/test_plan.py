@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 
 from pi_ray.config import LoraConfig, ModelConfig, RunConfig
-from pi_ray.config.run_file import load
+from pi_ray.config.run_file import load_run_file
 from pi_ray.errors import ConfigError, DataError, ModelError
 from pi_ray.models import load_tokenizer
 from pi_ray.plan import estimate, scale
@@ -271,7 +271,7 @@ def sized(folder, shape, run_file, **changes):
     folder.
     """
     shape.save_pretrained(folder)
-    config = load(RUNS / f"{run_file}.yaml").replace(**{"model.base": str(folder), **changes})
+    config = load_run_file(RUNS / f"{run_file}.yaml").replace(**{"model.base": str(folder), **changes})
     return estimate.model_size(config.model, config.train.lora), config
 
 
@@ -345,7 +345,7 @@ def test_llama_2_13b_on_8_gpus_agrees_with_a_calculation_by_hand(tmp_path):
 
 @pytest.mark.parametrize("run_file, workers", [("mixtral-8x7b", 16), ("llama-2-7b", 8), ("llama-2-13b", 8)])
 def test_run_files_of_the_papers_open_models_have_its_settings(run_file, workers):
-    config = load(RUNS / f"{run_file}.yaml")
+    config = load_run_file(RUNS / f"{run_file}.yaml")
     assert (
         config.task.name,
         config.train.workers,

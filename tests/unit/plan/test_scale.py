@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from pi_ray.config import RunConfig
-from pi_ray.config.run_file import load
+from pi_ray.config.run_file import load_run_file
 from pi_ray.plan import estimate, scale
 from pi_ray.plan.estimate import Shape
 from pi_ray.plan.figures import PhasePlan, Plan
@@ -27,7 +27,7 @@ SHAPES = (Shape(600, 450, 30), Shape(300, 240, 30), Shape(5, 30, 30))
 
 
 def plan_of(rows=8000, size=MIXTRAL, **changes):
-    config = load(RUN).replace(**changes)
+    config = load_run_file(RUN).replace(**changes)
     phases = [PhasePlan(p, rows, s, 0, 0.0, True) for p, s in zip(plan_phases(config.schedule), SHAPES, strict=True)]
     return Plan(
         config, {"train": rows}, 0, [], size, estimate.Speed("gpu", "A100", 1.0, ""), phases, [], {}, {}, SHAPES[0],
