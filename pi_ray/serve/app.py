@@ -1,4 +1,4 @@
-"""Starting the server: `run` serves in the foreground on this machine; `deploy` is what `serve deploy serve/app.yaml` and KubeRay import."""
+"""Starting the server: `run_server` in the foreground on this machine, `deploy` for `serve deploy serve/app.yaml` and KubeRay."""
 
 from __future__ import annotations
 
@@ -18,108 +18,130 @@ from ray import serve
 from pi_ray.cluster import auth, session
 from pi_ray.config import RunConfig, run_file
 from pi_ray.errors import ConfigError
-from pi_ray.serve.deployment import build
-from pi_ray.serve.engine.completion import served
-from pi_ray.serve.http.keys import key_digest, load
+from pi_ray.serve.deployment import build_application
+from pi_ray.serve.engine.completion import served_models
+from pi_ray.serve.http.keys import key_digest, load_keys
 from pi_ray.store.adapters import AdapterStore
 
-APP = "pi-ray"
+APP_NAME = "pi-ray"
 log = logging.getLogger("ray.serve")
 
 
 def bearer_key(config: RunConfig, required: bool | None = None) -> str:
-    """The key from the environment. Raises ConfigError for a wrong keys file, and when there is no key and other machines can reach the server."""
+    """The key from the environment. `required`: None for a server that other machines can reach.
+
+    Raises ConfigError for an invalid keys file, and when a key is required and there is neither key nor file.
+    """
     key, file = os.environ.get(config.serve.api_key_env, ""), config.serve.keys_file
     if file:
-        load(Path(file))  # what is wrong with it is said here, not in a replica's log
-    if not key and not file and (not auth.is_loopback(url_of(config)) if required is None else required):
+        load_keys(Path(file))  # an error is raised here, not in a replica's log
+    if not key and not file and (not auth.is_loopback(server_url(config)) if required is None else required):
         raise ConfigError(
-            f"serve.host is {config.serve.host}: a server that other machines can reach needs a key. Set it in the environment, for example "
-            f'export {config.serve.api_key_env}="$(openssl rand -hex 32)", name a file of keys in serve.keys_file (\'pi-ray key\' makes them), or set serve.host to 127.0.0.1'
+            f"serve.host is {config.serve.host}: a server that other machines can reach needs a key. Set it in the "
+            f'environment, for example export {config.serve.api_key_env}="$(openssl rand -hex 32)", name a file of keys '
+            "in serve.keys_file ('pi-ray key' makes them), or set serve.host to 127.0.0.1"
         )
     return key
 
 
-def url_of(config: RunConfig) -> str:
+def server_url(config: RunConfig) -> str:
     host = config.serve.host
     return f"http://{f'[{host}]' if ':' in host else host}:{config.serve.port}"
 
 
 def deploy(args: dict[str, str]) -> serve.Application:
-    """Application builder for `serve deploy` and KubeRay: `args: {run: path/to/run.yaml}`. Always needs a key: a cluster's proxies bind all interfaces."""
+    """Application builder for `serve deploy` and KubeRay: `args: {run: path/to/run.yaml}`.
+
+    Always needs a key: a cluster's proxies bind all interfaces.
+    """
     if "run" not in args:
         raise ConfigError("args.run is missing: the run.yaml whose store and base model are to be served")
-    config = run_file.load(args["run"])
-    _check_patience(config)
-    return build(config, key_digest(bearer_key(config, required=True)))
+    config = run_file.load_run_file(args["run"])
+    _check_proxy_timeout(config)
+    return build_application(config, key_digest(bearer_key(config, required=True)))
 
 
-def run(config: RunConfig, blocking: bool = True) -> str:
+def run_server(config: RunConfig, blocking: bool = True) -> str:
     """Serve `config` and return the URL; with `blocking`, print how to call it and serve until SIGINT or SIGTERM ("" when that came before it was up).
 
     Raises ConfigError: no key off loopback, the port is taken, or Serve already runs here on another address.
     """
     key = bearer_key(config)
-    own = not ray.is_initialized() and not os.environ.get("RAY_ADDRESS")  # this process's Ray, which ends with it
-    if own:
+    starts_ray = not ray.is_initialized() and not os.environ.get("RAY_ADDRESS")  # a Ray that ends with this process
+    if starts_ray:
         _check_port(config)
     session.connect()
     log.setLevel(logging.WARNING)
     try:
-        _start(config)
-        serve.run(build(config, key_digest(key)), name=APP, route_prefix="/", blocking=False)
+        _start_proxies(config)
+        serve.run(build_application(config, key_digest(key)), name=APP_NAME, route_prefix="/", blocking=False)
     except BaseException as error:
-        if own:
-            _shutdown(own)
+        if starts_ray:
+            _shutdown(starts_ray)
         if blocking and isinstance(error, KeyboardInterrupt):
             return ""  # Ctrl-C stops a server, early or late
         raise
-    url = url_of(config)
+    url = server_url(config)
     if blocking:
-        names = ", ".join(served(config, AdapterStore(config.store)))
-        print(f"serving at {url}, with a page to try it   models: {names}   Ctrl-C stops\n\n{usage(config, url)}\n\n{_metrics()}", flush=True)
-        _wait()
+        names = ", ".join(served_models(config, AdapterStore(config.store)))
+        print(f"serving at {url}, with a page to try it   models: {names}   Ctrl-C stops\n", flush=True)
+        print(f"{usage_text(config, url)}\n\n{_metrics_text()}", flush=True)
+        _wait_for_signal()
         print("shutting down: requests under way are finished first", flush=True)
-        _shutdown(own)
+        _shutdown(starts_ray)
     return url
 
 
 def _check_port(config: RunConfig) -> None:
-    """Serve's own failure on a taken port comes late and names no cure."""
+    """Raise ConfigError when the port is taken; Serve's own error comes late and suggests nothing."""
     host, port = config.serve.host, config.serve.port
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))
         except OSError as error:
-            raise ConfigError(f"cannot listen at {host}:{port}: {error.strerror}; set serve.port to a free port") from error
+            message = f"cannot listen at {host}:{port}: {error.strerror}; set serve.port to a free port"
+            raise ConfigError(message) from error
 
 
-def _start(config: RunConfig) -> None:
-    """Start Serve's proxy on the configured address. A Serve that already runs keeps its own address, so it must be the same one."""
+def _start_proxies(config: RunConfig) -> None:
+    """Start Serve's proxies. Raises ConfigError when Serve already runs on another address, which it would keep."""
     limits = config.serve
-    options = {"host": limits.host, "port": limits.port, "request_timeout_s": limits.request_timeout_s + 5, "keep_alive_timeout_s": 30}
-    serve.start(proxy_location="EveryNode", http_options=options, logging_config={"log_level": "WARNING", "enable_access_log": False})
-    found = serve.context._get_global_client().http_config
-    if (found.host, found.port) != (limits.host, limits.port):
-        raise ConfigError(f"Ray Serve already runs at {found.host}:{found.port}; stop it with 'serve shutdown', or set serve.host and serve.port to that")
-    _check_patience(config)
+    serve.start(
+        proxy_location="EveryNode",
+        http_options={
+            "host": limits.host, "port": limits.port, "keep_alive_timeout_s": 30,
+            "request_timeout_s": limits.request_timeout_s + 5,
+        },
+        logging_config={"log_level": "WARNING", "enable_access_log": False},
+    )  # fmt: skip
+    client = serve.context._get_global_client()
+    if client and (client.http_config.host, client.http_config.port) != (limits.host, limits.port):
+        raise ConfigError(
+            f"Ray Serve already runs at {client.http_config.host}:{client.http_config.port}; stop it with "
+            "'serve shutdown', or set serve.host and serve.port to that"
+        )
+    _check_proxy_timeout(config)
 
 
-def _check_patience(config: RunConfig) -> None:
-    """Warn of proxies that give up before the server does: what they then say is not in OpenAI's format. Their limit was set when Serve was started."""
+def _check_proxy_timeout(config: RunConfig) -> None:
+    """Warn of proxies that give up before the server does, with an error that is not in OpenAI's format.
+
+    Their limit is set when Serve starts.
+    """
     client = serve.context._get_global_client(raise_if_no_controller_running=False) if ray.is_initialized() else None
-    limit = client.http_config.request_timeout_s if client else None
-    if limit and limit <= config.serve.request_timeout_s:
+    limit, allowed = client.http_config.request_timeout_s if client else None, config.serve.request_timeout_s
+    if limit and limit <= allowed:
         log.warning(
-            "Serve's proxies cut a request off after %g s, serve.request_timeout_s allows %g s: set http_options.request_timeout_s of serve/app.yaml to %g and start Serve anew",
-            limit, config.serve.request_timeout_s, config.serve.request_timeout_s + 5,
+            "Serve's proxies cut a request off after %g s, serve.request_timeout_s allows %g s: set "
+            "http_options.request_timeout_s of serve/app.yaml to %g and start Serve anew",
+            limit, allowed, allowed + 5,
         )  # fmt: skip
 
 
-def usage(config: RunConfig, url: str, model: str = "", query: str = "YOUR QUERY") -> str:
-    """What to paste into a terminal or a program; `model` defaults to the first adapter of the store, or the base."""
-    model = model or served(config, AdapterStore(config.store))[:2][-1]  # the base comes first
+def usage_text(config: RunConfig, url: str, model: str = "", query: str = "YOUR QUERY") -> str:
+    """How to call the server from a terminal or a program. `model`: by default the store's first adapter, or the base."""
+    model = model or served_models(config, AdapterStore(config.store))[:2][-1]  # the base comes first
     env = config.serve.api_key_env
     key = f"-H \"Authorization: Bearer ${env}\" " if os.environ.get(env) else ""
     python = f'os.environ["{env}"]' if key else '"none"'
@@ -133,14 +155,16 @@ def usage(config: RunConfig, url: str, model: str = "", query: str = "YOUR QUERY
 The message is the query alone: no template, no examples."""
 
 
-def _metrics() -> str:
-    """Where Prometheus finds this machine's metrics: Ray's port for them, not the server's."""
+def _metrics_text() -> str:
+    """Where Prometheus finds this machine's metrics: at Ray's port for them, not the server's."""
     local = ray.util.get_node_ip_address()
-    ports = [node["MetricsExportPort"] for node in ray.nodes() if node["Alive"] and node["NodeManagerAddress"] == local]
-    return f"Metrics for Prometheus: http://{local}:{ports[0]}/metrics" if ports else "Ray's metrics are switched off."
+    nodes = [node for node in ray.nodes() if node["Alive"] and node["NodeManagerAddress"] == local]
+    if not nodes:
+        return "Ray's metrics are switched off."
+    return f"Metrics for Prometheus: http://{local}:{nodes[0]['MetricsExportPort']}/metrics"
 
 
-def _wait() -> None:
+def _wait_for_signal() -> None:
     done = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: done.set())
@@ -148,12 +172,13 @@ def _wait() -> None:
         pass
 
 
-def _shutdown(own: bool) -> None:
-    """Take away the application, once its replicas have finished what they have begun, and this process's own Ray; a cluster that was there before stays."""
-    if APP in serve.status().applications:
-        serve.delete(APP, _blocking=False)
-        while APP in serve.status().applications:  # at most serve.graceful_shutdown_timeout_s, which may be longer than Ray's own patience
+def _shutdown(stop_ray: bool) -> None:
+    """Delete the application, once its replicas have finished their requests; `stop_ray`: and the Ray of this process."""
+    if APP_NAME in serve.status().applications:
+        serve.delete(APP_NAME, _blocking=False)
+        # At most serve.graceful_shutdown_timeout_s, which may be longer than a blocking serve.delete waits.
+        while APP_NAME in serve.status().applications:
             time.sleep(0.2)
-    if own:
+    if stop_ray:
         serve.shutdown()
         ray.shutdown()

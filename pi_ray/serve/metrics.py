@@ -1,7 +1,8 @@
-"""What Prometheus learns of the server, through Ray's own exporter: nothing is served on the public port.
+"""Prometheus metrics of the server, through Ray's own exporter: nothing is served on the public port.
 
-Every node's Ray agent shows all metrics of its processes at its metrics export port, under the names of METRICS with `ray_` before them.
-`Traffic` is the ingress's view: `Meter` around the whole API, `watch` around each completion. `EngineMetrics` is a replica's view of its engine.
+Every node's Ray agent shows all metrics of its processes at its metrics export port, under the names of METRICS with `ray_`
+before them. `Traffic` counts in the ingress: MetricsMiddleware around the whole API, `watch` around each completion.
+`EngineMetrics` counts in a replica.
 """
 
 from __future__ import annotations
@@ -9,18 +10,19 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 from contextlib import aclosing, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
 from pi_ray.config import CostConfig
+from pi_ray.serve.engine.completion import Events
 
 log = logging.getLogger("ray.serve")
 SECONDS = [0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120]
-LEFT = 499  # nginx's status for a client that closed the connection before its answer was whole
-# name -> (kind, what it says, its tags besides Serve's own deployment, replica and application)
+CLIENT_CLOSED_REQUEST = 499  # nginx's status for a client that closed the connection before its answer was complete
+# name -> (kind, description, tags besides Serve's own: deployment, replica and application)
 METRICS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "pi_ray_requests_total": ("Counter", "requests to the API by model, version and HTTP status; 499: the client left", ("model", "version", "status")),
     "pi_ray_latency_seconds": ("Histogram", "from a completion's first byte to its last", ("model", "version")),
@@ -48,13 +50,13 @@ ENGINE_COUNTERS = {
     "adapter_evictions": "pi_ray_adapter_evictions_total",
     "prefix_hit_tokens": "pi_ray_prefix_hit_tokens_total",
 }
-DRIFT = {"stripped", "drifted"}  # completion.Completer's "prompt"
+FULL_PROMPTS = {"stripped", "drifted"}  # values of "prompt" in the first event of Completer.complete
 ENGINE_GAUGES = {"adapters": "pi_ray_adapters", "waiting": "pi_ray_engine_waiting", "active": "pi_ray_engine_rows"}
 
 
 @dataclass
-class Record:
-    """One request as it goes. `began`, `first`: monotonic seconds; `came`: wall clock, to be compared with a replica's."""
+class RequestRecord:
+    """One HTTP request. `began`, `first`: monotonic seconds; `came`: wall clock, to be compared with a replica's."""
 
     completion: bool
     began: float = field(default_factory=time.monotonic)
@@ -65,11 +67,11 @@ class Record:
     first: float | None = None
 
 
-_current: ContextVar[Record | None] = ContextVar("pi_ray_request", default=None)
+_current: ContextVar[RequestRecord | None] = ContextVar("pi_ray_request", default=None)
 
 
 class Metrics:
-    """The metrics of METRICS in this process, each made when it is first used. `kinds` has the classes Counter, Gauge and Histogram."""
+    """METRICS in this process, each created on first use. `kinds` has the classes Counter, Gauge and Histogram."""
 
     def __init__(self, kinds: Any = None):
         self._kinds = kinds
@@ -94,19 +96,19 @@ class Traffic:
         self.cost = cost
         self.limit_s = limit_s
         self.metrics = metrics or Metrics()
-        self._open: dict[int, Record] = {}
+        self._open: dict[int, RequestRecord] = {}
 
     @contextmanager
-    def request(self, completion: bool) -> Iterator[Record]:
-        """Around one HTTP request; its status is 499 when nothing else was set by the end."""
-        record = Record(completion)
+    def request(self, completion: bool) -> Iterator[RequestRecord]:
+        """Counts one HTTP request; its status is 499 when no other was set by the end."""
+        record = RequestRecord(completion)
         self._open[id(record)] = record
         token = _current.set(record)
-        self._gauge()
+        self._set_gauges()
         try:
             yield record
         except asyncio.CancelledError:
-            record.status = LEFT
+            record.status = CLIENT_CLOSED_REQUEST
             raise
         except Exception:
             record.status = record.status or 500
@@ -114,39 +116,39 @@ class Traffic:
         finally:
             _current.reset(token)
             del self._open[id(record)]
-            self._gauge()
-            self.metrics["pi_ray_requests_total"].inc(tags={**record.tags, "status": str(record.status or LEFT)})
+            self._set_gauges()
+            self.metrics["pi_ray_requests_total"].inc(tags={**record.tags, "status": str(record.status or CLIENT_CLOSED_REQUEST)})
             if record.first is not None:
                 self.metrics["pi_ray_latency_seconds"].observe(time.monotonic() - record.began, tags=record.tags)
 
-    async def watch(self, events: AsyncIterator[dict[str, Any]], model: str, choices: int = 1) -> AsyncIterator[dict[str, Any]]:
-        """The same events of a completion by `model`, a name that the store knows or ""; what they tell is counted.
+    async def watch(self, events: Events, model: str, choices: int = 1) -> Events:
+        """The same events of a completion, counted for `model`: a name that the store knows, or "".
 
         `choices` completions answer one prompt, which a client sends once: each counts its share of it.
         """
-        record = _current.get() or Record(True)
+        record = _current.get() or RequestRecord(True)
         record.tags["model"], record.queued = model, True
-        self._gauge()
+        self._set_gauges()
         event: dict[str, Any] = {}
         try:
             async with aclosing(events):
                 async for event in events:
-                    self._see(record, event, choices)
+                    self._count_event(record, event, choices)
                     yield event
         except (asyncio.CancelledError, GeneratorExit):
             if "finish" not in event:
-                record.status = 408 if time.monotonic() - record.began >= self.limit_s else LEFT
+                record.status = 408 if time.monotonic() - record.began >= self.limit_s else CLIENT_CLOSED_REQUEST
             raise
         except Exception as error:
             record.status = getattr(error, "status", 500)
             raise
         finally:
             record.queued = False
-            self._gauge()
+            self._set_gauges()
 
-    def _see(self, record: Record, event: dict[str, Any], choices: int) -> None:
+    def _count_event(self, record: RequestRecord, event: dict[str, Any], choices: int) -> None:
         if "fingerprint" in event:
-            self._started(record, event, choices)
+            self._count_start(record, event, choices)
             return
         if record.first is None:
             record.first = time.monotonic()
@@ -154,17 +156,17 @@ class Traffic:
         if "finish" in event:
             self.metrics["pi_ray_completion_tokens_total"].inc(event["completion_tokens"], tags=record.tags)
 
-    def _started(self, record: Record, start: dict[str, Any], choices: int) -> None:
-        """A replica took the request: which adapter answers it, and what that spares."""
+    def _count_start(self, record: RequestRecord, start: dict[str, Any], choices: int) -> None:
+        """Count the first event: a replica took the request."""
         record.queued = False
-        self._gauge()
+        self._set_gauges()
         model, _, version = start["fingerprint"].partition("@")
         record.tags = {"model": model, "version": version}
         self.metrics["pi_ray_prompt_tokens_total"].inc(start["prompt_tokens"] / choices, tags=record.tags)
         if saved := start["saved"] / choices:
             self.metrics["pi_ray_saved_tokens_total"].inc(saved, tags=record.tags)
             self.metrics["pi_ray_saved_money_total"].inc(saved * self.cost.input / 1e6, tags={**record.tags, "currency": self.cost.currency})
-        if start.get("prompt") in DRIFT:
+        if start.get("prompt") in FULL_PROMPTS:
             asked, _, version = start["adapter"].partition("@")
             self.metrics["pi_ray_drift_total"].inc(1 / choices, tags={"model": asked, "version": version, "kind": start["prompt"]})
         if start.get("ready", 0) > record.came:
@@ -172,14 +174,14 @@ class Traffic:
             self.metrics["pi_ray_cold_start_seconds"].observe(waited)
             log.warning("cold start: a request waited %.1f s, since no replica was up", waited)
 
-    def _gauge(self) -> None:
+    def _set_gauges(self) -> None:
         records = [r for r in self._open.values() if r.completion]
         self.metrics["pi_ray_open_requests"].set(len(records))
         self.metrics["pi_ray_queued_requests"].set(sum(r.queued for r in records))
 
 
-class Meter:
-    """ASGI middleware outside all others: every request under /v1/ and how it ended, the guard's refusals among them."""
+class MetricsMiddleware:
+    """ASGI middleware outside all others: counts every request under /v1/ by its status, AuthMiddleware's refusals too."""
 
     def __init__(self, app: Any, traffic: Traffic):
         self.app = app
@@ -199,7 +201,7 @@ class Meter:
 
 
 class EngineMetrics:
-    """What an engine counts (`stats()`: totals since its start, and how things are) as Prometheus metrics. A replica calls `update` now and then."""
+    """An engine's `stats()`, totals since its start and gauges, as metrics. A replica calls `update` now and then."""
 
     def __init__(self, engine: Any, metrics: Metrics | None = None):
         self.engine = engine

@@ -59,7 +59,7 @@ def url(config, ray_local):
     from pi_ray.serve import app
 
     os.environ["PI_RAY_TEST_KEY"] = KEY
-    yield app.run(config, blocking=False)
+    yield app.run_server(config, blocking=False)
     del os.environ["PI_RAY_TEST_KEY"]
     serve.shutdown()
 
@@ -224,7 +224,7 @@ def test_prometheus_sees_requests_tokens_and_money(client, config, ray_local):
 
 def test_new_versions_and_releases_reach_the_running_replicas(client, config, tiny_model):
     from pi_ray.store.adapters import AdapterStore
-    from pi_ray.store.release import release
+    from pi_ray.store.release import release_version
 
     def answered():
         return {ask(client, "flags", max_tokens=1).system_fingerprint for _ in range(24)}
@@ -234,7 +234,7 @@ def test_new_versions_and_releases_reach_the_running_replicas(client, config, ti
         assert answered() == {f"flags@{version}"}
     store = AdapterStore(config.store)
     for change, versions in (({"version": "v0001"}, {"v0001"}), ({"version": "v0002", "canary": 50}, {"v0001", "v0002"}), ({"rollback": True}, {"v0001"})):
-        release(store, "flags", **change)
+        release_version(store, "flags", **change)
         assert answered() == {f"flags@{version}" for version in versions}
     choices = ask(client, "flags", n=2, temperature=1, seed=1, logprobs=True, top_logprobs=1, max_tokens=4).choices
     assert choices[0].message.content != choices[1].message.content

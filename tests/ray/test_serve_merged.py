@@ -8,7 +8,7 @@ import pytest
 
 from pi_ray.config import ModelConfig, PromptConfig, RunConfig, ServeConfig
 from pi_ray.store.adapters import AdapterStore
-from pi_ray.store.prompt_guard import record
+from pi_ray.store.prompt_guard import prompt_record
 from tests.lora import put_in_store, rewrite
 
 pytestmark = pytest.mark.ray
@@ -18,7 +18,7 @@ TEMPLATE = " ".join(f"The code of colour {i} is k{i}, and never anything else." 
 @pytest.fixture(scope="module")
 def config(tiny_model, tmp_path_factory):
     store = tmp_path_factory.mktemp("store")
-    rewrite(put_in_store(store, "hot", tiny_model, 1, max_answer_tokens=8), "prompt.json", record(TEMPLATE, [], []))
+    rewrite(put_in_store(store, "hot", tiny_model, 1, max_answer_tokens=8), "prompt.json", prompt_record(TEMPLATE, [], []))
     put_in_store(store, "cold", tiny_model, 2)
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
@@ -32,12 +32,12 @@ def url(config, ray_local):
 
     from pi_ray.serve import app
 
-    yield app.run(config, blocking=False)
+    yield app.run_server(config, blocking=False)
     serve.shutdown()
 
 
 def test_a_new_version_neither_breaks_a_merged_server_nor_divides_it(url, config, tiny_model):
-    from pi_ray.store.release import release
+    from pi_ray.store.release import release_version
 
     def ask(model="hot", system="", **rest):
         messages = [*([{"role": "system", "content": system}] if system else []), {"role": "user", "content": "what is red?"}]
@@ -48,7 +48,7 @@ def test_a_new_version_neither_breaks_a_merged_server_nor_divides_it(url, config
     put_in_store(Path(config.store), "hot", tiny_model, 3, version="v0002", max_answer_tokens=8)
     store = AdapterStore(config.store)
     for change in ({}, {"version": "v0001"}, {"version": "v0002", "canary": 50}, {"version": "v0002"}):
-        release(store, "hot", **change)
+        release_version(store, "hot", **change)
         for _ in range(4):
             again = ask().json()
             assert (again["system_fingerprint"], again["choices"]) == ("hot@v0001", first["choices"])

@@ -1,1 +1,6 @@
-"""From a request to its text: prompt ids and adapter (completion), continuous batching (scheduler, kv_cache, multi_lora), and ids back into text (detokenizer)."""
+"""From a request to its text: completion.py finds adapter and prompt ids, an engine generates, detokenizer.py makes
+text.
+
+TransformersEngine (engine.py) batches continuously: scheduler, kv_cache, prefix_cache, multi_lora, sampling. VllmEngine
+(vllm.py) asks vLLM. Nothing here imports serve/http or the deployments.
+"""

@@ -1,4 +1,6 @@
-"""Conversations with the bare base model, as its own chat template words them. An adapter never reads one: it was trained on the query alone."""
+"""Conversations with the bare base model in its own chat template. An adapter never reads one: it was trained on the
+query alone.
+"""
 
 from __future__ import annotations
 
@@ -13,19 +15,23 @@ from pi_ray.prompt import PromptEncoder
 
 
 class ConversationEncoder(PromptEncoder):
-    """Messages -> ids. Raises ModelError where the model has no chat template, or one that takes no such conversation."""
+    """Messages -> token ids. Raises ModelError where the model has no chat template, or one that does not take this
+    conversation.
+    """
 
     def __init__(self, tokenizer: Any):
-        super().__init__(tokenizer, PromptConfig(chat="none"))  # no frame but the one that each conversation gets
+        super().__init__(tokenizer, PromptConfig(chat="none"))  # the frame is that of each conversation
         if not tokenizer.chat_template:
             raise ModelError("the base model has no chat template: send the query alone, as one message of role 'user'")
 
-    def conversation(self, messages: Sequence[tuple[str, str]]) -> list[int]:
-        """Ids of (role, text) messages and the head of the answer. A special token spelled out in a message stays text."""
+    def encode_conversation(self, messages: Sequence[tuple[str, str]]) -> list[int]:
+        """Ids of (role, text) messages and the head of the answer. A special token spelled out in a message stays
+        text.
+        """
         marks = [f"\x02{i}\x03" for i in range(len(messages))]
-        asked = [{"role": role, "content": mark} for mark, (role, _) in zip(marks, messages, strict=True)]
+        marked = [{"role": role, "content": mark} for mark, (role, _) in zip(marks, messages, strict=True)]
         try:
-            rest = self.tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
+            rest = self.tokenizer.apply_chat_template(marked, tokenize=False, add_generation_prompt=True)
         except TemplateError as error:
             raise ModelError(f"the base model's chat template takes no such conversation: {error}") from error
         ids = [] if self.bos and rest.startswith(self.tokenizer.bos_token) else [*self.bos]

@@ -1,9 +1,11 @@
-"""Keys and values of the rows that decode together, each row at its own length, so that rows come and go at any step.
+"""The KV cache of the running batch: each row holds one sequence at its own length, so that sequences come and go at
+any step.
 
-    keys, values   (layers, rows, heads, capacity, dim), every row from 0, zeros beyond it; transformers sees one layer at a time as its Cache
+    keys, values   (layers, rows, heads, capacity, dim); each row from position 0 on, zeros behind its end
 
-Needs attention over keys and values in every layer; a sliding window becomes part of the mask. `open_rows` finds out whether a model is such a one,
-by computing with it, and else gives `apart.Apart`, where each row has a cache of the model's own kind.
+transformers sees one layer at a time, as its own Cache. The model needs attention over keys and values in every layer;
+a sliding window becomes part of the mask. `create_kv_cache` finds out by computing with a model whether it is such a
+one, and else makes an UnbatchedCache.
 """
 
 from __future__ import annotations
@@ -17,208 +19,231 @@ import torch
 from transformers import DynamicCache
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
-from pi_ray.models import last
-from pi_ray.serve.engine.multi_lora import BASE, AdapterStack
-from pi_ray.serve.engine.unbatched_cache import Apart
+from pi_ray.models import last_logits_index
+from pi_ray.serve.engine.multi_lora import BASE_SLOT, MultiLora
+from pi_ray.serve.engine.prefix_cache import Block
+from pi_ray.serve.engine.unbatched_cache import UnbatchedCache
 
 log = logging.getLogger("ray.serve")
-BLOCK = 64  # positions by which the capacity grows, at least
-CLOSE = {torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.1}  # of the logits' spread: rounding that two ways to compute them may differ by
+CAPACITY_STEP = 64  # positions by which the capacity grows, at least
+# Largest rounding difference between two ways to compute the same logits, as a part of their standard deviation.
+TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.1}
 
 
-class SlotLayer(DynamicLayer):
-    """One layer of Slots in the shape that transformers expects."""
+class KVCacheLayer(DynamicLayer):
+    """One layer of a KVCache, with the interface of transformers."""
 
-    def __init__(self, slots: Slots, index: int):
+    def __init__(self, kv_cache: KVCache, index: int):
         super().__init__()
-        self._slots, self._index = slots, index
+        self._kv_cache, self._index = kv_cache, index
 
-    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        return self._slots.write(self._index, key_states, value_states)
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return self._kv_cache.update(self._index, key_states, value_states)
 
     def get_seq_length(self, *_: Any) -> int:
         return 0
 
 
-class Slots:
+class KVCache:
     """The rows in use are the first `len(lengths)`; `lengths[i]` tokens of row i have been read."""
 
-    splits = True  # a prompt may be read in pieces
+    chunked_prefill = True  # a prompt may be read in pieces
 
-    def __init__(self, model: Any, stack: AdapterStack, keys: Sequence[torch.Tensor], values: Sequence[torch.Tensor]):
-        """`keys`, `values`: one tensor a layer, (1, heads, any, dim), such as the model has them."""
-        self.model, self.stack = model, stack
+    def __init__(
+        self, model: Any, multi_lora: MultiLora, keys: Sequence[torch.Tensor], values: Sequence[torch.Tensor]
+    ):
+        """`keys`, `values`: one tensor a layer as the model makes them, (1, heads, any, dim)."""
+        self.model, self.multi_lora = model, multi_lora
         self.lengths: list[int] = []
         self.layers = len(keys)
         self.heads = keys[0].shape[1]
-        self._like = {"dtype": keys[0].dtype, "device": keys[0].device}
+        self._like: dict[str, Any] = {"dtype": keys[0].dtype, "device": keys[0].device}
         self._dims = keys[0].shape[3], values[0].shape[3]
-        self._cache = Cache(layers=[SlotLayer(self, i) for i in range(self.layers)])
-        self._masks = _Masks(model.config.get_text_config())
-        self._name = cache_name(model)
-        self._free()
+        self._cache = Cache(layers=[KVCacheLayer(self, i) for i in range(self.layers)])
+        self._masks = _AttentionMasks(model.config.get_text_config())
+        self._cache_argument = cache_argument(model)
+        self._release()
 
     @property
     def nbytes(self) -> int:
         return self.keys.nbytes + self.values.nbytes
 
-    def add(self, rows: int) -> None:
-        """So many empty rows at the end."""
+    def add_rows(self, rows: int) -> None:
+        """Append so many empty rows."""
         self.lengths += [0] * rows
         self._reserve(len(self.lengths), 0)
 
-    def read(self, first: int, chunks: Sequence[Sequence[int]], adapters: Sequence[int]) -> torch.Tensor:
-        """Read `chunks[i]` at the end of row first + i with the adapter in slot `adapters[i]` -> the logits after it, (rows, vocabulary).
+    def forward(self, first: int, chunks: Sequence[Sequence[int]], adapter_slots: Sequence[int]) -> torch.Tensor:
+        """Append the token ids `chunks[i]` to row first + i, under `adapter_slots[i]` -> the logits after them, (rows,
+        vocabulary).
 
-        Shorter chunks are padded on the left. What the padding computes lies behind the row's end, where it is masked until it is overwritten.
+        Shorter chunks are padded on the left. Keys and values of the padding lie behind the row's end, masked until
+        they are overwritten.
         """
-        rows, wide = len(chunks), max(map(len, chunks))
+        rows, width = len(chunks), max(map(len, chunks))
         starts = self.lengths[first : first + rows]
-        self._reserve(first + rows, max(starts) + wide)
+        self._reserve(first + rows, max(starts) + width)
         device = self._like["device"]
-        ids = torch.tensor([[0] * (wide - len(c)) + list(c) for c in chunks]).to(device)
+        ids = torch.tensor([[0] * (width - len(c)) + list(c) for c in chunks]).to(device)
         start, size = torch.tensor([starts, [len(c) for c in chunks]])[..., None].to(device)
-        steps = torch.arange(wide, device=device)
-        real = steps >= wide - size
-        positions = start + (steps + size) % wide  # the padding turns over to behind the end
-        self._aim(first, positions, max(starts) + wide)
-        self.stack.use(adapters, wide)
+        steps = torch.arange(width, device=device)
+        real = steps >= width - size
+        positions = start + (steps + size) % width  # the padding wraps around to behind the row's end
+        self._set_write_positions(first, positions, max(starts) + width)
+        self.multi_lora.set_active_slots(adapter_slots, width)
         out = self.model(
-            input_ids=ids, attention_mask=self._masks(positions, self._window[1], self._like["dtype"]), position_ids=positions.where(real, 0),
-            use_cache=True, logits_to_keep=last(1, device), **{self._name: self._cache},
+            input_ids=ids, attention_mask=self._masks(positions, self._visible[1], self._like["dtype"]),
+            position_ids=positions.where(real, 0), use_cache=True, logits_to_keep=last_logits_index(1, device),
+            **{self._cache_argument: self._cache},
         )  # fmt: skip
         for i, chunk in enumerate(chunks):
             self.lengths[first + i] += len(chunk)
         return out.logits[:, -1]
 
-    def write(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Put (rows, heads, tokens, dim) where `_aim` said -> all that these rows may look at, (rows, heads, width, dim)."""
-        rows, width = self._window
-        found = []
+    def update(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Write (rows, heads, tokens, dim) at the write positions -> all that these rows may attend to, (rows, heads,
+        width, dim).
+        """
+        rows, width = self._visible
+        visible = []
         for store, new in ((self.keys[layer], keys), (self.values[layer], values)):
-            store.view(-1, store.shape[-1]).index_copy_(0, self._places, new.reshape(-1, store.shape[-1]))
-            found.append(store[rows, :, :width])
-        return found[0], found[1]
+            store.view(-1, store.shape[-1]).index_copy_(0, self._write_index, new.reshape(-1, store.shape[-1]))
+            visible.append(store[rows, :, :width])
+        return visible[0], visible[1]
 
-    def move(self, source: int, target: int) -> None:
-        """Row `target` becomes what row `source` is."""
-        if source != target:
-            self.keys[:, target], self.values[:, target] = self.keys[:, source], self.values[:, source]
-            self.lengths[target] = self.lengths[source]
+    def move_row(self, source: int, target: int) -> None:
+        """Copy row `source` over row `target`."""
+        self.keys[:, target], self.values[:, target] = self.keys[:, source], self.values[:, source]
+        self.lengths[target] = self.lengths[source]
 
-    def pop(self) -> None:
-        """Drop the last row. It is zeroed: another row will lie there, and a masked NaN would still reach it."""
+    def pop_row(self) -> None:
+        """Drop the last row and zero it: a NaN left there would reach the next sequence even through the mask."""
         self.lengths.pop()
         last = len(self.lengths)
         self.keys[:, last].zero_()
         self.values[:, last].zero_()
         if not self.lengths:
-            self._free()
+            self._release()
 
-    def copy(self, row: int, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def copy_block(self, row: int, start: int, stop: int) -> Block:
         """Keys and values of some positions of a row, (layers, heads, stop - start, dim) each."""
         return self.keys[:, row, :, start:stop].clone(), self.values[:, row, :, start:stop].clone()
 
-    def paste(self, row: int, blocks: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
-        """Let an empty row begin with what `copy` gave, in order."""
+    def load_blocks(self, row: int, blocks: Sequence[Block]) -> None:
+        """Let an empty row begin with blocks from `copy_block`, in order."""
         stop = sum(keys.shape[2] for keys, _ in blocks)
         self._reserve(len(self.lengths), stop)
         for store, parts in zip((self.keys, self.values), zip(*blocks, strict=True), strict=True):
             store[:, row, :, :stop] = torch.cat(parts, 2)
         self.lengths[row] = stop
 
-    def _aim(self, first: int, positions: torch.Tensor, width: int) -> None:
-        """Where the next pass writes, as indices into (rows * heads * capacity), and what it may look at."""
+    def _set_write_positions(self, first: int, positions: torch.Tensor, width: int) -> None:
+        """Where the next pass writes, as indices into (rows * heads * capacity), and which rows and how many positions
+        it sees.
+        """
         rows, device = len(positions), positions.device
-        line = (torch.arange(first, first + rows, device=device)[:, None] * self.heads + torch.arange(self.heads, device=device)) * self.keys.shape[3]
-        self._places = (line[..., None] + positions[:, None]).flatten()
-        self._window = slice(first, first + rows), width
+        row_index = torch.arange(first, first + rows, device=device)[:, None]
+        offsets = (row_index * self.heads + torch.arange(self.heads, device=device)) * self.keys.shape[3]
+        self._write_index = (offsets[..., None] + positions[:, None]).flatten()
+        self._visible = slice(first, first + rows), width
 
     def _reserve(self, rows: int, capacity: int) -> None:
-        have_rows, have = self.keys.shape[1], self.keys.shape[3]
-        if rows <= have_rows and capacity <= have:
+        old_rows, old_capacity = self.keys.shape[1], self.keys.shape[3]
+        if rows <= old_rows and capacity <= old_capacity:
             return
-        if rows > have_rows:
-            rows = max(rows, 1 << (rows - 1).bit_length())
-        if capacity > have:
-            capacity = -(-max(capacity, have * 5 // 4) // BLOCK) * BLOCK
-        rows, capacity = max(rows, have_rows), max(capacity, have, BLOCK)
+        if rows > old_rows:
+            rows = 1 << (rows - 1).bit_length()
+        if capacity > old_capacity:
+            capacity = -(-max(capacity, old_capacity * 5 // 4) // CAPACITY_STEP) * CAPACITY_STEP
+        rows, capacity = max(rows, old_rows), max(capacity, old_capacity, CAPACITY_STEP)
         for name, dim in zip(("keys", "values"), self._dims, strict=True):
-            old, new = getattr(self, name), torch.zeros(self.layers, rows, self.heads, capacity, dim, **self._like)
-            new[:, :have_rows, :, :have] = old
+            new = torch.zeros(self.layers, rows, self.heads, capacity, dim, **self._like)
+            new[:, :old_rows, :, :old_capacity] = getattr(self, name)
             setattr(self, name, new)
 
-    def _free(self) -> None:
+    def _release(self) -> None:
         self.keys, self.values = (torch.zeros(self.layers, 0, self.heads, 0, dim, **self._like) for dim in self._dims)
 
 
-class _Masks:
+class _AttentionMasks:
     """Additive masks as the model wants them: one, or one for each type of layer."""
 
     def __init__(self, config: Any):
         self._types = sorted(set(getattr(config, "layer_types", None) or []))
-        self._slide = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+        sliding = getattr(config, "use_sliding_window", True)
+        self._window = getattr(config, "sliding_window", None) if sliding else None
 
     def __call__(self, positions: torch.Tensor, width: int, dtype: torch.dtype) -> Any:
-        """`positions` (rows, tokens) -> (rows, 1, tokens, width): a token sees what stands before it in its row, and itself."""
+        """`positions` (rows, tokens) -> (rows, 1, tokens, width): a token sees itself and what stands before it in its
+        row.
+        """
         columns, positions = torch.arange(width, device=positions.device), positions[:, None, :, None]
-        seen = columns <= positions
-        near = seen & (columns > positions - self._slide) if self._slide else seen
+        causal = columns <= positions
+        near = causal & (columns > positions - self._window) if self._window else causal
         if len(self._types) > 1:
-            return {kind: _additive(near if kind == "sliding_attention" else seen, dtype) for kind in self._types}
-        return _additive(seen if self._types == ["full_attention"] else near, dtype)
+            return {kind: _additive(near if kind == "sliding_attention" else causal, dtype) for kind in self._types}
+        return _additive(causal if self._types == ["full_attention"] else near, dtype)
 
 
-def _additive(seen: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, torch.finfo(dtype).min)
+def _additive(visible: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    zeros = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
+    return zeros.masked_fill_(~visible, torch.finfo(dtype).min)
 
 
-def cache_name(model: Any) -> str:
-    """transformers renamed the argument."""
+def cache_argument(model: Any) -> str:
+    """The name of the model's argument for its cache, which transformers renamed."""
     return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
 @torch.inference_mode()
-def open_rows(model: Any, stack: AdapterStack) -> Slots | Apart:
-    """Slots where the model computes in them what it computes by itself, else Apart."""
-    apart = Apart(model, stack, cache_name(model))
+def create_kv_cache(model: Any, multi_lora: MultiLora) -> KVCache | UnbatchedCache:
+    """A KVCache where the model computes with it what it computes by itself, else an UnbatchedCache."""
+    unbatched = UnbatchedCache(model, multi_lora, cache_argument(model))
     try:
-        reason = ""
-        slots = _slots(model, stack)
-        difference = _difference(apart, slots)
-        if not difference < CLOSE.get(model.dtype, 0.1):
-            reason = f"logits differ by {difference:.2g} of their spread"
+        batched = _batched_cache(model, multi_lora)
+        difference = _logits_difference(unbatched, batched)
+        if difference < TOLERANCE.get(model.dtype, 0.1):
+            return batched
+        reason = f"logits differ by {difference:.2g} of their spread"
     except Exception as error:
         reason = str(error)
-    if not reason:
-        return slots
-    log.warning("this model cannot be batched token by token (%s): its answers are computed one after the other, without a prefix cache", reason)
-    return apart
+    log.warning(
+        "this model cannot be batched token by token (%s): its answers are computed one after the other, without a "
+        "prefix cache",
+        reason,
+    )
+    return unbatched
 
 
-def _slots(model: Any, stack: AdapterStack) -> Slots:
+def _batched_cache(model: Any, multi_lora: MultiLora) -> KVCache:
+    """Raises ValueError for a model that keeps something else than keys and values of one shape."""
     cache = DynamicCache(config=model.config)
-    stack.use([BASE], 1)
-    model(input_ids=torch.ones(1, 1, dtype=torch.long, device=model.device), use_cache=True, **{cache_name(model): cache})
-    odd = {type(layer).__name__ for layer in cache.layers if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer)}
-    if odd:
-        raise ValueError(f"it has layers that keep something else than keys and values: {', '.join(sorted(odd))}")
+    multi_lora.set_active_slots([BASE_SLOT], 1)
+    ids = torch.ones(1, 1, dtype=torch.long, device=model.device)
+    model(input_ids=ids, use_cache=True, **{cache_argument(model): cache})
+    plain = (DynamicLayer, DynamicSlidingWindowLayer)
+    if other := {type(layer).__name__ for layer in cache.layers if type(layer) not in plain}:
+        raise ValueError(f"it has layers that keep something else than keys and values: {', '.join(sorted(other))}")
     keys, values = ([getattr(layer, name) for layer in cache.layers] for name in ("keys", "values"))
     if len({(k.shape, v.shape) for k, v in zip(keys, values, strict=True)}) != 1:
         raise ValueError("its layers have keys of several shapes")
-    return Slots(model, stack, keys, values)
+    return KVCache(model, multi_lora, keys, values)
 
 
-def _difference(apart: Apart, slots: Slots) -> float:
-    """Largest difference of the logits after two prompts, one of them in two pieces with padding, over their standard deviation."""
-    size = apart.model.config.get_text_config().vocab_size
+def _logits_difference(unbatched: UnbatchedCache, batched: KVCache) -> float:
+    """Largest difference of the logits after two prompts, one of them in two pieces with padding, over their standard
+    deviation.
+    """
+    size = unbatched.model.config.get_text_config().vocab_size
     long, short = ([(start + 7 * i) % size for i in range(n)] for start, n in ((11, 7), (5, 3)))
-    found = []
-    for rows in (apart, slots):
-        rows.add(2)
-        if rows.splits:
-            rows.read(0, [long[:2]], [BASE])
-        found.append(rows.read(0, [long[rows.lengths[0] :], short], [BASE, BASE]).float())
-        rows.pop()
-        rows.pop()
-    return ((found[0] - found[1]).abs().max() / found[0].std()).item()
+    logits = []
+    for cache in (unbatched, batched):
+        cache.add_rows(2)
+        if cache.chunked_prefill:
+            cache.forward(0, [long[:2]], [BASE_SLOT])
+        logits.append(cache.forward(0, [long[cache.lengths[0] :], short], [BASE_SLOT, BASE_SLOT]).float())
+        cache.pop_row()
+        cache.pop_row()
+    return ((logits[0] - logits[1]).abs().max() / logits[0].std()).item()

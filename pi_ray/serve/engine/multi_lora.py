@@ -1,7 +1,9 @@
-"""LoRA adapters beside one base model, at different rows of one batch: in every linear layer their matrices lie in one stack.
+"""Several LoRA adapters in one batch: every adapted linear layer holds all loaded adapters stacked, and each row of the
+batch has its own adapter.
 
-The products of a decoding step take two batched matrix multiplications a layer, however many adapters take part: the rows of each adapter, padded
-to the largest group, times the stack of all A, times the stack of all B (cf. Punica, Chen et al. 2023, and S-LoRA, Sheng et al. 2023).
+A decoding step takes two batched matrix products a layer, however many adapters take part: the rows of each adapter,
+padded to the largest group, times the stacked A, times the stacked B (cf. Punica, Chen et al. 2023, and S-LoRA, Sheng
+et al. 2023).
 """
 
 from __future__ import annotations
@@ -15,28 +17,31 @@ import torch
 import torch.nn.functional as F
 
 from pi_ray.errors import AdapterError
-from pi_ray.serve.engine.lora_weights import Matrices, linears, read
-from pi_ray.serve.engine.onednn_linear import set_weight, weight_of
+from pi_ray.serve.engine.lora_weights import LoraWeights, linear_layers, read_lora_weights
+from pi_ray.serve.engine.onednn_linear import get_weight, set_weight
 
-BASE = -1  # the slot of rows that want no adapter
-PADDING = 4  # places for a row, up to which padded groups are quicker than one adapter after the other
-Products = Callable[["Layer", torch.Tensor, torch.Tensor], None]
+BASE_SLOT = -1  # the slot of rows without an adapter
+# padded places for each row, up to which one batched product is faster than one adapter after the other
+MAX_PADDING = 4
+AddLora = Callable[["MultiLoraLayer", torch.Tensor, torch.Tensor], Any]  # (layer, input, output): adds to the output
 
 
-class Layer:
-    """The stacks of one linear layer: `a` (slots, rank, in) and `b` (slots, rank, out), zero where an adapter has a smaller rank or none."""
+class MultiLoraLayer:
+    """Stacked weights of one linear layer, `a` (slots, rank, in) and `b` (slots, rank, out): zero where an adapter has
+    a smaller rank or none.
+    """
 
-    def __init__(self, linear: torch.nn.Linear, slots: int, rank: int, like: dict[str, Any], stack: AdapterStack):
+    def __init__(self, linear: torch.nn.Linear, slots: int, rank: int, like: dict[str, Any], multi_lora: MultiLora):
         self.a = torch.zeros(slots, rank, linear.in_features, **like)
         self.b = torch.zeros(slots, rank, linear.out_features, **like)
-        self._stack = stack
-        self.remove = linear.register_forward_hook(self._add).remove
+        self._multi_lora = multi_lora
+        self.remove = linear.register_forward_hook(self._hook).remove
 
-    def _add(self, module: Any, inputs: tuple[torch.Tensor], output: torch.Tensor) -> None:
-        if products := self._stack.products:
-            products(self, inputs[0].reshape(-1, self.a.shape[2]), output.view(-1, self.b.shape[2]))
+    def _hook(self, module: Any, inputs: tuple[torch.Tensor], output: torch.Tensor) -> None:
+        if add_lora := self._multi_lora.add_lora:
+            add_lora(self, inputs[0].reshape(-1, self.a.shape[2]), output.view(-1, self.b.shape[2]))
 
-    def put(self, slot: int, pair: tuple[torch.Tensor, torch.Tensor] | None) -> None:
+    def set_slot(self, slot: int, pair: tuple[torch.Tensor, torch.Tensor] | None) -> None:
         self.a[slot].zero_()
         self.b[slot].zero_()
         if pair:
@@ -53,24 +58,25 @@ class Layer:
             setattr(self, name, new)
 
 
-class AdapterStack:
-    """At most `limit` adapters in memory, the least recently used dropped first. One thread calls it.
+class MultiLora:
+    """Holds at most `max_loras` adapters and evicts the least recently used. Memory grows with the slots and ranks that
+    are loaded. One thread calls it.
 
-    `use` says which adapter each row of the next forward pass of `base` has. Memory grows with what is loaded, in slots and in rank.
+    `set_active_slots` says which adapter each row of the next forward pass of `base` has.
     """
 
-    def __init__(self, base: Any, limit: int):
-        self.limit = limit
-        self.products: Products | None = None
+    def __init__(self, base: Any, max_loras: int):
+        self.max_loras = max_loras
+        self.add_lora: AddLora | None = None  # how the next forward pass adds adapters; None: no row has one
         self.merged = ""
         self.hits = self.misses = self.evictions = 0
-        self._linears = linears(base)
+        self._linears = linear_layers(base)
         self._like = {"dtype": base.dtype, "device": base.device}
         self._slots: OrderedDict[str, int] = OrderedDict()  # folder -> slot, least recently used first
-        self._held: dict[str, tuple[int, Collection[str]]] = {}  # folder -> its rank and the layers that it adapts
-        self._layers: dict[str, Layer] = {}
+        self._loaded: dict[str, tuple[int, Collection[str]]] = {}  # folder -> its rank and the layers that it adapts
+        self._layers: dict[str, MultiLoraLayer] = {}
         self._shape = (0, 0)  # slots, rank
-        self._used: Any = None
+        self._active: Any = None
 
     def __len__(self) -> int:
         return len(self._slots)
@@ -79,142 +85,153 @@ class AdapterStack:
     def nbytes(self) -> int:
         return sum(t.nbytes for layer in list(self._layers.values()) for t in (layer.a, layer.b))
 
-    def fits(self, folder: str, busy: Collection[str]) -> bool:
-        """Whether `folder` can be loaded without dropping an adapter of `busy`."""
-        return not folder or bool(self.merged) or folder in self._slots or len(set(busy) - {""}) < self.limit
+    def has_room_for(self, folder: str, in_use: Collection[str]) -> bool:
+        """Whether `folder` can be loaded without evicting an adapter of `in_use`."""
+        loaded = not folder or bool(self.merged) or folder in self._slots
+        return loaded or len(set(in_use) - {""}) < self.max_loras
 
     @torch.inference_mode()
-    def load(self, folder: str, busy: Collection[str] = ()) -> int:
-        """The slot of `folder`, which is in memory from now on ("" is the bare base). Raises AdapterError when it does not fit the base model."""
+    def load(self, folder: str, in_use: Collection[str] = ()) -> int:
+        """Load `folder` if it is not loaded yet -> its slot; "" is the bare base. Raises AdapterError when it does not
+        fit the base model.
+        """
         if self.merged:
             return self._merged_slot(folder)
         if not folder:
-            return BASE
+            return BASE_SLOT
         if folder in self._slots:
             self.hits += 1
         else:
             self.misses += 1
-            matrices = self._read(folder)
-            idle = [f for f in self._slots if f not in busy]
-            for old in idle[: max(0, len(self._slots) + 1 - self.limit)]:
-                self._drop(old)
-            self._place(folder, matrices)
+            weights = self._read(folder)
+            idle = [f for f in self._slots if f not in in_use]
+            for old in idle[: max(0, len(self._slots) + 1 - self.max_loras)]:
+                self._evict(old)
+            self._place(folder, weights)
         self._slots.move_to_end(folder)
         return self._slots[folder]
 
-    def use(self, slots: Sequence[int], tokens: int) -> None:
-        """Rows of the next forward pass: `slots[i]` (of `load`, or BASE) is the adapter of row i, of `tokens` tokens each."""
-        asked = (tuple(slots), tokens, self._shape)
-        if asked != self._used:
-            self.products, self._used = self._plan(slots, tokens), asked
+    def set_active_slots(self, slots: Sequence[int], tokens: int) -> None:
+        """Row i of the next forward pass has the adapter in `slots[i]` (from `load`, or BASE_SLOT), for `tokens` tokens
+        each.
+        """
+        active = (tuple(slots), tokens, self._shape)
+        if active != self._active:
+            self.add_lora, self._active = self._choose(slots, tokens), active
 
     @torch.no_grad()
     def merge(self, folder: str) -> None:
-        """Add `folder` into the base weights, for good. From now on it alone is served. Raises AdapterError when that cannot be."""
+        """Add `folder` into the base weights, for good; it alone is served from then on. Raises AdapterError when that
+        cannot be.
+        """
         pairs = self._read(folder).pairs
-        odd = next((name for name in pairs if not self._linears[name].weight.is_floating_point()), None)
-        if odd:
-            raise AdapterError("an adapter cannot be merged into quantised weights; leave serve.merge or model.quantize out")
+        if not all(self._linears[name].weight.is_floating_point() for name in pairs):
+            raise AdapterError(
+                "an adapter cannot be merged into quantised weights; leave serve.merge or model.quantize out"
+            )
         for name, (a, b) in pairs.items():
             linear = self._linears[name]
-            weight = weight_of(linear)
+            weight = get_weight(linear)
             set_weight(linear, (weight.float() + b.to(weight.device) @ a.to(weight.device)).to(weight.dtype))
         self.merged = folder
 
     def _merged_slot(self, folder: str) -> int:
         if folder != self.merged:
-            raise AdapterError(f"this server has one adapter merged into the base model (serve.merge) and serves it alone; {'no other one' if folder else 'not the bare base'}")
-        return BASE
+            raise AdapterError(
+                "this server has one adapter merged into the base model (serve.merge) and serves it alone; "
+                f"{'no other one' if folder else 'not the bare base'}"
+            )
+        return BASE_SLOT
 
-    def _read(self, folder: str) -> Matrices:
-        matrices = read(folder, self._linears)
-        for name, (a, b) in matrices.pairs.items():
-            if not (torch.isfinite(a.to(self._like["dtype"])).all() and torch.isfinite(b.to(self._like["dtype"])).all()):
-                raise AdapterError(f"its matrices for {name!r} with their scaling are too large for {self._like['dtype']}")
-        return matrices
+    def _read(self, folder: str) -> LoraWeights:
+        weights, dtype = read_lora_weights(folder, self._linears), self._like["dtype"]
+        for name, pair in weights.pairs.items():
+            if not all(torch.isfinite(t.to(dtype)).all() for t in pair):
+                raise AdapterError(f"its matrices for {name!r} with their scaling are too large for {dtype}")
+        return weights
 
-    def _place(self, folder: str, matrices: Matrices) -> None:
-        slot = min(set(range(self.limit)) - set(self._slots.values()))
-        self._held[folder] = (matrices.rank, matrices.pairs.keys())
+    def _place(self, folder: str, weights: LoraWeights) -> None:
+        slot = min(set(range(self.max_loras)) - set(self._slots.values()))
+        self._loaded[folder] = (weights.rank, weights.pairs.keys())
         self._slots[folder] = slot
         self._resize()
-        for name in matrices.pairs.keys() - self._layers.keys():
-            self._layers[name] = Layer(self._linears[name], *self._shape, self._like, self)
+        for name in weights.pairs.keys() - self._layers.keys():
+            self._layers[name] = MultiLoraLayer(self._linears[name], *self._shape, self._like, self)
         for name, layer in self._layers.items():
-            layer.put(slot, matrices.pairs.get(name))
+            layer.set_slot(slot, weights.pairs.get(name))
 
     def _resize(self) -> None:
-        """Room for the slots that are taken (doubling, so that it seldom changes) and for the largest rank among them."""
-        slots = min(1 << max(self._slots.values()).bit_length(), self.limit)
-        shape = max(slots, self._shape[0]), max(rank for rank, _ in self._held.values())
+        """Make room for the slots in use (doubling, so that it seldom changes) and for the largest rank among them."""
+        slots = min(1 << max(self._slots.values()).bit_length(), self.max_loras)
+        shape = max(slots, self._shape[0]), max(rank for rank, _ in self._loaded.values())
         if shape != self._shape:
             self._shape = shape
             for layer in self._layers.values():
                 layer.resize(*shape)
 
-    def _drop(self, folder: str) -> None:
+    def _evict(self, folder: str) -> None:
         self.evictions += 1
         self._slots.pop(folder)
-        self._held.pop(folder)
-        for name in self._layers.keys() - {name for _, held in self._held.values() for name in held}:
+        self._loaded.pop(folder)
+        for name in self._layers.keys() - {name for _, layers in self._loaded.values() for name in layers}:
             self._layers.pop(name).remove()
 
-    def _plan(self, slots: Sequence[int], tokens: int) -> Products | None:
-        """How the products of these rows are computed; None where no row has an adapter."""
-        used = set(slots) - {BASE}
+    def _choose(self, slots: Sequence[int], tokens: int) -> AddLora | None:
+        """The fastest way to add the adapters of these rows; None where no row has one."""
+        used = set(slots) - {BASE_SLOT}
         if not used:
             return None
         if len(set(slots)) == 1:
-            return _alone(slots[0])
+            return _for_all_rows(slots[0])
         if tokens > 1:
-            return _in_turn(_runs(slots), len(slots))
+            return _in_turn(slots)
         low, high = min(used), max(used) + 1
         groups = [[row for row, own in enumerate(slots) if own == slot] for slot in range(low, high)]
-        if len(groups) * max(map(len, groups)) <= PADDING * len(slots):
-            return _at_once(groups, low, self._like["device"])
-        return _in_turn(_runs(slots), len(slots))
+        if len(groups) * max(map(len, groups)) <= MAX_PADDING * len(slots):
+            return _batched(groups, low, self._like["device"])
+        return _in_turn(slots)
 
 
-def _alone(slot: int) -> Products:
+def _for_all_rows(slot: int) -> AddLora:
     return lambda layer, x, out: out.addmm_(F.linear(x, layer.a[slot]), layer.b[slot])
 
 
-def _runs(slots: Sequence[int]) -> list[tuple[int, int, int]]:
-    """(slot, first row, end) of neighbours with the same adapter."""
-    runs, start = [], 0
+def _in_turn(slots: Sequence[int]) -> AddLora:
+    """One run of rows with the same adapter after the other, in place; for prompts, whose rows are sorted and hold many
+    tokens.
+    """
+    runs, end = [], 0  # (slot, first row, end)
     for slot, rows in groupby(slots):
-        end = start + len(list(rows))
-        if slot != BASE:
+        start, end = end, end + len(list(rows))
+        if slot != BASE_SLOT:
             runs.append((slot, start, end))
-        start = end
-    return runs
 
-
-def _in_turn(runs: Sequence[tuple[int, int, int]], rows: int) -> Products:
-    """One run after the other, in place; for prompts, whose rows are sorted and hold many tokens."""
-
-    def products(layer: Layer, x: torch.Tensor, out: torch.Tensor) -> None:
-        each = len(x) // rows  # the output layer sees one token of a row
+    def add_lora(layer: MultiLoraLayer, x: torch.Tensor, out: torch.Tensor) -> None:
+        tokens = len(x) // len(slots)  # of a row; the output layer sees one
         for slot, start, end in runs:
-            part = slice(start * each, end * each)
+            part = slice(start * tokens, end * tokens)
             out[part].addmm_(F.linear(x[part], layer.a[slot]), layer.b[slot])
 
-    return products
+    return add_lora
 
 
-def _at_once(groups: Sequence[Sequence[int]], low: int, device: Any) -> Products:
-    """All groups in one batched product; `groups[i]` are the rows of slot low + i, of one token each. The padding repeats row 0 and is dropped."""
+def _batched(groups: Sequence[Sequence[int]], low: int, device: Any) -> AddLora:
+    """All groups in one batched product; `groups[i]` are the rows of slot low + i, of one token each. The padding
+    repeats row 0 and is dropped.
+    """
     size, high = max(map(len, groups)), low + len(groups)
     padded = torch.tensor([[*group, *[0] * (size - len(group))] for group in groups]).flatten().to(device)
-    rows, places = torch.tensor(sorted((row, i * size + j) for i, group in enumerate(groups) for j, row in enumerate(group))).T.contiguous().to(device)
-    everyone = slice(int(rows[0]), int(rows[-1]) + 1) if len(rows) == rows[-1] - rows[0] + 1 else None  # neighbours are added at once
+    pairs = sorted((row, i * size + j) for i, group in enumerate(groups) for j, row in enumerate(group))
+    rows, places = torch.tensor(pairs).T.contiguous().to(device)
+    contiguous = len(rows) == rows[-1] - rows[0] + 1
+    block = slice(int(rows[0]), int(rows[-1]) + 1) if contiguous else None  # neighbours are added at once
 
-    def products(layer: Layer, x: torch.Tensor, out: torch.Tensor) -> None:
+    def add_lora(layer: MultiLoraLayer, x: torch.Tensor, out: torch.Tensor) -> None:
         inner = torch.bmm(x.index_select(0, padded).view(len(groups), size, -1), layer.a[low:high].transpose(1, 2))
-        found = torch.bmm(inner, layer.b[low:high]).flatten(0, 1).index_select(0, places)
-        if everyone:
-            out[everyone].add_(found)
+        products = torch.bmm(inner, layer.b[low:high]).flatten(0, 1).index_select(0, places)
+        if block:
+            out[block].add_(products)
         else:
-            out.index_add_(0, rows, found)
+            out.index_add_(0, rows, products)
 
-    return products
+    return add_lora

@@ -1,6 +1,8 @@
-"""On a CPU: linear layers with their weights in oneDNN's own layout. The same float32 products, for a few rows about twice as fast as on a plain matrix.
+"""Linear layers for CPU with their weights in oneDNN's own layout: the same float32 products, about twice as fast for a
+few rows as with plain weights.
 
-This is what torch.compile does with frozen weights, by the same operators, without a compiler. Where torch does not have them nothing changes.
+torch.compile does the same with frozen weights, by the same operators, but needs a compiler. Where torch lacks these
+operators nothing changes.
 """
 
 from __future__ import annotations
@@ -11,15 +13,15 @@ from typing import Any
 import torch
 
 log = logging.getLogger("ray.serve")
-ROWS = 16  # for which the layout is chosen; it serves any number
-CLOSE = 1e-3  # of the logits' spread
+LAYOUT_ROWS = 16  # the number of rows for which the layout is chosen; it works for any
+TOLERANCE = 1e-3  # largest difference of the logits, as a part of their standard deviation
 
 
-class PackedForward:
+class OneDnnForward:
     """Stands in for the `forward` of one torch.nn.Linear, so that the module, its name and its hooks stay."""
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None):
-        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), ROWS)
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), LAYOUT_ROWS)
         self.bias = bias
 
     def __call__(self, input: torch.Tensor) -> torch.Tensor:
@@ -27,19 +29,21 @@ class PackedForward:
 
 
 @torch.no_grad()
-def pack(model: Any) -> bool:
-    """Pack every float32 linear layer of `model`, which gives up its plain weights. False where that cannot be, or changes what the model computes."""
+def use_onednn_linears(model: Any) -> bool:
+    """Move every float32 linear layer of `model` to oneDNN and drop its plain weights. False where that cannot be, or
+    changes the logits.
+    """
     if model.device.type != "cpu" or not torch.backends.mkldnn.is_available():
         return False
     layers = [m for m in model.modules() if type(m) is torch.nn.Linear and m.weight.dtype == torch.float32]
     plain = [layer.weight for layer in layers]
     ids = torch.arange(1, 6)[None] % model.config.get_text_config().vocab_size
     try:
-        before = model(input_ids=ids).logits
+        expected = model(input_ids=ids).logits
         for layer in layers:
-            assign(layer, PackedForward(layer.weight, layer.bias))
-        difference = ((model(input_ids=ids).logits - before).abs().max() / before.std()).item()
-        if difference < CLOSE:
+            replace_forward(layer, OneDnnForward(layer.weight, layer.bias))
+        difference = ((model(input_ids=ids).logits - expected).abs().max() / expected.std()).item()
+        if difference < TOLERANCE:
             return True
         reason = f"logits differ by {difference:.2g} of their spread"
     except Exception as error:  # such as a model that reads a layer's weight itself
@@ -47,25 +51,25 @@ def pack(model: Any) -> bool:
     for layer, weight in zip(layers, plain, strict=True):
         layer.weight = weight
         vars(layer).pop("forward", None)
-    log.info("linear layers stay as they are: %s", reason)
+    log.info("linear layers keep their plain weights: %s", reason)
     return False
 
 
-def assign(layer: torch.nn.Linear, packed: PackedForward) -> None:
-    layer.forward = packed
+def replace_forward(layer: torch.nn.Linear, forward: OneDnnForward) -> None:
+    vars(layer)["forward"] = forward
     layer.weight = torch.nn.Parameter(torch.empty(0), requires_grad=False)
 
 
-def weight_of(layer: torch.nn.Linear) -> torch.Tensor:
-    """The plain weight (out, in) of a layer, packed or not."""
-    packed = vars(layer).get("forward")
-    return packed.weight.to_dense() if packed else layer.weight
+def get_weight(layer: torch.nn.Linear) -> torch.Tensor:
+    """The plain weight of a layer, (out, in), in whatever layout it is held."""
+    forward = vars(layer).get("forward")
+    return forward.weight.to_dense() if forward else layer.weight
 
 
 def set_weight(layer: torch.nn.Linear, weight: torch.Tensor) -> None:
-    """Give a layer another weight. It is a tensor of its own, even if the one before was tied to the embeddings."""
-    packed = vars(layer).get("forward")
-    if packed:
-        assign(layer, PackedForward(weight, packed.bias))
+    """Replace the weight of a layer by a tensor of its own, even where it was tied to the embeddings."""
+    forward = vars(layer).get("forward")
+    if forward:
+        replace_forward(layer, OneDnnForward(weight, forward.bias))
     else:
         layer.weight = torch.nn.Parameter(weight, requires_grad=False)

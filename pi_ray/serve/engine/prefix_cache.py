@@ -1,4 +1,6 @@
-"""Keys and values of prompts that were read, in blocks of 16 tokens: a prompt that begins alike takes them over and reads only the rest."""
+"""The prefix cache: keys and values of prompts that were read, in blocks of 16 tokens, so that a prompt with the same
+beginning reads only its rest.
+"""
 
 from __future__ import annotations
 
@@ -7,68 +9,74 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-BLOCK = 16
-Block = tuple[torch.Tensor, torch.Tensor]  # keys and values, (layers, heads, BLOCK, dim) each
+BLOCK_SIZE = 16  # tokens
+Block = tuple[torch.Tensor, torch.Tensor]  # keys and values, (layers, heads, BLOCK_SIZE, dim) each
 
 
-class Node:
-    """A block behind the blocks on the way to it; the tokens themselves are compared, so that no two prompts can be taken for one another."""
+class PrefixNode:
+    """A block at the end of the path of blocks before it; a root has none. Tokens themselves are compared, not hashes:
+    prompts cannot be confused.
+    """
 
-    def __init__(self, parent: Node | None, tokens: tuple[int, ...], block: Block | None):
+    def __init__(self, parent: PrefixNode | None = None, tokens: tuple[int, ...] = (), block: Block | None = None):
         self.parent, self.tokens, self.block = parent, tokens, block
-        self.children: dict[tuple[int, ...], Node] = {}
+        self.children: dict[tuple[int, ...], PrefixNode] = {}
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.block or ())
 
 
-class Prefixes:
-    """A tree of blocks for each adapter, which changes keys and values. Holds at most `limit` bytes; the least recently used end goes first."""
+class PrefixCache:
+    """A tree of blocks for each adapter, since adapters change keys and values. Holds at most `limit` bytes; the least
+    recently used leaf is evicted.
+    """
 
     def __init__(self, limit: int):
         self.limit = limit
         self.nbytes = 0
-        self._roots: dict[str, Node] = {}
-        self._used: OrderedDict[Node, None] = OrderedDict()  # least recently used first; a node always before those it hangs on
+        self._roots: dict[str, PrefixNode] = {}
+        self._lru: OrderedDict[PrefixNode, None] = OrderedDict()  # least recently used first, children before parents
 
     def find(self, adapter: str, prompt: Sequence[int]) -> list[Block]:
-        """The longest known beginning of `prompt`, block by block. The last token is never part of it: someone has to compute the logits."""
-        path = self._path(adapter, prompt, (len(prompt) - 1) // BLOCK)
-        self._touch(path)
-        return [node.block for node in path]
+        """The blocks of the longest cached prefix of `prompt`, without its last token, which is always read for its
+        logits.
+        """
+        path = self._path(adapter, prompt, (len(prompt) - 1) // BLOCK_SIZE)
+        self._mark_used(path)
+        return [node.block for node in path if node.block]
 
-    def add(self, adapter: str, prompt: Sequence[int], copy: Callable[[int, int], Block]) -> None:
-        """Keep the whole blocks of `prompt` that are not known yet; `copy(start, stop)` gives those of some positions."""
+    def add(self, adapter: str, prompt: Sequence[int], copy_block: Callable[[int, int], Block]) -> None:
+        """Cache the whole blocks of `prompt` that are not cached yet; `copy_block(start, stop)` copies the keys and
+        values of these positions.
+        """
         if not self.limit:
             return
-        path = self._path(adapter, prompt, len(prompt) // BLOCK)
-        node = path[-1] if path else self._roots.setdefault(adapter, Node(None, (), None))
-        for start in range(len(path) * BLOCK, len(prompt) - BLOCK + 1, BLOCK):
-            tokens = tuple(prompt[start : start + BLOCK])
-            block = copy(start, start + BLOCK)
-            node.children[tokens] = node = Node(node, tokens, block)
-            self.nbytes += _size(block)
+        path = self._path(adapter, prompt, len(prompt) // BLOCK_SIZE)
+        node = path[-1] if path else self._roots.setdefault(adapter, PrefixNode())
+        for start in range(len(path) * BLOCK_SIZE, len(prompt) - BLOCK_SIZE + 1, BLOCK_SIZE):
+            tokens = tuple(prompt[start : start + BLOCK_SIZE])
+            node.children[tokens] = node = PrefixNode(node, tokens, copy_block(start, start + BLOCK_SIZE))
+            self.nbytes += node.nbytes
             path.append(node)
-        self._touch(path)
+        self._mark_used(path)
         while self.nbytes > self.limit:
-            self._drop()
+            evicted, _ = self._lru.popitem(last=False)
+            self.nbytes -= evicted.nbytes
+            assert evicted.parent, "roots are not in the list"
+            del evicted.parent.children[evicted.tokens]
 
-    def _path(self, adapter: str, prompt: Sequence[int], blocks: int) -> list[Node]:
+    def _path(self, adapter: str, prompt: Sequence[int], blocks: int) -> list[PrefixNode]:
+        """The cached ones of the first `blocks` blocks of `prompt`, from the root on."""
         node, path = self._roots.get(adapter), []
         for i in range(blocks):
-            node = node and node.children.get(tuple(prompt[i * BLOCK : (i + 1) * BLOCK]))
+            node = node and node.children.get(tuple(prompt[i * BLOCK_SIZE : (i + 1) * BLOCK_SIZE]))
             if not node:
                 break
             path.append(node)
         return path
 
-    def _touch(self, path: Sequence[Node]) -> None:
+    def _mark_used(self, path: Sequence[PrefixNode]) -> None:
         for node in reversed(path):
-            self._used[node] = None
-            self._used.move_to_end(node)
-
-    def _drop(self) -> None:
-        node, _ = self._used.popitem(last=False)
-        self.nbytes -= _size(node.block)
-        del node.parent.children[node.tokens]
-
-
-def _size(block: Block) -> int:
-    return block[0].nbytes + block[1].nbytes
+            self._lru[node] = None
+            self._lru.move_to_end(node)

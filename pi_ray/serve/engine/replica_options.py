@@ -1,8 +1,7 @@
-"""Ray Serve's options of the replicas that hold or front an engine: queues, autoscaling, resources, health checks."""
+"""Options of Ray Serve for the replicas that hold or front an engine: queues, autoscaling, resources, health checks."""
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 from pi_ray.config import ServeConfig
@@ -10,18 +9,19 @@ from pi_ray.config import ServeConfig
 HEALTH_PERIOD_S = 2  # Serve replaces a replica after three failures in a row
 
 
-def replica_options(limits: ServeConfig, has: dict[str, float], asked: dict[str, Any]) -> dict[str, Any]:
-    """Serve's options for replicas that hold the base model, on a cluster that `has` so many CPU and GPU: a GPU for each replica where there are any.
+def replica_options(limits: ServeConfig, cluster: dict[str, float], actor_options: dict[str, Any]) -> dict[str, Any]:
+    """Options for replicas that hold the base model.
 
-    `asked` are Ray's actor options that run.yaml asks for.
+    `cluster`: its resources; each replica gets a GPU where there are any. `actor_options`: Ray's, from the run file.
     """
-    scarce = has.get("GPU") or has.get("CPU", 0)
+    scarce = cluster.get("GPU") or cluster.get("CPU", 0)
     return {
         "max_ongoing_requests": limits.max_ongoing_requests,
         "max_queued_requests": limits.max_queued_requests,
         "autoscaling_config": {
             "min_replicas": limits.min_replicas,
-            "initial_replicas": max(1, limits.min_replicas),  # one starts even where none may be left: a model that cannot load fails the deployment
+            # One starts even where none may be left: a model that cannot load then fails the deployment.
+            "initial_replicas": max(1, limits.min_replicas),
             "max_replicas": limits.max_replicas,
             "target_ongoing_requests": limits.max_ongoing_requests * 0.75,
             "upscale_delay_s": limits.upscale_delay_s,
@@ -29,32 +29,32 @@ def replica_options(limits: ServeConfig, has: dict[str, float], asked: dict[str,
             "downscale_to_zero_delay_s": limits.downscale_to_zero_delay_s,
             "look_back_period_s": 15,
         },
-        "ray_actor_options": {"num_cpus": 1, "num_gpus": int(has.get("GPU", 0) > 0), **asked},
-        # A new version comes up beside the old one, which serves until then; where there is no room for both, the old one must go first.
-        **surge_options(100 if scarce > limits.max_replicas else 0),
-        **care_options(limits),
+        "ray_actor_options": {"num_cpus": 1, "num_gpus": int(cluster.get("GPU", 0) > 0), **actor_options},
+        # A new version comes up beside the old one, which serves until then. Without room for both the old one goes
+        # first.
+        "max_surge_percent": 100 if scarce > limits.max_replicas else 0,
+        **lifecycle_options(limits),
     }
 
 
-def front_options(limits: ServeConfig) -> dict[str, Any]:
-    """For Model in front of an engine with a deployment of its own: one light replica checks and tokenises for all of them."""
+def front_replica_options(limits: ServeConfig) -> dict[str, Any]:
+    """Options for Model in front of an engine with a deployment of its own: one light replica checks and tokenises for
+    all of them.
+    """
     return {
         "num_replicas": 1,
         "max_ongoing_requests": limits.max_ongoing_requests * limits.max_replicas,
         "max_queued_requests": limits.max_queued_requests,
         "ray_actor_options": {"num_cpus": 1},
-        **surge_options(100),
-        **care_options(limits),
+        "max_surge_percent": 100,
+        **lifecycle_options(limits),
     }
 
 
-def care_options(limits: ServeConfig) -> dict[str, Any]:
-    """Serve replaces a replica that does not answer its health check, and lets one that has to go finish what it has begun."""
-    return {"health_check_period_s": HEALTH_PERIOD_S, "health_check_timeout_s": 10, "graceful_shutdown_timeout_s": limits.graceful_shutdown_timeout_s}
-
-
-def surge_options(percent: int) -> dict[str, int]:
-    """Extra replicas during an update, in percent. Ray before 2.60 does not know it: there the old replica goes first and requests wait."""
-    from ray import serve
-
-    return {"max_surge_percent": percent} if "max_surge_percent" in inspect.signature(serve.deployment).parameters else {}
+def lifecycle_options(limits: ServeConfig) -> dict[str, Any]:
+    """Serve replaces a replica that fails its health check, and lets one that has to go finish what it has begun."""
+    return {
+        "health_check_period_s": HEALTH_PERIOD_S,
+        "health_check_timeout_s": 10,
+        "graceful_shutdown_timeout_s": limits.graceful_shutdown_timeout_s,
+    }

@@ -1,185 +1,215 @@
-"""The running batch: which requests join it, what is read next, who leaves. Called by the decoding thread alone.
+"""Continuous batching: which requests join the running batch, which tokens the next step reads, and which sequences
+finish.
 
-    waiting ──> joining (prompt being read, so many tokens between two steps) ──> decoding (one token a step) ──> gone
+    waiting --admit--> prefill (the prompt, so many tokens between two decoding steps) --> decode (one token a step) -->
+    finished
+
+Only the engine's decoding thread calls it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 
 from pi_ray.config import ServeConfig
-from pi_ray.serve.engine.kv_cache import open_rows
-from pi_ray.serve.engine.multi_lora import AdapterStack
-from pi_ray.serve.engine.onednn_linear import pack
-from pi_ray.serve.engine.prefix_cache import BLOCK, Prefixes
-from pi_ray.serve.engine.sampling import pick
-from pi_ray.serve.engine.sequence import Post, Row
+from pi_ray.serve.engine.kv_cache import create_kv_cache
+from pi_ray.serve.engine.multi_lora import MultiLora
+from pi_ray.serve.engine.onednn_linear import use_onednn_linears
+from pi_ray.serve.engine.prefix_cache import BLOCK_SIZE, PrefixCache
+from pi_ray.serve.engine.sampling import sample_tokens
+from pi_ray.serve.engine.sequence import GenerationSequence, OutputQueue
 
-MOST_LORAS = 16  # where serve.max_loras does not say
-PREFILL = {"cpu": 256}  # prompt tokens between two steps, where serve.prefill_tokens does not say
-IDLE_PREFILL = 2048  # the same on a GPU, and while nobody decodes
-PATIENCE = 32  # steps that others may go first when an adapter finds no place
+DEFAULT_MAX_LORAS = 16  # when serve.max_loras is not set
+DEFAULT_PREFILL_TOKENS = {"cpu": 256}  # prompt tokens between two decoding steps, when serve.prefill_tokens is not set
+IDLE_PREFILL_TOKENS = 2048  # the same on a GPU, and while no sequence decodes
+MAX_SKIPPED_STEPS = 32  # how often later requests may go first while a request's adapter has no slot
 
 
-class Batch:
-    """`rows` in the order of their slots: the first `decoding` of them decode, the others join."""
+class Scheduler:
+    """`running` is in the order of the KV cache's rows: the first `num_decoding` sequences decode, the others are in
+    prefill.
+    """
 
-    def __init__(self, base: Any, tokenizer: Any, serve: ServeConfig, post: Post):
-        self.tokenizer, self.post = tokenizer, post
-        own = base.generation_config.eos_token_id
-        self.ends = {tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])}
-        self.most = serve.max_ongoing_requests
-        self.prefill = serve.prefill_tokens or PREFILL.get(base.device.type, IDLE_PREFILL)
-        self.stack = AdapterStack(base, serve.max_loras or MOST_LORAS)
-        self.slots = open_rows(base, self.stack)
-        pack(base)
-        self.prefixes = Prefixes(serve.prefix_cache_mb << 20 if self.slots.splits else 0)
-        self.rows: list[Row] = []
-        self.decoding = 0
-        self.failures = 0  # passes in a row that failed
+    def __init__(self, base: Any, tokenizer: Any, serve: ServeConfig, outputs: OutputQueue):
+        self.tokenizer, self.outputs = tokenizer, outputs
+        eos = base.generation_config.eos_token_id
+        self.eos_ids = {tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])}
+        self.max_num_seqs = serve.max_ongoing_requests
+        self.prefill_tokens = serve.prefill_tokens or DEFAULT_PREFILL_TOKENS.get(base.device.type, IDLE_PREFILL_TOKENS)
+        self.multi_lora = MultiLora(base, serve.max_loras or DEFAULT_MAX_LORAS)
+        self.kv_cache = create_kv_cache(base, self.multi_lora)
+        use_onednn_linears(base)
+        self.prefix_cache = PrefixCache(serve.prefix_cache_mb << 20 if self.kv_cache.chunked_prefill else 0)
+        self.running: list[GenerationSequence] = []
+        self.num_decoding = 0
+        self.failures = 0  # forward passes in a row that failed
         self.counts = {"prompt_tokens": 0, "prefix_hit_tokens": 0, "generated_tokens": 0}
 
-    def admit(self, waiting: Sequence[Row]) -> set[Row]:
-        """Let join, in order of arrival, as many as there are slots, adapters and tokens for. Returns those that wait no longer, failed ones among them."""
-        done = {row for row in waiting if row.closed}
-        if self.decoding < len(self.rows):
+    def admit(self, waiting: Sequence[GenerationSequence]) -> set[GenerationSequence]:
+        """Start the prefill of as many waiting sequences, first come first served, as there are rows, adapter slots and
+        tokens for.
+
+        Returns the sequences that no longer wait: admitted, closed by their caller, or failed because their adapter
+        cannot be loaded.
+        """
+        done = {seq for seq in waiting if seq.closed}
+        if self.num_decoding < len(self.running):  # a prefill is under way
             return done
-        joining: list[Row] = []
-        for row in waiting:
-            if row in done or len(self.rows) + len(joining) >= self.most:
+        admitted: list[GenerationSequence] = []
+        for seq in waiting:
+            if seq in done or len(self.running) + len(admitted) >= self.max_num_seqs:
                 continue
-            busy = {r.request.adapter for r in [*self.rows, *joining]}
-            if not self.stack.fits(row.request.adapter, busy):
-                row.waited += 1
-                if row.waited > PATIENCE:
+            in_use = {s.request.adapter for s in [*self.running, *admitted]}
+            if not self.multi_lora.has_room_for(seq.request.adapter, in_use):
+                seq.skipped_steps += 1
+                if seq.skipped_steps > MAX_SKIPPED_STEPS:
                     break
                 continue
-            row.known = self.prefixes.find(row.request.adapter, row.request.prompt_ids)
-            if joining and not self._together([*joining, row]):
+            seq.cached_blocks = self.prefix_cache.find(seq.request.adapter, seq.request.prompt_ids)
+            if admitted and not self._fit_in_one_pass([*admitted, seq]):
                 break
-            done.add(row)
+            done.add(seq)
             try:
-                row.adapter = self.stack.load(row.request.adapter, busy)
+                seq.adapter_slot = self.multi_lora.load(seq.request.adapter, in_use)
             except Exception as error:
-                self.post.put(row, error)
+                self.outputs.put(seq, error)
                 continue
-            joining.append(row)
-        self._seat(sorted(joining, key=lambda r: r.adapter))
+            admitted.append(seq)
+        self._start(sorted(admitted, key=lambda seq: seq.adapter_slot))
         return done
 
-    def _together(self, joining: Sequence[Row]) -> bool:
-        """Whether what is not known of their prompts can be read in one pass."""
-        longest = max(len(r.request.prompt_ids) - BLOCK * len(r.known) for r in joining)
-        return longest * len(joining) <= self._budget() and not any(r.alone for r in joining)
+    def step(self) -> list[GenerationSequence]:
+        """Prefill the next chunk of admitted prompts, then decode one token of every decoding sequence.
 
-    def _budget(self) -> int:
-        return self.prefill if self.decoding else max(self.prefill, IDLE_PREFILL)
+        Returns sequences that have to wait again, because the prefill of several failed and each is now to be tried
+        alone.
+        """
+        for i in reversed(range(len(self.running))):
+            if self.running[i].closed:
+                self._finish(i)
+        retry = self._prefill() if self.num_decoding < len(self.running) else []
+        self.outputs.flush()  # a first token need not wait for the other sequences' next ones
+        if self.num_decoding:
+            self._decode()
+        return retry
 
-    def _seat(self, joining: Sequence[Row]) -> None:
-        first = len(self.rows)
-        self.slots.add(len(joining))
-        self.rows += joining
-        for i, row in enumerate(joining):
-            self.counts["prompt_tokens"] += len(row.request.prompt_ids)
-            if row.known:
-                self.slots.paste(first + i, row.known)
-                self.counts["prefix_hit_tokens"] += BLOCK * len(row.known)
-                row.known = []
+    def _fit_in_one_pass(self, admitted: Sequence[GenerationSequence]) -> bool:
+        """Whether the uncached parts of these prompts, padded to the longest, fit in the token budget."""
+        longest = max(len(seq.request.prompt_ids) - BLOCK_SIZE * len(seq.cached_blocks) for seq in admitted)
+        return longest * len(admitted) <= self._token_budget() and not any(seq.prefill_alone for seq in admitted)
 
-    def advance(self) -> list[Row]:
-        """Read the next piece of the prompts that join, then give every decoding row one token. Returns rows that have to join again, each alone."""
-        for i in reversed(range(len(self.rows))):
-            if self.rows[i].closed:
-                self._leave(i)
-        again = self._join() if self.decoding < len(self.rows) else []
-        self.post.send()  # a first token need not wait for the others' next ones
-        if self.decoding:
-            self._step()
-        return again
+    def _token_budget(self) -> int:
+        return self.prefill_tokens if self.num_decoding else max(self.prefill_tokens, IDLE_PREFILL_TOKENS)
 
-    def _join(self) -> list[Row]:
-        first, rows = self.decoding, self.rows[self.decoding :]
-        rest = [row.request.prompt_ids[have:] for row, have in zip(rows, self.slots.lengths[first:], strict=True)]
-        chunks = [ids[: self._budget()] for ids in rest] if self.slots.splits else rest
+    def _start(self, admitted: Sequence[GenerationSequence]) -> None:
+        """Give each sequence a row of the KV cache that begins with its cached blocks."""
+        first = len(self.running)
+        self.kv_cache.add_rows(len(admitted))
+        self.running += admitted
+        for row, seq in enumerate(admitted, start=first):
+            self.counts["prompt_tokens"] += len(seq.request.prompt_ids)
+            if seq.cached_blocks:
+                self.kv_cache.load_blocks(row, seq.cached_blocks)
+                self.counts["prefix_hit_tokens"] += BLOCK_SIZE * len(seq.cached_blocks)
+                seq.cached_blocks = []
+
+    def _prefill(self) -> list[GenerationSequence]:
+        first, sequences = self.num_decoding, self.running[self.num_decoding :]
+        rest = [
+            seq.request.prompt_ids[length:]
+            for seq, length in zip(sequences, self.kv_cache.lengths[first:], strict=True)
+        ]
+        chunks = [ids[: self._token_budget()] for ids in rest] if self.kv_cache.chunked_prefill else rest
         try:
-            logits = self.slots.read(first, chunks, [row.adapter for row in rows])
+            logits = self.kv_cache.forward(first, chunks, [seq.adapter_slot for seq in sequences])
             self.failures = 0
         except Exception as error:
-            return self._split(rows, error)
-        if len(chunks[0]) < len(rest[0]):  # only a row that joins by itself is read in pieces
+            return self._fail_prefill(sequences, error)
+        if len(chunks[0]) < len(rest[0]):  # only a sequence that was admitted alone is read in chunks
             return []
-        self.decoding = len(self.rows)
-        for i, row in enumerate(rows, start=first):
-            self.prefixes.add(row.request.adapter, row.request.prompt_ids, lambda start, stop, i=i: self.slots.copy(i, start, stop))
-        self._give(first, logits)
+        self.num_decoding = len(self.running)
+        for row, seq in enumerate(sequences, start=first):
+            copy_block = partial(self.kv_cache.copy_block, row)
+            self.prefix_cache.add(seq.request.adapter, seq.request.prompt_ids, copy_block)
+        self._append_tokens(first, logits)
         return []
 
-    def _split(self, rows: Sequence[Row], error: Exception) -> list[Row]:
-        """A pass over several prompts failed: one of them may be the cause. By itself, a row that fails is told."""
+    def _fail_prefill(self, sequences: Sequence[GenerationSequence], error: Exception) -> list[GenerationSequence]:
+        """One of several prompts may be the cause: all of them are tried again, each alone. A prompt that was alone
+        gets the error.
+        """
         self.failures += 1
-        for i in reversed(range(self.decoding, len(self.rows))):
-            self._leave(i)
-        if len(rows) == 1:
-            self.post.put(rows[0], error)
+        for i in reversed(range(self.num_decoding, len(self.running))):
+            self._finish(i)
+        if len(sequences) == 1:
+            self.outputs.put(sequences[0], error)
             return []
-        for row in rows:
-            row.alone = True
-        return list(rows)
+        for seq in sequences:
+            seq.prefill_alone = True
+        return list(sequences)
 
-    def _step(self) -> None:
-        rows = self.rows[: self.decoding]
+    def _decode(self) -> None:
+        decoding = self.running[: self.num_decoding]
         try:
-            logits = self.slots.read(0, [row.tokens[-1:] for row in rows], [row.adapter for row in rows])
+            slots = [seq.adapter_slot for seq in decoding]
+            logits = self.kv_cache.forward(0, [seq.output_ids[-1:] for seq in decoding], slots)
             self.failures = 0
         except Exception as error:
             self.failures += 1
-            for i in reversed(range(self.decoding)):
-                self.post.put(self.rows[i], error)
-                self._leave(i)
+            for i in reversed(range(self.num_decoding)):
+                self.outputs.put(self.running[i], error)
+                self._finish(i)
             return
-        self._give(0, logits)
+        self._append_tokens(0, logits)
 
-    def _give(self, first: int, logits: torch.Tensor) -> None:
-        """Hand the next token to the rows from `first` on; those that end leave."""
-        rows = self.rows[first : first + len(logits)]
-        ended = []
-        for i, (row, token) in enumerate(zip(rows, pick(logits, [row.sampler for row in rows]), strict=True)):
+    def _append_tokens(self, first: int, logits: torch.Tensor) -> None:
+        """Sample the next token of the sequences from `first` on; `logits` is (sequences, vocabulary). Those that end
+        are finished.
+        """
+        sequences = self.running[first : first + len(logits)]
+        finished = []
+        tokens = sample_tokens(logits, [seq.sampler for seq in sequences])
+        for i, (seq, token) in enumerate(zip(sequences, tokens, strict=True), start=first):
             if token is None:
-                self.post.put(row, RuntimeError("the model's output is not a number; with other requests it goes on"))
-                ended.append(first + i)
+                self.outputs.put(seq, RuntimeError("the model's output is not a number; other requests go on"))
+                finished.append(i)
                 continue
-            row.tokens.append(token.id)
+            seq.output_ids.append(token.id)
             self.counts["generated_tokens"] += 1
-            self.post.put(row, token)
-            if token.id in self.ends or len(row.tokens) >= row.request.max_new_tokens or self._stops(row):
-                self.post.put(row, None)
-                ended.append(first + i)
-        for i in reversed(ended):
-            self._leave(i)
+            self.outputs.put(seq, token)
+            full = len(seq.output_ids) >= seq.request.max_new_tokens
+            if token.id in self.eos_ids or full or self._ends_with_stop_string(seq):
+                self.outputs.put(seq, None)
+                finished.append(i)
+        for i in reversed(finished):
+            self._finish(i)
 
-    def _stops(self, row: Row) -> bool:
-        """Whether the text holds a stop string that the last token completed; a stop string is at most as many tokens as bytes."""
-        stop = row.request.stop
+    def _ends_with_stop_string(self, seq: GenerationSequence) -> bool:
+        """Whether the last token completed a stop string, which has at most as many tokens as bytes."""
+        stop = seq.request.stop
         if not stop:
             return False
-        reach = max(len(s.encode()) for s in stop) + 1
-        tail = self.tokenizer.decode(row.tokens[-reach:], skip_special_tokens=True)
+        num_tokens = max(len(s.encode()) for s in stop) + 1
+        tail = self.tokenizer.decode(seq.output_ids[-num_tokens:], skip_special_tokens=True)
         return any(s in tail for s in stop)
 
-    def _leave(self, i: int) -> None:
-        """Free the slot of row i: the last decoding row moves there, and the last row of all where that one was."""
-        if i < self.decoding:
-            self.decoding -= 1
-            self._move(self.decoding, i)
-            i = self.decoding
-        self._move(len(self.rows) - 1, i)
-        self.slots.pop()
-        self.rows.pop()
+    def _finish(self, i: int) -> None:
+        """Free row i: the last decoding sequence moves there, and the last sequence of all into the row that this
+        leaves.
+        """
+        if i < self.num_decoding:
+            self.num_decoding -= 1
+            self._move(self.num_decoding, i)
+            i = self.num_decoding
+        self._move(len(self.running) - 1, i)
+        self.kv_cache.pop_row()
+        self.running.pop()
 
     def _move(self, source: int, target: int) -> None:
         if source != target:
-            self.slots.move(source, target)
-            self.rows[target] = self.rows[source]
+            self.kv_cache.move_row(source, target)
+            self.running[target] = self.running[source]

@@ -1,4 +1,6 @@
-"""A request in the engine, and the way of its tokens back to the caller."""
+"""A request while the engine generates for it (vLLM's Sequence), and the queue that carries its tokens back to the
+caller.
+"""
 
 from __future__ import annotations
 
@@ -10,44 +12,46 @@ from pi_ray.protocols import GenerationRequest, Token
 from pi_ray.serve.engine.prefix_cache import Block
 from pi_ray.serve.engine.sampling import Sampler
 
-Item = Token | Exception | None  # an error ends the request, None is its end
+Output = Token | Exception | None  # an exception ends the request with an error, None ends it
 
 
-class Row:
-    """Made in the caller's event loop, filled by the decoding thread."""
+class GenerationSequence:
+    """Created in the caller's event loop; its output is filled in by the decoding thread."""
 
     def __init__(self, request: GenerationRequest):
         self.request = request
-        self.sampler = Sampler.of(request)
-        self.tokens: list[int] = []
-        self.adapter = 0  # its slot in the stack
-        self.known: list[Block] = []  # what the prefix cache had of the prompt
-        self.waited = 0  # steps that others went first, because its adapter found no place
-        self.alone = False  # a pass that it took part in failed
-        self.closed = False  # the caller went away; the thread drops the row before its next step
+        self.sampler = Sampler.from_request(request)
+        self.output_ids: list[int] = []
+        self.adapter_slot = 0  # in MultiLora
+        self.cached_blocks: list[Block] = []  # the blocks of its prompt that the prefix cache has
+        self.skipped_steps = 0  # how often later requests went first because its adapter had no slot
+        self.prefill_alone = False  # a prefill of several sequences, this one among them, failed
+        self.closed = False  # the caller went away; the decoding thread drops the sequence before its next step
         self.loop = asyncio.get_running_loop()
-        self.queue: asyncio.Queue[Item] = asyncio.Queue()
+        self.queue: asyncio.Queue[Output] = asyncio.Queue()
 
 
-class Post:
-    """From the decoding thread to the callers: one call into each event loop a step, however many rows it has."""
+class OutputQueue:
+    """Carries tokens from the decoding thread to the callers: one call into each event loop a step, whatever the batch
+    size.
+    """
 
     def __init__(self) -> None:
-        self._items: dict[Any, list[tuple[Row, Item]]] = {}
+        self._outputs: dict[Any, list[tuple[GenerationSequence, Output]]] = {}
 
-    def put(self, row: Row, item: Item) -> None:
-        self._items.setdefault(row.loop, []).append((row, item))
+    def put(self, sequence: GenerationSequence, output: Output) -> None:
+        self._outputs.setdefault(sequence.loop, []).append((sequence, output))
 
-    def send(self) -> None:
-        for loop, items in self._items.items():
+    def flush(self) -> None:
+        for loop, outputs in self._outputs.items():
             try:
-                loop.call_soon_threadsafe(_deliver, items)
-            except RuntimeError:  # the callers' event loop is gone
-                for row, _ in items:
-                    row.closed = True
-        self._items = {}
+                loop.call_soon_threadsafe(_deliver, outputs)
+            except RuntimeError:  # the callers' event loop is closed
+                for sequence, _ in outputs:
+                    sequence.closed = True
+        self._outputs = {}
 
 
-def _deliver(items: Sequence[tuple[Row, Item]]) -> None:
-    for row, item in items:
-        row.queue.put_nowait(item)
+def _deliver(outputs: Sequence[tuple[GenerationSequence, Output]]) -> None:
+    for sequence, output in outputs:
+        sequence.queue.put_nowait(output)

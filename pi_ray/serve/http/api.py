@@ -1,4 +1,4 @@
-"""The HTTP side: an OpenAI-compatible FastAPI app over any backend that lists models and completes Asks. Knows nothing of Ray or torch."""
+"""The FastAPI app of OpenAI's API, over any backend that lists models and completes requests."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 import logging
 import time
 import uuid
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from typing import Any, Protocol
 
@@ -18,50 +18,50 @@ from starlette.exceptions import HTTPException
 from pi_ray.cluster import auth
 from pi_ray.config import ServeConfig
 from pi_ray.errors import PiRayError
-from pi_ray.serve.engine.completion import Ask, RefusedError, refused
-from pi_ray.serve.http.keys import EVERYTHING, Key, Keys, key_digest
-from pi_ray.serve.http.openai_format import Chat, Text
-from pi_ray.serve.http.page import PATH, page
-from pi_ray.serve.http.schemas import Body, ChatBody, CompletionBody, read
-from pi_ray.serve.http.streaming import Usage, together
+from pi_ray.serve.engine.completion import CompletionRequest, Events, RefusedError, as_refused_error
+from pi_ray.serve.http.keys import UNRESTRICTED, ApiKey, ApiKeys
+from pi_ray.serve.http.openai_format import ChatFormat, CompletionFormat
+from pi_ray.serve.http.page import PATH, get_page
+from pi_ray.serve.http.schemas import ChatBody, CompletionBody, RequestBody, read_body
+from pi_ray.serve.http.streaming import UsageCounter, merge_streams
 
-__all__ = ["Backend", "create_api", "error_response", "key_digest"]
 log = logging.getLogger("ray.serve")
-OPEN_PATHS = {"/healthz", PATH}
-HEADERS = {401: {"WWW-Authenticate": "Bearer"}, 429: {"Retry-After": "1"}, 503: {"Retry-After": "1"}}  # whoever is told to come back is told when
+PUBLIC_PATHS = {"/healthz", PATH}
+# Headers by status: a client that is told to come back is told when.
+HEADERS = {401: {"WWW-Authenticate": "Bearer"}, 429: {"Retry-After": "1"}, 503: {"Retry-After": "1"}}
 STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # nginx would hold a stream back
 
 
-class Backend(Protocol):
+class CompletionBackend(Protocol):
     base: str  # the base model's name
 
     async def models(self) -> list[str]:
-        """What clients may ask for."""
+        """Names that clients may ask for."""
 
-    def complete(self, ask: Ask) -> AsyncIterator[dict[str, Any]]:
-        """As completion.Completer.complete. Raises RefusedError; closing the iterator stops the generation."""
+    def complete(self, request: CompletionRequest) -> Events:
+        """Events as in Completer.complete. Raises RefusedError; closing the iterator stops the generation."""
 
 
-def create_api(backend: Backend, serve: ServeConfig, digest: str = "") -> FastAPI:
-    """The app. With `digest` (of `keys.key_digest`) or serve.keys_file every path but /healthz and the page at / needs a bearer key.
+def create_api(backend: CompletionBackend, serve: ServeConfig, digest: str = "") -> FastAPI:
+    """The app. With `digest` (of `keys.key_digest`) or serve.keys_file every path but PUBLIC_PATHS needs a bearer key.
 
-    Without them it answers programs of its own machine alone.
+    Without them it answers only programs on its own machine.
     """
     api = FastAPI(title="pi-ray", docs_url=None, redoc_url=None, openapi_url=None)
-    api.add_middleware(Guard, keys=Keys(digest, serve.keys_file))
-    for kind in (RefusedError, PiRayError, Exception):
+    api.add_middleware(AuthMiddleware, keys=ApiKeys(digest, serve.keys_file))
+    for kind in (RefusedError, PiRayError, HTTPException, Exception):
         api.add_exception_handler(kind, lambda request, error: error_response(_as_refused(error)))
-    api.add_exception_handler(HTTPException, lambda request, error: error_response(RefusedError(error.status_code, str(error.detail))))
 
     @api.get("/healthz")
     async def health() -> dict[str, str]:
         return {"status": "ok"}
 
-    api.get(PATH)(page)
+    api.get(PATH)(get_page)
 
     @api.get("/v1/models")
     async def models(request: Request) -> dict[str, Any]:
-        return {"object": "list", "data": [_model(name, backend.base) for name in await backend.models() if request.state.key.allows(name)]}
+        names = [name for name in await backend.models() if request.state.key.allows(name)]
+        return {"object": "list", "data": [_model(name, backend.base) for name in names]}
 
     @api.get("/v1/models/{name:path}")
     async def model(request: Request, name: str) -> dict[str, Any]:
@@ -71,24 +71,26 @@ def create_api(backend: Backend, serve: ServeConfig, digest: str = "") -> FastAP
         return _model(name, backend.base)
 
     @api.post("/v1/chat/completions")
-    async def chat(request: Request) -> Any:
-        return await _answer(backend, serve, request.state.key, await read(request, ChatBody, serve.body_limit_bytes), Chat())
+    async def chat_completions(request: Request) -> Any:
+        body = await read_body(request, ChatBody, serve.body_limit_bytes)
+        return await _respond(backend, serve, request.state.key, body, ChatFormat())
 
     @api.post("/v1/completions")
     async def completions(request: Request) -> Any:
-        return await _answer(backend, serve, request.state.key, await read(request, CompletionBody, serve.body_limit_bytes), Text())
+        body = await read_body(request, CompletionBody, serve.body_limit_bytes)
+        return await _respond(backend, serve, request.state.key, body, CompletionFormat())
 
     return api
 
 
-class Guard:
-    """ASGI middleware: the bearer key before anything else is looked at. `request.state.key` is whose request it is.
+class AuthMiddleware:
+    """ASGI middleware that checks the bearer key before anything else; `request.state.key` is the ApiKey that was given.
 
-    A server without keys listens on loopback, where a web page that somebody looks at can reach it too: its requests bear a foreign name in Origin, or
-    (DNS rebinding) in Host, and are refused.
+    A server without keys listens on loopback, where a web page that somebody looks at can reach it too: such requests
+    bear a foreign name in Origin, or (DNS rebinding) in Host, and are refused.
     """
 
-    def __init__(self, app: Any, keys: Keys):
+    def __init__(self, app: Any, keys: ApiKeys):
         self.app = app
         self.keys = keys
 
@@ -96,28 +98,32 @@ class Guard:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
         try:
-            key = EVERYTHING if scope["path"] in OPEN_PATHS else self._admit(scope["headers"])
+            key = UNRESTRICTED if scope["path"] in PUBLIC_PATHS else self._authenticate(scope["headers"])
         except RefusedError as error:
             return await error_response(error)(scope, receive, send)
         scope["state"] = {**scope.get("state", {}), "key": key}
         await self.app(scope, receive, send)
 
-    def _admit(self, headers: Sequence[tuple[bytes, bytes]]) -> Key:
+    def _authenticate(self, headers: Sequence[tuple[bytes, bytes]]) -> ApiKey:
         if not self.keys:
             if all(_is_local(value.decode("latin-1")) for name, value in headers if name in (b"host", b"origin")):
-                return EVERYTHING
-            message = "a server without keys answers its own machine alone, as http://127.0.0.1 or http://localhost; give it a key (serve.api_key_env)"
+                return UNRESTRICTED
+            message = (
+                "a server without keys answers its own machine alone, as http://127.0.0.1 or http://localhost; "
+                "give it a key (serve.api_key_env)"
+            )
             raise RefusedError(403, message, code="key_required")
         key = self.keys.find(next((value for name, value in headers if name == b"authorization"), b""))
         if key is None:
-            raise RefusedError(401, "a valid key is required: 'Authorization: Bearer KEY'", code="invalid_api_key")
+            message = "a valid key is required: 'Authorization: Bearer KEY'"
+            raise RefusedError(401, message, code="invalid_api_key")
         return key
 
 
-def _is_local(place: str) -> bool:
+def _is_local(address: str) -> bool:
     """Whether a Host ("127.0.0.1:8000") or an Origin ("http://localhost") is this machine."""
     try:
-        return auth.is_loopback(place if "//" in place else f"//{place}")
+        return auth.is_loopback(address if "//" in address else f"//{address}")
     except ValueError:
         return False
 
@@ -132,11 +138,13 @@ def _error_body(error: RefusedError) -> dict[str, Any]:
 
 
 def _as_refused(error: Exception) -> RefusedError:
-    """What a client is told. A bug or a lost replica: logged in full, told in short."""
+    """The error that a client is shown. Of a bug or a lost replica it learns little; the log has all."""
     if isinstance(error, RefusedError):
         return error
     if isinstance(error, PiRayError):
-        return refused(error)
+        return as_refused_error(error)
+    if isinstance(error, HTTPException):
+        return RefusedError(error.status_code, str(error.detail))
     if isinstance(error, TimeoutError):
         return RefusedError(408, "no answer within the server's time limit", "timeout_error", "request_timeout")
     log.error("request failed", exc_info=error)
@@ -144,82 +152,97 @@ def _as_refused(error: Exception) -> RefusedError:
 
 
 def _model(name: str, base: str) -> dict[str, Any]:
-    """`parent`, as vLLM has it: the base model of an adapter."""
-    return {"id": name, "object": "model", "created": 0, "owned_by": "pi-ray", "parent": None if name == base else base}
+    """`parent`, as in vLLM: the base model of an adapter."""
+    parent = None if name == base else base
+    return {"id": name, "object": "model", "created": 0, "owned_by": "pi-ray", "parent": parent}
 
 
-async def _answer(backend: Backend, serve: ServeConfig, key: Key, body: Body, form: Chat | Text) -> Any:
-    name = form.prefix + uuid.uuid4().hex
-    asks = body.asks(name, serve.places)
+async def _respond(
+    backend: CompletionBackend, serve: ServeConfig, key: ApiKey, body: RequestBody, form: ChatFormat | CompletionFormat
+) -> Any:
+    request_id = form.id_prefix + uuid.uuid4().hex
+    requests = body.completion_requests(request_id, serve.max_in_flight)
     _check_allowed(backend.base, key, body.model)
-    usage = Usage(body.choices)
-    events = _within(_counted(together(backend, asks), usage), serve.request_timeout_s)
+    usage = UsageCounter(body.choices)
+    events = _with_deadline(_count_usage(merge_streams(backend, requests), usage), serve.request_timeout_s)
     start = await anext(events)
-    head = {"id": name, "created": int(time.time()), "model": start["model"], "system_fingerprint": start["fingerprint"]}
-    headers = {"X-Request-Id": name, "X-Pi-Ray-Prompt": start["prompt"]}
+    head = {
+        "id": request_id, "created": int(time.time()), "model": start["model"],
+        "system_fingerprint": start["fingerprint"],
+    }  # fmt: skip
+    headers = {"X-Request-Id": request_id, "X-Pi-Ray-Prompt": start["prompt"]}
     if body.stream:
-        first = await anext(events)  # whatever fails until here still gets its own HTTP status
-        told = usage if body.stream_options and body.stream_options.include_usage else None
-        return StreamingResponse(_server_sent(events, [start, first], head, form, told), media_type="text/event-stream", headers={**STREAM_HEADERS, **headers})
-    choices = await _collect(events, len(asks), form, any(ask.logprobs is not None for ask in asks))
-    return JSONResponse({**head, "object": form.whole, "choices": choices, "usage": usage.body()}, headers=headers)
+        first = await anext(events)  # a failure until here still gets its own HTTP status
+        shown = usage if body.stream_options and body.stream_options.include_usage else None
+        stream = _server_sent_events(events, [start, first], head, form, shown)
+        return StreamingResponse(stream, media_type="text/event-stream", headers={**STREAM_HEADERS, **headers})
+    choices = await _collect_choices(events, requests, form)
+    return JSONResponse({**head, "object": form.object, "choices": choices, "usage": usage.usage()}, headers=headers)
 
 
-def _check_allowed(base: str, key: Key, model: str) -> None:
-    """A key's list is compared with the name alone, so that the refusal tells nobody which adapters there are."""
+def _check_allowed(base: str, key: ApiKey, model: str) -> None:
+    """Compare a key's list with the name alone, so that a refusal tells nobody which adapters there are."""
     if not key.allows(model) and not key.allows(model.removeprefix(f"{base}:").partition("@")[0]):
-        raise RefusedError(403, f"this key may not use the model {model[:80]!r}", code="model_not_allowed", param="model")
+        message = f"this key may not use the model {model[:80]!r}"
+        raise RefusedError(403, message, code="model_not_allowed", param="model")
 
 
-async def _counted(events: AsyncIterator[dict[str, Any]], usage: Usage) -> AsyncIterator[dict[str, Any]]:
+async def _count_usage(events: Events, usage: UsageCounter) -> Events:
     async with aclosing(events):
         async for event in events:
-            usage.see(event)
+            usage.add(event)
             yield event
 
 
-async def _collect(events: AsyncIterator[dict[str, Any]], count: int, form: Chat | Text, logprobs: bool) -> list[dict[str, Any]]:
-    """The choices of a whole answer."""
-    texts, finish = [""] * count, [""] * count
-    marks: list[list[dict[str, Any]] | None] = [[] if logprobs else None for _ in range(count)]
+async def _collect_choices(
+    events: Events, requests: Sequence[CompletionRequest], form: ChatFormat | CompletionFormat
+) -> list[dict[str, Any]]:
+    texts, finish = [""] * len(requests), [""] * len(requests)
+    logprobs: list[list[dict[str, Any]]] = [[] for _ in requests]
     async with aclosing(events):
         async for event in events:
             index = event["index"]
             texts[index] += event.get("text", "")
             finish[index] = event.get("finish", finish[index])
-            if logprobs:
-                marks[index] += event.get("logprobs", [])
-    return [form.choice(i, *parts) for i, parts in enumerate(zip(texts, finish, marks, strict=True))]
+            logprobs[index] += event.get("logprobs", [])
+    return [
+        form.choice(i, texts[i], finish[i], None if request.logprobs is None else logprobs[i])
+        for i, request in enumerate(requests)
+    ]
 
 
-async def _server_sent(events: AsyncIterator[dict[str, Any]], begun: list[dict[str, Any]], head: dict[str, Any], form: Chat | Text, usage: Usage | None) -> AsyncIterator[str]:
-    """Server-sent events: one for each piece of text, the finish reasons, the usage when asked for, and [DONE]. An error becomes the last event."""
+async def _server_sent_events(
+    events: Events, first: list[dict[str, Any]], head: dict[str, Any], form: ChatFormat | CompletionFormat,
+    usage: UsageCounter | None,
+) -> AsyncGenerator[str, None]:  # fmt: skip
+    """One for each piece of text, the finish reasons, the usage when asked for, and [DONE]. An error becomes the last."""
 
-    def line(*choices: dict[str, Any], **rest: Any) -> str:
-        return f"data: {json.dumps({**head, 'object': form.piece, 'choices': choices, **rest}, ensure_ascii=False)}\n\n"
+    def chunk(*choices: dict[str, Any], **rest: Any) -> str:
+        content = {**head, "object": form.chunk_object, "choices": choices, **rest}
+        return f"data: {json.dumps(content, ensure_ascii=False)}\n\n"
 
-    def lines(event: dict[str, Any]) -> str:
+    def chunks(event: dict[str, Any]) -> str:
         index = event["index"]
         if "fingerprint" in event:
-            return "".join(map(line, form.opening(index)))
-        text = line(form.delta(index, event["text"], None, event.get("logprobs"))) if "text" in event else ""
-        return text + (line(form.delta(index, "", event["finish"])) if "finish" in event else "")
+            return "".join(map(chunk, form.opening(index)))
+        text = chunk(form.delta(index, event["text"], None, event.get("logprobs"))) if "text" in event else ""
+        return text + (chunk(form.delta(index, "", event["finish"])) if "finish" in event else "")
 
     try:
         async with aclosing(events):
-            for event in begun:
-                if told := lines(event):
-                    yield told
+            for event in first:
+                if text := chunks(event):
+                    yield text
             async for event in events:
-                yield lines(event)
+                yield chunks(event)
     except Exception as error:
         yield f"data: {json.dumps(_error_body(_as_refused(error)))}\n\n"
         return
-    yield (line(usage=usage.body()) if usage else "") + "data: [DONE]\n\n"
+    yield (chunk(usage=usage.usage()) if usage else "") + "data: [DONE]\n\n"
 
 
-async def _within(events: AsyncIterator[dict[str, Any]], seconds: float) -> AsyncIterator[dict[str, Any]]:
-    """The same events; RefusedError for any failure, among them that `seconds` are over, which also stops the generation."""
+async def _with_deadline(events: Events, seconds: float) -> Events:
+    """The same events. Raises RefusedError for any failure, also when `seconds` are over, which stops the generation."""
     deadline = asyncio.get_running_loop().time() + seconds
     try:
         async with aclosing(events):

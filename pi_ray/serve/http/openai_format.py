@@ -1,58 +1,61 @@
-"""How an answer looks to the client: OpenAI's chat completion and its older plain completion, whole and in pieces."""
+"""OpenAI's response format: chat completions and the older plain completions, whole and in chunks."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
-Marks = Sequence[dict[str, Any]] | None  # text.Logprobs' entries; None: they were not asked for
+Logprobs = Sequence[dict[str, Any]] | None  # entries of LogprobsBuffer; None: they were not asked for
 
 
-class Chat:
-    """How a chat completion looks."""
+class ChatFormat:
+    """A chat completion."""
 
-    prefix, whole, piece = "chatcmpl-", "chat.completion", "chat.completion.chunk"
+    id_prefix, object, chunk_object = "chatcmpl-", "chat.completion", "chat.completion.chunk"
 
-    def choice(self, index: int, text: str, finish: str, marks: Marks) -> dict[str, Any]:
+    def choice(self, index: int, text: str, finish: str, logprobs: Logprobs) -> dict[str, Any]:
         message = {"role": "assistant", "content": text}
-        return {"index": index, "message": message, "finish_reason": finish, **self._logprobs(marks)}
+        return {"index": index, "message": message, "finish_reason": finish, **self._logprobs(logprobs)}
 
-    def delta(self, index: int, text: str, finish: str | None = None, marks: Marks = None) -> dict[str, Any]:
-        return {"index": index, "delta": {} if finish else {"content": text}, "finish_reason": finish, **self._logprobs(marks)}
+    def delta(self, index: int, text: str, finish: str | None = None, logprobs: Logprobs = None) -> dict[str, Any]:
+        content = {} if finish else {"content": text}
+        return {"index": index, "delta": content, "finish_reason": finish, **self._logprobs(logprobs)}
 
     def opening(self, index: int) -> list[dict[str, Any]]:
-        """The role comes once: clients join the pieces of every field."""
+        """The role is sent once: clients join the chunks of every field."""
         return [{"index": index, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}]
 
-    def _logprobs(self, marks: Marks) -> dict[str, Any]:
-        if marks is None:
+    def _logprobs(self, entries: Logprobs) -> dict[str, Any]:
+        if entries is None:
             return {}
-        content = [{**_seen(m), "top_logprobs": [_seen(t) for t in m["top"]]} for m in marks]
+        content = [{**_token(e), "top_logprobs": [_token(top) for top in e["top"]]} for e in entries]
         return {"logprobs": {"content": content, "refusal": None}}
 
 
-class Text:
-    """How a plain completion looks."""
+class CompletionFormat:
+    """A plain completion."""
 
-    prefix, whole, piece = "cmpl-", "text_completion", "text_completion"
+    id_prefix, object, chunk_object = "cmpl-", "text_completion", "text_completion"
 
-    def choice(self, index: int, text: str, finish: str | None, marks: Marks) -> dict[str, Any]:
-        return {"index": index, "text": text, "finish_reason": finish, "logprobs": None if marks is None else self._logprobs(marks)}
+    def choice(self, index: int, text: str, finish: str | None, logprobs: Logprobs) -> dict[str, Any]:
+        entries = None if logprobs is None else self._logprobs(logprobs)
+        return {"index": index, "text": text, "finish_reason": finish, "logprobs": entries}
 
-    def delta(self, index: int, text: str, finish: str | None = None, marks: Marks = None) -> dict[str, Any]:
-        return self.choice(index, text, finish, marks)
+    def delta(self, index: int, text: str, finish: str | None = None, logprobs: Logprobs = None) -> dict[str, Any]:
+        return self.choice(index, text, finish, logprobs)
 
     def opening(self, index: int) -> list[dict[str, Any]]:
         return []
 
-    def _logprobs(self, marks: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    def _logprobs(self, entries: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """The likeliest tokens as a mapping, the token itself always among them."""
-        tops = [{t["token"]: t["logprob"] for t in [*m["top"], m]} for m in marks]
+        tops = [{top["token"]: top["logprob"] for top in [*e["top"], e]} for e in entries]
         return {
-            "tokens": [m["token"] for m in marks], "token_logprobs": [m["logprob"] for m in marks],
-            "top_logprobs": tops if any(m["top"] for m in marks) else None, "text_offset": [m["offset"] for m in marks],
+            "tokens": [e["token"] for e in entries], "token_logprobs": [e["logprob"] for e in entries],
+            "top_logprobs": tops if any(e["top"] for e in entries) else None,
+            "text_offset": [e["offset"] for e in entries],
         }  # fmt: skip
 
 
-def _seen(mark: dict[str, Any]) -> dict[str, Any]:
-    return {key: mark[key] for key in ("token", "bytes", "logprob")}
+def _token(entry: dict[str, Any]) -> dict[str, Any]:
+    return {key: entry[key] for key in ("token", "bytes", "logprob")}

@@ -1,4 +1,4 @@
-"""What a client may send: the bodies of both endpoints, read within a limit and checked before anything else happens."""
+"""Request bodies of OpenAI's API: read within a size limit and validated before anything else happens."""
 
 from __future__ import annotations
 
@@ -9,15 +9,19 @@ from typing import Annotated, Any, Literal
 from fastapi import Request
 from pydantic import BaseModel, Field, ValidationError
 
-from pi_ray.serve.engine.completion import Ask, RefusedError, several
+from pi_ray.serve.engine.completion import CompletionRequest, RefusedError
 
+History = tuple[tuple[str, str], ...]  # (role, text) of the messages before the query
 MAX_CHOICES = 16
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
-# What would change the answer and cannot be done here: refused unless it is left at what changes nothing. Other unknown fields are ignored.
-IDLE: dict[str, tuple[Any, ...]] = {
+# Fields that would change the answer and are not supported -> values that change nothing and are let through. Other
+# unknown fields are ignored.
+UNSUPPORTED_FIELDS: dict[str, tuple[Any, ...]] = {
     "frequency_penalty": (0,), "presence_penalty": (0,), "logit_bias": ({},), "tools": ([],), "functions": ([],),
-    "response_format": ({"type": "text"},), "modalities": (["text"],), "audio": (), "web_search_options": (), "echo": (False,), "suffix": ("",),
-    "top_k": (0, -1), "min_p": (0,), "repetition_penalty": (1,), "min_tokens": (0,), "ignore_eos": (False,),  # from here on other servers' own
+    "response_format": ({"type": "text"},), "modalities": (["text"],), "audio": (), "web_search_options": (),
+    "echo": (False,), "suffix": ("",),
+    # other servers' own
+    "top_k": (0, -1), "min_p": (0,), "repetition_penalty": (1,), "min_tokens": (0,), "ignore_eos": (False,),
     "guided_json": (), "guided_regex": (), "guided_choice": (), "guided_grammar": (), "structured_outputs": (),
 }  # fmt: skip
 
@@ -40,16 +44,16 @@ class StreamOptions(BaseModel):
     include_usage: bool = False
 
 
-class Extras(BaseModel):
-    """What OpenAI's API does not have. `full_prompt`: for comparison, the base model answers, with the adapter's whole template before the query."""
+class PiRayFields(BaseModel):
+    """Fields that OpenAI's API does not have."""
 
     model_config = {"extra": "forbid"}
 
-    full_prompt: bool = False
+    full_prompt: bool = False  # for comparison: the base model answers, with the adapter's whole template
 
 
-class Body(BaseModel):
-    """What both endpoints share. Greedy unless a temperature is given."""
+class RequestBody(BaseModel):
+    """The fields that both endpoints share. Greedy unless a temperature is given."""
 
     model_config = {"extra": "allow"}
 
@@ -64,82 +68,92 @@ class Body(BaseModel):
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     stop: str | list[str] | None = None
     user: str | None = None
-    pi_ray: Extras | None = None
+    pi_ray: PiRayFields | None = None
 
     @property
     def choices(self) -> int:
         """Answers to each prompt."""
         return self.n or 1
 
-    def asks(self, ticket: str, places: int) -> list[Ask]:
-        """One for each choice, those of a prompt side by side, in a server that has so many places. `ticket` names the request where no `user` does."""
+    def completion_requests(self, request_id: str, capacity: int) -> list[CompletionRequest]:
+        """One for each choice, choices of one prompt in a row. Raises RefusedError for more than `capacity` at once."""
         self._refuse_unsupported()
         prompts = list(self.prompts())
-        total, most = len(prompts) * self.choices, min(places, MAX_CHOICES)
-        if total > most:
-            raise RefusedError(400, f"at most {most} answers at once: prompts times n is {total}", param="n")
-        shared = {
-            "max_tokens": self.max_completion_tokens or self.max_tokens, "temperature": self.temperature or 0.0, "top_p": 1.0 if self.top_p is None else self.top_p,
-            "seed": self.seed, "stop": self._stop(), "logprobs": self.tops(), "choices": total, "ticket": self.user or ticket,
-            "full_prompt": bool(self.pi_ray and self.pi_ray.full_prompt),
-        }  # fmt: skip
-        return [each for before, query in prompts for each in several(Ask(self.model, query, before=before, **shared), self.choices)]
+        total, limit = len(prompts) * self.choices, min(capacity, MAX_CHOICES)
+        if total > limit:
+            raise RefusedError(400, f"at most {limit} answers at once: prompts times n is {total}", param="n")
+        stop, logprobs = self._stop_strings(), self.num_logprobs()
+        requests = [
+            CompletionRequest(
+                self.model, query, self.max_completion_tokens or self.max_tokens, self.temperature or 0.0,
+                1.0 if self.top_p is None else self.top_p, self.seed, stop, history, logprobs, choices=total,
+                sticky_key=self.user or request_id, full_prompt=bool(self.pi_ray and self.pi_ray.full_prompt),
+            )
+            for history, query in prompts
+        ]  # fmt: skip
+        return [choice for request in requests for choice in request.for_choices(self.choices)]
 
     def _refuse_unsupported(self) -> None:
-        for field, idle in IDLE.items():
+        for field, neutral in UNSUPPORTED_FIELDS.items():
             value = (self.model_extra or {}).get(field)
-            if value is not None and value not in idle:
-                raise RefusedError(400, f"{field} is not supported here; leave it out", code="unsupported_parameter", param=field)
+            if value is not None and value not in neutral:
+                raise _unsupported(field)
 
-    def _stop(self) -> tuple[str, ...]:
+    def _stop_strings(self) -> tuple[str, ...]:
         stop = [self.stop] if isinstance(self.stop, str) else self.stop or []
         if len(stop) > 4 or not all(0 < len(s) <= 100 for s in stop):
             raise RefusedError(400, "stop takes up to 4 strings of 1 to 100 characters", param="stop")
         return tuple(stop)
 
-    def prompts(self) -> Iterator[tuple[tuple[tuple[str, str], ...], str]]:
-        """(messages before the query, query) of each prompt."""
+    def prompts(self) -> Iterator[tuple[History, str]]:
+        """(history, query) of each prompt."""
         raise NotImplementedError
 
-    def tops(self) -> int | None:
-        """Ask.logprobs."""
+    def num_logprobs(self) -> int | None:
+        """CompletionRequest.logprobs."""
         raise NotImplementedError
 
 
-class ChatBody(Body):
+class ChatBody(RequestBody):
     messages: list[Message]
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
 
-    def prompts(self) -> Iterator[tuple[tuple[tuple[str, str], ...], str]]:
-        """The last message, and those before it, in which an old client may still send the template and its examples."""
-        *before, last = self.messages or [None]
-        if last is None or last.role != "user" or any(m.role not in ROLES for m in before):
-            raise RefusedError(400, "the last message must be of role 'user', and those before it of role 'system', 'user' or 'assistant'", param="messages")
-        yield tuple((ROLES[m.role], m.text) for m in before), last.text
+    def prompts(self) -> Iterator[tuple[History, str]]:
+        """The last message is the query; in those before it an old client may still send the template and its examples."""
+        history, last = self.messages[:-1], self.messages[-1] if self.messages else None
+        if last is None or last.role != "user" or any(m.role not in ROLES for m in history):
+            message = "the last message must be of role 'user', and those before it of role 'system', 'user' or 'assistant'"
+            raise RefusedError(400, message, param="messages")
+        yield tuple((ROLES[m.role], m.text) for m in history), last.text
 
-    def tops(self) -> int | None:
+    def num_logprobs(self) -> int | None:
         if self.top_logprobs and not self.logprobs:
             raise RefusedError(400, "top_logprobs needs logprobs: true", param="top_logprobs")
         return (self.top_logprobs or 0) if self.logprobs else None
 
 
-class CompletionBody(Body):
+class CompletionBody(RequestBody):
     prompt: str | Annotated[list[str], Field(min_length=1, max_length=MAX_CHOICES)]
     logprobs: int | None = Field(None, ge=0, le=5)
     best_of: int | None = Field(None, ge=1, le=MAX_CHOICES)
 
-    def prompts(self) -> Iterator[tuple[tuple[tuple[str, str], ...], str]]:
+    def prompts(self) -> Iterator[tuple[History, str]]:
         if self.best_of and self.best_of != self.choices:
-            raise RefusedError(400, "best_of is not supported here; leave it out", code="unsupported_parameter", param="best_of")
+            raise _unsupported("best_of")
         yield from (((), prompt) for prompt in ([self.prompt] if isinstance(self.prompt, str) else self.prompt))
 
-    def tops(self) -> int | None:
+    def num_logprobs(self) -> int | None:
         return self.logprobs
 
 
-async def read(request: Request, kind: type[Body], limit: int) -> Any:
-    """The parsed body. Raises RefusedError 413 before more than `limit` bytes are read, 400 for what is not the JSON asked for."""
+def _unsupported(field: str) -> RefusedError:
+    message = f"{field} is not supported here; leave it out"
+    return RefusedError(400, message, code="unsupported_parameter", param=field)
+
+
+async def read_body(request: Request, kind: type[RequestBody], limit: int) -> Any:
+    """The parsed body. Raises RefusedError 413 before more than `limit` bytes are read, 400 for an invalid body."""
     too_large = RefusedError(413, f"the body is larger than {limit} bytes", code="body_too_large")
     length = request.headers.get("content-length", "")
     if length.isascii() and length.isdigit() and int(length[:20]) > limit:

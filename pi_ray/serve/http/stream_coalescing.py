@@ -1,53 +1,56 @@
-"""How often events leave a replica: each is a message through two more processes, which costs about as much as a step of decoding for its row."""
+"""Joins pieces of streamed text before they leave a replica: each event is a message through two more processes, which
+costs about as much as a decoding step of its sequence.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable
-from contextlib import aclosing, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
-PIECES = 100  # a second, of all answers of a replica
-LONGEST_S = 0.2  # that a piece waits while others come
+from pi_ray.serve.engine.completion import Events
+
+EVENTS_PER_S = 100  # of all answers of a replica together
+MAX_DELAY_S = 0.2  # how long a piece may wait for the next ones
 
 
-class Pace:
-    """Of one replica. The more answers it streams, the longer each one's pieces are; a single answer's leave as they come."""
+class StreamCoalescer:
+    """One for each replica. The more answers it streams, the longer each one's pieces are; a single answer's are not joined."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic):
         self.clock = clock
-        self.open = 0
+        self.streams = 0
 
-    async def keep(self, events: AsyncIterator[dict[str, Any]]) -> AsyncIterator[dict[str, Any]]:
-        """The events of an answer, its {"text"} pieces joined to those that come soon after. The first one goes at once, and the last one with the end."""
-        held: dict[str, Any] = {}
+    async def coalesce(self, events: Events) -> Events:
+        """The same events, {"text"} pieces joined to those that follow soon. The first leaves at once, the last with the end."""
+        pending: dict[str, Any] = {}
         sent = float("-inf")
-        self.open += 1
-        coming = _next(events)
+        self.streams += 1
+        coming = _next_event(events)
         try:
             while event := await coming:
-                coming = _next(events)
+                coming = _next_event(events)
                 if "text" not in event:
-                    yield {**held, **event}
-                    held = {}
+                    yield {**pending, **event}
+                    pending = {}
                     continue
-                held = {key: held[key] + value for key, value in event.items()} if held else event
-                await asyncio.sleep(0)  # what comes with it, such as the end, goes with it
-                if not coming.done() and self.clock() - sent >= min(self.open / PIECES, LONGEST_S):
-                    yield held
-                    held, sent = {}, self.clock()
-            if held:
-                yield held
+                pending = {key: pending[key] + value for key, value in event.items()} if pending else event
+                await asyncio.sleep(0)  # an event that is ready by now, such as the end, goes with it
+                if not coming.done() and self.clock() - sent >= min(self.streams / EVENTS_PER_S, MAX_DELAY_S):
+                    yield pending
+                    pending, sent = {}, self.clock()
+            if pending:
+                yield pending
         finally:
-            self.open -= 1
+            self.streams -= 1
             coming.cancel()
-            with suppress(asyncio.CancelledError, Exception):  # told already, or nobody asks any more
+            with suppress(asyncio.CancelledError, Exception):  # raised already, or nobody asks any more
                 await coming
-            async with aclosing(events):
-                pass
+            await events.aclose()
 
 
-def _next(events: AsyncIterator[dict[str, Any]]) -> asyncio.Task[dict[str, Any]]:
+def _next_event(events: Events) -> asyncio.Task[dict[str, Any]]:
     """The next event; an empty one at the end."""
     return asyncio.ensure_future(anext(events, {}))

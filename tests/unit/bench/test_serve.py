@@ -10,7 +10,7 @@ import torch
 from pi_ray.config import ModelConfig, PromptConfig
 from pi_ray.models import load_model, load_tokenizer
 from pi_ray.prompt import PromptEncoder
-from pi_ray.serve.engine.multi_lora import AdapterStack
+from pi_ray.serve.engine.multi_lora import MultiLora
 from pi_ray.store.adapters import AdapterStore
 from tests.bench import serve as bench
 
@@ -26,7 +26,7 @@ def test_the_peer_has_the_weights_of_the_base_with_the_adapter_that_is_served_be
     base, merged = (load_model(ModelConfig(base=str(folder / name))) for name in ("base", "merged"))
     store, ids = AdapterStore(folder / "store", ModelConfig(base=str(folder / "base"))), torch.tensor([[5, 6, 7]])
     assert store.names() == [f"a{i}" for i in range(bench.ADAPTERS)]
-    stack = AdapterStack(base, 1)
+    stack = MultiLora(base, 1)
     with torch.inference_mode():
         bare = base(input_ids=ids).logits
         stack.use([stack.load(str(store.open("a0").path))], 3)

@@ -10,7 +10,7 @@ from pi_ray import config as configuration
 from pi_ray.config import RunConfig, ServeConfig
 from pi_ray.errors import ConfigError
 from pi_ray.serve import app
-from pi_ray.serve.http.api import key_digest
+from pi_ray.serve.http.keys import key_digest
 
 KEY = "a-secret-key"
 
@@ -28,7 +28,7 @@ def config(**limits):
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "10.0.0.5", "example.org", "", "localhost.example.org"])
 def test_a_server_that_others_can_reach_does_not_start_without_a_key(host):
     with pytest.raises(ConfigError, match="PI_RAY_API_KEY"):
-        app.run(config(host=host))
+        app.run_server(config(host=host))
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "::1", "localhost", "127.8.8.8"])
@@ -39,7 +39,7 @@ def test_loopback_needs_no_key_but_uses_one_that_is_set(host, monkeypatch):
 
 
 def test_a_deployment_on_a_cluster_always_needs_a_key_and_carries_only_its_digest(tmp_path, monkeypatch):
-    (tmp_path / "run.yaml").write_text(configuration.dump(config()))
+    (tmp_path / "run.yaml").write_text(configuration.dump_config(config()))
     with pytest.raises(ConfigError, match="PI_RAY_API_KEY"):
         app.deploy({"run": str(tmp_path / "run.yaml")})
     with pytest.raises(ConfigError, match=r"args\.run"):
@@ -55,7 +55,7 @@ def test_a_deployment_on_a_cluster_always_needs_a_key_and_carries_only_its_diges
 
 @pytest.mark.parametrize(("host", "url"), [("::1", "http://[::1]:8000"), ("127.0.0.1", "http://127.0.0.1:8000"), ("localhost", "http://localhost:8000")])
 def test_the_address_is_a_url_that_clients_take(host, url):
-    assert app.url_of(config(host=host)) == url
+    assert app.server_url(config(host=host)) == url
 
 
 @pytest.mark.parametrize(("proxies", "warned"), [(65, False), (0, False), (None, False), (60, True), (30, True)])
@@ -65,14 +65,14 @@ def test_proxies_that_give_up_before_the_server_are_warned_of(proxies, warned, m
     monkeypatch.setattr(app.ray, "cluster_resources", dict)
     monkeypatch.setattr(app.serve.context, "_get_global_client", lambda raise_if_no_controller_running: running)
     monkeypatch.setenv("PI_RAY_API_KEY", KEY)
-    (tmp_path / "run.yaml").write_text(configuration.dump(config()))
+    (tmp_path / "run.yaml").write_text(configuration.dump_config(config()))
     app.deploy({"run": str(tmp_path / "run.yaml")})
     assert ("http_options.request_timeout_s" in caplog.text) == warned
 
 
 def test_a_merged_server_shows_no_other_model(tmp_path):
     merged = RunConfig(name="t", store=str(tmp_path), serve=ServeConfig(merge="hot"))
-    assert '"model": "hot"' in app.usage(merged, "http://127.0.0.1:8000")
+    assert '"model": "hot"' in app.usage_text(merged, "http://127.0.0.1:8000")
 
 
 def test_a_taken_port_is_said_before_anything_starts():
@@ -80,12 +80,12 @@ def test_a_taken_port_is_said_before_anything_starts():
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         with pytest.raises(ConfigError, match=r"serve\.port"):
-            app.run(config(port=taken.getsockname()[1]))
+            app.run_server(config(port=taken.getsockname()[1]))
 
 
 def test_what_is_printed_names_the_key_and_does_not_show_it(monkeypatch):
-    assert "Authorization" not in app.usage(config(), "http://127.0.0.1:8000")
+    assert "Authorization" not in app.usage_text(config(), "http://127.0.0.1:8000")
     monkeypatch.setenv("PI_RAY_API_KEY", KEY)
-    text = app.usage(config(), "http://127.0.0.1:8000")
+    text = app.usage_text(config(), "http://127.0.0.1:8000")
     assert "$PI_RAY_API_KEY" in text
     assert KEY not in text

@@ -50,7 +50,7 @@ def test_a_run_directory_stands_for_its_best_adapter_published_or_not(store, tin
     run = RunDir(tmp_path / "run")
     config = RunConfig(name="mine", run_dir=str(run.root), store=str(tmp_path / "empty"), model=ModelConfig(base=str(tiny_model)))
     run.root.mkdir()
-    (run.root / "run.yaml").write_text(configuration.dump(config))
+    (run.root / "run.yaml").write_text(configuration.dump_config(config))
     with pytest.raises(AdapterError, match="pi-ray train"):
         run_chat(monkeypatch, run.root, "")
     run.best.parent.mkdir(parents=True)
@@ -96,7 +96,7 @@ def test_ctrl_c_stops_one_answer_and_a_refusal_is_said_in_its_place(store, tiny_
     engine = Interrupted(tokenizer)
     completer = Completer(config, engine, tokenizer, 60)
     out = io.StringIO()
-    chat.talk(completer, "colours", iter(["first", "x " * 100, "last"]), out)
+    chat.answer_queries(completer, "colours", iter(["first", "x " * 100, "last"]), out)
     said = out.getvalue()
     assert "[stopped]" in said and "the model's context holds 60" in said
     assert said.rstrip().endswith("ms]") and said.count("Hello") == 2

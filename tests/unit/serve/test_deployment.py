@@ -13,12 +13,12 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
 from pi_ray.config import CostConfig, ModelConfig, RunConfig, ServeConfig
 from pi_ray.errors import AdapterError
+from pi_ray.run import object_storage
 from pi_ray.run.artifact import write_atomic
 from pi_ray.serve import deployment
 from pi_ray.serve.engine import replica_options
-from pi_ray.serve.engine.completion import Ask, RefusedError
+from pi_ray.serve.engine.completion import CompletionRequest, RefusedError
 from pi_ray.serve.metrics import Metrics, Traffic
-from pi_ray.store import remote
 from tests.lora import put_in_store
 from tests.unit.fake_bucket import Bucket, Clock
 from tests.unit.fake_metrics import Kinds
@@ -89,9 +89,9 @@ def complete(config, handle, ask, leave_after=None, backend=None):
 def test_a_request_goes_to_replicas_that_hold_the_version_it_means(config, tiny_model):
     handle = Handle(START)
     for model in ("colours", f"{tiny_model.name}:colours", "colours@v0001", "colours@latest", tiny_model.name, "unknown", "unknown@v0001", "colours@v0009", "../colours", "x" * 9000):
-        complete(config, handle, Ask(model, "q"))
+        complete(config, handle, CompletionRequest(model, "q"))
     assert handle.held == ["colours@v0002", "colours@v0002", "colours@v0001", "colours@v0002", "", "", "", "", "", ""]
-    complete(config, handle, Ask("colours", "q", full_prompt=True))  # the base model answers that
+    complete(config, handle, CompletionRequest("colours", "q", full_prompt=True))  # the base model answers that
     assert handle.held[-1] == ""
 
 
@@ -100,27 +100,27 @@ def test_a_version_on_trial_is_routed_as_the_replica_will_decide(config, store):
     handle = Handle(START)
     tickets = [f"t{i}" for i in range(40)]
     for ticket in tickets:
-        complete(config, handle, Ask("colours", "q", ticket=ticket))
+        complete(config, handle, CompletionRequest("colours", "q", sticky_key=ticket))
     (store / "colours" / "aliases.json").unlink()
     assert set(handle.held) == {"colours@v0001", "colours@v0002"}
 
 
 def test_a_store_behind_a_url_is_asked_by_some_requests_and_never_on_the_event_loop(config, store, monkeypatch):
     bucket, handle, threads, asked = Bucket(store.parent), Handle(START), set(), []
-    monkeypatch.setattr(remote, "file_system", lambda url: (bucket, store.name))
+    monkeypatch.setattr(object_storage, "open_file_system", lambda url: (bucket, store.name))
     monkeypatch.setattr(bucket, "_check", lambda check=bucket._check: threads.add(threading.current_thread()) or check())
     backend = ingress(config.replace(store="s3://bucket/adapters"), handle)
-    backend.store.place._clock = Clock()
+    backend.store.backend._clock = Clock()
     for _ in range(2):
         assert asyncio.run(backend.models()) == [backend.base, "colours"]
         for model in ("colours", "colours@v0001", "unknown"):
-            complete(config, handle, Ask(model, "q"), backend=backend)
+            complete(config, handle, CompletionRequest(model, "q"), backend=backend)
         asked.append(bucket.asked)
     assert asked[0] == asked[1] > 0
     bucket.down = True
-    backend.store.place._clock.now = 100
+    backend.store.backend._clock.now = 100
     for _ in range(5):
-        complete(config, handle, Ask("colours", "q"), backend=backend)
+        complete(config, handle, CompletionRequest("colours", "q"), backend=backend)
         asyncio.run(backend.models())
     assert bucket.asked == asked[0] + 1 and handle.held == ["colours@v0002", "colours@v0001", ""] * 2 + ["colours@v0002"] * 5
     assert threading.main_thread() not in threads
@@ -136,19 +136,19 @@ def test_a_store_behind_a_url_is_asked_by_some_requests_and_never_on_the_event_l
 )
 def test_what_ray_raises_becomes_a_status_that_clients_retry(config, failure, status):
     with pytest.raises(RefusedError) as told:
-        complete(config, Handle(failure), Ask("colours", "q"))
+        complete(config, Handle(failure), CompletionRequest("colours", "q"))
     assert told.value.status == status
 
 
 def test_a_replicas_refusal_is_passed_on(config):
     with pytest.raises(RefusedError) as told:
-        complete(config, Handle({"refused": (404, "no adapter", "invalid_request_error", "model_not_found", "model")}), Ask("unknown", "q"))
+        complete(config, Handle({"refused": (404, "no adapter", "invalid_request_error", "model_not_found", "model")}), CompletionRequest("unknown", "q"))
     assert (told.value.status, told.value.code) == (404, "model_not_found")
 
 
 def test_leaving_cancels_the_generation(config):
     handle = Handle(START, {"text": "a"}, {"text": "b"})
-    assert len(complete(config, handle, Ask("colours", "q"), leave_after=2)) == 2
+    assert len(complete(config, handle, CompletionRequest("colours", "q"), leave_after=2)) == 2
     assert handle.cancelled
 
 
@@ -172,27 +172,27 @@ def test_a_new_version_comes_up_beside_the_old_one_where_there_is_room_for_both(
 
 def test_the_version_that_is_merged_is_fixed_when_the_server_is_deployed(config, store):
     """So that all replicas have the same one, also those that come later."""
-    made = deployment.build(config.replace(**{"serve.merge": "colours"}))
+    made = deployment.build_application(config.replace(**{"serve.merge": "colours"}))
     [inner] = made._bound_deployment.init_args[0]._bound_deployment.init_args
     assert inner.serve.merge == "colours@v0002"
     write_atomic(store / "colours" / "aliases.json", '{"prod": {"version": "v0001", "canary": "v0002", "percent": 99.9, "before": []}}')
     handle = Handle(START)
     for model in ("colours", f"{Path(config.model.base).name}:colours", "colours@v0001"):
-        complete(inner, handle, Ask(model, "q", ticket="t"))
+        complete(inner, handle, CompletionRequest(model, "q", sticky_key="t"))
     assert handle.held == ["colours@v0002", "colours@v0002", "colours@v0001"]
-    made = deployment.build(config.replace(**{"serve.merge": "colours"}))
+    made = deployment.build_application(config.replace(**{"serve.merge": "colours"}))
     assert made._bound_deployment.init_args[0]._bound_deployment.init_args[0].serve.merge == "colours@v0001"
     (store / "colours" / "aliases.json").unlink()
     assert asyncio.run(ingress(inner, handle).models()) == ["colours"]
     with pytest.raises(AdapterError, match="no adapter 'cold'"):
-        deployment.build(config.replace(**{"serve.merge": "cold"}))
+        deployment.build_application(config.replace(**{"serve.merge": "cold"}))
 
 
 def test_the_http_side_has_as_many_replicas_as_it_is_told(config):
-    assert deployment.build(config.replace(**{"serve.api_replicas": 3}))._bound_deployment.num_replicas == 3
+    assert deployment.build_application(config.replace(**{"serve.api_replicas": 3}))._bound_deployment.num_replicas == 3
 
 
 def test_a_replica_is_given_what_the_cluster_block_asks_for(config):
-    made = deployment.build(config.replace(**{"cluster.serve_resources": {"CPU": 3, "server": 1}}))
+    made = deployment.build_application(config.replace(**{"cluster.serve_resources": {"CPU": 3, "server": 1}}))
     model = made._bound_deployment.init_args[0]._bound_deployment
     assert model.ray_actor_options["num_cpus"] == 3 and model.ray_actor_options["resources"] == {"server": 1}

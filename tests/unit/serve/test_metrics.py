@@ -10,9 +10,10 @@ import httpx
 import pytest
 
 from pi_ray.config import CostConfig, ServeConfig
-from pi_ray.serve.engine.completion import Ask, RefusedError
-from pi_ray.serve.http.api import create_api, key_digest
-from pi_ray.serve.metrics import DRIFT, ENGINE_COUNTERS, ENGINE_GAUGES, METRICS, EngineMetrics, Meter, Metrics, Traffic
+from pi_ray.serve.engine.completion import CompletionRequest, RefusedError
+from pi_ray.serve.http.api import create_api
+from pi_ray.serve.http.keys import key_digest
+from pi_ray.serve.metrics import ENGINE_COUNTERS, ENGINE_GAUGES, FULL_PROMPTS, METRICS, EngineMetrics, Metrics, MetricsMiddleware, Traffic
 from tests.unit.fake_metrics import Kinds
 
 REPO = Path(__file__).parents[3]
@@ -51,7 +52,7 @@ def call(*events, key="", timeout=60, name="colours", path="/v1/chat/completions
     kinds = Kinds()
     traffic = Traffic(CostConfig(input=2.0, currency="EUR"), timeout, Metrics(kinds))
     api = create_api(Backend(traffic, *events, name=name), ServeConfig(request_timeout_s=timeout), key_digest(key))
-    api.add_middleware(Meter, traffic=traffic)
+    api.add_middleware(MetricsMiddleware, traffic=traffic)
 
     async def send():
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app=api), base_url="http://localhost") as http:
@@ -117,7 +118,7 @@ def test_the_time_limit_is_told_from_a_client_that_left():
 
     async def leave():
         with traffic.request(True):
-            async with aclosing(backend.complete(Ask("colours", "x"))) as events:
+            async with aclosing(backend.complete(CompletionRequest("colours", "x"))) as events:
                 async for event in events:
                     if "text" in event:
                         assert kinds.of("pi_ray_open_requests") == 1
@@ -145,7 +146,7 @@ def test_a_request_waits_in_the_queue_until_a_replica_takes_it():
     assert queued == [1, 0]
 
 
-@pytest.mark.parametrize("kind", sorted(DRIFT))
+@pytest.mark.parametrize("kind", sorted(FULL_PROMPTS))
 def test_prompts_that_come_whole_are_counted_by_what_became_of_them(kind):
     answers = "base" if kind == "drifted" else "colours@v0002"  # the base model reads a changed prompt; the adapter is what it was meant for
     _, seen = call({**START, "prompt": kind, "fingerprint": answers}, {"finish": "stop", "completion_tokens": 1})

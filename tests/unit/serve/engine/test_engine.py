@@ -91,7 +91,7 @@ def test_concurrent_requests_for_more_adapters_than_fit_get_each_their_own(engin
         return await asyncio.gather(*(tokens(engine, PROMPTS[i], folder) for folder, i in jobs))
 
     assert asyncio.run(burst()) == [expected[folder][i] for folder, i in jobs]
-    assert len(engine._batch.stack) == 2
+    assert len(engine._scheduler.multi_lora) == 2
     assert asyncio.run(drained(engine))
 
 
@@ -153,7 +153,7 @@ def test_a_known_beginning_is_not_read_again_and_changes_no_token(fresh, folders
         return found + await asyncio.gather(*(tokens(engine, p, folders[0], max_new_tokens=4) for p in prompts))
 
     assert asyncio.run(answers(engine)) == asyncio.run(answers(without))
-    assert without.stats()["prefix_hit_tokens"] == 0 == without.stats()["prefix_bytes"]
+    assert without.stats()["prefix_hit_tokens"] == 0 == without.stats()["prefix_cache_bytes"]
     again = sum((len(p) - 1) // 16 for p in prompts)  # of prompts that were read before; the last token is always read
     first = again - (3 + 4 - 3)  # the first prompt finds nothing, and the first with 30 fives the shared beginning alone
     assert engine.stats()["prefix_hit_tokens"] == 16 * (2 * first + again)
@@ -185,7 +185,7 @@ def test_a_model_whose_state_is_not_keys_and_values_is_answered_right_at_any_con
     engine.close()
 
 
-def test_each_of_a_full_stack_waits_its_turn_and_none_for_ever(fresh, folders, expected):
+def test_each_of_a_full_multi_lora_waits_its_turn_and_none_for_ever(fresh, folders, expected):
     """Two adapters hold the only two places, one after the other without a pause; the third gets in all the same."""
     engine = fresh(max_loras=2, max_ongoing_requests=4)
 
@@ -303,9 +303,9 @@ def test_end_of_sequence_and_stop_strings_end_an_answer(engine, expected):
     got = asyncio.run(tokens(engine, PROMPTS[0], stop=(stop,)))
     assert got == expected[""][0][: len(got)]
     assert len(got) <= 4
-    engine._batch.ends.add(expected[""][0][5])
+    engine._scheduler.eos_ids.add(expected[""][0][5])
     got = asyncio.run(tokens(engine, PROMPTS[0]))
-    engine._batch.ends.discard(expected[""][0][5])
+    engine._scheduler.eos_ids.discard(expected[""][0][5])
     assert got == expected[""][0][: expected[""][0].index(expected[""][0][5]) + 1]
 
 
@@ -359,11 +359,11 @@ def test_an_adapter_that_computes_nan_fails_its_own_rows_and_leaves_nothing_behi
 
 
 def test_one_thread_alone_loads_merges_and_decodes(fresh, folders, monkeypatch):
-    """A second one that computes would double the time of a step (see engines.py)."""
+    """A second one that computes would double the time of a step (see engine.py)."""
     seen = set()
     forward = torch.nn.Linear.forward
     monkeypatch.setattr(torch.nn.Linear, "forward", lambda *a: seen.add(threading.current_thread().name) or forward(*a))
-    monkeypatch.setattr("pi_ray.serve.engine.scheduler.pack", lambda base: seen.add(threading.current_thread().name))  # packed layers have another forward
+    monkeypatch.setattr("pi_ray.serve.engine.scheduler.use_onednn_linears", lambda base: seen.add(threading.current_thread().name))  # packed layers have another forward
     engine = fresh()
     engine.merge(folders[0])
     asyncio.run(tokens(engine, PROMPTS[0], folders[0]))
@@ -395,7 +395,7 @@ def test_an_engine_that_cannot_compute_says_so(tiny_model):
 
 def test_whatever_breaks_the_decoding_thread_leaves_nobody_waiting(fresh, monkeypatch):
     engine = fresh()
-    monkeypatch.setattr(engine._batch, "admit", lambda waiting: 1 / 0)
+    monkeypatch.setattr(engine._scheduler, "admit", lambda waiting: 1 / 0)
     monkeypatch.setattr(threading, "excepthook", lambda *_: None)
     for _ in range(2):
         with pytest.raises(RuntimeError, match="the engine was closed"):

@@ -11,7 +11,7 @@ from pi_ray.prompt import PromptEncoder
 from pi_ray.protocols import Token
 from pi_ray.serve.engine.completion import Completer
 from pi_ray.serve.http.api import create_api
-from pi_ray.store.prompt_guard import record
+from pi_ray.store.prompt_guard import prompt_record
 from tests.lora import put_in_store, rewrite
 
 TEMPLATE = "You answer with one code.\n\n## Codes\n\nred: k4"
@@ -46,7 +46,7 @@ def tokenizer(tiny_model):
 @pytest.fixture
 def ask(tiny_model, tokenizer, tmp_path):
     folder = put_in_store(tmp_path, "colours", tiny_model)
-    rewrite(folder, "prompt.json", record(TEMPLATE, [], []))
+    rewrite(folder, "prompt.json", prompt_record(TEMPLATE, [], []))
     put_in_store(tmp_path, "bare", tiny_model)
     config = RunConfig(name="t", store=str(tmp_path), model=ModelConfig(base=str(tiny_model)), prompt=PromptConfig(chat="none"))
     engine = Seen(tokenizer)

@@ -12,7 +12,7 @@ from pi_ray.config import ModelConfig
 from pi_ray.errors import AdapterError
 from pi_ray.models import load_model
 from pi_ray.serve.engine import multi_lora as module
-from pi_ray.serve.engine.multi_lora import BASE, AdapterStack
+from pi_ray.serve.engine.multi_lora import BASE_SLOT, MultiLora
 from tests.lora import write_adapter
 
 LAYER = "model.layers.0.self_attn.q_proj"
@@ -47,9 +47,9 @@ def expected(tiny_model, folders):
 
 
 @torch.inference_mode()
-def logits(base, stack, slots, tokens=IDS.shape[1]):
+def logits(base, multi_lora, slots, tokens=IDS.shape[1]):
     """Of prompts; with tokens=1 of the first token alone, as in a decoding step."""
-    stack.use(slots, tokens)
+    multi_lora.set_active_slots(slots, tokens)
     return base(input_ids=IDS[: len(slots), :tokens]).logits
 
 
@@ -67,48 +67,48 @@ def variant(folder, target, edit=lambda tensors: None, **settings):
 @pytest.mark.parametrize("padding", [0, 10**6], ids=["in turn", "at once"])
 @pytest.mark.parametrize("rows", [[0, 0, 0, 0, 0], [0, 1, 2, 1, 0], [3, 0, 3, 3, 1], [3, 3, 3, 3, 3], [1, 1, 3, 2, 2]], ids=str)
 def test_each_row_has_the_logits_of_its_own_adapter(base, folders, expected, monkeypatch, rows, padding):
-    monkeypatch.setattr(module, "PADDING", padding)
-    stack = AdapterStack(base, 3)
-    slots = [*(stack.load(folder, folders) for folder in folders), BASE]
+    monkeypatch.setattr(module, "MAX_PADDING", padding)
+    multi_lora = MultiLora(base, 3)
+    slots = [*(multi_lora.load(folder, folders) for folder in folders), BASE_SLOT]
     for tokens in (3, 1):
-        found = logits(base, stack, [slots[r] for r in rows], tokens)
+        found = logits(base, multi_lora, [slots[r] for r in rows], tokens)
         for i, r in enumerate(rows):
             torch.testing.assert_close(found[i], expected[r][i, :tokens], atol=1e-5, rtol=1e-4)
     assert len({expected[r][0].argmax().item() for r in range(4)}) > 1
 
 
 def test_rows_without_an_adapter_are_the_bare_base_to_the_bit(base, folders, expected):
-    stack = AdapterStack(base, 2)
-    slot = stack.load(folders[0])
+    multi_lora = MultiLora(base, 2)
+    slot = multi_lora.load(folders[0])
     for tokens in (3, 1):
-        found = logits(base, stack, [BASE, slot, BASE, slot, BASE], tokens)
-        assert torch.equal(found[[0, 2, 4]], logits(base, stack, [BASE] * 5, tokens)[[0, 2, 4]])
-    assert torch.equal(logits(base, stack, [BASE] * 5), expected[3])
+        found = logits(base, multi_lora, [BASE_SLOT, slot, BASE_SLOT, slot, BASE_SLOT], tokens)
+        assert torch.equal(found[[0, 2, 4]], logits(base, multi_lora, [BASE_SLOT] * 5, tokens)[[0, 2, 4]])
+    assert torch.equal(logits(base, multi_lora, [BASE_SLOT] * 5), expected[3])
 
 
 def test_the_least_recently_used_idle_adapter_makes_room(base, folders):
-    stack = AdapterStack(base, 2)
-    stack.load(folders[0])
-    stack.load(folders[1])
-    stack.load(folders[0])
-    stack.load(folders[2])
-    assert list(stack._slots) == [folders[0], folders[2]]
-    stack.load(folders[1], busy=[folders[0]])
-    assert list(stack._slots) == [folders[0], folders[1]]
-    assert not stack.fits(folders[2], busy=folders[:2]) and stack.fits(folders[0], busy=folders[:2]) and stack.fits("", busy=folders[:2])
-    assert (stack.hits, stack.misses, stack.evictions) == (1, 4, 2)
+    multi_lora = MultiLora(base, 2)
+    multi_lora.load(folders[0])
+    multi_lora.load(folders[1])
+    multi_lora.load(folders[0])
+    multi_lora.load(folders[2])
+    assert list(multi_lora._slots) == [folders[0], folders[2]]
+    multi_lora.load(folders[1], in_use=[folders[0]])
+    assert list(multi_lora._slots) == [folders[0], folders[1]]
+    assert not multi_lora.has_room_for(folders[2], in_use=folders[:2]) and multi_lora.has_room_for(folders[0], in_use=folders[:2]) and multi_lora.has_room_for("", in_use=folders[:2])
+    assert (multi_lora.hits, multi_lora.misses, multi_lora.evictions) == (1, 4, 2)
 
 
 def test_memory_grows_and_shrinks_with_the_ranks_that_are_loaded(base, folders, expected):
-    stack = AdapterStack(base, 2)
-    low = stack.load(folders[1])
-    small = stack.nbytes
-    assert len(stack._layers) == 2
-    high = stack.load(folders[0])
-    assert stack.nbytes > small and stack._shape == (2, 4)
-    found = logits(base, stack, [low, high])
+    multi_lora = MultiLora(base, 2)
+    low = multi_lora.load(folders[1])
+    small = multi_lora.nbytes
+    assert len(multi_lora._layers) == 2
+    high = multi_lora.load(folders[0])
+    assert multi_lora.nbytes > small and multi_lora._shape == (2, 4)
+    found = logits(base, multi_lora, [low, high])
     torch.testing.assert_close(found, torch.stack([expected[1][0], expected[0][1]]), atol=1e-5, rtol=1e-4)
-    one = AdapterStack(base, 1)
+    one = MultiLora(base, 1)
     for folder in (folders[0], folders[1]):
         one.load(folder)
     assert one.nbytes == small and one._shape == (1, 2)
@@ -118,39 +118,39 @@ def test_memory_grows_and_shrinks_with_the_ranks_that_are_loaded(base, folders, 
 def test_a_thousand_switches_leave_nothing_behind(base, folders, tmp_path):
     many = [variant(folders[1], tmp_path / f"v{i}", lambda t, i=i: [x.add_(i) for x in t.values()]) for i in range(12)]
     first = [load_file(f"{folder}/adapter_model.safetensors")[f"base_model.model.{LAYER}.lora_A.weight"][0, 0] for folder in many]
-    stack = AdapterStack(base, 4)
+    multi_lora = MultiLora(base, 4)
 
     def switch(times):
         for i in range(times):
-            slot = stack.load(many[i % 12])
-            assert stack._layers[LAYER].a[slot, 0, 0] == first[i % 12]
+            slot = multi_lora.load(many[i % 12])
+            assert multi_lora._layers[LAYER].a[slot, 0, 0] == first[i % 12]
         gc.collect()
-        return len(gc.get_objects()), stack.nbytes, [len(m._forward_hooks) for m in base.modules() if m._forward_hooks]
+        return len(gc.get_objects()), multi_lora.nbytes, [len(m._forward_hooks) for m in base.modules() if m._forward_hooks]
 
     before = switch(24)
     after = switch(1000)
-    assert after[1:] == before[1:] and len(stack) == 4
+    assert after[1:] == before[1:] and len(multi_lora) == 4
     assert abs(after[0] - before[0]) < 200
 
 
 @pytest.mark.fault
 def test_a_hostile_config_has_no_effect(base, folders, expected, tmp_path):
     folder = variant(folders[0], tmp_path / "x", target_modules=".*", modules_to_save=["lm_head"], auto_map={"m": "evil.py"}, bias="all", use_dora=True, fan_in_fan_out=True)
-    stack = AdapterStack(base, 1)
-    torch.testing.assert_close(logits(base, stack, [stack.load(folder)] * 5), expected[0], atol=1e-5, rtol=1e-4)
+    multi_lora = MultiLora(base, 1)
+    torch.testing.assert_close(logits(base, multi_lora, [multi_lora.load(folder)] * 5), expected[0], atol=1e-5, rtol=1e-4)
 
 
 def test_rank_stabilised_scaling_is_alpha_over_the_root_of_the_rank(base, folders, tmp_path):
     plain = variant(folders[0], tmp_path / "plain", lora_alpha=8, r=4)
     stabilised = variant(folders[0], tmp_path / "stabilised", lora_alpha=4, use_rslora=True)
-    stack = AdapterStack(base, 2)
-    slots = [stack.load(plain), stack.load(stabilised)]
-    torch.testing.assert_close(logits(base, stack, slots[:1] * 2), logits(base, stack, slots[1:] * 2))
+    multi_lora = MultiLora(base, 2)
+    slots = [multi_lora.load(plain), multi_lora.load(stabilised)]
+    torch.testing.assert_close(logits(base, multi_lora, slots[:1] * 2), logits(base, multi_lora, slots[1:] * 2))
 
 
 def test_what_does_not_fit_the_base_is_refused_and_the_others_stay(base, folders, expected, tmp_path):
-    stack = AdapterStack(base, 1)
-    slot = stack.load(folders[0])
+    multi_lora = MultiLora(base, 1)
+    slot = multi_lora.load(folders[0])
 
     def rename(tensors):
         for name in [n for n in tensors if "layers.1" in n]:
@@ -162,25 +162,25 @@ def test_what_does_not_fit_the_base_is_refused_and_the_others_stay(base, folders
 
     for i, (edit, reason) in enumerate([(rename, "layers.9"), (widen, "has size 3")]):
         with pytest.raises(AdapterError, match=reason):
-            stack.load(variant(folders[0], tmp_path / str(i), edit))
-    torch.testing.assert_close(logits(base, stack, [slot] * 5), expected[0], atol=1e-5, rtol=1e-4)
+            multi_lora.load(variant(folders[0], tmp_path / str(i), edit))
+    torch.testing.assert_close(logits(base, multi_lora, [slot] * 5), expected[0], atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.fault
 def test_a_scaling_that_overflows_is_refused(base, folders, tmp_path):
     with pytest.raises(AdapterError, match="too large"):
-        AdapterStack(base, 1).load(variant(folders[0], tmp_path / "x", lora_alpha=1e300))
+        MultiLora(base, 1).load(variant(folders[0], tmp_path / "x", lora_alpha=1e300))
 
 
 @pytest.mark.fault
 @pytest.mark.parametrize("padding", [0, 10**6], ids=["in turn", "at once"])
 def test_a_row_that_computes_nan_does_not_reach_its_neighbours(base, folders, expected, tmp_path, monkeypatch, padding):
-    monkeypatch.setattr(module, "PADDING", padding)
+    monkeypatch.setattr(module, "MAX_PADDING", padding)
     wild = variant(folders[0], tmp_path / "wild", lambda t: [x.mul_(1e30) for x in t.values()])
-    stack = AdapterStack(base, 3)
-    slots = [stack.load(wild), stack.load(folders[0]), stack.load(folders[2])]
+    multi_lora = MultiLora(base, 3)
+    slots = [multi_lora.load(wild), multi_lora.load(folders[0]), multi_lora.load(folders[2])]
     for tokens in (3, 1):
-        found = logits(base, stack, [slots[1], slots[0], slots[2], BASE, slots[1]], tokens)
+        found = logits(base, multi_lora, [slots[1], slots[0], slots[2], BASE_SLOT, slots[1]], tokens)
         assert not found[1].isfinite().all()
         for i, r in ((0, 0), (2, 2), (3, 3), (4, 0)):
             torch.testing.assert_close(found[i], expected[r][i, :tokens], atol=1e-5, rtol=1e-4)
@@ -194,30 +194,30 @@ def test_single_experts_are_refused(folders):
             super().__init__()
             self.model = torch.nn.ModuleDict({"experts": torch.nn.ModuleList([torch.nn.Linear(4, 4)])})
 
-    from pi_ray.serve.engine.lora_weights import check, linears
+    from pi_ray.serve.engine.lora_weights import check_lora_weights, linear_layers
 
     path = f"{folders[0]}/../expert.safetensors"
     save_file({f"base_model.model.model.experts.0.lora_{side}.weight": torch.zeros(4, 4) for side in "AB"}, path)
     with pytest.raises(AdapterError, match="single experts"):
-        check(Path(path), linears(Sparse()))
+        check_lora_weights(Path(path), linear_layers(Sparse()))
 
 
 def test_a_merged_adapter_is_served_alone_without_any_products(base, folders, expected):
-    stack = AdapterStack(base, 2)
-    stack.merge(folders[0])
-    slot = stack.load(folders[0])
-    assert slot == BASE and stack.nbytes == 0
-    torch.testing.assert_close(logits(base, stack, [slot] * 5), expected[0], atol=1e-4, rtol=1e-4)
+    multi_lora = MultiLora(base, 2)
+    multi_lora.merge(folders[0])
+    slot = multi_lora.load(folders[0])
+    assert slot == BASE_SLOT and multi_lora.nbytes == 0
+    torch.testing.assert_close(logits(base, multi_lora, [slot] * 5), expected[0], atol=1e-4, rtol=1e-4)
     for other, reason in ((folders[1], "no other one"), ("", "not the bare base")):
         with pytest.raises(AdapterError, match=f"merged into the base model.*{reason}"):
-            stack.load(other)
+            multi_lora.load(other)
 
 
 def test_merging_into_a_head_that_is_tied_to_the_embeddings_leaves_those_alone(tiny_model, folders, tmp_path):
     base = load_model(ModelConfig(base=str(tiny_model)))
     base.lm_head.weight = base.model.embed_tokens.weight
     before = base.model.embed_tokens.weight.clone()
-    AdapterStack(base, 1).merge(variant(folders[0], tmp_path / "x", on_the_head))
+    MultiLora(base, 1).merge(variant(folders[0], tmp_path / "x", on_the_head))
     assert torch.equal(base.model.embed_tokens.weight, before)
     assert not torch.equal(base.lm_head.weight, before)
 

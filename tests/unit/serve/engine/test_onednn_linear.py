@@ -6,7 +6,7 @@ import transformers
 
 from pi_ray.config import ModelConfig
 from pi_ray.models import load_model
-from pi_ray.serve.engine.onednn_linear import pack, set_weight, weight_of
+from pi_ray.serve.engine.onednn_linear import get_weight, set_weight, use_onednn_linears
 
 IDS = torch.tensor([[5, 6, 7, 8]])
 
@@ -26,16 +26,16 @@ def logits(model):
 def test_a_packed_model_computes_the_same_from_weights_of_the_same_size(model):
     plain, before = logits(model), sum(p.nbytes for p in model.parameters())
     weights = {name: m.weight.clone() for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
-    assert pack(model)
+    assert use_onednn_linears(model)
     torch.testing.assert_close(logits(model), plain, atol=1e-5, rtol=1e-4)
     layers = {name: m for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
     assert layers.keys() == weights.keys()
-    assert all(torch.equal(weight_of(layer), weights[name]) and layer.out_features == len(weights[name]) for name, layer in layers.items())
+    assert all(torch.equal(get_weight(layer), weights[name]) and layer.out_features == len(weights[name]) for name, layer in layers.items())
     assert sum(p.nbytes for p in model.parameters()) == before - sum(w.nbytes for w in weights.values()), "the plain weights are given up"
 
 
 def test_hooks_of_a_packed_layer_see_its_output(model):
-    assert pack(model)
+    assert use_onednn_linears(model)
     seen = []
     model.model.layers[0].mlp.up_proj.register_forward_hook(lambda module, inputs, output: seen.append((inputs[0].shape, output.shape)))
     logits(model)
@@ -44,8 +44,8 @@ def test_hooks_of_a_packed_layer_see_its_output(model):
 
 def test_a_packed_layer_takes_another_weight_and_the_embeddings_that_it_was_tied_to_do_not(model):
     model.lm_head.weight = model.model.embed_tokens.weight
-    assert pack(model)
-    set_weight(model.lm_head, weight_of(model.lm_head) * 0)
+    assert use_onednn_linears(model)
+    set_weight(model.lm_head, get_weight(model.lm_head) * 0)
     assert logits(model).abs().max() == 0
     assert model.model.embed_tokens.weight.abs().max() > 0
 
@@ -56,7 +56,7 @@ def test_layers_with_a_bias_keep_it():
     model = transformers.Qwen2ForCausalLM(config).eval()
     torch.nn.init.normal_(model.model.layers[0].self_attn.q_proj.bias)
     plain = logits(model)
-    assert pack(model)
+    assert use_onednn_linears(model)
     torch.testing.assert_close(logits(model), plain, atol=1e-5, rtol=1e-4)
 
 
@@ -64,12 +64,12 @@ def test_a_model_that_reads_its_weights_itself_is_left_as_it_was():
     torch.manual_seed(0)
     model = transformers.MambaForCausalLM(transformers.MambaConfig(vocab_size=50, hidden_size=16, state_size=4, num_hidden_layers=1, eos_token_id=0, bos_token_id=0)).eval()
     plain = logits(model)
-    assert not pack(model)
+    assert not use_onednn_linears(model)
     assert torch.equal(logits(model), plain)
 
 
 def test_bfloat16_stays_as_it_is(tiny_model):
     model = load_model(ModelConfig(base=str(tiny_model), dtype="bfloat16"))
     plain = logits(model)
-    pack(model)
+    use_onednn_linears(model)
     assert torch.equal(logits(model), plain)

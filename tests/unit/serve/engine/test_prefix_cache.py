@@ -2,9 +2,9 @@
 
 import torch
 
-from pi_ray.serve.engine.prefix_cache import BLOCK, Prefixes
+from pi_ray.serve.engine.prefix_cache import BLOCK_SIZE, PrefixCache
 
-SIZE = 2 * 4 * BLOCK  # bytes of a block of `copy`
+SIZE = 2 * 4 * BLOCK_SIZE  # bytes of a block of `copy`
 
 
 def copy(start, stop):
@@ -15,62 +15,62 @@ def copy(start, stop):
 
 def prompt(*blocks, rest=1):
     """Tokens: whole blocks of one number each, then a rest."""
-    return [b for b in blocks for _ in range(BLOCK)] + [0] * rest
+    return [b for b in blocks for _ in range(BLOCK_SIZE)] + [0] * rest
 
 
-def known(prefixes, ids, adapter=""):
-    return len(prefixes.find(adapter, ids))
+def known(cache, ids, adapter=""):
+    return len(cache.find(adapter, ids))
 
 
 def test_the_longest_common_beginning_is_found_in_whole_blocks():
-    prefixes = Prefixes(1 << 20)
-    prefixes.add("", prompt(1, 2, 3), copy)
-    assert [known(prefixes, p) for p in (prompt(1, 2, 3), prompt(1, 2, 9), prompt(1), prompt(2), prompt(1, 2, 3, 4, rest=5))] == [3, 2, 1, 0, 3]
-    keys = torch.cat([k for k, _ in prefixes.find("", prompt(1, 2, 3))], 2)
-    assert keys.flatten().tolist() == list(range(3 * BLOCK))
+    cache = PrefixCache(1 << 20)
+    cache.add("", prompt(1, 2, 3), copy)
+    assert [known(cache, p) for p in (prompt(1, 2, 3), prompt(1, 2, 9), prompt(1), prompt(2), prompt(1, 2, 3, 4, rest=5))] == [3, 2, 1, 0, 3]
+    keys = torch.cat([k for k, _ in cache.find("", prompt(1, 2, 3))], 2)
+    assert keys.flatten().tolist() == list(range(3 * BLOCK_SIZE))
 
 
 def test_the_last_token_is_always_left_to_be_read():
-    prefixes = Prefixes(1 << 20)
-    prefixes.add("", prompt(1, 2, rest=0), copy)
-    assert prefixes.nbytes == 2 * SIZE
-    assert known(prefixes, prompt(1, 2, rest=0)) == 1
+    cache = PrefixCache(1 << 20)
+    cache.add("", prompt(1, 2, rest=0), copy)
+    assert cache.nbytes == 2 * SIZE
+    assert known(cache, prompt(1, 2, rest=0)) == 1
 
 
 def test_what_adapters_read_is_kept_apart():
-    prefixes = Prefixes(1 << 20)
-    prefixes.add("a", prompt(1, 2), copy)
-    assert (known(prefixes, prompt(1, 2), "a"), known(prefixes, prompt(1, 2), "b"), known(prefixes, prompt(1, 2))) == (2, 0, 0)
+    cache = PrefixCache(1 << 20)
+    cache.add("a", prompt(1, 2), copy)
+    assert (known(cache, prompt(1, 2), "a"), known(cache, prompt(1, 2), "b"), known(cache, prompt(1, 2))) == (2, 0, 0)
 
 
 def test_blocks_that_are_known_are_not_copied_again():
-    prefixes, copied = Prefixes(1 << 20), []
+    cache, copied = PrefixCache(1 << 20), []
     for ids in (prompt(1, 2), prompt(1, 2), prompt(1, 3)):
-        prefixes.add("", ids, lambda start, stop: copied.append(start) or copy(start, stop))
-    assert copied == [0, BLOCK, BLOCK]
-    assert prefixes.nbytes == 3 * SIZE
+        cache.add("", ids, lambda start, stop: copied.append(start) or copy(start, stop))
+    assert copied == [0, BLOCK_SIZE, BLOCK_SIZE]
+    assert cache.nbytes == 3 * SIZE
 
 
 def test_the_end_that_was_used_longest_ago_goes_first_and_a_beginning_never_before_what_hangs_on_it():
-    prefixes = Prefixes(4 * SIZE)
-    prefixes.add("", prompt(1, 2), copy)
-    prefixes.add("", prompt(1, 3), copy)
-    prefixes.find("", prompt(1, 2))
-    prefixes.add("", prompt(5, 6), copy)  # one too many: (1, 3) loses its end
-    assert [known(prefixes, p) for p in (prompt(1, 2), prompt(1, 3), prompt(5, 6))] == [2, 1, 2]
-    assert prefixes.nbytes == 4 * SIZE
+    cache = PrefixCache(4 * SIZE)
+    cache.add("", prompt(1, 2), copy)
+    cache.add("", prompt(1, 3), copy)
+    cache.find("", prompt(1, 2))
+    cache.add("", prompt(5, 6), copy)  # one too many: (1, 3) loses its end
+    assert [known(cache, p) for p in (prompt(1, 2), prompt(1, 3), prompt(5, 6))] == [2, 1, 2]
+    assert cache.nbytes == 4 * SIZE
     for i in range(50):
-        prefixes.add("", prompt(1, 100 + i, 200 + i), copy)
-        assert prefixes.nbytes <= 4 * SIZE and len(prefixes._used) == prefixes.nbytes // SIZE
+        cache.add("", prompt(1, 100 + i, 200 + i), copy)
+        assert cache.nbytes <= 4 * SIZE and len(cache._lru) == cache.nbytes // SIZE
 
 
 def test_a_prompt_larger_than_the_whole_room_leaves_its_beginning():
-    prefixes = Prefixes(2 * SIZE)
-    prefixes.add("", prompt(1, 2, 3, 4), copy)
-    assert known(prefixes, prompt(1, 2, 3, 4)) == 2
+    cache = PrefixCache(2 * SIZE)
+    cache.add("", prompt(1, 2, 3, 4), copy)
+    assert known(cache, prompt(1, 2, 3, 4)) == 2
 
 
 def test_no_room_at_all_turns_it_off():
-    prefixes = Prefixes(0)
-    prefixes.add("", prompt(1, 2), lambda *_: 1 / 0)
-    assert known(prefixes, prompt(1, 2)) == 0 and not prefixes._roots
+    cache = PrefixCache(0)
+    cache.add("", prompt(1, 2), lambda *_: 1 / 0)
+    assert known(cache, prompt(1, 2)) == 0 and not cache._roots

@@ -7,17 +7,17 @@ import torch
 
 from pi_ray.protocols import GenerationRequest
 from pi_ray.serve.engine import sampling
-from pi_ray.serve.engine.sampling import Sampler, pick
+from pi_ray.serve.engine.sampling import Sampler, sample_tokens
 
 LOGITS = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()
 
 
 def sampler(**settings):
-    return Sampler.of(GenerationRequest([1], 1, **settings))
+    return Sampler.from_request(GenerationRequest([1], 1, **settings))
 
 
 def ids(logits, rows):
-    return [token.id for token in pick(logits, rows)]
+    return [token.id for token in sample_tokens(logits, rows)]
 
 
 def test_temperature_zero_takes_the_likeliest():
@@ -27,7 +27,7 @@ def test_temperature_zero_takes_the_likeliest():
 @pytest.mark.parametrize("likely", [2, 1024])
 def test_top_p_keeps_the_smallest_set_that_holds_it(monkeypatch, likely):
     """Also where the nucleus is larger than what is sorted first."""
-    monkeypatch.setattr(sampling, "LIKELY", likely)
+    monkeypatch.setattr(sampling, "PARTIAL_SORT", likely)
     found = {top_p: set(ids(LOGITS.expand(200, -1), [sampler(temperature=1.0, top_p=top_p, seed=s) for s in range(200)])) for top_p in (1e-9, 0.1, 0.6, 0.9, 1.0)}
     assert found == {1e-9: {0}, 0.1: {0}, 0.6: {0, 1}, 0.9: {0, 1, 2}, 1.0: {0, 1, 2, 3}}
 
@@ -69,7 +69,7 @@ def test_the_highest_random_number_does_not_reach_a_token_of_no_probability():
 
 def test_logprobs_are_the_models_own_whatever_the_temperature():
     logits = torch.randn(3, 20, generator=torch.Generator().manual_seed(1))
-    plain, none, hot = pick(logits, [sampler(logprobs=3), sampler(), sampler(logprobs=0, temperature=5.0, seed=1)])
+    plain, none, hot = sample_tokens(logits, [sampler(logprobs=3), sampler(), sampler(logprobs=0, temperature=5.0, seed=1)])
     expected = torch.log_softmax(logits, -1)
     assert plain.logprob == pytest.approx(expected[0].max().item()) and [i for i, _ in plain.top] == expected[0].topk(3).indices.tolist()
     assert [p for _, p in plain.top] == pytest.approx(expected[0].topk(3).values.tolist())
@@ -80,5 +80,5 @@ def test_logprobs_are_the_models_own_whatever_the_temperature():
 def test_a_row_whose_logits_are_no_numbers_gets_no_token_and_the_others_do():
     logits = torch.stack([LOGITS, LOGITS * torch.nan, LOGITS.flip(0)])
     rows = [sampler(logprobs=1), sampler(logprobs=1, temperature=1.0), sampler()]
-    found = pick(logits, rows)
+    found = sample_tokens(logits, rows)
     assert found[1] is None and [found[0].id, found[2].id] == [0, 3]

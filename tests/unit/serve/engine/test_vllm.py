@@ -32,7 +32,7 @@ def config(store, tiny_model, model=None, **limits):
 
 
 def test_the_options_come_from_the_store_and_the_serve_block(store, tiny_model):
-    found = vllm.options(config(store, tiny_model, max_loras=8, max_ongoing_requests=32, min_replicas=0, max_replicas=3))
+    found = vllm.llm_config_arguments(config(store, tiny_model, max_loras=8, max_ongoing_requests=32, min_replicas=0, max_replicas=3))
     assert found["engine_kwargs"] == {
         "dtype": "bfloat16", "trust_remote_code": False, "max_num_seqs": 32, "enable_prefix_caching": True,
         "enable_lora": True, "max_loras": 3, "max_cpu_loras": 8, "max_lora_rank": 32,
@@ -48,7 +48,7 @@ def test_the_options_are_those_that_the_installed_ray_knows(store, tiny_model):
     from ray import serve
     from ray.llm._internal.serve.core.configs.llm_config import LLMConfig, LoraConfig, ModelLoadingConfig
 
-    found = vllm.options(config(store, tiny_model))
+    found = vllm.llm_config_arguments(config(store, tiny_model))
     made = LLMConfig(**found)
     assert made.multiplex_config().max_num_models_per_replica == 16
     assert set(found["lora_config"]) <= set(LoraConfig.model_fields) and set(found["model_loading_config"]) <= set(ModelLoadingConfig.model_fields)
@@ -58,23 +58,23 @@ def test_the_options_are_those_that_the_installed_ray_knows(store, tiny_model):
 def test_the_rank_is_the_next_that_vllm_has_and_a_refused_adapter_counts_for_nothing(tiny_model, tmp_path):
     folder = put_in_store(tmp_path, "colours", tiny_model)
     run = RunConfig(name="t", store=str(tmp_path), model=ModelConfig(base=str(tiny_model)), train={"lora": {"rank": 33}})
-    assert vllm.options(run)["engine_kwargs"]["max_lora_rank"] == 64
+    assert vllm.llm_config_arguments(run)["engine_kwargs"]["max_lora_rank"] == 64
     adapter = json.loads((folder / "adapter_config.json").read_text())
     rewrite(folder, "adapter_config.json", {**adapter, "r": 4000})  # its matrices say otherwise
-    assert vllm.options(run)["engine_kwargs"]["max_lora_rank"] == 64
+    assert vllm.llm_config_arguments(run)["engine_kwargs"]["max_lora_rank"] == 64
     with pytest.raises(ConfigError, match="rank 600"):
-        vllm.options(run.replace(**{"train.lora.rank": 600}))
+        vllm.llm_config_arguments(run.replace(**{"train.lora.rank": 600}))
 
 
 def test_gpus_are_asked_for_by_vllms_workers_alone(store, tiny_model):
     run = config(store, tiny_model).replace(**{"cluster.serve_resources": {"CPU": 4, "GPU": 1, "server": 1}})
-    assert vllm.options(run)["deployment_config"]["ray_actor_options"] == {"num_cpus": 4, "resources": {"server": 1}}
+    assert vllm.llm_config_arguments(run)["deployment_config"]["ray_actor_options"] == {"num_cpus": 4, "resources": {"server": 1}}
 
 
 def test_what_vllm_cannot_do_is_said(store, tiny_model):
     with pytest.raises(ConfigError, match=r"serve\.merge"):
-        vllm.options(config(store, tiny_model, merge="colours"))
-    assert vllm.options(config(store, tiny_model, {"quantize": "4bit", "revision": "abc"}, prefix_cache_mb=0))["engine_kwargs"].items() >= {
+        vllm.llm_config_arguments(config(store, tiny_model, merge="colours"))
+    assert vllm.llm_config_arguments(config(store, tiny_model, {"quantize": "4bit", "revision": "abc"}, prefix_cache_mb=0))["engine_kwargs"].items() >= {
         "quantization": "bitsandbytes", "revision": "abc", "enable_prefix_caching": False,
     }.items()  # fmt: skip
 
@@ -86,20 +86,20 @@ def test_without_vllm_the_error_says_what_to_install(store, tiny_model):
 
 
 def test_only_verified_folders_reach_vllm(store, tiny_model):
-    loader = partial(vllm.Verified, str(store), ModelConfig(base=str(tiny_model)))(download_timeout_s=1, max_tries=1)
+    loader = partial(vllm.VerifiedDownloader, str(store), ModelConfig(base=str(tiny_model)))(download_timeout_s=1, max_tries=1)
     first, second = (asyncio.run(loader.load_model_from_config(f"{name}@v0001", None)) for name in ("colours", "shapes"))
-    assert first.local_path == str(store / "colours" / "v0001") and vllm.spec_of(first.local_path) == "colours@v0001"
+    assert first.local_path == str(store / "colours" / "v0001") and vllm.adapter_spec(first.local_path) == "colours@v0001"
     assert first.lora_assigned_int_id != second.lora_assigned_int_id
     for name in ("unknown@v0001", "../colours", "s3://bucket/adapter", "colours@v0002"):
         with pytest.raises(AdapterError):
             asyncio.run(loader.load_model_from_config(name, None))
-    other = vllm.Verified(str(store), ModelConfig(base="another"))
+    other = vllm.VerifiedDownloader(str(store), ModelConfig(base="another"))
     with pytest.raises(AdapterError, match="another base model"):
         asyncio.run(other.load_model_from_config("colours@v0001", None))
 
 
 def test_prompt_ids_go_in_as_they_are():
-    asked = vllm.fields(GenerationRequest([1, 2, 3], 9, "", 0.5, 0.9, 7, ("END",), 2))
+    asked = vllm.completion_fields(GenerationRequest([1, 2, 3], 9, "", 0.5, 0.9, 7, ("END",), 2))
     assert asked == {
         "prompt": [1, 2, 3], "stream": True, "max_tokens": 9, "temperature": 0.5, "top_p": 0.9, "seed": 7, "stop": ["END"], "logprobs": 2,
         "add_special_tokens": False, "return_token_ids": True, "return_tokens_as_token_ids": True,
@@ -136,7 +136,7 @@ class Handle:
 
 
 def generate(handle, request, monkeypatch, stop_after=None):
-    monkeypatch.setattr(vllm, "_body", lambda request, model: model)
+    monkeypatch.setattr(vllm, "_completion_request", lambda request, model: model)
     engine = vllm.VllmEngine.__new__(vllm.VllmEngine)
     engine._handle = handle
     found = []

@@ -15,13 +15,13 @@ from pi_ray.config import ModelConfig, PromptConfig, RunConfig, ServeConfig
 from pi_ray.models import base_name, load_tokenizer
 from pi_ray.prompt import PromptEncoder
 from pi_ray.protocols import Token
-from pi_ray.serve.engine.completion import Ask, Completer, RefusedError, served
-from pi_ray.serve.engine.detokenizer import TextStream, spelled
-from pi_ray.serve.http.api import OPEN_PATHS, create_api
-from pi_ray.serve.http.keys import key_digest, line
+from pi_ray.serve.engine.completion import Completer, CompletionRequest, RefusedError, served_models
+from pi_ray.serve.engine.detokenizer import IncrementalDetokenizer, token_text
+from pi_ray.serve.http.api import PUBLIC_PATHS, create_api
+from pi_ray.serve.http.keys import key_digest, keys_file_line
 from pi_ray.serve.http.schemas import MAX_CHOICES
 from pi_ray.store.adapters import StoreUnavailableError
-from pi_ray.store.prompt_guard import record
+from pi_ray.store.prompt_guard import prompt_record
 from tests.lora import put_in_store, rewrite
 
 KEY = "a-secret-key"
@@ -66,7 +66,7 @@ class LocalBackend:
     async def models(self):
         if self.no_models:
             raise self.no_models
-        return served(self.completer.config, self.completer.store)
+        return served_models(self.completer.config, self.completer.store)
 
     async def complete(self, ask):
         if self.error:
@@ -87,7 +87,7 @@ def store(tiny_model, tmp_path_factory):
     put_in_store(store, "colours", tiny_model)
     put_in_store(store, "short", tiny_model, template="Answer with one code.", rate=0.3)
     guarded = put_in_store(store, "guarded", tiny_model)
-    rewrite(guarded, "prompt.json", record(TEMPLATE, [{"rate": 0.5, "text": COMPRESSED}], ["red\nk4"]))
+    rewrite(guarded, "prompt.json", prompt_record(TEMPLATE, [{"rate": 0.5, "text": COMPRESSED}], ["red\nk4"]))
     return store
 
 
@@ -202,7 +202,7 @@ def test_a_refused_adapter_is_422_with_the_reason(backend, store, tiny_model):
 
 
 def test_a_store_out_of_reach_is_503_with_the_time_to_come_back(backend, monkeypatch):
-    def gone(name, ticket):
+    def gone(name, sticky_key):
         raise StoreUnavailableError("the adapter store does not answer; come back later")
 
     monkeypatch.setattr(backend.completer.store, "open", gone)
@@ -356,23 +356,23 @@ def paths(backend):
 @pytest.mark.fault
 def test_every_route_but_health_needs_the_key(backend, caplog, tmp_path):
     caplog.set_level(logging.DEBUG)
-    (tmp_path / "keys.yaml").write_text(line("another-key", "team", []))
+    (tmp_path / "keys.yaml").write_text(keys_file_line("another-key", "team", []))
     wrong = ({}, {"Authorization": "Bearer wrong"}, {"Authorization": KEY}, {"Authorization": f"Basic {KEY}"}, {"Authorization": f"Bearer {KEY}x"}, {"Authorization": "Bearer "})
     for method, path in paths(backend):
         for given in wrong:
             response = call(backend, path, headers=given, method=method, key=KEY, keys_file=str(tmp_path / "keys.yaml"))
-            assert response.status_code == (200 if path in OPEN_PATHS else 401), (method, path, given)
+            assert response.status_code == (200 if path in PUBLIC_PATHS else 401), (method, path, given)
         for right in (KEY, "another-key"):
             response = call(backend, path, headers={"Authorization": f"Bearer {right}"}, method=method, key=KEY, keys_file=str(tmp_path / "keys.yaml"))
             assert response.status_code != 401
-    assert {"/healthz", "/"} == OPEN_PATHS  # the page at / holds no data; what it asks for needs the key
+    assert {"/healthz", "/"} == PUBLIC_PATHS  # the page at / holds no data; what it asks for needs the key
     assert error_of(call(backend, body=chat(), key=KEY))["code"] == "invalid_api_key"
     assert KEY not in caplog.text and "another-key" not in caplog.text
 
 
 @pytest.mark.parametrize("model", ["short", "short@v0001", "unknown", "../x", "{base}:short", "{base}", "colours2", "x" * 300])
 def test_a_key_for_some_adapters_is_refused_all_others_and_not_told_which_there_are(backend, tmp_path, tiny_model, model):
-    (tmp_path / "keys.yaml").write_text(line(KEY, "team", ["colours"]))
+    (tmp_path / "keys.yaml").write_text(keys_file_line(KEY, "team", ["colours"]))
     model = model.format(base=tiny_model.name)
     options = {"keys_file": str(tmp_path / "keys.yaml"), "headers": {"Authorization": f"Bearer {KEY}"}}
     for path, body in (("/v1/chat/completions", chat(model=model)), ("/v1/completions", {"model": model, "prompt": "x"})):
@@ -384,7 +384,7 @@ def test_a_key_for_some_adapters_is_refused_all_others_and_not_told_which_there_
 
 
 def test_a_key_for_some_adapters_may_use_these_under_each_of_their_names(backend, tmp_path, tiny_model):
-    (tmp_path / "keys.yaml").write_text(line(KEY, "team", ["colours"]))
+    (tmp_path / "keys.yaml").write_text(keys_file_line(KEY, "team", ["colours"]))
     options = {"keys_file": str(tmp_path / "keys.yaml"), "headers": {"Authorization": f"Bearer {KEY}"}}
     for model in ("colours", "colours@v0001", "colours@latest", f"{tiny_model.name}:colours"):
         assert call(backend, body=chat(model=model), **options).status_code == 200
@@ -393,7 +393,7 @@ def test_a_key_for_some_adapters_may_use_these_under_each_of_their_names(backend
 
 
 def test_a_keys_list_is_compared_without_asking_the_store(backend, tmp_path):
-    (tmp_path / "keys.yaml").write_text(line(KEY, "team", ["colours"]))
+    (tmp_path / "keys.yaml").write_text(keys_file_line(KEY, "team", ["colours"]))
     options = {"keys_file": str(tmp_path / "keys.yaml"), "headers": {"Authorization": f"Bearer {KEY}"}}
     backend.no_models = StoreUnavailableError("down")
     assert call(backend, body=chat(model=f"{backend.base}:colours@v0001"), **options).status_code == 200
@@ -612,9 +612,9 @@ def test_the_openai_client_reads_choices_and_logprobs(backend):
 
 def test_tokens_are_spelled_with_their_bytes(tokenizer):
     for text in ("k4", " red", "é", "🎨", "\n", "漢字"):
-        pieces = [spelled(tokenizer, i) for i in tokenizer(text).input_ids]
+        pieces = [token_text(tokenizer, i) for i in tokenizer(text).input_ids]
         assert bytes(b for _, data in pieces for b in data).decode() == text
-    assert all(name.startswith("bytes:\\x") or name.isprintable() for name, _ in (spelled(tokenizer, i) for i in tokenizer("🎨").input_ids))
+    assert all(name.startswith("bytes:\\x") or name.isprintable() for name, _ in (token_text(tokenizer, i) for i in tokenizer("🎨").input_ids))
 
 
 class SentencePiece:
@@ -628,9 +628,9 @@ class SentencePiece:
 
 
 def test_tokens_of_a_sentencepiece_vocabulary_keep_their_space_and_bytes():
-    assert spelled(SentencePiece(), 0) == (" red", list(b" red"))
-    assert spelled(SentencePiece(), 1) == ("bytes:\\xf0", [0xF0])
-    assert spelled(SentencePiece(), 2) == ("\ufffd", None)
+    assert token_text(SentencePiece(), 0) == (" red", list(b" red"))
+    assert token_text(SentencePiece(), 1) == ("bytes:\\xf0", [0xF0])
+    assert token_text(SentencePiece(), 2) == ("\ufffd", None)
 
 
 def drifting(system="", query="what is red?", **rest):
@@ -736,16 +736,16 @@ def test_a_start_says_what_was_asked_for_and_what_answers(backend, tiny_model):
             return await anext(events)
 
     for query, answers in (("red?", "guarded@v0001"), (TEMPLATE.replace("k7,", "k77,") + " red?", tiny_model.name)):
-        found = asyncio.run(start(Ask("guarded", query)))
+        found = asyncio.run(start(CompletionRequest("guarded", query)))
         assert (found["adapter"], found["fingerprint"]) == ("guarded@v0001", answers)
-    assert asyncio.run(start(Ask(tiny_model.name, "x")))["adapter"] == ""
+    assert asyncio.run(start(CompletionRequest(tiny_model.name, "x")))["adapter"] == ""
 
 
 @pytest.fixture
 def merged(backend, store, tiny_model):
     """The backend with `hot` in the base weights, and a newer version of that in the store."""
     folder = put_in_store(store, "hot", tiny_model, 1)
-    rewrite(folder, "prompt.json", record(TEMPLATE, [], []))
+    rewrite(folder, "prompt.json", prompt_record(TEMPLATE, [], []))
     backend.completer.config = backend.completer.config.replace(**{"serve.merge": "hot@v0001"})
     backend.completer.merge("hot@v0001")
     put_in_store(store, "hot", tiny_model, 2, version="v0002")
@@ -795,7 +795,7 @@ def test_a_version_on_trial_answers_its_share_and_a_user_always_meets_the_same_o
 
 @pytest.mark.parametrize("text", [ANSWER, "  padded \n\n", "", "🎨🎨", "a\n\n b", " ", "naïve – 漢字 test", "x" * 300])
 def test_streamed_pieces_join_to_what_evaluation_decodes(tokenizer, text):
-    stream, ids = TextStream(tokenizer), [*tokenizer(text).input_ids, tokenizer.eos_token_id]
+    stream, ids = IncrementalDetokenizer(tokenizer), [*tokenizer(text).input_ids, tokenizer.eos_token_id]
     pieces = [stream.push(i) for i in ids]
     assert "".join(pieces) + stream.finish() == PromptEncoder(tokenizer, PromptConfig(chat="chatml")).decode(ids)
     assert not any("\ufffd" in piece for piece in pieces)
@@ -804,6 +804,6 @@ def test_streamed_pieces_join_to_what_evaluation_decodes(tokenizer, text):
 @pytest.mark.parametrize("stop", ["END", "\n", "k4", "zzz", " – "])
 def test_text_is_cut_at_the_stop_string_however_the_tokens_fall(tokenizer, stop):
     text = "code k4 – \nE EN END tail"
-    stream = TextStream(tokenizer, (stop,))
+    stream = IncrementalDetokenizer(tokenizer, (stop,))
     joined = "".join(stream.push(i) for i in tokenizer(text).input_ids) + stream.finish()
     assert joined == re.split(re.escape(stop), text)[0].strip()

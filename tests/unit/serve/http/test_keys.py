@@ -12,7 +12,7 @@ from pi_ray import cli
 from pi_ray.config import RunConfig, ServeConfig, run_file
 from pi_ray.errors import ConfigError
 from pi_ray.serve.http import keys as module
-from pi_ray.serve.http.keys import Keys, key_digest, line, new_key
+from pi_ray.serve.http.keys import ApiKeys, key_digest, keys_file_line, new_key
 
 ALL, SOME = "pr-for-everything", "pr-for-colours"
 
@@ -25,7 +25,7 @@ def write(tmp_path, content):
 
 @pytest.fixture
 def file(tmp_path):
-    return write(tmp_path, line(ALL, "ops", []) + "\n" + line(SOME, "team-a", ["colours"]) + "\n")
+    return write(tmp_path, keys_file_line(ALL, "ops", []) + "\n" + keys_file_line(SOME, "team-a", ["colours"]) + "\n")
 
 
 def find(keys, key, scheme="Bearer"):
@@ -33,7 +33,7 @@ def find(keys, key, scheme="Bearer"):
 
 
 def test_a_key_is_known_with_its_owner_and_its_models(file):
-    keys = Keys(key_digest("from-the-environment"), file)
+    keys = ApiKeys(key_digest("from-the-environment"), file)
     assert (find(keys, ALL).name, find(keys, SOME).name) == ("ops", "team-a")
     assert find(keys, ALL).allows("anything") and find(keys, "from-the-environment").allows("anything")
     assert find(keys, SOME).allows("colours") and not find(keys, SOME).allows("shapes")
@@ -43,7 +43,7 @@ def test_a_key_is_known_with_its_owner_and_its_models(file):
 
 
 def test_json_is_read_as_well_as_yaml_and_all_means_all(tmp_path):
-    keys = Keys("", write(tmp_path, {key_digest(ALL): {"name": "ops", "adapters": "all"}, key_digest(SOME): {"name": "none", "adapters": []}}))
+    keys = ApiKeys("", write(tmp_path, {key_digest(ALL): {"name": "ops", "adapters": "all"}, key_digest(SOME): {"name": "none", "adapters": []}}))
     assert find(keys, ALL).allows("x")
     assert not find(keys, SOME).allows("x")
 
@@ -52,7 +52,7 @@ def test_every_key_is_compared_whichever_is_given(file, monkeypatch):
     """The time says neither which key it was nor how much of it was right."""
     compared = []
     monkeypatch.setattr(module.hmac, "compare_digest", lambda a, b, real=hmac.compare_digest: compared.append((a, b)) or real(a, b))
-    keys = Keys(key_digest("one"), file)
+    keys = ApiKeys(key_digest("one"), file)
     for given in (ALL, SOME, "one", "wrong"):
         compared.clear()
         find(keys, given)
@@ -61,14 +61,14 @@ def test_every_key_is_compared_whichever_is_given(file, monkeypatch):
 
 
 def test_without_any_key_none_is_needed_but_an_empty_file_lets_nobody_in(tmp_path):
-    assert not Keys()
-    empty = Keys("", write(tmp_path, "{}"))
+    assert not ApiKeys()
+    empty = ApiKeys("", write(tmp_path, "{}"))
     assert empty and find(empty, ALL) is None
 
 
 def test_a_key_can_be_added_and_taken_back_while_serving(file, tmp_path, caplog):
-    keys = Keys("", file)
-    write(tmp_path, line("new-key", "team-b", []))
+    keys = ApiKeys("", file)
+    write(tmp_path, keys_file_line("new-key", "team-b", []))
     assert find(keys, ALL) is None and find(keys, "new-key").name == "team-b"
     write(tmp_path, "not: [valid")
     assert find(keys, "new-key").name == "team-b"
@@ -89,7 +89,7 @@ def test_a_keys_file_lets_the_server_off_loopback_and_its_mistakes_are_said_at_t
     for wrong in ("", str(tmp_path / "none.yaml")):
         with pytest.raises(ConfigError, match="keys_file"):
             bearer_key(config(wrong))
-    assert run_file.parse("name: t\nserve: {keys_file: keys.yaml}", "t.yaml").serve.keys_file == str(Path.cwd() / "keys.yaml")
+    assert run_file.parse_run_file("name: t\nserve: {keys_file: keys.yaml}", "t.yaml").serve.keys_file == str(Path.cwd() / "keys.yaml")
 
 
 @pytest.mark.parametrize(("content", "message"), [
@@ -105,20 +105,20 @@ def test_a_keys_file_lets_the_server_off_loopback_and_its_mistakes_are_said_at_t
 ])  # fmt: skip
 def test_a_wrong_file_is_named_and_a_key_in_it_is_not_repeated(tmp_path, content, message):
     with pytest.raises(ConfigError) as error:
-        Keys("", write(tmp_path, content))
+        ApiKeys("", write(tmp_path, content))
     assert message in str(error.value) and "keys.yaml" in str(error.value)
     assert SOME not in str(error.value)
 
 
 def test_a_missing_file_says_how_to_begin(tmp_path):
     with pytest.raises(ConfigError, match="pi-ray key"):
-        Keys("", str(tmp_path / "none.yaml"))
+        ApiKeys("", str(tmp_path / "none.yaml"))
 
 
 def test_the_verb_prints_a_new_key_once_and_a_line_that_works(tmp_path, capsys):
     assert cli.main(["key", "team a: 'x'", "--adapters", "colours", "shapes"]) == 0
     _, key, _, made = capsys.readouterr().out.strip().split("\n")
     assert key.strip() not in made
-    found = find(Keys("", write(tmp_path, made.strip())), key.strip())
+    found = find(ApiKeys("", write(tmp_path, made.strip())), key.strip())
     assert (found.name, found.models) == ("team a: 'x'", {"colours", "shapes"})
     assert len({new_key() for _ in range(100)}) == 100

@@ -13,7 +13,8 @@ import uvicorn
 from pi_ray.config import ServeConfig
 from pi_ray.serve.engine.completion import RefusedError
 from pi_ray.serve.http import page
-from pi_ray.serve.http.api import create_api, key_digest
+from pi_ray.serve.http.api import create_api
+from pi_ray.serve.http.keys import key_digest
 from tests.browser import Browser
 
 KEY = "a-secret-key"
@@ -81,9 +82,9 @@ def ask(browser, query, adapter="colours"):
 
 
 def test_the_page_is_one_file_that_loads_nothing_and_talks_to_its_server_alone():
-    assert not re.search(r"""(src|href)\s*=\s*["'](?!data:)|url\(|@import|https?://""", page.text())
-    assert page.text().count("<script>") == 1 and not re.search(r"\son\w+=", page.text())
-    policy = page.headers()["Content-Security-Policy"]
+    assert not re.search(r"""(src|href)\s*=\s*["'](?!data:)|url\(|@import|https?://""", page.page_html())
+    assert page.page_html().count("<script>") == 1 and not re.search(r"\son\w+=", page.page_html())
+    policy = page.page_headers()["Content-Security-Policy"]
     assert "default-src 'none'" in policy and "connect-src 'self'" in policy and "script-src 'sha256-" in policy and "unsafe-eval" not in policy
 
 

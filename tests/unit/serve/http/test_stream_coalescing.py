@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from pi_ray.serve.http.stream_coalescing import LONGEST_S, PIECES, Pace
+from pi_ray.serve.http.stream_coalescing import EVENTS_PER_S, MAX_DELAY_S, StreamCoalescer
 
 
 class Clock:
@@ -14,7 +14,7 @@ class Clock:
         return self.now
 
 
-def played(pace, step, texts, **more):
+def played(coalescer, step, texts, **more):
     """What comes of an answer whose pieces come `step` seconds apart, with the time of each."""
 
     async def events():
@@ -22,29 +22,29 @@ def played(pace, step, texts, **more):
         for text in texts:
             await asyncio.sleep(0)  # a step of the decoding thread
             await asyncio.sleep(0)
-            pace.clock.now += step
+            coalescer.clock.now += step
             yield {"text": text, **{key: [value] for key, value in more.items()}}
         await asyncio.sleep(0)
         await asyncio.sleep(0)
         yield {"finish": "stop"}
 
     async def run():
-        return [(round(pace.clock.now, 3), event) async for event in pace.keep(events())]
+        return [(round(coalescer.clock.now, 3), event) async for event in coalescer.coalesce(events())]
 
     return asyncio.run(run())
 
 
 def test_a_single_answers_pieces_leave_as_they_come():
-    found = played(Pace(Clock()), 2 / PIECES, "abc")
+    found = played(StreamCoalescer(Clock()), 2 / EVENTS_PER_S, "abc")
     assert [event for _, event in found] == [{"fingerprint": "a"}, {"text": "a"}, {"text": "b"}, {"text": "c"}, {"finish": "stop"}]
 
 
 def test_of_many_answers_the_first_piece_goes_at_once_and_later_ones_together():
-    pace = Pace(Clock())
-    pace.open = 15
-    found = played(pace, 0.05, "abcdefgh")
+    coalescer = StreamCoalescer(Clock())
+    coalescer.streams = 15
+    found = played(coalescer, 0.05, "abcdefgh")
     assert [event.get("text", "") for _, event in found] == ["", "a", "bcde", "fgh"] and found[-1][1]["finish"] == "stop"
-    assert [at for at, _ in found][:3] == [0, 0.05, 0.25] and pace.open == 15
+    assert [at for at, _ in found][:3] == [0, 0.05, 0.25] and coalescer.streams == 15
 
 
 def test_what_comes_at_once_leaves_together():
@@ -53,7 +53,7 @@ def test_what_comes_at_once_leaves_together():
             yield event
 
     async def run():
-        return [event async for event in Pace().keep(events())]
+        return [event async for event in StreamCoalescer().coalesce(events())]
 
     assert asyncio.run(run()) == [{"text": "ab", "finish": "length"}]
 
@@ -69,30 +69,30 @@ def test_a_caller_that_leaves_closes_the_answer():
             closed.append(True)
 
     async def run():
-        kept = pace.keep(events())
+        kept = coalescer.coalesce(events())
         assert await anext(kept) == {"text": "a"}
         await kept.aclose()
 
-    pace = Pace()
+    coalescer = StreamCoalescer()
     asyncio.run(run())
-    assert closed == [True] and pace.open == 0
+    assert closed == [True] and coalescer.streams == 0
 
 
 def test_a_piece_waits_no_longer_than_the_next_one_after_the_limit():
-    pace = Pace(Clock())
-    pace.open = 10_000
-    assert [event.get("text", "") for _, event in played(pace, LONGEST_S, "abc")] == ["", "a", "b", "c", ""]
+    coalescer = StreamCoalescer(Clock())
+    coalescer.streams = 10_000
+    assert [event.get("text", "") for _, event in played(coalescer, MAX_DELAY_S, "abc")] == ["", "a", "b", "c", ""]
 
 
 def test_log_probabilities_stay_with_their_text():
-    pace = Pace(Clock())
-    pace.open = 99
-    assert [event for _, event in played(pace, 0.01, "abc", logprobs=1)][1:] == [{"text": "a", "logprobs": [1]}, {"text": "bc", "logprobs": [1, 1], "finish": "stop"}]
+    coalescer = StreamCoalescer(Clock())
+    coalescer.streams = 99
+    assert [event for _, event in played(coalescer, 0.01, "abc", logprobs=1)][1:] == [{"text": "a", "logprobs": [1]}, {"text": "bc", "logprobs": [1, 1], "finish": "stop"}]
 
 
 def test_an_error_ends_the_answer_which_counts_no_longer():
-    pace = Pace(Clock())
-    pace.open = 99
+    coalescer = StreamCoalescer(Clock())
+    coalescer.streams = 99
 
     async def events():
         yield {"text": "a"}
@@ -102,10 +102,10 @@ def test_an_error_ends_the_answer_which_counts_no_longer():
         raise ValueError
 
     async def run(found):
-        async for event in pace.keep(events()):
+        async for event in coalescer.coalesce(events()):
             found.append(event)
 
     found = []
     with pytest.raises(ValueError):
         asyncio.run(run(found))
-    assert found == [{"text": "a"}] and pace.open == 99
+    assert found == [{"text": "a"}] and coalescer.streams == 99
