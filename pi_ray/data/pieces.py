@@ -30,6 +30,8 @@ from pi_ray.run.row_store import count_rows, has_piece, read_range, write_piece
 
 ERROR, PATH = "error", "path"  # columns: of a PiRayError on its way to the driver, and of the file that a row goes to
 
+WRITERS = 2  # processes that write what actors make
+
 Outputs = Mapping[Any, str]  # output, such as a phase -> the path of its files up to their number
 
 
@@ -118,12 +120,13 @@ def run_pipeline(
         if actors:
             pool = ActorPoolStrategy(min_size=1, max_size=actors)
             tables = rows.map_batches(MapRange, fn_constructor_kwargs=constructor, compute=pool, **batches)
-            # actors may hold all that nodes have; every node sees the run directory, so a write can go anywhere
+            # actors may hold all that nodes have, so writes ask for nothing: any node sees the run directory or is synced
             options = {"num_cpus": 0, **{name: value for name, value in options.items() if name == "label_selector"}}
         else:
             tables = rows.map_batches(MapRange(**constructor).__call__, **batches)
         try:
-            tables.write_datasink(PieceSink(pieces.schema, attach), ray_remote_args=options)
+            limit = WRITERS if actors else None
+            tables.write_datasink(PieceSink(pieces.schema, attach), ray_remote_args=options, concurrency=limit)
         except Exception as error:
             raise _find_error(error) or error from None
     if sync:
