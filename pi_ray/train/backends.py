@@ -46,8 +46,7 @@ class DdpBackend:
         self.optimizer.zero_grad(set_to_none=True)
 
     def state(self) -> dict[str, torch.Tensor]:
-        moment = lambda p, key: self.optimizer.state[p].get(key, torch.zeros_like(p))  # noqa: E731
-        return _named_state(self.params, torch.Tensor.detach, moment)
+        return _unsharded_state(self.params, self.optimizer)
 
     def load_state(self, state: dict[str, torch.Tensor], updates: int) -> None:
         for name, p in self.params.items():
@@ -91,9 +90,7 @@ class DeepSpeedBackend:
 
         if self._sharded:
             return _named_state(self.params, safe_get_full_fp32_param, safe_get_full_optimizer_state)
-        inner = _torch_optimizer(self.engine.optimizer)
-        moment = lambda p, key: inner.state[p].get(key, torch.zeros_like(p))  # noqa: E731
-        return _named_state(self.params, torch.Tensor.detach, moment)
+        return _unsharded_state(self.params, _torch_optimizer(self.engine.optimizer))
 
     def load_state(self, state: dict[str, torch.Tensor], updates: int) -> None:
         from deepspeed.runtime.zero import GatheredParameters
@@ -139,6 +136,10 @@ def _torch_optimizer(optimizer: Any) -> torch.optim.Optimizer:
 def _set_lr(optimizer: Any, lr: float) -> None:
     for group in optimizer.param_groups:
         group["lr"] = lr
+
+
+def _unsharded_state(params: dict[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    return _named_state(params, torch.Tensor.detach, lambda p, key: optimizer.state[p].get(key, torch.zeros_like(p)))
 
 
 def _named_state(params: dict[str, Any], weight: Any, moment: Any) -> dict[str, torch.Tensor]:

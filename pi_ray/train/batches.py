@@ -11,6 +11,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 
 from pi_ray.errors import CorruptArtifactError
@@ -59,9 +61,6 @@ class PhaseDataset:
     """The memory-mapped rows of one phase: its prefix ids, and (prompt ids, label ids) by row number."""
 
     def __init__(self, folder: Path):
-        import pyarrow as pa
-        import pyarrow.compute as pc
-
         dataset_manifest(folder)
         manifest = verify_artifact(folder)
         self.prefix: list[int] = manifest["prefix_ids"]

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 
 from pi_ray.errors import CorruptArtifactError, TrainingError
 from pi_ray.run.artifact import read_manifest, remove_leftovers, staged, verify_artifact
@@ -32,8 +33,6 @@ def save_checkpoint(
 
     `best` is a second state beside it (early stop); `facts` go into the manifest. Raises StorageError on a full disk.
     """
-    from safetensors.torch import save_file
-
     path = folder / f"step-{done:08d}"
     with staged(path, fingerprint=fingerprint, done=done, **facts) as tmp:
         for name, tensors in ((STATE, state), (BEST, best)):
@@ -98,7 +97,5 @@ def _changed_keys(old: dict[str, Any], new: dict[str, Any]) -> str:
 
 def load_checkpoint(path: Path) -> tuple[State, State | None, dict[str, Any]]:
     """(state, best state if there is one, manifest) of a verified checkpoint."""
-    from safetensors.torch import load_file
-
     best = load_file(path / BEST) if (path / BEST).exists() else None
     return load_file(path / STATE), best, read_manifest(path) or {}

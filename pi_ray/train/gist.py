@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 from transformers import DynamicCache
 
 from pi_ray.models import last_logits_index
@@ -51,8 +52,6 @@ def add_gist_embeddings(model: Any, k: int) -> None:
 
 def save_gist(folder: Path, weights: dict[str, torch.Tensor]) -> None:
     """Write the gist embeddings among `weights` (full fp32 tensors by parameter name), if there are any."""
-    from safetensors.torch import save_file
-
     for name, value in weights.items():
         if name.endswith(".gist"):
             save_file({"gist": value.contiguous()}, folder / FILE)
@@ -60,8 +59,6 @@ def save_gist(folder: Path, weights: dict[str, torch.Tensor]) -> None:
 
 def load_gist(folder: Path) -> torch.Tensor | None:
     """The (k, D) gist embeddings of an adapter folder; None where it was trained without."""
-    from safetensors.torch import load_file
-
     return load_file(folder / FILE)["gist"] if (folder / FILE).exists() else None
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 
 from pi_ray.config import LoraConfig, RunConfig
 from pi_ray.errors import ConfigError, TrainingError
@@ -128,8 +129,6 @@ def load_init_adapter(folder: Path, model: Any, base: str) -> dict[str, torch.Te
 
     Raises CorruptArtifactError, or TrainingError when its base model, shape or scale is another.
     """
-    from safetensors.torch import load_file
-
     verify_artifact(folder)
     card = json.loads((folder / CARD).read_text())
     if card["base"] != base:

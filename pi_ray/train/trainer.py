@@ -34,6 +34,8 @@ from pi_ray.train.updates import Update, plan_updates
 
 DEV_ROWS = 8  # dev rows of one forward pass
 
+Report = Callable[[dict[str, Any]], None]
+
 
 def train_worker(settings: dict[str, Any]) -> None:
     """Train in this process, as one worker. torch.distributed is initialised, or there is one worker alone.
@@ -51,9 +53,7 @@ def train_worker(settings: dict[str, Any]) -> None:
 class Trainer:
     """The training of one run: base model, adapter, optimiser, data loader, log and checkpoints of one worker."""
 
-    def __init__(
-        self, config: RunConfig, fingerprint: str, device: str, report: Callable[[dict[str, Any]], None] | None
-    ):
+    def __init__(self, config: RunConfig, fingerprint: str, device: str, report: Report | None):
         self.config, self.fingerprint, self.device = config, fingerprint, device
         self.report = report or (lambda metrics: None)
         self.dir = RunDir(config.root)
