@@ -93,8 +93,7 @@ class DatasetTask:
         return self.load_from_hub(name, split=part, revision="refs/convert/parquet")
 
     def most_used(self, names: Callable[[str], Iterable[str]], known: Container[str], cure: str) -> list[str]:
-        """The `task.docs_count` commonest `known` names in the training answers, whatever the row limits; ties by
-        alphabet.
+        """The `task.docs_count` commonest `known` names in the training answers, whatever the row limits, ties sorted.
 
         `names` gives the names in one answer. Raises DataError with `cure` where no answer has a known name.
         """

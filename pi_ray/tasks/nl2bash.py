@@ -33,8 +33,8 @@ class Nl2BashTask(DatasetTask):
         pages = {path.stem: path for path in Path(self.config.docs).glob("*.md")}
         chosen = self.most_used(
             utilities, pages,
-            "holds no page of a utility in the training commands: it must be a folder of tldr pages (find.md, grep.md), "
-            "which GitHub has as tldr-pages/tldr (pages/common); without task.docs the task's own documents are used",
+            "holds no page of a utility in the training commands: it must be a folder of tldr pages (find.md, "
+            "grep.md), published on GitHub as tldr-pages/tldr (pages/common); without task.docs the task's own documents serve",
         )  # fmt: skip
         return tuple(_document(pages[utility], self.config.docs_examples) for utility in chosen)
 

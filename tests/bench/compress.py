@@ -2,12 +2,14 @@
 
     python -m tests.bench.compress --data FOLDER [--every 16] [--most 0] [--rows 32] [--llmlingua2 MODEL]
 
-FOLDER has the tldr pages (tldr/pages/*.md) and the Calc help pages (calc*.jsonl with a "text" in each line) somewhere below it; the bundled
-tasks' templates come with them. The compressors that score with the packaged model run on every n-th page; LLMLingua-2 where MODEL is given.
+FOLDER has the tldr pages (tldr/pages/*.md) and the Calc help pages (calc*.jsonl with a "text" in each line) somewhere
+below it; the bundled tasks' templates come with them. The compressors that score with the packaged model run on every
+n-th page; LLMLingua-2 where MODEL is given.
 
-`max_rate_error` is the largest distance of all results but those whose protected text alone is above the rate, which are counted apart.
-The peer of `over_loop` is the package's compressor called in a loop, on all cores, over the same pages at the same rate. It has our mending
-of keys and values, because without it the package does not run on current transformers. `actors2_over_1` compares actors of half the cores.
+`max_rate_error` is the largest distance of all results but those whose protected text alone is above the rate, which
+are counted apart. The peer of `over_loop` is the package's compressor called in a loop, on all cores, over the same
+pages at the same rate. It has our mending of keys and values, because without it the package does not run on current
+transformers. `actors2_over_1` compares actors of half the cores.
 """
 
 from __future__ import annotations
@@ -42,11 +44,19 @@ MEET_S = 180.0  # how long an actor waits for the others before it starts
 def texts(folder: Path) -> dict[str, list[Template]]:
     """The texts of each kind, a page as an instruction without documents. Exits when the folder lacks one."""
     pages = [page.read_text(encoding="utf-8") for page in sorted(folder.rglob("tldr/pages/*.md"))]
-    lines = [line for file in sorted(folder.rglob("calc*.jsonl")) for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    lines = [
+        line
+        for file in sorted(folder.rglob("calc*.jsonl"))
+        for line in file.read_text(encoding="utf-8").splitlines()
+        if line.strip()
+    ]
     if not pages or not lines:
         raise SystemExit(f"{folder}: no {'tldr/pages/*.md' if not pages else 'calc*.jsonl'} below it")
     templates = [Template.load(file) for file in sorted(Path(tasks.__file__).parent.glob("*.md"))]
-    return {"tldr": [Template(page) for page in pages], "calc": [Template(json.loads(line)["text"]) for line in lines], "templates": templates}
+    return {
+        "tldr": [Template(page) for page in pages], "calc": [Template(json.loads(line)["text"]) for line in lines],
+        "templates": templates,
+    }
 
 
 def is_protected(made: CompressedTemplate) -> bool:
@@ -74,8 +84,10 @@ def rates(config: CompressConfig, groups: dict[str, list[Template]], tokenizer: 
         sizes, held = [m.full_tokens for m in made], sum(map(is_protected, made))
         free = [abs(m.achieved - m.asked) for m in made if not is_protected(m)] or [0.0]
         print(
-            f"  {config.name:14} {group:10} {len(some):4} texts of {min(sizes)} to {max(sizes)} tokens: error mean {sum(free) / len(free):.3f}, "
-            f"max {max(free):.3f}, {held} of {len(made)} results above the rate by protected text; {time.perf_counter() - started:.0f} s", flush=True,
+            f"  {config.name:14} {group:10} {len(some):4} texts of {min(sizes)} to {max(sizes)} tokens: error mean "
+            f"{sum(free) / len(free):.3f}, max {max(free):.3f}, {held} of {len(made)} results above the rate by "
+            f"protected text; {time.perf_counter() - started:.0f} s",
+            flush=True,
         )
         every += made
     return every
@@ -102,7 +114,11 @@ class CompressRow:
 def in_actors(rows: Sequence[str], actors: int) -> float:
     threads = max(1, (os.cpu_count() or 1) // 2)
     with tempfile.TemporaryDirectory() as folder:
-        return rows_a_second(fan_out([{"text": text} for text in rows], CompressRow, actors, folder, threads, actors=actors, num_cpus=threads))
+        return rows_a_second(
+            fan_out(
+                [{"text": text} for text in rows], CompressRow, actors, folder, threads, actors=actors, num_cpus=threads
+            )
+        )
 
 
 def in_a_loop(rows: Sequence[str]) -> float:
@@ -126,13 +142,21 @@ def main() -> None:
     args = parser.parse_args()
     header("compressors: achieved rate, and rows a second in Ray Data actors")
     groups, tokenizer = texts(args.data), models.load_tokenizer(ModelConfig())
-    some = {name: (found if name == "templates" else found[:: args.every])[: args.most or None] for name, found in groups.items()}
-    configs = [CompressConfig(name=name) for name in OFFLINE] + ([CompressConfig(name="llmlingua2", model=args.llmlingua2)] if args.llmlingua2 else [])
+    some = {
+        name: (found if name == "templates" else found[:: args.every])[: args.most or None]
+        for name, found in groups.items()
+    }
+    configs = [CompressConfig(name=name) for name in OFFLINE] + (
+        [CompressConfig(name="llmlingua2", model=args.llmlingua2)] if args.llmlingua2 else []
+    )
     made = [result for config in configs for result in rates(config, some, tokenizer)]
     pages = [page.text for page in groups["tldr"][: args.rows]]
     loop = in_a_loop(pages)
     one, two = in_actors(pages, 1), in_actors(pages, 2)
-    print(f"  llmlingua on {len(pages)} tldr pages: loop {loop:.2f} rows/s, 1 actor {one:.2f}, 2 actors {two:.2f}", flush=True)
+    print(
+        f"  llmlingua on {len(pages)} tldr pages: loop {loop:.2f} rows/s, 1 actor {one:.2f}, 2 actors {two:.2f}",
+        flush=True,
+    )
     last_line(max_rate_error=worst(made), actors2_over_1=two / one, over_loop=two / loop)
 
 

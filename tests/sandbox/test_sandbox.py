@@ -1,4 +1,4 @@
-"""Hostile programs do not pass, do not outlive their limit, leave nothing behind and change nothing; honest ones pass, all 974 of MBPP's."""
+"""Hostile programs do not pass, do not outlive their limit, leave nothing and change nothing; honest ones pass."""
 
 import json
 import os
@@ -28,7 +28,8 @@ ROOT = Path(__file__).parents[2]
 LIMIT = Limits(seconds=2.0)
 MARK = f"pi-ray-was-here-{os.getpid()}"
 
-# Each defines f, which returns "done" only when the attack has had its effect; `secret` tests ask for a value that the code does not know.
+# Each defines f, which returns "done" only when the attack has had its effect; `secret` tests ask for a value that the
+# code does not know.
 ATTACKS = {
     "an infinite loop that ignores signals": """
         import signal
@@ -81,14 +82,35 @@ ATTACKS = {
                     out.write(bytes(8 << 20))
             return 'done'
         """,
-    "one large file": "def f():\n    with open('/tmp/large', 'wb') as out:\n        out.write(bytes(64 << 20))\n    return 'done'",
-    "TCP over loopback": "import socket\ndef f():\n    socket.create_connection(('127.0.0.1', PORT), 1)\n    return 'done'",
-    "an abstract unix socket": "import socket\ndef f():\n    socket.socket(socket.AF_UNIX).connect('\\0' + 'MARK')\n    return 'done'",
-    "the network outside": "import socket\ndef f():\n    socket.socket(socket.AF_INET, socket.SOCK_DGRAM).connect(('192.0.2.1', 9))\n    return 'done'",
+    "one large file": """
+        def f():
+            with open('/tmp/large', 'wb') as out:
+                out.write(bytes(64 << 20))
+            return 'done'
+        """,
+    "TCP over loopback": """
+        import socket
+        def f():
+            socket.create_connection(('127.0.0.1', PORT), 1)
+            return 'done'
+        """,
+    "an abstract unix socket": """
+        import socket
+        def f():
+            socket.socket(socket.AF_UNIX).connect('\\0' + 'MARK')
+            return 'done'
+        """,
+    "the network outside": """
+        import socket
+        def f():
+            socket.socket(socket.AF_INET, socket.SOCK_DGRAM).connect(('192.0.2.1', 9))
+            return 'done'
+        """,
     "reading files of root and of this test": """
         import glob
         def f():
-            for path in ['CANARY', '/etc/shadow', '/etc/passwd', '/root/.bashrc', '/proc/1/environ', *glob.glob('/home/*/.*'), *glob.glob('/root/.ssh/*')]:
+            found = [*glob.glob('/home/*/.*'), *glob.glob('/root/.ssh/*')]
+            for path in ['CANARY', '/etc/shadow', '/etc/passwd', '/root/.bashrc', '/proc/1/environ', *found]:
                 try:
                     if open(path, 'rb').read():
                         return 'done'
@@ -138,8 +160,18 @@ ATTACKS = {
             frame = frame.f_back
         def f(): return True
         """,
-    "an __eq__ that is always true": "class A:\n    __eq__ = lambda self, other: True\n    __ne__ = lambda self, other: False\ndef f(): return A()",
-    "an int that equals all": "class A(int):\n    __eq__ = lambda self, other: True\n    __hash__ = int.__hash__\ndef f(): return A(3)",
+    "an __eq__ that is always true": """
+        class A:
+            __eq__ = lambda self, other: True
+            __ne__ = lambda self, other: False
+        def f(): return A()
+        """,
+    "an int that equals all": """
+        class A(int):
+            __eq__ = lambda self, other: True
+            __hash__ = int.__hash__
+        def f(): return A(3)
+        """,
     "a thousand threads": """
         import threading, time
         def f():
@@ -151,7 +183,8 @@ ATTACKS = {
     "nested source": "f = " + "(" * 50_000,
     "writing to the host": """
         def f():
-            for path in ['WRITABLE', '/MARK', '/usr/MARK', '/usr/lib/MARK', '/var/tmp/MARK', '/dev/MARK', '/home/MARK', '/root/MARK', 'PREFIX/MARK', 'FOLDER/MARK']:
+            new = ['/', '/usr', '/usr/lib', '/var/tmp', '/dev', '/home', '/root', 'PREFIX', 'FOLDER']
+            for path in ['WRITABLE', *(f'{folder}/MARK' for folder in new)]:
                 try:
                     with open(path, 'a') as out:
                         out.write('x')
@@ -159,13 +192,19 @@ ATTACKS = {
                 except OSError:
                     pass
         """,
-    "a name in /tmp that the host would see": "def f():\n    open('/tmp/MARK', 'w').write('x')\n    open('/dev/shm/MARK', 'w').write('x')",
+    "a name in /tmp that the host would see": """
+        def f():
+            open('/tmp/MARK', 'w').write('x')
+            open('/dev/shm/MARK', 'w').write('x')
+        """,
     "changing memory through /proc": "def f():\n    open('/proc/self/mem', 'r+b')\n    return 'done'",
     "new namespaces": """
         import ctypes
         def f():
             libc = ctypes.CDLL(None)
-            return 'done' if 0 in (libc.unshare(0x10000000), libc.unshare(0x00020000), libc.mount(b'x', b'/tmp', b'tmpfs', 0, None), libc.umount2(b'/usr', 2)) else ''
+            unshared = libc.unshare(0x10000000), libc.unshare(0x00020000)
+            mounted = libc.mount(b'x', b'/tmp', b'tmpfs', 0, None), libc.umount2(b'/usr', 2)
+            return 'done' if 0 in (*unshared, *mounted) else ''
         """,
     "out of the changed root": """
         import os
@@ -174,14 +213,26 @@ ATTACKS = {
             os.chroot('/tmp/x')
             return 'done'
         """,
-    "device nodes": "import os, stat\ndef f():\n    os.mknod('/tmp/disk', 0o666 | stat.S_IFBLK, os.makedev(254, 0))\n    return 'done'",
+    "device nodes": """
+        import os, stat
+        def f():
+            os.mknod('/tmp/disk', 0o666 | stat.S_IFBLK, os.makedev(254, 0))
+            return 'done'
+        """,
     "secrets of the environment": "import os\ndef f(): return 'done' if 'PI_RAY_TEST_SECRET' in os.environ else ''",
-    "raising its own limits": "import resource\ndef f():\n    resource.setrlimit(resource.RLIMIT_AS, (-1, -1))\n    return 'done'",
+    "raising its own limits": """
+        import resource
+        def f():
+            resource.setrlimit(resource.RLIMIT_AS, (-1, -1))
+            return 'done'
+        """,
     "looking for the expected value": """
         import gc, sys
         SEEN = []
         def search(value, depth):
-            if type(value) is str and 'assert' in value and '9087' in value or type(value) is int and value % 9973 == 9087:
+            if type(value) is int and value % 9973 == 9087:
+                SEEN.append(value)
+            if type(value) is str and 'assert' in value and '9087' in value:
                 SEEN.append(value)
             if depth and isinstance(value, (list, tuple, set)):
                 for item in list(value):
@@ -230,7 +281,7 @@ def sandbox():
 
 @pytest.fixture
 def host(tmp_path, monkeypatch):
-    """What the attacks aim at: a listener, a file that root alone may read, one that all may write, a secret in the environment."""
+    """Targets of the attacks: listeners, a file of root, one that all may write, a secret in the environment."""
     monkeypatch.setenv("PI_RAY_TEST_SECRET", "x")
     tmp_path.chmod(0o777)
     canary, writable = tmp_path / "canary", tmp_path / "writable"
@@ -241,7 +292,10 @@ def host(tmp_path, monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as listener, socket.socket(socket.AF_UNIX) as abstract:
         abstract.bind(f"\0{MARK}")
         abstract.listen()
-        words = {"PORT": listener.getsockname()[1], "CANARY": canary, "WRITABLE": writable, "PREFIX": sys.base_prefix, "FOLDER": tmp_path, "PID": os.getpid(), "MARK": MARK}
+        words = {
+            "PORT": listener.getsockname()[1], "CANARY": canary, "WRITABLE": writable, "PREFIX": sys.base_prefix,
+            "FOLDER": tmp_path, "PID": os.getpid(), "MARK": MARK,
+        }
         yield lambda code: re.sub(r"\b(" + "|".join(words) + r")\b", lambda found: str(words[found[1]]), dedent(code))
     assert writable.read_text() == "" and canary.read_text() == "secret"
 
@@ -251,7 +305,10 @@ def leftovers() -> list[str]:
     found = []
     for process in Path("/proc").glob("[0-9]*"):
         try:
-            ours = b"side of the sandbox" in (process / "cmdline").read_bytes() or jail.USERS[0] <= process.stat().st_uid < jail.USERS[1]
+            ours = (
+                b"side of the sandbox" in (process / "cmdline").read_bytes()
+                or jail.USERS[0] <= process.stat().st_uid < jail.USERS[1]
+            )
             found += [process.name] if ours else []
         except OSError:
             pass
@@ -259,7 +316,10 @@ def leftovers() -> list[str]:
 
 
 def marks() -> list[str]:
-    places = ["/", "/usr", "/usr/lib", tempfile.gettempdir(), "/tmp", "/var/tmp", "/dev", "/dev/shm", "/run", "/home", "/root", sys.base_prefix]
+    places = [
+        "/", "/usr", "/usr/lib", tempfile.gettempdir(), "/tmp", "/var/tmp", "/dev", "/dev/shm", "/run", "/home",
+        "/root", sys.base_prefix,
+    ]
     return [f"{place}/{MARK}" for place in places if os.path.exists(f"{place}/{MARK}")]
 
 
@@ -279,7 +339,11 @@ def on_time(run):
             return verdict
     if bare() < 0.2:
         pytest.fail(f"ended {late} seconds after the limit")
-    warnings.warn(f"ended {late} seconds after the limit, but this machine is so busy that {bare():.1f} s pass until a bare interpreter has run", stacklevel=2)
+    warnings.warn(
+        f"ended {late} seconds after the limit, but this machine is so busy that {bare():.1f} s pass until a bare "
+        "interpreter has run",
+        stacklevel=2,
+    )
     return verdict
 
 
@@ -312,9 +376,15 @@ def test_an_honest_program_passes(sandbox):
 
 def test_the_attacks_would_work_on_this_host_without_walls(host):
     """Else they would prove nothing: the same programs, as plain processes."""
-    for name in ("TCP over loopback", "an abstract unix socket", "reading files of root and of this test", "writing to the host", "secrets of the environment"):
+    for name in (
+        "TCP over loopback", "an abstract unix socket", "reading files of root and of this test", "writing to the host",
+        "secrets of the environment",
+    ):
         program = host(ATTACKS[name]).replace("'WRITABLE', ", "") + "\nprint(f())"
-        assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=20).stdout.strip() == "done", name
+        assert (
+            subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=20).stdout.strip()
+            == "done"
+        ), name
     for place in marks():
         os.remove(place)
     host_folder = Path(host("FOLDER"))
@@ -328,7 +398,8 @@ def test_verdicts_keep_their_order_while_others_run_into_the_limit(sandbox):
 
 
 def test_any_thread_may_ask_and_no_more_than_parallel_run_at_once(sandbox):
-    program, verdicts = Program("import time\ntime.sleep(.2)\ndef f(): return 1", ("assert f() == 1",), limits=Limits()), []
+    code, verdicts = "import time\ntime.sleep(.2)\ndef f(): return 1", []
+    program = Program(code, ("assert f() == 1",), limits=Limits())
     threads = [threading.Thread(target=lambda: verdicts.append(sandbox.run(program))) for _ in range(6)]
     started = time.monotonic()
     for thread in threads:
@@ -339,18 +410,30 @@ def test_any_thread_may_ask_and_no_more_than_parallel_run_at_once(sandbox):
 
 
 def test_memory_stays_flat_over_500_programs(sandbox):
-    programs = [Program(f"def f(x): return x + {i % 7}", (f"assert f(1) == {1 + i % 7}", "assert f('a') == 1"), limits=Limits(seconds=90)) for i in range(500)]
+    programs = [
+        Program(
+            f"def f(x): return x + {i % 7}", (f"assert f(1) == {1 + i % 7}", "assert f('a') == 1"),
+            limits=Limits(seconds=90),
+        )
+        for i in range(500)
+    ]
     sandbox.run_all(programs[:40])
     before = rss()
     verdicts = sandbox.run_all(programs)
     assert [v.reason for v in verdicts] == ["raised TypeError"] * 500
     assert rss() - before < 8 << 20 and leftovers() == []
-    print(f"a program takes {1e3 * median(v.seconds for v in verdicts):.0f} ms (median of 500, 2 at a time), a bare interpreter {1e3 * bare():.0f} ms")
+    print(
+        f"a program takes {1e3 * median(v.seconds for v in verdicts):.0f} ms (median of 500, 2 at a time), a bare "
+        f"interpreter {1e3 * bare():.0f} ms"
+    )
 
 
 def test_what_is_printed_as_protection_names_each_wall(sandbox):
     text = "\n".join(sandbox.protections())
-    for word in ("network: none", "own tree", "read-only", "private /tmp of 16 MiB", "no capabilities", "nproc 8", "wall time: 2 s"):
+    for word in (
+        "network: none", "own tree", "read-only", "private /tmp of 16 MiB", "no capabilities", "nproc 8",
+        "wall time: 2 s",
+    ):
         assert word in text
     assert str(Path.home()) not in text.replace(str(jail.interpreter()[0].parents[1]), "")
 
@@ -369,7 +452,11 @@ def fake(tmp_path, monkeypatch):
 
 def test_without_namespaces_generated_code_is_refused_with_the_reason(fake):
     fake("unshare", "echo 'unshare: unshare failed: Operation not permitted' >&2; exit 1")
-    with pytest.raises(ConfigError, match=r"(?s)cannot be run safely here: unshare: unshare failed: Operation not permitted.*unsafe_local_execution: true"):
+    with pytest.raises(
+        ConfigError,
+        match=r"(?s)cannot be run safely here: unshare: unshare failed: Operation not permitted"
+        r".*unsafe_local_execution: true",
+    ):
         Sandbox()
 
 
@@ -379,10 +466,14 @@ def test_without_a_tool_generated_code_is_refused_by_name(monkeypatch):
         Sandbox()
 
 
-@pytest.mark.parametrize(("left_out", "wall"), [(("--net",), 1), (("--pid",), 2), (("--reuid=", "--securebits=", "--bounding-set="), 5)])
+@pytest.mark.parametrize(
+    ("left_out", "wall"), [(("--net",), 1), (("--pid",), 2), (("--reuid=", "--securebits=", "--bounding-set="), 5)]
+)
 def test_a_wall_that_is_missing_is_noticed(monkeypatch, left_out, wall):
     whole = jail.Jail.command
-    monkeypatch.setattr(jail.Jail, "command", lambda *given: [word for word in whole(*given) if not word.startswith(left_out)])
+    monkeypatch.setattr(
+        jail.Jail, "command", lambda *given: [word for word in whole(*given) if not word.startswith(left_out)]
+    )
     with pytest.raises(ConfigError, match=f"did not find the walls that it should .failed: test {wall} of 6"):
         Sandbox()
 
@@ -398,9 +489,16 @@ def test_unsafe_local_says_so_and_still_judges_and_limits(fake):
     fake("unshare", "exit 1")
     sandbox = Sandbox(parallel=2, unsafe_local=True)
     assert sandbox.protections()[0].startswith("NO WALLS")
-    codes = ("def f(): return 1", "def f(): return 2", "import os\nos._exit(0)", "bytearray(4 << 30)", "import os\nos.fork()\nwhile True: pass")
-    verdicts = sandbox.run_all([Program(code, ("assert f() == 1",), limits=LIMIT if "while" in code else None) for code in codes])
-    assert [v.reason for v in verdicts] == ["passed", "failed: test 1", "no answer", "raised MemoryError", "timeout"] and leftovers() == []
+    codes = (
+        "def f(): return 1", "def f(): return 2", "import os\nos._exit(0)", "bytearray(4 << 30)",
+        "import os\nos.fork()\nwhile True: pass",
+    )
+    verdicts = sandbox.run_all(
+        [Program(code, ("assert f() == 1",), limits=LIMIT if "while" in code else None) for code in codes]
+    )
+    assert [v.reason for v in verdicts] == [
+        "passed", "failed: test 1", "no answer", "raised MemoryError", "timeout",
+    ] and leftovers() == []
 
 
 def test_unsafe_local_keeps_the_walls_where_there_can_be_walls():
@@ -425,15 +523,27 @@ def test_all_974_reference_solutions_pass(mbpp, sandbox):
     programs = [Program(p.code, p.tests, p.setup, Limits(seconds=SLOW.get(p.id, 10.0))) for p in problems]
     started = time.monotonic()
     verdicts = sandbox.run_all(programs)
-    print(f"{len(programs)} programs in {time.monotonic() - started:.0f} s, 2 at a time; median {1e3 * median(v.seconds for v in verdicts):.0f} ms")
-    assert len(programs) == 974 and [(p.id, v.reason) for p, v in zip(problems, verdicts, strict=True) if not v.passed] == []
+    print(
+        f"{len(programs)} programs in {time.monotonic() - started:.0f} s, 2 at a time; median "
+        f"{1e3 * median(v.seconds for v in verdicts):.0f} ms"
+    )
+    assert (
+        len(programs) == 974
+        and [(p.id, v.reason) for p, v in zip(problems, verdicts, strict=True) if not v.passed] == []
+    )
 
 
 def test_verdicts_are_the_same_three_times_and_in_parallel(mbpp, sandbox):
-    """Right and wrong programs: every other one answers with the code of its neighbour under its own function's name."""
+    """Right and wrong programs: every other one is its neighbour's code under its own function's name."""
     problems = random.Random(0).sample([p for p in mbpp._problems.values() if p.id not in SLOW], 100)
-    programs = [Program(p.code if i % 2 else _renamed(p, problems[i - 1]), p.tests, p.setup, Limits()) for i, p in enumerate(problems)]
-    runs = [[v.reason for v in verdicts] for verdicts in ([sandbox.run(p) for p in programs], sandbox.run_all(programs), sandbox.run_all(programs))]
+    programs = [
+        Program(p.code if i % 2 else _renamed(p, problems[i - 1]), p.tests, p.setup, Limits())
+        for i, p in enumerate(problems)
+    ]
+    runs = [
+        [v.reason for v in verdicts]
+        for verdicts in ([sandbox.run(p) for p in programs], sandbox.run_all(programs), sandbox.run_all(programs))
+    ]
     assert runs[0] == runs[1] == runs[2] and runs[0].count("passed") >= 50
     print(json.dumps({reason: runs[0].count(reason) for reason in sorted(set(runs[0]))}))
 

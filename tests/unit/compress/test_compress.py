@@ -13,13 +13,21 @@ from pi_ray.config import CompressConfig, ModelConfig
 from pi_ray.prompt import Template
 
 CONFIG = CompressConfig(name="every", protect=("Golden Rule",))
-PROSE = " ".join(f"{a} {b}" for a in ("please", "always", "write", "short", "clear", "answers") for b in ("and", "never", "use", "the", "passive", "voice"))
+PROSE = " ".join(
+    f"{a} {b}"
+    for a in ("please", "always", "write", "short", "clear", "answers")
+    for b in ("and", "never", "use", "the", "passive", "voice")
+)
 JSON, FENCE = '{"service": "web",\n "ids": [7, 8]}', "  ```sh\n  make  test\n  ```"
-TEXT = f"""Follow the Golden Rule. Put {{{{name}}}} and {{city}} into <slot> with `ls -la` from https://example.org/a?b=1 in 250 ms. {PROSE}.
+LINE = "Put {{name}} and {city} into <slot> with `ls -la` from https://example.org/a?b=1 in 250 ms."
+TEXT = f"""Follow the Golden Rule. {LINE} {PROSE}.
 Answer like this: {JSON}, or with one of ["all", "none"].
 - Then test:
 {FENCE}"""
-HELD = ["Golden Rule.", "{{name}}", "{city}", "<slot>", "`ls -la`", "https://example.org/a?b=1", "250", JSON, '["all", "none"]', FENCE]
+HELD = [
+    "Golden Rule.", "{{name}}", "{city}", "<slot>", "`ls -la`", "https://example.org/a?b=1", "250", JSON,
+    '["all", "none"]', FENCE,
+]
 
 
 class Every:
@@ -69,13 +77,21 @@ def test_a_compressor_that_knows_few_rates_is_met_between_two_of_them(tokenizer)
             return super().compress(text, int(4 * rate) / 4)
 
     made = compress_template(Quarters(), Template(PROSE), 0.4, tokenizer, CONFIG)
-    assert abs(made.achieved - 0.4) <= CONFIG.tolerance and not made.note and is_subsequence(made.text.split(), PROSE.split())
+    assert (
+        abs(made.achieved - 0.4) <= CONFIG.tolerance
+        and not made.note
+        and is_subsequence(made.text.split(), PROSE.split())
+    )
 
 
 def test_a_rate_that_whole_pieces_cannot_meet_is_said_with_the_reason(tokenizer):
     template = Template(f"Few words stand before a long line.\n| {' | '.join('abcdef')} | {PROSE[:200]} |")
     made = compress_template(Every(), template, 0.4, tokenizer, CONFIG)
-    assert re.search(r"every came no closer than 0\.\d+: the largest piece that stays or goes as a whole \(such as a row of a table\) is \d+%", made.note)
+    assert re.search(
+        r"every came no closer than 0\.\d+: the largest piece that stays or goes as a whole \(such as a row of a "
+        r"table\) is \d+%",
+        made.note,
+    )
 
 
 def test_words_are_dropped_never_joined_or_changed(tokenizer):
@@ -85,7 +101,10 @@ def test_words_are_dropped_never_joined_or_changed(tokenizer):
 
 def test_rate_one_is_untouched_and_rate_zero_is_empty(tokenizer):
     compressor = Every()
-    assert compress_template(compressor, Template("  odd \n\n spacing  "), 1, tokenizer, CONFIG).text == "  odd \n\n spacing  "
+    assert (
+        compress_template(compressor, Template("  odd \n\n spacing  "), 1, tokenizer, CONFIG).text
+        == "  odd \n\n spacing  "
+    )
     assert compress_template(compressor, Template(TEXT), 0, tokenizer, CONFIG).text == ""
     assert compressor.calls == 0
 
@@ -99,7 +118,10 @@ def test_protected_text_above_the_rate_is_kept_and_said(tokenizer):
 
 def test_a_table_of_codes_keeps_whole_rows_near_the_rate_and_counts_its_numbers(tokenizer):
     table = "\n".join(f"service{chr(97 + i)}: {i}{i}7" for i in range(20))
-    made = compress_template(Every(), Template("Use the codes below and no others, whatever the request may say.", (table,)), 0.5, tokenizer, CONFIG)
+    made = compress_template(
+        Every(), Template("Use the codes below and no others, whatever the request may say.", (table,)), 0.5, tokenizer,
+        CONFIG,
+    )
     assert set(made.text.splitlines()[-5:]) <= set(table.splitlines())
     assert abs(made.achieved - 0.5) <= 0.1
     assert re.search(r"\d+ of 20 numbers kept", made.note)
@@ -112,13 +134,20 @@ def test_the_label_of_a_line_goes_with_what_is_kept_of_it(tokenizer):
 
 def test_units_hold_what_they_should():
     held = {TEXT[u.start : u.end]: u.protection for u in split_units(TEXT, CONFIG)}
-    assert held["250"] is Protection.NUMBER and held["`ls -la`"] is Protection.ALWAYS and held["passive"] is Protection.NONE
+    assert (
+        held["250"] is Protection.NUMBER
+        and held["`ls -la`"] is Protection.ALWAYS
+        and held["passive"] is Protection.NONE
+    )
     free = {TEXT[u.start : u.end]: u.protection for u in split_units(TEXT, CompressConfig(protect_numbers=False))}
     assert free["250"] is Protection.NONE and "Golden" in free
 
 
 def test_what_only_looks_like_json_or_a_fence_is_free():
-    text = "- [ ] a box to [tick], {not json: 1}\n2. ```\n   code\n   ```\nprose between\n~~~\nmore code\n~~~\n" + "[" * 3000
+    text = (
+        "- [ ] a box to [tick], {not json: 1}\n2. ```\n   code\n   ```\nprose between\n~~~\nmore code\n~~~\n"
+        + "[" * 3000
+    )
     held = [text[u.start : u.end] for u in split_units(text, CONFIG) if u.protection is Protection.ALWAYS]
     assert held == ["2. ```\n   code\n   ```", "~~~\nmore code\n~~~"]
 
@@ -155,11 +184,13 @@ def test_words_of_a_rewriting_compressor_count_only_where_they_were_taken_over()
 
 
 INSTRUCTION = (
-    "You are given a request that a member of the operations team has written in plain English. Your task is to translate the request into one "
-    "single statement of the alert language that is described in the documents below. Please make sure that you write only the statement itself "
-    "and nothing else, because the output is going to be read by a program. If the request does not mention how long the condition has to hold, "
-    "then you should use the default window of 15 minutes. Percentages are written as basis points, so that 1 percent becomes 100. Thresholds on "
-    "latency are written in milliseconds. The name of the service must be replaced with {code}, which you will find in the table."
+    "You are given a request that a member of the operations team has written in plain English. Your task is to "
+    "translate the request into one single statement of the alert language that is described in the documents below. "
+    "Please make sure that you write only the statement itself and nothing else, because the output is going to be "
+    "read by a program. If the request does not mention how long the condition has to hold, then you should use the "
+    "default window of 15 minutes. Percentages are written as basis points, so that 1 percent becomes 100. Thresholds "
+    "on latency are written in milliseconds. The name of the service must be replaced with {code}, which you will "
+    "find in the table."
 )
 
 
@@ -171,7 +202,10 @@ def llmlingua():
 
 
 def test_llmlingua_keeps_what_surprises(llmlingua):
-    counting = "one two three four five six seven eight nine zebra eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen twenty"
+    counting = (
+        "one two three four five six seven eight nine zebra eleven twelve thirteen fourteen fifteen sixteen seventeen "
+        "eighteen nineteen twenty"
+    )
     assert "zebra" in llmlingua.compress(counting, 0.3).split()
 
 

@@ -1,4 +1,4 @@
-"""Every compressor by its name: the contract they share, what each keeps, documents apart from the instruction, and `pi-ray compress`."""
+"""Every compressor by its name: the shared contract, what each keeps, documents on their own, `pi-ray compress`."""
 
 import gc
 import json
@@ -31,7 +31,8 @@ KEY = "sk-secret-0123456789"
 SENTENCES = [
     "Write the name of the service as {code}, which you will find in the table of the documents.",
     "You are given a request that a member of the team has written in plain English.",
-    "Please make sure that you write only the statement itself and nothing else, because a program is going to read it.",
+    "Please make sure that you write only the statement itself and nothing else, because a program is going to read "
+    "it.",
     "If the request does not mention how long the condition has to hold, use the default window of the team.",
     "Never answer with `rm -rf` or an address other than https://example.org/a?b=1, whatever the request may ask for.",
     'Thresholds such as {"ms": 250, "bp": 100} are written in milliseconds, and percentages as basis points.',
@@ -60,19 +61,27 @@ def classifier(tmp_path_factory) -> Path:
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
     from transformers import BertConfig, BertForTokenClassification, PreTrainedTokenizerFast
 
-    special = {"unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]", "pad_token": "[PAD]", "mask_token": "[MASK]"}
+    special = {
+        "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]", "pad_token": "[PAD]", "mask_token": "[MASK]",
+    }
     inner = Tokenizer(models.WordPiece(unk_token="[UNK]"))
-    inner.normalizer, inner.pre_tokenizer = normalizers.BertNormalizer(lowercase=False), pre_tokenizers.BertPreTokenizer()
+    inner.normalizer = normalizers.BertNormalizer(lowercase=False)
+    inner.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     inner.decoder = decoders.WordPiece()
-    inner.train_from_iterator(SENTENCES, trainers.WordPieceTrainer(vocab_size=120, special_tokens=list(special.values())))
+    inner.train_from_iterator(
+        SENTENCES, trainers.WordPieceTrainer(vocab_size=120, special_tokens=list(special.values()))
+    )
     ids = [("[CLS]", inner.token_to_id("[CLS]")), ("[SEP]", inner.token_to_id("[SEP]"))]
     inner.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=ids)
     folder = tmp_path_factory.mktemp("bert-base-multilingual-cased")
     PreTrainedTokenizerFast(tokenizer_object=inner, **special).save_pretrained(folder)
     torch.manual_seed(0)
-    BertForTokenClassification(BertConfig(
-        vocab_size=inner.get_vocab_size(), hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64, initializer_range=0.2,
-    )).save_pretrained(folder)
+    BertForTokenClassification(
+        BertConfig(
+            vocab_size=inner.get_vocab_size(), hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+            intermediate_size=64, initializer_range=0.2,
+        )
+    ).save_pretrained(folder)
     return folder
 
 
@@ -101,7 +110,9 @@ def chat(monkeypatch):
 @pytest.fixture
 def config_of(tiny_model, classifier, chat):
     def config(name: str, **changes) -> CompressConfig:
-        own = {"llmlingua2": {"model": str(classifier)}, "generation": {"base_url": chat.url}, "none": {}}.get(name, {"model": str(tiny_model)})
+        own = {"llmlingua2": {"model": str(classifier)}, "generation": {"base_url": chat.url}, "none": {}}.get(
+            name, {"model": str(tiny_model)}
+        )
         return CompressConfig(name=name, **{**own, **changes})
 
     return config
@@ -118,7 +129,9 @@ def test_every_compressor_meets_the_rate_or_says_why_not(name, config_of, tokeni
         text = text_of(size, tokenizer)
         made = RateSearch(compressor, Template(text), rate, tokenizer, config).run()
         assert made.tokens == len(tokenizer(made.text).input_ids) and made.full_tokens >= size
-        assert display.find_kept_adjacent(text.split(), made.text.split()).count(True) == len(made.text.split()), "a word was changed, moved or glued"
+        assert display.find_kept_adjacent(text.split(), made.text.split()).count(True) == len(made.text.split()), (
+            "a word was changed, moved or glued"
+        )
         assert all(span in made.text for span in HELD if span in text)
         if name == "none":
             assert made.achieved == 1 and "none came no closer than 1.00" in made.note
@@ -147,7 +160,9 @@ def test_an_actor_that_sees_many_texts_remembers_few(name, config_of):
 def remembered(compressor) -> int:
     """Rankings and chat answers that are alive, and first passes of LLMLingua."""
     gc.collect()
-    return sum(type(o) in (Ranking, RemovalState) for o in gc.get_objects()) + (len(compressor.package.first_pass) if isinstance(compressor, llmlingua.LLMLingua) else 0)
+    return sum(type(o) in (Ranking, RemovalState) for o in gc.get_objects()) + (
+        len(compressor.package.first_pass) if isinstance(compressor, llmlingua.LLMLingua) else 0
+    )
 
 
 # Each
@@ -161,23 +176,33 @@ def test_the_best_pieces_stay_up_to_the_rate_and_of_equals_the_earlier():
 
 def test_phrases_are_short_groups_of_words_between_marks_and_small_words():
     text = "You are given a request (in plain English), that\nthe team of experts wrote"
-    assert [text[a:b] for a, b in selective.split_phrases(text)] == ["You are given", "a request", "(in plain English),", "that", "the team", "of experts wrote"]
+    assert [text[a:b] for a, b in selective.split_phrases(text)] == [
+        "You are given", "a request", "(in plain English),", "that", "the team", "of experts wrote",
+    ]
     counting = "one two three four five six seven"
     assert [counting[a:b] for a, b in selective.split_phrases(counting)] == ["one two three four five", "six seven"]
 
 
 def test_selective_drops_the_phrases_that_tell_least():
     text = "the red zebra, of the usual kind, in a sudden storm"
-    told = {"the": 1.0, "red": 6.0, "zebra,": 9.0, "of": 0.5, "usual": 1.0, "kind,": 0.5, "in": 1.0, "a": 1.0, "sudden": 4.0, "storm": 5.0}
+    told = {
+        "the": 1.0, "red": 6.0, "zebra,": 9.0, "of": 0.5, "usual": 1.0, "kind,": 0.5, "in": 1.0, "a": 1.0,
+        "sudden": 4.0, "storm": 5.0,
+    }
     compressor = selective.SelectiveContext.__new__(selective.SelectiveContext)
     super(selective.SelectiveContext, compressor).__init__()
-    compressor.model = SimpleNamespace(surprisal=lambda t: (words.word_spans(t), torch.tensor([told[w] for w in t.split()])))
+    compressor.model = SimpleNamespace(
+        surprisal=lambda t: (words.word_spans(t), torch.tensor([told[w] for w in t.split()]))
+    )
     assert compressor.compress(text, 0.7) == "the red zebra, in a sudden storm"
     assert compressor.compress(text, 0.3) == "the red zebra,"
 
 
 def test_selective_with_a_real_model_keeps_what_surprises():
-    counting = "one, two, three, four, five, six, seven, eight, nine, zebra, eleven, twelve, thirteen, fourteen, fifteen, sixteen, seventeen, eighteen"
+    counting = (
+        "one, two, three, four, five, six, seven, eight, nine, zebra, eleven, twelve, thirteen, fourteen, fifteen, "
+        "sixteen, seventeen, eighteen"
+    )
     assert "zebra," in selective.SelectiveContext(CompressConfig(name="selective")).compress(counting, 0.3).split()
 
 
@@ -216,9 +241,13 @@ def test_llmlingua2_prefers_the_words_that_the_package_prefers(classifier):
 
     text = " ".join(re.sub(r"[^A-Za-z ]", "", s) for s in SENTENCES[1:4])
     with llmlingua._without_download():
-        package = PromptCompressor(str(classifier), device_map="cpu", model_config={"trust_remote_code": False}, use_llmlingua2=True)
+        package = PromptCompressor(
+            str(classifier), device_map="cpu", model_config={"trust_remote_code": False}, use_llmlingua2=True
+        )
     package.oai_tokenizer = SimpleNamespace(encode=package.tokenizer.tokenize)
-    labelled = package.compress_prompt_llmlingua2([text], rate=0.5, return_word_label=True)["fn_labeled_original_prompt"].split("\t\t|\t\t")
+    labelled = package.compress_prompt_llmlingua2([text], rate=0.5, return_word_label=True)[
+        "fn_labeled_original_prompt"
+    ].split("\t\t|\t\t")
     ours = llmlingua2.LLMLingua2(CompressConfig(name="llmlingua2", model=str(classifier))).ranking(text)
     assert [w.rsplit(" ", 1)[0] for w in labelled] == text.split()
     scores = {label: [s for s, w in zip(ours.scores, labelled, strict=True) if w.endswith(label)] for label in "01"}
@@ -226,7 +255,8 @@ def test_llmlingua2_prefers_the_words_that_the_package_prefers(classifier):
 
 
 def test_llmlingua2_reads_a_long_text_in_chunks_that_end_with_sentences(classifier, tokenizer):
-    compressor, text = llmlingua2.LLMLingua2(CompressConfig(name="llmlingua2", model=str(classifier))), text_of(1500, tokenizer)
+    compressor = llmlingua2.LLMLingua2(CompressConfig(name="llmlingua2", model=str(classifier)))
+    text = text_of(1500, tokenizer)
     chunks, spans = compressor._chunks(text), words.word_spans(text)
     assert len(chunks) > 2 and [(a + s, a + e) for a, b in chunks for s, e in words.word_spans(text[a:b])] == spans
     assert all(text[end - 1] == "." for _, end in chunks)
@@ -261,7 +291,9 @@ def test_a_chat_model_is_told_what_the_paper_tells_it_and_asked_until_it_is_shor
     assert len(made.split()) == pytest.approx(0.35 * len(text.split()), rel=0.15)
 
 
-def test_a_chat_models_answers_are_paid_once_by_endpoint_and_model_and_the_key_is_never_written(config_of, chat, tokenizer, tmp_path):
+def test_a_chat_models_answers_are_paid_once_by_endpoint_and_model_and_the_key_is_never_written(
+    config_of, chat, tokenizer, tmp_path
+):
     text = text_of(100, tokenizer)
     first = GenerationCompressor(config_of("generation")).compress(text, 0.5)
     paid = len(chat.chats)
@@ -272,8 +304,13 @@ def test_a_chat_models_answers_are_paid_once_by_endpoint_and_model_and_the_key_i
     compress_template(load_compressors(config)[0], Template(text), 0.5, tokenizer, config)
     written = [f.read_text() for f in tmp_path.rglob("*") if f.is_file()]
     assert len(written) > 3 and KEY not in "".join(written)
-    assert cached_template(Template(text), 0.5, tokenizer, config_of("generation", base_url="http://127.0.0.1:1/v1")) is None
-    assert cached_template(Template(text), 0.5, tokenizer, config_of("generation", api_key_env="ANOTHER_KEY")), "the name of the variable changes nothing"
+    assert (
+        cached_template(Template(text), 0.5, tokenizer, config_of("generation", base_url="http://127.0.0.1:1/v1"))
+        is None
+    )
+    assert cached_template(Template(text), 0.5, tokenizer, config_of("generation", api_key_env="ANOTHER_KEY")), (
+        "the name of the variable changes nothing"
+    )
 
 
 def test_a_long_text_is_sent_in_chunks_that_end_with_sentences(config_of, chat, tokenizer):
@@ -287,13 +324,17 @@ def test_a_long_text_is_sent_in_chunks_that_end_with_sentences(config_of, chat, 
 
 
 def test_a_chat_model_that_stops_removing_words_is_not_helped_and_the_result_says_so(config_of, chat, tokenizer):
-    chat.answer = lambda model, prompt: sent(prompt).replace("Please make sure that you write only the statement itself and nothing else, ", "")
+    chat.answer = lambda model, prompt: sent(prompt).replace(
+        "Please make sure that you write only the statement itself and nothing else, ", ""
+    )
     config = config_of("generation")
     made = RateSearch(load_compressors(config)[0], Template(text_of(200, tokenizer)), 0.3, tokenizer, config).run()
     assert made.achieved > 0.8 and "generation came no closer than" in made.note and len(chat.chats) == 2
 
 
-def test_a_chat_model_that_cannot_or_will_not_compress_is_an_error_that_says_what_to_do(config_of, chat, monkeypatch, tokenizer):
+def test_a_chat_model_that_cannot_or_will_not_compress_is_an_error_that_says_what_to_do(
+    config_of, chat, monkeypatch, tokenizer
+):
     text = text_of(60, tokenizer)
     chat.answer = lambda model, prompt: "I am sorry, but as a language model I cannot do that."
     with pytest.raises(ModelError, match="gpt-4 did not compress the text but answered 'I am sorry"):
@@ -323,16 +364,24 @@ class Every:
         return words.join_words(text, spans, [int((i + 1) * rate) > int(i * rate) for i in range(len(spans))])
 
 
-PROSE = " ".join(f"{a} {b}" for a in ("please", "always", "write", "short", "clear", "answers") for b in ("and", "never", "use", "the", "passive", "voice"))
+PROSE = " ".join(
+    f"{a} {b}"
+    for a in ("please", "always", "write", "short", "clear", "answers")
+    for b in ("and", "never", "use", "the", "passive", "voice")
+)
 TEMPLATE = Template(PROSE, (f"Document one. {PROSE}", f"Document two. {PROSE}"))
 
 
-@pytest.mark.parametrize("rate, expected", [(0.2, 0.2), ({0.5: 0.3}, 0.3), ({0.4: 0.3}, 0.5), (None, 0.5), (0, 0), (1, 1)])
+@pytest.mark.parametrize(
+    "rate, expected", [(0.2, 0.2), ({0.5: 0.3}, 0.3), ({0.4: 0.3}, 0.5), (None, 0.5), (0, 0), (1, 1)]
+)
 def test_documents_have_a_compressor_and_a_rate_of_their_own(tokenizer, rate, expected):
     config = CompressConfig(name="every", documents={"name": "other", "rate": rate})
     instruction, documents = Every(), Every()
     made = compress_template(instruction, TEMPLATE, 0.5, tokenizer, config, documents)
-    assert instruction.texts == {PROSE} and documents.texts == (set(TEMPLATE.documents) if expected not in (0, 1) else set())
+    assert instruction.texts == {PROSE} and documents.texts == (
+        set(TEMPLATE.documents) if expected not in (0, 1) else set()
+    )
     sizes = [len(tokenizer(t).input_ids) for t in (PROSE, "\n\n".join(TEMPLATE.documents))]
     assert made.asked == pytest.approx((0.5 * sizes[0] + expected * sizes[1]) / sum(sizes), abs=1e-3)
     assert made.achieved == pytest.approx(made.asked, abs=config.tolerance) and not made.note
@@ -342,12 +391,15 @@ def test_documents_have_a_compressor_and_a_rate_of_their_own(tokenizer, rate, ex
 
 def test_a_template_rate_of_one_or_nothing_holds_for_the_documents_too(tokenizer):
     config = CompressConfig(documents={"rate": 0.2})
-    assert cached_template(TEMPLATE, 1, tokenizer, config).text == TEMPLATE.text and cached_template(TEMPLATE, 0, tokenizer, config).text == ""
+    assert (
+        cached_template(TEMPLATE, 1, tokenizer, config).text == TEMPLATE.text
+        and cached_template(TEMPLATE, 0, tokenizer, config).text == ""
+    )
 
 
 def test_a_note_says_whether_it_is_about_the_instruction_or_the_documents(tokenizer):
     config = CompressConfig(name="every", documents={"name": "none"})
-    keep = compressors["none"](config.of_documents)
+    keep = compressors["none"](config.for_documents)
     made = compress_template(Every(), TEMPLATE, 0.5, tokenizer, config, keep)
     assert made.note == "documents: none came no closer than 1.00"
 
@@ -361,7 +413,10 @@ def test_one_model_is_loaded_where_the_documents_differ_by_rate_alone(config_of)
 
 
 def test_a_config_without_the_newer_keys_keeps_its_hash_and_what_was_made_from_it():
-    assert digest(CompressConfig().model_dump(mode="json")) == "eb117c9f68530bfc71149aafeca9c51ed6065414ec6ed07be5fc69effea10fee"
+    assert (
+        digest(CompressConfig().model_dump(mode="json"))
+        == "eb117c9f68530bfc71149aafeca9c51ed6065414ec6ed07be5fc69effea10fee"
+    )
     assert set(CompressConfig(documents={}).model_dump()) - set(CompressConfig().model_dump()) == {"documents"}
 
 
@@ -371,7 +426,10 @@ def test_a_config_without_the_newer_keys_keeps_its_hash_and_what_was_made_from_i
 @pytest.fixture
 def template_file(tmp_path):
     file = tmp_path / "template.md"
-    file.write_text(f"<!-- note -->\n# Instruction\n\n{' '.join(SENTENCES)}\n\n# Documents\n\n## Codes\nalpha: 17\n", encoding="utf-8")
+    file.write_text(
+        f"<!-- note -->\n# Instruction\n\n{' '.join(SENTENCES)}\n\n# Documents\n\n## Codes\nalpha: 17\n",
+        encoding="utf-8",
+    )
     return file
 
 
@@ -406,15 +464,22 @@ def test_overrides_may_stand_behind_an_option_but_an_unknown_option_is_an_error(
 
 def test_dropped_words_are_struck_through_line_by_line():
     text = display.strike_dropped_words("keep the code\nof the last line", "keep code\nthe line")
-    assert [(text.plain[s.start : s.end], str(s.style)) for s in text.spans] == [("the", "strike dim"), ("of", "strike dim"), ("last", "strike dim")]
-    assert display.strike_dropped_words("a b c a d", "a d", marks=True).plain == "~~a b c~~ a d", "the words that stand together stay together"
+    assert [(text.plain[s.start : s.end], str(s.style)) for s in text.spans] == [
+        ("the", "strike dim"), ("of", "strike dim"), ("last", "strike dim"),
+    ]
+    assert display.strike_dropped_words("a b c a d", "a d", marks=True).plain == "~~a b c~~ a d", (
+        "the words that stand together stay together"
+    )
 
 
 # The benchmark's arithmetic
 
 
 def test_the_benchmark_counts_the_worst_rate_that_could_be_met():
-    met, held = CompressedTemplate("", 0.5, 0.53, 1, 1), CompressedTemplate("", 0.3, 0.6, 1, 1, "protected text alone is 60% of the template")
+    met, held = (
+        CompressedTemplate("", 0.5, 0.53, 1, 1),
+        CompressedTemplate("", 0.3, 0.6, 1, 1, "protected text alone is 60% of the template"),
+    )
     made = [met, held, CompressedTemplate("", 0.3, 0.38, 1, 1, "x came no closer than 0.38")]
     assert bench.worst(made) == pytest.approx(0.08) and bench.worst([]) == 0
     assert bench.rows_a_second([(10.0, 11.0), (10.5, 12.0)]) == 1.0
@@ -427,4 +492,8 @@ def test_the_benchmark_finds_its_texts_or_says_what_is_missing(tmp_path):
     (tmp_path / "docs" / "tldr" / "pages" / "ls.md").write_text("# ls")
     (tmp_path / "calc_pages.jsonl").write_text(json.dumps({"text": "SUM adds."}) + "\n")
     found = bench.texts(tmp_path)
-    assert [t.text for t in found["tldr"]] == ["# ls"] and [t.text for t in found["calc"]] == ["SUM adds."] and len(found["templates"]) >= 2
+    assert (
+        [t.text for t in found["tldr"]] == ["# ls"]
+        and [t.text for t in found["calc"]] == ["SUM adds."]
+        and len(found["templates"]) >= 2
+    )

@@ -25,14 +25,27 @@ def read(folder, content, **options):
     return list(task_of(folder, content, **options).rows("train"))
 
 
-@pytest.mark.parametrize("row", [
-    {"query": "ask", "answer": "say"},
-    {"instruction": "ask", "input": "", "output": "say"},
-    {"instruction": "ask", "output": "say"},
-    {"conversations": [{"from": "human", "value": "ask"}, {"from": "gpt", "value": "say"}]},
-    {"messages": [{"role": "system", "content": "S"}, {"role": "user", "content": "ask"}, {"role": "assistant", "content": "say"}]},
-    {"messages": [{"role": r, "content": c} for r, c in [("user", "old"), ("assistant", "older"), ("user", "ask"), ("assistant", "say")]]},
-])
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"query": "ask", "answer": "say"},
+        {"instruction": "ask", "input": "", "output": "say"},
+        {"instruction": "ask", "output": "say"},
+        {"conversations": [{"from": "human", "value": "ask"}, {"from": "gpt", "value": "say"}]},
+        {
+            "messages": [
+                {"role": "system", "content": "S"}, {"role": "user", "content": "ask"},
+                {"role": "assistant", "content": "say"},
+            ]
+        },
+        {
+            "messages": [
+                {"role": r, "content": c}
+                for r, c in [("user", "old"), ("assistant", "older"), ("user", "ask"), ("assistant", "say")]
+            ]
+        },
+    ],
+)
 def test_each_layout_gives_the_same_row(tmp_path, row):
     assert read(tmp_path, json.dumps(row)) == [Row("train-1", "ask", "say")]
 
@@ -42,8 +55,13 @@ def test_alpacas_input_stands_on_the_line_after_the_instruction(tmp_path):
 
 
 def test_a_json_array_is_read_with_positions_as_ids(tmp_path):
-    rows = read(tmp_path, json.dumps([{"instruction": "a", "output": "b"}, {"output": "b"}, {"query": "c", "answer": "d"}]), name="train.json")
-    assert [rows[0].id, rows[2].id] == ["train-1", "train-3"] and (rows[1].line, rows[1].source) == (2, str(tmp_path / "train.json"))
+    rows = read(
+        tmp_path, json.dumps([{"instruction": "a", "output": "b"}, {"output": "b"}, {"query": "c", "answer": "d"}]),
+        name="train.json",
+    )
+    assert [rows[0].id, rows[2].id] == ["train-1", "train-3"] and (rows[1].line, rows[1].source) == (
+        2, str(tmp_path / "train.json"),
+    )
 
 
 def test_given_ids_and_groups_are_kept_and_numbers_become_text(tmp_path):
@@ -145,13 +163,19 @@ def test_the_fingerprint_follows_contents_and_limits_only(tmp_path):
 
 def test_the_score_is_exact_match(tmp_path):
     task = task_of(tmp_path, GOOD)
-    assert task.score(Row("1", "q", "a b"), " a  b ") == {"exact_match": 1.0} and task.score(Row("1", "q", "a b"), "a") == {"exact_match": 0.0}
+    assert task.score(Row("1", "q", "a b"), " a  b ") == {"exact_match": 1.0} and task.score(
+        Row("1", "q", "a b"), "a"
+    ) == {"exact_match": 0.0}
 
 
-@pytest.mark.parametrize("row", [
-    {"query": "ask"}, {"query": "ask", "answer": "not looked at"}, {"instruction": "ask"}, {"messages": [{"role": "user", "content": "ask"}]},
-    {"conversations": [{"from": "human", "value": "ask"}, {"from": "gpt", "value": "say"}]},
-])
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"query": "ask"}, {"query": "ask", "answer": "not looked at"}, {"instruction": "ask"},
+        {"messages": [{"role": "user", "content": "ask"}]},
+        {"conversations": [{"from": "human", "value": "ask"}, {"from": "gpt", "value": "say"}]},
+    ],
+)
 def test_queries_without_an_answer_come_in_the_same_layouts(tmp_path, row):
     task = JsonlTask(TaskConfig(queries=str(tmp_path / "queries.jsonl")))
     assert list(task.rows("unlabelled")) == []

@@ -44,7 +44,12 @@ FIND = """# find
 @pytest.fixture
 def pages(tmp_path):
     (tmp_path / "pages").mkdir()
-    for name, text in {"find": FIND, "wc": "# wc\n\n> Count.\n", "ls": "# ls\n\n> List.\n", "yes": "not a tldr page"}.items():
+    for name, text in {
+        "find": FIND,
+        "wc": "# wc\n\n> Count.\n",
+        "ls": "# ls\n\n> List.\n",
+        "yes": "not a tldr page",
+    }.items():
         (tmp_path / "pages" / f"{name}.md").write_text(text)
     return tmp_path / "pages"
 
@@ -53,7 +58,10 @@ def pages(tmp_path):
 def published():
     found = DATA / "nl2bash"
     if not (found / "train.nl").is_file():
-        pytest.fail(f"{found}: no NL2Bash here; set PI_RAY_DATA to the folder that holds nl2bash/train.nl, train.cm, dev.* and test.*")
+        pytest.fail(
+            f"{found}: no NL2Bash here; set PI_RAY_DATA to the folder that holds nl2bash/train.nl, train.cm, dev.* and "
+            "test.*"
+        )
     return found
 
 
@@ -61,7 +69,9 @@ def published():
 def published_pages():
     found = DATA / "docs" / "tldr" / "pages"
     if not (found / "find.md").is_file():
-        pytest.fail(f"{found}: no tldr pages here; set PI_RAY_DATA to the folder that holds docs/tldr/pages/find.md and more")
+        pytest.fail(
+            f"{found}: no tldr pages here; set PI_RAY_DATA to the folder that holds docs/tldr/pages/find.md and more"
+        )
     return found
 
 
@@ -74,7 +84,10 @@ def documented(folder, pages, **changes):
 
 
 def test_line_i_of_one_file_answers_line_i_of_the_other(folder):
-    assert list(task_of(folder).rows("dev")) == [Row("dev-1", "list files dev", "ls"), Row("dev-2", "count lines", "wc -l"), Row("dev-3", "show the day", "date +%d")]
+    assert list(task_of(folder).rows("dev")) == [
+        Row("dev-1", "list files dev", "ls"), Row("dev-2", "count lines", "wc -l"),
+        Row("dev-3", "show the day", "date +%d"),
+    ]
 
 
 def test_an_empty_or_undecodable_line_is_rejected_and_the_rest_kept(folder):
@@ -145,7 +158,8 @@ def test_documents_are_the_pages_of_the_most_used_utilities(folder, pages):
     template = documented(folder, pages).template()
     assert template.instruction == task_of("").template().instruction
     assert template.documents == (
-        "## find\nFind files.\n- Find by name: `find path/to/dir -name '*.{a,b}' -p`\n- Find empty ones: `find -type f -empty`",
+        "## find\nFind files.\n- Find by name: `find path/to/dir -name '*.{a,b}' -p`\n- Find empty ones: `find -type f "
+        "-empty`",
         "## wc\nCount.",
     )
 
@@ -178,11 +192,16 @@ def test_a_relative_docs_path_starts_from_the_run_file(tmp_path):
 
 def test_the_published_pages_give_a_template_of_the_commonest_utilities(published, published_pages):
     ten = documented(published, published_pages, docs_count=10, docs_examples=3).template()
-    assert [d.split()[1] for d in ten.documents] == ["find", "xargs", "grep", "sort", "cut", "echo", "wc", "head", "cat", "tr"]
+    assert [d.split()[1] for d in ten.documents] == [
+        "find", "xargs", "grep", "sort", "cut", "echo", "wc", "head", "cat", "tr",
+    ]
     assert "- Find files by extension: `find path/to/directory -name '*.ext'`" in ten.documents[0]
     assert "{{" not in ten.text and "`arguments_source | xargs -n 1 command`" in ten.documents[1]
     tokenizer = load_tokenizer(ModelConfig())
-    assert [len(tokenizer(t.text, add_special_tokens=False).input_ids) for t in (documented(published, published_pages).template(), ten)] == [445, 946]
+    assert [
+        len(tokenizer(t.text, add_special_tokens=False).input_ids)
+        for t in (documented(published, published_pages).template(), ten)
+    ] == [445, 946]
 
 
 def test_the_published_split_has_the_papers_numbers_of_rows_and_no_rejects(published):
@@ -190,9 +209,14 @@ def test_the_published_split_has_the_papers_numbers_of_rows_and_no_rejects(publi
     assert {split: len(r) for split, r in rows.items()} == {"train": 8090, "dev": 609, "test": 606}
     assert all(isinstance(row, Row) for r in rows.values() for row in r)
     trained = {row.query for row in rows["train"]}
-    assert [sum(row.query in trained for row in rows[split]) for split in ("dev", "test")] == [10, 21], "the overlap that the run file drops"
+    assert [sum(row.query in trained for row in rows[split]) for split in ("dev", "test")] == [10, 21], (
+        "the overlap that the run file drops"
+    )
 
 
 def test_the_run_file_loads_and_drops_the_overlap(published):
     config = load_run_file(ROOT / "jobs" / "runs" / "nl2bash.yaml", [f"task.folder={published}"])
-    assert config.task.overlap == "drop" and len(list(Nl2BashTask(config.task).rows("train"))) == config.task.rows.train == 512
+    assert (
+        config.task.overlap == "drop"
+        and len(list(Nl2BashTask(config.task).rows("train"))) == config.task.rows.train == 512
+    )

@@ -1,4 +1,4 @@
-"""NL2F: the authors' tables with questions -> rows, as their schema describes them; documents from lists of functions."""
+"""NL2F: the authors' tables with questions -> rows, and documents from lists of functions."""
 
 import json
 import os
@@ -20,7 +20,9 @@ ASKED = {"Question": "Who has 5 points?", "Formula": "x", "Formula2": 'FILTER(A2
 @pytest.fixture
 def folder(tmp_path):
     for name in ("train", "valid", "test"):
-        (tmp_path / f"{name}.json").write_text(json.dumps([{"TableName": "t", "Table": SHEET, "t5Formulas": [ASKED, {**ASKED, "Level": "hard"}]}]))
+        (tmp_path / f"{name}.json").write_text(
+            json.dumps([{"TableName": "t", "Table": SHEET, "t5Formulas": [ASKED, {**ASKED, "Level": "hard"}]}])
+        )
     return tmp_path
 
 
@@ -80,7 +82,9 @@ def test_a_missing_folder_says_which_files_and_where_to_get_them(tmp_path, where
 def test_exact_match_is_the_authors(folder):
     task, row = task_of(folder), Row("a", "q", 'FILTER(A2:A9,(B2:B9="New York"))')
     assert task.score(row, "filter(a2:a9, (b2:b9 = newyork))") == {"exact_match": 1.0}
-    assert [task.score(row, output)["exact_match"] for output in (f"={row.answer}", "FILTER(A2:A9,(B2:B9))", "")] == [0.0, 0.0, 0.0]
+    assert [task.score(row, output)["exact_match"] for output in (f"={row.answer}", "FILTER(A2:A9,(B2:B9))", "")] == [
+        0.0, 0.0, 0.0,
+    ]
 
 
 def test_quoted_text_calls_no_function():
@@ -89,30 +93,58 @@ def test_quoted_text_calls_no_function():
 
 def test_the_template_follows_the_paper_and_has_its_documents():
     template = task_of("").template()
-    assert template.instruction.startswith("You are an advanced data analyst and programmer") and "[TABLE]" in template.instruction
-    assert [d.split("(")[0].split(",")[0] for d in template.documents] == ["## FILTER", "## MAX", "## COUNT", "## UNIQUE", "## SORT", "## INDEX"]
+    assert (
+        template.instruction.startswith("You are an advanced data analyst and programmer")
+        and "[TABLE]" in template.instruction
+    )
+    assert [d.split("(")[0].split(",")[0] for d in template.documents] == [
+        "## FILTER",
+        "## MAX",
+        "## COUNT",
+        "## UNIQUE",
+        "## SORT",
+        "## INDEX",
+    ]
     assert 400 <= len(load_tokenizer(ModelConfig())(template.text, add_special_tokens=False).input_ids) <= 500
 
 
 def test_documents_come_from_described_functions(folder):
-    lines = [{"function": "FILTER", "description": "Keeps rows.", "params": ["{*} range What to keep."]}, {"function": "ABS", "description": "Unused."}]
+    lines = [
+        {"function": "FILTER", "description": "Keeps rows.", "params": ["{*} range What to keep."]},
+        {"function": "ABS", "description": "Unused."},
+    ]
     (folder / "functions.jsonl").write_text("\n".join(map(json.dumps, lines)))
     template = task_of(folder, docs=str(folder / "functions.jsonl")).template()
     assert template.documents == ("## FILTER\nKeeps rows. range What to keep.",)
 
 
 def test_documents_come_from_help_pages_of_one_or_more_functions(folder):
-    pages = [{"title": "Overview", "text": "Overview\nABS\nGives the size.\n FILTER\n An overview of it.\nMAX\n 5"}, {"title": "x", "text": (
-        "FILTER function\nThis function is part of a standard.\nKeeps the rows asked for.\n Syntax\nFILTER(Range; Test)\n" + "Longer. " * 80)}]
+    pages = [
+        {"title": "Overview", "text": "Overview\nABS\nGives the size.\n FILTER\n An overview of it.\nMAX\n 5"},
+        {
+            "title": "x",
+            "text": (
+                "FILTER function\nThis function is part of a standard.\nKeeps the rows asked for.\n "
+                "Syntax\nFILTER(Range; Test)\n"
+                + "Longer. " * 80
+            ),
+        },
+    ]
     (folder / "help.jsonl").write_text("\n".join(map(json.dumps, pages)))
     (document,) = task_of(folder, docs=str(folder / "help.jsonl")).template().documents
-    assert document.startswith("## FILTER\nKeeps the rows asked for. FILTER(Range, Test) Longer.") and len(document.split()) <= 62
+    assert (
+        document.startswith("## FILTER\nKeeps the rows asked for. FILTER(Range, Test) Longer.")
+        and len(document.split()) <= 62
+    )
 
 
 def test_the_fingerprint_follows_contents_limits_and_documents(folder):
     docs = folder / "functions.jsonl"
     docs.write_text(json.dumps({"function": "FILTER", "description": "Keeps rows."}))
-    prints = [task_of(folder).fingerprint(), task_of(folder, rows={"train": 1}).fingerprint(), task_of(folder, docs=str(docs)).fingerprint()]
+    prints = [
+        task_of(folder).fingerprint(), task_of(folder, rows={"train": 1}).fingerprint(),
+        task_of(folder, docs=str(docs)).fingerprint(),
+    ]
     docs.write_text(json.dumps({"function": "FILTER", "description": "Keeps some rows."}))
     prints.append(task_of(folder, docs=str(docs)).fingerprint())
     (folder / "valid.json").write_text("[]")
@@ -120,7 +152,9 @@ def test_the_fingerprint_follows_contents_limits_and_documents(folder):
     assert len(set(prints)) == 5
 
 
-@pytest.mark.parametrize("text", [None, "text", "[1]", '{"name": "FILTER"}', '{"function": "ABS", "description": "Unused."}'])
+@pytest.mark.parametrize(
+    "text", [None, "text", "[1]", '{"name": "FILTER"}', '{"function": "ABS", "description": "Unused."}']
+)
 def test_documents_that_cannot_be_used_are_refused_with_the_cure(folder, text):
     docs = folder / "docs.jsonl"
     if text is not None:
@@ -129,11 +163,16 @@ def test_documents_that_cannot_be_used_are_refused_with_the_cure(folder, text):
         task_of(folder, docs=str(docs)).template()
 
 
-@pytest.mark.parametrize(("file", "names"), [("formulajs/functions.jsonl", ["MAX"]), ("libreoffice/calc_functions_pages.jsonl", ["FILTER", "MAX", "SORTBY"])])
+@pytest.mark.parametrize(
+    ("file", "names"),
+    [("formulajs/functions.jsonl", ["MAX"]), ("libreoffice/calc_functions_pages.jsonl", ["FILTER", "MAX", "SORTBY"])],
+)
 def test_the_published_lists_of_functions_are_read(folder, file, names):
     docs = DATA / "docs" / file
     if not docs.is_file():
         pytest.fail(f"{docs}: no list of functions here; set PI_RAY_DATA to the folder that holds docs/{file}")
-    (folder / "train.json").write_text(json.dumps([{"Table": SHEET, "t5Formulas": [{**ASKED, "Formula2": "FILTER(SORTBY(MAX(A2:A9)))"}]}]))
+    (folder / "train.json").write_text(
+        json.dumps([{"Table": SHEET, "t5Formulas": [{**ASKED, "Formula2": "FILTER(SORTBY(MAX(A2:A9)))"}]}])
+    )
     documents = task_of(folder, docs=str(docs)).template().documents
     assert [d.split()[1] for d in documents] == names and "maximum value" in documents[names.index("MAX")]

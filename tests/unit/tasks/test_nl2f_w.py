@@ -1,4 +1,4 @@
-"""NL2F-W: WikiSQL's SQL -> spreadsheet formulas, split by Wikipedia page; the published questions when they are at hand, which they must be."""
+"""NL2F-W: WikiSQL's SQL -> spreadsheet formulas, split by Wikipedia page; the published questions must be at hand."""
 
 import json
 import os
@@ -22,7 +22,10 @@ HEADER = [("Name", "text"), ("Points", "real"), ("Town", "text")]
 def published():
     found = Path(os.environ.get("PI_RAY_DATA") or ROOT.parent / "shared" / "data") / "wikisql"
     if not (found / "validation.headers.txt").is_file():
-        pytest.fail(f"{found}: no WikiSQL here; set PI_RAY_DATA to the folder that holds wikisql/dev.jsonl and wikisql/validation.headers.txt")
+        pytest.fail(
+            f"{found}: no WikiSQL here; set PI_RAY_DATA to the folder that holds wikisql/dev.jsonl and "
+            "wikisql/validation.headers.txt"
+        )
     return found
 
 
@@ -44,7 +47,9 @@ def question(text, sel=0, agg=0, conds=((1, 0, 5),), table="1-1-1"):
 def write(folder, questions):
     columns = "<c> Full-name <t> text <c> Points <t> real <c> In-2007-08 <t> text"
     (folder / "dev.jsonl").write_text("".join(json.dumps(q) + "\n" for q in questions))
-    (folder / "validation.headers.txt").write_text("\n--SEPARATOR--\n".join(f"t_1 {columns} <i> {q['question']} <s> SELECT x </s>" for q in questions))
+    (folder / "validation.headers.txt").write_text(
+        "\n--SEPARATOR--\n".join(f"t_1 {columns} <i> {q['question']} <s> SELECT x </s>" for q in questions)
+    )
 
 
 def task_of(folder, **changes):
@@ -85,7 +90,13 @@ def test_all_tables_of_a_page_stand_in_one_split():
     assert shares == pytest.approx([0.75, 0.10, 0.15], abs=0.02)
 
 
-@pytest.mark.parametrize("line", ["text", "[1]", '{"table_id": "1-1-1"}', json.dumps(question("Another?")), json.dumps(question("Who has 5?", sel=3))])
+@pytest.mark.parametrize(
+    "line",
+    [
+        "text", "[1]", '{"table_id": "1-1-1"}', json.dumps(question("Another?")),
+        json.dumps(question("Who has 5?", sel=3)),
+    ],
+)
 def test_a_question_that_cannot_be_used_is_rejected_and_the_rest_kept(folder, line):
     good = (folder / "dev.jsonl").read_text().splitlines()[1]
     (folder / "dev.jsonl").write_text(f"{line}\n{good}\n")
@@ -106,10 +117,20 @@ def test_a_missing_folder_says_which_files_and_where_to_get_them(tmp_path):
 
 def test_without_a_folder_rows_come_from_the_hub_with_the_real_ends_of_tables(monkeypatch):
     sql = {"sel": 0, "agg": 0, "conds": {"column_index": [1], "operator_index": [0], "condition": ["5"]}}
-    data = {"question": "Who has 5?", "table": {"header": ["Name", "Points"], "types": ["text", "real"], "rows": [["a", "5"], ["b", "6"]]}, "sql": sql}
-    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=lambda name, **_: [data, {**data, "sql": {**sql, "sel": 7}}]))
+    data = {
+        "question": "Who has 5?",
+        "table": {"header": ["Name", "Points"], "types": ["text", "real"], "rows": [["a", "5"], ["b", "6"]]},
+        "sql": sql,
+    }
+    monkeypatch.setitem(
+        sys.modules, "datasets",
+        SimpleNamespace(load_dataset=lambda name, **_: [data, {**data, "sql": {**sql, "sel": 7}}]),
+    )
     row, bad = task_of("").rows("test")
-    assert row == Row("test-1", "Who has 5?\n[TABLE]\nA: Name | B: Points (number)\n(data to row 3)\n[/TABLE]", "FILTER(A2:A3,(B2:B3=5))", "one condition")
+    assert row == Row(
+        "test-1", "Who has 5?\n[TABLE]\nA: Name | B: Points (number)\n(data to row 3)\n[/TABLE]",
+        "FILTER(A2:A3,(B2:B3=5))", "one condition",
+    )
     assert isinstance(bad, Reject)
 
 
@@ -133,7 +154,10 @@ def test_the_published_questions_are_all_used(rows):
 
 def test_no_query_and_no_page_of_the_published_questions_crosses_splits(published, rows):
     questions = [json.loads(line) for line in (published / "dev.jsonl").read_text(encoding="utf-8").split("\n") if line]
-    pages = {split: {questions[int(row.id.rpartition("-")[2]) - 1]["table_id"].split("-")[1] for row in rows[split]} for split in SPLITS}
+    pages = {
+        split: {questions[int(row.id.rpartition("-")[2]) - 1]["table_id"].split("-")[1] for row in rows[split]}
+        for split in SPLITS
+    }
     queries = {split: {row.query for row in rows[split]} for split in SPLITS}
     for one, other in (("train", "dev"), ("train", "test"), ("dev", "test")):
         assert not pages[one] & pages[other] and not queries[one] & queries[other]
@@ -142,7 +166,10 @@ def test_no_query_and_no_page_of_the_published_questions_crosses_splits(publishe
 @pytest.mark.parametrize(
     ("number", "asked", "expected"),
     [
-        ("train-1", "What position does the player who played for butler cc (ks) play?", 'FILTER(D2:D100,(F2:F100="Butler CC (KS)"))'),
+        (
+            "train-1", "What position does the player who played for butler cc (ks) play?",
+            'FILTER(D2:D100,(F2:F100="Butler CC (KS)"))',
+        ),
         ("train-2", "How many schools did player number 3 play at?", 'COUNTA(FILTER(F2:F100,(B2:B100="3")))'),
         ("test-22", "Name the minimum tiesplayed for 6 years", "MIN(FILTER(F2:F100,(E2:E100=6)))"),
         ("test-8410", "Name the least runners with dist of 10.5", "MIN(FILTER(G2:G100,(B2:B100=10.5)))"),

@@ -10,7 +10,16 @@ from pi_ray.config import ModelConfig, TaskConfig
 from pi_ray.models import load_tokenizer
 from pi_ray.protocols import SPLITS
 from pi_ray.tasks.opsql import OpsqlTask
-from pi_ray.tasks.opsql.generate import DEFAULT_ROUTE, DEFAULT_WINDOW, GROUPS, MEASURES, SEVERITIES, generate_rows, main, trained_services
+from pi_ray.tasks.opsql.generate import (
+    DEFAULT_ROUTE,
+    DEFAULT_WINDOW,
+    GROUPS,
+    MEASURES,
+    SEVERITIES,
+    generate_rows,
+    main,
+    trained_services,
+)
 from pi_ray.tasks.opsql.language import (
     LONGEST,
     MAX_CHARACTERS,
@@ -54,14 +63,20 @@ def test_what_the_language_lets_vary_runs_the_same_without_matching_exactly(task
     assert task.score(row, text) == {"exact_match": 0.0, "execution": 1.0}
 
 
-@pytest.mark.parametrize("text", [
-    "", "|||", "hello", "from zz | lat > 2000 | for 60m | to fern", "from a9 | lat > 2000 | for 60m | to fern",
-    "from r9 | lax > 2000 | for 60m | to fern", "from r9 | lat > 2000 | for 60m | to nobody", "from r9 | lat > 2000 | to fern",
-    "from r9 | lat > 2000 | for 60m | for 60m | to fern", "from r9 | lat > 2000 | for 120m | to fern", "from r9 | lat > 2000 | for 4m | to fern",
-    "from r9 | lat > ٢٠٠٠ | for 60m | to fern", "from r9 | lat > 2 | for 60m | to fern | to kite", "lat > 2000 | from r9 | for 60m | to fern",
-    "from r9 | lat > 99999999999999999999999 | for 60m | to fern", "from r9 | lat > -1 | for 60m | to fern", REFERENCE + " | " + REFERENCE,
-    "from r9 | __import__('os') | for 60m | to fern", "\0" * 50, REFERENCE + " |" * MAX_CHARACTERS, "from " * 100_000, "|" * 1_000_000,
-])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "", "|||", "hello", "from zz | lat > 2000 | for 60m | to fern", "from a9 | lat > 2000 | for 60m | to fern",
+        "from r9 | lax > 2000 | for 60m | to fern", "from r9 | lat > 2000 | for 60m | to nobody",
+        "from r9 | lat > 2000 | to fern", "from r9 | lat > 2000 | for 60m | for 60m | to fern",
+        "from r9 | lat > 2000 | for 120m | to fern", "from r9 | lat > 2000 | for 4m | to fern",
+        "from r9 | lat > ٢٠٠٠ | for 60m | to fern", "from r9 | lat > 2 | for 60m | to fern | to kite",
+        "lat > 2000 | from r9 | for 60m | to fern", "from r9 | lat > 99999999999999999999999 | for 60m | to fern",
+        "from r9 | lat > -1 | for 60m | to fern", REFERENCE + " | " + REFERENCE,
+        "from r9 | __import__('os') | for 60m | to fern", "\0" * 50, REFERENCE + " |" * MAX_CHARACTERS,
+        "from " * 100_000, "|" * 1_000_000,
+    ],
+)
 def test_what_is_not_opsql_raises_and_scores_nothing(task, text):
     with pytest.raises(OpsqlError):
         parse_statement(text)
@@ -69,7 +84,13 @@ def test_what_is_not_opsql_raises_and_scores_nothing(task, text):
     assert task.score(row, text) == {"exact_match": 0.0, "execution": 0.0}
 
 
-@pytest.mark.parametrize("text", ["from r9 | lat > 3000 | for 10m | to fern", "from g5 | req < 40 | for 60m | to kite", "from a8 | cpu > 900 | for 5m | to moss"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "from r9 | lat > 3000 | for 10m | to fern", "from g5 | req < 40 | for 60m | to kite",
+        "from a8 | cpu > 900 | for 5m | to moss",
+    ],
+)
 def test_an_alert_fires_when_its_condition_held_in_every_minute_of_the_window(text):
     s = parse_statement(text)
     holds = [v > s.value if s.above else v < s.value for v in _series(s.service, s.metric)]
@@ -82,7 +103,9 @@ def test_every_alert_that_rows_can_ask_for_fires_and_differs_from_every_other_of
         seen = {}
         for metric, window in product(MEASURES, (5, 10, 15, 20, 30, 45, 60)):
             for amount in MEASURES[metric].amounts:
-                statement = Statement(code, metric, MEASURES[metric].above, amount * MEASURES[metric].scale, window, "moss")
+                statement = Statement(
+                    code, metric, MEASURES[metric].above, amount * MEASURES[metric].scale, window, "moss"
+                )
                 minutes, _ = execute_statement(statement)
                 assert minutes, f"{statement} never fires, so wrong outputs would count as right"
                 assert minutes not in seen, f"{statement} and {seen.get(minutes)} fire in the same minutes"
@@ -94,8 +117,9 @@ def test_one_wrong_fact_changes_the_result():
         s = parse_statement(row.answer)
         other = next(c for c in SERVICES.values() if c != s.service)
         wrong = [
-            replace(s, service=other), replace(s, route=next(r for r in ROUTES if r != s.route)), replace(s, above=not s.above),
-            replace(s, metric=next(m for m in METRICS if m != s.metric)), replace(s, value=s.value // 2), replace(s, window=20 if s.window != 20 else 30),
+            replace(s, service=other), replace(s, route=next(r for r in ROUTES if r != s.route)),
+            replace(s, above=not s.above), replace(s, metric=next(m for m in METRICS if m != s.metric)),
+            replace(s, value=s.value // 2), replace(s, window=20 if s.window != 20 else 30),
         ]
         assert all(execute_statement(w) != execute_statement(s) for w in wrong), row.answer
 
@@ -112,7 +136,9 @@ def test_the_template_has_an_instruction_and_names_every_fact(task):
         assert f"\n{name}: {code}" in template.text
     for metric, measure in MEASURES.items():
         line = next(line for line in template.text.splitlines() if line.startswith(f"{metric}: "))
-        assert all(name in line for name in measure.names) and (measure.scale == 1 or line.endswith(f"is {measure.scale}"))
+        assert all(name in line for name in measure.names) and (
+            measure.scale == 1 or line.endswith(f"is {measure.scale}")
+        )
     for severity, route in SEVERITIES.items():
         assert severity in next(line for line in template.text.splitlines() if line.startswith(f"{route}: "))
     default = next(line for line in template.text.splitlines() if "names no severity" in line)
@@ -126,7 +152,11 @@ def test_the_template_is_long_enough_to_be_worth_internalising(task):
 
 
 def test_there_are_enough_rows_and_they_are_the_same_each_time(task):
-    assert len(list(task.rows("train"))) >= 480 and len(list(task.rows("dev"))) >= 80 and len(list(task.rows("test"))) >= 150
+    assert (
+        len(list(task.rows("train"))) >= 480
+        and len(list(task.rows("dev"))) >= 80
+        and len(list(task.rows("test"))) >= 150
+    )
     before = generate_rows()
     generate_rows.cache_clear()
     assert generate_rows() == before and generate_rows(seed=1) != before
@@ -146,7 +176,9 @@ def test_groups_mean_what_they_say_for_any_number_of_training_rows(split, used):
     for row in generate_rows()[split]:
         service, metric = pair(row)
         assert metric in metrics
-        expected = {"like train": (True, True), "new combinations": (True, False), "template only": (False, False)}[row.group]
+        expected = {"like train": (True, True), "new combinations": (True, False), "template only": (False, False)}[
+            row.group
+        ]
         assert (service in services, (service, metric) in pairs) == expected, row
         assert ((service, metric) in everything) == expected[1]
 
@@ -171,14 +203,22 @@ def test_training_rows_carry_no_group(task):
 def test_every_answer_is_what_the_query_says(task):
     """Read from the words of the query, independently of the generator."""
     for row in [*task.rows("train"), *task.rows("test")]:
-        s, words = parse_statement(row.answer), row.query.lower().replace(":", " ").replace(",", " ").replace(".", " ").split()
+        s, words = (
+            parse_statement(row.answer),
+            row.query.lower().replace(":", " ").replace(",", " ").replace(".", " ").split(),
+        )
         assert NAMES[s.service] in words and s.above == bool({"above", "over"} & set(words))
         amount = next(int(w) for w in words if w.isdigit())
         assert s.value == amount * {"lat": 1000, "err": 100, "ram": 1000, "cpu": 10, "lag": 1, "req": 1}[s.metric]
         if "for" not in words:
             assert s.window == 15
         severity = next((w for w in ("critical", "urgent", "serious", "minor", "low") if w in words), "")
-        assert s.route == {"critical": "fern", "urgent": "fern", "serious": "kite", "minor": "moss", "low": "cobalt", "": "moss"}[severity]
+        assert (
+            s.route
+            == {"critical": "fern", "urgent": "fern", "serious": "kite", "minor": "moss", "low": "cobalt", "": "moss"}[
+                severity
+            ]
+        )
 
 
 def test_the_generator_prints_counts_and_rows(capsys):
@@ -189,5 +229,10 @@ def test_the_generator_prints_counts_and_rows(capsys):
 def test_unlabelled_queries_use_every_service_and_tell_no_answer():
     rows = generate_rows()["unlabelled"]
     assert {row.answer for row in rows} == {""}
-    used = Counter(name for row in rows[:480] for name in SERVICES if name in row.query.replace(":", " ").split() + row.query.rstrip(".").split())
+    used = Counter(
+        name
+        for row in rows[:480]
+        for name in SERVICES
+        if name in row.query.replace(":", " ").split() + row.query.rstrip(".").split()
+    )
     assert used.keys() == SERVICES.keys() and min(used.values()) >= 10

@@ -13,8 +13,13 @@ from pi_ray.registry import tasks
 
 def own_files(folder, rows):
     write_task(folder)
-    (folder / "queries.jsonl").write_text('{"query": "Is there a parcel shop near me?"}\n{"query": "Do you ship to islands?"}\n')
-    names = {"train": "train.jsonl", "dev": "dev.jsonl", "test": "test.jsonl", "queries": "queries.jsonl", "template": "template.md"}
+    (folder / "queries.jsonl").write_text(
+        '{"query": "Is there a parcel shop near me?"}\n{"query": "Do you ship to islands?"}\n'
+    )
+    names = {
+        "train": "train.jsonl", "dev": "dev.jsonl", "test": "test.jsonl", "queries": "queries.jsonl",
+        "template": "template.md",
+    }
     return TaskConfig(rows=rows, **{key: str(folder / name) for key, name in names.items()})
 
 
@@ -27,27 +32,49 @@ def parallel_files(folder, rows):
 
 def tables_with_questions(folder, rows):
     for file in ("train", "valid", "test"):
-        asked = [{"Question": f"which {name} of {file}?", "Formula2": f'FILTER({name}2:{name}3,(A2:A3="x"))', "Level": "easy"} for name in "AB"]
-        (folder / f"{file}.json").write_text(json.dumps([{"Table": [["", "A", "B"], ["1", "Name", "Points"], ["2", "x", "5"]], "t5Formulas": asked}]))
+        asked = [
+            {
+                "Question": f"which {name} of {file}?", "Formula2": f'FILTER({name}2:{name}3,(A2:A3="x"))',
+                "Level": "easy",
+            }
+            for name in "AB"
+        ]
+        (folder / f"{file}.json").write_text(
+            json.dumps([{"Table": [["", "A", "B"], ["1", "Name", "Points"], ["2", "x", "5"]], "t5Formulas": asked}])
+        )
     return TaskConfig(name="nl2f", folder=str(folder), rows=rows)
 
 
 def queries_with_headers(folder, rows):
-    asked = [{"table_id": f"1-{i}-1", "question": f"points of {i}?", "sql": {"sel": 1, "agg": 0, "conds": [[0, 0, "x"]]}} for i in range(40)]
+    asked = [
+        {"table_id": f"1-{i}-1", "question": f"points of {i}?", "sql": {"sel": 1, "agg": 0, "conds": [[0, 0, "x"]]}}
+        for i in range(40)
+    ]
     (folder / "dev.jsonl").write_text("".join(json.dumps(data) + "\n" for data in asked))
-    blocks = [f"t_{i} <c> Name <t> text <c> Points <t> real <i> points of {i}? <s> SELECT Points </s>" for i in range(40)]
+    blocks = [
+        f"t_{i} <c> Name <t> text <c> Points <t> real <i> points of {i}? <s> SELECT Points </s>" for i in range(40)
+    ]
     (folder / "validation.headers.txt").write_text("\n--SEPARATOR--\n".join(blocks))
     return TaskConfig(name="nl2f-w", folder=str(folder), rows=rows)
 
 
 def problems_with_tests(folder, rows):
     numbers = (11, 12, 511, 601, 612)
-    problems = [{"task_id": n, "text": f"Add {n}.", "code": f"def add(x):\r\n    return x + {n}", "test_list": [f"assert add(0) == {n}"]} for n in numbers]
+    problems = [
+        {
+            "task_id": n, "text": f"Add {n}.", "code": f"def add(x):\r\n    return x + {n}",
+            "test_list": [f"assert add(0) == {n}"],
+        }
+        for n in numbers
+    ]
     (folder / "mbpp.jsonl").write_text("".join(json.dumps(problem) + "\n" for problem in problems))
     return TaskConfig(name="mbpp", folder=str(folder), rows=rows)
 
 
-CONFIGS = {"jsonl": own_files, "mbpp": problems_with_tests, "nl2bash": parallel_files, "nl2f": tables_with_questions, "nl2f-w": queries_with_headers, "opsql": lambda folder, rows: TaskConfig(name="opsql", rows=rows)}
+CONFIGS = {
+    "jsonl": own_files, "mbpp": problems_with_tests, "nl2bash": parallel_files, "nl2f": tables_with_questions,
+    "nl2f-w": queries_with_headers, "opsql": lambda folder, rows: TaskConfig(name="opsql", rows=rows),
+}
 
 
 @pytest.fixture(params=tasks.names())
@@ -111,7 +138,8 @@ def test_unlabelled_rows_are_limited_too(make):
     assert len(list(make("limited", train=1, unlabelled=1).rows("unlabelled"))) == 1
 
 
-UNSEEN = {"mbpp": "612", "nl2bash": "pwd", "nl2f": "B2:B3", "nl2f-w": "B2:B100"}  # in some or all answers of the rows above
+# in some or all answers of the rows above
+UNSEEN = {"mbpp": "612", "nl2bash": "pwd", "nl2f": "B2:B3", "nl2f-w": "B2:B100"}
 
 
 def test_no_labelled_answer_uses_a_name_that_is_to_be_unseen_and_its_queries_are_unlabelled(make):
@@ -123,8 +151,12 @@ def test_no_labelled_answer_uses_a_name_that_is_to_be_unseen_and_its_queries_are
     name = UNSEEN[task.config.name]
     hiding = type(task)(task.config.model_copy(update={"unseen": (name,)}))
     assert list(hiding.rows("train")) == [row for row in task.rows("train") if name not in row.answer]
-    assert [row.query for row in hiding.rows("unlabelled")] == [row.query for row in task.rows("train") if name in row.answer]
-    assert {(row.id, row.group) for row in hiding.rows("test")} == {(row.id, "template only" if name in row.answer else "like train") for row in task.rows("test")}
+    assert [row.query for row in hiding.rows("unlabelled")] == [
+        row.query for row in task.rows("train") if name in row.answer
+    ]
+    assert {(row.id, row.group) for row in hiding.rows("test")} == {
+        (row.id, "template only" if name in row.answer else "like train") for row in task.rows("test")
+    }
     assert hiding.fingerprint() != task.fingerprint()
 
 

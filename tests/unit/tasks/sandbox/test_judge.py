@@ -30,18 +30,27 @@ def judged(value, expected):
     return judge_answer([Step("value", "f()", expected)], sent([value]))
 
 
-@pytest.mark.parametrize("value", [
-    None, True, 0, -255, 10**5000, 1.5, float("inf"), -0.0, 2 + 3j, "", "é\ud800\n'\"", b"\x00'", [], [1, [2, (3,)]], (), (None,), set(), {1, "a"}, frozenset({2}),
-    {"a": [1.0], (1, 2): {"b": {3}}}, {frozenset({1}): 2}, bytearray(b"x"), {1: 2}.keys(), Fraction(1, 3), Decimal("0.1"),
-], ids=lambda value: type(value).__name__)
+@pytest.mark.parametrize(
+    "value",
+    [
+        None, True, 0, -255, 10**5000, 1.5, float("inf"), -0.0, 2 + 3j, "", "é\ud800\n'\"", b"\x00'", [],
+        [1, [2, (3,)]], (), (None,), set(), {1, "a"}, frozenset({2}), {"a": [1.0], (1, 2): {"b": {3}}},
+        {frozenset({1}): 2}, bytearray(b"x"), {1: 2}.keys(), Fraction(1, 3), Decimal("0.1"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
 def test_plain_data_crosses_unchanged(value):
     assert judged(value, value) == "passed" and judged(value, object()) == "failed: test 1"
 
 
-@pytest.mark.parametrize(("value", "expected"), [
-    (1, True), (1.0, 1), ([1], (1,)), ("1", 1), (Counter("aab"), {"a": 2, "b": 1}), (OrderedDict(a=1), {"a": 1}), (Point(1, 2), (1, 2)),
-    (Fraction(1, 2), 0.5), (Decimal("0.1"), 0.1), (frozenset({1}), {1}), ({1: 2}.items(), {(1, 2)}), ({1: 2}.values(), [2]), (range(2), [0, 1]), (iter([1]), [1]),
-])
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        (1, True), (1.0, 1), ([1], (1,)), ("1", 1), (Counter("aab"), {"a": 2, "b": 1}), (OrderedDict(a=1), {"a": 1}),
+        (Point(1, 2), (1, 2)), (Fraction(1, 2), 0.5), (Decimal("0.1"), 0.1), (frozenset({1}), {1}),
+        ({1: 2}.items(), {(1, 2)}), ({1: 2}.values(), [2]), (range(2), [0, 1]), (iter([1]), [1]),
+    ],
+)
 def test_values_compare_as_python_compares_them(value, expected):
     assert (judged(value, expected) == "passed") == (value == expected)
 
@@ -67,19 +76,31 @@ def test_a_value_within_itself_is_an_answer_and_a_wrong_one():
     assert judged(loop, [1]) == "failed: test 1"
 
 
-@pytest.mark.parametrize("line", [
-    b"", b"null", b"[]", b"{}", b"[1, 2]", b'["", []]', b'[["str",""],[[]]]', b'[["str",""],[["nonsense",""]]]', b'[["str",""],[["int"]]]', b'[["str",""],[["int","2f",1]]] junk',
-    b'[["str",""],[["ratio","1","0"]]]', b'[["str",""],[["dict",[[["list",[]],["int","1"]]]]]]', b'[["str",""],[["float","0x1p+99999"]]]', b"[" * 50_000, b"\xff\xfe",
-    b'[["str",""],' + b'[["list",' * 20_000 + b"[]" + b"]]" * 20_000 + b"]", b'[["str",""],[]]', b'[["str",""],[["const","True"]]]', b'[["str",""],[["int","29"]]]' * 2,
-], ids=range(19))
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"", b"null", b"[]", b"{}", b"[1, 2]", b'["", []]', b'[["str",""],[[]]]', b'[["str",""],[["nonsense",""]]]',
+        b'[["str",""],[["int"]]]', b'[["str",""],[["int","2f",1]]] junk', b'[["str",""],[["ratio","1","0"]]]',
+        b'[["str",""],[["dict",[[["list",[]],["int","1"]]]]]]', b'[["str",""],[["float","0x1p+99999"]]]', b"[" * 50_000,
+        b"\xff\xfe", b'[["str",""],' + b'[["list",' * 20_000 + b"[]" + b"]]" * 20_000 + b"]", b'[["str",""],[]]',
+        b'[["str",""],[["const","True"]]]', b'[["str",""],[["int","29"]]]' * 2,
+    ],
+    ids=range(19),
+)
 def test_a_forged_line_never_passes_and_never_raises(line):
     assert judge_answer([Step("value", "f()", 41)], line) != "passed"
 
 
 def test_the_expected_value_stays_outside():
-    steps = split_tests(["assert f(1) == [2, 3]", "assert f(2) == (-1.5, None, {'a'})", "x = f(3)", "assert x", "assert x == g()", "assert f(4) != 5"])
+    steps = split_tests(
+        [
+            "assert f(1) == [2, 3]", "assert f(2) == (-1.5, None, {'a'})", "x = f(3)", "assert x", "assert x == g()",
+            "assert f(4) != 5",
+        ]
+    )
     assert [(s.kind, s.source, s.expected) for s in steps] == [
-        ("value", "f(1)", [2, 3]), ("value", "f(2)", (-1.5, None, {"a"})), ("exec", "x = f(3)", None), ("truth", "x", None), ("truth", "x == g()", None), ("truth", "f(4) != 5", None),
+        ("value", "f(1)", [2, 3]), ("value", "f(2)", (-1.5, None, {"a"})), ("exec", "x = f(3)", None),
+        ("truth", "x", None), ("truth", "x == g()", None), ("truth", "f(4) != 5", None),
     ]
 
 
@@ -89,11 +110,17 @@ def test_tests_that_prove_nothing_are_refused(tests):
         split_tests(tests)
 
 
-@pytest.mark.parametrize(("code", "reason"), [
-    ("def f(x): return x + 1", "passed"), ("def f(x): return x", "failed: test 1"), ("def f(x): return 2", "failed: test 2"), ("def g(): pass", "raised NameError"),
-    ("def f(x): return x +", "raised SyntaxError"), ("raise SystemExit(0)", "raised SystemExit"), ("def f(x): raise KeyboardInterrupt", "raised KeyboardInterrupt"),
-    ("def f(x): return x + 1 if x < 2 else 1 / 0", "raised ZeroDivisionError"), ("class Odd(Exception): pass\nOdd.__name__ = '<b>'\nraise Odd", "raised an exception"),
-])
+@pytest.mark.parametrize(
+    ("code", "reason"),
+    [
+        ("def f(x): return x + 1", "passed"), ("def f(x): return x", "failed: test 1"),
+        ("def f(x): return 2", "failed: test 2"), ("def g(): pass", "raised NameError"),
+        ("def f(x): return x +", "raised SyntaxError"), ("raise SystemExit(0)", "raised SystemExit"),
+        ("def f(x): raise KeyboardInterrupt", "raised KeyboardInterrupt"),
+        ("def f(x): return x + 1 if x < 2 else 1 / 0", "raised ZeroDivisionError"),
+        ("class Odd(Exception): pass\nOdd.__name__ = '<b>'\nraise Odd", "raised an exception"),
+    ],
+)
 def test_the_harness_says_what_happened(code, reason):
     steps = split_tests(["assert f(1) == 2", "assert f(2) == 3"])
     error, values = run_steps((code, ""), [(s.kind, s.source) for s in steps])
@@ -101,10 +128,15 @@ def test_the_harness_says_what_happened(code, reason):
 
 
 def test_code_then_set_up_then_tests():
-    error, values = run_steps(("class Node:\n    value = 1", "root = Node()"), [("value", "root.value"), ("truth", "root"), ("value", "__name__")])
+    error, values = run_steps(
+        ("class Node:\n    value = 1", "root = Node()"),
+        [("value", "root.value"), ("truth", "root"), ("value", "__name__")],
+    )
     assert (error, values) == (encode_value(""), [encode_value(1), encode_value(True), encode_value("__main__")])
 
 
 def test_a_value_is_taken_when_it_is_returned():
-    _, values = run_steps(("seen = []\ndef f(x):\n    seen.append(x)\n    return seen",), [("value", "f(1)"), ("value", "f(2)")])
+    _, values = run_steps(
+        ("seen = []\ndef f(x):\n    seen.append(x)\n    return seen",), [("value", "f(1)"), ("value", "f(2)")]
+    )
     assert values == [encode_value([1]), encode_value([1, 2])]
