@@ -1,33 +1,50 @@
-"""The `pi-ray` command: thin verbs over the library. What a verb needs is imported inside it, so that --help is instant."""
+"""The `pi-ray` command: thin verbs over the library. A verb imports what it needs inside, so that --help is instant."""
 
 from __future__ import annotations
 
 import argparse
+import inspect
 import logging
 import os
 import sys
 from collections.abc import Sequence
+from difflib import get_close_matches
 
 from pi_ray import __version__
 from pi_ray.cli import cluster, run, serve
 from pi_ray.cluster import requirements
 from pi_ray.errors import PiRayError
 
-VERBS = {**run.verb, **serve.verb, **cluster.verb}  # in the order of --help
+VERBS = {**run.verb, **serve.verb, **cluster.verb}
+GROUPS = {  # as `pi-ray --help` lists the verbs
+    "try it": ("demo", "init"),
+    "make an adapter": ("plan", "run", "prepare", "train", "evaluate", "report", "publish", "refresh", "table"),
+    "look inside": ("show", "schema", "compress", "neighbours"),
+    "serve adapters": ("serve", "chat", "release", "key"),
+    "work on a cluster": ("doctor", "render", "submit", "status", "logs", "stop"),
+}
+DESCRIPTION = """\
+Turn long recurrent prompts into LoRA adapters, so that inference sends the query alone.
+
+  pi-ray demo                    train, compare and publish an adapter on bundled data, on a laptop
+  pi-ray init my-task            write a commented task of your own to fill in; then: pi-ray run my-task/run.yaml
+  pi-ray VERB --help             say more about a verb
+"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point. Returns the exit code: 0, or that of the error, which is printed in one sentence."""
-    args = _arguments(argv)
+    args = parse_arguments(sys.argv[1:] if argv is None else argv)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator to CPU" not in record.getMessage())  # no news on a machine without a GPU
+    # DeepSpeed says that it takes the CPU, which is no news on a machine without a GPU.
+    logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator to CPU" not in record.getMessage())
     from rich.console import Console
 
     console = Console(highlight=False, soft_wrap=True)
     try:
-        if args.verb != "doctor":  # which says it, and more
+        if args.verb != "doctor":  # doctor reports missing packages itself
             requirements.check_requirements()
-        VERBS[args.verb][2](args, console)
+        VERBS[args.verb].function(args, console)
     except PiRayError as error:
         print(f"pi-ray: {error}", file=sys.stderr)
         return error.exit_code
@@ -37,9 +54,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     """The parsed command line. Overrides may also stand behind an option, where argparse does not look for them."""
     parser = _parser()
+    if argv and not argv[0].startswith("-") and argv[0] not in VERBS:
+        close = get_close_matches(argv[0], VERBS, n=1)
+        parser.error(f"unknown verb '{argv[0]}'; " + (f"did you mean '{close[0]}'?" if close else "see pi-ray --help"))
     args, rest = parser.parse_known_args(argv)
     if any(word.startswith("-") for word in rest) or (rest and not hasattr(args, "overrides")):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
@@ -49,11 +69,17 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="pi-ray", description="Long recurrent prompts become LoRA adapters, so that inference sends the query alone.")
+    plain = argparse.RawDescriptionHelpFormatter
+    listed = "\n".join(
+        f"\n{group}:\n" + "\n".join(f"  {name:<11} {VERBS[name].help}" for name in names)
+        for group, names in GROUPS.items()
+    )
+    parser = argparse.ArgumentParser("pi-ray", description=DESCRIPTION, epilog=listed.strip(), formatter_class=plain)
     parser.add_argument("--version", action="version", version=f"pi-ray {__version__}")
-    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
-    for name, (help, arguments, _) in VERBS.items():
-        sub = verbs.add_parser(name, help=help, description=help)
-        for add in arguments:
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB", help="one of the verbs below")
+    for name, verb in VERBS.items():
+        description = inspect.getdoc(verb.function) or f"{verb.help[0].upper()}{verb.help[1:]}."
+        sub = verbs.add_parser(name, description=description, formatter_class=plain)
+        for add in verb.arguments:
             add(sub)
     return parser

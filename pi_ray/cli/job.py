@@ -1,4 +1,4 @@
-"""The command inside a Ray job: `python -m pi_ray.cli.job VERB run.yaml`, which jobs/*.py and `pi-ray submit` run on the cluster."""
+"""The entry point inside a Ray job: `python -m pi_ray.cli.job VERB run.yaml`, for jobs/*.py and `pi-ray submit`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ from pi_ray.cluster.jobs.entrypoint import run_job
 
 
 def main(verb: str, arguments: Sequence[str]) -> int:
-    """`pi-ray VERB run.yaml [section.key=value ...]` with the run directory on the cluster's storage. Returns the exit code."""
+    """Run `pi-ray VERB run.yaml [section.key=value ...]` with the run directory on the cluster's storage.
+
+    Returns the exit code.
+    """
     return run_job(cli.main, verb, arguments)
 
 

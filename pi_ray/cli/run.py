@@ -1,4 +1,4 @@
-"""Verbs of runs: their files, their steps, and what they would do."""
+"""Verbs of runs: demo, init, a whole run, its single steps, and looks inside."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from pi_ray import config
 from pi_ray.cli.verbs import OVERRIDES, RUN, Verbs, argument, load_config
 from pi_ray.config import run_file
 from pi_ray.errors import ConfigError
+from pi_ray.protocols import SPLITS, UNLABELLED
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -21,14 +22,21 @@ if TYPE_CHECKING:
 verb = Verbs()
 
 
-@verb("the bundled task on the bundled model: prepare, train, evaluate, report, publish", OVERRIDES)
+@verb("train, evaluate and publish an adapter on a bundled task and model", OVERRIDES)
 def demo(args: argparse.Namespace, console: Console) -> None:
+    """Run all steps on a bundled task and model: prepare, train, evaluate, report, publish.
+
+    The task is opsql: requests in English become alerts in an in-house query language that only the prompt explains.
+    Nothing is downloaded from a hub. Run it again, and it goes on where it was stopped. The run directory is runs/demo;
+    open runs/demo/report.html afterwards.
+    """
     text = files("pi_ray.cli").joinpath("demo.yaml").read_text(encoding="utf-8")
     _run(run_file.parse_run_file(text, "demo.yaml", args.overrides), console)
 
 
-@verb("all steps in a row: prepare, train, evaluate, report, publish; what is done already is skipped", RUN, OVERRIDES)
+@verb("all steps in a row; steps that are done are skipped", RUN, OVERRIDES)
 def run(args: argparse.Namespace, console: Console) -> None:
+    """Prepare, train, evaluate, report and publish. Steps that are done are skipped, and a stopped one goes on."""
     _run(load_config(args), console)
 
 
@@ -44,31 +52,35 @@ def _run(settings: config.RunConfig, console: Console) -> None:
     run_dir = os.path.relpath(settings.root) if settings.root.is_relative_to(Path.cwd()) else settings.root
     query = RunDir(settings.root).read_rows("test")[0].query
     console.print(f"\n[bold]Serve it[/]\n  {command} serve {run_dir}\n\n[bold]Ask it[/], from another terminal")
-    console.print(usage_text(settings, f"http://{settings.serve.host}:{settings.serve.port}", published.parent.name, query), markup=False)
+    url = f"http://{settings.serve.host}:{settings.serve.port}"
+    console.print(usage_text(settings, url, published.parent.name, query), markup=False)
 
 
-@verb("write a folder to start from: run.yaml, template.md and rows, all commented", argument("folder", type=Path))
+@verb("write a commented task to fill in: run.yaml, template.md, rows", argument("folder", type=Path))
 def init(args: argparse.Namespace, console: Console) -> None:
     from pi_ray.cli.init import write_task
 
     for path in write_task(args.folder):
         console.print(f"wrote {path}", markup=False)
-    console.print(f"Put your prompt into template.md and your rows into the .jsonl files, then:\n  pi-ray plan {args.folder}/run.yaml\n  pi-ray run {args.folder}/run.yaml", markup=False)
+    console.print("Put your prompt into template.md and your rows into the .jsonl files, then:")
+    console.print(f"  pi-ray plan {args.folder}/run.yaml\n  pi-ray run {args.folder}/run.yaml", markup=False)
 
 
-@verb("print the whole resolved configuration", RUN, OVERRIDES)
+@verb("print all keys of a run as it has them", RUN, OVERRIDES)
 def show(args: argparse.Namespace, console: Console) -> None:
     print(config.dump_config(load_config(args)), end="")
 
 
-@verb("print the JSON Schema of run.yaml, for editors")
+@verb("print the JSON Schema of run files, for editors")
 def schema(args: argparse.Namespace, console: Console) -> None:
     print(config.json_schema())
 
 
 @verb(
-    "what a run will do and cost, without training: phases, tokens, updates, time, memory, break-even",
-    RUN, OVERRIDES, argument("--scale", action="store_true", help="also on 1 to 64 nodes, with up to 100 million rows: time, traffic, money, and what limits it"),
+    "estimate phases, tokens, time, memory and cost, without training",
+    RUN, OVERRIDES,
+    argument("--scale", action="store_true", help="also time, traffic, cost and bottleneck on 1 to 64 nodes, "
+        "with up to 100 million rows"),
 )
 def plan(args: argparse.Namespace, console: Console) -> None:
     from pi_ray.plan import plan as step
@@ -76,31 +88,40 @@ def plan(args: argparse.Namespace, console: Console) -> None:
     step.print_plan(step.plan_run(load_config(args)), console, scale=args.scale)
 
 
-@verb("train again on the rows as they are now, from the newest published adapter, in a run directory of its own, and publish the next version", RUN, OVERRIDES)
+@verb("train the published adapter on the rows as they are now, publish the result", RUN, OVERRIDES)
 def refresh(args: argparse.Namespace, console: Console) -> None:
-    from pi_ray.store import refresh as again
+    """Train again on the rows as they are now, starting from the newest published adapter.
 
-    settings = again.refresh_config(load_config(args))
-    again.copy_start_adapter(settings)
+    The run has a run directory of its own; its adapter is published as the next version.
+    """
+    from pi_ray.store import refresh as store
+
+    settings = store.refresh_config(load_config(args))
+    store.copy_start_adapter(settings)
     _run(settings, console)
-    again.mark_published(settings)
+    store.mark_published(settings)
 
 
 @verb(
-    "show a template (or any text) at some rate, what is dropped struck through; compress.name=selective and other overrides as in run.yaml",
+    "show a template at some rate, with the dropped words struck through",
     argument("file", type=Path, metavar="FILE", help="template.md, or any text"),
-    argument("--rate", type=float, default=0.3, help="share of the tokens that stays, between 0 and 1; default: %(default)s"),
+    argument("--rate", type=float, default=0.3, help="share of tokens that stay, 0 to 1; default: %(default)s"),
     OVERRIDES,
 )
 def compress(args: argparse.Namespace, console: Console) -> None:
-    from pi_ray.compress.display import show_compression as show_compressed
+    """Show a template, or any text, at some rate, with the dropped words struck through.
+
+    Overrides are keys of run files, such as compress.name=selective.
+    """
+    from pi_ray.compress.display import show_compression
 
     if not 0 <= args.rate <= 1:
         raise ConfigError(f"--rate {args.rate:g}: give the share of the tokens that stays, between 0 and 1")
-    show_compressed(args.file, args.rate, run_file.parse_run_file("name: compress", "compress", args.overrides), console)
+    settings = run_file.parse_run_file("name: compress", "compress", args.overrides)
+    show_compression(args.file, args.rate, settings, console)
 
 
-@verb("templates at each rate, examples for each row, one dataset for each phase", RUN, OVERRIDES)
+@verb("compress the template, retrieve examples, write a dataset for each phase", RUN, OVERRIDES)
 def prepare(args: argparse.Namespace, console: Console) -> None:
     from pi_ray import pipeline
 
@@ -108,10 +129,10 @@ def prepare(args: argparse.Namespace, console: Console) -> None:
 
 
 @verb(
-    "print a prepared row and the examples that it is given, with their scores",
+    "print a prepared row with its examples and their scores",
     RUN, OVERRIDES,
     argument("--row", required=True, metavar="ID", help="the row's id"),
-    argument("--split", default="", choices=("", "train", "dev", "test", "unlabelled"), help="where to look for it; default: in all of them"),
+    argument("--split", default="", choices=("", *SPLITS, UNLABELLED), help="the row's split; default: any"),
 )
 def neighbours(args: argparse.Namespace, console: Console) -> None:
     from pi_ray.data.show_neighbours import show_neighbours
@@ -119,14 +140,14 @@ def neighbours(args: argparse.Namespace, console: Console) -> None:
     show_neighbours(load_config(args), args.row, args.split, console)
 
 
-@verb("fine-tune through the phases; goes on from the newest checkpoint", RUN, OVERRIDES)
+@verb("fine-tune through the phases; resumes from the newest checkpoint", RUN, OVERRIDES)
 def train(args: argparse.Namespace, console: Console) -> None:
     from pi_ray import pipeline
 
     pipeline.train(load_config(args), console)
 
 
-@verb("compare base, full prompt, plain fine-tuning and PromptIntern on the test rows", RUN, OVERRIDES)
+@verb("compare the adapter with full prompt, base model and plain fine-tuning", RUN, OVERRIDES)
 def evaluate(args: argparse.Namespace, console: Console) -> None:
     from pi_ray import pipeline
 
@@ -140,8 +161,12 @@ def report(args: argparse.Namespace, console: Console) -> None:
     pipeline.report(load_config(args), console)
 
 
-@verb("run a table of runs, such as jobs/paper/table4.yaml, and print it in the paper's layout; goes on where it was stopped", RUN, OVERRIDES)
+@verb("run a table of runs and print it in the paper's layout", RUN, OVERRIDES)
 def table(args: argparse.Namespace, console: Console) -> None:
+    """Run all columns and seeds of a table file, such as jobs/paper/table4.yaml, and print the table.
+
+    A stopped table goes on where it was. Overrides that begin with `table.` are for the table file, others for the runs.
+    """
     from pi_ray.experiments.run_table import run_table
     from pi_ray.experiments.sweep import load_sweep
 
@@ -149,7 +174,10 @@ def table(args: argparse.Namespace, console: Console) -> None:
     run_table(load_sweep(args.config, args.overrides), console, command)
 
 
-@verb("put the best adapter into the store, versioned and hashed", RUN, OVERRIDES, argument("--name", default="", help="the adapter's name in the store; default: the run's name"))
+@verb(
+    "put the best adapter into the adapter store, versioned and hashed",
+    RUN, OVERRIDES, argument("--name", default="", help="the adapter's name in the store; default: the run's name"),
+)
 def publish(args: argparse.Namespace, console: Console) -> None:
     from pi_ray import pipeline
 

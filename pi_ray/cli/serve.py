@@ -1,4 +1,4 @@
-"""Verbs of what is published: serving it, which version answers, who may ask."""
+"""Verbs of published adapters: serving, chat, which version answers, keys of clients."""
 
 from __future__ import annotations
 
@@ -21,15 +21,23 @@ def serve(args: argparse.Namespace, console: Console) -> None:
 
 
 @verb(
-    "which version of an adapter answers: give one to everyone, try one on a share of the requests, go back; alone it shows how things are",
+    "choose the version that answers: for all, for a share of requests, or roll back",
     argument("name", metavar="NAME", help="the adapter"),
-    argument("--version", default="", help="v0003, or latest: whichever is newest"),
-    argument("--canary", default="", metavar="PERCENT", help="this share of the requests alone; default of --version: the one on trial, or the newest"),
-    argument("--rollback", action="store_true", help="end the trial; without one, back to the version before"),
-    argument("--alias", default="prod", help="another name for a version, asked for as NAME@ALIAS; default: %(default)s, which NAME alone means"),
+    argument("--version", default="", help="such as v0003, or latest"),
+    argument("--canary", default="", metavar="PERCENT", help="only for this share of the requests; "
+        "without --version: of the version on trial, else of the newest"),
+    argument("--rollback", action="store_true", help="end the trial; without one, go back to the previous version"),
+    argument("--alias", default="prod", help="alias to set, which clients ask for as NAME@ALIAS; "
+        "default: %(default)s, which NAME alone means"),
     argument("--store", default="store", help="folder or URL; default: store under the current folder"),
 )
 def release(args: argparse.Namespace, console: Console) -> None:
+    """Choose which version of an adapter answers. Without options: print which one does.
+
+      pi-ray release NAME --version v0003      every request
+      pi-ray release NAME --canary 10          a trial on 10% of the requests
+      pi-ray release NAME --rollback           end the trial, or go back to the previous version
+    """
     from pi_ray.store import release as step
     from pi_ray.store.adapters import AdapterStore
 
@@ -40,22 +48,26 @@ def release(args: argparse.Namespace, console: Console) -> None:
 
 
 @verb(
-    "make a bearer key for the server: prints it once, and the line for serve.keys_file, in which it cannot be read",
+    "make an API key for a client of the server",
     argument("name", metavar="NAME", help="whose key it is"),
-    argument("--adapters", nargs="+", default=[], metavar="ADAPTER", help="the models it may use; default: all"),
+    argument("--adapters", nargs="+", default=[], metavar="ADAPTER", help="adapters that it may use; default: all"),
 )
 def key(args: argparse.Namespace, console: Console) -> None:
+    """Make an API key (a bearer token): print it once, and the line with its hash for the file serve.keys_file."""
     from pi_ray.serve.http import keys
 
     made = keys.new_key()
-    print(f"the key, shown this once:\n  {made}\nits line for the file that serve.keys_file names:\n  {keys.keys_file_line(made, args.name, args.adapters)}")
+    print(f"the key, shown this once:\n  {made}\nits line for the file that serve.keys_file names:")
+    print(f"  {keys.keys_file_line(made, args.name, args.adapters)}")
 
 
 @verb(
-    "talk to an adapter on the terminal, in this process: what it answers, with tokens and milliseconds",
-    argument("adapter", metavar="RUN_OR_ADAPTER", help="a run directory, or an adapter's name in the store"), OVERRIDES,
+    "try an adapter on the terminal, without a server",
+    argument("adapter", metavar="RUN_OR_ADAPTER", help="a run directory, or an adapter's name in the store"),
+    OVERRIDES,
 )
 def chat(args: argparse.Namespace, console: Console) -> None:
-    from pi_ray.serve import chat as terminal
+    """Answer queries from the terminal with an adapter, in this process; shows tokens and milliseconds of each."""
+    from pi_ray.serve.chat import chat as chat_on_terminal
 
-    terminal.chat(args.adapter, args.overrides)
+    chat_on_terminal(args.adapter, args.overrides)

@@ -1,11 +1,11 @@
-"""What a verb is: a function that `pi-ray <its name>` calls, with its help and its arguments."""
+"""Verbs: functions that `pi-ray <name>` calls, each with one line of help, a longer description and its arguments."""
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pi_ray import config
 from pi_ray.config import run_file
@@ -14,35 +14,45 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 Argument = Callable[[argparse.ArgumentParser], object]
+Function = Callable[[argparse.Namespace, "Console"], None]
 
 
-class Verbs(dict[str, tuple[str, tuple[Argument, ...], Callable[[argparse.Namespace, "Console"], None]]]):
-    """Name -> (help, arguments, function) of a module's verbs, in the order in which they stand there."""
+class Verb(NamedTuple):
+    """A verb. Its function's docstring, where there is one, is the description that `pi-ray <name> --help` prints."""
 
-    def __call__(self, help: str, *arguments: Argument) -> Callable:
-        """Make the decorated function `pi-ray <its name>`, with these arguments."""
+    help: str
+    arguments: tuple[Argument, ...]
+    function: Function
 
-        def register(function: Callable) -> Callable:
-            self[function.__name__] = (help, arguments, function)
+
+class Verbs(dict[str, Verb]):
+    """The verbs of a module by name, in their order there. An instance is a decorator that adds one."""
+
+    def __call__(self, help: str, *arguments: Argument) -> Callable[[Function], Function]:
+        def register(function: Function) -> Function:
+            self[function.__name__] = Verb(help, arguments, function)
             return function
 
         return register
 
 
 def argument(*names: str, **options: Any) -> Argument:
+    """An argument as argparse's add_argument takes it."""
     return lambda parser: parser.add_argument(*names, **options)
 
 
 RUN = argument("config", type=Path, metavar="run.yaml", help="a run file, or a run directory")
-OVERRIDES = argument("overrides", nargs="*", default=[], metavar="section.key=value", help="overrides, such as train.lr=0.0003")
+OVERRIDES = argument(
+    "overrides", nargs="*", default=[], metavar="section.key=value", help="keys to override, such as train.lr=0.0003"
+)
 
 
 def load_config(args: argparse.Namespace) -> config.RunConfig:
-    """The run that RUN and OVERRIDES name. Raises ConfigError for what is wrong with it."""
+    """The run that RUN and OVERRIDES name. Raises ConfigError for mistakes in it."""
     path = args.config / "run.yaml" if args.config.is_dir() else args.config
     return run_file.load_run_file(path, args.overrides)
 
 
-def folder_of(args: argparse.Namespace) -> Path:
+def run_folder(args: argparse.Namespace) -> Path:
     """The folder with the run file."""
     return args.config if args.config.is_dir() else args.config.parent

@@ -28,6 +28,7 @@ def test_the_template_explains_placeholders_in_comments_that_are_not_sent(tmp_pa
     template = Template.parse(written)
     assert "survive compression" in written and "survive" not in template.text
     assert "{{team}}" in template.instruction and len(template.documents) == 2
+    assert "# Documents\n" not in written.partition("-->")[2], "headings alone make documents"
 
 
 def test_run_yaml_comments_every_key_in_labelled_blocks(tmp_path):
@@ -53,7 +54,8 @@ def test_a_file_in_place_of_the_folder_is_an_error_with_a_cure(tmp_path):
 
 
 def test_the_written_paths_are_returned(tmp_path):
-    assert sorted(p.name for p in write_task(tmp_path / "a" / "b")) == ["dev.jsonl", "run.yaml", "template.md", "test.jsonl", "train.jsonl"]
+    written = sorted(p.name for p in write_task(tmp_path / "a" / "b"))
+    assert written == ["dev.jsonl", "run.yaml", "template.md", "test.jsonl", "train.jsonl"]
 
 
 def test_the_demo_run_loads():

@@ -190,7 +190,7 @@ def test_a_missing_model_is_named(tmp_path, tiny_model, base, said, cure):
 
 
 def test_a_hub_that_does_not_answer_is_told_from_a_model_that_is_not_there(tmp_path, tiny_model, monkeypatch):
-    monkeypatch.setattr(run, "resolve", lambda base: "someone/some-model")
+    monkeypatch.setattr(run, "resolve_base", lambda base: "someone/some-model")
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
     import huggingface_hub
     from huggingface_hub.errors import OfflineModeIsEnabled
