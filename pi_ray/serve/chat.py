@@ -1,4 +1,6 @@
-"""Chat on the terminal with one adapter, without Ray: the engine runs in this process and reads the ids that a server's would."""
+"""Chat on the terminal with one adapter, without Ray: the engine runs in this process and reads the ids that a server's
+would.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,10 @@ from pi_ray.serve.engine.completion import Completer, CompletionRequest, Refused
 from pi_ray.store.adapters import Adapter, AdapterStore
 from pi_ray.store.verify import verify_adapter
 
-HELP = "Each line is one query, sent alone: earlier ones are not remembered.  /quit or Ctrl-D ends, Ctrl-C stops an answer."
+HELP = (
+    "Each line is one query, sent alone: earlier ones are not remembered.  "
+    "/quit or Ctrl-D ends, Ctrl-C stops an answer."
+)
 
 
 class RunStore:
@@ -62,7 +67,9 @@ def chat(target: str, overrides: Sequence[str], out: TextIO | None = None) -> No
     out = out or sys.stdout
     config, name, store = resolve_target(target, overrides)
     if hasattr(engines[config.serve.engine], "deployment"):
-        message = f"serve.engine {config.serve.engine} runs on a Ray cluster only; to chat, add serve.engine=transformers"
+        message = (
+            f"serve.engine {config.serve.engine} runs on a Ray cluster only; to chat, add serve.engine=transformers"
+        )
         raise ConfigError(message)
     with closing(engines[config.serve.engine](config.model, config.serve)) as engine:
         completer = Completer(config, engine, load_tokenizer(config.model), context_length(config.model), store)

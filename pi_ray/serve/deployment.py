@@ -1,9 +1,11 @@
-"""The two Serve deployments: `Model` replicas, each with its own engine, and the ingress `Api`, which calls them by handle.
+"""The two Serve deployments: `Model` replicas, each with its own engine, and the ingress `Api`, which calls them by
+handle.
 
     client -> proxy -> Api (HTTP, key, limits) -> bounded queue -> Model (engine, adapters)
 
-A request prefers a replica that has loaded its adapter: the handle names the adapter, replicas report to Serve which ones
-they have (`serve.multiplexed`, with the engine's own limit `serve.max_loras`). When those are busy, another one takes it.
+A request prefers a replica that has loaded its adapter: the handle names the adapter, replicas report to Serve which
+ones they have (`serve.multiplexed`, with the engine's own limit `serve.max_loras`). When those are busy, another one
+takes it.
 """
 
 from __future__ import annotations
@@ -24,7 +26,8 @@ from pi_ray.cluster import placement
 from pi_ray.config import RunConfig
 from pi_ray.errors import AdapterError
 from pi_ray.models import base_name
-from pi_ray.serve.engine.completion import Completer, CompletionRequest, Events, RefusedError, requested_adapter, served_models  # fmt: skip
+from pi_ray.serve.engine import completion
+from pi_ray.serve.engine.completion import Completer, CompletionRequest, Events, RefusedError
 from pi_ray.serve.engine.replica_options import front_replica_options, replica_options
 from pi_ray.serve.http.api import create_api
 from pi_ray.serve.http.stream_coalescing import StreamCoalescer
@@ -82,7 +85,9 @@ class Model:
             yield {"refused": error.args}
 
     def check_health(self) -> None:
-        """Called by Serve every HEALTH_PERIOD_S; raises when the engine cannot answer any more, so that it is replaced."""
+        """Called by Serve every HEALTH_PERIOD_S; raises when the engine cannot answer any more, so that it is
+        replaced.
+        """
         self._metrics.update()
         if check := getattr(self.engine, "check", None):
             check()
@@ -104,7 +109,7 @@ class HandleBackend:
         self.traffic = traffic
 
     async def models(self) -> list[str]:
-        return await asyncio.to_thread(served_models, self.config, self.store)
+        return await asyncio.to_thread(completion.served_models, self.config, self.store)
 
     async def complete(self, request: CompletionRequest) -> Events:
         name, version = await asyncio.to_thread(self._resolve, request)
@@ -118,7 +123,7 @@ class HandleBackend:
 
         A refused name leaves no trace in Serve's router or in metrics.
         """
-        adapter = requested_adapter(request.model, self.config.model.base)
+        adapter = completion.requested_adapter(request.model, self.config.model.base)
         if adapter is None or request.full_prompt:
             return self.base, ""
         merged, _, version = self.config.serve.merge.partition("@")
@@ -149,7 +154,9 @@ class HandleBackend:
 
 
 def build_application(config: RunConfig, digest: str = "") -> serve.Application:
-    """The Serve application of `config`. `digest` (of keys.key_digest) is all that the server keeps of the bearer key."""
+    """The Serve application of `config`. `digest` (of keys.key_digest) is all that the server keeps of the bearer
+    key.
+    """
     from pi_ray.registry import engines
 
     config = _with_merged_version(config)

@@ -1,8 +1,8 @@
 """Prometheus metrics of the server, through Ray's own exporter: nothing is served on the public port.
 
-Every node's Ray agent shows all metrics of its processes at its metrics export port, under the names of METRICS with `ray_`
-before them. `Traffic` counts in the ingress: MetricsMiddleware around the whole API, `watch` around each completion.
-`EngineMetrics` counts in a replica.
+Every node's Ray agent shows all metrics of its processes at its metrics export port, under the names of METRICS with
+`ray_` before them. `Traffic` counts in the ingress: MetricsMiddleware around the whole API, `watch` around each
+completion. `EngineMetrics` counts in a replica.
 """
 
 from __future__ import annotations
@@ -22,16 +22,23 @@ from pi_ray.serve.engine.completion import Events
 log = logging.getLogger("ray.serve")
 SECONDS = [0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120]
 CLIENT_CLOSED_REQUEST = 499  # nginx's status for a client that closed the connection before its answer was complete
+MODEL = ("model", "version")
 # name -> (kind, description, tags besides Serve's own: deployment, replica and application)
 METRICS: dict[str, tuple[str, str, tuple[str, ...]]] = {
-    "pi_ray_requests_total": ("Counter", "requests to the API by model, version and HTTP status; 499: the client left", ("model", "version", "status")),
-    "pi_ray_latency_seconds": ("Histogram", "from a completion's first byte to its last", ("model", "version")),
-    "pi_ray_ttft_seconds": ("Histogram", "from a completion's first byte to the first text of its answer, or its end where it has none", ("model", "version")),
-    "pi_ray_prompt_tokens_total": ("Counter", "prompt tokens read by the model", ("model", "version")),
-    "pi_ray_completion_tokens_total": ("Counter", "tokens generated", ("model", "version")),
-    "pi_ray_saved_tokens_total": ("Counter", "tokens of template and examples that the adapter made needless", ("model", "version")),
-    "pi_ray_saved_money_total": ("Counter", "price of the saved tokens, by cost.input of the run file", ("model", "version", "currency")),
-    "pi_ray_drift_total": ("Counter", "requests that still sent a full prompt, by the adapter that was asked for: 'stripped', or 'drifted' where it is not the one trained on", ("model", "version", "kind")),
+    "pi_ray_requests_total": (
+        "Counter", "requests to the API by model, version and HTTP status; 499: the client left", (*MODEL, "status")),
+    "pi_ray_latency_seconds": ("Histogram", "from a completion's first byte to its last", MODEL),
+    "pi_ray_ttft_seconds": (
+        "Histogram", "from a completion's first byte to the first text of its answer, or its end where it has none",
+        MODEL),
+    "pi_ray_prompt_tokens_total": ("Counter", "prompt tokens read by the model", MODEL),
+    "pi_ray_completion_tokens_total": ("Counter", "tokens generated", MODEL),
+    "pi_ray_saved_tokens_total": ("Counter", "tokens of template and examples that the adapter made needless", MODEL),
+    "pi_ray_saved_money_total": (
+        "Counter", "price of the saved tokens, by cost.input of the run file", (*MODEL, "currency")),
+    "pi_ray_drift_total": (
+        "Counter", "requests that still sent a full prompt, by the adapter that was asked for: 'stripped', or "
+        "'drifted' where it is not the one trained on", (*MODEL, "kind")),
     "pi_ray_open_requests": ("Gauge", "completions in the server, running or waiting", ()),
     "pi_ray_queued_requests": ("Gauge", "completions that wait for a replica's slot", ()),
     "pi_ray_cold_start_seconds": ("Histogram", "wait of requests that came before any replica was up", ()),
@@ -117,7 +124,9 @@ class Traffic:
             _current.reset(token)
             del self._open[id(record)]
             self._set_gauges()
-            self.metrics["pi_ray_requests_total"].inc(tags={**record.tags, "status": str(record.status or CLIENT_CLOSED_REQUEST)})
+            self.metrics["pi_ray_requests_total"].inc(
+                tags={**record.tags, "status": str(record.status or CLIENT_CLOSED_REQUEST)}
+            )
             if record.first is not None:
                 self.metrics["pi_ray_latency_seconds"].observe(time.monotonic() - record.began, tags=record.tags)
 
@@ -165,10 +174,14 @@ class Traffic:
         self.metrics["pi_ray_prompt_tokens_total"].inc(start["prompt_tokens"] / choices, tags=record.tags)
         if saved := start["saved"] / choices:
             self.metrics["pi_ray_saved_tokens_total"].inc(saved, tags=record.tags)
-            self.metrics["pi_ray_saved_money_total"].inc(saved * self.cost.input / 1e6, tags={**record.tags, "currency": self.cost.currency})
+            self.metrics["pi_ray_saved_money_total"].inc(
+                saved * self.cost.input / 1e6, tags={**record.tags, "currency": self.cost.currency}
+            )
         if start.get("prompt") in FULL_PROMPTS:
             asked, _, version = start["adapter"].partition("@")
-            self.metrics["pi_ray_drift_total"].inc(1 / choices, tags={"model": asked, "version": version, "kind": start["prompt"]})
+            self.metrics["pi_ray_drift_total"].inc(
+                1 / choices, tags={"model": asked, "version": version, "kind": start["prompt"]}
+            )
         if start.get("ready", 0) > record.came:
             waited = time.time() - record.came
             self.metrics["pi_ray_cold_start_seconds"].observe(waited)
@@ -181,7 +194,9 @@ class Traffic:
 
 
 class MetricsMiddleware:
-    """ASGI middleware outside all others: counts every request under /v1/ by its status, AuthMiddleware's refusals too."""
+    """ASGI middleware outside all others: counts every request under /v1/ by its status, AuthMiddleware's refusals
+    too.
+    """
 
     def __init__(self, app: Any, traffic: Traffic):
         self.app = app

@@ -1,10 +1,14 @@
-"""Streaming clients against a server whose replicas are killed: python -m tests.bench.chaos [--minutes 5] [--clients 24]
+"""Streaming clients against a server whose replicas are killed.
 
-Each client asks one of several adapters one of several queries, over and over, and compares the streamed answer with the one that the quiet server gave
-before. Every minute a replica gets SIGKILL. A client that is told of a failure (429, 408, 5xx, an error in the stream, a broken connection) asks again, as
-OpenAI's clients do. What may not happen: another answer than the right one, or a stream that ends as if it were whole and is not.
+    python -m tests.bench.chaos [--minutes 5] [--clients 24]
 
-The engine is the real one, on a tiny random model, or with --model on that one. Last line JSON; exit status 1 when something happened that may not, or no replica was killed.
+Each client asks one of several adapters one of several queries, over and over, and compares the streamed answer with
+the one that the quiet server gave before. Every minute a replica gets SIGKILL. A client that is told of a failure (429,
+408, 5xx, an error in the stream, a broken connection) asks again, as OpenAI's clients do. What may not happen: another
+answer than the right one, or a stream that ends as if it were whole and is not.
+
+The engine is the real one, on a tiny random model, or with --model on that one. Last line JSON; exit status 1 when
+something happened that may not, or no replica was killed.
 """
 
 from __future__ import annotations
@@ -46,7 +50,8 @@ class Tally:
 
     def note(self, answer: Answer, asked: tuple[str, str], answers: dict[tuple[str, str], str]) -> None:
         expected = answers[asked]
-        right = expected.startswith(answer.text) if answer.error else answer.text == expected  # also what came before an error must be right
+        # also what came before an error must be right
+        right = expected.startswith(answer.text) if answer.error else answer.text == expected
         if answer.lost:
             self.lost += 1
         elif answer.error:
@@ -56,14 +61,23 @@ class Tally:
         if not right:
             self.wrong += 1
             owners = [other for other, text in answers.items() if text == answer.text]
-            print(f"wrong: {asked} was answered with {answer.text!r} instead of {expected!r}" + (f", which is the answer to {owners}" if owners else ""), flush=True)
+            print(
+                f"wrong: {asked} was answered with {answer.text!r} instead of {expected!r}"
+                + (f", which is the answer to {owners}" if owners else ""),
+                flush=True,
+            )
 
     def failed(self) -> bool:
         """Also where nothing was put to the test."""
-        return bool(self.wrong or self.lost or not self.right or not self.killed or set(self.errors) & {"400", "404", "422"})
+        return bool(
+            self.wrong or self.lost or not self.right or not self.killed or set(self.errors) & {"400", "404", "422"}
+        )
 
 
-async def client(service: Service, http: httpx.AsyncClient, expected: dict[tuple[str, str], str], tally: Tally, until: float, seed: int) -> None:
+async def client(
+    service: Service, http: httpx.AsyncClient, expected: dict[tuple[str, str], str], tally: Tally, until: float,
+    seed: int,
+) -> None:
     choose = random.Random(seed)
     while time.monotonic() < until:
         model, query = choose.choice(sorted(expected))
@@ -79,7 +93,7 @@ async def client(service: Service, http: httpx.AsyncClient, expected: dict[tuple
 
 
 async def kill(service: Service, tally: Tally, every: float, until: float) -> None:
-    """One of the living replicas, chosen at random, each `every` seconds; and how long until there are as many as before."""
+    """Kill one living replica at random each `every` seconds; note how long until there are as many as before."""
     while time.monotonic() + every < until:
         await asyncio.sleep(every)
         living = service.replicas()
@@ -88,7 +102,11 @@ async def kill(service: Service, tally: Tally, every: float, until: float) -> No
         victim = random.choice(living)
         os.kill(victim, signal.SIGKILL)
         tally.killed += 1
-        print(f"killed replica {victim}; so far {tally.right} right, {tally.wrong} wrong, {tally.lost} lost, told: {dict(tally.errors)}", flush=True)
+        print(
+            f"killed replica {victim}; so far {tally.right} right, {tally.wrong} wrong, {tally.lost} lost, told: "
+            f"{dict(tally.errors)}",
+            flush=True,
+        )
         began = time.monotonic()
         while len(service.replicas()) < len(living) and time.monotonic() < until:
             await asyncio.sleep(0.1)
@@ -107,7 +125,10 @@ async def storm(service: Service, clients: int, seconds: float, every: float) ->
                 expected[model, query] = answer.text
         assert len(set(expected.values())) > ADAPTERS * QUERIES // 2, "the answers do not tell requests apart"
         until = time.monotonic() + seconds
-        await asyncio.gather(*(client(service, http, expected, tally, until, i) for i in range(clients)), kill(service, tally, every, until))
+        await asyncio.gather(
+            *(client(service, http, expected, tally, until, i) for i in range(clients)),
+            kill(service, tally, every, until),
+        )
     return tally
 
 
@@ -125,13 +146,21 @@ def main() -> int:
         base = resolve_base(args.model) if args.model else str(tiny(folder / "model", "Llama"))
         for a in range(ADAPTERS):
             put_in_store(folder / "store", f"adapter-{a}", base, a)
-        limits = ServeConfig(port=free_port(), engine="watched", min_replicas=args.replicas, max_replicas=args.replicas, max_ongoing_requests=SLOTS, max_queued_requests=QUEUE)
-        config = RunConfig(name="chaos", store=str(folder / "store"), model=ModelConfig(base=base), prompt=PromptConfig(chat="chatml", query="Q: {query}"), serve=limits)
+        limits = ServeConfig(
+            port=free_port(), engine="watched", min_replicas=args.replicas, max_replicas=args.replicas,
+            max_ongoing_requests=SLOTS, max_queued_requests=QUEUE,
+        )
+        config = RunConfig(
+            name="chaos", store=str(folder / "store"), model=ModelConfig(base=base),
+            prompt=PromptConfig(chat="chatml", query="Q: {query}"), serve=limits,
+        )
         with Service(folder, config) as service:
             tally = asyncio.run(storm(service, args.clients, args.minutes * 60, args.every))
     figures = {
-        "minutes": args.minutes, "clients": args.clients, "replicas": args.replicas, "killed": tally.killed, "right": tally.right, "wrong": tally.wrong, "lost": tally.lost,
-        "told": sum(tally.errors.values()), "told_by": dict(sorted(tally.errors.items())), "recovery_s": round(statistics.median(tally.recovered), 1) if tally.recovered else None,
+        "minutes": args.minutes, "clients": args.clients, "replicas": args.replicas, "killed": tally.killed,
+        "right": tally.right, "wrong": tally.wrong, "lost": tally.lost,
+        "told": sum(tally.errors.values()), "told_by": dict(sorted(tally.errors.items())),
+        "recovery_s": round(statistics.median(tally.recovered), 1) if tally.recovered else None,
     }  # fmt: skip
     print(json.dumps(figures))
     return int(tally.failed())

@@ -1,20 +1,27 @@
-"""Serving over HTTP: the long prompt, the adapter with the query alone, eight adapters at once, and `transformers serve` on the same work.
+"""Serving over HTTP: the full prompt, the adapter with the query alone, eight adapters, and `transformers serve`.
 
-    python -m tests.bench.serve [--requests 200] [--tokens 16] [--only query,peer] [--concurrency 1,2,4,8,16] [--folder FOLDER] [--out FILE]
+    python -m tests.bench.serve [--requests 200] [--tokens 16] [--only query,peer] [--concurrency 1,2,4,8,16]
+                                [--folder FOLDER] [--out FILE]
 
-The same requests (the bundled task's test queries) at rising concurrency, streamed, each answered with exactly --tokens tokens: all sides serve
-one model folder whose end token is one that answers do not hold, and every answer's length is checked. Parts, each with a server of its own:
+The same requests (the bundled task's test queries) at rising concurrency, streamed, each answered with exactly --tokens
+tokens: all sides serve one model folder whose end token is one that answers do not hold, and every answer's length is
+checked. Parts, each with a server of its own:
 
-    full      the template before every query, read each time            full-cached   the same with pi-ray's prefix cache
-    query     the query alone, the adapter beside the base model         merged        the query alone, the adapter in the base weights
-    mixed8    the queries over 8 adapters in turn                        overhead      an engine that computes nothing, one request after another
-    cold      one query to a server without a replica, which then starts
-    peer      `transformers serve` with the merged model, the query alone; with and without --continuous-batching, the faster one at the highest concurrency
+    full          the template before every query, read each time
+    full-cached   the same with pi-ray's prefix cache
+    query         the query alone, the adapter beside the base model
+    merged        the query alone, the adapter in the base weights
+    mixed8        the queries over 8 adapters in turn
+    overhead      an engine that computes nothing, one request after another
+    cold          one query to a server without a replica, which then starts
+    peer          `transformers serve` with the merged model, the query alone; with and without --continuous-batching,
+                  the faster one at the highest concurrency
 
-Only `full-cached` has a prefix cache, and a new server for each concurrency, so that the cache holds the template and none of the queries. Ratios are
-of requests a second at the highest concurrency. `over_transformers_serve` is `merged` over the peer: the same weights, the same ids;
-`unmerged_over_transformers_serve` is `query`, which has the adapter's products to compute besides. The adapters are random: what they say means
-nothing, how long it takes does. `serve_overhead_ms` is the median of whole requests. Last line: one JSON object.
+Only `full-cached` has a prefix cache, and a new server for each concurrency, so that the cache holds the template and
+none of the queries. Ratios are of requests a second at the highest concurrency. `over_transformers_serve` is `merged`
+over the peer: the same weights, the same ids; `unmerged_over_transformers_serve` is `query`, which has the adapter's
+products to compute besides. The adapters are random: their answers mean nothing, their time does.
+`serve_overhead_ms` is the median of whole requests. Last line: one JSON object.
 """
 
 from __future__ import annotations
@@ -46,7 +53,10 @@ from tests.bench.report import header, last_line
 REPO = Path(__file__).parents[2]
 ADAPTERS, RANK = 9, 32  # one alone, and eight that share batches
 QUERY = "Request: {query}\nOpsQL:"
-CHAT = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+CHAT = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
 PLUGIN = {
     "bench_engine-1.dist-info/METADATA": "Metadata-Version: 2.1\nName: bench-engine\nVersion: 1\n",
     "bench_engine-1.dist-info/entry_points.txt": "[pi_ray.engine]\nempty = tests.bench.serve:EmptyEngine\n",
@@ -61,7 +71,9 @@ class FailedError(Exception):
 
 @dataclass(frozen=True)
 class Part:
-    """What one server is asked. `full`: the template stands before each query; `models`: asked in turn; `serve`: settings of pi-ray's server."""
+    """What one server is asked. `full`: the template stands before each query; `models`: asked in turn; `serve`:
+    settings of pi-ray's server.
+    """
 
     name: str
     models: tuple[str, ...]
@@ -104,9 +116,13 @@ class Level:
 
     def row(self) -> str:
         whole, first = sorted(r.whole for r in self.replies), sorted(r.first for r in self.replies)
-        tokens = sum(r.prompt for r in self.replies) / len(self.replies), sum(r.answer for r in self.replies) / len(self.replies)
+        tokens = (
+            sum(r.prompt for r in self.replies) / len(self.replies),
+            sum(r.answer for r in self.replies) / len(self.replies),
+        )
         return (
-            f"  {self.part:24} {self.concurrency:3}  {self.rate:8.2f} requests/s   latency p50 {median(whole):7.3f} p99 {_p99(whole):7.3f} s   "
+            f"  {self.part:24} {self.concurrency:3}  {self.rate:8.2f} requests/s   latency p50 {median(whole):7.3f} "
+            f"p99 {_p99(whole):7.3f} s   "
             f"first text p50 {median(first):7.3f} p99 {_p99(first):7.3f} s   {tokens[0]:5.0f} + {tokens[1]:.0f} tokens"
         )
 
@@ -130,7 +146,9 @@ class EmptyEngine:
 
 
 def make_models(folder: Path, model: str) -> None:
-    """folder/base (the model, with an end token that answers do not hold), folder/merged (with adapter 0 in it), and folder/store with the adapters."""
+    """folder/base (the model, with an end token that answers do not hold), folder/merged (with adapter 0 in it), and
+    folder/store with the adapters.
+    """
     import torch
     from peft import LoraConfig, get_peft_model
 
@@ -143,7 +161,9 @@ def make_models(folder: Path, model: str) -> None:
     for name in ("base", "merged"):
         tokenizer.save_pretrained(folder / name)
     base.save_pretrained(folder / "base")
-    adapted = get_peft_model(base, LoraConfig(r=RANK, lora_alpha=RANK, target_modules="all-linear", task_type="CAUSAL_LM"))
+    adapted = get_peft_model(
+        base, LoraConfig(r=RANK, lora_alpha=RANK, target_modules="all-linear", task_type="CAUSAL_LM")
+    )
     for i in reversed(range(ADAPTERS)):  # the first one last, which then is merged
         torch.manual_seed(i)
         with torch.no_grad():
@@ -168,9 +188,18 @@ def _publish(folder: Path, name: str, adapted: Any) -> None:
 
 
 def queries(n: int) -> list[str]:
-    """Of the bundled task, none twice while there are so many (about 900), so that no cache knows an answer's prompt."""
+    """Of the bundled task, none twice while there are so many (about 900), so that no cache knows an answer's
+    prompt.
+    """
     task = OpsqlTask(TaskConfig(name="opsql"))
-    return list(islice(cycle(dict.fromkeys(row.query for split in ("test", "unlabelled", "train", "dev") for row in task.rows(split))), n))
+    return list(
+        islice(
+            cycle(
+                dict.fromkeys(row.query for split in ("test", "unlabelled", "train", "dev") for row in task.rows(split))
+            ),
+            n,
+        )
+    )
 
 
 # Servers
@@ -180,11 +209,17 @@ def queries(n: int) -> list[str]:
 def pi_ray(folder: Path, part: Part, concurrency: int, **serve: Any) -> Iterator[str]:
     """`pi-ray serve`, in a process and a Ray of its own -> its URL."""
     port = _free_port()
-    limits = {"port": port, "max_ongoing_requests": concurrency, "max_queued_requests": 2 * concurrency, "request_timeout_s": 600, **dict(part.serve), **serve}
-    config = RunConfig.model_validate({
-        "name": "bench", "run_dir": str(folder / "runs"), "store": str(folder / "store"), "model": {"base": str(folder / "base"), "dtype": "float32"},
-        "prompt": {"chat": "chatml", "query": "{query}"}, "serve": limits,
-    })
+    limits = {
+        "port": port, "max_ongoing_requests": concurrency, "max_queued_requests": 2 * concurrency,
+        "request_timeout_s": 600, **dict(part.serve), **serve,
+    }
+    config = RunConfig.model_validate(
+        {
+            "name": "bench", "run_dir": str(folder / "runs"), "store": str(folder / "store"),
+            "model": {"base": str(folder / "base"), "dtype": "float32"},
+            "prompt": {"chat": "chatml", "query": "{query}"}, "serve": limits,
+        }
+    )
     path = folder / f"{part.name}.json"
     path.write_text(config.model_dump_json())
     plugin = folder / "plugin"
@@ -192,14 +227,20 @@ def pi_ray(folder: Path, part: Part, concurrency: int, **serve: Any) -> Iterator
         (plugin / name).parent.mkdir(parents=True, exist_ok=True)
         (plugin / name).write_text(text)
     environment = {"PYTHONPATH": f"{plugin}:{REPO}", "RAY_ADDRESS": "", "PI_RAY_API_KEY": ""}
-    with _process([sys.executable, "-m", "pi_ray.cli", "serve", str(path)], environment, folder / f"{part.name}.log", port, "/healthz"):
+    with _process(
+        [sys.executable, "-m", "pi_ray.cli", "serve", str(path)], environment, folder / f"{part.name}.log", port,
+        "/healthz",
+    ):
         yield f"http://127.0.0.1:{port}"
 
 
 @contextmanager
 def transformers_serve(folder: Path, batching: bool) -> Iterator[str]:
     port = _free_port()
-    command = [Path(sys.executable).with_name("transformers"), "serve", folder / "merged", "--port", port, "--host", "127.0.0.1", "--dtype", "float32"]
+    command = [
+        Path(sys.executable).with_name("transformers"), "serve", folder / "merged", "--port", port, "--host",
+        "127.0.0.1", "--dtype", "float32",
+    ]
     command += ["--continuous-batching"] * batching
     with _process(list(map(str, command)), {}, folder / f"peer-{batching}.log", port, "/health"):
         yield f"http://127.0.0.1:{port}"
@@ -212,7 +253,10 @@ def _process(command: list[str], environment: dict[str, str], log: Path, port: i
 
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", **environment}
     with open(log, "w") as out:
-        process = subprocess.Popen(command, cwd=REPO, env={k: v for k, v in environment.items() if v}, stdout=out, stderr=subprocess.STDOUT, start_new_session=True)
+        process = subprocess.Popen(
+            command, cwd=REPO, env={k: v for k, v in environment.items() if v}, stdout=out, stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
         try:
             for _ in range(START_S):
                 time.sleep(1)
@@ -224,7 +268,9 @@ def _process(command: list[str], environment: dict[str, str], log: Path, port: i
                         return
                 except httpx.TransportError:
                     continue
-            raise FailedError(f"{' '.join(command[:4])} did not come up; the end of its log:\n{log.read_text()[-3000:]}")
+            raise FailedError(
+                f"{' '.join(command[:4])} did not come up; the end of its log:\n{log.read_text()[-3000:]}"
+            )
         finally:
             _stop(process)
 
@@ -232,7 +278,9 @@ def _process(command: list[str], environment: dict[str, str], log: Path, port: i
 def _replicas() -> list[str]:
     """Processes of model replicas on this machine, by the names that Ray gives them."""
     found = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
-    return [line for line in found.splitlines() if line.startswith("ray::ServeReplica") and line.rstrip().endswith(":Model")]
+    return [
+        line for line in found.splitlines() if line.startswith("ray::ServeReplica") and line.rstrip().endswith(":Model")
+    ]
 
 
 def _wait_for(happened: Callable[[], bool]) -> None:
@@ -263,7 +311,9 @@ def _free_port() -> int:
 
 
 async def drive(url: str, asks: Sequence[tuple[str, str]], tokens: int, concurrency: int) -> tuple[float, list[Reply]]:
-    """(model, message) of each request; so many clients, each of which sends its next request when it has its answer -> seconds in all, replies."""
+    """(model, message) of each request; so many clients, each of which sends its next request when it has its answer ->
+    seconds in all, replies.
+    """
     import aiohttp
 
     places = count()
@@ -273,7 +323,9 @@ async def drive(url: str, asks: Sequence[tuple[str, str]], tokens: int, concurre
         while (i := next(places)) < len(asks):
             replies.append(await ask(session, url, *asks[i], tokens))
 
-    async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=1200), connector=aiohttp.TCPConnector(limit=0)) as session:
+    async with aiohttp.ClientSession(
+        timeout=aiohttp.ClientTimeout(total=1200), connector=aiohttp.TCPConnector(limit=0)
+    ) as session:
         began = time.perf_counter()
         await asyncio.gather(*(client() for _ in range(concurrency)))
         return time.perf_counter() - began, replies
@@ -299,7 +351,10 @@ async def ask(session: Any, url: str, model: str, message: str, tokens: int) -> 
                 first = time.perf_counter() - began
     whole = time.perf_counter() - began
     if not usage or usage["completion_tokens"] != tokens:
-        raise FailedError(f"{model}: an answer of {usage and usage['completion_tokens']} tokens, expected {tokens}; the sides would not do the same work")
+        raise FailedError(
+            f"{model}: an answer of {usage and usage['completion_tokens']} tokens, expected {tokens}; the sides would "
+            "not do the same work"
+        )
     return Reply(first or whole, whole, usage["prompt_tokens"], usage["completion_tokens"])
 
 
@@ -323,7 +378,9 @@ async def overhead(url: str, asks: Sequence[tuple[str, str]]) -> list[float]:
 # The run
 
 
-def levels(name: str, url: str, asks: Sequence[tuple[str, str]], tokens: int, concurrencies: Sequence[int]) -> list[Level]:
+def levels(
+    name: str, url: str, asks: Sequence[tuple[str, str]], tokens: int, concurrencies: Sequence[int]
+) -> list[Level]:
     """The asks at each concurrency, after the last few, which warm up and are not asked again."""
     asyncio.run(drive(url, asks[-WARM:], tokens, 4))
     found = []
@@ -398,21 +455,32 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--only", default=",".join(NAMES), help=f"parts, of {', '.join(NAMES)}")
     parser.add_argument("--concurrency", type=numbers, default=[1, 2, 4, 8, 16])
     parser.add_argument("--model", default="smollm2-135m")
-    parser.add_argument("--folder", type=Path, help="keep models and adapters there for the next run; without it they are made anew, in a temporary folder")
+    parser.add_argument(
+        "--folder", type=Path,
+        help="keep models and adapters there for the next run; without it they are made anew, in a temporary folder",
+    )
     parser.add_argument("--out", type=Path, help="also write every reply's measurements there, as JSON")
     args = parser.parse_args()
     args.only = args.only.split(",")
     if unknown := set(args.only) - set(NAMES):
         parser.error(f"--only: no part {', '.join(sorted(unknown))}; there are {', '.join(NAMES)}")
     if "peer" in args.only and not all(map(find_spec, ("uvicorn", "openai", "typer"))):
-        raise SystemExit("the peer needs what 'transformers serve' needs: pip install 'transformers[serving]'; or leave it out with --only")
+        raise SystemExit(
+            "the peer needs what 'transformers serve' needs: pip install 'transformers[serving]'; or leave it out with "
+            "--only"
+        )
     return args
 
 
 def run(folder: Path, args: argparse.Namespace) -> tuple[list[Level], list[float]]:
-    """Every part that was asked for, on the models in `folder` -> its levels, and the seconds of requests to the empty engine."""
+    """Every part that was asked for, on the models in `folder` -> its levels, and the seconds of requests to the empty
+    engine.
+    """
     if not (folder / "complete").is_file():
-        work = f"from pathlib import Path; from tests.bench.serve import make_models; make_models(Path({str(folder)!r}), {args.model!r})"
+        work = (
+            "from pathlib import Path; from tests.bench.serve import make_models; "
+            f"make_models(Path({str(folder)!r}), {args.model!r})"
+        )
         subprocess.run([sys.executable, "-c", work], cwd=REPO, check=True)
     found: list[Level] = []
     overheads: list[float] = []
@@ -426,18 +494,28 @@ def run(folder: Path, args: argparse.Namespace) -> tuple[list[Level], list[float
         with pi_ray(folder, Part("overhead", ("a0",)), max(args.concurrency), engine="empty") as url:
             asyncio.run(overhead(url, asks[:20]))
             overheads = asyncio.run(overhead(url, asks))
-        print(f"  an empty engine: p50 {1000 * median(overheads):.1f} ms, p99 {1000 * _p99(sorted(overheads)):.1f} ms a request", flush=True)
+        print(
+            f"  an empty engine: p50 {1000 * median(overheads):.1f} ms, p99 {1000 * _p99(sorted(overheads)):.1f} ms a "
+            "request",
+            flush=True,
+        )
     if "cold" in args.only:
         with pi_ray(folder, Part("cold", ("a0",)), 1, min_replicas=0, downscale_to_zero_delay_s=1) as url:
             _wait_for(lambda: not _replicas())
             seconds, _ = _timed(url, [("a0", queries(1)[0])], args.tokens, 1)
-        print(f"  cold start: {seconds:.1f} s from a request to a server without a replica until its answer ends", flush=True)
+        print(
+            f"  cold start: {seconds:.1f} s from a request to a server without a replica until its answer ends",
+            flush=True,
+        )
     return found, overheads
 
 
 def main() -> None:
     args = _arguments()
-    header(f"serving {args.model}, {args.requests} requests of {args.tokens} tokens at {', '.join(map(str, args.concurrency))} at once, against transformers serve")
+    header(
+        f"serving {args.model}, {args.requests} requests of {args.tokens} tokens at "
+        f"{', '.join(map(str, args.concurrency))} at once, against transformers serve"
+    )
     with tempfile.TemporaryDirectory() as temporary:
         try:
             found, overheads = run((args.folder or Path(temporary)).resolve(), args)

@@ -1,4 +1,4 @@
-"""An engine whose answers are known and whose troubles are files in a folder, so that a test can cause them from outside the replica.
+"""An engine whose answers are known and whose faults are files in a folder, which a test plants from outside.
 
     hold          while it is there, requests whose query holds the word "hold" stop after their first token
     sick          the health check raises in replicas that were there before it

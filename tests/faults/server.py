@@ -1,7 +1,7 @@
-"""`pi-ray serve` as a process that also takes new versions: python -m tests.faults.server RUN.yaml, then one run file a line on stdin.
+"""`pi-ray serve` as a process that also takes new versions: python -m tests.faults.server RUN.yaml.
 
-Each line is deployed over what is served, as `serve deploy` would; its outcome is one line of JSON on stdout: {"deployed": path} or {"failed": why}.
-The line "metrics" is answered with where Prometheus would find them: {"metrics": url}.
+Each line on stdin is a run file, deployed over what is served as `serve deploy` would; its outcome is one line of JSON
+on stdout: {"deployed": path} or {"failed": why}. The line "metrics" is answered with {"metrics": url}, for Prometheus.
 """
 
 from __future__ import annotations
@@ -23,9 +23,15 @@ def obey() -> None:
         try:
             if path == "metrics":
                 [node] = ray.nodes()
-                print(json.dumps({"metrics": f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"}), flush=True)
+                print(
+                    json.dumps({"metrics": f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"}),
+                    flush=True,
+                )
                 continue
-            serve.run(deployment.build_application(run_file.load_run_file(path)), name=app.APP_NAME, route_prefix="/", blocking=False)
+            serve.run(
+                deployment.build_application(run_file.load_run_file(path)), name=app.APP_NAME, route_prefix="/",
+                blocking=False,
+            )
             outcome = {"deployed": path}
         except Exception as error:
             outcome = {"failed": str(error)}

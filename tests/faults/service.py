@@ -1,4 +1,4 @@
-"""The server under test, in a process and a Ray of its own, and clients that note everything that happens to their requests."""
+"""The server under test, in a process and a Ray of its own, and clients that record what happens to their requests."""
 
 from __future__ import annotations
 
@@ -25,7 +25,9 @@ from tests.faults.engines import FOLDER
 REPO = Path(__file__).parents[2]
 ENTRY = {
     "scripted_engine-1.dist-info/METADATA": "Metadata-Version: 2.1\nName: scripted-engine\nVersion: 1\n",
-    "scripted_engine-1.dist-info/entry_points.txt": "[pi_ray.engine]\nscripted = tests.faults.engines:ScriptedEngine\nwatched = tests.faults.engines:watched\n",
+    "scripted_engine-1.dist-info/entry_points.txt": (
+        "[pi_ray.engine]\nscripted = tests.faults.engines:ScriptedEngine\nwatched = tests.faults.engines:watched\n"
+    ),
 }
 
 
@@ -36,7 +38,9 @@ def free_port() -> int:
 
 
 class Service:
-    """A server of `config`. `folder` is where its engine finds its troubles (engines.py). A context: at its end the process is stopped."""
+    """A server of `config`. `folder` is where its engine finds its troubles (engines.py). A context: at its end the
+    process is stopped.
+    """
 
     def __init__(self, folder: Path, config: RunConfig):
         self.folder = folder
@@ -50,10 +54,15 @@ class Service:
 
     def __enter__(self) -> Service:
         environment = {k: v for k, v in os.environ.items() if k not in ("RAY_ADDRESS", self.config.serve.api_key_env)}
-        environment |= {"PYTHONPATH": f"{self.folder / 'plugin'}:{REPO}", FOLDER: str(self.folder), "PYTHONUNBUFFERED": "1"}
+        environment |= {
+            "PYTHONPATH": f"{self.folder / 'plugin'}:{REPO}", FOLDER: str(self.folder), "PYTHONUNBUFFERED": "1",
+        }
         self.log = open(self.folder / "server.log", "w")
         command = [sys.executable, "-m", "tests.faults.server", self._write(self.config)]
-        self.process = subprocess.Popen(command, cwd=REPO, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, text=True)
+        self.process = subprocess.Popen(
+            command, cwd=REPO, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log,
+            text=True,
+        )
         threading.Thread(target=self._read, daemon=True).start()
         try:
             self.line("serving at", 180)
@@ -82,7 +91,9 @@ class Service:
             try:
                 line = self.lines.get(timeout=1)
             except queue.Empty:
-                assert self.process.poll() is None, f"the server ended:\n{(self.folder / 'server.log').read_text()[-3000:]}"
+                assert self.process.poll() is None, (
+                    f"the server ended:\n{(self.folder / 'server.log').read_text()[-3000:]}"
+                )
                 assert time.monotonic() < deadline, f"the server said nothing that begins with {start!r}"
                 continue
             if line.startswith(start):
@@ -110,7 +121,11 @@ class Service:
     def replicas(self) -> list[int]:
         """Process ids of the Model replicas that live."""
         found = [int(p.name) for p in (self.folder / "replicas").iterdir()]
-        return [pid for pid in found if Path(f"/proc/{pid}/cmdline").exists() and b"ServeReplica" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+        return [
+            pid
+            for pid in found
+            if Path(f"/proc/{pid}/cmdline").exists() and b"ServeReplica" in Path(f"/proc/{pid}/cmdline").read_bytes()
+        ]
 
     def active(self) -> int:
         """Requests in the engines of all replicas that live."""
@@ -133,7 +148,10 @@ class Service:
     async def send(self, client: httpx.AsyncClient, query: str, model: str = "colours", **rest: Any) -> httpx.Response:
         return await client.post(f"{self.url}/v1/chat/completions", json=self.body(model, query, **rest))
 
-    async def stream(self, client: httpx.AsyncClient, query: str, model: str = "colours", begun: asyncio.Event | None = None, **rest: Any) -> Answer:
+    async def stream(
+        self, client: httpx.AsyncClient, query: str, model: str = "colours", begun: asyncio.Event | None = None,
+        **rest: Any,
+    ) -> Answer:
         """One streamed answer, whole or as far as it came."""
         body = self.body(model, query, stream=True, **rest)
         text, ended = "", False
@@ -153,11 +171,15 @@ class Service:
                             begun.set()
         except httpx.TransportError as error:
             return Answer(text, error=f"connection: {error!r}")
-        return Answer(text, error="" if ended else "the stream ended without [DONE] and without an error", lost=not ended)
+        return Answer(
+            text, error="" if ended else "the stream ended without [DONE] and without an error", lost=not ended
+        )
 
 
 class Answer:
-    """`text` as far as it came; `error`: what a client was told, "" for a whole answer; `lost`: nothing told it that the answer is not whole."""
+    """`text` as far as it came; `error`: what a client was told, "" for a whole answer; `lost`: nothing told it that
+    the answer is not whole.
+    """
 
     def __init__(self, text: str = "", error: str = "", lost: bool = False):
         self.text, self.error, self.lost = text, error, lost

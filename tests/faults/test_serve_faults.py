@@ -1,4 +1,5 @@
-"""FAULTS.md S1 to S5 against a real server with an engine whose answers are known and whose troubles are caused from here.
+"""FAULTS.md S1 to S5 against a real server with an engine whose answers are known and whose troubles are caused from
+here.
 
 Its times are those of a quiet machine: on a shared one they may be BUSY times as long.
 """
@@ -31,8 +32,14 @@ def service(tiny_model, tmp_path_factory):
     folder = tmp_path_factory.mktemp("service")
     for seed, name in enumerate(("colours", "shapes")):
         put_in_store(folder / "store", name, tiny_model, seed)
-    limits = ServeConfig(port=free_port(), engine="scripted", max_ongoing_requests=ONGOING, max_queued_requests=QUEUE, request_timeout_s=TIMEOUT_S)
-    config = RunConfig(name="t", store=str(folder / "store"), model=ModelConfig(base=str(tiny_model)), prompt=PromptConfig(chat="chatml", query="Q: {query}"), serve=limits)
+    limits = ServeConfig(
+        port=free_port(), engine="scripted", max_ongoing_requests=ONGOING, max_queued_requests=QUEUE,
+        request_timeout_s=TIMEOUT_S,
+    )
+    config = RunConfig(
+        name="t", store=str(folder / "store"), model=ModelConfig(base=str(tiny_model)),
+        prompt=PromptConfig(chat="chatml", query="Q: {query}"), serve=limits,
+    )
     with Service(folder, config) as running:
         yield running
 
@@ -113,7 +120,8 @@ def test_s1_a_burst_is_answered_or_told_at_once_to_come_back(service):
     (service.folder / "hold").touch()
     early, replies, refused_s = asyncio.run(burst())
     assert {reply.status_code for _, reply in replies} <= {200, 429, 408}
-    assert {reply.status_code for _, reply in early} == {429}  # told while both slots were still taken: a refusal waits for nobody
+    # told while both slots were still taken: a refusal waits for nobody
+    assert {reply.status_code for _, reply in early} == {429}
     accepted = [(i, reply) for i, reply in replies if reply.status_code == 200]
     assert ONGOING <= len(accepted) <= ONGOING + 2 * QUEUE
     for i, reply in accepted:
@@ -130,7 +138,8 @@ def test_as_many_answers_at_once_as_an_idle_server_has_places_for_and_no_more(se
     def ask(n):
         return service.ask("several", n=n, max_tokens=20)
 
-    service.wait(LONG, lambda: ask(ONGOING + QUEUE).status_code == 200)  # they come at once, and Serve may take the last for one too many: that is 429
+    # they come at once, and Serve may take the last for one too many: that is 429
+    service.wait(LONG, lambda: ask(ONGOING + QUEUE).status_code == 200)
     assert ask(ONGOING + QUEUE + 1).status_code == 400
 
 
@@ -154,7 +163,9 @@ def test_s2_clients_that_leave_in_the_middle_free_their_slots(service):
     async def leave():
         async with clients() as http:
             begun = [asyncio.Event() for _ in range(ONGOING)]
-            tasks = [asyncio.create_task(service.stream(http, f"hold {i}", begun=event)) for i, event in enumerate(begun)]
+            tasks = [
+                asyncio.create_task(service.stream(http, f"hold {i}", begun=event)) for i, event in enumerate(begun)
+            ]
             for event in begun:
                 await event.wait()
             assert service.active() == ONGOING
@@ -182,12 +193,21 @@ def test_s2_a_client_that_leaves_before_its_whole_answer_frees_its_slot(service)
     assert answers(service)
 
 
-@pytest.mark.parametrize("body", [b"x" * (100 << 20), b"\xff\xfe", b'{"messages": ' * 9_000, b'{"model": "colours", "messages": [], "n": 1000000}'], ids=["100 MB", "UTF-8", "deep", "n"])
+@pytest.mark.parametrize(
+    "body",
+    [b"x" * (100 << 20), b"\xff\xfe", b'{"messages": ' * 9_000, b'{"model": "colours", "messages": [], "n": 1000000}'],
+    ids=["100 MB", "UTF-8", "deep", "n"],
+)
 def test_s5_a_malformed_body_is_refused_through_the_proxy_in_no_time(service, body):
     before, began = memory(service), time.monotonic()
-    reply = httpx.post(f"{service.url}/v1/chat/completions", content=body, headers={"Content-Type": "application/json"}, timeout=LONG)
+    reply = httpx.post(
+        f"{service.url}/v1/chat/completions", content=body, headers={"Content-Type": "application/json"}, timeout=LONG
+    )
     assert time.monotonic() - began < MALFORMED_S
-    assert reply.status_code == (413 if len(body) > 1 << 20 else 400) and reply.json()["error"]["type"] == "invalid_request_error"
+    assert (
+        reply.status_code == (413 if len(body) > 1 << 20 else 400)
+        and reply.json()["error"]["type"] == "invalid_request_error"
+    )
     assert memory(service) - before < 50e6
     assert answers(service)
 
@@ -199,7 +219,9 @@ def test_s3_a_killed_replica_is_replaced_and_its_clients_are_told(service):
     async def kill():
         async with clients() as http:
             begun = [asyncio.Event() for _ in range(ONGOING)]
-            tasks = [asyncio.create_task(service.stream(http, f"hold {i}", begun=event)) for i, event in enumerate(begun)]
+            tasks = [
+                asyncio.create_task(service.stream(http, f"hold {i}", begun=event)) for i, event in enumerate(begun)
+            ]
             for event in begun:
                 await event.wait()
             os.kill(victim, signal.SIGKILL)
@@ -287,7 +309,9 @@ def test_the_last_replica_goes_when_nobody_asks_and_the_next_request_waits_for_a
 
 
 def test_another_replica_comes_when_there_are_too_many_requests_for_one(service):
-    assert "deployed" in service.deploy(**{"serve.max_replicas": 2, "serve.upscale_delay_s": 0, "serve.request_timeout_s": LONG})
+    assert "deployed" in service.deploy(
+        **{"serve.max_replicas": 2, "serve.upscale_delay_s": 0, "serve.request_timeout_s": LONG}
+    )
     service.wait(LONG, lambda: len(service.replicas()) == 1 and answers(service))
     (service.folder / "hold").touch()
 
@@ -298,7 +322,9 @@ def test_another_replica_comes_when_there_are_too_many_requests_for_one(service)
             (service.folder / "hold").unlink()
             return await asyncio.gather(*tasks)
 
-    assert [reply.json()["choices"][0]["message"]["content"] for reply in asyncio.run(many())] == [f"colours hold {i}" for i in range(2 * ONGOING)]
+    assert [reply.json()["choices"][0]["message"]["content"] for reply in asyncio.run(many())] == [
+        f"colours hold {i}" for i in range(2 * ONGOING)
+    ]
     assert len(service.replicas()) == 2
 
 
@@ -309,7 +335,9 @@ def test_s4_sigterm_lets_the_requests_under_way_finish(service):
     async def end():
         async with clients() as http:
             begun = [asyncio.Event() for _ in range(ONGOING)]
-            tasks = [asyncio.create_task(service.stream(http, f"hold {i}", begun=event)) for i, event in enumerate(begun)]
+            tasks = [
+                asyncio.create_task(service.stream(http, f"hold {i}", begun=event)) for i, event in enumerate(begun)
+            ]
             for event in begun:
                 await event.wait()
             service.process.send_signal(signal.SIGTERM)

@@ -1,4 +1,5 @@
-"""Ray Serve for real, started once: two replicas of a tiny random model with two adapters, called with the openai client.
+"""Ray Serve for real, started once: two replicas of a tiny random model with two adapters, called with the openai
+client.
 
 With vLLM and a GPU all of it runs once more with that engine; elsewhere the skip says what is missing.
 """
@@ -46,10 +47,14 @@ def config(request, tiny_model, tmp_path_factory):
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     limits = ServeConfig(
-        port=port, engine=request.param, min_replicas=REPLICAS, max_replicas=REPLICAS, max_ongoing_requests=SLOTS, max_queued_requests=QUEUE,
+        port=port, engine=request.param, min_replicas=REPLICAS, max_replicas=REPLICAS, max_ongoing_requests=SLOTS,
+        max_queued_requests=QUEUE,
         max_new_tokens=2000, request_timeout_s=60, api_key_env="PI_RAY_TEST_KEY",
     )  # fmt: skip
-    return RunConfig(name="t", store=str(store), model=ModelConfig(base=str(tiny_model)), prompt=PromptConfig(chat="chatml"), serve=limits)
+    return RunConfig(
+        name="t", store=str(store), model=ModelConfig(base=str(tiny_model)), prompt=PromptConfig(chat="chatml"),
+        serve=limits,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -98,20 +103,29 @@ def test_the_openai_client_gets_each_adapters_answer_whole_and_streamed(client, 
 
 
 def test_the_prompt_has_exactly_the_tokens_that_training_used(client, tiny_model):
-    encoder = PromptEncoder(load_tokenizer(ModelConfig(base=str(tiny_model))), PromptConfig(chat="chatml", query="Q: {query}"))
+    encoder = PromptEncoder(
+        load_tokenizer(ModelConfig(base=str(tiny_model))), PromptConfig(chat="chatml", query="Q: {query}")
+    )
     usage = ask(client, max_tokens=2).usage
     assert usage.prompt_tokens == len(encoder.encode(QUERY).ids)
     assert usage.prompt_tokens_saved == 108
 
 
-@pytest.mark.parametrize("example", [["sh", "serve/curl.sh"], [sys.executable, "serve/client.py"]], ids=["curl", "openai"])
+@pytest.mark.parametrize(
+    "example", [["sh", "serve/curl.sh"], [sys.executable, "serve/client.py"]], ids=["curl", "openai"]
+)
 def test_the_examples_for_clients_work_as_they_are(client, url, example):
     def run(key):
-        return subprocess.run([*example, "colours", QUERY, url], cwd=REPO, env={**os.environ, "PI_RAY_API_KEY": key}, capture_output=True, text=True, timeout=60)
+        return subprocess.run(
+            [*example, "colours", QUERY, url], cwd=REPO, env={**os.environ, "PI_RAY_API_KEY": key}, capture_output=True,
+            text=True, timeout=60,
+        )
 
     expected, found = ask(client).choices[0].message.content, run(KEY)
     assert found.returncode == 0, found.stderr
-    assert (json.loads(found.stdout)["choices"][0]["message"]["content"] if example[0] == "sh" else found.stdout.strip()) == expected
+    assert (
+        json.loads(found.stdout)["choices"][0]["message"]["content"] if example[0] == "sh" else found.stdout.strip()
+    ) == expected
     assert example[0] == "sh" or "108 not sent" in found.stderr
     assert run("wrong").returncode != 0
 
@@ -148,7 +162,9 @@ def test_a_burst_is_answered_or_told_to_come_back(client):
 
 
 def test_clients_that_leave_free_their_slots(client):
-    """Long before their 2,000 tokens are done: in less than half of the time that these would take, by the time that 200 take."""
+    """Long before their 2,000 tokens are done: in less than half of the time that these would take, by the time that
+    200 take.
+    """
     start = time.time()
     ask(client, max_tokens=200)
     tenth = time.time() - start
@@ -186,7 +202,11 @@ def test_an_adapter_stays_with_the_replica_that_loaded_it(client, ray_local):
 
     def held(found):
         """adapter -> replicas that told Serve that they have it"""
-        told = [(tags["model_id"], tags["replica"]) for tags, value in found.get("ray_serve_registered_multiplexed_model_id", []) if value]
+        told = [
+            (tags["model_id"], tags["replica"])
+            for tags, value in found.get("ray_serve_registered_multiplexed_model_id", [])
+            if value
+        ]
         return {name: {replica for model, replica in told if model == f"{name}@v0001"} for name in ONCE}
 
     def asked(found):
@@ -207,19 +227,34 @@ def test_serves_processes_have_its_faster_settings(url, ray_local):
 
         return {name: getattr(constants, name) for name in SERVE}
 
-    assert ray_local.get(ray_local.remote(num_cpus=0)(in_a_worker).remote()) == {name: value == "1" for name, value in SERVE.items()}
+    assert ray_local.get(ray_local.remote(num_cpus=0)(in_a_worker).remote()) == {
+        name: value == "1" for name, value in SERVE.items()
+    }
 
 
 def test_prometheus_sees_requests_tokens_and_money(client, config, ray_local):
     ask(client, max_tokens=1)
-    wanted = {f"ray_pi_ray_{name}" for name in ("requests_total", "latency_seconds_count", "ttft_seconds_bucket", "adapter_hits_total", "adapters", "open_requests")}
+    wanted = {
+        f"ray_pi_ray_{name}"
+        for name in (
+            "requests_total", "latency_seconds_count", "ttft_seconds_bucket", "adapter_hits_total", "adapters",
+            "open_requests",
+        )
+    }
     found = seen(ray_local, wanted.issubset)
-    answered = {(tags["model"], tags["version"]) for tags, _ in found["ray_pi_ray_requests_total"] if tags["status"] == "200"}
+    answered = {
+        (tags["model"], tags["version"]) for tags, _ in found["ray_pi_ray_requests_total"] if tags["status"] == "200"
+    }
     assert {("colours", "v0001"), ("shapes", "v0001")} <= answered
     assert {"429", "404", "401"} <= {tags["status"] for tags, _ in found["ray_pi_ray_requests_total"]}
     money, tokens = (sum(value for _, value in found[f"ray_pi_ray_saved_{what}_total"]) for what in ("money", "tokens"))
     assert tokens >= 108 and money == pytest.approx(tokens * config.cost.input / 1e6)
-    assert httpx.get(f"http://127.0.0.1:{config.serve.port}/metrics", headers={"Authorization": f"Bearer {KEY}"}).status_code == 404
+    assert (
+        httpx.get(
+            f"http://127.0.0.1:{config.serve.port}/metrics", headers={"Authorization": f"Bearer {KEY}"}
+        ).status_code
+        == 404
+    )
 
 
 def test_new_versions_and_releases_reach_the_running_replicas(client, config, tiny_model):
@@ -233,7 +268,10 @@ def test_new_versions_and_releases_reach_the_running_replicas(client, config, ti
         put_in_store(Path(config.store), "flags", tiny_model, seed, version=version, max_answer_tokens=8)
         assert answered() == {f"flags@{version}"}
     store = AdapterStore(config.store)
-    for change, versions in (({"version": "v0001"}, {"v0001"}), ({"version": "v0002", "canary": 50}, {"v0001", "v0002"}), ({"rollback": True}, {"v0001"})):
+    for change, versions in (
+        ({"version": "v0001"}, {"v0001"}), ({"version": "v0002", "canary": 50}, {"v0001", "v0002"}),
+        ({"rollback": True}, {"v0001"}),
+    ):
         release_version(store, "flags", **change)
         assert answered() == {f"flags@{version}" for version in versions}
     choices = ask(client, "flags", n=2, temperature=1, seed=1, logprobs=True, top_logprobs=1, max_tokens=4).choices

@@ -1,4 +1,6 @@
-"""serve/app.yaml on a cluster that `ray start` made, with Ray's token: deployed, asked with the key, deployed again while it is asked."""
+"""serve/app.yaml on a cluster that `ray start` made, with Ray's token: deployed, asked with the key, deployed again
+while it is asked.
+"""
 
 import os
 import shutil
@@ -29,16 +31,30 @@ KEY = "key-of-the-test"
 def cluster():
     """(dashboard's URL, environment of a person who has the token) of a head node of this test's own."""
     folder = Path(tempfile.mkdtemp(prefix="d", dir="/tmp"))  # short: Ray's sockets lie in it
-    ports = {name: free_port() for name in ("port", "dashboard-port", "dashboard-agent-listen-port", "dashboard-agent-grpc-port", "metrics-export-port", "ray-client-server-port")}
+    ports = {
+        name: free_port()
+        for name in (
+            "port", "dashboard-port", "dashboard-agent-listen-port", "dashboard-agent-grpc-port", "metrics-export-port",
+            "ray-client-server-port",
+        )
+    }
     known = environment(folder / "home", RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=TOKEN)
     options = " ".join(f"--{name}={port}" for name, port in ports.items())
-    start = f"{BIN}/ray start --head --block --node-ip-address=127.0.0.1 --temp-dir={folder}/ray --num-cpus=2 --object-store-memory=80000000 --disable-usage-stats {options}"
+    start = (
+        f"{BIN}/ray start --head --block --node-ip-address=127.0.0.1 --temp-dir={folder}/ray --num-cpus=2 "
+        f"--object-store-memory=80000000 --disable-usage-stats {options}"
+    )
     with open(folder / "log", "wb") as log:
         variables = {**known, "PI_RAY_API_KEY": KEY, "PYTHONPATH": str(REPO)}
-        head = subprocess.Popen(["bash", "-c", f"exec {start}"], cwd=folder, env=variables, stdout=log, stderr=log, start_new_session=True)
+        head = subprocess.Popen(
+            ["bash", "-c", f"exec {start}"], cwd=folder, env=variables, stdout=log, stderr=log, start_new_session=True
+        )
     url = f"http://127.0.0.1:{ports['dashboard-port']}"
     try:
-        wait("the dashboard", lambda: httpx_status(f"{url}/api/serve/applications/", {"Authorization": f"Bearer {TOKEN}"}) == 200)
+        wait(
+            "the dashboard",
+            lambda: httpx_status(f"{url}/api/serve/applications/", {"Authorization": f"Bearer {TOKEN}"}) == 200,
+        )
         yield url, known
     finally:
         os.killpg(head.pid, signal.SIGTERM)
@@ -55,7 +71,10 @@ def httpx_status(url, headers=None):
 
 def app_file(folder, tiny_model, port, version, **limits):
     """serve/app.yaml for a run in `folder`, on this machine alone."""
-    run = RunConfig(name="t", store=str(folder / "store"), model=ModelConfig(base=str(tiny_model)), prompt=PromptConfig(chat="chatml"), serve=ServeConfig(**limits))
+    run = RunConfig(
+        name="t", store=str(folder / "store"), model=ModelConfig(base=str(tiny_model)),
+        prompt=PromptConfig(chat="chatml"), serve=ServeConfig(**limits),
+    )
     (folder / "run.yaml").write_text(configuration.dump_config(run))
     app = yaml.safe_load((REPO / "serve" / "app.yaml").read_text())
     app["http_options"] |= {"host": "127.0.0.1", "port": port}
@@ -66,12 +85,18 @@ def app_file(folder, tiny_model, port, version, **limits):
 
 def deploy(file, cluster, **own):
     url, known = cluster
-    return subprocess.run([BIN / "serve", "deploy", str(file), "-a", url], env={**known, **own}, capture_output=True, text=True, timeout=120)
+    return subprocess.run(
+        [BIN / "serve", "deploy", str(file), "-a", url], env={**known, **own}, capture_output=True, text=True,
+        timeout=120,
+    )
 
 
 def ask(port, key=KEY, **rest):
     body = {"model": "colours", "messages": [{"role": "user", "content": "what is red?"}], **rest}
-    return httpx.post(f"http://127.0.0.1:{port}/v1/chat/completions", json=body, headers={"Authorization": f"Bearer {key}"}, timeout=60)
+    return httpx.post(
+        f"http://127.0.0.1:{port}/v1/chat/completions", json=body, headers={"Authorization": f"Bearer {key}"},
+        timeout=60,
+    )
 
 
 def test_the_file_is_deployed_with_the_token_and_again_while_it_is_asked(cluster, tiny_model, tmp_path):

@@ -7,7 +7,10 @@ class Kinds:
     def __init__(self):
         self.values = {}
         for kind in ("Counter", "Gauge", "Histogram"):
-            setattr(self, kind, lambda name, description, tag_keys, kind=kind, **options: Kind(self.values, kind, name, tag_keys))
+            setattr(
+                self, kind,
+                lambda name, description, tag_keys, kind=kind, **options: Kind(self.values, kind, name, tag_keys),
+            )
 
     def of(self, name, *tags):
         return self.values.get((name, tuple(sorted(tags))))
@@ -16,7 +19,9 @@ class Kinds:
 class Kind:
     def __init__(self, values, kind, name, tag_keys):
         self.values, self.name, self.tag_keys = values, name, set(tag_keys)
-        setattr(self, {"Counter": "inc", "Gauge": "set", "Histogram": "observe"}[kind], getattr(self, f"_{kind.lower()}"))
+        setattr(
+            self, {"Counter": "inc", "Gauge": "set", "Histogram": "observe"}[kind], getattr(self, f"_{kind.lower()}")
+        )
 
     def _key(self, tags):
         assert set(tags or {}) == self.tag_keys, f"{self.name} takes the tags {self.tag_keys}"

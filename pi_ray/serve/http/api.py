@@ -84,7 +84,8 @@ def create_api(backend: CompletionBackend, serve: ServeConfig, digest: str = "")
 
 
 class AuthMiddleware:
-    """ASGI middleware that checks the bearer key before anything else; `request.state.key` is the ApiKey that was given.
+    """ASGI middleware that checks the bearer key before anything else; `request.state.key` is the ApiKey that was
+    given.
 
     A server without keys listens on loopback, where a web page that somebody looks at can reach it too: such requests
     bear a foreign name in Origin, or (DNS rebinding) in Host, and are refused.
@@ -215,7 +216,9 @@ async def _server_sent_events(
     events: Events, first: list[dict[str, Any]], head: dict[str, Any], form: ChatFormat | CompletionFormat,
     usage: UsageCounter | None,
 ) -> AsyncGenerator[str, None]:  # fmt: skip
-    """One for each piece of text, the finish reasons, the usage when asked for, and [DONE]. An error becomes the last."""
+    """One for each piece of text, the finish reasons, the usage when asked for, and [DONE]. An error becomes the
+    last.
+    """
 
     def chunk(*choices: dict[str, Any], **rest: Any) -> str:
         content = {**head, "object": form.chunk_object, "choices": choices, **rest}
@@ -242,7 +245,9 @@ async def _server_sent_events(
 
 
 async def _with_deadline(events: Events, seconds: float) -> Events:
-    """The same events. Raises RefusedError for any failure, also when `seconds` are over, which stops the generation."""
+    """The same events. Raises RefusedError for any failure, also when `seconds` are over, which stops the
+    generation.
+    """
     deadline = asyncio.get_running_loop().time() + seconds
     try:
         async with aclosing(events):

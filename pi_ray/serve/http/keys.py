@@ -3,8 +3,8 @@
     # serve.keys_file, YAML or JSON: the digest of a key -> its holder, and the models it may use (all when left out)
     "9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08": {name: team-a, adapters: [colours, shapes]}
 
-`pi-ray key team-a --adapters colours` makes a key and such a line. The file is read again when it changes, so that a key
-can be taken back while serving.
+`pi-ray key team-a --adapters colours` makes a key and such a line. The file is read again when it changes, so that a
+key can be taken back while serving.
 """
 
 from __future__ import annotations
@@ -80,7 +80,9 @@ class ApiKeys:
         return found if scheme.lower() == b"bearer" else None
 
     def _refresh(self) -> None:
-        """Read the file again when it changed. While it is wrong, the keys stay as they were, and the log says so once."""
+        """Read the file again when it changed. While it is wrong, the keys stay as they were, and the log says so
+        once.
+        """
         if self._file is None or (state := _file_state(self._file)) == self._state:
             return
         self._state = state
@@ -91,7 +93,9 @@ class ApiKeys:
 
 
 def load_keys(file: Path) -> dict[str, ApiKey]:
-    """digest -> ApiKey of a keys file. Raises ConfigError that names the entry, but never the text that may be a key."""
+    """digest -> ApiKey of a keys file. Raises ConfigError that names the entry, but never the text that may be a
+    key.
+    """
     try:
         data = yaml.safe_load(file.read_text(encoding="utf-8"))
     except OSError as error:

@@ -120,10 +120,14 @@ class ChatBody(RequestBody):
     top_logprobs: int | None = Field(None, ge=0, le=20)
 
     def prompts(self) -> Iterator[tuple[History, str]]:
-        """The last message is the query; in those before it an old client may still send the template and its examples."""
+        """The last message is the query; in those before it an old client may still send the template and its
+        examples.
+        """
         history, last = self.messages[:-1], self.messages[-1] if self.messages else None
         if last is None or last.role != "user" or any(m.role not in ROLES for m in history):
-            message = "the last message must be of role 'user', and those before it of role 'system', 'user' or 'assistant'"
+            message = (
+                "the last message must be of role 'user', and those before it of role 'system', 'user' or 'assistant'"
+            )
             raise RefusedError(400, message, param="messages")
         yield tuple((ROLES[m.role], m.text) for m in history), last.text
 
@@ -165,7 +169,8 @@ async def read_body(request: Request, kind: type[RequestBody], limit: int) -> An
             raise too_large
     try:
         content = json.loads(data.decode("utf-8"))
-        json.dumps(content, ensure_ascii=False).encode("utf-8")  # a lone surrogate, spelled \ud800 in JSON, has no UTF-8
+        # a lone surrogate, spelled \ud800 in JSON, has no UTF-8
+        json.dumps(content, ensure_ascii=False).encode("utf-8")
         return kind.model_validate(content)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]

@@ -17,14 +17,18 @@ MAX_DELAY_S = 0.2  # how long a piece may wait for the next ones
 
 
 class StreamCoalescer:
-    """One for each replica. The more answers it streams, the longer each one's pieces are; a single answer's are not joined."""
+    """One for each replica. The more answers it streams, the longer each one's pieces are; a single answer's are not
+    joined.
+    """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic):
         self.clock = clock
         self.streams = 0
 
     async def coalesce(self, events: Events) -> Events:
-        """The same events, {"text"} pieces joined to those that follow soon. The first leaves at once, the last with the end."""
+        """The same events, {"text"} pieces joined to those that follow soon. The first leaves at once, the last with
+        the end.
+        """
         pending: dict[str, Any] = {}
         sent = float("-inf")
         self.streams += 1

@@ -18,6 +18,9 @@ def test_a_storm_passes_with_right_answers_and_told_failures_after_a_replica_was
     right, told = Answer("right"), Answer("ri", error="503 come back later")
     assert not tally(right, told).failed()
     assert tally(right, told, killed=0).failed()
-    for wrong in (Answer("other"), Answer("ri"), Answer("other", error="503 later"), Answer("ri", error="ended", lost=True), Answer(error="404 no adapter")):
+    for wrong in (
+        Answer("other"), Answer("ri"), Answer("other", error="503 later"), Answer("ri", error="ended", lost=True),
+        Answer(error="404 no adapter"),
+    ):
         assert tally(right, wrong).failed()
     assert tally().failed()

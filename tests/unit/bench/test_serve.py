@@ -26,10 +26,10 @@ def test_the_peer_has_the_weights_of_the_base_with_the_adapter_that_is_served_be
     base, merged = (load_model(ModelConfig(base=str(folder / name))) for name in ("base", "merged"))
     store, ids = AdapterStore(folder / "store", ModelConfig(base=str(folder / "base"))), torch.tensor([[5, 6, 7]])
     assert store.names() == [f"a{i}" for i in range(bench.ADAPTERS)]
-    stack = MultiLora(base, 1)
+    multi_lora = MultiLora(base, 1)
     with torch.inference_mode():
         bare = base(input_ids=ids).logits
-        stack.use([stack.load(str(store.open("a0").path))], 3)
+        multi_lora.set_active_slots([multi_lora.load(str(store.open("a0").path))], 3)
         torch.testing.assert_close(base(input_ids=ids).logits, merged(input_ids=ids).logits, atol=1e-5, rtol=1e-4)
         assert not torch.allclose(bare, merged(input_ids=ids).logits, atol=1e-5)
 
@@ -39,8 +39,14 @@ def test_both_sides_read_the_same_ids_and_have_the_same_end_token(folder):
     query = bench.queries(1)[0]
     ours = PromptEncoder(tokenizer, PromptConfig(chat="chatml", query=bench.QUERY)).encode(query).ids
     text = bench.QUERY.replace("{query}", query)
-    assert ours == tokenizer.apply_chat_template([{"role": "user", "content": text}], add_generation_prompt=True, return_dict=False)
-    assert tokenizer.eos_token_id == load_model(ModelConfig(base=str(folder / "merged"))).generation_config.eos_token_id == len(tokenizer) - 1
+    assert ours == tokenizer.apply_chat_template(
+        [{"role": "user", "content": text}], add_generation_prompt=True, return_dict=False
+    )
+    assert (
+        tokenizer.eos_token_id
+        == load_model(ModelConfig(base=str(folder / "merged"))).generation_config.eos_token_id
+        == len(tokenizer) - 1
+    )
 
 
 def test_a_client_measures_text_and_end_and_refuses_an_answer_of_another_length():
@@ -52,7 +58,10 @@ def test_a_client_measures_text_and_end_and_refuses_an_answer_of_another_length(
         await response.prepare(request)
         for event in (
             {"choices": [{"delta": {"role": "assistant", "content": ""}}]}, {"choices": [{"delta": {"content": "x"}}]},
-            {"choices": [], "usage": {"prompt_tokens": 9, "completion_tokens": body["max_tokens"] - (body["model"] == "short")}},
+            {
+                "choices": [],
+                "usage": {"prompt_tokens": 9, "completion_tokens": body["max_tokens"] - (body["model"] == "short")},
+            },
         ):  # fmt: skip
             await response.write(f"data: {json.dumps(event)}\n\n".encode())
         await response.write(b"data: [DONE]\n\n")
@@ -66,12 +75,16 @@ def test_a_client_measures_text_and_end_and_refuses_an_answer_of_another_length(
         site = web.TCPSite(runner, "127.0.0.1", 0)
         await site.start()
         try:
-            return await bench.drive(f"http://127.0.0.1:{site._server.sockets[0].getsockname()[1]}", [(model, "q")] * 5, 3, 2)
+            return await bench.drive(
+                f"http://127.0.0.1:{site._server.sockets[0].getsockname()[1]}", [(model, "q")] * 5, 3, 2
+            )
         finally:
             await runner.cleanup()
 
     seconds, replies = asyncio.run(talk("whole"))
-    assert len(replies) == 5 and all(0 < r.first <= r.whole <= seconds and (r.prompt, r.answer) == (9, 3) for r in replies)
+    assert len(replies) == 5 and all(
+        0 < r.first <= r.whole <= seconds and (r.prompt, r.answer) == (9, 3) for r in replies
+    )
     with pytest.raises(bench.FailedError, match="2 tokens, expected 3"):
         asyncio.run(talk("short"))
 
@@ -79,9 +92,16 @@ def test_a_client_measures_text_and_end_and_refuses_an_answer_of_another_length(
 def test_ratios_are_of_requests_a_second_at_the_highest_concurrency():
     reply = bench.Reply(0.1, 0.2, 30, 16)
     level = lambda part, concurrency, seconds: bench.Level(part, concurrency, seconds, (reply,) * 10)  # noqa: E731
-    found = [level(*x) for x in (("full", 16, 10), ("full-cached", 16, 4), ("query", 1, 8), ("query", 16, 2), ("mixed8", 16, 2.5), ("merged", 16, 1), ("peer", 16, 5))]
+    found = [
+        level(*x)
+        for x in (
+            ("full", 16, 10), ("full-cached", 16, 4), ("query", 1, 8), ("query", 16, 2), ("mixed8", 16, 2.5),
+            ("merged", 16, 1), ("peer", 16, 5),
+        )
+    ]
     assert bench.figures(found, [0.007, 0.006, 0.1]) == pytest.approx({
-        "query_over_full": 5, "query_over_full_cached": 2, "c16_over_c1": 4, "over_transformers_serve": 5, "unmerged_over_transformers_serve": 2.5, "mixed8_over_one": 0.8, "serve_overhead_ms": 7,
+        "query_over_full": 5, "query_over_full_cached": 2, "c16_over_c1": 4, "over_transformers_serve": 5,
+        "unmerged_over_transformers_serve": 2.5, "mixed8_over_one": 0.8, "serve_overhead_ms": 7,
     })  # fmt: skip
     assert bench.figures(found[:1], []) == {}
 
@@ -92,4 +112,6 @@ def test_an_unknown_part_is_refused(monkeypatch, capsys):
         bench._arguments()
     assert "no part pear" in capsys.readouterr().err
     monkeypatch.setattr("sys.argv", ["serve", "--only", "query", "--concurrency", "4,1"])
-    assert isinstance(args := bench._arguments(), argparse.Namespace) and (args.only, args.concurrency) == (["query"], [1, 4])
+    assert isinstance(args := bench._arguments(), argparse.Namespace) and (args.only, args.concurrency) == (
+        ["query"], [1, 4],
+    )

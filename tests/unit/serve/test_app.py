@@ -53,7 +53,10 @@ def test_a_deployment_on_a_cluster_always_needs_a_key_and_carries_only_its_diges
     assert KEY.encode() not in pickle.dumps(made._bound_deployment.init_args[0]._bound_deployment.init_args)
 
 
-@pytest.mark.parametrize(("host", "url"), [("::1", "http://[::1]:8000"), ("127.0.0.1", "http://127.0.0.1:8000"), ("localhost", "http://localhost:8000")])
+@pytest.mark.parametrize(
+    ("host", "url"),
+    [("::1", "http://[::1]:8000"), ("127.0.0.1", "http://127.0.0.1:8000"), ("localhost", "http://localhost:8000")],
+)
 def test_the_address_is_a_url_that_clients_take(host, url):
     assert app.server_url(config(host=host)) == url
 

@@ -1,4 +1,6 @@
-"""`pi-ray chat`: lines in, answers out, with what each took; the adapter is the one of a run or of the store, verified as the server does it."""
+"""`pi-ray chat`: lines in, answers out, with what each took; the adapter is the one of a run or of the store, verified
+as the server does it.
+"""
 
 import io
 import re
@@ -38,7 +40,9 @@ def answers(said):
 
 
 def test_each_line_is_answered_by_the_named_adapter_with_what_it_took(store, tiny_model, monkeypatch):
-    said = answers(run_chat(monkeypatch, "colours", "what is red?\n\nwhat is red?\n/quit\nnever read\n", f"store={store}"))
+    said = answers(
+        run_chat(monkeypatch, "colours", "what is red?\n\nwhat is red?\n/quit\nnever read\n", f"store={store}")
+    )
     other = answers(run_chat(monkeypatch, "shapes", "what is red?\n", f"store={store}"))
     assert len(said) == 2 and len(other) == 1
     assert said[0][0] == said[1][0] != other[0][0]
@@ -48,7 +52,9 @@ def test_each_line_is_answered_by_the_named_adapter_with_what_it_took(store, tin
 
 def test_a_run_directory_stands_for_its_best_adapter_published_or_not(store, tiny_model, tmp_path, monkeypatch):
     run = RunDir(tmp_path / "run")
-    config = RunConfig(name="mine", run_dir=str(run.root), store=str(tmp_path / "empty"), model=ModelConfig(base=str(tiny_model)))
+    config = RunConfig(
+        name="mine", run_dir=str(run.root), store=str(tmp_path / "empty"), model=ModelConfig(base=str(tiny_model))
+    )
     run.root.mkdir()
     (run.root / "run.yaml").write_text(configuration.dump_config(config))
     with pytest.raises(AdapterError, match="pi-ray train"):
@@ -91,7 +97,9 @@ class Interrupted:
 
 
 def test_ctrl_c_stops_one_answer_and_a_refusal_is_said_in_its_place(store, tiny_model):
-    config = RunConfig(name="t", store=str(store), model=ModelConfig(base=str(tiny_model)), prompt=PromptConfig(chat="chatml"))
+    config = RunConfig(
+        name="t", store=str(store), model=ModelConfig(base=str(tiny_model)), prompt=PromptConfig(chat="chatml")
+    )
     tokenizer = load_tokenizer(config.model)
     engine = Interrupted(tokenizer)
     completer = Completer(config, engine, tokenizer, 60)

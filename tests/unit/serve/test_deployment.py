@@ -1,4 +1,4 @@
-"""The ingress's side of the Model deployment without Ray: which adapter a request is routed by, what becomes of failures; and Serve's options."""
+"""The Model deployment as the ingress sees it, without Ray: routing by adapter, failures; and Serve's options."""
 
 import asyncio
 import threading
@@ -13,17 +13,21 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
 from pi_ray.config import CostConfig, ModelConfig, RunConfig, ServeConfig
 from pi_ray.errors import AdapterError
+from pi_ray.models import load_tokenizer
 from pi_ray.run import object_storage
 from pi_ray.run.artifact import write_atomic
 from pi_ray.serve import deployment
 from pi_ray.serve.engine import replica_options
-from pi_ray.serve.engine.completion import CompletionRequest, RefusedError
+from pi_ray.serve.engine.completion import Completer, CompletionRequest, RefusedError
 from pi_ray.serve.metrics import Metrics, Traffic
 from tests.lora import put_in_store
 from tests.unit.fake_bucket import Bucket, Clock
 from tests.unit.fake_metrics import Kinds
 
-START = {"model": "m", "fingerprint": "colours@v0001", "adapter": "colours@v0001", "prompt": "internalised", "prompt_tokens": 3, "saved": 0}
+START = {
+    "model": "m", "fingerprint": "colours@v0001", "adapter": "colours@v0001", "prompt": "internalised",
+    "prompt_tokens": 3, "saved": 0,
+}
 
 
 class Handle:
@@ -88,27 +92,50 @@ def complete(config, handle, ask, leave_after=None, backend=None):
 
 def test_a_request_goes_to_replicas_that_hold_the_version_it_means(config, tiny_model):
     handle = Handle(START)
-    for model in ("colours", f"{tiny_model.name}:colours", "colours@v0001", "colours@latest", tiny_model.name, "unknown", "unknown@v0001", "colours@v0009", "../colours", "x" * 9000):
+    for model in (
+        "colours", f"{tiny_model.name}:colours", "colours@v0001", "colours@latest", tiny_model.name, "unknown",
+        "unknown@v0001", "colours@v0009", "../colours", "x" * 9000,
+    ):
         complete(config, handle, CompletionRequest(model, "q"))
     assert handle.held == ["colours@v0002", "colours@v0002", "colours@v0001", "colours@v0002", "", "", "", "", "", ""]
     complete(config, handle, CompletionRequest("colours", "q", full_prompt=True))  # the base model answers that
     assert handle.held[-1] == ""
 
 
-def test_a_version_on_trial_is_routed_as_the_replica_will_decide(config, store):
-    write_atomic(store / "colours" / "aliases.json", '{"prod": {"version": "v0001", "canary": "v0002", "percent": 50, "before": []}}')
+def test_a_canary_is_routed_to_the_version_that_the_replica_then_answers_with(config, store, tiny_model):
+    """The ingress and the replica's Completer decide by themselves, each from the request and the store alone."""
+    config = config.replace(**{"prompt.chat": "chatml"})
+    completer = Completer(config, None, load_tokenizer(config.model), 512)
+
+    async def decision(request):
+        async with aclosing(completer.complete(request)) as events:
+            return (await anext(events))["fingerprint"]
+
+    requests = [CompletionRequest("colours", "q", sticky_key=f"t{i}") for i in range(40)]
+    base = tiny_model.name
+    others = (f"{base}:colours", "colours@prod", "colours@v0001", "colours@v0002", "colours@latest", base)
+    requests += [CompletionRequest(model, "q", sticky_key=f"t{i}") for model in others for i in (0, 1)]
+    write_atomic(
+        store / "colours" / "aliases.json",
+        '{"prod": {"version": "v0001", "canary": "v0002", "percent": 50, "before": []}}',
+    )
     handle = Handle(START)
-    tickets = [f"t{i}" for i in range(40)]
-    for ticket in tickets:
-        complete(config, handle, CompletionRequest("colours", "q", sticky_key=ticket))
-    (store / "colours" / "aliases.json").unlink()
-    assert set(handle.held) == {"colours@v0001", "colours@v0002"}
+    try:
+        for request in requests:
+            complete(config, handle, request)
+        decided = [asyncio.run(decision(request)) for request in requests]
+    finally:
+        (store / "colours" / "aliases.json").unlink()
+    assert [adapter or base for adapter in handle.held] == decided
+    assert set(handle.held[:40]) == {"colours@v0001", "colours@v0002"}
 
 
 def test_a_store_behind_a_url_is_asked_by_some_requests_and_never_on_the_event_loop(config, store, monkeypatch):
     bucket, handle, threads, asked = Bucket(store.parent), Handle(START), set(), []
     monkeypatch.setattr(object_storage, "open_file_system", lambda url: (bucket, store.name))
-    monkeypatch.setattr(bucket, "_check", lambda check=bucket._check: threads.add(threading.current_thread()) or check())
+    monkeypatch.setattr(
+        bucket, "_check", lambda check=bucket._check: threads.add(threading.current_thread()) or check()
+    )
     backend = ingress(config.replace(store="s3://bucket/adapters"), handle)
     backend.store.backend._clock = Clock()
     for _ in range(2):
@@ -122,7 +149,10 @@ def test_a_store_behind_a_url_is_asked_by_some_requests_and_never_on_the_event_l
     for _ in range(5):
         complete(config, handle, CompletionRequest("colours", "q"), backend=backend)
         asyncio.run(backend.models())
-    assert bucket.asked == asked[0] + 1 and handle.held == ["colours@v0002", "colours@v0001", ""] * 2 + ["colours@v0002"] * 5
+    assert (
+        bucket.asked == asked[0] + 1
+        and handle.held == ["colours@v0002", "colours@v0001", ""] * 2 + ["colours@v0002"] * 5
+    )
     assert threading.main_thread() not in threads
 
 
@@ -142,7 +172,10 @@ def test_what_ray_raises_becomes_a_status_that_clients_retry(config, failure, st
 
 def test_a_replicas_refusal_is_passed_on(config):
     with pytest.raises(RefusedError) as told:
-        complete(config, Handle({"refused": (404, "no adapter", "invalid_request_error", "model_not_found", "model")}), CompletionRequest("unknown", "q"))
+        complete(
+            config, Handle({"refused": (404, "no adapter", "invalid_request_error", "model_not_found", "model")}),
+            CompletionRequest("unknown", "q"),
+        )
     assert (told.value.status, told.value.code) == (404, "model_not_found")
 
 
@@ -175,7 +208,10 @@ def test_the_version_that_is_merged_is_fixed_when_the_server_is_deployed(config,
     made = deployment.build_application(config.replace(**{"serve.merge": "colours"}))
     [inner] = made._bound_deployment.init_args[0]._bound_deployment.init_args
     assert inner.serve.merge == "colours@v0002"
-    write_atomic(store / "colours" / "aliases.json", '{"prod": {"version": "v0001", "canary": "v0002", "percent": 99.9, "before": []}}')
+    write_atomic(
+        store / "colours" / "aliases.json",
+        '{"prod": {"version": "v0001", "canary": "v0002", "percent": 99.9, "before": []}}',
+    )
     handle = Handle(START)
     for model in ("colours", f"{Path(config.model.base).name}:colours", "colours@v0001"):
         complete(inner, handle, CompletionRequest(model, "q", sticky_key="t"))

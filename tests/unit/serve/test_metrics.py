@@ -13,11 +13,23 @@ from pi_ray.config import CostConfig, ServeConfig
 from pi_ray.serve.engine.completion import CompletionRequest, RefusedError
 from pi_ray.serve.http.api import create_api
 from pi_ray.serve.http.keys import key_digest
-from pi_ray.serve.metrics import ENGINE_COUNTERS, ENGINE_GAUGES, FULL_PROMPTS, METRICS, EngineMetrics, Metrics, MetricsMiddleware, Traffic
+from pi_ray.serve.metrics import (
+    ENGINE_COUNTERS,
+    ENGINE_GAUGES,
+    FULL_PROMPTS,
+    METRICS,
+    EngineMetrics,
+    Metrics,
+    MetricsMiddleware,
+    Traffic,
+)
 from tests.unit.fake_metrics import Kinds
 
 REPO = Path(__file__).parents[3]
-START = {"model": "colours", "fingerprint": "colours@v0002", "adapter": "colours@v0002", "prompt": "internalised", "prompt_tokens": 30, "saved": 600}
+START = {
+    "model": "colours", "fingerprint": "colours@v0002", "adapter": "colours@v0002", "prompt": "internalised",
+    "prompt_tokens": 30, "saved": 600,
+}
 TAGS = (("model", "colours"), ("version", "v0002"))
 
 
@@ -64,7 +76,9 @@ def call(*events, key="", timeout=60, name="colours", path="/v1/chat/completions
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_an_answer_counts_its_tokens_its_times_and_what_it_saved(stream):
-    status, seen = call(START, {"text": "k4"}, {"text": " k5"}, {"finish": "stop", "completion_tokens": 7}, stream=stream)
+    status, seen = call(
+        START, {"text": "k4"}, {"text": " k5"}, {"finish": "stop", "completion_tokens": 7}, stream=stream
+    )
     assert status == 200
     assert seen.of("pi_ray_requests_total", *TAGS, ("status", "200")) == 1
     assert seen.of("pi_ray_prompt_tokens_total", *TAGS) == 30
@@ -74,7 +88,9 @@ def test_an_answer_counts_its_tokens_its_times_and_what_it_saved(stream):
     assert len(seen.of("pi_ray_latency_seconds", *TAGS)) == len(seen.of("pi_ray_ttft_seconds", *TAGS)) == 1
     assert seen.of("pi_ray_ttft_seconds", *TAGS)[0] <= seen.of("pi_ray_latency_seconds", *TAGS)[0]
     assert seen.of("pi_ray_open_requests") == seen.of("pi_ray_queued_requests") == 0
-    assert seen.of("pi_ray_cold_start_seconds") is None and not any(name == "pi_ray_drift_total" for name, _ in seen.values)
+    assert seen.of("pi_ray_cold_start_seconds") is None and not any(
+        name == "pi_ray_drift_total" for name, _ in seen.values
+    )
 
 
 def test_an_empty_answer_has_its_times_as_well():
@@ -101,7 +117,12 @@ def test_several_answers_to_one_prompt_count_its_tokens_once():
 def test_refusals_are_counted_by_status_and_by_no_name_that_a_client_made_up():
     full = RefusedError(429, "full", "rate_limit_error")
     assert call(full)[1].of("pi_ray_requests_total", ("model", "colours"), ("version", ""), ("status", "429")) == 1
-    assert call(RefusedError(404, "no"), name="")[1].of("pi_ray_requests_total", ("model", ""), ("version", ""), ("status", "404")) == 1
+    assert (
+        call(RefusedError(404, "no"), name="")[1].of(
+            "pi_ray_requests_total", ("model", ""), ("version", ""), ("status", "404")
+        )
+        == 1
+    )
     status, seen = call(START, key="a-key")
     assert status == 401 and seen.of("pi_ray_requests_total", ("model", ""), ("version", ""), ("status", "401")) == 1
     assert call(path="/healthz")[1].values == {}
@@ -111,7 +132,8 @@ def test_the_time_limit_is_told_from_a_client_that_left():
     status, seen = call(START, 30, timeout=0.05)
     assert status == 408 and seen.of("pi_ray_requests_total", *TAGS, ("status", "408")) == 1
     status, seen = call(START, {"text": "k4"}, 30, timeout=0.5, stream=True)
-    assert status == 200 and seen.of("pi_ray_requests_total", *TAGS, ("status", "408")) == 1  # the stream's last event says so
+    # the stream's last event says so
+    assert status == 200 and seen.of("pi_ray_requests_total", *TAGS, ("status", "408")) == 1
     kinds = Kinds()
     traffic = Traffic(CostConfig(), 60, Metrics(kinds))
     backend = Backend(traffic, START, {"text": "k4"}, 30)
@@ -148,7 +170,8 @@ def test_a_request_waits_in_the_queue_until_a_replica_takes_it():
 
 @pytest.mark.parametrize("kind", sorted(FULL_PROMPTS))
 def test_prompts_that_come_whole_are_counted_by_what_became_of_them(kind):
-    answers = "base" if kind == "drifted" else "colours@v0002"  # the base model reads a changed prompt; the adapter is what it was meant for
+    # the base model reads a changed prompt; the adapter is what it was meant for
+    answers = "base" if kind == "drifted" else "colours@v0002"
     _, seen = call({**START, "prompt": kind, "fingerprint": answers}, {"finish": "stop", "completion_tokens": 1})
     assert seen.of("pi_ray_drift_total", *TAGS, ("kind", kind)) == 1
 
@@ -156,7 +179,10 @@ def test_prompts_that_come_whole_are_counted_by_what_became_of_them(kind):
 def test_a_request_that_came_before_the_replica_was_up_is_a_cold_start(caplog):
     _, seen = call({**START, "ready": 4e9}, {"finish": "stop", "completion_tokens": 1})
     assert len(seen.of("pi_ray_cold_start_seconds")) == 1 and "cold start" in caplog.text
-    assert call({**START, "ready": 1e9}, {"finish": "stop", "completion_tokens": 1})[1].of("pi_ray_cold_start_seconds") is None
+    assert (
+        call({**START, "ready": 1e9}, {"finish": "stop", "completion_tokens": 1})[1].of("pi_ray_cold_start_seconds")
+        is None
+    )
 
 
 def test_an_engines_totals_become_counters_that_only_grow():
@@ -188,7 +214,9 @@ def test_the_engine_counts_what_the_metrics_are_made_from(tiny_model):
 def test_every_metric_of_the_dashboard_exists_and_every_metric_is_on_it():
     text = (REPO / "serve" / "grafana.json").read_text()
     panels = json.loads(text)["panels"]
-    assert len({panel["id"] for panel in panels}) == len(panels) and all(target["expr"] for panel in panels for target in panel["targets"])
+    assert len({panel["id"] for panel in panels}) == len(panels) and all(
+        target["expr"] for panel in panels for target in panel["targets"]
+    )
     shown = {re.sub(r"_(bucket|count|sum)$", "", name) for name in re.findall(r"\bray_(pi_ray_\w+)", text)}
     assert shown == set(METRICS)
     for panel in panels:

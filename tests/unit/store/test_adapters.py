@@ -13,7 +13,7 @@ import pytest
 from pi_ray.config import ModelConfig
 from pi_ray.errors import AdapterError
 from pi_ray.run.artifact import seal_folder
-from pi_ray.serve.engine.completion import adapter_of
+from pi_ray.serve.engine.completion import requested_adapter
 from pi_ray.store.adapters import AdapterStore, UnknownAdapterError
 from pi_ray.store.prompt_guard import prompt_record
 from tests.lora import card, put_in_store, rewrite
@@ -71,15 +71,15 @@ def test_a_forbidden_name_is_refused_before_the_disk_is_touched(store, no_disk, 
 @pytest.mark.fault
 def test_a_forbidden_name_behind_the_base_models_name_stays_forbidden(store, no_disk):
     with pytest.raises(UnknownAdapterError):
-        store.open(adapter_of("smollm2-135m:..", "smollm2-135m"))
+        store.open(requested_adapter("smollm2-135m:..", "smollm2-135m"))
     assert no_disk == []
 
 
 def test_a_model_field_names_the_adapter_alone_behind_the_base_or_the_base():
-    assert adapter_of("colours", "smollm2-135m") == "colours"
-    assert adapter_of("smollm2-135m:colours", "smollm2-135m") == "colours"
-    assert adapter_of("smollm2-135m", "smollm2-135m") is None
-    assert adapter_of("model", "/some/where/model") is None
+    assert requested_adapter("colours", "smollm2-135m") == "colours"
+    assert requested_adapter("smollm2-135m:colours", "smollm2-135m") == "colours"
+    assert requested_adapter("smollm2-135m", "smollm2-135m") is None
+    assert requested_adapter("model", "/some/where/model") is None
 
 
 def test_an_adapter_opens_by_name_and_by_version(store, folder, tiny_model):

@@ -1,4 +1,6 @@
-"""The transformers engine: the same tokens as transformers' own generate, one adapter per answer, slots that come back."""
+"""The transformers engine: the same tokens as transformers' own generate, one adapter per answer, slots that come
+back.
+"""
 
 import asyncio
 import json
@@ -39,15 +41,24 @@ def expected(tiny_model, folders):
     from transformers import AutoModelForCausalLM
 
     def greedy(model):
-        return [model.generate(torch.tensor([p]), max_new_tokens=LENGTH, do_sample=False)[0, len(p) :].tolist() for p in PROMPTS]
+        return [
+            model.generate(torch.tensor([p]), max_new_tokens=LENGTH, do_sample=False)[0, len(p) :].tolist()
+            for p in PROMPTS
+        ]
 
     return {"": greedy(AutoModelForCausalLM.from_pretrained(tiny_model))} | {
-        folder: greedy(PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_model), folder)) for folder in folders
+        folder: greedy(PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_model), folder))
+        for folder in folders
     }
 
 
 async def tokens(engine, prompt, adapter="", **options):
-    return [t.id async for t in engine.generate(GenerationRequest(prompt, **{"max_new_tokens": LENGTH, **options}, adapter=adapter))]
+    return [
+        t.id
+        async for t in engine.generate(
+            GenerationRequest(prompt, **{"max_new_tokens": LENGTH, **options}, adapter=adapter)
+        )
+    ]
 
 
 @pytest.fixture
@@ -117,7 +128,9 @@ def test_a_request_joins_the_running_batch_and_leaves_before_one_that_came_first
     assert steps >= 2 * LENGTH - 2, "the long one went on meanwhile"
 
 
-@pytest.mark.parametrize("settings", [{"prefill_tokens": 16}, {"prefill_tokens": 1}, {"max_ongoing_requests": 1}], ids=str)
+@pytest.mark.parametrize(
+    "settings", [{"prefill_tokens": 16}, {"prefill_tokens": 1}, {"max_ongoing_requests": 1}], ids=str
+)
 def test_answers_do_not_depend_on_how_prompts_are_cut_or_how_many_go_together(fresh, expected, folders, settings):
     engine = fresh(**settings)
     jobs = [(folder, i) for folder in ["", *folders] for i in range(len(PROMPTS))]
@@ -155,7 +168,8 @@ def test_a_known_beginning_is_not_read_again_and_changes_no_token(fresh, folders
     assert asyncio.run(answers(engine)) == asyncio.run(answers(without))
     assert without.stats()["prefix_hit_tokens"] == 0 == without.stats()["prefix_cache_bytes"]
     again = sum((len(p) - 1) // 16 for p in prompts)  # of prompts that were read before; the last token is always read
-    first = again - (3 + 4 - 3)  # the first prompt finds nothing, and the first with 30 fives the shared beginning alone
+    # the first prompt finds nothing, and the first with 30 fives the shared beginning alone
+    first = again - (3 + 4 - 3)
     assert engine.stats()["prefix_hit_tokens"] == 16 * (2 * first + again)
 
 
@@ -165,7 +179,11 @@ def test_a_model_whose_state_is_not_keys_and_values_is_answered_right_at_any_con
 
     torch.manual_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
-    model = MambaForCausalLM(MambaConfig(vocab_size=len(tokenizer), hidden_size=16, state_size=4, num_hidden_layers=2, eos_token_id=0, bos_token_id=0)).eval()
+    model = MambaForCausalLM(
+        MambaConfig(
+            vocab_size=len(tokenizer), hidden_size=16, state_size=4, num_hidden_layers=2, eos_token_id=0, bos_token_id=0
+        )
+    ).eval()
     for part in (model, tokenizer):
         part.save_pretrained(tmp_path)
     expected = []
@@ -227,9 +245,15 @@ def test_log_probabilities_come_with_the_tokens_when_asked_for(engine, tiny_mode
     told, plain = asyncio.run(both())
     with torch.no_grad():
         ids = torch.tensor([[*PROMPTS[1], *(t.id for t in told)]])
-        logprobs = AutoModelForCausalLM.from_pretrained(tiny_model)(input_ids=ids).logits[0].log_softmax(-1)[len(PROMPTS[1]) - 1 : -1]
+        logprobs = (
+            AutoModelForCausalLM.from_pretrained(tiny_model)(input_ids=ids)
+            .logits[0]
+            .log_softmax(-1)[len(PROMPTS[1]) - 1 : -1]
+        )
     for token, row in zip(told, logprobs, strict=True):
-        assert token.logprob == pytest.approx(row[token.id].item(), abs=1e-4) and token.top[0] == (token.id, token.logprob)
+        assert token.logprob == pytest.approx(row[token.id].item(), abs=1e-4) and token.top[0] == (
+            token.id, token.logprob,
+        )
         assert [i for i, _ in token.top] == row.topk(2).indices.tolist()
     assert [t.id for t in plain] == [t.id for t in told] and all(t.logprob is None and t.top == () for t in plain)
 
@@ -238,12 +262,18 @@ def small_copies(folder, target, n):
     """Adapters that each change a single layer in their own way."""
     from safetensors.torch import load_file, save_file
 
-    tensors = {name: t for name, t in load_file(f"{folder}/adapter_model.safetensors").items() if "layers.1.mlp.down_proj" in name}
+    tensors = {
+        name: t
+        for name, t in load_file(f"{folder}/adapter_model.safetensors").items()
+        if "layers.1.mlp.down_proj" in name
+    }
     for i in range(n):
         (target / str(i)).mkdir(parents=True)
         shutil.copy(f"{folder}/adapter_config.json", target / str(i))
         torch.manual_seed(i)
-        save_file({name: torch.randn_like(t) for name, t in tensors.items()}, target / str(i) / "adapter_model.safetensors")
+        save_file(
+            {name: torch.randn_like(t) for name, t in tensors.items()}, target / str(i) / "adapter_model.safetensors"
+        )
     return [str(target / str(i)) for i in range(n)]
 
 
@@ -291,7 +321,12 @@ def test_a_seed_gives_the_same_tokens_in_any_company(engine):
     options = {"temperature": 1.0, "top_p": 0.9, "seed": 7}
 
     async def together():
-        return (await asyncio.gather(tokens(engine, PROMPTS[0], **options), tokens(engine, PROMPTS[2]), tokens(engine, PROMPTS[1], temperature=1.0)))[0]
+        return (
+            await asyncio.gather(
+                tokens(engine, PROMPTS[0], **options), tokens(engine, PROMPTS[2]),
+                tokens(engine, PROMPTS[1], temperature=1.0),
+            )
+        )[0]
 
     alone = asyncio.run(tokens(engine, PROMPTS[0], **options))
     assert asyncio.run(together()) == alone
@@ -309,7 +344,9 @@ def test_end_of_sequence_and_stop_strings_end_an_answer(engine, expected):
     assert got == expected[""][0][: expected[""][0].index(expected[""][0][5]) + 1]
 
 
-def test_an_adapter_that_does_not_fit_the_base_fails_its_own_request_alone(engine, expected, folders, tiny_model, tmp_path):
+def test_an_adapter_that_does_not_fit_the_base_fails_its_own_request_alone(
+    engine, expected, folders, tiny_model, tmp_path
+):
     bad = put_in_store(tmp_path, "bad", tiny_model)
     data = (bad / "adapter_model.safetensors").read_bytes()
     length = struct.unpack("<Q", data[:8])[0]
@@ -317,7 +354,9 @@ def test_an_adapter_that_does_not_fit_the_base_fails_its_own_request_alone(engin
     rewrite(bad, "adapter_model.safetensors", data[:8] + header + data[8 + length :])
 
     async def both():
-        return await asyncio.gather(tokens(engine, PROMPTS[0], str(bad)), tokens(engine, PROMPTS[0], folders[0]), return_exceptions=True)
+        return await asyncio.gather(
+            tokens(engine, PROMPTS[0], str(bad)), tokens(engine, PROMPTS[0], folders[0]), return_exceptions=True
+        )
 
     error, answer = asyncio.run(both())
     assert isinstance(error, AdapterError)
@@ -331,7 +370,9 @@ def test_a_prompt_that_cannot_be_read_fails_alone_though_others_were_read_with_i
 
     async def three():
         wrong = tokens(engine, [10**6, 3])
-        return await asyncio.gather(tokens(engine, PROMPTS[0]), wrong, tokens(engine, PROMPTS[2]), return_exceptions=True)
+        return await asyncio.gather(
+            tokens(engine, PROMPTS[0]), wrong, tokens(engine, PROMPTS[2]), return_exceptions=True
+        )
 
     first, error, last = asyncio.run(three())
     assert isinstance(error, IndexError)
@@ -345,16 +386,24 @@ def test_an_adapter_that_computes_nan_fails_its_own_rows_and_leaves_nothing_behi
     from safetensors.torch import load_file, save_file
 
     wild = small_copies(folders[0], tmp_path, 1)[0]
-    save_file({name: t * 1e30 for name, t in load_file(f"{wild}/adapter_model.safetensors").items()}, f"{wild}/adapter_model.safetensors")
+    save_file(
+        {name: t * 1e30 for name, t in load_file(f"{wild}/adapter_model.safetensors").items()},
+        f"{wild}/adapter_model.safetensors",
+    )
     engine = fresh(max_ongoing_requests=3)
 
     async def mixed():
-        jobs = [tokens(engine, PROMPTS[i % 3], folder) for i, folder in enumerate([wild, folders[0], "", wild, folders[1], ""])]
+        jobs = [
+            tokens(engine, PROMPTS[i % 3], folder)
+            for i, folder in enumerate([wild, folders[0], "", wild, folders[1], ""])
+        ]
         return await asyncio.gather(*jobs, return_exceptions=True)
 
     found = asyncio.run(mixed())
     assert all(isinstance(found[i], RuntimeError) and "not a number" in str(found[i]) for i in (0, 3))
-    assert [found[i] for i in (1, 2, 4, 5)] == [expected[folders[0]][1], expected[""][2], expected[folders[1]][1], expected[""][2]]
+    assert [found[i] for i in (1, 2, 4, 5)] == [
+        expected[folders[0]][1], expected[""][2], expected[folders[1]][1], expected[""][2],
+    ]
     engine.check()
 
 
@@ -363,7 +412,10 @@ def test_one_thread_alone_loads_merges_and_decodes(fresh, folders, monkeypatch):
     seen = set()
     forward = torch.nn.Linear.forward
     monkeypatch.setattr(torch.nn.Linear, "forward", lambda *a: seen.add(threading.current_thread().name) or forward(*a))
-    monkeypatch.setattr("pi_ray.serve.engine.scheduler.use_onednn_linears", lambda base: seen.add(threading.current_thread().name))  # packed layers have another forward
+    # packed layers have another forward
+    monkeypatch.setattr(
+        "pi_ray.serve.engine.scheduler.use_onednn_linears", lambda base: seen.add(threading.current_thread().name)
+    )
     engine = fresh()
     engine.merge(folders[0])
     asyncio.run(tokens(engine, PROMPTS[0], folders[0]))

@@ -1,4 +1,6 @@
-"""`pi_ray: {full_prompt: true}`: what the page compares an adapter with, the base model's answer to the adapter's whole prompt."""
+"""`pi_ray: {full_prompt: true}`: what the page compares an adapter with, the base model's answer to the adapter's whole
+prompt.
+"""
 
 import asyncio
 
@@ -48,14 +50,19 @@ def ask(tiny_model, tokenizer, tmp_path):
     folder = put_in_store(tmp_path, "colours", tiny_model)
     rewrite(folder, "prompt.json", prompt_record(TEMPLATE, [], []))
     put_in_store(tmp_path, "bare", tiny_model)
-    config = RunConfig(name="t", store=str(tmp_path), model=ModelConfig(base=str(tiny_model)), prompt=PromptConfig(chat="none"))
+    config = RunConfig(
+        name="t", store=str(tmp_path), model=ModelConfig(base=str(tiny_model)), prompt=PromptConfig(chat="none")
+    )
     engine = Seen(tokenizer)
     api = create_api(Local(Completer(config, engine, tokenizer, 512)), ServeConfig())
 
     def send(model="colours", **rest):
         async def post():
             async with httpx.AsyncClient(transport=httpx.ASGITransport(app=api), base_url="http://localhost") as http:
-                return await http.post("/v1/chat/completions", json={"model": model, "messages": [{"role": "user", "content": QUERY}], **rest})
+                return await http.post(
+                    "/v1/chat/completions",
+                    json={"model": model, "messages": [{"role": "user", "content": QUERY}], **rest},
+                )
 
         return asyncio.run(post()), engine.requests
 

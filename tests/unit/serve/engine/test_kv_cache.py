@@ -9,15 +9,21 @@ from pi_ray.serve.engine.multi_lora import BASE_SLOT, MultiLora
 from pi_ray.serve.engine.unbatched_cache import UnbatchedCache
 
 SIZES = {
-    "vocab_size": 200, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "vocab_size": 200, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2,
     "eos_token_id": 1, "bos_token_id": 0, "pad_token_id": 0,
 }  # fmt: skip
 WINDOW = 6
 BATCHED = [
-    ("Llama", {}), ("Mixtral", {"num_local_experts": 4}), ("Qwen3", {"head_dim": 8}), ("Mistral", {"sliding_window": WINDOW}),
-    ("Gemma2", {"head_dim": 8, "sliding_window": WINDOW}), ("GptOss", {"sliding_window": WINDOW, "num_local_experts": 4, "head_dim": 8}),
+    ("Llama", {}), ("Mixtral", {"num_local_experts": 4}), ("Qwen3", {"head_dim": 8}),
+    ("Mistral", {"sliding_window": WINDOW}),
+    ("Gemma2", {"head_dim": 8, "sliding_window": WINDOW}),
+    ("GptOss", {"sliding_window": WINDOW, "num_local_experts": 4, "head_dim": 8}),
 ]  # fmt: skip
-UNBATCHED = [("Bloom", {"n_layer": 2, "n_head": 4}), ("Mamba", {"state_size": 4}), ("Qwen3Next", {"num_experts": 4, "num_experts_per_tok": 2, "layer_types": ["linear_attention", "full_attention"]})]
+UNBATCHED = [
+    ("Bloom", {"n_layer": 2, "n_head": 4}), ("Mamba", {"state_size": 4}),
+    ("Qwen3Next", {"num_experts": 4, "num_experts_per_tok": 2, "layer_types": ["linear_attention", "full_attention"]}),
+]
 PROMPTS = [list(range(20, 42)), [7, 8, 9], list(range(100, 113))]
 STEPS = 10
 
@@ -40,7 +46,9 @@ def alone(model, prompt):
 
 @torch.inference_mode()
 def together(model, cache):
-    """The same with `cache`: the first prompt begins, the second joins after 3 steps, the third after 5; the first is read in pieces where it may be."""
+    """The same with `cache`: the first prompt begins, the second joins after 3 steps, the third after 5; the first is
+    read in pieces where it may be.
+    """
     found, order = {0: [], 1: [], 2: []}, []
 
     def note(first, logits):
@@ -102,8 +110,11 @@ def kv_cache():
 @torch.inference_mode()
 def test_prompts_of_unequal_length_are_read_in_one_pass(kv_cache):
     kv_cache.add_rows(3)
-    together = []  # the last tokens, side by side: of a view torch would multiply each row with a copy of the output layer
-    kv_cache.model.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: together.append(inputs[0].is_contiguous()))
+    # the last tokens, side by side: of a view torch would multiply each row with a copy of the output layer
+    together = []
+    kv_cache.model.get_output_embeddings().register_forward_pre_hook(
+        lambda _, inputs: together.append(inputs[0].is_contiguous())
+    )
     logits = kv_cache.forward(0, PROMPTS, [BASE_SLOT] * 3)
     assert kv_cache.lengths == [len(p) for p in PROMPTS] and together == [True]
     for row, prompt in zip(logits, PROMPTS, strict=True):
@@ -141,4 +152,7 @@ def test_what_a_row_leaves_behind_cannot_reach_the_next_one_in_its_slot(kv_cache
 
 def test_the_argument_for_the_cache_has_the_name_that_the_model_knows(kv_cache):
     assert cache_argument(kv_cache.model) in ("cache", "past_key_values")
-    assert cache_argument(type("Old", (), {"forward": lambda self, input_ids, past_key_values=None: None})()) == "past_key_values"
+    assert (
+        cache_argument(type("Old", (), {"forward": lambda self, input_ids, past_key_values=None: None})())
+        == "past_key_values"
+    )

@@ -1,4 +1,6 @@
-"""Adapters beside one base: every row gets its own adapter's products, hostile folders reach no other row, memory follows what is loaded."""
+"""Adapters beside one base: every row gets its own adapter's products, hostile folders reach no other row, memory
+follows what is loaded.
+"""
 
 import gc
 import json
@@ -25,7 +27,14 @@ def folders(tiny_model, tmp_path_factory):
     root = tmp_path_factory.mktemp("adapters")
     made = [write_adapter(root / f"a{i}", tiny_model, seed=i, rank=rank) for i, rank in enumerate((4, 2, 4))]
     tensors = load_file(made[1] / "adapter_model.safetensors")
-    save_file({name: t for name, t in tensors.items() if "layers.0.self_attn.q_proj" in name or "layers.1.mlp.down_proj" in name}, made[1] / "adapter_model.safetensors")
+    save_file(
+        {
+            name: t
+            for name, t in tensors.items()
+            if "layers.0.self_attn.q_proj" in name or "layers.1.mlp.down_proj" in name
+        },
+        made[1] / "adapter_model.safetensors",
+    )
     return [str(folder) for folder in made]
 
 
@@ -43,7 +52,10 @@ def expected(tiny_model, folders):
         with torch.no_grad():
             return model(input_ids=IDS).logits
 
-    return [logits(PeftModel.from_pretrained(load_model(ModelConfig(base=str(tiny_model))), folder).eval()) for folder in folders] + [logits(load_model(ModelConfig(base=str(tiny_model))))]
+    return [
+        logits(PeftModel.from_pretrained(load_model(ModelConfig(base=str(tiny_model))), folder).eval())
+        for folder in folders
+    ] + [logits(load_model(ModelConfig(base=str(tiny_model))))]
 
 
 @torch.inference_mode()
@@ -65,7 +77,9 @@ def variant(folder, target, edit=lambda tensors: None, **settings):
 
 
 @pytest.mark.parametrize("padding", [0, 10**6], ids=["in turn", "at once"])
-@pytest.mark.parametrize("rows", [[0, 0, 0, 0, 0], [0, 1, 2, 1, 0], [3, 0, 3, 3, 1], [3, 3, 3, 3, 3], [1, 1, 3, 2, 2]], ids=str)
+@pytest.mark.parametrize(
+    "rows", [[0, 0, 0, 0, 0], [0, 1, 2, 1, 0], [3, 0, 3, 3, 1], [3, 3, 3, 3, 3], [1, 1, 3, 2, 2]], ids=str
+)
 def test_each_row_has_the_logits_of_its_own_adapter(base, folders, expected, monkeypatch, rows, padding):
     monkeypatch.setattr(module, "MAX_PADDING", padding)
     multi_lora = MultiLora(base, 3)
@@ -95,7 +109,11 @@ def test_the_least_recently_used_idle_adapter_makes_room(base, folders):
     assert list(multi_lora._slots) == [folders[0], folders[2]]
     multi_lora.load(folders[1], in_use=[folders[0]])
     assert list(multi_lora._slots) == [folders[0], folders[1]]
-    assert not multi_lora.has_room_for(folders[2], in_use=folders[:2]) and multi_lora.has_room_for(folders[0], in_use=folders[:2]) and multi_lora.has_room_for("", in_use=folders[:2])
+    assert (
+        not multi_lora.has_room_for(folders[2], in_use=folders[:2])
+        and multi_lora.has_room_for(folders[0], in_use=folders[:2])
+        and multi_lora.has_room_for("", in_use=folders[:2])
+    )
     assert (multi_lora.hits, multi_lora.misses, multi_lora.evictions) == (1, 4, 2)
 
 
@@ -117,7 +135,10 @@ def test_memory_grows_and_shrinks_with_the_ranks_that_are_loaded(base, folders, 
 @pytest.mark.fault
 def test_a_thousand_switches_leave_nothing_behind(base, folders, tmp_path):
     many = [variant(folders[1], tmp_path / f"v{i}", lambda t, i=i: [x.add_(i) for x in t.values()]) for i in range(12)]
-    first = [load_file(f"{folder}/adapter_model.safetensors")[f"base_model.model.{LAYER}.lora_A.weight"][0, 0] for folder in many]
+    first = [
+        load_file(f"{folder}/adapter_model.safetensors")[f"base_model.model.{LAYER}.lora_A.weight"][0, 0]
+        for folder in many
+    ]
     multi_lora = MultiLora(base, 4)
 
     def switch(times):
@@ -125,7 +146,10 @@ def test_a_thousand_switches_leave_nothing_behind(base, folders, tmp_path):
             slot = multi_lora.load(many[i % 12])
             assert multi_lora._layers[LAYER].a[slot, 0, 0] == first[i % 12]
         gc.collect()
-        return len(gc.get_objects()), multi_lora.nbytes, [len(m._forward_hooks) for m in base.modules() if m._forward_hooks]
+        return (
+            len(gc.get_objects()), multi_lora.nbytes,
+            [len(m._forward_hooks) for m in base.modules() if m._forward_hooks],
+        )
 
     before = switch(24)
     after = switch(1000)
@@ -135,9 +159,14 @@ def test_a_thousand_switches_leave_nothing_behind(base, folders, tmp_path):
 
 @pytest.mark.fault
 def test_a_hostile_config_has_no_effect(base, folders, expected, tmp_path):
-    folder = variant(folders[0], tmp_path / "x", target_modules=".*", modules_to_save=["lm_head"], auto_map={"m": "evil.py"}, bias="all", use_dora=True, fan_in_fan_out=True)
+    folder = variant(
+        folders[0], tmp_path / "x", target_modules=".*", modules_to_save=["lm_head"], auto_map={"m": "evil.py"},
+        bias="all", use_dora=True, fan_in_fan_out=True,
+    )
     multi_lora = MultiLora(base, 1)
-    torch.testing.assert_close(logits(base, multi_lora, [multi_lora.load(folder)] * 5), expected[0], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(
+        logits(base, multi_lora, [multi_lora.load(folder)] * 5), expected[0], atol=1e-5, rtol=1e-4
+    )
 
 
 def test_rank_stabilised_scaling_is_alpha_over_the_root_of_the_rank(base, folders, tmp_path):

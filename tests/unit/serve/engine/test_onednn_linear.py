@@ -1,4 +1,6 @@
-"""Packed linear layers compute the same, keep name, hooks and size, and give way where a model needs its plain weights."""
+"""Packed linear layers compute the same, keep name, hooks and size, and give way where a model needs its plain
+weights.
+"""
 
 import pytest
 import torch
@@ -30,14 +32,21 @@ def test_a_packed_model_computes_the_same_from_weights_of_the_same_size(model):
     torch.testing.assert_close(logits(model), plain, atol=1e-5, rtol=1e-4)
     layers = {name: m for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
     assert layers.keys() == weights.keys()
-    assert all(torch.equal(get_weight(layer), weights[name]) and layer.out_features == len(weights[name]) for name, layer in layers.items())
-    assert sum(p.nbytes for p in model.parameters()) == before - sum(w.nbytes for w in weights.values()), "the plain weights are given up"
+    assert all(
+        torch.equal(get_weight(layer), weights[name]) and layer.out_features == len(weights[name])
+        for name, layer in layers.items()
+    )
+    assert sum(p.nbytes for p in model.parameters()) == before - sum(w.nbytes for w in weights.values()), (
+        "the plain weights are given up"
+    )
 
 
 def test_hooks_of_a_packed_layer_see_its_output(model):
     assert use_onednn_linears(model)
     seen = []
-    model.model.layers[0].mlp.up_proj.register_forward_hook(lambda module, inputs, output: seen.append((inputs[0].shape, output.shape)))
+    model.model.layers[0].mlp.up_proj.register_forward_hook(
+        lambda module, inputs, output: seen.append((inputs[0].shape, output.shape))
+    )
     logits(model)
     assert seen == [((1, 4, 32), (1, 4, 64))]
 
@@ -52,7 +61,10 @@ def test_a_packed_layer_takes_another_weight_and_the_embeddings_that_it_was_tied
 
 def test_layers_with_a_bias_keep_it():
     torch.manual_seed(0)
-    config = transformers.Qwen2Config(vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2)
+    config = transformers.Qwen2Config(
+        vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=2,
+    )
     model = transformers.Qwen2ForCausalLM(config).eval()
     torch.nn.init.normal_(model.model.layers[0].self_attn.q_proj.bias)
     plain = logits(model)
@@ -62,7 +74,11 @@ def test_layers_with_a_bias_keep_it():
 
 def test_a_model_that_reads_its_weights_itself_is_left_as_it_was():
     torch.manual_seed(0)
-    model = transformers.MambaForCausalLM(transformers.MambaConfig(vocab_size=50, hidden_size=16, state_size=4, num_hidden_layers=1, eos_token_id=0, bos_token_id=0)).eval()
+    model = transformers.MambaForCausalLM(
+        transformers.MambaConfig(
+            vocab_size=50, hidden_size=16, state_size=4, num_hidden_layers=1, eos_token_id=0, bos_token_id=0
+        )
+    ).eval()
     plain = logits(model)
     assert not use_onednn_linears(model)
     assert torch.equal(logits(model), plain)

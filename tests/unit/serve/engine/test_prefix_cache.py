@@ -25,7 +25,9 @@ def known(cache, ids, adapter=""):
 def test_the_longest_common_beginning_is_found_in_whole_blocks():
     cache = PrefixCache(1 << 20)
     cache.add("", prompt(1, 2, 3), copy)
-    assert [known(cache, p) for p in (prompt(1, 2, 3), prompt(1, 2, 9), prompt(1), prompt(2), prompt(1, 2, 3, 4, rest=5))] == [3, 2, 1, 0, 3]
+    assert [
+        known(cache, p) for p in (prompt(1, 2, 3), prompt(1, 2, 9), prompt(1), prompt(2), prompt(1, 2, 3, 4, rest=5))
+    ] == [3, 2, 1, 0, 3]
     keys = torch.cat([k for k, _ in cache.find("", prompt(1, 2, 3))], 2)
     assert keys.flatten().tolist() == list(range(3 * BLOCK_SIZE))
 

@@ -1,4 +1,6 @@
-"""How a row picks its next token: greedy, by temperature and top_p, with log-probabilities, whoever else is in the batch."""
+"""How a row picks its next token: greedy, by temperature and top_p, with log-probabilities, whoever else is in the
+batch.
+"""
 
 import random
 
@@ -28,7 +30,10 @@ def test_temperature_zero_takes_the_likeliest():
 def test_top_p_keeps_the_smallest_set_that_holds_it(monkeypatch, likely):
     """Also where the nucleus is larger than what is sorted first."""
     monkeypatch.setattr(sampling, "PARTIAL_SORT", likely)
-    found = {top_p: set(ids(LOGITS.expand(200, -1), [sampler(temperature=1.0, top_p=top_p, seed=s) for s in range(200)])) for top_p in (1e-9, 0.1, 0.6, 0.9, 1.0)}
+    found = {
+        top_p: set(ids(LOGITS.expand(200, -1), [sampler(temperature=1.0, top_p=top_p, seed=s) for s in range(200)]))
+        for top_p in (1e-9, 0.1, 0.6, 0.9, 1.0)
+    }
     assert found == {1e-9: {0}, 0.1: {0}, 0.6: {0, 1}, 0.9: {0, 1, 2}, 1.0: {0, 1, 2, 3}}
 
 
@@ -50,14 +55,23 @@ def test_a_seed_draws_the_same_tokens_alone_and_in_company():
 
     def drawn(company):
         row = sampler(**settings)
-        return [ids(torch.cat([logits[i : i + 1], *([torch.randn(2, 50)] if company else [])]), [row, *([sampler(temperature=1.0), sampler()] if company else [])])[0] for i in range(5)]
+        return [
+            ids(
+                torch.cat([logits[i : i + 1], *([torch.randn(2, 50)] if company else [])]),
+                [row, *([sampler(temperature=1.0), sampler()] if company else [])],
+            )[0]
+            for i in range(5)
+        ]
 
     assert drawn(company=False) == drawn(company=True)
 
 
 def test_neighbouring_seeds_draw_different_tokens_below_zero_too():
     """n answers have n seeds in a row, and Python's own generator takes -1 for 1."""
-    drawn = {seed: [row.random.random() for row in [sampler(temperature=1.0, seed=seed)]] for seed in (-2, -1, 0, 1, 2, -(2**63), 2**63 - 1)}
+    drawn = {
+        seed: [row.random.random() for row in [sampler(temperature=1.0, seed=seed)]]
+        for seed in (-2, -1, 0, 1, 2, -(2**63), 2**63 - 1)
+    }
     assert len({tuple(numbers) for numbers in drawn.values()}) == len(drawn)
 
 
@@ -69,9 +83,14 @@ def test_the_highest_random_number_does_not_reach_a_token_of_no_probability():
 
 def test_logprobs_are_the_models_own_whatever_the_temperature():
     logits = torch.randn(3, 20, generator=torch.Generator().manual_seed(1))
-    plain, none, hot = sample_tokens(logits, [sampler(logprobs=3), sampler(), sampler(logprobs=0, temperature=5.0, seed=1)])
+    plain, none, hot = sample_tokens(
+        logits, [sampler(logprobs=3), sampler(), sampler(logprobs=0, temperature=5.0, seed=1)]
+    )
     expected = torch.log_softmax(logits, -1)
-    assert plain.logprob == pytest.approx(expected[0].max().item()) and [i for i, _ in plain.top] == expected[0].topk(3).indices.tolist()
+    assert (
+        plain.logprob == pytest.approx(expected[0].max().item())
+        and [i for i, _ in plain.top] == expected[0].topk(3).indices.tolist()
+    )
     assert [p for _, p in plain.top] == pytest.approx(expected[0].topk(3).values.tolist())
     assert (none.logprob, none.top) == (None, ())
     assert hot.logprob == pytest.approx(expected[2, hot.id].item()) and hot.top == ()

@@ -1,4 +1,5 @@
-"""The vLLM engine without vLLM: what Ray's LLM deployment is given, what is read of its answers, and what is said where it is not installed.
+"""The vLLM engine without vLLM: what Ray's LLM deployment is given, what is read of its answers, and what is said where
+it is not installed.
 
 tests/ray/test_serve.py runs against vLLM itself where it and a GPU are there.
 """
@@ -28,17 +29,25 @@ def store(tiny_model, tmp_path_factory):
 
 
 def config(store, tiny_model, model=None, **limits):
-    return RunConfig(name="t", store=str(store), model=ModelConfig(base=str(tiny_model), **(model or {})), serve=ServeConfig(engine="vllm", **limits))
+    return RunConfig(
+        name="t", store=str(store), model=ModelConfig(base=str(tiny_model), **(model or {})),
+        serve=ServeConfig(engine="vllm", **limits),
+    )
 
 
 def test_the_options_come_from_the_store_and_the_serve_block(store, tiny_model):
-    found = vllm.llm_config_arguments(config(store, tiny_model, max_loras=8, max_ongoing_requests=32, min_replicas=0, max_replicas=3))
+    found = vllm.llm_config_arguments(
+        config(store, tiny_model, max_loras=8, max_ongoing_requests=32, min_replicas=0, max_replicas=3)
+    )
     assert found["engine_kwargs"] == {
         "dtype": "bfloat16", "trust_remote_code": False, "max_num_seqs": 32, "enable_prefix_caching": True,
         "enable_lora": True, "max_loras": 3, "max_cpu_loras": 8, "max_lora_rank": 32,
     }  # fmt: skip
     assert found["lora_config"] == {"max_num_adapters_per_replica": 8}
-    assert found["deployment_config"]["max_ongoing_requests"] == 32 and "max_queued_requests" not in found["deployment_config"]
+    assert (
+        found["deployment_config"]["max_ongoing_requests"] == 32
+        and "max_queued_requests" not in found["deployment_config"]
+    )
     assert found["deployment_config"]["autoscaling_config"]["max_replicas"] == 3
     assert found["runtime_env"]["env_vars"]["VLLM_NO_USAGE_STATS"] == "1"
     assert found["model_loading_config"]["model_source"] == str(tiny_model)
@@ -51,13 +60,17 @@ def test_the_options_are_those_that_the_installed_ray_knows(store, tiny_model):
     found = vllm.llm_config_arguments(config(store, tiny_model))
     made = LLMConfig(**found)
     assert made.multiplex_config().max_num_models_per_replica == 16
-    assert set(found["lora_config"]) <= set(LoraConfig.model_fields) and set(found["model_loading_config"]) <= set(ModelLoadingConfig.model_fields)
+    assert set(found["lora_config"]) <= set(LoraConfig.model_fields) and set(found["model_loading_config"]) <= set(
+        ModelLoadingConfig.model_fields
+    )
     serve.deployment(type("D", (), {}), **found["deployment_config"])  # raises for an option that Serve does not have
 
 
 def test_the_rank_is_the_next_that_vllm_has_and_a_refused_adapter_counts_for_nothing(tiny_model, tmp_path):
     folder = put_in_store(tmp_path, "colours", tiny_model)
-    run = RunConfig(name="t", store=str(tmp_path), model=ModelConfig(base=str(tiny_model)), train={"lora": {"rank": 33}})
+    run = RunConfig(
+        name="t", store=str(tmp_path), model=ModelConfig(base=str(tiny_model)), train={"lora": {"rank": 33}}
+    )
     assert vllm.llm_config_arguments(run)["engine_kwargs"]["max_lora_rank"] == 64
     adapter = json.loads((folder / "adapter_config.json").read_text())
     rewrite(folder, "adapter_config.json", {**adapter, "r": 4000})  # its matrices say otherwise
@@ -68,27 +81,38 @@ def test_the_rank_is_the_next_that_vllm_has_and_a_refused_adapter_counts_for_not
 
 def test_gpus_are_asked_for_by_vllms_workers_alone(store, tiny_model):
     run = config(store, tiny_model).replace(**{"cluster.serve_resources": {"CPU": 4, "GPU": 1, "server": 1}})
-    assert vllm.llm_config_arguments(run)["deployment_config"]["ray_actor_options"] == {"num_cpus": 4, "resources": {"server": 1}}
+    assert vllm.llm_config_arguments(run)["deployment_config"]["ray_actor_options"] == {
+        "num_cpus": 4, "resources": {"server": 1},
+    }
 
 
 def test_what_vllm_cannot_do_is_said(store, tiny_model):
     with pytest.raises(ConfigError, match=r"serve\.merge"):
         vllm.llm_config_arguments(config(store, tiny_model, merge="colours"))
-    assert vllm.llm_config_arguments(config(store, tiny_model, {"quantize": "4bit", "revision": "abc"}, prefix_cache_mb=0))["engine_kwargs"].items() >= {
+    quantized = config(store, tiny_model, {"quantize": "4bit", "revision": "abc"}, prefix_cache_mb=0)
+    assert vllm.llm_config_arguments(quantized)["engine_kwargs"].items() >= {
         "quantization": "bitsandbytes", "revision": "abc", "enable_prefix_caching": False,
     }.items()  # fmt: skip
 
 
-@pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="vLLM is installed: tests/ray/test_serve.py runs it")
+@pytest.mark.skipif(
+    importlib.util.find_spec("vllm") is not None, reason="vLLM is installed: tests/ray/test_serve.py runs it"
+)
 def test_without_vllm_the_error_says_what_to_install(store, tiny_model):
     with pytest.raises(MissingExtraError, match=r"pip install 'pi-ray\[vllm\]'.*GPU"):
         engines["vllm"].deployment(config(store, tiny_model))
 
 
 def test_only_verified_folders_reach_vllm(store, tiny_model):
-    loader = partial(vllm.VerifiedDownloader, str(store), ModelConfig(base=str(tiny_model)))(download_timeout_s=1, max_tries=1)
-    first, second = (asyncio.run(loader.load_model_from_config(f"{name}@v0001", None)) for name in ("colours", "shapes"))
-    assert first.local_path == str(store / "colours" / "v0001") and vllm.adapter_spec(first.local_path) == "colours@v0001"
+    loader = partial(vllm.VerifiedDownloader, str(store), ModelConfig(base=str(tiny_model)))(
+        download_timeout_s=1, max_tries=1
+    )
+    first, second = (
+        asyncio.run(loader.load_model_from_config(f"{name}@v0001", None)) for name in ("colours", "shapes")
+    )
+    assert (
+        first.local_path == str(store / "colours" / "v0001") and vllm.adapter_spec(first.local_path) == "colours@v0001"
+    )
     assert first.lora_assigned_int_id != second.lora_assigned_int_id
     for name in ("unknown@v0001", "../colours", "s3://bucket/adapter", "colours@v0002"):
         with pytest.raises(AdapterError):
@@ -101,7 +125,8 @@ def test_only_verified_folders_reach_vllm(store, tiny_model):
 def test_prompt_ids_go_in_as_they_are():
     asked = vllm.completion_fields(GenerationRequest([1, 2, 3], 9, "", 0.5, 0.9, 7, ("END",), 2))
     assert asked == {
-        "prompt": [1, 2, 3], "stream": True, "max_tokens": 9, "temperature": 0.5, "top_p": 0.9, "seed": 7, "stop": ["END"], "logprobs": 2,
+        "prompt": [1, 2, 3], "stream": True, "max_tokens": 9, "temperature": 0.5, "top_p": 0.9, "seed": 7,
+        "stop": ["END"], "logprobs": 2,
         "add_special_tokens": False, "return_token_ids": True, "return_tokens_as_token_ids": True,
     }  # fmt: skip
 
@@ -154,14 +179,21 @@ def generate(handle, request, monkeypatch, stop_after=None):
 
 def test_tokens_come_out_of_batches_of_events(monkeypatch):
     handle = Handle([event([5]), event([6, 7])], [event([]), "data: [DONE]\n\n"])
-    assert generate(handle, GenerationRequest([1], 9, "/store/colours/v0001"), monkeypatch) == [Token(5), Token(6), Token(7)]
+    assert generate(handle, GenerationRequest([1], 9, "/store/colours/v0001"), monkeypatch) == [
+        Token(5), Token(6), Token(7),
+    ]
     assert handle.options_of == [{"stream": True, "multiplexed_model_id": "colours@v0001"}] and not handle.cancelled
 
 
 def test_log_probabilities_keep_their_ids(monkeypatch):
-    marks = {"tokens": ["token_id:5"], "token_logprobs": [-0.5], "top_logprobs": [{"token_id:5": -0.5, "token_id:9": -0.1, "token_id:8": -3.0}]}
+    marks = {
+        "tokens": ["token_id:5"], "token_logprobs": [-0.5],
+        "top_logprobs": [{"token_id:5": -0.5, "token_id:9": -0.1, "token_id:8": -3.0}],
+    }
     handle = Handle(event([5], logprobs=marks))
-    assert generate(handle, GenerationRequest([1], 9, logprobs=2), monkeypatch) == [Token(5, -0.5, ((9, -0.1), (5, -0.5)))]
+    assert generate(handle, GenerationRequest([1], 9, logprobs=2), monkeypatch) == [
+        Token(5, -0.5, ((9, -0.1), (5, -0.5)))
+    ]
 
 
 def test_a_caller_who_leaves_cancels_and_an_error_is_raised(monkeypatch):

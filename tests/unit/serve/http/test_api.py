@@ -1,4 +1,6 @@
-"""The HTTP side without Ray: formats, limits, keys, refusals, and that a client who leaves stops the work (fault tests S5 and S6)."""
+"""The HTTP side without Ray: formats, limits, keys, refusals, and that a client who leaves stops the work (fault tests
+S5 and S6).
+"""
 
 import asyncio
 import json
@@ -26,12 +28,16 @@ from tests.lora import put_in_store, rewrite
 
 KEY = "a-secret-key"
 ANSWER = "k4 – ünïcode 🎨 done"
-TEMPLATE = "Answer with one code. " + " ".join(f"The code of colour {i} is k{i}, and never anything else." for i in range(20))
+TEMPLATE = "Answer with one code. " + " ".join(
+    f"The code of colour {i} is k{i}, and never anything else." for i in range(20)
+)
 COMPRESSED = " ".join(f"code colour {i} is k{i}," for i in range(20))
 
 
 class EchoEngine:
-    """Yields the ids of ANSWER and end-of-sequence, and keeps every request. With a temperature the answer is the seed."""
+    """Yields the ids of ANSWER and end-of-sequence, and keeps every request. With a temperature the answer is the
+    seed.
+    """
 
     def __init__(self, tokenizer):
         self.tokenizer = tokenizer
@@ -50,7 +56,11 @@ class EchoEngine:
         try:
             for i, token in enumerate(answer[: request.max_new_tokens]):
                 await asyncio.sleep(self.delay)
-                yield Token(token) if request.logprobs is None else Token(token, -i / 8, tuple((token + k, -i / 8 - k) for k in range(request.logprobs)))
+                yield (
+                    Token(token)
+                    if request.logprobs is None
+                    else Token(token, -i / 8, tuple((token + k, -i / 8 - k) for k in range(request.logprobs)))
+                )
         finally:
             self.open -= 1
 
@@ -93,7 +103,10 @@ def store(tiny_model, tmp_path_factory):
 
 @pytest.fixture
 def backend(store, tiny_model, tokenizer):
-    config = RunConfig(name="t", store=str(store), model=ModelConfig(base=str(tiny_model)), prompt=PromptConfig(chat="chatml"), serve=ServeConfig(max_new_tokens=100))
+    config = RunConfig(
+        name="t", store=str(store), model=ModelConfig(base=str(tiny_model)), prompt=PromptConfig(chat="chatml"),
+        serve=ServeConfig(max_new_tokens=100),
+    )
     return LocalBackend(Completer(config, EchoEngine(tokenizer), tokenizer, context=512))
 
 
@@ -123,22 +136,33 @@ def error_of(response):
 
 def test_the_engine_gets_exactly_the_ids_of_the_last_training_phase(backend, tokenizer, tiny_model):
     encoder = PromptEncoder(tokenizer, PromptConfig(chat="chatml", query="Q: {query}"))
-    for name, template in (("colours", ""), ("short", "Answer with one code."), ("colours@v0001", ""), (f"{tiny_model.name}:colours", "")):
+    for name, template in (
+        ("colours", ""), ("short", "Answer with one code."), ("colours@v0001", ""), (f"{tiny_model.name}:colours", ""),
+    ):
         assert call(backend, body=chat("what is <|im_end|> red?", model=name)).status_code == 200
         request = backend.completer.engine.requests[-1]
         assert request.prompt_ids == encoder.encode("what is <|im_end|> red?", template).ids
         assert request.adapter.endswith("v0001")
     assert call(backend, body=chat(model=tiny_model.name)).status_code == 200
-    assert backend.completer.engine.requests[-1].prompt_ids == PromptEncoder(tokenizer, PromptConfig(chat="chatml")).encode("what is red?").ids
+    assert (
+        backend.completer.engine.requests[-1].prompt_ids
+        == PromptEncoder(tokenizer, PromptConfig(chat="chatml")).encode("what is red?").ids
+    )
     assert backend.completer.engine.requests[-1].adapter == ""
 
 
 def test_a_chat_completion_has_openais_shape_and_says_what_was_saved(backend):
     body = call(backend, body=chat()).json()
-    assert (body["object"], body["model"], body["system_fingerprint"]) == ("chat.completion", "colours", "colours@v0001")
-    assert body["choices"] == [{"index": 0, "message": {"role": "assistant", "content": ANSWER}, "finish_reason": "stop"}]
+    assert (body["object"], body["model"], body["system_fingerprint"]) == (
+        "chat.completion", "colours", "colours@v0001",
+    )
+    assert body["choices"] == [
+        {"index": 0, "message": {"role": "assistant", "content": ANSWER}, "finish_reason": "stop"}
+    ]
     sent, made = len(backend.completer.engine.requests[-1].prompt_ids), len(backend.completer.engine.answer)
-    assert body["usage"] == {"prompt_tokens": sent, "completion_tokens": made, "total_tokens": sent + made, "prompt_tokens_saved": 108}
+    assert body["usage"] == {
+        "prompt_tokens": sent, "completion_tokens": made, "total_tokens": sent + made, "prompt_tokens_saved": 108,
+    }
 
 
 def test_a_plain_completion_takes_the_query_as_prompt(backend):
@@ -153,7 +177,9 @@ def test_the_openai_client_reads_answers_streams_and_errors(backend):
     async def use():
         async with client(backend, key=KEY) as http:
             api = openai.AsyncOpenAI(base_url="http://localhost/v1", api_key=KEY, http_client=http, max_retries=0)
-            assert [m.id async for m in api.models.list()] == [base_name(backend.completer.config.model.base), "colours", "guarded", "short"]
+            assert [m.id async for m in api.models.list()] == [
+                base_name(backend.completer.config.model.base), "colours", "guarded", "short",
+            ]
             for name in ("colours", f"{backend.base}:colours"):
                 assert (await api.models.retrieve(name)).id == name
             with pytest.raises(openai.NotFoundError):
@@ -161,13 +187,20 @@ def test_the_openai_client_reads_answers_streams_and_errors(backend):
             whole = await api.chat.completions.create(**chat())
             assert whole.choices[0].message.content == ANSWER
             assert whole.usage.prompt_tokens_saved == 108
-            chunks = [c async for c in await api.chat.completions.create(**chat(), stream=True, stream_options={"include_usage": True})]
+            chunks = [
+                c
+                async for c in await api.chat.completions.create(
+                    **chat(), stream=True, stream_options={"include_usage": True}
+                )
+            ]
             assert "".join(c.choices[0].delta.content or "" for c in chunks if c.choices) == ANSWER
             assert [c.choices[0].finish_reason for c in chunks if c.choices][-1] == "stop"
             assert [c.choices[0].delta.role for c in chunks if c.choices].count("assistant") == 1
             assert chunks[-1].usage.total_tokens == whole.usage.total_tokens
             assert len(chunks) > 5
-            text = [c async for c in await api.completions.create(model="colours", prompt="x", max_tokens=60, stream=True)]
+            text = [
+                c async for c in await api.completions.create(model="colours", prompt="x", max_tokens=60, stream=True)
+            ]
             assert "".join(c.choices[0].text for c in text) == ANSWER
             with pytest.raises(openai.NotFoundError, match="no adapter"):
                 await api.chat.completions.create(**chat(model="unknown"))
@@ -185,7 +218,9 @@ def test_a_stream_ends_with_done_and_gives_usage_only_when_asked(backend):
 
 
 @pytest.mark.fault
-@pytest.mark.parametrize("name", ["unknown", "..", "../x", "/etc", "a\x00b", ".hidden", "base:..", "x" * 300, "colours@v9999", "а", ""])
+@pytest.mark.parametrize(
+    "name", ["unknown", "..", "../x", "/etc", "a\x00b", ".hidden", "base:..", "x" * 300, "colours@v9999", "а", ""]
+)
 def test_unknown_and_forbidden_models_are_404(backend, name):
     response = call(backend, body=chat(model=name))
     assert response.status_code == 404
@@ -207,7 +242,9 @@ def test_a_store_out_of_reach_is_503_with_the_time_to_come_back(backend, monkeyp
 
     monkeypatch.setattr(backend.completer.store, "open", gone)
     response = call(backend, body=chat())
-    assert (response.status_code, error_of(response)["code"], response.headers["retry-after"]) == (503, "store_unavailable", "1")
+    assert (response.status_code, error_of(response)["code"], response.headers["retry-after"]) == (
+        503, "store_unavailable", "1",
+    )
 
 
 def test_a_prompt_format_that_the_model_does_not_allow_is_422_with_the_cure(backend, tiny_model):
@@ -246,7 +283,9 @@ def test_a_prompt_format_that_the_model_does_not_allow_is_422_with_the_cure(back
     (chat(seed=2**70), "seed"),
     ({**chat(), "messages": []}, "messages"),
     ({**chat(), "messages": [{"role": "system", "content": "be nice"}, {"role": "user", "content": "x"}]}, "messages"),
-    ({**chat(), "messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}, {"role": "user", "content": "z"}]}, "messages"),
+    ({**chat(), "messages": [
+        {"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}, {"role": "user", "content": "z"},
+    ]}, "messages"),
     ({**chat(), "messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]}, "messages"),
     ({**chat(), "messages": [{"role": "tool", "content": "x"}, {"role": "user", "content": "y"}]}, "messages"),
     ({**chat(), "messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}, None),
@@ -265,8 +304,10 @@ def test_what_cannot_be_done_is_a_400_that_names_the_field(backend, body, param)
 
 @pytest.mark.fault
 @pytest.mark.parametrize("content", [
-    b"", b"{", b"[]", b"null", b'"x"', b"\xff\xfe", b"[" * 15_000, b'{"model": ' * 1_500, b'{"model": 1' + b"0" * 6_000 + b"}",
-    b'{"model": "colours", "messages": [{"role": "user", "content": "\\ud800"}]}', '{"model": "colours"}'.encode("utf-16"),
+    b"", b"{", b"[]", b"null", b'"x"', b"\xff\xfe", b"[" * 15_000, b'{"model": ' * 1_500,
+    b'{"model": 1' + b"0" * 6_000 + b"}",
+    b'{"model": "colours", "messages": [{"role": "user", "content": "\\ud800"}]}',
+    '{"model": "colours"}'.encode("utf-16"),
 ])  # fmt: skip
 def test_a_body_that_is_not_the_json_asked_for_is_400(backend, content):
     response = call(backend, content=content)
@@ -304,8 +345,14 @@ def test_a_prompt_far_beyond_the_context_is_refused_before_it_is_tokenised_whole
 
 
 def test_unknown_fields_and_null_are_taken_as_openai_does(backend):
-    idle = {"frequency_penalty": 0, "presence_penalty": 0.0, "logit_bias": {}, "tools": [], "response_format": {"type": "text"}, "n": 1, "logprobs": False, "top_k": -1}
-    assert call(backend, body=chat(user="me", temperature=None, stop=None, new_field={}, store=False, **idle)).status_code == 200
+    idle = {
+        "frequency_penalty": 0, "presence_penalty": 0.0, "logit_bias": {}, "tools": [],
+        "response_format": {"type": "text"}, "n": 1, "logprobs": False, "top_k": -1,
+    }
+    assert (
+        call(backend, body=chat(user="me", temperature=None, stop=None, new_field={}, store=False, **idle)).status_code
+        == 200
+    )
     assert call(backend, body=chat(logit_bias=None, tools=None, n=None, logprobs=None)).status_code == 200
 
 
@@ -333,52 +380,89 @@ def test_more_answers_than_the_server_has_places_for_are_refused_and_not_put_off
     assert call(backend, body=chat(n=3, max_tokens=20), **limits).status_code == 200
     response = call(backend, body=chat(n=4, max_tokens=20), **limits)
     assert (response.status_code, error_of(response)["param"]) == (400, "n")
-    assert call(backend, "/v1/completions", {"model": "colours", "prompt": ["x"] * 4, "max_tokens": 20}, **limits).status_code == 400
+    assert (
+        call(
+            backend, "/v1/completions", {"model": "colours", "prompt": ["x"] * 4, "max_tokens": 20}, **limits
+        ).status_code
+        == 400
+    )
     assert call(backend, body=chat(n=4, max_tokens=20), min_replicas=2, **limits).status_code == 200
 
 
 def test_stop_strings_are_cut_from_the_text(backend):
     for stream in (False, True):
         response = call(backend, body=chat(stop=["done", "zzz"], stream=stream))
-        events = [json.loads(line[6:]) for line in response.text.split("\n\n") if line.startswith("data: {")] if stream else []
-        text = "".join(e["choices"][0]["delta"].get("content", "") for e in events) if stream else response.json()["choices"][0]["message"]["content"]
+        events = (
+            [json.loads(line[6:]) for line in response.text.split("\n\n") if line.startswith("data: {")]
+            if stream
+            else []
+        )
+        text = (
+            "".join(e["choices"][0]["delta"].get("content", "") for e in events)
+            if stream
+            else response.json()["choices"][0]["message"]["content"]
+        )
         assert text == ANSWER.removesuffix(" done")
 
 
 def paths(backend):
     """Every (method, path) that the app lists, and some that it does not."""
     api = create_api(backend, ServeConfig(), key_digest(KEY))
-    listed = [(method, route.path.replace("{name:path}", "colours")) for route in api.routes for method in sorted(route.methods)]
-    assert {("POST", "/v1/chat/completions"), ("POST", "/v1/completions"), ("GET", "/v1/models"), ("GET", "/v1/models/colours")} <= set(listed)
-    return [*listed, ("GET", "/"), ("GET", "/docs"), ("GET", "/openapi.json"), ("POST", "/healthz/"), ("GET", "http://localhost//healthz"), ("GET", "/%2e/healthz/x")]
+    listed = [
+        (method, route.path.replace("{name:path}", "colours"))
+        for route in api.routes
+        for method in sorted(route.methods)
+    ]
+    assert {
+        ("POST", "/v1/chat/completions"), ("POST", "/v1/completions"), ("GET", "/v1/models"),
+        ("GET", "/v1/models/colours"),
+    } <= set(listed)
+    return [
+        *listed, ("GET", "/"), ("GET", "/docs"), ("GET", "/openapi.json"), ("POST", "/healthz/"),
+        ("GET", "http://localhost//healthz"), ("GET", "/%2e/healthz/x"),
+    ]
 
 
 @pytest.mark.fault
 def test_every_route_but_health_needs_the_key(backend, caplog, tmp_path):
     caplog.set_level(logging.DEBUG)
     (tmp_path / "keys.yaml").write_text(keys_file_line("another-key", "team", []))
-    wrong = ({}, {"Authorization": "Bearer wrong"}, {"Authorization": KEY}, {"Authorization": f"Basic {KEY}"}, {"Authorization": f"Bearer {KEY}x"}, {"Authorization": "Bearer "})
+    wrong = (
+        {}, {"Authorization": "Bearer wrong"}, {"Authorization": KEY}, {"Authorization": f"Basic {KEY}"},
+        {"Authorization": f"Bearer {KEY}x"}, {"Authorization": "Bearer "},
+    )
     for method, path in paths(backend):
         for given in wrong:
             response = call(backend, path, headers=given, method=method, key=KEY, keys_file=str(tmp_path / "keys.yaml"))
             assert response.status_code == (200 if path in PUBLIC_PATHS else 401), (method, path, given)
         for right in (KEY, "another-key"):
-            response = call(backend, path, headers={"Authorization": f"Bearer {right}"}, method=method, key=KEY, keys_file=str(tmp_path / "keys.yaml"))
+            response = call(
+                backend, path, headers={"Authorization": f"Bearer {right}"}, method=method, key=KEY,
+                keys_file=str(tmp_path / "keys.yaml"),
+            )
             assert response.status_code != 401
     assert {"/healthz", "/"} == PUBLIC_PATHS  # the page at / holds no data; what it asks for needs the key
     assert error_of(call(backend, body=chat(), key=KEY))["code"] == "invalid_api_key"
     assert KEY not in caplog.text and "another-key" not in caplog.text
 
 
-@pytest.mark.parametrize("model", ["short", "short@v0001", "unknown", "../x", "{base}:short", "{base}", "colours2", "x" * 300])
-def test_a_key_for_some_adapters_is_refused_all_others_and_not_told_which_there_are(backend, tmp_path, tiny_model, model):
+@pytest.mark.parametrize(
+    "model", ["short", "short@v0001", "unknown", "../x", "{base}:short", "{base}", "colours2", "x" * 300]
+)
+def test_a_key_for_some_adapters_is_refused_all_others_and_not_told_which_there_are(
+    backend, tmp_path, tiny_model, model
+):
     (tmp_path / "keys.yaml").write_text(keys_file_line(KEY, "team", ["colours"]))
     model = model.format(base=tiny_model.name)
     options = {"keys_file": str(tmp_path / "keys.yaml"), "headers": {"Authorization": f"Bearer {KEY}"}}
-    for path, body in (("/v1/chat/completions", chat(model=model)), ("/v1/completions", {"model": model, "prompt": "x"})):
+    for path, body in (
+        ("/v1/chat/completions", chat(model=model)), ("/v1/completions", {"model": model, "prompt": "x"}),
+    ):
         response = call(backend, path, body, **options)
         error = error_of(response)
-        assert (response.status_code, error["code"], error["message"]) == (403, "model_not_allowed", f"this key may not use the model {model[:80]!r}")
+        assert (response.status_code, error["code"], error["message"]) == (
+            403, "model_not_allowed", f"this key may not use the model {model[:80]!r}",
+        )
     assert call(backend, f"/v1/models/{tiny_model.name}", method="GET", **options).status_code == 404
     assert backend.completer.engine.requests == []
 
@@ -402,8 +486,10 @@ def test_a_keys_list_is_compared_without_asking_the_store(backend, tmp_path):
 
 @pytest.mark.fault
 @pytest.mark.parametrize(("headers", "status"), [
-    ({}, 200), ({"Host": "127.0.0.1:8000"}, 200), ({"Host": "[::1]:8000", "Origin": "http://localhost:3000"}, 200), ({"Host": "evil.example"}, 403),
-    ({"Host": "localhost.evil.example"}, 403), ({"Host": "[::1"}, 403), ({"Origin": "https://evil.example"}, 403), ({"Origin": "null"}, 403),
+    ({}, 200), ({"Host": "127.0.0.1:8000"}, 200), ({"Host": "[::1]:8000", "Origin": "http://localhost:3000"}, 200),
+    ({"Host": "evil.example"}, 403),
+    ({"Host": "localhost.evil.example"}, 403), ({"Host": "[::1"}, 403), ({"Origin": "https://evil.example"}, 403),
+    ({"Origin": "null"}, 403),
 ])  # fmt: skip
 def test_without_a_key_no_web_page_of_another_site_is_answered(backend, headers, status):
     """By its Origin, or, where DNS was made to say that its name is this machine, by the Host."""
@@ -444,7 +530,10 @@ def test_a_bug_is_a_500_that_tells_nothing(backend):
 
 
 def test_failures_before_a_completion_have_openais_format_too(backend, caplog):
-    for error, status, code in ((StoreUnavailableError("come back later"), 503, "store_unavailable"), (ValueError("/secret/path"), 500, "internal_error")):
+    for error, status, code in (
+        (StoreUnavailableError("come back later"), 503, "store_unavailable"),
+        (ValueError("/secret/path"), 500, "internal_error"),
+    ):
         backend.no_models = error
         for path in ("/v1/models", "/v1/models/colours"):
             response = call(backend, path, method="GET")
@@ -491,7 +580,10 @@ def test_a_client_that_leaves_stops_the_generation(backend):
             if message["type"] == "http.response.body":
                 started.set()
 
-        scope = {"type": "http", "method": "POST", "path": "/v1/chat/completions", "headers": [], "query_string": b"", "http_version": "1.1", "asgi": {"version": "3.0", "spec_version": "2.3"}}
+        scope = {
+            "type": "http", "method": "POST", "path": "/v1/chat/completions", "headers": [], "query_string": b"",
+            "http_version": "1.1", "asgi": {"version": "3.0", "spec_version": "2.3"},
+        }
         task = asyncio.create_task(api(scope, receive, send))
         await started.wait()
         assert engine.open == 1
@@ -512,7 +604,10 @@ def choices_of(backend, **options):
         text, finish, marks = found.get(choice["index"], ("", None, []))
         piece = choice.get("text", choice.get("delta", {}).get("content")) or ""
         logprobs = choice.get("logprobs") or {}
-        found[choice["index"]] = (text + piece, choice["finish_reason"] or finish, [*marks, *(logprobs.get("content") or logprobs.get("tokens") or [])])
+        found[choice["index"]] = (
+            text + piece, choice["finish_reason"] or finish,
+            [*marks, *(logprobs.get("content") or logprobs.get("tokens") or [])],
+        )
     return [found[i] for i in sorted(found)]
 
 
@@ -523,7 +618,9 @@ def test_several_choices_have_each_their_seed_and_come_again(backend):
     sent = len(backend.completer.engine.requests[-1].prompt_ids)
     assert (whole["usage"]["prompt_tokens"], whole["usage"]["prompt_tokens_saved"]) == (sent, 108)
     assert whole["usage"]["completion_tokens"] == 9  # two digits and the end, three times
-    assert [(text, finish) for text, finish, _ in choices_of(backend, body={**body, "stream": True})] == [("41", "stop"), ("42", "stop"), ("43", "stop")]
+    assert [(text, finish) for text, finish, _ in choices_of(backend, body={**body, "stream": True})] == [
+        ("41", "stop"), ("42", "stop"), ("43", "stop"),
+    ]
     assert call(backend, body={**body, "seed": 2**63 - 1}).status_code == 200
 
 
@@ -560,7 +657,11 @@ def test_a_chats_logprobs_have_openais_shape_and_join_to_the_text(backend):
     content = whole["logprobs"]["content"]
     assert b"".join(bytes(c["bytes"]) for c in content).decode().strip() == whole["message"]["content"] == ANSWER
     assert [c["logprob"] for c in content] == [-i / 8 for i in range(len(content))]
-    assert all([set(t) for t in c["top_logprobs"]] == [{"token", "bytes", "logprob"}] * 2 and c["top_logprobs"][0]["token"] == c["token"] for c in content)
+    assert all(
+        [set(t) for t in c["top_logprobs"]] == [{"token", "bytes", "logprob"}] * 2
+        and c["top_logprobs"][0]["token"] == c["token"]
+        for c in content
+    )
     assert call(backend, body=chat(logprobs=True)).json()["choices"][0]["logprobs"]["content"][0]["top_logprobs"] == []
     assert "logprobs" not in call(backend, body=chat()).json()["choices"][0]
     (streamed,) = choices_of(backend, body=chat(logprobs=True, top_logprobs=2, stream=True))
@@ -570,23 +671,37 @@ def test_a_chats_logprobs_have_openais_shape_and_join_to_the_text(backend):
 def test_logprobs_of_what_a_stop_string_cuts_off_are_left_out(backend):
     for stream in (False, True):
         options = {"body": chat(logprobs=True, stop=["🎨"], stream=stream)}
-        content = choices_of(backend, **options)[0][2] if stream else call(backend, **options).json()["choices"][0]["logprobs"]["content"]
+        content = (
+            choices_of(backend, **options)[0][2]
+            if stream
+            else call(backend, **options).json()["choices"][0]["logprobs"]["content"]
+        )
         assert b"".join(bytes(c["bytes"]) for c in content).decode().strip() == "k4 – ünïcode"
 
 
 def test_a_plain_completions_logprobs_have_openais_older_shape(backend):
-    whole = call(backend, "/v1/completions", {"model": "colours", "prompt": "x", "max_tokens": 60, "logprobs": 2}).json()["choices"][0]
+    whole = call(
+        backend, "/v1/completions", {"model": "colours", "prompt": "x", "max_tokens": 60, "logprobs": 2}
+    ).json()["choices"][0]
     marks = whole["logprobs"]
     assert set(marks) == {"tokens", "token_logprobs", "top_logprobs", "text_offset"}
     assert len({len(column) for column in marks.values()}) == 1
     for token, offset in zip(marks["tokens"], marks["text_offset"], strict=True):
         assert token.startswith("bytes:") or whole["text"][offset:].startswith(token)
     assert all(token in top for token, top in zip(marks["tokens"], marks["top_logprobs"], strict=True))
-    assert call(backend, "/v1/completions", {"model": "colours", "prompt": "x", "logprobs": 0}).json()["choices"][0]["logprobs"]["top_logprobs"] is None
+    assert (
+        call(backend, "/v1/completions", {"model": "colours", "prompt": "x", "logprobs": 0}).json()["choices"][0][
+            "logprobs"
+        ]["top_logprobs"]
+        is None
+    )
     assert call(backend, "/v1/completions", {"model": "colours", "prompt": "x", "logprobs": 6}).status_code == 400
 
 
-@pytest.mark.parametrize(("field", "value", "status"), [("echo", True, 400), ("echo", False, 200), ("suffix", "x", 400), ("best_of", 2, 400), ("best_of", 1, 200)])
+@pytest.mark.parametrize(
+    ("field", "value", "status"),
+    [("echo", True, 400), ("echo", False, 200), ("suffix", "x", 400), ("best_of", 2, 400), ("best_of", 1, 200)],
+)
 def test_what_a_plain_completion_cannot_do_is_refused(backend, field, value, status):
     response = call(backend, "/v1/completions", {"model": "colours", "prompt": "x", field: value})
     assert response.status_code == status
@@ -601,8 +716,12 @@ def test_the_openai_client_reads_choices_and_logprobs(backend):
             assert [len(c.logprobs.content[0].top_logprobs) for c in whole.choices] == [3, 3]
             assert whole._request_id == whole.id
             texts = ["", ""]
-            async for chunk in await api.chat.completions.create(**chat(n=2, logprobs=True, max_tokens=40), stream=True):
-                texts[chunk.choices[0].index] += "".join(t.token for t in (chunk.choices[0].logprobs.content if chunk.choices[0].logprobs else ()))
+            async for chunk in await api.chat.completions.create(
+                **chat(n=2, logprobs=True, max_tokens=40), stream=True
+            ):
+                texts[chunk.choices[0].index] += "".join(
+                    t.token for t in (chunk.choices[0].logprobs.content if chunk.choices[0].logprobs else ())
+                )
             assert texts[0] == texts[1] and texts[0].startswith("k4")
             plain = await api.completions.create(model="colours", prompt=["a", "b"], logprobs=1, max_tokens=20)
             assert [len(c.logprobs.tokens) for c in plain.choices] == [len(plain.choices[0].logprobs.tokens)] * 2
@@ -614,7 +733,10 @@ def test_tokens_are_spelled_with_their_bytes(tokenizer):
     for text in ("k4", " red", "é", "🎨", "\n", "漢字"):
         pieces = [token_text(tokenizer, i) for i in tokenizer(text).input_ids]
         assert bytes(b for _, data in pieces for b in data).decode() == text
-    assert all(name.startswith("bytes:\\x") or name.isprintable() for name, _ in (token_text(tokenizer, i) for i in tokenizer("🎨").input_ids))
+    assert all(
+        name.startswith("bytes:\\x") or name.isprintable()
+        for name, _ in (token_text(tokenizer, i) for i in tokenizer("🎨").input_ids)
+    )
 
 
 class SentencePiece:
@@ -641,7 +763,10 @@ def drifting(system="", query="what is red?", **rest):
 def test_a_client_that_still_sends_the_prompt_is_answered_by_the_adapter_with_the_query_alone(backend, tokenizer):
     encoder = PromptEncoder(tokenizer, PromptConfig(chat="chatml", query="Q: {query}"))
     plain = len(encoder.encode("what is red?").ids)
-    bodies = (drifting(TEMPLATE), drifting(query=f"{TEMPLATE}\n\nQ: what is red?"), drifting(f"{TEMPLATE}\n\nExamples:\n\nred\nk4"), drifting(query=f"{COMPRESSED} what is red?"))
+    bodies = (
+        drifting(TEMPLATE), drifting(query=f"{TEMPLATE}\n\nQ: what is red?"),
+        drifting(f"{TEMPLATE}\n\nExamples:\n\nred\nk4"), drifting(query=f"{COMPRESSED} what is red?"),
+    )
     for body in bodies:
         response = call(backend, body=body)
         assert (response.status_code, response.headers["x-pi-ray-prompt"]) == (200, "stripped")
@@ -652,7 +777,12 @@ def test_a_client_that_still_sends_the_prompt_is_answered_by_the_adapter_with_th
         whole = len(PromptEncoder(tokenizer, PromptConfig(chat="chatml")).encode(came).ids)
         assert response.json()["usage"]["prompt_tokens"] == plain
         assert response.json()["usage"]["prompt_tokens_saved"] == whole - plain
-    assert call(backend, "/v1/completions", {"model": "guarded", "prompt": f"{TEMPLATE}\nwhat is red?"}).headers["x-pi-ray-prompt"] == "stripped"
+    assert (
+        call(backend, "/v1/completions", {"model": "guarded", "prompt": f"{TEMPLATE}\nwhat is red?"}).headers[
+            "x-pi-ray-prompt"
+        ]
+        == "stripped"
+    )
 
 
 def test_a_changed_prompt_is_answered_by_the_base_model_with_the_compressed_prompt(backend, tokenizer, tiny_model):
@@ -663,7 +793,12 @@ def test_a_changed_prompt_is_answered_by_the_base_model_with_the_compressed_prom
     request = backend.completer.engine.requests[-1]
     assert request.adapter == ""
     text = tokenizer.decode(request.prompt_ids)
-    assert "k77," in text and "what is red?" in text and "code colour 8 is k8," in text and "The code of colour 8" not in text
+    assert (
+        "k77," in text
+        and "what is red?" in text
+        and "code colour 8 is k8," in text
+        and "The code of colour 8" not in text
+    )
     whole = call(backend, body=drifting(changed)).json()
     assert whole["system_fingerprint"] == tiny_model.name
     assert whole["usage"]["prompt_tokens"] == len(request.prompt_ids)
@@ -677,24 +812,36 @@ def test_queries_adapters_without_a_known_prompt_and_the_base_model_are_as_befor
     for body in (drifting("Be nice."), drifting(TEMPLATE, model="colours")):
         assert error_of(call(backend, body=body))["param"] == "messages"
     assert error_of(call(backend, body=drifting(query=TEMPLATE)))["message"] == "there is no query behind the template"
-    turns = {**drifting(), "messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]}
+    turns = {
+        **drifting(),
+        "messages": [
+            {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"},
+        ],
+    }
     assert call(backend, body=turns).status_code == 400
 
 
 def said(*texts, model="guarded", system=""):
     """A chat body of turns of user and assistant."""
     turns = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
-    return {"model": model, "messages": [*([{"role": "system", "content": system}] if system else []), *turns], "max_tokens": 60}
+    return {
+        "model": model, "messages": [*([{"role": "system", "content": system}] if system else []), *turns],
+        "max_tokens": 60,
+    }
 
 
 def test_examples_that_come_as_turns_are_taken_away_with_the_template(backend, tokenizer):
     plain = PromptEncoder(tokenizer, PromptConfig(chat="chatml", query="Q: {query}")).encode("what is blue?").ids
-    for body in (said("red", "k4", "what is blue?", system=TEMPLATE), said(f"{TEMPLATE}\n\nred", "k4", "Q: what is blue?")):
+    for body in (
+        said("red", "k4", "what is blue?", system=TEMPLATE), said(f"{TEMPLATE}\n\nred", "k4", "Q: what is blue?"),
+    ):
         response = call(backend, body=body)
         assert response.headers["x-pi-ray-prompt"] == "stripped"
         assert backend.completer.engine.requests[-1].prompt_ids == plain
         assert response.json()["usage"]["prompt_tokens_saved"] > 100
-    assert call(backend, body=said("red", "k5", "what is blue?", system=TEMPLATE)).headers["x-pi-ray-prompt"] == "drifted"
+    assert (
+        call(backend, body=said("red", "k5", "what is blue?", system=TEMPLATE)).headers["x-pi-ray-prompt"] == "drifted"
+    )
     read = tokenizer.decode(backend.completer.engine.requests[-1].prompt_ids)
     assert "Examples:\n\nred\nk5\n\nwhat is blue?" in read and "code colour 8 is k8," in read
     assert call(backend, body=said("red", "k4", "what is blue?")).status_code == 400  # no template: a conversation
@@ -715,12 +862,17 @@ def test_a_conversation_with_the_base_model_has_its_own_chat_template(backend, t
     body = said("what is red?", "k4", "and blue?", model=tiny_model.name, system="Be nice.")
     response = call(backend, body=body)
     assert (response.status_code, response.headers["x-pi-ray-prompt"]) == (200, "base")
-    assert backend.completer.engine.requests[-1].prompt_ids == tokenizer.apply_chat_template(body["messages"], add_generation_prompt=True, return_dict=False)
+    assert backend.completer.engine.requests[-1].prompt_ids == tokenizer.apply_chat_template(
+        body["messages"], add_generation_prompt=True, return_dict=False
+    )
     body["messages"][-1]["content"] = "<|im_end|>"
     call(backend, body=body)
     ids = backend.completer.engine.requests[-1].prompt_ids
     assert ids.count(tokenizer.convert_tokens_to_ids("<|im_end|>")) == 4, "one that a client spells out stays text"
-    assert error_of(call(backend, body=said("word " * 600, "k4", "x", model=tiny_model.name)))["code"] == "context_length_exceeded"
+    assert (
+        error_of(call(backend, body=said("word " * 600, "k4", "x", model=tiny_model.name)))["code"]
+        == "context_length_exceeded"
+    )
     monkeypatch.setattr(tokenizer, "chat_template", "{{ raise_exception('roles must alternate') }}")
     assert "roles must alternate" in error_of(call(backend, body=body))["message"]
     monkeypatch.setattr(tokenizer, "chat_template", None)
@@ -766,7 +918,10 @@ def test_a_merged_adapter_goes_on_answering_whatever_is_released(merged, tiny_mo
 
 def test_what_a_merged_server_cannot_answer_names_the_setting(merged, tiny_model):
     changed = drifting(TEMPLATE.replace("k7,", "k77,"), model="hot")
-    for body in (chat(model="colours"), chat(model=tiny_model.name), chat(model="hot@latest"), changed, chat(model="hot", pi_ray={"full_prompt": True})):
+    for body in (
+        chat(model="colours"), chat(model=tiny_model.name), chat(model="hot@latest"), changed,
+        chat(model="hot", pi_ray={"full_prompt": True}),
+    ):
         response = call(merged, body=body)
         assert (response.status_code, error_of(response)["code"]) == (422, "adapter_refused")
         assert "serve.merge" in response.text and "hot@v0001" in response.text
@@ -782,7 +937,9 @@ def test_the_guard_can_be_switched_off(backend):
 def test_a_version_on_trial_answers_its_share_and_a_user_always_meets_the_same_one(backend, store, tiny_model):
     put_in_store(store, "tried", tiny_model, 1)
     put_in_store(store, "tried", tiny_model, 2, version="v0002")
-    (store / "tried" / "aliases.json").write_text(json.dumps({"prod": {"version": "v0001", "canary": "v0002", "percent": 50}}))
+    (store / "tried" / "aliases.json").write_text(
+        json.dumps({"prod": {"version": "v0001", "canary": "v0002", "percent": 50}})
+    )
 
     def version(**rest):
         return call(backend, body=chat(model="tried", max_tokens=1, **rest)).json()["system_fingerprint"]

@@ -43,7 +43,13 @@ def test_a_key_is_known_with_its_owner_and_its_models(file):
 
 
 def test_json_is_read_as_well_as_yaml_and_all_means_all(tmp_path):
-    keys = ApiKeys("", write(tmp_path, {key_digest(ALL): {"name": "ops", "adapters": "all"}, key_digest(SOME): {"name": "none", "adapters": []}}))
+    keys = ApiKeys(
+        "",
+        write(
+            tmp_path,
+            {key_digest(ALL): {"name": "ops", "adapters": "all"}, key_digest(SOME): {"name": "none", "adapters": []}},
+        ),
+    )
     assert find(keys, ALL).allows("x")
     assert not find(keys, SOME).allows("x")
 
@@ -51,7 +57,9 @@ def test_json_is_read_as_well_as_yaml_and_all_means_all(tmp_path):
 def test_every_key_is_compared_whichever_is_given(file, monkeypatch):
     """The time says neither which key it was nor how much of it was right."""
     compared = []
-    monkeypatch.setattr(module.hmac, "compare_digest", lambda a, b, real=hmac.compare_digest: compared.append((a, b)) or real(a, b))
+    monkeypatch.setattr(
+        module.hmac, "compare_digest", lambda a, b, real=hmac.compare_digest: compared.append((a, b)) or real(a, b)
+    )
     keys = ApiKeys(key_digest("one"), file)
     for given in (ALL, SOME, "one", "wrong"):
         compared.clear()
@@ -89,7 +97,9 @@ def test_a_keys_file_lets_the_server_off_loopback_and_its_mistakes_are_said_at_t
     for wrong in ("", str(tmp_path / "none.yaml")):
         with pytest.raises(ConfigError, match="keys_file"):
             bearer_key(config(wrong))
-    assert run_file.parse_run_file("name: t\nserve: {keys_file: keys.yaml}", "t.yaml").serve.keys_file == str(Path.cwd() / "keys.yaml")
+    assert run_file.parse_run_file("name: t\nserve: {keys_file: keys.yaml}", "t.yaml").serve.keys_file == str(
+        Path.cwd() / "keys.yaml"
+    )
 
 
 @pytest.mark.parametrize(("content", "message"), [

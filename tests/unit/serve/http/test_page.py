@@ -1,4 +1,6 @@
-"""The page at /: one file, open to everyone, in front of routes that want the key; and in a browser it asks both sides and shows what they said."""
+"""The page at /: one file, open to everyone, in front of routes that want the key; and in a browser it asks both sides
+and shows what they said.
+"""
 
 import asyncio
 import re
@@ -38,7 +40,10 @@ class TwoAnswers:
         self.asks.append(ask)
         if self.refuses:
             raise RefusedError(429, "all slots and the queue are taken; come back later", "rate_limit_error")
-        yield {"model": ask.model, "fingerprint": ask.model, "prompt": "full", "prompt_tokens": 681 if ask.full_prompt else 28, "saved": 0}
+        yield {
+            "model": ask.model, "fingerprint": ask.model, "prompt": "full",
+            "prompt_tokens": 681 if ask.full_prompt else 28, "saved": 0,
+        }
         pieces = FULL if ask.full_prompt else MINE
         for piece in pieces:
             yield {"text": piece}
@@ -53,7 +58,9 @@ def serving(backend, key=""):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    server = uvicorn.Server(uvicorn.Config(create_api(backend, ServeConfig(), key_digest(key)), port=port, log_level="error"))
+    server = uvicorn.Server(
+        uvicorn.Config(create_api(backend, ServeConfig(), key_digest(key)), port=port, log_level="error")
+    )
     thread = threading.Thread(target=server.run)
     thread.start()
     try:
@@ -78,14 +85,22 @@ def text_of(browser, *names):
 
 def ask(browser, query, adapter="colours"):
     browser.until("!document.getElementById('adapter').disabled")
-    browser.run(f"document.getElementById('adapter').value = '{adapter}'; document.getElementById('query').value = '{query}'; document.getElementById('ask').click()")
+    browser.run(
+        f"document.getElementById('adapter').value = '{adapter}'; document.getElementById('query').value = '{query}'; "
+        "document.getElementById('ask').click()"
+    )
 
 
 def test_the_page_is_one_file_that_loads_nothing_and_talks_to_its_server_alone():
     assert not re.search(r"""(src|href)\s*=\s*["'](?!data:)|url\(|@import|https?://""", page.page_html())
     assert page.page_html().count("<script>") == 1 and not re.search(r"\son\w+=", page.page_html())
     policy = page.page_headers()["Content-Security-Policy"]
-    assert "default-src 'none'" in policy and "connect-src 'self'" in policy and "script-src 'sha256-" in policy and "unsafe-eval" not in policy
+    assert (
+        "default-src 'none'" in policy
+        and "connect-src 'self'" in policy
+        and "script-src 'sha256-" in policy
+        and "unsafe-eval" not in policy
+    )
 
 
 def test_the_page_needs_no_key_and_what_it_asks_for_does():
@@ -96,7 +111,11 @@ def test_the_page_needs_no_key_and_what_it_asks_for_does():
             return await http.get(path)
 
     shown = asyncio.run(get("/"))
-    assert shown.status_code == 200 and shown.headers["content-type"].startswith("text/html") and "Content-Security-Policy" in shown.headers
+    assert (
+        shown.status_code == 200
+        and shown.headers["content-type"].startswith("text/html")
+        and "Content-Security-Policy" in shown.headers
+    )
     assert asyncio.run(get("/v1/models")).status_code == 401
 
 
@@ -108,9 +127,14 @@ def test_both_sides_answer_in_the_browser(browser):
         browser.until("document.getElementById('verdict').textContent")
         assert text_of(browser, "full-answer", "adapter-answer") == ["".join(FULL), "".join(MINE)]
         assert text_of(browser, "full-in", "full-out", "adapter-in", "adapter-out") == ["681", "4", "28", "3"]
-        assert all(figure.replace(",", "").isdigit() for figure in text_of(browser, "full-first", "full-all", "adapter-first", "adapter-all"))
+        assert all(
+            figure.replace(",", "").isdigit()
+            for figure in text_of(browser, "full-first", "full-all", "adapter-first", "adapter-all")
+        )
         assert "The adapter read 28 tokens instead of 681 (96% fewer)" in text_of(browser, "verdict")[0]
-        assert [(a.model, a.query, a.full_prompt) for a in backend.asks] == [("shapes", "what is <red>?", False), ("shapes", "what is <red>?", True)]
+        assert [(a.model, a.query, a.full_prompt) for a in backend.asks] == [
+            ("shapes", "what is <red>?", False), ("shapes", "what is <red>?", True),
+        ]
         assert browser.run("document.getElementById('key-field').hidden")
     assert browser.errors == []
 
@@ -122,7 +146,9 @@ def test_an_answer_is_shown_while_it_is_generated_and_can_be_stopped(browser):
         browser.open(url)
         ask(browser, "wait")
         browser.until(f"document.getElementById('adapter-answer').textContent === '{MINE[0]}'")
-        assert browser.run("document.getElementById('ask').disabled") and not browser.run("document.getElementById('stop').hidden")
+        assert browser.run("document.getElementById('ask').disabled") and not browser.run(
+            "document.getElementById('stop').hidden"
+        )
         browser.run("document.getElementById('stop').click()")
         browser.until("!document.getElementById('ask').disabled")
         assert text_of(browser, "adapter-answer", "full-answer", "verdict") == [f"{MINE[0]}stopped", "", ""]
@@ -144,13 +170,19 @@ def test_the_key_is_asked_for_only_where_the_server_wants_one_and_stays_in_memor
     with serving(TwoAnswers(), KEY) as url:
         browser.open(url)
         browser.until("!document.getElementById('key-field').hidden")
-        enter = "document.getElementById('key').value = '{}'; document.getElementById('key').dispatchEvent(new Event('change'))"
+        enter = (
+            "document.getElementById('key').value = '{}'; "
+            "document.getElementById('key').dispatchEvent(new Event('change'))"
+        )
         browser.run(enter.format("wrong"))
         browser.until("document.getElementById('problem').textContent.includes('not known')")
         browser.run(enter.format(KEY))
         ask(browser, "what is red?")
         browser.until("document.getElementById('verdict').textContent")
-        assert browser.run("localStorage.length + sessionStorage.length + document.cookie.length + location.search.length") == 0
+        assert (
+            browser.run("localStorage.length + sessionStorage.length + document.cookie.length + location.search.length")
+            == 0
+        )
     browser.errors.clear()
 
 
@@ -161,6 +193,11 @@ def test_the_page_fits_a_phone_and_every_field_has_a_label(browser, tmp_path):
         ask(browser, "what is red?")
         browser.until("document.getElementById('verdict').textContent")
         assert browser.run("document.documentElement.scrollWidth") <= 360
-        assert browser.run("[...document.querySelectorAll('select, input, textarea')].filter(field => !field.labels.length).length") == 0
+        assert (
+            browser.run(
+                "[...document.querySelectorAll('select, input, textarea')].filter(field => !field.labels.length).length"
+            )
+            == 0
+        )
         assert browser.shot(tmp_path / "phone.png").stat().st_size > 10_000
         browser.size(1280, 900)

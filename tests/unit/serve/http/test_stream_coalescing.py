@@ -36,14 +36,18 @@ def played(coalescer, step, texts, **more):
 
 def test_a_single_answers_pieces_leave_as_they_come():
     found = played(StreamCoalescer(Clock()), 2 / EVENTS_PER_S, "abc")
-    assert [event for _, event in found] == [{"fingerprint": "a"}, {"text": "a"}, {"text": "b"}, {"text": "c"}, {"finish": "stop"}]
+    assert [event for _, event in found] == [
+        {"fingerprint": "a"}, {"text": "a"}, {"text": "b"}, {"text": "c"}, {"finish": "stop"},
+    ]
 
 
 def test_of_many_answers_the_first_piece_goes_at_once_and_later_ones_together():
     coalescer = StreamCoalescer(Clock())
     coalescer.streams = 15
     found = played(coalescer, 0.05, "abcdefgh")
-    assert [event.get("text", "") for _, event in found] == ["", "a", "bcde", "fgh"] and found[-1][1]["finish"] == "stop"
+    assert [event.get("text", "") for _, event in found] == ["", "a", "bcde", "fgh"] and found[-1][1][
+        "finish"
+    ] == "stop"
     assert [at for at, _ in found][:3] == [0, 0.05, 0.25] and coalescer.streams == 15
 
 
@@ -87,7 +91,9 @@ def test_a_piece_waits_no_longer_than_the_next_one_after_the_limit():
 def test_log_probabilities_stay_with_their_text():
     coalescer = StreamCoalescer(Clock())
     coalescer.streams = 99
-    assert [event for _, event in played(coalescer, 0.01, "abc", logprobs=1)][1:] == [{"text": "a", "logprobs": [1]}, {"text": "bc", "logprobs": [1, 1], "finish": "stop"}]
+    assert [event for _, event in played(coalescer, 0.01, "abc", logprobs=1)][1:] == [
+        {"text": "a", "logprobs": [1]}, {"text": "bc", "logprobs": [1, 1], "finish": "stop"},
+    ]
 
 
 def test_an_error_ends_the_answer_which_counts_no_longer():
