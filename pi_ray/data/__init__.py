@@ -1,1 +1,5 @@
-"""A task's rows on their way to training: ingested and checked, compressed and given examples on Ray Data, written as one dataset for each phase."""
+"""Preparation: a task's rows become templates, neighbours and one tokenised dataset for each phase, on Ray Data.
+
+A task enters, artifacts in the run directory leave; train/ and evaluate/ read them. Imports compress/, retrieve/,
+cluster/ and run/.
+"""

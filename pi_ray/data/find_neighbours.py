@@ -1,7 +1,7 @@
 """The retrieval step: neighbours.parquet, the examples of every row, found by Ray Data actors that share one bank.
 
-A task builds the bank, once for each side that rows are compared by, and Ray's object store holds it: the actors of a node read
-its arrays in place. Beside the result stands neighbours.json: its hash, how it was made, and what FAISS missed on a sample.
+A task builds the bank, and Ray's object store holds it: the actors of a node read its arrays in place. neighbours.json
+has the result's hash, how it was made, and what FAISS missed on a sample.
 """
 
 from __future__ import annotations
@@ -96,8 +96,9 @@ def find_neighbours(
     k, exact = max_shots(config), is_exact(config.retrieve, run)
     folder = partial_folder(run.neighbours, fingerprint)
     pieces = Pieces(run, SCHEMA, PIECE_ROWS, {split: {split: f"{folder}/{split}-"} for split in splits})
-    todo, audit = pieces.unfinished("neighbours", progress), {}
-    for by in dict.fromkeys((config.retrieve.by, "query")):  # dev and test rows by the query, whatever training rows go by
+    todo = pieces.unfinished("neighbours", progress)
+    audit: dict[str, Any] = {}
+    for by in dict.fromkeys((config.retrieve.by, "query")):  # dev and test rows always go by the query
         ranges = [rows for rows in todo if by == (config.retrieve.by if rows.split == "train" else "query")]
         to_audit = not exact and by == config.retrieve.by
         if ranges or to_audit:
@@ -108,8 +109,8 @@ def find_neighbours(
         os.replace(made, run.neighbours)
     notify_written(run.neighbours)
     facts = {
-        "fingerprint": fingerprint, "sha256": digest_file(run.neighbours), "rows": count_rows(run.neighbours), "shots": k,
-        "score": config.retrieve.score, "by": config.retrieve.by, "train_score": _mean_score(run),
+        "fingerprint": fingerprint, "sha256": digest_file(run.neighbours), "rows": count_rows(run.neighbours),
+        "shots": k, "score": config.retrieve.score, "by": config.retrieve.by, "train_score": _mean_score(run),
         "method": "exact" if exact else "faiss", **({} if exact else {"audit": audit}),
     }
     write_atomic(run.neighbours.with_suffix(".json"), json.dumps(facts, indent=1) + "\n")
@@ -117,14 +118,17 @@ def find_neighbours(
     progress(f"neighbours: {summarise_facts(facts)}")
 
 
-def _search(config: RunConfig, pieces: Pieces, ranges: list[RowRange], by: str, k: int, to_audit: bool) -> dict[str, Any]:
-    """Find the neighbours of these ranges in the bank of one side, and return its audit. The bank is gone afterwards."""
+def _search(
+    config: RunConfig, pieces: Pieces, ranges: list[RowRange], by: str, k: int, to_audit: bool,
+) -> dict[str, Any]:
+    """Find the neighbours of these ranges in the bank of one side, and return its audit. Then the bank is freed."""
     session.connect()
     import ray
 
     attach, options = attach_of(storage_sync.sync_for(pieces.run.root)), placement.worker_options(config, "prepare")
     with raise_worker_errors():
-        built, bank = ray.remote(build_bank).options(num_returns=2, **options).remote(pieces.run, config.retrieve, by, attach)
+        build = ray.remote(build_bank).options(num_returns=2, **options)
+        built, bank = build.remote(pieces.run, config.retrieve, by, attach)
         ray.get(built)  # the driver waits for the bank, and does not fetch it
         audit = ray.remote(audit_sample).options(**options).remote(pieces.run, bank, k, attach) if to_audit else None
         run_pipeline(config, pieces, ranges, FindNeighbours, partial(ray.get, bank), k, actors=-(-len(ranges) // 4))
@@ -140,8 +144,8 @@ def summarise_facts(facts: dict[str, Any], by: str = "answer") -> str:
         return f"{start}; every pair was scored"
     seen = facts["audit"]
     return (
-        f"{start}; FAISS proposed: of {seen['rows']} rows whose every pair was scored it gave {seen['recall']:.1%} of the best, "
-        f"mean {score} {seen['score']:.2f} where {seen['exact_score']:.2f} was there"
+        f"{start}; FAISS proposed: of {seen['rows']} rows whose every pair was scored it gave {seen['recall']:.1%} of "
+        f"the best, mean {score} {seen['score']:.2f} where {seen['exact_score']:.2f} was there"
     )
 
 

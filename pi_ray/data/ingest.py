@@ -1,7 +1,8 @@
 """Ingest: the task's rows, checked, into rows/{train,dev,test}.parquet and rejects.jsonl.
 
-Checked are the number of bad rows, ids that are not unique, empty splits, and training queries that are also in dev or test, which
-would make every score a lie. Rows go to disk as they come; memory holds each row's id and a short form of its query.
+Checked are the number of bad rows, ids that are not unique, empty splits, and training queries that are also in dev or
+test, which would make every score a lie. Rows go to disk as they come; memory holds each row's id and a short form of
+its query.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ KEY_CHARACTERS = 64  # of a query that are held
 
 
 class RowKey(NamedTuple):
-    """The part of a row that the checks need. `query` is normalised; a long one is its beginning and a hash of the whole."""
+    """The part of a row that the checks need. `query` is normalised; a long one becomes its beginning and a hash."""
 
     id: str
     query: str
@@ -41,7 +42,8 @@ Splits = dict[str, list[Any]]  # split -> its rows, or their keys
 
 
 def ingest(
-    task: Task, config: TaskConfig, run: RunDir, fingerprint: str, progress: Callable[[str], None], names: Sequence[str] = SPLITS,
+    task: Task, config: TaskConfig, run: RunDir, fingerprint: str, progress: Callable[[str], None],
+    names: Sequence[str] = SPLITS,
 ) -> None:
     """Write the rows artifact: the splits in `names`. rejects.jsonl is written in any case.
 
@@ -58,14 +60,15 @@ def ingest(
             counts = {split: len(kept) for split, kept in keys.items()}
             facts = {"rows": counts, "rejected": len(rejects), "notes": notes, "documents": documents}
             with staged(run.rows, fingerprint=fingerprint, **facts) as made:
-                for split in sorted(keys, key=lambda split: split == "train"):  # train last: dev rows may come out of it
+                # train last: dev rows may come out of it
+                for split in sorted(keys, key=lambda split: split == "train"):
                     _write_kept(split, keys[split], Path(folder), made / f"{split}.parquet")
     parts = [f"rows: {', '.join(f'{n} {split}' for split, n in counts.items())}, {len(rejects)} rejected"]
     progress("; ".join([*parts, *([f"{documents} documents come with rows"] if documents else []), *notes]))
 
 
 def _store(task: Task, names: Sequence[str], folder: Path) -> tuple[dict[str, list[RowKey]], list[Reject], int]:
-    """Write all rows of each split, in the task's order; return their keys, the rejects, and the number of documents."""
+    """Write all rows of each split, in the task's order; return their keys, the rejects and the number of documents."""
     keys: dict[str, list[RowKey]] = {split: [] for split in names}
     rejects: list[Reject] = []
     documents = 0
@@ -107,15 +110,19 @@ def read_splits(task: Task, names: Sequence[str] = SPLITS) -> tuple[dict[str, li
     for split in names:
         splits[split] = []
         for row in task.rows(split):
-            (rejects if isinstance(row, Reject) else splits[split]).append(row)
+            if isinstance(row, Reject):
+                rejects.append(row)
+            else:
+                splits[split].append(row)
     return splits, rejects
 
 
 def check_splits(splits: Splits, rejects: Sequence[Reject], config: TaskConfig, run: RunDir) -> list[str]:
-    """Make `splits` fit to train and score on: a dev split if there is none, no query on both sides. Returns notes for people.
+    """Make `splits` fit to train and score on: a dev split if there is none, no query on both sides. Returns notes for
+    people.
 
-    Splits hold rows or their keys: anything with `id` and `query`. Raises DataError for too many rejects, ids that are not unique,
-    an overlap that is not to be dropped, an empty split. Writes nothing.
+    Splits hold rows or their keys: anything with `id` and `query`. Raises DataError for too many rejects, ids that are
+    not unique, an overlap that is not to be dropped, an empty split. Writes nothing.
     """
     _check_rejects(rejects, config.max_bad_rows, run)
     _check_ids(splits)
@@ -141,11 +148,12 @@ def _check_ids(splits: Splits) -> None:
     repeated = [i for i, n in Counter(r.id for rows in splits.values() for r in rows).items() if n > 1]
     if repeated:
         some = ", ".join(map(repr, repeated[:SHOWN]))
-        raise DataError(f"{len(repeated)} ids stand more than once over train, dev and test, such as {some}; make them unique")
+        found = f"{len(repeated)} ids stand more than once over train, dev and test, such as {some}"
+        raise DataError(f"{found}; make them unique")
 
 
 def _make_dev(splits: Splits) -> list[str]:
-    """Without dev rows, the last tenth of the training rows becomes dev; other training rows with their queries are dropped."""
+    """Without dev rows the last tenth of train becomes dev; other training rows with the same queries are dropped."""
     if splits["dev"] or len(splits["train"]) < 2:
         return []
     size = max(1, int(len(splits["train"]) * DEV_SHARE))

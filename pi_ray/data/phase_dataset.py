@@ -1,4 +1,4 @@
-"""The datasets of phases: token ids of every row, in Parquet files of 512 rows, sealed with hashes and the phase's prefix.
+"""The datasets of phases: token ids of every row, in Parquet files of 512 rows, sealed with hashes and a prefix.
 
 One pass over a split makes the files of all its phases, so that a row is read and its answer tokenised once.
 """
@@ -41,8 +41,9 @@ class PhaseData(NamedTuple):
 class TokeniseRows:
     """Inside a Ray worker: a range of rows -> for each dataset of its split a table of `SCHEMA`.
 
-    prompt_ids are the row's documents, examples, query and chat tail; label_ids the answer and the end of sequence, or nothing
-    for an unlabelled query. The template is in the manifest. Documents and examples are read from the run directory.
+    prompt_ids are the row's documents, examples, query and chat tail; label_ids the answer and the end of sequence, or
+    nothing for an unlabelled query. The template is in the manifest. Documents and examples are read from the run
+    directory.
     """
 
     def __init__(self, config: RunConfig, fingerprint: str, datasets: list[PhaseData]):
@@ -122,7 +123,7 @@ class _Bank(Mapping[str, Example]):
         return len(self.places)
 
 
-# Worker processes take many ranges; the fingerprint in the key keeps a later run in the same process from an earlier one's rows.
+# A worker process takes many ranges; the fingerprint in the key keeps a later run in it from an earlier run's rows.
 @lru_cache(maxsize=1)
 def _bank(run_dir: str, fingerprint: str) -> _Bank:
     return _Bank(RunDir(run_dir).rows / "train.parquet")

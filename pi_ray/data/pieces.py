@@ -1,9 +1,8 @@
-"""The Ray Data pipeline of each step of preparation: row ranges are read, mapped and written, one file for each range and output.
+"""The Ray Data pipeline of preparation: row ranges are read, mapped and written, one file for each range and output.
 
-A piece (one range of rows) is the unit that survives a kill: its files are written under a temporary name and renamed, and
-ranges whose files are all there are left out of the next read. Ray Data's own checkpointing by id column (2.60) resumes a write,
-but puts the rows that are left into other files under random names, trusts damaged ones, and wants storage that all nodes share:
-a resumed phase would not have the bytes of one that ran through.
+A range is the unit that survives a kill: ranges whose files are all there and undamaged are left out of the next read.
+Ray Data's own checkpointing (2.60) puts the rows that are left into other files under random names, trusts damaged
+files and wants a disk that all nodes share, so a resumed phase would not have the bytes of one that ran through.
 """
 
 from __future__ import annotations
@@ -53,7 +52,7 @@ Work = Callable[[pa.Table, RowRange], Mapping[Any, pa.Table]]  # a range's rows 
 
 @dataclass(frozen=True)
 class Pieces:
-    """The row ranges of a step: `outputs` names, for each split, the files that its rows become, all of one `schema`."""
+    """The row ranges of a step. `outputs` names the files that the rows of each split become, all of one `schema`."""
 
     run: RunDir
     schema: pa.Schema
@@ -88,7 +87,7 @@ class Pieces:
 
 
 def partial_folder(final: Path, fingerprint: str) -> Path:
-    """Where the pieces of `final` gather until it is complete. Folders of other fingerprints, left by killed runs, are removed."""
+    """Where the pieces of `final` gather until it is complete. Folders of other fingerprints are removed."""
     folder = final.with_name(f".{final.name}-{fingerprint[:12]}.partial")
     for left in final.parent.glob(f".{final.name}-*.partial"):
         if left != folder:
@@ -100,10 +99,10 @@ def partial_folder(final: Path, fingerprint: str) -> Path:
 def run_pipeline(
     config: RunConfig, pieces: Pieces, todo: list[RowRange], make: Callable[..., Work], *args: Any, actors: int = 0,
 ) -> None:
-    """Read the ranges in `todo`, map them and write their files: `make(*args)(rows, range)` gives a table for each output.
+    """Read the ranges in `todo`, map them by `make(*args)` and write their files.
 
-    With `actors`, at most so many processes call `make` once and end with the job: for work that loads a model or an index.
-    Without, Ray's running workers call it for each range. Raises the PiRayError that a worker raised.
+    With `actors`, at most so many processes call `make` once each and end with the job: for work that loads a model or
+    an index. Without, Ray's running workers call it for each range. Raises the PiRayError that a worker raised.
     """
     if not todo:
         return
@@ -112,7 +111,7 @@ def run_pipeline(
 
     sync, options = storage_sync.sync_for(pieces.run.root), placement.worker_options(config, "prepare")
     attach = attach_of(sync)
-    constructor = {"make": make, "args": args, "outputs": pieces.outputs, "attach": attach}
+    constructor: dict[str, Any] = {"make": make, "args": args, "outputs": pieces.outputs, "attach": attach}
     batches: dict[str, Any] = {"batch_size": None, "batch_format": "pyarrow", "zero_copy_batch": True, **options}
     with quiet_context(ray) as context:
         context.target_max_block_size = None  # a range stays one block, whatever its bytes
@@ -120,7 +119,7 @@ def run_pipeline(
         if actors:
             pool = ActorPoolStrategy(min_size=1, max_size=actors)
             tables = rows.map_batches(MapRange, fn_constructor_kwargs=constructor, compute=pool, **batches)
-            # actors may hold all that nodes have, so writes ask for nothing: any node sees the run directory or is synced
+            # actors may hold all that nodes have, so writes ask for nothing: every node sees the run directory
             options = {"num_cpus": 0, **{name: value for name, value in options.items() if name == "label_selector"}}
         else:
             tables = rows.map_batches(MapRange(**constructor).__call__, **batches)
@@ -144,10 +143,9 @@ class RangeSource(Datasource):
         return None
 
     def get_read_tasks(self, parallelism: int, *_: Any, **__: Any) -> list[ReadTask]:
-        return [
-            ReadTask(partial(_read, self.run, rows, self.attach), BlockMetadata(rows.end - rows.begin, None, None, None))
-            for rows in self.ranges
-        ]
+        counts = [BlockMetadata(rows.end - rows.begin, None, None, None) for rows in self.ranges]
+        reads = [partial(_read, self.run, rows, self.attach) for rows in self.ranges]
+        return [ReadTask(read, metadata) for read, metadata in zip(reads, counts, strict=True)]
 
 
 def _read(run: RunDir, rows: RowRange, attach: Attach | None) -> list[pa.Table]:
@@ -163,9 +161,11 @@ def _read(run: RunDir, rows: RowRange, attach: Attach | None) -> list[pa.Table]:
 
 
 class MapRange:
-    """Maps one block: a range's rows become the rows of all its outputs, each with the path of the file that it goes to."""
+    """Maps one block: a range's rows become the rows of all its outputs, each with the path of its file."""
 
-    def __init__(self, make: Callable[..., Work], args: tuple[Any, ...], outputs: Mapping[str, Outputs], attach: Attach | None):
+    def __init__(
+        self, make: Callable[..., Work], args: tuple[Any, ...], outputs: Mapping[str, Outputs], attach: Attach | None,
+    ):
         self.make, self.args, self.outputs, self.attach = make, args, outputs, attach
         self.work: Work | None = None
 
@@ -180,10 +180,8 @@ class MapRange:
             made = self.work(table, rows)
         except PiRayError as error:
             return _to_table(error)
-        prefixes = self.outputs[rows.split]
-        return pa.concat_tables(
-            made[output].append_column(PATH, pa.repeat(rows.path(prefix), made[output].num_rows)) for output, prefix in prefixes.items()
-        )
+        paths = {output: rows.path(prefix) for output, prefix in self.outputs[rows.split].items()}
+        return pa.concat_tables(made[o].append_column(PATH, pa.repeat(p, made[o].num_rows)) for o, p in paths.items())
 
 
 class PieceSink(Datasink):
@@ -212,7 +210,7 @@ def write_files(block: pa.Table, schema: pa.Schema) -> None:
 
 
 class WorkerError(Exception):
-    """Carries the payload of a PiRayError to the driver: Ray Data appends advice to an exception's text, not to a list."""
+    """Carries a PiRayError to the driver as a list: Ray Data appends its advice to an exception's text."""
 
 
 def _to_table(error: PiRayError) -> pa.Table:

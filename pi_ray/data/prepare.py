@@ -1,4 +1,4 @@
-"""Prepare, paper Algorithm 1 lines 1 to 7, on Ray Data: rows -> templates at each rate -> neighbours -> a dataset for each phase.
+"""Prepare, paper Algorithm 1 lines 1 to 7: rows -> templates at each rate -> neighbours -> a dataset for each phase.
 
 Each step is an artifact in the run directory, written once and skipped when it was made from the same fingerprint.
 """
@@ -76,7 +76,8 @@ def plan_datasets(config: RunConfig) -> list[PhaseData]:
 
 
 def wanted_documents(config: RunConfig) -> list[tuple[str, float]]:
-    """(split, template rate) of every dataset that has compressed documents of rows, and of the test rows at inference."""
+    """(split, template rate) of all rows' documents that are needed compressed: datasets', and test rows' at inference.
+    """
     plan = plan_datasets(config)
     last_rate = next(data.rate for data in plan if data.name == "dev")
     wanted = [*((data.split, data.rate) for data in plan), ("test", last_rate)]
@@ -87,7 +88,9 @@ def _splits(config: RunConfig) -> tuple[str, ...]:
     return (*SPLITS, UNLABELLED) if wants_unlabelled(config) else SPLITS
 
 
-def _tokenise_phases(config: RunConfig, encoder: PromptEncoder, run: RunDir, fingerprint: str, progress: Progress) -> None:
+def _tokenise_phases(
+    config: RunConfig, encoder: PromptEncoder, run: RunDir, fingerprint: str, progress: Progress,
+) -> None:
     """One Ray Data job over the unfinished pieces of all datasets, then each dataset is sealed."""
     texts = {e["rate"]: e["text"] for e in json.loads((run.templates / "templates.json").read_bytes())}
     plan = plan_datasets(config)

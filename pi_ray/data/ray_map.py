@@ -1,7 +1,7 @@
-"""Work on Ray Data: errors of workers come out as the one sentence that helps, and nodes that share no disk fetch the run directory.
+"""The same work on many items by Ray Data actors, with errors of workers as the one sentence that helps.
 
-A user's mistake may only show in a worker. There a PiRayError is returned instead of raised, and raised again by the driver:
-otherwise Ray Data would wrap it and append its own advice to the sentence.
+A user's mistake may only show in a worker. There a PiRayError is returned instead of raised, and raised again by the
+driver: otherwise Ray Data would wrap it and append its own advice to the sentence.
 """
 
 from __future__ import annotations
@@ -28,12 +28,13 @@ def fan_out(items: Sequence[dict[str, Any]], make: Callable[..., Work], *args: A
 
 
 def stream(
-    items: Sequence[dict[str, Any]], make: Callable[..., Work], *args: Any, actors: int, sync: StorageSync | None = None, **options: Any,
+    items: Sequence[dict[str, Any]], make: Callable[..., Work], *args: Any, actors: int,
+    sync: StorageSync | None = None, **options: Any,
 ) -> Iterator[tuple[int, Any]]:
-    """Yield (place of the item, `make(*args)(item)`) as they are done, by at most `actors` actors, which call `make` once each.
+    """Yield (place of the item, `make(*args)(item)`) as they are done, by at most so many actors, which `make` once.
 
-    Items and results are JSON values. Without items Ray is not touched. `sync` brings the run directory to each actor and takes
-    what it writes there. `options` are Ray's for each actor (placement.worker_options).
+    Items and results are JSON values. Without items Ray is not touched. `sync` brings the run directory to each actor
+    and takes what it writes there. `options` are Ray's for each actor (placement.worker_options).
     """
     if not items:
         return
@@ -54,7 +55,7 @@ def stream(
 
 @contextmanager
 def quiet_context(ray: Any) -> Iterator[Any]:
-    """Ray Data's settings meanwhile: silent, with an error's traceback left to the caller. Yields them, to be changed."""
+    """Ray Data's settings meanwhile: silent. Yields them, to be changed."""
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)
     context = ray.data.DataContext.get_current().copy()
     context.enable_progress_bars = context.print_on_execution_start = False

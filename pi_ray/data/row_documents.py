@@ -1,7 +1,8 @@
 """Documents that come with a row, such as passages retrieved for it, at the rate of each phase.
 
-The template's documents are one text for all rows; these differ from row to row, so actors compress them, each with the model
-loaded once, a range of rows at a time. Each document is compressed by itself: the cache gives again what rows share.
+The template's documents are one text for all rows; these differ from row to row, so actors compress them, each with the
+model loaded once, a range of rows at a time. Each document is compressed by itself: the cache has those that rows
+share.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from pi_ray.run.directory import RunDir, documents_file
 from pi_ray.run.row_store import join_pieces, read_range
 
 PIECE_ROWS = 32
-COUNTS = ("count", "tokens", "full_tokens", "off")  # of a row's documents; off: further from their rate than the tolerance
+COUNTS = ("count", "tokens", "full_tokens", "off")  # of a row's documents; off: not within the tolerance of their rate
 SCHEMA = pa.schema({"id": pa.string(), "documents": pa.list_(pa.string()), **dict.fromkeys(COUNTS, pa.int64())})
 
 
@@ -45,14 +46,16 @@ class CompressDocuments:
 
     def __call__(self, table: pa.Table, rows: RowRange) -> dict[float, pa.Table]:
         texts = table["documents"].to_pylist()
-        return {rate: self._compress(table["id"], texts, rate_of_documents(self.config, rate)) for rate in self.rates[rows.split]}
+        return {rate: self._compress(table["id"], texts, rate) for rate in self.rates[rows.split]}
 
-    def _compress(self, ids: pa.ChunkedArray, texts: list[list[str] | None], rate: float) -> pa.Table:
+    def _compress(self, ids: pa.ChunkedArray, texts: list[list[str] | None], template_rate: float) -> pa.Table:
+        rate = rate_of_documents(self.config, template_rate)
         made = [[self._compress_document(text, rate) for text in row or ()] for row in texts]
         tolerance = self.documents_config.tolerance
         columns = {
             "id": ids, "documents": [[c.text for c in row] for row in made], "count": [len(row) for row in made],
-            "tokens": [sum(c.tokens for c in row) for row in made], "full_tokens": [sum(c.full_tokens for c in row) for row in made],
+            "tokens": [sum(c.tokens for c in row) for row in made],
+            "full_tokens": [sum(c.full_tokens for c in row) for row in made],
             "off": [sum(abs(c.achieved - c.asked) > tolerance for c in row) for row in made],
         }
         return pa.table(columns, schema=SCHEMA)
@@ -71,11 +74,13 @@ def has_documents(run: RunDir, fingerprint: str, wanted: Iterable[tuple[str, flo
     manifest = read_manifest(run.rows)
     if not (manifest and manifest.get("documents")):
         return True
-    return is_current(run.documents, fingerprint) and all((run.documents / documents_file(*want)).exists() for want in wanted)
+    files = [run.documents / documents_file(split, rate) for split, rate in wanted]
+    return is_current(run.documents, fingerprint) and all(file.exists() for file in files)
 
 
 def compress_documents(
-    config: RunConfig, run: RunDir, fingerprint: str, wanted: Iterable[tuple[str, float]], progress: Callable[[str], None],
+    config: RunConfig, run: RunDir, fingerprint: str, wanted: Iterable[tuple[str, float]],
+    progress: Callable[[str], None],
 ) -> None:
     """Write the artifact documents/: one file for each (split, template rate), row by row as the split has them."""
     folder = partial_folder(run.documents, fingerprint)

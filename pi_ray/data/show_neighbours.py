@@ -23,7 +23,8 @@ CLOSE_IDS = 3  # named where an id is not found
 
 
 def show_neighbours(config: RunConfig, row_id: str, split: str, console: Console) -> None:
-    """Print the row and its examples, best first. Raises DataError where there is no such row, or nothing was prepared."""
+    """Print the row and its examples, best first. Raises DataError for an unknown row, or where nothing was prepared.
+    """
     run = RunDir(config.root)
     facts = read_facts(run)
     cure = "run 'pi-ray prepare' with this run.yaml, and with schedule.shots above 0"

@@ -1,4 +1,4 @@
-"""The template at each rate of the schedule, paper equation 2: actors compress distinct (text, rate) pairs side by side."""
+"""The template at each rate of the schedule, paper equation 2: actors compress (text, rate) pairs side by side."""
 
 from __future__ import annotations
 
@@ -8,9 +8,8 @@ from dataclasses import asdict
 from typing import Any
 
 from pi_ray.cluster import placement, session, storage_sync
-from pi_ray.compress.template import (
-    CompressedTemplate, TemplatePart, cached_template, combine_parts, compress_template, split_template,
-)
+from pi_ray.compress.rate_control import CompressedTemplate
+from pi_ray.compress.template import TemplatePart, cached_template, combine_parts, compress_template, split_template
 from pi_ray.config import RunConfig
 from pi_ray.data.ray_map import fan_out
 from pi_ray.models import load_tokenizer
@@ -44,9 +43,10 @@ class CompressParts:
 
 
 def compress_templates(
-    config: RunConfig, template: Template, tokenizer: Any, run: RunDir, fingerprint: str, progress: Callable[[str], None],
+    config: RunConfig, template: Template, tokenizer: Any, run: RunDir, fingerprint: str,
+    progress: Callable[[str], None],
 ) -> None:
-    """Write the artifact templates/: templates.json and one readable file for each rate. Parts in the cache need no actor."""
+    """Write the artifact templates/: templates.json and one readable file for each rate. Cached parts need no actor."""
     parts = {rate: split_template(template, rate, config.compress) for rate in distinct_rates(config)}
     made: list[tuple[TemplatePart, CompressedTemplate]] = []
     missing: list[TemplatePart] = []
@@ -72,14 +72,14 @@ def compress_templates(
 
 
 def _compress(config: RunConfig, parts: list[TemplatePart], run: RunDir) -> list[CompressedTemplate]:
-    """One actor for each part as long as there are CPUs; nothing else runs in this step, so they take all of them as threads."""
+    """Compress each part in an actor of its own, as far as CPUs allow; nothing else runs in this step."""
     if not parts:
         return []
     session.connect()
     cpus = [int(node.get("CPU", 0)) for node in placement.cluster_nodes()]
     threads = max(1, min(MAX_THREADS, sum(cpus) // len(parts), max(cpus)))
-    options = {"num_cpus": threads, **placement.worker_options(config, "prepare")}
+    options: dict[str, Any] = {"num_cpus": threads, **placement.worker_options(config, "prepare")}
+    options |= {"actors": len(parts), "sync": storage_sync.sync_for(run.root)}
     items = [{"part": i} for i in range(len(parts))]
-    sync = storage_sync.sync_for(run.root)
-    found = fan_out(items, CompressParts, config, parts, int(options["num_cpus"]) or 1, actors=len(parts), sync=sync, **options)
+    found = fan_out(items, CompressParts, config, parts, max(1, int(options["num_cpus"])), **options)
     return [CompressedTemplate(**result) for result in found]

@@ -1,11 +1,12 @@
-"""Exact sentence BLEU of many pairs at once, equal to sacrebleu's (13a tokenizer, effective order, exponential smoothing).
+"""Exact sentence BLEU of many pairs at once, equal to sacrebleu's (13a tokenizer, effective order, exponential
+smoothing).
 
-The bank is kept inverted: for each n-gram the texts that hold it. One pass over the lists of a reference's n-grams gives its
-clipped matches with the whole bank. Scores are on sacrebleu's scale, 0 to 100. The same n-grams make the vectors by which FAISS
-proposes candidates.
+The bank is kept inverted: for each n-gram the texts that hold it. One pass over the lists of a reference's n-grams
+gives its clipped matches with the whole bank. Scores are on sacrebleu's scale, 0 to 100. The same n-grams make the
+vectors by which FAISS proposes candidates.
 
-s(y_i, y_j) of paper equation 3: the candidate y_j is the hypothesis and the row's own y_i the reference, so an example scores
-high when it says what the row needs.
+s(y_i, y_j) of paper equation 3: the candidate y_j is the hypothesis and the row's own y_i the reference, so an example
+scores high when it says what the row needs.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ DIMENSION = 320  # of the vectors
 
 
 def as_shared(*arrays: np.ndarray) -> None:
-    """Make arrays read-only, as they come back from Ray's object store: numba compiles its loops for one kind of array."""
+    """Make arrays read-only, as Ray's object store returns them, so that numba compiles its loops once."""
     for array in arrays:
         array.setflags(write=False)
 
@@ -75,8 +76,8 @@ class BleuIndex:
     ) -> tuple[np.ndarray, np.ndarray]:
         """The exact k best bank positions and their scores for each reference, shapes (q, k'), k' = min(k, bank).
 
-        Ties: lower position first. `groups` are those of the references, -2 for none. `among` are the only positions that may be
-        chosen, shape (q, c), -1 for none. Where these leave fewer than k', the last positions are -1.
+        Ties: lower position first. `groups` are those of the references, -2 for none. `among` are the only positions
+        that may be chosen, shape (q, c), -1 for none. Where these leave fewer than k', the last positions are -1.
         """
         k, asked = min(k, len(self)), self.ngrams(references)
         ids, best = np.full((len(references), k), -1, dtype=np.int64), np.full((len(references), k), -1.0)
@@ -99,7 +100,8 @@ class BleuIndex:
         return ids, best
 
     def encode(self, texts: Sequence[str]) -> np.ndarray:
-        """Unit vectors of texts, near where BLEU is high: n-grams that bank texts share, each with a sign in one of `DIMENSION` places.
+        """Unit vectors of texts, near where BLEU is high: n-grams that bank texts share, hashed into `DIMENSION`
+        places.
 
         An n-gram of one bank text alone matches no other and would only disturb. Returns float32, (texts, DIMENSION).
         """
@@ -124,9 +126,10 @@ class BleuIndex:
 
 
 def _places(holders: np.ndarray) -> np.ndarray:
-    """2 x place in the vectors + sign of each n-gram, from how many texts hold it; -1 where fewer than two do. int32, (n-grams,).
+    """2 x place in the vectors + sign of each n-gram, from how many texts hold it; -1 for fewer than two. int32.
 
-    N-grams take the places in turn, the most frequent first, with the other sign in each round: so the heaviest do not meet.
+    N-grams take the places in turn, the most frequent first, with the other sign in each round: so the heaviest do not
+    meet.
     """
     rank = np.empty(len(holders), dtype=np.int64)
     rank[np.argsort(-holders, kind="stable")] = np.arange(len(holders))

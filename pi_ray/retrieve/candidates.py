@@ -1,8 +1,9 @@
-"""Candidates: the bank texts whose vectors are nearest to a query's, from FAISS. The score then decides which of them is best."""
+"""Candidates: the bank texts whose vectors are nearest to a query's, from FAISS. The score then ranks them."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import faiss
 import numpy as np
@@ -14,16 +15,17 @@ CELL_ROWS = 1_000_000  # in a still larger bank a graph finds the nearest cells
 CELLS = 0.4  # cells over the square root of the number of texts
 CELLS_PER_PROBE = 9  # a query looks into one cell in so many
 ROUNDS, POINTS = 6, 25  # of k-means, which finds the cells, and texts a cell that it looks at
-CODE_WIDTH = 4  # places of a vector in one 4-bit code: the score ranks the candidates, so their order here need not be exact
+CODE_WIDTH = 4  # places of a vector in one 4-bit code: coarse, since the score ranks the candidates
 LINKS = 32  # of a node of the graph
 BLOCK = 65_536  # texts encoded at once
 
 
 class Candidates:
-    """An inner-product index over the bank: exact when it is small, cells of coded vectors (IVF, PQ) when it is larger, with a
-    graph (HNSW) over the cells when it is very large.
+    """An inner-product index over the bank: exact when it is small, cells of coded vectors (IVF, PQ) when it is larger,
+    with a graph (HNSW) over the cells when it is very large.
 
-    `bounds` are the largest sizes without cells and without a graph. One thread builds it, so that every machine builds the same.
+    `bounds` are the largest sizes without cells and without a graph. One thread builds it, so that every machine builds
+    the same.
     """
 
     def __init__(self, encoder: Encoder, bank: Sequence[str], bounds: tuple[int, int] = (FLAT_ROWS, CELL_ROWS)):
@@ -37,9 +39,10 @@ class Candidates:
 
     def _build(self, bank: Sequence[str], bounds: tuple[int, int]) -> faiss.Index:
         first = self._vectors(bank[:BLOCK])
-        index = faiss.index_factory(first.shape[1], _factory_name(first.shape[1], len(bank), bounds), faiss.METRIC_INNER_PRODUCT)
+        kind = _factory_name(first.shape[1], len(bank), bounds)
+        index: Any = faiss.index_factory(first.shape[1], kind, faiss.METRIC_INNER_PRODUCT)
         if not index.is_trained:
-            index.by_residual = False  # codes of the texts find more here than codes of their distance to the cell's centre
+            index.by_residual = False  # codes of texts find more here than codes of their distance to the cell's centre
             index.cp.niter, index.cp.max_points_per_centroid, index.cp.min_points_per_centroid = ROUNDS, POINTS, 1
             index.pq.cp.niter = ROUNDS
             index.train(self._vectors(bank[:: max(1, len(bank) // (index.nlist * POINTS))]))
@@ -49,7 +52,8 @@ class Candidates:
         return index
 
     def nearest(self, texts: Sequence[str], count: int) -> np.ndarray:
-        """Bank positions of the `count` nearest texts, shape (len(texts), min(count, bank)), nearest first; -1 where fewer are found.
+        """Bank positions of the `count` nearest texts, shape (len(texts), min(count, bank)), nearest first; -1 where
+        fewer are found.
 
         A count as large as the bank gives all of it.
         """
@@ -57,7 +61,7 @@ class Candidates:
         if isinstance(self.index, faiss.IndexIVF):
             everything = count >= self.index.ntotal
             probes = self.index.nlist if everything else max(1, self.index.nlist // CELLS_PER_PROBE)
-            params = faiss.SearchParametersIVF(nprobe=probes)
+            params = faiss.SearchParametersIVF(nprobe=probes)  # type: ignore[call-arg]  # its stub lacks the keywords
         return self.index.search(self._vectors(texts), min(count, self.index.ntotal), params=params)[1]
 
     def _vectors(self, texts: Sequence[str]) -> np.ndarray:

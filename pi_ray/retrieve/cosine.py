@@ -1,4 +1,4 @@
-"""Cosine of embeddings as a score, 0 to 100 (below 0 counts as 0), by the vectors of the encoder that retrieve.encoder names."""
+"""Cosine of embeddings as a score, 0 to 100 (below 0 counts as 0), by the encoder that retrieve.encoder names."""
 
 from __future__ import annotations
 
@@ -39,10 +39,8 @@ class CosineIndex:
         ids, best = np.full((len(references), k), -1, dtype=np.int64), np.full((len(references), k), -1.0)
         for begin in range(0, len(references), step):
             asked = references[begin : begin + step]
-            if among is None:
-                near = np.broadcast_to(np.arange(len(self)), (len(asked), len(self)))
-            else:
-                near = np.sort(among[begin : begin + step], axis=1)
+            every = np.broadcast_to(np.arange(len(self)), (len(asked), len(self)))
+            near = every if among is None else np.sort(among[begin : begin + step], axis=1)
             found = self.scores(asked, None if among is None else np.maximum(near, 0))
             found[near < 0] = -1.0
             if groups is not None:

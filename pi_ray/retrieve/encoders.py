@@ -1,4 +1,4 @@
-"""Text -> unit vectors, by which FAISS proposes candidates: hashed n-grams (nothing to load) or a sentence-transformers model."""
+"""Text -> unit vectors, by which FAISS proposes candidates: hashed n-grams or a sentence-transformers model."""
 
 from __future__ import annotations
 
@@ -66,7 +66,8 @@ def _sums(texts: Sequence[str]) -> np.ndarray:
     hashes = np.array([crc32(w.encode("utf-8", "surrogatepass")) for w in known], dtype=np.uint64)
     codes = hashes[np.array(words, dtype=np.int64)]
     rows = np.repeat(np.arange(len(texts)), lengths)
-    left = np.repeat(np.cumsum(lengths), lengths) - np.arange(len(words))  # words from each place to the end of its text
+    # words from each place to the end of its text
+    left = np.repeat(np.cumsum(lengths), lengths) - np.arange(len(words))
     sums, code = np.zeros(len(texts) * DIMENSION), codes
     for n in range(min(ORDER, len(words))):
         code = code[: len(words) - n] * MIX + codes[n:] if n else codes
@@ -74,7 +75,8 @@ def _sums(texts: Sequence[str]) -> np.ndarray:
         hashed = code[fits] * MIX
         hashed ^= hashed >> np.uint64(32)
         sign = np.where(hashed & np.uint64(1 << 31), 1.0, -1.0)
-        sums += np.bincount(rows[: len(code)][fits] * DIMENSION + (hashed % np.uint64(DIMENSION)).astype(np.int64), sign, len(sums))
+        place = (hashed % np.uint64(DIMENSION)).astype(np.int64)
+        sums += np.bincount(rows[: len(code)][fits] * DIMENSION + place, sign, len(sums))
     return sums.reshape(len(texts), DIMENSION)
 
 
@@ -97,8 +99,10 @@ class SentenceEncoder:
             raise ModelError(f"retrieve.encoder_model '{config.encoder_model}' cannot be loaded: {reason}") from error
 
     def encode(self, texts: Sequence[str]) -> np.ndarray:
-        options = {"normalize_embeddings": True, "convert_to_numpy": True, "show_progress_bar": False}
-        return self.model.encode(list(texts), **options).astype(np.float32)
+        vectors = self.model.encode(
+            list(texts), normalize_embeddings=True, convert_to_numpy=True, show_progress_bar=False,
+        )
+        return vectors.astype(np.float32)
 
 
 def _resolve(name: str) -> str:

@@ -1,7 +1,8 @@
-"""Compiled loops of retrieval: pairs of texts are scored, and the k best kept. They release the GIL, so threads run side by side.
+"""Compiled loops of retrieval: pairs of texts are scored, and the k best kept. They release the GIL, so threads run
+side by side.
 
-A product of precisions needs no logarithms: BLEU to the power of its order is factor(length) x matches, where the order is four
-or, for texts with fewer tokens, their number. The root is taken only of scores that may be among the k best.
+A product of precisions needs no logarithms: BLEU to the power of its order is factor(length) x matches, where the order
+is four or, for texts with fewer tokens, their number. The root is taken only of scores that may be among the k best.
 The bank's arrays are read-only, since processes share them; everything else may be written to.
 """
 
@@ -15,7 +16,8 @@ ORDER = 4
 
 @njit(nogil=True, cache=True)
 def offer(ids, scores, filled, position, score):
-    """Put (position, score) into the descending `scores` if it belongs there; among equal scores the lower position comes first.
+    """Put (position, score) into the descending `scores` if it belongs there; among equal scores the lower position
+    comes first.
 
     Returns how many are filled.
     """
@@ -44,7 +46,8 @@ def factors(longest, reference):
 
 @njit(nogil=True, cache=True)
 def power(m1, m2, m3, m4, length, factor):
-    """(BLEU / 100) ** order. The i-th order without a match counts as 1/2^i of a match; without any matching word BLEU is 0."""
+    """(BLEU / 100) ** order. The i-th order without a match counts as 1/2^i of one; without a matching word BLEU is 0.
+    """
     if m1 == 0:
         return 0.0
     smooth, value = 1.0, m1 * factor
@@ -65,7 +68,8 @@ def power(m1, m2, m3, m4, length, factor):
 
 @njit(nogil=True, cache=True)
 def matched(bound, held, begin, end, ids, times):
-    """Clipped matches of the ascending n-grams ids[begin:end] below `bound` with `held`, and where the next order begins.
+    """Clipped matches of the ascending n-grams ids[begin:end] below `bound` with `held`, and where the next order
+    begins.
 
     `held` has the times of each n-gram in the reference.
     """
@@ -85,7 +89,8 @@ def raise_least(least, score):
 
 @njit(nogil=True, cache=True)
 def vectors(places, indptr, ids, times, out):
-    """out[i] = unit vector of the sum of the signs of text i's n-grams in their places (BleuIndex.places); `out` comes as zeros."""
+    """Set out[i], zeros, to the unit vector of the summed signs of text i's n-grams in their places (BleuIndex.places).
+    """
     for i in range(len(indptr) - 1):
         for e in range(indptr[i], indptr[i + 1]):
             place = places[ids[e]]
@@ -127,7 +132,8 @@ def bleu_of_pairs(bounds, indptr, ids, times, lengths, q_indptr, q_ids, q_times,
 def bleu_top(
     bounds, indptr, rows, times, lengths, groups, q_indptr, q_ids, q_times, q_lengths, q_groups, ids, scores,
 ):
-    """Write the best bank texts of each reference into `ids` and `scores` (q, k); ids stay -1 where the bank has no more.
+    """Write the best bank texts of each reference into `ids` and `scores` (q, k); ids stay -1 where the bank has no
+    more.
 
     (indptr, rows, times) are the bank's texts that hold each n-gram. Texts of the reference's own group are left out.
     """
@@ -162,12 +168,13 @@ def bleu_top(
 
 @njit(nogil=True, cache=True)
 def bleu_top_among(
-    bounds, indptr, bank_ids, bank_times, lengths, groups, q_indptr, q_ids, q_times, q_lengths, q_groups, among, ids, scores,
+    bounds, indptr, bank_ids, bank_times, lengths, groups, q_indptr, q_ids, q_times, q_lengths, q_groups, among,
+    ids, scores,
 ):
-    """As `bleu_top`, among the bank texts among[i] alone (-1: none). (indptr, bank_ids, bank_times) are each bank text's n-grams.
+    """As `bleu_top`, among the bank texts among[i] alone (-1: none). (indptr, bank_ids, bank_times) are their n-grams.
 
-    No order has more matches than the order below it, since each of its n-grams begins with an n-gram of that order. So most texts
-    are ruled out when their words are counted, or their pairs; all the sooner when good texts come first.
+    No order has more matches than the order below it, since each of its n-grams begins with an n-gram of that order. So
+    most texts are ruled out when their words are counted, or their pairs; all the sooner when good texts come first.
     """
     k, longest, held = ids.shape[1], lengths.max(), np.zeros(bounds[ORDER], np.int32)
     least = np.empty(ORDER + 1)

@@ -1,8 +1,9 @@
 """Neighbours: the training rows that serve as examples of a row, paper equation 3.
 
-The examples of row i are the (x_j, y_j), j != i, with the k highest s(y_i, y_j). Training rows are compared by their answers (or queries, retrieve.by); dev and test rows, whose answers are not known, by their
-queries. A bank of up to EXACT_ROWS is searched whole; in a larger one the score ranks what FAISS proposes. A row is never given
-itself, nor a row with the same query, which would hand over the answer.
+The examples of row i are the (x_j, y_j), j != i, with the k highest s(y_i, y_j). Training rows are compared by their
+answers (or queries, retrieve.by); dev and test rows, whose answers are not known, by their queries. A bank of up to
+EXACT_ROWS is searched whole; in a larger one the score ranks what FAISS proposes. A row is never given itself, nor a
+row with the same query, which would hand over the answer.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from pi_ray.retrieve.candidates import Candidates
 from pi_ray.retrieve.encoders import ConfiguredEncoder
 from pi_ray.retrieve.ngrams import hash_texts
 
-# Two cores find the ten best of so many answers in two thirds of a minute, FAISS in a fourteenth of that (tests/bench/retrieval.py)
+# Two cores find the ten best of so many answers in 40 seconds, FAISS in a fourteenth of that (tests/bench/retrieval.py)
 EXACT_ROWS = 100_000
 
 Side = Literal["answer", "query"]
@@ -42,7 +43,8 @@ class Neighbours:
 
 
 def choose_bank(ids: Sequence[str], fraction: float) -> set[str]:
-    """The ids of a bank that holds this share of the rows (paper 5.5): those that hash lowest, so that a larger share holds a smaller."""
+    """The ids of a bank of this share of the rows (paper 5.5): they hash lowest, so a larger bank holds a smaller one.
+    """
     if fraction == 1:
         return set(ids)
     size = max(1, round(len(ids) * fraction))
@@ -55,10 +57,11 @@ def scores_all_pairs(config: RetrieveConfig, rows: int) -> bool:
 
 
 class Bank:
-    """Training rows, indexed by one side. Its arrays are shared by all processes of a node that get it from Ray's object store."""
+    """Training rows, indexed by one side. Processes of a node that get it from Ray's object store share its arrays."""
 
     def __init__(self, rows: Iterable[Row], config: RetrieveConfig, by: Side = "answer", threads: int = 1):
-        entries = sorted((r.id, getattr(r, by), r.query) for r in rows)  # position follows id: a tie goes to the smaller id
+        # position follows id, so that a tie goes to the smaller id
+        entries = sorted((r.id, getattr(r, by), r.query) for r in rows)
         texts = [text for _, text, _ in entries]
         self.ids = pa.array([i for i, *_ in entries], pa.string())
         self.texts = pa.array(texts, pa.large_string()) if config.diversity else None
@@ -73,7 +76,9 @@ class Bank:
         self.candidates = None if self.is_exact else Candidates(encoder or self.index, texts)
 
     def find(self, rows: Sequence[Row], k: int, exact: bool | None = None) -> list[Neighbours]:
-        """The k best examples of each row; fewer only when the bank has no more, or none that differ enough (retrieve.diversity)."""
+        """The k best examples of each row; fewer when the bank has no more, or no more that differ
+        (retrieve.diversity).
+        """
         exact = self.is_exact if exact is None else exact
         found: dict[int, Neighbours] = {}
         todo = list(range(len(rows)))
@@ -132,7 +137,7 @@ def _make_index(score: str, texts: list[str], groups: np.ndarray, encoder: Any, 
 
 @dataclass(frozen=True)
 class Audit:
-    """What FAISS missed on a sample: the share of the k best that it found (equal scores count), mean scores of both choices."""
+    """A sample's share of the k best that FAISS found (equal scores count), and the mean scores of both choices."""
 
     rows: int
     recall: float

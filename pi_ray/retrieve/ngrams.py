@@ -1,6 +1,7 @@
-"""Texts as counted n-grams, n = 1 to 4, over numbers instead of words: what BLEU compares, tokenised as sacrebleu does (13a).
+"""Texts as counted n-grams, n = 1 to 4, which BLEU compares: numbers instead of words, tokenised as sacrebleu does
+(13a).
 
-A number stands for one n-gram of the bank; numbers of one order follow each other, so that `bounds` tells a number's order.
+A number stands for one n-gram of the bank; numbers of one order follow each other, so `bounds` tells a number's order.
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ ENTITIES = (("&quot;", '"'), ("&amp;", "&"), ("&lt;", "<"), ("&gt;", ">"))
 
 
 def words_13a(text: str) -> list[str]:
-    """The words of `text` by mteval-v13a, as sacrebleu has them. Rules that a text does not need are skipped: five times as fast."""
+    """The words of `text` by mteval-v13a, as sacrebleu has them. Skipping rules that a text needs not is 5 times as
+    fast.
+    """
     line = text.rstrip()
     for old, new in UNMARKED if "\n" in line or "<skipped>" in line else ():
         line = line.replace(old, new)
@@ -64,7 +67,8 @@ class NgramCounts:
 class BankNgrams:
     """The n-grams of a bank of texts. N-grams that only other texts have match nothing and are left out.
 
-    All that grows with the bank lies in NumPy arrays, which processes of a node share without a copy; the words are a dict.
+    All that grows with the bank lies in NumPy arrays, which processes of a node share without a copy; the words are a
+    dict.
     """
 
     def __init__(self, bank: Sequence[str]):
@@ -102,7 +106,7 @@ class BankNgrams:
         return np.array(numbers, dtype=np.int64), np.array(lengths, dtype=np.int64)
 
     def _key(self, number: np.ndarray, words: np.ndarray, lengths: np.ndarray, n: int) -> np.ndarray:
-        """Key of the (n + 1)-gram that begins at each place, from the number of the n-gram there; -1 where there is none."""
+        """The key of the (n + 1)-gram that begins at each place, from the n-gram's number there; -1: there is none."""
         last = np.full_like(words, -1)
         last[: max(len(words) - n, 0)] = words[n:]
         fits = np.repeat(np.cumsum(lengths), lengths) - np.arange(len(words)) > n

@@ -1,7 +1,7 @@
 """Rows on disk, in Parquet, read and written in parts, so that memory is bounded whatever their number.
 
-What many workers make lies in pieces, one file for each range of rows. A piece is there whole or not at all; joined, pieces are
-one file, byte-identical whoever made them.
+What many workers make lies in pieces, one file for each range of rows. A piece is there whole or not at all; joined,
+pieces are one file, byte-identical whoever made them.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pi_ray.run.artifact import refuse_extension_types, write_atomic
 
 GROUP_ROWS = 4096  # rows that are read at once
 SCHEMA = pa.schema({
-    "id": pa.string(), "query": pa.string(), "answer": pa.string(), "group": pa.string(), "documents": pa.list_(pa.string()),
+    **dict.fromkeys(("id", "query", "answer", "group"), pa.string()), "documents": pa.list_(pa.string()),
 })
 PARQUET = {"compression": "zstd", "write_page_checksum": True}
 
