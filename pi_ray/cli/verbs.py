@@ -7,11 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from pi_ray import config
-from pi_ray.config import run_file
-
 if TYPE_CHECKING:
     from rich.console import Console
+
+    from pi_ray.config import RunConfig
 
 Argument = Callable[[argparse.ArgumentParser], object]
 Function = Callable[[argparse.Namespace, "Console"], None]
@@ -47,10 +46,12 @@ OVERRIDES = argument(
 )
 
 
-def load_config(args: argparse.Namespace) -> config.RunConfig:
+def load_config(args: argparse.Namespace) -> RunConfig:
     """The run that RUN and OVERRIDES name. Raises ConfigError for mistakes in it."""
+    from pi_ray.config.run_file import load_run_file
+
     path = args.config / "run.yaml" if args.config.is_dir() else args.config
-    return run_file.load_run_file(path, args.overrides)
+    return load_run_file(path, args.overrides)
 
 
 def run_folder(args: argparse.Namespace) -> Path:

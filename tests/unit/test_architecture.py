@@ -1,4 +1,4 @@
-"""Imports go one way: no two files import each other in a circle, and no folder imports one that stands above it."""
+"""Architecture: imports go one way and never round in a circle, and a name means one thing in all of pi_ray."""
 
 import ast
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-# From the ground up. What shares a line must not import its neighbours there.
+# From the ground up. Folders on one line must not import each other.
 FLOORS = [
     ["errors", "progress"],
     ["registry"],
@@ -76,11 +76,12 @@ def test_every_module_stands_on_a_floor(graph):
 
 
 def test_no_folder_imports_one_above_it(graph):
+    floor = {module: FLOOR.get(folder_of(module), -1) for module in graph}
     up = [
         f"{module} imports {target}"
         for module, targets in graph.items()
         for target in targets
-        if folder_of(module) != folder_of(target) and FLOOR.get(folder_of(target), -1) >= FLOOR.get(folder_of(module), -1)
+        if folder_of(module) != folder_of(target) and floor[target] >= floor[module]
     ]
     assert up == [], "\n".join(sorted(up))
 
@@ -97,6 +98,48 @@ def test_no_files_import_each_other_in_a_circle(graph):
 
     for module in sorted(graph):
         visit(module, ())
+
+
+def definitions(kind: type | tuple[type, ...]) -> dict[str, list[str]]:
+    """Name -> the modules that define a class or function of that name at their top level."""
+    found: dict[str, list[str]] = {}
+    for module, path in modules().items():
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, kind):
+                found.setdefault(node.name, []).append(module)
+    return found
+
+
+def test_no_two_classes_share_a_name():
+    assert {name: where for name, where in definitions(ast.ClassDef).items() if len(where) > 1} == {}
+
+
+def test_no_two_modules_have_a_public_function_of_one_name():
+    """Verbs of the command line and steps of the pipeline are named alike on purpose."""
+    shared = {}
+    for name, where in definitions((ast.FunctionDef, ast.AsyncFunctionDef)).items():
+        others = [m for m in where if m != "pipeline" and not m.startswith("cli.")]
+        if len(others) > 1 and name != "main" and not name.startswith("_"):
+            shared[name] = others
+    assert shared == {}
+
+
+def test_nobody_imports_a_private_name_of_another_folder():
+    found = []
+    for module, path in modules().items():
+        folder = module if path.name == "__init__.py" else module.rpartition(".")[0]
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("pi_ray"):
+                other = node.module.removeprefix("pi_ray").removeprefix(".").rpartition(".")[0]
+                private = [a.name for a in node.names if a.name.startswith("_") and not a.name.startswith("__")]
+                found += [f"{module} imports {node.module}.{name}" for name in private if other != folder]
+    assert found == []
+
+
+def test_every_folder_says_what_it_holds():
+    folders = [path for path in modules().values() if path.name == "__init__.py"]
+    assert [str(p) for p in folders if not ast.get_docstring(ast.parse(p.read_text(encoding="utf-8")))] == []
+    assert {p.parent for p in folders} == {p.parent for p in modules().values()}
 
 
 def test_few_modules_lie_at_the_top():

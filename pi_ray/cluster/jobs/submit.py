@@ -28,7 +28,7 @@ from pi_ray.cluster import auth
 from pi_ray.cluster.jobs import bundle
 from pi_ray.config import RunConfig, run_file
 from pi_ray.errors import ClusterError
-from pi_ray.progress import Seen
+from pi_ray.progress import LogProgress
 
 if TYPE_CHECKING:
     from ray.job_submission import JobDetails
@@ -52,7 +52,7 @@ def submit_run(path: Path, overrides: Sequence[str], step: str, address: str, co
     """
     path = path / "run.yaml" if path.is_dir() else path
     bundle.refuse_secrets(overrides)
-    config, folder = run_file.check(RunConfig, run_file.read(path), str(path), overrides), path.resolve().parent
+    config, folder = run_file.validate_yaml(RunConfig, run_file.read_run_file(path), str(path), overrides), path.resolve().parent
     bundle.refuse_secrets((), config)
     bundle.refuse_local_models(config)
     jobs = Jobs(auth.address_of(address, config.cluster.address))
@@ -82,10 +82,10 @@ def follow_job(jobs: Jobs, job: str, console: Console) -> int:
     """Print the job's log until it ends. On a terminal, progress stays in one line below."""
     try:
         with console.status("waiting for the job to start") if console.is_terminal else nullcontext() as live:
-            seen = Seen()
+            seen = LogProgress()
 
             def print_line(line: str) -> None:
-                progress = seen.take(line)
+                progress = seen.read_line(line)
                 if live:
                     live.update(escape(str(seen)) or "running")
                 if not (live and progress):
@@ -147,11 +147,11 @@ class Jobs:
             )
         return next((job for job in found if job.status not in ENDED), found[0])
 
-    def seen(self, job: JobDetails) -> Seen:
+    def seen(self, job: JobDetails) -> LogProgress:
         """The progress of a job, from its log."""
-        seen = Seen()
-        for line in self.log(_id(job)).splitlines():
-            seen.take(line)
+        seen = LogProgress()
+        for line in self.log(submission_id(job)).splitlines():
+            seen.read_line(line)
         return seen
 
     def log(self, job: str) -> str:
@@ -176,7 +176,7 @@ class Jobs:
             same = (job for job in jobs if all(_facts(job).get(key) == facts[key] for key in place))
             if running := next((job for job in same if job.status not in ENDED), None):
                 return self._attach(running, facts), False
-            numbers = [int(m[1]) for job in jobs if (m := re.fullmatch(rf"{re.escape(name)}-(\d+)", _id(job)))]
+            numbers = [int(m[1]) for job in jobs if (m := re.fullmatch(rf"{re.escape(name)}-(\d+)", submission_id(job)))]
             job_id = f"{name}-{max(numbers, default=0) + 1}"  # older jobs may have been deleted
             submit = partial(
                 self.client.submit_job, entrypoint=command, submission_id=job_id, metadata=facts, runtime_env=packages,
@@ -198,7 +198,7 @@ class Jobs:
                 f"({_facts(job)['pi_ray.step']}), and its settings or inputs are not these: "
                 f"'pi-ray stop {job.submission_id}' ends it, another name makes this a run of its own"
             )
-        return _id(job)
+        return submission_id(job)
 
     def tail(self, job: str, take: Callable[[str], None]) -> None:
         """Hand each line of the job's log to `take` until the job ends, over lost connections too."""
@@ -308,7 +308,7 @@ def _facts(job: JobDetails) -> dict[str, str]:
     return job.metadata or {}
 
 
-def _id(job: JobDetails) -> str:
+def submission_id(job: JobDetails) -> str:
     return job.submission_id or ""
 
 
