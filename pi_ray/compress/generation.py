@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import os
 import string
-from dataclasses import dataclass
 from functools import lru_cache
 
 from pi_ray.compress import cache, words
@@ -39,14 +38,14 @@ MIN_REMOVED = 0.03  # a round that removes less of the remaining words is the la
 MIN_ORIGINAL = 0.5  # an answer with fewer of its words in the text is not a compression of it
 
 
-@dataclass
 class RemovalState:
     """A text that the model compresses: its words, and the round in which each one was removed, 0 while it remains."""
 
-    pieces: list[words.Span]
-    removed_in: list[int]
-    rounds: int = 0
-    done: bool = False  # the model removes no more
+    def __init__(self, text: str):
+        self.pieces = words.word_spans(text)
+        self.removed_in = [0] * len(self.pieces)
+        self.rounds = 0
+        self.done = False  # the model removes no more
 
     def remaining(self) -> list[int]:
         return [i for i, round_ in enumerate(self.removed_in) if not round_]
@@ -78,7 +77,7 @@ class GenerationCompressor:
         except MissingExtraError:
             raise MissingExtraError("compress.name 'generation' needs: pip install 'pi-ray[closed]'") from None
         self.config = config
-        self._state = lru_cache(CACHED_TEXTS)(_start)
+        self._state = lru_cache(CACHED_TEXTS)(RemovalState)
 
     def compress(self, text: str, rate: float) -> str:
         state = self._state(text)
@@ -125,11 +124,6 @@ class GenerationCompressor:
             return self.service.chat(self.config.model, prompt, max_tokens).text
         except TrainingError as error:
             raise ModelError(f"compress.name generation: {error}") from None
-
-
-def _start(text: str) -> RemovalState:
-    pieces = words.word_spans(text)
-    return RemovalState(pieces, [0] * len(pieces))
 
 
 def _van_der_corput(n: int) -> float:

@@ -89,7 +89,7 @@ class MbppTask(DatasetTask):
     def _sandbox(self) -> Sandbox:
         """Created for the first program; its protections are printed then."""
         sandbox = Sandbox(unsafe_local=self.config.unsafe_local_execution)
-        print("generated code runs with these protections:", *sandbox.protections(), sep="\n  ", file=sys.stderr)
+        print("generated code runs with these protections:", *sandbox.protections, sep="\n  ", file=sys.stderr)
         return sandbox
 
     @cached_property

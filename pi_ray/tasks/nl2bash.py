@@ -34,7 +34,8 @@ class Nl2BashTask(DatasetTask):
         chosen = self.most_used(
             utilities, pages,
             "holds no page of a utility in the training commands: it must be a folder of tldr pages (find.md, "
-            "grep.md), published on GitHub as tldr-pages/tldr (pages/common); without task.docs the task's own documents serve",
+            "grep.md), published on GitHub as tldr-pages/tldr (pages/common); without task.docs the documents that "
+            "ship with the task are used",
         )  # fmt: skip
         return tuple(_document(pages[utility], self.config.docs_examples) for utility in chosen)
 

@@ -429,7 +429,7 @@ def test_memory_stays_flat_over_500_programs(sandbox):
 
 
 def test_what_is_printed_as_protection_names_each_wall(sandbox):
-    text = "\n".join(sandbox.protections())
+    text = "\n".join(sandbox.protections)
     for word in (
         "network: none", "own tree", "read-only", "private /tmp of 16 MiB", "no capabilities", "nproc 8",
         "wall time: 2 s",
@@ -488,7 +488,7 @@ def test_a_sandbox_that_breaks_later_is_an_error_and_not_a_wrong_answer(fake):
 def test_unsafe_local_says_so_and_still_judges_and_limits(fake):
     fake("unshare", "exit 1")
     sandbox = Sandbox(parallel=2, unsafe_local=True)
-    assert sandbox.protections()[0].startswith("NO WALLS")
+    assert sandbox.protections[0].startswith("NO WALLS")
     codes = (
         "def f(): return 1", "def f(): return 2", "import os\nos._exit(0)", "bytearray(4 << 30)",
         "import os\nos.fork()\nwhile True: pass",
@@ -502,7 +502,7 @@ def test_unsafe_local_says_so_and_still_judges_and_limits(fake):
 
 
 def test_unsafe_local_keeps_the_walls_where_there_can_be_walls():
-    assert "network: none" in Sandbox(unsafe_local=True).protections()[0]
+    assert "network: none" in Sandbox(unsafe_local=True).protections[0]
 
 
 def test_tests_that_prove_nothing_are_refused(sandbox):

@@ -3,7 +3,7 @@
 Three parts that trust each other one way: jail.py puts walls around a process, harness.py runs in it, judge.py decides
 outside, by value. An exit code or a printed word counts for nothing. A hostile program can still use up its limits (at
 most `processes` times `memory_mib`, `seconds` long; there is no other bound on the sum), see the folders that
-`protections()` names, learn the machine's time and kernel version, attack the kernel through its system calls (there is
+`protections` names, learn the machine's time and kernel version, attack the kernel through its system calls (there is
 no seccomp filter), and use the gap that judge.py names for asserts without a literal.
 """
 
@@ -80,7 +80,7 @@ class Sandbox:
     """Runs at most `parallel` programs at a time (0: as many as this process has cores), for any thread.
 
     The constructor runs a probe inside and raises ConfigError where a wall does not hold, unless `unsafe_local`: then
-    programs run as plain processes with resource limits and a scratch folder, which `protections()` says.
+    programs run as plain processes with resource limits and a scratch folder, which `protections` says.
     """
 
     def __init__(self, limits: Limits = Limits(), parallel: int = 0, unsafe_local: bool = False):
@@ -90,23 +90,20 @@ class Sandbox:
         self._users: queue.SimpleQueue[int] = queue.SimpleQueue()
         for _ in range(self.parallel):
             self._users.put(user_id())
+        self.protections: tuple[str, ...]  # a sentence each; with walls, each was seen to hold when this was made
         self._jail: Jail | None = None
         try:
             self._jail = Jail()
-            self._protections = self._probe(self._jail)
+            self.protections = self._probe(self._jail)
         except OSError as error:
             if not unsafe_local:
                 raise ConfigError(f"generated code cannot be run safely here: {error}. {CURE}") from None
             self._jail = None
-            self._protections = (
+            self.protections = (
                 "NO WALLS: generated code runs with this user's rights, can change this user's files and use the "
                 f"network ({error})",
                 f"{describe_limits(_resource_limits(limits, walled=False))}; {limits.seconds:g} s of wall time",
             )
-
-    def protections(self) -> tuple[str, ...]:
-        """The protections, a sentence each; with walls, each was seen to hold when this Sandbox was made."""
-        return self._protections
 
     def run(self, program: Program) -> Verdict:
         """Raises DataError when the tests are unusable, ConfigError when the sandbox itself no longer starts."""
