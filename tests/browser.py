@@ -16,7 +16,10 @@ from typing import Any
 
 import pytest
 
-QUIET = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync", "--no-proxy-server"]
+QUIET = [
+    "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
+    "--disable-component-update", "--disable-sync", "--no-proxy-server",
+]
 
 
 def chromium() -> str:
@@ -42,7 +45,10 @@ class Browser:
         inward, out = (_above_ten(end) for end in (inward, out))
         command = f'exec "$@" 3<&{inward} 4>&{out}'  # the browser reads commands from 3 and writes answers to 4
         arguments = [chromium(), *QUIET, f"--user-data-dir={profile}", "--remote-debugging-pipe", "about:blank"]
-        self._process = subprocess.Popen(["bash", "-c", command, "sh", *arguments], pass_fds=(inward, out), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+        self._process = subprocess.Popen(
+            ["bash", "-c", command, "sh", *arguments], pass_fds=(inward, out), stderr=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+        )
         os.close(inward)
         os.close(out)
         self._numbers = itertools.count(1)
@@ -66,7 +72,9 @@ class Browser:
     def call(self, method: str, **params: Any) -> dict[str, Any]:
         """A command of the DevTools protocol and its result."""
         number = next(self._numbers)
-        message = {"id": number, "method": method, "params": params, **({"sessionId": self._session} if self._session else {})}
+        message = {
+            "id": number, "method": method, "params": params, **({"sessionId": self._session} if self._session else {}),
+        }
         os.write(self._to, json.dumps(message).encode() + b"\0")
         while True:
             answer = self._read()
@@ -94,7 +102,9 @@ class Browser:
             self.errors.append(f"{params['entry']['text']} {params['entry'].get('url', '')}")
 
     def size(self, width: int, height: int) -> None:
-        self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 600)
+        self.call(
+            "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 600
+        )
 
     def open(self, url: str) -> None:
         self.call("Page.navigate", url=url)

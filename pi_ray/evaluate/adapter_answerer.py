@@ -58,7 +58,7 @@ class AdapterAnswerer:
                 "prefix_tokens": sent,
                 **median_latencies(seconds[c.name]),
                 **probes[c.name],
-            })  # fmt: skip
+            })
         return answers
 
     def _generate(
@@ -101,7 +101,7 @@ class AdapterAnswerer:
         return {
             "updates": len(updates), "seconds": round(seconds, 1), "tokens": sum(e["tokens"] for e in updates),
             "workers": config.train.workers, **{k: teacher[k] for k in ("queries", "answered", "kept") if k in teacher},
-        }  # fmt: skip
+        }
 
 
 def _hardware() -> str:

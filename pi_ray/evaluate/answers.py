@@ -15,7 +15,7 @@ RowWatch = Callable[[str, int, int], None]  # (column, rows done, rows in all)
 
 
 class AnswerLengths(NamedTuple):
-    """In tokens: the most that an answer may have, and those of a typical one, with which requests are timed."""
+    """In tokens: the limit of an answer, and a typical length, with which requests are timed."""
 
     limit: int
     typical: int

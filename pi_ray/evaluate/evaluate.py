@@ -29,9 +29,7 @@ from pi_ray.run.directory import RunDir
 
 
 def evaluate_run(
-    config: RunConfig,
-    watch: RowWatch = lambda column, done, total: None,
-    columns: Sequence[Column] = (),
+    config: RunConfig, watch: RowWatch = lambda column, done, total: None, columns: Sequence[Column] = (),
     answerer: Answerer | None = None,
 ) -> dict[str, Any]:
     """Write eval/summary.json, samples.jsonl and outputs.jsonl, and return the summary.
@@ -63,7 +61,7 @@ def evaluate_run(
         "max_new_tokens": lengths.limit, "latency_new_tokens": lengths.typical,
         "groups": groups, **answerer.environment(),
         "train": {name: answerer.training_facts(c) for name, c in trainings.items() if name in answers},
-    }  # fmt: skip
+    }
     for name, column in scored.items():
         own = {**column.summarise(), **answers[name].measured, "groups": column.summarise_groups(groups)}
         summary[name] = {"label": LABELS.get(name, name), **own}

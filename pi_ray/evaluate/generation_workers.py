@@ -51,7 +51,7 @@ def run_work(
         work, Generator, config.model, config.prompt, adapters, lengths,
         actors=actors or gpus or 1, sync=storage_sync.sync_for(config.root),
         **resources, **placement.worker_options(config, "evaluate"),
-    )  # fmt: skip
+    )
 
 
 class Generator:

@@ -33,9 +33,7 @@ class HostedAnswerer:
     """
 
     def __init__(
-        self,
-        config: RunConfig,
-        confirm: Callable[[str], bool] = hosted.ask_on_terminal,
+        self, config: RunConfig, confirm: Callable[[str], bool] = hosted.ask_on_terminal,
         wait: Callable[[float], None] = time.sleep,
     ):
         self.config, self.run, self.model = config, RunDir(config.root), config.closed.model
@@ -68,7 +66,7 @@ class HostedAnswerer:
                 "output_tokens": fmean(_first(r.output_tokens, len(encoder.answer(r.text))) for r in found),
                 "prefix_tokens": round(sent * prefix / fmean(counts)),
                 "latency_s": median(r.seconds for r in found),
-            })  # fmt: skip
+            })
         return answers
 
     def environment(self) -> dict[str, Any]:

@@ -19,8 +19,17 @@ class LoadedAdapters:
 
     def load(self, folder: str) -> None:
         """Load `folder` unless it is loaded; "" is the base model."""
-        if folder and folder not in self._names:
-            self._names[folder] = self._add(folder)
+        from peft import PeftModel
+
+        if not folder or folder in self._names:
+            return
+        name = self._names[folder] = f"adapter{len(self._names) + 1}"
+        self._active = None
+        if self.model is self.base:
+            self.model = PeftModel.from_pretrained(self.base, folder, adapter_name=name)
+        else:
+            self.model.load_adapter(folder, adapter_name=name)
+        self.model.eval()
 
     def activate(self, folder: str) -> None:
         """Make `model` compute with the adapter of `folder` alone, which must be loaded; "" is the base model alone."""
@@ -50,15 +59,3 @@ class LoadedAdapters:
                 self.model.unmerge_adapter()
             for p, value in zip(weights, before, strict=True):  # unmerging leaves rounding
                 p.data.copy_(value)
-
-    def _add(self, folder: str) -> str:
-        from peft import PeftModel
-
-        name = f"adapter{len(self._names) + 1}"
-        self._active = None
-        if self.model is self.base:
-            self.model = PeftModel.from_pretrained(self.base, folder, adapter_name=name)
-        else:
-            self.model.load_adapter(folder, adapter_name=name)
-        self.model.eval()
-        return name

@@ -44,8 +44,8 @@ class ScoredAnswers:
 
     def _of_group(self, group: str) -> ScoredAnswers:
         chosen = [i for i, row in enumerate(self.rows) if row.group == group]
-        rows, texts, scores = ([column[i] for i in chosen] for column in (self.rows, self.texts, self.scores))
-        return replace(self, rows=rows, texts=texts, scores=scores)
+        rows, texts = [self.rows[i] for i in chosen], [self.texts[i] for i in chosen]
+        return replace(self, rows=rows, texts=texts, scores=[self.scores[i] for i in chosen])
 
 
 def score_rows(task: Task, rows: Sequence[Row], texts: Sequence[str]) -> list[dict[str, float]]:

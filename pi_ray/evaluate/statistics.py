@@ -12,7 +12,7 @@ from itertools import chain
 from typing import Any
 
 import numpy as np
-from sacrebleu.metrics import BLEU
+from sacrebleu.metrics.bleu import BLEU
 
 from pi_ray.errors import DataError
 
@@ -52,7 +52,7 @@ def bleu_of(statistics: np.ndarray) -> float:
     return BLEU.compute_bleu(counts[:4], counts[4:8], counts[8], counts[9], smooth_method="exp").score
 
 
-def mean_interval(values: Sequence[float], bootstrap: int, seed: int) -> tuple[float, float, float]:
+def mean_interval(values: Sequence[float] | np.ndarray, bootstrap: int, seed: int) -> tuple[float, float, float]:
     """(mean, low, high): the 2.5th and 97.5th percentile of the mean over `bootstrap` resamples.
 
     Raises DataError without values.
@@ -149,7 +149,7 @@ def _scores_over_seeds(
     if len({a.shape[1] for a in arrays}) != 1:
         raise DataError(f"columns of {', '.join(str(a.shape[1]) for a in arrays)} rows; all need the same rows")
     rows = arrays[0].shape[1]
-    picks = (rng.integers(0, rows, rows) for _ in range(bootstrap))
+    picks = (rng.integers(0, rows, (rows,)) for _ in range(bootstrap))
     drawn = [[_resampled_score(a, picked, score, rng) for a in arrays] for picked in picks]
     return [np.mean([score(seed) for seed in a]) for a in arrays], np.array(drawn)
 

@@ -155,11 +155,8 @@ def _link(source: Path | str, target: Path | str) -> None:
 
 
 def run_sweep(
-    sweep: Sweep,
-    prepare: Callable[[RunConfig], None],
-    train: Callable[[RunConfig], None],
-    evaluate: Callable[[SweepRun], Any],
-    tell: Callable[[str], None],
+    sweep: Sweep, prepare: Callable[[RunConfig], None], train: Callable[[RunConfig], None],
+    evaluate: Callable[[SweepRun], Any], tell: Callable[[str], None],
 ) -> None:
     """All runs in turn, first seed first: a sweep that is stopped has one seed of every column before two of any."""
     for i, run in enumerate(sweep.runs, start=1):

@@ -17,16 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from pi_ray.evaluate import statistics
 from pi_ray.evaluate.latency import KINDS
-from pi_ray.evaluate.statistics import (
-    bleu_of,
-    bleu_statistics,
-    difference_over_seeds,
-    gap_recovered,
-    over_seeds,
-    paired_bleu,
-    paired_mean,
-)
 from pi_ray.experiments.sweep import Sweep, SweepRun
 from pi_ray.report import cost
 from pi_ray.report.summary import format_metric, format_seconds, metric_name, terminal_table
@@ -63,13 +55,13 @@ class ColumnResults:
     def statistics(self) -> list[np.ndarray]:
         """One array a seed, (rows, ...), of which `score_function` makes the metric."""
         if self.metric == "bleu":
-            return [bleu_statistics(self.outputs(i), self.answers(i)) for i in range(len(self.rows))]
+            return [statistics.bleu_statistics(self.outputs(i), self.answers(i)) for i in range(len(self.rows))]
         return [np.array(self.scores(i)) for i in range(len(self.rows))]
 
     @cached_property
     def measured(self) -> tuple[float, float, float]:
         """(value, low, high) over seeds and rows."""
-        return over_seeds(self.statistics, *self.bootstrap, score=score_function(self.metric))
+        return statistics.over_seeds(self.statistics, *self.bootstrap, score=score_function(self.metric))
 
     def answers(self, i: int) -> list[str]:
         return [r["answer"] for r in self.rows[i]]
@@ -85,7 +77,7 @@ class ColumnResults:
 
 
 def score_function(metric: str) -> Any:
-    return (lambda rows: bleu_of(rows.sum(axis=0))) if metric == "bleu" else np.mean
+    return (lambda rows: statistics.bleu_of(rows.sum(axis=0))) if metric == "bleu" else np.mean
 
 
 def read_results(sweep: Sweep) -> list[ColumnResults]:
@@ -114,7 +106,7 @@ def table_rows(sweep: Sweep, columns: Sequence[ColumnResults], latencies: Latenc
     names = {
         "metric": metric_name(metric), "currency": base.cost.currency, "groups": " / ".join(groups) or "groups",
         "mine": sweep.config.columns[sweep.config.mine].label,
-    }  # fmt: skip
+    }
     yield ["", *(h.format(**names) for h in (*QUALITY, *REQUEST)), *(f"paper, {model}" for model in paper.rows)]
     whole = _whole_tokens(sweep, columns)
     for c in columns:
@@ -149,7 +141,7 @@ def _difference_cells(mine: ColumnResults | None, other: ColumnResults) -> list[
     if mine is None or mine is other:
         return [NOTHING, NOTHING]
     scale, score = 1 if mine.metric == "bleu" else 100, score_function(mine.metric)
-    found = difference_over_seeds(mine.statistics, other.statistics, *mine.bootstrap, score=score)
+    found = statistics.difference_over_seeds(mine.statistics, other.statistics, *mine.bootstrap, score=score)
     difference, low, high = (scale * v for v in found)
     p_values = ", ".join(_p_value(mine, i, other) for i in range(len(mine.runs)))
     return [f"{difference:+.1f} ({low:+.1f} to {high:+.1f})", p_values]
@@ -158,9 +150,9 @@ def _difference_cells(mine: ColumnResults | None, other: ColumnResults) -> list[
 def _p_value(mine: ColumnResults, i: int, other: ColumnResults) -> str:
     j = next((j for j, r in enumerate(other.runs) if r.seed == mine.runs[i].seed), 0)
     if mine.metric == "bleu":
-        *_, p = paired_bleu(mine.outputs(i), other.outputs(j), mine.answers(i), *mine.bootstrap)
+        *_, p = statistics.paired_bleu(mine.outputs(i), other.outputs(j), mine.answers(i), *mine.bootstrap)
     else:
-        *_, p = paired_mean(mine.scores(i), other.scores(j), *mine.bootstrap)
+        *_, p = statistics.paired_mean(mine.scores(i), other.scores(j), *mine.bootstrap)
     return f"{p:.3f}" if p >= 0.001 else "<0.001"
 
 
@@ -180,7 +172,8 @@ def recovered_gap(sweep: Sweep, columns: Sequence[ColumnResults]) -> tuple[str, 
         return "", None
     mine, none, full = (named[name] for name in wanted)
     score = score_function(sweep.config.metric)
-    found, low, high, resolved = gap_recovered([c.statistics for c in (mine, none, full)], score, *mine.bootstrap)
+    values = [c.statistics for c in (mine, none, full)]
+    found, low, high, resolved = statistics.gap_recovered(values, score, *mine.bootstrap)
     if not resolved or math.isnan(found):
         upper, lower = (f"{c.label} {format_metric(sweep.config.metric, c.measured[0], 1)}" for c in (full, none))
         return f"No gap to recover at this size: {upper} is not clearly above {lower}.", None
@@ -199,7 +192,7 @@ def result_entries(
             "table": sweep.config.table, "column": column, "task": summary["task"], "model": summary["model"],
             "seed": facts.pop("seed", None), "metric": metric, "value": value, "low": low, "high": high,
             "test_rows": summary["test_rows"], "train_rows": summary["train_rows"], **facts, "command": command,
-        }  # fmt: skip
+        }
 
     entries = []
     for c in columns:
@@ -213,7 +206,7 @@ def result_entries(
                     seconds_per_instance=round(seconds, 3),
                 )
                 for metric, interval in own["intervals"].items()
-            ]  # fmt: skip
+            ]
     _, recovered = recovered_gap(sweep, columns)
     if recovered:
         first = columns[0].summaries[0]

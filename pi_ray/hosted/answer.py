@@ -21,12 +21,8 @@ PARALLEL = 8  # requests at a time
 
 
 def replies(
-    config: RunConfig,
-    model: str,
-    prompts: Sequence[str],
-    limit: int,
-    watch: Callable[[int, int], None] = lambda done, total: None,
-    wait: Callable[[float], None] = time.sleep,
+    config: RunConfig, model: str, prompts: Sequence[str], limit: int,
+    watch: Callable[[int, int], None] = lambda done, total: None, wait: Callable[[float], None] = time.sleep,
 ) -> list[Reply]:
     """The model's reply to each prompt, greedy, at most `limit` tokens.
 

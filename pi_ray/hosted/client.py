@@ -86,10 +86,11 @@ class Service:
     def create_job(self, file: str, model: str, suffix: str, seed: int, **hyperparameters: float) -> Any:
         """A fine-tuning job, never two of one file: each try looks first, since a lost connection may have made one."""
 
+        settings: Any = {"suffix": suffix, "seed": seed, "hyperparameters": hyperparameters}
+
         def request() -> Any:
-            return self._job_on(file) or self.client.fine_tuning.jobs.create(
-                model=model, training_file=file, suffix=suffix, seed=seed, hyperparameters=hyperparameters,
-            )
+            jobs = self.client.fine_tuning.jobs
+            return self._job_on(file) or jobs.create(model=model, training_file=file, **settings)
 
         return self._tried(f"fine-tuning {model}", request)
 
@@ -122,8 +123,8 @@ class Service:
             )
             seconds, usage = time.perf_counter() - start, done.usage
             text = (done.choices[0].message.content or "") if done.choices else ""
-            tokens = (usage.prompt_tokens, usage.completion_tokens) if usage else (None, None)
-            return Reply(text.strip(), *tokens, seconds)
+            sent, written = (usage.prompt_tokens, usage.completion_tokens) if usage else (None, None)
+            return Reply(text.strip(), sent, written, seconds)
 
         return self._tried(f"asking {model}", request)
 
@@ -165,7 +166,7 @@ class Service:
 
 def _pause(error: Any, attempt: int) -> float:
     """Seconds to wait: those of Retry-After, else twice as long each time, varied so that threads do not meet."""
-    response = getattr(error, "response", None)
+    response: Any = getattr(error, "response", None)
     try:
         return min(max(0.0, float(response.headers["retry-after"])), LONGEST_WAIT_S)
     except (AttributeError, KeyError, ValueError):

@@ -42,7 +42,8 @@ class TokenEstimate:
         return (
             f"{tuning}Evaluation on {self.rows:,} rows takes "
             f"about {self.input:,} input and {self.output:,} output tokens, {evaluation}. "
-            f"Together about {both} at the prices of the block 'closed', tokens counted as {config.model.base} has them."
+            f"Together about {both} at the prices of the block 'closed', "
+            f"tokens counted as {config.model.base} has them."
         )
 
 
@@ -70,11 +71,8 @@ def estimate_tokens(config: RunConfig, phases: Sequence[int], prompts: Sequence[
 
 
 def confirm_cost(
-    config: RunConfig,
-    phases: Sequence[int],
-    prompts: Sequence[ColumnPrompt],
-    tell: Callable[[str], None],
-    confirm: Callable[[str], bool],
+    config: RunConfig, phases: Sequence[int], prompts: Sequence[ColumnPrompt],
+    tell: Callable[[str], None], confirm: Callable[[str], bool],
 ) -> None:
     """Have the cost confirmed, or only told with closed.confirmed. Raises TrainingError when it is declined."""
     sentence = estimate_tokens(config, phases, prompts).sentence(config)

@@ -59,11 +59,8 @@ def tuned_phases(config: RunConfig) -> list[dict[str, Any]]:
 
 
 def tune(
-    config: RunConfig,
-    watch: Listener = lambda entry: None,
-    confirm: Callable[[str], bool] = lambda sentence: False,
-    columns: Sequence[str] = COLUMNS,
-    wait: Callable[[float], None] = time.sleep,
+    config: RunConfig, watch: Listener = lambda entry: None, confirm: Callable[[str], bool] = lambda sentence: False,
+    columns: Sequence[str] = COLUMNS, wait: Callable[[float], None] = time.sleep,
 ) -> str:
     """Fine-tune through the phases and return the last one's model id, at once when it is known. The same call resumes.
 
@@ -191,9 +188,7 @@ class _Phase:
 
     def _finish(self, job: Any, losses: dict[int, float]) -> None:
         if not job.fine_tuned_model:
-            raise TrainingError(
-                f"phase {self.stage.index}: job {job.id} succeeded, but the service names no model for it"
-            )
+            raise TrainingError(f"phase {self.stage.index}: job {job.id} succeeded, but the service names no model")
         self._log(losses)
         tokens = job.trained_tokens or price.phase_tokens(self.config, self.stage.index, self.stage.epochs)
         seconds = job.finished_at - job.created_at if job.finished_at else 0

@@ -120,7 +120,8 @@ def quality_chart(summary: dict[str, Any], metric: str) -> str:
     top_value = 100 if metric == "bleu" else 1
     height = len(blocks) * (gap + step * len(found))
     panel = Panel(190, 6, WIDTH - 190 - 210, height, (0, top_value), (0, 1))
-    marks = [(panel.px(value), numbers.format_metric(metric, value)) for value in _quarters(top_value)]
+    quarters = [top_value * i / 4 for i in range(5)]
+    marks = [(panel.px(value), numbers.format_metric(metric, value)) for value in quarters]
     parts = [_rule(x, panel.top + 8, x, height) for x, _ in marks]
     parts += [_text(x, height + 20, name, "middle", MUTED) for x, name in marks]
     y = panel.top
@@ -226,10 +227,6 @@ def ticks(high: float, whole: bool = False) -> list[float]:
     unit = round_up(high / 5)
     unit = max(1, round(unit)) if whole else unit
     return [i * unit for i in range(int(high / unit + 1e-9) + 1)]
-
-
-def _quarters(high: float) -> list[float]:
-    return [high * i / 4 for i in range(5)]
 
 
 def _text(x: float, y: float, text: str, anchor: str, colour: str, bold: bool = False, halo: bool = False) -> str:

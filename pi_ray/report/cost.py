@@ -67,13 +67,9 @@ def break_even(training: float, before: float, after: float) -> int | None:
 def economics(cost: CostConfig, training: float, prices: dict[str, Price]) -> Economics:
     """PromptIntern against the full prompt, each priced without a prefix cache, and each with one."""
     mine, full = prices["promptintern"], prices["base_full_prompt"]
-    return Economics(
-        training,
-        prices,
-        Price(full.uncached - mine.uncached, full.cached - mine.cached),
-        break_even(training, full.uncached, mine.uncached),
-        break_even(training, full.cached, mine.cached),
-    )
+    saving = Price(full.uncached - mine.uncached, full.cached - mine.cached)
+    requests = break_even(training, full.uncached, mine.uncached), break_even(training, full.cached, mine.cached)
+    return Economics(training, prices, saving, *requests)
 
 
 def summary_economics(summary: dict[str, Any], cost: CostConfig) -> Economics:
@@ -86,7 +82,7 @@ def summary_economics(summary: dict[str, Any], cost: CostConfig) -> Economics:
     return economics(cost, trained_cost(cost, trained), prices)
 
 
-def keep_or_switch(summary: dict[str, Any], cost: CostConfig) -> str:
+def verdict(summary: dict[str, Any], cost: CostConfig) -> str:
     """One sentence or two on whether to keep the prompt: first by quality, then by money against the cached prompt."""
     mine, full, metric = summary["promptintern"], summary["base_full_prompt"], numbers.main_metric(summary)
     name = numbers.metric_in_sentence(metric)

@@ -38,7 +38,7 @@ def write_report(run: RunDir, config: RunConfig) -> Path:
     templates = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,
-    )  # fmt: skip
+    )
     templates.filters["svg"] = Markup
     page = templates.get_template("page.html").render(_context(run, config, _read_summary(run)))
     return write_atomic(run.report, _clean(page))
@@ -65,7 +65,7 @@ def _context(run: RunDir, config: RunConfig, summary: dict[str, Any]) -> dict[st
         "summary": summary,
         "names": [(name, numbers.column_label(name, column)) for name, column in found.items()],
         "headline": numbers.headline(summary, phases[-1]),
-        "verdict": cost.keep_or_switch(summary, config.cost),
+        "verdict": cost.verdict(summary, config.cost),
         "findings": list(numbers.findings(summary)),
         "caveats": list(numbers.caveats(summary)),
         "tiles": _tiles(summary, config, metric),

@@ -197,15 +197,15 @@ def findings(summary: dict[str, Any]) -> Iterator[str]:
     """Further results, one sentence or two each: plain fine-tuning (also where it wins), groups, latency."""
     mine, metric = summary["promptintern"], main_metric(summary)
     if plain := summary.get("plain"):
-        yield _against_plain(mine, plain, metric) + _paired(summary, "plain", metric)
-        yield from _largest_gap(summary, metric)
+        yield _plain_sentence(mine, plain, metric) + _paired_sentence(summary, "plain", metric)
+        yield from _largest_gap_sentence(summary, metric)
     else:
         yield (
             "Plain fine-tuning was not evaluated (evaluate.baseline is off), so this page cannot say "
             "how much of the result comes from the prompt and how much from the rows."
         )
-    yield from _taught(summary)
-    yield from _forgotten(summary)
+    yield from _teacher_sentence(summary)
+    yield from _probe_sentences(summary)
     full = summary["base_full_prompt"]
     if mine.get("latency_s") is not None and full.get("latency_cached_s") is not None:
         took = [format_seconds(s) for s in (mine["latency_s"], full["latency_s"], full["latency_cached_s"])]
@@ -215,7 +215,7 @@ def findings(summary: dict[str, Any]) -> Iterator[str]:
         )
 
 
-def _against_plain(mine: dict[str, Any], plain: dict[str, Any], metric: str) -> str:
+def _plain_sentence(mine: dict[str, Any], plain: dict[str, Any], metric: str) -> str:
     ours, theirs = format_metric(metric, mine[metric]), format_metric(metric, plain[metric])
     end = {
         "better": f"reaches {theirs}; PromptIntern's {ours} is better, and the 95% intervals do not overlap.",
@@ -226,7 +226,7 @@ def _against_plain(mine: dict[str, Any], plain: dict[str, Any], metric: str) -> 
     return f"Plain fine-tuning on the same rows, which never sees the prompt, {end}"
 
 
-def _paired(summary: dict[str, Any], other: str, metric: str) -> str:
+def _paired_sentence(summary: dict[str, Any], other: str, metric: str) -> str:
     """The paired test against another column on the same rows, which sees smaller differences than two intervals."""
     found = summary.get("paired", {}).get(other, {}).get(metric)
     if not found:
@@ -237,7 +237,7 @@ def _paired(summary: dict[str, Any], other: str, metric: str) -> str:
     return text + (f"= {p:.3f}." if p >= 0.001 else "< 0.001.")
 
 
-def _taught(summary: dict[str, Any]) -> Iterator[str]:
+def _teacher_sentence(summary: dict[str, Any]) -> Iterator[str]:
     facts = summary.get("train", {}).get("promptintern", {})
     if facts.get("queries"):
         yield (
@@ -248,7 +248,7 @@ def _taught(summary: dict[str, Any]) -> Iterator[str]:
         )
 
 
-def _forgotten(summary: dict[str, Any]) -> Iterator[str]:
+def _probe_sentences(summary: dict[str, Any]) -> Iterator[str]:
     mine, base = summary["promptintern"], summary.get("base", {})
     if "off_task_perplexity" in mine and "off_task_perplexity" in base:
         before, after = base["off_task_perplexity"], mine["off_task_perplexity"]
@@ -265,7 +265,7 @@ def _forgotten(summary: dict[str, Any]) -> Iterator[str]:
         )
 
 
-def _largest_gap(summary: dict[str, Any], metric: str) -> Iterator[str]:
+def _largest_gap_sentence(summary: dict[str, Any], metric: str) -> Iterator[str]:
     """The group where PromptIntern and plain fine-tuning differ most, if their intervals are apart there."""
     mine, plain = summary["promptintern"].get("groups", {}), summary["plain"].get("groups", {})
     shared = [g for g in mine if g in plain and metric in mine[g] and metric in plain[g]]

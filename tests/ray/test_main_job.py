@@ -1,4 +1,6 @@
-"""The whole main job as a person types it, from a folder outside the checkout, on a tiny model, by docs/quickstart.md."""
+"""The whole main job as a person types it, from a folder outside the checkout, on a tiny model, by
+docs/quickstart.md.
+"""
 
 import json
 import os
@@ -25,13 +27,18 @@ pytestmark = pytest.mark.ray
 REPO = Path(__file__).parents[2]
 README, QUICKSTART = (REPO / "README.md").read_text(), (REPO / "docs" / "quickstart.md").read_text()
 CURL = re.search(r"^curl .*?\}'$", QUICKSTART, re.S | re.M).group(0)
-SMALL = "task.rows={train: 16, dev: 6, test: 9} train.batch_size=8 schedule.epochs=1 evaluate.max_new_tokens=4 evaluate.latency_rows=1 train.lora.rank=4"
+SMALL = (
+    "task.rows={train: 16, dev: 6, test: 9} train.batch_size=8 schedule.epochs=1 "
+    "evaluate.max_new_tokens=4 evaluate.latency_rows=1 train.lora.rank=4"
+)
 
 
 def shell(command: str, folder: Path, timeout: int = 400) -> str:
     """Run `command` as pasted into a shell whose PATH has this environment's programs first."""
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "COLUMNS": "160"}
-    done = subprocess.run(["bash", "-c", command], cwd=folder, env=environment, capture_output=True, text=True, timeout=timeout)
+    done = subprocess.run(
+        ["bash", "-c", command], cwd=folder, env=environment, capture_output=True, text=True, timeout=timeout
+    )
     assert done.returncode == 0, f"{command}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
     return done.stdout
 
@@ -105,7 +112,9 @@ def test_the_printed_serve_command_and_curl_line_work_when_pasted(demo):
 def serving(command: str, folder: Path):
     """`command` runs in the background until the block ends; then Ctrl-C must stop it cleanly."""
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    server = subprocess.Popen(["bash", "-c", f"exec {command}"], cwd=folder, env=environment, stdout=subprocess.PIPE, text=True)
+    server = subprocess.Popen(
+        ["bash", "-c", f"exec {command}"], cwd=folder, env=environment, stdout=subprocess.PIPE, text=True
+    )
     try:
         wait_for("http://127.0.0.1:8000/healthz", server)
         yield
@@ -134,7 +143,9 @@ def test_your_own_prompt_in_the_steps_of_the_quickstart(small, tmp_path):
     shell(f"pi-ray run my-task/run.yaml {tiny}", tmp_path)
     assert (tmp_path / "runs" / "my-task" / "report.html").is_file()
     assert "nothing to do" in shell(f"pi-ray prepare my-task/run.yaml {tiny}", tmp_path)
-    assert "Q5 3" in shell(f"pi-ray neighbours my-task/run.yaml --row train-3 {tiny}", tmp_path), "the other row's answer"
+    assert "Q5 3" in shell(f"pi-ray neighbours my-task/run.yaml --row train-3 {tiny}", tmp_path), (
+        "the other row's answer"
+    )
     assert "nothing to do" in shell(f"pi-ray train my-task/run.yaml {tiny}", tmp_path)
     assert "Plain fine-tuning" in shell(f"pi-ray evaluate my-task/run.yaml {tiny}", tmp_path)
     assert "report.html" in shell(f"pi-ray report my-task/run.yaml {tiny}", tmp_path)
@@ -147,7 +158,10 @@ def test_your_own_prompt_in_the_steps_of_the_quickstart(small, tmp_path):
 def test_nl2bash_runs_through_the_same_path(small, tmp_path):
     data = Path(os.environ.get("PI_RAY_DATA") or REPO.parent / "shared" / "data") / "nl2bash"
     assert (data / "train.nl").is_file(), f"NL2Bash is not at {data}; set PI_RAY_DATA to the folder that holds nl2bash/"
-    out = shell(f"pi-ray run {REPO}/jobs/runs/nl2bash.yaml task.folder={data} {small} evaluate.baseline=false train.workers=1", tmp_path)
+    out = shell(
+        f"pi-ray run {REPO}/jobs/runs/nl2bash.yaml task.folder={data} {small} evaluate.baseline=false train.workers=1",
+        tmp_path,
+    )
     assert "phase 0: rate 1, 3 shots" in out
     assert (tmp_path / "runs" / "nl2bash" / "report.html").is_file()
 

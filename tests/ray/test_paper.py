@@ -22,7 +22,11 @@ def small(tiny_model):
 
 def test_a_table_is_run_printed_and_kept_and_goes_on_where_it_was_stopped(small, tmp_path):
     (tmp_path / "paper").mkdir()
-    text = (REPO / "jobs" / "paper" / "distill.yaml").read_text().replace("../../pi_ray/cli/demo.yaml", str(REPO / "pi_ray" / "cli" / "demo.yaml"))
+    text = (
+        (REPO / "jobs" / "paper" / "distill.yaml")
+        .read_text()
+        .replace("../../pi_ray/cli/demo.yaml", str(REPO / "pi_ray" / "cli" / "demo.yaml"))
+    )
     (tmp_path / "paper" / "distill.yaml").write_text(re.sub(r"epochs: \d", "epochs: 1", text))
     command = f"pi-ray table paper/distill.yaml {small} 'table.seeds=[0]' 'table.only=%s'"
     first = shell(command % "[distill]", tmp_path)
@@ -33,13 +37,16 @@ def test_a_table_is_run_printed_and_kept_and_goes_on_where_it_was_stopped(small,
     assert "No gap to recover at this size" in out
     assert "Plain fine-tuning" in out and "template only" in out
     kept = json.loads((tmp_path / "paper" / "results.json").read_text())
-    assert {(e["column"], e["metric"]) for e in kept} >= {(c, m) for c in ("plain", "distill", "full-prompt") for m in ("exact_match", "bleu", "execution")}
+    assert {(e["column"], e["metric"]) for e in kept} >= {
+        (c, m) for c in ("plain", "distill", "full-prompt") for m in ("exact_match", "bleu", "execution")
+    }
     assert (tmp_path / "runs" / "demo" / "table-distill.md").read_text().startswith("|  | Exact match (95%) |")
 
 
 def test_a_closed_model_is_tuned_phase_by_phase_and_compared(small, tmp_path):
     with FakeOpenAI(answer=lambda model, prompt: f"{model} says {len(prompt)}") as service:
-        own = f"train.backend.name=openai closed.base_url={service.url} closed.model=base-1 closed.poll_s=0 evaluate.baseline=false"
+        at = f"train.backend.name=openai closed.base_url={service.url} closed.model=base-1 closed.poll_s=0"
+        own = f"{at} evaluate.baseline=false"
         command = f"OPENAI_API_KEY={service.key} pi-ray demo {small} {own}"
         with pytest.raises(AssertionError, match=r"closed\.confirmed=true"):
             shell(command, tmp_path)
@@ -48,5 +55,7 @@ def test_a_closed_model_is_tuned_phase_by_phase_and_compared(small, tmp_path):
         assert len(service.jobs) == 3 and "phase 2" in out and "Serve it" not in out
         summary = json.loads((tmp_path / "runs" / "demo" / "eval" / "summary.json").read_text())
         assert {"base", "base_full_prompt", "promptintern"} <= summary.keys()
-        assert service.key not in "".join(p.read_text(errors="replace") for p in (tmp_path / "runs").rglob("*") if p.is_file())
+        assert service.key not in "".join(
+            p.read_text(errors="replace") for p in (tmp_path / "runs").rglob("*") if p.is_file()
+        )
         assert "confirmed: false" in RunDir(tmp_path / "runs" / "demo").config.read_text()

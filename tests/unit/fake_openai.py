@@ -4,8 +4,8 @@
         service.faults["POST /files"] = [429, "drop", "lose"]     # of the next requests, in turn
         service.outcomes = ["failed"]                             # of the next jobs, in turn; then they succeed
 
-A fault is a status, "drop" (the connection closes and nothing happens), "lose" (it happens, and the connection closes before the reply)
-or None. A job goes one status on with every look at it.
+A fault is a status, "drop" (the connection closes and nothing happens), "lose" (it happens, and the connection closes
+before the reply) or None. A job goes one status on with every look at it.
 """
 
 from __future__ import annotations
@@ -77,7 +77,9 @@ class FakeOpenAI:
             self.requests.append(route)
             self.at_once += 1
             self.most_at_once = max(self.most_at_once, self.at_once)
-            waiting = next((faults for prefix, faults in self.faults.items() if route.startswith(prefix) and faults), [])
+            waiting = next(
+                (faults for prefix, faults in self.faults.items() if route.startswith(prefix) and faults), []
+            )
             fault = waiting.pop(0) if waiting else None
         try:
             self.reply(http, route, {k: v[0] for k, v in parse_qs(url.query).items()}, body, fault)
@@ -89,9 +91,13 @@ class FakeOpenAI:
         if fault == "drop":
             return
         if http.headers.get("Authorization") != f"Bearer {self.key}":
-            status, answer = error(401, f"Incorrect API key provided: {http.headers.get('Authorization', '').removeprefix('Bearer ')}")
+            status, answer = error(
+                401, f"Incorrect API key provided: {http.headers.get('Authorization', '').removeprefix('Bearer ')}"
+            )
         elif isinstance(fault, int):
-            status, answer = error(fault, {429: "Rate limit reached", 402: "insufficient_quota"}.get(fault, "The server had an error"))
+            status, answer = error(
+                fault, {429: "Rate limit reached", 402: "insufficient_quota"}.get(fault, "The server had an error")
+            )
             if fault == 402:
                 status, answer["error"]["code"] = 429, "insufficient_quota"
         else:
@@ -127,7 +133,9 @@ class FakeOpenAI:
             return self.chat(json.loads(body))
         return error(404, f"no route {route}")
 
-    def one(self, things: dict[str, dict[str, Any]], name: str, hidden: set[str] = frozenset()) -> tuple[int, dict[str, Any]]:
+    def one(
+        self, things: dict[str, dict[str, Any]], name: str, hidden: set[str] = frozenset()
+    ) -> tuple[int, dict[str, Any]]:
         if name not in things:
             return error(404, f"No such object: {name}")
         return 200, {k: v for k, v in things[name].items() if k not in hidden}
@@ -135,24 +143,34 @@ class FakeOpenAI:
     def add_file(self, body: bytes, kind: str) -> tuple[int, dict[str, Any]]:
         mark = b"--" + re.search(r'boundary="?([^";]+)', kind)[1].encode()
         parts = [part.partition(b"\r\n\r\n") for part in body.split(mark)]
-        fields = {re.search(rb'name="(\w+)"', head)[1].decode(): (head, data.removesuffix(b"\r\n")) for head, _, data in parts if b"name=" in head}
+        fields = {
+            re.search(rb'name="(\w+)"', head)[1].decode(): (head, data.removesuffix(b"\r\n"))
+            for head, _, data in parts
+            if b"name=" in head
+        }
         name = f"file-{len(self.files)}"
         self.files[name] = {
-            "id": name, "object": "file", "bytes": len(fields["file"][1]), "created_at": 1, "purpose": fields["purpose"][1].decode(), "status": "processed",
-            "filename": re.search(rb'filename="([^"]+)"', fields["file"][0])[1].decode(), "text": fields["file"][1].decode(),
+            "id": name, "object": "file", "bytes": len(fields["file"][1]), "created_at": 1,
+            "purpose": fields["purpose"][1].decode(), "status": "processed",
+            "filename": re.search(rb'filename="([^"]+)"', fields["file"][0])[1].decode(),
+            "text": fields["file"][1].decode(),
         }
         return self.one(self.files, name, hidden={"text"})
 
     def add_job(self, wanted: dict[str, Any]) -> tuple[int, dict[str, Any]]:
         if wanted["training_file"] not in self.files:
             return error(400, f"invalid training_file: {wanted['training_file']}")
-        if wanted["model"].startswith("ft:") and wanted["model"] not in [j["fine_tuned_model"] for j in self.jobs.values()]:
+        if wanted["model"].startswith("ft:") and wanted["model"] not in [
+            j["fine_tuned_model"] for j in self.jobs.values()
+        ]:
             return error(404, f"The model {wanted['model']} does not exist")
         name = f"ftjob-{len(self.jobs)}"
         self.jobs[name] = {
-            "object": "fine_tuning.job", "id": name, "created_at": 100, "finished_at": None, "status": WAY[0], "fine_tuned_model": None, "error": None,
-            "organization_id": "org", "result_files": [], "trained_tokens": None, "validation_file": None, "user_provided_suffix": wanted.get("suffix"),
-            **{k: wanted[k] for k in ("model", "training_file", "seed", "hyperparameters")}, "outcome": self.outcomes.pop(0) if self.outcomes else "succeeded",
+            "object": "fine_tuning.job", "id": name, "created_at": 100, "finished_at": None, "status": WAY[0],
+            "fine_tuned_model": None, "error": None, "organization_id": "org", "result_files": [],
+            "trained_tokens": None, "validation_file": None, "user_provided_suffix": wanted.get("suffix"),
+            **{k: wanted[k] for k in ("model", "training_file", "seed", "hyperparameters")},
+            "outcome": self.outcomes.pop(0) if self.outcomes else "succeeded",
         }
         self.happen(name, "Created fine-tuning job")
         return 200, self.jobs[name]
@@ -167,26 +185,42 @@ class FakeOpenAI:
             return self.happen(job["id"], f"Job is {job['status']}")
         job["status"] = job["outcome"]
         if job["outcome"] != "succeeded":
-            job["error"] = {"code": "bad", "message": "The loss exploded.", "param": None} if job["outcome"] == "failed" else None
+            job["error"] = (
+                {"code": "bad", "message": "The loss exploded.", "param": None} if job["outcome"] == "failed" else None
+            )
             return self.happen(job["id"], "The job did not complete", level="error")
         for step in range(1, STEPS + 1):
-            self.happen(job["id"], f"Step {step}/{STEPS}", type="metrics", data={"step": step, "total_steps": STEPS, "train_loss": 1 / step})
-        job.update(finished_at=160, trained_tokens=1000, fine_tuned_model=f"ft:{job['id']}:{job['user_provided_suffix']}")
+            self.happen(
+                job["id"], f"Step {step}/{STEPS}", type="metrics",
+                data={"step": step, "total_steps": STEPS, "train_loss": 1 / step},
+            )
+        job.update(
+            finished_at=160, trained_tokens=1000, fine_tuned_model=f"ft:{job['id']}:{job['user_provided_suffix']}"
+        )
         return self.happen(job["id"], "The job has successfully completed")
 
     def happen(self, job: str, message: str, **facts: Any) -> None:
         events = self.events.setdefault(job, [])
-        events.append({
-            "object": "fine_tuning.job.event", "id": f"ftevent-{job}-{len(events)}", "created_at": 1, "level": "info", "message": message, "type": "message", "data": {}, **facts,
-        })
+        events.append(
+            {
+                "object": "fine_tuning.job.event", "id": f"ftevent-{job}-{len(events)}", "created_at": 1,
+                "level": "info", "message": message, "type": "message", "data": {}, **facts,
+            }
+        )
 
     def chat(self, wanted: dict[str, Any]) -> tuple[int, dict[str, Any]]:
         self.chats.append(wanted)
         prompt = wanted["messages"][0]["content"]
         text = self.answer(wanted["model"], prompt)
-        usage = {"prompt_tokens": len(prompt.split()), "completion_tokens": len(text.split()), "total_tokens": len(prompt.split()) + len(text.split())}
+        usage = {
+            "prompt_tokens": len(prompt.split()), "completion_tokens": len(text.split()),
+            "total_tokens": len(prompt.split()) + len(text.split()),
+        }
         choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": text}}
-        return 200, {"id": "chatcmpl-1", "object": "chat.completion", "created": 1, "model": wanted["model"], "choices": [choice], "usage": usage}
+        return 200, {
+            "id": "chatcmpl-1", "object": "chat.completion", "created": 1, "model": wanted["model"],
+            "choices": [choice], "usage": usage,
+        }
 
 
 def error(status: int, message: str) -> tuple[int, dict[str, Any]]:

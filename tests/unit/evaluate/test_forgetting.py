@@ -32,7 +32,8 @@ def by_hand(model, tokenizer, texts):
     for text in texts:
         ids = tokenizer(text, return_tensors="pt").input_ids
         with torch.no_grad():
-            nats += model(ids, labels=ids).loss.item() * (ids.shape[1] - 1)  # transformers gives the mean over all but the first token
+            # transformers gives the mean over all but the first token
+            nats += model(ids, labels=ids).loss.item() * (ids.shape[1] - 1)
         tokens += ids.shape[1] - 1
     return math.exp(nats / tokens)
 
@@ -57,7 +58,9 @@ def test_perplexity_leaves_the_model_as_it_came(model, tokenizer):
 
 
 def test_texts_without_a_token_to_predict_do_not_count(model, tokenizer):
-    assert perplexity(model, tokenizer, ["", "a", "two words"]) == pytest.approx(by_hand(model, tokenizer, ["two words"]), rel=1e-5)
+    assert perplexity(model, tokenizer, ["", "a", "two words"]) == pytest.approx(
+        by_hand(model, tokenizer, ["two words"]), rel=1e-5
+    )
     with pytest.raises(DataError, match="nothing to predict"):
         perplexity(model, tokenizer, ["", "a"])
 
@@ -85,7 +88,9 @@ def test_a_template_shorter_than_a_run_is_one_run():
     assert recited("anything", " \n") == 0.0
 
 
-@pytest.mark.parametrize("output, words", [("x b C\n d y", 3), ("f a b", 2), ("nothing at all", 0), ("", 0), ("a b c d e f g", 6)])
+@pytest.mark.parametrize(
+    "output, words", [("x b C\n d y", 3), ("f a b", 2), ("nothing at all", 0), ("", 0), ("a b c d e f g", 6)]
+)
 def test_longest_run_counts_words_in_a_row(output, words):
     assert longest_run(output, "a b c d e f") == words
 
@@ -125,7 +130,11 @@ def test_leak_clears_an_honest_adapter_and_asks_everything():
 
     found = probe_leak(answer, TEMPLATE)
     assert found["recited"] == 0.0 and found["longest_run"] <= 2
-    assert asked[:-1] == list(QUESTIONS) and asked[-1].split() == TEMPLATE.split()[:OPENING] and TEMPLATE.startswith(asked[-1])
+    assert (
+        asked[:-1] == list(QUESTIONS)
+        and asked[-1].split() == TEMPLATE.split()[:OPENING]
+        and TEMPLATE.startswith(asked[-1])
+    )
 
 
 def test_of_a_short_template_at_most_half_is_given_away_by_the_question():

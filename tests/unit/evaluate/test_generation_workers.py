@@ -42,7 +42,9 @@ def test_a_column_is_answered_timed_and_probed_with_its_own_adapter_and_prefix(t
     base, mine = (generator(work_item(c, prompts, [0, 1])) for c in columns)
     assert len(base) == len(mine) == 2 and all(len(ids) <= 4 for ids in base + mine)
     assert base != mine
-    assert [len(generator(work_item(c, prompts, [0], timed=True))) for c in columns] == [2, 3], "merging is timed where there is an adapter"
+    assert [len(generator(work_item(c, prompts, [0], timed=True))) for c in columns] == [2, 3], (
+        "merging is timed where there is an adapter"
+    )
     assert generator(work_item(columns[0], prompts, [0, 1])) == base, "timing changes nothing"
     probes = [generator(work_item(c, prompts, [], probe=TEMPLATE)) for c in columns]
     assert probes[0].keys() == {"off_task_perplexity", "recited", "longest_run"}
@@ -50,5 +52,7 @@ def test_a_column_is_answered_timed_and_probed_with_its_own_adapter_and_prefix(t
 
 
 def test_medians_are_of_each_kind():
-    assert median_latencies([(3.0, 1.0, 2.0), (1.0, 2.0, 2.5), (2.0, 9.0, 0.1)]) == dict(zip(KINDS, (2.0, 2.0, 2.0), strict=True))
+    assert median_latencies([(3.0, 1.0, 2.0), (1.0, 2.0, 2.5), (2.0, 9.0, 0.1)]) == dict(
+        zip(KINDS, (2.0, 2.0, 2.0), strict=True)
+    )
     assert median_latencies([(3.0, 1.0)]) == {"latency_s": 3.0, "latency_cached_s": 1.0}

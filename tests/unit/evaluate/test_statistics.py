@@ -1,4 +1,6 @@
-"""Metrics agree with sacrebleu and with arithmetic, differences with brute force, and their intervals cover the truth."""
+"""Metrics agree with sacrebleu and with arithmetic, differences with brute force, and their intervals cover the
+truth.
+"""
 
 import itertools
 import math
@@ -9,7 +11,16 @@ from sacrebleu.metrics import BLEU
 from sacrebleu.significance import PairedTest
 
 from pi_ray.errors import DataError
-from pi_ray.evaluate.statistics import bleu_of, bleu_statistics, corpus_bleu, gap_recovered, mean_interval, over_seeds, paired_bleu, paired_mean
+from pi_ray.evaluate.statistics import (
+    bleu_of,
+    bleu_statistics,
+    corpus_bleu,
+    gap_recovered,
+    mean_interval,
+    over_seeds,
+    paired_bleu,
+    paired_mean,
+)
 from pi_ray.tasks.metrics import exact_match
 
 ANSWERS = [f"find . -name '*.{i}' -type f | xargs grep -l word{i % 7}" for i in range(60)]
@@ -17,7 +28,9 @@ WORSE = [a.replace("find", "ls").replace("xargs", "cat") for a in ANSWERS]
 OUTPUTS = [a if i % 3 else a.replace("grep -l", "wc").replace("-type f ", "") for i, a in enumerate(ANSWERS)]
 
 
-@pytest.mark.parametrize("output, answer, expected", [("a  b\n", "a b", 1), ("a b", "ab", 0), ("A", "a", 0), ("", "a", 0)])
+@pytest.mark.parametrize(
+    "output, answer, expected", [("a  b\n", "a b", 1), ("a b", "ab", 0), ("A", "a", 0), ("", "a", 0)]
+)
 def test_exact_match_ignores_runs_of_white_space_only(output, answer, expected):
     assert exact_match(output, answer) == expected
 
@@ -33,7 +46,9 @@ def test_corpus_bleu_is_sacrebleus():
     (["sort -n a b c d"], ["sort -n a x c d"]),
 ], ids=["no four-grams at all", "no four-gram that matches"])
 def test_a_short_corpus_scores_as_in_sacrebleu(outputs, answers):
-    assert corpus_bleu(outputs, answers, 10, 0)[0] == pytest.approx(BLEU().corpus_score(outputs, [answers]).score, abs=1e-9)
+    assert corpus_bleu(outputs, answers, 10, 0)[0] == pytest.approx(
+        BLEU().corpus_score(outputs, [answers]).score, abs=1e-9
+    )
 
 
 def test_bleu_interval_agrees_with_scoring_the_resampled_rows_themselves():
@@ -123,14 +138,21 @@ def test_identical_columns_do_not_differ():
 
 def test_paired_bleu_is_the_difference_of_sacrebleus_scores_with_a_tiny_p():
     difference, low, high, p = paired_bleu(OUTPUTS, WORSE, ANSWERS, 1000, seed=0)
-    assert difference == pytest.approx(BLEU().corpus_score(OUTPUTS, [ANSWERS]).score - BLEU().corpus_score(WORSE, [ANSWERS]).score, abs=1e-9)
+    assert difference == pytest.approx(
+        BLEU().corpus_score(OUTPUTS, [ANSWERS]).score - BLEU().corpus_score(WORSE, [ANSWERS]).score, abs=1e-9
+    )
     assert 0 < low < difference < high and p == 1 / 1001
     assert paired_bleu(WORSE, OUTPUTS, ANSWERS, 1000, seed=0) == pytest.approx((-difference, -high, -low, p))
 
 
 def test_paired_bleu_p_is_sacrebleus_own():
-    near = [a.replace("word", "text") if i % 7 == 0 else o for i, (a, o) in enumerate(zip(ANSWERS, OUTPUTS, strict=True))]
-    theirs = PairedTest([("b", near), ("a", OUTPUTS)], {"BLEU": BLEU(references=[ANSWERS])}, references=None, test_type="ar", n_samples=4000)()[1]["BLEU"][1].p_value
+    near = [
+        a.replace("word", "text") if i % 7 == 0 else o for i, (a, o) in enumerate(zip(ANSWERS, OUTPUTS, strict=True))
+    ]
+    theirs = PairedTest(
+        [("b", near), ("a", OUTPUTS)], {"BLEU": BLEU(references=[ANSWERS])}, references=None, test_type="ar",
+        n_samples=4000,
+    )()[1]["BLEU"][1].p_value
     assert 0.01 < theirs < 0.9
     assert paired_bleu(OUTPUTS, near, ANSWERS, 4000, seed=0)[3] == pytest.approx(theirs, abs=0.03)
 
@@ -140,8 +162,13 @@ def test_paired_bleu_interval_agrees_with_scoring_the_resampled_rows_themselves(
     for _ in range(300):
         drawn = rng.integers(0, 60, 60)
         answers = [[ANSWERS[i] for i in drawn]]
-        differences.append(BLEU().corpus_score([OUTPUTS[i] for i in drawn], answers).score - BLEU().corpus_score([WORSE[i] for i in drawn], answers).score)
-    assert paired_bleu(OUTPUTS, WORSE, ANSWERS, 2000, seed=1)[1:3] == pytest.approx(np.percentile(differences, [2.5, 97.5]), abs=1.0)
+        differences.append(
+            BLEU().corpus_score([OUTPUTS[i] for i in drawn], answers).score
+            - BLEU().corpus_score([WORSE[i] for i in drawn], answers).score
+        )
+    assert paired_bleu(OUTPUTS, WORSE, ANSWERS, 2000, seed=1)[1:3] == pytest.approx(
+        np.percentile(differences, [2.5, 97.5]), abs=1.0
+    )
 
 
 def test_over_seeds_agrees_with_a_bootstrap_by_hand():
@@ -149,7 +176,9 @@ def test_over_seeds_agrees_with_a_bootstrap_by_hand():
     rng = np.random.default_rng(8)
     by_hand = [values[np.ix_(rng.integers(0, 4, 4), rng.integers(0, 50, 50))].mean() for _ in range(8000)]
     mean, low, high = over_seeds(values, 8000, seed=0)
-    assert mean == pytest.approx(values.mean()) and (low, high) == pytest.approx(np.percentile(by_hand, [2.5, 97.5]), abs=0.01)
+    assert mean == pytest.approx(values.mean()) and (low, high) == pytest.approx(
+        np.percentile(by_hand, [2.5, 97.5]), abs=0.01
+    )
 
 
 def test_one_seed_has_the_interval_over_rows_and_seeds_that_differ_a_wider_one():
@@ -171,7 +200,10 @@ def test_intervals_over_seeds_cover_the_truth():
 def gap(rng, mine=0.6, seeds=8):
     """Made columns whose true means are `mine`, 0.2 (no template) and 0.7 (full prompt, one seed)."""
     row = rng.normal(0, 0.1, 150)
-    return [mean + row + rng.normal(0, 0.02, (n, 1)) + rng.normal(0, 0.2, (n, 150)) for mean, n in ((mine, seeds), (0.2, seeds), (0.7, 1))]
+    return [
+        mean + row + rng.normal(0, 0.02, (n, 1)) + rng.normal(0, 0.2, (n, 150))
+        for mean, n in ((mine, seeds), (0.2, seeds), (0.7, 1))
+    ]
 
 
 def test_the_gap_recovered_is_the_ratio_of_means_and_its_interval_covers_the_truth():
@@ -187,9 +219,13 @@ def test_the_gap_recovered_is_the_ratio_of_means_and_its_interval_covers_the_tru
 
 def test_the_gap_recovered_in_bleu_is_that_of_sacrebleus_scores():
     full, none, mine = (bleu_statistics(o, ANSWERS) for o in (ANSWERS, WORSE, OUTPUTS))
-    value, low, high, resolved = gap_recovered([[mine, mine], [none, none], [full]], lambda s: bleu_of(s.sum(axis=0)), 200, seed=0)
+    value, low, high, resolved = gap_recovered(
+        [[mine, mine], [none, none], [full]], lambda s: bleu_of(s.sum(axis=0)), 200, seed=0
+    )
     bottom = BLEU().corpus_score(WORSE, [ANSWERS]).score
-    assert resolved and value == pytest.approx((BLEU().corpus_score(OUTPUTS, [ANSWERS]).score - bottom) / (100 - bottom))
+    assert resolved and value == pytest.approx(
+        (BLEU().corpus_score(OUTPUTS, [ANSWERS]).score - bottom) / (100 - bottom)
+    )
     assert 0 < low < value < high < 1
 
 
@@ -204,7 +240,8 @@ def test_a_full_prompt_that_gains_nothing_leaves_no_gap(full):
 def test_a_gap_that_is_barely_there_has_a_wide_interval_of_the_right_sign():
     rng = np.random.default_rng(13)
     none, noise = rng.normal(0, 1, (1, 200)), rng.normal(0, 1, (1, 200))
-    full = none + noise - noise.mean() + 2.2 * noise.std() / 200**0.5  # about 2 standard errors above: some resamples have no gap at all
+    # about 2 standard errors above: some resamples have no gap at all
+    full = none + noise - noise.mean() + 2.2 * noise.std() / 200**0.5
     value, low, high, resolved = gap_recovered([none + 1, none, full], np.mean, 2000, seed=0)
     assert resolved and 0 < low < value < high and high > 5 * value
 

@@ -18,12 +18,20 @@ SPEEDS = {"none": {"latency_s": 0.2, "latency_cached_s": 0.2, "latency_merged_s"
 def table_file(folder: Path, **changes) -> Path:
     (folder / "run.yaml").write_text(f"name: small\nrun_dir: {folder}/runs/small\ntask: {{name: opsql}}\n")
     columns = {
-        "base": {"label": "Base", "trained": False, "set": {"schedule": {"name": "list", "list": [{"rate": 1, "shots": 2}]}}},
-        "full": {"label": "Full prompt", "paper": "Template", "set": {"schedule": {"name": "list", "list": [{"rate": 1, "shots": 2}]}}},
+        "base": {
+            "label": "Base", "trained": False, "set": {"schedule": {"name": "list", "list": [{"rate": 1, "shots": 2}]}},
+        },
+        "full": {
+            "label": "Full prompt", "paper": "Template",
+            "set": {"schedule": {"name": "list", "list": [{"rate": 1, "shots": 2}]}},
+        },
         "none": {"label": "No template", "set": {"schedule": {"name": "list", "list": [{"rate": 0, "shots": 0}]}}},
         "mine": {"label": "PromptIntern", "set": {"schedule.phases": 3}},
     }
-    content = {"table": "9", "title": "a test", "run": "run.yaml", "seeds": [0, 1], "columns": columns, "mine": "mine", "full": "full", "none": "none"}
+    content = {
+        "table": "9", "title": "a test", "run": "run.yaml", "seeds": [0, 1], "columns": columns, "mine": "mine",
+        "full": "full", "none": "none",
+    }
     (folder / "table.yaml").write_text(yaml.safe_dump({**content, **changes}, sort_keys=False))
     return folder / "table.yaml"
 
@@ -33,9 +41,18 @@ def evaluated(run, right: int, rows: int = 40) -> None:
     name = "promptintern" if run.trained else "base"
     out = run.directory.evaluation
     out.mkdir(parents=True)
-    summary = {"task": "opsql", "model": "small", "seed": run.seed, "test_rows": rows, "train_rows": 80, name: column("", right / rows, 50.0, 31.0, 4, 0.9, 0.8, {})}
+    summary = {
+        "task": "opsql", "model": "small", "seed": run.seed, "test_rows": rows, "train_rows": 80,
+        name: column("", right / rows, 50.0, 31.0, 4, 0.9, 0.8, {}),
+    }
     (out / "summary.json").write_text(json.dumps(summary))
-    lines = [{"id": str(i), "answer": f"answer {i}", "outputs": {name: f"answer {i}" if i < right else "?"}, "scores": {name: {"exact_match": float(i < right)}}} for i in range(rows)]
+    lines = [
+        {
+            "id": str(i), "answer": f"answer {i}", "outputs": {name: f"answer {i}" if i < right else "?"},
+            "scores": {name: {"exact_match": float(i < right)}},
+        }
+        for i in range(rows)
+    ]
     (out / "outputs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
@@ -49,7 +66,9 @@ def done(tmp_path):
 
 def test_a_sweep_is_columns_by_seeds_and_the_base_has_no_seed(tmp_path):
     found = sweep.load_sweep(table_file(tmp_path))
-    assert [(m.column, m.seed) for m in found.runs] == [("base", 0), ("full", 0), ("none", 0), ("mine", 0), ("full", 1), ("none", 1), ("mine", 1)]
+    assert [(m.column, m.seed) for m in found.runs] == [
+        ("base", 0), ("full", 0), ("none", 0), ("mine", 0), ("full", 1), ("none", 1), ("mine", 1),
+    ]
     assert len({m.config.run_dir for m in found.runs}) == 7
     assert all(m.config.train.seed == m.seed and not m.config.evaluate.baseline for m in found.runs)
 
@@ -64,22 +83,33 @@ def test_a_column_that_changes_gets_another_folder_and_equal_ones_of_two_tables_
 def test_columns_are_found_again_where_the_data_lies_elsewhere(tmp_path):
     path = table_file(tmp_path)
     (tmp_path / "run.yaml").write_text(f"name: small\nrun_dir: {tmp_path}/runs/small\ntask: {{name: nl2bash}}\n")
-    one, other = ([m.config.run_dir for m in sweep.load_sweep(path, [f"task.folder={folder}"]).runs] for folder in ("/mnt/a", "/mnt/b"))
+    one, other = (
+        [m.config.run_dir for m in sweep.load_sweep(path, [f"task.folder={folder}"]).runs]
+        for folder in ("/mnt/a", "/mnt/b")
+    )
     assert one == other
 
 
 def test_overrides_reach_the_runs_and_those_with_table_the_table(tmp_path):
     path = table_file(tmp_path, set={"train.lr": 0.002, "train.batch_size": 8})
     found = sweep.load_sweep(path, ["train.lr=0.003", "table.seeds=[5]", "table.only=[mine]"])
-    assert [(m.column, m.seed, m.config.train.lr, m.config.train.batch_size) for m in found.runs] == [("mine", 5, 0.003, 8)]
+    assert [(m.column, m.seed, m.config.train.lr, m.config.train.batch_size) for m in found.runs] == [
+        ("mine", 5, 0.003, 8)
+    ]
 
 
-@pytest.mark.parametrize(("changes", "says"), [
-    ({"full": "ful"}, "no column 'ful'"),
-    ({"tilte": 1}, "unknown key 'tilte'; did you mean 'title'"),
-    ({"columns": {"mine": {"label": "x", "set": {"train.rl": 1}}}, "full": "", "none": ""}, r"columns.mine.set: train.rl"),
-    ({"run": "nowhere.yaml"}, "no such file"),
-])
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"full": "ful"}, "no column 'ful'"),
+        ({"tilte": 1}, "unknown key 'tilte'; did you mean 'title'"),
+        (
+            {"columns": {"mine": {"label": "x", "set": {"train.rl": 1}}}, "full": "", "none": ""},
+            r"columns.mine.set: train.rl",
+        ),
+        ({"run": "nowhere.yaml"}, "no such file"),
+    ],
+)
 def test_a_mistake_is_named(tmp_path, changes, says):
     with pytest.raises(ConfigError, match=says):
         sweep.load_sweep(table_file(tmp_path, **changes))
@@ -93,7 +123,9 @@ def test_another_seed_takes_over_the_preparation(tmp_path):
         (first.directory.root / name / "a.txt").write_text(name)
     first.directory.neighbours.write_text("n")
     sweep.share_preparation(found.runs, second)
-    assert (second.directory.phases / "a.txt").read_text() == "phases" and second.directory.neighbours.read_text() == "n"
+    assert (
+        second.directory.phases / "a.txt"
+    ).read_text() == "phases" and second.directory.neighbours.read_text() == "n"
     sweep.share_preparation(found.runs, found.runs_of("none")[0])
     assert not RunDir(found.runs_of("none")[0].config.root).phases.exists()
 
@@ -122,7 +154,9 @@ def test_the_table_says_how_many_answers_never_ended(done):
     changed["promptintern"]["cut_off"] = 0.05
     path.write_text(json.dumps(changed))
     head, *rows = table.table_rows(done, table.read_results(done), SPEEDS)
-    assert {r[0]: r[head.index("cut off")] for r in rows} == {"Base": "0.0%", "Full prompt": "0.0%", "No template": "2.5%", "PromptIntern": "0.0%"}
+    assert {r[0]: r[head.index("cut off")] for r in rows} == {
+        "Base": "0.0%", "Full prompt": "0.0%", "No template": "2.5%", "PromptIntern": "0.0%",
+    }
 
 
 def test_the_gap_recovered_is_said_where_there_is_one(done):
@@ -155,7 +189,10 @@ def test_numbers_are_merged_into_the_results_in_place_of_older_ones(done, tmp_pa
     table.merge_results(path, [{**made[0], "table": "8"}])
     kept = json.loads(path.read_text())
     assert len(kept) == len(made) + 1
-    wanted = {"table", "column", "task", "model", "seed", "metric", "value", "low", "high", "test_rows", "input_tokens", "seconds_per_instance", "command"}
+    wanted = {
+        "table", "column", "task", "model", "seed", "metric", "value", "low", "high", "test_rows", "input_tokens",
+        "seconds_per_instance", "command",
+    }
     assert all(wanted <= e.keys() for e in kept if e["metric"] != "gap_recovered")
     assert [e["value"] for e in kept if e["metric"] == "gap_recovered"] == [0.75]
 

@@ -1,4 +1,6 @@
-"""Closed models: what a service is sent, that nothing is paid for twice whatever breaks, and what it says when it cannot go on."""
+"""Closed models: what a service is sent, that nothing is paid for twice whatever breaks, and what it says when it
+cannot go on.
+"""
 
 import json
 import shutil
@@ -32,7 +34,10 @@ CODES = {"red": "k4", "blue": "z9", "green": "q1"}
 ROWS = {
     "train": [(f"train-{i}", f"what is {n}, {i}?", CODES[n], "") for i, n in enumerate(["red", "blue", "green"] * 4)],
     "dev": [("dev-0", "is it red?", "k4", "")],
-    "test": [(f"test-{i}", f"tell me {n}, {i}", CODES[n], "old" if i % 2 else "new") for i, n in enumerate(["red", "blue", "green"] * 2)],
+    "test": [
+        (f"test-{i}", f"tell me {n}, {i}", CODES[n], "old" if i % 2 else "new")
+        for i, n in enumerate(["red", "blue", "green"] * 2)
+    ],
 }
 
 
@@ -41,19 +46,37 @@ def write_prepared(config: RunConfig) -> None:
     run, encoder = RunDir(config.root), PromptEncoder(models.load_tokenizer(config.model), config.prompt)
     with staged(run.rows, fingerprint="by-hand", rows={split: len(rows) for split, rows in ROWS.items()}) as folder:
         for split, rows in ROWS.items():
-            pq.write_table(pa.table(dict(zip(("id", "query", "answer", "group"), zip(*rows, strict=True), strict=True))), folder / f"{split}.parquet")
+            pq.write_table(
+                pa.table(dict(zip(("id", "query", "answer", "group"), zip(*rows, strict=True), strict=True))),
+                folder / f"{split}.parquet",
+            )
     with staged(run.templates, fingerprint="by-hand") as folder:
-        entries = [{"rate": r, "text": text, "asked": r, "achieved": r, "tokens": 9, "full_tokens": 9, "compressor": "none", "note": ""} for r, text in TEMPLATES.items()]
+        entries = [
+            {
+                "rate": r, "text": text, "asked": r, "achieved": r, "tokens": 9, "full_tokens": 9, "compressor": "none",
+                "note": "",
+            }
+            for r, text in TEMPLATES.items()
+        ]
         (folder / "templates.json").write_text(json.dumps(entries))
     near = [
         (i, split, [] if i in ("train-0", "train-1") else ["train-0", "train-1"], [9.0, 8.0])
         for split, rows in ROWS.items()
         for i, *_ in rows
     ]
-    pq.write_table(pa.table(dict(zip(("id", "split", "neighbours", "scores"), zip(*near, strict=True), strict=True))), run.neighbours)
+    pq.write_table(
+        pa.table(dict(zip(("id", "split", "neighbours", "scores"), zip(*near, strict=True), strict=True))),
+        run.neighbours,
+    )
     for i, (rate, shots) in enumerate([(1.0, 2), (0.5, 1), (0.0, 0)]):
-        tokens = {"prefix": len(encoder.prefix(TEMPLATES.get(rate, ""))), "row_mean": 10 + 10 * shots, "row_max": 40, "label_mean": 4, "label_max": 6}
-        with staged(run.phase(i), fingerprint="by-hand", phase={"rate": rate, "shots": shots}, rows=len(ROWS["train"]), tokens=tokens):
+        tokens = {
+            "prefix": len(encoder.prefix(TEMPLATES.get(rate, ""))), "row_mean": 10 + 10 * shots, "row_max": 40,
+            "label_mean": 4, "label_max": 6,
+        }
+        with staged(
+            run.phase(i), fingerprint="by-hand", phase={"rate": rate, "shots": shots}, rows=len(ROWS["train"]),
+            tokens=tokens,
+        ):
             pass
 
 
@@ -77,10 +100,15 @@ def answered(model, prompt):
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory, tokenizer):
     """A prepared run of three phases."""
-    made = RunConfig(name="colours", run_dir=str(tmp_path_factory.mktemp("prepared")), prompt={"chat": "chatml"}, task={"name": "opsql"}).replace(**{
-        "schedule": {"phases": 3, "shots": 2, "epochs": [1, 2, 3]}, "train.seed": 7, "train.backend.name": "openai", "closed.model": "base-1",
-        "closed.poll_s": 0, "closed.confirmed": True, "evaluate.bootstrap": 20,
-    })
+    made = RunConfig(
+        name="colours", run_dir=str(tmp_path_factory.mktemp("prepared")), prompt={"chat": "chatml"},
+        task={"name": "opsql"},
+    ).replace(
+        **{
+            "schedule": {"phases": 3, "shots": 2, "epochs": [1, 2, 3]}, "train.seed": 7, "train.backend.name": "openai",
+            "closed.model": "base-1", "closed.poll_s": 0, "closed.confirmed": True, "evaluate.bootstrap": 20,
+        }
+    )
     write_prepared(made)
     return made
 
@@ -110,7 +138,10 @@ def tune(config, watch=None, **options):
 
 
 def test_a_service_is_sent_the_words_that_a_local_model_gets_as_ids(tokenizer):
-    for prompt in (PromptConfig(chat="chatml"), PromptConfig(chat="chatml", query="Q: {query}\nA:", example="{query} -> {answer}", examples_heading="")):
+    for prompt in (
+        PromptConfig(chat="chatml"),
+        PromptConfig(chat="chatml", query="Q: {query}\nA:", example="{query} -> {answer}", examples_heading=""),
+    ):
         encoder = PromptEncoder(tokenizer, prompt)
         for template, shots in (("", ()), ("T E M P L A T E", [Example("far", "1"), Example("near", "2")])):
             framed = tokenizer.decode(encoder.encode("some query", template, shots).ids)
@@ -119,7 +150,10 @@ def test_a_service_is_sent_the_words_that_a_local_model_gets_as_ids(tokenizer):
 
 def test_each_phase_has_a_file_of_messages_with_less_of_the_prompt_and_at_last_the_query_alone(config):
     folder = messages.write_training_files(RunDir(config.root), config)
-    files = [[json.loads(line)["messages"] for line in (folder / f"phase-{i}.jsonl").read_text().splitlines()] for i in range(3)]
+    files = [
+        [json.loads(line)["messages"] for line in (folder / f"phase-{i}.jsonl").read_text().splitlines()]
+        for i in range(3)
+    ]
     query = "what is green, 2?"
     assert [f[2][0]["content"] for f in files] == [
         f"{TEMPLATES[1.0]}\n\nExamples:\n\nwhat is blue, 1?\nz9\n\nwhat is red, 0?\nk4\n\n{query}",
@@ -127,7 +161,11 @@ def test_each_phase_has_a_file_of_messages_with_less_of_the_prompt_and_at_last_t
         query,
     ]
     assert {len(f) for f in files} == {len(ROWS["train"])}
-    assert all([m["role"] for m in row] == ["user", "assistant"] and row[1]["content"] in CODES.values() for f in files for row in f)
+    assert all(
+        [m["role"] for m in row] == ["user", "assistant"] and row[1]["content"] in CODES.values()
+        for f in files
+        for row in f
+    )
 
 
 def test_files_are_hashed_made_once_and_a_damaged_one_is_not_sent(config, service):
@@ -163,17 +201,23 @@ def test_each_phase_is_a_job_that_continues_from_the_model_of_the_phase_before(c
     assert model == jobs[2]["fine_tuned_model"]
     assert [j["hyperparameters"] for j in jobs] == [{"n_epochs": 1}, {"n_epochs": 2}, {"n_epochs": 3}]
     assert {j["seed"] for j in jobs} == {7}
-    assert all(len(j["user_provided_suffix"]) == 18 and f"-p{i}-" in j["user_provided_suffix"] for i, j in enumerate(jobs))
+    assert all(
+        len(j["user_provided_suffix"]) == 18 and f"-p{i}-" in j["user_provided_suffix"] for i, j in enumerate(jobs)
+    )
     assert [len(service.uploaded(j["training_file"])[2]["messages"][0]["content"]) for j in jobs] == [127, 79, 17]
     assert {f["purpose"] for f in service.files.values()} == {"fine-tune"}
-    assert [(e["phase"], e["status"]) for e in watch if e.get("status") == "running"] == [(0, "running"), (1, "running"), (2, "running")]
+    assert [(e["phase"], e["status"]) for e in watch if e.get("status") == "running"] == [
+        (0, "running"), (1, "running"), (2, "running"),
+    ]
     assert "Step 3/3" in watch.messages() and "1,000 tokens trained" in watch.messages()
     assert hosted.tuned_phases(config)[-1].get("model")
 
 
 def test_batch_size_and_learning_rate_are_sent_only_when_they_are_set(config, service):
     tune(config.replace(**{"closed.batch_size": 4, "closed.lr_multiplier": 0.5}))
-    assert next(iter(service.jobs.values()))["hyperparameters"] == {"n_epochs": 1, "batch_size": 4, "learning_rate_multiplier": 0.5}
+    assert next(iter(service.jobs.values()))["hyperparameters"] == {
+        "n_epochs": 1, "batch_size": 4, "learning_rate_multiplier": 0.5,
+    }
 
 
 def test_losses_of_all_phases_are_in_the_training_log_with_steps_that_count_on(config, service):
@@ -218,7 +262,13 @@ def killed_when(monkeypatch, seen):
 
 
 @pytest.mark.fault
-@pytest.mark.parametrize("moment, jobs_then", [('"file": "file-0"', 0), ('"job": "ftjob-0"', 1), ('"status": "running"', 1), ('"model": "ft:ftjob-0', 1), ('"job": "ftjob-1"', 2)])
+@pytest.mark.parametrize(
+    "moment, jobs_then",
+    [
+        ('"file": "file-0"', 0), ('"job": "ftjob-0"', 1), ('"status": "running"', 1), ('"model": "ft:ftjob-0', 1),
+        ('"job": "ftjob-1"', 2),
+    ],
+)
 def test_a_run_killed_at_any_moment_goes_on_without_paying_twice(config, service, monkeypatch, moment, jobs_then):
     killed_when(monkeypatch, moment)
     with pytest.raises(KeyboardInterrupt):
@@ -227,13 +277,18 @@ def test_a_run_killed_at_any_moment_goes_on_without_paying_twice(config, service
     assert not hosted.tuned_phases(config)[-1].get("model")
     assert tune(config) == list(service.jobs.values())[2]["fine_tuned_model"]
     assert len(service.jobs) == 3
-    assert [e["step"] for e in map(json.loads, RunDir(config.root).train_log.read_text().splitlines())] == list(range(9))
+    assert [e["step"] for e in map(json.loads, RunDir(config.root).train_log.read_text().splitlines())] == list(
+        range(9)
+    )
 
 
 @pytest.mark.fault
 @pytest.mark.parametrize("fault", ["lose", "drop", 500, 503, 429])
 def test_a_lost_connection_or_a_busy_service_is_tried_again_and_makes_no_second_job(config, service, fault):
-    service.faults = {request: [fault, fault] for request in ("POST /fine_tuning/jobs", "POST /files", "GET /fine_tuning/jobs", "GET /files")}
+    service.faults = {
+        request: [fault, fault]
+        for request in ("POST /fine_tuning/jobs", "POST /files", "GET /fine_tuning/jobs", "GET /files")
+    }
     tune(config)
     assert len(service.jobs) == 3
     assert not any(service.faults.values())
@@ -252,9 +307,13 @@ def test_a_file_that_the_service_has_lost_is_uploaded_again(config, service, mon
 
 @pytest.mark.fault
 @pytest.mark.parametrize("outcome, reason", [("failed", "The loss exploded"), ("cancelled", "no reason")])
-def test_a_job_that_ends_badly_stops_the_run_with_the_services_words_and_is_created_anew_by_the_next(config, service, outcome, reason):
+def test_a_job_that_ends_badly_stops_the_run_with_the_services_words_and_is_created_anew_by_the_next(
+    config, service, outcome, reason
+):
     service.outcomes = ["succeeded", outcome]
-    with pytest.raises(TrainingError, match=rf"phase 1: job ftjob-1 {outcome}: .*{reason}\. The same command tries the phase again"):
+    with pytest.raises(
+        TrainingError, match=rf"phase 1: job ftjob-1 {outcome}: .*{reason}\. The same command tries the phase again"
+    ):
         tune(config)
     tune(config)
     assert [j["status"] for j in service.jobs.values()] == ["succeeded", outcome, "succeeded", "succeeded"]
@@ -265,7 +324,10 @@ def test_a_job_that_ends_badly_stops_the_run_with_the_services_words_and_is_crea
 def test_a_service_that_stays_away_is_given_up_after_bounded_tries_and_the_next_run_goes_on(config, service):
     waits = []
     service.faults["POST /files"] = [500] * 50
-    with pytest.raises(TrainingError, match=rf"uploading phase-0\.jsonl: The server had an error \(tried {client.RETRIES + 1} times\).*same command"):
+    with pytest.raises(
+        TrainingError,
+        match=rf"uploading phase-0\.jsonl: The server had an error \(tried {client.RETRIES + 1} times\).*same command",
+    ):
         hosted.tune(config, wait=waits.append)
     assert service.count("POST /files") == client.RETRIES + 1
     assert all(0.75 * 2**i <= w <= 1.25 * min(2**i, 60) for i, w in zip(range(6), waits, strict=False))
@@ -333,7 +395,10 @@ def test_the_cost_is_told_and_declining_it_uploads_nothing(config, service):
     tokens = {i: price.phase_tokens(config, i, epochs) for i, epochs in enumerate((1, 2, 3))}
     rows = len(ROWS["train"])
     assert tokens[2] == rows * (read_manifest(RunDir(config.root).phase(2))["tokens"]["prefix"] + 14) * 3
-    assert f"{sum(tokens.values()):,} tokens (phase 0: {tokens[0]:,}, phase 1: {tokens[1]:,}, phase 2: {tokens[2]:,})" in asked[0]
+    assert (
+        f"{sum(tokens.values()):,} tokens (phase 0: {tokens[0]:,}, phase 1: {tokens[1]:,}, phase 2: {tokens[2]:,})"
+        in asked[0]
+    )
     assert "USD" in asked[0] and "6 rows" in asked[0]
 
 
@@ -341,9 +406,13 @@ def test_the_estimate_is_tokens_times_the_configs_prices(config, tokenizer):
     settings = config.replace(**{"closed.train_price": 10.0, "closed.input_price": 2.0, "closed.output_price": 4.0})
     made = price.estimate_tokens(settings, [0, 2], [("", 0, 0.0), (TEMPLATES[1.0], 2, 1.0), ("", 0, 0.0)])
     assert set(made.training) == {0, 2}
-    assert made.cost(settings) == pytest.approx((sum(made.training.values()) * 10 / 1e6, (made.input * 2 + made.output * 4) / 1e6))
+    assert made.cost(settings) == pytest.approx(
+        (sum(made.training.values()) * 10 / 1e6, (made.input * 2 + made.output * 4) / 1e6)
+    )
     assert price.estimate_tokens(settings, [], [("", 0, 0.0)]).input < made.input / 3
-    assert price.estimate_tokens(settings, [], [("", 0, 0.0)]).output == sum(len(tokenizer(a).input_ids) + 1 for _, _, a, _ in ROWS["test"])
+    assert price.estimate_tokens(settings, [], [("", 0, 0.0)]).output == sum(
+        len(tokenizer(a).input_ids) + 1 for _, _, a, _ in ROWS["test"]
+    )
 
 
 def test_only_what_is_still_to_be_trained_is_asked_for(config, service):
@@ -356,7 +425,9 @@ def test_only_what_is_still_to_be_trained_is_asked_for(config, service):
 
 
 def test_a_job_that_is_running_already_is_followed_without_asking(config, service, monkeypatch):
-    config = config.replace(**{"schedule": {"name": "constant", "shots": 0, "rate_start": 0.5, "rate_end": 0.5, "phases": 1}})
+    config = config.replace(
+        **{"schedule": {"name": "constant", "shots": 0, "rate_start": 0.5, "rate_end": 0.5, "phases": 1}}
+    )
     killed_when(monkeypatch, '"status": "running"')
     with pytest.raises(KeyboardInterrupt):
         tune(config)
@@ -450,7 +521,9 @@ def test_answers_that_are_there_are_not_asked_for_again_even_after_a_kill_in_mid
 @pytest.mark.parametrize("fault", [429, 500, "drop", "lose"])
 def test_answers_survive_a_busy_service_and_lost_connections(config, service, fault):
     service.faults["POST /chat"] = [fault] * 5
-    assert [r.text for r in answer.replies(config, "base-1", ["a", "b", "c"], 9, wait=lambda seconds: None)] == ["k4"] * 3
+    assert [r.text for r in answer.replies(config, "base-1", ["a", "b", "c"], 9, wait=lambda seconds: None)] == [
+        "k4"
+    ] * 3
 
 
 # Evaluation
@@ -478,7 +551,9 @@ def test_the_tuned_model_is_asked_with_the_query_alone_and_the_base_model_withou
     assert summary["promptintern"]["output_tokens"] == 1
     assert 0 < summary["promptintern"]["latency_s"] < 5
     assert summary["base_full_prompt"]["prefix_tokens"] > summary["base"]["prefix_tokens"]
-    assert summary["train"]["promptintern"] == {"updates": 9, "seconds": 180, "tokens": 3000, "workers": 1, "money": 0.009}
+    assert summary["train"]["promptintern"] == {
+        "updates": 9, "seconds": 180, "tokens": 3000, "workers": 1, "money": 0.009,
+    }
     assert set(summary["promptintern"]["groups"]) == {"old", "new"}
 
 
@@ -511,7 +586,9 @@ def test_the_base_model_alone_is_asked_only_after_its_cost_was_confirmed(config,
     with pytest.raises(TrainingError, match="not confirmed"):
         evaluate(config, columns=columns)
     assert service.requests == []
-    assert set(evaluate(config, columns=columns, confirm=lambda sentence: asked.append(sentence) or True)) >= {"base", "base_full_prompt"}
+    assert set(evaluate(config, columns=columns, confirm=lambda sentence: asked.append(sentence) or True)) >= {
+        "base", "base_full_prompt",
+    }
     assert len(asked) == 1 and asked[0].startswith("Evaluation on 6 rows")
 
 
@@ -526,8 +603,12 @@ def test_a_service_that_counts_no_tokens_gets_them_counted_here(config, service,
     service.chat = lambda wanted: (200, {**chat(wanted)[1], "usage": None})
     summary = evaluate(config)
     encoder = PromptEncoder(tokenizer, config.prompt)
-    assert summary["promptintern"]["input_tokens"] == pytest.approx(sum(len(encoder.encode(q).ids) for _, q, _, _ in ROWS["test"]) / 6)
-    assert summary["promptintern"]["output_tokens"] == pytest.approx(sum(len(encoder.answer(a)) for _, _, a, _ in ROWS["test"]) / 6)
+    assert summary["promptintern"]["input_tokens"] == pytest.approx(
+        sum(len(encoder.encode(q).ids) for _, q, _, _ in ROWS["test"]) / 6
+    )
+    assert summary["promptintern"]["output_tokens"] == pytest.approx(
+        sum(len(encoder.answer(a)) for _, _, a, _ in ROWS["test"]) / 6
+    )
 
 
 def test_report_and_samples_are_those_of_any_run(config):

@@ -46,7 +46,11 @@ def words(page):
 
 def test_the_page_says_the_result_in_plain_words(tmp_path):
     said = words(page_of(tmp_path))
-    assert "The adapter answers with the query alone: 31 input tokens instead of 640 (95% fewer). Its exact match is 70%, against 6%" in said
+    assert (
+        "The adapter answers with the query alone: 31 input tokens instead of 640 (95% fewer). Its exact match is 70%, "
+        "against 6%"
+        in said
+    )
     assert "64.0% to 76.0%" in said and "services only in the template" in said
     assert "pi-ray run run.yaml" in said and "51.3% kept" in said and "torch 2.13.0" in said
 
@@ -92,7 +96,12 @@ def test_only_as_many_samples_as_asked(tmp_path):
 def test_an_update_done_again_after_a_restart_counts_once_and_nan_is_skipped(tmp_path):
     run = write_run(tmp_path)
     with open(run.train_log, "a") as f:
-        f.write("\n" + json.dumps({"step": 89, "phase": 2, "loss": 0.123}) + "\n" + '{"step": 90, "phase": 2, "loss": NaN}\n')
+        f.write(
+            "\n"
+            + json.dumps({"step": 89, "phase": 2, "loss": 0.123})
+            + "\n"
+            + '{"step": 90, "phase": 2, "loss": NaN}\n'
+        )
     updates = read_updates(run.train_log)
     assert len(updates) == 90 and updates[-1]["loss"] == 0.123
 
@@ -141,7 +150,10 @@ def test_the_terminal_table_shows_every_column_and_reads_no_markup():
     console = Console(width=160, record=True, file=io.StringIO())
     console.print(numbers.summary_table(summary(**{"plain.label": "[red]Plain[/red]"})))
     text = console.export_text()
-    for part in ("Base, full prompt", "[red]Plain[/red]", "PromptIntern", "70.0%", "64.0% to 76.0%", "services only in the template (60)"):
+    for part in (
+        "Base, full prompt", "[red]Plain[/red]", "PromptIntern", "70.0%", "64.0% to 76.0%",
+        "services only in the template (60)",
+    ):
         assert part in text
 
 
@@ -158,9 +170,17 @@ def test_a_browser_shows_the_page_without_errors(tmp_path):
     run = write_run(tmp_path / "run", text=HOSTILE)
     write_report(run, config(run.root))
     shot = tmp_path / "report.png"
-    quiet = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
-    command = [chromium, *quiet, f"--user-data-dir={tmp_path / 'profile'}", "--enable-logging=stderr", "--window-size=1280,1600"]
-    drawn = subprocess.run([*command, f"--screenshot={shot}", run.report.as_uri()], capture_output=True, text=True, timeout=120)
+    quiet = [
+        "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
+        "--disable-component-update", "--disable-sync",
+    ]
+    command = [
+        chromium, *quiet, f"--user-data-dir={tmp_path / 'profile'}", "--enable-logging=stderr",
+        "--window-size=1280,1600",
+    ]
+    drawn = subprocess.run(
+        [*command, f"--screenshot={shot}", run.report.as_uri()], capture_output=True, text=True, timeout=120
+    )
     dumped = subprocess.run([*command, "--dump-dom", run.report.as_uri()], capture_output=True, text=True, timeout=120)
     assert drawn.returncode == dumped.returncode == 0, drawn.stderr + dumped.stderr
     assert not [line for line in (drawn.stderr + dumped.stderr).splitlines() if "CONSOLE" in line]
@@ -169,6 +189,8 @@ def test_a_browser_shows_the_page_without_errors(tmp_path):
 
 
 def test_a_teacher_is_named_with_what_it_answered(tmp_path):
-    facts = {"updates": 90, "seconds": 2710.0, "tokens": 351_220, "workers": 2, "queries": 480, "answered": 479, "kept": 432}
+    facts = {
+        "updates": 90, "seconds": 2710.0, "tokens": 351_220, "workers": 2, "queries": 480, "answered": 479, "kept": 432,
+    }
     said = words(page_of(tmp_path, summary(**{"train.promptintern": facts})))
     assert "answered 479 of 480 unlabelled queries; the adapter also learned from the 432 answers" in said
