@@ -1,6 +1,7 @@
-"""Evaluation as a Ray job, where cluster.evaluate_resources are, of a run that is trained.
+r"""Evaluation as a Ray job, where cluster.evaluate_resources are, of a run that is trained.
 
-    ray job submit --working-dir . -- python jobs/evaluate.py jobs/runs/nl2bash.yaml task.folder=/shared/nl2bash cluster.storage_path=/shared
+    ray job submit --working-dir . -- python jobs/evaluate.py jobs/runs/nl2bash.yaml \
+        task.folder=/shared/nl2bash cluster.storage_path=/shared
 """
 
 import sys

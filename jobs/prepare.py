@@ -1,6 +1,7 @@
-"""Preparation as a Ray job: templates, examples and one dataset for each phase, on CPU nodes (cluster.prepare_resources).
+r"""Preparation as a Ray job: templates, examples and a dataset for each phase, on nodes with cluster.prepare_resources.
 
-    ray job submit --working-dir . -- python jobs/prepare.py jobs/runs/nl2bash.yaml task.folder=/shared/nl2bash cluster.storage_path=/shared
+    ray job submit --working-dir . -- python jobs/prepare.py jobs/runs/nl2bash.yaml \
+        task.folder=/shared/nl2bash cluster.storage_path=/shared
 """
 
 import sys

@@ -1,6 +1,7 @@
-"""Training as a Ray job: one gang of workers on GPU nodes (train.workers, cluster.train_resources), of a run that is prepared.
+r"""Training of a prepared run as a Ray job: train.workers workers, where cluster.train_resources are.
 
-    ray job submit --working-dir . -- python jobs/train.py jobs/runs/nl2bash.yaml task.folder=/shared/nl2bash cluster.storage_path=/shared
+    ray job submit --working-dir . -- python jobs/train.py jobs/runs/nl2bash.yaml \
+        task.folder=/shared/nl2bash cluster.storage_path=/shared
 """
 
 import sys

@@ -1,6 +1,6 @@
 """Ask a served adapter with the openai client: python serve/client.py MODEL "QUERY" [URL]
 
-The key, when the server needs one, is read from PI_RAY_API_KEY. The message is the query alone: no template, no examples.
+The key, if the server needs one, is read from PI_RAY_API_KEY. The message is the query alone, without template.
 """
 
 import os
@@ -19,7 +19,8 @@ def main(model: str, query: str, url: str = "http://127.0.0.1:8000") -> None:
             print(chunk.choices[0].delta.content or "", end="", flush=True)
         elif chunk.usage:
             used = chunk.usage
-            print(f"\n[{used.prompt_tokens} tokens in, {used.completion_tokens} out, {used.prompt_tokens_saved} not sent]", file=sys.stderr)
+            counts = f"{used.prompt_tokens} tokens in, {used.completion_tokens} out"
+            print(f"\n[{counts}, {used.prompt_tokens_saved} not sent]", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,10 @@ def tiny_config(model: Path, root: Path, **changes) -> RunConfig:
     settings = {
         "name": "tiny", "run_dir": str(root), "model": {"base": str(model)}, "prompt": {"chat": "chatml"},
         "schedule": {"phases": 3, "shots": 2, "epochs": 1},
-        "train": {"workers": 1, "batch_size": 4, "lr": 0.01, "lora": {"rank": 4, "alpha": 8}, "checkpoint_every": 2, "backend": {"name": "ddp"}},
+        "train": {
+            "workers": 1, "batch_size": 4, "lr": 0.01, "lora": {"rank": 4, "alpha": 8}, "checkpoint_every": 2,
+            "backend": {"name": "ddp"},
+        },
     }
     return RunConfig.model_validate(settings).replace(**changes)
 
@@ -44,12 +47,17 @@ def prepare_by_hand(config: RunConfig, rows: int = 12) -> None:
             shots = [Example(f"code of {n}", COLOURS[n]) for n in names if n != name][: phase.shots]
             table["id"].append(f"train-{i}")
             table["prompt_ids"].append(encoder.row(f"case {i}: what is {name}?", shots))
-            table["label_ids"].append([] if str(key).startswith(UNLABELLED) else encoder.answer(f"{COLOURS[name]} ." if i % 3 else COLOURS[name]))
+            answer = f"{COLOURS[name]} ." if i % 3 else COLOURS[name]
+            table["label_ids"].append([] if str(key).startswith(UNLABELLED) else encoder.answer(answer))
         prompts, labels = table["prompt_ids"], table["label_ids"]
         tokens = {
-            "prefix": len(encoder.prefix(template)), "row_mean": sum(map(len, prompts)) / rows, "row_max": max(map(len, prompts)),
+            "prefix": len(encoder.prefix(template)),
+            "row_mean": sum(map(len, prompts)) / rows, "row_max": max(map(len, prompts)),
             "label_mean": sum(map(len, labels)) / rows, "label_max": max(map(len, labels)),
         }
-        facts = {"phase": {"rate": phase.rate, "shots": phase.shots}, "template": template, "prefix_ids": encoder.prefix(template), "rows": rows, "tokens": tokens}
+        facts = {
+            "phase": {"rate": phase.rate, "shots": phase.shots}, "template": template,
+            "prefix_ids": encoder.prefix(template), "rows": rows, "tokens": tokens,
+        }
         with staged(run.phase(key), fingerprint="by-hand", **facts) as tmp:
             pq.write_table(pa.table(table), tmp / "part-00000.parquet")

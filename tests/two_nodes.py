@@ -1,6 +1,7 @@
-"""A Ray cluster of two nodes on this machine, of which one is lost: `python -m tests.two_nodes prepare FOLDER`, in a process of its own.
+"""A Ray cluster of two nodes on this machine that loses one: `python -m tests.two_nodes prepare FOLDER`, by itself.
 
-FOLDER has config.json; a file `killed` appears there when the node is gone. The lost node is replaced, as an autoscaler would do.
+FOLDER has config.json; a file `killed` appears there when the node is gone. The lost node is replaced, as by an
+autoscaler.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ NODE = {"num_cpus": 1, "object_store_memory": 100 << 20}
 
 
 def outside() -> dict[str, str]:
-    """The environment of a process that is to have a Ray of its own: Ray joins the cluster that its folder for temporary files names, if there is one."""
+    """The environment of a process with a Ray of its own: Ray joins a cluster that its temporary folder names."""
     folder = tempfile.mkdtemp(prefix="ray-", dir="/tmp")  # short, since sockets lie in it
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return {**{k: v for k, v in os.environ.items() if not k.startswith("RAY_ADDRESS")}, "RAY_TMPDIR": folder}
@@ -97,13 +98,15 @@ def prepare_and_lose(folder: Path) -> None:
         while not when():
             time.sleep(0.01)
         nodes.remove_node(victim, allow_graceful=False)
-        ray._private.utils.set_sigterm_handler = lambda handler: None  # a node asks for one when it starts, and only the main thread may
+        # A node sets a handler when it starts, which only the main thread may do.
+        ray._private.utils.set_sigterm_handler = lambda handler: None
         nodes.add_node(**NODE)
         (folder / "killed").touch()
 
     phase_dataset.PIECE_ROWS, phase_dataset.TokeniseRows = 10, WaitingTokeniser  # type: ignore[misc]
     here = f"begun-{ray.get_runtime_context().get_node_id()}"  # the driver is attached to the head
-    killer = threading.Thread(target=lose, args=(lambda: any(p.name != here for p in folder.glob("begun-*")),), daemon=True)
+    begun_elsewhere = lambda: any(p.name != here for p in folder.glob("begun-*"))  # noqa: E731
+    killer = threading.Thread(target=lose, args=(begun_elsewhere,), daemon=True)
     killer.start()
     prepare(config, lambda line: None)
     killer.join(timeout=60)

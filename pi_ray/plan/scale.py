@@ -235,8 +235,9 @@ def print_scale(plan: Plan, console: Console) -> None:
     links = f"links at {LINK:.0%} of what the machines name, gathering hidden behind computing"
     console.print(Text(
         f"On paper, and an upper bound: {links}, a shared disk of {DISK / 1e9:.0f} GB/s. "
-        f"Published: Mixtral with LoRA in 4 bits on one A100 at an MFU of {PUBLISHED.mfu:.0%}, {PUBLISHED.times_slower} times "
-        f"slower than this model says of it (Xia et al. 2024); {low:.0%} to {high:.0%} on H100s (LoRA on Llama 3 70B, "
+        f"Published: Mixtral with LoRA in 4 bits on one A100 at an MFU of {PUBLISHED.mfu:.0%}, "
+        f"{PUBLISHED.times_slower} times slower than this model says of it (Xia et al. 2024); "
+        f"{low:.0%} to {high:.0%} on H100s (LoRA on Llama 3 70B, "
         f"mixtures of experts). A batch above {config.train.batch_size} learns differently: look at train.lr.", "dim",
     ))
 

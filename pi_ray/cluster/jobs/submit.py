@@ -52,7 +52,8 @@ def submit_run(path: Path, overrides: Sequence[str], step: str, address: str, co
     """
     path = path / "run.yaml" if path.is_dir() else path
     bundle.refuse_secrets(overrides)
-    config, folder = run_file.validate_yaml(RunConfig, run_file.read_run_file(path), str(path), overrides), path.resolve().parent
+    config = run_file.validate_yaml(RunConfig, run_file.read_run_file(path), str(path), overrides)
+    folder = path.resolve().parent
     bundle.refuse_secrets((), config)
     bundle.refuse_local_models(config)
     jobs = Jobs(auth.address_of(address, config.cluster.address))
@@ -176,7 +177,8 @@ class Jobs:
             same = (job for job in jobs if all(_facts(job).get(key) == facts[key] for key in place))
             if running := next((job for job in same if job.status not in ENDED), None):
                 return self._attach(running, facts), False
-            numbers = [int(m[1]) for job in jobs if (m := re.fullmatch(rf"{re.escape(name)}-(\d+)", submission_id(job)))]
+            numbered = re.compile(rf"{re.escape(name)}-(\d+)")
+            numbers = [int(m[1]) for job in jobs if (m := numbered.fullmatch(submission_id(job)))]
             job_id = f"{name}-{max(numbers, default=0) + 1}"  # older jobs may have been deleted
             submit = partial(
                 self.client.submit_job, entrypoint=command, submission_id=job_id, metadata=facts, runtime_env=packages,

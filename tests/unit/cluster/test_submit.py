@@ -179,7 +179,8 @@ def test_an_address_is_a_plain_url(address):
 def test_a_line_of_progress_is_read_as_it_was_printed():
     seen = LogProgress()
     assert not seen.read_line("Train  LoRA rank 4 through the phases, 1 worker(s), ddp")
-    assert seen.read_line(progress_line("  promptintern: update", 12, 90, "phase 1  loss 0.310  900 tokens/s  3 min left"))
+    text = "phase 1  loss 0.310  900 tokens/s  3 min left"
+    assert seen.read_line(progress_line("  promptintern: update", 12, 90, text))
     assert str(seen) == "train  promptintern: update 12/90  phase 1  loss 0.310  900 tokens/s  3 min left"
     assert not seen.read_line("Evaluate  test rows, temperature 0") and str(seen) == "evaluate"
     assert not seen.read_line("templates: rate 1/2 of 3")
