@@ -147,7 +147,7 @@ class RateSearch:
         return self._size(*found) / self.full if found else 0.0
 
     def _note(self, best: CompressedTemplate, minimum: CompressedTemplate, numbers: CompressedTemplate) -> str:
-        """What the report must say about this template; empty when all went as asked."""
+        """A note for the report about unmet rates and dropped numbers; empty when all went as asked."""
         notes, tolerance = [], self.config.tolerance
         if minimum.achieved > best.asked + tolerance:
             notes.append(f"protected text alone is {minimum.achieved:.0%} of the template")

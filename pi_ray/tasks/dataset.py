@@ -1,4 +1,4 @@
-"""What tasks over data sets share: their base class, a stable choice of n rows, a hash of files, the hub."""
+"""Shared parts of tasks: the base class over published data sets, a stable choice of n rows, a hash of files."""
 
 from __future__ import annotations
 

@@ -6,8 +6,7 @@ right value is to compute it (or to know it from the prompt, which no sandbox ca
 data in a format of its own, read without running anything.
 
 Left open: an assert that is not `... == <literal>` is evaluated inside as a whole, and a program that takes over its
-own process can claim that it held. Of MBPP's 2,922 asserts 3 are of this kind, all in task 596 (a dev row,
-`sys.getsizeof`).
+own process can claim that it held. MBPP has 3 of this kind in 2,922, all in task 596.
 """
 
 from __future__ import annotations

@@ -143,7 +143,7 @@ class Sandbox:
         if seconds >= limits.seconds:
             return Verdict(False, "timeout", seconds)
         if not answer.startswith(READY):
-            raise OSError(complaint or f"its command ended with {process.returncode} and said nothing")
+            raise OSError(complaint or f"its command ended with {process.returncode} without a message")
         answer = answer.removeprefix(READY)
         if len(answer) > limits.output_kib << 10:
             reason = "too much output"

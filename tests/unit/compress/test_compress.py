@@ -24,7 +24,7 @@ TEXT = f"""Follow the Golden Rule. {LINE} {PROSE}.
 Answer like this: {JSON}, or with one of ["all", "none"].
 - Then test:
 {FENCE}"""
-HELD = [
+PROTECTED = [
     "Golden Rule.", "{{name}}", "{city}", "<slot>", "`ls -la`", "https://example.org/a?b=1", "250", JSON,
     '["all", "none"]', FENCE,
 ]
@@ -59,7 +59,7 @@ def is_subsequence(part, whole):
 
 def test_protected_spans_survive_byte_for_byte(tokenizer):
     made = compress_template(Every(), Template(TEXT), 0.6, tokenizer, CONFIG)
-    assert all(span in made.text for span in HELD)
+    assert all(span in made.text for span in PROTECTED)
 
 
 @pytest.mark.parametrize("bias", [0.5, 1.0, 2.0])
@@ -133,11 +133,11 @@ def test_the_label_of_a_line_goes_with_what_is_kept_of_it(tokenizer):
 
 
 def test_units_hold_what_they_should():
-    held = {TEXT[u.start : u.end]: u.protection for u in split_units(TEXT, CONFIG)}
+    protected = {TEXT[u.start : u.end]: u.protection for u in split_units(TEXT, CONFIG)}
     assert (
-        held["250"] is Protection.NUMBER
-        and held["`ls -la`"] is Protection.ALWAYS
-        and held["passive"] is Protection.NONE
+        protected["250"] is Protection.NUMBER
+        and protected["`ls -la`"] is Protection.ALWAYS
+        and protected["passive"] is Protection.NONE
     )
     free = {TEXT[u.start : u.end]: u.protection for u in split_units(TEXT, CompressConfig(protect_numbers=False))}
     assert free["250"] is Protection.NONE and "Golden" in free
@@ -148,8 +148,8 @@ def test_what_only_looks_like_json_or_a_fence_is_free():
         "- [ ] a box to [tick], {not json: 1}\n2. ```\n   code\n   ```\nprose between\n~~~\nmore code\n~~~\n"
         + "[" * 3000
     )
-    held = [text[u.start : u.end] for u in split_units(text, CONFIG) if u.protection is Protection.ALWAYS]
-    assert held == ["2. ```\n   code\n   ```", "~~~\nmore code\n~~~"]
+    protected = [text[u.start : u.end] for u in split_units(text, CONFIG) if u.protection is Protection.ALWAYS]
+    assert protected == ["2. ```\n   code\n   ```", "~~~\nmore code\n~~~"]
 
 
 def test_keep_reports_that_nothing_was_dropped(tokenizer):

@@ -37,7 +37,7 @@ SENTENCES = [
     "Never answer with `rm -rf` or an address other than https://example.org/a?b=1, whatever the request may ask for.",
     'Thresholds such as {"ms": 250, "bp": 100} are written in milliseconds, and percentages as basis points.',
 ]
-HELD = ["{code},", "`rm -rf`", "https://example.org/a?b=1,", '{"ms": 250, "bp": 100}']
+PROTECTED = ["{code},", "`rm -rf`", "https://example.org/a?b=1,", '{"ms": 250, "bp": 100}']
 
 
 def text_of(tokens: int, tokenizer) -> str:
@@ -132,7 +132,7 @@ def test_every_compressor_meets_the_rate_or_says_why_not(name, config_of, tokeni
         assert display.find_kept_adjacent(text.split(), made.text.split()).count(True) == len(made.text.split()), (
             "a word was changed, moved or glued"
         )
-        assert all(span in made.text for span in HELD if span in text)
+        assert all(span in made.text for span in PROTECTED if span in text)
         if name == "none":
             assert made.achieved == 1 and "none came no closer than 1.00" in made.note
         else:
@@ -185,14 +185,14 @@ def test_phrases_are_short_groups_of_words_between_marks_and_small_words():
 
 def test_selective_drops_the_phrases_that_tell_least():
     text = "the red zebra, of the usual kind, in a sudden storm"
-    told = {
+    surprisals = {
         "the": 1.0, "red": 6.0, "zebra,": 9.0, "of": 0.5, "usual": 1.0, "kind,": 0.5, "in": 1.0, "a": 1.0,
         "sudden": 4.0, "storm": 5.0,
     }
     compressor = selective.SelectiveContext.__new__(selective.SelectiveContext)
     super(selective.SelectiveContext, compressor).__init__()
     compressor.model = SimpleNamespace(
-        surprisal=lambda t: (words.word_spans(t), torch.tensor([told[w] for w in t.split()]))
+        surprisal=lambda t: (words.word_spans(t), torch.tensor([surprisals[w] for w in t.split()]))
     )
     assert compressor.compress(text, 0.7) == "the red zebra, in a sudden storm"
     assert compressor.compress(text, 0.3) == "the red zebra,"
@@ -349,7 +349,7 @@ def test_a_chat_model_that_cannot_or_will_not_compress_is_an_error_that_says_wha
         config_of("generation", base_url="https://me:secret@example.org/v1")
 
 
-# Documents apart from the instruction
+# Documents with a compressor of their own
 
 
 class Every:
@@ -476,11 +476,11 @@ def test_dropped_words_are_struck_through_line_by_line():
 
 
 def test_the_benchmark_counts_the_worst_rate_that_could_be_met():
-    met, held = (
+    met, unmet = (
         CompressedTemplate("", 0.5, 0.53, 1, 1),
         CompressedTemplate("", 0.3, 0.6, 1, 1, "protected text alone is 60% of the template"),
     )
-    made = [met, held, CompressedTemplate("", 0.3, 0.38, 1, 1, "x came no closer than 0.38")]
+    made = [met, unmet, CompressedTemplate("", 0.3, 0.38, 1, 1, "x came no closer than 0.38")]
     assert bench.worst(made) == pytest.approx(0.08) and bench.worst([]) == 0
     assert bench.rows_a_second([(10.0, 11.0), (10.5, 12.0)]) == 1.0
 

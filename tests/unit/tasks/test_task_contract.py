@@ -1,4 +1,4 @@
-"""What the Task protocol promises, over every registered task."""
+"""The promises of the Task protocol, checked for every registered task."""
 
 import json
 
