@@ -1,4 +1,4 @@
-"""The documents as tests read them: README, cluster/README.md and the pages of docs/, with blocks, links, headings."""
+"""The documents as tests read them: README, its neighbours and the pages of docs/, with blocks, links, headings."""
 
 import re
 from dataclasses import dataclass
@@ -6,7 +6,8 @@ from pathlib import Path
 
 REPO = Path(__file__).parents[3]
 DOCS = REPO / "docs"
-PAGES = sorted([REPO / "README.md", REPO / "cluster" / "README.md", *DOCS.glob("*.md")])
+OTHERS = [REPO / name for name in ("README.md", "CONTRIBUTING.md", "cluster/README.md")]
+PAGES = sorted([*OTHERS, *DOCS.glob("*.md")])
 NAMES = [str(page.relative_to(REPO)) for page in PAGES]
 FENCE = re.compile(r"^( *)```(\w*)\n(.*?)^\1```$", re.S | re.M)
 
