@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from pi_ray.errors import ConfigError, ModelError
-from pi_ray.models import resolve
+from pi_ray.models import resolve_base
 
 if TYPE_CHECKING:
     from pi_ray.config import LoraConfig, ModelConfig, RunConfig
@@ -90,7 +90,7 @@ def model_size(model: ModelConfig, lora: LoraConfig, longest: float = 0) -> Mode
 
     try:
         revision = model.revision or "main"
-        shape = AutoConfig.from_pretrained(resolve(model.base), revision=revision, trust_remote_code=False)
+        shape = AutoConfig.from_pretrained(resolve_base(model.base), revision=revision, trust_remote_code=False)
         with torch.device("meta"):
             net = AutoModelForCausalLM.from_config(shape)
     except (OSError, ValueError) as error:

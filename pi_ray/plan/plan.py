@@ -13,7 +13,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING
 
 from pi_ray.cluster import placement
-from pi_ray.data.ingest import check, read
+from pi_ray.data.ingest import check_splits, read_splits
 from pi_ray.models import load_tokenizer
 from pi_ray.plan import estimate
 from pi_ray.plan.figures import PhasePlan, Plan
@@ -72,8 +72,8 @@ def plan_run(config: RunConfig) -> Plan:
     Raises DataError for rows that preparation would refuse, and what the task and the model raise.
     """
     task: Task = tasks[config.task.name](config.task)
-    splits, rejects = read(task, (*SPLITS, UNLABELLED) if wants_unlabelled(config) else SPLITS)
-    notes = check(splits, rejects, config.task, RunDir(config.root))
+    splits, rejects = read_splits(task, (*SPLITS, UNLABELLED) if wants_unlabelled(config) else SPLITS)
+    notes = check_splits(splits, rejects, config.task, RunDir(config.root))
     rows = {split: len(found) for split, found in splits.items()}
     counts, schedule = _token_counts(task, splits["train"], config), plan_phases(config.schedule)
     shapes = [counts.shape(p.rate, p.shots) for p in schedule]
@@ -146,7 +146,7 @@ def _teaching_seconds(
 
 def _money(config: RunConfig, seconds: float, full: estimate.Shape, query: estimate.Shape) -> cost.Economics:
     shapes = {"base_full_prompt": full, "promptintern": query}
-    prices = {n: cost.price(config.cost, s.prefix + s.row, s.label, s.prefix) for n, s in shapes.items()}
+    prices = {n: cost.request_prices(config.cost, s.prefix + s.row, s.label, s.prefix) for n, s in shapes.items()}
     return cost.economics(config.cost, cost.training_cost(config.cost, seconds, config.train.workers), prices)
 
 
@@ -183,7 +183,7 @@ def print_plan(plan: Plan, console: Console, scale: bool = False) -> None:
     full, query = plan.full.prefix + plan.full.row, plan.query.prefix + plan.query.row
     say(f"Inference: {query:,.0f} input tokens instead of {full:,.0f}, {plan.saved / full:.0%} fewer", "bold")
     training = format_money(plan.money.training, config.cost.currency)
-    say(f"Cost: training about {training}. If quality holds: {cost.payback(plan.money, config.cost)}")
+    say(f"Cost: training about {training}. If quality holds: {cost.payback_verdict(plan.money, config.cost)}")
     if scale or (plan.speed.device == "gpu" and train.workers > config.cluster.gpus_per_node):
         console.print()
         print_scale(plan, console)

@@ -16,7 +16,7 @@ from unittest.mock import patch
 
 from pi_ray.cluster.render import KINDS, render_cluster_files, write_cluster_files
 from pi_ray.config import LoraConfig, ModelConfig
-from pi_ray.config.run_file import load
+from pi_ray.config.run_file import load_run_file
 from pi_ray.plan import estimate
 
 REPO = Path(__file__).parents[2]
@@ -40,7 +40,7 @@ def rendered(size: estimate.ModelSize, kind: str, overrides: Sequence[str] = ())
         patch.object(estimate, "model_size", lambda model, lora: size),
         patch("pi_ray.cluster.render.values.version", lambda name: RAY),
     ):
-        return render_cluster_files(kind, load(RUN, overrides), RUN.parent)
+        return render_cluster_files(kind, load_run_file(RUN, overrides), RUN.parent)
 
 
 def files(size: estimate.ModelSize) -> dict[Path, str]:

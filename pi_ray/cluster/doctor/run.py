@@ -14,7 +14,7 @@ from pi_ray.compress.generation import GenerationCompressor
 from pi_ray.config import CompressConfig, RunConfig
 from pi_ray.errors import ConfigError, MissingExtraError, ModelError, PiRayError
 from pi_ray.hosted.client import Service
-from pi_ray.models import load_tokenizer, resolve
+from pi_ray.models import load_tokenizer, resolve_base
 from pi_ray.plan import estimate
 from pi_ray.protocols import Reject
 from pi_ray.registry import tasks
@@ -122,9 +122,9 @@ def check_extras(config: RunConfig) -> Iterator[Finding]:
 def _compressors(config: RunConfig) -> dict[str, CompressConfig]:
     """Key of its model -> each compressor, where the schedule has something to compress."""
     own = config.compress
-    documents = {"compress.documents.model": own.of_documents} if own.documents else {}
+    documents = {"compress.documents.model": own.for_documents} if own.documents else {}
     compresses = any(0 < rate < 1 for rate in distinct_rates(config))
-    return {"compress.model": own.of_instruction, **documents} if compresses else {}
+    return {"compress.model": own.for_instruction, **documents} if compresses else {}
 
 
 def _loads_encoder(config: RunConfig) -> bool:
@@ -136,7 +136,7 @@ def _loads_encoder(config: RunConfig) -> bool:
 
 def _missing_weights(name: str, revision: str = "") -> str:
     """Say why a model's weights cannot be had, or "". They are not read: the hub is asked for their names."""
-    place = resolve(name)
+    place = resolve_base(name)
     if Path(place).is_dir():
         return "" if any(Path(place).glob(WEIGHTS)) else f"no weights (*.safetensors) in {place}"
     from huggingface_hub import HfApi, try_to_load_from_cache

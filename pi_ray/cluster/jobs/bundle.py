@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from pi_ray.config import INPUTS, RunConfig, dump
+from pi_ray.config import INPUTS, RunConfig, dump_config
 from pi_ray.errors import ConfigError
 from pi_ray.models import PACKAGED
 from pi_ray.run.artifact import digest, digest_file
@@ -82,7 +82,7 @@ def write_bundle(config: RunConfig, folder: Path, target: Path) -> str:
     """
     settings, found = bundled_config(config, folder), bundled_files(config, folder)
     copy_files(found, target / FOLDER)
-    (target / "run.yaml").write_text(dump(settings), encoding="utf-8")
+    (target / "run.yaml").write_text(dump_config(settings), encoding="utf-8")
     return digest([settings.model_dump(mode="json"), bundle_fingerprint(found)])
 
 

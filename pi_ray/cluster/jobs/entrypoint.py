@@ -16,7 +16,7 @@ from pathlib import Path
 
 from pi_ray.cluster import requirements, storage_sync
 from pi_ray.cluster.jobs import bundle
-from pi_ray.config import INPUTS, RunConfig, dump, run_file
+from pi_ray.config import INPUTS, RunConfig, dump_config, run_file
 from pi_ray.errors import PiRayError, StorageError
 from pi_ray.run.artifact import is_current, staged, write_atomic
 from pi_ray.run.object_storage import ObjectStorage, is_url
@@ -55,19 +55,19 @@ def settle(path: Path, overrides: Sequence[str], refreshes: bool = False) -> Run
     own.
     """
     path = path / "run.yaml" if path.is_dir() else path
-    config = run_file.check(RunConfig, run_file.read(path), str(path), overrides)
+    config = run_file.validate_yaml(RunConfig, run_file.read_run_file(path), str(path), overrides)
     home, folder = storage_folder(config), path.resolve().parent
     root = home / Path(config.run_dir or f"runs/{config.name}").expanduser()
     config = config.replace(run_dir=str(root), store=_store(config, home))
     bundled = folder.is_relative_to(Path.cwd())
     found = bundle.bundled_files(config, folder) if bundled else {}
     base = (bundle.bundled_config(config, folder), root) if bundled else (config, folder)
-    config = _copy_inputs(run_file.absolute(*base), found)
+    config = _copy_inputs(run_file.make_paths_absolute(*base), found)
     if refreshes:
         there = _there(config)
-        config = refresh.refresh_config(config, there=ObjectStorage(there.rpartition("/")[0]) if there else None)
+        config = refresh.refresh_config(config, storage=ObjectStorage(there.rpartition("/")[0]) if there else None)
     once = config.replace(**{"closed.confirmed": False})  # a confirmed cost holds for one job
-    write_atomic(config.root / "run.yaml", dump(once))
+    write_atomic(config.root / "run.yaml", dump_config(once))
     return config
 
 

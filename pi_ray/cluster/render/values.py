@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from pi_ray.config import RunConfig, dump
+from pi_ray.config import RunConfig, dump_config
 from pi_ray.config.cluster import Step
 from pi_ray.errors import ConfigError
 from pi_ray.plan import estimate
@@ -109,7 +109,7 @@ def _run_yaml(config: RunConfig) -> str:
     """The run file without defaults; with them where the shorter one would not read back to the same run."""
     own = config.model_dump(mode="json", exclude_defaults=True)
     text = yaml.safe_dump(own, sort_keys=False, allow_unicode=True, width=160)
-    return text if RunConfig.model_validate(yaml.safe_load(text)) == config else dump(config)
+    return text if RunConfig.model_validate(yaml.safe_load(text)) == config else dump_config(config)
 
 
 def _nodes(config: RunConfig, size: estimate.ModelSize) -> Nodes:
