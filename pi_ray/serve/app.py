@@ -1,6 +1,4 @@
-"""Starting the server: `run_server` in the foreground on this machine, `deploy` for `serve deploy serve/app.yaml` and
-KubeRay.
-"""
+"""Starts the server: `run_server` in the foreground, `deploy` for `serve deploy serve/app.yaml` and KubeRay."""
 
 from __future__ import annotations
 
@@ -41,8 +39,7 @@ def bearer_key(config: RunConfig, required: bool | None = None) -> str:
         raise ConfigError(
             f"serve.host is {config.serve.host}: a server that other machines can reach needs a key. Set it in the "
             f'environment, for example export {config.serve.api_key_env}="$(openssl rand -hex 32)", name a file of '
-            'keys '
-            "in serve.keys_file ('pi-ray key' makes them), or set serve.host to 127.0.0.1"
+            "keys in serve.keys_file ('pi-ray key' makes them), or set serve.host to 127.0.0.1"
         )
     return key
 
@@ -144,9 +141,7 @@ def _check_proxy_timeout(config: RunConfig) -> None:
 
 
 def usage_text(config: RunConfig, url: str, model: str = "", query: str = "YOUR QUERY") -> str:
-    """How to call the server from a terminal or a program. `model`: by default the store's first adapter, or the
-    base.
-    """
+    """How to call the server. `model`: by default the store's first adapter, or the base."""
     model = model or served_models(config, AdapterStore(config.store))[:2][-1]  # the base comes first
     env = config.serve.api_key_env
     key = f"-H \"Authorization: Bearer ${env}\" " if os.environ.get(env) else ""
@@ -179,9 +174,7 @@ def _wait_for_signal() -> None:
 
 
 def _shutdown(stop_ray: bool) -> None:
-    """Delete the application, once its replicas have finished their requests; `stop_ray`: and the Ray of this
-    process.
-    """
+    """Delete the application once its replicas have finished their requests, and with `stop_ray` this process's Ray."""
     if APP_NAME in serve.status().applications:
         serve.delete(APP_NAME, _blocking=False)
         # At most serve.graceful_shutdown_timeout_s, which may be longer than a blocking serve.delete waits.

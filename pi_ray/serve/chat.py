@@ -1,6 +1,4 @@
-"""Chat on the terminal with one adapter, without Ray: the engine runs in this process and reads the ids that a server's
-would.
-"""
+"""Chat on the terminal with one adapter, without Ray: the engine runs in this process, on a server's ids."""
 
 from __future__ import annotations
 

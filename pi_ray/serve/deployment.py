@@ -85,9 +85,7 @@ class Model:
             yield {"refused": error.args}
 
     def check_health(self) -> None:
-        """Called by Serve every HEALTH_PERIOD_S; raises when the engine cannot answer any more, so that it is
-        replaced.
-        """
+        """Called by Serve every HEALTH_PERIOD_S; raises when the engine cannot answer any more."""
         self._metrics.update()
         if check := getattr(self.engine, "check", None):
             check()
@@ -154,9 +152,7 @@ class HandleBackend:
 
 
 def build_application(config: RunConfig, digest: str = "") -> serve.Application:
-    """The Serve application of `config`. `digest` (of keys.key_digest) is all that the server keeps of the bearer
-    key.
-    """
+    """The Serve application of `config`. `digest` is keys.key_digest of the bearer key."""
     from pi_ray.registry import engines
 
     config = _with_merged_version(config)

@@ -194,9 +194,7 @@ class Traffic:
 
 
 class MetricsMiddleware:
-    """ASGI middleware outside all others: counts every request under /v1/ by its status, AuthMiddleware's refusals
-    too.
-    """
+    """ASGI middleware outside all others: counts requests under /v1/ by status, those without a valid key too."""
 
     def __init__(self, app: Any, traffic: Traffic):
         self.app = app
@@ -206,7 +204,6 @@ class MetricsMiddleware:
         if scope["type"] != "http" or not scope["path"].startswith("/v1/"):
             return await self.app(scope, receive, send)
         with self.traffic.request(scope["method"] == "POST") as record:
-
             async def watch(message: Any) -> None:
                 if message["type"] == "http.response.start" and (not record.status or message["status"] >= 400):
                     record.status = message["status"]

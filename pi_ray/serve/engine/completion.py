@@ -1,6 +1,4 @@
-"""One completion from request to text: adapter, prompt ids and limits on the way in, token ids back into text on the
-way out.
-"""
+"""One completion: adapter, prompt ids and limits on the way in, token ids back into text on the way out."""
 
 from __future__ import annotations
 
@@ -66,18 +64,14 @@ class CompletionRequest:
         return "\n\n".join(text for text in (*(text for _, text in self.history), self.query) if text)
 
     def for_choices(self, n: int) -> list[CompletionRequest]:
-        """The request for each of `n` answers to this prompt. A seed gives each its own, so that they differ and can be
-        repeated.
-        """
+        """The request for each of `n` answers to this prompt. A seed gives each one its own, so that they differ."""
         if self.seed is None:
             return [self] * n
         return [replace(self, seed=(self.seed + i + 2**63) % 2**64 - 2**63) for i in range(n)]
 
 
 class RefusedError(Exception):
-    """A request that cannot be answered: HTTP status, and OpenAI's `type`, `code` and `param`. Survives pickling
-    between processes.
-    """
+    """HTTP status and OpenAI's `type`, `code` and `param` of a refusal. Survives pickling between processes."""
 
     def __init__(
         self, status: int, message: str, kind: str = "invalid_request_error", code: str | None = None,
@@ -88,9 +82,7 @@ class RefusedError(Exception):
 
 
 def as_refused_error(error: PiRayError) -> RefusedError:
-    """Unknown adapter: 404. Store out of reach: 503. An adapter that fails verification, or a prompt format that the
-    base model does not allow: 422.
-    """
+    """404: unknown adapter. 503: store out of reach. 422: refused adapter, or a prompt format not allowed."""
     if isinstance(error, UnknownAdapterError):
         return RefusedError(404, str(error), code="model_not_found", param="model")
     if isinstance(error, StoreUnavailableError):
@@ -100,17 +92,13 @@ def as_refused_error(error: PiRayError) -> RefusedError:
 
 
 def requested_adapter(model: str, base: str) -> str | None:
-    """The adapter that `model` asks for: "x" and "<base>:x" give "x", the base's own name gives None. The result is not
-    checked yet.
-    """
+    """The adapter that `model` asks for, unchecked: "x" and "<base>:x" give "x", the base's own name gives None."""
     name = base_name(base)
     return None if model == name else model.removeprefix(f"{name}:")
 
 
 def served_models(config: RunConfig, store: AdapterStore) -> list[str]:
-    """Names that clients may ask for: the base model and the adapters, or one adapter alone where it is merged into the
-    base.
-    """
+    """Names that clients may ask for: the base model and the adapters, or the one that is merged into the base."""
     if config.serve.merge:
         return [config.serve.merge.partition("@")[0]]
     return [base_name(config.model.base), *store.names()]
@@ -134,17 +122,13 @@ class Completer:
         return ConversationEncoder(self.tokenizer)
 
     def merge(self, spec: str) -> None:
-        """Before the first request: have the engine add this adapter into the base weights. It alone is served then,
-        whatever is released later.
-        """
+        """Before the first request: merge this adapter into the base. It alone is served from then on."""
         adapter = self.store.open(spec)
         self.engine.merge(str(adapter.path))
         self.merged = adapter
 
     def prompt_ids(self, query: str, adapter: Adapter | None) -> list[int]:
-        """Exactly the ids that the adapter's last phase trained on; for the bare base model the query in the run's
-        prompt format.
-        """
+        """The ids that the adapter's last phase trained on; for the base model the query in the run's prompt format."""
         if adapter is None:
             return self._encoder(self.config.prompt).encode(query).ids
         return self._encoder(PromptConfig(**adapter.card["prompt"])).encode(query, adapter.card["template"]).ids
@@ -176,9 +160,7 @@ class Completer:
         yield {"finish": "length" if full else "stop", "completion_tokens": text.count}
 
     def _prepare(self, request: CompletionRequest) -> tuple[dict[str, Any], GenerationRequest]:
-        """Read and verify the adapter (blocking, the first time) and tokenise -> (first event, request to the
-        engine).
-        """
+        """Find the adapter (verified on first use) and tokenise -> (first event, request to the engine). Blocks."""
         name = requested_adapter(request.model, self.config.model.base)
         try:
             adapter = None if name is None else self._open(name, request.sticky_key)
@@ -213,9 +195,7 @@ class Completer:
         )
 
     def _open(self, name: str, sticky_key: str) -> Adapter:
-        """The adapter of that name. The merged one keeps its bare name even when the store has moved it to another
-        version, which the log says once.
-        """
+        """The adapter. A merged one keeps its name when another version is released, which the log says once."""
         if self.merged is None or name != self.merged.name:
             return self.store.open(name, sticky_key)
         with suppress(AdapterError):  # also while the store is out of reach
@@ -229,9 +209,7 @@ class Completer:
         return self.merged
 
     def _guard(self, request: CompletionRequest, adapter: Adapter | None) -> GuardResult:
-        """Take away the prompt that came with the query. Raises RefusedError for earlier messages that are not of the
-        adapter's prompt.
-        """
+        """Take away the prompt that came with the query. Raises RefusedError for a history of another prompt."""
         if adapter is None:
             return GuardResult("conversation" if request.history else "internalised", request.query)
         guard = adapter.guard if adapter.guard and self.config.serve.drift_guard else EMPTY_GUARD
@@ -267,9 +245,7 @@ class Completer:
     def _saved_tokens(
         self, request: CompletionRequest, adapter: Adapter | None, guarded: GuardResult, prompt_tokens: int
     ) -> int:
-        """Tokens that the model need not read: those that the guard took away, or those that the client did not send
-        (by the adapter's card).
-        """
+        """Tokens that the model need not read, because the guard took them away or the client did not send them."""
         if adapter is None or guarded.kind == "full":
             return 0
         if guarded.kind == "internalised":

@@ -1,6 +1,4 @@
-"""Conversations with the bare base model in its own chat template. An adapter never reads one: it was trained on the
-query alone.
-"""
+"""Conversations with the base model in its own chat template. An adapter, trained on the query alone, reads none."""
 
 from __future__ import annotations
 
@@ -15,9 +13,7 @@ from pi_ray.prompt import PromptEncoder
 
 
 class ConversationEncoder(PromptEncoder):
-    """Messages -> token ids. Raises ModelError where the model has no chat template, or one that does not take this
-    conversation.
-    """
+    """Messages -> ids. Raises ModelError where the model has no chat template, or one that does not take them."""
 
     def __init__(self, tokenizer: Any):
         super().__init__(tokenizer, PromptConfig(chat="none"))  # the frame is that of each conversation
@@ -25,9 +21,7 @@ class ConversationEncoder(PromptEncoder):
             raise ModelError("the base model has no chat template: send the query alone, as one message of role 'user'")
 
     def encode_conversation(self, messages: Sequence[tuple[str, str]]) -> list[int]:
-        """Ids of (role, text) messages and the head of the answer. A special token spelled out in a message stays
-        text.
-        """
+        """Ids of (role, text) messages and the head of the answer. Special tokens in a message stay text."""
         marks = [f"\x02{i}\x03" for i in range(len(messages))]
         marked = [{"role": role, "content": mark} for mark, (role, _) in zip(marks, messages, strict=True)]
         try:

@@ -1,6 +1,4 @@
-"""Incremental detokenization: token ids back into text as early as it is certain, and the log-probabilities that belong
-to each piece of it.
-"""
+"""Incremental detokenization: ids back into text as early as is certain, with each piece's log-probabilities."""
 
 from __future__ import annotations
 
@@ -97,9 +95,7 @@ class IncrementalDetokenizer:
 
 
 class LogprobsBuffer:
-    """Log-probabilities of tokens whose text is still held back. An entry has token, bytes, logprob, top (the likeliest
-    tokens), offset in the text.
-    """
+    """Log-probabilities of tokens whose text is held back. Entries: token, bytes, logprob, top, offset in the text."""
 
     def __init__(self, tokenizer: Any):
         self._token_text = cache(lambda token: token_text(tokenizer, token))
@@ -110,9 +106,7 @@ class LogprobsBuffer:
         self._waiting.append((position, token))
 
     def take(self, text: IncrementalDetokenizer) -> list[dict[str, Any]]:
-        """Entries of the tokens that begin in text already handed out; never of text that was cut off, nor of the
-        end-of-sequence token.
-        """
+        """Entries of tokens that begin in text already handed out. Text that was cut off has none."""
         ready = [(position, token) for position, token in self._waiting if position < text.released]
         self._waiting = self._waiting[len(ready) :]
         return [
@@ -131,9 +125,7 @@ class LogprobsBuffer:
 
 
 def token_text(tokenizer: Any, token: int) -> tuple[str, list[int] | None]:
-    """A token's text and its UTF-8 bytes. Part of a character is written bytes:\\xf0\\x9f; bytes are None where the
-    vocabulary does not tell them.
-    """
+    """A token's text and UTF-8 bytes. Half a character is written bytes:\\xf0\\x9f; bytes are None where unknown."""
     piece, text = tokenizer.convert_ids_to_tokens(token) or "", tokenizer.decode([token])
     if "\ufffd" not in text:
         if piece.startswith("▁") and not text.startswith(" "):
@@ -150,9 +142,7 @@ def token_text(tokenizer: Any, token: int) -> tuple[str, list[int] | None]:
 
 @cache
 def _byte_alphabet() -> dict[str, int]:
-    """Character -> byte of byte-level BPE (Radford et al. 2019): printable bytes stand for themselves, the others for
-    U+0100 and on, in order.
-    """
+    """Character -> byte in byte-level BPE (Radford et al. 2019): printable bytes stay, others are U+0100 on."""
     plain = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [b for b in range(256) if b not in plain]
     return {chr(b): b for b in plain} | {chr(256 + i): b for i, b in enumerate(others)}

@@ -27,9 +27,7 @@ MAX_FAILURES = 3
 
 
 class TransformersEngine:
-    """Implements protocols.Engine. Loads the base model once and adapters on demand, at most `serve.max_loras` at a
-    time.
-    """
+    """Implements protocols.Engine. Loads the base model once, adapters on demand, at most `serve.max_loras` of them."""
 
     def __init__(self, model: ModelConfig, serve: ServeConfig):
         self.tokenizer = load_tokenizer(model)
@@ -63,9 +61,7 @@ class TransformersEngine:
         return len(self._waiting) + len(self._scheduler.running)
 
     async def generate(self, request: GenerationRequest) -> AsyncIterator[Token]:
-        """Tokens as they come. Raises AdapterError when the adapter does not fit the base model. Closing the iterator
-        frees the row.
-        """
+        """Tokens as they come. Raises AdapterError where the adapter does not fit. Closing it frees the row."""
         sequence = GenerationSequence(request)
         with self._wake:
             if self._stopped:
@@ -81,9 +77,7 @@ class TransformersEngine:
             sequence.closed = True
 
     def merge(self, folder: str) -> None:
-        """Before the first request: add this adapter into the base weights; it alone is served then. Raises
-        AdapterError where that cannot be.
-        """
+        """Before the first request: merge this adapter into the base; it alone is served then. Raises AdapterError."""
         self._call(lambda: self._scheduler.multi_lora.merge(folder))
 
     def stats(self) -> dict[str, Any]:

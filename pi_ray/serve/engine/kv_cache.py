@@ -51,9 +51,7 @@ class KVCache:
 
     chunked_prefill = True  # a prompt may be read in pieces
 
-    def __init__(
-        self, model: Any, multi_lora: MultiLora, keys: Sequence[torch.Tensor], values: Sequence[torch.Tensor]
-    ):
+    def __init__(self, model: Any, multi_lora: MultiLora, keys: Sequence[torch.Tensor], values: Sequence[torch.Tensor]):
         """`keys`, `values`: one tensor a layer as the model makes them, (1, heads, any, dim)."""
         self.model, self.multi_lora = model, multi_lora
         self.lengths: list[int] = []
@@ -103,9 +101,7 @@ class KVCache:
         return out.logits[:, -1]
 
     def update(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Write (rows, heads, tokens, dim) at the write positions -> all that these rows may attend to, (rows, heads,
-        width, dim).
-        """
+        """Write (rows, heads, tokens, dim) at the write positions -> all that the rows attend to, (..., width, dim)."""
         rows, width = self._visible
         visible = []
         for store, new in ((self.keys[layer], keys), (self.values[layer], values)):
@@ -140,9 +136,7 @@ class KVCache:
         self.lengths[row] = stop
 
     def _set_write_positions(self, first: int, positions: torch.Tensor, width: int) -> None:
-        """Where the next pass writes, as indices into (rows * heads * capacity), and which rows and how many positions
-        it sees.
-        """
+        """Set where the next pass writes, as indices into (rows * heads * capacity), and what it sees."""
         rows, device = len(positions), positions.device
         row_index = torch.arange(first, first + rows, device=device)[:, None]
         offsets = (row_index * self.heads + torch.arange(self.heads, device=device)) * self.keys.shape[3]
@@ -176,9 +170,7 @@ class _AttentionMasks:
         self._window = getattr(config, "sliding_window", None) if sliding else None
 
     def __call__(self, positions: torch.Tensor, width: int, dtype: torch.dtype) -> Any:
-        """`positions` (rows, tokens) -> (rows, 1, tokens, width): a token sees itself and what stands before it in its
-        row.
-        """
+        """`positions` (rows, tokens) -> (rows, 1, tokens, width): a token sees itself and the tokens before it."""
         columns, positions = torch.arange(width, device=positions.device), positions[:, None, :, None]
         causal = columns <= positions
         near = causal & (columns > positions - self._window) if self._window else causal
@@ -233,9 +225,7 @@ def _batched_cache(model: Any, multi_lora: MultiLora) -> KVCache:
 
 
 def _logits_difference(unbatched: UnbatchedCache, batched: KVCache) -> float:
-    """Largest difference of the logits after two prompts, one of them in two pieces with padding, over their standard
-    deviation.
-    """
+    """Largest difference of the logits after two prompts, one read in two pieces, over their standard deviation."""
     size = unbatched.model.config.get_text_config().vocab_size
     long, short = ([(start + 7 * i) % size for i in range(n)] for start, n in ((11, 7), (5, 3)))
     logits = []

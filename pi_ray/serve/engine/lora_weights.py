@@ -1,6 +1,4 @@
-"""The LoRA weights of an adapter folder, found by their names and shapes: nothing else in adapter_config.json but rank
-and scaling has an effect.
-"""
+"""The LoRA weights of an adapter folder, by name and shape: of its config only rank and scaling have an effect."""
 
 from __future__ import annotations
 
@@ -20,9 +18,7 @@ EXPERT_LAYER = ".experts."  # single experts see tokens of many rows, in an orde
 
 @dataclass(frozen=True)
 class LoraWeights:
-    """One adapter: module name -> (A of shape (rank, in), B of shape (out, rank) with the scaling in it), float32 on
-    the CPU.
-    """
+    """Module name -> (A (rank, in), B (out, rank) with the scaling in it) of one adapter, float32 on the CPU."""
 
     rank: int
     pairs: dict[str, tuple[torch.Tensor, torch.Tensor]]
@@ -34,9 +30,7 @@ def linear_layers(base: Any) -> dict[str, torch.nn.Linear]:
 
 
 def read_lora_weights(folder: Path | str, layers: dict[str, torch.nn.Linear]) -> LoraWeights:
-    """Read the verified adapter in `folder` for a base with `layers`. Raises AdapterError, before a tensor is read,
-    when one does not fit its layer.
-    """
+    """Read a verified adapter. Raises AdapterError, before a tensor is read, when one does not fit its layer."""
     from safetensors.torch import load_file
 
     folder = Path(folder)

@@ -27,9 +27,7 @@ AddLora = Callable[["MultiLoraLayer", torch.Tensor, torch.Tensor], Any]  # (laye
 
 
 class MultiLoraLayer:
-    """Stacked weights of one linear layer, `a` (slots, rank, in) and `b` (slots, rank, out): zero where an adapter has
-    a smaller rank or none.
-    """
+    """Stacked weights of one linear layer: `a` (slots, rank, in), `b` (slots, rank, out), padded with zeros."""
 
     def __init__(self, linear: torch.nn.Linear, slots: int, rank: int, like: dict[str, Any], multi_lora: MultiLora):
         self.a = torch.zeros(slots, rank, linear.in_features, **like)
@@ -92,9 +90,7 @@ class MultiLora:
 
     @torch.inference_mode()
     def load(self, folder: str, in_use: Collection[str] = ()) -> int:
-        """Load `folder` if it is not loaded yet -> its slot; "" is the bare base. Raises AdapterError when it does not
-        fit the base model.
-        """
+        """Load `folder` if need be -> its slot; "" is the bare base. Raises AdapterError where it does not fit."""
         if self.merged:
             return self._merged_slot(folder)
         if not folder:
@@ -112,18 +108,14 @@ class MultiLora:
         return self._slots[folder]
 
     def set_active_slots(self, slots: Sequence[int], tokens: int) -> None:
-        """Row i of the next forward pass has the adapter in `slots[i]` (from `load`, or BASE_SLOT), for `tokens` tokens
-        each.
-        """
+        """Row i of the next forward pass, of `tokens` tokens, has the adapter in `slots[i]` (or BASE_SLOT)."""
         active = (tuple(slots), tokens, self._shape)
         if active != self._active:
             self.add_lora, self._active = self._choose(slots, tokens), active
 
     @torch.no_grad()
     def merge(self, folder: str) -> None:
-        """Add `folder` into the base weights, for good; it alone is served from then on. Raises AdapterError when that
-        cannot be.
-        """
+        """Add `folder` into the base weights for good; it alone is served then. May raise AdapterError."""
         pairs = self._read(folder).pairs
         if not all(self._linears[name].weight.is_floating_point() for name in pairs):
             raise AdapterError(
@@ -197,9 +189,7 @@ def _for_all_rows(slot: int) -> AddLora:
 
 
 def _in_turn(slots: Sequence[int]) -> AddLora:
-    """One run of rows with the same adapter after the other, in place; for prompts, whose rows are sorted and hold many
-    tokens.
-    """
+    """One run of rows with the same adapter after the other; for prompts: sorted rows of many tokens."""
     runs, end = [], 0  # (slot, first row, end)
     for slot, rows in groupby(slots):
         start, end = end, end + len(list(rows))
@@ -216,9 +206,7 @@ def _in_turn(slots: Sequence[int]) -> AddLora:
 
 
 def _batched(groups: Sequence[Sequence[int]], low: int, device: Any) -> AddLora:
-    """All groups in one batched product; `groups[i]` are the rows of slot low + i, of one token each. The padding
-    repeats row 0 and is dropped.
-    """
+    """One batched product; `groups[i]` are the rows of slot low + i, of one token each, padded with row 0."""
     size, high = max(map(len, groups)), low + len(groups)
     padded = torch.tensor([[*group, *[0] * (size - len(group))] for group in groups]).flatten().to(device)
     pairs = sorted((row, i * size + j) for i, group in enumerate(groups) for j, row in enumerate(group))

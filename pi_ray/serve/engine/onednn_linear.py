@@ -30,9 +30,7 @@ class OneDnnForward:
 
 @torch.no_grad()
 def use_onednn_linears(model: Any) -> bool:
-    """Move every float32 linear layer of `model` to oneDNN and drop its plain weights. False where that cannot be, or
-    changes the logits.
-    """
+    """Move float32 linear layers to oneDNN and drop their plain weights. False where that changes the logits."""
     if model.device.type != "cpu" or not torch.backends.mkldnn.is_available():
         return False
     layers = [m for m in model.modules() if type(m) is torch.nn.Linear and m.weight.dtype == torch.float32]

@@ -1,6 +1,4 @@
-"""The prefix cache: keys and values of prompts that were read, in blocks of 16 tokens, so that a prompt with the same
-beginning reads only its rest.
-"""
+"""The prefix cache: keys and values of prompts in blocks of 16 tokens, which prompts with the same beginning reuse."""
 
 from __future__ import annotations
 
@@ -14,9 +12,7 @@ Block = tuple[torch.Tensor, torch.Tensor]  # keys and values, (layers, heads, BL
 
 
 class PrefixNode:
-    """A block at the end of the path of blocks before it; a root has none. Tokens themselves are compared, not hashes:
-    prompts cannot be confused.
-    """
+    """A block behind those on the path to it; a root has none. Tokens are compared, not their hashes."""
 
     def __init__(self, parent: PrefixNode | None = None, tokens: tuple[int, ...] = (), block: Block | None = None):
         self.parent, self.tokens, self.block = parent, tokens, block
@@ -28,9 +24,7 @@ class PrefixNode:
 
 
 class PrefixCache:
-    """A tree of blocks for each adapter, since adapters change keys and values. Holds at most `limit` bytes; the least
-    recently used leaf is evicted.
-    """
+    """A tree of blocks for each adapter, at most `limit` bytes in all; the least recently used leaf is evicted."""
 
     def __init__(self, limit: int):
         self.limit = limit
@@ -39,17 +33,13 @@ class PrefixCache:
         self._lru: OrderedDict[PrefixNode, None] = OrderedDict()  # least recently used first, children before parents
 
     def find(self, adapter: str, prompt: Sequence[int]) -> list[Block]:
-        """The blocks of the longest cached prefix of `prompt`, without its last token, which is always read for its
-        logits.
-        """
+        """Blocks of the longest cached prefix of `prompt`, without its last token, which gives the logits."""
         path = self._path(adapter, prompt, (len(prompt) - 1) // BLOCK_SIZE)
         self._mark_used(path)
         return [node.block for node in path if node.block]
 
     def add(self, adapter: str, prompt: Sequence[int], copy_block: Callable[[int, int], Block]) -> None:
-        """Cache the whole blocks of `prompt` that are not cached yet; `copy_block(start, stop)` copies the keys and
-        values of these positions.
-        """
+        """Cache the whole blocks of `prompt` that are not cached yet, copied by `copy_block(start, stop)`."""
         if not self.limit:
             return
         path = self._path(adapter, prompt, len(prompt) // BLOCK_SIZE)

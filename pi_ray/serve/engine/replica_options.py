@@ -38,9 +38,7 @@ def replica_options(limits: ServeConfig, cluster: dict[str, float], actor_option
 
 
 def front_replica_options(limits: ServeConfig) -> dict[str, Any]:
-    """Options for Model in front of an engine with a deployment of its own: one light replica checks and tokenises for
-    all of them.
-    """
+    """Options for Model in front of an engine with its own deployment: one light replica checks and tokenises."""
     return {
         "num_replicas": 1,
         "max_ongoing_requests": limits.max_ongoing_requests * limits.max_replicas,

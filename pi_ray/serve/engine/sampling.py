@@ -1,6 +1,4 @@
-"""Sampling: the next token of each sequence in a batch, which depends on its own logits, settings and random numbers
-alone.
-"""
+"""Sampling: each sequence's next token, which depends on its own logits, settings and random numbers alone."""
 
 from __future__ import annotations
 
@@ -67,9 +65,7 @@ def _draw(logits: torch.Tensor, samplers: Sequence[Sampler], nucleus: bool) -> l
 
 
 def _nucleus(probabilities: torch.Tensor, top_p: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(probabilities, ids), likeliest first: zero beyond the smallest set that holds top_p, but never for the first
-    (Holtzman et al. 2020).
-    """
+    """(probabilities, ids), likeliest first, zero beyond the smallest set that holds top_p (Holtzman et al. 2020)."""
     size = probabilities.shape[-1]
     best, ids = probabilities.topk(min(PARTIAL_SORT, size))
     if (best.double().sum(-1, keepdim=True) < top_p).any():

@@ -30,9 +30,7 @@ MAX_SKIPPED_STEPS = 32  # how often later requests may go first while a request'
 
 
 class Scheduler:
-    """`running` is in the order of the KV cache's rows: the first `num_decoding` sequences decode, the others are in
-    prefill.
-    """
+    """`running` is in the order of the KV cache's rows: the first `num_decoding` decode, the others are in prefill."""
 
     def __init__(self, base: Any, tokenizer: Any, serve: ServeConfig, outputs: OutputQueue):
         self.tokenizer, self.outputs = tokenizer, outputs
@@ -139,9 +137,7 @@ class Scheduler:
         return []
 
     def _fail_prefill(self, sequences: Sequence[GenerationSequence], error: Exception) -> list[GenerationSequence]:
-        """One of several prompts may be the cause: all of them are tried again, each alone. A prompt that was alone
-        gets the error.
-        """
+        """One of several prompts may be the cause: each is tried again alone. One that was alone fails."""
         self.failures += 1
         for i in reversed(range(self.num_decoding, len(self.running))):
             self._finish(i)
@@ -167,9 +163,7 @@ class Scheduler:
         self._append_tokens(0, logits)
 
     def _append_tokens(self, first: int, logits: torch.Tensor) -> None:
-        """Sample the next token of the sequences from `first` on; `logits` is (sequences, vocabulary). Those that end
-        are finished.
-        """
+        """Sample the next token of the sequences from `first` on, from `logits` (sequences, vocabulary)."""
         sequences = self.running[first : first + len(logits)]
         finished = []
         tokens = sample_tokens(logits, [seq.sampler for seq in sequences])
@@ -198,9 +192,7 @@ class Scheduler:
         return any(s in tail for s in stop)
 
     def _finish(self, i: int) -> None:
-        """Free row i: the last decoding sequence moves there, and the last sequence of all into the row that this
-        leaves.
-        """
+        """Free row i: the last decoding sequence moves there, and the last of all into the row that this leaves."""
         if i < self.num_decoding:
             self.num_decoding -= 1
             self._move(self.num_decoding, i)

@@ -1,6 +1,4 @@
-"""A request while the engine generates for it (vLLM's Sequence), and the queue that carries its tokens back to the
-caller.
-"""
+"""A request while the engine generates for it (vLLM's Sequence), and the queue of its tokens to the caller."""
 
 from __future__ import annotations
 
@@ -32,9 +30,7 @@ class GenerationSequence:
 
 
 class OutputQueue:
-    """Carries tokens from the decoding thread to the callers: one call into each event loop a step, whatever the batch
-    size.
-    """
+    """Carries tokens from the decoding thread to the callers, with one call into each event loop a step."""
 
     def __init__(self) -> None:
         self._outputs: dict[Any, list[tuple[GenerationSequence, Output]]] = {}

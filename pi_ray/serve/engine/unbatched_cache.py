@@ -1,6 +1,4 @@
-"""UnbatchedCache: one cache of the model's own kind for each sequence, which is computed by itself, for models with
-other state than keys and values.
-"""
+"""UnbatchedCache: a cache of the model's own kind for each sequence, for models that keep other state."""
 
 from __future__ import annotations
 
@@ -15,9 +13,7 @@ from pi_ray.serve.engine.multi_lora import MultiLora
 
 
 class UnbatchedCache:
-    """Has the interface of kv_cache.KVCache except for blocks. Works for any decoder, no faster for many sequences than
-    one after the other.
-    """
+    """KVCache's interface without blocks, for any decoder; several sequences take as long as one after the other."""
 
     chunked_prefill = False  # a recurrent layer reads more than one token only at the start
     nbytes = 0

@@ -44,9 +44,7 @@ class VllmEngine:
 
     @staticmethod
     def deployment(config: RunConfig) -> Any:
-        """Ray's LLM deployment, to be bound beside Model. Raises MissingExtraError without vLLM, ConfigError without a
-        GPU.
-        """
+        """Ray's LLM deployment, to be bound beside Model. Raises MissingExtraError or, without a GPU, ConfigError."""
         import ray
 
         try:
@@ -82,9 +80,7 @@ class VllmEngine:
 
 
 def llm_config_arguments(config: RunConfig) -> dict[str, Any]:
-    """Arguments of ray.serve.llm.LLMConfig: the model, what the store's adapters need, and the limits of the serve
-    block.
-    """
+    """Arguments of ray.serve.llm.LLMConfig: the model, what the store's adapters need, and the serve block's limits."""
     from pi_ray.models import resolve_base
     from pi_ray.serve.engine.replica_options import replica_options
 
@@ -187,9 +183,7 @@ def completion_fields(request: GenerationRequest) -> dict[str, Any]:
 
 
 def parse_tokens(event: Any, top: int | None) -> Iterator[Token]:
-    """The tokens of vLLM's server-sent events, the `top` likeliest beside each. Raises RuntimeError for an error
-    event.
-    """
+    """Tokens of vLLM's server-sent events, the `top` likeliest beside each. Raises RuntimeError for an error event."""
     if not isinstance(event, str):
         raise RuntimeError(f"vLLM: {getattr(getattr(event, 'error', event), 'message', event)}")
     for data in (part.removeprefix("data: ") for part in event.split("\n\n")):

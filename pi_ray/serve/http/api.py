@@ -216,9 +216,7 @@ async def _server_sent_events(
     events: Events, first: list[dict[str, Any]], head: dict[str, Any], form: ChatFormat | CompletionFormat,
     usage: UsageCounter | None,
 ) -> AsyncGenerator[str, None]:  # fmt: skip
-    """One for each piece of text, the finish reasons, the usage when asked for, and [DONE]. An error becomes the
-    last.
-    """
+    """One event for each piece of text, finish reason, usage when asked for, and [DONE]. An error ends the stream."""
 
     def chunk(*choices: dict[str, Any], **rest: Any) -> str:
         content = {**head, "object": form.chunk_object, "choices": choices, **rest}
@@ -245,9 +243,7 @@ async def _server_sent_events(
 
 
 async def _with_deadline(events: Events, seconds: float) -> Events:
-    """The same events. Raises RefusedError for any failure, also when `seconds` are over, which stops the
-    generation.
-    """
+    """The same events. Any failure is a RefusedError, also that `seconds` are over, which stops the generation."""
     deadline = asyncio.get_running_loop().time() + seconds
     try:
         async with aclosing(events):

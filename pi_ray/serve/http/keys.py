@@ -80,9 +80,7 @@ class ApiKeys:
         return found if scheme.lower() == b"bearer" else None
 
     def _refresh(self) -> None:
-        """Read the file again when it changed. While it is wrong, the keys stay as they were, and the log says so
-        once.
-        """
+        """Read the file again when it changed. While it is wrong the keys stay as they were, and the log says so."""
         if self._file is None or (state := _file_state(self._file)) == self._state:
             return
         self._state = state
@@ -93,9 +91,7 @@ class ApiKeys:
 
 
 def load_keys(file: Path) -> dict[str, ApiKey]:
-    """digest -> ApiKey of a keys file. Raises ConfigError that names the entry, but never the text that may be a
-    key.
-    """
+    """Digest -> ApiKey of a keys file. Raises ConfigError that names the entry, but no text that may be a key."""
     try:
         data = yaml.safe_load(file.read_text(encoding="utf-8"))
     except OSError as error:

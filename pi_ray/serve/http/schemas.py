@@ -120,9 +120,7 @@ class ChatBody(RequestBody):
     top_logprobs: int | None = Field(None, ge=0, le=20)
 
     def prompts(self) -> Iterator[tuple[History, str]]:
-        """The last message is the query; in those before it an old client may still send the template and its
-        examples.
-        """
+        """The last message is the query; an old client may still send template and examples in those before it."""
         history, last = self.messages[:-1], self.messages[-1] if self.messages else None
         if last is None or last.role != "user" or any(m.role not in ROLES for m in history):
             message = (

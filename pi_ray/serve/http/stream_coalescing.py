@@ -1,6 +1,4 @@
-"""Joins pieces of streamed text before they leave a replica: each event is a message through two more processes, which
-costs about as much as a decoding step of its sequence.
-"""
+"""Joins pieces of streamed text in a replica: each event is a message, as dear as a decoding step of its sequence."""
 
 from __future__ import annotations
 
@@ -17,18 +15,14 @@ MAX_DELAY_S = 0.2  # how long a piece may wait for the next ones
 
 
 class StreamCoalescer:
-    """One for each replica. The more answers it streams, the longer each one's pieces are; a single answer's are not
-    joined.
-    """
+    """One for each replica. The more answers it streams, the longer their pieces are; a single one's are not joined."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic):
         self.clock = clock
         self.streams = 0
 
     async def coalesce(self, events: Events) -> Events:
-        """The same events, {"text"} pieces joined to those that follow soon. The first leaves at once, the last with
-        the end.
-        """
+        """The same events, {"text"} pieces joined to those that follow soon. The first piece leaves at once."""
         pending: dict[str, Any] = {}
         sent = float("-inf")
         self.streams += 1

@@ -11,9 +11,7 @@ from pi_ray.serve.engine.completion import CompletionRequest, Events
 
 
 async def merge_streams(backend: Any, requests: Sequence[CompletionRequest]) -> Events:
-    """Events of all requests as they come, each with its "index". A failure of one, or closing the iterator, ends
-    all.
-    """
+    """Events of all requests as they come, each with its "index". A failure, or closing the iterator, ends all."""
     if len(requests) == 1:
         async with aclosing(backend.complete(requests[0])) as events:
             async for event in events:
