@@ -52,10 +52,7 @@ METRICS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "pi_ray_replica_start_seconds": ("Gauge", "how long a replica took to load base model and tokenizer", ()),
 }  # fmt: skip
 ENGINE_COUNTERS = {
-    "adapter_hits": "pi_ray_adapter_hits_total",
-    "adapter_misses": "pi_ray_adapter_misses_total",
-    "adapter_evictions": "pi_ray_adapter_evictions_total",
-    "prefix_hit_tokens": "pi_ray_prefix_hit_tokens_total",
+    key: f"pi_ray_{key}_total" for key in ("adapter_hits", "adapter_misses", "adapter_evictions", "prefix_hit_tokens")
 }
 FULL_PROMPTS = {"stripped", "drifted"}  # values of "prompt" in the first event of Completer.complete
 ENGINE_GAUGES = {"adapters": "pi_ray_adapters", "waiting": "pi_ray_engine_waiting", "active": "pi_ray_engine_rows"}
