@@ -124,7 +124,7 @@ def run_pipeline(
         else:
             tables = rows.map_batches(MapRange(**constructor).__call__, **batches)
         try:
-            limit = WRITERS if actors else None
+            limit = min(WRITERS, len(todo)) if actors else None
             tables.write_datasink(PieceSink(pieces.schema, attach), ray_remote_args=options, concurrency=limit)
         except Exception as error:
             raise _find_error(error) or error from None

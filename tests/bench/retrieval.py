@@ -1,13 +1,17 @@
-"""Retrieval: exact BLEU against sacrebleu pair by pair, whole banks, FAISS with rerank against exact, and growth with the size of the bank.
+"""Retrieval: exact BLEU against sacrebleu pair by pair, whole banks, FAISS with rerank against exact, and growth with
+the size of the bank.
 
-    python -m tests.bench.retrieval --data FOLDER [--parts sacrebleu nl2bash bank53k growth] [--rows 53000] [--sizes 5000 ... 200000] [--threads 2]
+python -m tests.bench.retrieval --data FOLDER [--parts sacrebleu nl2bash bank53k growth] [--rows 53000] [--sizes 5000
+... 200000] [--threads 2]
 
-FOLDER has nl2bash/train.cm and wikisql/text2sql-data.wikisql.json.bz2 somewhere below it. Of WikiSQL each question's SQL is an answer, with its
-values filled in; banks larger than its 80,654 questions go on with the same queries about other values. Each row looks for its 10 best among all
-others, exact and by FAISS, in the same process and with the same threads; compiling is done before anything is timed. Both need the bank's
-n-grams: `exact` and `FAISS + rerank` are the seconds of everything after that, building FAISS's index included, and the n-grams' own are printed.
+FOLDER has nl2bash/train.cm and wikisql/text2sql-data.wikisql.json.bz2 somewhere below it. Of WikiSQL each question's
+SQL is an answer, with its values filled in; banks larger than its 80,654 questions go on with the same queries about
+other values. Each row looks for its 10 best among all others, exact and by FAISS, in the same process and with the same
+threads; compiling is done before anything is timed. Both need the bank's n-grams: `exact` and `FAISS + rerank` are the
+seconds of everything after that, building FAISS's index included, and the n-grams' own are printed.
 
-`exact_over_sacrebleu` compares pairs a second of one sample: sacrebleu calls `sentence_score` for each pair in one process, as it is made for.
+`exact_over_sacrebleu` compares pairs a second of one sample: sacrebleu calls `sentence_score` for each pair in one
+process, as it is made for.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""The benchmarks of retrieval and preparation: what their data is and what a number means. Sizes that take time are run by the benchmarks alone."""
+"""The benchmarks of retrieval and preparation: what their data is and what a number means. Sizes that take time are run
+by the benchmarks alone.
+"""
 
 import bz2
 import json
