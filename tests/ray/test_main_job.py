@@ -143,7 +143,7 @@ def test_your_own_prompt_in_the_steps_of_the_quickstart(small, tmp_path):
     shell(f"pi-ray run my-task/run.yaml {tiny}", tmp_path)
     assert (tmp_path / "runs" / "my-task" / "report.html").is_file()
     assert "nothing to do" in shell(f"pi-ray prepare my-task/run.yaml {tiny}", tmp_path)
-    assert "Q5 3" in shell(f"pi-ray neighbours my-task/run.yaml --row train-3 {tiny}", tmp_path), (
+    assert "Q5 3" in shell(f"pi-ray neighbours my-task/run.yaml --row train-4 {tiny}", tmp_path), (
         "the other row's answer"
     )
     assert "nothing to do" in shell(f"pi-ray train my-task/run.yaml {tiny}", tmp_path)
@@ -188,7 +188,7 @@ RUN_HERE = {
     "pi-ray init my-task/", "pi-ray run my-task/run.yaml", "pi-ray serve runs/my-task", "pi-ray schema", "pi-ray run",
     "pi-ray show my-task/run.yaml", "pi-ray prepare my-task/run.yaml", "pi-ray train my-task/run.yaml", "pi-ray plan",
     "pi-ray evaluate my-task/run.yaml", "pi-ray report my-task/run.yaml", "pi-ray publish my-task/run.yaml",
-    "pi-ray neighbours my-task/run.yaml --row train-3",
+    "pi-ray neighbours my-task/run.yaml --row train-4",
     "pi-ray show my-task/run.yaml train.lr=0.0003 schedule.shots=4",  # unit/docs/test_commands.py, as all other pages
     "pi-ray compress my-task/template.md --rate 0.5",  # unit/docs/test_commands.py
     "pi-ray doctor my-task/run.yaml",  # unit/cluster/test_doctor.py

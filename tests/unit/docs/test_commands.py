@@ -44,7 +44,7 @@ TESTED_BY = {  # verb -> test file that runs it, which must hold this text
     "demo": ("tests/ray/test_main_job.py", "pi-ray demo"),
     "run": ("tests/ray/test_main_job.py", "pi-ray run my-task/run.yaml"),
     "prepare": ("tests/ray/test_main_job.py", "pi-ray prepare my-task/run.yaml"),
-    "neighbours": ("tests/ray/test_main_job.py", "pi-ray neighbours my-task/run.yaml --row train-3"),
+    "neighbours": ("tests/ray/test_main_job.py", "pi-ray neighbours my-task/run.yaml --row train-4"),
     "train": ("tests/ray/test_main_job.py", "pi-ray train my-task/run.yaml"),
     "evaluate": ("tests/ray/test_main_job.py", "pi-ray evaluate my-task/run.yaml"),
     "report": ("tests/ray/test_main_job.py", "pi-ray report my-task/run.yaml"),
