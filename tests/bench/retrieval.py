@@ -110,7 +110,8 @@ def by_faiss(bank: BleuIndex, texts: Sequence[str], rows: np.ndarray) -> tuple[T
         asked = [texts[i] for i in some]
         return own.top(asked, K, some, candidates.nearest(asked, CANDIDATES))[1]
 
-    with ThreadPoolExecutor(bank.threads, initializer=faiss.omp_set_num_threads, initargs=(1,)) as pool:  # blocks side by side, as actors take them
+    # blocks side by side, as actors take them
+    with ThreadPoolExecutor(bank.threads, initializer=faiss.omp_set_num_threads, initargs=(1,)) as pool:
         scores = np.concatenate(list(pool.map(best, range(0, len(rows), BLOCK))))
     return Timed(time.perf_counter() - begin, scores), built
 
@@ -131,7 +132,11 @@ def against_sacrebleu(texts: Sequence[str], threads: int) -> float:
         raise SystemExit(f"a score differs from sacrebleu's by {worst:g}")
     timed = exact(whole, texts, np.arange(len(texts)))
     ours = len(texts) ** 2 / timed.seconds
-    print(f"  sacrebleu {theirs:,.0f} pairs/s; exact {ours / 1e6:,.0f} million pairs/s, {ours / theirs:,.0f} times as many; largest difference of {expected.size:,} scores {worst:.1e}", flush=True)
+    print(
+        f"  sacrebleu {theirs:,.0f} pairs/s; exact {ours / 1e6:,.0f} million pairs/s, {ours / theirs:,.0f} times as "
+        f"many; largest difference of {expected.size:,} scores {worst:.1e}",
+        flush=True,
+    )
     return ours / theirs
 
 
@@ -151,8 +156,11 @@ def compared(texts: Sequence[str], threads: int, rows: np.ndarray) -> dict[str, 
     share = near.scores.mean() / best.scores.mean()
     recall = np.mean(near.scores >= best.scores[:, -1:] - 1e-6)
     print(
-        f"  {len(texts):7,} answers: n-grams {counted:6.1f} s; exact {took['exact_s']:7.1f} s; FAISS + rerank {took['faiss_s']:6.1f} s (its index {built:.1f} s), "
-        f"{took['exact_s'] / took['faiss_s']:.1f} times as fast, recall@{K} {recall:.1%}, mean BLEU {near.scores.mean():.2f} of {best.scores.mean():.2f} ({share:.2%})", flush=True,
+        f"  {len(texts):7,} answers: n-grams {counted:6.1f} s; exact {took['exact_s']:7.1f} s; FAISS + rerank "
+        f"{took['faiss_s']:6.1f} s (its index {built:.1f} s), "
+        f"{took['exact_s'] / took['faiss_s']:.1f} times as fast, recall@{K} {recall:.1%}, mean BLEU "
+        f"{near.scores.mean():.2f} of {best.scores.mean():.2f} ({share:.2%})",
+        flush=True,
     )
     return {**took, "share": share}
 
@@ -181,7 +189,9 @@ def main() -> None:
     if "growth" in args.parts:
         texts = wikisql(args.data, max(args.sizes))
         for size in args.sizes:
-            compared(texts[:size], args.threads, np.random.default_rng(0).choice(size, min(SAMPLE, size), replace=False))
+            compared(
+                texts[:size], args.threads, np.random.default_rng(0).choice(size, min(SAMPLE, size), replace=False)
+            )
     last_line(**figures)
 
 

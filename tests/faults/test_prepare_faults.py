@@ -35,22 +35,30 @@ pytestmark = pytest.mark.fault
 
 def write_rows(folder, train=40):
     for split, count in (("train", train), ("dev", 6), ("test", 6)):
-        rows = [{"id": f"{split}-{i}", "query": f"{split} {i}: which code has case {i}?", "answer": f"code k{i % 7} | {i}"} for i in range(count)]
+        rows = [
+            {"id": f"{split}-{i}", "query": f"{split} {i}: which code has case {i}?", "answer": f"code k{i % 7} | {i}"}
+            for i in range(count)
+        ]
         (folder / f"{split}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     (folder / "template.md").write_text("# Instruction\n\nAnswer with one code.\n")
-    return {**{s: str(folder / f"{s}.jsonl") for s in ("train", "dev", "test")}, "template": str(folder / "template.md")}
+    return {
+        **{s: str(folder / f"{s}.jsonl") for s in ("train", "dev", "test")}, "template": str(folder / "template.md"),
+    }
 
 
 @pytest.fixture
 def config(tmp_path):
     return RunConfig.model_validate({
-        "name": "tiny", "run_dir": str(tmp_path / "run"), "prompt": {"chat": "chatml"}, "compress": {"name": "none"}, "task": write_rows(tmp_path), "schedule": {"phases": 2, "shots": 1},
+        "name": "tiny", "run_dir": str(tmp_path / "run"), "prompt": {"chat": "chatml"}, "compress": {"name": "none"},
+        "task": write_rows(tmp_path), "schedule": {"phases": 2, "shots": 1},
     })  # fmt: skip
 
 
 def phases(config):
     """Hash of every file that preparation leaves, by its path."""
-    return {p.relative_to(config.root).as_posix(): digest_file(p) for p in sorted(config.root.rglob("*")) if p.is_file()}
+    return {
+        p.relative_to(config.root).as_posix(): digest_file(p) for p in sorted(config.root.rglob("*")) if p.is_file()
+    }
 
 
 # D1: rows that cannot be used
@@ -66,7 +74,9 @@ def test_d1_every_kind_of_bad_row_lands_in_the_rejects_and_every_good_row_is_kep
     allowed = config.task.model_copy(update={"max_bad_rows": len(BAD)})
     ingest(JsonlTask(allowed), allowed, run, "f", lambda line: None)
     rejects = [json.loads(line) for line in run.rejects.read_text().splitlines()]
-    assert [r["line"] for r in rejects] == [2 * i + 2 for i in range(len(BAD))] and all(r["reason"] and r["source"].endswith("train.jsonl") for r in rejects)
+    assert [r["line"] for r in rejects] == [2 * i + 2 for i in range(len(BAD))] and all(
+        r["reason"] and r["source"].endswith("train.jsonl") for r in rejects
+    )
     assert [r.id for r in run.read_rows("train")] == ["first", *(f"g{i}" for i in range(len(BAD)))]
     strict = config.task.model_copy(update={"max_bad_rows": len(BAD) - 1})
     with pytest.raises(DataError, match=f"{len(BAD)} bad rows, and task.max_bad_rows is {len(BAD) - 1}"):
@@ -114,7 +124,9 @@ def pickled_column(canary, name):
 @pytest.mark.parametrize("name", ["rows.parquet", "rows.json", "rows.jsonl"])
 def test_d3_pickled_columns_are_no_rows(tmp_path, canary, name):
     pq.write_table(pickled_column(canary, "query"), tmp_path / name)
-    task = JsonlTask(TaskConfig(train=str(tmp_path / name), test=str(tmp_path / "none"), template=str(tmp_path / "none")))
+    task = JsonlTask(
+        TaskConfig(train=str(tmp_path / name), test=str(tmp_path / "none"), template=str(tmp_path / "none"))
+    )
     assert not [row for row in task.rows("train") if isinstance(row, Row)]
 
 
@@ -149,7 +161,10 @@ def test_d3_tensor_columns_with_pickled_metadata_are_refused(tmp_path, canary):
 
 @pytest.mark.parametrize("name", ["rows.json", "rows.jsonl"])
 def test_d3_class_keys_in_json_are_text_and_nothing_else(tmp_path, canary, name):
-    hostile = {"__class__": "os.system", "__reduce__": ["os.system", [f"touch {canary}"]], "py/object": "os.system", "py/reduce": [{"py/function": "os.system"}, {"py/tuple": [f"touch {canary}"]}]}
+    hostile = {
+        "__class__": "os.system", "__reduce__": ["os.system", [f"touch {canary}"]], "py/object": "os.system",
+        "py/reduce": [{"py/function": "os.system"}, {"py/tuple": [f"touch {canary}"]}],
+    }
     rows = [{**hostile, "query": "q", "answer": "a"}, hostile]
     (tmp_path / name).write_text(json.dumps(rows) if name.endswith("json") else "\n".join(map(json.dumps, rows)))
     first, second = JsonlTask(TaskConfig(train=str(tmp_path / name), test="none", template="none")).rows("train")
@@ -165,7 +180,10 @@ def test_f6_a_piece_that_does_not_fit_leaves_the_finished_ones_and_no_debris(tin
     rows = [Row(f"r{i}", f"what is case {rng.getrandbits(500)}?", f"a{i}") for i in range(200)]
     run = RunDir(config.root)
     run.rows.mkdir(parents=True)
-    pq.write_table(pa.table({k: [getattr(r, k) for r in rows] for k in ("id", "query", "answer", "group")}), run.rows / "train.parquet")
+    pq.write_table(
+        pa.table({k: [getattr(r, k) for r in rows] for k in ("id", "query", "answer", "group")}),
+        run.rows / "train.parquet",
+    )
     folder = partial_folder(run.phase(0), "f")
     phase = phase_dataset.PhaseData("0", "train", 1.0, 0)
     step = pieces.Pieces(run, phase_dataset.SCHEMA, 100, {"train": {"0": f"{folder}/part-"}})
@@ -189,13 +207,17 @@ def test_f6_a_piece_that_does_not_fit_leaves_the_finished_ones_and_no_debris(tin
 
 
 @pytest.mark.ray
-def test_d2_killed_half_way_the_same_command_writes_no_file_twice_and_ends_the_same(config, tmp_path, ray_local, monkeypatch):
+def test_d2_killed_half_way_the_same_command_writes_no_file_twice_and_ends_the_same(
+    config, tmp_path, ray_local, monkeypatch
+):
     monkeypatch.setattr(phase_dataset, "PIECE_ROWS", 10)
     clean = config.replace(run_dir=str(tmp_path / "clean" / "run"))
     prepare(clean, lambda line: None)
     (tmp_path / "config.json").write_text(config.model_dump_json())
     (tmp_path / "hold").touch()
-    first = subprocess.Popen([sys.executable, "-m", "tests.two_nodes", "held", str(tmp_path)], start_new_session=True, env=outside())
+    first = subprocess.Popen(
+        [sys.executable, "-m", "tests.two_nodes", "held", str(tmp_path)], start_new_session=True, env=outside()
+    )
     written, deadline = tmp_path / "written", time.monotonic() + 120
     while not (written.exists() and len(written.read_text().split()) >= 4):
         assert first.poll() is None and time.monotonic() < deadline, "the first run ended before it could be killed"

@@ -18,16 +18,29 @@ from tests.bench import prepare, retrieval
 @pytest.fixture
 def data(tmp_path):
     (tmp_path / "nl2bash").mkdir()
-    (tmp_path / "nl2bash" / "train.cm").write_text("".join(f"find . -name '*.{i % 9}' | head -{i}\n" for i in range(220)))
+    (tmp_path / "nl2bash" / "train.cm").write_text(
+        "".join(f"find . -name '*.{i % 9}' | head -{i}\n" for i in range(220))
+    )
     (tmp_path / "wikisql").mkdir()
     asked = [{"variables": {"var0": f"value {i}", "var1": str(i)}} for i in range(3)]
-    entries = [{"sql": ['SELECT TABLEalias0.NOTES_FIELD FROM TABLE AS TABLEalias0 WHERE TABLEalias0.A_FIELD = "var0" AND TABLEalias0.B_FIELD > var1 ;'], "sentences": asked}]
+    entries = [
+        {
+            "sql": [
+                'SELECT TABLEalias0.NOTES_FIELD FROM TABLE AS TABLEalias0 WHERE TABLEalias0.A_FIELD = "var0" AND '
+                'TABLEalias0.B_FIELD > var1 ;'
+            ],
+            "sentences": asked,
+        }
+    ]
     (tmp_path / "wikisql" / "text2sql-data.wikisql.json.bz2").write_bytes(bz2.compress(json.dumps(entries).encode()))
     return tmp_path
 
 
 def test_an_answer_of_wikisql_is_the_sql_with_the_values_of_its_question(data):
-    assert retrieval.wikisql(data, 2) == ['SELECT NOTES FROM TABLE WHERE A = "value 0" AND B > 0 ;', 'SELECT NOTES FROM TABLE WHERE A = "value 1" AND B > 1 ;']
+    assert retrieval.wikisql(data, 2) == [
+        'SELECT NOTES FROM TABLE WHERE A = "value 0" AND B > 0 ;',
+        'SELECT NOTES FROM TABLE WHERE A = "value 1" AND B > 1 ;',
+    ]
     assert len(retrieval.nl2bash(data)) == 220
 
 

@@ -453,12 +453,12 @@ def test_the_verb_says_what_is_wrong(template_file, capsys, arguments, message):
 
 
 def test_overrides_may_stand_behind_an_option_but_an_unknown_option_is_an_error(capsys):
-    from pi_ray.cli import _arguments
+    from pi_ray.cli import parse_arguments
 
-    assert _arguments(["publish", "run.yaml", "a.b=1", "--name", "x", "c.d=2"]).overrides == ["a.b=1", "c.d=2"]
+    assert parse_arguments(["publish", "run.yaml", "a.b=1", "--name", "x", "c.d=2"]).overrides == ["a.b=1", "c.d=2"]
     for wrong in (["train", "run.yaml", "--nam", "x"], ["schema", "x"]):
         with pytest.raises(SystemExit):
-            _arguments(wrong)
+            parse_arguments(wrong)
     assert "unrecognized arguments: x" in capsys.readouterr().err
 
 

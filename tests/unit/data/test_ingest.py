@@ -17,8 +17,12 @@ LONG = "tell me, as shortly as you can and without any further word, which of al
 
 def test_a_teacher_is_never_asked_what_is_evaluated_or_labelled_nor_anything_twice(tmp_path):
     splits = {
-        "train": [Row("a", "How many?", "1"), Row("b", "Which?", "2")], "dev": [Row("c", "When?", "3")], "test": [Row("d", "Who is it?", "4")],
-        "unlabelled": [Row(f"u{i}", q, "") for i, q in enumerate(["who  is IT?", "When?", "how many?", "Where?", "Why?", "where?"])],
+        "train": [Row("a", "How many?", "1"), Row("b", "Which?", "2")],
+        "dev": [Row("c", "When?", "3")],
+        "test": [Row("d", "Who is it?", "4")],
+        "unlabelled": [
+            Row(f"u{i}", q, "") for i, q in enumerate(["who  is IT?", "When?", "how many?", "Where?", "Why?", "where?"])
+        ],
     }
     notes = check_splits(splits, [], TaskConfig(), RunDir(tmp_path))
     assert [r.query for r in splits["unlabelled"]] == ["Where?", "Why?"]
@@ -28,7 +32,9 @@ def test_a_teacher_is_never_asked_what_is_evaluated_or_labelled_nor_anything_twi
 def ingested(folder, **splits):
     """Ingest files of these (id, query) pairs; the run directory, and what was said."""
     for split, rows in splits.items():
-        (folder / f"{split}.jsonl").write_text("".join(json.dumps({"id": i, "query": q, "answer": "a"}) + "\n" for i, q in rows))
+        (folder / f"{split}.jsonl").write_text(
+            "".join(json.dumps({"id": i, "query": q, "answer": "a"}) + "\n" for i, q in rows)
+        )
     config = TaskConfig(**{split: str(folder / f"{split}.jsonl") for split in ("train", "dev", "test")}, overlap="drop")
     run, said = RunDir(folder / "run"), []
     ingest(JsonlTask(config), config, run, "f", said.append)
@@ -38,14 +44,20 @@ def ingested(folder, **splits):
 
 def test_long_queries_are_told_apart_by_all_of_them_and_found_in_any_case(tmp_path):
     train = [("a", LONG + "last"), ("b", LONG + "first"), ("c", "short"), ("d", LONG + "middle")]
-    run, said = ingested(tmp_path, train=train, dev=[("e", LONG + "other")], test=[("f", f"  {(LONG + 'FIRST').upper()}")])
-    assert [r.id for r in run.read_rows("train")] == ["a", "c", "d"] and run.read_rows("train")[0].query == LONG + "last"
+    run, said = ingested(
+        tmp_path, train=train, dev=[("e", LONG + "other")], test=[("f", f"  {(LONG + 'FIRST').upper()}")]
+    )
+    assert [r.id for r in run.read_rows("train")] == ["a", "c", "d"] and run.read_rows("train")[
+        0
+    ].query == LONG + "last"
     assert said.endswith("1 train rows dropped, because their queries also stand in dev or test")
 
 
 def test_an_overlap_is_shown_by_the_beginning_of_its_query(tmp_path):
     task = TaskConfig(name="x")
-    rows = {"train": [Row("a", LONG + "last", "1")], "dev": [Row("b", "q", "1")], "test": [Row("c", LONG + "LAST", "1")]}
+    rows = {
+        "train": [Row("a", LONG + "last", "1")], "dev": [Row("b", "q", "1")], "test": [Row("c", LONG + "LAST", "1")],
+    }
     with pytest.raises(DataError, match="train row 'a', also in test: 'tell me, as shortly"):
         check_splits({s: [step._key(r) for r in some] for s, some in rows.items()}, [], task, RunDir(tmp_path))
 
@@ -55,7 +67,11 @@ def test_dev_rows_are_taken_out_of_train_on_disk_too(tmp_path):
     run, said = ingested(tmp_path, train=train, test=[("x", "another")])
     assert [r.id for r in run.read_rows("dev")] == ["t18", "t19"]
     assert [r.id for r in run.read_rows("train")] == [f"t{i}" for i in range(1, 18)], "t0 asks what t19 asks"
-    assert said == "rows: 17 train, 2 dev, 1 test, 0 rejected; no dev rows: the last 2 train rows serve as dev (1 more with the same queries left out of train)"
+    assert (
+        said
+        == "rows: 17 train, 2 dev, 1 test, 0 rejected; no dev rows: the last 2 train rows serve as dev "
+        "(1 more with the same queries left out of train)"
+    )
 
 
 def test_what_is_held_of_a_row_does_not_grow_with_it():

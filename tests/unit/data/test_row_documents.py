@@ -17,26 +17,39 @@ from pi_ray.run.artifact import read_manifest
 from pi_ray.run.directory import RunDir, documents_file
 from pi_ray.tasks.jsonl import JsonlTask
 
-LONG = "The parcel shop opens at nine in the morning and closes late in the evening on every day of the week, as the sign on its door says to all who come by."
+LONG = (
+    "The parcel shop opens at nine in the morning and closes late in the evening on every day of the week, "
+    "as the sign on its door says to all who come by."
+)
 
 
 def task_of(folder, lines, **changes):
     for split in ("train", "dev", "test"):
         own = [{**line, "query": f"{split}: {line['query']}"} for line in lines]
         (folder / f"{split}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in own))
-    return TaskConfig(train=str(folder / "train.jsonl"), dev=str(folder / "dev.jsonl"), test=str(folder / "test.jsonl"), template="none", **changes)
+    return TaskConfig(
+        train=str(folder / "train.jsonl"), dev=str(folder / "dev.jsonl"), test=str(folder / "test.jsonl"),
+        template="none", **changes,
+    )
 
 
 def test_a_row_brings_texts_or_titled_texts(tmp_path):
-    lines = [{"query": "q", "answer": "a", "documents": ["one", {"title": "Two", "text": " two\n"}, {"text": "three"}]}, {"query": "r", "answer": "a", "documents": []}]
+    lines = [
+        {"query": "q", "answer": "a", "documents": ["one", {"title": "Two", "text": " two\n"}, {"text": "three"}]},
+        {"query": "r", "answer": "a", "documents": []},
+    ]
     rows = list(JsonlTask(task_of(tmp_path, lines)).rows("train"))
     assert [r.documents for r in rows] == [("one", "## Two\ntwo", "three"), ()]
 
 
-@pytest.mark.parametrize("bad, reason", [
-    ("text", "'documents' must be a list"), ([7], r"'documents[0]' must be text, found a number"), ([{"title": "t"}], "missing field 'text'"), (["", "x"], "'documents[0]' is empty"),
-    ([{"text": "x", "title": 3}], "'documents[0].title' must be text"),
-])
+@pytest.mark.parametrize(
+    "bad, reason",
+    [
+        ("text", "'documents' must be a list"), ([7], r"'documents[0]' must be text, found a number"),
+        ([{"title": "t"}], "missing field 'text'"), (["", "x"], "'documents[0]' is empty"),
+        ([{"text": "x", "title": 3}], "'documents[0].title' must be text"),
+    ],
+)
 def test_documents_that_cannot_be_used_reject_their_row_alone(tmp_path, bad, reason):
     lines = [{"query": "q", "answer": "a", "documents": bad}, {"query": "r", "answer": "a"}]
     first, second = JsonlTask(task_of(tmp_path, lines)).rows("train")
@@ -49,8 +62,13 @@ def test_a_prompt_has_the_template_the_rows_documents_examples_and_the_query():
     text = render_prompt(config, "c?", "Template.", shots, ["Doc one.", "Doc two."])
     assert text == "Template.\n\nDoc one.\n\nDoc two.\n\nExamples:\n\na?\nb\n\nc?"
     ids = encoder.encode("c?", "Template.", shots, ["Doc one.", "Doc two."])
-    assert ids.prefix == encoder.prefix("Template.") and encoder.tokenizer.decode(ids.ids) == f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n"
-    assert encoder.row("c?") == encoder.row("c?", (), ()), "the query alone, as it is served where no documents are left"
+    assert (
+        ids.prefix == encoder.prefix("Template.")
+        and encoder.tokenizer.decode(ids.ids) == f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n"
+    )
+    assert encoder.row("c?") == encoder.row("c?", (), ()), (
+        "the query alone, as it is served where no documents are left"
+    )
 
 
 @pytest.fixture
@@ -58,10 +76,16 @@ def prepared(tmp_path, monkeypatch):
     """A run of 5 rows in each split; rows 1 and 3 have documents, one of which both share."""
     monkeypatch.setenv("PI_RAY_CACHE", str(tmp_path / "cache"))
     own = {1: [LONG, f"First of all: {LONG}"], 3: [LONG]}
-    config = RunConfig.model_validate({
-        "name": "tiny", "run_dir": str(tmp_path / "run"), "compress": {"name": "none", "documents": {"name": "halves"}},
-        "task": task_of(tmp_path, [{"query": f"q{i}", "answer": "a", "documents": own.get(i, [])} for i in range(5)]).model_dump(),
-    })
+    config = RunConfig.model_validate(
+        {
+            "name": "tiny",
+            "run_dir": str(tmp_path / "run"),
+            "compress": {"name": "none", "documents": {"name": "halves"}},
+            "task": task_of(
+                tmp_path, [{"query": f"q{i}", "answer": "a", "documents": own.get(i, [])} for i in range(5)]
+            ).model_dump(),
+        }
+    )
     run = RunDir(config.root)
     ingest(JsonlTask(config.task), config.task, run, "f", lambda line: None)
     return config, run
@@ -104,7 +128,9 @@ def test_documents_are_compressed_row_by_row_and_each_rate_finds_its_own(prepare
     assert said[0].startswith("documents: rate 0.5 -> achieved 0.") and "of 6 documents of rows" in said[0]
     whole, half, none = (run.read_rows("train", rate) for rate in (1.0, 0.5, 0.0))
     counts = [0, 2, 0, 1, 0]
-    assert [len(r.documents) for r in whole] == [len(r.documents) for r in half] == counts and not any(r.documents for r in none)
+    assert [len(r.documents) for r in whole] == [len(r.documents) for r in half] == counts and not any(
+        r.documents for r in none
+    )
     assert whole[3].documents == (LONG,) and half[1].documents[0] == half[3].documents[0]
     assert len(half[3].documents[0]) < 0.7 * len(LONG)
     assert run.read_rows("train", 0.5, 3, 5) == half[3:5] and (run.documents / documents_file("test", 0.5)).exists()
@@ -132,7 +158,9 @@ def test_rows_without_documents_need_no_step(tmp_path):
     config = task_of(tmp_path, [{"query": "q", "answer": "a"}])
     run = RunDir(tmp_path / "run")
     ingest(JsonlTask(config), config, run, "f", lambda line: None)
-    assert row_documents.has_documents(run, "f", [("train", 0.5)]) and run.read_rows("train", 0.5) == run.read_rows("train")
+    assert row_documents.has_documents(run, "f", [("train", 0.5)]) and run.read_rows("train", 0.5) == run.read_rows(
+        "train"
+    )
 
 
 def test_the_documents_rate_follows_the_templates_or_its_own():

