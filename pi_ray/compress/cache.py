@@ -20,8 +20,9 @@ def load_result(key: str) -> Any | None:
 
 
 def store_result(key: str, result: Any) -> None:
-    """Keep `result`, a value that JSON can hold."""
-    write_atomic(_path(key), json.dumps({"sha256": digest(result), "result": result}, ensure_ascii=False, indent=1))
+    """Keep `result`, a value that JSON can hold. Its hash tells a damaged file, so that no file is synced."""
+    text = json.dumps({"sha256": digest(result), "result": result}, ensure_ascii=False, indent=1)
+    write_atomic(_path(key), text, sync=False)
 
 
 def _path(key: str) -> Path:

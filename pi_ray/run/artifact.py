@@ -74,8 +74,11 @@ def translate_disk_errors(path: Path) -> Iterator[None]:
         raise StorageError(f"{path}: cannot be written ({os.strerror(number)}): {DISK_CURES[number]}") from error
 
 
-def write_atomic(path: Path, content: str | bytes) -> Path:
-    """Write a file so that `path` is the old content or all of the new, even after a power cut. Raises StorageError."""
+def write_atomic(path: Path, content: str | bytes, sync: bool = True) -> Path:
+    """Write a file so that `path` is the old content or all of the new, even after a power cut. Raises StorageError.
+
+    Without `sync` a power cut may damage it: that is for content with a hash that can be made again, such as a cache.
+    """
     path = Path(path)
     tmp = temporary_path(path)
     with translate_disk_errors(path):
@@ -84,9 +87,11 @@ def write_atomic(path: Path, content: str | bytes) -> Path:
             with open(tmp, "wb") as f:
                 f.write(content.encode() if isinstance(content, str) else content)
                 f.flush()
-                os.fsync(f.fileno())
+                if sync:
+                    os.fsync(f.fileno())
             os.replace(tmp, path)
-            _sync(path.parent)
+            if sync:
+                _sync(path.parent)
         finally:
             with suppress(OSError):
                 tmp.unlink(missing_ok=True)

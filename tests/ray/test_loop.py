@@ -2,6 +2,7 @@
 
 import pytest
 
+from pi_ray.report.loss_plot import draw_after_phases
 from pi_ray.train.launch import is_trained, train
 from tests.prepared import prepare_by_hand, tiny_config
 
@@ -14,7 +15,7 @@ def quiet(tiny_model, tmp_path_factory, ray_local):
     config = tiny_config(tiny_model, tmp_path_factory.mktemp("quiet"), **TWO)
     prepare_by_hand(config)
     seen = []
-    train(config, seen.append)
+    train(config, draw_after_phases(config, seen.append))
     return config, seen
 
 
