@@ -419,9 +419,10 @@ def test_f7_what_another_try_would_only_repeat_is_not_tried_again(pair, tmp_path
 
 
 PROGRAM = (
-    "import sys, pathlib; from pi_ray import cluster; from pi_ray.config import RunConfig; from pi_ray.train.loop "
+    "import sys, pathlib; from pi_ray.cluster import session; from pi_ray.config import RunConfig; from "
+    "pi_ray.train.launch "
     "import train\n"
-    "cluster.connect(); train(RunConfig.model_validate_json(pathlib.Path(sys.argv[1]).read_text()))"
+    "session.connect(); train(RunConfig.model_validate_json(pathlib.Path(sys.argv[1]).read_text()))"
 )
 
 
