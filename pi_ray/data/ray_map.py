@@ -77,7 +77,7 @@ def raise_worker_errors() -> Iterator[None]:
 
 
 def attach_of(sync: StorageSync | None) -> Attach | None:
-    """What each worker of one job calls before it works; each process fetches once a job."""
+    """The function that each worker of one job calls before it works; each process fetches once a job."""
     return partial(sync.attach_worker, uuid.uuid4().hex) if sync else None
 
 

@@ -30,7 +30,7 @@ def column_prompts(column: Column, run: RunDir, encoder: PromptEncoder, split: s
 
 
 def work_item(column: Column, prompts: dict[str, Prompts], indices: Iterable[int], **kind: Any) -> dict[str, Any]:
-    """What Generator is called with: rows of one column; `kind` is timed=True, probe=template or nothing."""
+    """One call of Generator: rows of one column; `kind` is timed=True, probe=template or nothing."""
     prefix, rows = prompts[column.name]
     chosen = list(indices)
     item = {"column": column.name, "adapter": column.adapter, "prefix": prefix, "rows": chosen}

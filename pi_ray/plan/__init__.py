@@ -1,4 +1,4 @@
-"""What a run will take before it starts: memory and time from the model's shape (estimate), the run (plan), more
+"""Estimates before a run starts: memory and time from the model's shape (estimate), the run (plan), more
 (scale).
 
 A run file enters, figures leave; nothing is loaded or trained. Only the command line, doctor and render import it.

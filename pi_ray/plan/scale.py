@@ -265,7 +265,7 @@ def work_in_words(points: Sequence[Point]) -> str:
 
 
 def limits_in_words(points: Sequence[Point]) -> str:
-    """What limits the run first, and from where on more nodes hardly help."""
+    """The first limit of the run, and the number of nodes from which more hardly help."""
     first = points[0]
     turn = next((p for p in points if p.limit != first.limit), None)
     until = f"; from {turn.nodes} nodes on by {turn.limit}" if turn else f", up to {points[-1].nodes} nodes"

@@ -306,7 +306,7 @@ def _main_line(message: str | None) -> str:
 
 
 def _facts(job: JobDetails) -> dict[str, str]:
-    """What `submit_run` told the cluster about the job."""
+    """The facts that `submit_run` gave the cluster with the job."""
     return job.metadata or {}
 
 
