@@ -37,6 +37,16 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
+def _is_replica(pid: int) -> bool:
+    """Whether the process lives and is a Serve replica. A process may end between the opening of its file and the
+    reading of it, so no earlier look at the file spares the `except`.
+    """
+    try:
+        return b"ServeReplica" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
 class Service:
     """A server of `config`. `folder` is where its engine finds its troubles (engines.py). A context: at its end the
     process is stopped.
@@ -120,12 +130,7 @@ class Service:
 
     def replicas(self) -> list[int]:
         """Process ids of the Model replicas that live."""
-        found = [int(p.name) for p in (self.folder / "replicas").iterdir()]
-        return [
-            pid
-            for pid in found
-            if Path(f"/proc/{pid}/cmdline").exists() and b"ServeReplica" in Path(f"/proc/{pid}/cmdline").read_bytes()
-        ]
+        return [pid for p in (self.folder / "replicas").iterdir() if _is_replica(pid := int(p.name))]
 
     def active(self) -> int:
         """Requests in the engines of all replicas that live."""
