@@ -28,10 +28,10 @@ from pi_ray.errors import AdapterError
 from pi_ray.models import base_name
 from pi_ray.serve.engine import completion
 from pi_ray.serve.engine.completion import Completer, CompletionRequest, Events, RefusedError
-from pi_ray.serve.engine.replica_options import front_replica_options, replica_options
+from pi_ray.serve.engine.replica_options import DEFAULT_MAX_LORAS, front_replica_options, replica_options
 from pi_ray.serve.http.api import create_api
-from pi_ray.serve.http.stream_coalescing import StreamCoalescer
-from pi_ray.serve.metrics import EngineMetrics, Metrics, MetricsMiddleware, Traffic
+from pi_ray.serve.http.streaming import StreamCoalescer
+from pi_ray.serve.metrics import Metrics, MetricsMiddleware, Traffic
 from pi_ray.store.adapters import AdapterStore
 
 log = logging.getLogger("ray.serve")
@@ -51,7 +51,6 @@ class Model:
 
         from pi_ray.models import context_length, load_tokenizer
         from pi_ray.registry import engines
-        from pi_ray.serve.engine.scheduler import DEFAULT_MAX_LORAS
 
         began = time.monotonic()
         sys.setswitchinterval(SWITCH_INTERVAL_S)
@@ -64,12 +63,11 @@ class Model:
             self.completer.merge(config.serve.merge)
         max_loras = config.serve.max_loras or DEFAULT_MAX_LORAS
         self._report_loaded = serve.multiplexed(max_num_models_per_replica=max_loras)(_report_loaded)
-        metrics = Metrics()
-        self._metrics = EngineMetrics(self.engine, metrics)
+        self._metrics = Metrics()
         self._coalescer = StreamCoalescer()
-        self._ready = time.time()
-        metrics["pi_ray_replica_start_seconds"].set(time.monotonic() - began)
-        log.info("replica ready after %.1f s", time.monotonic() - began)
+        self._ready, seconds = time.time(), time.monotonic() - began
+        self._metrics["pi_ray_replica_start_seconds"].set(seconds)
+        log.info("replica ready after %.1f s", seconds)
 
     async def complete(self, request: CompletionRequest) -> Events:
         """Events of Completer.complete. A refusal is an event too, so that Ray logs no traceback."""
@@ -86,7 +84,7 @@ class Model:
 
     def check_health(self) -> None:
         """Called by Serve every HEALTH_PERIOD_S; raises when the engine cannot answer any more."""
-        self._metrics.update()
+        self._metrics.report_engine(getattr(self.engine, "stats", dict)())
         if check := getattr(self.engine, "check", None):
             check()
 
@@ -100,11 +98,9 @@ class HandleBackend:
     """CompletionBackend over the Model deployment. A full queue is 429, a lost replica 503."""
 
     def __init__(self, config: RunConfig, handle: Any, traffic: Traffic):
-        self.config = config
+        self.config, self.handle, self.traffic = config, handle, traffic
         self.base = base_name(config.model.base)
         self.store = AdapterStore(config.store)
-        self.handle = handle
-        self.traffic = traffic
 
     async def models(self) -> list[str]:
         return await asyncio.to_thread(completion.served_models, self.config, self.store)
@@ -152,18 +148,22 @@ class HandleBackend:
 
 
 def build_application(config: RunConfig, digest: str = "") -> serve.Application:
-    """The Serve application of `config`. `digest` is keys.key_digest of the bearer key."""
+    """The Serve application of `config`. `digest` is keys.key_digest of the bearer key.
+
+    The version of serve.merge is fixed here, so that replicas that start later merge the same one. Raises AdapterError.
+    """
     from pi_ray.registry import engines
 
-    config = _with_merged_version(config)
+    if config.serve.merge:
+        name, version = AdapterStore(config.store).resolve(config.serve.merge)
+        config = config.replace(**{"serve.merge": f"{name}@{version}"})
     engine_deployment = getattr(engines[config.serve.engine], "deployment", None)
     if engine_deployment:
-        options = front_replica_options(config.serve)
+        model = serve.deployment(**front_replica_options(config.serve))(Model).bind(config, engine_deployment(config))
     else:
         cluster = ray.cluster_resources() if ray.is_initialized() else {}
         options = replica_options(config.serve, cluster, placement.worker_options(config, "serve"))
-    extra = [engine_deployment(config)] if engine_deployment else []
-    model = serve.deployment(**options)(Model).bind(config, *extra)
+        model = serve.deployment(**options)(Model).bind(config)
 
     def create_ingress() -> Any:  # called in the ingress replica
         traffic = Traffic(config.cost, config.serve.request_timeout_s)
@@ -172,27 +172,9 @@ def build_application(config: RunConfig, digest: str = "") -> serve.Application:
         return api
 
     ingress = serve.deployment(
-        name="Api",
-        num_replicas=config.serve.api_replicas,
-        max_ongoing_requests=API_REQUESTS,
-        max_queued_requests=API_REQUESTS,
-        ray_actor_options={"num_cpus": 0},
-        graceful_shutdown_timeout_s=config.serve.graceful_shutdown_timeout_s,
-        max_surge_percent=100,
-    )
-    return ingress(serve.ingress(create_ingress)(type("Api", (_Ingress,), {}))).bind(model)
-
-
-def _with_merged_version(config: RunConfig) -> RunConfig:
-    """Fix the version of serve.merge, so that replicas that start later merge the same one. Raises AdapterError."""
-    if not config.serve.merge:
-        return config
-    name, version = AdapterStore(config.store).resolve(config.serve.merge)
-    return config.replace(**{"serve.merge": f"{name}@{version}"})
-
-
-class _Ingress:
-    """Takes the bound Model, so that Serve deploys it; the routes find it by name."""
-
-    def __init__(self, model: Any):
-        self.model = model
+        name="Api", num_replicas=config.serve.api_replicas, max_ongoing_requests=API_REQUESTS,
+        max_queued_requests=API_REQUESTS, ray_actor_options={"num_cpus": 0},
+        graceful_shutdown_timeout_s=config.serve.graceful_shutdown_timeout_s, max_surge_percent=100,
+    )  # fmt: skip
+    # the model is bound only so that Serve deploys it: create_ingress finds it by name
+    return ingress(serve.ingress(create_ingress)()).bind(model)

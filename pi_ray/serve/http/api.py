@@ -22,7 +22,7 @@ from pi_ray.serve.engine.completion import CompletionRequest, Events, RefusedErr
 from pi_ray.serve.http.keys import UNRESTRICTED, ApiKey, ApiKeys
 from pi_ray.serve.http.openai_format import ChatFormat, CompletionFormat
 from pi_ray.serve.http.page import PATH, get_page
-from pi_ray.serve.http.schemas import ChatBody, CompletionBody, RequestBody, read_body
+from pi_ray.serve.http.schemas import ChatBody, CompletionBody, read_body
 from pi_ray.serve.http.streaming import UsageCounter, merge_streams
 
 log = logging.getLogger("ray.serve")
@@ -30,6 +30,7 @@ PUBLIC_PATHS = {"/healthz", PATH}
 # Headers by status: a client that is told to come back is told when.
 HEADERS = {401: {"WWW-Authenticate": "Bearer"}, 429: {"Retry-After": "1"}, 503: {"Retry-After": "1"}}
 STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # nginx would hold a stream back
+Format = ChatFormat | CompletionFormat
 
 
 class CompletionBackend(Protocol):
@@ -50,7 +51,7 @@ def create_api(backend: CompletionBackend, serve: ServeConfig, digest: str = "")
     api = FastAPI(title="pi-ray", docs_url=None, redoc_url=None, openapi_url=None)
     api.add_middleware(AuthMiddleware, keys=ApiKeys(digest, serve.keys_file))
     for kind in (RefusedError, PiRayError, HTTPException, Exception):
-        api.add_exception_handler(kind, lambda request, error: error_response(_as_refused(error)))
+        api.add_exception_handler(kind, lambda request, error: _error_response(_as_refused(error)))
 
     @api.get("/healthz")
     async def health() -> dict[str, str]:
@@ -84,16 +85,14 @@ def create_api(backend: CompletionBackend, serve: ServeConfig, digest: str = "")
 
 
 class AuthMiddleware:
-    """ASGI middleware that checks the bearer key before anything else; `request.state.key` is the ApiKey that was
-    given.
+    """ASGI middleware that checks the bearer key before anything else, and has it in `request.state.key`.
 
     A server without keys listens on loopback, where a web page that somebody looks at can reach it too: such requests
     bear a foreign name in Origin, or (DNS rebinding) in Host, and are refused.
     """
 
     def __init__(self, app: Any, keys: ApiKeys):
-        self.app = app
-        self.keys = keys
+        self.app, self.keys = app, keys
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] != "http":
@@ -101,7 +100,7 @@ class AuthMiddleware:
         try:
             key = UNRESTRICTED if scope["path"] in PUBLIC_PATHS else self._authenticate(scope["headers"])
         except RefusedError as error:
-            return await error_response(error)(scope, receive, send)
+            return await _error_response(error)(scope, receive, send)
         scope["state"] = {**scope.get("state", {}), "key": key}
         await self.app(scope, receive, send)
 
@@ -109,15 +108,13 @@ class AuthMiddleware:
         if not self.keys:
             if all(_is_local(value.decode("latin-1")) for name, value in headers if name in (b"host", b"origin")):
                 return UNRESTRICTED
-            message = (
-                "a server without keys answers its own machine alone, as http://127.0.0.1 or http://localhost; "
-                "give it a key (serve.api_key_env)"
+            raise RefusedError(
+                403, "a server without keys answers its own machine alone, as http://127.0.0.1 or http://localhost; "
+                "give it a key (serve.api_key_env)", code="key_required",
             )
-            raise RefusedError(403, message, code="key_required")
         key = self.keys.find(next((value for name, value in headers if name == b"authorization"), b""))
         if key is None:
-            message = "a valid key is required: 'Authorization: Bearer KEY'"
-            raise RefusedError(401, message, code="invalid_api_key")
+            raise RefusedError(401, "a valid key is required: 'Authorization: Bearer KEY'", code="invalid_api_key")
         return key
 
 
@@ -129,12 +126,12 @@ def _is_local(address: str) -> bool:
         return False
 
 
-def error_response(error: RefusedError) -> JSONResponse:
-    """OpenAI's error format."""
+def _error_response(error: RefusedError) -> JSONResponse:
     return JSONResponse(_error_body(error), error.status, HEADERS.get(error.status))
 
 
 def _error_body(error: RefusedError) -> dict[str, Any]:
+    """OpenAI's error format."""
     return {"error": {"message": error.message, "type": error.kind, "code": error.code, "param": error.param}}
 
 
@@ -159,18 +156,18 @@ def _model(name: str, base: str) -> dict[str, Any]:
 
 
 async def _respond(
-    backend: CompletionBackend, serve: ServeConfig, key: ApiKey, body: RequestBody, form: ChatFormat | CompletionFormat
+    backend: CompletionBackend, serve: ServeConfig, key: ApiKey, body: ChatBody | CompletionBody, form: Format
 ) -> Any:
-    request_id = form.id_prefix + uuid.uuid4().hex
+    request_id, model = form.id_prefix + uuid.uuid4().hex, body.model
     requests = body.completion_requests(request_id, serve.max_in_flight)
-    _check_allowed(backend.base, key, body.model)
+    # Compare the key's list with the name alone, so that a refusal tells nobody which adapters there are.
+    if not key.allows(model) and not key.allows(model.removeprefix(f"{backend.base}:").partition("@")[0]):
+        message = f"this key may not use the model {model[:80]!r}"
+        raise RefusedError(403, message, code="model_not_allowed", param="model")
     usage = UsageCounter(body.choices)
-    events = _with_deadline(_count_usage(merge_streams(backend, requests), usage), serve.request_timeout_s)
+    events = _guard_events(merge_streams(backend, requests), usage, serve.request_timeout_s)
     start = await anext(events)
-    head = {
-        "id": request_id, "created": int(time.time()), "model": start["model"],
-        "system_fingerprint": start["fingerprint"],
-    }  # fmt: skip
+    head = {"id": request_id, "created": int(time.time()), "model": model, "system_fingerprint": start["fingerprint"]}
     headers = {"X-Request-Id": request_id, "X-Pi-Ray-Prompt": start["prompt"]}
     if body.stream:
         first = await anext(events)  # a failure until here still gets its own HTTP status
@@ -181,23 +178,7 @@ async def _respond(
     return JSONResponse({**head, "object": form.object, "choices": choices, "usage": usage.usage()}, headers=headers)
 
 
-def _check_allowed(base: str, key: ApiKey, model: str) -> None:
-    """Compare a key's list with the name alone, so that a refusal tells nobody which adapters there are."""
-    if not key.allows(model) and not key.allows(model.removeprefix(f"{base}:").partition("@")[0]):
-        message = f"this key may not use the model {model[:80]!r}"
-        raise RefusedError(403, message, code="model_not_allowed", param="model")
-
-
-async def _count_usage(events: Events, usage: UsageCounter) -> Events:
-    async with aclosing(events):
-        async for event in events:
-            usage.add(event)
-            yield event
-
-
-async def _collect_choices(
-    events: Events, requests: Sequence[CompletionRequest], form: ChatFormat | CompletionFormat
-) -> list[dict[str, Any]]:
+async def _collect_choices(events: Events, requests: Sequence[CompletionRequest], form: Format) -> list[dict[str, Any]]:
     texts, finish = [""] * len(requests), [""] * len(requests)
     logprobs: list[list[dict[str, Any]]] = [[] for _ in requests]
     async with aclosing(events):
@@ -213,9 +194,8 @@ async def _collect_choices(
 
 
 async def _server_sent_events(
-    events: Events, first: list[dict[str, Any]], head: dict[str, Any], form: ChatFormat | CompletionFormat,
-    usage: UsageCounter | None,
-) -> AsyncGenerator[str, None]:  # fmt: skip
+    events: Events, first: list[dict[str, Any]], head: dict[str, Any], form: Format, usage: UsageCounter | None
+) -> AsyncGenerator[str, None]:
     """One event for each piece of text, finish reason, usage when asked for, and [DONE]. An error ends the stream."""
 
     def chunk(*choices: dict[str, Any], **rest: Any) -> str:
@@ -232,8 +212,7 @@ async def _server_sent_events(
     try:
         async with aclosing(events):
             for event in first:
-                if text := chunks(event):
-                    yield text
+                yield chunks(event)
             async for event in events:
                 yield chunks(event)
     except Exception as error:
@@ -242,8 +221,8 @@ async def _server_sent_events(
     yield (chunk(usage=usage.usage()) if usage else "") + "data: [DONE]\n\n"
 
 
-async def _with_deadline(events: Events, seconds: float) -> Events:
-    """The same events. Any failure is a RefusedError, also that `seconds` are over, which stops the generation."""
+async def _guard_events(events: Events, usage: UsageCounter, seconds: float) -> Events:
+    """The same events, counted. Any failure is a RefusedError, also that `seconds` are over, which stops them."""
     deadline = asyncio.get_running_loop().time() + seconds
     try:
         async with aclosing(events):
@@ -252,6 +231,7 @@ async def _with_deadline(events: Events, seconds: float) -> Events:
                     event = await anext(events, None)
                 if event is None:
                     return
+                usage.add(event)
                 yield event
     except Exception as error:
         raise _as_refused(error) from error

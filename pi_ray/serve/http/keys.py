@@ -14,10 +14,12 @@ import hmac
 import logging
 import re
 import secrets
-from dataclasses import dataclass
+from contextlib import suppress
 from pathlib import Path
+from typing import Literal
 
 import yaml
+from pydantic import BaseModel, Field, ValidationError
 
 from pi_ray.errors import ConfigError
 
@@ -25,19 +27,18 @@ log = logging.getLogger("ray.serve")
 DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
-@dataclass(frozen=True)
-class ApiKey:
-    """The holder of a key and the models it may use: names as /v1/models lists them, or None for all."""
+class ApiKey(BaseModel, frozen=True, extra="forbid"):
+    """The holder of a key, and the models that it may use, by their names in /v1/models."""
 
-    name: str
-    models: frozenset[str] | None = None
+    name: str = Field(min_length=1)
+    adapters: frozenset[str] | Literal["all"] = "all"
 
     def allows(self, model: str) -> bool:
         """`model` without its version: a key for an adapter is good for all of its versions."""
-        return self.models is None or model in self.models
+        return self.adapters == "all" or model in self.adapters
 
 
-UNRESTRICTED = ApiKey("")
+UNRESTRICTED = ApiKey(name="anyone")
 
 
 def key_digest(key: str) -> str:
@@ -63,7 +64,7 @@ class ApiKeys:
     def __init__(self, digest: str = "", file: str = ""):
         self._fixed = {digest: UNRESTRICTED} if digest else {}
         self._file = Path(file) if file else None
-        self._state = _file_state(self._file)
+        self._state = self._file and _file_state(self._file)
         self._keys = {**(load_keys(self._file) if self._file else {}), **self._fixed}
 
     def __bool__(self) -> bool:
@@ -102,31 +103,24 @@ def load_keys(file: Path) -> dict[str, ApiKey]:
     if not isinstance(data, dict):
         expected = "lines such as 'DIGEST: {name: team-a, adapters: [colours]}'"
         raise ConfigError(f"serve.keys_file {file}: expected {expected}")
-    entries = enumerate(data.items(), 1)
-    return {digest: _parse_entry(file, number, digest, entry) for number, (digest, entry) in entries}
+    keys = {}
+    for number, (digest, entry) in enumerate(data.items(), 1):
+        where = f"serve.keys_file {file}, entry {number}"
+        if not isinstance(digest, str) or not DIGEST.fullmatch(digest):
+            raise ConfigError(
+                f"{where}: a key stands there as its sha256 in 64 lower-case hex digits, never as itself; "
+                "'pi-ray key NAME' prints such a line"
+            )
+        try:
+            keys[digest] = ApiKey.model_validate(entry)
+        except ValidationError:
+            expected = "{name: ...} and, to allow some models only, adapters: [...], a list of names"
+            raise ConfigError(f"{where}: expected {expected}") from None
+    return keys
 
 
-def _parse_entry(file: Path, number: int, digest: object, entry: object) -> ApiKey:
-    where = f"serve.keys_file {file}, entry {number}"
-    if not isinstance(digest, str) or not DIGEST.fullmatch(digest):
-        raise ConfigError(
-            f"{where}: a key stands there as its sha256 in 64 lower-case hex digits, never as itself; "
-            "'pi-ray key NAME' prints such a line"
-        )
-    name = entry.get("name") if isinstance(entry, dict) and not set(entry) - {"name", "adapters"} else None
-    if not isinstance(entry, dict) or not isinstance(name, str) or not name:
-        raise ConfigError(f"{where}: expected {{name: ...}} and, to allow some models only, adapters: [...]")
-    models = entry.get("adapters", "all")
-    if models == "all":
-        return ApiKey(name)
-    if not isinstance(models, list) or not all(isinstance(model, str) for model in models):
-        raise ConfigError(f"{where}: adapters is a list of names, or 'all'")
-    return ApiKey(name, frozenset(models))
-
-
-def _file_state(file: Path | None) -> tuple[int, ...] | None:
-    try:
-        info = file.stat() if file else None
-    except OSError:
-        return None
-    return (info.st_mtime_ns, info.st_size, info.st_ino) if info else None
+def _file_state(file: Path) -> tuple[int, ...] | None:
+    with suppress(OSError):
+        info = file.stat()
+        return info.st_mtime_ns, info.st_size, info.st_ino
+    return None

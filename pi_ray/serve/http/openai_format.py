@@ -37,18 +37,18 @@ class CompletionFormat:
 
     id_prefix, object, chunk_object = "cmpl-", "text_completion", "text_completion"
 
-    def choice(self, index: int, text: str, finish: str | None, logprobs: Logprobs) -> dict[str, Any]:
-        entries = None if logprobs is None else self._logprobs(logprobs)
-        return {"index": index, "text": text, "finish_reason": finish, "logprobs": entries}
+    def choice(self, index: int, text: str, finish: str | None = None, logprobs: Logprobs = None) -> dict[str, Any]:
+        return {"index": index, "text": text, "finish_reason": finish, "logprobs": self._logprobs(logprobs)}
 
-    def delta(self, index: int, text: str, finish: str | None = None, logprobs: Logprobs = None) -> dict[str, Any]:
-        return self.choice(index, text, finish, logprobs)
+    delta = choice  # a chunk has the same shape
 
     def opening(self, index: int) -> list[dict[str, Any]]:
         return []
 
-    def _logprobs(self, entries: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    def _logprobs(self, entries: Logprobs) -> dict[str, Any] | None:
         """The likeliest tokens as a mapping, the token itself always among them."""
+        if entries is None:
+            return None
         tops = [{top["token"]: top["logprob"] for top in [*e["top"], e]} for e in entries]
         return {
             "tokens": [e["token"] for e in entries], "token_logprobs": [e["logprob"] for e in entries],

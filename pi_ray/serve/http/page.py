@@ -17,24 +17,16 @@ PATH = "/"
 
 
 @cache
-def page_html() -> str:
-    return files("pi_ray.serve.http").joinpath("page.html").read_text(encoding="utf-8")
-
-
-@cache
-def page_headers() -> dict[str, str]:
-    """A policy under which only the page's own script runs, and talks to this server alone."""
-    [script] = re.findall(r"<script>(.*?)</script>", page_html(), re.S)
+def get_page() -> HTMLResponse:
+    """The page, with a policy under which only its own script runs, and talks to this server alone."""
+    html = files("pi_ray.serve.http").joinpath("page.html").read_text(encoding="utf-8")
+    [script] = re.findall(r"<script>(.*?)</script>", html, re.S)
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     policy = (
         f"default-src 'none'; script-src 'sha256-{digest}'; style-src 'unsafe-inline'; img-src data:; "
         "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
     )
-    return {
+    return HTMLResponse(html, headers={
         "Content-Security-Policy": policy, "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer",
         "Cache-Control": "no-cache",
-    }  # fmt: skip
-
-
-async def get_page() -> HTMLResponse:
-    return HTMLResponse(page_html(), headers=page_headers())
+    })

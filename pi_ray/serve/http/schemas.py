@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from fastapi import Request
 from pydantic import BaseModel, Field, ValidationError
@@ -75,64 +73,46 @@ class RequestBody(BaseModel):
         """Answers to each prompt."""
         return self.n or 1
 
-    def completion_requests(self, request_id: str, capacity: int) -> list[CompletionRequest]:
+    def _requests(
+        self, prompts: list[tuple[History, str]], logprobs: int | None, request_id: str, capacity: int
+    ) -> list[CompletionRequest]:
         """One for each choice, choices of one prompt in a row. Raises RefusedError for more than `capacity` at once."""
-        self._refuse_unsupported()
-        prompts = list(self.prompts())
+        for field, neutral in UNSUPPORTED_FIELDS.items():
+            value = (self.model_extra or {}).get(field)
+            if value is not None and value not in neutral:
+                raise _unsupported(field)
         total, limit = len(prompts) * self.choices, min(capacity, MAX_CHOICES)
         if total > limit:
             raise RefusedError(400, f"at most {limit} answers at once: prompts times n is {total}", param="n")
-        stop, logprobs = self._stop_strings(), self.num_logprobs()
+        stop = [self.stop] if isinstance(self.stop, str) else self.stop or []
+        if len(stop) > 4 or not all(0 < len(s) <= 100 for s in stop):
+            raise RefusedError(400, "stop takes up to 4 strings of 1 to 100 characters", param="stop")
         requests = [
             CompletionRequest(
                 self.model, query, self.max_completion_tokens or self.max_tokens, self.temperature or 0.0,
-                1.0 if self.top_p is None else self.top_p, self.seed, stop, history, logprobs, choices=total,
+                1.0 if self.top_p is None else self.top_p, self.seed, tuple(stop), history, logprobs, choices=total,
                 sticky_key=self.user or request_id, full_prompt=bool(self.pi_ray and self.pi_ray.full_prompt),
             )
             for history, query in prompts
         ]  # fmt: skip
         return [choice for request in requests for choice in request.for_choices(self.choices)]
 
-    def _refuse_unsupported(self) -> None:
-        for field, neutral in UNSUPPORTED_FIELDS.items():
-            value = (self.model_extra or {}).get(field)
-            if value is not None and value not in neutral:
-                raise _unsupported(field)
-
-    def _stop_strings(self) -> tuple[str, ...]:
-        stop = [self.stop] if isinstance(self.stop, str) else self.stop or []
-        if len(stop) > 4 or not all(0 < len(s) <= 100 for s in stop):
-            raise RefusedError(400, "stop takes up to 4 strings of 1 to 100 characters", param="stop")
-        return tuple(stop)
-
-    def prompts(self) -> Iterator[tuple[History, str]]:
-        """(history, query) of each prompt."""
-        raise NotImplementedError
-
-    def num_logprobs(self) -> int | None:
-        """CompletionRequest.logprobs."""
-        raise NotImplementedError
-
 
 class ChatBody(RequestBody):
-    messages: list[Message]
+    messages: list[Message] = Field(min_length=1)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
 
-    def prompts(self) -> Iterator[tuple[History, str]]:
+    def completion_requests(self, request_id: str, capacity: int) -> list[CompletionRequest]:
         """The last message is the query; an old client may still send template and examples in those before it."""
-        history, last = self.messages[:-1], self.messages[-1] if self.messages else None
-        if last is None or last.role != "user" or any(m.role not in ROLES for m in history):
-            message = (
-                "the last message must be of role 'user', and those before it of role 'system', 'user' or 'assistant'"
-            )
-            raise RefusedError(400, message, param="messages")
-        yield tuple((ROLES[m.role], m.text) for m in history), last.text
-
-    def num_logprobs(self) -> int | None:
+        *history, last = self.messages
+        if last.role != "user" or any(m.role not in ROLES for m in history):
+            allowed = "role 'user', and those before it of role 'system', 'user' or 'assistant'"
+            raise RefusedError(400, f"the last message must be of {allowed}", param="messages")
         if self.top_logprobs and not self.logprobs:
             raise RefusedError(400, "top_logprobs needs logprobs: true", param="top_logprobs")
-        return (self.top_logprobs or 0) if self.logprobs else None
+        prompt = tuple((ROLES[m.role], m.text) for m in history), last.text
+        return self._requests([prompt], (self.top_logprobs or 0) if self.logprobs else None, request_id, capacity)
 
 
 class CompletionBody(RequestBody):
@@ -140,21 +120,21 @@ class CompletionBody(RequestBody):
     logprobs: int | None = Field(None, ge=0, le=5)
     best_of: int | None = Field(None, ge=1, le=MAX_CHOICES)
 
-    def prompts(self) -> Iterator[tuple[History, str]]:
+    def completion_requests(self, request_id: str, capacity: int) -> list[CompletionRequest]:
         if self.best_of and self.best_of != self.choices:
             raise _unsupported("best_of")
-        yield from (((), prompt) for prompt in ([self.prompt] if isinstance(self.prompt, str) else self.prompt))
+        prompts = [self.prompt] if isinstance(self.prompt, str) else self.prompt
+        return self._requests([((), prompt) for prompt in prompts], self.logprobs, request_id, capacity)
 
-    def num_logprobs(self) -> int | None:
-        return self.logprobs
+
+Body = TypeVar("Body", bound=RequestBody)
 
 
 def _unsupported(field: str) -> RefusedError:
-    message = f"{field} is not supported here; leave it out"
-    return RefusedError(400, message, code="unsupported_parameter", param=field)
+    return RefusedError(400, f"{field} is not supported here; leave it out", code="unsupported_parameter", param=field)
 
 
-async def read_body(request: Request, kind: type[RequestBody], limit: int) -> Any:
+async def read_body(request: Request, kind: type[Body], limit: int) -> Body:
     """The parsed body. Raises RefusedError 413 before more than `limit` bytes are read, 400 for an invalid body."""
     too_large = RefusedError(413, f"the body is larger than {limit} bytes", code="body_too_large")
     length = request.headers.get("content-length", "")
@@ -166,13 +146,10 @@ async def read_body(request: Request, kind: type[RequestBody], limit: int) -> An
         if len(data) > limit:
             raise too_large
     try:
-        content = json.loads(data.decode("utf-8"))
-        # a lone surrogate, spelled \ud800 in JSON, has no UTF-8
-        json.dumps(content, ensure_ascii=False).encode("utf-8")
-        return kind.model_validate(content)
+        return kind.model_validate_json(bytes(data))  # refuses a lone surrogate as well, which has no UTF-8
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
+        if first["type"] == "json_invalid":
+            raise RefusedError(400, "the body is not JSON in UTF-8", code="invalid_json") from None
         param = ".".join(str(part) for part in first["loc"])
         raise RefusedError(400, f"{param or 'body'}: {first['msg']}", param=param or None) from None
-    except (ValueError, RecursionError):
-        raise RefusedError(400, "the body is not JSON in UTF-8", code="invalid_json") from None

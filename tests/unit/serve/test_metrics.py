@@ -13,16 +13,7 @@ from pi_ray.config import CostConfig, ServeConfig
 from pi_ray.serve.engine.completion import CompletionRequest, RefusedError
 from pi_ray.serve.http.api import create_api
 from pi_ray.serve.http.keys import key_digest
-from pi_ray.serve.metrics import (
-    ENGINE_COUNTERS,
-    ENGINE_GAUGES,
-    FULL_PROMPTS,
-    METRICS,
-    EngineMetrics,
-    Metrics,
-    MetricsMiddleware,
-    Traffic,
-)
+from pi_ray.serve.metrics import ENGINE_METRICS, FULL_PROMPTS, METRICS, Metrics, MetricsMiddleware, Traffic
 from tests.unit.fake_metrics import Kinds
 
 REPO = Path(__file__).parents[3]
@@ -59,10 +50,10 @@ class Backend:
                 yield event
 
 
-def call(*events, key="", timeout=60, name="colours", path="/v1/chat/completions", **rest):
+def call(*events, key="", timeout=60, name="colours", path="/v1/chat/completions", price=2.0, **rest):
     """(status, what was counted) of one request."""
     kinds = Kinds()
-    traffic = Traffic(CostConfig(input=2.0, currency="EUR"), timeout, Metrics(kinds))
+    traffic = Traffic(CostConfig(input=price, currency="EUR"), timeout, Metrics(kinds))
     api = create_api(Backend(traffic, *events, name=name), ServeConfig(request_timeout_s=timeout), key_digest(key))
     api.add_middleware(MetricsMiddleware, traffic=traffic)
 
@@ -91,6 +82,12 @@ def test_an_answer_counts_its_tokens_its_times_and_what_it_saved(stream):
     assert seen.of("pi_ray_cold_start_seconds") is None and not any(
         name == "pi_ray_drift_total" for name, _ in seen.values
     )
+
+
+def test_a_price_of_zero_is_counted_as_no_money():
+    status, seen = call(START, {"finish": "stop", "completion_tokens": 1}, price=0.0)
+    assert status == 200 and seen.of("pi_ray_saved_tokens_total", *TAGS) == 600
+    assert seen.of("pi_ray_saved_money_total", *TAGS, ("currency", "EUR")) is None
 
 
 def test_an_empty_answer_has_its_times_as_well():
@@ -185,19 +182,16 @@ def test_a_request_that_came_before_the_replica_was_up_is_a_cold_start(caplog):
     )
 
 
-def test_an_engines_totals_become_counters_that_only_grow():
-    class Engine:
-        def stats(self):
-            return self.now
-
-    engine, kinds = Engine(), Kinds()
-    metrics = EngineMetrics(engine, Metrics(kinds))
+def test_engine_totals_become_counters_and_lists_are_counted():
+    kinds = Kinds()
+    metrics = Metrics(kinds)
     for hits, held in ((3, ["a"]), (3, ["a", "b"]), (5, ["b"])):
-        engine.now = {"adapter_hits": hits, "adapters": held, "waiting": 2, "something_else": 1}
-        metrics.update()
+        metrics.report_engine({"adapter_hits": hits, "adapters": held, "waiting": 2, "something_else": 1})
     assert kinds.of("pi_ray_adapter_hits_total") == 5
     assert (kinds.of("pi_ray_adapters"), kinds.of("pi_ray_engine_waiting")) == (1, 2)
-    EngineMetrics(object(), Metrics(Kinds())).update()  # an engine that counts nothing
+    empty = Kinds()
+    Metrics(empty).report_engine({})  # an engine that counts nothing
+    assert empty.values == {}
 
 
 def test_the_engine_counts_what_the_metrics_are_made_from(tiny_model):
@@ -206,7 +200,7 @@ def test_the_engine_counts_what_the_metrics_are_made_from(tiny_model):
 
     engine = TransformersEngine(ModelConfig(base=str(tiny_model)), ServeConfig())
     try:
-        assert set(ENGINE_COUNTERS) | set(ENGINE_GAUGES) <= set(engine.stats())
+        assert set(ENGINE_METRICS) <= set(engine.stats())
     finally:
         engine.close()
 

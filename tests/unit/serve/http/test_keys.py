@@ -130,5 +130,5 @@ def test_the_verb_prints_a_new_key_once_and_a_line_that_works(tmp_path, capsys):
     _, key, _, made = capsys.readouterr().out.strip().split("\n")
     assert key.strip() not in made
     found = find(ApiKeys("", write(tmp_path, made.strip())), key.strip())
-    assert (found.name, found.models) == ("team a: 'x'", {"colours", "shapes"})
+    assert (found.name, found.adapters) == ("team a: 'x'", {"colours", "shapes"})
     assert len({new_key() for _ in range(100)}) == 100

@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from pi_ray.serve.http.stream_coalescing import EVENTS_PER_S, MAX_DELAY_S, StreamCoalescer
+from pi_ray.serve.http.streaming import EVENTS_PER_S, MAX_DELAY_S, StreamCoalescer
 
 
 class Clock:
