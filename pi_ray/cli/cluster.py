@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pi_ray.cli.verbs import OVERRIDES, RUN, Verbs, argument, load_config, run_folder
+from pi_ray.cli.verbs import OVERRIDES, RUN, Verbs, argument, load_config, run_file_of
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -29,7 +29,7 @@ JOB = argument("job", metavar="JOB", help="a job's id, or a run's name")
 def doctor(args: argparse.Namespace, console: Console) -> None:
     from pi_ray.cluster import doctor as visit
 
-    config, folder = (load_config(args), run_folder(args)) if args.config else (None, None)
+    config, folder = (load_config(args), run_file_of(args).parent) if args.config else (None, None)
     if visit.print_findings(visit.examine(config, args.address, folder), console):
         sys.exit(1)
 
@@ -45,7 +45,7 @@ def submit(args: argparse.Namespace, console: Console) -> None:
     """
     from pi_ray.cluster.jobs import submit as jobs
 
-    sys.exit(jobs.submit_run(args.config, args.overrides, args.step, args.address, console))
+    sys.exit(jobs.submit_run(run_file_of(args), args.overrides, args.step, args.address, console))
 
 
 @verb(
@@ -53,27 +53,24 @@ def submit(args: argparse.Namespace, console: Console) -> None:
     argument("job", nargs="?", default="", metavar="JOB", help="a job's id, or a run's name; default: all"), ADDRESS,
 )
 def status(args: argparse.Namespace, console: Console) -> None:
-    from pi_ray.cluster import auth
     from pi_ray.cluster.jobs import submit as jobs
 
-    jobs.print_status(jobs.Jobs(auth.address_of(args.address)), args.job, console)
+    jobs.print_status(jobs.Jobs(args.address), args.job, console)
 
 
 @verb("follow the output of a job; Ctrl-C leaves it running", JOB, ADDRESS)
 def logs(args: argparse.Namespace, console: Console) -> None:
-    from pi_ray.cluster import auth
     from pi_ray.cluster.jobs import submit as jobs
 
-    cluster = jobs.Jobs(auth.address_of(args.address))
+    cluster = jobs.Jobs(args.address)
     sys.exit(jobs.follow_job(cluster, jobs.submission_id(cluster.find(args.job)), console))
 
 
 @verb("stop a job; its work is kept, and submitting the run again goes on", JOB, ADDRESS)
 def stop(args: argparse.Namespace, console: Console) -> None:
-    from pi_ray.cluster import auth
     from pi_ray.cluster.jobs import submit as jobs
 
-    cluster = jobs.Jobs(auth.address_of(args.address))
+    cluster = jobs.Jobs(args.address)
     job = jobs.submission_id(cluster.find(args.job))
     console.print(f"{job} {'is being stopped' if cluster.stop(job) else 'had ended already'}", highlight=False)
 
@@ -86,7 +83,7 @@ def stop(args: argparse.Namespace, console: Console) -> None:
 def render(args: argparse.Namespace, console: Console) -> None:
     from pi_ray.cluster import render as files
 
-    found, notes = files.render_cluster_files(args.kind, load_config(args), run_folder(args))
+    found, notes = files.render_cluster_files(args.kind, load_config(args), run_file_of(args).parent)
     if args.out:
         for path in files.write_cluster_files(found, args.out):
             console.print(f"wrote {path}", markup=False)

@@ -10,10 +10,6 @@ from pi_ray.cluster.jobs.entrypoint import run_job
 
 
 def main(verb: str, arguments: Sequence[str]) -> int:
-    """Run `pi-ray VERB run.yaml [section.key=value ...]` with the run directory on the cluster's storage.
-
-    Returns the exit code.
-    """
     return run_job(cli.main, verb, arguments)
 
 

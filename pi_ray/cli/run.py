@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import shutil
 import sys
@@ -10,7 +11,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pi_ray.cli.verbs import OVERRIDES, RUN, Verbs, argument, load_config
+from pi_ray.cli.verbs import OVERRIDES, RUN, Verb, Verbs, argument, load_config
 from pi_ray.errors import ConfigError
 from pi_ray.protocols import SPLITS, UNLABELLED
 
@@ -60,12 +61,26 @@ def _run(settings: RunConfig, console: Console) -> None:
 
 @verb("write a commented task to fill in: run.yaml, template.md, rows", argument("folder", type=Path))
 def init(args: argparse.Namespace, console: Console) -> None:
-    from pi_ray.cli.init import write_task
-
     for path in write_task(args.folder):
         console.print(f"wrote {path}", markup=False)
     console.print("Put your prompt into template.md and your rows into the .jsonl files, then:")
     console.print(f"  pi-ray plan {args.folder}/run.yaml\n  pi-ray run {args.folder}/run.yaml", markup=False)
+
+
+def write_task(folder: Path) -> list[Path]:
+    """Copy the small task of new_task/, which runs as it is, into `folder`, and return the paths of its files.
+
+    Raises ConfigError, and writes nothing, if one of them is already there.
+    """
+    from pi_ray.run.artifact import write_atomic
+
+    task = files("pi_ray.cli") / "new_task"
+    contents = {file.name: file.read_text(encoding="utf-8") for file in task.iterdir() if file.is_file()}
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"{folder}: not a folder; give the name of a new or empty one")
+    if existing := ", ".join(sorted(name for name in contents if (folder / name).exists())):
+        raise ConfigError(f"{folder}: {existing} already there, nothing was overwritten; give the name of a new folder")
+    return [write_atomic(folder / name, text) for name, text in contents.items()]
 
 
 @verb("print all keys of a run as it has them", RUN, OVERRIDES)
@@ -77,9 +92,9 @@ def show(args: argparse.Namespace, console: Console) -> None:
 
 @verb("print the JSON Schema of run files, for editors")
 def schema(args: argparse.Namespace, console: Console) -> None:
-    from pi_ray.config import json_schema
+    from pi_ray.config import RunConfig
 
-    print(json_schema())
+    print(json.dumps(RunConfig.model_json_schema(), indent=2))
 
 
 @verb(
@@ -105,7 +120,7 @@ def refresh(args: argparse.Namespace, console: Console) -> None:
     settings = store.refresh_config(load_config(args))
     store.copy_start_adapter(settings)
     _run(settings, console)
-    store.mark_published(settings)
+    store.write_mark(settings, published=True)
 
 
 @verb(
@@ -128,13 +143,6 @@ def compress(args: argparse.Namespace, console: Console) -> None:
     show_compression(args.file, args.rate, settings, console)
 
 
-@verb("compress the template, retrieve examples, write a dataset for each phase", RUN, OVERRIDES)
-def prepare(args: argparse.Namespace, console: Console) -> None:
-    from pi_ray import pipeline
-
-    pipeline.prepare(load_config(args), console)
-
-
 @verb(
     "print a prepared row with its examples and their scores",
     RUN, OVERRIDES,
@@ -147,25 +155,18 @@ def neighbours(args: argparse.Namespace, console: Console) -> None:
     show_neighbours(load_config(args), args.row, args.split, console)
 
 
-@verb("fine-tune through the phases; resumes from the newest checkpoint", RUN, OVERRIDES)
-def train(args: argparse.Namespace, console: Console) -> None:
+def step(args: argparse.Namespace, console: Console) -> None:
     from pi_ray import pipeline
 
-    pipeline.train(load_config(args), console)
+    getattr(pipeline, args.verb)(load_config(args), console)
 
 
-@verb("compare the adapter with full prompt, base model and plain fine-tuning", RUN, OVERRIDES)
-def evaluate(args: argparse.Namespace, console: Console) -> None:
-    from pi_ray import pipeline
-
-    pipeline.evaluate(load_config(args), console)
-
-
-@verb("write report.html of an evaluated run", RUN, OVERRIDES)
-def report(args: argparse.Namespace, console: Console) -> None:
-    from pi_ray import pipeline
-
-    pipeline.report(load_config(args), console)
+verb.update({name: Verb(help, (RUN, OVERRIDES), step) for name, help in {
+    "prepare": "compress the template, retrieve examples, write a dataset for each phase",
+    "train": "fine-tune through the phases; resumes from the newest checkpoint",
+    "evaluate": "compare the adapter with full prompt, base model and plain fine-tuning",
+    "report": "write report.html of an evaluated run",
+}.items()})
 
 
 @verb("run a table of runs and print it in the paper's layout", RUN, OVERRIDES)

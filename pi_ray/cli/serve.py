@@ -25,8 +25,8 @@ def serve(args: argparse.Namespace, console: Console) -> None:
     argument("name", metavar="NAME", help="the adapter"),
     argument("--version", default="", help="such as v0003, or latest"),
     argument("--canary", default="", metavar="PERCENT", help="only for this share of the requests; "
-        "without --version: of the version on trial, else of the newest"),
-    argument("--rollback", action="store_true", help="end the trial; without one, go back to the previous version"),
+        "without --version: of the present canary, else of the newest"),
+    argument("--rollback", action="store_true", help="end the canary; without one, go back to the previous version"),
     argument("--alias", default="prod", help="alias to set, which clients ask for as NAME@ALIAS; "
         "default: %(default)s, which NAME alone means"),
     argument("--store", default="store", help="folder or URL; default: store under the current folder"),
@@ -35,8 +35,8 @@ def release(args: argparse.Namespace, console: Console) -> None:
     """Choose which version of an adapter answers. Without options: print which one does.
 
       pi-ray release NAME --version v0003      every request
-      pi-ray release NAME --canary 10          a trial on 10% of the requests
-      pi-ray release NAME --rollback           end the trial, or go back to the previous version
+      pi-ray release NAME --canary 10          a canary for 10% of the requests
+      pi-ray release NAME --rollback           end the canary, or go back to the previous version
     """
     from pi_ray.store import release as step
     from pi_ray.store.adapters import AdapterStore

@@ -50,10 +50,8 @@ def load_config(args: argparse.Namespace) -> RunConfig:
     """The run that RUN and OVERRIDES name. Raises ConfigError for mistakes in it."""
     from pi_ray.config.run_file import load_run_file
 
-    path = args.config / "run.yaml" if args.config.is_dir() else args.config
-    return load_run_file(path, args.overrides)
+    return load_run_file(run_file_of(args), args.overrides)
 
 
-def run_folder(args: argparse.Namespace) -> Path:
-    """The folder with the run file."""
-    return args.config if args.config.is_dir() else args.config.parent
+def run_file_of(args: argparse.Namespace) -> Path:
+    return args.config / "run.yaml" if args.config.is_dir() else args.config

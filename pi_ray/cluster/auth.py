@@ -1,7 +1,8 @@
 """Ray's token for a cluster's address: whether there is one, and whether the address may be used without.
 
-Ray itself finds and sends the token; pi-ray never reads, prints or passes it on. Ray 2.60 takes it from RAY_AUTH_TOKEN,
-from the file that RAY_AUTH_TOKEN_PATH names, or from ~/.ray/auth_token, and asks for it where RAY_AUTH_MODE is token.
+Ray itself finds and sends it; pi-ray never prints it or passes it on, and only `pi-ray doctor` reads it. Ray 2.60 takes
+it from RAY_AUTH_TOKEN, from the file that RAY_AUTH_TOKEN_PATH names, or from ~/.ray/auth_token, and asks for it where
+RAY_AUTH_MODE is token.
 """
 
 from __future__ import annotations
@@ -44,13 +45,14 @@ def is_loopback(address: str) -> bool:
         return host == "localhost"
 
 
+def token_file() -> Path:
+    """The file from which Ray takes the token, unless RAY_AUTH_TOKEN is set."""
+    return Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
+
+
 def has_token() -> bool:
     """Whether Ray would find a token. The token is not read."""
-    path = os.environ.get("RAY_AUTH_TOKEN_PATH")
-    return (
-        bool(os.environ.get("RAY_AUTH_TOKEN"))
-        or (Path(path) if path else Path.home() / ".ray" / "auth_token").is_file()
-    )
+    return bool(os.environ.get("RAY_AUTH_TOKEN")) or token_file().is_file()
 
 
 def require_token(address: str) -> None:
@@ -60,13 +62,12 @@ def require_token(address: str) -> None:
     """
     mode = (os.environ.get("RAY_AUTH_MODE") or ("token" if has_token() else "disabled")).lower()
     if mode != "token" and not is_loopback(address):
-        raise ClusterError(
-            f"{address} is not on this machine, and without a token anyone who reaches it can run programs there. "
-            f"{CURE}"
-        )
+        danger = "without a token anyone who reaches it can run programs there"
+        raise ClusterError(f"{address} is not on this machine, and {danger}. {CURE}")
     if mode == "token" and not has_token():
         raise ClusterError(f"RAY_AUTH_MODE is token, and there is no token. {CURE}")
     os.environ["RAY_AUTH_MODE"] = mode
+    os.environ["RAY_API_SERVER_ADDRESS"] = address  # Ray prefers this, or RAY_ADDRESS, to an argument
 
 
 def refuse_open(address: str) -> None:
@@ -77,7 +78,5 @@ def refuse_open(address: str) -> None:
     if os.environ.get("RAY_AUTH_MODE", "").lower() != "disabled" or address in ("", "auto", "local"):
         return
     if not is_loopback(f"ray://{address.split('://')[-1]}"):
-        raise ClusterError(
-            f"RAY_AUTH_MODE is disabled, and RAY_ADDRESS is {address}: anyone who reaches that cluster can run "
-            f"programs there. {CURE}"
-        )
+        danger = "anyone who reaches that cluster can run programs there"
+        raise ClusterError(f"RAY_AUTH_MODE is disabled, and RAY_ADDRESS is {address}: {danger}. {CURE}")

@@ -23,8 +23,7 @@ def cluster_nodes() -> list[dict[str, float]]:
 
 
 def worker_options(config: RunConfig, step: Step) -> dict[str, Any]:
-    """Ray's options of a task or actor of "prepare", "evaluate" or "serve", as run.yaml asks; empty where it asks
-    nothing.
+    """Ray's options of a task or actor of "prepare", "evaluate" or "serve" that run.yaml asks for.
 
     Work that asks for no GPU goes to nodes without one as long as there are any, which is Ray's default.
     """
@@ -45,10 +44,8 @@ def training_scaling(config: RunConfig, nodes: Sequence[Mapping[str, float]]) ->
     if gpu == "auto":
         gpu = asked.get("GPU", 0) > 0 or sum(node.get("GPU", 0) for node in nodes) >= workers
     if asked.setdefault("GPU", 1 if gpu else 0) != (1 if gpu else 0):
-        raise ConfigError(
-            "cluster.train_resources: a training worker has one GPU, or with train.gpu: false none; "
-            f"{asked['GPU']:g} was asked for"
-        )
+        allowed = "a training worker has one GPU, or with train.gpu: false none"
+        raise ConfigError(f"cluster.train_resources: {allowed}; {asked['GPU']:g} was asked for")
     asked = {name: amount for name, amount in asked.items() if amount}
     asked.setdefault("CPU", _cpus_per_worker([(n.get("CPU", 0), _capacity(n, asked, workers)) for n in nodes], workers))
     labels = config.cluster.labels.get("train")
@@ -64,9 +61,7 @@ def _capacity(node: Mapping[str, float], asked: Mapping[str, float], workers: in
 
 
 def _cpus_per_worker(nodes: Sequence[tuple[float, int]], workers: int) -> float:
-    """Most CPUs that each worker can have on nodes of (CPUs, capacity): whole from 1 on, and 1 where nodes are too
-    few.
-    """
+    """Most CPUs for each worker on nodes of (CPUs, capacity): whole from 1 on, and 1 where nodes are too few."""
     for candidate in sorted({cpus / k for cpus, capacity in nodes for k in range(1, capacity + 1)}, reverse=True):
         share = int(candidate) if candidate >= 1 else candidate
         if share and sum(min(capacity, int(cpus / share + 1e-9)) for cpus, capacity in nodes) >= workers:

@@ -12,26 +12,24 @@ from importlib.metadata import PackageNotFoundError, version
 from pi_ray.errors import MissingExtraError
 
 FLOORS = {"ray": "2.60", "torch": "2.6", "transformers": "5.3", "peft": "0.18", "deepspeed": "0.18"}
-PYTHON = (3, 11)
 
 
 def check_requirements() -> None:
     """Raise MissingExtraError, with the pip command, for a package that is missing or too old."""
     for name, found in packages_too_old():
-        raise MissingExtraError(
-            f"{name} {found or 'is missing'}: pi-ray needs {name} {FLOORS[name]} or newer; {install_command(name)}"
-        )
+        needed = f"pi-ray needs {name} {FLOORS[name]} or newer; {install_command(name)}"
+        raise MissingExtraError(f"{name} {found or 'is missing'}: {needed}")
 
 
 def packages_too_old() -> Iterator[tuple[str, str]]:
     """(package, its version or "" where it is missing) of each package below its floor."""
     for name, floor in FLOORS.items():
         found = installed_version(name)
-        if not found or _is_older(found, floor):
+        if not found or is_older(found, floor):
             yield name, found
 
 
-def _is_older(found: str, floor: str) -> bool:
+def is_older(found: str, floor: str) -> bool:
     """Whether a version is below a floor. A candidate or a local build (2.6.0rc1, 2.6.0+cpu) counts as its release."""
     from packaging.version import Version
 

@@ -14,8 +14,7 @@ from typing import Any
 from pi_ray.cluster import auth, requirements
 
 # Ray Serve's settings that take a quarter off a request's overhead: replicas call each other by gRPC, with one event
-# loop
-# each. They are set for clusters that pi-ray starts; the files of cluster/ set them for others.
+# loop each. They are set for clusters that pi-ray starts; the files of cluster/ set them for others.
 SERVE = {
     "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1",
     "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
@@ -24,11 +23,9 @@ SERVE = {
 
 
 def connect() -> None:
-    """Start or join Ray, quietly; do nothing when it is up. Token authentication stays as Ray sets it, usage reports
-    stay off.
+    """Start or join Ray, quietly and without usage reports; do nothing when it is up.
 
-    Raises ClusterError for a cluster of other machines without authentication, MissingExtraError for versions that are
-    too old.
+    Raises ClusterError for a cluster of other machines without authentication, MissingExtraError for old versions.
     """
     requirements.check_requirements()
     auth.refuse_open(os.environ.get("RAY_ADDRESS", ""))
@@ -44,9 +41,7 @@ def connect() -> None:
     if not os.environ.get("RAY_ADDRESS"):
         # Without an address Ray would join, or wait for, whatever cluster was last started on this machine.
         local = {"address": "local", "include_dashboard": False}
-        os.environ.update({**SERVE, **os.environ})
-        # Ray's C++ messages on a terminal are for Ray's developers
-        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+        os.environ.update({**SERVE, "RAY_BACKEND_LOG_LEVEL": "fatal", **os.environ})  # its C++ logs are for its makers
     with _muted("Set ray log level"):
         ray.init(log_to_driver=False, logging_level=logging.ERROR, **local)
     from ray.data import DataContext
@@ -58,9 +53,7 @@ def connect() -> None:
 
 @contextmanager
 def _muted(phrase: str) -> Iterator[None]:
-    """Drop lines with `phrase` that this process, C++ code included, writes to stderr meanwhile; write the rest at the
-    end.
-    """
+    """Hold back what this process, C++ code included, writes to stderr; at the end drop lines with `phrase`."""
     sys.stderr.flush()
     original = os.dup(2)
     with tempfile.TemporaryFile() as held:

@@ -12,15 +12,13 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path, PurePosixPath
 
 from pi_ray.errors import CorruptArtifactError
 from pi_ray.run import artifact
-from pi_ray.run.artifact import MANIFEST, digest, digest_file, temporary_path, verify_artifact
+from pi_ray.run.artifact import MANIFEST, digest, digest_file, temporary_path
 from pi_ray.run.object_storage import ObjectStorage, is_temporary
 
 HASH, LINK = ".sha256", ".link"
@@ -86,12 +84,12 @@ class StorageSync:
             return
         with self._locked_state() as synced:
             if not path.is_dir():
-                synced[key] = self._push_file(path, key)
+                synced[key] = self._push_object(key, path)
                 return
             synced[key] = self._push_folder(path, key)
             for log in (folder / "train.jsonl" for folder in path.parents if folder.is_relative_to(self.local)):
                 if log.is_file():
-                    synced[self._key(log)] = self._push_file(log, self._key(log))
+                    synced[self._key(log)] = self._push_object(self._key(log), log)
             if path.parent.name == "checkpoints":
                 self._prune(self._key(path.parent))
 
@@ -102,8 +100,7 @@ class StorageSync:
         with self._locked_state():
             for link in self.local.rglob("adapters/best"):
                 if link.is_symlink():
-                    target, key = os.readlink(link).encode(), self._key(link) + LINK
-                    self._push_object(key, digest(target), partial(self.storage.write, target, key))
+                    self._push_object(self._key(link) + LINK, os.readlink(link).encode())
             self._prune("")
 
     def pull(self, unfinished: bool = True) -> None:
@@ -144,8 +141,6 @@ class StorageSync:
                 state.truncate()
                 json.dump(synced, state)
 
-    # Artifacts
-
     def _push_folder(self, folder: Path, key: str) -> str:
         manifest = (folder / MANIFEST).read_bytes()
         if self.storage.read(f"{key}/{MANIFEST}") == manifest:
@@ -168,38 +163,22 @@ class StorageSync:
             manifest = self.storage.read(f"{key}/{MANIFEST}")
             if manifest is None or not self._is_to_fetch(key, here, digest(manifest), synced):
                 return
-            tmp = temporary_path(folder)
             try:
-                tmp.mkdir(parents=True)
-                (tmp / MANIFEST).write_bytes(manifest)
-                for name in (artifact.read_manifest(tmp) or {})["files"]:
-                    if not (tmp / name).resolve().is_relative_to(tmp.resolve()):
-                        raise CorruptArtifactError(f"{url}: its manifest names a file outside it")
-                    (tmp / name).parent.mkdir(parents=True, exist_ok=True)
-                    self.storage.fetch(f"{key}/{name}", tmp / name)
-                verify_artifact(tmp)
-                artifact.commit_folder(tmp, folder, notify=False)
+                self.storage.fetch_folder(key, manifest, folder)
                 synced[key] = digest(manifest)
                 return
             except (CorruptArtifactError, FileNotFoundError) as error:
                 if attempt == ATTEMPTS and self.storage.read(f"{key}/{MANIFEST}") == manifest:
-                    reason = str(error).removeprefix(f"{tmp}/")
                     cure = "remove it there, and the step that made it makes it again"
-                    raise CorruptArtifactError(f"{url} is damaged ({reason}); {cure}") from error
-            finally:
-                shutil.rmtree(tmp, ignore_errors=True)
+                    raise CorruptArtifactError(f"{url} is damaged ({error}); {cure}") from error
 
-    # Single files
-
-    def _push_file(self, path: Path, key: str) -> str:
-        return self._push_object(key, digest_file(path), partial(self.storage.upload, path, key))
-
-    def _push_object(self, key: str, found: str, send: Callable[[], None]) -> str:
-        """`send` an object whose hash is `found`, unless it is there."""
+    def _push_object(self, key: str, content: Path | bytes) -> str:
+        """Send a file, or bytes, unless they are there. Returns their hash."""
+        found = digest(content) if isinstance(content, bytes) else digest_file(content)
         if self.storage.read(key + HASH) != found.encode():
             self.storage.delete(key + HASH)
-            send()
-            self.storage.write(found.encode(), key + HASH)
+            self.storage.upload(content, key)
+            self.storage.upload(found.encode(), key + HASH)
         self.known.update((key, key + HASH))
         return found
 
@@ -214,7 +193,7 @@ class StorageSync:
         try:
             self.storage.fetch(key, tmp)
             if digest_file(tmp) != recorded:
-                return  # it is being replaced at this moment: its hash comes last, and the next pull finds both
+                return  # it is being replaced: its hash comes last, and the next pull finds both
             if is_link:
                 name = tmp.read_text()
                 tmp.unlink()
@@ -234,8 +213,6 @@ class StorageSync:
         if stored and here == stored:
             synced[key] = here
         return stored not in ("", here) and (not here or synced.get(key) == here)
-
-    # Both copies
 
     def _prune(self, folder: str) -> None:
         """Remove on storage what is not here any more, such as old checkpoints: manifests and hashes first."""

@@ -6,7 +6,6 @@ import errno
 import os
 import shutil
 import socket
-import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,11 +13,12 @@ from pi_ray.cluster import requirements
 from pi_ray.cluster.doctor.finding import Finding, fail, note, ok
 from pi_ray.config import RunConfig
 from pi_ray.errors import StorageError
-from pi_ray.run.artifact import DISK_CURES
+from pi_ray.run.artifact import DISK_CURES, temporary_path, write_atomic
 from pi_ray.run.object_storage import ObjectStorage, is_url
 
 GIB = 2**30
 ROOM = 2 * GIB  # for rows, templates, evaluation and the report
+PROBE = Path("pi-ray-doctor")  # a file that is written to see whether that works
 RAY_PORTS = {6379: "ray start --head", 8265: "its dashboard"}
 SHARED_MEMORY = Path("/dev/shm")
 CGROUP = Path("/sys/fs/cgroup/memory.max")
@@ -28,15 +28,11 @@ def check_versions() -> Iterator[Finding]:
     """Check that packages are new enough."""
     lacking = dict(requirements.packages_too_old())
     for name, found in lacking.items():
-        yield fail(
-            "versions",
-            f"{name} {found or 'is missing'}, and pi-ray needs {requirements.FLOORS[name]} or newer",
-            requirements.install_command(name),
-        )
+        message = f"{name} {found or 'is missing'}, and pi-ray needs {requirements.FLOORS[name]} or newer"
+        yield fail("versions", message, requirements.install_command(name))
     if not lacking:
-        yield ok(
-            "versions", ", ".join(f"{name} {requirements.installed_version(name)}" for name in requirements.FLOORS)
-        )
+        installed = (f"{name} {requirements.installed_version(name)}" for name in requirements.FLOORS)
+        yield ok("versions", ", ".join(installed))
 
 
 def check_storage(config: RunConfig | None, needed: float = ROOM) -> Iterator[Finding]:
@@ -44,25 +40,17 @@ def check_storage(config: RunConfig | None, needed: float = ROOM) -> Iterator[Fi
 
     A store behind a URL is for `check_bucket`.
     """
-    places = (
-        {"run directory": config.run_dir, "adapter store": config.store}
-        if config
-        else {"run directory": str(Path.cwd() / "runs")}
-    )
+    places = {"run_dir": config.run_dir, "store": config.store} if config else {"run_dir": str(Path("runs").absolute())}
     seen: set[Path] = set()
-    for name, folder in ((name, Path(place)) for name, place in places.items() if not is_url(place)):
+    for key, folder in ((key, Path(place)) for key, place in places.items() if not is_url(place)):
         parent = next(p for p in (folder, *folder.parents) if p.is_dir())
         if parent in seen:
             continue
         seen.add(parent)
         error, free = _write_error(parent), shutil.disk_usage(parent).free
         if error:
-            key = "run_dir" if name == "run directory" else "store"
-            yield fail(
-                "storage",
-                f"{folder} ({name}) cannot be written: {os.strerror(error)}",
-                DISK_CURES.get(error, f"set {key} to a folder on a disk that works"),
-            )
+            cure = DISK_CURES.get(error, f"set {key} to a folder on a disk that works")
+            yield fail("storage", f"{folder} ({key}) cannot be written: {os.strerror(error)}", cure)
         elif free < needed:
             message = f"{parent} has {free / GIB:.1f} GiB free, and the run takes about {needed / GIB:.1f} GiB"
             yield fail("storage", message, "free some space, or set run_dir (or cluster.storage_path) to a larger disk")
@@ -71,55 +59,44 @@ def check_storage(config: RunConfig | None, needed: float = ROOM) -> Iterator[Fi
 
 
 def _write_error(folder: Path) -> int:
-    """Write, sync and rename a small file, as every artifact is written. Returns 0, or the errno."""
-    path = folder / f".pi-ray-doctor.{uuid.uuid4().hex}"
+    """Write a small file as every artifact is written. Returns 0, or the errno."""
+    probe = temporary_path(folder / PROBE)
     try:
-        with open(path, "wb") as f:
-            f.write(b"pi-ray" * 1000)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(path, path.with_suffix(".renamed"))
-    except OSError as error:
-        return error.errno or errno.EIO
+        write_atomic(probe, b"pi-ray" * 1000)
+    except (OSError, StorageError) as error:
+        return getattr(error.__cause__ or error, "errno", None) or errno.EIO
     finally:
-        path.unlink(missing_ok=True)
-        path.with_suffix(".renamed").unlink(missing_ok=True)
+        probe.unlink(missing_ok=True)
     return 0
 
 
-def check_bucket(location: str) -> Iterator[Finding]:
+def check_bucket(location: str) -> Finding:
     """Check by trying that this machine may write, move and delete under a URL (cluster.storage_path, store)."""
     if location.startswith("hf://"):
-        yield note(
-            "storage",
-            f"{location} is not tried, since each file would be a commit there",
-            "HF_TOKEN must be allowed to write there",
-        )
-        return
+        message = f"{location} is not tried, since each file would be a commit there"
+        return note("storage", message, "HF_TOKEN must be allowed to write there")
     try:
-        storage, key = ObjectStorage(location), f".pi-ray-doctor.{uuid.uuid4().hex}"
-        storage.write(b"pi-ray", key)  # under another name, then moved
+        storage, key = ObjectStorage(location), temporary_path(PROBE).name
+        storage.upload(b"pi-ray", key)  # under another name, then moved
         storage.delete(key)
     except (OSError, StorageError, NotImplementedError) as error:
         cure = (
             "check its name and region, and this machine's credentials (an AWS profile or role, gcloud auth "
             "application-default login); the cluster's nodes need them too"
         )
-        yield fail("storage", f"{location} cannot be written: {str(error).splitlines()[0][:200]}", cure)
-        return
-    yield ok("storage", f"{location} can be written")
+        return fail("storage", f"{location} cannot be written: {str(error).splitlines()[0][:200]}", cure)
+    return ok("storage", f"{location} can be written")
 
 
-def check_scratch() -> Iterator[Finding]:
+def check_scratch() -> Finding:
     """Check the disk of Ray's session folder: Ray stops making objects when it is 95% full."""
     folder = Path(os.environ.get("RAY_TMPDIR") or "/tmp")
     usage = shutil.disk_usage(folder)
     used = 1 - usage.free / usage.total
-    cure = "free some space, or set RAY_TMPDIR to a folder on another disk"
     if used > 0.95:
-        yield fail("scratch", f"the disk of {folder} is {used:.0%} full, and Ray stops at 95%", cure)
-    else:
-        yield ok("scratch", f"{folder} has {usage.free / GIB:.0f} GiB free")
+        cure = "free some space, or set RAY_TMPDIR to a folder on another disk"
+        return fail("scratch", f"the disk of {folder} is {used:.0%} full, and Ray stops at 95%", cure)
+    return ok("scratch", f"{folder} has {usage.free / GIB:.0f} GiB free")
 
 
 def check_shared_memory(workers: int, folder: Path = SHARED_MEMORY) -> Iterator[Finding]:
@@ -127,17 +104,16 @@ def check_shared_memory(workers: int, folder: Path = SHARED_MEMORY) -> Iterator[
     if not folder.is_dir():
         return
     size = shutil.disk_usage(folder).total
+    message = f"{folder} holds {size / GIB:.1f} GiB"
     kubernetes = "on Kubernetes an emptyDir with medium: Memory at /dev/shm"
     cure = f"give the container more: docker run --shm-size=8g, or {kubernetes}"
-    message = f"{folder} holds {size / GIB:.1f} GiB"
     if size >= GIB:
         yield ok("shared memory", message)
+    elif workers > 1:
+        message += ", so that Ray keeps its objects on disk and GPU workers may not reach each other"
+        yield fail("shared memory", message, cure)
     else:
-        message += ", so that Ray keeps its objects on disk"
-        if workers > 1:
-            yield fail("shared memory", f"{message} and GPU workers may not reach each other", cure)
-        else:
-            yield note("shared memory", message, cure)
+        yield note("shared memory", f"{message}, so that Ray keeps its objects on disk", cure)
 
 
 def check_ports(config: RunConfig | None) -> Iterator[Finding]:
@@ -160,19 +136,24 @@ def check_ports(config: RunConfig | None) -> Iterator[Finding]:
 
 def _bind_error(host: str, port: int) -> str:
     """The error of a server that would listen there, or ""."""
-    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            return os.strerror(error.errno) if error.errno else str(error)
+    try:
+        socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
+    except OSError as error:
+        return os.strerror(error.errno) if error.errno else str(error)
     return ""
+
+
+def gpus_here() -> list[tuple[str, float]]:
+    """(name, bytes of memory) of each GPU."""
+    import torch
+
+    properties = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+    return [(p.name, float(p.total_memory)) for p in properties]
 
 
 def free_memory() -> float:
     """Bytes of memory that this process may still take: the machine's available memory, or the container's limit."""
-    meminfo = Path("/proc/meminfo")
-    lines = dict(line.split(":", 1) for line in meminfo.read_text().splitlines()) if meminfo.exists() else {}
-    free = float(lines["MemAvailable"].split()[0]) * 1024 if "MemAvailable" in lines else float("inf")
+    import psutil
+
     limit = CGROUP.read_text().strip() if CGROUP.is_file() else "max"
-    return min(free, float(limit)) if limit.isdigit() else free
+    return min(psutil.virtual_memory().available, float(limit) if limit.isdigit() else float("inf"))

@@ -24,9 +24,8 @@ def check_authentication(address: str = "") -> Iterator[Finding]:
     """Check that authentication is on and that the token is there and private. `check_cluster` sends it."""
     mode = os.environ.get("RAY_AUTH_MODE", "").lower()
     if mode == "disabled" and address:
-        yield fail(
-            "token", f"RAY_AUTH_MODE=disabled: no token is sent to {address}", f"'unset RAY_AUTH_MODE'. {auth.CURE}"
-        )
+        message = f"RAY_AUTH_MODE=disabled: no token is sent to {address}"
+        yield fail("token", message, f"'unset RAY_AUTH_MODE'. {auth.CURE}")
         return
     if mode == "disabled":
         message = "RAY_AUTH_MODE=disabled: anyone who reaches this machine's Ray can run programs as you"
@@ -36,7 +35,7 @@ def check_authentication(address: str = "") -> Iterator[Finding]:
         yield fail("token", f"RAY_AUTH_MODE={mode} is unknown to Ray", "set RAY_AUTH_MODE=token")
         return
     if auth.has_token():
-        yield from _private()
+        yield _check_token()
     elif mode == "token" and os.environ.get("RAY_ADDRESS") and not address:
         yield fail("token", "RAY_AUTH_MODE is token, and there is none for RAY_ADDRESS", auth.CURE)
     elif not address:
@@ -46,17 +45,16 @@ def check_authentication(address: str = "") -> Iterator[Finding]:
         yield note("token", f"{address} is not encrypted: the token can be read on the way", cure)
 
 
-def _private() -> Iterator[Finding]:
+def _check_token() -> Finding:
     """Check that the token can be read, by its owner alone, and sent."""
     source, token = _token()
     path = Path(source)
     if not WORD.fullmatch(token):
         message = f"{source} holds no token: it is empty, cannot be read, or is more than one word"
-        yield fail("token", message, auth.CURE)
-    elif path.is_file() and path.stat().st_mode & 0o077:
-        yield note("token", f"{path} can be read by others on this machine", f"'chmod 600 {path}'")
-    else:
-        yield ok("token", f"Ray's token is there, from {source}")
+        return fail("token", message, auth.CURE)
+    if path.is_file() and path.stat().st_mode & 0o077:
+        return note("token", f"{path} can be read by others on this machine", f"'chmod 600 {path}'")
+    return ok("token", f"Ray's token is there, from {source}")
 
 
 def check_cluster(address: str, config: RunConfig | None) -> Iterator[Finding]:
@@ -64,9 +62,8 @@ def check_cluster(address: str, config: RunConfig | None) -> Iterator[Finding]:
     bare, message = _get_version(address)
     if bare is None:
         tunnels = "kubectl port-forward svc/NAME-head-svc 8265, ray dashboard, ssh -L 8265:127.0.0.1:8265"
-        yield fail(
-            "cluster", f"{address} does not answer: {message}", f"is the cluster up, and the tunnel ({tunnels})?"
-        )
+        cure = f"is the cluster up, and the tunnel ({tunnels})?"
+        yield fail("cluster", f"{address} does not answer: {message}", cure)
         return
     if bare == 200:
         message = f"{address} lets everyone in, without a token: anyone who reaches it can run programs there"
@@ -96,9 +93,7 @@ def check_cluster(address: str, config: RunConfig | None) -> Iterator[Finding]:
 
 
 def _get_version(address: str, token: str = "") -> tuple[int | None, str]:
-    """(status of /api/version, its answer or the error). Redirects are not followed: they could carry the token
-    away.
-    """
+    """(status of /api/version, its answer or the error). A redirect, which could carry the token away, is no answer."""
     headers = {"Authorization": f"Bearer {token}"} if token else {}
     request = urllib.request.Request(f"{address}/api/version", headers=headers)
     proxies = urllib.request.ProxyHandler({} if auth.is_loopback(address) else None)
@@ -123,7 +118,7 @@ def _token() -> tuple[str, str]:
     """(source, text) of the token that Ray would send; the text is "" where it cannot be read."""
     if os.environ.get("RAY_AUTH_TOKEN"):
         return "RAY_AUTH_TOKEN", os.environ["RAY_AUTH_TOKEN"].strip()
-    path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
+    path = auth.token_file()
     try:
         return str(path), path.read_text().strip()
     except (OSError, UnicodeDecodeError):
@@ -132,9 +127,9 @@ def _token() -> tuple[str, str]:
 
 def _check_version(answer: str) -> Iterator[Finding]:
     """Check the cluster's Ray, with which jobs run, against pi-ray's floor and this machine's."""
-    found = re.search(r'"ray_version": *"((\d+)\.(\d+)[^"]*)"', answer)
+    found = re.search(r'"ray_version": *"(\d+\.\d+[^"]*)"', answer)
     floor, here = requirements.FLOORS["ray"], requirements.installed_version("ray")
-    if found and (int(found[2]), int(found[3])) < tuple(map(int, floor.split("."))):
+    if found and requirements.is_older(found[1], floor):
         cure = f"start it with Ray {here}, as here, on every node: cluster/Dockerfile makes such an image"
         yield fail("versions", f"the cluster has Ray {found[1]}, and pi-ray needs {floor} or newer", cure)
     elif found and found[1] != here:
@@ -145,7 +140,6 @@ def _check_version(answer: str) -> Iterator[Finding]:
 def _check_nodes(address: str, config: RunConfig | None) -> Iterator[Finding]:
     """Check the cluster's nodes against the run's workers. Too few is a note: an autoscaler may add nodes on demand."""
     auth.require_token(address)
-    os.environ["RAY_API_SERVER_ADDRESS"] = address  # Ray prefers this, or RAY_ADDRESS, to its argument
     from ray.util.state import list_nodes
 
     try:
@@ -161,15 +155,12 @@ def _check_nodes(address: str, config: RunConfig | None) -> Iterator[Finding]:
     cpus, gpus, memory = (sum(r.get(name, 0) for r in found) for name in ("CPU", "GPU", "memory"))
     number = "1 node" if len(found) == 1 else f"{len(found)} nodes"
     message = f"{number}, {cpus:g} CPUs, {gpus:g} GPUs, {memory / GIB:.0f} GiB"
-    if not config:
-        yield ok("nodes", message)
-        return
-    if config.train.gpu is True and gpus < config.train.workers:
+    if config and config.train.gpu is True and gpus < config.train.workers:
         cure = "fine where the autoscaler adds nodes; else start more, or lower train.workers"
         yield note("GPUs", f"{message}, for {config.train.workers} workers that need a GPU each", cure)
     else:
         yield ok("nodes", message)
-    for step in ("prepare", "train", "evaluate", "serve"):
+    for step in ("prepare", "train", "evaluate", "serve") if config else ():
         asked = getattr(config.cluster, f"{step}_resources")
         if asked and not any(all(r.get(name, 0) >= amount for name, amount in asked.items()) for r in found):
             start = "start one with ray start --resources, or mend the names"

@@ -10,12 +10,13 @@ from pathlib import Path
 
 from pi_ray.cluster import auth
 from pi_ray.cluster.doctor.finding import Finding, fail, note, ok
+from pi_ray.cluster.doctor.machine import GIB, ROOM, free_memory
 from pi_ray.compress.generation import GenerationCompressor
 from pi_ray.config import CompressConfig, RunConfig
 from pi_ray.errors import ConfigError, MissingExtraError, ModelError, PiRayError
 from pi_ray.hosted.client import Service
 from pi_ray.models import load_tokenizer, resolve_base
-from pi_ray.plan import estimate
+from pi_ray.plan import estimate, plan
 from pi_ray.protocols import Reject
 from pi_ray.registry import tasks
 from pi_ray.retrieve import encoders
@@ -23,14 +24,12 @@ from pi_ray.run.phases import distinct_rates, max_shots
 from pi_ray.schedule import plan_phases
 from pi_ray.train import trackers
 
-GIB = 2**30
-WORKER = 2**30  # bytes of a CPU worker's process besides the model
-WEIGHTS = "*.safetensors"
+WORKER = GIB  # bytes of a CPU worker's process besides the model
 SCORERS = ("llmlingua", "longllmlingua", "llmlingua2", "selective")  # compressors that load a model
 MODEL_CURE = "to a hub id that this machine reaches, or to a folder with config.json, tokenizer and safetensors"
 
 
-def check_data(config: RunConfig) -> Iterator[Finding]:
+def check_data(config: RunConfig) -> Finding:
     """Check that the template and the first row of train and test can be read."""
     try:
         task = tasks[config.task.name](config.task)
@@ -38,34 +37,29 @@ def check_data(config: RunConfig) -> Iterator[Finding]:
         first = {split: next(iter(task.rows(split)), None) for split in ("train", "test")}
     except (PiRayError, OSError) as error:
         own = f"; task.folder names the data of {config.task.name}" if config.task.name != "jsonl" else ""
-        yield fail("data", str(error), f"check the task block: paths start from the run file's folder{own}")
-        return
+        return fail("data", str(error), f"check the task block: paths start from the run file's folder{own}")
     for split, row in first.items():
         if row is None or isinstance(row, Reject):
             message = f"{row.source}:{row.line}: {row.reason}" if row else f"the {split} split is empty"
             cure = f'mend the first row of task.{split}; each line is {{"query": ..., "answer": ...}}'
-            yield fail("data", message, cure)
-            return
+            return fail("data", message, cure)
     length = f"template of {len(template.text):,} characters"
-    yield ok("data", f"{config.task.name}: {length}, first rows of train and test can be read")
+    return ok("data", f"{config.task.name}: {length}, first rows of train and test can be read")
 
 
-def check_model(config: RunConfig) -> Iterator[Finding | estimate.ModelSize]:
-    """Check the base model's shape, tokenizer and weights; yield its size last."""
+def check_model(config: RunConfig) -> tuple[Finding, estimate.ModelSize | None]:
+    """Check the base model's shape, tokenizer and weights; its size, where they are all there."""
     name = config.model.base
     try:
         size = estimate.model_size(config.model, config.train.lora)
         load_tokenizer(config.model)
         missing = _missing_weights(name, config.model.revision)
     except (ModelError, MissingExtraError, ConfigError) as error:
-        yield fail("model", str(error), f"set model.base {MODEL_CURE}; HF_TOKEN for models behind a licence")
-        return
+        return fail("model", str(error), f"set model.base {MODEL_CURE}; HF_TOKEN for models behind a licence"), None
     if missing:
         cure = f"download the whole model: 'hf download {name}' fills the hub's cache, HF_HOME says where"
-        yield fail("model", f"{name}: {missing}", cure)
-        return
-    yield ok("model", f"{name}: {size.weights / 1e6:,.0f}M weights, tokenizer and weights can be read")
-    yield size
+        return fail("model", f"{name}: {missing}", cure), None
+    return ok("model", f"{name}: {size.weights / 1e6:,.0f}M weights, tokenizer and weights can be read"), size
 
 
 def other_models(config: RunConfig) -> dict[str, str]:
@@ -73,8 +67,7 @@ def other_models(config: RunConfig) -> dict[str, str]:
     found = {key: own.model for key, own in _compressors(config).items() if own.name in SCORERS}
     encoder = config.retrieve.encoder_model
     if _loads_encoder(config) and encoder not in encoders.PACKAGED:
-        whole = "/" in encoder or Path(encoder).is_dir()
-        # as the package does
+        whole = "/" in encoder or Path(encoder).is_dir()  # as the package reads a name
         found["retrieve.encoder_model"] = encoder if whole else f"sentence-transformers/{encoder}"
     return {key: name for key, name in found.items() if name != config.model.base}
 
@@ -138,7 +131,7 @@ def _missing_weights(name: str, revision: str = "") -> str:
     """Say why a model's weights cannot be had, or "". They are not read: the hub is asked for their names."""
     place = resolve_base(name)
     if Path(place).is_dir():
-        return "" if any(Path(place).glob(WEIGHTS)) else f"no weights (*.safetensors) in {place}"
+        return "" if any(Path(place).glob("*.safetensors")) else f"no weights (*.safetensors) in {place}"
     from huggingface_hub import HfApi, try_to_load_from_cache
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
@@ -153,54 +146,59 @@ def _missing_weights(name: str, revision: str = "") -> str:
     return "" if any(f.endswith(".safetensors") for f in files) else "the hub has no safetensors of it"
 
 
-def check_key(config: RunConfig) -> Iterator[Finding]:
+def check_key(config: RunConfig) -> Finding:
     """Check that a server which others can reach has a key to ask for."""
     host, name = config.serve.host, config.serve.api_key_env
     if auth.is_loopback(f"http://{host}"):
-        yield ok("key", f"serving on {host} alone needs none")
-    elif os.environ.get(name):
-        yield ok("key", f"{name} is set")
-    else:
-        cure = f'\'export {name}="$(openssl rand -hex 32)"\', or set serve.host to 127.0.0.1'
-        yield fail("key", f"serve.host is {host}, and {name} is not set: pi-ray serve will not start", cure)
+        return ok("key", f"serving on {host} alone needs none")
+    if os.environ.get(name):
+        return ok("key", f"{name} is set")
+    cure = f'\'export {name}="$(openssl rand -hex 32)"\', or set serve.host to 127.0.0.1'
+    return fail("key", f"serve.host is {host}, and {name} is not set: pi-ray serve will not start", cure)
 
 
 def disk_needed(config: RunConfig, size: estimate.ModelSize) -> float:
-    """Bytes that a run and its baseline leave on disk: an adapter a phase, checkpoints with Adam's moments, the
-    rest.
-    """
+    """Bytes that a run and its baseline leave on disk: adapters, checkpoints with Adam's moments, and the rest."""
     runs = 2 if config.evaluate.baseline else 1
     adapters = len(plan_phases(config.schedule)) * 4 * size.lora
     checkpoints = (config.train.keep_checkpoints + 1) * 12 * size.lora
-    return 2 * GIB + runs * (adapters + checkpoints)
+    return ROOM + runs * (adapters + checkpoints)
 
 
-def check_devices(config: RunConfig, gpus: list[tuple[str, float]]) -> Iterator[Finding]:
+def check_devices(config: RunConfig, gpus: list[tuple[str, float]]) -> Finding:
     """Check usable GPUs, each (name, bytes), against the training workers."""
     workers = config.train.workers
     if config.train.gpu is False:
-        yield ok("GPUs", f"none asked for (train.gpu: false), {workers} workers on CPUs")
-    elif len(gpus) >= workers:
-        yield ok("GPUs", f"{len(gpus)} x {gpus[0][0]} for {workers} workers")
-    elif config.train.gpu is True:
+        return ok("GPUs", f"none asked for (train.gpu: false), {workers} workers on CPUs")
+    if len(gpus) >= workers:
+        return ok("GPUs", f"{len(gpus)} x {gpus[0][0]} for {workers} workers")
+    if config.train.gpu is True:
         found = f"{len(gpus)} GPU{'s' if len(gpus) != 1 else ''}"
         fewer = f"set train.workers to {max(1, len(gpus))}, train.gpu to false"
         cure = f"{fewer}, or go to a cluster: 'pi-ray submit --address URL'"
-        yield fail("GPUs", f"{found} for {workers} workers, each of which needs one", cure)
-    elif gpus:
+        return fail("GPUs", f"{found} for {workers} workers, each of which needs one", cure)
+    if gpus:
         message = f"{len(gpus)} for {workers} workers, so that CPUs are used (train.gpu: auto)"
-        yield note("GPUs", message, f"set train.workers to {len(gpus)} to use them")
-    else:
-        yield ok("GPUs", f"none, {workers} workers on CPUs (train.gpu: auto)")
+        return note("GPUs", message, f"set train.workers to {len(gpus)} to use them")
+    return ok("GPUs", f"none, {workers} workers on CPUs (train.gpu: auto)")
+
+
+def check_plan(config: RunConfig, gpus: list[tuple[str, float]]) -> Iterator[Finding]:
+    """Check that the run can be planned, and that this machine's memory holds it."""
+    try:
+        made = plan.plan_run(config)
+    except PiRayError as error:
+        yield fail("plan", str(error), "mend that; 'pi-ray plan' then shows the run before it runs")
+        return
+    host = estimate.node_memory(made.size, config, min(len(gpus), config.train.workers))
+    yield from check_memory(config, made.memory, host, gpus, free_memory())
 
 
 def check_memory(
     config: RunConfig, worker: dict[str, float], host: float, gpus: list[tuple[str, float]], free: float,
 ) -> Iterator[Finding]:
-    """Check the plan's memory against this machine's, in bytes.
-
-    `worker` is what one worker holds on its device, `host` what the GPU workers hold in host memory, `free` the host's
-    free memory.
+    """Check a plan's bytes: a `worker`'s on its device, and in the `host`'s memory, of which so much is `free`, those
+    of all GPU workers.
     """
     one, workers = sum(worker.values()), config.train.workers
     smaller = "lower train.micro_batch (or batch_size), set train.gradient_checkpointing: true"

@@ -1,3 +1,1 @@
-"""Runs as jobs of a Ray cluster: the bundle that travels there, submitting and following, and the entrypoint that runs
-there.
-"""
+"""Runs as jobs of a Ray cluster: the bundle that travels, submitting and following, the entrypoint that runs there."""

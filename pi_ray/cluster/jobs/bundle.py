@@ -1,5 +1,4 @@
-"""The job bundle that travels to a cluster: the resolved run file, and the rows and template that it names by relative
-path.
+"""The job bundle that travels to a cluster: the resolved run file, and the inputs that it names by relative path.
 
 Nothing else travels, and no secret.
 """
@@ -43,9 +42,7 @@ def bundled_files(config: RunConfig, folder: Path) -> dict[str, Path]:
     """
     found: dict[str, Path] = {}
     for key, source in relative_inputs(config, folder).items():
-        for path in _files_inside(source):
-            name = f"{key}{source.suffix}" if path == source else f"{key}/{path.relative_to(source).as_posix()}"
-            found[name] = path
+        found |= files_of(_bundle_name(key, source), source)
     size = sum(path.stat().st_size for path in found.values())
     if size > LIMIT:
         largest = max(found.values(), key=lambda path: path.stat().st_size)
@@ -57,11 +54,23 @@ def bundled_files(config: RunConfig, folder: Path) -> dict[str, Path]:
     return found
 
 
+def files_of(name: str, source: Path) -> dict[str, Path]:
+    """Name in the bundle -> file: a file, or a folder's without hidden ones (.git, Ray's ignore files) and caches."""
+    if source.is_file():
+        return {name: source}
+    inside = [path.relative_to(source) for path in sorted(source.rglob("*")) if path.is_file()]
+    seen = [p for p in inside if not any(part.startswith(".") or part == "__pycache__" for part in p.parts)]
+    return {f"{name}/{path.as_posix()}": source / path for path in seen}
+
+
+def _bundle_name(key: str, source: Path) -> str:
+    return f"{key}{source.suffix}" if source.is_file() else key
+
+
 def bundled_config(config: RunConfig, folder: Path) -> RunConfig:
     """The config with its inputs named as in the bundle. Optional files that do not exist keep their names."""
     found = relative_inputs(config, folder)
-    names = {key: f"{FOLDER}/{key}{source.suffix if source.is_file() else ''}" for key, source in found.items()}
-    return config.replace(**{f"task.{key}": name for key, name in names.items()})
+    return config.replace(**{f"task.{key}": f"{FOLDER}/{_bundle_name(key, path)}" for key, path in found.items()})
 
 
 def copy_files(found: dict[str, Path], target: Path) -> None:
@@ -77,9 +86,7 @@ def bundle_fingerprint(found: dict[str, Path]) -> str:
 
 
 def write_bundle(config: RunConfig, folder: Path, target: Path) -> str:
-    """Write run.yaml and the inputs into `target`. Returns the hash of both, by which equal submissions are
-    recognised.
-    """
+    """Write run.yaml and the inputs into `target`. Returns the hash of both, which tells equal submissions."""
     settings, found = bundled_config(config, folder), bundled_files(config, folder)
     copy_files(found, target / FOLDER)
     (target / "run.yaml").write_text(dump_config(settings), encoding="utf-8")
@@ -116,17 +123,6 @@ def refuse_local_models(config: RunConfig) -> None:
                 f"{key}: {name} lies on this machine, and weights do not travel with a job; give a hub id, a packaged "
                 "name, or an absolute path that every node of the cluster can read"
             )
-
-
-def _files_inside(path: Path) -> Iterator[Path]:
-    """Yield `path`, or a folder's files without hidden ones (version control, Ray's ignore files) and caches."""
-    if path.is_file():
-        yield path
-        return
-    for found in sorted(path.rglob("*")):
-        hidden = any(part.startswith(".") or part == "__pycache__" for part in found.relative_to(path).parts)
-        if found.is_file() and not hidden:
-            yield found
 
 
 def _texts(value: Any, key: str = "") -> Iterator[tuple[str, str]]:

@@ -11,22 +11,21 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 
-from pi_ray.cluster import requirements, storage_sync
+from pi_ray.cluster import requirements
 from pi_ray.cluster.jobs import bundle
+from pi_ray.cluster.storage_sync import StorageSync
 from pi_ray.config import INPUTS, RunConfig, dump_config, run_file
 from pi_ray.errors import PiRayError, StorageError
 from pi_ray.run.artifact import is_current, staged, write_atomic
-from pi_ray.run.object_storage import ObjectStorage, is_url
+from pi_ray.run.object_storage import ObjectStorage, is_url, open_file_system
 from pi_ray.store import refresh
 
 
 def run_job(command_line: Callable[[list[str]], int], verb: str, arguments: Sequence[str]) -> int:
-    """Run `pi-ray VERB run.yaml [section.key=value ...]` on the cluster through `command_line`. Returns the exit
-    code.
-    """
+    """Run `pi-ray VERB run.yaml [section.key=value ...]` on the cluster through `command_line`; its exit code."""
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # people who wait for the run read the job's log
     try:
         requirements.check_requirements()
@@ -35,13 +34,13 @@ def run_job(command_line: Callable[[list[str]], int], verb: str, arguments: Sequ
         confirmed = ["closed.confirmed=true"] if config.closed.confirmed else []
         command = ["run" if refreshes else verb, str(config.root), *confirmed]
         sys.argv[1:] = command  # the report names it
-        with _synced(config):
-            if not refreshes:
-                return command_line(command)
-            refresh.copy_start_adapter(config)
+        there = _url_of(config)
+        with StorageSync(config.root, ObjectStorage(there)).attach_driver() if there else nullcontext():
+            if refreshes:
+                refresh.copy_start_adapter(config)
             code = command_line(command)
-            if not code:
-                refresh.mark_published(config)
+            if refreshes and not code:
+                refresh.write_mark(config, published=True)
             return code
     except PiRayError as error:
         print(f"pi-ray: {error}", file=sys.stderr)
@@ -64,7 +63,7 @@ def settle(path: Path, overrides: Sequence[str], refreshes: bool = False) -> Run
     base = (bundle.bundled_config(config, folder), root) if bundled else (config, folder)
     config = _copy_inputs(run_file.make_paths_absolute(*base), found)
     if refreshes:
-        there = _there(config)
+        there = _url_of(config)
         config = refresh.refresh_config(config, storage=ObjectStorage(there.rpartition("/")[0]) if there else None)
     once = config.replace(**{"closed.confirmed": False})  # a confirmed cost holds for one job
     write_atomic(config.root / "run.yaml", dump_config(once))
@@ -89,14 +88,8 @@ def _store(config: RunConfig, home: Path) -> str:
     return f"{place.rstrip('/')}/{store}" if is_url(place) else str(home / store)
 
 
-def _synced(config: RunConfig) -> AbstractContextManager[None]:
-    """A context that fetches the run directory from object storage and keeps it there, where storage_path is a URL."""
-    there = _there(config)
-    return storage_sync.StorageSync(config.root, ObjectStorage(there)).attach_driver() if there else nullcontext()
-
-
-def _there(config: RunConfig) -> str:
-    """The run directory's URL; "" where storage_path is a folder."""
+def _url_of(config: RunConfig) -> str:
+    """The run directory's URL, with which it is kept in step; "" where storage_path is a folder."""
     place, home = config.cluster.storage_path, storage_folder(config)
     if not is_url(place):
         return ""
@@ -105,27 +98,26 @@ def _there(config: RunConfig) -> str:
 
 
 def _copy_inputs(config: RunConfig, found: dict[str, Path]) -> RunConfig:
-    """Copy `found` inputs, and those that `task` names by URL, into the run directory; the config names the latter
-    there.
+    """Copy `found` inputs, and those that `task` names by URL, into the run directory, where the config then names
+    them. What a URL names and storage does not have is missing there too.
 
     Raises StorageError where object storage cannot be read.
     """
-    named = {key: getattr(config.task, key).rstrip("/") for key in INPUTS}
-    urls = {key: url for key, url in named.items() if is_url(url)}
+    from pyarrow.fs import FileType, copy_files
+
+    urls = {key: url.rstrip("/") for key in INPUTS if is_url(url := getattr(config.task, key))}
+    names = {key: f"{key}{Path(url).suffix}" for key, url in urls.items()}
     with tempfile.TemporaryDirectory() as scratch:
         for key, url in urls.items():
-            above, _, name = url.rpartition("/")
+            source, (there, path) = Path(scratch) / names[key], open_file_system(url)
             try:
-                there = ObjectStorage(above)
-                for path in (path for path in there.list_keys() if path == name or path.startswith(f"{name}/")):
-                    found[f"{key}{Path(name).suffix}{path.removeprefix(name)}"] = to = Path(scratch) / key / path
-                    to.parent.mkdir(parents=True, exist_ok=True)
-                    there.fetch(path, to)
+                if there.get_file_info(path).type != FileType.NotFound:
+                    copy_files(path, str(source), source_filesystem=there)
             except OSError as error:
                 raise StorageError(f"task.{key}: {url} cannot be read ({error}); may this node read it?") from error
+            found |= bundle.files_of(names[key], source)
         final, fingerprint = config.root / bundle.FOLDER, bundle.bundle_fingerprint(found)
         if found and not is_current(final, fingerprint):
             with staged(final, fingerprint=fingerprint) as tmp:
                 bundle.copy_files(found, tmp)
-    return config.replace(**{f"task.{key}": str(final / f"{key}{Path(url).suffix}") for key, url in urls.items()})
-
+    return config.replace(**{f"task.{key}": str(final / name) for key, name in names.items()})

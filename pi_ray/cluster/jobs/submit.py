@@ -1,22 +1,20 @@
 """Submits runs as jobs of a Ray cluster through its Jobs API, follows them, lists them, and stops them.
 
 A run has at most one job at a time. Its settings and inputs travel as a job bundle, and so does pi_ray itself: the
-version that wrote the run file runs there, whatever the nodes' image has. The image must have what pi-ray needs (pip
-install pi-ray), and plug-ins of your own.
+version that wrote the run file runs there, whatever the nodes' image has. The image must have what pi-ray needs, and
+plug-ins of your own.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import re
 import shlex
 import tempfile
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -47,26 +45,22 @@ NO_ENVIRONMENT = (
 def submit_run(path: Path, overrides: Sequence[str], step: str, address: str, console: Console) -> int:
     """Start the run as a job, or attach to the job that it has, and follow it. Returns the job's exit code.
 
-    Ctrl-C leaves the job running. Raises ConfigError (run file, secrets, size) and ClusterError (no answer, no token,
-    the run is going on with other settings).
+    Raises ConfigError (run file, secrets, size) and ClusterError (no answer, no token, the run is going on with other
+    settings).
     """
-    path = path / "run.yaml" if path.is_dir() else path
     bundle.refuse_secrets(overrides)
     config = run_file.validate_yaml(RunConfig, run_file.read_run_file(path), str(path), overrides)
-    folder = path.resolve().parent
     bundle.refuse_secrets((), config)
     bundle.refuse_local_models(config)
-    jobs = Jobs(auth.address_of(address, config.cluster.address))
+    jobs = Jobs(address, config.cluster.address)
     if jobs.address.startswith("http://") and not auth.is_loopback(jobs.address):
-        console.print(
-            f"the token goes to {jobs.address} unencrypted; where the network is not yours, take https or a tunnel "
-            "(ssh -L, kubectl port-forward)", highlight=False,
-        )
+        advice = "where the network is not yours, take https or a tunnel (ssh -L, kubectl port-forward)"
+        console.print(f"the token goes to {jobs.address} unencrypted; {advice}", highlight=False)
     with tempfile.TemporaryDirectory() as target:
         facts = {
             "pi_ray.run": config.name, "pi_ray.step": step, "pi_ray.run_dir": config.run_dir,
             "pi_ray.storage": config.cluster.storage_path,
-            "pi_ray.fingerprint": bundle.write_bundle(config, folder, Path(target)),
+            "pi_ray.fingerprint": bundle.write_bundle(config, path.resolve().parent, Path(target)),
         }
         job, new = jobs.start(facts, Path(target), {"COLUMNS": str(console.width)})
     where = f"{'submitted to' if new else 'which is going on already at'} {jobs.address}"
@@ -74,13 +68,14 @@ def submit_run(path: Path, overrides: Sequence[str], step: str, address: str, co
     code = follow_job(jobs, job, console)
     if code == 0 and step in ("run", "publish"):
         serve = shlex.join(["pi-ray", "submit", str(path), *overrides, "--step", "serve", *_address_option(jobs)])
-        text = f"Paths and addresses above are the cluster's. Serve it there:  {serve}"
-        console.print(text, markup=False, highlight=False)
+        console.print(f"Paths and addresses above are the cluster's. Serve it there:  {serve}", markup=False)
     return code
 
 
 def follow_job(jobs: Jobs, job: str, console: Console) -> int:
-    """Print the job's log until it ends. On a terminal, progress stays in one line below."""
+    """Print the job's log until it ends, and return its exit code; Ctrl-C leaves the job running. On a terminal,
+    progress stays in one line below.
+    """
     try:
         with console.status("waiting for the job to start") if console.is_terminal else nullcontext() as live:
             seen = LogProgress()
@@ -92,7 +87,7 @@ def follow_job(jobs: Jobs, job: str, console: Console) -> int:
                 if not (live and progress):
                     console.print(line, markup=False, highlight=False)
 
-            jobs.tail(job, print_line)
+            asyncio.run(jobs.tail(job, print_line))
     except KeyboardInterrupt:
         logs, status, stop = (" ".join(["pi-ray", v, job, *_address_option(jobs)]) for v in ("logs", "status", "stop"))
         text = f"\nThe job goes on. Follow it:  {logs}\nWhere it stands:  {status}\nEnd it:  {stop}"
@@ -117,25 +112,41 @@ def print_status(jobs: Jobs, name: str, console: Console) -> None:
     table = Table("job", "run", "step", "status", "for", "stands at" if name else "run directory", box=None)
     for job in found:
         run, step, folder = (_facts(job)[f"pi_ray.{key}"] for key in ("run", "step", "run_dir"))
-        last = escape(str(jobs.seen(job))) if name else folder or f"runs/{run}"
-        table.add_row(job.submission_id, run, step, job.status.lower(), _minutes(job), last)
+        minutes = ((job.end_time or time.time() * 1000) - (job.start_time or 0)) / 60000
+        last = escape(str(jobs.progress_of(job))) if name else folder or f"runs/{run}"
+        table.add_row(job.submission_id, run, step, job.status.lower(), f"{minutes:.1f} min", last)
     console.print(table if found else "no jobs of pi-ray there", highlight=False)
     if name and found[0].status == "FAILED":
         console.print(_main_line(found[0].message), markup=False, highlight=False)
 
 
 class Jobs:
-    """The Jobs API of one cluster, by its URL. Raises ClusterError where the API does not answer or refuses us."""
+    """The Jobs API of the cluster that `auth.address_of` finds. Raises ClusterError where it does not answer."""
 
-    def __init__(self, address: str):
-        auth.require_token(address)
-        self.address = address
-        self.client = _answered(lambda: _client(address), address)
+    def __init__(self, given: str = "", configured: str = ""):
+        self.address = auth.address_of(given, configured)
+        auth.require_token(self.address)
+        self.client = self._ask(_client, self.address)
+
+    def _ask(self, call: Callable[..., Any], *args: Any, **options: Any) -> Any:
+        """The result of `call`. Raises ClusterError, one sentence, for each way in which the API fails."""
+        from ray.exceptions import AuthenticationError
+
+        try:
+            return call(*args, **options)
+        except AuthenticationError as error:
+            raise ClusterError(f"{self.address} does not accept this token, or wants one. {auth.CURE}") from error
+        except OSError as error:  # requests' own errors are OSErrors
+            raise ClusterError(
+                f"{self.address} does not answer; is the cluster up, and is this its Jobs API "
+                f"('ray start --head' has it at {auth.DEFAULT_ADDRESS})?"
+            ) from error
+        except RuntimeError as error:
+            raise ClusterError(f"{self.address}: {_main_line(str(error))}") from error
 
     def all(self) -> list[JobDetails]:
         """pi-ray's jobs, newest first."""
-        found = _answered(self.client.list_jobs, self.address)
-        own = (job for job in found if job.submission_id and "pi_ray.run" in _facts(job))
+        own = (job for job in self._ask(self.client.list_jobs) if job.submission_id and "pi_ray.run" in _facts(job))
         return sorted(own, key=lambda job: -(job.start_time or 0))
 
     def find(self, name: str) -> JobDetails:
@@ -148,24 +159,19 @@ class Jobs:
             )
         return next((job for job in found if job.status not in ENDED), found[0])
 
-    def seen(self, job: JobDetails) -> LogProgress:
-        """The progress of a job, from its log."""
+    def progress_of(self, job: JobDetails) -> LogProgress:
+        """How far a job is, from its log."""
         seen = LogProgress()
-        for line in self.log(submission_id(job)).splitlines():
+        for line in self._ask(self.client.get_job_logs, job.submission_id).splitlines():
             seen.read_line(line)
         return seen
 
-    def log(self, job: str) -> str:
-        return _answered(lambda: self.client.get_job_logs(job), self.address)
-
     def stop(self, job: str) -> bool:
         """Ask the job to end; its results so far are kept. False when it had ended already."""
-        return _answered(lambda: self.client.stop_job(job), self.address)
+        return self._ask(self.client.stop_job, job)
 
     def start(self, facts: dict[str, str], folder: Path, environment: dict[str, str]) -> tuple[str, bool]:
-        """(id, whether it is new) of the run's job. Two callers that start one run at once get one job: ids are
-        unique.
-        """
+        """(id, whether it is new) of the run's job; one job for two callers at once, since ids are unique."""
         until, name = time.monotonic() + PATIENCE_S, f"pi-ray-{facts['pi_ray.run']}"
         command = f"python -m pi_ray.cli.job {shlex.quote(facts['pi_ray.step'])} run.yaml"
         packages = {
@@ -176,15 +182,14 @@ class Jobs:
             jobs, place = self.all(), ("pi_ray.run", "pi_ray.run_dir", "pi_ray.storage")
             same = (job for job in jobs if all(_facts(job).get(key) == facts[key] for key in place))
             if running := next((job for job in same if job.status not in ENDED), None):
-                return self._attach(running, facts), False
+                _refuse_other(running, facts)
+                return submission_id(running), False
             numbered = re.compile(rf"{re.escape(name)}-(\d+)")
             numbers = [int(m[1]) for job in jobs if (m := numbered.fullmatch(submission_id(job)))]
             job_id = f"{name}-{max(numbers, default=0) + 1}"  # older jobs may have been deleted
-            submit = partial(
-                self.client.submit_job, entrypoint=command, submission_id=job_id, metadata=facts, runtime_env=packages,
-            )
+            sent = {"entrypoint": command, "submission_id": job_id, "metadata": facts, "runtime_env": packages}
             try:
-                return _answered(submit, self.address), True
+                return self._ask(self.client.submit_job, **sent), True
             except ClusterError as error:
                 # The head's agent starts after its API; or another caller took the id.
                 passes = any(text in str(error.__cause__) for text in ("try again later", "already exists"))
@@ -192,22 +197,9 @@ class Jobs:
                     raise
             time.sleep(PAUSE_S)
 
-    def _attach(self, job: JobDetails, facts: dict[str, str]) -> str:
-        """The id of a running job of the same run. Raises ClusterError where its step, settings or inputs differ."""
-        if any(_facts(job)[key] != facts[key] for key in ("pi_ray.step", "pi_ray.fingerprint")):
-            raise ClusterError(
-                f"the run '{facts['pi_ray.run']}' is going on as job {job.submission_id} "
-                f"({_facts(job)['pi_ray.step']}), and its settings or inputs are not these: "
-                f"'pi-ray stop {job.submission_id}' ends it, another name makes this a run of its own"
-            )
-        return submission_id(job)
-
-    def tail(self, job: str, take: Callable[[str], None]) -> None:
-        """Hand each line of the job's log to `take` until the job ends, over lost connections too."""
-        asyncio.run(self._tail(job, take))
-
-    async def _tail(self, job: str, take: Callable[[str], None]) -> None:
-        lines, lost = _Lines(take), None
+    async def tail(self, job: str, take_line: Callable[[str], None]) -> None:
+        """Hand each line of the job's log to `take_line` until the job ends, over lost connections too."""
+        lines, lost = _Lines(take_line), None
         while True:
             whole = await self._stream(job, lines)
             try:
@@ -226,7 +218,9 @@ class Jobs:
                     ) from error
                 ended = False
             if whole and ended:
-                return lines.end()
+                if lines.rest:
+                    take_line(lines.rest)
+                return
             await asyncio.sleep(PAUSE_S)
 
     async def _stream(self, job: str, lines: _Lines) -> bool:
@@ -260,9 +254,15 @@ class _Lines:
         for line in whole:
             self.take_line(line)
 
-    def end(self) -> None:
-        if self.rest:
-            self.take_line(self.rest)
+
+def _refuse_other(job: JobDetails, facts: dict[str, str]) -> None:
+    """Raise ClusterError where the step, settings or inputs of a run's running job are not those of `facts`."""
+    if any(_facts(job)[key] != facts[key] for key in ("pi_ray.step", "pi_ray.fingerprint")):
+        going = f"'{facts['pi_ray.run']}' is going on as job {job.submission_id} ({_facts(job)['pi_ray.step']})"
+        raise ClusterError(
+            f"the run {going}, and its settings or inputs are not these: 'pi-ray stop {job.submission_id}' ends it, "
+            "another name makes this a run of its own"
+        )
 
 
 def _client(address: str) -> Any:
@@ -273,28 +273,9 @@ def _client(address: str) -> Any:
 
     class Client(JobSubmissionClient):
         def _do_request(self, *args: Any, **kwargs: Any) -> Any:
-            # Ray waits for ever on a link that is cut
-            return super()._do_request(*args, **{"timeout": ANSWER_S, **kwargs})
+            return super()._do_request(*args, **{"timeout": ANSWER_S, **kwargs})  # Ray waits for a cut link for ever
 
-    os.environ["RAY_API_SERVER_ADDRESS"] = address  # Ray prefers this, or RAY_ADDRESS, to its argument
     return Client(address)
-
-
-def _answered(call: Callable[[], Any], address: str) -> Any:
-    """The result of `call`. Raises ClusterError, one sentence, for each way in which the API fails."""
-    from ray.exceptions import AuthenticationError
-
-    try:
-        return call()
-    except AuthenticationError as error:
-        raise ClusterError(f"{address} does not accept this token, or wants one. {auth.CURE}") from error
-    except OSError as error:  # requests' own errors are OSErrors
-        raise ClusterError(
-            f"{address} does not answer; is the cluster up, and is this its Jobs API "
-            f"('ray start --head' has it at {auth.DEFAULT_ADDRESS})?"
-        ) from error
-    except RuntimeError as error:
-        raise ClusterError(f"{address}: {_main_line(str(error))}") from error
 
 
 def _main_line(message: str | None) -> str:
@@ -312,9 +293,3 @@ def _facts(job: JobDetails) -> dict[str, str]:
 
 def submission_id(job: JobDetails) -> str:
     return job.submission_id or ""
-
-
-def _minutes(job: JobDetails) -> str:
-    """How long a job has run, or ran."""
-    return f"{((job.end_time or time.time() * 1000) - (job.start_time or 0)) / 60000:.1f} min"
-

@@ -1,6 +1,4 @@
-"""The values of the templates: how many nodes of what size, the run file as the cluster sees it, and notes for the
-person.
-"""
+"""The values of the templates: how many nodes of what size, the run file as the cluster sees it, notes for a person."""
 
 from __future__ import annotations
 
@@ -22,7 +20,6 @@ from pi_ray.run.object_storage import is_url
 
 GIB = 2**30
 STORAGE = "/shared"  # where storage is mounted when cluster.storage_path does not say
-RUN_FILE = "/etc/pi-ray/run.yaml"  # in the cluster's pods
 OBJECT_STORE = 10  # GiB of Ray's object store on a GPU node: training reads memory-mapped files
 MARGIN = 8  # GiB for Ray itself and the page cache
 LONGEST = 24  # characters of a run's name in KubeRay's, which add words and hashes of their own up to 47
@@ -47,35 +44,25 @@ class Nodes:
     base: float  # the whole base model on one device
 
 
-@dataclass(frozen=True)
-class Offer:
-    """Custom resources and labels of the nodes of some steps.
-
-    Resources say where work may go and not how much, so that there is plenty of each. Ray sets its own labels
-    (ray.io/...).
-    """
-
-    names: dict[str, int]
-    labels: dict[str, str]
-
-    @property
-    def words(self) -> dict[str, str]:
-        return {name: str(amount) for name, amount in self.names.items()}
-
-
 def template_values(config: RunConfig, folder: Path) -> tuple[dict[str, Any], list[str]]:
-    """(values of the templates, notes). `folder` holds the run file; its files are expected in the storage's
-    inputs/<name>.
+    """(values of the templates, notes). The files beside the run file in `folder` are expected in the storage's
+    inputs/NAME.
 
     Raises ModelError where the base model's shape cannot be read, ConfigError where the model cannot fit.
     """
-    seen = as_the_cluster_sees_it(config, folder)
-    size = estimate.model_size(config.model, config.train.lora)
-    nodes, root, run_yaml = _nodes(seen, size), storage_root(seen), _run_yaml(seen)
+    root = (config.cluster.storage_path or STORAGE).rstrip("/")
+    seen = _as_the_cluster_sees_it(config, folder, root)
+    nodes = _nodes(seen, estimate.model_size(config.model, config.train.lora))
+    # Without defaults; with them where the shorter text would not read back to the same run.
+    run_yaml = yaml.safe_dump(
+        seen.model_dump(mode="json", exclude_defaults=True), sort_keys=False, allow_unicode=True, width=160,
+    )
+    if RunConfig.model_validate(yaml.safe_load(run_yaml)) != seen:
+        run_yaml = dump_config(seen)
     on_cpus: tuple[Step, ...] = () if seen.train.gpu else ("train", "evaluate")
     return {
         "name": config.name, "name_k8s": re.sub(r"[._]+", "-", seen.name)[:LONGEST].strip("-"), "run": seen,
-        "run_file": RUN_FILE, "run_yaml": run_yaml, "run_digest": digest(run_yaml)[:12],
+        "run_file": "/etc/pi-ray/run.yaml", "run_yaml": run_yaml, "run_digest": digest(run_yaml)[:12],
         "cluster": seen.cluster, "kubernetes": seen.cluster.kubernetes, "slurm": seen.cluster.slurm,
         "launcher": _launcher(seen), "storage": root, "mounted": not is_url(root), "ray": version("ray"),
         "nodes": nodes, "gpu": nodes.gpu > 0, "resource_name": "nvidia.com/gpu", "object_store": OBJECT_STORE * GIB,
@@ -84,16 +71,9 @@ def template_values(config: RunConfig, folder: Path) -> tuple[dict[str, Any], li
     }, _notes(seen, nodes, folder)
 
 
-def storage_root(config: RunConfig) -> str:
-    """The folder or URL that every node sees."""
-    return (config.cluster.storage_path or STORAGE).rstrip("/")
-
-
-def as_the_cluster_sees_it(config: RunConfig, folder: Path) -> RunConfig:
-    """The run with paths on the cluster's storage, and with GPUs: nodes that come on demand are not there yet to be
-    seen.
-    """
-    root, here = storage_root(config), str(folder)
+def _as_the_cluster_sees_it(config: RunConfig, folder: Path, root: str) -> RunConfig:
+    """The run with paths on the storage `root`, and with GPUs, as nodes that come on demand cannot be seen yet."""
+    here = str(folder)
     task = {
         f"task.{key}": f"{root}/inputs/{config.name}{value[len(here):]}"
         for key, value in config.task.model_dump().items()
@@ -105,27 +85,19 @@ def as_the_cluster_sees_it(config: RunConfig, folder: Path) -> RunConfig:
     return config.replace(**own, **task, **{"cluster.storage_path": root})
 
 
-def _run_yaml(config: RunConfig) -> str:
-    """The run file without defaults; with them where the shorter one would not read back to the same run."""
-    own = config.model_dump(mode="json", exclude_defaults=True)
-    text = yaml.safe_dump(own, sort_keys=False, allow_unicode=True, width=160)
-    return text if RunConfig.model_validate(yaml.safe_load(text)) == config else dump_config(config)
-
-
 def _nodes(config: RunConfig, size: estimate.ModelSize) -> Nodes:
     """Size the nodes after the model. Raises ConfigError where a worker does not fit."""
     cluster, train = config.cluster, config.train
     base = size.weights * estimate.BYTES[estimate.dtype_name(config)]
+    fixed = sum(estimate.device_memory(size, estimate.Shape(0, 0, 1), config).values())
     if not train.gpu:
-        per_worker = sum(estimate.device_memory(size, estimate.Shape(0, 0, 1), config).values())
-        if per_worker > cluster.cpu_node_memory_gib * GIB:
+        if fixed > cluster.cpu_node_memory_gib * GIB:
             raise ConfigError(
-                f"one training worker holds {per_worker / GIB:.0f} GiB and cluster.cpu_node_memory_gib is "
+                f"one training worker holds {fixed / GIB:.0f} GiB and cluster.cpu_node_memory_gib is "
                 f"{cluster.cpu_node_memory_gib}; name larger nodes"
             )
-        return Nodes(0, 0, 0, cluster.cpu_node_cpus, cluster.cpu_node_memory_gib, per_worker, base)
+        return Nodes(0, 0, 0, cluster.cpu_node_cpus, cluster.cpu_node_memory_gib, fixed, base)
     gpus = min(cluster.gpus_per_node, train.workers)
-    fixed = sum(estimate.device_memory(size, estimate.Shape(0, 0, 1), config).values())
     if fixed > cluster.gpu_memory_gib * GIB:
         raise ConfigError(
             f"weights and optimiser alone take {fixed / GIB:.0f} GiB of each GPU's {cluster.gpu_memory_gib} "
@@ -144,15 +116,21 @@ def _nodes(config: RunConfig, size: estimate.ModelSize) -> Nodes:
 
 
 def _round(gib: float) -> int:
-    """The next multiple of 8 GiB."""
     return 8 * math.ceil(gib / 8)
 
 
-def _offer(config: RunConfig, *steps: Step) -> Offer:
+def _offer(config: RunConfig, *steps: Step) -> dict[str, dict[str, Any]]:
+    """Custom resources (names -> amounts, and as KubeRay's words) and labels of the nodes of some steps.
+
+    Resources say where work may go and not how much, so there is plenty of each. Ray sets its own labels (ray.io/...).
+    """
     cluster = config.cluster
     names = sorted({name for step in steps for name in getattr(cluster, f"{step}_resources")} - BUILT_IN)
     labels = {key: value for step in steps for key, value in cluster.labels.get(step, {}).items()}
-    return Offer(dict.fromkeys(names, PLENTY), {k: v for k, v in labels.items() if not k.startswith("ray.io/")})
+    return {
+        "names": dict.fromkeys(names, PLENTY), "words": dict.fromkeys(names, str(PLENTY)),
+        "labels": {key: value for key, value in labels.items() if not key.startswith("ray.io/")},
+    }
 
 
 def _launcher(config: RunConfig) -> dict[str, Any]:
@@ -161,19 +139,16 @@ def _launcher(config: RunConfig) -> dict[str, Any]:
     gpu, cpu, region, zone = MACHINES[given.provider]
     machine = given.gpu_machine or gpu.get(config.cluster.gpu_memory_gib, "")
     if not machine or (config.cluster.gpus_per_node != 8 and not given.gpu_machine):
-        raise ConfigError(
-            f"{given.provider} has no usual machine with {config.cluster.gpus_per_node} A100s of "
-            f"{config.cluster.gpu_memory_gib} GiB; name one in cluster.launcher.gpu_machine, or take 8 GPUs of 40 or "
-            "80 "
-            "GiB"
-        )
+        wanted = f"{config.cluster.gpus_per_node} A100s of {config.cluster.gpu_memory_gib} GiB"
+        cure = "name one in cluster.launcher.gpu_machine, or take 8 GPUs of 40 or 80 GiB"
+        raise ConfigError(f"{given.provider} has no usual machine with {wanted}; {cure}")
     machines = {"gpu_machine": machine, "cpu_machine": given.cpu_machine or cpu}
     return {**given.model_dump(), **machines, "region": given.region or region, "zone": given.zone or zone}
 
 
 def _notes(config: RunConfig, nodes: Nodes, folder: Path) -> list[str]:
     """Notes on what a person must still do, and on what cannot work with these files."""
-    root, notes = storage_root(config), []
+    root, notes = config.cluster.storage_path, []
     texts = {k: v for k, v in config.task.model_dump().items() if isinstance(v, str)}
     if config.task.name != "opsql" and any(v.startswith(f"{root}/inputs/") for v in texts.values()):
         notes.append(f"copy {folder} to {root}/inputs/{config.name}: the run reads its rows and template there")

@@ -52,7 +52,7 @@ def test_a_node_fetches_the_files_of_another_one_and_finds_damage(tmp_path):
     assert (tmp_path / "two" / "rows" / "train").read_bytes() == b"rows" * 400_000 and (
         tmp_path / "two" / "run.yaml"
     ).read_text() == "name: a\n"
-    there.write(b"other", "rows/train")
+    there.upload(b"other", "rows/train")
     with pytest.raises(CorruptArtifactError, match="rows is damaged"):
         StorageSync(tmp_path / "three", ObjectStorage(there.url)).pull()
 
@@ -60,8 +60,8 @@ def test_a_node_fetches_the_files_of_another_one_and_finds_damage(tmp_path):
 def test_a_job_beside_a_bucket_takes_its_inputs_from_it_and_leaves_its_run_there(tmp_path, monkeypatch):
     inputs = ObjectStorage(f"{BUCKET}/inputs")
     for name in ("train", "dev", "test"):
-        inputs.write(b'{"query": "q", "answer": "a"}\n', f"{name}.jsonl")
-    inputs.write(b"# Instruction\n\nDo it.\n", "template.md")
+        inputs.upload(b'{"query": "q", "answer": "a"}\n', f"{name}.jsonl")
+    inputs.upload(b"# Instruction\n\nDo it.\n", "template.md")
     lines = [f"  {key}: {BUCKET}/inputs/{key}.jsonl" for key in ("train", "dev", "test")]
     (tmp_path / "run.yaml").write_text(
         "\n".join(
