@@ -7,13 +7,13 @@ from pi_ray.config.block import Block, omit_default, set_key
 from pi_ray.config.cluster import ClusterConfig
 from pi_ray.config.data import COMPRESS_MODELS, INPUTS, CompressConfig, RetrieveConfig, RowsConfig, TaskConfig
 from pi_ray.config.evaluate import ClosedConfig, CostConfig, EvaluateConfig
-from pi_ray.config.run import ModelConfig, RunConfig, dump_config, json_schema
+from pi_ray.config.run import ModelConfig, RunConfig, dump_config
 from pi_ray.config.serve import ServeConfig
 from pi_ray.config.train import BackendConfig, DistillConfig, LoraConfig, PromptConfig, ScheduleConfig, TrainConfig
 
 __all__ = [
     "COMPRESS_MODELS", "INPUTS", "BackendConfig", "Block", "ClosedConfig", "ClusterConfig", "CompressConfig",
-    "CostConfig", "DistillConfig", "DocumentsConfig", "EvaluateConfig", "LoraConfig", "ModelConfig", "PhaseConfig",
-    "PromptConfig", "RetrieveConfig", "RowsConfig", "RunConfig", "ScheduleConfig", "ServeConfig", "TaskConfig",
-    "TrainConfig", "dump_config", "json_schema", "omit_default", "set_key",
+    "CostConfig", "DistillConfig", "EvaluateConfig", "LoraConfig", "ModelConfig", "PromptConfig", "RetrieveConfig",
+    "RowsConfig", "RunConfig", "ScheduleConfig", "ServeConfig", "TaskConfig", "TrainConfig", "dump_config",
+    "omit_default", "set_key",
 ]  # fmt: skip

@@ -12,11 +12,13 @@ from pi_ray.errors import ConfigError
 Rate = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=0)]
 Positive = Annotated[int, Field(ge=1)]
-Money = Annotated[float, Field(ge=0)]
+Amount = Annotated[float, Field(ge=0)]  # of money, seconds, or a Ray resource
 PLAIN_URL = r"https?://[^/@\s]+(/[^@?\s]*)?"  # without user, password or query
 
 
 class Block(BaseModel):
+    """A block checks its keys together in pydantic's `model_post_init`."""
+
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
@@ -32,8 +34,9 @@ def omit_default(default: Any, description: str) -> Any:
 
 def forbid_unused(block: Block, keys: tuple[str, ...], where: str, why: str) -> None:
     """Raise ValueError for the first of `keys` that is set, though none of them has an effect in this block."""
-    if found := [key for key in keys if getattr(block, key) != type(block).model_fields[key].default]:
-        raise ValueError(f"{where}.{found[0]} would have no effect: {why}; leave it out")
+    for key in keys:
+        if getattr(block, key) != type(block).model_fields[key].default:
+            raise ValueError(f"{where}.{key} would have no effect: {why}; leave it out")
 
 
 def refuse(wrong: object, message: str) -> None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
-from pi_ray.config.block import Block, Count, Positive, check_plain_url, doc, refuse
+from pi_ray.config.block import Amount, Block, Count, Positive, check_plain_url, doc, refuse
 
-Resources = dict[str, Annotated[float, Field(ge=0)]]  # as Ray counts them: CPU, GPU, or any custom name
+Resources = dict[str, Amount]  # as Ray counts them: CPU, GPU, or any custom name
 Step = Literal["prepare", "train", "evaluate", "serve"]
 Name = Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$")]  # a Kubernetes name (RFC 1123)
 Word = Annotated[str, Field(pattern=r"^[A-Za-z0-9._/:@-]*$")]  # needs no quotes in a shell or in YAML
@@ -19,16 +19,13 @@ class KubernetesConfig(Block):
     """Values of the KubeRay files besides the nodes. Names of secrets stand here, secrets never."""
 
     namespace: Name = "pi-ray"
-    secret: Name = doc("pi-ray", "Kubernetes Secret with the keys auth_token (Ray), api_key (serving), redis_password, "
-        "and hf_token if the hub asks for one")
-    service_account: Literal[""] | Name = doc("", "account of pods that read s3:// or gs:// through the cloud's "
-        "workload identity")
+    secret: Name = doc("pi-ray", "Secret with the keys auth_token (Ray), api_key (serving), redis_password, and "
+        "hf_token if the hub asks for one")
+    service_account: Literal[""] | Name = doc("", "account of pods that read s3:// or gs:// by workload identity")
     storage_claim: Name = doc("pi-ray", "ReadWriteMany PersistentVolumeClaim, mounted at cluster.storage_path")
-    storage_class: Literal[""] | Name = doc("", "storage class of a claim that is made for you; empty: the cluster's "
-        "default")
+    storage_class: Literal[""] | Name = doc("", "class of a claim that is made for you; empty: the cluster's default")
     storage_gib: Positive = 1000
-    redis: Word = doc("", "host:port of your own Redis for the GCS's fault tolerance; empty: a small one is among the "
-        "files")
+    redis: Word = doc("", "host:port of your Redis for the GCS's fault tolerance; empty: a small one is rendered too")
     refresh: Annotated[str, Field(pattern=r"^[0-9A-Za-z*/, -]+$")] = doc("0 3 * * 0", "when the adapter is trained "
         "again on the rows as they are then, from where it stands (cron)")
 
@@ -40,14 +37,12 @@ class LauncherConfig(Block):
     region: Word = doc("", "empty: us-west-2, us-central1")
     zone: Word = doc("", "empty: us-west-2a, us-central1-a")
     project: Word = doc("", "GCP's project id; empty: that of your credentials")
-    image_id: Word = doc("", "AMI or GCP source image with Docker and a recent NVIDIA driver; empty: Ray's own choice, "
-        "whose driver may be too old")
-    gpu_machine: Word = doc("", "empty: 8 A100s of gpu_memory_gib: p4d.24xlarge, p4de.24xlarge; a2-highgpu-8g, "
-        "a2-ultragpu-8g")
+    image_id: Word = doc("", "AMI or GCP image with Docker and a recent NVIDIA driver; empty: Ray's, perhaps too old")
+    gpu_machine: Word = doc("", "empty: 8 A100s of gpu_memory_gib, such as p4d.24xlarge or a2-ultragpu-8g")
     cpu_machine: Word = doc("", "empty: m6i.8xlarge, n2-standard-32")
     nfs: Word = doc("", "server:/path that each node mounts at cluster.storage_path")
-    ssh_from: Annotated[str, Field(pattern=r"^[0-9./]*$")] = doc("", "addresses that may reach the nodes by SSH, such "
-        "as 203.0.113.0/24 (AWS); empty: any")
+    ssh_from: Annotated[str, Field(pattern=r"^[0-9./]*$")] = doc("", "addresses that may reach the nodes by SSH (AWS), "
+        "such as 203.0.113.0/24; empty: any")
 
 
 class SlurmConfig(Block):
@@ -62,11 +57,9 @@ class SlurmConfig(Block):
 class ClusterConfig(Block):
     """The cluster. No key changes what a run learns, so none is in a fingerprint. Secrets never stand here."""
 
-    address: str = doc("", "URL of the cluster's Jobs API, such as http://127.0.0.1:8265; empty: --address, or "
-        "RAY_API_SERVER_ADDRESS")
-    prepare_resources: Resources = doc({}, "Ray resources of one preparing worker, such as {CPU: 2, highmem: 1}; "
-        "fractions are fine; memory, in bytes: no more workers on a node than it holds, where each has a large example "
-        "bank")
+    address: str = doc("", "URL of the Jobs API, as http://127.0.0.1:8265; empty: --address, RAY_API_SERVER_ADDRESS")
+    prepare_resources: Resources = doc({}, "Ray resources of one preparing worker, such as {CPU: 2, highmem: 0.5}; "
+        "memory, in bytes, keeps a node from holding too many workers with a large example bank each")
     train_resources: Resources = doc({}, "Ray resources of one training worker, such as {GPU: 1, CPU: 8}")
     evaluate_resources: Resources = doc({}, "Ray resources of one evaluating worker")
     serve_resources: Resources = doc({}, "Ray resources of one serving replica")
@@ -91,8 +84,7 @@ class ClusterConfig(Block):
     def __hash__(self) -> int:  # a run's config can be a key, and dicts have no hash of their own
         return hash(self.model_dump_json())
 
-    @model_validator(mode="after")
-    def _check_no_secret(self) -> ClusterConfig:
+    def model_post_init(self, context: Any) -> None:
         token_goes = "the token belongs in RAY_AUTH_TOKEN or a file that RAY_AUTH_TOKEN_PATH names"
         check_plain_url(self.address, "cluster.address", token_goes)
         image = self.image.replace("@sha256:", "")
@@ -100,4 +92,3 @@ class ClusterConfig(Block):
         for key, value in values.items():
             refuse("@" in value, f"cluster.{key} may not hold a user or a password; "
                 "credentials belong in the environment or in a Kubernetes Secret")
-        return self

@@ -18,8 +18,7 @@ COMPRESS_MODELS = {  # compressor -> its default model, where that is not compre
 class RowsConfig(Block):
     """How many rows of each split to use; 0, or more than there are, means all.
 
-    opsql takes the first n of its seeded order; tasks that read files take the n rows whose ids hash lowest, in file
-    order.
+    opsql takes the first n of its seeded order, other tasks the n rows whose ids hash lowest, in file order.
     """
 
     train: Count = 0
@@ -35,30 +34,24 @@ class TaskConfig(Block):
     train: str = doc("train.jsonl", "training rows, relative to run.yaml")
     dev: str = doc("dev.jsonl", "rows for choosing; may be missing")
     test: str = doc("test.jsonl", "held-out rows; only evaluated")
-    queries: str = doc("queries.jsonl", "queries without an answer, such as a request log, for train.objective distill "
-        "and mixed; may be missing")
+    queries: str = doc("queries.jsonl", "queries without answers, for train.objective distill, mixed; may be missing")
     template: str = doc("template.md", "instruction and documents")
     folder: str = doc("", "data folder of a named task such as nl2bash; empty: from the hub, for tasks that are there")
-    docs: str = doc("", "folder or file of API documents that become the template's documents; empty: those that ship "
-        "with the task")
+    docs: str = doc("", "folder or file of API documents for the template; empty: those that ship with the task")
     docs_count: Positive = doc(6, "documents taken, most used in the training answers first")
     docs_examples: Count = doc(2, "examples kept of each document")
-    unseen: tuple[str, ...] = omit_default((), "names, such as a function's, that no labelled row's answer may use, so "
-        "that only the template tells of them (data sets that are tasks of their own)")
+    unseen: tuple[str, ...] = omit_default((), "names, such as a function's, that no labelled training answer may use, "
+        "so that only the template tells of them (tasks over published data sets)")
     allow_code_execution: bool = doc(False, "run generated programs, in a sandbox, to score them by their tests (mbpp)")
-    unsafe_local_execution: bool = doc(False, "also where there can be no sandbox: with your own rights, on your own "
-        "files")
+    unsafe_local_execution: bool = doc(False, "also where no sandbox can be: with your own rights, on your own files")
     rows: RowsConfig = RowsConfig()
     max_bad_rows: Count = doc(0, "stop when more rows than this are rejected")
-    overlap: Literal["error", "drop"] = doc("error", "a training query that also stands in dev or test: stop, or drop "
-        "it from training")
+    overlap: Literal["error", "drop"] = doc("error", "a training query also in dev or test: stop, or train without it")
 
-    @model_validator(mode="after")
-    def _check_unseen(self) -> TaskConfig:
+    def model_post_init(self, context: Any) -> None:
         if self.unseen:
             refuse(self.name == "jsonl", "task.unseen: leave such rows out of train.jsonl yourself")
             refuse(self.name == "opsql", "task.unseen: opsql has such rows already, its group 'template only'")
-        return self
 
 
 class DocumentsConfig(Block):
@@ -82,12 +75,10 @@ class CompressConfig(Block):
     name: str = doc("llmlingua", "llmlingua, longllmlingua, llmlingua2, selective, generation or none")
     model: str = doc("smollm2-135m", "what scores tokens: a small language model; for llmlingua2 a token classifier, "
         "default LLMLingua-2's own; for generation a chat model, default gpt-4")
-    protect: tuple[str, ...] = doc((), "terms that survive byte for byte, besides placeholders, code, JSON, URLs and "
-        "numbers")
+    protect: tuple[str, ...] = doc((), "terms that survive verbatim, as placeholders, code, JSON, URLs, numbers do")
     protect_numbers: bool = doc(True, "numbers survive while they leave room for words, and are never cut")
     tolerance: Annotated[float, Field(gt=0, le=0.5)] = doc(0.05, "accepted distance between asked and achieved rate")
-    documents: DocumentsConfig | None = omit_default(None, "compressor and rate of the documents; default: the "
-        "instruction's")
+    documents: DocumentsConfig | None = omit_default(None, "the documents' compressor; default: the instruction's")
     question: str = omit_default("", "longllmlingua: the question that text is weighed by, such as a typical query; "
         "empty: what must be known for the task")
     base_url: str = omit_default("", "generation: the chat model's API; empty: OpenAI's own")
@@ -100,10 +91,8 @@ class CompressConfig(Block):
             return {**data, "model": COMPRESS_MODELS[data["name"]]}
         return data
 
-    @model_validator(mode="after")
-    def _check_no_secret(self) -> CompressConfig:
+    def model_post_init(self, context: Any) -> None:
         check_plain_url(self.base_url, "compress.base_url")
-        return self
 
     @property
     def label(self) -> str:
@@ -132,13 +121,11 @@ class RetrieveConfig(Block):
         "sentence-transformers; not used where every pair is scored by bleu or rouge-l")
     encoder_model: str = doc("all-minilm-l6-v2", "for sentence-transformers: packaged name, hub id or folder")
     candidates: Positive = doc(64, "rows that FAISS proposes for each row")
-    method: Literal["auto", "exact", "faiss"] = omit_default("auto", "exact: every pair is scored; faiss: those that "
-        "FAISS proposes; auto: exact up to 100,000 rows")
+    method: Literal["auto", "exact", "faiss"] = omit_default("auto", "score every pair, or those that FAISS "
+        "proposes; auto: exact up to 100,000 rows")
     score: Literal["bleu", "rouge-l", "embedding"] = omit_default("bleu", "what says how near two rows are: sentence "
         "BLEU (the paper), ROUGE-L, or the cosine of the encoder's vectors")
     diversity: Annotated[float, Field(ge=0, lt=1)] = omit_default(0.0, "above 0: an example this near to a better one "
         "is left out, such as 0.1: a score above 90 between the two")
-    by: Literal["answer", "query"] = doc("answer", "what training rows are compared by; dev and test rows have no "
-        "answer yet, so always by query")
-    bank_fraction: Annotated[float, Field(gt=0, le=1)] = doc(1.0, "share of the training rows that may serve as "
-        "examples (paper 5.5)")
+    by: Literal["answer", "query"] = doc("answer", "what training rows are compared by; dev and test rows: the query")
+    bank_fraction: Annotated[float, Field(gt=0, le=1)] = doc(1.0, "share of the rows in the example bank (paper 5.5)")

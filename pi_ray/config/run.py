@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from pi_ray.config.block import Block, doc, omit_default, refuse, set_key
 from pi_ray.config.cluster import ClusterConfig
@@ -30,9 +29,8 @@ class RunConfig(Block):
     """One run.yaml."""
 
     name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")]
-    run_dir: str = doc("", "default: runs/<name> under the current folder")
-    store: str = doc("", "adapter store: a folder, s3://, gs://, hf:// or file://; default: store under the current "
-        "folder")
+    run_dir: str = doc("", "default: ./runs/<name>")
+    store: str = doc("", "adapter store: a folder, s3://, gs://, hf:// or file://; default: ./store")
     task: TaskConfig = TaskConfig()
     model: ModelConfig = ModelConfig()
     prompt: PromptConfig = PromptConfig()
@@ -46,44 +44,33 @@ class RunConfig(Block):
     closed: ClosedConfig = ClosedConfig()
     cluster: ClusterConfig = omit_default(ClusterConfig(), "the cluster that it runs on")
 
-    @model_validator(mode="after")
-    def _check_batch(self) -> RunConfig:
-        train = self.train
+    def model_post_init(self, context: Any) -> None:
+        train, lora, sharded = self.train, self.train.lora, self.train.backend.shards_weights
         refuse(train.batch_size % train.workers,
             f"train.batch_size {train.batch_size} cannot be shared by train.workers {train.workers}; take a multiple")
-        refuse(train.objective != "sft" and train.backend.shards_weights,
+        refuse(train.objective != "sft" and sharded,
             f"train.objective {train.objective} needs whole weights on each worker to let the teacher answer; "
             "take train.backend.zero_stage 2 or less")
         refuse(train.micro_batch and self.rows_per_worker % train.micro_batch,
             f"train.micro_batch {train.micro_batch} does not divide the {self.rows_per_worker} rows "
             "that each worker has of a batch")
-        return self
-
-    @model_validator(mode="after")
-    def _check_adaptation(self) -> RunConfig:
-        train, base_teaches = self.train, self.train.objective != "sft" and self.train.distill.teacher == "base"
-        refuse(self.model.quantize and (train.gpu is False or train.backend.shards_weights),
+        refuse(self.model.quantize and (train.gpu is False or sharded),
             "model.quantize: 4bit needs GPUs that each hold the whole base model; "
             "leave train.gpu at auto and take train.backend.zero_stage 2 or less")
-        refuse(train.lora.method == "pissa" and (self.model.quantize or base_teaches),
+        base_teaches = train.objective != "sft" and train.distill.teacher == "base"
+        refuse(lora.method == "pissa" and (self.model.quantize or base_teaches),
             "train.lora.method: pissa takes its start out of the base weights: "
             "it cannot go with model.quantize or with the base model as teacher")
-        return self
-
-    @model_validator(mode="after")
-    def _check_teacher(self) -> RunConfig:
-        if self.train.objective != "sft":
-            objective, (first, *later) = f"train.objective {self.train.objective}", plan_phases(self.schedule)
+        if train.objective != "sft":
+            objective, (first, *later) = f"train.objective {train.objective}", plan_phases(self.schedule)
             refuse(not later, f"{objective} needs a phase after the first: the teacher is what the first one leaves")
             refuse(first.rate < 1, f"{objective} needs a first phase with the whole template, which the teacher reads: "
                 f"its rate is {first.rate:g}, take 1")
-        return self
+        if train.gist:
+            self._check_gist()
 
-    @model_validator(mode="after")
-    def _check_gist(self) -> RunConfig:
+    def _check_gist(self) -> None:
         train = self.train
-        if not train.gist:
-            return self
         refuse(not train.share_prefix,
             "train.gist needs train.share_prefix: the mask that hides the template is a part of it")
         refuse(train.objective != "sft",
@@ -96,7 +83,6 @@ class RunConfig(Block):
         for i, phase in enumerate(plan_phases(self.schedule)):
             refuse(not phase.rate, f"train.gist: phase {i} of the schedule has no template (rate 0) that gist tokens "
                 "could stand for; keep rates above 0, as schedule.name constant does")
-        return self
 
     @property
     def rows_per_worker(self) -> int:
@@ -119,8 +105,3 @@ class RunConfig(Block):
 def dump_config(config: RunConfig) -> str:
     """All keys as YAML, which `load_run_file` reads back to an equal config."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
-
-
-def json_schema() -> str:
-    """JSON Schema of run.yaml, for editors."""
-    return json.dumps(RunConfig.model_json_schema(), indent=2)

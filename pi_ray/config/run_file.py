@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import types
 import typing
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
@@ -17,7 +16,6 @@ from pi_ray.errors import ConfigError
 
 M = TypeVar("M", bound=BaseModel)
 RENAMED_KEYS = {"train.border": "train.phase_transition", "train.start": "train.init_adapter"}  # old -> new
-COMMAND_LINE = 0  # the line number of keys that come from overrides
 
 
 def load_run_file(path: Path | str, overrides: Sequence[str] = ()) -> RunConfig:
@@ -54,24 +52,24 @@ def validate_yaml(model: type[M], text: str, source: str, overrides: Sequence[st
     if not isinstance(data, dict):
         found = type(data).__name__
         raise ConfigError(f"{source}: expected labelled blocks such as 'task:' and 'train:', found {found}")
-    lines = _line_numbers(node) if node else {}
+    places = {path: f"{source}:{line}" for path, line in _line_numbers(node).items()} if node else {}
     for override in overrides:
         key, equals, value = override.partition("=")
         if not equals:
             raise ConfigError(f"'{override}': an override is section.key=value, such as train.lr=0.0003")
         set_key(data, key.strip(), yaml.safe_load(value) if value else "")
-        lines[tuple(key.strip().split("."))] = COMMAND_LINE
+        places[tuple(key.strip().split("."))] = "command line"
     if renamed := [
-        f"{_place(source, line)}: key '{old}' is now called '{new}'"
+        f"{place}: key '{old}' is now called '{new}'"
         for old, new in RENAMED_KEYS.items()
-        for path, line in lines.items()
+        for path, place in places.items()
         if old == ".".join(path) or path[-1:] == (old,)  # nested, or dotted as under `set` of a table file
     ]:
         raise ConfigError("\n".join(renamed))
     try:
         return model.model_validate(data)
     except ValidationError as error:
-        raise ConfigError("\n".join(_explain(e, source, lines, model) for e in error.errors())) from None
+        raise ConfigError("\n".join(_explain(e, source, places, model) for e in error.errors())) from None
 
 
 def make_paths_absolute(config: RunConfig, folder: Path) -> RunConfig:
@@ -103,41 +101,29 @@ def _line_numbers(node: yaml.Node, path: tuple[str, ...] = ()) -> dict[tuple[str
     return found
 
 
-def _place(source: str, line: int | None) -> str:
-    return "command line" if line == COMMAND_LINE else f"{source}:{line}" if line else source
-
-
-def _explain(error: Mapping[str, Any], source: str, lines: dict[tuple[str, ...], int], model: type[BaseModel]) -> str:
-    """One of pydantic's mistakes in words."""
-    path = tuple(str(part) for part in error["loc"])
-    while len(path) > 1 and path not in lines:  # pydantic appends union branches to the location
+def _explain(error: Mapping[str, Any], source: str, places: dict[tuple[str, ...], str], model: type[BaseModel]) -> str:
+    """One of pydantic's mistakes in words; for an unknown key also the closest one, else all keys of its block."""
+    path = whole = tuple(str(part) for part in error["loc"])
+    while len(path) > 1 and path not in places:  # pydantic appends union branches to the location
         path = path[:-1]
-    where = _place(source, lines.get(path))
-    key = ".".join(path) or "run.yaml"
-    if error["type"] == "extra_forbidden":
-        return f"{where}: {_unknown_key(path, key, model)}"
+    where, key = places.get(path, source), ".".join(path) or "run.yaml"
     if error["type"] == "missing":
-        return f"{where}: key '{'.'.join(str(part) for part in error['loc'])}' is missing"
+        return f"{where}: key '{'.'.join(whole)}' is missing"
+    if error["type"] == "extra_forbidden":
+        known = _known_keys(model, path[:-1])
+        close = get_close_matches(path[-1], known, n=1)
+        hint = f"did you mean '{'.'.join((*path[:-1], *close))}'?" if close else f"known here: {', '.join(known)}"
+        return f"{where}: unknown key '{key}'; {hint}"
     message, value = error["msg"].removeprefix("Value error, "), error.get("input")
     given = "" if isinstance(value, dict) or error["type"] == "value_error" else f" (given: {value!r})"
     return f"{where}: {key}: {message}{given}"
 
 
-def _unknown_key(path: tuple[str, ...], key: str, model: type[BaseModel]) -> str:
-    """Names the closest match, else all keys of the block."""
-    known = _known_keys(model, path[:-1])
-    if close := get_close_matches(path[-1], known, n=1):
-        return f"unknown key '{key}'; did you mean '{'.'.join((*path[:-1], close[0]))}'?"
-    return f"unknown key '{key}'; known here: {', '.join(known)}"
-
-
 def _known_keys(model: Any, path: Sequence[str]) -> list[str]:
     """The keys of the block at `path` below `model`."""
     for part in path:
-        field = getattr(model, "model_fields", {}).get(part)
-        if field is None:
-            continue
-        model = field.annotation
-        while not isinstance(model, type) or isinstance(model, types.GenericAlias):
-            model = typing.get_args(model)[0]
+        if part in getattr(model, "model_fields", {}):  # else a position in a list
+            model = model.model_fields[part].annotation
+            while options := typing.get_args(model):
+                model = options[0]
     return sorted(getattr(model, "model_fields", {}))

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
-from pi_ray.config.block import Block, Count, Positive, doc, refuse
-
-Seconds = Annotated[float, Field(ge=0)]
+from pi_ray.config.block import Amount, Block, Count, Positive, doc, refuse
 
 
 class ServeConfig(Block):
@@ -19,36 +17,28 @@ class ServeConfig(Block):
     max_replicas: Positive = 1
     max_ongoing_requests: Positive = 8
     max_queued_requests: Positive = 16
-    api_replicas: Positive = doc(1, "replicas of the HTTP side, which checks keys and bodies and hands out streams; "
-        "each has a queue of its own")
+    api_replicas: Positive = doc(1, "replicas of the HTTP side (keys, bodies, streams), each with its own queue")
     request_timeout_s: Annotated[float, Field(gt=0)] = 60.0
-    upscale_delay_s: Seconds = doc(5.0, "how long too many requests must go on before another replica starts; the "
+    upscale_delay_s: Amount = doc(5.0, "how long too many requests must go on before another replica starts; the "
         "first one after zero starts at once")
-    downscale_delay_s: Seconds = doc(300.0, "how long too few requests must go on before a replica stops")
-    downscale_to_zero_delay_s: Seconds = doc(600.0, "the same for the last replica, where serve.min_replicas is 0")
-    graceful_shutdown_timeout_s: Seconds = doc(30.0, "how long a replica that has to go may finish the requests it has")
+    downscale_delay_s: Amount = doc(300.0, "how long too few requests must go on before a replica stops")
+    downscale_to_zero_delay_s: Amount = doc(600.0, "the same for the last replica, where serve.min_replicas is 0")
+    graceful_shutdown_timeout_s: Amount = doc(30.0, "how long a replica that has to go may finish the requests it has")
     max_new_tokens: Positive = doc(1028, "upper bound of a request's max_tokens (paper A.2)")
-    max_loras: Count = doc(0, "adapters kept in memory per replica, the least recently used dropped first; 0: as many "
-        "as are asked for, at most 16")
-    merge: str = doc("", "one adapter of the store that is added into the base weights: no low-rank products per "
-        "token, and no other adapter is served")
-    prefix_cache_mb: Count = doc(512, "memory per replica for keys and values of prompts that were read, so that a "
-        "prompt which begins alike need not be read again; 0: none")
-    prefill_tokens: Count = doc(0, "prompt tokens that are read between two steps of running answers; 0: 256 on a CPU, "
-        "2048 on a GPU")
+    max_loras: Count = doc(0, "adapters in memory per replica (LRU); 0: as many as are asked for, at most 16")
+    merge: str = doc("", "adapter of the store, merged into the base weights: faster, and no other one is served")
+    prefix_cache_mb: Count = doc(512, "memory per replica for KV of prompts, to skip beginnings read before; 0: none")
+    prefill_tokens: Count = doc(0, "prompt tokens read between two decoding steps; 0: 256 on a CPU, 2048 on a GPU")
     body_limit_bytes: Positive = 1_048_576
-    api_key_env: str = doc("PI_RAY_API_KEY", "environment variable with the bearer key; off loopback this or keys_file "
-        "is required")
+    api_key_env: str = doc("PI_RAY_API_KEY", "variable with the bearer key; off loopback it or keys_file must be set")
     keys_file: str = doc("", "YAML or JSON with more keys: the sha256 of each, whose it is, and the adapters it may "
         "use; 'pi-ray key NAME' makes one")
     drift_guard: bool = doc(True, "recognise requests that still carry the prompt; publishing writes prompt.json for "
         "it, which holds the template. false: neither is done")
 
-    @model_validator(mode="after")
-    def _check_replicas(self) -> ServeConfig:
+    def model_post_init(self, context: Any) -> None:
         refuse(self.min_replicas > self.max_replicas,
             f"serve.min_replicas {self.min_replicas} is above serve.max_replicas {self.max_replicas}")
-        return self
 
     @property
     def max_in_flight(self) -> int:

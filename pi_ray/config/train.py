@@ -2,28 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
-from pi_ray.config.block import Block, Count, Positive, Rate, doc, forbid_unused, omit_default, refuse
+from pi_ray.config.block import Amount, Block, Count, Positive, Rate, doc, forbid_unused, omit_default, refuse
 
 
 class PromptConfig(Block):
     """How template, examples and query become one message: the same in training, evaluation and serving."""
 
-    chat: Literal["model", "model+system", "chatml", "none"] = doc("model", "the model's own chat template, bare "
-        "ChatML, or plain text")
+    chat: Literal["model", "model+system", "chatml", "none"] = doc("model", "the model's own template, bare ChatML, or "
+        "plain text")
     query: str = doc("{query}", "how a query is worded")
     example: str = doc("{query}\n{answer}", "how an example is worded")
     examples_heading: str = doc("Examples:", "line before the examples; empty for none")
 
-    @model_validator(mode="after")
-    def _check_placeholders(self) -> PromptConfig:
+    def model_post_init(self, context: Any) -> None:
         refuse("{query}" not in self.query, "prompt.query must contain {query}")
         both = all(placeholder in self.example for placeholder in ("{query}", "{answer}"))
         refuse(not both, "prompt.example must contain {query} and {answer}")
-        return self
 
 
 class PhaseConfig(Block):
@@ -42,12 +40,10 @@ class ScheduleConfig(Block):
     rate_end: Rate = doc(0.0, "above 0: that much template is still sent at inference")
     shots: Count = doc(2, "examples in the first phase")
     epochs: Positive | tuple[Positive, ...] = doc(1, "passes over the rows: one number, or one for each phase")
-    steps: Count | tuple[Count, ...] = doc(0, "updates of a phase instead of passes: one number, or one for each "
-        "phase; 0: as many as the epochs take")
+    steps: Count | tuple[Count, ...] = doc(0, "updates of a phase, likewise; 0: as many as the epochs take")
     list: tuple[PhaseConfig, ...] = doc((), "for name: list")
 
-    @model_validator(mode="after")
-    def _check_name(self) -> ScheduleConfig:
+    def model_post_init(self, context: Any) -> None:
         refuse((self.name == "list") != bool(self.list),
             "schedule.list goes with schedule.name: list, and only with it")
         refuse(self.rate_end > self.rate_start,
@@ -57,43 +53,37 @@ class ScheduleConfig(Block):
             forbid_unused(self, keys, "schedule", "with name: list each phase in schedule.list has its own")
         if self.name == "constant" and self.rate_end != self.rate_start:
             forbid_unused(self, ("rate_end",), "schedule", "name: constant keeps rate_start throughout")
-        return self
 
 
 class LoraConfig(Block):
     """The adapter that peft trains beside the frozen base model."""
 
     method: Literal["lora", "rslora", "dora", "pissa", "ia3"] = omit_default("lora", "as peft has them; pissa is saved "
-        "as plain LoRA of twice the rank; dora and ia3 can be evaluated, but not published")
+        "as LoRA of twice the rank; dora and ia3 can be evaluated, but not published")
     rank: Positive = doc(32, "paper A.2")
     alpha: Positive = 64
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     targets: str | tuple[str, ...] = doc("all-linear", "module names as peft takes them. all-linear: every linear "
-        "layer but the output; of a mixture of experts the attention's alone, since its experts are fused tensors and "
-        "its router stays as it is; with method ia3 the places that peft knows for the architecture")
-    experts: bool = omit_default(False, "also LoRA matrices for each fused expert of a mixture of experts (peft "
+        "layer but the output; in a mixture of experts only attention's; with ia3 peft's own choice")
+    experts: bool = omit_default(False, "also LoRA for each fused expert of a mixture of experts (peft "
         "target_parameters); such adapters can be evaluated, but not published")
 
-    @model_validator(mode="after")
-    def _check_method(self) -> LoraConfig:
+    def model_post_init(self, context: Any) -> None:
         refuse(self.experts and (self.dropout or self.method not in ("lora", "rslora")),
             "train.lora.experts goes with method lora or rslora and without dropout: "
             "peft has nothing else for fused experts")
         if self.method == "ia3":
             keys = ("rank", "alpha", "dropout")
             forbid_unused(self, keys, "train.lora", "method ia3 scales activations and has no matrices")
-        return self
 
 
 class BackendConfig(Block):
     name: str = doc("deepspeed", "deepspeed, ddp, or openai: a closed model, see the block 'closed'")
     zero_stage: Literal[0, 1, 2, 3] = doc(2, "DeepSpeed ZeRO stage")
-    offload_optimizer: bool = omit_default(False, "Adam's state and fp32 weights in host memory, and the update "
-        "computed there (ZeRO stage 1 to 3)")
+    offload_optimizer: bool = omit_default(False, "Adam's state, fp32 weights and update on the CPU (ZeRO stage 1-3)")
     offload_params: bool = omit_default(False, "each worker's share of the base model in host memory (ZeRO stage 3)")
 
-    @model_validator(mode="after")
-    def _check_zero_stage(self) -> BackendConfig:
+    def model_post_init(self, context: Any) -> None:
         stage = self.zero_stage if self.name == "deepspeed" else 0
         refuse(self.offload_optimizer and not stage,
             "train.backend.offload_optimizer needs name: deepspeed and zero_stage 1, 2 or 3")
@@ -101,7 +91,6 @@ class BackendConfig(Block):
             "name: deepspeed and zero_stage: 3, which alone shards the base model")
         if self.name == "ddp":
             forbid_unused(self, ("zero_stage",), "train.backend", "ZeRO is DeepSpeed's, and name is ddp")
-        return self
 
     @property
     def shards_weights(self) -> bool:
@@ -112,13 +101,10 @@ class BackendConfig(Block):
 class DistillConfig(Block):
     """The teacher reads the full prompt; the student learns its answers under the later phases' prompts."""
 
-    teacher: Literal["adapter", "base"] = doc("adapter", "the adapter as the first phase leaves it, or the base model "
-        "without it")
+    teacher: Literal["adapter", "base"] = doc("adapter", "the adapter after the first phase, or the base model alone")
     top_k: Positive = doc(16, "likeliest tokens of the teacher that the student matches at each place of an answer")
-    confidence: Annotated[float, Field(le=0)] = doc(-0.1, "a query's answer is kept when its least sure token has at "
-        "least this log-probability")
-    share: Annotated[float, Field(ge=0, le=1)] = doc(0.5, "objective mixed: weight of the teacher's distribution; the "
-        "rest is cross-entropy on the answer")
+    confidence: Annotated[float, Field(le=0)] = doc(-0.1, "lowest log-probability of a token in an answer that is kept")
+    share: Rate = doc(0.5, "objective mixed: weight of the teacher's distribution against cross-entropy on the answer")
 
 
 class TrainConfig(Block):
@@ -126,45 +112,38 @@ class TrainConfig(Block):
     gpu: bool | Literal["auto"] = doc("auto", "auto: use GPUs when the cluster has them")
     backend: BackendConfig = BackendConfig()
     lora: LoraConfig = LoraConfig()
-    objective: Literal["sft", "distill", "mixed"] = doc("sft", "the labels (the paper), a teacher that reads the full "
-        "prompt, or both")
+    objective: Literal["sft", "distill", "mixed"] = doc("sft", "labels (the paper), a fully prompted teacher, or both")
     distill: DistillConfig = DistillConfig()
     batch_size: Positive = doc(16, "rows of one update, over all workers")
     micro_batch: Count = doc(0, "rows of one forward pass on one worker; 0: as many as the batch gives it")
     lr: Annotated[float, Field(gt=0)] = 5e-4
     warmup: Annotated[float, Field(ge=0, lt=1)] = doc(0.05, "share of the updates with rising learning rate")
-    lr_end: Annotated[float, Field(ge=0, le=1)] = doc(0.1, "share of lr at the last update (cosine)")
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    lr_end: Rate = doc(0.1, "share of lr at the last update (cosine)")
+    weight_decay: Amount = 0.0
     grad_clip: Annotated[float, Field(gt=0)] = 1.0
     phase_transition: Literal["carry", "rewarm", "reset"] = doc("carry", "at a phase transition: keep optimiser and "
         "learning rate, warm the rate up again, or also clear the optimiser")
     share_prefix: bool = doc(True, "compute the template once per batch")
-    attention: Literal["auto", "sdpa", "flex"] = omit_default("auto", "attention over batches that share their prefix: "
-        "torch's SDPA, or flex attention on GPUs; auto: flex where there is a GPU")
+    attention: Literal["auto", "sdpa", "flex"] = omit_default("auto", "over batches that share a prefix: torch's SDPA "
+        "or flex attention (GPUs); auto: flex where there is a GPU")
     init_adapter: str = omit_default("", "folder of an adapter, such as store/NAME/v0001, whose weights training "
         "starts from; of the same base, LoRA shape and alpha. Empty: a fresh one")
-    gist: Count = omit_default(0, "gist tokens, a baseline (Mu et al. 2024): rows see the template through so many "
-        "trained tokens alone; 0: none")
+    gist: Count = omit_default(0, "trained gist tokens through which rows see the template (Mu et al. 2024); 0: none")
     gradient_checkpointing: bool = False
     checkpoint_every: Positive = doc(20, "updates between checkpoints")
     keep_checkpoints: Annotated[int, Field(ge=2)] = 3
     max_failures: Count = doc(3, "restarts of the worker group before the run stops")
-    collective_timeout_s: Positive = omit_default(300, "seconds that a worker waits for the others before it takes "
-        "them for lost, and the worker group is started again")
+    collective_timeout_s: Positive = omit_default(300, "seconds a worker waits for others before the group restarts")
     dev_every: Count = omit_default(0, "updates between dev scores inside a phase, under the last phase's prompt, or "
         "with early_stop under its own; 0: at its end alone")
-    early_stop: Count = omit_default(0, "dev scores in a row, each under the phase's own prompt, without gain after "
-        "which a phase ends early; every phase then leaves the adapter of its best score, with which the next one goes "
-        "on; 0: off")
-    tracker: Literal["", "tensorboard", "wandb", "mlflow"] = omit_default("", "also send losses, dev scores and phases "
-        "there")
+    early_stop: Count = omit_default(0, "dev scores without gain in a row, under the phase's own prompt, that end a "
+        "phase; the next goes on from its best adapter; 0: off")
+    tracker: Literal["", "tensorboard", "wandb", "mlflow"] = omit_default("", "also gets losses, dev scores and phases")
     seed: Count = 0
 
-    @model_validator(mode="after")
-    def _check_keys_together(self) -> TrainConfig:
+    def model_post_init(self, context: Any) -> None:
         refuse(self.early_stop and not self.dev_every,
             "train.early_stop needs train.dev_every: say after how many updates a dev score is taken")
         if self.attention == "flex" and not self.share_prefix:
             why = "it is for batches that share their prefix, and share_prefix is false"
             forbid_unused(self, ("attention",), "train", why)
-        return self

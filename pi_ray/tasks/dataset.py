@@ -1,8 +1,9 @@
-"""Shared parts of tasks: the base class over published data sets, a stable choice of n rows, a hash of files."""
+"""Shared parts of tasks: base class over published data sets, exact match, a stable choice of n rows, hash of files."""
 
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 from collections import Counter
 from collections.abc import Callable, Container, Iterable, Iterator
@@ -17,9 +18,9 @@ from pi_ray.errors import DataError
 from pi_ray.prompt import Template
 from pi_ray.protocols import UNLABELLED, Reject, Row
 from pi_ray.run.artifact import digest, digest_file
-from pi_ray.tasks.metrics import exact_match
 
 LIKE_TRAIN, UNSEEN = "like train", "template only"
+OPENING, SEPARATOR = re.compile(r"\s*\[\s*(\])?\s*"), re.compile(r"\s*(?:,|(\]))\s*")  # group 1: the array ends
 
 
 class UnusableRow(Exception):
@@ -50,8 +51,34 @@ class DatasetTask:
         return ()
 
     def rows(self, split: str) -> Iterator[Row | Reject]:
-        """Raises DataError where the data cannot be had."""
-        return select_rows(self.read_split, self.config, split)
+        """Rows within `task.rows`; "unlabelled" are the training rows left out, without their answers.
+
+        With `task.unseen`, no training answer uses one of the names, and dev and test rows are LIKE_TRAIN or UNSEEN.
+        """
+        limits = self.config.rows
+        if split != UNLABELLED:
+            yield from limit_rows(lambda: self._labelled(split), getattr(limits, split))
+        elif limits.train or self.config.unseen:
+            used = {row.id for row in self.rows("train") if isinstance(row, Row)}
+
+            def unused() -> Iterator[Row]:
+                for row in self.read_split("train"):
+                    if isinstance(row, Row) and row.id not in used:
+                        yield replace(row, answer="")
+
+            yield from limit_rows(unused, limits.unlabelled)
+
+    def _labelled(self, split: str) -> Iterator[Row | Reject]:
+        unseen = [re.compile(rf"(?<!\w){re.escape(name)}(?!\w)") for name in self.config.unseen]
+        for row in self.read_split(split):
+            if not unseen or isinstance(row, Reject):
+                yield row
+                continue
+            uses_unseen = any(name.search(row.answer) for name in unseen)
+            if split != "train":
+                yield replace(row, group=UNSEEN if uses_unseen else LIKE_TRAIN)
+            elif not uses_unseen:
+                yield row
 
     def template(self) -> Template:
         """Raises DataError where `task.docs` has nothing to use."""
@@ -83,9 +110,8 @@ class DatasetTask:
         try:
             return load_dataset(name, *arguments, **options)
         except Exception as error:  # no network, refused, gone: datasets raises some ten unrelated types for these
-            raise DataError(
-                f"the hub did not give the data ({type(error).__name__}: {error}): connect, {cure}"
-            ) from None
+            reason = f"{type(error).__name__}: {error}"
+            raise DataError(f"the hub did not give the data ({reason}): connect, {cure}") from None
 
     def load_hub_rows(self, name: str, split: str) -> Iterable[dict[str, Any]]:
         """Rows of a hub data set, from the hub's parquet copy: a data set's own loading script is never run."""
@@ -104,6 +130,11 @@ class DatasetTask:
         return sorted(counts, key=lambda name: (-counts[name], name))[: self.config.docs_count]
 
 
+def exact_match(output: str, answer: str) -> float:
+    """1.0 when both are equal up to runs of white space, else 0.0."""
+    return float(output.split() == answer.split())
+
+
 def limit_rows(read: Callable[[], Iterator[Row | Reject]], n: int) -> Iterator[Row | Reject]:
     """All that `read` gives, or with n > 0 at most n of its rows, in order: those whose ids have the smallest sha256.
 
@@ -118,40 +149,27 @@ def limit_rows(read: Callable[[], Iterator[Row | Reject]], n: int) -> Iterator[R
     yield from (row for row in read() if isinstance(row, Reject) or row.id in chosen)
 
 
-def select_rows(
-    read: Callable[[str], Iterator[Row | Reject]], config: TaskConfig, split: str
-) -> Iterator[Row | Reject]:
-    """The rows of a split within `task.rows`; "unlabelled" are the training rows left out, without their answers.
-
-    With `task.unseen`, no training answer uses one of the names, and dev and test rows are LIKE_TRAIN or UNSEEN.
-    """
-    rows, unseen = config.rows, [re.compile(rf"(?<!\w){re.escape(name)}(?!\w)") for name in config.unseen]
-
-    def uses_unseen(row: Row) -> bool:
-        return any(name.search(row.answer) for name in unseen)
-
-    def labelled(split: str) -> Iterator[Row | Reject]:
-        for row in read(split):
-            if not unseen or isinstance(row, Reject):
-                yield row
-            elif split != "train":
-                yield replace(row, group=UNSEEN if uses_unseen(row) else LIKE_TRAIN)
-            elif not uses_unseen(row):
-                yield row
-
-    if split != UNLABELLED:
-        yield from limit_rows(lambda: labelled(split), getattr(rows, split))
-    elif rows.train or unseen:
-        used = {row.id for row in limit_rows(lambda: labelled("train"), rows.train) if isinstance(row, Row)}
-
-        def unused() -> Iterator[Row | Reject]:
-            yield from (replace(r, answer="") for r in read("train") if isinstance(r, Row) and r.id not in used)
-
-        yield from limit_rows(unused, rows.unlabelled)
-
-
 def fingerprint_files(config: TaskConfig, paths: Iterable[Path]) -> str:
     """Hash of the row limits, the unseen names and the contents of `paths`; a missing file counts as such."""
     unseen = [sorted(config.unseen)] if config.unseen else []
     contents = [digest_file(path) if path.is_file() else None for path in paths]
     return digest([config.rows.model_dump(), *unseen, contents])
+
+
+def read_array(path: Path, cure: str) -> Iterator[tuple[int, Any]]:
+    """(position from 1, object) of a JSON array, one at a time: all objects take many times the file's memory.
+
+    Raises DataError, which ends with `cure`, where the file is nothing of the kind.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+        decode, number, mark = json.JSONDecoder().raw_decode, 0, OPENING.match(text)
+        while mark and not mark[1]:
+            found, end = decode(text, mark.end())
+            number += 1
+            yield number, found
+            mark = SEPARATOR.match(text, end)
+        if not mark or mark.end() < len(text):
+            raise ValueError(f"a bracket or comma is missing, or text follows, at object {number + 1}")
+    except (ValueError, RecursionError) as error:  # ValueError: also where it is not UTF-8
+        raise DataError(f"{path}: not a JSON array in UTF-8 ({error}); {cure}") from None

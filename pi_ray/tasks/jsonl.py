@@ -5,17 +5,17 @@ Detected for each row:
     Alpaca    {"instruction", "input", "output"}          query: instruction, and input on the next line
     ShareGPT  {"conversations": [{"from", "value"}, ...]}
     OpenAI    {"messages": [{"role", "content"}, ...]}
-A conversation's last user turn is the query and the turn after it the answer. Earlier turns are left out, and so is the
-system message: the template takes its place. Blank lines and lines that begin with `//` or `#` are comments.
-
-"documents" come with the row, such as passages retrieved for it: a list of texts or of {"title", "text"}. They stand
-before its query.
+A conversation's last user turn is the query and the turn after it the answer. The template takes the place of the
+system message and earlier turns. "documents", such as passages retrieved for the row, stand before its query: a list of
+texts or of {"title", "text"}. Blank lines and lines that begin with `//` or `#` are comments.
 """
 
 from __future__ import annotations
 
 import json
+from codecs import BOM_UTF8
 from collections.abc import Iterator
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,7 @@ from pi_ray.config import TaskConfig
 from pi_ray.errors import DataError
 from pi_ray.prompt import Template
 from pi_ray.protocols import SPLITS, UNLABELLED, Reject, Row
-from pi_ray.tasks.dataset import UnusableRow, fingerprint_files, limit_rows
-from pi_ray.tasks.metrics import exact_match
+from pi_ray.tasks.dataset import UnusableRow, exact_match, fingerprint_files, limit_rows, read_array
 
 MAX_FIELD = 1 << 20  # bytes of one field
 MAX_LINE = 8 << 20  # bytes of one line; a longer one is skipped without being held in memory
@@ -45,10 +44,8 @@ class JsonlTask:
         if path.is_file():
             yield from limit_rows(lambda: _read_rows(path, split), getattr(self.config.rows, split))
         elif split not in ("dev", UNLABELLED):
-            raise DataError(
-                f"{path}: no such file; put the {split} rows there, or name another file with task.{split} "
-                "('pi-ray init FOLDER' writes a sample)"
-            )
+            other = f"name another file with task.{split} ('pi-ray init FOLDER' writes a sample)"
+            raise DataError(f"{path}: no such file; put the {split} rows there, or {other}")
 
     def template(self) -> Template:
         return Template.load(Path(self.config.template))
@@ -64,7 +61,7 @@ class JsonlTask:
 def _read_rows(path: Path, split: str) -> Iterator[Row | Reject]:
     """All rows of a file. Ids must differ within it; the ids are all that is remembered of earlier rows."""
     seen: set[str] = set()
-    for number, content in _array(path) if _is_array(path) else _lines(path):
+    for number, content in _read_contents(path):
         try:
             row = _row(content, f"{split}-{number}", labelled=split != UNLABELLED)
             if row.id in seen:
@@ -75,32 +72,20 @@ def _read_rows(path: Path, split: str) -> Iterator[Row | Reject]:
             yield Reject(str(path), number, str(reason))
 
 
-def _is_array(path: Path) -> bool:
+def _read_contents(path: Path) -> Iterator[tuple[int, Any]]:
+    """(position, object) in an array, else (number, bytes) of lines that are no comments, cut after MAX_LINE + 1."""
     with open(path, "rb") as f:
-        return path.suffix == ".json" and f.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[")
-
-
-def _array(path: Path) -> Iterator[tuple[int, Any]]:
-    """(position from 1, object) of a JSON array, which is loaded whole."""
-    try:
-        yield from enumerate(json.loads(path.read_bytes().decode("utf-8-sig")), start=1)
-    except (ValueError, RecursionError) as error:
-        raise DataError(
-            f"{path}: not a JSON array in UTF-8 ({error}); JSON Lines, one object a line, loses only the bad line"
-        ) from None
-
-
-def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """(line number, bytes) of the lines that are not comments, cut after MAX_LINE + 1 bytes."""
-    with open(path, "rb") as f:
-        number = 0
-        while line := f.readline(MAX_LINE + 1):
-            number += 1
-            rest = line
+        begins = f.read(4096)
+        if path.suffix == ".json" and begins.removeprefix(BOM_UTF8).lstrip().startswith(b"["):
+            yield from read_array(path, "JSON Lines, one object a line, loses only the bad line")
+            return
+        f.seek(len(BOM_UTF8) if begins.startswith(BOM_UTF8) else 0)
+        for number in count(1):
+            line = rest = f.readline(MAX_LINE + 1)
+            if not line:
+                return
             while rest and not rest.endswith(b"\n"):
                 rest = f.readline(MAX_LINE)
-            if number == 1:
-                line = line.removeprefix(b"\xef\xbb\xbf")  # the byte order mark that some editors write
             if line.strip() and not line.lstrip().startswith((b"//", b"#")):
                 yield number, line
 
@@ -115,8 +100,9 @@ def _row(content: Any, default_id: str, labelled: bool) -> Row:
     if isinstance(given, bool) or not isinstance(given, (str, int)):
         raise UnusableRow(f"wrong type: 'id' must be text or a whole number, found {_type(given)}")
     group = "" if data.get("group") in (None, "") else _text("group", data["group"])
+    documents = () if data.get("documents") is None else tuple(_documents(data["documents"]))
     answer = _text("answer", answer) if labelled else ""
-    return Row(_text("id", str(given)), _text("query", query), answer, group, _documents(data.get("documents")))
+    return Row(_text("id", str(given)), _text("query", query), answer, group, documents)
 
 
 def _parse(line: bytes) -> Any:
@@ -141,41 +127,34 @@ def _query_answer(data: dict[str, Any], labelled: bool) -> tuple[Any, Any]:
         query, given = _text("instruction", data["instruction"]), data.get("input") or ""
         query = f"{query}\n{_text('input', given)}" if given else query
         return query, _field(data, "output") if labelled else ""
-    raise UnusableRow(
-        "missing field: a row has query and answer, or instruction and output, or conversations, or messages"
-    )
+    expected = "query and answer, or instruction and output, or conversations, or messages"
+    raise UnusableRow(f"missing field: a row has {expected}")
 
 
 def _last_turns(field: str, turns: Any, role: str, text: str, labelled: bool) -> tuple[Any, Any]:
     """The last user's turn and the answer after it; without `labelled` a conversation may end with the user's turn."""
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
         raise UnusableRow(f"wrong type: '{field}' must be a list of objects with {role} and {text}")
-    users = [i for i, turn in enumerate(turns) if turn.get(role) in USER]
-    if not labelled:
-        if not users:
-            raise UnusableRow(f"missing field: '{field}' has no user's turn")
-        return _field(turns[users[-1]], text), ""
-    if not users or users[-1] + 1 >= len(turns) or turns[users[-1] + 1].get(role) not in ASSISTANT:
+    last = max((i for i, turn in enumerate(turns) if turn.get(role) in USER), default=None)
+    if last is None and not labelled:
+        raise UnusableRow(f"missing field: '{field}' has no user's turn")
+    if last is None or (labelled and not [t for t in turns[last + 1 : last + 2] if t.get(role) in ASSISTANT]):
         raise UnusableRow(f"missing field: '{field}' must end with a user's turn and its answer")
-    return _field(turns[users[-1]], text), _field(turns[users[-1] + 1], text)
+    return _field(turns[last], text), _field(turns[last + 1], text) if labelled else ""
 
 
-def _documents(given: Any) -> tuple[str, ...]:
+def _documents(given: Any) -> Iterator[str]:
     """Each document as text, with its title as a heading."""
-    if given is None:
-        return ()
     if not isinstance(given, list):
         expected = "a list of texts or of objects with title and text"
         raise UnusableRow(f"wrong type: 'documents' must be {expected}, found {_type(given)}")
-    return tuple(_document(f"documents[{i}]", document) for i, document in enumerate(given))
-
-
-def _document(name: str, given: Any) -> str:
-    if not isinstance(given, dict):
-        return _text(name, given).strip()
-    text = _text(f"{name}.text", _field(given, "text")).strip()
-    title = given.get("title")
-    return text if title in (None, "") else f"## {_text(f'{name}.title', title).strip()}\n{text}"
+    for i, document in enumerate(given):
+        name = f"documents[{i}]"
+        if not isinstance(document, dict):
+            yield _text(name, document).strip()
+            continue
+        text, title = _text(f"{name}.text", _field(document, "text")).strip(), document.get("title")
+        yield text if title in (None, "") else f"## {_text(f'{name}.title', title).strip()}\n{text}"
 
 
 def _field(data: dict[str, Any], name: str) -> Any:

@@ -10,11 +10,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from pi_ray.config import TaskConfig
 from pi_ray.errors import DataError
 from pi_ray.protocols import Reject, Row
-from pi_ray.tasks.dataset import DatasetTask
-from pi_ray.tasks.metrics import exact_match
+from pi_ray.tasks.dataset import DatasetTask, exact_match
 from pi_ray.tasks.sandbox.judge import split_tests
 from pi_ray.tasks.sandbox.runner import Limits, Program, Sandbox
 
@@ -51,14 +49,7 @@ class MbppTask(DatasetTask):
 
     template_file = "mbpp.md"
     data_files = (FILE,)
-    must_hold = (
-        "the file of this name with 974 lines that Google Research publishes on GitHub "
-        "(google-research/google-research, folder mbpp)"
-    )
-
-    def __init__(self, config: TaskConfig):
-        super().__init__(config)
-        self._source = str(self.folder / FILE) if config.folder else HUB
+    must_hold = "its 974 lines, as published on GitHub (google-research/google-research, folder mbpp)"
 
     def score(self, row: Row, output: str) -> dict[str, float]:
         return self.score_all([row], [output])[0]
@@ -79,7 +70,7 @@ class MbppTask(DatasetTask):
     def program(self, row: Row, code: str) -> Program:
         """`code`, the row's set-up (which may use `code`), its tests. Raises DataError for an unknown row."""
         problem = self._problems.get(row.id)
-        if problem is None:
+        if not isinstance(problem, MbppProblem):
             reason = f"row '{row.id}' is not in {self._source}, so its tests are unknown"
             raise DataError(f"{reason}; prepare the run again from the present data")
         limits = Limits(seconds=SLOW[problem.id]) if problem.id in SLOW else None
@@ -92,33 +83,31 @@ class MbppTask(DatasetTask):
         print("generated code runs with these protections:", *sandbox.protections, sep="\n  ", file=sys.stderr)
         return sandbox
 
-    @cached_property
-    def _problems(self) -> dict[str, MbppProblem]:
-        return {str(found.id): found for found in self._lines if isinstance(found, MbppProblem)}
-
     def read_split(self, split: str) -> Iterator[Row | Reject]:
-        for found in self._lines:
-            if isinstance(found, MbppProblem):
-                if found.id in IDS.get(split, ()):
-                    yield Row(str(found.id), found.query, found.code)
-            elif split == "train":
-                yield found
+        for found in self._problems.values():
+            if isinstance(found, Reject):
+                if split == "train":
+                    yield found
+            elif found.id in IDS.get(split, ()):
+                yield Row(str(found.id), found.query, found.code)
 
     @cached_property
-    def _lines(self) -> list[MbppProblem | Reject]:
-        """All lines, read once: there are 974."""
-        found: list[MbppProblem | Reject] = []
-        ids: set[int] = set()
+    def _problems(self) -> dict[str, MbppProblem | Reject]:
+        """All lines, read once, since there are 974: problems by their id, rejects by their line."""
+        found: dict[str, MbppProblem | Reject] = {}
         for number, line in enumerate(self._read_lines(), start=1):
             try:
                 problem = _parse_problem(line)
-                if problem.id in ids:
+                if str(problem.id) in found:
                     raise ValueError(f"duplicate task_id {problem.id}")
-                ids.add(problem.id)
-                found.append(problem)
+                found[str(problem.id)] = problem
             except ValueError as error:
-                found.append(Reject(self._source, number, str(error)))
+                found[f"line {number}"] = Reject(self._source, number, str(error))
         return found
+
+    @property
+    def _source(self) -> str:
+        return str(self.folder / FILE) if self.config.folder else HUB
 
     def _read_lines(self) -> Iterator[bytes | dict[str, Any]]:
         if not self.config.folder:
@@ -144,8 +133,7 @@ def _parse_problem(line: bytes | dict[str, Any]) -> MbppProblem:
     texts = [data.get("text"), data.get("code"), data.get("test_setup_code") or "", *(data.get("test_list") or [None])]
     if not all(isinstance(text, str) for text in texts) or not all(text.strip() for text in texts[:2]):
         raise ValueError(f"task {data['task_id']}: text, code and test_list are needed, and all must be text")
-    # Upstream's line ends are CRLF. Tabs and spaces at the end of inner lines stay, since they can stand within a
-    # string.
+    # Upstream's line ends are CRLF. Tabs and spaces at the end of inner lines stay: they can stand within a string.
     text, code, setup, *tests = (text.replace("\r\n", "\n").strip("\r\n").rstrip() for text in texts)
     try:
         split_tests(tests)

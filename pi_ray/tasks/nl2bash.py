@@ -31,12 +31,11 @@ class Nl2BashTask(DatasetTask):
     def documents(self) -> tuple[str, ...]:
         """Pages of the utilities that the training commands use most. Other pages are not read."""
         pages = {path.stem: path for path in Path(self.config.docs).glob("*.md")}
-        chosen = self.most_used(
-            utilities, pages,
+        unused = (
             "holds no page of a utility in the training commands: it must be a folder of tldr pages (find.md, "
-            "grep.md), published on GitHub as tldr-pages/tldr (pages/common); without task.docs the documents that "
-            "ship with the task are used",
-        )  # fmt: skip
+            "grep.md), published on GitHub as tldr-pages/tldr (pages/common); leave it empty for the task's own"
+        )
+        chosen = self.most_used(utilities, pages, unused)
         return tuple(_document(pages[utility], self.config.docs_examples) for utility in chosen)
 
     def read_split(self, split: str) -> Iterator[Row | Reject]:

@@ -10,15 +10,13 @@ from typing import Any
 
 from pi_ray.errors import DataError
 from pi_ray.protocols import Reject, Row
-from pi_ray.tasks.dataset import DatasetTask, UnusableRow
+from pi_ray.tasks.dataset import DatasetTask, UnusableRow, read_array
 
 FILES = {"train": "train.json", "dev": "valid.json", "test": "test.json"}
-# data rows shown of a table; of the rest a formula needs only the last row's number, which a last line gives
-MAX_ROWS = 20
+MAX_ROWS = 20  # data rows shown of a table; of the rest a formula needs only the number of the last one
 MAX_CELL = 40  # characters shown of a cell
 MAX_WORDS = 60  # of a function's document
-# lines of help pages that say nothing about a function
-NOISE = r"(?m)^ *(Syntax|This function is (part of|available since) .*)$"
+NOISE = r"(?m)^ *(Syntax|This function is (part of|available since) .*)$"  # lines that say nothing about a function
 
 
 class Nl2fTask(DatasetTask):
@@ -30,10 +28,7 @@ class Nl2fTask(DatasetTask):
 
     template_file = "nl2f.md"
     data_files = tuple(FILES.values())
-    must_hold = (
-        "train.json, valid.json and test.json as the authors of NL2Formula publish them on GitHub "
-        "(timetub/NL2Formula, folder dataset)"
-    )
+    must_hold = "the files that the authors of NL2Formula publish on GitHub (timetub/NL2Formula, folder dataset)"
 
     def score(self, row: Row, output: str) -> dict[str, float]:
         return {"exact_match": float(_normalise(output) == _normalise(row.answer))}
@@ -41,17 +36,13 @@ class Nl2fTask(DatasetTask):
     def documents(self) -> tuple[str, ...]:
         """The functions that the training formulas use most."""
         known = _read_functions(Path(self.config.docs))
-        chosen = self.most_used(
-            called_functions, known,
-            "describes no function of the training formulas; name another file, or leave task.docs empty for the "
-            "documents that ship with the task",
-        )  # fmt: skip
-        return tuple(f"## {name}\n{known[name]}" for name in chosen)
+        unused = "describes no function of the training formulas; name another file, or none for the task's own"
+        return tuple(f"## {name}\n{known[name]}" for name in self.most_used(called_functions, known, unused))
 
     def read_split(self, split: str) -> Iterator[Row | Reject]:
         self.require_files()
         path = self.folder / FILES[split]
-        for number, table in _read_tables(path):
+        for number, table in read_array(path, "download the tables again"):
             try:
                 sheet, entries = _sheet(table), table.get("t5Formulas")
                 if not isinstance(entries, list):
@@ -66,16 +57,15 @@ class Nl2fTask(DatasetTask):
                     level = str(data.get("Level") or "")
                     yield Row(f"{split}-{number}-{i}", f"{question}\n{sheet}", formula, level)
                 else:
-                    problem = "Question and Formula2 must be texts that are not empty"
-                    yield Reject(str(path), number, f"t5Formulas entry {i}: {problem}")
+                    problem = f"t5Formulas entry {i}: Question and Formula2 must be texts that are not empty"
+                    yield Reject(str(path), number, problem)
 
 
 def serialise_table(header: Sequence[str], rows: Sequence[Sequence[str]], end: int) -> str:
-    """A sheet as text from which addresses can be derived.
+    """A sheet as text that tells addresses: column letters with the cells of row 1, row numbers before data rows.
 
-    Column letters stand with the cells of sheet row 1, data rows behind their sheet row numbers. Shown are all columns,
-    since a formula may name any, at most MAX_ROWS rows, and MAX_CELL characters of a cell. When rows are left out, a
-    last line names sheet row `end`, where the data end.
+    All columns are shown, since a formula may name any, but at most MAX_ROWS rows and MAX_CELL characters of a cell.
+    When rows are left out, a last line names sheet row `end`, where the data end.
     """
     lines = [" | ".join(f"{column_letters(i)}: {_cell(name)}" for i, name in enumerate(header))]
     lines += [f"{number}: " + " | ".join(map(_cell, row)) for number, row in enumerate(rows[:MAX_ROWS], start=2)]
@@ -105,45 +95,20 @@ def _cell(value: Any) -> str:
 
 
 def _text(value: Any) -> str:
-    """`value` when it is usable text, else ""."""
+    """Usable text, else ""."""
     return value.strip() if isinstance(value, str) and "\0" not in value else ""
-
-
-def _read_tables(path: Path) -> Iterator[tuple[int, Any]]:
-    """(position from 1, object) of a JSON array, one at a time: all objects take many times the file's 68 MB."""
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-        decode, number = json.JSONDecoder().raw_decode, 1
-        if not text.lstrip().startswith("["):
-            raise ValueError("it does not begin with '['")
-        at = _skip_separator(text, text.index("[") + 1)
-        while text[at : at + 1] != "]":
-            table, at = decode(text, at)
-            yield number, table
-            at, number = _skip_separator(text, at), number + 1
-    except (ValueError, RecursionError) as error:  # ValueError: also where it is not UTF-8
-        raise DataError(f"{path}: not a JSON array of tables in UTF-8 ({error}); download it again") from None
-
-
-def _skip_separator(text: str, at: int) -> int:
-    """The first position from `at` that holds neither white space nor a comma."""
-    found = re.compile(r"[^\s,]").search(text, at)
-    return found.start() if found else len(text)
 
 
 def _sheet(table: Any) -> str:
     """The serialised `Table`, whose row 0 of column letters and column 0 of row numbers are cut off."""
     cells = table.get("Table") if isinstance(table, dict) else None
-    if (
-        not isinstance(cells, list)
-        or len(cells) < 2
-        or not all(isinstance(row, list) and len(row) > 1 for row in cells)
-    ):
+    rows = cells if isinstance(cells, list) else []
+    if len(rows) < 2 or not all(isinstance(row, list) and len(row) > 1 for row in rows):
         raise UnusableRow("'Table' must be a list of at least two rows of two cells or more")
-    if cells[0][1] != "A":
-        raise UnusableRow(f"row 0 of 'Table' must hold a blank corner and column letters, found {cells[0][:3]}")
-    header, *rows = (row[1:] for row in cells[1:])
-    return serialise_table(header, rows, len(rows) + 1)
+    if rows[0][1] != "A":
+        raise UnusableRow(f"row 0 of 'Table' must hold a blank corner and column letters, found {rows[0][:3]}")
+    header, *data = (row[1:] for row in rows[1:])
+    return serialise_table(header, data, len(data) + 1)
 
 
 def _read_functions(path: Path) -> dict[str, str]:

@@ -3,15 +3,13 @@
 WikiSQL is the main source of NL2Formula. A question, its table's header and its SQL become a row:
     SELECT MAX(c0) WHERE c2 = 'v' AND c3 > 5 -> MAX(FILTER(A2:A100,(C2:C100="v")*(D2:D100>5)))
 
-A table is its header, in which "(number)" marks numeric columns, and its last row. Cells are not used: one of the two
-sources lacks them.
+A table is its header, in which "(number)" marks numeric columns, and its last row; one of the two sources has no cells.
 
-`task.folder` has dev.jsonl (questions, SQL) and validation.headers.txt (columns and types of the same questions in the
-same order). Columns and types exist for WikiSQL's dev part only; lists of its training queries name no more than the
-columns that queries use, which would give answers away. So the 8,421 dev questions are split anew, about 75/10/15 as
-NL2F is (paper A.1), by the hash of their Wikipedia page: no page, and so no table, stands on two sides. Tables are
-taken to end at LAST_ROW. Without `task.folder`: Salesforce/wikisql on the hub, with its own splits and the real ends of
-its tables. Scores from the two do not compare.
+`task.folder` has dev.jsonl (questions, SQL) and validation.headers.txt (columns and types, in the same order). These
+exist for WikiSQL's dev part only; what there is of training queries names the used columns alone, which would give
+answers away. So the 8,421 dev questions are split anew, about 75/10/15 as NL2F is (paper A.1), by the hash of their
+Wikipedia page: no page, and so no table, stands on two sides. Tables are taken to end at LAST_ROW. Without
+`task.folder`: Salesforce/wikisql on the hub, with its own splits and real ends. Scores from the two do not compare.
 """
 
 from __future__ import annotations
@@ -54,10 +52,8 @@ class Nl2fWTask(Nl2fTask):
         lines = [x for x in questions.read_text(encoding="utf-8").split("\n") if x.strip()]
         blocks = [x for x in headers.read_text(encoding="utf-8").split("\n--SEPARATOR--\n") if x.strip()]
         if len(lines) != len(blocks):
-            raise DataError(
-                f"{questions} has {len(lines)} questions and {headers} {len(blocks)}: they do not belong together, "
-                "download both again"
-            )
+            found = f"{questions} has {len(lines)} questions and {headers} {len(blocks)}"
+            raise DataError(f"{found}: they do not belong together, download both again")
         for number, (line, block) in enumerate(zip(lines, blocks, strict=True), start=1):
             try:
                 data = json.loads(line)
@@ -82,11 +78,11 @@ class Nl2fWTask(Nl2fTask):
 def sql_to_formula(header: Header, select: int, aggregate: int, conditions: Conditions, end: int) -> str:
     """SQL of WikiSQL -> a formula over rows 2 to `end`. Raises IndexError for an unknown column or operator."""
     cells = _cell_range(header, select, end)
-    if conditions:
-        tests = [
-            f"({_cell_range(header, c, end)}{COMPARISONS[comparison]}{_literal(value, header[c][1])})"
-            for c, comparison, value in conditions
-        ]
+    tests = [
+        f"({_cell_range(header, c, end)}{COMPARISONS[comparison]}{_literal(value, header[c][1])})"
+        for c, comparison, value in conditions
+    ]
+    if tests:
         cells = f"FILTER({cells},{'*'.join(tests)})"
     name = AGGREGATES[aggregate]
     if name == "COUNT" and header[select][1] != "real":
@@ -118,10 +114,7 @@ def _literal(value: Any, kind: str) -> str:
 
 
 def _parse_header(block: str, question: str) -> list[tuple[str, str]]:
-    """`table <c> Name <t> type <c> ... <i> question <s> SQL </s>` -> columns.
-
-    The file wrote spaces in names as hyphens; hyphens between digits are left.
-    """
+    """`table <c> Name <t> type <c> ... <i> question <s> SQL </s>` -> columns; hyphens not between digits are spaces."""
     head, _, rest = block.partition(" <i> ")
     if rest.partition(" <s> ")[0].strip() != question.strip():
         raise ValueError("the header belongs to another question")

@@ -77,11 +77,6 @@ def generate_rows(seed: int = 0) -> Mapping[str, tuple[Row, ...]]:
     return {split: tuple(_interleave(split, groups)) for split, groups in streams.items()}
 
 
-def trained_services(seed: int = 0) -> set[str]:
-    """The services that training rows use; the template alone names the others."""
-    return {service for service, _ in _pairs(random.Random(seed))[LIKE_TRAIN][0]}
-
-
 def _pairs(rng: random.Random) -> dict[str, list[list[tuple[str, str]]]]:
     """group -> rounds of (service, metric), each round with every service of the group once.
 

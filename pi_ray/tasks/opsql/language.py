@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Collection
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -35,15 +34,14 @@ SHORTEST, LONGEST = 5, 60  # minutes of a window
 MINUTES = 1440  # length of the metrics table
 MAX_CHARACTERS = 200
 
-_CODES = frozenset(SERVICES.values())
-_FROM = re.compile(r"from ([a-z][0-9])")
-_CONDITION = re.compile(r"([a-z]{3}) ?([<>]) ?([0-9]{1,6})")
-_WINDOW = re.compile(r"for ([0-9]{1,3})([mh])")
-_ROUTE = re.compile(r"to ([a-z]+)")
+_CLAUSE = re.compile(
+    r"from (?P<service>[a-z][0-9])|(?P<metric>[a-z]{3}) ?(?P<side>[<>]) ?(?P<value>[0-9]{1,6})"
+    r"|for (?P<window>[0-9]{1,3})(?P<unit>[mh])|to (?P<route>[a-z]+)"
+)
 
 
 class OpsqlError(DataError):
-    """The text is not a valid OpsQL statement; the message says which clause is wrong."""
+    """The text is not a valid OpsQL statement; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -66,35 +64,18 @@ def parse_statement(text: str) -> Statement:
     """Text -> Statement. Raises OpsqlError for anything else; the work is linear in at most MAX_CHARACTERS."""
     if len(text) > MAX_CHARACTERS:
         raise OpsqlError(f"{len(text)} characters; a statement has at most {MAX_CHARACTERS}")
-    first, *rest = (" ".join(clause.split()) for clause in text.split("|"))
-    service = _FROM.fullmatch(first)
-    if not service or service[1] not in _CODES:
-        raise OpsqlError(f"'{first}': a statement starts with 'from' and the code of a service")
-    condition, window, route = (_only(pattern, rest) for pattern in (_CONDITION, _WINDOW, _ROUTE))
-    if len(rest) != 3:
-        raise OpsqlError(f"{len(rest)} clauses after 'from'; there must be a condition, 'for' and 'to'")
-    metric, above, value = _known(condition[1], METRICS), condition[2] == ">", int(condition[3])
-    return Statement(service[1], metric, above, value, _minutes(window), _known(route[1], ROUTES))
-
-
-def _only(pattern: re.Pattern[str], clauses: list[str]) -> re.Match[str]:
-    found = [m for clause in clauses if (m := pattern.fullmatch(clause))]
-    if len(found) != 1:
-        raise OpsqlError(f"{len(found)} clauses like '{pattern.pattern}'; there must be one")
-    return found[0]
-
-
-def _known(word: str, words: Collection[str]) -> str:
-    if word not in words:
-        raise OpsqlError(f"'{word}' is none of {', '.join(words)}")
-    return word
-
-
-def _minutes(window: re.Match[str]) -> int:
-    minutes = int(window[1]) * (60 if window[2] == "h" else 1)
+    clauses = [_CLAUSE.fullmatch(" ".join(clause.split())) for clause in text.split("|")]
+    found = {name: word for clause in clauses if clause for name, word in clause.groupdict().items() if word}
+    if len(clauses) != 4 or len(found) != _CLAUSE.groups or clauses[0] is None or not clauses[0]["service"]:
+        raise OpsqlError("a statement is 'from', and then once each, in any order, a condition, 'for' and 'to'")
+    minutes = int(found["window"]) * (60 if found["unit"] == "h" else 1)
     if not SHORTEST <= minutes <= LONGEST:
         raise OpsqlError(f"a window of {minutes}m; it must be {SHORTEST}m to {LONGEST}m")
-    return minutes
+    for kind, known in (("service", SERVICES.values()), ("metric", METRICS), ("route", ROUTES)):
+        if found[kind] not in known:
+            raise OpsqlError(f"no {kind} is called '{found[kind]}'")
+    above, value = found["side"] == ">", int(found["value"])
+    return Statement(found["service"], found["metric"], above, value, minutes, found["route"])
 
 
 def execute_statement(statement: Statement) -> tuple[tuple[int, ...], str]:

@@ -10,7 +10,8 @@ from pi_ray.config import TaskConfig
 from pi_ray.prompt import Template
 from pi_ray.protocols import SPLITS, UNLABELLED, Row
 from pi_ray.run.artifact import digest
-from pi_ray.tasks.metrics import exact_match
+from pi_ray.tasks.dataset import exact_match
+from pi_ray.tasks.opsql.generate import generate_rows
 from pi_ray.tasks.opsql.language import OpsqlError, execute_statement, parse_statement
 
 
@@ -21,9 +22,6 @@ class OpsqlTask:
         self.config = config
 
     def rows(self, split: str) -> Iterator[Row]:
-        # imported here, so that `python -m pi_ray.tasks.opsql.generate` runs a module not yet imported
-        from pi_ray.tasks.opsql.generate import generate_rows
-
         return islice(generate_rows()[split], getattr(self.config.rows, split) or None)
 
     def template(self) -> Template:

@@ -87,9 +87,7 @@ class Jail:
             raise OSError(f"this machine has no {', '.join(missing)}")
         needed = interpreter()[1]
         if forbidden := needed & {Path("/"), Path(os.path.expanduser("~"))}:
-            raise OSError(
-                f"Python is installed in {forbidden.pop()} itself, which would have to be shown to the program"
-            )
+            raise OSError(f"Python is installed in {forbidden.pop()} itself, which programs would have to see")
         self._folder = tempfile.TemporaryDirectory(prefix="pi-ray-sandbox-", ignore_cleanup_errors=True)
         self.folder = Path(self._folder.name).resolve()
         self.folder.chmod(0o755)

@@ -44,17 +44,13 @@ CURE = (
 
 @dataclass(frozen=True)
 class Limits:
-    """Limits of one program, and of each of its processes.
-
-    `memory_mib` is address space, `output_kib` the values that the tests ask for (printed text is dropped unread),
-    `files_mib` its private /tmp, `processes` counts threads too.
-    """
+    """Limits of one program, and of each of its processes."""
 
     seconds: float = 10.0
-    memory_mib: int = 1024
-    output_kib: int = 64
-    files_mib: int = 16
-    processes: int = 8
+    memory_mib: int = 1024  # of address space
+    output_kib: int = 64  # of values that the tests ask for; printed text is dropped unread
+    files_mib: int = 16  # of its private /tmp
+    processes: int = 8  # and threads
 
 
 @dataclass(frozen=True)
@@ -85,7 +81,8 @@ class Sandbox:
 
     def __init__(self, limits: Limits = Limits(), parallel: int = 0, unsafe_local: bool = False):
         self.limits = limits
-        self.parallel = parallel or _cores()
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        self.parallel = parallel or cores or 1
         self._harness = files("pi_ray.tasks.sandbox").joinpath("harness.py").read_text(encoding="utf-8")
         self._users: queue.SimpleQueue[int] = queue.SimpleQueue()
         for _ in range(self.parallel):
@@ -146,19 +143,17 @@ class Sandbox:
             raise OSError(complaint or f"its command ended with {process.returncode} without a message")
         answer = answer.removeprefix(READY)
         if len(answer) > limits.output_kib << 10:
-            reason = "too much output"
-        else:
-            reason = judge_answer(steps, answer) if answer else "no answer"
+            return Verdict(False, "too much output", seconds)
+        reason = judge_answer(steps, answer) if answer else "no answer"
         return Verdict(reason == "passed", reason, seconds)
 
     def _popen(self, limits: Limits, user: int, request: IO[bytes]) -> subprocess.Popen[bytes]:
-        python, _ = interpreter()
-        command = [str(python), "-s", "-S", "-P", "-B", "-X", "utf8", "-c", self._harness]
+        command = [str(interpreter()[0]), "-s", "-S", "-P", "-B", "-X", "utf8", "-c", self._harness]
         if self._jail:
             command = self._jail.command(command, limits.seconds, limits.files_mib, user)
-        pipe = subprocess.PIPE
         return subprocess.Popen(
-            command, stdin=request, stdout=pipe, stderr=pipe, cwd="/", env=ENVIRONMENT, start_new_session=True
+            command, stdin=request, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd="/", env=ENVIRONMENT,
+            start_new_session=True,
         )
 
     def _end(self, process: subprocess.Popen[bytes], deadline: float) -> None:
@@ -182,15 +177,8 @@ class Sandbox:
         self._users.put(user)
         if not verdict.passed:
             raise OSError(f"a test program did not find the walls that it should ({verdict.reason} of {len(walls)})")
-        return (
-            *(sentence for sentence, _ in walls),
-            f"wall time: {self.limits.seconds:g} s",
-            "verdicts: values are compared outside, and expected literals never enter",
-        )
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        outside = "verdicts: values are compared outside, and expected literals never enter"
+        return *(sentence for sentence, _ in walls), f"wall time: {self.limits.seconds:g} s", outside
 
 
 def _resource_limits(limits: Limits, walled: bool) -> ResourceLimits:

@@ -21,7 +21,7 @@ from pi_ray.evaluate.statistics import (
     paired_bleu,
     paired_mean,
 )
-from pi_ray.tasks.metrics import exact_match
+from pi_ray.tasks.dataset import exact_match
 
 ANSWERS = [f"find . -name '*.{i}' -type f | xargs grep -l word{i % 7}" for i in range(60)]
 WORSE = [a.replace("find", "ls").replace("xargs", "cat") for a in ANSWERS]
@@ -72,12 +72,9 @@ def test_mean_interval_matches_the_binomial_one():
     assert mean == 0.75 and (low, high) == pytest.approx((0.75 - half, 0.75 + half), abs=0.01)
 
 
-def test_the_seed_decides_and_blocks_do_not(monkeypatch):
+def test_the_seed_decides():
     values = list(np.random.default_rng(0).random(40))
-    whole = mean_interval(values, 300, seed=3)
-    assert whole == mean_interval(values, 300, seed=3) != mean_interval(values, 300, seed=4)
-    monkeypatch.setattr("pi_ray.evaluate.statistics.CELLS", 40 * 7)
-    assert mean_interval(values, 300, seed=3) == pytest.approx(whole)
+    assert mean_interval(values, 300, seed=3) == mean_interval(values, 300, seed=3) != mean_interval(values, 300, seed=4)
 
 
 def test_nothing_to_score_is_said():
@@ -252,11 +249,8 @@ def test_a_gap_that_is_barely_there_has_a_wide_interval_of_the_right_sign():
     lambda seed: over_seeds(np.arange(60.0).reshape(3, 20), 300, seed),
     lambda seed: gap_recovered(gap(np.random.default_rng(0)), np.mean, 300, seed),
 ], ids=["paired_mean", "paired_bleu", "over_seeds", "gap_recovered"])
-def test_differences_too_depend_on_the_seed_and_nothing_else(found, monkeypatch):
-    whole = found(3)
-    assert whole == found(3) != found(4)
-    monkeypatch.setattr("pi_ray.evaluate.statistics.CELLS", 60 * 7)
-    assert found(3) == pytest.approx(whole)
+def test_differences_too_depend_on_the_seed_and_nothing_else(found):
+    assert found(3) == found(3) != found(4)
 
 
 def test_columns_that_are_no_pair_are_refused():

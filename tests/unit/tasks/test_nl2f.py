@@ -66,10 +66,10 @@ def test_a_malformed_table_or_entry_is_rejected_and_the_rest_kept(folder, table,
     assert bad.line == 2 and reason in bad.reason
 
 
-@pytest.mark.parametrize("text", ["", "{}", '[{"Table": 1}', "\xff"])
+@pytest.mark.parametrize("text", ["", "{}", '[{"Table": 1}', "\xff", "[1 2]", "[1,,2]", "[1,]", "[1] 2", "[1", "[] []"])
 def test_a_file_that_is_no_array_is_refused(folder, text):
     (folder / "train.json").write_bytes(text.encode("latin-1"))
-    with pytest.raises(DataError, match="not a JSON array of tables"):
+    with pytest.raises(DataError, match=r"not a JSON array in UTF-8 .*download the tables again"):
         list(task_of(folder).rows("train"))
 
 

@@ -9,7 +9,6 @@ import pytest
 from pi_ray.config import ModelConfig, TaskConfig
 from pi_ray.models import load_tokenizer
 from pi_ray.protocols import SPLITS
-from pi_ray.tasks.opsql import OpsqlTask
 from pi_ray.tasks.opsql.generate import (
     DEFAULT_ROUTE,
     DEFAULT_WINDOW,
@@ -18,7 +17,6 @@ from pi_ray.tasks.opsql.generate import (
     SEVERITIES,
     generate_rows,
     main,
-    trained_services,
 )
 from pi_ray.tasks.opsql.language import (
     LONGEST,
@@ -33,6 +31,7 @@ from pi_ray.tasks.opsql.language import (
     execute_statement,
     parse_statement,
 )
+from pi_ray.tasks.opsql.task import OpsqlTask
 
 REFERENCE = "from r9 | lat > 2000 | for 60m | to fern"
 NAMES = {code: name for name, code in SERVICES.items()}
@@ -184,9 +183,10 @@ def test_groups_mean_what_they_say_for_any_number_of_training_rows(split, used):
 
 
 def test_the_first_120_training_rows_hold_each_trained_service_three_times_and_each_route():
-    first = [parse_statement(row.answer) for row in generate_rows()["train"][:120]]
-    times = Counter(NAMES[s.service] for s in first)
-    assert set(times) == trained_services() and len(times) == 30 and min(times.values()) >= 3
+    statements = [parse_statement(row.answer) for row in generate_rows()["train"]]
+    first = statements[:120]
+    times = Counter(s.service for s in first)
+    assert set(times) == {s.service for s in statements} and len(times) == 30 and min(times.values()) >= 3
     assert {s.route for s in first} == set(ROUTES) and {s.metric for s in first} == set(METRICS)
 
 
