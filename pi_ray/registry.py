@@ -1,7 +1,7 @@
-"""Registries: name -> implementation, for the six kinds of part in protocols.py.
+"""Registries: name -> implementation, for the six kinds of part in protocols.py, imported when it is looked up.
 
 A part is a line `"name": "module:attribute"` below, or an entry point in the group `pi_ray.<kind>` of an installed
-package. A part is imported only when its name is looked up.
+package.
 """
 
 from __future__ import annotations
@@ -18,8 +18,7 @@ class Registry:
     """The parts of one kind. `registry["name"]` imports and returns a part; `names()` lists all names."""
 
     def __init__(self, kind: str, parts: dict[str, str]):
-        self.kind = kind
-        self._parts = dict(parts)
+        self.kind, self._parts = kind, parts
 
     def _all(self) -> dict[str, str]:
         return {**{e.name: e.value for e in entry_points(group=f"pi_ray.{self.kind}")}, **self._parts}
@@ -39,7 +38,7 @@ class Registry:
 
 tasks = Registry("task", {
     "jsonl": "pi_ray.tasks.jsonl:JsonlTask",
-    "opsql": "pi_ray.tasks.opsql:OpsqlTask",
+    "opsql": "pi_ray.tasks.opsql.task:OpsqlTask",
     "nl2bash": "pi_ray.tasks.nl2bash:Nl2BashTask",
     "mbpp": "pi_ray.tasks.mbpp:MbppTask",
     "nl2f": "pi_ray.tasks.nl2f:Nl2fTask",
