@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import re
@@ -11,6 +10,8 @@ from importlib.metadata import version
 from pathlib import Path
 from statistics import fmean
 from typing import Any
+
+import torch
 
 from pi_ray import __version__
 from pi_ray.config import RunConfig
@@ -24,8 +25,8 @@ from pi_ray.prompt import PromptEncoder
 from pi_ray.run.artifact import verify_artifact
 from pi_ray.run.directory import RunDir
 from pi_ray.run.fingerprint import evaluate_fingerprint
-from pi_ray.run.prepared import prepared_fingerprint, read_templates
 from pi_ray.train.lora import PACKAGES
+from pi_ray.train.train_log import read_entries
 
 
 class AdapterAnswerer:
@@ -36,11 +37,9 @@ class AdapterAnswerer:
 
     def fingerprint(self, columns: Sequence[Column]) -> str:
         """Raises CorruptArtifactError for a damaged adapter."""
-        prepared = prepared_fingerprint(self.run)
-        trained_from = [
-            (c.name, verify_artifact(Path(c.adapter))["fingerprint"] if c.adapter else prepared) for c in columns
-        ]
-        return evaluate_fingerprint(self.config, trained_from)
+        prepared = self.run.prepared_fingerprint()
+        found = [(c.name, verify_artifact(Path(c.adapter))["fingerprint"] if c.adapter else prepared) for c in columns]
+        return evaluate_fingerprint(self.config, found)
 
     def answer(self, columns: Sequence[Column], lengths: AnswerLengths, watch: RowWatch) -> dict[str, Answers]:
         encoder = PromptEncoder(load_tokenizer(self.config.model), self.config.prompt)
@@ -70,7 +69,7 @@ class AdapterAnswerer:
         starts = [(c, i) for c in columns for i in range(0, total[c.name], size)]
         work = [work_item(c, prompts, range(i, min(i + size, total[c.name]))) for c, i in starts]
         work += [work_item(c, prompts, [i], timed=True) for c in columns for i in range(few)]
-        if settings.probe and (template := read_templates(self.run)[1.0]):
+        if settings.probe and (template := self.run.read_templates()[1.0]):
             work += [work_item(c, prompts, [], probe=template) for c in columns]
         outputs: dict[str, list[Any]] = {name: [None] * n for name, n in total.items()}
         seconds: dict[str, list[Any]] = {name: [] for name in total}
@@ -94,7 +93,7 @@ class AdapterAnswerer:
 
     def training_facts(self, config: RunConfig) -> dict[str, Any]:
         """From the training log; a teacher's seconds and answers are counted too."""
-        log = [json.loads(line) for line in RunDir(config.root).train_log.read_text().splitlines()]
+        log = list(read_entries(RunDir(config.root).train_log.read_bytes()))
         updates = [e for e in log if "loss" in e]
         teacher: dict[str, Any] = next((e for e in log if e.get("event") == "teacher_answers"), {})
         seconds = sum(e["seconds"] for e in updates) + teacher.get("seconds_teaching", 0)
@@ -105,8 +104,6 @@ class AdapterAnswerer:
 
 
 def _hardware() -> str:
-    import torch
-
     if torch.cuda.is_available():
         return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
     facts = Path("/proc/cpuinfo")

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, Protocol
 
 from pi_ray.config import RunConfig
 from pi_ray.evaluate.columns import Column
+from pi_ray.models import load_tokenizer
 from pi_ray.prompt import PromptEncoder
 from pi_ray.protocols import Row
 
@@ -30,9 +31,9 @@ class Answers:
 
 
 class Answerer(Protocol):
-    """Answers the test rows of one run. `model` is the base model's name in the summary."""
+    """Answers the test rows of one run."""
 
-    model: str
+    model: str  # the base model's name in the summary
 
     def fingerprint(self, columns: Sequence[Column]) -> str:
         """Hash of everything that the answers and their evaluation depend on."""
@@ -47,10 +48,9 @@ class Answerer(Protocol):
         """Updates, seconds, tokens and workers of a training, `config` being the run or its baseline."""
 
 
-def answer_lengths(
-    config: RunConfig, rows: Sequence[Row], bank: Sequence[Row], encoder: PromptEncoder
-) -> AnswerLengths:
+def answer_lengths(config: RunConfig, rows: Sequence[Row], bank: Sequence[Row] = ()) -> AnswerLengths:
     """A quarter more than the longest known answer, unless evaluate.max_new_tokens sets a limit; and the mean."""
+    encoder = PromptEncoder(load_tokenizer(config.model), config.prompt)
     tokens = [len(encoder.answer(r.answer)) for r in rows]
     longest = max(tokens + [len(encoder.answer(r.answer)) for r in bank])
     limit = config.evaluate.max_new_tokens or longest + -(-longest // 4)

@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from pi_ray import hosted
 from pi_ray.config import RunConfig
 from pi_ray.errors import TrainingError
-from pi_ray.run.baseline import plain_finetuning_config
 from pi_ray.run.directory import RunDir
-from pi_ray.run.prepared import prompts_of_columns
+from pi_ray.run.phases import plain_finetuning_config, prompts_of_columns
 from pi_ray.train.lora import CARD
 
 LABELS = {
@@ -23,29 +22,21 @@ LABELS = {
 
 @dataclass(frozen=True)
 class Column:
-    """One way to answer the test rows.
-
-    `adapter` is a folder, or the id of a model that a service has tuned; "" is the base model. `rate` is that of the
-    template, at which the documents of a row are compressed too. `gist` tokens, if any, stand for the template.
-    """
+    """One way to answer the test rows."""
 
     name: str
-    adapter: str
+    adapter: str  # a folder, or the id of a model that a service has tuned; "" is the base model
     template: str
     shots: int
-    rate: float = 0.0
-    gist: int = 0
+    rate: float = 0.0  # of the template, at which the documents of a row are compressed too
+    gist: int = 0  # number of tokens that stand for the template
 
 
 def columns_of(config: RunConfig) -> list[Column]:
     """The columns of a trained run; "plain" only when its baseline was trained."""
-    prompts, plain = prompts_of_columns(config), _plain_adapter(config)
-    return [
-        Column("base", "", *prompts["base"]),
-        Column("base_full_prompt", "", *prompts["base_full_prompt"]),
-        *([Column("plain", plain, *prompts["plain"])] if plain else []),
-        trained_column(config),
-    ]
+    adapters = {"base": "", "base_full_prompt": "", **({"plain": plain} if (plain := _plain_adapter(config)) else {})}
+    prompts = prompts_of_columns(config)
+    return [*(Column(name, adapter, *prompts[name]) for name, adapter in adapters.items()), trained_column(config)]
 
 
 def trained_column(config: RunConfig) -> Column:

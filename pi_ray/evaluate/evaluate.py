@@ -1,7 +1,4 @@
-"""The evaluation of a run on its held-out rows: ask every column, score the answers, and write the summary.
-
-Columns are compared on the same rows. An answerer hides whether the models run here or at a service.
-"""
+"""The evaluation of a run on its held-out rows: ask every column, score the answers, and write the summary."""
 
 from __future__ import annotations
 
@@ -19,13 +16,11 @@ from pi_ray.evaluate.answers import Answerer, RowWatch, answer_lengths
 from pi_ray.evaluate.columns import LABELS, Column, columns_of
 from pi_ray.evaluate.hosted_answerer import HostedAnswerer
 from pi_ray.evaluate.scoring import ScoredAnswers, output_lines, score_rows
-from pi_ray.models import load_tokenizer
-from pi_ray.prompt import PromptEncoder
 from pi_ray.protocols import Task
 from pi_ray.registry import tasks
 from pi_ray.run.artifact import is_current, staged
-from pi_ray.run.baseline import plain_finetuning_config
 from pi_ray.run.directory import RunDir
+from pi_ray.run.phases import plain_finetuning_config
 
 
 def evaluate_run(
@@ -34,9 +29,8 @@ def evaluate_run(
 ) -> dict[str, Any]:
     """Write eval/summary.json, samples.jsonl and outputs.jsonl, and return the summary.
 
-    `columns` are those of `columns_of` unless given, `answerer` is the one for the config's backend. Skipped when
-    columns, adapters and the evaluate block are those of the last time. Raises CorruptArtifactError for a damaged
-    adapter, TrainingError where nothing was prepared or tuned.
+    Skipped when columns, adapters and the evaluate block are those of the last time. Raises CorruptArtifactError for a
+    damaged adapter, TrainingError where nothing was prepared or tuned.
     """
     run, split, columns = RunDir(config.root), config.evaluate.split, columns or columns_of(config)
     if answerer is None:
@@ -46,11 +40,13 @@ def evaluate_run(
         return json.loads((run.evaluation / "summary.json").read_text())
     task: Task = tasks[config.task.name](config.task)
     rows, bank = run.read_rows(split), run.read_rows("train")
-    lengths = answer_lengths(config, rows, bank, PromptEncoder(load_tokenizer(config.model), config.prompt))
+    lengths = answer_lengths(config, rows, bank)
     answers = answerer.answer(columns, lengths, watch)
-    settings = config.evaluate.bootstrap, config.train.seed
     scored = {
-        name: ScoredAnswers(rows, a.texts, score_rows(task, rows, a.texts), *settings) for name, a in answers.items()
+        name: ScoredAnswers(
+            rows, a.texts, score_rows(task, rows, a.texts), config.evaluate.bootstrap, config.train.seed,
+        )
+        for name, a in answers.items()
     }
     groups = dict(Counter(r.group for r in rows if r.group))
     trainings = {"promptintern": config, "plain": plain_finetuning_config(config)}

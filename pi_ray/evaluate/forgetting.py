@@ -2,14 +2,11 @@
 
 Both are compared with the base model's own numbers, never read alone. Their limits:
 
-- `perplexity` on OFF_TASK is about ordinary English prose, some 1,200 tokens of it. It says nothing about other
-  languages, code, following instructions or safety, and a small rise may be noise. Perplexities of models with
-  different tokenizers cannot be compared.
+- `perplexity` on OFF_TASK is about ordinary English prose, some 1,200 tokens of it: not other languages, code,
+  following instructions or safety. A small rise may be noise. Models with different tokenizers cannot be compared.
 - `probe_leak` finds text that is repeated word for word, by a handful of questions, with greedy answers. A paraphrase,
-  a translation, a list of the facts, a cleverer or longer attack, sampling, or reading the weights may still give the
-  template away. So 0 is no proof of secrecy: treat an adapter as being as confidential as its prompt.
-- An adapter that answers queries correctly gives away the facts in its answers. It was trained to, and that is no leak
-  in this sense.
+  a cleverer attack, sampling, or reading the weights may still give the template away. So 0 is no proof of secrecy.
+- An adapter that answers queries correctly gives away the facts in its answers: it was trained to.
 """
 
 from __future__ import annotations
@@ -19,7 +16,12 @@ import re
 from collections.abc import Callable, Sequence
 from difflib import SequenceMatcher
 from pathlib import Path
+from statistics import fmean
 from typing import Any
+
+import torch
+from torch.nn.functional import cross_entropy
+from torch.nn.utils.rnn import pad_sequence
 
 from pi_ray.errors import DataError
 
@@ -41,13 +43,10 @@ def off_task_texts() -> list[str]:
 
 
 def perplexity(model: Any, tokenizer: Any, texts: Sequence[str], batch: int = 4) -> float:
-    """exp of the mean negative log-likelihood (nats) per token over all texts, without the first token of each.
+    """exp of the mean negative log-likelihood (nats, in fp32) per token over all texts, without the first of each.
 
-    Logits are summed in fp32 whatever the model's dtype. `model` is left in its mode (train or eval). Texts are not
-    cut: each must fit the model's context. Raises DataError when no text has two tokens.
+    `model` is left in its mode. Each text must fit its context. Raises DataError when no text has two tokens.
     """
-    import torch
-
     rows = [ids for ids in (tokenizer(text).input_ids for text in texts) if len(ids) > 1]
     if not rows:
         raise DataError("no text has two tokens; there is nothing to predict")
@@ -63,15 +62,10 @@ def perplexity(model: Any, tokenizer: Any, texts: Sequence[str], batch: int = 4)
 
 def _nats(model: Any, rows: Sequence[Sequence[int]]) -> float:
     """Summed negative log-likelihood of one batch, padded on the right, where no prediction that counts sees it."""
-    import torch
-    from torch.nn.functional import cross_entropy
-
-    longest = max(map(len, rows))
-    ids = torch.tensor([[*r, *[0] * (longest - len(r))] for r in rows], device=model.device)
-    mask = torch.tensor([[1] * len(r) + [0] * (longest - len(r)) for r in rows], device=model.device)
-    logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1].float()
-    labels = ids[:, 1:].masked_fill(mask[:, 1:] == 0, -100)
-    return cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="sum").item()
+    padded = pad_sequence([torch.tensor(r) for r in rows], batch_first=True, padding_value=-100).to(model.device)
+    mask = padded >= 0
+    logits = model(input_ids=padded.clamp(min=0), attention_mask=mask.long(), use_cache=False).logits[:, :-1].float()
+    return cross_entropy(logits.flatten(0, 1), padded[:, 1:].flatten(), reduction="sum").item()  # ignores -100
 
 
 def recited(output: str, template: str, n: int = 8) -> float:
@@ -85,7 +79,7 @@ def recited(output: str, template: str, n: int = 8) -> float:
     if not n:
         return 0.0
     seen, wanted = set(_runs(_words(output), n)), _runs(words, n)
-    return sum(run in seen for run in wanted) / len(wanted)
+    return fmean(run in seen for run in wanted)
 
 
 def longest_run(output: str, template: str) -> int:
@@ -94,11 +88,11 @@ def longest_run(output: str, template: str) -> int:
 
 
 def probe_leak(answer: Callable[[list[str]], list[str]], template: str) -> dict[str, Any]:
-    """Ask for the template by QUESTIONS, and by its own first OPENING words (at most half of it).
+    """Ask for the template by QUESTIONS, and by its own first OPENING words (at most half of it), to be continued.
 
-    `answer` maps queries to outputs. Returns "recited", the largest share over the outputs, "longest_run", the largest
-    number of words, and "outputs" in the order asked, the continuation last. The continuation is scored against the
-    words after the opening, which was given: an echo is no leak. Raises DataError for a template without words.
+    `answer` maps queries to outputs. Returns "recited" and "longest_run", the largest over the outputs, and "outputs".
+    The continuation is scored against the words after the opening: an echo is no leak. Raises DataError for a template
+    without words.
     """
     ends = [word.end() for word in re.finditer(r"\S+", template)]
     if not ends:
@@ -106,11 +100,9 @@ def probe_leak(answer: Callable[[list[str]], list[str]], template: str) -> dict[
     cut = ([0, *ends])[min(OPENING, len(ends) // 2)]
     hidden = [template] * len(QUESTIONS) + [template[cut:]] * bool(cut)
     outputs = answer([*QUESTIONS, *[template[:cut]] * bool(cut)])
-    pairs = list(zip(outputs, hidden, strict=True))
     return {
-        "recited": max(recited(o, h) for o, h in pairs),
-        "longest_run": max(longest_run(o, h) for o, h in pairs),
-        "outputs": list(outputs),
+        "recited": max(map(recited, outputs, hidden)), "longest_run": max(map(longest_run, outputs, hidden)),
+        "outputs": outputs,
     }
 
 

@@ -15,21 +15,20 @@ from pi_ray import __version__, hosted
 from pi_ray.config import RunConfig
 from pi_ray.evaluate.answers import AnswerLengths, Answers, RowWatch
 from pi_ray.evaluate.columns import Column
-from pi_ray.hosted.answer import PARALLEL, replies
-from pi_ray.hosted.client import OPENAI
+from pi_ray.hosted.client import OPENAI, PARALLEL, replies
 from pi_ray.hosted.price import confirm_cost
 from pi_ray.models import load_tokenizer
 from pi_ray.prompt import PromptEncoder, render_prompt
 from pi_ray.run.artifact import digest
 from pi_ray.run.directory import RunDir
-from pi_ray.run.prepared import ColumnPrompt, prepared_fingerprint
+from pi_ray.run.phases import ColumnPrompt
 
 
 class HostedAnswerer:
     """The answerer of a run whose models a service has. Answers that are there already are not asked for again.
 
-    The cost was confirmed with the training. Where all columns are the base model there was none, so `confirm` is
-    called as by `hosted.tune`. `wait` sleeps between tries.
+    The cost was confirmed with the training; where all columns are the base model there was none, and it is confirmed
+    here. `wait` sleeps between tries.
     """
 
     def __init__(
@@ -43,7 +42,7 @@ class HostedAnswerer:
         """Raises TrainingError where nothing was prepared."""
         asked = [(c.name, c.adapter or self.model, c.template, c.shots) for c in columns]
         settings = self.config.evaluate.model_dump(mode="json")
-        return digest([self.config.closed.base_url, asked, prepared_fingerprint(self.run), settings])
+        return digest([self.config.closed.base_url, asked, self.run.prepared_fingerprint(), settings])
 
     def answer(self, columns: Sequence[Column], lengths: AnswerLengths, watch: RowWatch) -> dict[str, Answers]:
         """Raises TrainingError when the cost is declined or the service cannot be reached."""

@@ -14,12 +14,11 @@ from pi_ray.models import load_tokenizer
 from pi_ray.prompt import PromptEncoder
 from pi_ray.run.directory import RunDir
 
-Seconds = Sequence[Sequence[float]]  # of each request: the times of KINDS, the last only with an adapter
-KINDS = ("latency_s", "latency_cached_s", "latency_merged_s")
+KINDS = ("latency_s", "latency_cached_s", "latency_merged_s")  # as one request is timed, the last with an adapter alone
 
 
-def median_latencies(seconds: Seconds) -> dict[str, float]:
-    """The median of each of KINDS that was timed."""
+def median_latencies(seconds: Sequence[Sequence[float]]) -> dict[str, float]:
+    """The median of each of KINDS; `seconds` has those of one request after another."""
     return {kind: median(values) for kind, values in zip(KINDS, zip(*seconds, strict=True), strict=False)}
 
 
@@ -37,7 +36,7 @@ def compare_latencies(
         column.name: generation_workers.column_prompts(column, RunDir(config.root), encoder, split)
         for column, (_, _, config) in zip(named, columns, strict=True)
     }
-    lengths = answer_lengths(first, RunDir(first.root).read_rows(split), [], encoder)
+    lengths = answer_lengths(first, RunDir(first.root).read_rows(split))
     rows = range(min(first.evaluate.latency_rows, *(len(ids) for _, ids in prompts.values())))
     work = [generation_workers.work_item(c, prompts, [i], timed=True) for i in rows for c in named]
     seconds: dict[str, list[Sequence[float]]] = {c.name: [] for c in named}

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from itertools import compress
 from typing import Any
 
 from pi_ray.evaluate.statistics import corpus_bleu, mean_interval, paired_bleu, paired_mean
@@ -13,12 +14,12 @@ from pi_ray.protocols import Row, Task
 
 @dataclass(frozen=True)
 class ScoredAnswers:
-    """Rows, one answer to each, and the metrics of each answer. `bootstrap` resamples are drawn from `seed`."""
+    """Rows, one answer to each, and the metrics of each answer."""
 
     rows: Sequence[Row]
     texts: Sequence[str]
     scores: Sequence[dict[str, float]]
-    bootstrap: int
+    bootstrap: int  # resamples for the intervals
     seed: int
 
     def summarise(self) -> dict[str, Any]:
@@ -34,18 +35,18 @@ class ScoredAnswers:
 
     def compare(self, other: ScoredAnswers) -> dict[str, list[float]]:
         """Metric -> [difference, low, high, p] of self minus `other`, which answers the same rows."""
-        settings = self.bootstrap, self.seed
         found = {
-            metric: paired_mean([s[metric] for s in self.scores], [s[metric] for s in other.scores], *settings)
-            for metric in self.scores[0]
+            m: paired_mean([s[m] for s in self.scores], [s[m] for s in other.scores], self.bootstrap, self.seed)
+            for m in self.scores[0]
         }
-        found["bleu"] = paired_bleu(self.texts, other.texts, [r.answer for r in self.rows], *settings)
+        answers = [r.answer for r in self.rows]
+        found["bleu"] = paired_bleu(self.texts, other.texts, answers, self.bootstrap, self.seed)
         return {metric: list(values) for metric, values in found.items()}
 
     def _of_group(self, group: str) -> ScoredAnswers:
-        chosen = [i for i, row in enumerate(self.rows) if row.group == group]
-        rows, texts = [self.rows[i] for i in chosen], [self.texts[i] for i in chosen]
-        return replace(self, rows=rows, texts=texts, scores=[self.scores[i] for i in chosen])
+        chosen = [row.group == group for row in self.rows]
+        rows, texts, scores = (list(compress(of_all, chosen)) for of_all in (self.rows, self.texts, self.scores))
+        return ScoredAnswers(rows, texts, scores, self.bootstrap, self.seed)
 
 
 def score_rows(task: Task, rows: Sequence[Row], texts: Sequence[str]) -> list[dict[str, float]]:

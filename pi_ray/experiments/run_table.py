@@ -11,20 +11,20 @@ from rich.console import Console
 from pi_ray import hosted, pipeline
 from pi_ray.evaluate.columns import Column, trained_column, untrained_column
 from pi_ray.experiments import table
-from pi_ray.experiments.sweep import Sweep, SweepRun, run_sweep
+from pi_ray.experiments.sweep import Sweep, SweepRun, share_preparation
 from pi_ray.progress import ProgressLine
 from pi_ray.run.artifact import digest, write_atomic
 
 
 def run_table(sweep: Sweep, console: Console, command: str) -> Path:
     """Run the missing runs, print the table, and merge its numbers into the results file, whose path is returned."""
-    run_sweep(
-        sweep,
-        lambda c: pipeline.prepare(c, console),
-        lambda c: pipeline.train(c, console),
-        lambda r: pipeline.evaluate(r.config, console, [_column_of(r)]),
-        lambda line: console.rule(line, align="left"),
-    )
+    for i, run in enumerate(sweep.runs, start=1):
+        console.rule(f"{i} of {len(sweep.runs)}: {run.column}, seed {run.seed}", align="left")
+        share_preparation(sweep.runs, run)
+        pipeline.prepare(run.config, console)
+        if run.trained:
+            pipeline.train(run.config, console)
+        pipeline.evaluate(run.config, console, [_column_of(run)])
     latencies = {} if hosted.is_hosted(sweep.base) else _latencies(sweep, console)
     results = table.read_results(sweep)
     rows = list(table.table_rows(sweep, results, latencies))

@@ -1,15 +1,14 @@
 """A sweep of runs, such as a table of the paper: columns x seeds over one run file, each run differing in a few keys.
 
 A baseline is a schedule, not code: template and examples kept throughout, template only, nothing at all. Columns share
-one cache of compressed templates and, seed to seed, their preparation. Runs that are done are skipped, so that a sweep
-goes on where it was stopped.
+one cache of compressed templates and, seed to seed, their preparation.
 """
 
 from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -64,7 +63,7 @@ class SweepConfig(Block):
     @model_validator(mode="after")
     def _names(self) -> SweepConfig:
         named = [(key, getattr(self, key)) for key in ("mine", "full", "none", "whole")]
-        for key, name in [*named, *(("only", name) for name in sorted(self.only))]:
+        for key, name in [*named, *(("only", name) for name in self.only)]:
             if name and name not in self.columns:
                 raise ValueError(f"{key}: there is no column '{name}'; there are {', '.join(self.columns)}")
         return self
@@ -86,11 +85,11 @@ class SweepRun:
 
 @dataclass(frozen=True)
 class Sweep:
-    """A table file, the run that all columns start from, and the runs of all columns, first seed first."""
+    """A table file, and what it makes of its run file."""
 
     config: SweepConfig
-    base: RunConfig
-    runs: tuple[SweepRun, ...]
+    base: RunConfig  # the run that all columns start from
+    runs: tuple[SweepRun, ...]  # first seed first: a sweep that is stopped has one of every column before two of any
     source: Path
 
     def runs_of(self, column: str) -> list[SweepRun]:
@@ -103,7 +102,9 @@ def load_sweep(path: Path, overrides: Sequence[str] = ()) -> Sweep:
     own = [o.removeprefix(PREFIX) for o in overrides if o.startswith(PREFIX)]
     config = run_file.validate_yaml(SweepConfig, run_file.read_run_file(path), str(path), own)
     base = run_file.load_run_file(path.parent / config.run, [o for o in overrides if not o.startswith(PREFIX)])
-    base = _replace_keys(base, {"evaluate.baseline": False, **config.set}, f"{path}: set", overrides)
+    typed = {o.partition("=")[0] for o in overrides}
+    shared = {key: value for key, value in {"evaluate.baseline": False, **config.set}.items() if key not in typed}
+    base = _replace_keys(base, shared, f"{path}: set")
     return Sweep(config, base, tuple(_sweep_runs(config, base, path)), path)
 
 
@@ -121,13 +122,9 @@ def _sweep_runs(config: SweepConfig, base: RunConfig, path: Path) -> Iterator[Sw
             yield SweepRun(name, seed, column.trained, own.replace(run_dir=str(folder), **{"train.seed": seed}))
 
 
-def _replace_keys(
-    config: RunConfig, changes: dict[str, Any], where: str, overrides: Sequence[str] = ()
-) -> RunConfig:
-    """`config` with dotted keys changed, except for those that the command line has set."""
-    typed = {o.partition("=")[0] for o in overrides}
+def _replace_keys(config: RunConfig, changes: dict[str, Any], where: str) -> RunConfig:
     try:
-        return config.replace(**{key: value for key, value in changes.items() if key not in typed})
+        return config.replace(**changes)
     except ValidationError as error:
         first = error.errors()[0]
         raise ConfigError(f"{where}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
@@ -135,11 +132,9 @@ def _replace_keys(
 
 def share_preparation(runs: Sequence[SweepRun], run: SweepRun) -> None:
     """Give a run the preparation of the same column's other seeds, which is equal, as hard links."""
-    if run.directory.phases.exists():
-        return
-    others = (r for r in runs if r.column == run.column and r is not run)
-    source = next((r.directory for r in others if r.directory.phases.exists()), None)
-    if source is None:
+    prepared = (r.directory for r in runs if r.column == run.column and r.directory.phases.exists())
+    source = next(prepared, None)
+    if source is None or run.directory.phases.exists():
         return
     for name in ("rows", "templates", "phases"):
         shutil.copytree(getattr(source, name), getattr(run.directory, name), copy_function=_link)
@@ -152,17 +147,3 @@ def _link(source: Path | str, target: Path | str) -> None:
         os.link(source, target)
     except OSError:  # another file system
         shutil.copy2(source, target)
-
-
-def run_sweep(
-    sweep: Sweep, prepare: Callable[[RunConfig], None], train: Callable[[RunConfig], None],
-    evaluate: Callable[[SweepRun], Any], tell: Callable[[str], None],
-) -> None:
-    """All runs in turn, first seed first: a sweep that is stopped has one seed of every column before two of any."""
-    for i, run in enumerate(sweep.runs, start=1):
-        tell(f"{i} of {len(sweep.runs)}: {run.column}, seed {run.seed}")
-        share_preparation(sweep.runs, run)
-        prepare(run.config)
-        if run.trained:
-            train(run.config)
-        evaluate(run)

@@ -7,7 +7,6 @@ on the same test rows. gap recovered = (PromptIntern - no template) / (full prom
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -32,19 +31,17 @@ Latencies = dict[str, dict[str, float]]  # column -> median seconds (evaluate.la
 
 @dataclass(frozen=True)
 class ColumnResults:
-    """One column's summaries and answers on the test rows, seed by seed."""
+    """One column's results on the test rows; a list has one item for each seed."""
 
     name: str
     label: str
-    runs: tuple[SweepRun, ...]
-    summaries: tuple[dict[str, Any], ...]
-    rows: tuple[list[dict[str, Any]], ...]  # lines of outputs.jsonl
     metric: str
-
-    @property
-    def key(self) -> str:
-        """The column's name in its own evaluation."""
-        return "promptintern" if self.runs[0].trained else "base"
+    runs: list[SweepRun]
+    summaries: list[dict[str, Any]]
+    facts: list[dict[str, Any]]  # the column's own block of a summary
+    answers: list[list[str]]
+    outputs: list[list[str]]
+    scores: list[list[float]]
 
     @property
     def bootstrap(self) -> tuple[int, int]:
@@ -55,25 +52,16 @@ class ColumnResults:
     def statistics(self) -> list[np.ndarray]:
         """One array a seed, (rows, ...), of which `score_function` makes the metric."""
         if self.metric == "bleu":
-            return [statistics.bleu_statistics(self.outputs(i), self.answers(i)) for i in range(len(self.rows))]
-        return [np.array(self.scores(i)) for i in range(len(self.rows))]
+            return list(map(statistics.bleu_statistics, self.outputs, self.answers))
+        return list(map(np.array, self.scores))
 
     @cached_property
     def measured(self) -> tuple[float, float, float]:
         """(value, low, high) over seeds and rows."""
         return statistics.over_seeds(self.statistics, *self.bootstrap, score=score_function(self.metric))
 
-    def answers(self, i: int) -> list[str]:
-        return [r["answer"] for r in self.rows[i]]
-
-    def outputs(self, i: int) -> list[str]:
-        return [r["outputs"][self.key] for r in self.rows[i]]
-
-    def scores(self, i: int) -> list[float]:
-        return [r["scores"][self.key][self.metric] for r in self.rows[i]]
-
     def mean(self, fact: str) -> float:
-        return fmean(s[self.key][fact] for s in self.summaries)
+        return fmean(f[fact] for f in self.facts)
 
 
 def score_function(metric: str) -> Any:
@@ -82,14 +70,20 @@ def score_function(metric: str) -> Any:
 
 def read_results(sweep: Sweep) -> list[ColumnResults]:
     """The columns of which at least one seed has been evaluated, with those seeds."""
-    found = []
+    found, metric = [], sweep.config.metric
     for name, column in sweep.config.columns.items():
         runs = [r for r in sweep.runs_of(name) if (r.directory.evaluation / "summary.json").is_file()]
-        folders = [r.directory.evaluation for r in runs]
-        if runs:
-            summaries = tuple(json.loads((f / "summary.json").read_bytes()) for f in folders)
-            rows = tuple([json.loads(line) for line in (f / "outputs.jsonl").open(encoding="utf-8")] for f in folders)
-            found.append(ColumnResults(name, column.label, tuple(runs), summaries, rows, sweep.config.metric))
+        if not runs:
+            continue
+        folders, key = [r.directory.evaluation for r in runs], "promptintern" if column.trained else "base"
+        summaries = [json.loads((f / "summary.json").read_bytes()) for f in folders]
+        rows = [[json.loads(line) for line in (f / "outputs.jsonl").open(encoding="utf-8")] for f in folders]
+        found.append(ColumnResults(
+            name, column.label, metric, runs, summaries, facts=[s[key] for s in summaries],
+            answers=[[r["answer"] for r in of_seed] for of_seed in rows],
+            outputs=[[r["outputs"][key] for r in of_seed] for of_seed in rows],
+            scores=[[r["scores"][key].get(metric) for r in of_seed] for of_seed in rows],
+        ))
     return found
 
 
@@ -108,32 +102,26 @@ def table_rows(sweep: Sweep, columns: Sequence[ColumnResults], latencies: Latenc
         "mine": sweep.config.columns[sweep.config.mine].label,
     }
     yield ["", *(h.format(**names) for h in (*QUALITY, *REQUEST)), *(f"paper, {model}" for model in paper.rows)]
-    whole = _whole_tokens(sweep, columns)
+    tokens = {c.name: c.mean("input_tokens") for c in columns}
+    whole = tokens.get(sweep.config.whole or sweep.config.full) or max(tokens.values(), default=0.0)  # of 1.0x
     for c in columns:
         result, low, high = (format_metric(metric, v, 1) for v in c.measured)
-        own = [s[c.key] for s in c.summaries]
-        price = cost.request_prices(base.cost, c.mean("input_tokens"), c.mean("output_tokens"), c.mean("prefix_tokens"))
+        by_group = (format_metric(metric, fmean(f["groups"][g][metric] for f in c.facts)) for g in groups)
+        price = cost.request_prices(base.cost, tokens[c.name], c.mean("output_tokens"), c.mean("prefix_tokens"))
         seconds = latencies.get(c.name, {})
         yield [
             c.label,
             f"{result} ({low} to {high})",
-            ", ".join(format_metric(metric, s[metric], 1) for s in own),
-            " / ".join(format_metric(metric, fmean(s["groups"][g][metric] for s in own)) for g in groups) or NOTHING,
-            f"{c.mean('cut_off'):.1%}" if all("cut_off" in s for s in own) else NOTHING,
-            f"{c.mean('input_tokens'):,.0f}",
-            f"{whole / c.mean('input_tokens'):.1f}x" if whole else NOTHING,
+            ", ".join(format_metric(metric, s[metric], 1) for s in c.facts),
+            " / ".join(by_group) or NOTHING,
+            f"{c.mean('cut_off'):.1%}" if all("cut_off" in s for s in c.facts) else NOTHING,
+            f"{tokens[c.name]:,.0f}",
+            f"{whole / tokens[c.name]:.1f}x" if whole else NOTHING,
             *_difference_cells(mine, c),
             *(format_seconds(seconds.get(kind)) for kind in KINDS),
-            f"{1000 * price.uncached:.3f}",
-            f"{1000 * price.cached:.3f}",
+            f"{1000 * price.uncached:.3f}", f"{1000 * price.cached:.3f}",
             *_paper_cells(sweep, c.name),
         ]
-
-
-def _whole_tokens(sweep: Sweep, columns: Sequence[ColumnResults]) -> float:
-    """Tokens that count as 1.0x: those of the column named so, or of the longest."""
-    tokens = {c.name: c.mean("input_tokens") for c in columns}
-    return tokens.get(sweep.config.whole or sweep.config.full) or max(tokens.values(), default=0.0)
 
 
 def _difference_cells(mine: ColumnResults | None, other: ColumnResults) -> list[str]:
@@ -143,17 +131,15 @@ def _difference_cells(mine: ColumnResults | None, other: ColumnResults) -> list[
     scale, score = 1 if mine.metric == "bleu" else 100, score_function(mine.metric)
     found = statistics.difference_over_seeds(mine.statistics, other.statistics, *mine.bootstrap, score=score)
     difference, low, high = (scale * v for v in found)
-    p_values = ", ".join(_p_value(mine, i, other) for i in range(len(mine.runs)))
-    return [f"{difference:+.1f} ({low:+.1f} to {high:+.1f})", p_values]
-
-
-def _p_value(mine: ColumnResults, i: int, other: ColumnResults) -> str:
-    j = next((j for j, r in enumerate(other.runs) if r.seed == mine.runs[i].seed), 0)
-    if mine.metric == "bleu":
-        *_, p = statistics.paired_bleu(mine.outputs(i), other.outputs(j), mine.answers(i), *mine.bootstrap)
-    else:
-        *_, p = statistics.paired_mean(mine.scores(i), other.scores(j), *mine.bootstrap)
-    return f"{p:.3f}" if p >= 0.001 else "<0.001"
+    p_values = []
+    for i, run in enumerate(mine.runs):
+        j = next((j for j, r in enumerate(other.runs) if r.seed == run.seed), 0)
+        if mine.metric == "bleu":
+            *_, p = statistics.paired_bleu(mine.outputs[i], other.outputs[j], mine.answers[i], *mine.bootstrap)
+        else:
+            *_, p = statistics.paired_mean(mine.scores[i], other.scores[j], *mine.bootstrap)
+        p_values.append(f"{p:.3f}" if p >= 0.001 else "<0.001")
+    return [f"{difference:+.1f} ({low:+.1f} to {high:+.1f})", ", ".join(p_values)]
 
 
 def _paper_cells(sweep: Sweep, name: str) -> list[str]:
@@ -167,14 +153,13 @@ def _paper_cells(sweep: Sweep, name: str) -> list[str]:
 def recovered_gap(sweep: Sweep, columns: Sequence[ColumnResults]) -> tuple[str, dict[str, float] | None]:
     """A sentence on the gap recovered, and its numbers where there is one."""
     named = {c.name: c for c in columns}
-    wanted = [sweep.config.mine, sweep.config.none, sweep.config.full]
-    if not all(name in named for name in wanted):
+    try:
+        mine, none, full = (named[name] for name in (sweep.config.mine, sweep.config.none, sweep.config.full))
+    except KeyError:
         return "", None
-    mine, none, full = (named[name] for name in wanted)
-    score = score_function(sweep.config.metric)
     values = [c.statistics for c in (mine, none, full)]
-    found, low, high, resolved = statistics.gap_recovered(values, score, *mine.bootstrap)
-    if not resolved or math.isnan(found):
+    found, low, high, resolved = statistics.gap_recovered(values, score_function(mine.metric), *mine.bootstrap)
+    if not resolved:
         upper, lower = (f"{c.label} {format_metric(sweep.config.metric, c.measured[0], 1)}" for c in (full, none))
         return f"No gap to recover at this size: {upper} is not clearly above {lower}.", None
     sentence = f"Gap recovered: {found:.0%} (95%: {low:.0%} to {high:.0%}) of what {full.label} is above {none.label}."
@@ -196,8 +181,7 @@ def result_entries(
 
     entries = []
     for c in columns:
-        for run, summary in zip(c.runs, c.summaries, strict=True):
-            own = summary[c.key]
+        for run, summary, own in zip(c.runs, c.summaries, c.facts, strict=True):
             seconds = latencies.get(c.name, own)["latency_s"]
             entries += [
                 entry(
@@ -214,14 +198,15 @@ def result_entries(
     return entries
 
 
-KEY = ("table", "column", "task", "model", "seed", "metric", "split", "train_rows", "test_rows")
-
-
 def merge_results(path: Path, entries: Sequence[dict[str, Any]]) -> None:
-    """Put entries into results.json, in place of older ones with the same KEY."""
-    new = {tuple(str(e.get(k)) for k in KEY) for e in entries}
-    old = json.loads(path.read_bytes()) if path.exists() else []
-    kept = [e for e in old if tuple(str(e.get(k)) for k in KEY) not in new]
+    """Put entries into results.json, in place of older ones of the same numbers."""
+
+    def key(entry: dict[str, Any]) -> list[str]:
+        names = ("table", "column", "task", "model", "seed", "metric", "split", "train_rows", "test_rows")
+        return [str(entry.get(name)) for name in names]
+
+    old, new = json.loads(path.read_bytes()) if path.exists() else [], [key(e) for e in entries]
+    kept = [e for e in old if key(e) not in new]
     lines = (json.dumps(e, ensure_ascii=False) for e in [*kept, *entries])
     write_atomic(path, "[\n" + ",\n".join(lines) + "\n]\n")
 

@@ -1,5 +1,4 @@
-"""Estimates before a run starts: memory and time from the model's shape (estimate), the run (plan), more
-(scale).
+"""Estimates before a run starts: memory and time from the model's shape (estimate), the run (plan), more (scale).
 
-A run file enters, figures leave; nothing is loaded or trained. Only the command line, doctor and render import it.
+A run file enters, figures leave; nothing is loaded or trained.
 """

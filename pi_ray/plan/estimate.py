@@ -1,9 +1,8 @@
 """Estimates of time and memory before training, from the model's shape alone (no weights are loaded).
 
 Time counts multiply-adds: a frozen weight costs 2 operations per token forward and 2 backward, a LoRA weight 2 more.
-They are divided by the speed of a matrix product, measured here for half a second, times the share of it that training
-reaches. Communication between workers is not counted. Expect a factor of two either way, on a machine that does nothing
-else.
+They are divided by the speed of a matrix product, measured here, times the share of it that training reaches.
+Communication between workers is not counted. Expect a factor of two either way, on a machine that does nothing else.
 """
 
 from __future__ import annotations
@@ -16,6 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 from pi_ray.errors import ConfigError, ModelError
 from pi_ray.models import resolve_base
+from pi_ray.run.artifact import read_manifest
+from pi_ray.run.directory import RunDir
+from pi_ray.schedule import plan_phases
+from pi_ray.train.updates import updates_in_phase
 
 if TYPE_CHECKING:
     from pi_ray.config import LoraConfig, ModelConfig, RunConfig
@@ -33,32 +36,26 @@ LIVE = 10**9  # weights that ZeRO-3 keeps gathered on a worker (DeepSpeed's stag
 
 @dataclass(frozen=True)
 class ModelSize:
-    """Numbers of weights and widths of a base model.
-
-    `weights` counts all, `active` those that one token is multiplied with (without the output layer), `head` the output
-    layer, `block` one layer, `linear` the linear layers, `lora` the adapter. Of a mixture of experts `weights`, `block`
-    and `linear` count every expert, `active` and `inner` the chosen ones.
-    `plain_batch_reason` says why rows cannot share their prefix, "" where they can.
-    """
+    """Numbers of weights and widths of a base model, with every expert of a mixture unless said otherwise."""
 
     weights: int
-    active: int
-    head: int
-    block: int
-    linear: int
-    lora: int
+    active: int  # that one token is multiplied with, without the output layer: of the chosen experts alone
+    head: int  # of the output layer
+    block: int  # of one layer
+    linear: int  # of the linear layers
+    lora: int  # of the adapter
     layers: int
     hidden: int
-    inner: int
+    inner: int  # width of the chosen experts together
     key_value: int
-    plain_batch_reason: str = ""
+    plain_batch_reason: str = ""  # why rows cannot share their prefix, "" where they can
 
 
 @dataclass(frozen=True)
 class Speed:
-    """Operations per second that training reaches on one worker, and its device. CPU workers share one machine."""
+    """The device of a worker, and the operations per second that training reaches on it."""
 
-    device: str
+    device: str  # "cpu", which all workers share, or "gpu"
     name: str
     operations: float
     note: str
@@ -79,7 +76,7 @@ class Shape:
 
 
 def model_size(model: ModelConfig, lora: LoraConfig, longest: float = 0) -> ModelSize:
-    """Count weights on the meta device. `longest` are the tokens of the longest row with its prefix.
+    """Count weights on the meta device. `longest`: tokens of the longest row with its prefix.
 
     Raises ModelError for an unknown model, ConfigError for LoRA targets that it does not have.
     """
@@ -89,8 +86,8 @@ def model_size(model: ModelConfig, lora: LoraConfig, longest: float = 0) -> Mode
     from pi_ray.train.shared_prefix import why_prefix_cannot_be_shared
 
     try:
-        revision = model.revision or "main"
-        shape = AutoConfig.from_pretrained(resolve_base(model.base), revision=revision, trust_remote_code=False)
+        folder, revision = resolve_base(model.base), model.revision or "main"
+        shape = AutoConfig.from_pretrained(folder, revision=revision, trust_remote_code=False)
         with torch.device("meta"):
             net = AutoModelForCausalLM.from_config(shape)
     except (OSError, ValueError) as error:
@@ -107,23 +104,14 @@ def model_size(model: ModelConfig, lora: LoraConfig, longest: float = 0) -> Mode
     head, table = net.get_output_embeddings().weight, net.get_input_embeddings().weight
     weights = sum(p.numel() for p in net.parameters())
     return ModelSize(
-        weights=weights,
-        active=_active_weights(net, shape, experts),
-        head=head.numel(),
+        weights=weights, active=_active_weights(net, shape, experts), head=head.numel(),
         block=(weights - sum({id(t): t.numel() for t in (head, table)}.values())) // shape.num_hidden_layers,
         linear=sum(m.weight.numel() for m in net.modules() if isinstance(m, torch.nn.Linear) and m.weight is not head),
-        lora=_lora_weights(net, lora),
-        layers=shape.num_hidden_layers,
-        hidden=shape.hidden_size,
+        lora=_lora_weights(net, lora), layers=shape.num_hidden_layers, hidden=shape.hidden_size,
         inner=(inner or 4 * shape.hidden_size) * experts,
         key_value=(getattr(shape, "num_key_value_heads", None) or heads) * width,
         plain_batch_reason=plain_batch_reason,
     )
-
-
-def shares_prefix(size: ModelSize, config: RunConfig) -> bool:
-    """Whether training computes the template once for each pass, and not with every row."""
-    return config.train.share_prefix and not size.plain_batch_reason
 
 
 def _active_weights(net: Any, shape: Any, chosen: int) -> int:
@@ -178,7 +166,7 @@ def measure_speed(config: RunConfig, budget: float = 0.5) -> Speed:
 
 
 def _matmul_speed(device: str, dtype: Any, size: int, budget: float) -> float:
-    """Operations per second of the fastest of many square matrix products, so that other work here counts little."""
+    """Operations per second of the fastest of many square products, so that other work here counts little."""
     import torch
 
     a = torch.ones(size, size, device=device, dtype=dtype)
@@ -194,16 +182,43 @@ def _matmul_speed(device: str, dtype: Any, size: int, budget: float) -> float:
     return 2 * size**3 / fastest
 
 
+def shares_prefix(size: ModelSize, config: RunConfig) -> bool:
+    """Whether training computes the template once for each pass, and not with every row."""
+    return config.train.share_prefix and not size.plain_batch_reason
+
+
+def rows_per_pass(config: RunConfig) -> int:
+    """Rows that a worker sends through the model at once."""
+    return config.train.micro_batch or config.rows_per_worker
+
+
+def update_tokens(size: ModelSize, shape: Shape, config: RunConfig) -> tuple[float, float]:
+    """Tokens that pass through the model in one update, over all workers: of prefixes, of rows with their labels."""
+    batch = config.train.batch_size
+    return (batch / rows_per_pass(config) if shares_prefix(size, config) else batch) * shape.prefix, batch * shape.fed
+
+
+def tokens_of_updates(config: RunConfig) -> list[float]:
+    """The mean tokens of each update of a prepared run, in order: the work by which time left is foretold."""
+    from pi_ray.train.batches import longest_row_tokens
+
+    run, tokens_by_update = RunDir(config.root), list[float]()
+    size = model_size(config.model, config.train.lora, longest_row_tokens(run.phases))
+    for i, phase in enumerate(plan_phases(config.schedule)):
+        manifest = read_manifest(run.phase(i)) or {}
+        shape = Shape(*(manifest["tokens"][key] for key in ("prefix", "row_mean", "label_mean")))
+        updates = updates_in_phase(manifest["rows"], phase, config.train.batch_size)
+        tokens_by_update += [sum(update_tokens(size, shape, config))] * updates
+    return tokens_by_update
+
+
 def update_operations(size: ModelSize, shape: Shape, config: RunConfig) -> float:
     """Operations of one update over all workers: two for each multiply-add."""
-    train = config.train
-    micro = train.micro_batch or config.rows_per_worker
-    passes = train.batch_size / micro if shares_prefix(size, config) else train.batch_size
-    prefix, rows = passes * shape.prefix, train.batch_size * shape.fed
-    trips = 6 if train.gradient_checkpointing else 4  # recomputing adds one more forward pass
+    prefix, rows = update_tokens(size, shape, config)
+    trips = 6 if config.train.gradient_checkpointing else 4  # recomputing adds one more forward pass
     per_token = trips * size.active + 6 * size.lora
     attention = 12 * size.layers * size.hidden * (prefix * shape.prefix / 2 + rows * (shape.prefix + shape.fed / 2))
-    return per_token * (prefix + rows) + 4 * size.head * train.batch_size * shape.label + attention
+    return per_token * (prefix + rows) + 4 * size.head * config.train.batch_size * shape.label + attention
 
 
 def update_seconds(size: ModelSize, shape: Shape, config: RunConfig, speed: Speed) -> float:
@@ -211,7 +226,7 @@ def update_seconds(size: ModelSize, shape: Shape, config: RunConfig, speed: Spee
     seconds = update_operations(size, shape, config) / speed.operations
     if speed.device == "cpu":
         return seconds
-    passes = config.rows_per_worker // (config.train.micro_batch or config.rows_per_worker)
+    passes = config.rows_per_worker // rows_per_pass(config)
     return max(seconds / config.train.workers, passes * size.layers * LAUNCH)
 
 
@@ -223,15 +238,17 @@ def device_memory(size: ModelSize, shape: Shape, config: RunConfig) -> dict[str,
     """
     train, (weights_over, gradients_over, adam_over) = config.train, _shards(config)
     width, vocabulary = BYTES[dtype_name(config)], size.head / size.hidden
-    rows = train.micro_batch or config.rows_per_worker
+    rows = rows_per_pass(config)
     tokens = (shape.prefix if shares_prefix(size, config) else rows * shape.prefix) + rows * shape.fed
     keys_and_values = 2 * size.key_value * (tokens + rows * (shape.prefix + shape.fed))
     one_layer = tokens * (8 * size.hidden + 4 * size.inner) + keys_and_values
     kept = size.layers * tokens * size.hidden + one_layer if train.gradient_checkpointing else size.layers * one_layer
+    quantized = size.linear if config.model.quantize else 0
+    base = quantized * FOUR_BIT + (size.weights - quantized) * width
     gathered = min(size.weights * (1 - 1 / weights_over), LIVE + size.block)
     adam = 0 if train.backend.offload_optimizer else (8 + (4 if width < 4 else 0)) / adam_over
     return {
-        "base weights": 0.0 if train.backend.offload_params else _base_bytes(size, config) / weights_over,
+        "base weights": 0.0 if train.backend.offload_params else base / weights_over,
         **({"gathered weights": gathered * width} if weights_over > 1 else {}),
         "LoRA weights, gradients, Adam": size.lora * (width / weights_over + width / gradients_over + adam),
         "activations": kept * width,
@@ -246,18 +263,15 @@ def host_memory(size: ModelSize, config: RunConfig) -> dict[str, float]:
     """
     if device_of(config) == "cpu":
         return {}
-    sharded = _shards(config)[0] > 1
-    loading = (
-        "checkpoint, which the first worker maps while it is loaded" if sharded else "base model while it is loaded"
-    )
+    what = "checkpoint, which the first worker maps" if _shards(config)[0] > 1 else "base model"
+    loading = f"{what} while it is loaded"
     return {**_offloaded_bytes(size, config), loading: size.weights * BYTES[dtype_name(config)]}
 
 
 def node_memory(size: ModelSize, config: RunConfig, workers: int) -> float:
-    """Bytes of host memory of a node with so many GPU workers.
+    """Bytes of host memory of a node with so many GPU workers: processes, offloaded state, the base as it is loaded.
 
-    It holds their processes, offloaded state, and the base as it is loaded: once where it is sharded, else by each
-    worker.
+    A base that is sharded is loaded once, else by each worker.
     """
     copies = 1 if _shards(config)[0] > 1 else workers
     own = workers * (PROCESS + sum(_offloaded_bytes(size, config).values()))
@@ -276,9 +290,3 @@ def _shards(config: RunConfig) -> tuple[int, int, int]:
     backend, workers = config.train.backend, config.train.workers
     stage = backend.zero_stage if backend.name == "deepspeed" else 0
     return workers if stage >= 3 else 1, workers if stage >= 2 else 1, workers if stage >= 1 else 1
-
-
-def _base_bytes(size: ModelSize, config: RunConfig) -> float:
-    """Bytes of the whole base model."""
-    quantized = size.linear if config.model.quantize else 0
-    return quantized * FOUR_BIT + (size.weights - quantized) * BYTES[dtype_name(config)]

@@ -15,28 +15,19 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PhasePlan:
-    """One phase: mean tokens of its shape, updates, seconds of training; `measured` once its template is compressed."""
+    """One phase: mean tokens of its shape, updates, seconds of training."""
 
     phase: Phase
     rows: int
     shape: estimate.Shape
     updates: int
     seconds: float
-    measured: bool
-
-    @property
-    def tokens(self) -> float:
-        """Tokens of one row as the model sees it: prefix, examples and query, label."""
-        return self.shape.prefix + self.shape.row + self.shape.label
+    measured: bool  # whether its template is compressed, so that its tokens are counted
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything that `print_plan` prints. Tokens are means per request.
-
-    `memory` and `host` are bytes per worker in the phase that needs most, by what holds them. `plain` are the phases of
-    plain fine-tuning, empty without that baseline. `teaching` are the seconds in which a teacher answers queries.
-    """
+    """Everything that `print_plan` prints."""
 
     config: RunConfig
     rows: dict[str, int]
@@ -45,19 +36,14 @@ class Plan:
     size: estimate.ModelSize
     speed: estimate.Speed
     phases: list[PhasePlan]
-    plain: list[PhasePlan]
-    memory: dict[str, float]
-    host: dict[str, float]
-    full: estimate.Shape
-    query: estimate.Shape
+    plain: list[PhasePlan]  # of plain fine-tuning, empty without that baseline
+    memory: dict[str, float]  # bytes per worker in the phase that needs most, by what holds them
+    host: dict[str, float]  # bytes of the host likewise
+    full: estimate.Shape  # of a request with the full prompt
+    query: estimate.Shape  # of a request to the adapter
     money: cost.Economics
-    teaching: float = 0.0
+    teaching: float = 0.0  # seconds in which a teacher answers queries
 
     @property
     def seconds(self) -> float:
         return sum(p.seconds for p in self.phases) + self.teaching
-
-    @property
-    def saved(self) -> float:
-        """Input tokens per request that inference no longer sends."""
-        return self.full.prefix + self.full.row - self.query.prefix - self.query.row

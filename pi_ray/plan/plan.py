@@ -1,12 +1,11 @@
 """`pi-ray plan`: what a run will do, take and save, before anything is trained.
 
-It reads rows and tokenizer, loads no weights and starts no Ray. Token counts are the target model's own; a template
-that is not compressed yet counts as rate x tokens. Time and money are estimates (estimate.py, report/cost.py).
+It reads rows and tokenizer, loads no weights and starts no Ray. A template that is not compressed yet counts as rate x
+tokens. Time and money are estimates (estimate.py, report/cost.py).
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
@@ -23,10 +22,11 @@ from pi_ray.prompt import Example, PromptEncoder
 from pi_ray.protocols import SPLITS, UNLABELLED
 from pi_ray.registry import tasks
 from pi_ray.report import cost
+from pi_ray.report.loss_plot import read_template_entries
 from pi_ray.run.artifact import is_current
-from pi_ray.run.baseline import plain_finetuning_config
 from pi_ray.run.directory import RunDir
 from pi_ray.run.fingerprint import prepare_fingerprint, wants_unlabelled
+from pi_ray.run.phases import plain_finetuning_config
 from pi_ray.schedule import Phase, plan_phases
 from pi_ray.train.updates import updates_in_phase
 
@@ -44,21 +44,17 @@ SAMPLE = 256  # training rows whose tokens are counted
 
 @dataclass(frozen=True)
 class TokenCounts:
-    """Mean token counts over a sample of training rows, and the template's at any rate.
+    """Mean token counts over a sample of training rows, and the template's."""
 
-    `head` is the prompt around an empty template, `heading` what stands once before any examples, `documents` those of
-    a row uncompressed, `above` the tokens that the longest row has above the mean.
-    """
-
-    head: int
-    template: int
+    head: int  # of the prompt around an empty template
+    template: int  # of the whole prefix
     query: float
     shot: float
-    heading: float
+    heading: float  # of what stands once before any examples
     label: float
-    achieved: dict[float, float]
-    documents: float = 0.0
-    above: float = 0.0
+    achieved: dict[float, float]  # asked rate -> achieved one, of templates that are compressed
+    documents: float  # of a row, uncompressed
+    above: float  # tokens that the longest row has above the mean
 
     def shape(self, rate: float, shots: int) -> estimate.Shape:
         kept = self.achieved.get(rate, rate) * (self.template - self.head)
@@ -78,19 +74,31 @@ def plan_run(config: RunConfig) -> Plan:
     counts, schedule = _token_counts(task, splits["train"], config), plan_phases(config.schedule)
     shapes = [counts.shape(p.rate, p.shots) for p in schedule]
     longest = max(s.prefix + s.row + s.label for s in shapes) + counts.above
-    size = estimate.model_size(config.model, config.train.lora, longest)
-    speed = estimate.measure_speed(config)
-    phases = [_phase(p, rows["train"], counts, size, speed, config) for p in schedule]
-    plain_schedule = plan_phases(plain_finetuning_config(config).schedule) if config.evaluate.baseline else []
+    size, speed = estimate.model_size(config.model, config.train.lora, longest), estimate.measure_speed(config)
+
+    def planned(phase: Phase) -> PhasePlan:
+        shape = counts.shape(phase.rate, phase.shots)
+        updates = updates_in_phase(rows["train"], phase, config.train.batch_size)
+        seconds = updates * estimate.update_seconds(size, shape, config, speed)
+        measured = phase.rate in (0, 1) or phase.rate in counts.achieved
+        return PhasePlan(phase, rows["train"], shape, updates, seconds, measured)
+
+    phases = [planned(p) for p in schedule]
+    plain = plan_phases(plain_finetuning_config(config).schedule) if config.evaluate.baseline else []
     full = counts.shape(1.0, config.evaluate.shots or schedule[0].shots)
     query = replace(shapes[-1], prefix=config.train.gist) if config.train.gist else shapes[-1]
-    teaching = _teaching_seconds(rows.get(UNLABELLED, 0), shapes[0], size, speed, config)
+    generated = replace(shapes[0], prefix=0, row=shapes[0].row + TOKENS_PER_NEW_TOKEN * shapes[0].label)
+    batches = rows.get(UNLABELLED, 0) / config.train.batch_size  # that a teacher answers
+    teaching = batches * estimate.update_seconds(size, generated, config, speed)
+    training = cost.training_cost(config.cost, sum(p.seconds for p in phases) + teaching, config.train.workers)
+    asked = {"base_full_prompt": full, "promptintern": query}
+    prices = {n: cost.request_prices(config.cost, s.prefix + s.row, s.label, s.prefix) for n, s in asked.items()}
     return Plan(
         config=config, rows=rows, rejects=len(rejects), notes=notes, size=size, speed=speed, phases=phases,
-        plain=[_phase(p, rows["train"], counts, size, speed, config) for p in plain_schedule],
+        plain=[planned(p) for p in plain],
         memory=max((estimate.device_memory(size, s, config) for s in shapes), key=lambda m: sum(m.values())),
         host=estimate.host_memory(size, config), full=full, query=query,
-        money=_money(config, sum(p.seconds for p in phases) + teaching, full, query), teaching=teaching,
+        money=cost.economics(training, prices), teaching=teaching,
     )
 
 
@@ -102,52 +110,17 @@ def _token_counts(task: Task, rows: Sequence[Row], config: RunConfig) -> TokenCo
     others = [*examples[1:], examples[0]]
     queries, labels = [len(encoder.row(r.query)) for r in sample], [len(encoder.answer(r.answer)) for r in sample]
     whole = [len(encoder.row(r.query, (), r.documents)) for r in sample]
-    one = [len(encoder.row(r.query, [o])) for r, o in zip(sample, others, strict=True)]
-    two = [len(encoder.row(r.query, [o, o])) for r, o in zip(sample, others, strict=True)]
-    shot = fmean(b - a for a, b in zip(one, two, strict=True))
-    return TokenCounts(
-        head=len(encoder.prefix("")),
-        template=len(encoder.prefix(task.template().text)),
-        query=fmean(queries),
-        shot=shot,
-        heading=fmean(one) - fmean(queries) - shot,
-        label=fmean(labels),
-        achieved=_achieved_rates(task, config),
-        documents=fmean(whole) - fmean(queries),
-        above=max(whole) - fmean(whole) + max(labels) - fmean(labels),
+    one, two = (
+        fmean(len(encoder.row(r.query, [o] * n)) for r, o in zip(sample, others, strict=True)) for n in (1, 2)
     )
-
-
-def _achieved_rates(task: Task, config: RunConfig) -> dict[float, float]:
-    """Asked rate -> achieved rate, where the run directory has the templates of exactly this config."""
-    folder = RunDir(config.root).templates
-    path = folder / "templates.json"
-    if not path.is_file() or not is_current(folder, prepare_fingerprint(config, task.fingerprint())):
-        return {}
-    return {t["rate"]: t["achieved"] for t in json.loads(path.read_bytes())}
-
-
-def _phase(
-    phase: Phase, rows: int, counts: TokenCounts, size: estimate.ModelSize, speed: estimate.Speed, config: RunConfig,
-) -> PhasePlan:
-    shape = counts.shape(phase.rate, phase.shots)
-    updates = updates_in_phase(rows, phase, config.train.batch_size)
-    seconds = updates * estimate.update_seconds(size, shape, config, speed)
-    return PhasePlan(phase, rows, shape, updates, seconds, phase.rate in (0, 1) or phase.rate in counts.achieved)
-
-
-def _teaching_seconds(
-    queries: int, shape: estimate.Shape, size: estimate.ModelSize, speed: estimate.Speed, config: RunConfig,
-) -> float:
-    """Seconds in which a teacher answers so many queries."""
-    one = replace(shape, prefix=0, row=shape.row + TOKENS_PER_NEW_TOKEN * shape.label)
-    return queries / config.train.batch_size * estimate.update_seconds(size, one, config, speed)
-
-
-def _money(config: RunConfig, seconds: float, full: estimate.Shape, query: estimate.Shape) -> cost.Economics:
-    shapes = {"base_full_prompt": full, "promptintern": query}
-    prices = {n: cost.request_prices(config.cost, s.prefix + s.row, s.label, s.prefix) for n, s in shapes.items()}
-    return cost.economics(config.cost, cost.training_cost(config.cost, seconds, config.train.workers), prices)
+    run = RunDir(config.root)
+    made = is_current(run.templates, prepare_fingerprint(config, task.fingerprint()))  # from exactly this config
+    return TokenCounts(
+        head=len(encoder.prefix("")), template=len(encoder.prefix(task.template().text)), query=fmean(queries),
+        shot=two - one, heading=one - fmean(queries) - (two - one), label=fmean(labels),
+        achieved={t["rate"]: t["achieved"] for t in read_template_entries(run)} if made else {},
+        documents=fmean(whole) - fmean(queries), above=max(whole) - fmean(whole) + max(labels) - fmean(labels),
+    )
 
 
 def print_plan(plan: Plan, console: Console, scale: bool = False) -> None:
@@ -162,7 +135,7 @@ def print_plan(plan: Plan, console: Console, scale: bool = False) -> None:
     say(f"{config.name}: {config.model.base}, {size.weights / 1e6:,.0f}M weights, {lora}", "bold")
     rows = ", ".join(f"{n:,} {split}" for split, n in plan.rows.items()) + " rows"
     say("; ".join([rows, *([f"{plan.rejects:,} rejected"] if plan.rejects else []), *plan.notes]))
-    console.print(_table(plan))
+    console.print(_phases_table(plan))
     if any(not p.measured for p in plan.phases):
         say("~ template counted as rate x tokens; measured once it is compressed", "dim")
     where = f"{plan.speed.name} ({plan.speed.note}; give or take a factor of two, when nothing else runs there)"
@@ -175,13 +148,16 @@ def print_plan(plan: Plan, console: Console, scale: bool = False) -> None:
     say(f"Memory per worker{', on its GPU' if plan.host else ''}: {parts}")
     if plan.host:
         say(f"Host memory per worker: at most about {_parts(plan.host)}")
-    say(_workers(plan))
+    cores = "a share of the CPU cores, so that more workers on one machine are not faster"
+    each = "one GPU" if plan.speed.device == "gpu" else cores
+    batch = f"a batch of {train.batch_size} rows gives {config.rows_per_worker} to each"
+    say(f"Workers: {train.workers} training processes, each with {each}; {batch}.")
     if train.share_prefix and size.plain_batch_reason:
         say(f"Plain batches, in which every row brings its own copy of the template: {size.plain_batch_reason}")
     if plan.speed.device == "gpu" or scale:
         say(f"Placement: {placement.describe_placement(config)}")
     full, query = plan.full.prefix + plan.full.row, plan.query.prefix + plan.query.row
-    say(f"Inference: {query:,.0f} input tokens instead of {full:,.0f}, {plan.saved / full:.0%} fewer", "bold")
+    say(f"Inference: {query:,.0f} input tokens instead of {full:,.0f}, {1 - query / full:.0%} fewer", "bold")
     training = format_money(plan.money.training, config.cost.currency)
     say(f"Cost: training about {training}. If quality holds: {cost.payback_verdict(plan.money, config.cost)}")
     if scale or (plan.speed.device == "gpu" and train.workers > config.cluster.gpus_per_node):
@@ -189,27 +165,24 @@ def print_plan(plan: Plan, console: Console, scale: bool = False) -> None:
         print_scale(plan, console)
 
 
-def _table(plan: Plan) -> Table:
+def _phases_table(plan: Plan) -> Table:
+    """A line for each phase, and one for plain fine-tuning, whose phases have one prompt."""
     from rich import box
     from rich.table import Table
 
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1))
     for name in ("phase", "template", "shots", "rows x passes", "prefix", "row", "label", "updates", "time"):
         table.add_column(name, justify="right")
-    for i, p in enumerate(plan.phases):
-        table.add_row(*_cells(str(i), [p]), end_section=p is plan.phases[-1])
-    if plan.plain:
-        table.add_row(*_cells("plain", plan.plain))
+    lines = [(str(i), [p]) for i, p in enumerate(plan.phases)] + ([("plain", plan.plain)] if plan.plain else [])
+    for name, phases in lines:
+        p, epochs = phases[0], sum(p.phase.epochs for p in phases)
+        table.add_row(
+            name, f"{'' if p.measured else '~'}{p.phase.rate:.0%}", str(p.phase.shots), f"{p.rows:,} x {epochs}",
+            *(f"{tokens:,.0f}" for tokens in (p.shape.prefix, p.shape.row, p.shape.label)),
+            f"{sum(p.updates for p in phases):,}", _duration(sum(p.seconds for p in phases)),
+            end_section=p is plan.phases[-1],
+        )
     return table
-
-
-def _cells(name: str, phases: Sequence[PhasePlan]) -> list[str]:
-    """One line of the table, for one phase or for several with the same prompt."""
-    p, epochs = phases[0], sum(p.phase.epochs for p in phases)
-    tokens = [f"{t:,.0f}" for t in (p.shape.prefix, p.shape.row, p.shape.label)]
-    updates, seconds = sum(p.updates for p in phases), sum(p.seconds for p in phases)
-    kept = f"{'' if p.measured else '~'}{p.phase.rate:.0%}"
-    return [name, kept, str(p.phase.shots), f"{p.rows:,} x {epochs}", *tokens, f"{updates:,}", _duration(seconds)]
 
 
 def _teacher(plan: Plan) -> str:
@@ -223,13 +196,6 @@ def _teacher(plan: Plan) -> str:
     who = "the adapter as phase 0 leaves it" if adapter else "the base model"
     work = f"answers {queries:,} unlabelled queries with the prompt of phase 0"
     return f"Teacher: {who} {work}, about {_duration(plan.teaching)} of that"
-
-
-def _workers(plan: Plan) -> str:
-    train, cores = plan.config.train, "a share of the CPU cores, so that more workers on one machine are not faster"
-    each = "one GPU" if plan.speed.device == "gpu" else cores
-    rows = f"a batch of {train.batch_size} rows gives {plan.config.rows_per_worker} to each"
-    return f"Workers: {train.workers} training processes, each with {each}; {rows}."
 
 
 def _duration(seconds: float) -> str:

@@ -1,7 +1,7 @@
 """Charts as SVG text: training by phase, tokens of a request, quality with intervals.
 
-Written by hand: they take the page's fonts, stay sharp in print and need no scripts, and every string that comes from
-outside passes through `_text`, which escapes it. Sizes are pixels of the viewBox; the page scales them.
+They take the page's fonts, stay sharp in print and need no scripts. Every string from outside passes through `_text`,
+which escapes it. Sizes are pixels of the viewBox; the page scales them.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
+from itertools import islice
 from typing import Any
 
 from pi_ray.report import summary as numbers
@@ -21,8 +22,6 @@ INK, MUTED, GRID, BANDS = "#1d2329", "#5b646e", "#e3e7eb", ("#f3f5f8", "#ffffff"
 WIDTH = 960
 MAX_POINTS = 600  # of a curve; a longer log is averaged down to it
 FILE_STYLE = "background:#fff;font:13px sans-serif"  # of a chart that is a file of its own, where no page sets fonts
-
-
 Points = Sequence[tuple[float, float]]
 
 
@@ -46,18 +45,15 @@ class Panel:
 
 @dataclass(frozen=True)
 class PhaseSpan:
-    """A phase on the axis of updates, with the achieved rate of its template and the dev loss at its end.
-
-    `best` says that its adapter is the best one on dev rows.
-    """
+    """A phase on the axis of updates."""
 
     index: int
     phase: Phase
-    rate: float
+    rate: float  # achieved, of its template
     start: int
     end: int
-    dev_loss: float | None
-    best: bool = False
+    dev_loss: float | None  # at its end
+    best: bool = False  # whether its adapter is the best one on dev rows
 
 
 def training_chart(
@@ -111,11 +107,10 @@ def tokens_chart(summary: dict[str, Any]) -> str:
 def quality_chart(summary: dict[str, Any], metric: str) -> str:
     """A dot with its 95% interval for each column, for all test rows and for each group of them (the first six)."""
     found = numbers.summary_columns(summary)
-    groups = [g for g in summary.get("groups", {}) if g or len(summary["groups"]) > 1][:6]
     blocks = [("All test rows", summary["test_rows"], found)]
-    for g in groups:
-        own = {n: c.get("groups", {}).get(g, {}) for n, c in found.items()}
-        blocks.append((g or "Other rows", summary["groups"][g], own))
+    for group, rows in islice(numbers.groups_of(summary).items(), 6):
+        own = {n: c.get("groups", {}).get(group, {}) for n, c in found.items()}
+        blocks.append((group or "Other rows", rows, own))
     step, gap = 24, 42
     top_value = 100 if metric == "bleu" else 1
     height = len(blocks) * (gap + step * len(found))

@@ -21,32 +21,27 @@ PATIENCE_MONTHS = 12  # a payback later than this is called not worth it: prompt
 
 @dataclass(frozen=True)
 class Price:
-    """Money for one request, without a prefix cache and with one."""
+    """Money for one request."""
 
-    uncached: float
+    uncached: float  # without a prefix cache
     cached: float
 
 
 @dataclass(frozen=True)
 class Economics:
-    """Money against the full prompt. `saving` may be negative; `requests` None where training is never paid back."""
+    """Money against the full prompt."""
 
     training: float
     prices: dict[str, Price]
-    saving: Price
-    requests_uncached: int | None
+    saving: Price  # may be negative
+    requests_uncached: int | None  # until training is paid back; None for never
     requests_cached: int | None
-
-
-def request_price(cost: CostConfig, input_tokens: float, output_tokens: float, cached_tokens: float = 0) -> float:
-    """Money for one request of which `cached_tokens` of the input are read from a prefix cache."""
-    cached = min(cached_tokens, input_tokens)
-    return ((input_tokens - cached) * cost.input + cached * cost.cached_input + output_tokens * cost.output) / 1e6
 
 
 def request_prices(cost: CostConfig, input_tokens: float, output_tokens: float, prefix_tokens: float) -> Price:
     """Both prices of a request whose first `prefix_tokens` are equal in all requests."""
-    return Price(*(request_price(cost, input_tokens, output_tokens, cached) for cached in (0, prefix_tokens)))
+    uncached = (input_tokens * cost.input + output_tokens * cost.output) / 1e6
+    return Price(uncached, uncached - min(prefix_tokens, input_tokens) * (cost.input - cost.cached_input) / 1e6)
 
 
 def training_cost(cost: CostConfig, seconds: float, workers: int) -> float:
@@ -64,7 +59,7 @@ def break_even(training: float, before: float, after: float) -> int | None:
     return math.ceil(round(training / saving, 6)) if saving > 0 else None
 
 
-def economics(cost: CostConfig, training: float, prices: dict[str, Price]) -> Economics:
+def economics(training: float, prices: dict[str, Price]) -> Economics:
     """PromptIntern against the full prompt, each priced without a prefix cache, and each with one."""
     mine, full = prices["promptintern"], prices["base_full_prompt"]
     saving = Price(full.uncached - mine.uncached, full.cached - mine.cached)
@@ -74,12 +69,11 @@ def economics(cost: CostConfig, training: float, prices: dict[str, Price]) -> Ec
 
 def summary_economics(summary: dict[str, Any], cost: CostConfig) -> Economics:
     """Economics from the measured tokens and training time of eval/summary.json."""
-    trained = summary["train"]["promptintern"]
     prices = {
         name: request_prices(cost, c["input_tokens"], c["output_tokens"], c["prefix_tokens"])
         for name, c in numbers.summary_columns(summary).items()
     }
-    return economics(cost, trained_cost(cost, trained), prices)
+    return economics(trained_cost(cost, summary["train"]["promptintern"]), prices)
 
 
 def verdict(summary: dict[str, Any], cost: CostConfig) -> str:
@@ -106,23 +100,21 @@ def _plain_instead(summary: dict[str, Any], cost: CostConfig, metric: str) -> st
     against = numbers.compare_intervals(plain, summary["promptintern"], metric) if plain else "worse"
     if against == "worse":
         return ""
-    trained = summary["train"]["plain"]
-    request_prices = format_money(trained_cost(cost, trained), cost.currency)
-    return f" Plain fine-tuning saves as much, its quality is {against}, and its training cost {request_prices}."
+    trained = format_money(trained_cost(cost, summary["train"]["plain"]), cost.currency)
+    return f" Plain fine-tuning saves as much, its quality is {against}, and its training cost {trained}."
 
 
 def payback_verdict(found: Economics, cost: CostConfig) -> str:
     """The verdict by money alone."""
     cached, uncached = found.requests_cached, found.requests_uncached
     without = "nothing is saved either" if uncached is None else f"the adapter is paid back {_after(uncached, cost)}"
-    keep = "Keep your prompt and cache its prefix:"
+    first, back = "Keep your prompt and cache its prefix: ", "training is paid back"
     if cached is None:
-        first = f"{keep} a request then costs no more than one to the adapter"
+        first += "a request then costs no more than one to the adapter"
     elif cached > PATIENCE_MONTHS * cost.requests_per_month:
-        first = f"{keep} against that, training is paid back only {_after(cached, cost)}"
+        first += f"against that, {back} only {_after(cached, cost)}"
     else:
-        first = "The adapter pays: against the full prompt with a cached prefix, "
-        first += f"training is paid back {_after(cached, cost)}"
+        first = f"The adapter pays: against the full prompt with a cached prefix, {back} {_after(cached, cost)}"
     return f"{first}. Without such a cache, {without}."
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,21 +26,18 @@ def draw_after_phases(config: RunConfig, watch: Listener) -> Listener:
     def listen(entry: dict[str, Any]) -> None:
         watch(entry)
         if entry.get("event") in ("phase_end", "best"):
-            write_loss_plot(RunDir(config.root), config)
+            write_loss_plot(config)
 
     return listen
 
 
-def write_loss_plot(run: RunDir, config: RunConfig) -> bool:
-    """False when there is no update yet, or the disk takes no file: training goes on without one."""
-    updates = read_updates(run.train_log)
-    if not updates:
-        return False
-    try:
-        write_atomic(run.root / "loss.svg", training_chart(updates, [], phase_spans(run, config, updates), alone=True))
-    except StorageError:
-        return False
-    return True
+def write_loss_plot(config: RunConfig) -> None:
+    """Draw the run's losses, if there are any. A disk that does not take the file is no error: training goes on."""
+    run = RunDir(config.root)
+    if updates := read_updates(run.train_log):
+        with suppress(StorageError):
+            picture = training_chart(updates, [], phase_spans(config, updates), alone=True)
+            write_atomic(run.root / "loss.svg", picture)
 
 
 def read_updates(log: Path) -> list[dict[str, Any]]:
@@ -49,8 +47,9 @@ def read_updates(log: Path) -> list[dict[str, Any]]:
     return [by_step[step] for step in sorted(by_step)]
 
 
-def phase_spans(run: RunDir, config: RunConfig, updates: Sequence[dict[str, Any]]) -> list[PhaseSpan]:
+def phase_spans(config: RunConfig, updates: Sequence[dict[str, Any]]) -> list[PhaseSpan]:
     """The phases on the axis of updates; one without an update is left out."""
+    run = RunDir(config.root)
     log = list(read_log(run.train_log))
     dev_losses = {e["phase"]: e.get("dev_loss") for e in log if e.get("event") == "phase_end"}
     best = {e["phase"] for e in log if e.get("event") == "best"}

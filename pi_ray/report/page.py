@@ -13,8 +13,11 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
 from pi_ray import __version__, progress
 from pi_ray.config import RunConfig, dump_config
+from pi_ray.data.find_neighbours import read_facts, summarise_facts
 from pi_ray.errors import CorruptArtifactError, DataError
 from pi_ray.evaluate.columns import LABELS
 from pi_ray.report import charts, cost
@@ -32,14 +35,10 @@ def write_report(run: RunDir, config: RunConfig) -> Path:
 
     Raises DataError when the run was not evaluated, CorruptArtifactError when its summary cannot be read.
     """
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-    from markupsafe import Markup
-
     templates = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,
     )
-    templates.filters["svg"] = Markup
     page = templates.get_template("page.html").render(_context(run, config, _read_summary(run)))
     return write_atomic(run.report, _clean(page))
 
@@ -57,30 +56,24 @@ def _read_summary(run: RunDir) -> dict[str, Any]:
 def _context(run: RunDir, config: RunConfig, summary: dict[str, Any]) -> dict[str, Any]:
     metric, phases = numbers.main_metric(summary), plan_phases(config.schedule)
     updates, plain = read_updates(run.train_log), read_updates(run.baseline("plain").train_log)
-    spans = phase_spans(run, config, updates)
-    found = numbers.summary_columns(summary)
+    spans, found = phase_spans(config, updates), numbers.summary_columns(summary)
+    facts = read_facts(run)  # of how the examples were found; an earlier version did not name a method
     return {
-        "version": __version__,
-        "colours": charts.COLOURS,
-        "summary": summary,
+        "version": __version__, "colours": charts.COLOURS, "summary": summary,
         "names": [(name, numbers.column_label(name, column)) for name, column in found.items()],
         "headline": numbers.headline(summary, phases[-1]),
         "verdict": cost.verdict(summary, config.cost),
-        "findings": list(numbers.findings(summary)),
-        "caveats": list(numbers.caveats(summary)),
+        "findings": list(numbers.findings(summary)), "caveats": list(numbers.caveats(summary)),
         "tiles": _tiles(summary, config, metric),
-        "lines": numbers.table_lines(summary),
+        "lines": numbers.table_lines(summary), "group_lines": numbers.group_lines(summary, metric),
         "metric": numbers.metric_name(metric),
-        "group_lines": numbers.group_lines(summary, metric),
         "cost": _cost(summary, config),
         "phases": _phase_lines(run, spans),
-        "neighbours": _neighbours(run, config),
-        "tokens_svg": charts.tokens_chart(summary),
-        "quality_svg": charts.quality_chart(summary, metric),
+        "neighbours": summarise_facts(facts, config.retrieve.by) if "method" in facts else "",
+        "tokens_svg": charts.tokens_chart(summary), "quality_svg": charts.quality_chart(summary, metric),
         "training_svg": charts.training_chart(updates, plain, spans) if updates else "",
         "samples": list(_samples(run, found, config.evaluate.samples)),
-        "templates": read_template_entries(run),
-        "config": dump_config(config),
+        "templates": read_template_entries(run), "config": dump_config(config),
         "command": summary.get("command") or f"pi-ray run {shlex.quote(str(run.config))}",
     }
 
@@ -124,9 +117,8 @@ def _cost(summary: dict[str, Any], config: RunConfig) -> dict[str, Any]:
         "break_even": [
             f"{n:,} requests" if n is not None else "never" for n in (money.requests_uncached, money.requests_cached)
         ],
-        "prices": f"{prices.currency} per million tokens: input {prices.input:g}, "
-        f"cached input {prices.cached_input:g}, output {prices.output:g}; "
-        f"one worker for an hour {prices.training_hour:g}",
+        "prices": f"{prices.currency} per million tokens: input {prices.input:g}, cached input "
+        f"{prices.cached_input:g}, output {prices.output:g}; one worker for an hour {prices.training_hour:g}",
     }
 
 
@@ -138,7 +130,6 @@ def _trained(facts: dict[str, Any]) -> str:
 
 
 def _phase_lines(run: RunDir, spans: Sequence[charts.PhaseSpan]) -> list[list[str]]:
-    """Cells of the table of phases."""
     table = []
     for span in spans:
         manifest = read_manifest(run.phase(span.index)) or {}
@@ -149,14 +140,6 @@ def _phase_lines(run: RunDir, spans: Sequence[charts.PhaseSpan]) -> list[list[st
         asked = [str(span.index), f"{span.phase.rate:.0%}", f"{span.rate:.0%}", str(span.phase.shots)]
         table.append([*asked, rows, str(span.phase.epochs), *tokens, loss])
     return table
-
-
-def _neighbours(run: RunDir, config: RunConfig) -> str:
-    """How the examples were found; empty where there are none, or where an earlier version found them."""
-    from pi_ray.data.find_neighbours import read_facts, summarise_facts
-
-    facts = read_facts(run)
-    return summarise_facts(facts, config.retrieve.by) if "method" in facts else ""
 
 
 def _samples(run: RunDir, found: dict[str, Any], most: int) -> Iterator[dict[str, Any]]:
@@ -175,5 +158,5 @@ def _short(text: str) -> str:
 
 def _clean(text: str) -> str:
     """Text for HTML: control characters as their pictures (U+2400 and on), lone surrogates as a question mark."""
-    seen = "".join(chr(0x2400 + ord(c)) if ord(c) < 32 and c not in "\n\t" else c for c in text.replace("\r\n", "\n"))
-    return seen.encode("utf-8", "replace").decode("utf-8")
+    pictures = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"}
+    return text.replace("\r\n", "\n").translate(pictures).encode("utf-8", "replace").decode("utf-8")

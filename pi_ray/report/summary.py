@@ -78,7 +78,6 @@ def format_metric(metric: str, number: float, digits: int = 0) -> str:
 
 
 def format_seconds(number: float | None) -> str:
-    """A latency with a fitting unit."""
     if number is None:
         return "–"
     return f"{number * 1000:.0f} ms" if number < 0.9995 else f"{number:.2f} s"
@@ -91,43 +90,38 @@ def token_reduction(summary: dict[str, Any], column: dict[str, Any]) -> float:
 
 
 class Line(NamedTuple):
-    """One line of a table: a name and, for each column, a cell and a small note (such as its interval).
-
-    `rows` is the number of a group's test rows, 0 in the main table.
-    """
+    """One line of a table: a name and, for each column, a cell and a small note (such as its interval)."""
 
     name: str
     cells: list[tuple[str, str]]
-    rows: int = 0
-
-
-WHERE_MEASURED: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
-    ("latency_merged_s", "Latency, adapter merged", format_seconds),
-    ("off_task_perplexity", "Perplexity on other text", "{:.1f}".format),
-    ("recited", "Template recited when asked", "{:.0%}".format),
-    ("longest_run", "Longest run of its words", "{:.0f}".format),
-)
+    rows: int = 0  # the number of a group's test rows, 0 in the main table
 
 
 def table_lines(summary: dict[str, Any]) -> list[Line]:
     """The main table, used for the terminal and the page."""
     found = summary_columns(summary)
-    lines = [Line(metric_name(m), [_measured(c, m) for c in found.values()]) for m in metrics_of(summary)]
+    columns = found.values()
+    lines = [Line(metric_name(m), [_measured(c, m) for c in columns]) for m in metrics_of(summary)]
 
     def add(name: str, key: str, write: Callable[[Any], str], note: str = "") -> None:
-        cells = [(write(c[key]), note) if c.get(key) is not None else ("–", "") for c in found.values()]
-        lines.append(Line(name, cells))
+        lines.append(Line(name, [(write(c[key]), note) if c.get(key) is not None else ("–", "") for c in columns]))
 
     add("Input tokens per request", "input_tokens", "{:,.0f}".format)
     fewer = {n: format_percent(token_reduction(summary, c)) for n, c in found.items()} | {"base_full_prompt": "–"}
     lines.append(Line("Fewer than the full prompt", [(fewer[n], "") for n in found]))
     add("Output tokens per request", "output_tokens", "{:,.0f}".format)
-    if any(c.get("cut_off") for c in found.values()):
+    if any(c.get("cut_off") for c in columns):
         add("Answers cut off", "cut_off", "{:.1%}".format, f"at {summary['max_new_tokens']} tokens")
     add("Latency, no prefix cache", "latency_s", format_seconds)
     add("Latency, prefix cached", "latency_cached_s", format_seconds)
-    for key, name, write in WHERE_MEASURED:
-        if any(key in c for c in found.values()):
+    where_measured: dict[str, tuple[str, Callable[[Any], str]]] = {
+        "latency_merged_s": ("Latency, adapter merged", format_seconds),
+        "off_task_perplexity": ("Perplexity on other text", "{:.1f}".format),
+        "recited": ("Template recited when asked", "{:.0%}".format),
+        "longest_run": ("Longest run of its words", "{:.0f}".format),
+    }
+    for key, (name, write) in where_measured.items():
+        if any(key in c for c in columns):
             add(name, key, write)
     return lines
 
@@ -140,18 +134,22 @@ def _measured(column: dict[str, Any], metric: str) -> tuple[str, str]:
     return format_metric(metric, column[metric], 1), "" if low == high else note
 
 
+def groups_of(summary: dict[str, Any]) -> dict[str, int]:
+    """Group -> its test rows; "" has the other rows. Empty where the task names no groups."""
+    groups = summary.get("groups", {})
+    return {} if groups.keys() == {""} else groups
+
+
 def group_lines(summary: dict[str, Any], metric: str) -> list[Line]:
-    """`metric` for each group of test rows and column; empty where the task names no groups."""
-    found = summary_columns(summary)
+    """`metric` for each group of test rows and column."""
+    columns = summary_columns(summary).values()
     return [
-        Line(group, [_measured(c.get("groups", {}).get(group, {}), metric) for c in found.values()], rows)
-        for group, rows in summary.get("groups", {}).items()
-        if group or len(summary["groups"]) > 1
+        Line(group, [_measured(c.get("groups", {}).get(group, {}), metric) for c in columns], rows)
+        for group, rows in groups_of(summary).items()
     ]
 
 
 def summary_table(summary: dict[str, Any]) -> Table:
-    """The main table for the terminal."""
     from rich.text import Text
 
     def stacked(cell: tuple[str, str]) -> Text:
@@ -181,7 +179,7 @@ def terminal_table(title: str, head: Sequence[str], rows: Iterable[Sequence[str 
 
 
 def headline(summary: dict[str, Any], last: Phase) -> str:
-    """The result in one or two plain sentences; `last` is the phase whose prompt inference sends."""
+    """The result in two plain sentences; `last` is the phase whose prompt inference sends."""
     mine, full, metric = summary["promptintern"], summary["base_full_prompt"], main_metric(summary)
     sends = "the query alone" if not last.rate and not last.shots else "a shortened prompt"
     fewer = token_reduction(summary, mine)
@@ -197,21 +195,28 @@ def findings(summary: dict[str, Any]) -> Iterator[str]:
     """Further results, one sentence or two each: plain fine-tuning (also where it wins), groups, latency."""
     mine, metric = summary["promptintern"], main_metric(summary)
     if plain := summary.get("plain"):
-        yield _plain_sentence(mine, plain, metric) + _paired_sentence(summary, "plain", metric)
+        yield _plain_sentence(mine, plain, metric) + _paired_sentence(summary, metric)
         yield from _largest_gap_sentence(summary, metric)
     else:
         yield (
             "Plain fine-tuning was not evaluated (evaluate.baseline is off), so this page cannot say "
             "how much of the result comes from the prompt and how much from the rows."
         )
-    yield from _teacher_sentence(summary)
+    facts = summary.get("train", {}).get("promptintern", {})
+    if facts.get("queries"):
+        yield (
+            "A teacher with the full prompt before it "
+            f"answered {facts['answered']:,} of {facts['queries']:,} unlabelled queries; "
+            f"the adapter also learned from the {facts['kept']:,} answers that it was sure of. "
+            "Plain fine-tuning had as many updates, on the labelled rows alone."
+        )
     yield from _probe_sentences(summary)
     full = summary["base_full_prompt"]
     if mine.get("latency_s") is not None and full.get("latency_cached_s") is not None:
-        took = [format_seconds(s) for s in (mine["latency_s"], full["latency_s"], full["latency_cached_s"])]
+        took, uncached, cached = map(format_seconds, (mine["latency_s"], full["latency_s"], full["latency_cached_s"]))
         yield (
-            "A request takes {}; with the full prompt it takes {}, "
-            "or {} where the server caches the prompt's prefix.".format(*took)
+            f"A request takes {took}; with the full prompt it takes {uncached}, "
+            f"or {cached} where the server caches the prompt's prefix."
         )
 
 
@@ -226,26 +231,16 @@ def _plain_sentence(mine: dict[str, Any], plain: dict[str, Any], metric: str) ->
     return f"Plain fine-tuning on the same rows, which never sees the prompt, {end}"
 
 
-def _paired_sentence(summary: dict[str, Any], other: str, metric: str) -> str:
-    """The paired test against another column on the same rows, which sees smaller differences than two intervals."""
-    found = summary.get("paired", {}).get(other, {}).get(metric)
+def _paired_sentence(summary: dict[str, Any], metric: str) -> str:
+    """The paired test against plain fine-tuning, which sees smaller differences than two intervals."""
+    found = summary.get("paired", {}).get("plain", {}).get(metric)
     if not found:
         return ""
-    difference, low, high, p = found
-    points = [v if metric == "bleu" else 100 * v for v in (difference, low, high)]
-    text = " Row by row: {:+.1f} points (95%: {:+.1f} to {:+.1f}), p ".format(*points)
+    *points, p = found
+    text = " Row by row: {:+.1f} points (95%: {:+.1f} to {:+.1f}), p ".format(
+        *(v if metric == "bleu" else 100 * v for v in points)
+    )
     return text + (f"= {p:.3f}." if p >= 0.001 else "< 0.001.")
-
-
-def _teacher_sentence(summary: dict[str, Any]) -> Iterator[str]:
-    facts = summary.get("train", {}).get("promptintern", {})
-    if facts.get("queries"):
-        yield (
-            "A teacher with the full prompt before it "
-            f"answered {facts['answered']:,} of {facts['queries']:,} unlabelled queries; "
-            f"the adapter also learned from the {facts['kept']:,} answers that it was sure of. "
-            "Plain fine-tuning had as many updates, on the labelled rows alone."
-        )
 
 
 def _probe_sentences(summary: dict[str, Any]) -> Iterator[str]:

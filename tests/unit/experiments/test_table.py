@@ -131,11 +131,8 @@ def test_another_seed_takes_over_the_preparation(tmp_path):
 
 
 def test_one_seed_of_every_column_comes_before_two_of_any(tmp_path):
-    told, done = [], []
     found = sweep.load_sweep(table_file(tmp_path))
-    sweep.run_sweep(found, lambda c: None, lambda c: done.append(c.train.seed), lambda m: None, told.append)
-    assert done == [0, 0, 0, 1, 1, 1]
-    assert told[0] == "1 of 7: base, seed 0"
+    assert [r.seed for r in found.runs if r.trained] == [0, 0, 0, 1, 1, 1]
 
 
 def test_the_table_says_value_interval_seeds_tokens_and_difference(done):

@@ -82,7 +82,8 @@ def test_phases_shrink_and_updates_follow_rows_epochs_and_batch(config):
     made = plan_run(config.replace(**{"schedule.epochs": 2}))
     assert [p.phase.rate for p in made.phases] == [1.0, 0.5, 0.0]
     assert [p.updates for p in made.phases] == [math.ceil(50 * 2 / 8)] * 3
-    assert made.phases[0].tokens > made.phases[1].tokens > made.phases[2].tokens
+    tokens = [p.shape.prefix + p.shape.row + p.shape.label for p in made.phases]
+    assert tokens[0] > tokens[1] > tokens[2]
     assert made.rows == {"train": 50, "dev": 6, "test": 8}
 
 
@@ -93,7 +94,7 @@ def test_tokens_are_those_of_the_encoder(config):
     assert made.full.prefix == len(encoder.prefix(template))
     lengths = [len(encoder.row(f"train request number {i}")) for i in range(50)]
     assert made.query.row == pytest.approx(sum(lengths) / 50)
-    assert made.saved == made.full.prefix - made.query.prefix
+    assert made.query.row == made.full.row and made.query.prefix < made.full.prefix
 
 
 def test_a_prepared_template_replaces_the_estimate(config):

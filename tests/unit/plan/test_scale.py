@@ -68,16 +68,14 @@ def test_the_share_of_peak_agrees_with_published_runs_where_nothing_waits():
 
 
 def test_the_published_run_of_mixtral_with_lora_on_an_a100_is_held_against_the_model():
-    p = scale.PUBLISHED
-    config = RunConfig(
-        name="a", train={"workers": 1, "gpu": True, "batch_size": p.rows, "gradient_checkpointing": True}
-    )
+    rows, tokens, rows_per_second = 17, 174, 2.74  # the data set's median row on one A100
+    config = RunConfig(name="a", train={"workers": 1, "gpu": True, "batch_size": rows, "gradient_checkpointing": True})
     # rank 16 on the three layers of the two experts that a token uses
     size = replace(MIXTRAL, lora=2 * 32 * 3 * 16 * (4096 + 14336))
-    ours = scale.scaled_update(size, Shape(0, p.tokens, 0), config)
-    theirs = p.rows / p.rows_per_second
-    assert theirs / ours.seconds == pytest.approx(p.times_slower, rel=0.05)
-    assert ours.mfu * ours.seconds / theirs == pytest.approx(p.mfu, rel=0.05)
+    ours = scale.scaled_update(size, Shape(0, tokens, 0), config)
+    theirs = rows / rows_per_second
+    assert theirs / ours.seconds == pytest.approx(scale.MIXTRAL_SLOWER, rel=0.05)
+    assert ours.mfu * ours.seconds / theirs == pytest.approx(scale.MIXTRAL_MFU, rel=0.05)
 
 
 @pytest.mark.parametrize("workers, batch", [(8, 128), (16, 128), (48, 144), (128, 128), (256, 256), (512, 512)])

@@ -11,14 +11,13 @@ PRICES = CostConfig(input=1.0, cached_input=0.1, output=2.0, training_hour=3.0, 
 
 
 def test_a_request_is_priced_by_fresh_cached_and_generated_tokens():
-    assert cost.request_price(PRICES, 1000, 50) == pytest.approx((1000 * 1.0 + 50 * 2.0) / 1e6)
-    assert cost.request_price(PRICES, 1000, 50, cached_tokens=900) == pytest.approx(
-        (100 * 1.0 + 900 * 0.1 + 50 * 2.0) / 1e6
-    )
+    price = cost.request_prices(PRICES, 1000, 50, prefix_tokens=900)
+    assert price.uncached == pytest.approx((1000 * 1.0 + 50 * 2.0) / 1e6)
+    assert price.cached == pytest.approx((100 * 1.0 + 900 * 0.1 + 50 * 2.0) / 1e6)
 
 
 def test_more_cached_tokens_than_there_are_is_no_negative_price():
-    assert cost.request_price(PRICES, 10, 0, cached_tokens=99) == pytest.approx(10 * 0.1 / 1e6)
+    assert cost.request_prices(PRICES, 10, 0, prefix_tokens=99).cached == pytest.approx(10 * 0.1 / 1e6)
 
 
 def test_training_is_paid_by_worker_and_hour():
