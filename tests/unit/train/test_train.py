@@ -9,7 +9,7 @@ from pyarrow.fs import LocalFileSystem, SubTreeFileSystem
 from pi_ray.cluster.storage_sync import StorageSync
 from pi_ray.config import RunConfig, TrainConfig
 from pi_ray.errors import ConfigError, TrainingError
-from pi_ray.plan.update_tokens import tokens_of_updates
+from pi_ray.plan.estimate import tokens_of_updates
 from pi_ray.run.artifact import digest, verify_artifact
 from pi_ray.run.directory import RunDir
 from pi_ray.run.fingerprint import train_fingerprint
