@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from hashlib import blake2b
 from pathlib import Path
@@ -24,7 +24,7 @@ from pi_ray.protocols import SPLITS, UNLABELLED, Reject, Row, Task
 from pi_ray.retrieve.neighbours import normalised
 from pi_ray.run.artifact import staged, translate_disk_errors, write_atomic
 from pi_ray.run.directory import RunDir
-from pi_ray.run.row_store import RowWriter, StoredRows, write_rows
+from pi_ray.run.row_store import StoredRows, write_rows
 
 DEV_SHARE = 0.1  # of the training rows, when the task has no dev rows
 SHOWN = 3  # examples named in an error
@@ -72,15 +72,19 @@ def _store(task: Task, names: Sequence[str], folder: Path) -> tuple[dict[str, li
     keys: dict[str, list[RowKey]] = {split: [] for split in names}
     rejects: list[Reject] = []
     documents = 0
+
+    def accepted(split: str) -> Iterator[Row]:
+        nonlocal documents
+        for row in task.rows(split):
+            if isinstance(row, Reject):
+                rejects.append(row)
+                continue
+            keys[split].append(_key(row))
+            documents += len(row.documents)
+            yield row
+
     for split in names:
-        with RowWriter(folder / f"{split}.parquet") as writer:
-            for row in task.rows(split):
-                if isinstance(row, Reject):
-                    rejects.append(row)
-                    continue
-                writer.add(row)
-                keys[split].append(_key(row))
-                documents += len(row.documents)
+        write_rows(folder / f"{split}.parquet", accepted(split))
     return keys, rejects, documents
 
 

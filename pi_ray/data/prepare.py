@@ -5,7 +5,6 @@ Each step is an artifact in the run directory, written once and skipped when it 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 
 from pi_ray.config import RunConfig
@@ -22,7 +21,7 @@ from pi_ray.protocols import SPLITS, UNLABELLED, Task
 from pi_ray.run.artifact import is_current
 from pi_ray.run.directory import RunDir
 from pi_ray.run.fingerprint import prepare_fingerprint, wants_unlabelled
-from pi_ray.run.phases import numbered_phases
+from pi_ray.schedule import plan_phases
 
 Progress = Callable[[str], None]
 
@@ -67,7 +66,7 @@ def plan_datasets(config: RunConfig) -> list[PhaseData]:
 
     Dev rows have the last phase's prompt, and with early stop each phase's.
     """
-    phases = [PhaseData(str(i), "train", p.rate, p.shots) for i, p in numbered_phases(config)]
+    phases = [PhaseData(str(i), "train", p.rate, p.shots) for i, p in enumerate(plan_phases(config.schedule))]
     dev, unlabelled = phases[-1]._replace(name="dev", split="dev"), []
     if wants_unlabelled(config):
         unlabelled = [data._replace(name=f"{UNLABELLED}-{data.name}", split=UNLABELLED) for data in phases]
@@ -92,7 +91,7 @@ def _tokenise_phases(
     config: RunConfig, encoder: PromptEncoder, run: RunDir, fingerprint: str, progress: Progress,
 ) -> None:
     """One Ray Data job over the unfinished pieces of all datasets, then each dataset is sealed."""
-    texts = {e["rate"]: e["text"] for e in json.loads((run.templates / "templates.json").read_bytes())}
+    texts = run.read_templates()
     plan = plan_datasets(config)
     phase_dataset.remove_stale(run.phases, {data.name for data in plan}, fingerprint)
     todo = [data for data in plan if not is_current(run.phase(data.name), fingerprint)]
@@ -104,7 +103,7 @@ def _tokenise_phases(
     ranges = pieces.unfinished("phases", progress)
     run_pipeline(config, pieces, ranges, phase_dataset.TokeniseRows, config, fingerprint, todo)
     for name, _, rate, shots in todo:
-        text, phase = texts.get(rate, ""), {"rate": rate, "shots": shots}
+        text, phase = texts[rate], {"rate": rate, "shots": shots}
         made = phase_dataset.publish_phase(
             folders[name], run.phase(name), encoder.prefix(text), fingerprint=fingerprint, template=text, phase=phase,
         )

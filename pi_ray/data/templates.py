@@ -16,8 +16,8 @@ from pi_ray.models import load_tokenizer
 from pi_ray.prompt import Template
 from pi_ray.protocols import Compressor
 from pi_ray.run.artifact import staged
-from pi_ray.run.directory import RunDir
-from pi_ray.run.phases import distinct_rates, rate_name
+from pi_ray.run.directory import RunDir, rate_name
+from pi_ray.run.phases import distinct_rates
 
 MAX_THREADS = 4  # of an actor: more make a small model no faster
 

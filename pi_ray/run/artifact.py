@@ -84,11 +84,9 @@ def write_atomic(path: Path, content: str | bytes, sync: bool = True) -> Path:
     with translate_disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            with open(tmp, "wb") as f:
-                f.write(content.encode() if isinstance(content, str) else content)
-                f.flush()
-                if sync:
-                    os.fsync(f.fileno())
+            tmp.write_bytes(content.encode() if isinstance(content, str) else content)
+            if sync:
+                _sync(tmp)
             os.replace(tmp, path)
             if sync:
                 _sync(path.parent)
@@ -106,7 +104,6 @@ def staged(final: Path, **manifest: Any) -> Iterator[Path]:
     An older `final` is replaced only then; on any error it stays as it was and the temporary folder is removed.
     Keyword arguments go into the manifest. Raises StorageError where the disk does not take it.
     """
-    final = Path(final)
     tmp = temporary_path(final)
     with translate_disk_errors(final):
         tmp.mkdir(parents=True)
@@ -126,7 +123,7 @@ def remove_leftovers(folder: Path) -> None:
 
 
 def commit_folder(tmp: Path, final: Path, notify: bool = True) -> None:
-    """Give a sealed folder its final name beside it, in place of an older one. `notify`: call the write listeners."""
+    """Give a sealed folder its final name beside it, in place of an older one."""
     old = temporary_path(final, "old")
     if final.exists():
         os.rename(final, old)
@@ -163,8 +160,8 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     except ValueError as error:
-        problem = f"not readable as JSON ({error}); delete the folder to make it again"
-        raise CorruptArtifactError(f"{path}: {problem}") from error
+        cure = "delete the folder to make it again"
+        raise CorruptArtifactError(f"{path}: not readable as JSON ({error}); {cure}") from error
 
 
 def verify_artifact(folder: Path) -> dict[str, Any]:
@@ -175,38 +172,19 @@ def verify_artifact(folder: Path) -> dict[str, Any]:
     if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict):
         raise CorruptArtifactError(f"{path}: it lists no files")
     found = digest({k: v for k, v in manifest.items() if k != MANIFEST_HASH})
-    if manifest.get(MANIFEST_HASH, found) != found:
-        raise CorruptArtifactError(
-            f"{path}: sha256 {found} of its content differs from the recorded {manifest[MANIFEST_HASH]}"
-        )
+    if (recorded := manifest.get(MANIFEST_HASH, found)) != found:
+        raise CorruptArtifactError(f"{path}: sha256 {found} of its content differs from the recorded {recorded}")
     for name, recorded in manifest["files"].items():
         path = Path(folder) / name
         if not path.is_file():
             raise CorruptArtifactError(f"{path}: missing (manifest names it)")
+        expected = recorded.get("sha256") if isinstance(recorded, dict) else None
         found = digest_file(path)
-        if found != recorded["sha256"]:
-            raise CorruptArtifactError(f"{path}: sha256 {found} differs from the recorded {recorded['sha256']}")
+        if found != expected:
+            raise CorruptArtifactError(f"{path}: sha256 {found} differs from the recorded {str(expected)[:64]}")
     return manifest
 
 
 def is_current(folder: Path, fingerprint: str) -> bool:
     """Whether `folder` is complete and was made from exactly this fingerprint, so that the step can be skipped."""
     return (read_manifest(folder) or {}).get("fingerprint") == fingerprint
-
-
-def read_parquet(path: Path, columns: list[str] | None = None, **options: Any) -> Any:
-    """A table of plain columns, by pyarrow.parquet. Raises CorruptArtifactError as `refuse_extension_types`."""
-    import pyarrow.parquet as pq
-
-    table = pq.read_table(path, columns=columns, **options)
-    refuse_extension_types(path, table.schema)
-    return table
-
-
-def refuse_extension_types(path: Path, schema: Any) -> None:
-    """Raise CorruptArtifactError for Arrow extension types in a schema: the values of some of Ray's are pickles."""
-    if odd := [field.name for field in schema if "extension<" in str(field.type)]:
-        raise CorruptArtifactError(
-            f"{path}: column {', '.join(odd)} has an Arrow extension type, which pi-ray never writes and does not "
-            "read; delete the folder and prepare again"
-        )

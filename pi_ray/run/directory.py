@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from pi_ray.errors import TrainingError
 from pi_ray.prompt import Example
 from pi_ray.protocols import SPLITS, UNLABELLED, Row
 from pi_ray.run.artifact import read_manifest
-from pi_ray.run.phases import rate_name
 
 if TYPE_CHECKING:
     from pi_ray.run.row_store import StoredRows
@@ -77,18 +78,32 @@ class RunDir:
         """
         if not k:
             return {}
-        found = self._neighbours(split, begin, end).to_pylist()
-        best = {r["id"]: [bank[n] for n in r["neighbours"][:k]] for r in found}
-        return {row: [Example(e.query, e.answer) for e in reversed(examples)] for row, examples in best.items()}
-
-    def _neighbours(self, split: str, begin: int, end: int | None) -> Any:
-        """Rows [begin, end) of a split in neighbours.parquet, in which one split follows another."""
         from pi_ray.run.row_store import read_range
 
         counts = (read_manifest(self.rows) or {})["rows"]
-        order = [s for s in (*SPLITS, UNLABELLED) if s in counts]
+        order = [s for s in (*SPLITS, UNLABELLED) if s in counts]  # in which neighbours.parquet has the splits
         start = sum(counts[s] for s in order[: order.index(split)])
-        return read_range(self.neighbours, start + begin, start + (counts[split] if end is None else end))
+        found = read_range(self.neighbours, start + begin, start + (counts[split] if end is None else end)).to_pylist()
+        best = {r["id"]: [bank[n] for n in r["neighbours"][:k]] for r in found}
+        return {row: [Example(e.query, e.answer) for e in reversed(examples)] for row, examples in best.items()}
+
+    def read_templates(self) -> dict[float, str]:
+        """rate -> template text; rate 0 is no template."""
+        entries = json.loads((self.templates / "templates.json").read_bytes())
+        return {**{e["rate"]: e["text"] for e in entries}, 0.0: ""}
+
+    def prepared_fingerprint(self) -> str:
+        """The fingerprint of the prepared rows. Raises TrainingError where nothing was prepared."""
+        manifest = read_manifest(self.rows)
+        if manifest is None:
+            cure = "run 'pi-ray prepare' (or 'pi-ray run') with this run.yaml first"
+            raise TrainingError(f"{self.root}: nothing prepared; {cure}")
+        return manifest["fingerprint"]
+
+
+def rate_name(rate: float) -> str:
+    """A template rate as file names have it."""
+    return f"{rate:.2f}" if round(rate, 2) == rate else str(rate)
 
 
 def documents_file(split: str, rate: float) -> str:

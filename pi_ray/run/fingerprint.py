@@ -24,19 +24,19 @@ NOT_LEARNED = {
 }  # fmt: skip
 
 
-def prepare_fingerprint(config: RunConfig, task_fingerprint: str) -> str:
-    phases = [(p.rate, p.shots) for p in plan_phases(config.schedule)]
-    parts = [__version__, task_fingerprint, _dump(config, *PREPARED), phases, max_shots(config)]
-    return digest([*parts, UNLABELLED] if wants_unlabelled(config) else parts)
-
-
 def wants_unlabelled(config: RunConfig) -> bool:
     """Whether a teacher answers queries that have no answer."""
     return config.train.objective != "sft"
 
 
+def prepare_fingerprint(config: RunConfig, task: str) -> str:
+    """Of the prepared rows; `task` is the fingerprint of the task's rows and template."""
+    phases = [(p.rate, p.shots) for p in plan_phases(config.schedule)]
+    parts = [__version__, task, _dump(config, *PREPARED), phases, max_shots(config)]
+    return digest([*parts, UNLABELLED] if wants_unlabelled(config) else parts)
+
+
 def train_fingerprint(config: RunConfig, prepare: str) -> str:
-    """`prepare` is the fingerprint of the prepared rows."""
     phases = [(p.rate, p.shots, p.epochs, p.steps) for p in plan_phases(config.schedule)]
     return digest([prepare, _learned(config), phases])
 

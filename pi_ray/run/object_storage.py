@@ -8,14 +8,15 @@ from __future__ import annotations
 import io
 import re
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO
+from typing import Any
 
-from pi_ray.errors import StorageError
-from pi_ray.run.artifact import TEMPORARY, temporary_path
+from pi_ray.errors import CorruptArtifactError, StorageError
+from pi_ray.run import artifact
 
 CHUNK = 1 << 20  # bytes copied at once
 
@@ -26,7 +27,7 @@ def is_url(place: Path | str) -> bool:
 
 def is_temporary(key: str) -> bool:
     """Whether `key` is, or lies in, something that is still being written."""
-    return any(TEMPORARY.fullmatch(part) for part in PurePosixPath(key).parts)
+    return any(artifact.TEMPORARY.fullmatch(part) for part in PurePosixPath(key).parts)
 
 
 class ObjectStorage:
@@ -51,18 +52,14 @@ class ObjectStorage:
 
     def list_keys(self, inside: str = "") -> list[str]:
         """The keys of all whole objects under the folder `inside`."""
-        from pyarrow.fs import FileSelector, FileType
-
-        found = self._files.get_file_info(FileSelector(self._path(inside), allow_not_found=True, recursive=True))
-        keys = [info.path.removeprefix(self._root).lstrip("/") for info in found if info.type == FileType.File]
+        found = self._list(inside, recursive=True)
+        keys = [info.path.removeprefix(self._root).lstrip("/") for info in found if info.is_file]
         return [key for key in keys if not is_temporary(key)]
 
     def list_folders(self, inside: str = "", pattern: str = "*", holding: str = "") -> list[str]:
         """Names of the folders directly in `inside` that fit `pattern` and hold an object of the name `holding`."""
-        from pyarrow.fs import FileSelector, FileType
-
-        found = self._files.get_file_info(FileSelector(self._path(inside), allow_not_found=True))
-        names = [i.base_name for i in found if i.type == FileType.Directory and fnmatchcase(i.base_name, pattern)]
+        found = self._list(inside)
+        names = [i.base_name for i in found if not i.is_file and fnmatchcase(i.base_name, pattern)]
         if not holding or not names:
             return names
         infos = self._files.get_file_info([f"{self._path(inside)}/{name}/{holding}" for name in names])
@@ -76,39 +73,52 @@ class ObjectStorage:
         except FileNotFoundError:
             return None
 
-    def fetch(self, key: str, path: Path, max_bytes: int | None = None) -> bool:
+    def fetch(self, key: str, path: Path, max_bytes: int = sys.maxsize) -> bool:
         """Copy an object into a file, no more than `max_bytes` of it. Returns whether that was all of it."""
         with self._files.open_input_stream(self._path(key)) as stream, open(path, "wb") as out:
-            if max_bytes is None:
-                shutil.copyfileobj(stream, out, CHUNK)
-                return True
             while max_bytes and (data := stream.read(min(CHUNK, max_bytes))):
                 max_bytes -= out.write(data)
             return not stream.read(1)
+
+    def fetch_folder(self, key: str, manifest: bytes, folder: Path) -> None:
+        """Copy the artifact `key` with this manifest beside `folder`, verify it, and only then give it that name.
+
+        Raises FileNotFoundError or CorruptArtifactError where it is not whole on storage, and StorageError.
+        """
+        tmp = artifact.temporary_path(folder)
+        with artifact.translate_disk_errors(folder):
+            tmp.mkdir(parents=True)
+            try:
+                (tmp / artifact.MANIFEST).write_bytes(manifest)
+                for name, recorded in (artifact.read_manifest(tmp) or {})["files"].items():
+                    if not (tmp / name).resolve().is_relative_to(tmp.resolve()):
+                        raise CorruptArtifactError("its manifest names a file outside it")
+                    (tmp / name).parent.mkdir(parents=True, exist_ok=True)
+                    if not self.fetch(f"{key}/{name}", tmp / name, recorded["bytes"]):
+                        raise CorruptArtifactError(f"{name}: larger than the {recorded['bytes']} bytes of its manifest")
+                artifact.verify_artifact(tmp)
+                artifact.commit_folder(tmp, folder, notify=False)
+            except CorruptArtifactError as error:
+                raise CorruptArtifactError(str(error).removeprefix(f"{tmp}/")) from error
+            finally:
+                shutil.rmtree(tmp, ignore_errors=True)
 
     def delete(self, key: str) -> None:
         with suppress(FileNotFoundError):
             self._files.delete_file(self._path(key))
 
-    def write(self, data: bytes, key: str, atomic: bool = True) -> None:
-        """As `upload`, from memory."""
-        self._put(io.BytesIO(data), key, atomic)
-
-    def upload(self, path: Path, key: str, atomic: bool = True) -> None:
-        """Copy a file to `key`, whole or not at all: it is sent under another name, then moved.
+    def upload(self, content: Path | bytes, key: str, atomic: bool = True) -> None:
+        """Copy a file, or bytes, to `key`, whole or not at all: it is sent under another name, then moved.
 
         With `atomic=False` it goes straight to its name, where a part of it stays if the connection is lost: for a
         file that no manifest names yet, and for one that the provider replaces as a whole.
         """
-        with open(path, "rb") as source:
-            self._put(source, key, atomic)
-
-    def _put(self, source: BinaryIO, key: str, atomic: bool) -> None:
         final = PurePosixPath(self._path(key))
-        target = temporary_path(final) if atomic else final
+        target = artifact.temporary_path(final) if atomic else final
         self._files.create_dir(str(final.parent), recursive=True)
+        source = io.BytesIO(content) if isinstance(content, bytes) else open(content, "rb")  # noqa: SIM115 (closed below)
         try:
-            with self._files.open_output_stream(str(target)) as out:
+            with source, self._files.open_output_stream(str(target)) as out:
                 shutil.copyfileobj(source, out, CHUNK)
             if atomic:
                 self._files.move(str(target), str(final))
@@ -124,6 +134,11 @@ class ObjectStorage:
         if handler := getattr(self._opened, "handler", None):
             handler.fs.invalidate_cache()
         return self._opened
+
+    def _list(self, inside: str, recursive: bool = False) -> list[Any]:
+        from pyarrow.fs import FileSelector
+
+        return self._files.get_file_info(FileSelector(self._path(inside), allow_not_found=True, recursive=recursive))
 
     def _path(self, key: str) -> str:
         return f"{self._root}/{key}".rstrip("/")

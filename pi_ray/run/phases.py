@@ -1,16 +1,20 @@
-"""The phases of a run, and the template rates and examples that all of them together need."""
+"""The phases of a run, what all of them together need, and the prompts and the baseline that they are compared with."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from typing import NamedTuple
 
 from pi_ray.config import RunConfig
-from pi_ray.schedule import Phase, plan_phases
+from pi_ray.run.directory import RunDir
+from pi_ray.schedule import plan_phases
 
 
-def rate_name(rate: float) -> str:
-    """A template rate as file names have it."""
-    return f"{rate:.2f}" if round(rate, 2) == rate else str(rate)
+class ColumnPrompt(NamedTuple):
+    """A template, the number of examples, and the rate at which template and documents are compressed."""
+
+    template: str
+    shots: int
+    rate: float
 
 
 def distinct_rates(config: RunConfig) -> list[float]:
@@ -23,5 +27,24 @@ def max_shots(config: RunConfig) -> int:
     return max(config.evaluate.shots, *(p.shots for p in plan_phases(config.schedule)))
 
 
-def numbered_phases(config: RunConfig) -> Iterator[tuple[int, Phase]]:
-    return enumerate(plan_phases(config.schedule))
+def prompts_of_columns(config: RunConfig) -> dict[str, ColumnPrompt]:
+    """Column -> the prompt that its model is asked with; PromptIntern's is that of the last phase."""
+    templates, last = RunDir(config.root).read_templates(), plan_phases(config.schedule)[-1]
+    nothing = ColumnPrompt("", 0, 0.0)
+    return {
+        "base": nothing,
+        "base_full_prompt": ColumnPrompt(templates[1.0], config.evaluate.shots or max_shots(config), 1.0),
+        "plain": nothing,
+        "promptintern": ColumnPrompt(templates[last.rate], last.shots, last.rate),
+    }
+
+
+def plain_finetuning_config(config: RunConfig) -> RunConfig:
+    """The baseline: plain fine-tuning, which is a schedule and needs no code of its own.
+
+    Rate 0 and no shots in every phase: the run's rows, updates and learning rates, without a prompt.
+    """
+    phases = [{"rate": 0.0, "shots": 0, "epochs": p.epochs, "steps": p.steps} for p in plan_phases(config.schedule)]
+    changes = {"evaluate.shots": 0, "train.objective": "sft", "train.gist": 0, "train.init_adapter": ""}
+    run_dir = str(RunDir(config.root).baseline("plain").root)
+    return config.replace(run_dir=run_dir, schedule={"name": "list", "list": phases}, **changes)

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import accumulate
+from itertools import accumulate, islice
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pi_ray.errors import CorruptArtifactError
 from pi_ray.protocols import Row
-from pi_ray.run.artifact import refuse_extension_types, write_atomic
+from pi_ray.run.artifact import write_atomic
 
 GROUP_ROWS = 4096  # rows that are read at once
 SCHEMA = pa.schema({
@@ -30,13 +31,17 @@ def count_rows(path: Path) -> int:
     return pq.read_metadata(path).num_rows
 
 
-def read_range(path: Path, begin: int = 0, end: int | None = None, columns: Sequence[str] | None = None) -> pa.Table:
+def read_range(
+    path: Path, begin: int = 0, end: int | None = None, columns: Sequence[str] | None = None, memory_map: bool = False,
+) -> pa.Table:
     """Rows [begin, end) of a file; only the row groups that hold them are read.
 
-    Raises CorruptArtifactError as `artifact.read_parquet`.
+    Raises CorruptArtifactError for Arrow extension types: the values of some of Ray's are pickles.
     """
-    with pq.ParquetFile(path, page_checksum_verification=True) as file:
-        refuse_extension_types(path, file.schema_arrow)
+    with pq.ParquetFile(path, memory_map=memory_map, page_checksum_verification=True) as file:
+        if odd := [field.name for field in file.schema_arrow if "extension<" in str(field.type)]:
+            cure = "which pi-ray never writes and does not read; delete the folder and prepare again"
+            raise CorruptArtifactError(f"{path}: column {', '.join(odd)} has an Arrow extension type, {cure}")
         ends = list(accumulate(file.metadata.row_group(g).num_rows for g in range(file.num_row_groups)))
         begin, end, _ = slice(begin, end).indices(ends[-1] if ends else 0)
         groups = [g for g, last in enumerate(ends) if last > begin and (ends[g - 1] if g else 0) < end]
@@ -74,36 +79,13 @@ class StoredRows(Sequence[Row]):
         return read_range(self.path, begin, end, ["id"])["id"].to_pylist()
 
 
-class RowWriter:
-    """Writes rows as they come, a row group at a time. A context manager."""
-
-    def __init__(self, path: Path):
-        self.writer = pq.ParquetWriter(path, SCHEMA, **PARQUET)
-        self.waiting: list[Row] = []
-
-    def __enter__(self) -> RowWriter:
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        self._flush()
-        self.writer.close()
-
-    def add(self, row: Row) -> None:
-        self.waiting.append(row)
-        if len(self.waiting) == GROUP_ROWS:
-            self._flush()
-
-    def _flush(self) -> None:
-        if self.waiting:
-            columns = {name: [getattr(r, name) for r in self.waiting] for name in SCHEMA.names}
-            self.writer.write_table(pa.table(columns, schema=SCHEMA))
-            self.waiting = []
-
-
 def write_rows(path: Path, rows: Iterable[Row]) -> None:
-    with RowWriter(path) as writer:
-        for row in rows:
-            writer.add(row)
+    """Write rows as they come, a row group at a time."""
+    rows = iter(rows)
+    with pq.ParquetWriter(path, SCHEMA, **PARQUET) as writer:
+        while group := list(islice(rows, GROUP_ROWS)):
+            columns = {name: [getattr(row, name) for row in group] for name in SCHEMA.names}
+            writer.write_table(pa.table(columns, schema=SCHEMA))
 
 
 def write_piece(path: Path | str, table: pa.Table) -> None:

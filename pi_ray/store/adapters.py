@@ -1,12 +1,12 @@
 """The adapter store as serving sees it: a name -> a verified folder. Names are checked before any file is touched.
 
-    store/<name>/latest.json            {"version": "v0002"}
-    store/<name>/aliases.json           which version answers (aliases.py); written by `pi-ray release`
-    store/<name>/v0001, v0002, ...      adapter_model.safetensors, adapter_config.json, pi_ray.json, prompt.json,
-                                        README.md, manifest.json
+    store/<name>/latest.json        {"version": "v0002"}
+    store/<name>/aliases.json       which version answers (aliases.py); written by `pi-ray release`
+    store/<name>/v0001, ...         adapter_model.safetensors, adapter_config.json, pi_ray.json (the card), README.md,
+                                    manifest.json, and prompt.json for the prompt guard
 
-The store is a folder (local.py) or behind a URL (remote.py). Its content may have been copied from elsewhere, so it is
-treated as hostile until it is verified.
+The store is a folder or behind a URL (backends.py). Its content may come from elsewhere, so it is treated as hostile
+until it is verified.
 """
 
 from __future__ import annotations
@@ -22,9 +22,8 @@ from pi_ray.errors import AdapterError
 from pi_ray.run.artifact import MANIFEST, digest, digest_file
 from pi_ray.run.object_storage import is_url
 from pi_ray.store.aliases import ALIAS, ALIASES_FILE, DEFAULT_ALIAS, LATEST, LATEST_FILE, VERSION, Alias, parse_aliases
-from pi_ray.store.local import LocalStore
+from pi_ray.store.backends import LocalStore, RemoteStore, StoreUnavailableError
 from pi_ray.store.prompt_guard import PROMPT_FILE, PromptGuard
-from pi_ray.store.remote import RemoteStore, StoreUnavailableError
 from pi_ray.store.verify import read_json, verify_adapter
 
 __all__ = ["NAME", "Adapter", "AdapterStore", "StoreUnavailableError", "UnknownAdapterError", "split_name"]
@@ -48,7 +47,7 @@ class Adapter:
 
 
 def split_name(spec: str) -> tuple[str, str]:
-    """Split "name", "name@v0002" or "name@alias" at the "@", or raise UnknownAdapterError. Touches no file."""
+    """Split "name", "name@v0002" or "name@alias" at the "@", or raise UnknownAdapterError. No file is touched."""
     name, at, label = spec.partition("@")
     if not NAME.fullmatch(name) or (at and not VERSION.fullmatch(label) and not ALIAS.fullmatch(label)):
         rule = "1 to 64 of a-z, 0-9, '.', '_' and '-', and may be followed by @v0001 or @alias"
@@ -121,16 +120,14 @@ class AdapterStore:
             self._refused[state] = f"adapter '{name}@{version}' is refused: {error}"
             if len(self._refused) > MAX_REFUSALS:
                 del self._refused[next(iter(self._refused))]
-            raise AdapterError(f"adapter '{name}@{version}' is refused: {error}") from error
-        guard = None
-        if (path / PROMPT_FILE).is_file():
-            guard = PromptGuard(read_json(path / PROMPT_FILE), PromptConfig(**card["prompt"]))
-        return Adapter(name, version, path, card, guard)
+            raise AdapterError(self._refused[state]) from error
+        file, wording = path / PROMPT_FILE, PromptConfig(**card["prompt"])
+        return Adapter(name, version, path, card, PromptGuard(read_json(file), wording) if file.is_file() else None)
 
 
 def _folder_state(path: Path) -> str:
     """Hash of the manifest and of each file's size and times: a folder that was changed since is verified again."""
-    stats = [(e.name, e.stat(follow_symlinks=False)) for e in sorted(os.scandir(path), key=lambda e: e.name)]
+    stats = sorted((e.name, e.stat(follow_symlinks=False)) for e in os.scandir(path))
     files = [(name, s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino) for name, s in stats]
     manifest = path / MANIFEST
     return digest([str(path), files, digest_file(manifest) if manifest.is_file() else ""])

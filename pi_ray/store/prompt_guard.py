@@ -1,19 +1,15 @@
 """The prompt guard: how to answer a request that still carries the prompt which its adapter has internalised.
 
-- The template as it was trained on, or one of its compressed forms, before the query or as system message: it is
-  stripped, together with examples of the training rows, which may be turns of user and assistant, and the adapter gets
-  the query. White space does not count.
-- A changed template (at least SIMILAR of its three-word sequences are there): the base model answers. It reads the
-  changed prompt, compressed as far as that needs no compressor: from each run of RUN or more words of the template, the
-  words that its best compressed form left out are left out again (best: the highest rate below 1, which loses least);
-  all other words stay, so nothing that is new is lost. Where the compressor rewrote the template instead of dropping
-  words, the prompt stays as it came.
-- A system message that says no more than "You are a helpful assistant." is stripped as well; any other one is refused,
-  since the adapter was trained without it, and to drop its request in silence would give a wrong answer.
+- The template of training or a compressed form of it, before the query or as system message, is stripped, together with
+  examples of training rows, also where these are turns of user and assistant: the adapter gets the query. White space
+  does not count.
+- A changed template (at least SIMILAR of its n-grams are there) goes to the base model, compressed as far as that needs
+  no compressor: from each run of MIN_MATCH or more template words, the words that the best compressed form dropped (the
+  highest rate below 1, which loses least) are dropped again. All other words stay, so nothing new is lost. Where the
+  compressor rewrote the template instead of dropping words, the prompt stays as it came.
+- A system message that says no more than "You are a helpful assistant." is stripped. Any other is refused: the adapter
+  was trained without it, and to drop its request in silence would give a wrong answer.
 - Anything else is a query.
-
-prompt.json, which `publish` writes beside the weights, has the template, its compressed forms, and hashes of the
-examples.
 """
 
 from __future__ import annotations
@@ -22,11 +18,12 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import BaseModel, Field, model_validator
 
 from pi_ray.compress.words import join_words, kept_in_order, word_spans
 from pi_ray.config import PromptConfig
-from pi_ray.prompt import Example
 from pi_ray.run.artifact import digest
 
 PROMPT_FILE = "prompt.json"
@@ -38,6 +35,7 @@ MAX_EXAMPLES = 50_000
 MAX_TEMPLATE = 1 << 20  # characters
 HASH_DIGITS = 16  # of an example's hash
 MAX_PARAGRAPHS = 12  # of an example that is recognised
+ExampleHash = Annotated[str, Field(pattern=f"^[0-9a-f]{{{HASH_DIGITS}}}$")]
 COURTESY = re.compile(
     r"you(?: are|'re) an?(?:,? (?:and )?(?:very )?(?:helpful|useful|friendly|polite|honest|harmless|smart|ai))* "
     r"assistant\W*", re.IGNORECASE,
@@ -59,37 +57,34 @@ def format_example(wording: str, query: str, answer: str) -> str:
     return re.sub(r"\{(query|answer)\}", lambda found: query if found[1] == "query" else answer, wording)
 
 
+class CompressedForm(BaseModel):
+    """The template as it was compressed to a rate."""
+
+    rate: Annotated[float, Field(gt=0, lt=1, strict=True)]
+    text: str
+
+
+class PromptRecord(BaseModel):
+    """The content of prompt.json."""
+
+    template: Annotated[str, Field(max_length=MAX_TEMPLATE)]
+    sha256: str
+    compressed: Annotated[list[CompressedForm], Field(max_length=100)]
+    examples: Annotated[list[ExampleHash], Field(max_length=MAX_EXAMPLES)]
+
+    @model_validator(mode="after")
+    def _check_hash(self) -> PromptRecord:
+        if self.sha256 != digest(collapse_whitespace(self.template)):
+            raise ValueError("sha256 is not that of the template")
+        return self
+
+
 def prompt_record(template: str, compressed: Sequence[dict[str, Any]], examples: Sequence[str]) -> dict[str, Any]:
     """The content of prompt.json. `compressed` are {"rate", "text"}, `examples` their texts as training words them."""
-    hashes = sorted({hash_example(example) for example in examples[:MAX_EXAMPLES]})
     return {
         "format": 1, "template": template, "sha256": digest(collapse_whitespace(template)),
-        "compressed": list(compressed), "examples": hashes,
-    }  # fmt: skip
-
-
-def prompt_record_error(data: dict[str, Any]) -> str:
-    """Why `data` cannot be the content of a prompt.json, or ""."""
-    template, compressed, examples = data.get("template"), data.get("compressed"), data.get("examples")
-    if not isinstance(template, str) or len(template) > MAX_TEMPLATE:
-        return f"the template is not a text of at most {MAX_TEMPLATE} characters"
-    if data.get("sha256") != digest(collapse_whitespace(template)):
-        return "sha256 is not that of the template"
-    if not isinstance(compressed, list) or len(compressed) > 100 or not all(map(_is_compressed_form, compressed)):
-        return "compressed is not a list of rates and texts"
-    if not isinstance(examples, list) or len(examples) > MAX_EXAMPLES or not all(map(_is_hash, examples)):
-        return "examples is not a list of hashes"
-    return ""
-
-
-def _is_compressed_form(form: Any) -> bool:
-    if not isinstance(form, dict) or not isinstance(form.get("text"), str):
-        return False
-    return type(form.get("rate")) in (int, float) and 0 < form["rate"] < 1
-
-
-def _is_hash(text: Any) -> bool:
-    return isinstance(text, str) and re.fullmatch(rf"[0-9a-f]{{{HASH_DIGITS}}}", text) is not None
+        "compressed": list(compressed), "examples": sorted({hash_example(e) for e in examples[:MAX_EXAMPLES]}),
+    }
 
 
 @dataclass(frozen=True)
@@ -110,12 +105,13 @@ class PromptGuard:
 
     def __init__(self, prompt: dict[str, Any], config: PromptConfig):
         self.template = prompt["template"]
+        self._words = self.template.split()
+        self._ngrams = _ngrams(self._words)
         self._compressed = [form["text"] for form in sorted(prompt["compressed"], key=lambda form: -form["rate"])]
         known = {collapse_whitespace(text) for text in (self.template, *self._compressed)} - {""}
         self._known = sorted(known, key=len, reverse=True)
         self._examples = frozenset(prompt["examples"])
         self._config = config
-        self._ngrams = _ngrams(self.template.split())
 
     def inspect(self, system: str, query: str, turns: Sequence[tuple[str, str]] = ()) -> GuardResult:
         """Recognise the prompt in a request.
@@ -132,37 +128,30 @@ class PromptGuard:
         """Turns after a template are examples; without a template they are a conversation, unknown to the adapter."""
         if [role for role, _ in turns] != ["user", "assistant"] * (len(turns) // 2):
             return GuardResult("unknown", query)
-        shots = [Example(asked, answer) for (_, asked), (_, answer) in zip(turns[::2], turns[1::2], strict=True)]
-        if shots and not system and (rest := self._after_template(shots[0].query)) is not None:
-            first = shots[0].query
-            system, shots[0] = first[: len(first) - len(rest)], Example(rest.strip(), shots[0].answer)
-        wording = self._config.example
-        examples = [format_example(wording, self._bare_query(shot.query), shot.answer) for shot in shots]
+        shots = [(asked, answer) for (_, asked), (_, answer) in zip(turns[::2], turns[1::2], strict=True)]
+        if shots and not system and (rest := self._after_template(shots[0][0])) is not None:
+            asked, answer = shots[0]
+            system, shots[0] = asked[: len(asked) - len(rest)], (rest.strip(), answer)
+        examples = [format_example(self._config.example, self._bare_query(asked), answer) for asked, answer in shots]
         if examples and self._after_template(system) is None and self.similarity(system or examples[0]) < SIMILAR:
             return GuardResult("unknown", query)
-        if all(hash_example(example) in self._examples for example in examples):
-            result = self._inspect_single(system, query)
-            if result.kind != "drifted":
-                return result
+        if all(hash_example(e) in self._examples for e in examples) and (result := self._inspect_single(system, query)):
+            return result
         heading = [self._config.examples_heading] if examples and self._config.examples_heading else []
         whole = "\n\n".join([*heading, *examples, query])
-        text = f"{self.compress(system)}\n\n{whole}" if system else self.compress(whole)
-        return GuardResult("drifted", text)
+        return GuardResult("drifted", f"{self.compress(system)}\n\n{whole}" if system else self.compress(whole))
 
-    def _inspect_single(self, system: str, query: str) -> GuardResult:
-        """The same without turns. The text of a drifted result is the query alone."""
+    def _inspect_single(self, system: str, query: str) -> GuardResult | None:
+        """The same without turns; None for a drifted prompt."""
         prompt = system or query
         rest = self._after_template(prompt)
         if rest is None:
-            if self.similarity(prompt) >= SIMILAR:
-                return GuardResult("drifted", query)
-            return GuardResult("unknown" if system else "internalised", query)
+            is_drifted = self.similarity(prompt) >= SIMILAR
+            return None if is_drifted else GuardResult("unknown" if system else "internalised", query)
         rest = self._after_examples(rest)
-        if system and rest == "":
-            rest = self._after_examples(query)
-        elif system:
-            rest = None  # something was added to the template
-        return GuardResult("drifted", query) if rest is None else GuardResult("stripped", self._bare_query(rest))
+        if system:  # in which nothing but examples may follow the template
+            rest = self._after_examples(query) if rest == "" else None
+        return None if rest is None else GuardResult("stripped", self._bare_query(rest))
 
     def similarity(self, text: str) -> float:
         """The share of the template's n-grams that `text` has; 0 for a template too short to tell."""
@@ -182,9 +171,8 @@ class PromptGuard:
             if start is None:
                 at += 1
                 continue
-            length = MIN_MATCH
-            while at + length < len(words) and words[at + length] == self._word(start + length):
-                length += 1
+            end = min(len(words) - at, len(self._words) - start)
+            length = next((n for n in range(MIN_MATCH, end) if words[at + n] != self._words[start + n]), end)
             kept[at : at + length] = self._kept[start : start + length]
             at += length
         return join_words(text, spans, kept)
@@ -229,15 +217,8 @@ class PromptGuard:
         return text[len(before) : len(text) - len(after)].strip() if is_worded else text
 
     @cached_property
-    def _words(self) -> list[str]:
-        return self.template.split()
-
-    def _word(self, i: int) -> str:
-        return self._words[i] if i < len(self._words) else ""
-
-    @cached_property
     def _runs(self) -> dict[tuple[str, ...], int]:
-        """RUN words in a row -> their first index in the template."""
+        """MIN_MATCH words in a row -> their first index in the template."""
         return {tuple(self._words[i : i + MIN_MATCH]): i for i in reversed(range(len(self._words) - MIN_MATCH + 1))}
 
     @cached_property

@@ -1,9 +1,4 @@
-"""Publish: the run's best adapter -> the next version in the adapter store, with hashes and a model card.
-
-    store/<name>/v0001/   adapter_model.safetensors, adapter_config.json, pi_ray.json, prompt.json (for the prompt
-                          guard), README.md, manifest.json
-    store/<name>/latest.json
-"""
+"""Publish: the run's best adapter -> the next version in the adapter store, with hashes and a model card."""
 
 from __future__ import annotations
 
@@ -20,9 +15,8 @@ from pi_ray.run.artifact import digest, seal_folder, verify_artifact, write_atom
 from pi_ray.run.directory import RunDir
 from pi_ray.store.adapters import NAME, AdapterStore
 from pi_ray.store.aliases import LATEST_FILE
-from pi_ray.store.local import LocalStore
+from pi_ray.store.backends import LocalStore, RemoteStore
 from pi_ray.store.prompt_guard import MAX_TEMPLATE, PROMPT_FILE, format_example, prompt_record
-from pi_ray.store.remote import RemoteStore
 from pi_ray.store.verify import CARD_FILE, CONFIG_FILE, WEIGHTS_FILE, read_json, verify_adapter
 
 log = logging.getLogger(__name__)
@@ -46,8 +40,7 @@ def publish_adapter(run: RunDir, config: RunConfig, name: str = "") -> Path:
         raise AdapterError(f"{run.best}: no trained adapter; 'pi-ray train' makes one")
     source = run.best.resolve()
     files = verify_artifact(source)["files"]
-    missing = {WEIGHTS_FILE, CONFIG_FILE, CARD_FILE} - set(files)
-    if missing:
+    if missing := {WEIGHTS_FILE, CONFIG_FILE, CARD_FILE} - set(files):
         raise AdapterError(f"{source}: {', '.join(sorted(missing))} missing; train again")
     prompt = _prompt_record(run, read_json(source / CARD_FILE)) if config.serve.drift_guard else None
     if config.serve.drift_guard and not prompt:
@@ -56,12 +49,14 @@ def publish_adapter(run: RunDir, config: RunConfig, name: str = "") -> Path:
             "than %d characters, so clients that still send the prompt will not be recognised. Prepare, train and "
             "publish in one directory, or say with serve.drift_guard: false that this is wanted",
             name, PROMPT_FILE, MAX_TEMPLATE,
-        )  # fmt: skip
-    sources = {file: files[file]["sha256"] for file in (WEIGHTS_FILE, CONFIG_FILE, CARD_FILE)}
-    fingerprint = digest({**sources, PROMPT_FILE: digest(prompt)} if prompt else sources)
+        )
+    hashes = {file: files[file]["sha256"] for file in (WEIGHTS_FILE, CONFIG_FILE, CARD_FILE)}
+    fingerprint = digest({**hashes, PROMPT_FILE: digest(prompt)} if prompt else hashes)
     backend = AdapterStore(config.store).backend
     with backend.lock(name):
-        version = backend.find_version(name, fingerprint) or _add(backend, name, source, fingerprint, run, prompt)
+        versions = reversed(backend.versions(name))
+        same = next((v for v in versions if backend.fingerprint_of(name, v) == fingerprint), None)
+        version = same or _add(backend, name, source, fingerprint, run, prompt)
         backend.write(name, LATEST_FILE, json.dumps({"version": version}) + "\n")
     folder = backend.version_folder(name, version)
     if folder is None:
@@ -72,19 +67,22 @@ def publish_adapter(run: RunDir, config: RunConfig, name: str = "") -> Path:
 def _add(
     backend: LocalStore | RemoteStore, name: str, source: Path, fingerprint: str, run: RunDir,
     prompt: dict[str, Any] | None,
-) -> str:  # fmt: skip
+) -> str:
     """Add the next version: check, copy, describe and check again, and only then give the folder its name."""
-    verify_adapter(source)
+    card = verify_adapter(source)
+    base = card["base"]  # training may have written the path of a cache folder instead of the model's public name
+    config = read_json(source / CONFIG_FILE)
+    config["base_model_name_or_path"] = PACKAGED[base][2] if base in PACKAGED else base_name(base)
+    summary = run.evaluation / "summary.json"
+    scores = read_json(summary) if summary.is_file() else {}
     version = f"v{int(next(reversed(backend.versions(name)), 'v0')[1:]) + 1:04d}"
     with backend.stage_version(name, version, fingerprint) as tmp:
-        card = read_json(source / CARD_FILE)
         shutil.copyfile(source / WEIGHTS_FILE, tmp / WEIGHTS_FILE)
         shutil.copyfile(source / CARD_FILE, tmp / CARD_FILE)
-        config = {**read_json(source / CONFIG_FILE), "base_model_name_or_path": _public_base(card["base"])}
         write_atomic(tmp / CONFIG_FILE, json.dumps(config, indent=1, sort_keys=True) + "\n")
         if prompt:
             write_atomic(tmp / PROMPT_FILE, json.dumps(prompt, indent=1, ensure_ascii=False) + "\n")
-        write_atomic(tmp / "README.md", model_card(name, version, card, config, _read_scores(run), bool(prompt)))
+        write_atomic(tmp / "README.md", model_card(name, version, card, config, scores, bool(prompt)))
         seal_folder(tmp)  # verification reads the manifest; leaving `stage_version` writes it again, with its facts
         verify_adapter(tmp)
     return version
@@ -105,34 +103,17 @@ def _prompt_record(run: RunDir, card: dict[str, Any]) -> dict[str, Any] | None:
     return prompt_record(full, compressed, [format_example(wording, row.query, row.answer) for row in rows])
 
 
-def _public_base(base: str) -> str:
-    """The base model's public name: training may have written the path of a cache folder instead."""
-    return PACKAGED[base][2] if base in PACKAGED else base_name(base)
-
-
-def _read_scores(run: RunDir) -> dict[str, Any]:
-    try:
-        return read_json(run.evaluation / "summary.json")
-    except FileNotFoundError:
-        return {}
-
-
 def model_card(
-    name: str, version: str, card: dict[str, Any], config: dict[str, Any], scores: dict[str, Any], prompt: bool = False
+    name: str, version: str, card: dict[str, Any], config: dict[str, Any], scores: dict[str, Any], prompt: bool,
 ) -> str:
-    """README.md in Markdown, with the front matter that model hubs read. `prompt`: whether prompt.json is published."""
+    """README.md, with the front matter that model hubs read. `prompt`: whether prompt.json is published."""
     import jinja2
 
     template = (Path(__file__).parent / "model_card.md.j2").read_text(encoding="utf-8")
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
     return environment.from_string(template).render(
         name=name, version=version, card=card, config=config, prompt_file=PROMPT_FILE if prompt else "",
-        base=json.dumps(config["base_model_name_or_path"]), rate=f"{card.get('rate', 0):g}", number=_number,
+        base=json.dumps(config["base_model_name_or_path"]), rate=f"{card.get('rate', 0):g}",
         wording=json.dumps(card["prompt"].get("query", "{query}"))[1:-1],
         columns=[(label, scores[key]) for key, label in COLUMNS.items() if isinstance(scores.get(key), dict)],
-    )  # fmt: skip
-
-
-def _number(scores: dict[str, Any], key: str, form: str) -> str:
-    value = scores.get(key)
-    return format(value, form) if isinstance(value, int | float) else "–"
+    )

@@ -37,7 +37,12 @@ def refresh_config(config: RunConfig, now: datetime | None = None, storage: Obje
         name = max(unfinished)
         version = marks[name]["version"]
     else:
-        version, today = _newest_version(config), f"{config.root.name}-{now or datetime.now(UTC):%Y-%m-%d}"
+        try:
+            version = AdapterStore(config.store, config.model).open(f"{config.name}@{LATEST}").version
+        except UnknownAdapterError:
+            cure = "so there is nothing to go on from; 'pi-ray run' makes and publishes the first"
+            raise AdapterError(f"{config.store}: no adapter '{config.name}' is published yet, {cure}") from None
+        today = f"{config.root.name}-{now or datetime.now(UTC):%Y-%m-%d}"
         name = next(name for n in count(1) if (name := today if n == 1 else f"{today}-{n}") not in marks)
     root = config.root.parent / name
     return config.replace(run_dir=str(root), **{"train.init_adapter": str(root / "start" / version)})
@@ -50,16 +55,12 @@ def copy_start_adapter(config: RunConfig) -> None:
         found = AdapterStore(config.store, config.model).open(f"{config.name}@{start.name}").path
         with staged(start, source=f"{config.store}/{config.name}/{start.name}") as tmp:
             shutil.copytree(found, tmp, ignore=shutil.ignore_patterns(MANIFEST), dirs_exist_ok=True)
-    _write_mark(config, published=False)
+    write_mark(config, published=False)
     notify_written(RunDir(config.root).config)
 
 
-def mark_published(config: RunConfig) -> None:
-    """Note that the refresh's adapter is published, so that the next refresh is another one."""
-    _write_mark(config, published=True)
-
-
-def _write_mark(config: RunConfig, published: bool) -> None:
+def write_mark(config: RunConfig, published: bool) -> None:
+    """Note whether the refresh's adapter is published: if so, the next refresh is another one."""
     mark = {"of": _fingerprint(config), "version": Path(config.train.init_adapter).name, "published": published}
     write_atomic(config.root / MARK_FILE, json.dumps(mark) + "\n")
 
@@ -75,19 +76,10 @@ def _fingerprint(config: RunConfig) -> str:
 def _read_marks(root: Path, storage: ObjectStorage | None) -> dict[str, dict[str, Any]]:
     """The mark of each directory beside the run's that is named like a refresh's; {} for one without a mark."""
     pattern = f"{root.name}-????-??-??*"
-    files = [folder / MARK_FILE for folder in root.parent.glob(pattern)]
-    texts = {file.parent.name: file.read_bytes() if file.is_file() else b"{}" for file in files}
+    files = {folder.name: folder / MARK_FILE for folder in root.parent.glob(pattern)}
+    texts = {name: file.read_bytes() if file.is_file() else b"{}" for name, file in files.items()}
     if storage:
         with storage.explain_errors("the same command goes on when it does"):
             names = storage.list_folders(pattern=pattern)
             texts |= {name: storage.read(f"{name}/{MARK_FILE}") or b"{}" for name in names}
     return {name: json.loads(text) for name, text in texts.items()}
-
-
-def _newest_version(config: RunConfig) -> str:
-    """The newest published version, such as v0002, which is verified."""
-    try:
-        return AdapterStore(config.store, config.model).open(f"{config.name}@{LATEST}").version
-    except UnknownAdapterError:
-        cure = "so there is nothing to go on from; 'pi-ray run' makes and publishes the first"
-        raise AdapterError(f"{config.store}: no adapter '{config.name}' is published yet, {cure}") from None

@@ -7,30 +7,32 @@ run, names written in its files are compared and never opened, and sizes are bou
 from __future__ import annotations
 
 import json
-import math
 import os
 import re
 import stat
-import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypeVar
+
+from pydantic import BaseModel, Field, TypeAdapter, ValidationError
 
 from pi_ray.config import ModelConfig, PromptConfig
-from pi_ray.errors import AdapterError
-from pi_ray.run.artifact import MANIFEST, digest_file
-from pi_ray.store.prompt_guard import PROMPT_FILE, prompt_record_error
+from pi_ray.errors import AdapterError, CorruptArtifactError
+from pi_ray.run.artifact import MANIFEST, verify_artifact
+from pi_ray.store.prompt_guard import PROMPT_FILE, PromptRecord
 
 LORA_TENSOR = re.compile(r"base_model\.model\.([\w.]+)\.lora_([AB])\.weight", re.ASCII)
 WEIGHTS_FILE, CONFIG_FILE, CARD_FILE = "adapter_model.safetensors", "adapter_config.json", "pi_ray.json"
 SUFFIXES = {".safetensors", ".json", ".md"}
-FLOAT_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
+FLOAT_TYPES = ("F32", "F16", "BF16")
 MAX_JSON_BYTES = 8 << 20
 MAX_WEIGHT_BYTES = 8 << 30
 MAX_RANK = 4096
 MAX_TOKENS = 1 << 30
 MAX_WORDING = 100_000  # characters of the prompt block
 MAX_REPEATS = 4  # of the query or the answer in the wording of a prompt
-CHUNK = 16_384  # elements; torch computes fewer than 32,768 in the calling thread alone
+CHUNK = 16_384  # elements: torch takes fewer than 32,768 in the calling thread; its others would slow decoding
 # Settings of adapter_config.json that serving understands; any other one must be empty, since peft would act on it
 # (import a module, change base weights, run a regular expression over module names).
 KNOWN_SETTINGS = {
@@ -39,10 +41,26 @@ KNOWN_SETTINGS = {
     "qalora_group_size",
 }  # fmt: skip
 ONLY_LORA = "only plain LoRA and rsLoRA on linear layers can be published and served (others can be evaluated)"
-CARD_FIELDS = {
-    "base": str, "prompt": dict, "template": str, "full_prompt_tokens": int | float,
-    "query_prompt_tokens": int | float, "max_answer_tokens": int,
-}  # fmt: skip
+T = TypeVar("T")
+Tokens = Annotated[float, Field(ge=0, lt=MAX_TOKENS, strict=True)]
+
+
+class LoraSettings(BaseModel):
+    """The numbers in adapter_config.json."""
+
+    r: Annotated[int, Field(ge=1, le=MAX_RANK, strict=True)]
+    lora_alpha: Annotated[float, Field(allow_inf_nan=False, strict=True)]
+
+
+class AdapterCard(BaseModel):
+    """The fields of pi_ray.json on which serving relies."""
+
+    base: str
+    prompt: PromptConfig
+    template: str
+    full_prompt_tokens: Tokens
+    query_prompt_tokens: Tokens
+    max_answer_tokens: Annotated[int, Field(ge=1, lt=MAX_TOKENS, strict=True)]
 
 
 def verify_adapter(path: Path, base: ModelConfig | None = None) -> dict[str, Any]:
@@ -51,14 +69,19 @@ def verify_adapter(path: Path, base: ModelConfig | None = None) -> dict[str, Any
     With `base`, an adapter of any other base model is refused.
     """
     names = _check_listing(path)
-    _check_hashes(path, names)
+    files = read_json(path / MANIFEST).get("files")
+    if not isinstance(files, dict) or set(files) != set(names) - {MANIFEST}:
+        raise AdapterError(f"{MANIFEST} does not list exactly the files of the folder")
+    try:
+        verify_artifact(path)
+    except CorruptArtifactError as error:
+        raise AdapterError(str(error).removeprefix(f"{path}/")) from error
     rank = _check_config(read_json(path / CONFIG_FILE))
     card = read_json(path / CARD_FILE)
     _check_card(card, base)
-    if PROMPT_FILE in names and (wrong := prompt_record_error(read_json(path / PROMPT_FILE))):
-        raise AdapterError(f"{PROMPT_FILE}: {wrong}")
-    _check_shapes(read_safetensors_header(path / WEIGHTS_FILE), rank)
-    _check_finite(path / WEIGHTS_FILE)
+    if PROMPT_FILE in names:
+        validate(TypeAdapter(PromptRecord), read_json(path / PROMPT_FILE), PROMPT_FILE)
+    _check_weights(path / WEIGHTS_FILE, rank)
     return card
 
 
@@ -75,22 +98,9 @@ def _check_listing(path: Path) -> list[str]:
         if info.st_size > (MAX_WEIGHT_BYTES if entry.name == WEIGHTS_FILE else MAX_JSON_BYTES):
             raise AdapterError(f"{entry.name} is too large ({info.st_size} bytes)")
         names.append(entry.name)
-    missing = {WEIGHTS_FILE, CONFIG_FILE, CARD_FILE, MANIFEST} - set(names)
-    if missing:
+    if missing := {WEIGHTS_FILE, CONFIG_FILE, CARD_FILE, MANIFEST} - set(names):
         raise AdapterError(f"{', '.join(sorted(missing))} missing")
     return names
-
-
-def _check_hashes(path: Path, names: list[str]) -> None:
-    """Check that the manifest lists exactly the other files, with their sha256. Its names are never opened."""
-    files = read_json(path / MANIFEST).get("files")
-    if not isinstance(files, dict) or set(files) != set(names) - {MANIFEST}:
-        raise AdapterError(f"{MANIFEST} does not list exactly the files of the folder")
-    for name, recorded in files.items():
-        expected = recorded.get("sha256") if isinstance(recorded, dict) else None
-        found = digest_file(path / name)
-        if found != expected:
-            raise AdapterError(f"{name}: sha256 {found} differs from the recorded {str(expected)[:64]}")
 
 
 def _check_config(config: dict[str, Any]) -> int:
@@ -101,28 +111,14 @@ def _check_config(config: dict[str, Any]) -> int:
     refused = [k for k, v in config.items() if (v and k not in KNOWN_SETTINGS) or (k in wanted and v != wanted[k])]
     if refused:
         raise AdapterError(f"{CONFIG_FILE}: {', '.join(sorted(refused)[:8])} set; {ONLY_LORA}")
-    rank, alpha = config.get("r"), config.get("lora_alpha")
-    if type(rank) is not int or not 1 <= rank <= MAX_RANK:
-        raise AdapterError(f"{CONFIG_FILE}: r is not a number from 1 to {MAX_RANK}")
-    if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not math.isfinite(alpha):
-        raise AdapterError(f"{CONFIG_FILE}: lora_alpha is not a number")
-    return rank
+    return validate(TypeAdapter(LoraSettings), config, CONFIG_FILE).r
 
 
 def _check_card(card: dict[str, Any], base: ModelConfig | None) -> None:
     if card.get("gist"):
         baseline = "a baseline that can be evaluated ('pi-ray evaluate', 'pi-ray table') but not published or served"
         raise AdapterError(f"{CARD_FILE}: it was trained with gist tokens, {baseline}")
-    wrong = [k for k, kind in CARD_FIELDS.items() if not isinstance(card.get(k), kind)]
-    if wrong:
-        raise AdapterError(f"{CARD_FILE}: {', '.join(wrong)} missing or of the wrong type")
-    counts = ("full_prompt_tokens", "query_prompt_tokens", "max_answer_tokens")
-    if not all(0 <= card[k] < MAX_TOKENS for k in counts) or card["max_answer_tokens"] < 1:
-        raise AdapterError(f"{CARD_FILE}: {', '.join(counts)} are not counts of tokens, the last one at least 1")
-    try:
-        prompt = PromptConfig(**card["prompt"])
-    except (TypeError, ValueError) as error:
-        raise AdapterError(f"{CARD_FILE}: the prompt block is not valid ({error.__class__.__name__})") from error
+    prompt = validate(TypeAdapter(AdapterCard), card, CARD_FILE).prompt
     repeats = max(text.count(part) for text in (prompt.query, prompt.example) for part in ("{query}", "{answer}"))
     if repeats > MAX_REPEATS or len(prompt.model_dump_json()) > MAX_WORDING:
         problem = f"multiplies the query or an answer, or is longer than {MAX_WORDING} characters"
@@ -132,70 +128,45 @@ def _check_card(card: dict[str, Any], base: ModelConfig | None) -> None:
         raise AdapterError(f"it was trained for another base model ({name}) than the served one")
 
 
-def read_safetensors_header(path: Path) -> dict[str, dict[str, Any]]:
-    """Tensor name -> {"dtype", "shape", "data_offsets"} of a safetensors file. Reads no tensor.
-
-    Raises AdapterError where sizes in the header do not fit each other or the file.
-    """
-    size = path.stat().st_size
-    with open(path, "rb") as f:
-        length = struct.unpack("<Q", f.read(8).ljust(8, b"\0"))[0]
-        if length > min(MAX_JSON_BYTES, size - 8):
-            raise AdapterError(f"{path.name}: the header claims {length} bytes, the file has {size}")
-        header = parse_json(f.read(length), path.name)
-    header.pop("__metadata__", None)
-    end = 0
-    for name, tensor in header.items():
-        if not isinstance(tensor, dict) or not {"dtype", "shape", "data_offsets"} <= set(tensor):
-            raise AdapterError(f"{path.name}: {name[:80]!r} is not described")
-        end += _tensor_bytes(name, tensor)
-    if 8 + length + end != size:
-        raise AdapterError(f"{path.name}: the tensors make {end} bytes, the file has {size - 8 - length} for them")
-    return header
-
-
-def _tensor_bytes(name: str, tensor: dict[str, Any]) -> int:
-    """Bytes of one tensor, with which its offsets must agree; safetensors itself refuses gaps and overlaps."""
-    shape, offsets = tensor["shape"], tensor["data_offsets"]
-    if tensor["dtype"] not in FLOAT_BYTES:
-        dtype, allowed = str(tensor["dtype"])[:16], ", ".join(FLOAT_BYTES)
-        raise AdapterError(f"{WEIGHTS_FILE}: {name[:80]!r} has dtype {dtype}, expected one of {allowed}")
-    if not (isinstance(shape, list) and len(shape) == 2 and all(type(n) is int and 0 < n < 1 << 31 for n in shape)):
-        raise AdapterError(f"{WEIGHTS_FILE}: {name[:80]!r} is not a matrix")
-    count = shape[0] * shape[1] * FLOAT_BYTES[tensor["dtype"]]
-    are_offsets = isinstance(offsets, list) and len(offsets) == 2 and all(type(n) is int for n in offsets)
-    if not are_offsets or offsets[1] - offsets[0] != count:
-        raise AdapterError(f"{WEIGHTS_FILE}: the offsets of {name[:80]!r} do not fit its shape")
-    return count
-
-
-def _check_shapes(header: dict[str, dict[str, Any]], rank: int) -> None:
-    """Check that the tensors are LoRA pairs: A of shape (rank, in), B of shape (out, rank)."""
-    pairs: dict[str, set[str]] = {}
-    for name, tensor in header.items():
-        match = LORA_TENSOR.fullmatch(name)
-        if not match:
-            raise AdapterError(f"{WEIGHTS_FILE}: {name[:80]!r} is not a LoRA matrix")
-        found = tensor["shape"][0 if match[2] == "A" else 1]
-        if found != rank:
-            raise AdapterError(f"{WEIGHTS_FILE}: {name[:80]!r} has rank {found}, {CONFIG_FILE} says {rank}")
-        pairs.setdefault(match[1], set()).add(match[2])
-    if not pairs or any(pair != {"A", "B"} for pair in pairs.values()):
-        raise AdapterError(f"{WEIGHTS_FILE}: LoRA matrices do not come in pairs of A and B")
-
-
-def _check_finite(path: Path) -> None:
-    """Check that no weight is NaN or infinite: in chunks, as OpenMP threads of this thread would slow decoding."""
-    import torch
+@contextmanager
+def open_weights(path: Path) -> Iterator[Any]:
+    """Open a safetensors file, which reads no tensor yet. Raises AdapterError where its sizes do not fit each other."""
     from safetensors import SafetensorError, safe_open
 
+    with open(path, "rb") as f:
+        length = int.from_bytes(f.read(8), "little")
+    if length > MAX_JSON_BYTES:
+        raise AdapterError(f"{path.name}: the header claims {length} bytes, more than {MAX_JSON_BYTES}")
     try:
-        with safe_open(path, framework="pt") as f:
-            for name in f.keys():  # noqa: SIM118 (not a dict)
-                if not all(torch.isfinite(chunk).all() for chunk in f.get_tensor(name).flatten().split(CHUNK)):
-                    raise AdapterError(f"{path.name}: {name!r} holds NaN or Inf")
+        with safe_open(path, framework="pt") as weights:
+            yield weights
     except SafetensorError as error:
         raise AdapterError(f"{path.name}: not readable as safetensors ({error})") from error
+
+
+def _check_weights(path: Path, rank: int) -> None:
+    """Check that the tensors are finite LoRA matrices in pairs: A of shape (rank, in), B of shape (out, rank)."""
+    import torch
+
+    pairs: dict[str, set[str]] = {}
+    with open_weights(path) as weights:
+        for name in weights.keys():  # noqa: SIM118 (not a dict)
+            where, match, tensor = f"{path.name}: {name[:80]!r}", LORA_TENSOR.fullmatch(name), weights.get_slice(name)
+            shape, dtype = tensor.get_shape(), tensor.get_dtype()
+            if not match:
+                raise AdapterError(f"{where} is not a LoRA matrix")
+            if dtype not in FLOAT_TYPES:
+                raise AdapterError(f"{where} has dtype {dtype}, expected one of {', '.join(FLOAT_TYPES)}")
+            if len(shape) != 2 or 0 in shape:
+                raise AdapterError(f"{where} is not a matrix")
+            found = shape[0 if match[2] == "A" else 1]
+            if found != rank:
+                raise AdapterError(f"{where} has rank {found}, {CONFIG_FILE} says {rank}")
+            if not all(torch.isfinite(chunk).all() for chunk in weights.get_tensor(name).flatten().split(CHUNK)):
+                raise AdapterError(f"{where} holds NaN or Inf")
+            pairs.setdefault(match[1], set()).add(match[2])
+    if not pairs or any(pair != {"A", "B"} for pair in pairs.values()):
+        raise AdapterError(f"{WEIGHTS_FILE}: LoRA matrices do not come in pairs of A and B")
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -213,3 +184,13 @@ def parse_json(data: bytes, name: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise AdapterError(f"{name}: expected a JSON object")
     return value
+
+
+def validate(kind: TypeAdapter[T], data: Any, file: str) -> T:
+    """`data` of a file as pydantic reads it. Raises AdapterError that names the first field that does not fit."""
+    try:
+        return kind.validate_python(data)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ": ".join(filter(None, (file, ".".join(map(str, first["loc"]))[:80])))
+        raise AdapterError(f"{where}: {first['msg'][:200]}") from error

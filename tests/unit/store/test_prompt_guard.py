@@ -1,6 +1,7 @@
 """The prompt guard without a model: it recognises a prompt, strips it, and never loses a part of a query."""
 
 import pytest
+from pydantic import ValidationError
 
 from pi_ray.config import PromptConfig
 from pi_ray.prompt import Example, render_prompt
@@ -9,9 +10,9 @@ from pi_ray.store.prompt_guard import (
     MAX_EXAMPLES,
     MAX_TEMPLATE,
     PromptGuard,
+    PromptRecord,
     collapse_whitespace,
     prompt_record,
-    prompt_record_error,
 )
 
 TEMPLATE = """Translate the question of a user into one query of the alert language.
@@ -220,9 +221,8 @@ def test_an_adapter_without_a_template_has_nothing_to_recognise():
 
 
 @pytest.mark.parametrize(("change", "message"), [
-    ({}, ""),
     ({"template": TEMPLATE + "!"}, "sha256"),
-    ({"template": None}, "at most"),
+    ({"template": None}, "template"),
     ({"template": "x" * (MAX_TEMPLATE + 1)}, "at most"),
     ({"sha256": 3}, "sha256"),
     ({"compressed": {}}, "compressed"),
@@ -234,8 +234,10 @@ def test_an_adapter_without_a_template_has_nothing_to_recognise():
     ({"examples": [1]}, "examples"),
 ])  # fmt: skip
 def test_a_prompt_file_is_checked_before_it_is_used(change, message):
-    data = {**prompt_record(TEMPLATE, [{"rate": 0.5, "text": SHORT}], ["a"]), **change}
-    assert message in prompt_record_error(data) if message else prompt_record_error(data) == ""
+    data = prompt_record(TEMPLATE, [{"rate": 0.5, "text": SHORT}], ["a"])
+    PromptRecord.model_validate(data)
+    with pytest.raises(ValidationError, match=message):
+        PromptRecord.model_validate({**data, **change})
 
 
 def test_hostile_texts_take_little_time():

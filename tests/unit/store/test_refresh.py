@@ -13,10 +13,10 @@ from pi_ray.cli import job
 from pi_ray.config import RunConfig, dump_config
 from pi_ray.config.run_file import load_run_file
 from pi_ray.errors import AdapterError, TrainingError
-from pi_ray.run.baseline import plain_finetuning_config
 from pi_ray.run.directory import RunDir
 from pi_ray.run.fingerprint import train_fingerprint
 from pi_ray.run.object_storage import ObjectStorage
+from pi_ray.run.phases import plain_finetuning_config
 from pi_ray.store import refresh
 from pi_ray.train import lora
 from pi_ray.train.launch import fingerprint_of
@@ -61,7 +61,7 @@ def test_a_refresh_that_was_cut_short_keeps_its_start_adapter_until_it_is_publis
     refresh.copy_start_adapter(begun)
     publish(config, "v0002")
     assert refresh.refresh_config(config, NEXT) == begun, "a week later too"
-    refresh.mark_published(begun)
+    refresh.write_mark(begun, published=True)
     later = refresh.refresh_config(config, NEXT)
     assert (later.run_dir, later.train.init_adapter) == (
         f"{config.run_dir}-2026-03-09", f"{config.run_dir}-2026-03-09/start/v0002",

@@ -90,7 +90,7 @@ def test_rollback_ends_a_canary_first_and_then_goes_back_step_by_step(store):
 def test_a_canary_becomes_the_release_and_can_be_taken_back(store):
     release_version(store, "colours", "v0001")
     release_version(store, "colours", "v0003", canary=5)
-    assert release_version(store, "colours", "v0003") == {"prod": Alias("v0003", history=("v0001",))}
+    assert release_version(store, "colours", "v0003") == {"prod": Alias("v0003", before=("v0001",))}
     release_version(store, "colours", rollback=True)
     assert version(store) == "v0001"
     release_version(store, "colours", "latest")
@@ -173,7 +173,7 @@ def test_the_verb_shows_and_changes_what_answers(store, published, capsys):
     assert "colours: v0003 answers, and whatever is published after it" in pi_ray()[1]
     assert "colours: v0001 answers\nversions: v0001, v0002, v0003 (newest)" in pi_ray("--version", "v0001")[1]
     assert (
-        "v0001 answers; v0002 answers 10 % of requests on trial" in pi_ray("--version", "v0002", "--canary", "10%")[1]
+        "v0001 answers; canary: v0002 answers 10 % of requests" in pi_ray("--version", "v0002", "--canary", "10%")[1]
     )
     assert "colours@staging: v0003 answers" in pi_ray("--version", "latest", "--alias", "staging")[1]
     assert "colours: v0001 answers\n" in pi_ray("--rollback")[1]

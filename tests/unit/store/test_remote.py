@@ -12,7 +12,7 @@ from pi_ray.errors import AdapterError, ConfigError
 from pi_ray.run import object_storage
 from pi_ray.run.artifact import seal_folder, staged, write_atomic
 from pi_ray.run.directory import RunDir
-from pi_ray.store import remote
+from pi_ray.store import backends
 from pi_ray.store.adapters import AdapterStore, StoreUnavailableError, UnknownAdapterError
 from pi_ray.store.publish import publish_adapter
 from pi_ray.store.release import release_version
@@ -84,7 +84,7 @@ def test_a_new_version_is_seen_within_seconds_and_the_store_is_not_asked_for_eve
     store.open("colours")
     put_in_store(root, "colours", tiny_model, 3, version="v0002")
     assert store.open("colours").version == "v0001"
-    store.backend._clock.now += remote.REFRESH_S
+    store.backend._clock.now += backends.REFRESH_S
     assert store.open("colours").version == "v0002"
     assert store.open("colours@v0001").version == "v0001"
 
@@ -105,7 +105,7 @@ def test_while_the_store_is_out_of_reach_one_request_in_some_seconds_waits_for_i
     store.open("colours")
     bucket.down = True
     for times in (1, 2):
-        store.backend._clock.now += remote.REFRESH_S
+        store.backend._clock.now += backends.REFRESH_S
         asked = bucket.asked
         for _ in range(10):
             assert store.open("colours").version == store.backend.versions("colours")[-1] == "v0001", times
@@ -114,7 +114,7 @@ def test_while_the_store_is_out_of_reach_one_request_in_some_seconds_waits_for_i
 
 def test_requests_beside_the_one_that_waits_for_the_store_do_not(store, bucket):
     store.open("colours")
-    store.backend._clock.now += remote.REFRESH_S
+    store.backend._clock.now += backends.REFRESH_S
     entered, goes_on, asking = threading.Event(), threading.Event(), []
     bucket._check = lambda: (
         asking.append(threading.current_thread()) or entered.set() or (asking[-1] is waiting and goes_on.wait(30))
@@ -205,7 +205,7 @@ def test_a_flipped_bit_is_refused_and_not_fetched_again_with_every_request(store
     assert bucket.opened == []
     data[-1] ^= 1
     file.write_bytes(data)
-    store.backend._clock.now += remote.RETRY_S
+    store.backend._clock.now += backends.RETRY_S
     assert store.open("colours").name == "colours"
 
 
@@ -281,7 +281,7 @@ def test_a_url_by_fsspec_sees_new_versions(root, tiny_model):
     store.backend._clock = Clock()
     assert store.open("colours").version == "v0001"
     put_in_store(root, "colours", tiny_model, 3, version="v0002")
-    store.backend._clock.now += remote.REFRESH_S
+    store.backend._clock.now += backends.REFRESH_S
     assert store.open("colours").version == "v0002"
 
 
@@ -292,7 +292,7 @@ def test_a_url_of_an_unknown_kind_is_an_error_that_names_the_known_kinds(url):
 
 
 def test_a_manifest_too_large_is_not_read_whole(store, root):
-    (root / "colours" / "v0001" / "manifest.json").write_bytes(b" " * (remote.MAX_JSON_BYTES + 2))
+    (root / "colours" / "v0001" / "manifest.json").write_bytes(b" " * (backends.MAX_JSON_BYTES + 2))
     refused(store, "too large")
 
 
@@ -302,6 +302,6 @@ def test_a_folder_without_a_manifest_is_no_version(store, root):
         store.open("colours")
     write_atomic(root / "colours" / "latest.json", "{}")
     seal_folder(root / "colours" / "v0001")
-    store.backend._clock.now += remote.REFRESH_S
+    store.backend._clock.now += backends.REFRESH_S
     with pytest.raises(AdapterError, match="names no version"):
         store.open("colours")

@@ -1,29 +1,29 @@
-"""An adapter store behind a URL: s3://bucket/path, gs://bucket/path, hf://datasets/owner/name, file:///path.
+"""The two places where an adapter store may lie, with the same methods: a folder, or behind a URL.
 
-A version is copied once into a folder of this machine, named by the hash of its manifest, checked against it there, and
-renamed into place. The names, the versions, aliases.json and latest.json are asked for again after REFRESH_S; while the
-store is out of reach, the last answer stands. A name that is not among the adapters is unknown without asking.
+Names given to them are valid already (adapters.split_name); the content of the files may be hostile.
 """
 
 from __future__ import annotations
 
+import fcntl
 import logging
+import os
 import re
 import shutil
 import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from pi_ray.errors import AdapterError, ConfigError, CorruptArtifactError, StorageError
 from pi_ray.models import cache_dir
-from pi_ray.run.artifact import MANIFEST, digest, staged, temporary_path, translate_disk_errors, verify_artifact
+from pi_ray.run.artifact import MANIFEST, digest, staged, translate_disk_errors, verify_artifact, write_atomic
 from pi_ray.run.object_storage import ObjectStorage
 from pi_ray.store.aliases import LATEST_FILE, VERSION
-from pi_ray.store.verify import MAX_JSON_BYTES, MAX_WEIGHT_BYTES, SUFFIXES, WEIGHTS_FILE, parse_json
+from pi_ray.store.verify import MAX_JSON_BYTES, MAX_WEIGHT_BYTES, SUFFIXES, WEIGHTS_FILE, parse_json, read_json
 
 log = logging.getLogger("ray.serve")
 REFRESH_S, RETRY_S = 5.0, 60.0
@@ -35,8 +35,87 @@ class StoreUnavailableError(AdapterError):
     """The store's service does not answer, or does not let this machine in."""
 
 
+class LocalStore:
+    """A folder that every replica can read. Symbolic links that lead out of it are refused."""
+
+    def __init__(self, root: Path | str):
+        self.root = Path(root)
+        self._parsed: dict[Path, tuple[tuple[int, ...], dict[str, Any]]] = {}  # file -> its state on disk and content
+
+    def names(self) -> list[str]:
+        """Names of the folders that have a latest version."""
+        try:
+            entries = list(os.scandir(self.root))
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+        return [e.name for e in entries if e.is_dir(follow_symlinks=False) and (Path(e.path) / LATEST_FILE).is_file()]
+
+    def has_adapter(self, name: str) -> bool:
+        """Whether there may be an adapter of this name."""
+        return (self.root / name).is_dir()
+
+    def versions(self, name: str) -> list[str]:
+        """Versions of an adapter, oldest first."""
+        folder = self.root / name
+        found = [p.name for p in folder.iterdir() if VERSION.fullmatch(p.name)] if folder.is_dir() else []
+        return sorted(found, key=lambda v: int(v[1:]))
+
+    def read_json(self, name: str, file: str) -> dict[str, Any] | None:
+        """A JSON object beside the versions, or None. Parsed only when the file changed: every request needs it."""
+        path = self._path(name, file)
+        try:
+            info = path.stat()
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        state = (info.st_mtime_ns, info.st_ctime_ns, info.st_size, info.st_ino)
+        if self._parsed.get(path, ((), {}))[0] != state:
+            self._parsed[path] = (state, read_json(path))
+        return self._parsed[path][1]
+
+    def write(self, name: str, file: str, text: str) -> None:
+        write_atomic(self.root / name / file, text)
+
+    def version_folder(self, name: str, version: str) -> Path | None:
+        """The folder of a version, or None when there is none."""
+        path = self._path(name, version)
+        return path if path.is_dir() else None
+
+    def fingerprint_of(self, name: str, version: str) -> str:
+        """From what a version was made; "" for a damaged one, which is left for its owner and serving refuses."""
+        try:
+            return verify_artifact(self.root / name / version).get("fingerprint", "")
+        except CorruptArtifactError:
+            return ""
+
+    def stage_version(self, name: str, version: str, fingerprint: str) -> AbstractContextManager[Path]:
+        """A temporary folder that becomes the version when all went well."""
+        return staged(self.root / name / version, fingerprint=fingerprint, adapter=name, version=version)
+
+    @contextmanager
+    def lock(self, name: str) -> Iterator[None]:
+        """Let one process write an adapter at a time, so that two do not take the same version number."""
+        folder = self.root / name
+        with translate_disk_errors(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            lock = open(folder / ".lock", "w")  # noqa: SIM115 (closed below, where errors are the caller's)
+        with lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
+
+    def _path(self, name: str, part: str) -> Path:
+        path = Path(os.path.realpath(self.root / name / part))
+        if not path.is_relative_to(os.path.realpath(self.root)):
+            raise AdapterError(f"adapter '{name}': a symbolic link leads out of the store")
+        return path
+
+
 class RemoteStore:
-    """The same methods as local.LocalStore. Names given to it are valid already; the store's files may be hostile."""
+    """A store behind a URL: s3://bucket/path, gs://bucket/path, hf://datasets/owner/name, file:///path.
+
+    A version is copied once into a folder of this machine, named by the hash of its manifest, checked against it there,
+    and renamed into place. Names, versions and JSON files are asked for again after REFRESH_S; while the store is out
+    of reach, the last answer stands. A name that is not among the adapters is unknown without asking.
+    """
 
     def __init__(self, url: str):
         self.url = url.rstrip("/")
@@ -52,20 +131,18 @@ class RemoteStore:
         self._fetching, self._asking = threading.Lock(), threading.Lock()
 
     def names(self) -> list[str]:
-        """Names of the folders that have a latest version."""
-        return self._recent(("names",), lambda: self._folders("", LATEST_FILE))
+        return self._recent(("names",), lambda: self._storage.list_folders(holding=LATEST_FILE))
 
     def has_adapter(self, name: str) -> bool:
-        """As LocalStore's; a made-up name costs the store nothing and leaves nothing here."""
+        """As LocalStore's: a made-up name costs the store nothing and leaves nothing here."""
         return name in self.names()
 
     def versions(self, name: str) -> list[str]:
         """Versions of an adapter, oldest first. An upload that did not end is none."""
-        found = self._recent(("", name), lambda: self._folders(name, MANIFEST))
+        found = self._recent(("", name), lambda: self._storage.list_folders(name, holding=MANIFEST))
         return sorted((v for v in found if VERSION.fullmatch(v)), key=lambda v: int(v[1:]))
 
     def read_json(self, name: str, file: str) -> dict[str, Any] | None:
-        """A JSON object beside the versions, or None."""
         last = self._answers.get((name, file), (0, None))[1]
         data = self._recent((name, file), lambda: self._read(f"{name}/{file}"))
         if data != last:  # it may name a version that is new as well
@@ -75,7 +152,7 @@ class RemoteStore:
     def write(self, name: str, file: str, text: str) -> None:
         """Write one object, which providers replace as a whole."""
         with self._translate_errors():
-            self._storage.write(text.encode(), f"{name}/{file}", atomic=False)
+            self._storage.upload(text.encode(), f"{name}/{file}", atomic=False)
         self._answers.pop((name, file), None)
         self._answers.pop(("names",), None)
 
@@ -92,40 +169,35 @@ class RemoteStore:
         folder = cache_dir() / "adapters" / digest(manifest)[:32] / name / version
         if folder not in self._fetched:
             with self._fetching:
-                self._obtain(f"{name}/{version}", manifest, folder)
+                if folder not in self._fetched:
+                    self._obtain(f"{name}/{version}", manifest, folder)
+                    self._fetched.add(folder)
         return folder
 
-    def find_version(self, name: str, fingerprint: str) -> str:
-        """The newest version made from `fingerprint`, or ""."""
-        for version in reversed(self.versions(name)):
-            manifest = self._read(f"{name}/{version}/{MANIFEST}")
-            if manifest and parse_json(manifest, MANIFEST).get("fingerprint") == fingerprint:
-                return version
-        return ""
+    def fingerprint_of(self, name: str, version: str) -> str:
+        """From what a version was made, as its manifest says."""
+        manifest = self._read(f"{name}/{version}/{MANIFEST}")
+        return parse_json(manifest, MANIFEST).get("fingerprint", "") if manifest else ""
 
     @contextmanager
     def stage_version(self, name: str, version: str, fingerprint: str) -> Iterator[Path]:
         """Yield a temporary folder; when all went well, upload its files, the manifest last: it makes the version."""
-        scratch = cache_dir() / "uploads" / uuid.uuid4().hex
+        folder = cache_dir() / "uploads" / uuid.uuid4().hex
         try:
-            with staged(scratch / version, fingerprint=fingerprint, adapter=name, version=version) as tmp:
+            with staged(folder, fingerprint=fingerprint, adapter=name, version=version) as tmp:
                 yield tmp
             with self._translate_errors():
-                for path in sorted((scratch / version).iterdir(), key=lambda p: p.name == MANIFEST):
+                for path in sorted(folder.iterdir(), key=lambda p: p.name == MANIFEST):
                     self._storage.upload(path, f"{name}/{version}/{path.name}", atomic=False)
             self._answers.pop(("", name), None)
         finally:
-            shutil.rmtree(scratch, ignore_errors=True)
+            shutil.rmtree(folder, ignore_errors=True)
 
     @contextmanager
     def lock(self, name: str) -> Iterator[None]:
         """Object storage has no locks: publish and release an adapter from one place at a time."""
         self._answers.clear()
         yield
-
-    def _folders(self, inside: str, holding: str) -> list[str]:
-        with self._translate_errors():
-            return self._storage.list_folders(inside, holding=holding)
 
     def _recent(self, question: tuple[str, ...], ask: Callable[[], Any]) -> Any:
         """The store's answer of the last REFRESH_S, else of now; the last one while it is out of reach.
@@ -139,7 +211,8 @@ class RemoteStore:
             if recent or not self._asking.acquire(blocking=False):
                 return value
         try:
-            value = ask()
+            with self._translate_errors():
+                value = ask()
         except StoreUnavailableError:
             self._failed_at = self._clock()
             if not answered:
@@ -175,43 +248,25 @@ class RemoteStore:
         at, message = self._damaged.get(folder, (-RETRY_S, ""))
         if self._clock() - at < RETRY_S:
             raise AdapterError(message)
+        with suppress(CorruptArtifactError):
+            verify_artifact(folder)
+            return
+        _check_listed_files(manifest)
         try:
-            if folder not in self._fetched and not _is_whole(folder):
-                self._fetch(key, manifest, folder)
-            self._fetched.add(folder)
-        except StoreUnavailableError:
-            raise
-        except AdapterError as error:
-            self._damaged[folder] = (self._clock(), str(error))
-            raise
-
-    def _fetch(self, key: str, manifest: bytes, folder: Path) -> None:
-        """Copy a version beside its final name, check it against the manifest that was read, and rename it."""
-        tmp = temporary_path(folder)
-        with translate_disk_errors(folder):
-            tmp.mkdir(parents=True)
-            try:
-                for name, size in _listed_files(manifest).items():
-                    with self._translate_errors():
-                        if not self._storage.fetch(f"{key}/{name}", tmp / name, size):
-                            raise AdapterError(f"{name}: it is larger than the {size} bytes that {MANIFEST} gives")
-                (tmp / MANIFEST).write_bytes(manifest)
-                verify_artifact(tmp)
-                shutil.rmtree(folder, ignore_errors=True)
-                tmp.rename(folder)
-            except (CorruptArtifactError, FileNotFoundError) as error:
-                reason = str(error).rpartition("/")[2]  # without the path on this machine
-                raise AdapterError(f"adapter '{key.replace('/', '@')}' is not whole in the store: {reason}") from error
-            finally:
-                shutil.rmtree(tmp, ignore_errors=True)
+            with self._translate_errors():
+                self._storage.fetch_folder(key, manifest, folder)
+        except (CorruptArtifactError, FileNotFoundError) as error:
+            reason = str(error).rpartition("/")[2]  # without the path on this machine
+            message = f"adapter '{key.replace('/', '@')}' is not whole in the store: {reason}"
+            self._damaged[folder] = (self._clock(), message)
+            raise AdapterError(message) from error
 
 
-def _listed_files(manifest: bytes) -> dict[str, int]:
-    """File name -> bytes of a manifest. Names are checked before any of them becomes a path."""
+def _check_listed_files(manifest: bytes) -> None:
+    """Check names before any of them becomes a path, and sizes before anything is fetched."""
     files = parse_json(manifest, MANIFEST).get("files")
     if not isinstance(files, dict) or not 0 < len(files) <= MAX_FILES:
         raise AdapterError(f"{MANIFEST} does not list the files of an adapter")
-    sizes = {}
     for name, recorded in files.items():
         if not FILE.fullmatch(name) or name == MANIFEST or Path(name).suffix not in SUFFIXES:
             problem = "names a file that no adapter has; weights must be safetensors, never a pickle"
@@ -220,12 +275,3 @@ def _listed_files(manifest: bytes) -> dict[str, int]:
         size, limit = recorded.get("bytes"), MAX_WEIGHT_BYTES if name == WEIGHTS_FILE else MAX_JSON_BYTES
         if not isinstance(recorded.get("sha256"), str) or type(size) is not int or not 0 <= size <= limit:
             raise AdapterError(f"{name} is too large, or {MANIFEST} gives no size and hash")
-        sizes[name] = size
-    return sizes
-
-
-def _is_whole(folder: Path) -> bool:
-    try:
-        return folder.is_dir() and bool(verify_artifact(folder))
-    except CorruptArtifactError:
-        return False
