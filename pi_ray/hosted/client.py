@@ -1,26 +1,33 @@
-"""The client of the service: files, fine-tuning jobs, their events, chat. A call is retried while its fault can pass.
+"""The client of the service: files, fine-tuning jobs, their events, answers. Faults that can pass are retried.
 
 The key comes from the environment and goes to the service alone; it is cut out of the service's messages.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import suppress
+from dataclasses import asdict, dataclass, fields
+from functools import partial
+from itertools import takewhile
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TextIO, TypeVar
 
-from pi_ray.config import ClosedConfig
+from pi_ray.config import ClosedConfig, RunConfig
 from pi_ray.errors import ConfigError, MissingExtraError, PiRayError, TrainingError
+from pi_ray.run.artifact import digest
 
 OPENAI = "https://api.openai.com/v1"  # named here, so that OPENAI_BASE_URL cannot redirect a run unseen
 RETRIES = 8
 BACKOFF_S = 1.0  # before the first retry, then twice as long each time
 LONGEST_WAIT_S = 60.0
 REQUEST_S = 120.0
+PARALLEL = 8  # prompts asked at a time
 PAGE = 100  # jobs or events of one listing
 ENDED_BADLY = ("failed", "cancelled")
 OUT_OF_MONEY = ("insufficient_quota", "billing_hard_limit_reached")  # come as 429, and do not pass
@@ -55,22 +62,16 @@ class Service:
             raise MissingExtraError("train.backend.name 'openai' needs: pip install 'pi-ray[closed]'") from None
         self.key = os.environ.get(settings.api_key_env, "").strip()
         if not self.key:
-            raise ConfigError(
-                f"closed.api_key_env: the environment variable {settings.api_key_env} is empty; "
-                "put the service's key there (any word for a service that wants none)"
-            )
+            cure = "put the service's key there (any word for a service that wants none)"
+            raise ConfigError(f"closed.api_key_env: the environment variable {settings.api_key_env} is empty; {cure}")
         self.settings, self.wait, self.openai = settings, wait, openai
         url = settings.base_url or OPENAI
         self.client = openai.OpenAI(api_key=self.key, base_url=url, max_retries=0, timeout=REQUEST_S)
 
     def upload(self, path: Path) -> str:
         """The id of a training file. Uploading twice costs nothing."""
-
-        def request() -> str:
-            with open(path, "rb") as file:
-                return self.client.files.create(file=file, purpose="fine-tune").id
-
-        return self._tried(f"uploading {path.name}", request)
+        request = partial(self.client.files.create, file=path, purpose="fine-tune")
+        return self._tried(f"uploading {path.name}", request).id
 
     def file_status(self, file: str) -> str:
         """The service's word for it, or "" for a file that is not there."""
@@ -83,14 +84,13 @@ class Service:
         """The job that trains on this file and has not ended badly."""
         return self._tried("listing fine-tuning jobs", lambda: self._job_on(file))
 
-    def create_job(self, file: str, model: str, suffix: str, seed: int, **hyperparameters: float) -> Any:
+    def create_job(self, file: str, model: str, suffix: str, seed: int, hyperparameters: Any) -> Any:
         """A fine-tuning job, never two of one file: each try looks first, since a lost connection may have made one."""
 
-        settings: Any = {"suffix": suffix, "seed": seed, "hyperparameters": hyperparameters}
-
         def request() -> Any:
-            jobs = self.client.fine_tuning.jobs
-            return self._job_on(file) or jobs.create(model=model, training_file=file, **settings)
+            return self._job_on(file) or self.client.fine_tuning.jobs.create(
+                model=model, training_file=file, suffix=suffix, seed=seed, hyperparameters=hyperparameters
+            )
 
         return self._tried(f"fine-tuning {model}", request)
 
@@ -101,12 +101,8 @@ class Service:
         """The job's events that are not among `seen`, oldest first; none from a service that has no events."""
 
         def request() -> list[Any]:
-            new: list[Any] = []
-            for event in self.client.fine_tuning.jobs.list_events(job, limit=PAGE):
-                if event.id in seen:
-                    break
-                new.append(event)
-            return new[::-1]
+            newest_first = self.client.fine_tuning.jobs.list_events(job, limit=PAGE)
+            return [*takewhile(lambda event: event.id not in seen, newest_first)][::-1]
 
         try:
             return self._tried(f"reading the events of job {job}", request)
@@ -123,8 +119,8 @@ class Service:
             )
             seconds, usage = time.perf_counter() - start, done.usage
             text = (done.choices[0].message.content or "") if done.choices else ""
-            sent, written = (usage.prompt_tokens, usage.completion_tokens) if usage else (None, None)
-            return Reply(text.strip(), sent, written, seconds)
+            counts = (usage.prompt_tokens, usage.completion_tokens) if usage else (None, None)
+            return Reply(text.strip(), *counts, seconds)
 
         return self._tried(f"asking {model}", request)
 
@@ -171,3 +167,51 @@ def _pause(error: Any, attempt: int) -> float:
         return min(max(0.0, float(response.headers["retry-after"])), LONGEST_WAIT_S)
     except (AttributeError, KeyError, ValueError):
         return min(BACKOFF_S * 2**attempt, LONGEST_WAIT_S) * random.uniform(0.75, 1.25)
+
+
+def replies(
+    config: RunConfig, model: str, prompts: Sequence[str], limit: int,
+    watch: Callable[[int, int], None] = lambda done, total: None, wait: Callable[[float], None] = time.sleep,
+) -> list[Reply]:
+    """The model's reply to each prompt, greedy, at most `limit` tokens. closed/answers.jsonl keeps what was paid for.
+
+    `watch` gets (distinct prompts answered, distinct prompts). Raises TrainingError when the service cannot be reached.
+    """
+    log = config.root / "closed" / "answers.jsonl"
+    keys = [digest([config.closed.base_url, model, prompt, limit]) for prompt in prompts]
+    known, wanted = _read_log(log), dict(zip(keys, prompts, strict=True))
+    todo = {key: prompt for key, prompt in wanted.items() if key not in known}
+    watch(len(wanted) - len(todo), len(wanted))
+    if todo:
+        service = Service(config.closed, wait)
+        with ThreadPoolExecutor(PARALLEL) as pool, _open_log(log) as file:
+            asked = {pool.submit(service.chat, model, prompt, limit): key for key, prompt in todo.items()}
+            try:
+                for i, done in enumerate(as_completed(asked), start=1):
+                    key = asked[done]
+                    known[key] = done.result()
+                    entry = {"key": key, "model": model, **asdict(known[key])}
+                    file.write(json.dumps(entry, ensure_ascii=False) + "\n")
+                    file.flush()
+                    watch(len(wanted) - len(todo) + i, len(wanted))
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+    return [known[key] for key in keys]
+
+
+def _read_log(log: Path) -> dict[str, Reply]:
+    """Key -> reply; half a line, which a kill leaves, is passed over."""
+    found = {}
+    for line in log.read_text(encoding="utf-8", errors="replace").split("\n") if log.exists() else ():
+        with suppress(ValueError, KeyError, TypeError):
+            entry = json.loads(line)
+            found[entry["key"]] = Reply(*(entry[field.name] for field in fields(Reply)))
+    return found
+
+
+def _open_log(log: Path) -> TextIO:
+    log.parent.mkdir(parents=True, exist_ok=True)
+    file = open(log, "a", encoding="utf-8")  # noqa: SIM115  the caller's `with` closes it
+    file.write("\n" if file.tell() else "")  # ends the half line that a kill left
+    return file

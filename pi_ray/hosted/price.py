@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 from pi_ray.config import RunConfig
 from pi_ray.errors import ConfigError, TrainingError
@@ -13,38 +12,8 @@ from pi_ray.progress import format_money
 from pi_ray.prompt import PromptEncoder
 from pi_ray.run.artifact import read_manifest
 from pi_ray.run.directory import RunDir
-from pi_ray.run.prepared import ColumnPrompt
+from pi_ray.run.phases import ColumnPrompt
 from pi_ray.schedule import plan_phases
-
-
-@dataclass(frozen=True)
-class TokenEstimate:
-    """Tokens, counted with the tokenizer of `model.base`. `training` maps phases to rows x tokens x passes."""
-
-    training: dict[int, int]
-    rows: int
-    input: int
-    output: int
-
-    def cost(self, config: RunConfig) -> tuple[float, float]:
-        """Money for training, and for evaluation."""
-        prices = config.closed
-        evaluation = self.input * prices.input_price + self.output * prices.output_price
-        return sum(self.training.values()) * prices.train_price / 1e6, evaluation / 1e6
-
-    def sentence(self, config: RunConfig) -> str:
-        """The cost in words, which a person reads before saying yes."""
-        costs = self.cost(config)
-        training, evaluation, both = (format_money(amount, config.cost.currency) for amount in (*costs, sum(costs)))
-        phases = ", ".join(f"phase {i}: {n:,}" for i, n in self.training.items())
-        total = f"{sum(self.training.values()):,} tokens ({phases})"
-        tuning = f"Fine-tuning {config.closed.model} takes about {total}, {training}. " if phases else ""
-        return (
-            f"{tuning}Evaluation on {self.rows:,} rows takes "
-            f"about {self.input:,} input and {self.output:,} output tokens, {evaluation}. "
-            f"Together about {both} at the prices of the block 'closed', "
-            f"tokens counted as {config.model.base} has them."
-        )
 
 
 def phase_tokens(config: RunConfig, index: int, epochs: int) -> int:
@@ -54,20 +23,29 @@ def phase_tokens(config: RunConfig, index: int, epochs: int) -> int:
     return round(manifest["rows"] * (tokens["prefix"] + tokens["row_mean"] + tokens["label_mean"]) * epochs)
 
 
-def estimate_tokens(config: RunConfig, phases: Sequence[int], prompts: Sequence[ColumnPrompt]) -> TokenEstimate:
-    """The tokens of training these phases, and of asking each test row with each of these prompts."""
-    run, split = RunDir(config.root), config.evaluate.split
+def describe_cost(config: RunConfig, phases: Sequence[int], prompts: Sequence[ColumnPrompt]) -> str:
+    """What it costs to train these phases and to ask each test row with each of these prompts, in words."""
+    run, split, closed = RunDir(config.root), config.evaluate.split, config.closed
     encoder = PromptEncoder(load_tokenizer(config.model), config.prompt)
     rows, bank = run.read_rows(split), {r.id: r for r in run.read_rows("train")}
-    asked = 0
+    read = 0
     for template, count, rate in prompts:
         shots = run.read_shots(split, bank, count)
-        asked += len(rows) * len(encoder.prefix(template))
-        asked += sum(len(encoder.row(r.query, shots.get(r.id, ()), r.documents)) for r in run.read_rows(split, rate))
-    answered = len(prompts) * sum(len(encoder.answer(r.answer)) for r in rows)
-    plan = enumerate(plan_phases(config.schedule))
-    training = {i: phase_tokens(config, i, p.epochs) for i, p in plan if i in phases}
-    return TokenEstimate(training, len(rows), asked, answered)
+        read += len(rows) * len(encoder.prefix(template))
+        read += sum(len(encoder.row(r.query, shots.get(r.id, ()), r.documents)) for r in run.read_rows(split, rate))
+    written = len(prompts) * sum(len(encoder.answer(r.answer)) for r in rows)
+    plan = plan_phases(config.schedule)
+    training = {i: phase_tokens(config, i, plan[i].epochs) for i in phases}
+    trained = sum(training.values())
+    costs = trained * closed.train_price, read * closed.input_price + written * closed.output_price
+    tuning, evaluation, both = (format_money(cost / 1e6, config.cost.currency) for cost in (*costs, sum(costs)))
+    each = ", ".join(f"phase {i}: {n:,}" for i, n in training.items())
+    first = f"Fine-tuning {closed.model} takes about {trained:,} tokens ({each}), {tuning}. " if training else ""
+    return (
+        f"{first}Evaluation on {len(rows):,} rows takes about {read:,} input and {written:,} output tokens, "
+        f"{evaluation}. Together about {both} at the prices of the block 'closed', tokens counted as "
+        f"{config.model.base} has them."
+    )
 
 
 def confirm_cost(
@@ -75,7 +53,7 @@ def confirm_cost(
     tell: Callable[[str], None], confirm: Callable[[str], bool],
 ) -> None:
     """Have the cost confirmed, or only told with closed.confirmed. Raises TrainingError when it is declined."""
-    sentence = estimate_tokens(config, phases, prompts).sentence(config)
+    sentence = describe_cost(config, phases, prompts)
     if config.closed.confirmed:
         tell(sentence)
     elif not confirm(sentence):

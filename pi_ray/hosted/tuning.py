@@ -5,25 +5,28 @@ A job is found again by its training file, whose id is written down before the j
 
 from __future__ import annotations
 
+import fcntl
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pi_ray.config import RunConfig
-from pi_ray.errors import TrainingError
+from pi_ray.errors import ConfigError, CorruptArtifactError, TrainingError
 from pi_ray.hosted import price
 from pi_ray.hosted.client import ENDED_BADLY, Service, UnknownError
-from pi_ray.hosted.messages import file_name, write_training_files
-from pi_ray.hosted.state import TuningState, tuning_lock
-from pi_ray.run.artifact import digest, verify_artifact, write_atomic
+from pi_ray.prompt import render_prompt
+from pi_ray.run.artifact import digest, is_current, staged, verify_artifact, write_atomic
 from pi_ray.run.directory import RunDir
-from pi_ray.run.prepared import prompts_of_columns
+from pi_ray.run.phases import prompts_of_columns
 from pi_ray.schedule import plan_phases
 
+STATE = Path("closed", "state.json")  # of a run, written after every step, so that nothing is paid for twice
 COLUMNS = ("base", "base_full_prompt", "promptintern")
+FILE = "phase-{}.jsonl"
 SLOWEST = 6  # times poll_s, while nothing happens
 FILE_CHECKS = 30  # looks at an uploaded file before the job is created in any case
 UNREAD = ("uploaded", "pending", "running", "processing")  # a file that the service has not read yet
@@ -41,21 +44,84 @@ class Stage:
     fingerprint: str
 
 
+def read_state(root: Path) -> dict[str, dict[str, Any]]:
+    """Phase fingerprint -> file, job, status, model, tokens, seconds. Phases of other settings stay: they are paid for.
+
+    Raises CorruptArtifactError when the file cannot be read.
+    """
+    try:
+        return json.loads((root / STATE).read_bytes())
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        cure = "delete it to begin anew, which pays for every phase again"
+        raise CorruptArtifactError(f"{root / STATE}: not readable as JSON ({error}); {cure}") from error
+
+
+@contextmanager
+def tuning_lock(root: Path) -> Iterator[None]:
+    """Keep other processes from tuning the same run, which would create its jobs twice. The lock ends with the process.
+
+    Raises TrainingError when another process has it.
+    """
+    folder = root / "closed"
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise TrainingError(f"{root}: another process is tuning this run; wait for it, or stop it") from None
+        yield
+
+
+def write_training_files(run: RunDir, config: RunConfig) -> Path:
+    """The artifact closed/files, made unless it is there: of each phase its rows as chat messages, in JSONL.
+
+    Raises ConfigError for what a service cannot be asked for.
+    """
+    phases = plan_phases(config.schedule)
+    if any(p.steps for p in phases):
+        raise ConfigError(
+            "schedule.steps: a fine-tuning service counts passes over the rows, not updates; "
+            "use schedule.epochs with train.backend.name openai"
+        )
+    if config.train.objective != "sft":
+        raise ConfigError(
+            f"train.objective {config.train.objective}: a fine-tuning service learns from labels alone; "
+            "take sft with train.backend.name openai"
+        )
+    folder = run.root / "closed" / "files"
+    fingerprint = digest([run.prepared_fingerprint(), config.prompt.model_dump(mode="json")])
+    if is_current(folder, fingerprint):
+        return folder
+    bank, templates = {r.id: r for r in run.read_rows("train")}, run.read_templates()
+    with staged(folder, fingerprint=fingerprint) as made:
+        for i, phase in enumerate(phases):
+            shots = run.read_shots("train", bank, phase.shots)
+            with open(made / FILE.format(i), "w", encoding="utf-8") as file:
+                for r in run.read_rows("train", phase.rate):
+                    examples = shots.get(r.id, ())
+                    prompt = render_prompt(config.prompt, r.query, templates[phase.rate], examples, r.documents)
+                    messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": r.answer}]
+                    file.write(json.dumps({"messages": messages}, ensure_ascii=False) + "\n")
+    return folder
+
+
 def tuning_stages(config: RunConfig) -> list[Stage]:
     """The phases with their files. Raises CorruptArtifactError for a file that is not as it was written."""
     folder, closed = write_training_files(RunDir(config.root), config), config.closed
     files, earlier, stages = verify_artifact(folder)["files"], digest([closed.base_url, closed.model]), []
     for i, phase in enumerate(plan_phases(config.schedule)):
         settings = [phase.epochs, closed.batch_size, closed.lr_multiplier, config.train.seed]
-        earlier = digest([earlier, files[file_name(i)]["sha256"], *settings])
-        stages.append(Stage(i, phase.epochs, folder / file_name(i), earlier))
+        earlier = digest([earlier, files[FILE.format(i)]["sha256"], *settings])
+        stages.append(Stage(i, phase.epochs, folder / FILE.format(i), earlier))
     return stages
 
 
 def tuned_phases(config: RunConfig) -> list[dict[str, Any]]:
     """Each phase's known model, tokens, seconds, updates and status, without asking the service."""
-    state = TuningState(config.root)
-    return [state.get(s.fingerprint) for s in tuning_stages(config)]
+    state = read_state(config.root)
+    return [state.get(s.fingerprint, {}) for s in tuning_stages(config)]
 
 
 def tune(
@@ -71,40 +137,42 @@ def tune(
     """
     stages = tuning_stages(config)
     with tuning_lock(config.root):
-        state = TuningState(config.root)
-        if not (model := state.get(stages[-1].fingerprint).get("model")):
+        state = read_state(config.root)
+        if not (model := state.get(stages[-1].fingerprint, {}).get("model")):
             service = Service(config.closed, wait)
-            _recover(service, state, stages)
-            if todo := [s.index for s in stages if not state.get(s.fingerprint).get("job")]:
-                prompts = prompts_of_columns(config)
-                tell = lambda sentence: watch({"phase": todo[0], "message": sentence})  # noqa: E731
-                price.confirm_cost(config, todo, [prompts[c] for c in columns], tell, confirm)
+            phases = [_Phase(config, service, state, stage, watch) for stage in stages]
+            for phase in phases:
+                phase.recover()
+            if todo := [p for p in phases if not p.known.get("job")]:
+                prompts, indices = prompts_of_columns(config), [p.stage.index for p in todo]
+                price.confirm_cost(config, indices, [prompts[c] for c in columns], todo[0].tell, confirm)
             model = config.closed.model
-            for stage in stages:
-                model = _Phase(config, service, state, stage, watch).tune_from(model)
+            for phase in phases:
+                model = phase.tune_from(model)
     return model
 
 
-def _recover(service: Service, state: TuningState, stages: Sequence[Stage]) -> None:
-    """Find jobs that were created but not written down, and forget failed ones, so that they are created again."""
-    for stage in stages:
-        known = state.get(stage.fingerprint)
-        if known.get("status") in ENDED_BADLY:
-            state.put(stage.fingerprint, job=None, status=None)
-        known = state.get(stage.fingerprint)
-        if known.get("file") and not known.get("job") and (job := service.find_job(known["file"])):
-            state.put(stage.fingerprint, job=job.id, status=job.status)
-
-
+@dataclass
 class _Phase:
     """One phase on its way: upload, job, events, model, each written down when it is done."""
 
-    def __init__(self, config: RunConfig, service: Service, state: TuningState, stage: Stage, watch: Listener):
-        self.config, self.service, self.state, self.stage, self.watch = config, service, state, stage, watch
+    config: RunConfig
+    service: Service
+    state: dict[str, dict[str, Any]]  # of read_state
+    stage: Stage
+    watch: Listener
 
     @property
     def known(self) -> dict[str, Any]:
-        return self.state.get(self.stage.fingerprint)
+        return self.state.get(self.stage.fingerprint, {})
+
+    def recover(self) -> None:
+        """Find a job that was created but not written down, and forget a failed one, so that it is created again."""
+        if self.known.get("status") in ENDED_BADLY:
+            self._put(job=None, status=None)
+        file = self.known.get("file")
+        if file and not self.known.get("job") and (job := self.service.find_job(file)):
+            self._put(job=job.id, status=job.status)
 
     def tune_from(self, model: str) -> str:
         """The model after this phase, which continues from `model`."""
@@ -119,24 +187,22 @@ class _Phase:
         chosen = {"batch_size": closed.batch_size, "learning_rate_multiplier": closed.lr_multiplier}
         hyperparameters = {"n_epochs": stage.epochs, **{name: value for name, value in chosen.items() if value}}
         suffix = f"{closed.suffix}-p{stage.index}-{stage.fingerprint[:8]}"
-        job = self.service.create_job(self._upload(), model, suffix, self.config.train.seed, **hyperparameters)
+        job = self.service.create_job(self._upload(), model, suffix, self.config.train.seed, hyperparameters)
         self._put(phase=stage.index, base=model, job=job.id, status=job.status)
-        self._tell(f"job {job.id} fine-tunes {model}, {stage.epochs} passes over {stage.file.name}", status=job.status)
+        self.tell(f"job {job.id} fine-tunes {model}, {stage.epochs} passes over {stage.file.name}", status=job.status)
 
     def _upload(self) -> str:
         """The id of the phase's file at the service, which has read it."""
         file = self.known.get("file")
-        status = self.service.file_status(file) if file else ""
-        if not file or status in ("", "error"):
+        if not file or self.service.file_status(file) in ("", "error"):
             file = self.service.upload(self.stage.file)
             self._put(file=file)
-            self._tell(f"uploaded {self.stage.file.name} as {file}")
-            status = self.service.file_status(file)
+            self.tell(f"uploaded {self.stage.file.name} as {file}")
         for _ in range(FILE_CHECKS):
+            status = self.service.file_status(file)
             if status not in UNREAD:
                 break
             self.service.wait(self.config.closed.poll_s)
-            status = self.service.file_status(file)
         if status == "error":
             raise TrainingError(f"phase {self.stage.index}: the service cannot read {self.stage.file} as training rows")
         return file
@@ -147,54 +213,44 @@ class _Phase:
         losses: dict[int, float] = {}
         pause = poll = self.config.closed.poll_s
         while True:
-            job = self._find_job()
+            try:
+                job = self.service.job(self.known["job"])
+            except UnknownError as error:
+                raise TrainingError(
+                    f"phase {self.stage.index}: {error}. If it is gone for good, delete {self.config.root / STATE} to "
+                    "train again, which pays for every phase again"
+                ) from None
             news = self.service.events(job.id, seen)  # after the job, so that its last events are among them
             for event in news:
                 seen.add(event.id)
-                self._hear(event, losses)
+                facts = {}
+                match event.data:
+                    case {"step": int(step), "train_loss": int(loss) | float(loss)}:
+                        losses[step] = loss
+                        facts = {"step": step, "loss": loss, "total": event.data.get("total_steps")}
+                self.tell(event.message, **facts)
             if job.status in ENDED_BADLY:
                 self._put(status=job.status)
-                reason = job.error.message if job.error and job.error.message else "the service gives no reason"
-                raise TrainingError(
-                    f"phase {self.stage.index}: job {job.id} {job.status}: {reason.rstrip('.')}. "
-                    "The same command tries the phase again with a new job"
-                )
+                reason = ((job.error and job.error.message) or "the service gives no reason").rstrip(".")
+                cure = "The same command tries the phase again with a new job"
+                raise TrainingError(f"phase {self.stage.index}: job {job.id} {job.status}: {reason}. {cure}")
             if job.status == "succeeded":
                 return self._finish(job, losses)
             if job.status != self.known["status"]:
                 self._put(status=job.status)
-                self._tell(f"job {job.id} is {job.status.replace('_', ' ')}", status=job.status)
+                self.tell(f"job {job.id} is {job.status.replace('_', ' ')}", status=job.status)
                 news = [job]
             pause = poll if news else min(pause * 1.5, SLOWEST * poll)
             self.service.wait(pause)
-
-    def _find_job(self) -> Any:
-        try:
-            return self.service.job(self.known["job"])
-        except UnknownError as error:
-            raise TrainingError(
-                f"phase {self.stage.index}: {error}. If it is gone for good, delete {self.state.path} to train again, "
-                "which pays for every phase again"
-            ) from None
-
-    def _hear(self, event: Any, losses: dict[int, float]) -> None:
-        data = event.data if isinstance(event.data, dict) else {}
-        step, loss = data.get("step"), data.get("train_loss")
-        facts = {}
-        if isinstance(step, int) and isinstance(loss, int | float):
-            losses[step] = loss
-            facts = {"step": step, "loss": loss, "total": data.get("total_steps")}
-        self._tell(event.message, **facts)
 
     def _finish(self, job: Any, losses: dict[int, float]) -> None:
         if not job.fine_tuned_model:
             raise TrainingError(f"phase {self.stage.index}: job {job.id} succeeded, but the service names no model")
         self._log(losses)
         tokens = job.trained_tokens or price.phase_tokens(self.config, self.stage.index, self.stage.epochs)
-        seconds = job.finished_at - job.created_at if job.finished_at else 0
-        facts = {"tokens": tokens, "seconds": seconds, "updates": max(losses, default=0)}
-        self._put(status=job.status, model=job.fine_tuned_model, **facts)
-        self._tell(f"done, {tokens:,} tokens trained: {job.fine_tuned_model}", status=job.status)
+        seconds, updates = job.finished_at - job.created_at if job.finished_at else 0, max(losses, default=0)
+        self._put(status=job.status, model=job.fine_tuned_model, tokens=tokens, seconds=seconds, updates=updates)
+        self.tell(f"done, {tokens:,} tokens trained: {job.fine_tuned_model}", status=job.status)
 
     def _log(self, losses: dict[int, float]) -> None:
         """Put the phase's losses into train.jsonl, after those of earlier phases: `step` counts over the whole run."""
@@ -206,7 +262,10 @@ class _Phase:
         write_atomic(log, "".join(json.dumps(e) + "\n" for e in kept))
 
     def _put(self, **facts: Any) -> None:
-        self.state.put(self.stage.fingerprint, **facts)
+        """Add facts of the phase and write them down; None takes a fact away."""
+        known = {**self.known, **facts}
+        self.state[self.stage.fingerprint] = {name: fact for name, fact in known.items() if fact is not None}
+        write_atomic(self.config.root / STATE, json.dumps(self.state, indent=1) + "\n")
 
-    def _tell(self, message: str, **facts: Any) -> None:
+    def tell(self, message: str, **facts: Any) -> None:
         self.watch({"phase": self.stage.index, "message": message, **facts})

@@ -27,18 +27,19 @@ APP_NAME = "pi-ray"
 log = logging.getLogger("ray.serve")
 
 
-def bearer_key(config: RunConfig, required: bool | None = None) -> str:
-    """The key from the environment. `required`: None for a server that other machines can reach.
+def bearer_key(config: RunConfig, required: bool = False) -> str:
+    """The key from the environment. Without `required` only a server that other machines can reach needs one.
 
-    Raises ConfigError for an invalid keys file, and when a key is required and there is neither key nor file.
+    Raises ConfigError for an invalid keys file, and when a key is needed and there is neither key nor file.
     """
-    key, file = os.environ.get(config.serve.api_key_env, ""), config.serve.keys_file
+    env, file = config.serve.api_key_env, config.serve.keys_file
+    key = os.environ.get(env, "")
     if file:
         load_keys(Path(file))  # an error is raised here, not in a replica's log
-    if not key and not file and (not auth.is_loopback(server_url(config)) if required is None else required):
+    if not key and not file and (required or not auth.is_loopback(server_url(config))):
         raise ConfigError(
             f"serve.host is {config.serve.host}: a server that other machines can reach needs a key. Set it in the "
-            f'environment, for example export {config.serve.api_key_env}="$(openssl rand -hex 32)", name a file of '
+            f'environment, for example export {env}="$(openssl rand -hex 32)", name a file of '
             "keys in serve.keys_file ('pi-ray key' makes them), or set serve.host to 127.0.0.1"
         )
     return key
@@ -62,8 +63,7 @@ def deploy(args: dict[str, str]) -> serve.Application:
 
 
 def run_server(config: RunConfig, blocking: bool = True) -> str:
-    """Serve `config` and return the URL; with `blocking`, print how to call it and serve until SIGINT or SIGTERM (""
-    when that came before it was up).
+    """Serve `config` and return the URL; with `blocking`, print how to call it and serve until SIGINT or SIGTERM.
 
     Raises ConfigError: no key off loopback, the port is taken, or Serve already runs here on another address.
     """
@@ -80,14 +80,18 @@ def run_server(config: RunConfig, blocking: bool = True) -> str:
         if starts_ray:
             _shutdown(starts_ray)
         if blocking and isinstance(error, KeyboardInterrupt):
-            return ""  # Ctrl-C stops a server, early or late
+            return ""  # Ctrl-C stops a server, also before it is up
         raise
     url = server_url(config)
     if blocking:
         names = ", ".join(served_models(config, AdapterStore(config.store)))
         print(f"serving at {url}, with a page to try it   models: {names}   Ctrl-C stops\n", flush=True)
-        print(f"{usage_text(config, url)}\n\n{_metrics_text()}", flush=True)
-        _wait_for_signal()
+        print(f"{usage_text(config)}\n\n{_metrics_text()}", flush=True)
+        done = threading.Event()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda *_: done.set())
+        while not done.wait(1):  # in steps: a signal that another thread takes does not end a wait
+            pass
         print("shutting down: requests under way are finished first", flush=True)
         _shutdown(starts_ray)
     return url
@@ -96,28 +100,22 @@ def run_server(config: RunConfig, blocking: bool = True) -> str:
 def _check_port(config: RunConfig) -> None:
     """Raise ConfigError when the port is taken; Serve's own error comes late and suggests nothing."""
     host, port = config.serve.host, config.serve.port
-    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            message = f"cannot listen at {host}:{port}: {error.strerror}; set serve.port to a free port"
-            raise ConfigError(message) from error
+    try:
+        socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
+    except OSError as error:
+        raise ConfigError(f"cannot listen: {error.strerror}; set serve.port to a free port") from error
 
 
 def _start_proxies(config: RunConfig) -> None:
     """Start Serve's proxies. Raises ConfigError when Serve already runs on another address, which it would keep."""
-    limits = config.serve
+    host, port, limit = config.serve.host, config.serve.port, config.serve.request_timeout_s + 5
     serve.start(
         proxy_location="EveryNode",
-        http_options={
-            "host": limits.host, "port": limits.port, "keep_alive_timeout_s": 30,
-            "request_timeout_s": limits.request_timeout_s + 5,
-        },
+        http_options={"host": host, "port": port, "keep_alive_timeout_s": 30, "request_timeout_s": limit},
         logging_config={"log_level": "WARNING", "enable_access_log": False},
-    )  # fmt: skip
+    )
     client = serve.context._get_global_client()
-    if client and (client.http_config.host, client.http_config.port) != (limits.host, limits.port):
+    if client and (client.http_config.host, client.http_config.port) != (host, port):
         raise ConfigError(
             f"Ray Serve already runs at {client.http_config.host}:{client.http_config.port}; stop it with "
             "'serve shutdown', or set serve.host and serve.port to that"
@@ -126,10 +124,7 @@ def _start_proxies(config: RunConfig) -> None:
 
 
 def _check_proxy_timeout(config: RunConfig) -> None:
-    """Warn of proxies that give up before the server does, with an error that is not in OpenAI's format.
-
-    Their limit is set when Serve starts.
-    """
+    """Warn of proxies whose limit, set when Serve started, ends a request first: with an error unlike OpenAI's."""
     client = serve.context._get_global_client(raise_if_no_controller_running=False) if ray.is_initialized() else None
     limit, allowed = client.http_config.request_timeout_s if client else None, config.serve.request_timeout_s
     if limit and limit <= allowed:
@@ -140,10 +135,10 @@ def _check_proxy_timeout(config: RunConfig) -> None:
         )  # fmt: skip
 
 
-def usage_text(config: RunConfig, url: str, model: str = "", query: str = "YOUR QUERY") -> str:
+def usage_text(config: RunConfig, model: str = "", query: str = "YOUR QUERY") -> str:
     """How to call the server. `model`: by default the store's first adapter, or the base."""
     model = model or served_models(config, AdapterStore(config.store))[:2][-1]  # the base comes first
-    env = config.serve.api_key_env
+    url, env = server_url(config), config.serve.api_key_env
     key = f"-H \"Authorization: Bearer ${env}\" " if os.environ.get(env) else ""
     python = f'os.environ["{env}"]' if key else '"none"'
     messages = [{"role": "user", "content": query}]
@@ -159,18 +154,10 @@ The message is the query alone: no template, no examples."""
 def _metrics_text() -> str:
     """Where Prometheus finds this machine's metrics: at Ray's port for them, not the server's."""
     local = ray.util.get_node_ip_address()
-    nodes = [node for node in ray.nodes() if node["Alive"] and node["NodeManagerAddress"] == local]
-    if not nodes:
-        return "Ray's metrics are switched off."
-    return f"Metrics for Prometheus: http://{local}:{nodes[0]['MetricsExportPort']}/metrics"
-
-
-def _wait_for_signal() -> None:
-    done = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: done.set())
-    while not done.wait(1):
-        pass
+    for node in ray.nodes():
+        if node["Alive"] and node["NodeManagerAddress"] == local:
+            return f"Metrics for Prometheus: http://{local}:{node['MetricsExportPort']}/metrics"
+    return "Ray's metrics are switched off."
 
 
 def _shutdown(stop_ray: bool) -> None:

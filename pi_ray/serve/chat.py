@@ -8,10 +8,12 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import aclosing, closing
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, TextIO
 
 from pi_ray.config import RunConfig, run_file
 from pi_ray.errors import AdapterError, ConfigError
+from pi_ray.run.directory import RunDir
 from pi_ray.serve.engine.completion import Completer, CompletionRequest, RefusedError
 from pi_ray.store.adapters import Adapter, AdapterStore
 from pi_ray.store.verify import verify_adapter
@@ -22,28 +24,17 @@ HELP = (
 )
 
 
-class RunStore:
-    """An adapter store of one: the best adapter of a run, published or not."""
-
-    def __init__(self, run: Path, config: RunConfig):
-        if not (run / "adapters" / "best").is_dir():
-            raise AdapterError(f"{run}: no trained adapter; 'pi-ray train {run}' makes one")
-        best = (run / "adapters" / "best").resolve()
-        self._adapter = Adapter(config.name, best.name, best, verify_adapter(best, config.model))
-
-    def open(self, spec: str, sticky_key: str = "") -> Adapter:
-        return self._adapter
-
-
-def resolve_target(target: str, overrides: Sequence[str]) -> tuple[RunConfig, str, Any]:
-    """`target`, a run directory or an adapter's name -> (config, the adapter's name, the store that has it).
+def resolve_target(target: str, overrides: Sequence[str]) -> tuple[RunConfig, Adapter]:
+    """The adapter that `target` names: a run directory's best one, published or not, or one of the store.
 
     Raises AdapterError when it is neither, or fails verification.
     """
     run = Path(target)
     if (run / "run.yaml").is_file():
-        config = run_file.load_run_file(run / "run.yaml", overrides)
-        return config, config.name, RunStore(run, config)
+        config, best = run_file.load_run_file(run / "run.yaml", overrides), RunDir(run).best.resolve()
+        if not best.is_dir():
+            raise AdapterError(f"{run}: no trained adapter; 'pi-ray train {run}' makes one")
+        return config, Adapter(config.name, best.name, best, verify_adapter(best, config.model))
     config = run_file.parse_run_file("name: chat", "chat", overrides)
     store = AdapterStore(config.store)
     if target.partition("@")[0] not in store.names():
@@ -54,7 +45,7 @@ def resolve_target(target: str, overrides: Sequence[str]) -> tuple[RunConfig, st
         )
     card = store.open(target).card
     config = config.replace(**{"model.base": card["base"], "model.revision": card.get("revision", "")})
-    return config, target, AdapterStore(config.store, config.model)
+    return config, AdapterStore(config.store, config.model).open(target)
 
 
 def chat(target: str, overrides: Sequence[str], out: TextIO | None = None) -> None:
@@ -63,18 +54,16 @@ def chat(target: str, overrides: Sequence[str], out: TextIO | None = None) -> No
     from pi_ray.registry import engines
 
     out = out or sys.stdout
-    config, name, store = resolve_target(target, overrides)
+    config, adapter = resolve_target(target, overrides)
     if hasattr(engines[config.serve.engine], "deployment"):
-        message = (
-            f"serve.engine {config.serve.engine} runs on a Ray cluster only; to chat, add serve.engine=transformers"
-        )
-        raise ConfigError(message)
+        cure = "to chat, add serve.engine=transformers"
+        raise ConfigError(f"serve.engine {config.serve.engine} runs on a Ray cluster only; {cure}")
     with closing(engines[config.serve.engine](config.model, config.serve)) as engine:
+        store = SimpleNamespace(open=lambda spec, sticky_key: adapter)
         completer = Completer(config, engine, load_tokenizer(config.model), context_length(config.model), store)
         terminal = sys.stdin.isatty()
-        lines = _typed_lines() if terminal else (line.rstrip("\n") for line in sys.stdin)
-        print(f"{name} on {config.model.base}.  {HELP}\n", file=out, flush=True)
-        answer_queries(completer, name, _queries(lines), out, terminal)
+        print(f"{adapter.name}@{adapter.version} on {config.model.base}.  {HELP}\n", file=out, flush=True)
+        answer_queries(completer, adapter.name, _read_queries(terminal), out, terminal)
 
 
 def answer_queries(completer: Completer, name: str, queries: Iterator[str], out: TextIO, styled: bool = False) -> None:
@@ -107,28 +96,29 @@ async def _answer(completer: Completer, request: CompletionRequest, out: TextIO)
     return f"{start['prompt_tokens']} tokens in, {generated} out, {start['saved']} saved, {spent:.0f} ms"
 
 
-def _typed_lines() -> Iterator[str]:
-    """Lines from a person, with line editing and the history of this chat, which is kept in no file."""
-    import readline
+def _read_queries(terminal: bool) -> Iterator[str]:
+    """The lines of stdin that are to be answered: commands are obeyed here, empty lines skipped.
 
-    readline.set_auto_history(True)
+    A terminal has line editing and the history of this chat, which is kept in no file.
+    """
+    if terminal:
+        import readline
+
+        readline.set_auto_history(True)
     while True:
         try:
-            yield input("> ")
+            line = input("> " if terminal else "")
         except EOFError:
-            print()
+            print(end="\n" if terminal else "")
             return
         except KeyboardInterrupt:
+            if not terminal:
+                raise
             print()
-
-
-def _queries(lines: Iterator[str]) -> Iterator[str]:
-    """The lines that are to be answered: commands are obeyed here, empty lines skipped."""
-    for line in lines:
-        word = line.strip()
-        if word == "/quit":
+            continue
+        if line.strip() == "/quit":
             return
-        if word == "/help":
+        if line.strip() == "/help":
             print(HELP, flush=True)
-        elif word:
+        elif line.strip():
             yield line

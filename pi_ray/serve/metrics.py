@@ -59,11 +59,10 @@ FULL_PROMPTS = {"stripped", "drifted"}  # values of "prompt" in the first event 
 
 @dataclass(eq=False)
 class RequestRecord:
-    """One HTTP request. `began`, `first`: monotonic seconds; `came`: wall clock, to be compared with a replica's."""
+    """One HTTP request. `began` and `first`: monotonic seconds."""
 
     completion: bool
     began: float = field(default_factory=time.monotonic)
-    came: float = field(default_factory=time.time)
     tags: dict[str, str] = field(default_factory=lambda: {"model": "", "version": ""})
     status: int = 0
     queued: bool = False
@@ -176,8 +175,8 @@ class Traffic:
         if start.get("prompt") in FULL_PROMPTS:
             asked, _, version = start["adapter"].partition("@")
             self.metrics.count("pi_ray_drift_total", 1 / choices, model=asked, version=version, kind=start["prompt"])
-        if start.get("ready", 0) > record.came:
-            waited = time.time() - record.came
+        waited = time.monotonic() - record.began
+        if start.get("ready", 0) > time.time() - waited:
             self.metrics["pi_ray_cold_start_seconds"].observe(waited)
             log.warning("cold start: a request waited %.1f s, since no replica was up", waited)
 

@@ -1,18 +1,23 @@
-"""The FastAPI app of OpenAI's API, over any backend that lists models and completes requests."""
+"""The FastAPI app: OpenAI's API over any backend that lists models and completes requests, and the page at /."""
 
 from __future__ import annotations
 
 import asyncio
+import base64
+import hashlib
 import json
 import logging
+import re
 import time
 import uuid
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
+from functools import cache
+from importlib.resources import files
 from typing import Any, Protocol
 
 from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
 from starlette.exceptions import HTTPException
 
 from pi_ray.cluster import auth
@@ -20,13 +25,11 @@ from pi_ray.config import ServeConfig
 from pi_ray.errors import PiRayError
 from pi_ray.serve.engine.completion import CompletionRequest, Events, RefusedError, as_refused_error
 from pi_ray.serve.http.keys import UNRESTRICTED, ApiKey, ApiKeys
-from pi_ray.serve.http.openai_format import ChatFormat, CompletionFormat
-from pi_ray.serve.http.page import PATH, get_page
-from pi_ray.serve.http.schemas import ChatBody, CompletionBody, read_body
+from pi_ray.serve.http.schemas import ChatBody, ChatFormat, CompletionBody, CompletionFormat, read_body
 from pi_ray.serve.http.streaming import UsageCounter, merge_streams
 
 log = logging.getLogger("ray.serve")
-PUBLIC_PATHS = {"/healthz", PATH}
+PUBLIC_PATHS = {"/healthz", "/"}
 # Headers by status: a client that is told to come back is told when.
 HEADERS = {401: {"WWW-Authenticate": "Bearer"}, 429: {"Retry-After": "1"}, 503: {"Retry-After": "1"}}
 STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # nginx would hold a stream back
@@ -57,7 +60,7 @@ def create_api(backend: CompletionBackend, serve: ServeConfig, digest: str = "")
     async def health() -> dict[str, str]:
         return {"status": "ok"}
 
-    api.get(PATH)(get_page)
+    api.get("/")(get_page)
 
     @api.get("/v1/models")
     async def models(request: Request) -> dict[str, Any]:
@@ -82,6 +85,25 @@ def create_api(backend: CompletionBackend, serve: ServeConfig, digest: str = "")
         return await _respond(backend, serve, request.state.key, body, CompletionFormat())
 
     return api
+
+
+@cache
+def get_page() -> HTMLResponse:
+    """The page at /: a query answered by the adapter, and by the base model with the full prompt, side by side.
+
+    It holds nothing secret and needs no key; its policy lets only its own script run, and talk to this server alone.
+    """
+    html = files("pi_ray.serve.http").joinpath("page.html").read_text(encoding="utf-8")
+    [script] = re.findall(r"<script>(.*?)</script>", html, re.S)
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    policy = (
+        f"default-src 'none'; script-src 'sha256-{digest}'; style-src 'unsafe-inline'; img-src data:; "
+        "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    )
+    return HTMLResponse(html, headers={
+        "Content-Security-Policy": policy, "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer",
+        "Cache-Control": "no-cache",
+    })
 
 
 class AuthMiddleware:

@@ -1,7 +1,8 @@
-"""Request bodies of OpenAI's API: read within a size limit and validated before anything else happens."""
+"""OpenAI's schemas: request bodies, validated before anything else happens, and responses, whole and in chunks."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
 from fastapi import Request
@@ -10,6 +11,7 @@ from pydantic import BaseModel, Field, ValidationError
 from pi_ray.serve.engine.completion import CompletionRequest, RefusedError
 
 History = tuple[tuple[str, str], ...]  # (role, text) of the messages before the query
+Logprobs = Sequence[dict[str, Any]] | None  # entries of LogprobsBuffer; None: they were not asked for
 MAX_CHOICES = 16
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 # Fields that would change the answer and are not supported -> values that change nothing and are let through. Other
@@ -153,3 +155,56 @@ async def read_body(request: Request, kind: type[Body], limit: int) -> Body:
             raise RefusedError(400, "the body is not JSON in UTF-8", code="invalid_json") from None
         param = ".".join(str(part) for part in first["loc"])
         raise RefusedError(400, f"{param or 'body'}: {first['msg']}", param=param or None) from None
+
+
+class ChatFormat:
+    """The responses of a chat completion: `choice` is an entry of a whole one, `delta` and `opening` of a chunk."""
+
+    id_prefix, object, chunk_object = "chatcmpl-", "chat.completion", "chat.completion.chunk"
+
+    def choice(self, index: int, text: str, finish: str, logprobs: Logprobs) -> dict[str, Any]:
+        message = {"role": "assistant", "content": text}
+        return {"index": index, "message": message, "finish_reason": finish, **self._logprobs(logprobs)}
+
+    def delta(self, index: int, text: str, finish: str | None = None, logprobs: Logprobs = None) -> dict[str, Any]:
+        content = {} if finish else {"content": text}
+        return {"index": index, "delta": content, "finish_reason": finish, **self._logprobs(logprobs)}
+
+    def opening(self, index: int) -> list[dict[str, Any]]:
+        """The role is sent once: clients join the chunks of every field."""
+        return [{"index": index, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}]
+
+    def _logprobs(self, entries: Logprobs) -> dict[str, Any]:
+        if entries is None:
+            return {}
+        content = [{**_token(e), "top_logprobs": [_token(top) for top in e["top"]]} for e in entries]
+        return {"logprobs": {"content": content, "refusal": None}}
+
+
+class CompletionFormat:
+    """The responses of a plain completion, OpenAI's older endpoint."""
+
+    id_prefix, object, chunk_object = "cmpl-", "text_completion", "text_completion"
+
+    def choice(self, index: int, text: str, finish: str | None = None, logprobs: Logprobs = None) -> dict[str, Any]:
+        return {"index": index, "text": text, "finish_reason": finish, "logprobs": self._logprobs(logprobs)}
+
+    delta = choice  # a chunk has the same shape
+
+    def opening(self, index: int) -> list[dict[str, Any]]:
+        return []
+
+    def _logprobs(self, entries: Logprobs) -> dict[str, Any] | None:
+        """The likeliest tokens as a mapping, the token itself always among them."""
+        if entries is None:
+            return None
+        tops = [{top["token"]: top["logprob"] for top in [*e["top"], e]} for e in entries]
+        return {
+            "tokens": [e["token"] for e in entries], "token_logprobs": [e["logprob"] for e in entries],
+            "top_logprobs": tops if any(e["top"] for e in entries) else None,
+            "text_offset": [e["offset"] for e in entries],
+        }  # fmt: skip
+
+
+def _token(entry: dict[str, Any]) -> dict[str, Any]:
+    return {key: entry[key] for key in ("token", "bytes", "logprob")}

@@ -3,6 +3,7 @@ cannot go on.
 """
 
 import json
+import re
 import shutil
 import sys
 import threading
@@ -18,14 +19,14 @@ from pi_ray.errors import ConfigError, CorruptArtifactError, MissingExtraError, 
 from pi_ray.evaluate.columns import Column, columns_of, trained_column
 from pi_ray.evaluate.evaluate import evaluate_run
 from pi_ray.evaluate.hosted_answerer import HostedAnswerer
-from pi_ray.hosted import answer, client, messages, price, state
+from pi_ray.hosted import client, price, tuning
 from pi_ray.hosted.client import Service
+from pi_ray.progress import format_money
 from pi_ray.prompt import Example, PromptEncoder, render_prompt
 from pi_ray.report.page import write_report
 from pi_ray.run.artifact import read_manifest, staged
-from pi_ray.run.baseline import plain_finetuning_config
 from pi_ray.run.directory import RunDir
-from pi_ray.run.prepared import prompts_of_columns
+from pi_ray.run.phases import plain_finetuning_config, prompts_of_columns
 from tests.unit.fake_openai import FakeOpenAI
 
 KEY = "sk-secret-0123456789"
@@ -144,12 +145,12 @@ def test_a_service_is_sent_the_words_that_a_local_model_gets_as_ids(tokenizer):
     ):
         encoder = PromptEncoder(tokenizer, prompt)
         for template, shots in (("", ()), ("T E M P L A T E", [Example("far", "1"), Example("near", "2")])):
-            framed = tokenizer.decode(encoder.encode("some query", template, shots).ids)
+            framed = tokenizer.decode(encoder.encode("some query", template, shots))
             assert framed == encoder.head + render_prompt(prompt, "some query", template, shots) + encoder.tail
 
 
 def test_each_phase_has_a_file_of_messages_with_less_of_the_prompt_and_at_last_the_query_alone(config):
-    folder = messages.write_training_files(RunDir(config.root), config)
+    folder = tuning.write_training_files(RunDir(config.root), config)
     files = [
         [json.loads(line)["messages"] for line in (folder / f"phase-{i}.jsonl").read_text().splitlines()]
         for i in range(3)
@@ -169,10 +170,10 @@ def test_each_phase_has_a_file_of_messages_with_less_of_the_prompt_and_at_last_t
 
 
 def test_files_are_hashed_made_once_and_a_damaged_one_is_not_sent(config, service):
-    folder = messages.write_training_files(RunDir(config.root), config)
+    folder = tuning.write_training_files(RunDir(config.root), config)
     assert set(read_manifest(folder)["files"]) == {"phase-0.jsonl", "phase-1.jsonl", "phase-2.jsonl"}
     (folder / "phase-1.jsonl").write_text("{}\n")
-    assert messages.write_training_files(RunDir(config.root), config) == folder
+    assert tuning.write_training_files(RunDir(config.root), config) == folder
     with pytest.raises(CorruptArtifactError, match=r"phase-1\.jsonl: sha256"):
         tune(config)
     assert service.requests == []
@@ -250,15 +251,15 @@ def test_a_change_of_the_last_phase_keeps_the_jobs_before_it_and_going_back_cost
 
 def killed_when(monkeypatch, seen):
     """Make the write of the state that has `seen` in it the moment of the kill."""
-    write = state.write_atomic
+    write = tuning.write_atomic
 
     def dying(path, content):
         if seen in content:
-            monkeypatch.setattr(state, "write_atomic", write)
+            monkeypatch.setattr(tuning, "write_atomic", write)
             raise KeyboardInterrupt
         return write(path, content)
 
-    monkeypatch.setattr(state, "write_atomic", dying)
+    monkeypatch.setattr(tuning, "write_atomic", dying)
 
 
 @pytest.mark.fault
@@ -371,7 +372,7 @@ def test_a_job_that_the_service_has_forgotten_is_said_with_the_way_out(config, s
 
 
 def test_two_processes_do_not_tune_the_same_run(config, service):
-    with state.tuning_lock(config.root), pytest.raises(TrainingError, match="another process"):
+    with tuning.tuning_lock(config.root), pytest.raises(TrainingError, match="another process"):
         tune(config)
     assert service.requests == []
 
@@ -403,16 +404,21 @@ def test_the_cost_is_told_and_declining_it_uploads_nothing(config, service):
 
 
 def test_the_estimate_is_tokens_times_the_configs_prices(config, tokenizer):
+    def estimate(phases, prompts):
+        """(Tokens of training, of input, of output), and the sentence that names them."""
+        said = price.describe_cost(settings, phases, prompts)
+        counts = [int(n.replace(",", "")) for n in re.findall(r"([\d,]+) (?:tokens \(|input|output)", said)]
+        return counts, said
+
     settings = config.replace(**{"closed.train_price": 10.0, "closed.input_price": 2.0, "closed.output_price": 4.0})
-    made = price.estimate_tokens(settings, [0, 2], [("", 0, 0.0), (TEMPLATES[1.0], 2, 1.0), ("", 0, 0.0)])
-    assert set(made.training) == {0, 2}
-    assert made.cost(settings) == pytest.approx(
-        (sum(made.training.values()) * 10 / 1e6, (made.input * 2 + made.output * 4) / 1e6)
-    )
-    assert price.estimate_tokens(settings, [], [("", 0, 0.0)]).input < made.input / 3
-    assert price.estimate_tokens(settings, [], [("", 0, 0.0)]).output == sum(
-        len(tokenizer(a).input_ids) + 1 for _, _, a, _ in ROWS["test"]
-    )
+    (trained, read, written), said = estimate([0, 2], [("", 0, 0.0), (TEMPLATES[1.0], 2, 1.0), ("", 0, 0.0)])
+    assert trained == price.phase_tokens(settings, 0, 1) + price.phase_tokens(settings, 2, 3)
+    assert "phase 0: " in said and "phase 2: " in said and "phase 1: " not in said
+    costs = trained * 10 / 1e6, (read * 2 + written * 4) / 1e6
+    assert all(format_money(cost, "USD") in said for cost in (*costs, sum(costs)))
+    [query_alone, answers], said = estimate([], [("", 0, 0.0)])
+    assert "Fine-tuning" not in said and query_alone < read / 3
+    assert answers == sum(len(tokenizer(a).input_ids) + 1 for _, _, a, _ in ROWS["test"])
 
 
 def test_only_what_is_still_to_be_trained_is_asked_for(config, service):
@@ -482,17 +488,17 @@ def test_the_address_is_the_configs_and_not_the_environments(monkeypatch):
 
 
 def answers(config, model, prompts, limit):
-    return [r.text for r in answer.replies(config, model, prompts, limit)]
+    return [r.text for r in client.replies(config, model, prompts, limit)]
 
 
 def test_answers_come_in_the_order_of_the_prompts_several_at_a_time_and_greedy(config, service):
-    meet = threading.Barrier(answer.PARALLEL, timeout=60)
+    meet = threading.Barrier(client.PARALLEL, timeout=60)
 
     service.answer, reply = lambda model, prompt: prompt[::-1], service.reply
     service.reply = lambda *args: (meet.wait(), reply(*args))
-    prompts = [f"prompt {i}" for i in range(2 * answer.PARALLEL)]
+    prompts = [f"prompt {i}" for i in range(2 * client.PARALLEL)]
     assert answers(config, "base-1", prompts, 9) == [p[::-1] for p in prompts]
-    assert service.most_at_once == answer.PARALLEL
+    assert service.most_at_once == client.PARALLEL
     assert {(c["temperature"], c["max_tokens"], c["model"]) for c in service.chats} == {(0, 9, "base-1")}
 
 
@@ -521,7 +527,7 @@ def test_answers_that_are_there_are_not_asked_for_again_even_after_a_kill_in_mid
 @pytest.mark.parametrize("fault", [429, 500, "drop", "lose"])
 def test_answers_survive_a_busy_service_and_lost_connections(config, service, fault):
     service.faults["POST /chat"] = [fault] * 5
-    assert [r.text for r in answer.replies(config, "base-1", ["a", "b", "c"], 9, wait=lambda seconds: None)] == [
+    assert [r.text for r in client.replies(config, "base-1", ["a", "b", "c"], 9, wait=lambda seconds: None)] == [
         "k4"
     ] * 3
 
@@ -604,7 +610,7 @@ def test_a_service_that_counts_no_tokens_gets_them_counted_here(config, service,
     summary = evaluate(config)
     encoder = PromptEncoder(tokenizer, config.prompt)
     assert summary["promptintern"]["input_tokens"] == pytest.approx(
-        sum(len(encoder.encode(q).ids) for _, q, _, _ in ROWS["test"]) / 6
+        sum(len(encoder.encode(q)) for _, q, _, _ in ROWS["test"]) / 6
     )
     assert summary["promptintern"]["output_tokens"] == pytest.approx(
         sum(len(encoder.answer(a)) for _, _, a, _ in ROWS["test"]) / 6

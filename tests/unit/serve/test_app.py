@@ -26,19 +26,19 @@ def config(**limits):
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "10.0.0.5", "example.org", "", "localhost.example.org"])
-def test_a_server_that_others_can_reach_does_not_start_without_a_key(host):
+def test_server_off_loopback_refuses_to_start_without_a_key(host):
     with pytest.raises(ConfigError, match="PI_RAY_API_KEY"):
         app.run_server(config(host=host))
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "::1", "localhost", "127.8.8.8"])
-def test_loopback_needs_no_key_but_uses_one_that_is_set(host, monkeypatch):
+def test_loopback_server_needs_no_key_but_uses_one_that_is_set(host, monkeypatch):
     assert app.bearer_key(config(host=host)) == ""
     monkeypatch.setenv("PI_RAY_API_KEY", KEY)
     assert app.bearer_key(config(host=host)) == KEY
 
 
-def test_a_deployment_on_a_cluster_always_needs_a_key_and_carries_only_its_digest(tmp_path, monkeypatch):
+def test_cluster_deployment_needs_a_key_and_pickles_only_its_digest(tmp_path, monkeypatch):
     (tmp_path / "run.yaml").write_text(configuration.dump_config(config()))
     with pytest.raises(ConfigError, match="PI_RAY_API_KEY"):
         app.deploy({"run": str(tmp_path / "run.yaml")})
@@ -57,12 +57,12 @@ def test_a_deployment_on_a_cluster_always_needs_a_key_and_carries_only_its_diges
     ("host", "url"),
     [("::1", "http://[::1]:8000"), ("127.0.0.1", "http://127.0.0.1:8000"), ("localhost", "http://localhost:8000")],
 )
-def test_the_address_is_a_url_that_clients_take(host, url):
+def test_server_url_brackets_ipv6_hosts(host, url):
     assert app.server_url(config(host=host)) == url
 
 
 @pytest.mark.parametrize(("proxies", "warned"), [(65, False), (0, False), (None, False), (60, True), (30, True)])
-def test_proxies_that_give_up_before_the_server_are_warned_of(proxies, warned, monkeypatch, caplog, tmp_path):
+def test_warning_when_proxy_timeout_is_not_above_request_timeout(proxies, warned, monkeypatch, caplog, tmp_path):
     running = SimpleNamespace(http_config=SimpleNamespace(request_timeout_s=proxies))
     monkeypatch.setattr(app.ray, "is_initialized", lambda: True)
     monkeypatch.setattr(app.ray, "cluster_resources", dict)
@@ -73,12 +73,12 @@ def test_proxies_that_give_up_before_the_server_are_warned_of(proxies, warned, m
     assert ("http_options.request_timeout_s" in caplog.text) == warned
 
 
-def test_a_merged_server_shows_no_other_model(tmp_path):
+def test_usage_text_of_a_merged_server_names_the_merged_adapter(tmp_path):
     merged = RunConfig(name="t", store=str(tmp_path), serve=ServeConfig(merge="hot"))
-    assert '"model": "hot"' in app.usage_text(merged, "http://127.0.0.1:8000")
+    assert '"model": "hot"' in app.usage_text(merged)
 
 
-def test_a_taken_port_is_said_before_anything_starts():
+def test_taken_port_raises_config_error_before_ray_starts():
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -86,9 +86,9 @@ def test_a_taken_port_is_said_before_anything_starts():
             app.run_server(config(port=taken.getsockname()[1]))
 
 
-def test_what_is_printed_names_the_key_and_does_not_show_it(monkeypatch):
-    assert "Authorization" not in app.usage_text(config(), "http://127.0.0.1:8000")
+def test_usage_text_names_the_key_variable_and_never_the_key(monkeypatch):
+    assert "Authorization" not in app.usage_text(config())
     monkeypatch.setenv("PI_RAY_API_KEY", KEY)
-    text = app.usage_text(config(), "http://127.0.0.1:8000")
+    text = app.usage_text(config())
     assert "$PI_RAY_API_KEY" in text
     assert KEY not in text

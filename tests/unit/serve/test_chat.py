@@ -39,7 +39,7 @@ def answers(said):
     return re.findall(r"(?s)\n?([^\n]*)\n\[(.*?)\]\n", said.partition("Ctrl-C stops an answer.\n\n")[2])
 
 
-def test_each_line_is_answered_by_the_named_adapter_with_what_it_took(store, tiny_model, monkeypatch):
+def test_chat_answers_each_line_with_the_named_adapter_and_prints_token_counts(store, tiny_model, monkeypatch):
     said = answers(
         run_chat(monkeypatch, "colours", "what is red?\n\nwhat is red?\n/quit\nnever read\n", f"store={store}")
     )
@@ -50,7 +50,7 @@ def test_each_line_is_answered_by_the_named_adapter_with_what_it_took(store, tin
         assert re.fullmatch(r"\d+ tokens in, \d+ out, 108 saved, \d+ ms", figures)
 
 
-def test_a_run_directory_stands_for_its_best_adapter_published_or_not(store, tiny_model, tmp_path, monkeypatch):
+def test_chat_with_a_run_directory_uses_its_best_adapter(store, tiny_model, tmp_path, monkeypatch):
     run = RunDir(tmp_path / "run")
     config = RunConfig(
         name="mine", run_dir=str(run.root), store=str(tmp_path / "empty"), model=ModelConfig(base=str(tiny_model))
@@ -67,12 +67,12 @@ def test_a_run_directory_stands_for_its_best_adapter_published_or_not(store, tin
 
 
 @pytest.mark.parametrize("name", ["unknown", "../colours", "colours/../shapes"])
-def test_a_name_that_is_not_there_is_told_with_those_that_are(store, name, monkeypatch):
+def test_unknown_adapter_error_lists_the_store(store, name, monkeypatch):
     with pytest.raises(AdapterError, match="colours, shapes"):
         run_chat(monkeypatch, name, "", f"store={store}")
 
 
-def test_an_engine_that_needs_a_cluster_is_told_with_one_that_does_not(store, monkeypatch):
+def test_chat_with_vllm_names_the_transformers_engine(store, monkeypatch):
     with pytest.raises(ConfigError, match=r"serve\.engine=transformers"):
         run_chat(monkeypatch, "colours", "", f"store={store}", "serve.engine=vllm")
 
@@ -96,7 +96,7 @@ class Interrupted:
             self.closed += 1
 
 
-def test_ctrl_c_stops_one_answer_and_a_refusal_is_said_in_its_place(store, tiny_model):
+def test_chat_goes_on_after_ctrl_c_and_after_a_refused_query(store, tiny_model):
     config = RunConfig(
         name="t", store=str(store), model=ModelConfig(base=str(tiny_model)), prompt=PromptConfig(chat="chatml")
     )

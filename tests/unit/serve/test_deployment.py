@@ -90,7 +90,7 @@ def complete(config, handle, ask, leave_after=None, backend=None):
     return seen
 
 
-def test_a_request_goes_to_replicas_that_hold_the_version_it_means(config, tiny_model):
+def test_requests_are_routed_by_adapter_and_version(config, tiny_model):
     handle = Handle(START)
     for model in (
         "colours", f"{tiny_model.name}:colours", "colours@v0001", "colours@latest", tiny_model.name, "unknown",
@@ -102,7 +102,7 @@ def test_a_request_goes_to_replicas_that_hold_the_version_it_means(config, tiny_
     assert handle.held[-1] == ""
 
 
-def test_a_canary_is_routed_to_the_version_that_the_replica_then_answers_with(config, store, tiny_model):
+def test_ingress_and_replica_choose_the_same_version_during_a_canary(config, store, tiny_model):
     """The ingress and the replica's Completer decide by themselves, each from the request and the store alone."""
     config = config.replace(**{"prompt.chat": "chatml"})
     completer = Completer(config, None, load_tokenizer(config.model), 512)
@@ -130,7 +130,7 @@ def test_a_canary_is_routed_to_the_version_that_the_replica_then_answers_with(co
     assert set(handle.held[:40]) == {"colours@v0001", "colours@v0002"}
 
 
-def test_a_store_behind_a_url_is_asked_by_some_requests_and_never_on_the_event_loop(config, store, monkeypatch):
+def test_remote_store_is_cached_and_read_off_the_event_loop(config, store, monkeypatch):
     bucket, handle, threads, asked = Bucket(store.parent), Handle(START), set(), []
     monkeypatch.setattr(object_storage, "open_file_system", lambda url: (bucket, store.name))
     monkeypatch.setattr(
@@ -164,13 +164,13 @@ def test_a_store_behind_a_url_is_asked_by_some_requests_and_never_on_the_event_l
         (ray.exceptions.RayActorError(), 503),
     ],
 )
-def test_what_ray_raises_becomes_a_status_that_clients_retry(config, failure, status):
+def test_full_queue_is_429_and_lost_replica_is_503(config, failure, status):
     with pytest.raises(RefusedError) as told:
         complete(config, Handle(failure), CompletionRequest("colours", "q"))
     assert told.value.status == status
 
 
-def test_a_replicas_refusal_is_passed_on(config):
+def test_refusal_of_a_replica_keeps_status_and_code(config):
     with pytest.raises(RefusedError) as told:
         complete(
             config, Handle({"refused": (404, "no adapter", "invalid_request_error", "model_not_found", "model")}),
@@ -179,14 +179,14 @@ def test_a_replicas_refusal_is_passed_on(config):
     assert (told.value.status, told.value.code) == (404, "model_not_found")
 
 
-def test_leaving_cancels_the_generation(config):
+def test_closing_the_stream_cancels_the_replica_call(config):
     handle = Handle(START, {"text": "a"}, {"text": "b"})
     assert len(complete(config, handle, CompletionRequest("colours", "q"), leave_after=2)) == 2
     assert handle.cancelled
 
 
 @pytest.mark.parametrize("limits", [{}, {"min_replicas": 0, "max_replicas": 4}, {"min_replicas": 2, "max_replicas": 2}])
-def test_serve_takes_the_options_and_one_replica_starts_even_where_none_may_be_left(limits):
+def test_autoscaling_options_are_valid_and_start_at_least_one_replica(limits):
     options = replica_options.replica_options(ServeConfig(**limits), {}, {})
     serve.deployment(type("D", (), {}), **options)  # raises for an option that Serve does not know
     scaling = AutoscalingConfig(**options["autoscaling_config"])
@@ -195,7 +195,7 @@ def test_serve_takes_the_options_and_one_replica_starts_even_where_none_may_be_l
     assert 0 < scaling.target_ongoing_requests < ServeConfig().max_ongoing_requests
 
 
-def test_a_new_version_comes_up_beside_the_old_one_where_there_is_room_for_both():
+def test_surge_replicas_only_where_resources_suffice_for_both_versions():
     limits = ServeConfig(max_replicas=2)
     for has, surge in (({"CPU": 2}, 0), ({"CPU": 3}, 100), ({"CPU": 64, "GPU": 2}, 0), ({"CPU": 64, "GPU": 3}, 100)):
         options = replica_options.replica_options(limits, has, {})
@@ -203,7 +203,7 @@ def test_a_new_version_comes_up_beside_the_old_one_where_there_is_room_for_both(
         assert options["ray_actor_options"]["num_gpus"] == int("GPU" in has)
 
 
-def test_the_version_that_is_merged_is_fixed_when_the_server_is_deployed(config, store):
+def test_merged_version_is_fixed_at_deployment(config, store):
     """So that all replicas have the same one, also those that come later."""
     made = deployment.build_application(config.replace(**{"serve.merge": "colours"}))
     [inner] = made._bound_deployment.init_args[0]._bound_deployment.init_args
@@ -224,11 +224,11 @@ def test_the_version_that_is_merged_is_fixed_when_the_server_is_deployed(config,
         deployment.build_application(config.replace(**{"serve.merge": "cold"}))
 
 
-def test_the_http_side_has_as_many_replicas_as_it_is_told(config):
+def test_api_replicas_sets_the_ingress_replicas(config):
     assert deployment.build_application(config.replace(**{"serve.api_replicas": 3}))._bound_deployment.num_replicas == 3
 
 
-def test_a_replica_is_given_what_the_cluster_block_asks_for(config):
+def test_serve_resources_become_actor_options(config):
     made = deployment.build_application(config.replace(**{"cluster.serve_resources": {"CPU": 3, "server": 1}}))
     model = made._bound_deployment.init_args[0]._bound_deployment
     assert model.ray_actor_options["num_cpus"] == 3 and model.ray_actor_options["resources"] == {"server": 1}

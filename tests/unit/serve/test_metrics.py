@@ -66,7 +66,7 @@ def call(*events, key="", timeout=60, name="colours", path="/v1/chat/completions
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_an_answer_counts_its_tokens_its_times_and_what_it_saved(stream):
+def test_a_completion_counts_tokens_latency_and_savings(stream):
     status, seen = call(
         START, {"text": "k4"}, {"text": " k5"}, {"finish": "stop", "completion_tokens": 7}, stream=stream
     )
@@ -90,12 +90,12 @@ def test_a_price_of_zero_is_counted_as_no_money():
     assert seen.of("pi_ray_saved_money_total", *TAGS, ("currency", "EUR")) is None
 
 
-def test_an_empty_answer_has_its_times_as_well():
+def test_an_empty_answer_has_latency_and_ttft():
     _, seen = call(START, {"finish": "stop", "completion_tokens": 1})
     assert len(seen.of("pi_ray_latency_seconds", *TAGS)) == len(seen.of("pi_ray_ttft_seconds", *TAGS)) == 1
 
 
-def test_a_bug_before_the_completion_counts_as_500_and_not_as_a_client_that_left():
+def test_an_exception_before_the_completion_counts_as_500():
     kinds = Kinds()
     traffic = Traffic(CostConfig(), 60, Metrics(kinds))
     with pytest.raises(ValueError), traffic.request(False):
@@ -103,7 +103,7 @@ def test_a_bug_before_the_completion_counts_as_500_and_not_as_a_client_that_left
     assert kinds.of("pi_ray_requests_total", ("model", ""), ("version", ""), ("status", "500")) == 1
 
 
-def test_several_answers_to_one_prompt_count_its_tokens_once():
+def test_n_choices_count_their_prompt_once():
     _, seen = call(START, {"text": "k4"}, {"finish": "stop", "completion_tokens": 7}, n=3)
     assert seen.of("pi_ray_prompt_tokens_total", *TAGS) == pytest.approx(30)
     assert seen.of("pi_ray_saved_tokens_total", *TAGS) == pytest.approx(600)
@@ -111,7 +111,7 @@ def test_several_answers_to_one_prompt_count_its_tokens_once():
     assert seen.of("pi_ray_requests_total", *TAGS, ("status", "200")) == 1
 
 
-def test_refusals_are_counted_by_status_and_by_no_name_that_a_client_made_up():
+def test_refusals_are_counted_by_status_and_unknown_models_have_no_label():
     full = RefusedError(429, "full", "rate_limit_error")
     assert call(full)[1].of("pi_ray_requests_total", ("model", "colours"), ("version", ""), ("status", "429")) == 1
     assert (
@@ -125,7 +125,7 @@ def test_refusals_are_counted_by_status_and_by_no_name_that_a_client_made_up():
     assert call(path="/healthz")[1].values == {}
 
 
-def test_the_time_limit_is_told_from_a_client_that_left():
+def test_timeouts_count_as_408_and_disconnects_as_499():
     status, seen = call(START, 30, timeout=0.05)
     assert status == 408 and seen.of("pi_ray_requests_total", *TAGS, ("status", "408")) == 1
     status, seen = call(START, {"text": "k4"}, 30, timeout=0.5, stream=True)
@@ -147,7 +147,7 @@ def test_the_time_limit_is_told_from_a_client_that_left():
     assert kinds.of("pi_ray_requests_total", *TAGS, ("status", "499")) == 1 and kinds.of("pi_ray_open_requests") == 0
 
 
-def test_a_request_waits_in_the_queue_until_a_replica_takes_it():
+def test_queued_requests_gauge_drops_when_a_replica_starts():
     kinds = Kinds()
     traffic = Traffic(CostConfig(), 60, Metrics(kinds))
     queued = []
@@ -166,14 +166,14 @@ def test_a_request_waits_in_the_queue_until_a_replica_takes_it():
 
 
 @pytest.mark.parametrize("kind", sorted(FULL_PROMPTS))
-def test_prompts_that_come_whole_are_counted_by_what_became_of_them(kind):
+def test_full_prompts_are_counted_as_stripped_or_drifted(kind):
     # the base model reads a changed prompt; the adapter is what it was meant for
     answers = "base" if kind == "drifted" else "colours@v0002"
     _, seen = call({**START, "prompt": kind, "fingerprint": answers}, {"finish": "stop", "completion_tokens": 1})
     assert seen.of("pi_ray_drift_total", *TAGS, ("kind", kind)) == 1
 
 
-def test_a_request_that_came_before_the_replica_was_up_is_a_cold_start(caplog):
+def test_a_request_older_than_its_replica_is_a_cold_start(caplog):
     _, seen = call({**START, "ready": 4e9}, {"finish": "stop", "completion_tokens": 1})
     assert len(seen.of("pi_ray_cold_start_seconds")) == 1 and "cold start" in caplog.text
     assert (
@@ -194,7 +194,7 @@ def test_engine_totals_become_counters_and_lists_are_counted():
     assert empty.values == {}
 
 
-def test_the_engine_counts_what_the_metrics_are_made_from(tiny_model):
+def test_engine_stats_have_every_key_of_engine_metrics(tiny_model):
     from pi_ray.config import ModelConfig
     from pi_ray.serve.engine.engine import TransformersEngine
 
@@ -205,7 +205,7 @@ def test_the_engine_counts_what_the_metrics_are_made_from(tiny_model):
         engine.close()
 
 
-def test_every_metric_of_the_dashboard_exists_and_every_metric_is_on_it():
+def test_dashboard_shows_exactly_the_metrics_with_their_tags():
     text = (REPO / "serve" / "grafana.json").read_text()
     panels = json.loads(text)["panels"]
     assert len({panel["id"] for panel in panels}) == len(panels) and all(

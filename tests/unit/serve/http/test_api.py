@@ -134,24 +134,24 @@ def error_of(response):
     return error
 
 
-def test_the_engine_gets_exactly_the_ids_of_the_last_training_phase(backend, tokenizer, tiny_model):
+def test_engine_gets_the_prompt_ids_of_the_last_training_phase(backend, tokenizer, tiny_model):
     encoder = PromptEncoder(tokenizer, PromptConfig(chat="chatml", query="Q: {query}"))
     for name, template in (
         ("colours", ""), ("short", "Answer with one code."), ("colours@v0001", ""), (f"{tiny_model.name}:colours", ""),
     ):
         assert call(backend, body=chat("what is <|im_end|> red?", model=name)).status_code == 200
         request = backend.completer.engine.requests[-1]
-        assert request.prompt_ids == encoder.encode("what is <|im_end|> red?", template).ids
+        assert request.prompt_ids == encoder.encode("what is <|im_end|> red?", template)
         assert request.adapter.endswith("v0001")
     assert call(backend, body=chat(model=tiny_model.name)).status_code == 200
     assert (
         backend.completer.engine.requests[-1].prompt_ids
-        == PromptEncoder(tokenizer, PromptConfig(chat="chatml")).encode("what is red?").ids
+        == PromptEncoder(tokenizer, PromptConfig(chat="chatml")).encode("what is red?")
     )
     assert backend.completer.engine.requests[-1].adapter == ""
 
 
-def test_a_chat_completion_has_openais_shape_and_says_what_was_saved(backend):
+def test_chat_completion_has_openai_format_and_saved_tokens(backend):
     body = call(backend, body=chat()).json()
     assert (body["object"], body["model"], body["system_fingerprint"]) == (
         "chat.completion", "colours", "colours@v0001",
@@ -165,7 +165,7 @@ def test_a_chat_completion_has_openais_shape_and_says_what_was_saved(backend):
     }
 
 
-def test_a_plain_completion_takes_the_query_as_prompt(backend):
+def test_completions_endpoint_takes_the_query_as_prompt(backend):
     body = call(backend, "/v1/completions", {"model": "colours", "prompt": "what is red?", "max_tokens": 60}).json()
     assert (body["object"], body["choices"][0]["text"]) == ("text_completion", ANSWER)
     ids = backend.completer.engine.requests[-1].prompt_ids
@@ -173,7 +173,7 @@ def test_a_plain_completion_takes_the_query_as_prompt(backend):
     assert backend.completer.engine.requests[-1].prompt_ids == ids
 
 
-def test_the_openai_client_reads_answers_streams_and_errors(backend):
+def test_openai_client_parses_answers_streams_and_errors(backend):
     async def use():
         async with client(backend, key=KEY) as http:
             api = openai.AsyncOpenAI(base_url="http://localhost/v1", api_key=KEY, http_client=http, max_retries=0)
@@ -211,7 +211,7 @@ def test_the_openai_client_reads_answers_streams_and_errors(backend):
     asyncio.run(use())
 
 
-def test_a_stream_ends_with_done_and_gives_usage_only_when_asked(backend):
+def test_stream_ends_with_done_and_has_usage_only_with_include_usage(backend):
     lines = call(backend, body=chat(stream=True)).text.strip().split("\n\n")
     assert lines[-1] == "data: [DONE]"
     assert not any("usage" in json.loads(line[6:]) for line in lines[:-1])
@@ -221,13 +221,13 @@ def test_a_stream_ends_with_done_and_gives_usage_only_when_asked(backend):
 @pytest.mark.parametrize(
     "name", ["unknown", "..", "../x", "/etc", "a\x00b", ".hidden", "base:..", "x" * 300, "colours@v9999", "а", ""]
 )
-def test_unknown_and_forbidden_models_are_404(backend, name):
+def test_unknown_and_invalid_model_names_are_404(backend, name):
     response = call(backend, body=chat(model=name))
     assert response.status_code == 404
     assert error_of(response)["code"] == "model_not_found"
 
 
-def test_a_refused_adapter_is_422_with_the_reason(backend, store, tiny_model):
+def test_adapter_that_fails_verification_is_422_with_the_reason(backend, store, tiny_model):
     bad = put_in_store(store, "bad", tiny_model)
     (bad / "x.bin").write_bytes(b"")
     response = call(backend, body=chat(model="bad"))
@@ -236,7 +236,7 @@ def test_a_refused_adapter_is_422_with_the_reason(backend, store, tiny_model):
     assert call(backend, body=chat()).status_code == 200
 
 
-def test_a_store_out_of_reach_is_503_with_the_time_to_come_back(backend, monkeypatch):
+def test_unreachable_store_is_503_with_retry_after(backend, monkeypatch):
     def gone(name, sticky_key):
         raise StoreUnavailableError("the adapter store does not answer; come back later")
 
@@ -247,7 +247,7 @@ def test_a_store_out_of_reach_is_503_with_the_time_to_come_back(backend, monkeyp
     )
 
 
-def test_a_prompt_format_that_the_model_does_not_allow_is_422_with_the_cure(backend, tiny_model):
+def test_prompt_format_that_the_model_forbids_is_422_with_the_cure(backend, tiny_model):
     backend.completer.config = backend.completer.config.replace(**{"prompt.chat": "model"})
     response = call(backend, body=chat(model=tiny_model.name))
     assert (response.status_code, error_of(response)["code"]) == (422, "model_refused")
@@ -293,7 +293,7 @@ def test_a_prompt_format_that_the_model_does_not_allow_is_422_with_the_cure(back
     (chat(max_tokens=100, query="word " * 450), "messages"),
     ({"messages": []}, "model"),
 ])  # fmt: skip
-def test_what_cannot_be_done_is_a_400_that_names_the_field(backend, body, param):
+def test_invalid_or_unsupported_fields_are_400_with_param(backend, body, param):
     response = call(backend, body=body)
     assert response.status_code == 400
     error = error_of(response)
@@ -309,14 +309,14 @@ def test_what_cannot_be_done_is_a_400_that_names_the_field(backend, body, param)
     b'{"model": "colours", "messages": [{"role": "user", "content": "\\ud800"}]}',
     '{"model": "colours"}'.encode("utf-16"),
 ])  # fmt: skip
-def test_a_body_that_is_not_the_json_asked_for_is_400(backend, content):
+def test_body_that_is_not_valid_json_is_400(backend, content):
     response = call(backend, content=content)
     assert response.status_code == 400
     error_of(response)
 
 
 @pytest.mark.fault
-def test_a_large_body_is_413_by_its_declared_and_by_its_real_length(backend):
+def test_large_body_is_413_by_content_length_and_by_bytes_read(backend):
     read = []
 
     async def endless():
@@ -334,7 +334,7 @@ def test_a_large_body_is_413_by_its_declared_and_by_its_real_length(backend):
 
 @pytest.mark.fault
 @pytest.mark.parametrize("word", ["x", "word ", "é🎨", "\n"])
-def test_a_prompt_far_beyond_the_context_is_refused_before_it_is_tokenised_whole(backend, word):
+def test_prompt_far_beyond_the_context_is_refused_before_full_tokenisation(backend, word):
     """A tokenizer takes many seconds for a megabyte without a space."""
     seen = []
     real = backend.completer.tokenizer
@@ -344,7 +344,7 @@ def test_a_prompt_far_beyond_the_context_is_refused_before_it_is_tokenised_whole
     assert sum(seen) < 200_000
 
 
-def test_unknown_fields_and_null_are_taken_as_openai_does(backend):
+def test_unknown_null_and_neutral_fields_are_accepted(backend):
     idle = {
         "frequency_penalty": 0, "presence_penalty": 0.0, "logit_bias": {}, "tools": [],
         "response_format": {"type": "text"}, "n": 1, "logprobs": False, "top_k": -1,
@@ -356,7 +356,7 @@ def test_unknown_fields_and_null_are_taken_as_openai_does(backend):
     assert call(backend, body=chat(logit_bias=None, tools=None, n=None, logprobs=None)).status_code == 200
 
 
-def test_text_parts_make_one_query(backend):
+def test_text_parts_are_joined_into_one_query(backend):
     parts = [{"type": "text", "text": "what is "}, {"type": "text", "text": "red?"}]
     call(backend, body={**chat(), "messages": [{"role": "user", "content": parts}]})
     first = backend.completer.engine.requests[-1].prompt_ids
@@ -364,7 +364,7 @@ def test_text_parts_make_one_query(backend):
     assert backend.completer.engine.requests[-1].prompt_ids == first
 
 
-def test_the_limit_defaults_to_twice_the_longest_trained_answer_and_is_reported(backend):
+def test_max_tokens_defaults_to_twice_the_longest_trained_answer(backend):
     body = {k: v for k, v in chat().items() if k != "max_tokens"}
     response = call(backend, body=body).json()
     assert backend.completer.engine.requests[-1].max_new_tokens == 12
@@ -375,7 +375,7 @@ def test_the_limit_defaults_to_twice_the_longest_trained_answer_and_is_reported(
 
 
 @pytest.mark.fault
-def test_more_answers_than_the_server_has_places_for_are_refused_and_not_put_off_for_ever(backend):
+def test_more_choices_than_max_in_flight_are_400(backend):
     limits = {"max_ongoing_requests": 2, "max_queued_requests": 1, "max_replicas": 4}
     assert call(backend, body=chat(n=3, max_tokens=20), **limits).status_code == 200
     response = call(backend, body=chat(n=4, max_tokens=20), **limits)
@@ -424,7 +424,7 @@ def paths(backend):
 
 
 @pytest.mark.fault
-def test_every_route_but_health_needs_the_key(backend, caplog, tmp_path):
+def test_every_path_but_the_public_ones_needs_a_key(backend, caplog, tmp_path):
     caplog.set_level(logging.DEBUG)
     (tmp_path / "keys.yaml").write_text(keys_file_line("another-key", "team", []))
     wrong = (
@@ -449,7 +449,7 @@ def test_every_route_but_health_needs_the_key(backend, caplog, tmp_path):
 @pytest.mark.parametrize(
     "model", ["short", "short@v0001", "unknown", "../x", "{base}:short", "{base}", "colours2", "x" * 300]
 )
-def test_a_key_for_some_adapters_is_refused_all_others_and_not_told_which_there_are(
+def test_restricted_key_gets_403_that_does_not_reveal_which_models_exist(
     backend, tmp_path, tiny_model, model
 ):
     (tmp_path / "keys.yaml").write_text(keys_file_line(KEY, "team", ["colours"]))
@@ -467,7 +467,7 @@ def test_a_key_for_some_adapters_is_refused_all_others_and_not_told_which_there_
     assert backend.completer.engine.requests == []
 
 
-def test_a_key_for_some_adapters_may_use_these_under_each_of_their_names(backend, tmp_path, tiny_model):
+def test_restricted_key_may_use_every_name_and_version_of_its_adapters(backend, tmp_path, tiny_model):
     (tmp_path / "keys.yaml").write_text(keys_file_line(KEY, "team", ["colours"]))
     options = {"keys_file": str(tmp_path / "keys.yaml"), "headers": {"Authorization": f"Bearer {KEY}"}}
     for model in ("colours", "colours@v0001", "colours@latest", f"{tiny_model.name}:colours"):
@@ -476,7 +476,7 @@ def test_a_key_for_some_adapters_may_use_these_under_each_of_their_names(backend
     assert [m["id"] for m in listed] == ["colours"]
 
 
-def test_a_keys_list_is_compared_without_asking_the_store(backend, tmp_path):
+def test_restricted_key_is_checked_without_the_store(backend, tmp_path):
     (tmp_path / "keys.yaml").write_text(keys_file_line(KEY, "team", ["colours"]))
     options = {"keys_file": str(tmp_path / "keys.yaml"), "headers": {"Authorization": f"Bearer {KEY}"}}
     backend.no_models = StoreUnavailableError("down")
@@ -491,7 +491,7 @@ def test_a_keys_list_is_compared_without_asking_the_store(backend, tmp_path):
     ({"Host": "localhost.evil.example"}, 403), ({"Host": "[::1"}, 403), ({"Origin": "https://evil.example"}, 403),
     ({"Origin": "null"}, 403),
 ])  # fmt: skip
-def test_without_a_key_no_web_page_of_another_site_is_answered(backend, headers, status):
+def test_keyless_server_refuses_foreign_host_and_origin_headers(backend, headers, status):
     """By its Origin, or, where DNS was made to say that its name is this machine, by the Host."""
     for path, body, method in (("/v1/chat/completions", chat(), "POST"), ("/v1/models", None, "GET")):
         assert call(backend, path, body, headers=headers, method=method).status_code == status
@@ -499,7 +499,7 @@ def test_without_a_key_no_web_page_of_another_site_is_answered(backend, headers,
     assert call(backend, body=chat(), headers={**headers, "Authorization": f"Bearer {KEY}"}, key=KEY).status_code == 200
 
 
-def test_a_wrong_key_is_refused_before_the_body_is_read(backend):
+def test_wrong_key_is_401_before_the_body_is_read(backend):
     async def forbidden():
         raise AssertionError("the body was read")
         yield b""
@@ -507,14 +507,14 @@ def test_a_wrong_key_is_refused_before_the_body_is_read(backend):
     assert call(backend, content=forbidden(), key=KEY).status_code == 401
 
 
-def test_unknown_paths_and_methods_have_openais_error_format(backend):
+def test_404_and_405_have_openai_error_format(backend):
     for method, path, status in (("GET", "/v1/x", 404), ("GET", "/v1/completions", 405)):
         response = call(backend, path, method=method)
         assert response.status_code == status
         error_of(response)
 
 
-def test_a_full_queue_is_429_with_retry_after_and_a_lost_replica_503(backend):
+def test_429_and_503_have_retry_after(backend):
     for status in (429, 503):
         backend.error = RefusedError(status, "later")
         for stream in (False, True):
@@ -522,14 +522,14 @@ def test_a_full_queue_is_429_with_retry_after_and_a_lost_replica_503(backend):
             assert (response.status_code, response.headers["retry-after"]) == (status, "1")
 
 
-def test_a_bug_is_a_500_that_tells_nothing(backend):
+def test_unexpected_exception_is_500_without_its_message(backend):
     backend.error = ValueError("/secret/path")
     response = call(backend, body=chat())
     assert response.status_code == 500
     assert "secret" not in response.text
 
 
-def test_failures_before_a_completion_have_openais_format_too(backend, caplog):
+def test_errors_of_the_models_endpoint_have_openai_format(backend, caplog):
     for error, status, code in (
         (StoreUnavailableError("come back later"), 503, "store_unavailable"),
         (ValueError("/secret/path"), 500, "internal_error"),
@@ -542,18 +542,18 @@ def test_failures_before_a_completion_have_openais_format_too(backend, caplog):
     assert "/secret/path" in caplog.text
 
 
-def test_a_stream_is_not_held_back_by_proxies(backend):
+def test_stream_headers_switch_off_proxy_buffering(backend):
     assert call(backend, body=chat(stream=True)).headers["x-accel-buffering"] == "no"
 
 
-def test_the_time_limit_is_408_and_stops_the_generation(backend):
+def test_timeout_is_408_and_stops_the_generation(backend):
     backend.completer.engine.delay = 10
     for stream in (False, True):
         assert call(backend, body=chat(stream=stream), request_timeout_s=0.2).status_code == 408
     assert backend.completer.engine.open == 0
 
 
-def test_the_time_limit_in_the_middle_of_a_stream_is_its_last_event(backend):
+def test_timeout_within_a_stream_is_its_last_event(backend):
     backend.completer.engine.delay = 0.1
     text = call(backend, body=chat(stream=True), request_timeout_s=0.45).text
     assert json.loads(text.strip().split("\n\n")[-1][6:])["error"]["code"] == "request_timeout"
@@ -561,7 +561,7 @@ def test_the_time_limit_in_the_middle_of_a_stream_is_its_last_event(backend):
     assert backend.completer.engine.open == 0
 
 
-def test_a_client_that_leaves_stops_the_generation(backend):
+def test_client_disconnect_stops_the_generation(backend):
     backend.completer.engine.delay = 0.05
     engine = backend.completer.engine
 
@@ -611,7 +611,7 @@ def choices_of(backend, **options):
     return [found[i] for i in sorted(found)]
 
 
-def test_several_choices_have_each_their_seed_and_come_again(backend):
+def test_choices_have_own_seeds_and_are_reproducible(backend):
     body = chat(n=3, temperature=1, seed=41, max_tokens=20)
     whole = call(backend, body=body).json()
     assert [(c["index"], c["message"]["content"]) for c in whole["choices"]] == [(0, "41"), (1, "42"), (2, "43")]
@@ -624,7 +624,7 @@ def test_several_choices_have_each_their_seed_and_come_again(backend):
     assert call(backend, body={**body, "seed": 2**63 - 1}).status_code == 200
 
 
-def test_choices_are_generated_side_by_side_and_end_together_when_one_fails(backend):
+def test_choices_run_concurrently_and_one_failure_cancels_all(backend):
     backend.completer.engine.delay = 0.02
     most = []
 
@@ -642,7 +642,7 @@ def test_choices_are_generated_side_by_side_and_end_together_when_one_fails(back
     assert backend.completer.engine.open == 0
 
 
-def test_several_prompts_make_several_choices(backend):
+def test_prompt_list_gives_a_choice_per_prompt(backend):
     body = {"model": "colours", "prompt": ["red", "blue"], "n": 2, "temperature": 1, "seed": 7, "max_tokens": 20}
     whole = call(backend, "/v1/completions", body).json()
     assert [(c["index"], c["text"]) for c in whole["choices"]] == [(0, "7"), (1, "8"), (2, "7"), (3, "8")]
@@ -652,7 +652,7 @@ def test_several_prompts_make_several_choices(backend):
         assert call(backend, "/v1/completions", {**body, "prompt": prompt}).status_code == 400
 
 
-def test_a_chats_logprobs_have_openais_shape_and_join_to_the_text(backend):
+def test_chat_logprobs_have_openai_format_and_join_to_the_text(backend):
     whole = call(backend, body=chat(logprobs=True, top_logprobs=2)).json()["choices"][0]
     content = whole["logprobs"]["content"]
     assert b"".join(bytes(c["bytes"]) for c in content).decode().strip() == whole["message"]["content"] == ANSWER
@@ -668,7 +668,7 @@ def test_a_chats_logprobs_have_openais_shape_and_join_to_the_text(backend):
     assert streamed[2] == content
 
 
-def test_logprobs_of_what_a_stop_string_cuts_off_are_left_out(backend):
+def test_logprobs_end_at_the_stop_string(backend):
     for stream in (False, True):
         options = {"body": chat(logprobs=True, stop=["🎨"], stream=stream)}
         content = (
@@ -679,7 +679,7 @@ def test_logprobs_of_what_a_stop_string_cuts_off_are_left_out(backend):
         assert b"".join(bytes(c["bytes"]) for c in content).decode().strip() == "k4 – ünïcode"
 
 
-def test_a_plain_completions_logprobs_have_openais_older_shape(backend):
+def test_completions_logprobs_have_the_legacy_openai_format(backend):
     whole = call(
         backend, "/v1/completions", {"model": "colours", "prompt": "x", "max_tokens": 60, "logprobs": 2}
     ).json()["choices"][0]
@@ -702,13 +702,13 @@ def test_a_plain_completions_logprobs_have_openais_older_shape(backend):
     ("field", "value", "status"),
     [("echo", True, 400), ("echo", False, 200), ("suffix", "x", 400), ("best_of", 2, 400), ("best_of", 1, 200)],
 )
-def test_what_a_plain_completion_cannot_do_is_refused(backend, field, value, status):
+def test_completions_refuse_unsupported_values(backend, field, value, status):
     response = call(backend, "/v1/completions", {"model": "colours", "prompt": "x", field: value})
     assert response.status_code == status
     assert status == 200 or error_of(response)["param"] == field
 
 
-def test_the_openai_client_reads_choices_and_logprobs(backend):
+def test_openai_client_parses_choices_and_logprobs(backend):
     async def use():
         async with client(backend) as http:
             api = openai.AsyncOpenAI(base_url="http://localhost/v1", api_key="none", http_client=http, max_retries=0)
@@ -729,7 +729,7 @@ def test_the_openai_client_reads_choices_and_logprobs(backend):
     asyncio.run(use())
 
 
-def test_tokens_are_spelled_with_their_bytes(tokenizer):
+def test_byte_level_tokens_have_text_and_bytes(tokenizer):
     for text in ("k4", " red", "é", "🎨", "\n", "漢字"):
         pieces = [token_text(tokenizer, i) for i in tokenizer(text).input_ids]
         assert bytes(b for _, data in pieces for b in data).decode() == text
@@ -749,7 +749,7 @@ class SentencePiece:
         return ["red", "\ufffd", "\ufffd"][ids[0]]
 
 
-def test_tokens_of_a_sentencepiece_vocabulary_keep_their_space_and_bytes():
+def test_sentencepiece_tokens_keep_leading_space_and_bytes():
     assert token_text(SentencePiece(), 0) == (" red", list(b" red"))
     assert token_text(SentencePiece(), 1) == ("bytes:\\xf0", [0xF0])
     assert token_text(SentencePiece(), 2) == ("\ufffd", None)
@@ -760,9 +760,9 @@ def drifting(system="", query="what is red?", **rest):
     return {"model": "guarded", "messages": messages, "max_tokens": 60, **rest}
 
 
-def test_a_client_that_still_sends_the_prompt_is_answered_by_the_adapter_with_the_query_alone(backend, tokenizer):
+def test_trained_prompt_is_stripped_and_the_adapter_gets_the_query(backend, tokenizer):
     encoder = PromptEncoder(tokenizer, PromptConfig(chat="chatml", query="Q: {query}"))
-    plain = len(encoder.encode("what is red?").ids)
+    plain = len(encoder.encode("what is red?"))
     bodies = (
         drifting(TEMPLATE), drifting(query=f"{TEMPLATE}\n\nQ: what is red?"),
         drifting(f"{TEMPLATE}\n\nExamples:\n\nred\nk4"), drifting(query=f"{COMPRESSED} what is red?"),
@@ -772,9 +772,9 @@ def test_a_client_that_still_sends_the_prompt_is_answered_by_the_adapter_with_th
         assert (response.status_code, response.headers["x-pi-ray-prompt"]) == (200, "stripped")
         assert response.json()["system_fingerprint"] == "guarded@v0001"
         request = backend.completer.engine.requests[-1]
-        assert request.prompt_ids == encoder.encode("what is red?").ids
+        assert request.prompt_ids == encoder.encode("what is red?")
         came = "\n\n".join(m["content"] for m in body["messages"])
-        whole = len(PromptEncoder(tokenizer, PromptConfig(chat="chatml")).encode(came).ids)
+        whole = len(PromptEncoder(tokenizer, PromptConfig(chat="chatml")).encode(came))
         assert response.json()["usage"]["prompt_tokens"] == plain
         assert response.json()["usage"]["prompt_tokens_saved"] == whole - plain
     assert (
@@ -785,7 +785,7 @@ def test_a_client_that_still_sends_the_prompt_is_answered_by_the_adapter_with_th
     )
 
 
-def test_a_changed_prompt_is_answered_by_the_base_model_with_the_compressed_prompt(backend, tokenizer, tiny_model):
+def test_drifted_prompt_is_answered_by_the_base_model(backend, tokenizer, tiny_model):
     changed = TEMPLATE.replace("k7,", "k77,")
     for stream in (False, True):
         response = call(backend, body=drifting(changed, stream=stream))
@@ -805,7 +805,7 @@ def test_a_changed_prompt_is_answered_by_the_base_model_with_the_compressed_prom
     assert whole["usage"]["prompt_tokens_saved"] > 100
 
 
-def test_queries_adapters_without_a_known_prompt_and_the_base_model_are_as_before(backend, tiny_model):
+def test_guard_leaves_queries_unguarded_adapters_and_the_base_model_alone(backend, tiny_model):
     assert call(backend, body=drifting()).headers["x-pi-ray-prompt"] == "internalised"
     assert call(backend, body=chat()).headers["x-pi-ray-prompt"] == "internalised"
     assert call(backend, body=chat(model=tiny_model.name)).headers["x-pi-ray-prompt"] == "base"
@@ -830,8 +830,8 @@ def said(*texts, model="guarded", system=""):
     }
 
 
-def test_examples_that_come_as_turns_are_taken_away_with_the_template(backend, tokenizer):
-    plain = PromptEncoder(tokenizer, PromptConfig(chat="chatml", query="Q: {query}")).encode("what is blue?").ids
+def test_examples_sent_as_turns_are_stripped_with_the_template(backend, tokenizer):
+    plain = PromptEncoder(tokenizer, PromptConfig(chat="chatml", query="Q: {query}")).encode("what is blue?")
     for body in (
         said("red", "k4", "what is blue?", system=TEMPLATE), said(f"{TEMPLATE}\n\nred", "k4", "Q: what is blue?"),
     ):
@@ -847,7 +847,7 @@ def test_examples_that_come_as_turns_are_taken_away_with_the_template(backend, t
     assert call(backend, body=said("red", "k4", "what is blue?")).status_code == 400  # no template: a conversation
 
 
-def test_a_system_message_that_says_nothing_is_dropped_and_any_other_one_refused(backend):
+def test_default_system_message_is_dropped_and_others_are_400(backend):
     for model in ("guarded", "colours"):
         response = call(backend, body=drifting("You are a helpful, honest AI assistant.", model=model))
         assert (response.status_code, response.headers["x-pi-ray-prompt"]) == (200, "stripped")
@@ -858,7 +858,7 @@ def test_a_system_message_that_says_nothing_is_dropped_and_any_other_one_refused
             assert error_of(call(backend, body=drifting(other, model=model)))["param"] == "messages"
 
 
-def test_a_conversation_with_the_base_model_has_its_own_chat_template(backend, tokenizer, tiny_model, monkeypatch):
+def test_base_model_conversation_uses_its_own_chat_template(backend, tokenizer, tiny_model, monkeypatch):
     body = said("what is red?", "k4", "and blue?", model=tiny_model.name, system="Be nice.")
     response = call(backend, body=body)
     assert (response.status_code, response.headers["x-pi-ray-prompt"]) == (200, "base")
@@ -876,13 +876,12 @@ def test_a_conversation_with_the_base_model_has_its_own_chat_template(backend, t
     monkeypatch.setattr(tokenizer, "chat_template", "{{ raise_exception('roles must alternate') }}")
     assert "roles must alternate" in error_of(call(backend, body=body))["message"]
     monkeypatch.setattr(tokenizer, "chat_template", None)
-    del backend.completer._conversations
     response = call(backend, body=body)
     assert response.status_code == 400 and "no chat template" in error_of(response)["message"]
     assert call(backend, body=chat(model=tiny_model.name)).status_code == 200
 
 
-def test_a_start_says_what_was_asked_for_and_what_answers(backend, tiny_model):
+def test_first_event_names_the_requested_and_the_answering_model(backend, tiny_model):
     async def start(body):
         async with aclosing(backend.complete(body)) as events:
             return await anext(events)
@@ -905,7 +904,7 @@ def merged(backend, store, tiny_model):
     shutil.rmtree(store / "hot")
 
 
-def test_a_merged_adapter_goes_on_answering_whatever_is_released(merged, tiny_model, caplog):
+def test_merged_adapter_keeps_answering_after_a_release(merged, tiny_model, caplog):
     for _ in range(2):
         for model in ("hot", "hot@v0001", f"{tiny_model.name}:hot"):
             response = call(merged, body=chat(model=model))
@@ -916,7 +915,7 @@ def test_a_merged_adapter_goes_on_answering_whatever_is_released(merged, tiny_mo
     assert [(m["id"], m["parent"]) for m in listed] == [("hot", tiny_model.name)]
 
 
-def test_what_a_merged_server_cannot_answer_names_the_setting(merged, tiny_model):
+def test_merged_server_refuses_other_models_and_names_serve_merge(merged, tiny_model):
     changed = drifting(TEMPLATE.replace("k7,", "k77,"), model="hot")
     for body in (
         chat(model="colours"), chat(model=tiny_model.name), chat(model="hot@latest"), changed,
@@ -928,13 +927,13 @@ def test_what_a_merged_server_cannot_answer_names_the_setting(merged, tiny_model
     assert merged.completer.engine.requests == []
 
 
-def test_the_guard_can_be_switched_off(backend):
+def test_drift_guard_false_switches_the_guard_off(backend):
     backend.completer.config = backend.completer.config.replace(**{"serve.drift_guard": False})
     assert call(backend, body=drifting(TEMPLATE)).status_code == 400
     assert call(backend, body=drifting(query=f"{TEMPLATE}\nx")).headers["x-pi-ray-prompt"] == "internalised"
 
 
-def test_a_version_on_trial_answers_its_share_and_a_user_always_meets_the_same_one(backend, store, tiny_model):
+def test_canary_gets_its_share_and_a_user_always_meets_the_same_version(backend, store, tiny_model):
     put_in_store(store, "tried", tiny_model, 1)
     put_in_store(store, "tried", tiny_model, 2, version="v0002")
     (store / "tried" / "aliases.json").write_text(
@@ -951,7 +950,7 @@ def test_a_version_on_trial_answers_its_share_and_a_user_always_meets_the_same_o
 
 
 @pytest.mark.parametrize("text", [ANSWER, "  padded \n\n", "", "🎨🎨", "a\n\n b", " ", "naïve – 漢字 test", "x" * 300])
-def test_streamed_pieces_join_to_what_evaluation_decodes(tokenizer, text):
+def test_streamed_pieces_join_to_the_decoded_text(tokenizer, text):
     stream, ids = IncrementalDetokenizer(tokenizer), [*tokenizer(text).input_ids, tokenizer.eos_token_id]
     pieces = [stream.push(i) for i in ids]
     assert "".join(pieces) + stream.finish() == PromptEncoder(tokenizer, PromptConfig(chat="chatml")).decode(ids)
@@ -959,7 +958,7 @@ def test_streamed_pieces_join_to_what_evaluation_decodes(tokenizer, text):
 
 
 @pytest.mark.parametrize("stop", ["END", "\n", "k4", "zzz", " – "])
-def test_text_is_cut_at_the_stop_string_however_the_tokens_fall(tokenizer, stop):
+def test_text_is_cut_at_a_stop_string_across_tokens(tokenizer, stop):
     text = "code k4 – \nE EN END tail"
     stream = IncrementalDetokenizer(tokenizer, (stop,))
     joined = "".join(stream.push(i) for i in tokenizer(text).input_ids) + stream.finish()

@@ -32,7 +32,7 @@ def find(keys, key, scheme="Bearer"):
     return keys.find(f"{scheme} {key}".encode())
 
 
-def test_a_key_is_known_with_its_owner_and_its_models(file):
+def test_find_returns_holder_and_allowed_models(file):
     keys = ApiKeys(key_digest("from-the-environment"), file)
     assert (find(keys, ALL).name, find(keys, SOME).name) == ("ops", "team-a")
     assert find(keys, ALL).allows("anything") and find(keys, "from-the-environment").allows("anything")
@@ -42,7 +42,7 @@ def test_a_key_is_known_with_its_owner_and_its_models(file):
         assert find(keys, wrong) is None
 
 
-def test_json_is_read_as_well_as_yaml_and_all_means_all(tmp_path):
+def test_keys_file_may_be_json_and_adapters_may_be_all_or_none(tmp_path):
     keys = ApiKeys(
         "",
         write(
@@ -54,7 +54,7 @@ def test_json_is_read_as_well_as_yaml_and_all_means_all(tmp_path):
     assert not find(keys, SOME).allows("x")
 
 
-def test_every_key_is_compared_whichever_is_given(file, monkeypatch):
+def test_find_compares_every_key_in_constant_time(file, monkeypatch):
     """The time says neither which key it was nor how much of it was right."""
     compared = []
     monkeypatch.setattr(
@@ -68,13 +68,13 @@ def test_every_key_is_compared_whichever_is_given(file, monkeypatch):
         assert all(a == hashlib.sha256(given.encode()).hexdigest() for a, _ in compared)
 
 
-def test_without_any_key_none_is_needed_but_an_empty_file_lets_nobody_in(tmp_path):
+def test_no_keys_are_falsy_but_an_empty_keys_file_admits_nobody(tmp_path):
     assert not ApiKeys()
     empty = ApiKeys("", write(tmp_path, "{}"))
     assert empty and find(empty, ALL) is None
 
 
-def test_a_key_can_be_added_and_taken_back_while_serving(file, tmp_path, caplog):
+def test_keys_file_is_read_again_and_kept_when_invalid_or_gone(file, tmp_path, caplog):
     keys = ApiKeys("", file)
     write(tmp_path, keys_file_line("new-key", "team-b", []))
     assert find(keys, ALL) is None and find(keys, "new-key").name == "team-b"
@@ -85,7 +85,7 @@ def test_a_key_can_be_added_and_taken_back_while_serving(file, tmp_path, caplog)
     assert find(keys, "new-key").name == "team-b"
 
 
-def test_a_keys_file_lets_the_server_off_loopback_and_its_mistakes_are_said_at_the_start(file, tmp_path, monkeypatch):
+def test_keys_file_suffices_off_loopback_and_is_checked_at_the_start(file, tmp_path, monkeypatch):
     from pi_ray.serve.app import bearer_key
 
     monkeypatch.delenv("PI_RAY_API_KEY", raising=False)
@@ -113,19 +113,19 @@ def test_a_keys_file_lets_the_server_off_loopback_and_its_mistakes_are_said_at_t
     ({key_digest(SOME): {"name": "a", "adapters": "colours"}}, "a list of names"),
     ({key_digest(SOME): {"name": "a", "adapters": [1]}}, "a list of names"),
 ])  # fmt: skip
-def test_a_wrong_file_is_named_and_a_key_in_it_is_not_repeated(tmp_path, content, message):
+def test_invalid_keys_file_error_names_the_file_and_hides_keys(tmp_path, content, message):
     with pytest.raises(ConfigError) as error:
         ApiKeys("", write(tmp_path, content))
     assert message in str(error.value) and "keys.yaml" in str(error.value)
     assert SOME not in str(error.value)
 
 
-def test_a_missing_file_says_how_to_begin(tmp_path):
+def test_missing_keys_file_error_names_the_key_command(tmp_path):
     with pytest.raises(ConfigError, match="pi-ray key"):
         ApiKeys("", str(tmp_path / "none.yaml"))
 
 
-def test_the_verb_prints_a_new_key_once_and_a_line_that_works(tmp_path, capsys):
+def test_key_command_prints_a_key_and_a_valid_keys_file_line(tmp_path, capsys):
     assert cli.main(["key", "team a: 'x'", "--adapters", "colours", "shapes"]) == 0
     _, key, _, made = capsys.readouterr().out.strip().split("\n")
     assert key.strip() not in made

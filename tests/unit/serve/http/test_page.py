@@ -14,9 +14,8 @@ import uvicorn
 
 from pi_ray.config import ServeConfig
 from pi_ray.serve.engine.completion import RefusedError
-from pi_ray.serve.http.api import create_api
+from pi_ray.serve.http.api import create_api, get_page
 from pi_ray.serve.http.keys import key_digest
-from pi_ray.serve.http.page import get_page
 from tests.browser import Browser
 
 KEY = "a-secret-key"
@@ -91,7 +90,7 @@ def ask(browser, query, adapter="colours"):
     )
 
 
-def test_the_page_is_one_file_that_loads_nothing_and_talks_to_its_server_alone():
+def test_page_loads_no_resources_and_its_csp_allows_only_its_own_script():
     html = get_page().body.decode()
     assert not re.search(r"""(src|href)\s*=\s*["'](?!data:)|url\(|@import|https?://""", html)
     assert html.count("<script>") == 1 and not re.search(r"\son\w+=", html)
@@ -104,7 +103,7 @@ def test_the_page_is_one_file_that_loads_nothing_and_talks_to_its_server_alone()
     )
 
 
-def test_the_page_needs_no_key_and_what_it_asks_for_does():
+def test_page_is_public_and_models_need_the_key():
     api = create_api(TwoAnswers(), ServeConfig(), key_digest(KEY))
 
     async def get(path):
@@ -120,7 +119,7 @@ def test_the_page_needs_no_key_and_what_it_asks_for_does():
     assert asyncio.run(get("/v1/models")).status_code == 401
 
 
-def test_both_sides_answer_in_the_browser(browser):
+def test_browser_shows_both_answers_and_their_tokens(browser):
     backend = TwoAnswers()
     with serving(backend) as url:
         browser.open(url)
@@ -140,7 +139,7 @@ def test_both_sides_answer_in_the_browser(browser):
     assert browser.errors == []
 
 
-def test_an_answer_is_shown_while_it_is_generated_and_can_be_stopped(browser):
+def test_browser_streams_answers_and_can_stop_them(browser):
     backend = TwoAnswers()
     backend.gate = True
     with serving(backend) as url:
@@ -156,7 +155,7 @@ def test_an_answer_is_shown_while_it_is_generated_and_can_be_stopped(browser):
         assert len(backend.asks) == 1
 
 
-def test_a_refusal_is_told_where_the_answer_would_stand(browser):
+def test_browser_shows_a_refusal_in_place_of_the_answer(browser):
     backend = TwoAnswers()
     backend.refuses = True
     with serving(backend) as url:
@@ -167,7 +166,7 @@ def test_a_refusal_is_told_where_the_answer_would_stand(browser):
     browser.errors.clear()  # the browser's console notes every status above 399
 
 
-def test_the_key_is_asked_for_only_where_the_server_wants_one_and_stays_in_memory(browser):
+def test_browser_asks_for_a_key_only_after_401_and_stores_it_nowhere(browser):
     with serving(TwoAnswers(), KEY) as url:
         browser.open(url)
         browser.until("!document.getElementById('key-field').hidden")
@@ -187,7 +186,7 @@ def test_the_key_is_asked_for_only_where_the_server_wants_one_and_stays_in_memor
     browser.errors.clear()
 
 
-def test_the_page_fits_a_phone_and_every_field_has_a_label(browser, tmp_path):
+def test_page_fits_a_phone_and_labels_every_field(browser, tmp_path):
     with serving(TwoAnswers()) as url:
         browser.size(360, 740)
         browser.open(url)

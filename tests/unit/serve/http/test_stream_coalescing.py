@@ -34,14 +34,14 @@ def played(coalescer, step, texts, **more):
     return asyncio.run(run())
 
 
-def test_a_single_answers_pieces_leave_as_they_come():
+def test_pieces_of_a_single_stream_are_not_joined():
     found = played(StreamCoalescer(Clock()), 2 / EVENTS_PER_S, "abc")
     assert [event for _, event in found] == [
         {"fingerprint": "a"}, {"text": "a"}, {"text": "b"}, {"text": "c"}, {"finish": "stop"},
     ]
 
 
-def test_of_many_answers_the_first_piece_goes_at_once_and_later_ones_together():
+def test_with_many_streams_the_first_piece_leaves_at_once_and_later_ones_are_joined():
     coalescer = StreamCoalescer(Clock())
     coalescer.streams = 15
     found = played(coalescer, 0.05, "abcdefgh")
@@ -51,7 +51,7 @@ def test_of_many_answers_the_first_piece_goes_at_once_and_later_ones_together():
     assert [at for at, _ in found][:3] == [0, 0.05, 0.25] and coalescer.streams == 15
 
 
-def test_what_comes_at_once_leaves_together():
+def test_pieces_that_are_ready_together_are_joined():
     async def events():
         for event in ({"text": "a"}, {"text": "b"}, {"finish": "length"}):
             yield event
@@ -62,7 +62,7 @@ def test_what_comes_at_once_leaves_together():
     assert asyncio.run(run()) == [{"text": "ab", "finish": "length"}]
 
 
-def test_a_caller_that_leaves_closes_the_answer():
+def test_closing_the_coalescer_closes_its_source():
     closed = []
 
     async def events():
@@ -82,13 +82,13 @@ def test_a_caller_that_leaves_closes_the_answer():
     assert closed == [True] and coalescer.streams == 0
 
 
-def test_a_piece_waits_no_longer_than_the_next_one_after_the_limit():
+def test_a_piece_waits_at_most_max_delay():
     coalescer = StreamCoalescer(Clock())
     coalescer.streams = 10_000
     assert [event.get("text", "") for _, event in played(coalescer, MAX_DELAY_S, "abc")] == ["", "a", "b", "c", ""]
 
 
-def test_log_probabilities_stay_with_their_text():
+def test_logprobs_are_joined_with_their_text():
     coalescer = StreamCoalescer(Clock())
     coalescer.streams = 99
     assert [event for _, event in played(coalescer, 0.01, "abc", logprobs=1)][1:] == [
@@ -96,7 +96,7 @@ def test_log_probabilities_stay_with_their_text():
     ]
 
 
-def test_an_error_ends_the_answer_which_counts_no_longer():
+def test_an_error_is_raised_and_its_stream_no_longer_counted():
     coalescer = StreamCoalescer(Clock())
     coalescer.streams = 99
 
