@@ -6,8 +6,7 @@ Enters YAML text, leaves a RunConfig that every other folder takes; imports only
 from pi_ray.config.block import Block, omit_default, set_key
 from pi_ray.config.cluster import ClusterConfig
 from pi_ray.config.data import COMPRESS_MODELS, INPUTS, CompressConfig, RetrieveConfig, RowsConfig, TaskConfig
-from pi_ray.config.evaluate import ClosedConfig, CostConfig, EvaluateConfig
-from pi_ray.config.run import ModelConfig, RunConfig, dump_config
+from pi_ray.config.run import ClosedConfig, CostConfig, EvaluateConfig, ModelConfig, RunConfig, dump_config
 from pi_ray.config.serve import ServeConfig
 from pi_ray.config.train import BackendConfig, DistillConfig, LoraConfig, PromptConfig, ScheduleConfig, TrainConfig
 

@@ -1,7 +1,5 @@
 """The base class of every block of a run file: frozen, no unknown keys, and number types with their limits."""
 
-from __future__ import annotations
-
 import re
 from typing import Annotated, Any
 

@@ -1,7 +1,5 @@
 """Block `cluster`: where jobs are sent, the resources of each step, and the values of `pi-ray render`'s files."""
 
-from __future__ import annotations
-
 from typing import Annotated, Any, Literal
 
 from pydantic import Field

@@ -1,8 +1,6 @@
 """Blocks `task`, `compress` and `retrieve`: rows, template compression, example retrieval."""
 
-from __future__ import annotations
-
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -100,12 +98,12 @@ class CompressConfig(Block):
         return self.name if self.documents is None else f"{self.name}, documents {self.for_documents.name}"
 
     @property
-    def for_instruction(self) -> CompressConfig:
+    def for_instruction(self) -> Self:
         """This block as it holds for the template's instruction."""
         return self.model_copy(update={"documents": None})
 
     @property
-    def for_documents(self) -> CompressConfig:
+    def for_documents(self) -> Self:
         """This block as it holds for the template's documents."""
         documents = self.documents or DocumentsConfig()
         name = documents.name or self.name

@@ -1,17 +1,14 @@
-"""A whole run file: the block `model`, all other blocks, and the checks that reach across blocks."""
-
-from __future__ import annotations
+"""A whole run file: blocks `model`, `evaluate`, `cost`, `closed`, and the checks that reach across all blocks."""
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import yaml
 from pydantic import Field
 
-from pi_ray.config.block import Block, doc, omit_default, refuse, set_key
+from pi_ray.config.block import Amount, Block, Count, Positive, check_plain_url, doc, omit_default, refuse, set_key
 from pi_ray.config.cluster import ClusterConfig
 from pi_ray.config.data import CompressConfig, RetrieveConfig, TaskConfig
-from pi_ray.config.evaluate import ClosedConfig, CostConfig, EvaluateConfig
 from pi_ray.config.serve import ServeConfig
 from pi_ray.config.train import PromptConfig, ScheduleConfig, TrainConfig
 from pi_ray.schedule import plan_phases
@@ -23,6 +20,48 @@ class ModelConfig(Block):
     revision: str = doc("", "hub revision, pinned")
     quantize: Literal["", "4bit"] = omit_default("", "4bit: the frozen base's linear layers in bitsandbytes' NF4, "
         "computed in bfloat16; on GPUs only")
+
+
+class EvaluateConfig(Block):
+    split: Literal["test", "dev"] = doc("test", "rows that are scored; dev for choosing settings")
+    baseline: bool = doc(True, "also train and evaluate plain fine-tuning without a prompt")
+    batch_size: Positive = 16
+    max_new_tokens: Count = doc(0, "0: the longest answer of the data, plus a quarter")
+    shots: Count = doc(0, "examples in the base model's full prompt; 0: as the first phase")
+    latency_rows: Positive = doc(12, "rows timed one by one")
+    bootstrap: Positive = doc(2000, "resamples for the 95% intervals")
+    probe: bool = doc(True, "also measure forgetting (perplexity on other text) and the share of the template recited")
+    samples: Positive = doc(10, "rows shown side by side in the report")
+
+
+class CostConfig(Block):
+    """Prices in money per million tokens, for the cost table and the break-even."""
+
+    currency: str = "USD"
+    input: Amount = doc(0.50, "per million input tokens")
+    cached_input: Amount = doc(0.05, "per million input tokens read from a prefix cache")
+    output: Amount = doc(1.50, "per million output tokens")
+    training_hour: Amount = doc(2.00, "one worker for an hour")
+    requests_per_month: Positive = 1_000_000
+
+
+class ClosedConfig(Block):
+    """A closed model, fine-tuned and asked through OpenAI's API or one like it, for train.backend.name: openai."""
+
+    base_url: str = doc("", "URL of the service's API; empty: OpenAI's own")
+    model: str = doc("gpt-4o-mini-2024-07-18", "the service's name of the base model")
+    api_key_env: str = doc("OPENAI_API_KEY", "environment variable with the service's key")
+    batch_size: Count = doc(0, "0: the service's choice")
+    lr_multiplier: Amount = doc(0.0, "factor on the service's learning rate; 0: the service's choice")
+    suffix: str = Field("pi-ray", pattern=r"^[a-z0-9-]{1,40}$", description="part of the tuned models' names")
+    train_price: Amount = doc(3.00, "per million training tokens, as your service has it now")
+    input_price: Amount = doc(0.30, "per million input tokens of evaluation")
+    output_price: Amount = doc(1.20, "per million output tokens of evaluation")
+    confirmed: bool = doc(False, "spend without asking; needed where nobody can be asked")
+    poll_s: Amount = doc(10.0, "seconds between looks at a job; up to six times that while nothing happens")
+
+    def model_post_init(self, context: Any) -> None:
+        check_plain_url(self.base_url, "closed.base_url")
 
 
 class RunConfig(Block):
@@ -94,12 +133,12 @@ class RunConfig(Block):
         """The run directory."""
         return Path(self.run_dir)
 
-    def replace(self, **changes: Any) -> RunConfig:
+    def replace(self, **changes: Any) -> Self:
         """A validated copy; dotted keys reach into blocks: `replace(**{"train.lr": 1e-3})`."""
         data = self.model_dump(mode="json")
         for key, value in changes.items():
             set_key(data, key, value)
-        return RunConfig.model_validate(data)
+        return type(self).model_validate(data)
 
 
 def dump_config(config: RunConfig) -> str:

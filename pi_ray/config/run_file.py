@@ -1,7 +1,5 @@
 """Reading run files and table files: overrides, checks, paths. A mistake is named with file, line, key and cure."""
 
-from __future__ import annotations
-
 import typing
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches

@@ -1,7 +1,5 @@
 """Block `serve`: how adapters are served."""
 
-from __future__ import annotations
-
 from typing import Annotated, Any
 
 from pydantic import Field
@@ -27,7 +25,7 @@ class ServeConfig(Block):
     max_new_tokens: Positive = doc(1028, "upper bound of a request's max_tokens (paper A.2)")
     max_loras: Count = doc(0, "adapters in memory per replica (LRU); 0: as many as are asked for, at most 16")
     merge: str = doc("", "adapter of the store, merged into the base weights: faster, and no other one is served")
-    prefix_cache_mb: Count = doc(512, "memory per replica for KV of prompts, to skip beginnings read before; 0: none")
+    prefix_cache_mb: Count = doc(512, "per replica, for keys and values of prompts that begin alike; 0: none")
     prefill_tokens: Count = doc(0, "prompt tokens read between two decoding steps; 0: 256 on a CPU, 2048 on a GPU")
     body_limit_bytes: Positive = 1_048_576
     api_key_env: str = doc("PI_RAY_API_KEY", "variable with the bearer key; off loopback it or keys_file must be set")

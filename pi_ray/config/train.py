@@ -1,7 +1,5 @@
 """Blocks `prompt`, `schedule` and `train`: the prompt's form, phases, adapter, optimiser."""
 
-from __future__ import annotations
-
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
@@ -12,8 +10,7 @@ from pi_ray.config.block import Amount, Block, Count, Positive, Rate, doc, forbi
 class PromptConfig(Block):
     """How template, examples and query become one message: the same in training, evaluation and serving."""
 
-    chat: Literal["model", "model+system", "chatml", "none"] = doc("model", "the model's own template, bare ChatML, or "
-        "plain text")
+    chat: Literal["model", "model+system", "chatml", "none"] = doc("model", "its own template, bare ChatML, or none")
     query: str = doc("{query}", "how a query is worded")
     example: str = doc("{query}\n{answer}", "how an example is worded")
     examples_heading: str = doc("Examples:", "line before the examples; empty for none")

@@ -1,7 +1,5 @@
 """Shared parts of tasks: base class over published data sets, exact match, a stable choice of n rows, hash of files."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import re

@@ -10,8 +10,6 @@ system message and earlier turns. "documents", such as passages retrieved for th
 texts or of {"title", "text"}. Blank lines and lines that begin with `//` or `#` are comments.
 """
 
-from __future__ import annotations
-
 import json
 from codecs import BOM_UTF8
 from collections.abc import Iterator

@@ -1,12 +1,10 @@
 """MBPP (Austin et al., 2021): a sentence and three asserts -> a Python function; prompt after the paper's Figure 5."""
 
-from __future__ import annotations
-
 import json
 import re
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -22,22 +20,6 @@ HUB = "google-research-datasets/mbpp"
 IDS = {"test": range(11, 511), "dev": range(511, 601), "train": range(601, 975)}
 SLOW = {123: 90.0}  # seconds; its reference solution takes 7 to more than 20, by the machine
 FENCE = re.compile(r"```(?:python|py)?[ \t]*\r?\n(.*?)(?:```|\Z)", re.S | re.I)
-
-
-@dataclass(frozen=True)
-class MbppProblem:
-    """One line of the release; `id` is its task_id."""
-
-    id: int
-    text: str
-    code: str
-    tests: tuple[str, ...]
-    setup: str
-
-    @property
-    def query(self) -> str:
-        """The question with the tests, since the function's name and arguments stand only there."""
-        return "\n".join([f"NL Question: {self.text}", "Three Test Cases:", *self.tests])
 
 
 class MbppTask(DatasetTask):
@@ -69,12 +51,11 @@ class MbppTask(DatasetTask):
 
     def program(self, row: Row, code: str) -> Program:
         """`code`, the row's set-up (which may use `code`), its tests. Raises DataError for an unknown row."""
-        problem = self._problems.get(row.id)
-        if not isinstance(problem, MbppProblem):
+        found = self._problems.get(row.id)
+        if found is None or isinstance(found, Reject):
             reason = f"row '{row.id}' is not in {self._source}, so its tests are unknown"
             raise DataError(f"{reason}; prepare the run again from the present data")
-        limits = Limits(seconds=SLOW[problem.id]) if problem.id in SLOW else None
-        return Program(code, problem.tests, problem.setup, limits)
+        return replace(found[1], code=code)
 
     @cached_property
     def _sandbox(self) -> Sandbox:
@@ -88,19 +69,19 @@ class MbppTask(DatasetTask):
             if isinstance(found, Reject):
                 if split == "train":
                     yield found
-            elif found.id in IDS.get(split, ()):
-                yield Row(str(found.id), found.query, found.code)
+            elif int(found[0].id) in IDS.get(split, ()):
+                yield found[0]
 
     @cached_property
-    def _problems(self) -> dict[str, MbppProblem | Reject]:
-        """All lines, read once, since there are 974: problems by their id, rejects by their line."""
-        found: dict[str, MbppProblem | Reject] = {}
+    def _problems(self) -> dict[str, tuple[Row, Program] | Reject]:
+        """All lines, read once, since there are 974: rows and their reference programs by id, rejects by line."""
+        found: dict[str, tuple[Row, Program] | Reject] = {}
         for number, line in enumerate(self._read_lines(), start=1):
             try:
-                problem = _parse_problem(line)
-                if str(problem.id) in found:
-                    raise ValueError(f"duplicate task_id {problem.id}")
-                found[str(problem.id)] = problem
+                row, program = _parse_problem(line)
+                if row.id in found:
+                    raise ValueError(f"duplicate task_id {row.id}")
+                found[row.id] = row, program
             except ValueError as error:
                 found[f"line {number}"] = Reject(self._source, number, str(error))
         return found
@@ -125,8 +106,11 @@ def extract_code(output: str) -> str:
     return fenced[1] if fenced else output
 
 
-def _parse_problem(line: bytes | dict[str, Any]) -> MbppProblem:
-    """Raises ValueError with the reason when the line cannot be used."""
+def _parse_problem(line: bytes | dict[str, Any]) -> tuple[Row, Program]:
+    """A line of the release -> a row, and its answer as a program. Raises ValueError with the reason.
+
+    The query has the tests, since the function's name and arguments stand only there.
+    """
     data = json.loads(line.decode("utf-8")) if isinstance(line, bytes) else line
     if not isinstance(data, dict) or not isinstance(data.get("task_id"), int) or data["task_id"] < 1:
         raise ValueError("not an object with a task_id, a number from 1")
@@ -139,4 +123,6 @@ def _parse_problem(line: bytes | dict[str, Any]) -> MbppProblem:
         split_tests(tests)
     except DataError as error:
         raise ValueError(f"task {data['task_id']}: {error}") from None
-    return MbppProblem(data["task_id"], text, code, tuple(tests), setup)
+    number, query = data["task_id"], "\n".join([f"NL Question: {text}", "Three Test Cases:", *tests])
+    limits = Limits(seconds=SLOW[number]) if number in SLOW else None
+    return Row(str(number), query, code), Program(code, tuple(tests), setup, limits)

@@ -1,7 +1,5 @@
 """NL2Bash (Lin et al., 2018): one English sentence -> one Bash command; template after the paper's Figure 7."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator
 from itertools import zip_longest

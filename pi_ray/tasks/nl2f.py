@@ -1,7 +1,5 @@
 """NL2F (NL2Formula, Zhao et al., 2024): a table and a question -> a formula; template after the paper's Figure 6."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Iterator, Sequence

@@ -12,8 +12,6 @@ Wikipedia page: no page, and so no table, stands on two sides. Tables are taken 
 `task.folder`: Salesforce/wikisql on the hub, with its own splits and real ends. Scores from the two do not compare.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import re

@@ -4,14 +4,13 @@ Three groups say how far a row is from training: "like train" (its service and m
 "new combinations" (each stands there, never together), "template only" (its service stands in the template alone).
 """
 
-from __future__ import annotations
-
 import random
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import lru_cache
-from itertools import count, islice
+from itertools import cycle, islice
+from typing import NamedTuple
 
 from pi_ray.protocols import UNLABELLED, Row
 from pi_ray.tasks.opsql.language import LONGEST, SERVICES, SHORTEST, Statement
@@ -23,8 +22,7 @@ HELD_OUT_METRICS = 2  # for each trained service, which give the new combination
 DEFAULT_WINDOW, DEFAULT_ROUTE = 15, "moss"
 
 
-@dataclass(frozen=True)
-class Measure:
+class Measure(NamedTuple):
     """A metric in people's words. `scale` turns the spoken amount into the metric's unit."""
 
     names: tuple[str, str]
@@ -94,8 +92,7 @@ def _pairs(rng: random.Random) -> dict[str, list[list[tuple[str, str]]]]:
 
 def _rows(rng: random.Random, rounds: list[list[tuple[str, str]]], group: str, queries: set[str]) -> Iterator[Row]:
     """Rows of one group without end and without ids, round after round, services shuffled within a round."""
-    for turn in count():
-        pairs = rounds[turn % len(rounds)]
+    for pairs in cycle(rounds):
         for service, metric in rng.sample(pairs, len(pairs)):
             query, statement = _draw(rng, service, metric)
             while query.casefold() in queries:
@@ -117,9 +114,7 @@ def _draw(rng: random.Random, service: str, metric: str) -> tuple[str, Statement
     window = "" if rng.random() < UNNAMED else rng.choice(sorted(WINDOWS))
     severity = "" if rng.random() < UNNAMED else rng.choice(sorted(SEVERITIES))
     query = rng.choice(WORDINGS).format(
-        service=service,
-        metric=rng.choice(measure.names),
-        side=rng.choice(SIDES[measure.above]),
+        service=service, metric=rng.choice(measure.names), side=rng.choice(SIDES[measure.above]),
         amount=f"{amount} {measure.unit}{'' if amount == 1 or measure.unit == 'percent' else 's'}",
         window=window and rng.choice(WINDOW_WORDINGS).format(window),
         severity=severity and rng.choice(SEVERITY_WORDINGS).format(severity),

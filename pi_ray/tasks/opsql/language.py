@@ -7,8 +7,6 @@ first, the other three clauses stand once each in any order, and `1h` means `60m
 and execution are bounded and total, and any other text raises OpsqlError.
 """
 
-from __future__ import annotations
-
 import hashlib
 import re
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """The bundled task: requests in English -> alerts in OpsQL, a language that no public model has seen."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from importlib.resources import files
 from itertools import islice

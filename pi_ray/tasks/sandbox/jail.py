@@ -4,16 +4,14 @@ Linux and util-linux, as root or with unprivileged user namespaces. For each pro
 
     unshare    own mounts, network (no interface is up), processes, IPC; as an ordinary user also an own user namespace
     mount      /usr, the interpreter and three devices, read-only, into an otherwise empty root; a fresh tmpfs as /tmp
-    chroot     into that root: home directories, /etc, /proc, /sys and all other files do not exist there. The kernel
-               gives such a process no new user namespaces, which closes the way back to privileges and to more mounts
-    timeout    is the first process of the tree; when it ends, the kernel ends the whole tree. It does so by itself soon
-               after the wall limit, if nobody is there any more to end it at the limit
+    chroot     into that root, without home directories, /etc, /proc, /sys and other files. The kernel gives such a
+               process no new user namespaces, which closes the way back to privileges and to more mounts
+    timeout    the first process of the tree, with which the kernel ends the whole tree; soon after the wall limit it
+               ends by itself, should nobody be there any more to end it
     setpriv    as root: a user id that nobody else has; for all: no capabilities, no new privileges
 
 `Jail.tests` states each wall as an assert. They run inside first, so each printed protection was seen to hold.
 """
-
-from __future__ import annotations
 
 import contextlib
 import itertools
@@ -25,8 +23,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-# where a system keeps its shared libraries
-SYSTEM = ("/usr", "/lib", "/lib32", "/lib64", "/libx32", "/bin", "/sbin", "/nix/store", "/gnu/store")
+SYSTEM = ("/usr", "/lib", "/lib32", "/lib64", "/libx32", "/bin", "/sbin", "/nix/store", "/gnu/store")  # libraries
 DEVICES = ("/dev/null", "/dev/zero", "/dev/urandom")
 TOOLS = ("unshare", "mount", "chroot", "timeout", "setpriv", "sh")
 SEARCH = "/usr/sbin:/usr/bin:/sbin:/bin"

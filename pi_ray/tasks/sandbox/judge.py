@@ -1,19 +1,17 @@
 """Verdicts: the sandbox evaluates one side of an assert, this trusted process compares the value with the other.
 
 `assert f(3) == [1, 2]` becomes "evaluate f(3)" inside, and a comparison with [1, 2] here. The expected value never goes
-in, so that no exit code, patched builtin, `__eq__`, stack frame or forged output passes a test: the only way to the
-right value is to compute it (or to know it from the prompt, which no sandbox can tell from computing it). The output is
-data in a format of its own, read without running anything.
+in, so that no exit code, patched builtin, `__eq__`, stack frame or forged output passes a test: a program must compute
+the value, or know it from the prompt. The output is data in a format of its own, read without running anything.
 
 Left open: an assert that is not `... == <literal>` is evaluated inside as a whole, and a program that takes over its
 own process can claim that it held. MBPP has 3 of this kind in 2,922, all in task 596.
 """
 
-from __future__ import annotations
-
 import ast
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
@@ -48,10 +46,8 @@ def _step(statement: ast.stmt) -> Step:
         return Step("exec", ast.unparse(statement))
     test = statement.test
     if isinstance(test, ast.Compare) and len(test.ops) == 1 and isinstance(test.ops[0], ast.Eq):
-        try:
+        with suppress(ValueError, TypeError):  # not a literal
             return Step("value", ast.unparse(test.left), ast.literal_eval(test.comparators[0]))
-        except (ValueError, TypeError):
-            pass
     return Step("truth", ast.unparse(test))
 
 
@@ -72,11 +68,10 @@ def judge_answer(steps: Sequence[Step], line: bytes) -> str:
 
 def _decode(data: list[Any]) -> Any:
     """The inverse of harness.encode_value; other data becomes an object that equals nothing. Raises ValueError etc."""
-    kind, *parts = data
-    content = parts[0]
+    kind, content, *rest = data
     if kind in ("list", "tuple", "set", "frozenset"):
         items = [_decode(item) for item in content]
-        # A set inside a set can only have been a frozenset, and the two compare equal.
+        # a set inside a set can only have been a frozenset, and the two compare equal
         return items if kind == "list" else tuple(items) if kind == "tuple" else frozenset(items)
     if kind == "dict":
         return {_decode(key): _decode(value) for key, value in content}
@@ -84,9 +79,9 @@ def _decode(data: list[Any]) -> Any:
         "const": lambda: CONSTANTS[content],
         "int": lambda: int(content, 16),
         "float": lambda: float.fromhex(content),
-        "complex": lambda: complex(float.fromhex(content), float.fromhex(parts[1])),
+        "complex": lambda: complex(float.fromhex(content), float.fromhex(rest[0])),
         "str": lambda: bytes.fromhex(content).decode("utf-8", "surrogatepass"),
         "bytes": lambda: bytes.fromhex(content),
-        "ratio": lambda: Fraction(int(content, 16), int(parts[1], 16)),
+        "ratio": lambda: Fraction(int(content, 16), int(rest[0], 16)),
         "other": object,
     }[kind]()

@@ -1,13 +1,10 @@
 """Runs generated programs against tests, many at a time, with nothing of this machine in their reach.
 
-Three parts that trust each other one way: jail.py puts walls around a process, harness.py runs in it, judge.py decides
-outside, by value. An exit code or a printed word counts for nothing. A hostile program can still use up its limits (at
-most `processes` times `memory_mib`, `seconds` long; there is no other bound on the sum), see the folders that
-`protections` names, learn the machine's time and kernel version, attack the kernel through its system calls (there is
-no seccomp filter), and use the gap that judge.py names for asserts without a literal.
+jail.py puts walls around a process, harness.py runs in it, judge.py decides outside, by value: an exit code or printed
+words count for nothing. A hostile program can still use up its limits (at most `processes` times `memory_mib`, the only
+bound on their sum, `seconds` long), see the folders that `protections` names, learn the machine's time and kernel
+version, attack the kernel through system calls (no seccomp filter), and use judge.py's gap: asserts without a literal.
 """
-
-from __future__ import annotations
 
 import marshal
 import math
@@ -32,8 +29,7 @@ from pi_ray.tasks.sandbox.judge import Step, judge_answer, split_tests
 
 READY = b"ready\n"
 OPEN_FILES = 64
-# PYTHONHASHSEED: sets in the same order each time, for the same verdict
-ENVIRONMENT = {"PATH": SEARCH, "HOME": "/tmp", "LANG": "C.UTF-8", "PYTHONHASHSEED": "0"}
+ENVIRONMENT = {"PATH": SEARCH, "HOME": "/tmp", "LANG": "C.UTF-8", "PYTHONHASHSEED": "0"}  # sets in the same order
 CURE = (
     "It needs Linux with util-linux and the right to make namespaces: run as root, or allow user namespaces (sysctl "
     "kernel.unprivileged_userns_clone=1 and kernel.apparmor_restrict_unprivileged_userns=0, where they exist), or give "
