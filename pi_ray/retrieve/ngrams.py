@@ -1,5 +1,4 @@
-"""Texts as counted n-grams, n = 1 to 4, which BLEU compares: numbers instead of words, tokenised as sacrebleu does
-(13a).
+"""Texts as counted n-grams, n = 1 to 4, which BLEU compares: numbers of words, split as sacrebleu's 13a does.
 
 A number stands for one n-gram of the bank; numbers of one order follow each other, so `bounds` tells a number's order.
 """
@@ -8,9 +7,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from hashlib import blake2b
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -24,8 +22,7 @@ ENTITIES = (("&quot;", '"'), ("&amp;", "&"), ("&lt;", "<"), ("&gt;", ">"))
 
 
 def words_13a(text: str) -> list[str]:
-    """The words of `text` by mteval-v13a, as sacrebleu has them. Skipping rules that a text needs not is 5 times as
-    fast.
+    """The words of `text` by sacrebleu's mteval-v13a; skipping the rules that a text does not need is 5 times as fast.
     """
     line = text.rstrip()
     for old, new in UNMARKED if "\n" in line or "<skipped>" in line else ():
@@ -47,8 +44,20 @@ def hash_texts(texts: Iterable[str], dtype: Any) -> np.ndarray:
     return np.frombuffer(b"".join(digests), dtype=dtype)
 
 
-@dataclass(frozen=True)
-class NgramCounts:
+def number_words(texts: Iterable[list[str]], known: dict[str, int], grow: bool) -> tuple[np.ndarray, np.ndarray]:
+    """The number in `known` of each word, one text after another, and the length of each text.
+
+    A new word is given the next number with `grow`, else -1.
+    """
+    numbers: list[int] = []
+    lengths: list[int] = []
+    for words in texts:
+        numbers += [known.setdefault(w, len(known)) for w in words] if grow else [known.get(w, -1) for w in words]
+        lengths.append(len(words))
+    return np.array(numbers, dtype=np.int64), np.array(lengths, dtype=np.int64)
+
+
+class NgramCounts(NamedTuple):
     """The n-grams of each text, ascending: `ids` and `times` of text i lie at indptr[i] to indptr[i + 1]."""
 
     indptr: np.ndarray  # int64, (texts + 1,)
@@ -67,8 +76,7 @@ class NgramCounts:
 class BankNgrams:
     """The n-grams of a bank of texts. N-grams that only other texts have match nothing and are left out.
 
-    All that grows with the bank lies in NumPy arrays, which processes of a node share without a copy; the words are a
-    dict.
+    All that grows with the bank but its dict of words is in NumPy arrays, which processes of a node share uncopied.
     """
 
     def __init__(self, bank: Sequence[str]):
@@ -76,7 +84,7 @@ class BankNgrams:
         self.order = np.argsort(digests, kind="stable")
         self.digests = digests[self.order]  # ascending, to find the texts of the bank again
         self.words: dict[str, int] = {}
-        words, lengths = self._number_words(bank, grow=True)
+        words, lengths = number_words(map(words_13a, bank), self.words, grow=True)
         # for each order above 1, ascending keys: (number of the n-gram without its last word) x words + last word
         self.keys: list[np.ndarray] = []
         number = words
@@ -91,19 +99,8 @@ class BankNgrams:
         """The counts of any texts; the bank's own are not counted again."""
         known = _place(self.digests, hash_texts(texts, "S16"))
         if (known < 0).any():
-            return self._count(*self._number_words(texts))
+            return self._count(*number_words(map(words_13a, texts), self.words, grow=False))
         return self.counts.take(self.order[known])
-
-    def _number_words(self, texts: Iterable[str], grow: bool = False) -> tuple[np.ndarray, np.ndarray]:
-        """The word numbers of all texts, one text after another (-1: unknown), and the length of each text."""
-        numbers: list[int] = []
-        lengths: list[int] = []
-        known = self.words
-        for text in texts:
-            words = words_13a(text)
-            numbers += [known.setdefault(w, len(known)) for w in words] if grow else [known.get(w, -1) for w in words]
-            lengths.append(len(words))
-        return np.array(numbers, dtype=np.int64), np.array(lengths, dtype=np.int64)
 
     def _key(self, number: np.ndarray, words: np.ndarray, lengths: np.ndarray, n: int) -> np.ndarray:
         """The key of the (n + 1)-gram that begins at each place, from the n-gram's number there; -1: there is none."""
@@ -114,7 +111,8 @@ class BankNgrams:
 
     def _count(self, words: np.ndarray, lengths: np.ndarray) -> NgramCounts:
         ends = np.concatenate([[0], np.cumsum(lengths)])
-        ids, times, sizes = [], [], [np.zeros(1, dtype=np.int64)]
+        empty = np.zeros(0, dtype=np.int32)
+        ids, times, sizes = [empty], [empty], [np.zeros(1, dtype=np.int64)]
         for begin in range(0, len(lengths), CHUNK_TEXTS):
             some = lengths[begin : begin + CHUNK_TEXTS]
             texts, found = self._all_orders(words[ends[begin] : ends[begin + len(some)]], some)
@@ -122,9 +120,7 @@ class BankNgrams:
             ids.append((code % self.bounds[-1]).astype(np.int32))
             times.append(repeats.astype(np.int32))
             sizes.append(np.bincount(code // self.bounds[-1], minlength=len(some)))
-        empty = np.zeros(0, dtype=np.int32)
-        indptr = np.cumsum(np.concatenate(sizes))
-        return NgramCounts(indptr, np.concatenate([empty, *ids]), np.concatenate([empty, *times]), lengths)
+        return NgramCounts(np.cumsum(np.concatenate(sizes)), np.concatenate(ids), np.concatenate(times), lengths)
 
     def _all_orders(self, words: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(text, number) of every n-gram of every order that the bank knows."""

@@ -8,62 +8,76 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
+from numba import njit
 
-from pi_ray.retrieve import kernel
-from pi_ray.retrieve.bleu import as_shared
-
-BLOCK = 64  # references that a thread takes at a time
+from pi_ray.retrieve.index import ScoreIndex, as_shared
+from pi_ray.retrieve.ngrams import number_words
 
 
-class RougeIndex:
-    """As BleuIndex, with another score."""
+class RougeIndex(ScoreIndex):
+    """An example bank by ROUGE-L."""
 
-    def __init__(self, bank: Sequence[str], groups: np.ndarray | None = None, threads: int = 1):
+    def __init__(self, bank: Sequence[str], groups: np.ndarray | None = None):
+        super().__init__(bank, groups)
         self.known: dict[str, int] = {}
         self.words, self.ends = self._number_words(bank, grow=True)
-        self.groups = np.full(len(bank), -1, dtype=np.int64) if groups is None else np.array(groups, dtype=np.int64)
-        self.threads = threads
-        as_shared(self.words, self.ends, self.groups)
-
-    def __len__(self) -> int:
-        return len(self.groups)
+        as_shared(self.words, self.ends)
 
     def _number_words(self, texts: Sequence[str], grow: bool = False) -> tuple[np.ndarray, np.ndarray]:
         """The word numbers of all texts, one text after another (-1: not in the bank), and where each text ends."""
-        numbers, ends, known = [], [0], self.known
-        for text in texts:
-            words = re.findall(r"[a-z0-9]+", text.lower())
-            numbers += [known.setdefault(w, len(known)) for w in words] if grow else [known.get(w, -1) for w in words]
-            ends.append(len(numbers))
-        return np.array(numbers, dtype=np.int64), np.array(ends, dtype=np.int64)
+        words, lengths = number_words((re.findall(r"[a-z0-9]+", text.lower()) for text in texts), self.known, grow)
+        return words, np.concatenate([[0], np.cumsum(lengths)])
 
     def scores(self, references: Sequence[str], candidates: np.ndarray | None = None) -> np.ndarray:
-        """ROUGE-L of bank texts and each reference, shape (q, c) as `candidates`, or (q, bank)."""
-        if candidates is None:
-            candidates = np.broadcast_to(np.arange(len(self)), (len(references), len(self)))
-        words, ends = self._number_words(references)
-        out, candidates = np.zeros(candidates.shape), np.asarray(candidates, dtype=np.int64)
-        kernel.rouge_of_pairs(len(self.known), self.words, self.ends, words, ends, candidates, out)
+        positions = self._positions(candidates, len(references))
+        out = np.zeros(positions.shape)
+        rouge_of_pairs(len(self.known), self.words, self.ends, *self._number_words(references), positions, out)
         return out
 
-    def top(
-        self, references: Sequence[str], k: int, groups: np.ndarray | None = None, among: np.ndarray | None = None,
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """The exact k best bank positions and their scores, as BleuIndex.top."""
-        k, (words, ends) = min(k, len(self)), self._number_words(references)
-        ids, best = np.full((len(references), k), -1, dtype=np.int64), np.full((len(references), k), -1.0)
-        own = np.full(len(references), -2, dtype=np.int64) if groups is None else np.asarray(groups, dtype=np.int64)
-        among = np.zeros((len(references), 0), dtype=np.int64) if among is None else np.asarray(among, dtype=np.int64)
 
-        def search_block(begin: int) -> None:
-            some = slice(begin, begin + BLOCK)
-            question = words, ends[begin : begin + BLOCK + 1], own[some], among[some]
-            kernel.rouge_top(len(self.known), self.words, self.ends, self.groups, *question, ids[some], best[some])
+@njit(nogil=True, cache=True)
+def rouge_of_pairs(vocabulary, words, ends, q_words, q_ends, candidates, out):
+    """out[i, c] = ROUGE-L of bank text candidates[i, c] and reference i. A text's last entry of `ends` is its end."""
+    longest = 1
+    for i in range(len(q_ends) - 1):
+        longest = max(longest, q_ends[i + 1] - q_ends[i])
+    width = (longest + 63) >> 6
+    # bit b of masks[w, v] says that word 64 v + b of the reference is w
+    masks, row = np.zeros((vocabulary, width), np.uint64), np.zeros(width, np.uint64)
+    for i in range(len(q_ends) - 1):
+        begin, size = q_ends[i], q_ends[i + 1] - q_ends[i]
+        for b in range(size):
+            if q_words[begin + b] >= 0:
+                masks[q_words[begin + b], b >> 6] |= np.uint64(1) << np.uint64(b & 63)
+        for c in range(candidates.shape[1]):
+            j = candidates[i, c]
+            shared = common(masks, size, row, words, ends[j], ends[j + 1])
+            out[i, c] = 200.0 * shared / max(size + ends[j + 1] - ends[j], 1)
+        for b in range(size):
+            if q_words[begin + b] >= 0:
+                masks[q_words[begin + b], b >> 6] = np.uint64(0)
 
-        if k:
-            with ThreadPoolExecutor(self.threads) as pool:
-                list(pool.map(search_block, range(0, len(references), BLOCK)))
-        return ids, best
+
+@njit(nogil=True, cache=True)
+def common(masks, size, row, words, begin, end):
+    """Length of the longest common subsequence of words[begin:end] and the marked reference of `size` words.
+
+    `row` is scratch space for its bits.
+    """
+    used = (size + 63) >> 6
+    row[:used] = ~np.uint64(0)
+    for p in range(begin, end):
+        carry = np.uint64(0)
+        for v in range(used):
+            same = row[v] & masks[words[p], v]
+            half = row[v] + same
+            total = half + carry
+            carry = np.uint64(1) if half < same or total < half else np.uint64(0)
+            row[v] = total | (row[v] - same)
+    length = 0
+    for b in range(size):
+        if not (row[b >> 6] >> np.uint64(b & 63)) & np.uint64(1):
+            length += 1
+    return length

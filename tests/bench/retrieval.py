@@ -24,7 +24,6 @@ import re
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from copy import copy
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -84,36 +83,36 @@ def _find(folder: Path, name: str) -> Path:
     return found
 
 
-def index(bank: Sequence[str], threads: int) -> tuple[BleuIndex, float]:
+def index(bank: Sequence[str]) -> tuple[BleuIndex, float]:
     """Each text is a group of its own, so that no row finds itself. With the seconds that it takes."""
     begin = time.perf_counter()
-    return BleuIndex(bank, np.arange(len(bank)), threads), time.perf_counter() - begin
+    return BleuIndex(bank, np.arange(len(bank))), time.perf_counter() - begin
 
 
-def exact(bank: BleuIndex, texts: Sequence[str], rows: np.ndarray) -> Timed:
-    """The best of these rows of the bank."""
+def exact(
+    bank: BleuIndex, texts: Sequence[str], rows: np.ndarray, threads: int, candidates: Candidates | None = None,
+) -> Timed:
+    """The best of these rows of the bank, among the proposals of `candidates` where they are given."""
     begin = time.perf_counter()
-    _, scores = bank.top([texts[i] for i in rows], K, rows)
-    return Timed(time.perf_counter() - begin, scores)
-
-
-def by_faiss(bank: BleuIndex, texts: Sequence[str], rows: np.ndarray) -> tuple[Timed, float]:
-    """As `exact`, with FAISS's proposals; and the seconds that building its index took of it."""
-    begin = time.perf_counter()
-    candidates = Candidates(bank, texts)
-    built = time.perf_counter() - begin
-    candidates.encoder = own = copy(bank)
-    own.threads = 1  # each block's own thread
 
     def best(at: int) -> np.ndarray:
         some = rows[at : at + BLOCK]
         asked = [texts[i] for i in some]
-        return own.top(asked, K, some, candidates.nearest(asked, CANDIDATES))[1]
+        return bank.top(asked, K, some, candidates.nearest(asked, CANDIDATES) if candidates else None)[1]
 
     # blocks side by side, as actors take them
-    with ThreadPoolExecutor(bank.threads, initializer=faiss.omp_set_num_threads, initargs=(1,)) as pool:
+    with ThreadPoolExecutor(threads, initializer=faiss.omp_set_num_threads, initargs=(1,)) as pool:
         scores = np.concatenate(list(pool.map(best, range(0, len(rows), BLOCK))))
-    return Timed(time.perf_counter() - begin, scores), built
+    return Timed(time.perf_counter() - begin, scores)
+
+
+def by_faiss(bank: BleuIndex, texts: Sequence[str], rows: np.ndarray, threads: int) -> tuple[Timed, float]:
+    """As `exact`, with FAISS's proposals; and the seconds that building its index took of it."""
+    begin = time.perf_counter()
+    candidates = Candidates(bank, texts)
+    built = time.perf_counter() - begin
+    found = exact(bank, texts, rows, threads, candidates)
+    return Timed(built + found.seconds, found.scores), built
 
 
 def against_sacrebleu(texts: Sequence[str], threads: int) -> float:
@@ -126,11 +125,11 @@ def against_sacrebleu(texts: Sequence[str], threads: int) -> float:
     begin = time.perf_counter()
     expected = np.array([[peer.sentence_score(texts[j], [texts[i]]).score for j in bank] for i in rows])
     theirs = expected.size / (time.perf_counter() - begin)
-    whole, _ = index(texts, threads)
+    whole, _ = index(texts)
     found = whole.scores([texts[i] for i in rows], np.broadcast_to(bank, expected.shape))
     if (worst := np.abs(found - expected).max()) > AGREE:
         raise SystemExit(f"a score differs from sacrebleu's by {worst:g}")
-    timed = exact(whole, texts, np.arange(len(texts)))
+    timed = exact(whole, texts, np.arange(len(texts)), threads)
     ours = len(texts) ** 2 / timed.seconds
     print(
         f"  sacrebleu {theirs:,.0f} pairs/s; exact {ours / 1e6:,.0f} million pairs/s, {ours / theirs:,.0f} times as "
@@ -142,16 +141,17 @@ def against_sacrebleu(texts: Sequence[str], threads: int) -> float:
 
 def whole(texts: Sequence[str], threads: int) -> float:
     """Seconds of the exact 10 best of all rows, n-grams included."""
-    bank, counted = index(texts, threads)
-    seconds = exact(bank, texts, np.arange(len(texts))).seconds
+    bank, counted = index(texts)
+    seconds = exact(bank, texts, np.arange(len(texts)), threads).seconds
     print(f"  {len(texts):,} answers: n-grams {counted:.2f} s, exact {K} best of every row {seconds:.2f} s", flush=True)
     return counted + seconds
 
 
 def compared(texts: Sequence[str], threads: int, rows: np.ndarray) -> dict[str, float]:
     """Exact against FAISS over one bank, for these of its rows; both scaled to all rows, FAISS's index built once."""
-    bank, counted = index(texts, threads)
-    (best, (near, built)), scale = (exact(bank, texts, rows), by_faiss(bank, texts, rows)), len(texts) / len(rows)
+    bank, counted = index(texts)
+    best, (near, built) = exact(bank, texts, rows, threads), by_faiss(bank, texts, rows, threads)
+    scale = len(texts) / len(rows)
     took = {"ngrams_s": counted, "exact_s": best.seconds * scale, "faiss_s": built + (near.seconds - built) * scale}
     share = near.scores.mean() / best.scores.mean()
     recall = np.mean(near.scores >= best.scores[:, -1:] - 1e-6)
@@ -174,8 +174,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     header("retrieval: exact BLEU, and FAISS with rerank")
-    by_faiss(index(["a b c", "a b"], args.threads)[0], ["a b c", "a b"], np.arange(2))  # compiles
-    exact(index(["a b c", "a b"], args.threads)[0], ["a b c", "a b"], np.arange(2))
+    by_faiss(index(["a b c", "a b"])[0], ["a b c", "a b"], np.arange(2), args.threads)  # compiles
+    exact(index(["a b c", "a b"])[0], ["a b c", "a b"], np.arange(2), args.threads)
     figures: dict[str, float] = {}
     if "sacrebleu" in args.parts:
         figures["exact_over_sacrebleu"] = against_sacrebleu(nl2bash(args.data), args.threads)
