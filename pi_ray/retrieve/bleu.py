@@ -1,9 +1,7 @@
-"""Exact sentence BLEU of many pairs at once, equal to sacrebleu's (13a tokenizer, effective order, exponential
-smoothing).
+"""Exact sentence BLEU of many pairs at once, equal to sacrebleu's (13a, effective order, exponential smoothing).
 
 The bank is kept inverted: for each n-gram the texts that hold it. One pass over the lists of a reference's n-grams
-gives its clipped matches with the whole bank. Scores are on sacrebleu's scale, 0 to 100. The same n-grams make the
-vectors by which FAISS proposes candidates.
+gives its clipped matches with the whole bank. The same n-grams make the vectors by which FAISS proposes candidates.
 
 s(y_i, y_j) of paper equation 3: the candidate y_j is the hypothesis and the row's own y_i the reference, so an example
 scores high when it says what the row needs.
@@ -52,10 +50,9 @@ class BleuIndex(ScoreIndex):
             kernel.bleu_top_among(bounds, bank, self.groups, asked, own, among, ids, best)
 
     def encode(self, texts: Sequence[str]) -> np.ndarray:
-        """Unit vectors of texts, near where BLEU is high: n-grams that bank texts share, hashed into `DIMENSION`
-        places.
+        """Unit vectors, near where BLEU is high: n-grams hashed into places. Returns float32, (texts, DIMENSION).
 
-        An n-gram of one bank text alone matches no other and would only disturb. Returns float32, (texts, DIMENSION).
+        An n-gram of one bank text alone matches no other, would only disturb, and is left out.
         """
         out = np.zeros((len(texts), DIMENSION), dtype=np.float32)
         kernel.vectors(self.places, self.ngrams(texts), out)
@@ -65,8 +62,7 @@ class BleuIndex(ScoreIndex):
 def _places(holders: np.ndarray) -> np.ndarray:
     """2 x place in the vectors + sign of each n-gram, from how many texts hold it; -1 for fewer than two. int32.
 
-    N-grams take the places in turn, the most frequent first, with the other sign in each round: so the heaviest do not
-    meet.
+    N-grams take places in turn, the most frequent first, with the other sign each round, so the heaviest do not meet.
     """
     rank = np.empty(len(holders), dtype=np.int64)
     rank[np.argsort(-holders, kind="stable")] = np.arange(len(holders))

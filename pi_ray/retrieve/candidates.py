@@ -21,17 +21,13 @@ BLOCK = 65_536  # texts encoded at once
 
 
 class Candidates:
-    """An inner-product index over the bank: exact when it is small, cells of coded vectors (IVF, PQ) when it is larger,
-    with a graph (HNSW) over the cells when it is very large.
-
-    `bounds` are the largest sizes without cells and without a graph. One thread builds it, so that every machine builds
-    the same.
+    """An inner-product index over the bank: exact, or of coded vectors in cells (IVF, PQ), or with a graph (HNSW) over
+    the cells; `bounds` are the largest sizes without cells and without a graph.
     """
 
     def __init__(self, encoder: Encoder, bank: Sequence[str], bounds: tuple[int, int] = (FLAT_ROWS, CELL_ROWS)):
-        self.encoder = encoder
-        threads = faiss.omp_get_max_threads()
-        faiss.omp_set_num_threads(1)
+        self.encoder, threads = encoder, faiss.omp_get_max_threads()
+        faiss.omp_set_num_threads(1)  # so that every machine builds the same
         try:
             self.index = self._build(bank, bounds)
         finally:
@@ -52,15 +48,14 @@ class Candidates:
         return index
 
     def nearest(self, texts: Sequence[str], count: int) -> np.ndarray:
-        """Bank positions of the `count` nearest texts, shape (len(texts), min(count, bank)), nearest first; -1 where
-        fewer are found.
+        """Bank positions of the `count` nearest texts, nearest first; -1 where fewer are found.
 
-        A count as large as the bank gives all of it.
+        Shape (len(texts), min(count, bank)). A count as large as the bank gives all of it.
         """
         params = None
         if isinstance(self.index, faiss.IndexIVF):
-            everything = count >= self.index.ntotal
-            probes = self.index.nlist if everything else max(1, self.index.nlist // CELLS_PER_PROBE)
+            cells = self.index.nlist
+            probes = cells if count >= self.index.ntotal else max(1, cells // CELLS_PER_PROBE)
             params = faiss.SearchParametersIVF(nprobe=probes)  # type: ignore[call-arg]  # its stub lacks the keywords
         return self.index.search(self._vectors(texts), min(count, self.index.ntotal), params=params)[1]
 

@@ -32,11 +32,7 @@ class ScoreIndex:
         return len(self.groups)
 
     def scores(self, references: Sequence[str], candidates: np.ndarray | None = None) -> np.ndarray:
-        """The score of bank texts against each reference, 0 to 100.
-
-        `candidates` are bank positions, shape (q, c); without them every bank text is scored.
-        Returns float64 of shape (q, c) or (q, bank).
-        """
+        """The scores, 0 to 100, of bank texts `candidates`, positions (q, c), or (q, bank) of all. float64."""
         raise NotImplementedError
 
     def top(

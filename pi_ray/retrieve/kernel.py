@@ -17,11 +17,7 @@ ORDER = 4
 
 @njit(nogil=True, cache=True)
 def offer(ids, scores, filled, position, score):
-    """Put (position, score) into the descending `scores` if it belongs there; among equal scores the lower position
-    comes first.
-
-    Returns how many are filled.
-    """
+    """Put (position, score) where it belongs in the descending `scores`, equals by position; return their number."""
     k = len(scores)
     if filled == k and (score < scores[k - 1] or (score == scores[k - 1] and position > ids[k - 1])):
         return filled
@@ -58,8 +54,7 @@ def factors(longest, reference):
 
 @njit(nogil=True, cache=True)
 def power(m1, m2, m3, m4, length, factor):
-    """(BLEU / 100) ** order. The i-th order without a match counts as 1/2^i of one; without a matching word BLEU is 0.
-    """
+    """(BLEU / 100) ** order, 0 without a matching word. The i-th order without a match counts as 1/2^i of one."""
     if m1 == 0:
         return 0.0
     smooth, value = 1.0, m1 * factor
@@ -77,9 +72,7 @@ def power(m1, m2, m3, m4, length, factor):
 
 @njit(nogil=True, cache=True)
 def matched(bound, held, begin, end, bank):
-    """Clipped matches of the bank's ascending n-grams ids[begin:end] below `bound` with `held`, the times of each
-    n-gram in the reference; and where the next order begins.
-    """
+    """Clipped matches of bank.ids[begin:end] below `bound` with `held`, the reference's counts; and the next begin."""
     matches, ids, times = 0, bank.ids, bank.times
     while begin < end and ids[begin] < bound:
         matches += min(held[ids[begin]], times[begin])
@@ -102,8 +95,7 @@ def offer_power(ids, scores, filled, least, position, value, order):
 
 @njit(nogil=True, cache=True)
 def vectors(places, asked, out):
-    """Set out[i], zeros, to the unit vector of the summed signs of text i's n-grams in their places (BleuIndex.places).
-    """
+    """Set out[i], zeros, to the unit vector of the summed signs of text i's n-grams in their BleuIndex.places."""
     for i in range(len(asked.lengths)):
         for e in range(asked.indptr[i], asked.indptr[i + 1]):
             place = places[asked.ids[e]]
@@ -144,11 +136,9 @@ def bleu_of_pairs(bounds, bank, asked, candidates, out):
 
 @njit(nogil=True, cache=True)
 def bleu_top(bounds, holding, lengths, groups, asked, q_groups, ids, scores):
-    """Write the best bank texts of each reference into `ids` and `scores` (q, k); ids stay -1 where the bank has no
-    more.
+    """Write the best bank texts outside each reference's own group into `ids` (-1: no more) and `scores`, (q, k).
 
-    `holding` are (indptr, rows, times), the bank's texts that hold each n-gram. Texts of the reference's own group are
-    left out.
+    `holding` are (indptr, rows, times), the bank's texts that hold each n-gram.
     """
     indptr, rows, times = holding
     matches, longest = np.zeros((ORDER, len(lengths)), np.int32), lengths.max()

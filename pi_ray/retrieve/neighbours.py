@@ -46,8 +46,7 @@ class Neighbours:
 
 
 def choose_bank(ids: Sequence[str], fraction: float) -> set[str]:
-    """The ids of a bank of this share of the rows (paper 5.5): they hash lowest, so a larger bank holds a smaller one.
-    """
+    """The ids of this share of the rows (paper 5.5): those that hash lowest, so a larger bank holds a smaller one."""
     if fraction == 1:
         return set(ids)
     size = max(1, round(len(ids) * fraction))
@@ -63,7 +62,7 @@ class Bank:
     """Training rows, indexed by one side. Processes of a node that get it from Ray's object store share its arrays."""
 
     def __init__(self, rows: Iterable[Row], config: RetrieveConfig, by: Side = "answer"):
-        # these load numba and scipy, which other users of this file do not need
+        # they load numba and scipy, which other users of this file do not need
         from pi_ray.retrieve.bleu import BleuIndex
         from pi_ray.retrieve.index import CosineIndex
         from pi_ray.retrieve.rouge import RougeIndex

@@ -22,8 +22,7 @@ ENTITIES = (("&quot;", '"'), ("&amp;", "&"), ("&lt;", "<"), ("&gt;", ">"))
 
 
 def words_13a(text: str) -> list[str]:
-    """The words of `text` by sacrebleu's mteval-v13a; skipping the rules that a text does not need is 5 times as fast.
-    """
+    """The words of `text` by sacrebleu's 13a; to skip the rules that a text does not need makes it 5 times as fast."""
     line = text.rstrip()
     for old, new in UNMARKED if "\n" in line or "<skipped>" in line else ():
         line = line.replace(old, new)
@@ -45,12 +44,8 @@ def hash_texts(texts: Iterable[str], dtype: Any) -> np.ndarray:
 
 
 def number_words(texts: Iterable[list[str]], known: dict[str, int], grow: bool) -> tuple[np.ndarray, np.ndarray]:
-    """The number in `known` of each word, one text after another, and the length of each text.
-
-    A new word is given the next number with `grow`, else -1.
-    """
-    numbers: list[int] = []
-    lengths: list[int] = []
+    """The numbers of all words, one text after another, and each text's length. New words are added or (-1) unknown."""
+    numbers, lengths = [], []
     for words in texts:
         numbers += [known.setdefault(w, len(known)) for w in words] if grow else [known.get(w, -1) for w in words]
         lengths.append(len(words))
