@@ -60,9 +60,9 @@ def test_exact_and_sacrebleu_agree_in_the_run_that_times_them(data, monkeypatch)
 
 def test_faiss_is_measured_by_what_it_missed_of_the_exact_best(data, monkeypatch):
     texts = retrieval.nl2bash(data)
-    bank, _ = retrieval.index(texts, 1)
+    bank, _ = retrieval.index(texts)
     rows = np.arange(0, 220, 7)
-    best, (near, built) = retrieval.exact(bank, texts, rows), retrieval.by_faiss(bank, texts, rows)
+    best, (near, built) = retrieval.exact(bank, texts, rows, 1), retrieval.by_faiss(bank, texts, rows, 1)
     assert best.scores.shape == near.scores.shape == (len(rows), retrieval.K) and 0 < built < near.seconds
     assert (near.scores <= best.scores + 1e-9).all() and best.scores.max() < 100, "no row finds itself"
     assert 0.5 < retrieval.compared(texts, 1, rows)["share"] <= 1
