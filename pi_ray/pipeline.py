@@ -12,12 +12,17 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
+from pi_ray import hosted
 from pi_ray.cluster import session
 from pi_ray.config import RunConfig, dump_config
+from pi_ray.hosted.tuning import COLUMNS
+from pi_ray.plan.estimate import tokens_of_updates
 from pi_ray.progress import ProgressLine, training_listener
 from pi_ray.run.artifact import write_atomic
-from pi_ray.run.baseline import plain_finetuning_config
 from pi_ray.run.directory import RunDir
+from pi_ray.run.phases import plain_finetuning_config
+from pi_ray.store.publish import publish_adapter
+from pi_ray.train import launch
 
 if TYPE_CHECKING:
     from pi_ray.evaluate.columns import Column
@@ -33,12 +38,7 @@ def run(config: RunConfig, console: Console) -> Path:
 
 
 def is_served(config: RunConfig) -> bool:
-    """Whether the run ends with an adapter that can be published and served.
-
-    A service keeps its models to itself, and gist tokens are a baseline that is only evaluated.
-    """
-    from pi_ray import hosted
-
+    """Whether the run ends with an adapter to publish: a service keeps its models, gist tokens are only evaluated."""
     return not hosted.is_hosted(config) and not config.train.gist
 
 
@@ -51,30 +51,22 @@ def prepare(config: RunConfig, console: Console) -> None:
 
 
 def train(config: RunConfig, console: Console) -> None:
-    from pi_ray import hosted
-    from pi_ray.plan.update_tokens import tokens_of_updates
     from pi_ray.report.loss_plot import draw_after_phases
-    from pi_ray.train import launch
 
-    settings = config.train
     if hosted.is_hosted(config):
         return _tune(config, console)
-    where = f"{settings.workers} worker(s), {settings.backend.name}"
-    _begin(config, console, "Train", f"LoRA rank {settings.lora.rank} through the phases, {where}")
+    where = f"{config.train.workers} worker(s), {config.train.backend.name}"
+    _begin(config, console, "Train", f"LoRA rank {config.train.lora.rank} through the phases, {where}")
     for name, c in _run_and_baseline(config):
         if launch.is_trained(c):
             _print_line(console, name, "nothing to do, every phase has its adapter")
             continue
-        launch.fingerprint_of(c)
         costs = tokens_of_updates(c)
         with ProgressLine(console, f"  {name or 'promptintern: '}update", len(costs)) as watch:
             launch.train(c, draw_after_phases(c, training_listener(watch, costs)))
 
 
 def _tune(config: RunConfig, console: Console) -> None:
-    from pi_ray import hosted
-    from pi_ray.hosted.tuning import COLUMNS
-
     where = config.closed.base_url or "OpenAI"
     _begin(config, console, "Train", f"{config.closed.model} through the phases, one fine-tuning job each, on {where}")
     for name, c in _run_and_baseline(config):
@@ -114,9 +106,7 @@ def report(config: RunConfig, console: Console) -> Path:
 
 
 def publish(config: RunConfig, console: Console, name: str = "") -> Path:
-    from pi_ray.store import publish as step
-
-    folder = step.publish_adapter(RunDir(config.root), config, name)
+    folder = publish_adapter(RunDir(config.root), config, name)
     url = f"{config.store.rstrip('/')}/{folder.parent.name}/{folder.name}"
     console.print(f"[bold]Published[/]  {url if '://' in config.store else shortest_path(folder)}", highlight=False)
     return folder

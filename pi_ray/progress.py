@@ -11,7 +11,7 @@ from itertools import accumulate
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn
 
 EVERY_S = 10.0
 STEPS = ("Prepare", "Train", "Evaluate", "Report", "Published")  # first words of the lines that name a run's step
@@ -19,14 +19,13 @@ LINE = re.compile(r"\s*(?P<title>\S.*): (?P<done>\d+)/(?P<total>\d+)  (?P<text>.
 
 
 class ProgressLine:
-    """`with Watch(console, "training", total) as shown: shown.update(done, "loss 0.31")`."""
+    """`with ProgressLine(console, "training", total) as shown: shown.update(done, "loss 0.31")`."""
 
     def __init__(self, console: Console, title: str, total: int):
         self.console, self.title, self.total = console, title, total
         self.shown = -EVERY_S
         self.recent: deque[tuple[float, int]] = deque(maxlen=10)  # (seconds, done): time left follows the present speed
-        title_column, text_column = TextColumn("{task.description}"), TextColumn("{task.fields[text]}")
-        columns = (title_column, BarColumn(), MofNCompleteColumn(), text_column, TimeElapsedColumn())
+        columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), "{task.fields[text]}", TimeElapsedColumn())
         self.bar = Progress(*columns, console=console) if console.is_terminal else None
 
     def __enter__(self) -> ProgressLine:
@@ -43,20 +42,16 @@ class ProgressLine:
         """Show `done` of `total`. `left`: seconds to go, where the caller has a better estimate."""
         now = time.monotonic()
         self.recent.append((now, done))
-        text += self._left(left)
+        start, done_then = self.recent[0]
+        if left is None and done > done_then:
+            left = (now - start) * (self.total - done) / (done - done_then)
+        if left is not None:
+            text += f"  {left:.0f} s left" if left < 120 else f"  {left / 60:.0f} min left"
         if self.bar:
             self.bar.update(self.task, completed=done, text=text)
         elif now - self.shown >= EVERY_S or done >= self.total:
             self.shown = now
             self.console.print(progress_line(self.title, done, self.total, text), highlight=False)
-
-    def _left(self, seconds: float | None) -> str:
-        (start, done_then), (now, done) = self.recent[0], self.recent[-1]
-        if seconds is None and done > done_then:
-            seconds = (now - start) * (self.total - done) / (done - done_then)
-        if seconds is None:
-            return ""
-        return f"  {seconds:.0f} s left" if seconds < 120 else f"  {seconds / 60:.0f} min left"
 
 
 def progress_line(title: str, done: int, total: int, text: str) -> str:
@@ -74,8 +69,7 @@ class LogProgress:
         """Read one line of the log. Returns True for a progress line, which the next one outdates."""
         if line.startswith(tuple(f"{step}  " for step in STEPS)):
             self.step, self.progress = line.split(maxsplit=1)[0].lower(), ""
-        found = LINE.fullmatch(line)
-        if found:
+        if found := LINE.fullmatch(line):
             self.progress = f"{found['title']} {found['done']}/{found['total']}  {found['text']}".rstrip()
         return bool(found)
 
@@ -84,10 +78,7 @@ class LogProgress:
 
 
 def training_listener(shown: ProgressLine, costs: Sequence[float]) -> Callable[[dict[str, Any]], None]:
-    """A listener of the training log that shows phase, update, loss, tokens/s and time left.
-
-    `costs[i]` is the work of update i, in any unit.
-    """
+    """A listener of the training log that shows it as it grows; `costs[i]` is the work of update i, in any unit."""
     remaining = [0.0, *accumulate(reversed(costs))][::-1]  # remaining[i]: the work of update i and all later ones
     recent: deque[tuple[float, float]] = deque(maxlen=10)
 
@@ -96,18 +87,15 @@ def training_listener(shown: ProgressLine, costs: Sequence[float]) -> Callable[[
             done = entry["step"] + 1
             recent.append((costs[entry["step"]], entry["seconds"]))
             left = remaining[done] * sum(s for _, s in recent) / sum(c for c, _ in recent)
-            speed = f"{entry['tokens'] / entry['seconds']:.0f} tokens/s{_tokens_saved(entry)}"
+            speed = f"{entry['tokens'] / entry['seconds']:.0f} tokens/s"
+            saved = 1 - entry["tokens"] / entry["plain_tokens"]  # by rows of a batch that share their prefix
+            if saved >= 0.005:
+                speed += f", {saved:.0%} saved by sharing"
             shown.update(done, f"phase {entry['phase']}  loss {entry['loss']:.3f}  {speed}", left)
         elif text := _event_text(entry):
             shown.console.print(f"{shown.title}: {text}", highlight=False)
 
     return listen
-
-
-def _tokens_saved(entry: dict[str, Any]) -> str:
-    """The share of tokens that need not pass through the model because the rows of a batch share their prefix."""
-    share = 1 - entry["tokens"] / entry["plain_tokens"] if entry.get("plain_tokens") else 0
-    return f", {share:.0%} saved by sharing" if share >= 0.005 else ""
 
 
 def _event_text(entry: dict[str, Any]) -> str:
@@ -137,6 +125,5 @@ def format_money(amount: float, currency: str) -> str:
     """An amount with cents, or with three significant digits where it is below one."""
     if amount == 0:
         return f"{currency} 0"
-    if abs(amount) < 1:
-        return f"{currency} {amount:.{max(2, 2 - math.floor(math.log10(abs(amount))))}f}"
-    return f"{currency} {amount:,.2f}"
+    digits = max(2, 2 - math.floor(math.log10(abs(amount))))
+    return f"{currency} {amount:,.{digits}f}"

@@ -39,11 +39,10 @@ class Template:
 
     @classmethod
     def parse(cls, markdown: str) -> Template:
-        """Read template.md: the instruction, then documents that each begin at a `## ` heading.
+        """Read template.md: the instruction, then documents that each begin at a `## ` heading, outside fenced code.
 
         The lines `# Instruction` and `# Documents` are optional and never sent. With `# Documents`, only headings
-        below it begin documents: so an instruction can have `## ` headings of its own. A `## ` line inside fenced code
-        is no heading. HTML comments are notes to the author and are dropped.
+        below it begin documents, so that an instruction can have its own. HTML comments are dropped.
         """
         text = re.sub(r"<!--.*?-->\n?", "", markdown, flags=re.S).strip()
         instruction, *below = re.split(r"^# Documents\b[^\n]*", text, maxsplit=1, flags=re.M)
@@ -87,18 +86,6 @@ class Example:
     answer: str
 
 
-@dataclass(frozen=True)
-class EncodedPrompt:
-    """Token ids of a prompt: `prefix` is shared by every row of a phase, `row` belongs to the row."""
-
-    prefix: list[int]
-    row: list[int]
-
-    @property
-    def ids(self) -> list[int]:
-        return self.prefix + self.row
-
-
 def render_prompt(
     config: PromptConfig, query: str, template: str = "", shots: Sequence[Example] = (), documents: Sequence[str] = ()
 ) -> str:
@@ -116,14 +103,13 @@ def _render_row(config: PromptConfig, query: str, shots: Sequence[Example], docu
 _tokenizer_lock = threading.Lock()  # a call sets split_special_tokens on the tokenizer, which a server's threads share
 
 
-def content_ids(tokenizer: Any, text: str) -> list[int]:
-    """Token ids of a user's text; special tokens spelled out in it stay text, so no query can end its own turn."""
-    return _ids(tokenizer, text, split_special_tokens=True)
+def content_ids(tokenizer: Any, text: str, is_frame: bool = False) -> list[int]:
+    """Token ids of a user's text, or of the chat template's (`is_frame`).
 
-
-def _ids(tokenizer: Any, text: str, split_special_tokens: bool) -> list[int]:
+    Special tokens spelled out in a user's text stay text, so no query can end its own turn.
+    """
     with _tokenizer_lock:
-        return tokenizer(text, add_special_tokens=False, split_special_tokens=split_special_tokens).input_ids
+        return tokenizer(text, add_special_tokens=False, split_special_tokens=not is_frame).input_ids
 
 
 class PromptEncoder:
@@ -133,8 +119,7 @@ class PromptEncoder:
     """
 
     def __init__(self, tokenizer: Any, config: PromptConfig):
-        self.tokenizer = tokenizer
-        self.config = config
+        self.tokenizer, self.config = tokenizer, config
         self.head, self.tail = _chat_frame(tokenizer, config.chat)
         if tokenizer.eos_token_id is None:
             raise ModelError("the tokenizer has no end-of-sequence token, by which pi-ray knows where an answer ends")
@@ -148,17 +133,37 @@ class PromptEncoder:
         return self.bos + self._frame(self.head) + (self._content(template + "\n\n") if template else [])
 
     def row(self, query: str, shots: Sequence[Example] = (), documents: Sequence[str] = ()) -> list[int]:
-        """The row's own documents, examples, query, chat tail.
-
-        `shots` come with the least similar first, so that the best example stands next to the query.
-        """
+        """The row's own documents, examples with the least similar first, query next to the best one, chat tail."""
         return self._content(_render_row(self.config, query, shots, documents)) + self._frame(self.tail)
 
     def encode(
         self, query: str, template: str = "", shots: Sequence[Example] = (), documents: Sequence[str] = ()
-    ) -> EncodedPrompt:
+    ) -> list[int]:
         """A whole prompt."""
-        return EncodedPrompt(self.prefix(template), self.row(query, shots, documents))
+        return self.prefix(template) + self.row(query, shots, documents)
+
+    def conversation(self, messages: Sequence[tuple[str, str]]) -> list[int]:
+        """Ids of (role, text) messages in the model's own chat template, and of the head of the answer.
+
+        For a base model and prompt.chat 'none'. Raises ModelError where there is no template that takes them.
+        """
+        from jinja2 import TemplateError
+
+        if not self.tokenizer.chat_template:
+            raise ModelError("the base model has no chat template: send the query alone, as one message of role 'user'")
+        marks = [f"\x02{i}\x03" for i in range(len(messages))]
+        marked = [{"role": role, "content": mark} for mark, (role, _) in zip(marks, messages, strict=True)]
+        try:
+            rest = self.tokenizer.apply_chat_template(marked, tokenize=False, add_generation_prompt=True)
+        except TemplateError as error:
+            raise ModelError(f"the base model's chat template takes no such conversation: {error}") from error
+        ids = [] if self.bos and rest.startswith(self.tokenizer.bos_token) else [*self.bos]
+        for mark, (_, text) in zip(marks, messages, strict=True):
+            frame, found, rest = rest.partition(mark)
+            if not found:
+                raise ModelError("the base model's chat template leaves out a part of this conversation")
+            ids += self._frame(frame) + self._content(text)
+        return ids + self._frame(rest)
 
     def answer(self, answer: str) -> list[int]:
         """The label ids: the answer and the end-of-sequence token."""
@@ -172,7 +177,7 @@ class PromptEncoder:
         return self.tokenizer.decode(ids, skip_special_tokens=True).strip()
 
     def _frame(self, text: str) -> list[int]:
-        return _ids(self.tokenizer, text, split_special_tokens=False) if text else []
+        return content_ids(self.tokenizer, text, is_frame=True) if text else []
 
     def _content(self, text: str) -> list[int]:
         return content_ids(self.tokenizer, text)

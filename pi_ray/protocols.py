@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 if TYPE_CHECKING:
@@ -19,16 +19,13 @@ UNLABELLED = "unlabelled"  # a further split: rows with an empty answer, which a
 
 @dataclass(frozen=True)
 class Row:
-    """One labelled query. `id` is unique over all splits; `group` names a part of the test set with its own scores.
+    """One labelled query."""
 
-    `documents` come with the query, such as passages retrieved for it, and are compressed at the template's rate.
-    """
-
-    id: str
+    id: str  # unique over all splits
     query: str
     answer: str
-    group: str = ""
-    documents: tuple[str, ...] = ()
+    group: str = ""  # a part of the test set with its own scores
+    documents: tuple[str, ...] = ()  # such as passages retrieved for the query; compressed at the template's rate
 
 
 @dataclass(frozen=True)
@@ -44,10 +41,7 @@ class Task(Protocol):
     """Data, template and metric. Constructed with a TaskConfig."""
 
     def rows(self, split: str) -> Iterator[Row | Reject]:
-        """Stream all rows of "train", "dev", "test" or "unlabelled", with a Reject for each that cannot be used.
-
-        Rows of "unlabelled" have the answer ""; there may be none.
-        """
+        """Stream all rows of a split of SPLITS, or of UNLABELLED if there are any; a Reject for one that is unfit."""
 
     def template(self) -> Template: ...
 
@@ -80,11 +74,10 @@ class Backend(Protocol):
     """Turns gradients into an update over all workers.
 
     Constructed inside a worker with (build, TrainConfig, micro-batches of an update, bf16). `build()` loads and returns
-    the peft model, in bfloat16 or else float32; the backend calls it once, when it is ready. `model` is called by the
-    training loop: the peft model, or a wrapper such as DeepSpeed's engine.
+    the peft model, in bfloat16 or else float32; the backend calls it once, when it is ready.
     """
 
-    model: Any
+    model: Any  # what the training loop calls: the peft model, or a wrapper such as DeepSpeed's engine
 
     def backward(self, loss: Any, last: bool) -> None:
         """Accumulate the gradients of one micro-batch; `last` marks the last one of an update."""
@@ -101,27 +94,24 @@ class Backend(Protocol):
 
 @dataclass(frozen=True)
 class GenerationRequest:
-    """One sequence to generate. `prompt_ids` come from PromptEncoder; `adapter` is a verified folder, "" the base."""
+    """One sequence to generate."""
 
-    prompt_ids: list[int]
+    prompt_ids: list[int]  # of PromptEncoder
     max_new_tokens: int
-    adapter: str = ""
+    adapter: str = ""  # a verified folder; "": the base model
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int | None = None
-    stop: tuple[str, ...] = field(default=())
+    stop: tuple[str, ...] = ()
     logprobs: int | None = None  # likeliest tokens that come with each token; None: no log-probabilities at all
 
 
 class Token(NamedTuple):
-    """One generated token. `logprob` is its natural log-probability under the model (temperature 1).
-
-    `top` has the likeliest tokens as (id, logprob), best first.
-    """
+    """One generated token."""
 
     id: int
-    logprob: float | None = None
-    top: tuple[tuple[int, float], ...] = ()
+    logprob: float | None = None  # natural log-probability under the model (temperature 1)
+    top: tuple[tuple[int, float], ...] = ()  # the likeliest tokens as (id, logprob), best first
 
 
 class Engine(Protocol):
@@ -132,7 +122,7 @@ class Engine(Protocol):
     """
 
     def generate(self, request: GenerationRequest) -> AsyncIterator[Token]:
-        """Yield tokens up to the end-of-sequence token, `stop` or the limit. Closing the iterator ends the sequence.
+        """Yield tokens up to the end-of-sequence token, `stop` or the limit; closing the iterator ends the sequence.
 
         Raises AdapterError if the adapter does not fit the base model.
         """

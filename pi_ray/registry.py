@@ -4,8 +4,6 @@ A part is a line `"name": "module:attribute"` below, or an entry point in the gr
 package.
 """
 
-from __future__ import annotations
-
 from difflib import get_close_matches
 from importlib import import_module
 from importlib.metadata import entry_points

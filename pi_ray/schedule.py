@@ -4,76 +4,47 @@ A phase keeps one value of the paper's S_tmp and S_egs for some epochs. A baseli
 rate 1 and k shots is direct fine-tuning.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from pi_ray.errors import ConfigError
+
+ScheduleBlock = Any  # the block `schedule`, config.ScheduleConfig, whose file imports this one
 
 
 @dataclass(frozen=True)
 class Phase:
-    """One stage of progressive fine-tuning.
+    """One stage of progressive fine-tuning."""
 
-    `rate` in [0, 1] is the share of template tokens that is kept, `shots` the number of examples. The phase lasts
-    `epochs` passes over the rows, or `steps` updates where `steps` is not 0.
-    """
-
-    rate: float
-    shots: int
-    epochs: int
-    steps: int = 0
+    rate: float  # share of template tokens that is kept, in [0, 1]
+    shots: int  # examples
+    epochs: int  # passes over the rows
+    steps: int = 0  # updates, in place of passes where it is not 0
 
 
-class ScheduleLike(Protocol):
-    """The block `schedule` of a run file, read-only: config.ScheduleConfig, which this file need not import."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def phases(self) -> int: ...
-    @property
-    def rate_start(self) -> float: ...
-    @property
-    def rate_end(self) -> float: ...
-    @property
-    def shots(self) -> int: ...
-    @property
-    def epochs(self) -> int | tuple[int, ...]: ...
-    @property
-    def steps(self) -> int | tuple[int, ...]: ...
-    @property
-    def list(self) -> tuple[Any, ...]: ...  # each with the fields of Phase
-
-
-def plan_phases(config: ScheduleLike) -> list[Phase]:
+def plan_phases(config: ScheduleBlock) -> list[Phase]:
     """Return the phases of a run. Raises ConfigError for an unknown schedule."""
     from pi_ray.registry import schedules
 
     return schedules[config.name](config)
 
 
-def _decreasing(config: ScheduleLike, curve: Callable[[float], float]) -> list[Phase]:
-    """Phases along `curve`, which falls from 1 in the first phase (t=0) to 0 in the last (t=1).
-
-    Shots are rounded down: 5, 2, 0 as in paper A.2.
-    """
-    last = max(config.phases - 1, 1)
+def _decreasing(config: ScheduleBlock, curve: Callable[[float], float]) -> list[Phase]:
+    """Phases along `curve`, which falls from 1 (t=0) to 0 (t=1). Shots are rounded down: 5, 2, 0 as in paper A.2."""
     phases = []
     for i in range(config.phases):
-        level = curve(i / last) if config.phases > 1 else 0.0
+        level = curve(i / (config.phases - 1)) if config.phases > 1 else 0.0
         rate = config.rate_end + (config.rate_start - config.rate_end) * level
         shots = math.floor(config.shots * level + 1e-9)
         phases.append(Phase(round(rate, 4), shots, *_phase_length(config, i)))
     return phases
 
 
-def _phase_length(config: ScheduleLike, i: int) -> tuple[int, int]:
+def _phase_length(config: ScheduleBlock, i: int) -> tuple[int, int]:
     """(epochs, steps) of phase i. Raises ConfigError where a list of either does not fit the number of phases."""
-    length = []
+    length: list[int] = []
     for key, value in (("epochs", config.epochs), ("steps", config.steps)):
         if not isinstance(value, int) and len(value) != config.phases:
             raise ConfigError(f"schedule.{key} lists {len(value)} phases, but schedule.phases is {config.phases}")
@@ -81,26 +52,26 @@ def _phase_length(config: ScheduleLike, i: int) -> tuple[int, int]:
     return length[0], length[1]
 
 
-def linear(config: ScheduleLike) -> list[Phase]:
+def linear(config: ScheduleBlock) -> list[Phase]:
     """Fall by the same step at each phase transition: the paper's choice (Table 6)."""
     return _decreasing(config, lambda t: 1 - t)
 
 
-def exp(config: ScheduleLike) -> list[Phase]:
+def exp(config: ScheduleBlock) -> list[Phase]:
     """Fall fast, then slowly: (e^(-4t) - e^-4) / (1 - e^-4)."""
     return _decreasing(config, lambda t: (math.exp(-4 * t) - math.exp(-4)) / (1 - math.exp(-4)))
 
 
-def inverse_exp(config: ScheduleLike) -> list[Phase]:
+def inverse_exp(config: ScheduleBlock) -> list[Phase]:
     """Fall slowly, then fast: the mirror image of `exp`."""
     return _decreasing(config, lambda t: 1 - (math.exp(-4 * (1 - t)) - math.exp(-4)) / (1 - math.exp(-4)))
 
 
-def constant(config: ScheduleLike) -> list[Phase]:
+def constant(config: ScheduleBlock) -> list[Phase]:
     """Keep one prompt, `rate_start` and `shots`, in every phase: direct fine-tuning (Tables 2 to 4)."""
     return [Phase(config.rate_start, config.shots, *_phase_length(config, i)) for i in range(config.phases)]
 
 
-def explicit(config: ScheduleLike) -> list[Phase]:
+def explicit(config: ScheduleBlock) -> list[Phase]:
     """Take the phases as `schedule.list` has them."""
     return [Phase(p.rate, p.shots, p.epochs, p.steps) for p in config.list]

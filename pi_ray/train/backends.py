@@ -1,10 +1,8 @@
 """Training backends: gradients become one AdamW update over all workers, by data parallelism or DeepSpeed ZeRO.
 
 Both give and take the same state: full fp32 weights and Adam moments by parameter name, whatever the world size and
-ZeRO stage. The caller scales losses so that their gradients are to be summed over micro-batches and workers.
+ZeRO stage. Losses come scaled so that their gradients are to be summed over micro-batches and workers.
 """
-
-from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
@@ -13,22 +11,20 @@ import torch
 import torch.distributed as dist
 
 from pi_ray.config import TrainConfig
-from pi_ray.train import deepspeed_settings
-from pi_ray.train.lora import trainable_parameters
+from pi_ray.train.lora import moe_blocks, trainable_parameters
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+BETAS, EPS = (0.9, 0.999), 1e-8
 
 
 class DdpBackend:
     """Data parallelism: gradients summed by all_reduce, torch's AdamW on every worker. One worker needs no network."""
 
     def __init__(self, build: Callable[[], Any], config: TrainConfig, micro_batches: int = 1, bf16: bool = False):
-        self.model = build()
-        self.config = config
+        self.model, self.config = build(), config
         self.params = trainable_parameters(self.model)
         self.optimizer = torch.optim.AdamW(
-            self.params.values(), lr=config.lr, betas=deepspeed_settings.BETAS, eps=deepspeed_settings.EPS,
-            weight_decay=config.weight_decay,
+            self.params.values(), lr=config.lr, betas=BETAS, eps=EPS, weight_decay=config.weight_decay
         )
 
     def backward(self, loss: torch.Tensor, last: bool) -> None:
@@ -64,15 +60,15 @@ class DeepSpeedBackend:
         # a compiled all_reduce in shared memory, for inference; to build it would need a compiler on every worker
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         self.stage = config.backend.zero_stage
-        settings = deepspeed_settings.deepspeed_config(config, dist.get_world_size(), micro_batches, bf16)
-        self.loading = deepspeed_settings.shard_while_loading(settings)
+        self.sharded = self.stage > 0 or bf16
+        settings = deepspeed_config(config, dist.get_world_size(), micro_batches, bf16)
+        self.loading = shard_while_loading(settings)
         model = build()
-        deepspeed_settings.mark_zero3_leaves(model)
-        params = list(trainable_parameters(model).values())
-        self.engine, self.optimizer, *_ = deepspeed.initialize(
-            model=model, model_parameters=params, config=settings, dist_init_required=False
-        )
-        self.model = self.engine
+        mark_zero3_leaves(model)
+        self.model = self.engine = deepspeed.initialize(
+            model=model, model_parameters=list(trainable_parameters(model).values()), config=settings,
+            dist_init_required=False,
+        )[0]
         self.params = trainable_parameters(self.engine.module)
 
     def backward(self, loss: torch.Tensor, last: bool) -> None:
@@ -88,33 +84,29 @@ class DeepSpeedBackend:
     def state(self) -> dict[str, torch.Tensor]:
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
-        if self._sharded:
+        if self.sharded:
             return _named_state(self.params, safe_get_full_fp32_param, safe_get_full_optimizer_state)
-        return _unsharded_state(self.params, _torch_optimizer(self.engine.optimizer))
+        return _unsharded_state(self.params, self._torch_optimizer())
 
     def load_state(self, state: dict[str, torch.Tensor], updates: int) -> None:
         from deepspeed.runtime.zero import GatheredParameters
         from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
         self._create_optimizer_state()
-        inner = _torch_optimizer(self.engine.optimizer)
+        optimizer = self._torch_optimizer()
         for name, p in self.params.items():
-            moments = {key: state[f"{key}/{name}"] for key in MOMENTS}
-            if self._sharded:
+            if self.sharded:
                 safe_set_full_fp32_param(p, state[name].to(p.device))
-                for key, value in moments.items():
-                    safe_set_full_optimizer_state(p, value.to(p.device), key)
-            else:
-                for key, value in moments.items():
-                    inner.state[p][key].copy_(value)
+            for key in MOMENTS:
+                moment = state[f"{key}/{name}"].to(p.device)
+                if self.sharded:
+                    safe_set_full_optimizer_state(p, moment, key)
+                else:
+                    optimizer.state[p][key].copy_(moment)
             with GatheredParameters([p], modifier_rank=0, enabled=self.stage == 3):
                 p.data.copy_(state[name])
-        for entry in inner.state.values():
+        for entry in optimizer.state.values():
             entry["step"] = torch.tensor(float(updates))
-
-    @property
-    def _sharded(self) -> bool:
-        return self.stage > 0 or self.engine.bfloat16_enabled()
 
     def _create_optimizer_state(self) -> None:
         """One update with zero gradients at learning rate 0: it moves no weight and makes the state to be loaded."""
@@ -125,12 +117,45 @@ class DeepSpeedBackend:
             self.backward(logits.float().sum() * 0.0, last=i == micro_batches - 1)
         self.step(0.0)
 
+    def _torch_optimizer(self) -> torch.optim.Optimizer:
+        """The torch optimiser inside DeepSpeed's wrappers."""
+        optimizer = self.engine.optimizer
+        while hasattr(optimizer, "optimizer"):
+            optimizer = optimizer.optimizer
+        return optimizer
 
-def _torch_optimizer(optimizer: Any) -> torch.optim.Optimizer:
-    """The torch optimiser inside DeepSpeed's wrappers."""
-    while hasattr(optimizer, "optimizer"):
-        optimizer = optimizer.optimizer
-    return optimizer
+
+def deepspeed_config(config: TrainConfig, world: int, micro_batches: int, bf16: bool) -> dict[str, Any]:
+    """DeepSpeed's configuration, for `world` workers that each sum `micro_batches` of an update."""
+    backend, host = config.backend, {"device": "cpu", "pin_memory": True}
+    zero: dict[str, Any] = {"stage": backend.zero_stage, "contiguous_gradients": True, "overlap_comm": False}
+    if backend.offload_optimizer:
+        zero["offload_optimizer"] = host
+    if backend.offload_params:
+        zero["offload_param"] = host
+    adam = {"lr": config.lr, "betas": BETAS, "eps": EPS, "weight_decay": config.weight_decay}
+    return {
+        "train_micro_batch_size_per_gpu": config.batch_size // (world * micro_batches),
+        "gradient_accumulation_steps": micro_batches, "zero_optimization": zero,
+        # torch's AdamW, even where the optimiser is offloaded: workers need no compiler
+        "optimizer": {"type": "AdamW", "params": {**adam, "torch_adam": True}},
+        "gradient_clipping": config.grad_clip, "bf16": {"enabled": bf16}, "steps_per_print": 10**9,
+    }
+
+
+def shard_while_loading(deepspeed_config: dict[str, Any]) -> Any:
+    """For stage 3: while the returned object lives, `from_pretrained` shards each weight as soon as it is made."""
+    if deepspeed_config["zero_optimization"]["stage"] < 3:
+        return None
+    from transformers.integrations.deepspeed import HfDeepSpeedConfig
+
+    return HfDeepSpeedConfig(deepspeed_config)
+
+
+def mark_zero3_leaves(model: Any) -> None:
+    """Have stage 3 gather each mixture of experts whole, since workers run different experts."""
+    for block in moe_blocks(model):
+        block._z3_leaf = True  # as deepspeed.utils.set_z3_leaf_modules does, for blocks of any class
 
 
 def _set_lr(optimizer: Any, lr: float) -> None:

@@ -3,10 +3,8 @@
 Both kinds of batch give logits at the answers' tokens only, and equal losses and gradients.
 """
 
-from __future__ import annotations
-
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,11 +15,10 @@ import torch
 
 from pi_ray.errors import CorruptArtifactError
 from pi_ray.models import last_logits_index
-from pi_ray.run.artifact import read_manifest, read_parquet, verify_artifact
+from pi_ray.run.artifact import read_manifest, verify_artifact
+from pi_ray.run.row_store import read_range
 from pi_ray.train import gist, shared_prefix
 from pi_ray.train.shared_prefix import Layout
-
-TokenRow = tuple[list[int], list[int]]  # prompt ids (without the prefix), label ids
 
 # A prefix and two rows, of ids that any vocabulary has, on which packed and plain batches are compared.
 PROBE_PREFIX, PROBE_ROWS = [7, 3, 9, 2], [([5, 11, 4, 8, 13, 6], [10, 3]), ([12, 6, 9], [4, 14, 7, 2, 11])]
@@ -40,19 +37,19 @@ class Batch:
     plain_tokens: int  # tokens of the same rows with a copy of the prefix each
 
 
+TokenRow = tuple[list[int], list[int]]  # prompt ids (without the prefix), label ids
+Pack = Callable[[list[int], Sequence[TokenRow]], Batch]  # (prefix, rows) -> batch
+
+
 def dataset_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of a prepared dataset, whose rows are not read. Raises CorruptArtifactError when it is missing."""
-    manifest = read_manifest(folder)
-    if manifest is None:
+    if (manifest := read_manifest(folder)) is None:
         raise CorruptArtifactError(f"{folder}: no manifest, so it is not whole; 'pi-ray prepare' makes it again")
     return manifest
 
 
 def longest_row_tokens(phases: Path) -> int:
-    """Tokens of the longest row of all prepared datasets: prefix, prompt and an answer.
-
-    The answer is taken a quarter longer than any label, as a teacher's may be.
-    """
+    """Tokens of the longest prepared row, with an answer a quarter longer than any label, as a teacher's may be."""
     tokens = [dataset_manifest(folder)["tokens"] for folder in phases.iterdir() if not folder.name.startswith(".")]
     return max(t["prefix"] + t["row_max"] for t in tokens) + math.ceil(1.25 * max(t["label_max"] for t in tokens))
 
@@ -66,9 +63,8 @@ class PhaseDataset:
         self.prefix: list[int] = manifest["prefix_ids"]
         self.rate: float = manifest["phase"]["rate"]
         self.tokens: dict[str, float] = manifest["tokens"]
-        files = sorted(name for name in manifest["files"] if name.endswith(".parquet"))
-        columns = ["prompt_ids", "label_ids"]
-        self._table = pa.concat_tables(read_parquet(Path(folder) / f, columns, memory_map=True) for f in files)
+        files, columns = sorted(f for f in manifest["files"] if f.endswith(".parquet")), ["prompt_ids", "label_ids"]
+        self._table = pa.concat_tables(read_range(Path(folder) / f, columns=columns, memory_map=True) for f in files)
         self.prompt_lengths, self.label_lengths = (pc.list_value_length(self._table[c]).to_numpy() for c in columns)
 
     def __len__(self) -> int:
@@ -84,17 +80,14 @@ def packed_batch(prefix: list[int], rows: Sequence[TokenRow]) -> Batch:
 
     The last token of a label is predicted, never fed. If the prefix ends with gist tokens, rows see these alone of it.
     """
-    fed = [prompt + label[:-1] for prompt, label in rows]
-    lengths = [len(ids) for ids in fed]
-    ids = prefix + [token for row in fed for token in row]
-    positions = [*range(len(prefix)), *(len(prefix) + i for n in lengths for i in range(n))]
-    keep: list[int] = []
-    labels: list[int] = []
-    end = len(prefix)
-    for (_, label), n in zip(rows, lengths, strict=True):
-        end += n
-        keep.extend(range(end - len(label), end))
-        labels.extend(label)
+    ids, positions = list(prefix), list(range(len(prefix)))
+    lengths, keep, labels = list[int](), list[int](), list[int]()
+    for prompt, label in rows:
+        lengths.append(len(prompt) + len(label) - 1)
+        ids += prompt + label[:-1]
+        positions += range(len(prefix), len(prefix) + lengths[-1])
+        keep += range(len(ids) - len(label), len(ids))
+        labels += label
     inputs = {
         "input_ids": torch.tensor([ids]), "position_ids": torch.tensor([positions]),
         "logits_to_keep": torch.tensor(keep), "use_cache": False,
@@ -128,16 +121,13 @@ def to_device(batch: Batch, device: str) -> Batch:
 
 @torch.no_grad()
 def packing_error(model: Any, device: str, flex: bool) -> str:
-    """Switch `model` to packed batches and compare its logits with those of a plain batch.
-
-    Returns "" where they agree; else how far they are apart, with the model's attention as it was.
-    """
+    """Switch `model` to packed batches, unless their logits differ from a plain batch's; returns how much, or ""."""
     inner = getattr(model, "module", model)
     attention = inner.config._attn_implementation
     model.eval()
-    expected = _logits(model, to_device(plain_batch(PROBE_PREFIX, PROBE_ROWS), device))
+    expected = answer_logits(model, to_device(plain_batch(PROBE_PREFIX, PROBE_ROWS), device))
     shared_prefix.enable_shared_prefix(inner, flex)
-    difference = _logits(model, to_device(packed_batch(PROBE_PREFIX, PROBE_ROWS), device)) - expected
+    difference = answer_logits(model, to_device(packed_batch(PROBE_PREFIX, PROBE_ROWS), device)) - expected
     model.train()
     share = (difference.float().norm() / (expected - expected.mean()).float().norm()).item()
     if share < (TOLERANCE if expected.dtype == torch.float32 else HALF_TOLERANCE):
@@ -146,6 +136,6 @@ def packing_error(model: Any, device: str, flex: bool) -> str:
     return f"in packed rows it computes something else (logits {share:.2g} of their spread apart)"
 
 
-def _logits(model: Any, batch: Batch) -> torch.Tensor:
+def answer_logits(model: Any, batch: Batch) -> torch.Tensor:
     """(N, V) at the answer tokens of a batch, row by row."""
     return model(**batch.inputs).logits.flatten(0, -2)[batch.labels != -100]

@@ -1,10 +1,4 @@
-"""Resumable training state: `checkpoints/step-00000040/` with state.safetensors (weights, Adam moments), hashed.
-
-It does not depend on world size or ZeRO stage. A run goes on from the newest whole checkpoint of its configuration;
-damaged ones are renamed to *.corrupt.
-"""
-
-from __future__ import annotations
+"""Resumable training state in `checkpoints/step-00000040/`, hashed and independent of world size and ZeRO stage."""
 
 import logging
 import shutil
@@ -19,19 +13,17 @@ from pi_ray.errors import CorruptArtifactError, TrainingError
 from pi_ray.run.artifact import read_manifest, remove_leftovers, staged, verify_artifact
 
 log = logging.getLogger(__name__)
-
 STATE, BEST = "state.safetensors", "best.safetensors"
 KEYS_SHOWN = 8  # changed keys named in an error
-
 State = dict[str, torch.Tensor]
 
 
 def save_checkpoint(
     folder: Path, state: State, done: int, fingerprint: str, keep: int, best: State | None = None, **facts: Any
 ) -> Path:
-    """Write the state after `done` updates and remove all but the newest `keep` checkpoints.
+    """Write the state after `done` updates, beside it the `best` one (early stop); keep the newest `keep` checkpoints.
 
-    `best` is a second state beside it (early stop); `facts` go into the manifest. Raises StorageError on a full disk.
+    `facts` go into the manifest. Raises StorageError on a full disk.
     """
     path = folder / f"step-{done:08d}"
     with staged(path, fingerprint=fingerprint, done=done, **facts) as tmp:
@@ -61,10 +53,10 @@ def newest_checkpoint(
     folder: Path, fingerprint: str, learned_from: dict[str, Any] | None = None,
     warn: Callable[[str], None] = log.warning,
 ) -> Path | None:
-    """The newest checkpoint whose hashes hold. Damaged ones are renamed to *.corrupt, and `warn` gets file and hashes.
+    """The newest checkpoint whose hashes hold. Damaged ones are renamed to *.corrupt; `warn` gets file and hashes.
 
-    Raises TrainingError when it belongs to another configuration; `learned_from` (dotted key -> value) is compared with
-    the checkpoint's to name the keys that have changed.
+    Raises TrainingError when it belongs to another configuration, and names the keys of `learned_from` (dotted key ->
+    value) that have changed.
     """
     for path in list_checkpoints(folder):
         try:

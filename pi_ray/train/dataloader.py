@@ -4,10 +4,10 @@ The order of rows is a function of seed and update number alone, so that a resum
 phase's dataset is opened and verified while the present phase trains, so that no device waits at a phase transition.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 from pi_ray.config import RunConfig
 from pi_ray.protocols import UNLABELLED
@@ -15,23 +15,19 @@ from pi_ray.run.artifact import is_current
 from pi_ray.run.directory import RunDir
 from pi_ray.run.fingerprint import wants_unlabelled
 from pi_ray.train import gist
-from pi_ray.train.batches import Batch, PhaseDataset, TokenRow, plain_batch
+from pi_ray.train.batches import Batch, Pack, PhaseDataset, plain_batch
 from pi_ray.train.distill import DistilledRows, Targets
-from pi_ray.train.prefetch import Prefetcher
 from pi_ray.train.updates import Update, batch_rows
 
-Pack = Callable[[list[int], Sequence[TokenRow]], Batch]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class UpdateBatches:
-    """One worker's batches of an update, each with the teacher's targets if there are any.
-
-    `answer_tokens` are those of the whole update, over all workers.
-    """
+    """One worker's batches of an update, each with the teacher's targets if there are any."""
 
     parts: list[tuple[Batch, Targets | None]]
-    answer_tokens: int
+    answer_tokens: int  # of the whole update, over all workers
 
 
 class TrainDataLoader:
@@ -78,3 +74,29 @@ class TrainDataLoader:
             targets = data.targets(numbers) if isinstance(data, DistilledRows) else None
             parts.append((self.pack(prefix, data.take(numbers)), targets))
         return UpdateBatches(parts, int(data.label_lengths[rows].sum()))
+
+
+class Prefetcher(Generic[T]):
+    """`prefetcher[i]` is `make(i)`; `make(i + 1)` then starts in the background, below `count` and where `can_make`.
+
+    What `make` raises is raised where the item is asked for. Only the present and the next item are kept.
+    """
+
+    def __init__(self, make: Callable[[int], T], count: int, can_make: Callable[[int], bool] = lambda i: True):
+        self.make, self.count, self.can_make = make, count, can_make
+        self.thread = ThreadPoolExecutor(1)
+        self.futures: dict[int, Future[T]] = {}
+
+    def __getitem__(self, i: int) -> T:
+        if not 0 <= i < self.count:
+            raise IndexError(i)
+        wanted = [i, i + 1] if i + 1 < self.count and self.can_make(i + 1) else [i]
+        for old in set(self.futures) - set(wanted):
+            self.futures.pop(old).cancel()
+        for n in wanted:
+            if n not in self.futures:
+                self.futures[n] = self.thread.submit(self.make, n)
+        return self.futures[i].result()
+
+    def close(self) -> None:
+        self.thread.shutdown(wait=False, cancel_futures=True)

@@ -10,7 +10,8 @@ paper trains on labels only; this goes beyond it.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import chain, islice
@@ -23,11 +24,16 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 
-from pi_ray.config import DistillConfig
-from pi_ray.run.artifact import read_parquet, staged, verify_artifact
-from pi_ray.train import shared_prefix
-from pi_ray.train.batches import Batch, PhaseDataset, TokenRow
+from pi_ray.config import RunConfig
+from pi_ray.models import load_tokenizer
+from pi_ray.protocols import UNLABELLED
+from pi_ray.run.artifact import staged, verify_artifact
+from pi_ray.run.directory import RunDir
+from pi_ray.run.row_store import read_range
+from pi_ray.train.batches import Pack, PhaseDataset, TokenRow, answer_logits, to_device
+from pi_ray.train.distributed import WorkerGroup
 from pi_ray.train.generation import compute_prefix_cache, generate_greedy
+from pi_ray.train.shared_prefix import ordinary_attention
 
 SCHEMA = pa.schema({
     "labelled": pa.bool_(), "number": pa.int32(), "label_ids": pa.list_(pa.int32()), "confidence": pa.float32(),
@@ -36,7 +42,6 @@ SCHEMA = pa.schema({
 FILE = "teacher_answers.parquet"
 GENERATED_ROWS = 16  # queries answered at once
 BATCH_ROWS = 1024  # rows that are Python objects at a time; as columns they take a tenth of the memory
-LOGGED = ("queries", "answered", "kept", "seconds_teaching")  # keys of the manifest that go into the training log
 
 Answers = dict[int, list[int]]  # row number -> label ids
 
@@ -52,28 +57,39 @@ class Targets:
         return Targets(self.ids.to(device), self.probs.to(device))
 
 
-def teacher_answers(
-    model: Any, labelled: PhaseDataset, unlabelled: PhaseDataset, config: DistillConfig, end: int,
-    pack: Callable[[list[TokenRow]], Batch], size: int, rank: int = 0, world: int = 1,
-) -> pa.Table:
-    """One worker's share of the teacher's answers, by SCHEMA: to unlabelled queries, and the labels as it judges them.
+def write_teacher_answers(model: Any, config: RunConfig, fingerprint: str, group: WorkerGroup, pack: Pack) -> None:
+    """Have the teacher answer unlabelled queries and judge the labels, each worker its share of the rows.
 
-    `pack` packs rows behind the full prompt, `size` rows for a forward pass; `end` is the token that ends an answer.
+    The first worker writes all of it as one artifact by SCHEMA, in the order of rows, whose manifest counts answers.
     """
-    limit, base = math.ceil(labelled.tokens["label_max"] * 1.25), model.get_base_model()
+    run, distill, started = RunDir(config.root), config.train.distill, time.monotonic()
+    labelled, unlabelled = PhaseDataset(run.phase(0)), PhaseDataset(run.phase(f"{UNLABELLED}-0"))
+    size = config.train.micro_batch or config.rows_per_worker
     model.eval()
-    with model.disable_adapter() if config.teacher == "base" else nullcontext():
-        with shared_prefix.ordinary_attention(base):
-            generated = generate_answers(model, unlabelled, range(rank, len(unlabelled), world), limit, end)
-        labels = labelled_answers(labelled, range(rank, len(labelled), world))
+    with model.disable_adapter() if distill.teacher == "base" else nullcontext():
+        mine = range(group.rank, len(unlabelled), group.world)
+        limit, end = math.ceil(labelled.tokens["label_max"] * 1.25), load_tokenizer(config.model).eos_token_id
+        with ordinary_attention(model.get_base_model()):
+            generated = generate_answers(model, unlabelled, mine, limit, end)
+        mine = range(group.rank, len(labelled), group.world)
+        labels = {n: label for n, (_, label) in zip(mine, labelled.take(mine), strict=True)}
         scored = chain(
-            score_answers(model, pack, labelled, labels, config.top_k, size),
-            score_answers(model, pack, unlabelled, generated, config.top_k, size),
+            score_answers(model, pack, labelled, labels, distill.top_k, size),
+            score_answers(model, pack, unlabelled, generated, distill.top_k, size),
         )
         batches = iter(lambda: list(islice(scored, BATCH_ROWS)), [])
         share = pa.Table.from_batches((pa.RecordBatch.from_pylist(rows, SCHEMA) for rows in batches), SCHEMA)
     model.train()
-    return share
+    if shares := group.gather_to_rank0(share):
+        table = pa.concat_tables(shares).sort_by([("labelled", "descending"), ("number", "ascending")])
+        confidence = table.filter(pc.invert(table["labelled"]))["confidence"].to_numpy()
+        with staged(
+            run.teacher_answers, fingerprint=fingerprint, top_k=distill.top_k, queries=len(unlabelled),
+            answered=len(confidence), kept=int((confidence >= distill.confidence).sum()),
+            seconds_teaching=round(time.monotonic() - started, 1),
+        ) as tmp:
+            pq.write_table(table, tmp / FILE, compression="zstd")
+    group.barrier()
 
 
 def generate_answers(model: Any, data: PhaseDataset, numbers: Sequence[int], limit: int, end: int) -> Answers:
@@ -83,29 +99,22 @@ def generate_answers(model: Any, data: PhaseDataset, numbers: Sequence[int], lim
         some = numbers[start : start + GENERATED_ROWS]
         prompts = [prompt for prompt, _ in data.take(some)]
         generated = generate_greedy(model, data.prefix, prompts, limit, end, cache=cache)
-        for number, ids in zip(some, generated, strict=True):
-            if len(ids) < limit:
-                answers[number] = [*ids, end]
+        answers.update({n: [*ids, end] for n, ids in zip(some, generated, strict=True) if len(ids) < limit})
     return answers
-
-
-def labelled_answers(data: PhaseDataset, numbers: Sequence[int]) -> Answers:
-    return {n: label for n, (_, label) in zip(numbers, data.take(numbers), strict=True)}
 
 
 @torch.inference_mode()
 def score_answers(
-    model: Any, pack: Callable[[list[TokenRow]], Batch], data: PhaseDataset, answers: Answers, top_k: int, size: int
+    model: Any, pack: Pack, data: PhaseDataset, answers: Answers, top_k: int, size: int
 ) -> Iterator[dict[str, Any]]:
-    """Rows of SCHEMA: the log-probability of an answer's least sure token, and the `top_k` likeliest tokens at each."""
+    """Rows of SCHEMA: an answer's least sure log-probability, and the `top_k` likeliest tokens at each place."""
     numbers = list(answers)
     for start in range(0, len(numbers), size):
         some = numbers[start : start + size]
         rows = [(prompt, answers[n]) for n, (prompt, _) in zip(some, data.take(some), strict=True)]
-        batch = pack(rows)
-        counted = batch.labels != -100
-        logprobs = torch.log_softmax(model(**batch.inputs).logits.flatten(0, -2).float()[counted], -1)
-        label_logprobs = logprobs.gather(1, batch.labels[counted][:, None])[:, 0]
+        batch = to_device(pack(data.prefix, rows), model.device)
+        logprobs = torch.log_softmax(answer_logits(model, batch).float(), -1)
+        label_logprobs = logprobs.gather(1, batch.labels[batch.labels != -100][:, None])[:, 0]
         values, ids = logprobs.topk(top_k)
         at = 0
         for number, (_, label) in zip(some, rows, strict=True):
@@ -117,24 +126,12 @@ def score_answers(
             }
 
 
-def write_teacher_answers(
-    folder: Path, shares: Sequence[pa.Table], config: DistillConfig, fingerprint: str, queries: int, seconds: float
-) -> None:
-    """Write the workers' shares as one artifact in the order of rows; its manifest counts `queries` and the answers."""
-    table = pa.concat_tables(shares).sort_by([("labelled", "descending"), ("number", "ascending")])
-    confidence = table.filter(pc.invert(table["labelled"]))["confidence"].to_numpy()
-    counts = (queries, len(confidence), int((confidence >= config.confidence).sum()), seconds)
-    facts = dict(zip(LOGGED, counts, strict=True))
-    with staged(folder, fingerprint=fingerprint, top_k=config.top_k, **facts) as tmp:
-        pq.write_table(table, tmp / FILE, compression="zstd")
-
-
 class DistilledRows:
     """The rows of a phase after the first: those with labels, then unlabelled ones that the teacher answered surely."""
 
     def __init__(self, folder: Path, labelled: PhaseDataset, unlabelled: PhaseDataset, confidence: float):
-        self.top_k = verify_artifact(folder)["top_k"]
-        table = read_parquet(Path(folder) / FILE)
+        self.top_k, self.prefix = verify_artifact(folder)["top_k"], labelled.prefix
+        table = read_range(Path(folder) / FILE)
         kept = table.filter(pc.or_(table["labelled"], pc.greater_equal(table["confidence"], confidence)))
         # row number in this dataset -> (dataset with its prompt, row number there)
         self._prompts = [
@@ -144,7 +141,6 @@ class DistilledRows:
         self._answers, self._ids, self._logprobs = kept["label_ids"], kept["top_ids"], kept["top_logprobs"]
         self.label_lengths = pc.list_value_length(self._answers).to_numpy()
         self.prompt_lengths = np.array([data.prompt_lengths[n] for data, n in self._prompts])
-        self.prefix = labelled.prefix
 
     def __len__(self) -> int:
         return len(self._prompts)

@@ -1,7 +1,5 @@
 """Collectives of the workers that train together. One worker alone needs no network."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

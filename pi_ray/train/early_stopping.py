@@ -1,7 +1,5 @@
 """Early stopping: decides from dev scores when a phase gains no more, and keeps the state of its best score."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,14 +9,10 @@ from pi_ray.train.checkpoint import State
 
 @dataclass
 class EarlyStop:
-    """The best dev score of the present phase, the state that had it, and how many later scores were no better.
+    """The best dev score of the present phase, the state that had it, and how many later scores were no better."""
 
-    A score is (accuracy, loss): the higher accuracy wins, of equal ones the lower loss. With patience 0 nothing is kept
-    and nothing stops.
-    """
-
-    patience: int
-    best: Sequence[float] | None = None
+    patience: int  # 0: nothing is kept and nothing stops
+    best: Sequence[float] | None = None  # (accuracy, loss): the higher accuracy wins, of equal ones the lower loss
     step: int = -1  # the update after which `best` was scored
     adam_updates: int = 0  # updates that Adam's moments in `state` have seen
     scores_without_gain: int = 0

@@ -1,10 +1,8 @@
 """Greedy generation for a batch of rows behind one prefix, whose keys and values are computed once.
 
-The teacher and the evaluation use it. It is not the serving engine: all rows start together and leave as they end, with
-no scheduling, streaming or sampling, so a row's answer depends on its batch by rounding alone.
+The teacher and the evaluation use it. All rows start together and leave as they end, with no scheduling, streaming or
+sampling, so a row's answer depends on its batch by rounding alone.
 """
-
-from __future__ import annotations
 
 import copy
 import time
@@ -30,11 +28,10 @@ def generate_greedy(
     model: Any, prefix: Sequence[int], rows: Sequence[Sequence[int]], max_new_tokens: int, end: int | None,
     cache: DynamicCache | None = None,
 ) -> list[list[int]]:
-    """Answer ids of each row, without `end`, at temperature 0. `cache` is the prefix's, if known; it is not changed.
+    """Answer ids of each row, without `end`. `cache` is the prefix's, if known; it is not changed.
 
-    A cache shorter than the prefix holds its last tokens (gist tokens): rows see these alone, and keep the positions
-    that they have behind the whole prefix. Rows are padded on the left, between prefix and row, where mask and position
-    ids leave the padding out.
+    Rows see of the prefix what the cache holds, such as its gist tokens alone, and keep their positions behind all of
+    it. They are padded on the left, between prefix and row, where mask and position ids leave the padding out.
     """
     cache = copy.deepcopy(compute_prefix_cache(model, prefix) if cache is None else cache)
     longest, size, cached = max(map(len, rows)), len(rows), cache.get_seq_length()
@@ -66,19 +63,16 @@ def request_seconds(
     model: Any, prefix: Sequence[int], row: Sequence[int], new_tokens: int,
     fill: Callable[[], DynamicCache] | None = None,
 ) -> tuple[float, float]:
-    """Seconds of one request of exactly `new_tokens` tokens: (with the prefix computed, with the prefix cached).
-
-    `fill` computes the cache where rows do not see the whole prefix.
-    """
+    """Seconds of one request of `new_tokens` tokens: (prefix computed, prefix cached). `fill` computes a gist cache."""
     started = time.perf_counter()
     if fill:
-        generate_greedy(model, prefix, [row], new_tokens, end=None, cache=fill())
+        generate_greedy(model, prefix, [row], new_tokens, None, fill())
     else:
-        generate_greedy(model, [], [[*prefix, *row]], new_tokens, end=None)
+        generate_greedy(model, [], [[*prefix, *row]], new_tokens, None)
     uncached = time.perf_counter() - started
     cache = fill() if fill else compute_prefix_cache(model, prefix)
     started = time.perf_counter()
-    generate_greedy(model, prefix, [row], new_tokens, end=None, cache=cache)
+    generate_greedy(model, prefix, [row], new_tokens, None, cache)
     return uncached, time.perf_counter() - started
 
 

@@ -5,8 +5,6 @@ activations of k tokens. Gist ids are negative, so that vocabulary and output la
 can be fed but never be generated.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -64,10 +62,7 @@ def load_gist(folder: Path) -> torch.Tensor | None:
 
 @torch.inference_mode()
 def gist_cache(model: Any, prefix: Sequence[int], gists: torch.Tensor) -> DynamicCache:
-    """Keys and values of the gist tokens that `prefix` ends with, batch 1; those of the template are dropped.
-
-    `gists` are the (k, D) saved embeddings.
-    """
+    """Keys and values, batch 1, of the gist tokens that `prefix` ends with; `gists` are their (k, D) embeddings."""
     k, device = len(gists), model.device
     known = model.get_input_embeddings()(torch.tensor([list(prefix[:-k])], device=device))
     embeds, cache = torch.cat([known, gists[None].to(known)], 1), DynamicCache()

@@ -1,7 +1,5 @@
 """Progressive fine-tuning on Ray Train (paper Algorithm 1, lines 8 to 12): the driver. Each worker runs trainer.py."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import threading
@@ -24,12 +22,11 @@ from pi_ray.train.train_log import read_entries
 
 def fingerprint_of(config: RunConfig) -> str:
     """The train fingerprint of a prepared run. Raises TrainingError when preparation has not been done."""
-    manifest = read_manifest(RunDir(config.root).phase(0))
-    if manifest is None:
-        raise TrainingError(
-            f"{config.root}: nothing prepared; run 'pi-ray prepare' (or 'pi-ray run') with this run.yaml first"
-        )
-    return train_fingerprint(config, manifest["fingerprint"])
+    if manifest := read_manifest(RunDir(config.root).phase(0)):
+        return train_fingerprint(config, manifest["fingerprint"])
+    raise TrainingError(
+        f"{config.root}: nothing prepared; run 'pi-ray prepare' (or 'pi-ray run') with this run.yaml first"
+    )
 
 
 def is_trained(config: RunConfig) -> bool:
@@ -39,10 +36,10 @@ def is_trained(config: RunConfig) -> bool:
 
 
 def train(config: RunConfig, watch: Callable[[dict[str, Any]], None] = lambda entry: None) -> str:
-    """Train on the Ray cluster, which the caller has joined, and return the train fingerprint; nothing if it is done.
+    """Train on the Ray cluster that the caller has joined, unless it is done; returns the train fingerprint.
 
-    `watch` gets each log entry as it is written. Raises TrainingError when the worker group fails for good. Errors of
-    data, settings or disk in a worker are raised at once, since another try would end the same.
+    `watch` gets each log entry as it is written. Raises TrainingError when the worker group fails for good, and
+    pi-ray's own errors in a worker (data, settings, disk) at once, since another try would end the same.
     """
     fingerprint = fingerprint_of(config)
     if is_trained(config):
@@ -59,18 +56,18 @@ def train(config: RunConfig, watch: Callable[[dict[str, Any]], None] = lambda en
 
     from pi_ray.train import checkpoint
 
-    run, timeout = RunDir(config.root), config.train.collective_timeout_s
+    run = RunDir(config.root)
     trackers.require_tracker(config.train.tracker)
-    # on the driver, before a worker starts, so that a refused or damaged checkpoint is reported at once
-    warn = lambda text: watch({"event": "warning", "text": text})  # noqa: E731
-    checkpoint.newest_checkpoint(run.checkpoints, fingerprint, learning_settings(config), warn)
+    # before a worker starts, so that a refused or damaged checkpoint is reported at once
+    checkpoint.newest_checkpoint(
+        run.checkpoints, fingerprint, learning_settings(config), lambda text: watch({"event": "warning", "text": text})
+    )
     scaling, sync = placement.training_scaling(config, placement.cluster_nodes()), storage_sync.sync_for(run.root)
     _remove_best_link(run, sync)
+    collectives = TorchConfig("nccl" if scaling["use_gpu"] else "gloo", timeout_s=config.train.collective_timeout_s)
     trainer = TorchTrainer(
-        _ray_worker,
+        _ray_worker, torch_config=collectives, scaling_config=ScalingConfig(**scaling),
         train_loop_config={"config": config.model_dump(mode="json"), "fingerprint": fingerprint, "sync": sync},
-        torch_config=TorchConfig(backend="nccl" if scaling["use_gpu"] else "gloo", timeout_s=timeout),
-        scaling_config=ScalingConfig(**scaling),
         # Checkpoints are pi-ray's (hashed, free of the world size). Ray's record of the run gets a new name each time
         # and is removed, because a damaged one would keep the run from resuming.
         run_config=RayRunConfig(
@@ -83,15 +80,15 @@ def train(config: RunConfig, watch: Callable[[dict[str, Any]], None] = lambda en
     follower = threading.Thread(target=_follow, args=(run.train_log, watch, stop), daemon=True)
     follower.start()
     try:
-        with _ray_timeouts(timeout):
+        with _ray_timeouts(config.train.collective_timeout_s):
             trainer.fit()
     except Exception as error:
         cause = _root_cause(error)
         if isinstance(cause, PiRayError):
             raise cause from error
-        lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
+        last_line = [type(cause).__name__, *filter(None, map(str.strip, str(cause).splitlines()))][-1]
         raise TrainingError(
-            f"training stopped: {lines[-1] if lines else type(cause).__name__}. "
+            f"training stopped: {last_line}. "
             "What was learned up to the newest checkpoint is kept; the same command goes on from there"
         ) from error
     finally:
@@ -105,7 +102,7 @@ def train(config: RunConfig, watch: Callable[[dict[str, Any]], None] = lambda en
 
 
 def _remove_best_link(run: RunDir, sync: storage_sync.StorageSync | None) -> None:
-    """Remove the link of an earlier training, by which `is_trained` would believe this one done before its own link."""
+    """Remove the link of an earlier training, by which `is_trained` would take this one for done too early."""
     if run.best.is_symlink():
         run.best.unlink()
         if sync:
@@ -128,7 +125,7 @@ def _ray_worker(settings: dict[str, Any]) -> None:
 
 
 def _stop_at_own_errors() -> Any:
-    """A callback that ends the run at an error of pi-ray's own: broken rows, a full disk, a loss that is NaN."""
+    """A callback that ends the run at an error of pi-ray's own, such as broken rows, a full disk or a NaN loss."""
     from ray.train import UserCallback
 
     class StopAtOwnErrors(UserCallback):
@@ -143,10 +140,8 @@ def _stop_at_own_errors() -> Any:
 @contextmanager
 def _ray_timeouts(seconds: int) -> Iterator[None]:
     """Set how long Ray waits for a worker, at its barriers and health checks; Ray reads both when a run starts."""
-    wanted = {
-        "RAY_TRAIN_COLLECTIVE_TIMEOUT_S": seconds,
-        "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": max(60, seconds),  # a worker that loads a model may not answer
-    }
+    health = max(60, seconds)  # a worker that loads a model may not answer
+    wanted = {"RAY_TRAIN_COLLECTIVE_TIMEOUT_S": seconds, "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": health}
     added = {key: str(value) for key, value in wanted.items() if key not in os.environ}
     os.environ.update(added)
     try:
@@ -158,9 +153,9 @@ def _ray_timeouts(seconds: int) -> Iterator[None]:
 
 def _follow(log: Path, watch: Callable[[dict[str, Any]], None], stop: threading.Event) -> None:
     """Pass every complete line that is added to the log to `watch`. Workers elsewhere write it to shared storage."""
-    offset = 0
-    while True:
-        last = stop.is_set()
+    offset, last = 0, False
+    while not last:
+        last = stop.wait(0.5)
         size = log.stat().st_size if log.exists() else 0
         if size < offset:  # trimmed on a resume
             offset = 0
@@ -172,9 +167,6 @@ def _follow(log: Path, watch: Callable[[dict[str, Any]], None], stop: threading.
             offset += len(whole)
             for entry in read_entries(whole):
                 watch(entry)
-        if last:
-            return
-        stop.wait(0.5)
 
 
 def _root_cause(error: BaseException) -> BaseException:

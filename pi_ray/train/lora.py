@@ -1,7 +1,5 @@
 """Adapters: LoRA (paper A.2: rank 32) or another of peft's methods, and adapter folders that carry their prompt."""
 
-from __future__ import annotations
-
 import json
 import os
 import warnings
@@ -18,10 +16,8 @@ from pi_ray.errors import ConfigError, TrainingError
 from pi_ray.run.artifact import digest, staged, verify_artifact, write_atomic
 from pi_ray.run.directory import RunDir
 from pi_ray.train import gist
-from pi_ray.train.deepspeed_settings import moe_blocks
 
 CARD = "pi_ray.json"
-ALL_LINEAR = "all-linear"
 # Keys of adapter_config.json by which equal matrices mean the same: their scale, and the base weights beside them.
 SCALE_KEYS = ("lora_alpha", "use_rslora", "init_lora_weights")
 PACKAGES = ("ray", "torch", "transformers", "peft", "deepspeed", "llmlingua", "faiss-cpu", "sacrebleu")
@@ -42,32 +38,42 @@ def peft_config(model: Any, config: LoraConfig) -> Any:
     """peft's configuration of `train.lora` for this base model. Raises ConfigError for experts it does not have."""
     import peft
 
-    targets = config.targets if isinstance(config.targets, str) else list(config.targets)
+    targets: Any = config.targets if isinstance(config.targets, str) else list(config.targets)
     if config.method == "ia3":
-        chosen: dict[str, Any] = {"target_modules": targets, "feedforward_modules": []}
-        return peft.IA3Config(**({} if targets == ALL_LINEAR else chosen), task_type="CAUSAL_LM")
+        chosen = {} if targets == "all-linear" else {"target_modules": targets, "feedforward_modules": []}
+        return peft.IA3Config(**chosen, task_type="CAUSAL_LM")
+    if targets == "all-linear" and moe_blocks(model):  # attention alone: peft would take experts and router too
+        parts = [name.split(".") for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+        targets = sorted({".".join(p[-2:]) for p in parts if len(p) > 1 and "att" in p[-2]})
     return peft.LoraConfig(
         r=config.rank, lora_alpha=config.alpha, lora_dropout=config.dropout, task_type="CAUSAL_LM",
-        target_modules=_attention_layers(model) if targets == ALL_LINEAR and moe_blocks(model) else targets,
-        target_parameters=_expert_weights(model) if config.experts else None,
+        target_modules=targets, target_parameters=_expert_weights(model) if config.experts else None,
         use_rslora=config.method == "rslora", use_dora=config.method == "dora",
         init_lora_weights="pissa" if config.method == "pissa" else True,
     )
 
 
-def _attention_layers(model: Any) -> list[str]:
-    """Attention's linear layers, such as "self_attn.q_proj"; peft's all-linear would take experts and router too."""
-    parts = [name.split(".") for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
-    return sorted({".".join(p[-2:]) for p in parts if len(p) > 1 and "att" in p[-2]})
+def moe_blocks(model: Any) -> list[Any]:
+    """The modules that hold experts, such as MixtralSparseMoeBlock."""
+    return [m for m in model.modules() if isinstance(m._modules.get("experts"), torch.nn.Module)]
 
 
 def _expert_weights(model: Any) -> list[str]:
     """The fused weights (experts, out, in) of a mixture of experts, such as "experts.down_proj"."""
     weights = [item for block in moe_blocks(model) for item in block.experts.named_parameters(recurse=False)]
-    found = sorted({f"experts.{name}" for name, p in weights if len(getattr(p, "ds_shape", p.shape)) == 3})
+    found = sorted({f"experts.{name}" for name, p in weights if len(_shape(p)) == 3})
     if not found:
         raise ConfigError("train.lora.experts: this base model has no fused experts; leave it out")
     return found
+
+
+def _shape(p: torch.nn.Parameter) -> tuple[int, ...]:
+    """The whole shape of a parameter, also where ZeRO stage 3 shards it."""
+    return tuple(getattr(p, "ds_shape", p.shape))
+
+
+def trainable_parameters(model: Any) -> dict[str, torch.nn.Parameter]:
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
 def pissa_start(model: Any, config: LoraConfig) -> dict[str, torch.Tensor]:
@@ -78,10 +84,7 @@ def pissa_start(model: Any, config: LoraConfig) -> dict[str, torch.Tensor]:
 
 
 def adapter_card(config: RunConfig, phases: Sequence[dict[str, Any]], **facts: Any) -> dict[str, Any]:
-    """The content of pi_ray.json: base model, prompt format and origin of an adapter.
-
-    `phases` are the manifests of the phases' datasets.
-    """
+    """pi_ray.json: base model, prompt and origin of an adapter. `phases` are the manifests of the phases' datasets."""
     first, last, gists = phases[0], phases[-1], config.train.gist
     return {
         "format": 1, "run": config.name, "task": config.task.name, "versions": {p: version(p) for p in PACKAGES},
@@ -90,19 +93,17 @@ def adapter_card(config: RunConfig, phases: Sequence[dict[str, Any]], **facts: A
         "full_template_sha256": digest(first["template"]),
         "full_prompt_tokens": round(first["tokens"]["prefix"] + first["tokens"]["row_mean"]),
         "query_prompt_tokens": round((gists or last["tokens"]["prefix"]) + last["tokens"]["row_mean"]),
-        "max_answer_tokens": int(last["tokens"]["label_max"]),
-        **({"gist": gists} if gists else {}), **facts,
+        "max_answer_tokens": int(last["tokens"]["label_max"]), **({"gist": gists} if gists else {}), **facts,
     }
 
 
 def save_adapter(
-    folder: Path, model: Any, weights: dict[str, torch.Tensor], card: dict[str, Any],
-    pissa: dict[str, torch.Tensor] | None = None,
+    folder: Path, model: Any, weights: dict[str, torch.Tensor], card: dict[str, Any], pissa: dict[str, torch.Tensor]
 ) -> None:
     """Write an artifact: peft's folder (safetensors), pi_ray.json, and gist embeddings if there are any.
 
-    `weights` are full fp32 tensors by parameter name. `pissa` are the matrices of `pissa_start`: the difference to them
-    is saved, which fits the unchanged base model.
+    `weights` are full fp32 tensors by parameter name. Of PiSSA the difference to `pissa`, its start, is saved, which
+    fits the unchanged base model.
     """
     with staged(folder, fingerprint=card["fingerprint"]) as tmp:
         state = {name: _difference(name, value, pissa) for name, value in weights.items()} if pissa else weights
@@ -133,13 +134,11 @@ def load_init_adapter(folder: Path, model: Any, base: str) -> dict[str, torch.Te
     card = json.loads((folder / CARD).read_text())
     if card["base"] != base:
         raise TrainingError(f"train.init_adapter: {folder} was trained on {card['base']}, and model.base is {base}")
-    weights = {
-        f"{name.removesuffix('.weight')}.default.weight": value.float()
-        for name, value in load_file(folder / "adapter_model.safetensors").items()
-    }
-    shapes = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in trainable_parameters(model).items()}
-    saved, wanted = json.loads((folder / "adapter_config.json").read_text()), model.peft_config["default"]
-    same_scale = all(saved.get(key) == getattr(wanted, key, None) for key in SCALE_KEYS)
+    saved = load_file(folder / "adapter_model.safetensors")
+    weights = {f"{name.removesuffix('.weight')}.default.weight": value.float() for name, value in saved.items()}
+    shapes = {name: _shape(p) for name, p in trainable_parameters(model).items()}
+    config, wanted = json.loads((folder / "adapter_config.json").read_text()), model.peft_config["default"]
+    same_scale = all(config.get(key) == getattr(wanted, key, None) for key in SCALE_KEYS)
     if not same_scale or {name: tuple(value.shape) for name, value in weights.items()} != shapes:
         raise TrainingError(
             f"train.init_adapter: {folder} does not fit train.lora: take its method, rank, alpha and targets"
@@ -148,10 +147,10 @@ def load_init_adapter(folder: Path, model: Any, base: str) -> dict[str, torch.Te
 
 
 def link_best_adapter(run: RunDir, phases: int) -> tuple[int, float]:
-    """Link `best` to the phase adapter with the highest dev accuracy (of equals the later one).
+    """Link `best` to the phase adapter with the highest dev accuracy, of equals the later; returns phase and accuracy.
 
-    Returns phase and accuracy. The loss does not decide: an adapter that has learned more is also surer of answers that
-    it cannot know, and a few of these outweigh all others.
+    The loss does not decide: an adapter that has learned more is also surer of answers that it cannot know, and a few
+    of these outweigh all others.
     """
     accuracies = [json.loads((run.adapter(i) / CARD).read_text())["dev_accuracy"] for i in range(phases)]
     best = max(range(phases), key=lambda i: (accuracies[i], i))
@@ -160,7 +159,3 @@ def link_best_adapter(run: RunDir, phases: int) -> tuple[int, float]:
     link.symlink_to(run.adapter(best).name)
     os.replace(link, run.best)
     return best, accuracies[best]
-
-
-def trainable_parameters(model: Any) -> dict[str, torch.nn.Parameter]:
-    return {name: p for name, p in model.named_parameters() if p.requires_grad}

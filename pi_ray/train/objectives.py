@@ -1,16 +1,12 @@
 """Training losses: cross-entropy on the answers' tokens alone (paper equation 4), or to a teacher's distribution."""
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from pi_ray.train.batches import Batch
-
-if TYPE_CHECKING:
-    from pi_ray.train.distill import Targets
+from pi_ray.train.batches import Batch, answer_logits
+from pi_ray.train.distill import Targets
 
 
 def sft_loss(model: Any, batch: Batch) -> torch.Tensor:
@@ -28,10 +24,9 @@ def loss_and_correct(model: Any, batch: Batch) -> tuple[float, float]:
 
 def distill_loss(model: Any, batch: Batch, targets: Targets, share: float) -> torch.Tensor:
     """As `sft_loss`, with weight `share` on the cross-entropy to the teacher's distribution, the rest on the labels."""
-    logits = model(**batch.inputs).logits.flatten(0, -2).float()
-    counted = batch.labels != -100
-    logprobs = torch.log_softmax(logits[counted], -1)
+    logprobs = torch.log_softmax(answer_logits(model, batch).float(), -1)
     soft = -(targets.probs * logprobs.gather(1, targets.ids)).sum()
     if share == 1:
         return soft
-    return share * soft + (1 - share) * F.nll_loss(logprobs, batch.labels[counted], reduction="sum")
+    labels = batch.labels[batch.labels != -100]
+    return share * soft + (1 - share) * F.nll_loss(logprobs, labels, reduction="sum")

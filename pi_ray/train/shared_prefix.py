@@ -1,12 +1,10 @@
 """Shared-prefix attention: rows packed as `[prefix][row 1]...[row B]` see the prefix and themselves, nothing else.
 
 All rows of a phase have the same template, so its tokens go through the model once per batch instead of once per row.
-Only attention differs from an ordinary forward pass. It works with every transformers decoder that dispatches to
-`ALL_ATTENTION_FUNCTIONS`, with gradient checkpointing and with ZeRO-3.
-
-There are two implementations: SDPA row by row, without padding or an (S, S) mask, and flex attention over the packed
-sequence, one kernel that skips blocks in which nothing is seen. GPUs get the second; its mask and outputs are tested on
-CPUs, its speed is not measured yet.
+Only attention differs from an ordinary forward pass: in every transformers decoder that dispatches to
+`ALL_ATTENTION_FUNCTIONS`, with gradient checkpointing and with ZeRO-3. It is SDPA row by row, without padding or an
+(S, S) mask, or on GPUs flex attention, one kernel over the packed sequence that skips blocks in which nothing is seen.
+Flex attention's mask and outputs are tested on CPUs, its speed is not measured yet.
 """
 
 from __future__ import annotations
@@ -14,11 +12,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import flex_attention
 from transformers import AttentionInterface
 
 from pi_ray.errors import TrainingError
@@ -30,18 +29,13 @@ SMALLEST_HEAD = 16  # dimensions of a head that flex attention's kernels take
 
 @dataclass
 class Layout:
-    """Where the rows lie in a packed sequence of S = P + sum(L_b) tokens, and which tokens they see.
+    """Where the rows lie in a packed sequence of S = P + sum(L_b) tokens, and which tokens they see."""
 
-    visible: rows see the last V tokens of the prefix (all P, or gist tokens alone). mask: (L, V + L) bool, what the
-    longest row's tokens see; a row of L_b tokens takes the corner (L_b, V + L_b). segment: (S,) int32, each token's row
-    number, -1 in the prefix.
-    """
-
-    prefix: int
-    visible: int
-    lengths: tuple[int, ...]
-    mask: torch.Tensor
-    segment: torch.Tensor
+    prefix: int  # P
+    visible: int  # V: rows see the last V tokens of the prefix, all P or gist tokens alone
+    lengths: tuple[int, ...]  # L_b
+    mask: torch.Tensor  # (L, V + L) bool: the longest row's; a row of L_b tokens takes the corner (L_b, V + L_b)
+    segment: torch.Tensor  # (S,) int32: each token's row number, -1 in the prefix
     blocks: Any = None  # flex attention's block mask, once a forward pass needs it
 
     @classmethod
@@ -67,58 +61,44 @@ class Layout:
     def block_mask(self) -> Any:
         """Flex attention's mask, made once for a batch and used by all layers."""
         if self.blocks is None:
-            from torch.nn.attention.flex_attention import create_block_mask
-
-            size = len(self.segment)
-            self.blocks = create_block_mask(self.mask_mod(), None, None, size, size, device=str(self.segment.device))
+            size, device = len(self.segment), str(self.segment.device)
+            self.blocks = flex_attention.create_block_mask(self.mask_mod(), None, None, size, size, device=device)
         return self.blocks
 
 
 def shared_prefix_attention(
-    module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
-    attention_mask: torch.Tensor | None, dropout: float = 0.0, scaling: float | None = None,
-    layout: Layout | None = None, **_: Any,
+    module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: Any, dropout: float = 0.0,
+    scaling: float | None = None, layout: Layout | None = None, flex: bool = False, **_: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attend by SDPA, row by row; without a layout it is ordinary causal attention.
+    """Attend by SDPA, row by row, or with `flex` by flex attention; without a layout it is ordinary causal attention.
 
-    query (1, H, S, D), key and value (1, H_kv, S, D) -> output (1, S, H, D).
+    query (1, H, S, D), key and value (1, H_kv, S, D) -> output (1, S, H, D). Dropout and tiny heads are left to SDPA.
     """
-    grouped = {"enable_gqa": True} if query.shape[1] != key.shape[1] else {}
-    options: dict[str, Any] = {"dropout_p": dropout, "scale": scaling, **grouped}
-    attend = F.scaled_dot_product_attention
-    if layout is None:
-        return attend(query, key, value, is_causal=True, **options).transpose(1, 2).contiguous(), None
-    p, v = layout.prefix, layout.visible
-    splits = (x.split([p, *layout.lengths], dim=2) for x in (query, key, value))
-    (head, *queries), (head_key, *keys), (head_value, *values) = splits
-    seen_key, seen_value = head_key[:, :, p - v :], head_value[:, :, p - v :]
-    outputs = [attend(head, head_key, head_value, is_causal=True, **options)] if p else []
-    for n, q, k, w in zip(layout.lengths, queries, keys, values, strict=True):
-        mask: dict[str, Any] = {"attn_mask": layout.mask[:n, : v + n]} if v else {"is_causal": True}
-        outputs.append(attend(q, torch.cat([seen_key, k], 2), torch.cat([seen_value, w], 2), **mask, **options))
-    return torch.cat(outputs, 2).transpose(1, 2).contiguous(), None
-
-
-def flex_shared_prefix_attention(
-    module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
-    attention_mask: torch.Tensor | None, dropout: float = 0.0, scaling: float | None = None,
-    layout: Layout | None = None, **_: Any,
-) -> tuple[torch.Tensor, None]:
-    """As `shared_prefix_attention`, by flex attention; SDPA takes dropout, tiny heads and calls without a layout."""
-    if layout is None or dropout or query.shape[-1] < SMALLEST_HEAD:
-        return shared_prefix_attention(module, query, key, value, attention_mask, dropout, scaling, layout)
     grouped = query.shape[1] != key.shape[1]
-    flex = _flex_attention(compiled=query.is_cuda)
-    output = flex(query, key, value, block_mask=layout.block_mask(), scale=scaling, enable_gqa=grouped)
+    attend = partial(F.scaled_dot_product_attention, dropout_p=dropout, scale=scaling, enable_gqa=grouped)
+    if layout is None:
+        output = attend(query, key, value, is_causal=True)
+    elif flex and not dropout and query.shape[-1] >= SMALLEST_HEAD:
+        kernel = _flex_attention(compiled=query.is_cuda)
+        output = kernel(query, key, value, block_mask=layout.block_mask(), scale=scaling, enable_gqa=grouped)
+    else:
+        p, v = layout.prefix, layout.visible
+        splits = (x.split([p, *layout.lengths], dim=2) for x in (query, key, value))
+        (head, *queries), (head_key, *keys), (head_value, *values) = splits
+        seen_key, seen_value = head_key[:, :, p - v :], head_value[:, :, p - v :]
+        outputs = [attend(head, head_key, head_value, is_causal=True)] if p else []
+        for n, q, k, w in zip(layout.lengths, queries, keys, values, strict=True):
+            mask: dict[str, Any] = {"attn_mask": layout.mask[:n, : v + n]} if v else {"is_causal": True}
+            outputs.append(attend(q, torch.cat([seen_key, k], 2), torch.cat([seen_value, w], 2), **mask))
+        output = torch.cat(outputs, 2)
     return output.transpose(1, 2).contiguous(), None
 
 
 @cache
 def _flex_attention(compiled: bool) -> Any:
     """torch's flex attention: compiled one kernel for any length; uncompiled, on CPUs, slow and without gradients."""
-    from torch.nn.attention.flex_attention import flex_attention
-
-    return torch.compile(flex_attention, dynamic=True) if compiled else flex_attention
+    attend = flex_attention.flex_attention
+    return torch.compile(attend, dynamic=True) if compiled else attend
 
 
 def uses_flex_attention(choice: str, device: str) -> bool:
@@ -132,10 +112,9 @@ def uses_flex_attention(choice: str, device: str) -> bool:
 
 
 def why_prefix_cannot_be_shared(model: Any, longest: float = 0) -> str:
-    """The reason why a base model's class or config rules out packed batches; "" where they do not.
+    """The reason why a base model's class or config rules out packed batches; "" leaves it to `batches.packing_error`.
 
-    `longest`: tokens of the longest row with its prefix; a sliding window that holds them all is full attention. What
-    class and config do not tell, `batches.packing_error` measures.
+    `longest`: tokens of the longest row with its prefix; a sliding window that holds them all is full attention.
     """
     config = model.config.get_text_config()
     if not model._can_set_attn_implementation():
@@ -165,5 +144,5 @@ def ordinary_attention(model: Any) -> Iterator[None]:
 def enable_shared_prefix(model: Any, flex: bool = False) -> None:
     """Route the model's attention through `shared_prefix_attention`, or through flex attention."""
     AttentionInterface.register(NAME, shared_prefix_attention)
-    AttentionInterface.register(FLEX, flex_shared_prefix_attention)
+    AttentionInterface.register(FLEX, partial(shared_prefix_attention, flex=True))
     model.set_attn_implementation(FLEX if flex else NAME)

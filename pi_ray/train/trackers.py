@@ -4,11 +4,11 @@ The first worker alone talks to them. All three write into the run directory unl
 otherwise, so nothing leaves the machine that its owner did not send off.
 """
 
-from __future__ import annotations
-
 import json
 import netrc
 import os
+from collections.abc import Callable
+from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
 from urllib.parse import urlsplit
@@ -23,19 +23,14 @@ PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb", "mlflow": "mlflow"}
 WANDB_HOST = "https://api.wandb.ai"
 
 
+@dataclass
 class Tracker:
     """Takes entries of the training log and sends numbers by update, and phases as notes."""
 
-    phase = -1
-
-    def scalars(self, values: dict[str, float], step: int) -> None:
-        raise NotImplementedError
-
-    def note(self, key: str, text: str, step: int) -> None:
-        raise NotImplementedError
-
-    def close(self) -> None:
-        raise NotImplementedError
+    scalars: Callable[[dict[str, float], int], Any]  # (values, step)
+    note: Callable[[str, str, int], Any]  # (key, text, step)
+    close: Callable[[], Any]
+    phase: int = -1
 
     def add(self, entry: dict[str, Any]) -> None:
         step = entry.get("step", 0)
@@ -69,82 +64,66 @@ def open_tracker(config: RunConfig, run: RunDir, done: int) -> Tracker | None:
     if not name:
         return None
     require_tracker(name)
-    return {"tensorboard": _TensorBoard, "wandb": _Wandb, "mlflow": _MlFlow}[name](config, run, done)
+    return {"tensorboard": _tensorboard, "wandb": _wandb, "mlflow": _mlflow}[name](config, run, done)
 
 
-class _TensorBoard(Tracker):
+def _tensorboard(config: RunConfig, run: RunDir, done: int) -> Tracker:
     """Event files under tensorboard/, to be seen with `tensorboard --logdir RUN/tensorboard`."""
+    from tensorboardX import SummaryWriter
 
-    def __init__(self, config: RunConfig, run: RunDir, done: int):
-        from tensorboardX import SummaryWriter
+    # purge_step: updates that are done again after a restart are shown once
+    writer = SummaryWriter(str(run.root / "tensorboard"), purge_step=done, flush_secs=10)
+    writer.add_text("config", json.dumps(learning_settings(config), indent=1), done)
 
-        # purge_step: updates that are done again after a restart are shown once
-        self.writer = SummaryWriter(str(run.root / "tensorboard"), purge_step=done, flush_secs=10)
-        self.note("config", json.dumps(learning_settings(config), indent=1), done)
-
-    def scalars(self, values: dict[str, float], step: int) -> None:
+    def scalars(values: dict[str, float], step: int) -> None:
         for key, value in values.items():
-            self.writer.add_scalar(key, value, step)
+            writer.add_scalar(key, value, step)
 
-    def note(self, key: str, text: str, step: int) -> None:
-        self.writer.add_text(key, text, step)
-
-    def close(self) -> None:
-        self.writer.close()
+    return Tracker(scalars, writer.add_text, writer.close)
 
 
-class _Wandb(Tracker):
+def _wandb(config: RunConfig, run: RunDir, done: int) -> Tracker:
     """A run of the project "pi-ray", the same after a restart. Offline, under wandb/, without a login or WANDB_MODE."""
+    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
+    import wandb
 
-    def __init__(self, config: RunConfig, run: RunDir, done: int):
-        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
-        import wandb
+    tracked = wandb.init(
+        project=os.environ.get("WANDB_PROJECT") or "pi-ray", name=config.name, dir=str(run.root), resume="allow",
+        id=_run_id(run, "wandb", os.urandom(8).hex()), config=learning_settings(config),
+        mode=os.environ.get("WANDB_MODE") or ("online" if _logged_in() else "offline"),
+        settings=wandb.Settings(console="off", disable_git=True, save_code=False, silent=True),
+    )
 
-        self.run = wandb.init(
-            project=os.environ.get("WANDB_PROJECT") or "pi-ray", name=config.name,
-            id=_run_id(run, "wandb", os.urandom(8).hex()), resume="allow", dir=str(run.root),
-            mode=os.environ.get("WANDB_MODE") or ("online" if logged_in() else "offline"),
-            config=learning_settings(config),
-            settings=wandb.Settings(console="off", disable_git=True, save_code=False, silent=True),
-        )
+    def note(key: str, text: str, step: int) -> None:
+        tracked.summary[f"{key}/{step}"] = text
 
-    def scalars(self, values: dict[str, float], step: int) -> None:
-        self.run.log(values, step=step)
-
-    def note(self, key: str, text: str, step: int) -> None:
-        self.run.summary[f"{key}/{step}"] = text
-
-    def close(self) -> None:
-        self.run.finish()
+    return Tracker(tracked.log, note, tracked.finish)
 
 
-class _MlFlow(Tracker):
+def _mlflow(config: RunConfig, run: RunDir, done: int) -> Tracker:
     """A run of the experiment "pi-ray", the same after a restart: in RUN/mlflow.db, or at MLFLOW_TRACKING_URI."""
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    import mlflow
 
-    def __init__(self, config: RunConfig, run: RunDir, done: int):
-        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-        import mlflow
+    if not os.environ.get("MLFLOW_TRACKING_URI"):
+        mlflow.set_tracking_uri(f"sqlite:///{run.root.resolve() / 'mlflow.db'}")
+    mlflow.set_experiment(os.environ.get("MLFLOW_EXPERIMENT_NAME") or "pi-ray")
+    if known := _run_id(run, "mlflow"):
+        mlflow.start_run(run_id=known)
+    else:
+        _run_id(run, "mlflow", mlflow.start_run(run_name=config.name).info.run_id)
+        mlflow.log_params({key: str(value)[:500] for key, value in learning_settings(config).items()})
 
-        if not os.environ.get("MLFLOW_TRACKING_URI"):
-            mlflow.set_tracking_uri(f"sqlite:///{run.root.resolve() / 'mlflow.db'}")
-        mlflow.set_experiment(os.environ.get("MLFLOW_EXPERIMENT_NAME") or "pi-ray")
-        self.mlflow, known = mlflow, _run_id(run, "mlflow")
-        started = mlflow.start_run(run_id=known) if known else mlflow.start_run(run_name=config.name)
-        if not known:
-            _run_id(run, "mlflow", started.info.run_id)
-            mlflow.log_params({key: str(value)[:500] for key, value in learning_settings(config).items()})
+    def scalars(values: dict[str, float], step: int) -> None:
+        mlflow.log_metrics({key.replace("/", "_"): value for key, value in values.items()}, step=step)
 
-    def scalars(self, values: dict[str, float], step: int) -> None:
-        self.mlflow.log_metrics({key.replace("/", "_"): value for key, value in values.items()}, step=step)
+    def note(key: str, text: str, step: int) -> None:
+        mlflow.set_tag(f"{key}_{step}", text)
 
-    def note(self, key: str, text: str, step: int) -> None:
-        self.mlflow.set_tag(f"{key}_{step}", text)
-
-    def close(self) -> None:
-        self.mlflow.end_run()
+    return Tracker(scalars, note, mlflow.end_run)
 
 
-def logged_in() -> bool:
+def _logged_in() -> bool:
     """Whether the user has given W&B's client a key, by WANDB_API_KEY or `wandb login`. The key itself is not read."""
     if os.environ.get("WANDB_API_KEY"):
         return True

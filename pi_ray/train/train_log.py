@@ -1,49 +1,61 @@
 """Training log: train.jsonl, one line for each update and event, which people watch, reports draw and trackers get."""
 
-from __future__ import annotations
-
 import json
+import uuid
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from pi_ray.errors import MissingExtraError
+from pi_ray.errors import MissingExtraError, TrainingError
 from pi_ray.run.artifact import translate_disk_errors, write_atomic
-from pi_ray.train.lease import Lease
-
-if TYPE_CHECKING:
-    from pi_ray.train.trackers import Tracker
+from pi_ray.train.trackers import Tracker
 
 
 class TrainLog:
-    """Written by the first worker alone; on the others (`writes` is false) every call does nothing."""
+    """Written by the first worker alone; on the others (`writes` is false) every call does nothing.
+
+    The worker group that started last holds a lease, train.owner. A host whose link was cut trains on without knowing
+    that another group has its work: it stops at its next line. What it wrote until then is what the new group writes
+    too, since an update is a function of its number.
+    """
 
     def __init__(self, path: Path, writes: bool = True):
-        self.path = path
+        self.path, self.writes = path, writes
         self.tracker: Tracker | None = None
-        self.lease = Lease(path.with_suffix(".owner")) if writes else None
+        self.lease, self.holder = path.with_suffix(".owner"), uuid.uuid4().hex
+        if writes:
+            write_atomic(self.lease, self.holder)
         if writes and path.exists() and (data := path.read_bytes()) and not data.endswith(b"\n"):
             write_atomic(path, data + b"\n")  # ends the half line that a crash left
 
     def add(self, entry: dict[str, Any]) -> None:
         """Append a line. Raises StorageError on a full disk, TrainingError once another worker group has the lease."""
-        if not self.lease:
+        if not self.writes:
             return
-        self.lease.check()
+        with suppress(OSError):  # storage that cannot be read for a moment stops nobody
+            if self.lease.read_text() != self.holder:
+                raise TrainingError(
+                    f"{self.lease}: another group of workers has taken this run over, as after a lost connection; "
+                    "this one stops"
+                )
         with translate_disk_errors(self.path), open(self.path, "a") as f:
             f.write(json.dumps(entry) + "\n")
         if self.tracker:
             self._guarded(self.tracker.add, entry)
 
+    def warn(self, text: str) -> None:
+        self.add({"event": "warning", "text": text})
+
     def trim(self, done: int) -> None:
         """Drop lines of updates from `done` on, which will be done again, and half-written ones."""
-        if self.lease and self.path.exists():
+        if self.writes and self.path.exists():
             kept = [entry for entry in read_entries(self.path.read_bytes()) if entry.get("step", -1) < done]
             write_atomic(self.path, "".join(json.dumps(entry) + "\n" for entry in kept))
 
     def follow(self, open_tracker: Callable[[], Tracker | None]) -> None:
         """Send every entry from now on to a tracker as well."""
-        if self.lease:
+        if self.writes:
             self.tracker = self._guarded(open_tracker)
 
     def close(self) -> None:
@@ -58,16 +70,12 @@ class TrainLog:
             raise
         except Exception as error:
             self.tracker = None
-            text = f"train.tracker gets no more, training goes on: {type(error).__name__}: {error}"
-            self.add({"event": "warning", "text": text})
+            self.warn(f"train.tracker gets no more, training goes on: {type(error).__name__}: {error}")
 
 
 def read_entries(data: bytes) -> Iterator[dict[str, Any]]:
     """Every whole line that is a JSON object."""
     for line in data.splitlines():
-        try:
-            entry = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(entry, dict):
-            yield entry
+        with suppress(ValueError):
+            if isinstance(entry := json.loads(line), dict):
+                yield entry

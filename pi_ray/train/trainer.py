@@ -1,12 +1,12 @@
 """Progressive fine-tuning inside one worker: all phases in a row, without a restart or a reload of the base model.
 
-It needs torch.distributed alone (or nothing, with one worker), so that it runs under Ray Train, torchrun and in a test.
+It needs torch.distributed alone, or nothing with one worker, so it runs under Ray Train, torchrun and in a test.
 """
 
-from __future__ import annotations
-
+import math
 import time
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,6 @@ from pi_ray import models
 from pi_ray.cluster import storage_sync
 from pi_ray.config import RunConfig
 from pi_ray.errors import TrainingError
-from pi_ray.protocols import UNLABELLED
 from pi_ray.registry import backends
 from pi_ray.run.artifact import digest, read_manifest, remove_leftovers
 from pi_ray.run.directory import RunDir
@@ -24,8 +23,8 @@ from pi_ray.run.fingerprint import learning_settings
 from pi_ray.schedule import plan_phases
 from pi_ray.train import batches, checkpoint, distill, gist, lora, shared_prefix, trackers
 from pi_ray.train.backends import MOMENTS
-from pi_ray.train.batches import Batch, PhaseDataset, TokenRow, to_device
-from pi_ray.train.dataloader import Pack, TrainDataLoader, UpdateBatches
+from pi_ray.train.batches import Batch, Pack, PhaseDataset, to_device
+from pi_ray.train.dataloader import TrainDataLoader, UpdateBatches
 from pi_ray.train.distributed import WorkerGroup
 from pi_ray.train.early_stopping import EarlyStop
 from pi_ray.train.objectives import distill_loss, loss_and_correct, sft_loss
@@ -33,8 +32,7 @@ from pi_ray.train.train_log import TrainLog
 from pi_ray.train.updates import Update, plan_updates
 
 DEV_ROWS = 8  # dev rows of one forward pass
-
-Report = Callable[[dict[str, Any]], None]
+TEACHER_FACTS = ("queries", "answered", "kept", "seconds_teaching")  # of the answers' manifest, for the log
 
 
 def train_worker(settings: dict[str, Any]) -> None:
@@ -43,39 +41,33 @@ def train_worker(settings: dict[str, Any]) -> None:
     `settings`: config (RunConfig as JSON), fingerprint, device, and `report`, which gets metrics after each save.
     """
     config = RunConfig.model_validate(settings["config"])
-    trainer = Trainer(config, settings["fingerprint"], settings["device"], settings.get("report"))
-    try:
+    with closing(Trainer(config, settings["fingerprint"], settings["device"], settings.get("report"))) as trainer:
         trainer.train()
-    finally:
-        trainer.close()
 
 
 class Trainer:
     """The training of one run: base model, adapter, optimiser, data loader, log and checkpoints of one worker."""
 
-    def __init__(self, config: RunConfig, fingerprint: str, device: str, report: Report | None):
+    def __init__(self, config: RunConfig, fingerprint: str, device: str, report: Callable[..., Any] | None):
         self.config, self.fingerprint, self.device = config, fingerprint, device
         self.report = report or (lambda metrics: None)
-        self.dir = RunDir(config.root)
-        self.group = WorkerGroup(device)
+        self.dir, self.group = RunDir(config.root), WorkerGroup(device)
         self.rank, self.world = self.group.rank, self.group.world
         self.log = TrainLog(self.dir.train_log, writes=self.rank == 0)
         phases = plan_phases(config.schedule)
         self.manifests = [batches.dataset_manifest(self.dir.phase(i)) for i in range(len(phases))]
         self.dev = PhaseDataset(self.dir.phase("dev"))  # under the last phase's prompt
-        own_prompt = config.train.early_stop > 0
-        self.phase_dev = [
-            PhaseDataset(self.dir.phase(f"dev-{i}")) if own_prompt else self.dev for i in range(len(phases))
-        ]
+        self.phase_dev = [self.dev] * len(phases)
+        if config.train.early_stop:  # under each phase's own prompt: the last one's need not show its gain yet
+            self.phase_dev = [PhaseDataset(self.dir.phase(f"dev-{i}")) for i in range(len(phases))]
         self.updates = plan_updates([m["rows"] for m in self.manifests], phases, config.train)
         self.ends = {u.phase: u.step + 1 for u in self.updates}  # phase -> the first step after it
         self.adam_updates = 0  # updates that Adam's moments have seen
         self.early = EarlyStop(config.train.early_stop)
-        self.micro_batch = config.train.micro_batch or config.rows_per_worker
+        micro_batches = config.rows_per_worker // (config.train.micro_batch or config.rows_per_worker)
         bf16 = models.model_dtype(config.model, device) == torch.bfloat16
-        micro_batches = config.rows_per_worker // self.micro_batch
         self.backend = backends[config.train.backend.name](self.build_model, config.train, micro_batches, bf16)
-        self.pack = self._choose_packing()
+        self.pack = self.choose_packing()
         self.dataloader = TrainDataLoader(config, fingerprint, self.updates, self.pack, self.rank, self.world)
 
     @property
@@ -106,9 +98,8 @@ class Trainer:
         """The base model with a fresh adapter, ready to train; called by the backend, which may shard it."""
         train = self.config.train
         model = models.load_model(self.config.model, self.device)
-        self.plain_batch_reason = shared_prefix.why_prefix_cannot_be_shared(
-            model, batches.longest_row_tokens(self.dir.phases) + train.gist
-        )
+        longest_row = batches.longest_row_tokens(self.dir.phases) + train.gist
+        self.plain_batch_reason = shared_prefix.why_prefix_cannot_be_shared(model, longest_row)
         model = lora.add_lora(model, train.lora, train.seed)
         self.pissa_start = lora.pissa_start(model, train.lora)
         if train.gist:
@@ -118,7 +109,7 @@ class Trainer:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         return model.train()
 
-    def _choose_packing(self) -> Pack:
+    def choose_packing(self) -> Pack:
         """Packed rows behind one copy of their prefix where the model can, else plain batches and a log line why."""
         train = self.config.train
         if not train.share_prefix:
@@ -127,25 +118,40 @@ class Trainer:
         reason = self.group.broadcast_from_rank0(
             self.plain_batch_reason or batches.packing_error(self.backend.model, self.device, flex)
         )
-        if train.gist and reason:
+        if not reason:
+            return batches.packed_batch
+        if train.gist:
             raise TrainingError(
                 "model.base cannot be trained with gist tokens (train.gist), which need full attention in every layer: "
                 f"{reason}"
             )
-        if reason:
-            self.log.add({"event": "plain_batches", "reason": reason})
-        return batches.plain_batch if reason else batches.packed_batch
+        self.log.add({"event": "plain_batches", "reason": reason})
+        return batches.plain_batch
 
     def phase_transition(self, update: Update) -> None:
         """Before an update of a phase after the first: reset the optimiser, and have the teacher answer, where due."""
         if update.index == 0 and self.config.train.phase_transition == "reset":
-            self._reset_optimizer()
+            self.restart_optimizer({k: v for k, v in self.backend.state().items() if "/" not in k})
+        begins = (update.phase, update.index) == (1, 0)
         if not self.dataloader.has_answers:
-            self._make_teacher_answers(update)
-        if self.dataloader.distills and (update.phase, update.index) == (1, 0):
+            if self.config.train.distill.teacher == "adapter" and not begins:
+                raise TrainingError(
+                    f"{self.dir.teacher_answers}: the teacher's answers are missing or of another run, and the teacher "
+                    f"has been trained on since; delete {self.dir.checkpoints} to train again"
+                )
+            distill.write_teacher_answers(self.model, self.config, self.fingerprint, self.group, self.pack)
+            storage_sync.fetch_updates(self.dir.root)
+            self.dataloader.has_answers = True
+        if self.dataloader.distills and begins:
             manifest = read_manifest(self.dir.teacher_answers) or {}
-            facts = {key: manifest[key] for key in distill.LOGGED}
+            facts = {key: manifest[key] for key in TEACHER_FACTS}
             self.log.add({"event": "teacher_answers", "step": update.step, **facts})
+
+    def restart_optimizer(self, weights: checkpoint.State) -> None:
+        """Go on from these weights with Adam's moments at zero."""
+        moments = {f"{key}/{name}": torch.zeros_like(value) for name, value in weights.items() for key in MOMENTS}
+        self.backend.load_state({**weights, **moments}, 0)
+        self.adam_updates = 0
 
     def train_step(self, update: Update) -> None:
         """One optimiser update over all workers, and its line in the log."""
@@ -154,7 +160,7 @@ class Trainer:
         # dropout's random numbers, in the base model too, depend on seed, update and rank alone
         torch.manual_seed(int(digest([self.config.train.seed, update.step, self.rank])[:15], 16))
         loss, tokens, plain_tokens = self.group.all_reduce_sum(self.forward_backward(mine)).tolist()
-        if not torch.isfinite(torch.tensor(loss)):  # the same sum on every worker, so that all of them stop together
+        if not math.isfinite(loss):  # the same sum on every worker, so that all of them stop together
             raise TrainingError(
                 f"loss is {loss:.3g} at update {update.step} (phase {update.phase}); "
                 "lower train.lr, and look for empty or broken rows"
@@ -185,18 +191,15 @@ class Trainer:
         return distill_loss(self.backend.model, batch, targets.to(self.device), share)
 
     def evaluate(self, update: Update) -> int:
-        """Score dev rows where due, end the phase where it is over or gains no more; returns how many updates are done.
-
-        With early stop a phase is scored under its own prompt: the last phase's prompt need not show its gain yet.
-        """
+        """Score dev rows and end the phase, each where it is due; returns how many updates are done."""
         done, end, train = update.step + 1, self.ends[update.phase], self.config.train
         if done < end and not (train.dev_every and (update.index + 1) % train.dev_every == 0):
             return done
         if done < end or train.early_stop:
             loss, accuracy = self.evaluate_dev(self.phase_dev[update.phase])
-            stops = self.early.add_score((accuracy, loss), update.step, self.adam_updates, self._finite_state)
+            stops = self.early.add_score((accuracy, loss), update.step, self.adam_updates, self.finite_state)
             if done < end:
-                self._log_dev("dev", update, loss, accuracy)
+                self.log_dev("dev", update, loss, accuracy)
                 if not stops:
                     return done
         self.end_phase(update)
@@ -219,10 +222,9 @@ class Trainer:
         return loss, accuracy
 
     def end_phase(self, update: Update) -> None:
-        """Save the phase's adapter: the present one, or with early stop that of the best dev score.
+        """Save the adapter from which the next phase goes on: the present one, or with early stop the best one.
 
-        The next phase goes on from the saved one. Its card has dev scores under the last phase's prompt, by which
-        phases are compared.
+        Its card has dev scores under the last phase's prompt, by which phases are compared.
         """
         best = {}
         if self.early.state is not None:
@@ -232,45 +234,19 @@ class Trainer:
             best = {"best_step": self.early.step, "early": update.step + 1 < self.ends[update.phase]}
             self.early = EarlyStop(self.config.train.early_stop)
         loss, accuracy = self.evaluate_dev(self.dev)
-        weights = {name: value for name, value in self._finite_state().items() if "/" not in name}
+        weights = {name: value for name, value in self.finite_state().items() if "/" not in name}
         if self.rank == 0:
             facts = {"fingerprint": self.fingerprint, "phase": update.phase, "dev_loss": loss, "dev_accuracy": accuracy}
             card = lora.adapter_card(self.config, self.manifests, **facts)
             lora.save_adapter(self.dir.adapter(update.phase), self.model, weights, card, self.pissa_start)
-        self._log_dev("phase_end", update, loss, accuracy, **best)
+        self.log_dev("phase_end", update, loss, accuracy, **best)
         self.report({"phase": update.phase, "step": update.step, "dev_loss": loss})
 
-    def _log_dev(self, event: str, update: Update, loss: float, accuracy: float, **facts: Any) -> None:
+    def log_dev(self, event: str, update: Update, loss: float, accuracy: float, **facts: Any) -> None:
         scores = {"dev_loss": round(loss, 6), "dev_accuracy": round(accuracy, 6)}
         self.log.add({"event": event, "phase": update.phase, "step": update.step, **scores, **facts})
 
-    def _make_teacher_answers(self, update: Update) -> None:
-        """Have the teacher answer, each worker for its share of the rows, at the first phase transition."""
-        train, started = self.config.train, time.monotonic()
-        if train.distill.teacher == "adapter" and (update.phase, update.index) != (1, 0):
-            raise TrainingError(
-                f"{self.dir.teacher_answers}: the teacher's answers are missing or of another run, and the teacher has "
-                f"been trained on since; delete {self.dir.checkpoints} to train again"
-            )
-        labelled, unlabelled = PhaseDataset(self.dir.phase(0)), PhaseDataset(self.dir.phase(f"{UNLABELLED}-0"))
-        end = models.load_tokenizer(self.config.model).eos_token_id
-
-        def pack(rows: list[TokenRow]) -> Batch:
-            return to_device(self.pack(labelled.prefix, rows), self.device)
-
-        shares = self.group.gather_to_rank0(distill.teacher_answers(
-            self.model, labelled, unlabelled, train.distill, end, pack, self.micro_batch, self.rank, self.world
-        ))
-        if self.rank == 0:
-            seconds = round(time.monotonic() - started, 1)
-            distill.write_teacher_answers(
-                self.dir.teacher_answers, shares, train.distill, self.fingerprint, len(unlabelled), seconds
-            )
-        self.group.barrier()
-        storage_sync.fetch_updates(self.dir.root)
-        self.dataloader.has_answers = True
-
-    def _finite_state(self) -> checkpoint.State:
+    def finite_state(self) -> checkpoint.State:
         """The backend's state, equal on every worker. Raises TrainingError on all where it holds inf or NaN."""
         state = self.backend.state()
         if broken := [name for name, value in state.items() if not torch.isfinite(value).all()]:
@@ -281,7 +257,7 @@ class Trainer:
         return state
 
     def save_checkpoint(self, update: Update, done: int) -> None:
-        state = self._finite_state()
+        state = self.finite_state()
         if self.rank == 0:
             checkpoint.save_checkpoint(
                 self.dir.checkpoints, state, done, self.fingerprint, self.config.train.keep_checkpoints,
@@ -291,44 +267,28 @@ class Trainer:
         self.report({"phase": update.phase, "step": update.step})
 
     def resume(self) -> int:
-        """Load the newest whole checkpoint, which rank 0 finds for all; returns how many updates are done, 0 for none.
-
-        Without a checkpoint the weights of `train.init_adapter` are loaded, if it is set.
-        """
-        found = ""
+        """Load the newest whole checkpoint, or else `train.init_adapter`; returns how many updates are done."""
+        found = None
         if self.rank == 0:
             remove_leftovers(self.dir.checkpoints)
             remove_leftovers(self.dir.adapters)
-            found = str(checkpoint.newest_checkpoint(
-                self.dir.checkpoints, self.fingerprint, learning_settings(self.config),
-                lambda text: self.log.add({"event": "warning", "text": text}),
-            ) or "")
+            learned_from = learning_settings(self.config)
+            found = checkpoint.newest_checkpoint(self.dir.checkpoints, self.fingerprint, learned_from, self.log.warn)
         found = self.group.broadcast_from_rank0(found)
-        if not found:
-            if self.config.train.init_adapter:
-                self._load_init_adapter(Path(self.config.train.init_adapter))
-            return 0
-        state, best_state, manifest = checkpoint.load_checkpoint(Path(found))
-        self.adam_updates = manifest["adam_updates"]
-        self.backend.load_state(state, self.adam_updates)
-        self.early = EarlyStop(self.config.train.early_stop, **manifest["early"], state=best_state)
-        return manifest["done"]
-
-    def _load_init_adapter(self, folder: Path) -> None:
-        """Start from an adapter's weights, with Adam's moments at zero."""
-        weights = lora.load_init_adapter(folder, self.model, self.config.model.base)
-        moments = {f"{key}/{name}": torch.zeros_like(value) for name, value in weights.items() for key in MOMENTS}
-        self.backend.load_state({**weights, **moments}, 0)
-
-    def _reset_optimizer(self) -> None:
-        state = self.backend.state()
-        self.backend.load_state({k: torch.zeros_like(v) if "/" in k else v for k, v in state.items()}, 0)
-        self.adam_updates = 0
+        if found:
+            state, best_state, manifest = checkpoint.load_checkpoint(found)
+            self.adam_updates = manifest["adam_updates"]
+            self.backend.load_state(state, self.adam_updates)
+            self.early = EarlyStop(self.config.train.early_stop, **manifest["early"], state=best_state)
+            return manifest["done"]
+        if folder := self.config.train.init_adapter:
+            self.restart_optimizer(lora.load_init_adapter(Path(folder), self.model, self.config.model.base))
+        return 0
 
     def finish(self) -> None:
         """Link the best adapter and remove the checkpoints, which nothing needs any more."""
         if self.rank == 0:
             best, accuracy = lora.link_best_adapter(self.dir, len(self.manifests))
-            step = len(self.updates) - 1
+            step = self.updates[-1].step
             self.log.add({"event": "best", "phase": best, "step": step, "dev_accuracy": round(accuracy, 6)})
             checkpoint.remove_checkpoints(self.dir.checkpoints)

@@ -1,7 +1,5 @@
 """Which rows and which learning rate each update has: functions of the config alone, not of workers or restarts."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 

@@ -107,7 +107,7 @@ def test_the_prompt_has_exactly_the_tokens_that_training_used(client, tiny_model
         load_tokenizer(ModelConfig(base=str(tiny_model))), PromptConfig(chat="chatml", query="Q: {query}")
     )
     usage = ask(client, max_tokens=2).usage
-    assert usage.prompt_tokens == len(encoder.encode(QUERY).ids)
+    assert usage.prompt_tokens == len(encoder.encode(QUERY))
     assert usage.prompt_tokens_saved == 108
 
 

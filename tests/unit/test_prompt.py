@@ -31,19 +31,19 @@ def test_a_chat_template_that_trims_what_users_write_is_taken():
     message = "<|im_start|>{{ m.role }}\n{{ m.content | trim }}<|im_end|>\n"
     trims.chat_template = "{% for m in messages %}" + message + "{% endfor %}{{ '<|im_start|>assistant\n' }}"
     by_model, chatml = (PromptEncoder(trims, PromptConfig(chat=chat)) for chat in ("model", "chatml"))
-    assert by_model.encode("Q").ids == chatml.encode("Q").ids
+    assert by_model.encode("Q") == chatml.encode("Q")
 
 
 def test_template_examples_and_query_stand_in_this_order(tokenizer):
     encoder = PromptEncoder(tokenizer, PromptConfig(chat="chatml"))
-    text = tokenizer.decode(encoder.encode("Q", "TEMPLATE", [Example("far", "1"), Example("near", "2")]).ids)
+    text = tokenizer.decode(encoder.encode("Q", "TEMPLATE", [Example("far", "1"), Example("near", "2")]))
     body = "TEMPLATE\n\nExamples:\n\nfar\n1\n\nnear\n2\n\nQ"
     assert text == f"<|im_start|>user\n{body}<|im_end|>\n<|im_start|>assistant\n"
 
 
 def test_query_alone_is_the_frame_and_the_query(tokenizer):
     encoder = PromptEncoder(tokenizer, PromptConfig(chat="chatml"))
-    assert tokenizer.decode(encoder.encode("Q").ids) == "<|im_start|>user\nQ<|im_end|>\n<|im_start|>assistant\n"
+    assert tokenizer.decode(encoder.encode("Q")) == "<|im_start|>user\nQ<|im_end|>\n<|im_start|>assistant\n"
 
 
 def test_a_query_cannot_end_its_own_turn(tokenizer):
@@ -62,7 +62,7 @@ def test_an_answer_ends_with_one_end_token_and_decodes_to_itself(tokenizer):
 
 def test_plain_text_prompts_need_no_chat_template(tokenizer):
     encoder = PromptEncoder(tokenizer, PromptConfig(chat="none", query="Q: {query}\nA:"))
-    assert tokenizer.decode(encoder.encode("two").ids) == "Q: two\nA:\n"
+    assert tokenizer.decode(encoder.encode("two")) == "Q: two\nA:\n"
 
 
 def test_template_md_is_instruction_and_documents_without_the_authors_comments():

@@ -37,7 +37,7 @@ def test_the_peer_has_the_weights_of_the_base_with_the_adapter_that_is_served_be
 def test_both_sides_read_the_same_ids_and_have_the_same_end_token(folder):
     tokenizer = load_tokenizer(ModelConfig(base=str(folder / "merged")))
     query = bench.queries(1)[0]
-    ours = PromptEncoder(tokenizer, PromptConfig(chat="chatml", query=bench.QUERY)).encode(query).ids
+    ours = PromptEncoder(tokenizer, PromptConfig(chat="chatml", query=bench.QUERY)).encode(query)
     text = bench.QUERY.replace("{query}", query)
     assert ours == tokenizer.apply_chat_template(
         [{"role": "user", "content": text}], add_generation_prompt=True, return_dict=False

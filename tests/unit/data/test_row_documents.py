@@ -63,8 +63,8 @@ def test_a_prompt_has_the_template_the_rows_documents_examples_and_the_query():
     assert text == "Template.\n\nDoc one.\n\nDoc two.\n\nExamples:\n\na?\nb\n\nc?"
     ids = encoder.encode("c?", "Template.", shots, ["Doc one.", "Doc two."])
     assert (
-        ids.prefix == encoder.prefix("Template.")
-        and encoder.tokenizer.decode(ids.ids) == f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n"
+        ids == encoder.prefix("Template.") + encoder.row("c?", shots, ["Doc one.", "Doc two."])
+        and encoder.tokenizer.decode(ids) == f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n"
     )
     assert encoder.row("c?") == encoder.row("c?", (), ()), (
         "the query alone, as it is served where no documents are left"

@@ -6,13 +6,14 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from pi_ray.config import BackendConfig, RunConfig, TrainConfig
 from pi_ray.models import load_model
 from pi_ray.run.artifact import verify_artifact as verified
 from pi_ray.run.directory import RunDir
 from pi_ray.store import verify
-from pi_ray.train import checkpoint, deepspeed_settings, lora
+from pi_ray.train import backends, checkpoint, lora
 from pi_ray.train.trainer import Trainer, train_worker
 from tests import workers
 from tests.prepared import prepare_by_hand, tiny_config
@@ -54,7 +55,7 @@ def train_one(config, stop_at=0):
     """Train as one worker, which ends before update `stop_at` if that is not 0. Every weight is sharded, also those
     that DeepSpeed would keep whole for their size.
     """
-    one, settings = Trainer.train_step, deepspeed_settings.deepspeed_config
+    one, settings = Trainer.train_step, backends.deepspeed_config
 
     def stops(self, update):
         if stop_at and update.step == stop_at:
@@ -66,13 +67,13 @@ def train_one(config, stop_at=0):
         made["zero_optimization"]["stage3_param_persistence_threshold"] = 0
         return made
 
-    Trainer.train_step, deepspeed_settings.deepspeed_config = stops, sharded
+    Trainer.train_step, backends.deepspeed_config = stops, sharded
     try:
         train_worker({"config": config.model_dump(mode="json"), "fingerprint": "f", "device": "cpu"})
     except KeyboardInterrupt:
         pass
     finally:
-        Trainer.train_step, deepspeed_settings.deepspeed_config = one, settings
+        Trainer.train_step, backends.deepspeed_config = one, settings
 
 
 def losses(config):
@@ -121,10 +122,8 @@ def test_twenty_updates_have_the_losses_of_one_process_without_deepspeed(
     train(config)
     assert losses(config) == pytest.approx(alone(model, **(EXPERTS if changes == EXPERTS else {})), abs=1e-4)
     folder = RunDir(config.root).adapter(1)
-    tensors = verify.read_safetensors_header(folder / verify.WEIGHTS_FILE)
-    assert {t["dtype"] for t in tensors.values()} == {"F32"} and all(0 not in t["shape"] for t in tensors.values()), (
-        "saved whole, not a worker's shard"
-    )
+    tensors = load_file(folder / verify.WEIGHTS_FILE).values()
+    assert all(t.dtype == torch.float32 and t.numel() for t in tensors), "saved whole, not a worker's shard"
     if changes != EXPERTS:
         verify.verify_adapter(folder, config.model)
 
@@ -221,7 +220,7 @@ def test_whole_mixtures_of_experts_are_leaves_and_dense_models_have_none(tiny_mo
     def marked(config):
         with torch.device("meta"):
             model = transformers.AutoModelForCausalLM.from_config(config)
-        deepspeed_settings.mark_zero3_leaves(model)
+        backends.mark_zero3_leaves(model)
         return [type(m).__name__ for m in get_z3_leaf_modules(model)]
 
     small = {
@@ -239,13 +238,13 @@ def test_whole_mixtures_of_experts_are_leaves_and_dense_models_have_none(tiny_mo
 
 def test_settings_are_those_of_the_run():
     config = TrainConfig(workers=4, batch_size=32, backend=BackendConfig(zero_stage=3))
-    made = deepspeed_settings.deepspeed_config(config, world=4, micro_batches=2, bf16=True)
+    made = backends.deepspeed_config(config, world=4, micro_batches=2, bf16=True)
     assert (made["train_micro_batch_size_per_gpu"], made["gradient_accumulation_steps"], made["bf16"]) == (
         4, 2, {"enabled": True},
     )
     assert made["zero_optimization"]["stage"] == 3
     assert not {"offload_optimizer", "offload_param"} & set(made["zero_optimization"])
-    away = deepspeed_settings.deepspeed_config(
+    away = backends.deepspeed_config(
         config.model_copy(update={"backend": BackendConfig(zero_stage=3, **OFFLOAD)}), world=4, micro_batches=2,
         bf16=False,
     )
@@ -255,10 +254,10 @@ def test_settings_are_those_of_the_run():
 def test_transformers_shards_only_for_stage_3_and_only_as_long_as_the_backend_lives():
     from transformers.integrations import is_deepspeed_zero3_enabled
 
-    made = deepspeed_settings.deepspeed_config(TrainConfig(backend=BackendConfig(zero_stage=2)), 2, 1, False)
-    assert deepspeed_settings.shard_while_loading(made) is None and not is_deepspeed_zero3_enabled()
-    alive = deepspeed_settings.shard_while_loading(
-        deepspeed_settings.deepspeed_config(TrainConfig(backend=BackendConfig(zero_stage=3)), 2, 1, False)
+    made = backends.deepspeed_config(TrainConfig(backend=BackendConfig(zero_stage=2)), 2, 1, False)
+    assert backends.shard_while_loading(made) is None and not is_deepspeed_zero3_enabled()
+    alive = backends.shard_while_loading(
+        backends.deepspeed_config(TrainConfig(backend=BackendConfig(zero_stage=3)), 2, 1, False)
     )
     assert is_deepspeed_zero3_enabled()
     del alive

@@ -10,9 +10,9 @@ from pi_ray.config.run_file import parse_run_file
 from pi_ray.errors import ConfigError, TrainingError
 from pi_ray.models import load_model
 from pi_ray.run.artifact import verify_artifact
-from pi_ray.run.baseline import plain_finetuning_config
 from pi_ray.run.directory import RunDir
 from pi_ray.run.fingerprint import train_fingerprint
+from pi_ray.run.phases import plain_finetuning_config
 from pi_ray.train import distill, shared_prefix
 from pi_ray.train.batches import PhaseDataset, packed_batch, plain_batch
 from pi_ray.train.distill import DistilledRows, Targets
@@ -40,6 +40,10 @@ def rows_of(config):
     return pq.read_table(RunDir(config.root).teacher_answers / distill.FILE).to_pylist()
 
 
+def labels_of(data):
+    return dict(enumerate(label for _, label in data.take(range(len(data)))))
+
+
 def event(config):
     return next(e for e in log_of(config) if e.get("event") == "teacher_answers")
 
@@ -60,9 +64,7 @@ def test_the_teacher_is_the_adapter_as_the_first_phase_leaves_it(distilled):
     run = RunDir(distilled.root)
     model = PeftModel.from_pretrained(load_model(distilled.model, "cpu"), run.adapter(0)).eval()
     data = PhaseDataset(run.phase(0))
-    again = distill.score_answers(
-        model, lambda rows: plain_batch(data.prefix, rows), data, distill.labelled_answers(data, range(12)), 4, 5
-    )
+    again = distill.score_answers(model, plain_batch, data, labels_of(data), 4, 5)
     assert [e["confidence"] for e in again] == pytest.approx(
         [r["confidence"] for r in rows_of(distilled) if r["labelled"]], abs=1e-3
     )
@@ -172,9 +174,7 @@ def test_in_plain_batches_the_teacher_says_the_same(distilled, tmp_path):
 def test_the_base_as_teacher_is_the_base_without_its_adapter(distilled, tmp_path):
     config = trained_with(distilled, tmp_path, **{"train.distill.teacher": "base"})
     data, bare = PhaseDataset(RunDir(config.root).phase(0)), load_model(config.model, "cpu").eval()
-    again = distill.score_answers(
-        bare, lambda rows: plain_batch(data.prefix, rows), data, distill.labelled_answers(data, range(12)), 4, 5
-    )
+    again = distill.score_answers(bare, plain_batch, data, labels_of(data), 4, 5)
     found = [r["confidence"] for r in rows_of(config) if r["labelled"]]
     assert found == pytest.approx([e["confidence"] for e in again], abs=1e-3)
     assert found != pytest.approx([r["confidence"] for r in rows_of(distilled) if r["labelled"]], abs=1e-1)

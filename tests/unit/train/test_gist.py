@@ -13,17 +13,16 @@ from pydantic import ValidationError
 from pi_ray.config import LoraConfig, ModelConfig
 from pi_ray.errors import AdapterError, TrainingError
 from pi_ray.evaluate import generation_workers
-from pi_ray.evaluate.answers import AnswerLengths
-from pi_ray.evaluate.columns import trained_column
+from pi_ray.evaluate.columns import AnswerLengths, trained_column
 from pi_ray.evaluate.evaluate import evaluate_run
-from pi_ray.evaluate.peft_adapters import LoadedAdapters
+from pi_ray.evaluate.generation_workers import LoadedAdapters
 from pi_ray.models import load_model, load_tokenizer
 from pi_ray.plan.plan import plan_phases
 from pi_ray.prompt import PromptEncoder
 from pi_ray.run.artifact import staged, verify_artifact
-from pi_ray.run.baseline import plain_finetuning_config
 from pi_ray.run.directory import RunDir
 from pi_ray.run.fingerprint import train_fingerprint
+from pi_ray.run.phases import plain_finetuning_config
 from pi_ray.store.publish import publish_adapter
 from pi_ray.store.verify import verify_adapter
 from pi_ray.train import generation, gist, lora, shared_prefix

@@ -23,7 +23,7 @@ def test_other_workers_of_the_group_take_nothing_over(tmp_path):
     first = TrainLog(tmp_path / "train.jsonl")
     holder = (tmp_path / "train.owner").read_text()
     TrainLog(tmp_path / "train.jsonl", writes=False).add({"step": 9})
-    assert (tmp_path / "train.owner").read_text() == holder == first.lease.holder
+    assert (tmp_path / "train.owner").read_text() == holder == first.holder
     first.add({"step": 0})
     assert [json.loads(line)["step"] for line in (tmp_path / "train.jsonl").read_text().splitlines()] == [0]
 

@@ -4,14 +4,15 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from pi_ray.config import LoraConfig, ModelConfig, RunConfig
 from pi_ray.errors import AdapterError, ConfigError, TrainingError
-from pi_ray.evaluate.peft_adapters import LoadedAdapters
+from pi_ray.evaluate.generation_workers import LoadedAdapters
 from pi_ray.models import load_model
 from pi_ray.run.directory import RunDir
 from pi_ray.store.publish import publish_adapter
-from pi_ray.store.verify import read_safetensors_header, verify_adapter
+from pi_ray.store.verify import verify_adapter
 from pi_ray.train import lora
 from pi_ray.train.batches import PhaseDataset, plain_batch
 from pi_ray.train.objectives import sft_loss
@@ -112,11 +113,8 @@ def test_pissa_is_saved_as_plain_lora_of_twice_the_rank(trained):
     folder = RunDir(trained("tiny_model", method="pissa").root).adapter(1)
     saved = json.loads((folder / "adapter_config.json").read_text())
     assert (saved["r"], saved["lora_alpha"], saved["init_lora_weights"]) == (8, 16, True)
-    assert {
-        t["shape"][0]
-        for name, t in read_safetensors_header(folder / "adapter_model.safetensors").items()
-        if "lora_A" in name
-    } == {8}
+    weights = load_file(folder / "adapter_model.safetensors")
+    assert {tensor.shape[0] for name, tensor in weights.items() if "lora_A" in name} == {8}
 
 
 @pytest.mark.parametrize("settings", [{"method": "rslora", "alpha": 16}, {"method": "lora"}, {"method": "pissa"}])

@@ -4,7 +4,7 @@ import threading
 
 import pytest
 
-from pi_ray.train.prefetch import Prefetcher
+from pi_ray.train.dataloader import Prefetcher
 
 
 def test_the_next_one_is_ready_before_it_is_asked_for():

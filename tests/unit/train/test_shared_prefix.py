@@ -192,8 +192,8 @@ def test_flex_attention_gives_what_sdpa_gives(prefix, visible, lengths):
     layout = shared_prefix.Layout.build(prefix, lengths, visible)
     query, key, value = (torch.randn(1, heads, prefix + sum(lengths), 16) for heads in (4, 2, 2))
     sdpa, flex = (
-        attend(None, query, key, value, None, scaling=0.3, layout=layout)[0]
-        for attend in (shared_prefix.shared_prefix_attention, shared_prefix.flex_shared_prefix_attention)
+        shared_prefix.shared_prefix_attention(None, query, key, value, None, scaling=0.3, layout=layout, flex=flex)[0]
+        for flex in (False, True)
     )
     assert torch.allclose(sdpa, flex, atol=1e-5) and layout.blocks is not None
 

@@ -43,15 +43,9 @@ def tracked(config, done=0):
     log.close()
 
 
-def tracker_of(scalars, note, close):
-    tracker = trackers.Tracker()
-    vars(tracker).update(scalars=scalars, note=note, close=close)
-    return tracker
-
-
 def test_numbers_go_by_update_and_phases_are_marked():
     said = []
-    tracker = tracker_of(
+    tracker = trackers.Tracker(
         lambda values, step: said.append((step, values)), lambda key, text, step: said.append((step, key, text)),
         lambda: said.append("closed"),
     )
@@ -188,7 +182,7 @@ def test_a_tracker_that_fails_is_given_up_with_a_warning_and_training_goes_on(tm
     def fails(*_):
         raise ConnectionError("the server is gone")
 
-    tracker = tracker_of(
+    tracker = trackers.Tracker(
         fails if at == "called" else lambda *a: None, lambda *a: None, fails if at == "closed" else lambda: None
     )
     log = TrainLog(tmp_path / "train.jsonl")
