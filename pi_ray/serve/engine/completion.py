@@ -7,7 +7,7 @@ import logging
 from collections.abc import AsyncGenerator
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from typing import Any
 
 from pi_ray.config import PromptConfig, RunConfig
@@ -15,7 +15,6 @@ from pi_ray.errors import AdapterError, ModelError, PiRayError
 from pi_ray.models import base_name
 from pi_ray.prompt import PromptEncoder, content_ids
 from pi_ray.protocols import GenerationRequest
-from pi_ray.serve.engine.conversation import ConversationEncoder
 from pi_ray.serve.engine.detokenizer import IncrementalDetokenizer, LogprobsBuffer
 from pi_ray.store.adapters import Adapter, AdapterStore, StoreUnavailableError, UnknownAdapterError
 from pi_ray.store.prompt_guard import EMPTY_GUARD, GuardResult
@@ -47,16 +46,6 @@ class CompletionRequest:
     choices: int = 1  # answers that share the server's token limit
     sticky_key: str = ""  # requests with the same key meet the same version while a canary is out
     full_prompt: bool = False  # for comparison: the base model answers, with the adapter's whole template
-
-    @property
-    def system(self) -> str:
-        """The text of the system messages."""
-        return "\n\n".join(text for role, text in self.history if role == "system")
-
-    @property
-    def turns(self) -> list[tuple[str, str]]:
-        """Messages before the query that are no system messages."""
-        return [(role, text) for role, text in self.history if role != "system"]
 
     @property
     def full_text(self) -> str:
@@ -108,18 +97,12 @@ class Completer:
     """Answers CompletionRequests with one engine and one adapter store."""
 
     def __init__(self, config: RunConfig, engine: Any, tokenizer: Any, context: int, store: Any = None):
-        self.config = config
-        self.engine = engine
-        self.tokenizer = tokenizer
+        self.config, self.engine, self.tokenizer = config, engine, tokenizer
         self.context = context  # tokens
         self.store = store or AdapterStore(config.store, config.model)
         self.merged: Adapter | None = None
         self._reported_version = ""
         self._encoder = lru_cache(maxsize=64)(lambda prompt: PromptEncoder(tokenizer, prompt))
-
-    @cached_property
-    def _conversations(self) -> ConversationEncoder:
-        return ConversationEncoder(self.tokenizer)
 
     def merge(self, spec: str) -> None:
         """Before the first request: merge this adapter into the base. It alone is served from then on."""
@@ -130,8 +113,8 @@ class Completer:
     def prompt_ids(self, query: str, adapter: Adapter | None) -> list[int]:
         """The ids that the adapter's last phase trained on; for the base model the query in the run's prompt format."""
         if adapter is None:
-            return self._encoder(self.config.prompt).encode(query).ids
-        return self._encoder(PromptConfig(**adapter.card["prompt"])).encode(query, adapter.card["template"]).ids
+            return self._encoder(self.config.prompt).encode(query)
+        return self._adapter_ids(query, adapter, adapter.card["template"])
 
     async def complete(self, request: CompletionRequest) -> Events:
         """First {"model", "fingerprint", "adapter", "prompt", "prompt_tokens", "saved"}, then {"text"} pieces, last
@@ -149,7 +132,7 @@ class Completer:
             async with aclosing(self.engine.generate(generation)) as tokens:
                 async for token in tokens:
                     if logprobs:
-                        logprobs.add(text.decoded, token)
+                        logprobs.add(len(text.text), token)
                     if piece := text.push(token.id):
                         yield _text_event(piece, text, logprobs)
         except AdapterError as error:
@@ -170,11 +153,9 @@ class Completer:
             answering = None if guarded.kind in ("drifted", "full") else adapter
             if self.merged and answering != self.merged:
                 raise AdapterError(
-                    f"this server has {self.merged.name}@{self.merged.version} merged into the base model "
-                    "(serve.merge) "
-                    "and serves it alone: no other adapter or version, and not the bare base, which would answer a "
-                    "full "
-                    "or changed prompt"
+                    f"this server has {self.merged.name}@{self.merged.version} merged into the base model (serve.merge)"
+                    " and serves it alone: no other adapter or version, and not the bare base, which would answer a "
+                    "full or changed prompt"
                 )
             ids = self._encode(request, guarded, adapter)
         except PiRayError as error:
@@ -182,13 +163,10 @@ class Completer:
         limit = self._max_new_tokens(request, adapter, len(ids))
         requested = f"{adapter.name}@{adapter.version}" if adapter else ""
         start = {
-            "model": request.model,
-            "fingerprint": requested if answering else base_name(self.config.model.base),
-            "adapter": requested,
-            "prompt": guarded.kind if adapter else "base",
-            "prompt_tokens": len(ids),
-            "saved": self._saved_tokens(request, adapter, guarded, len(ids)),
-        }
+            "model": request.model, "fingerprint": requested if answering else base_name(self.config.model.base),
+            "adapter": requested, "prompt": guarded.kind if adapter else "base",
+            "prompt_tokens": len(ids), "saved": self._saved_tokens(request, adapter, guarded, len(ids)),
+        }  # fmt: skip
         folder = str(answering.path) if answering else ""
         return start, GenerationRequest(
             ids, limit, folder, request.temperature, request.top_p, request.seed, request.stop, request.logprobs
@@ -213,7 +191,9 @@ class Completer:
         if adapter is None:
             return GuardResult("conversation" if request.history else "internalised", request.query)
         guard = adapter.guard if adapter.guard and self.config.serve.drift_guard else EMPTY_GUARD
-        guarded = guard.inspect(request.system, request.query, request.turns)
+        system = "\n\n".join(text for role, text in request.history if role == "system")
+        turns = [(role, text) for role, text in request.history if role != "system"]
+        guarded = guard.inspect(system, request.query, turns)
         if guarded.kind == "unknown":
             raise RefusedError(400, QUERY_ONLY_MESSAGE, param="messages")
         if guarded.kind == "stripped" and not guarded.text:
@@ -223,24 +203,22 @@ class Completer:
     def _encode(self, request: CompletionRequest, guarded: GuardResult, adapter: Adapter | None) -> list[int]:
         if guarded.kind == "conversation":
             try:
-                return self._conversations.encode_conversation([*request.history, ("user", request.query)])
+                messages = [*request.history, ("user", request.query)]
+                return self._encoder(PromptConfig(chat="none")).conversation(messages)
             except ModelError as error:
                 raise RefusedError(400, str(error), param="messages") from error
         if guarded.kind == "full":
             if adapter is None or adapter.guard is None:
-                message = (
-                    "pi_ray.full_prompt needs as model an adapter that was published with its prompt; publish it again"
-                )
-                raise RefusedError(400, message, param="pi_ray")
-            encoder = self._encoder(PromptConfig(**adapter.card["prompt"]))
-            return encoder.encode(guarded.text, adapter.guard.template).ids
+                needs = "needs as model an adapter that was published with its prompt; publish it again"
+                raise RefusedError(400, f"pi_ray.full_prompt {needs}", param="pi_ray")
+            return self._adapter_ids(guarded.text, adapter, adapter.guard.template)
         if adapter and guarded.kind == "drifted":
-            return self._encode_whole_prompt(guarded.text, adapter)
+            return self._adapter_ids(guarded.text, adapter, query="{query}")
         return self.prompt_ids(guarded.text, adapter)
 
-    def _encode_whole_prompt(self, text: str, adapter: Adapter) -> list[int]:
-        """Ids of a whole prompt as a client words it, in the chat format of the adapter."""
-        return self._encoder(PromptConfig(**{**adapter.card["prompt"], "query": "{query}"})).encode(text).ids
+    def _adapter_ids(self, text: str, adapter: Adapter, template: str = "", **changed: str) -> list[int]:
+        """Ids of `text` in the adapter's prompt format; `query="{query}"` for a whole prompt as a client words it."""
+        return self._encoder(PromptConfig(**{**adapter.card["prompt"], **changed})).encode(text, template)
 
     def _saved_tokens(
         self, request: CompletionRequest, adapter: Adapter | None, guarded: GuardResult, prompt_tokens: int
@@ -250,7 +228,7 @@ class Completer:
             return 0
         if guarded.kind == "internalised":
             return max(round(adapter.card["full_prompt_tokens"] - adapter.card["query_prompt_tokens"]), 0)
-        return max(len(self._encode_whole_prompt(request.full_text, adapter)) - prompt_tokens, 0)
+        return max(len(self._adapter_ids(request.full_text, adapter, query="{query}")) - prompt_tokens, 0)
 
     def _check_size(self, text: str) -> None:
         """Refuse a text that is far beyond the context before it is tokenised whole."""
@@ -266,9 +244,8 @@ class Completer:
         room = self.context - prompt_tokens
         if (asked or 1) > cap:
             each = f" for each of {request.choices} choices" if request.choices > 1 else ""
-            raise RefusedError(
-                400, f"max_tokens is {asked}; this server allows at most {cap}{each}", param="max_tokens"
-            )
+            message = f"max_tokens is {asked}; this server allows at most {cap}{each}"
+            raise RefusedError(400, message, param="max_tokens")
         if room < (asked or 1):
             raise self._too_long(str(prompt_tokens), asked or 1)
         return asked or min(2 * adapter.card["max_answer_tokens"] if adapter else cap, cap, room)

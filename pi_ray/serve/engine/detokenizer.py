@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 from pi_ray.protocols import Token
@@ -16,13 +16,15 @@ class IncrementalDetokenizer:
     stop string.
 
     Text is held back while it may still change (half a character), be trimmed (white space at the end) or be the start
-    of a stop string.
+    of a stop string. tokenizers' DecodeStream does the first alone, says nothing of what it holds back at the end, and
+    knows no tokenizer without a Rust backend.
     """
 
     def __init__(self, tokenizer: Any, stop: tuple[str, ...] = ()):
         self.count = 0  # tokens
         self.stopped = False
-        self.decoded = 0  # characters decoded so far, white space at the start included
+        self.text = ""  # decoded so far, white space at the start included, up to a stop string
+        self.released = 0  # how many of its characters have been handed out
         self.leading = 0  # how many of these are white space at the start, which is left out
         self._tokenizer = tokenizer
         self._stop = stop
@@ -30,13 +32,6 @@ class IncrementalDetokenizer:
         self._ids: list[int] = []
         self._read = 0  # ids up to here are in the text
         self._context = 0  # decoding starts here, so that a token's leading space shows
-        self._held_back = ""
-        self._started = False
-
-    @property
-    def released(self) -> int:
-        """How many of the `decoded` characters have been handed out."""
-        return self.decoded - len(self._held_back)
 
     def push(self, token: int) -> str:
         """The text that is certain after this token; empty after the end."""
@@ -47,51 +42,35 @@ class IncrementalDetokenizer:
             self.stopped = True
             return ""
         self._ids.append(token)
-        known = self._decode(self._ids[self._context : self._read])
-        text = self._decode(self._ids[self._context :])
-        if len(text) <= len(known) or text.endswith("\ufffd"):
+        new = self._decode_new()
+        if not new or new.endswith("\ufffd"):
             return ""
         self._context, self._read = self._read, len(self._ids)
-        return self._release(text[len(known) :])
+        return self._release(new, self._max_partial_stop)
 
     def finish(self) -> str:
         """The text that was held back, once no more tokens come."""
-        known = self._decode(self._ids[self._context : self._read])
-        self._hold_back(self._decode(self._ids[self._context :])[len(known) :])
-        self._cut_at_stop_string()
-        self._shorten(self._held_back.rstrip())
-        rest, self._held_back = self._held_back, ""
-        return rest if self._started else rest.lstrip()
+        return self._release(self._decode_new(), 0)
 
-    def _decode(self, ids: list[int]) -> str:
-        return self._tokenizer.decode(ids, skip_special_tokens=True)
+    def _decode_new(self) -> str:
+        """The text of the ids that are not yet in `text`."""
+        decode = partial(self._tokenizer.decode, skip_special_tokens=True)
+        known = decode(self._ids[self._context : self._read])
+        return decode(self._ids[self._context :])[len(known) :]
 
-    def _hold_back(self, text: str) -> None:
-        self._held_back += text
-        self.decoded += len(text)
-
-    def _shorten(self, held_back: str) -> None:
-        self.decoded -= len(self._held_back) - len(held_back)
-        self._held_back = held_back
-
-    def _release(self, text: str) -> str:
-        self._hold_back(text)
-        if self._cut_at_stop_string():
-            return ""
-        certain = self._held_back[: max(0, len(self._held_back) - self._max_partial_stop)].rstrip()
-        piece = certain if self._started else certain.lstrip()
-        self._held_back = self._held_back[len(certain) :]
-        if piece and not self._started:
-            self._started, self.leading = True, self.released - len(piece)
-        return piece
-
-    def _cut_at_stop_string(self) -> bool:
-        """Cut the held-back text before the first stop string in it."""
-        places = [i for s in self._stop if (i := self._held_back.find(s)) >= 0]
+    def _release(self, new: str, held_back: int) -> str:
+        """Append `new` -> the piece that is certain when the last `held_back` characters may begin a stop string."""
+        self.text += new
+        places = [i for s in self._stop if (i := self.text.find(s, self.released)) >= 0]
         if places:
-            self._shorten(self._held_back[: min(places)])
-            self.stopped = True
-        return bool(places)
+            self.text = self.text[: min(places)]
+            self.stopped, held_back = True, 0
+        piece = self.text[self.released : max(self.released, len(self.text) - held_back)].rstrip()
+        is_first = not self.released
+        self.released += len(piece)
+        if is_first:
+            self.leading = len(piece) - len(piece.lstrip())
+        return piece.lstrip() if is_first else piece
 
 
 class LogprobsBuffer:
@@ -142,7 +121,7 @@ def token_text(tokenizer: Any, token: int) -> tuple[str, list[int] | None]:
 
 @cache
 def _byte_alphabet() -> dict[str, int]:
-    """Character -> byte in byte-level BPE (Radford et al. 2019): printable bytes stay, others are U+0100 on."""
-    plain = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    others = [b for b in range(256) if b not in plain]
-    return {chr(b): b for b in plain} | {chr(256 + i): b for i, b in enumerate(others)}
+    """Character -> byte in byte-level BPE (Radford et al. 2019)."""
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    return {character: byte for byte, character in bytes_to_unicode().items()}

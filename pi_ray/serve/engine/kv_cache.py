@@ -3,14 +3,12 @@ any step.
 
     keys, values   (layers, rows, heads, capacity, dim); each row from position 0 on, zeros behind its end
 
-transformers sees one layer at a time, as its own Cache. The model needs attention over keys and values in every layer;
-a sliding window becomes part of the mask. `create_kv_cache` finds out by computing with a model whether it is such a
-one, and else makes an UnbatchedCache.
+The model needs attention over keys and values in every layer; a sliding window becomes part of the mask.
+`create_kv_cache` finds out by computing with a model whether it is such a one, and else makes an UnbatchedCache.
 """
 
 from __future__ import annotations
 
-import inspect
 import logging
 from collections.abc import Sequence
 from typing import Any
@@ -19,10 +17,9 @@ import torch
 from transformers import DynamicCache
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
-from pi_ray.models import last_logits_index
+from pi_ray.models import cache_argument, last_logits_index
 from pi_ray.serve.engine.multi_lora import BASE_SLOT, MultiLora
 from pi_ray.serve.engine.prefix_cache import Block
-from pi_ray.serve.engine.unbatched_cache import UnbatchedCache
 
 log = logging.getLogger("ray.serve")
 CAPACITY_STEP = 64  # positions by which the capacity grows, at least
@@ -30,38 +27,24 @@ CAPACITY_STEP = 64  # positions by which the capacity grows, at least
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.1}
 
 
-class KVCacheLayer(DynamicLayer):
-    """One layer of a KVCache, with the interface of transformers."""
+class KVCache(Cache):
+    """The rows in use are the first `len(lengths)`; `lengths[i]` tokens of row i have been read.
 
-    def __init__(self, kv_cache: KVCache, index: int):
-        super().__init__()
-        self._kv_cache, self._index = kv_cache, index
-
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        return self._kv_cache.update(self._index, key_states, value_states)
-
-    def get_seq_length(self, *_: Any) -> int:
-        return 0
-
-
-class KVCache:
-    """The rows in use are the first `len(lengths)`; `lengths[i]` tokens of row i have been read."""
+    The model sees it as a transformers Cache without layers, which has read nothing: mask and positions say the rest.
+    """
 
     chunked_prefill = True  # a prompt may be read in pieces
 
     def __init__(self, model: Any, multi_lora: MultiLora, keys: Sequence[torch.Tensor], values: Sequence[torch.Tensor]):
         """`keys`, `values`: one tensor a layer as the model makes them, (1, heads, any, dim)."""
+        super().__init__(layers=[])
         self.model, self.multi_lora = model, multi_lora
         self.lengths: list[int] = []
-        self.layers = len(keys)
+        self.num_layers = len(keys)
         self.heads = keys[0].shape[1]
         self._like: dict[str, Any] = {"dtype": keys[0].dtype, "device": keys[0].device}
+        self._config = model.config.get_text_config()
         self._dims = keys[0].shape[3], values[0].shape[3]
-        self._cache = Cache(layers=[KVCacheLayer(self, i) for i in range(self.layers)])
-        self._masks = _AttentionMasks(model.config.get_text_config())
-        self._cache_argument = cache_argument(model)
         self._release()
 
     @property
@@ -91,20 +74,20 @@ class KVCache:
         positions = start + (steps + size) % width  # the padding wraps around to behind the row's end
         self._set_write_positions(first, positions, max(starts) + width)
         self.multi_lora.set_active_slots(adapter_slots, width)
-        out = self.model(
-            input_ids=ids, attention_mask=self._masks(positions, self._visible[1], self._like["dtype"]),
-            position_ids=positions.where(real, 0), use_cache=True, logits_to_keep=last_logits_index(1, device),
-            **{self._cache_argument: self._cache},
-        )  # fmt: skip
+        mask = _attention_mask(self._config, positions, max(starts) + width, self._like["dtype"])
+        positions = positions.where(real, 0)
+        logits = _last_logits(self.model, self, input_ids=ids, attention_mask=mask, position_ids=positions)
         for i, chunk in enumerate(chunks):
             self.lengths[first + i] += len(chunk)
-        return out.logits[:, -1]
+        return logits
 
-    def update(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *_: Any, **__: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Write (rows, heads, tokens, dim) at the write positions -> all that the rows attend to, (..., width, dim)."""
         rows, width = self._visible
         visible = []
-        for store, new in ((self.keys[layer], keys), (self.values[layer], values)):
+        for store, new in ((self.keys[layer_idx], key_states), (self.values[layer_idx], value_states)):
             store.view(-1, store.shape[-1]).index_copy_(0, self._write_index, new.reshape(-1, store.shape[-1]))
             visible.append(store[rows, :, :width])
         return visible[0], visible[1]
@@ -153,30 +136,75 @@ class KVCache:
             capacity = -(-max(capacity, old_capacity * 5 // 4) // CAPACITY_STEP) * CAPACITY_STEP
         rows, capacity = max(rows, old_rows), max(capacity, old_capacity, CAPACITY_STEP)
         for name, dim in zip(("keys", "values"), self._dims, strict=True):
-            new = torch.zeros(self.layers, rows, self.heads, capacity, dim, **self._like)
+            new = torch.zeros(self.num_layers, rows, self.heads, capacity, dim, **self._like)
             new[:, :old_rows, :, :old_capacity] = getattr(self, name)
             setattr(self, name, new)
 
     def _release(self) -> None:
-        self.keys, self.values = (torch.zeros(self.layers, 0, self.heads, 0, dim, **self._like) for dim in self._dims)
+        empty = (self.num_layers, 0, self.heads, 0)
+        self.keys, self.values = (torch.zeros(*empty, dim, **self._like) for dim in self._dims)
 
 
-class _AttentionMasks:
-    """Additive masks as the model wants them: one, or one for each type of layer."""
+class UnbatchedCache:
+    """KVCache's interface without blocks: a cache of the model's own kind for each sequence, for models that keep other
+    state. Several sequences take as long as one after the other.
+    """
 
-    def __init__(self, config: Any):
-        self._types = sorted(set(getattr(config, "layer_types", None) or []))
-        sliding = getattr(config, "use_sliding_window", True)
-        self._window = getattr(config, "sliding_window", None) if sliding else None
+    chunked_prefill = False  # a recurrent layer reads more than one token only at the start
+    nbytes = 0
 
-    def __call__(self, positions: torch.Tensor, width: int, dtype: torch.dtype) -> Any:
-        """`positions` (rows, tokens) -> (rows, 1, tokens, width): a token sees itself and the tokens before it."""
-        columns, positions = torch.arange(width, device=positions.device), positions[:, None, :, None]
-        causal = columns <= positions
-        near = causal & (columns > positions - self._window) if self._window else causal
-        if len(self._types) > 1:
-            return {kind: _additive(near if kind == "sliding_attention" else causal, dtype) for kind in self._types}
-        return _additive(causal if self._types == ["full_attention"] else near, dtype)
+    def __init__(self, model: Any, multi_lora: MultiLora):
+        self.model, self.multi_lora = model, multi_lora
+        self.lengths: list[int] = []
+        self._caches: list[Cache] = []
+
+    def add_rows(self, rows: int) -> None:
+        self.lengths += [0] * rows
+        self._caches += [DynamicCache(config=self.model.config) for _ in range(rows)]
+
+    def forward(self, first: int, chunks: Sequence[Sequence[int]], adapter_slots: Sequence[int]) -> torch.Tensor:
+        """Append `chunks[i]` to row first + i -> the logits after it, (rows, vocabulary)."""
+        logits = []
+        for row, (chunk, slot) in enumerate(zip(chunks, adapter_slots, strict=True), start=first):
+            self.multi_lora.set_active_slots([slot], len(chunk))
+            ids = torch.tensor([list(chunk)], device=self.model.device)
+            start, self.lengths[row] = self.lengths[row], self.lengths[row] + len(chunk)
+            positions = torch.arange(start, self.lengths[row], device=self.model.device)[None]
+            logits.append(_last_logits(self.model, self._caches[row], input_ids=ids, position_ids=positions))
+        return torch.cat(logits)
+
+    def move_row(self, source: int, target: int) -> None:
+        self._caches[target], self.lengths[target] = self._caches[source], self.lengths[source]
+
+    def pop_row(self) -> None:
+        self.lengths.pop()
+        self._caches.pop()
+
+    def copy_block(self, *_: Any) -> Block:
+        raise NotImplementedError("the prefix cache is off for this model")
+
+    load_blocks = copy_block
+
+
+def _last_logits(model: Any, cache: Cache, **inputs: torch.Tensor) -> torch.Tensor:
+    """The logits after the last token of each row, (rows, vocabulary)."""
+    index = last_logits_index(1, model.device)
+    out = model(**inputs, use_cache=True, logits_to_keep=index, **{cache_argument(type(model)): cache})
+    return out.logits[:, -1]
+
+
+def _attention_mask(config: Any, positions: torch.Tensor, width: int, dtype: torch.dtype) -> Any:
+    """`positions` (rows, tokens) -> the additive mask (rows, 1, tokens, width), where a token sees itself and the
+    tokens before it. A dict where the model has several types of layer.
+    """
+    types = set(getattr(config, "layer_types", None) or [])
+    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+    columns, positions = torch.arange(width, device=positions.device), positions[:, None, :, None]
+    causal = columns <= positions
+    near = causal & (columns > positions - window) if window else causal
+    if len(types) > 1:
+        return {kind: _additive(near if kind == "sliding_attention" else causal, dtype) for kind in types}
+    return _additive(causal if types == {"full_attention"} else near, dtype)
 
 
 def _additive(visible: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -184,15 +212,10 @@ def _additive(visible: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return zeros.masked_fill_(~visible, torch.finfo(dtype).min)
 
 
-def cache_argument(model: Any) -> str:
-    """The name of the model's argument for its cache, which transformers renamed."""
-    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
-
-
 @torch.inference_mode()
 def create_kv_cache(model: Any, multi_lora: MultiLora) -> KVCache | UnbatchedCache:
     """A KVCache where the model computes with it what it computes by itself, else an UnbatchedCache."""
-    unbatched = UnbatchedCache(model, multi_lora, cache_argument(model))
+    unbatched = UnbatchedCache(model, multi_lora)
     try:
         batched = _batched_cache(model, multi_lora)
         difference = _logits_difference(unbatched, batched)
@@ -203,9 +226,8 @@ def create_kv_cache(model: Any, multi_lora: MultiLora) -> KVCache | UnbatchedCac
         reason = str(error)
     log.warning(
         "this model cannot be batched token by token (%s): its answers are computed one after the other, without a "
-        "prefix cache",
-        reason,
-    )
+        "prefix cache", reason,
+    )  # fmt: skip
     return unbatched
 
 
@@ -214,7 +236,7 @@ def _batched_cache(model: Any, multi_lora: MultiLora) -> KVCache:
     cache = DynamicCache(config=model.config)
     multi_lora.set_active_slots([BASE_SLOT], 1)
     ids = torch.ones(1, 1, dtype=torch.long, device=model.device)
-    model(input_ids=ids, use_cache=True, **{cache_argument(model): cache})
+    model(input_ids=ids, use_cache=True, **{cache_argument(type(model)): cache})
     plain = (DynamicLayer, DynamicSlidingWindowLayer)
     if other := {type(layer).__name__ for layer in cache.layers if type(layer) not in plain}:
         raise ValueError(f"it has layers that keep something else than keys and values: {', '.join(sorted(other))}")

@@ -8,22 +8,33 @@ et al. 2023).
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Sequence
 from itertools import groupby
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 
 from pi_ray.errors import AdapterError
-from pi_ray.serve.engine.lora_weights import LoraWeights, linear_layers, read_lora_weights
 from pi_ray.serve.engine.onednn_linear import get_weight, set_weight
+from pi_ray.store.verify import CONFIG_FILE, LORA_TENSOR, WEIGHTS_FILE, open_weights, read_json
 
 BASE_SLOT = -1  # the slot of rows without an adapter
 # padded places for each row, up to which one batched product is faster than one adapter after the other
 MAX_PADDING = 4
+EXPERT_LAYER = ".experts."  # single experts see tokens of many rows, in an order of their own
 AddLora = Callable[["MultiLoraLayer", torch.Tensor, torch.Tensor], Any]  # (layer, input, output): adds to the output
+# Module name -> A (rank, in) and B (out, rank) of one adapter, with the scaling in B, float32 on the CPU.
+LoraPairs = dict[str, tuple[torch.Tensor, torch.Tensor]]
+
+
+class LoadedAdapter(NamedTuple):
+    slot: int
+    rank: int
+    layers: Collection[str]  # that it adapts
 
 
 class MultiLoraLayer:
@@ -48,6 +59,8 @@ class MultiLoraLayer:
             self.b[slot, : len(a)].copy_(b.T)
 
     def resize(self, slots: int, rank: int) -> None:
+        if self.a.shape[:2] == (slots, rank):
+            return
         s, r = min(slots, self.a.shape[0]), min(rank, self.a.shape[1])
         for name in ("a", "b"):
             old = getattr(self, name)
@@ -68,16 +81,15 @@ class MultiLora:
         self.add_lora: AddLora | None = None  # how the next forward pass adds adapters; None: no row has one
         self.merged = ""
         self.hits = self.misses = self.evictions = 0
-        self._linears = linear_layers(base)
+        self._linears = {name: m for name, m in base.named_modules() if isinstance(m, torch.nn.Linear)}
         self._like = {"dtype": base.dtype, "device": base.device}
-        self._slots: OrderedDict[str, int] = OrderedDict()  # folder -> slot, least recently used first
-        self._loaded: dict[str, tuple[int, Collection[str]]] = {}  # folder -> its rank and the layers that it adapts
+        self._loaded: OrderedDict[str, LoadedAdapter] = OrderedDict()  # by folder, least recently used first
         self._layers: dict[str, MultiLoraLayer] = {}
         self._shape = (0, 0)  # slots, rank
         self._active: Any = None
 
     def __len__(self) -> int:
-        return len(self._slots)
+        return len(self._loaded)
 
     @property
     def nbytes(self) -> int:
@@ -85,27 +97,29 @@ class MultiLora:
 
     def has_room_for(self, folder: str, in_use: Collection[str]) -> bool:
         """Whether `folder` can be loaded without evicting an adapter of `in_use`."""
-        loaded = not folder or bool(self.merged) or folder in self._slots
-        return loaded or len(set(in_use) - {""}) < self.max_loras
+        return not folder or bool(self.merged) or folder in self._loaded or len(set(in_use) - {""}) < self.max_loras
 
     @torch.inference_mode()
     def load(self, folder: str, in_use: Collection[str] = ()) -> int:
         """Load `folder` if need be -> its slot; "" is the bare base. Raises AdapterError where it does not fit."""
-        if self.merged:
-            return self._merged_slot(folder)
-        if not folder:
+        if self.merged and folder != self.merged:
+            raise AdapterError(
+                "this server has one adapter merged into the base model (serve.merge) and serves it alone; "
+                f"{'no other one' if folder else 'not the bare base'}"
+            )
+        if self.merged or not folder:
             return BASE_SLOT
-        if folder in self._slots:
+        if folder in self._loaded:
             self.hits += 1
         else:
             self.misses += 1
-            weights = self._read(folder)
-            idle = [f for f in self._slots if f not in in_use]
-            for old in idle[: max(0, len(self._slots) + 1 - self.max_loras)]:
+            pairs = self._read(folder)
+            idle = [f for f in self._loaded if f not in in_use]
+            for old in idle[: max(0, len(self._loaded) + 1 - self.max_loras)]:
                 self._evict(old)
-            self._place(folder, weights)
-        self._slots.move_to_end(folder)
-        return self._slots[folder]
+            self._place(folder, pairs)
+        self._loaded.move_to_end(folder)
+        return self._loaded[folder].slot
 
     def set_active_slots(self, slots: Sequence[int], tokens: int) -> None:
         """Row i of the next forward pass, of `tokens` tokens, has the adapter in `slots[i]` (or BASE_SLOT)."""
@@ -116,7 +130,7 @@ class MultiLora:
     @torch.no_grad()
     def merge(self, folder: str) -> None:
         """Add `folder` into the base weights for good; it alone is served then. May raise AdapterError."""
-        pairs = self._read(folder).pairs
+        pairs = self._read(folder)
         if not all(self._linears[name].weight.is_floating_point() for name in pairs):
             raise AdapterError(
                 "an adapter cannot be merged into quantised weights; leave serve.merge or model.quantize out"
@@ -127,45 +141,47 @@ class MultiLora:
             set_weight(linear, (weight.float() + b.to(weight.device) @ a.to(weight.device)).to(weight.dtype))
         self.merged = folder
 
-    def _merged_slot(self, folder: str) -> int:
-        if folder != self.merged:
-            raise AdapterError(
-                "this server has one adapter merged into the base model (serve.merge) and serves it alone; "
-                f"{'no other one' if folder else 'not the bare base'}"
-            )
-        return BASE_SLOT
+    def _read(self, folder: str) -> LoraPairs:
+        """Read a verified adapter by name and shape: of its config only rank and scaling have an effect.
 
-    def _read(self, folder: str) -> LoraWeights:
-        weights, dtype = read_lora_weights(folder, self._linears), self._like["dtype"]
-        for name, pair in weights.pairs.items():
+        Raises AdapterError, before a tensor is read, when one does not fit its layer, and for an overflow.
+        """
+        saved = read_json(Path(folder, CONFIG_FILE))
+        scale = saved["lora_alpha"] / (math.sqrt(saved["r"]) if saved.get("use_rslora") else saved["r"])
+        names: dict[str, dict[str, str]] = {}
+        with open_weights(Path(folder, WEIGHTS_FILE)) as file:
+            for name in file.keys():  # noqa: SIM118 (not a dict)
+                match = LORA_TENSOR.fullmatch(name)
+                assert match, "verification lets no other names through"
+                _check_fit(match[1], match[2], file.get_slice(name).get_shape(), self._linears)
+                names.setdefault(match[1], {})[match[2]] = name
+            pairs = {
+                module: (file.get_tensor(pair["A"]).float(), file.get_tensor(pair["B"]).float() * scale)
+                for module, pair in names.items()
+            }
+        dtype = self._like["dtype"]
+        for module, pair in pairs.items():
             if not all(torch.isfinite(t.to(dtype)).all() for t in pair):
-                raise AdapterError(f"its matrices for {name!r} with their scaling are too large for {dtype}")
-        return weights
+                raise AdapterError(f"its matrices for {module!r} with their scaling are too large for {dtype}")
+        return pairs
 
-    def _place(self, folder: str, weights: LoraWeights) -> None:
-        slot = min(set(range(self.max_loras)) - set(self._slots.values()))
-        self._loaded[folder] = (weights.rank, weights.pairs.keys())
-        self._slots[folder] = slot
-        self._resize()
-        for name in weights.pairs.keys() - self._layers.keys():
+    def _place(self, folder: str, pairs: LoraPairs) -> None:
+        slot = min(set(range(self.max_loras)) - {adapter.slot for adapter in self._loaded.values()})
+        self._loaded[folder] = LoadedAdapter(slot, max(len(a) for a, _ in pairs.values()), pairs.keys())
+        # Room for the slots in use, doubled so that it seldom changes, and for the largest rank among them.
+        slots = min(1 << max(adapter.slot for adapter in self._loaded.values()).bit_length(), self.max_loras)
+        self._shape = max(slots, self._shape[0]), max(adapter.rank for adapter in self._loaded.values())
+        for layer in self._layers.values():
+            layer.resize(*self._shape)
+        for name in pairs.keys() - self._layers.keys():
             self._layers[name] = MultiLoraLayer(self._linears[name], *self._shape, self._like, self)
         for name, layer in self._layers.items():
-            layer.set_slot(slot, weights.pairs.get(name))
-
-    def _resize(self) -> None:
-        """Make room for the slots in use (doubling, so that it seldom changes) and for the largest rank among them."""
-        slots = min(1 << max(self._slots.values()).bit_length(), self.max_loras)
-        shape = max(slots, self._shape[0]), max(rank for rank, _ in self._loaded.values())
-        if shape != self._shape:
-            self._shape = shape
-            for layer in self._layers.values():
-                layer.resize(*shape)
+            layer.set_slot(slot, pairs.get(name))
 
     def _evict(self, folder: str) -> None:
         self.evictions += 1
-        self._slots.pop(folder)
         self._loaded.pop(folder)
-        for name in self._layers.keys() - {name for _, layers in self._loaded.values() for name in layers}:
+        for name in self._layers.keys() - {name for adapter in self._loaded.values() for name in adapter.layers}:
             self._layers.pop(name).remove()
 
     def _choose(self, slots: Sequence[int], tokens: int) -> AddLora | None:
@@ -174,7 +190,8 @@ class MultiLora:
         if not used:
             return None
         if len(set(slots)) == 1:
-            return _for_all_rows(slots[0])
+            slot = slots[0]
+            return lambda layer, x, out: out.addmm_(F.linear(x, layer.a[slot]), layer.b[slot])
         if tokens > 1:
             return _in_turn(slots)
         low, high = min(used), max(used) + 1
@@ -184,8 +201,18 @@ class MultiLora:
         return _in_turn(slots)
 
 
-def _for_all_rows(slot: int) -> AddLora:
-    return lambda layer, x, out: out.addmm_(F.linear(x, layer.a[slot]), layer.b[slot])
+def _check_fit(module: str, side: str, shape: Sequence[int], layers: dict[str, torch.nn.Linear]) -> None:
+    """Raise AdapterError where a matrix, `side` A or B, is for a layer that does not exist or has another size."""
+    if module not in layers:
+        raise AdapterError(f"it adapts {module!r}, which the base model does not have as a linear layer")
+    if EXPERT_LAYER in module:
+        raise AdapterError(
+            f"it adapts {module!r}, one expert of several; adapters of single experts can be evaluated but not served"
+        )
+    layer = layers[module]
+    expected, found = (layer.in_features, shape[1]) if side == "A" else (layer.out_features, shape[0])
+    if expected != found:
+        raise AdapterError(f"its matrix {side} for {module!r} has size {found}, the base model's layer has {expected}")
 
 
 def _in_turn(slots: Sequence[int]) -> AddLora:

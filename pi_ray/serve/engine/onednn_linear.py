@@ -39,7 +39,7 @@ def use_onednn_linears(model: Any) -> bool:
     try:
         expected = model(input_ids=ids).logits
         for layer in layers:
-            replace_forward(layer, OneDnnForward(layer.weight, layer.bias))
+            _pack(layer, layer.weight)
         difference = ((model(input_ids=ids).logits - expected).abs().max() / expected.std()).item()
         if difference < TOLERANCE:
             return True
@@ -53,8 +53,8 @@ def use_onednn_linears(model: Any) -> bool:
     return False
 
 
-def replace_forward(layer: torch.nn.Linear, forward: OneDnnForward) -> None:
-    vars(layer)["forward"] = forward
+def _pack(layer: torch.nn.Linear, weight: torch.Tensor) -> None:
+    vars(layer)["forward"] = OneDnnForward(weight, layer.bias)
     layer.weight = torch.nn.Parameter(torch.empty(0), requires_grad=False)
 
 
@@ -66,8 +66,7 @@ def get_weight(layer: torch.nn.Linear) -> torch.Tensor:
 
 def set_weight(layer: torch.nn.Linear, weight: torch.Tensor) -> None:
     """Replace the weight of a layer by a tensor of its own, even where it was tied to the embeddings."""
-    forward = vars(layer).get("forward")
-    if forward:
-        replace_forward(layer, OneDnnForward(weight, forward.bias))
+    if "forward" in vars(layer):
+        _pack(layer, weight)
     else:
         layer.weight = torch.nn.Parameter(weight, requires_grad=False)

@@ -4,69 +4,60 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from itertools import count
 
 import torch
 
 BLOCK_SIZE = 16  # tokens
 Block = tuple[torch.Tensor, torch.Tensor]  # keys and values, (layers, heads, BLOCK_SIZE, dim) each
-
-
-class PrefixNode:
-    """A block behind those on the path to it; a root has none. Tokens are compared, not their hashes."""
-
-    def __init__(self, parent: PrefixNode | None = None, tokens: tuple[int, ...] = (), block: Block | None = None):
-        self.parent, self.tokens, self.block = parent, tokens, block
-        self.children: dict[tuple[int, ...], PrefixNode] = {}
-
-    @property
-    def nbytes(self) -> int:
-        return sum(tensor.nbytes for tensor in self.block or ())
+# What a block follows, its adapter or the number of another block, and its tokens, which are compared, not their hashes
+BlockKey = tuple[str | int, tuple[int, ...]]
 
 
 class PrefixCache:
-    """A tree of blocks for each adapter, at most `limit` bytes in all; the least recently used leaf is evicted."""
+    """At most `limit` bytes of blocks, in a tree for each adapter; the least recently used leaf is evicted."""
 
     def __init__(self, limit: int):
         self.limit = limit
         self.nbytes = 0
-        self._roots: dict[str, PrefixNode] = {}
-        self._lru: OrderedDict[PrefixNode, None] = OrderedDict()  # least recently used first, children before parents
+        self._numbers = count()
+        # -> (the block's number, block); least recently used first, each block before the one that it follows
+        self._blocks: OrderedDict[BlockKey, tuple[int, Block]] = OrderedDict()
 
     def find(self, adapter: str, prompt: Sequence[int]) -> list[Block]:
         """Blocks of the longest cached prefix of `prompt`, without its last token, which gives the logits."""
         path = self._path(adapter, prompt, (len(prompt) - 1) // BLOCK_SIZE)
         self._mark_used(path)
-        return [node.block for node in path if node.block]
+        return [self._blocks[key][1] for key in path]
 
     def add(self, adapter: str, prompt: Sequence[int], copy_block: Callable[[int, int], Block]) -> None:
         """Cache the whole blocks of `prompt` that are not cached yet, copied by `copy_block(start, stop)`."""
         if not self.limit:
             return
         path = self._path(adapter, prompt, len(prompt) // BLOCK_SIZE)
-        node = path[-1] if path else self._roots.setdefault(adapter, PrefixNode())
         for start in range(len(path) * BLOCK_SIZE, len(prompt) - BLOCK_SIZE + 1, BLOCK_SIZE):
-            tokens = tuple(prompt[start : start + BLOCK_SIZE])
-            node.children[tokens] = node = PrefixNode(node, tokens, copy_block(start, start + BLOCK_SIZE))
-            self.nbytes += node.nbytes
-            path.append(node)
+            keys, values = copy_block(start, start + BLOCK_SIZE)
+            follows = self._blocks[path[-1]][0] if path else adapter
+            path.append((follows, tuple(prompt[start : start + BLOCK_SIZE])))
+            self._blocks[path[-1]] = next(self._numbers), (keys, values)
+            self.nbytes += keys.nbytes + values.nbytes
         self._mark_used(path)
         while self.nbytes > self.limit:
-            evicted, _ = self._lru.popitem(last=False)
-            self.nbytes -= evicted.nbytes
-            assert evicted.parent, "roots are not in the list"
-            del evicted.parent.children[evicted.tokens]
+            _, (_, (keys, values)) = self._blocks.popitem(last=False)
+            self.nbytes -= keys.nbytes + values.nbytes
 
-    def _path(self, adapter: str, prompt: Sequence[int], blocks: int) -> list[PrefixNode]:
-        """The cached ones of the first `blocks` blocks of `prompt`, from the root on."""
-        node, path = self._roots.get(adapter), []
-        for i in range(blocks):
-            node = node and node.children.get(tuple(prompt[i * BLOCK_SIZE : (i + 1) * BLOCK_SIZE]))
-            if not node:
+    def _path(self, adapter: str, prompt: Sequence[int], blocks: int) -> list[BlockKey]:
+        """The keys of those of the first `blocks` blocks of `prompt` that are cached."""
+        path: list[BlockKey] = []
+        follows: str | int = adapter
+        for start in range(0, blocks * BLOCK_SIZE, BLOCK_SIZE):
+            key = (follows, tuple(prompt[start : start + BLOCK_SIZE]))
+            if key not in self._blocks:
                 break
-            path.append(node)
+            follows, _ = self._blocks[key]
+            path.append(key)
         return path
 
-    def _mark_used(self, path: Sequence[PrefixNode]) -> None:
-        for node in reversed(path):
-            self._lru[node] = None
-            self._lru.move_to_end(node)
+    def _mark_used(self, path: Sequence[BlockKey]) -> None:
+        for key in reversed(path):
+            self._blocks.move_to_end(key)

@@ -7,6 +7,7 @@ from typing import Any
 from pi_ray.config import ServeConfig
 
 HEALTH_PERIOD_S = 2  # Serve replaces a replica after three failures in a row
+DEFAULT_MAX_LORAS = 16  # when serve.max_loras is not set
 
 
 def replica_options(limits: ServeConfig, cluster: dict[str, float], actor_options: dict[str, Any]) -> dict[str, Any]:
@@ -16,43 +17,26 @@ def replica_options(limits: ServeConfig, cluster: dict[str, float], actor_option
     """
     scarce = cluster.get("GPU") or cluster.get("CPU", 0)
     return {
-        "max_ongoing_requests": limits.max_ongoing_requests,
-        "max_queued_requests": limits.max_queued_requests,
+        "max_ongoing_requests": limits.max_ongoing_requests, "max_queued_requests": limits.max_queued_requests,
         "autoscaling_config": {
-            "min_replicas": limits.min_replicas,
             # One starts even where none may be left: a model that cannot load then fails the deployment.
             "initial_replicas": max(1, limits.min_replicas),
-            "max_replicas": limits.max_replicas,
-            "target_ongoing_requests": limits.max_ongoing_requests * 0.75,
-            "upscale_delay_s": limits.upscale_delay_s,
-            "downscale_delay_s": limits.downscale_delay_s,
+            "min_replicas": limits.min_replicas, "max_replicas": limits.max_replicas,
+            "target_ongoing_requests": limits.max_ongoing_requests * 0.75, "look_back_period_s": 15,
+            "upscale_delay_s": limits.upscale_delay_s, "downscale_delay_s": limits.downscale_delay_s,
             "downscale_to_zero_delay_s": limits.downscale_to_zero_delay_s,
-            "look_back_period_s": 15,
         },
         "ray_actor_options": {"num_cpus": 1, "num_gpus": int(cluster.get("GPU", 0) > 0), **actor_options},
-        # A new version comes up beside the old one, which serves until then. Without room for both the old one goes
-        # first.
+        # A new version comes up beside the old one, which serves until then; without room for both the old goes first.
         "max_surge_percent": 100 if scarce > limits.max_replicas else 0,
-        **lifecycle_options(limits),
-    }
+        "health_check_period_s": HEALTH_PERIOD_S, "health_check_timeout_s": 10,
+        "graceful_shutdown_timeout_s": limits.graceful_shutdown_timeout_s,
+    }  # fmt: skip
 
 
 def front_replica_options(limits: ServeConfig) -> dict[str, Any]:
     """Options for Model in front of an engine with its own deployment: one light replica checks and tokenises."""
-    return {
-        "num_replicas": 1,
-        "max_ongoing_requests": limits.max_ongoing_requests * limits.max_replicas,
-        "max_queued_requests": limits.max_queued_requests,
-        "ray_actor_options": {"num_cpus": 1},
-        "max_surge_percent": 100,
-        **lifecycle_options(limits),
-    }
-
-
-def lifecycle_options(limits: ServeConfig) -> dict[str, Any]:
-    """Serve replaces a replica that fails its health check, and lets one that has to go finish what it has begun."""
-    return {
-        "health_check_period_s": HEALTH_PERIOD_S,
-        "health_check_timeout_s": 10,
-        "graceful_shutdown_timeout_s": limits.graceful_shutdown_timeout_s,
-    }
+    options = replica_options(limits, {}, {})
+    del options["autoscaling_config"]
+    ongoing = limits.max_ongoing_requests * limits.max_replicas
+    return {**options, "num_replicas": 1, "max_ongoing_requests": ongoing, "max_surge_percent": 100}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
 import torch
 
@@ -13,37 +12,30 @@ from pi_ray.protocols import GenerationRequest, Token
 PARTIAL_SORT = 1024  # tokens that are sorted first; a nucleus is seldom larger
 
 
-@dataclass(frozen=True)
 class Sampler:
     """The sampling settings of one sequence. A seed gives the same tokens in any batch."""
 
-    temperature: float
-    top_p: float
-    logprobs: int | None
-    random: random.Random = field(repr=False)
-
-    @classmethod
-    def from_request(cls, request: GenerationRequest) -> Sampler:
+    def __init__(self, request: GenerationRequest):
+        self.temperature, self.top_p, self.logprobs = request.temperature, request.top_p, request.logprobs
         seed = None if request.seed is None else request.seed % 2**64  # Random(-1) would be Random(1)
-        return cls(request.temperature, request.top_p, request.logprobs, random.Random(seed))
+        self.random = random.Random(seed)
 
 
 def sample_tokens(logits: torch.Tensor, samplers: Sequence[Sampler]) -> list[Token | None]:
     """Logits (sequences, vocabulary) -> one token for each sequence; None where the logits are not finite."""
     highest, argmax = logits.max(-1)
     ids, finite = argmax.tolist(), torch.isfinite(highest).tolist()
-    random_rows = [i for i, sampler in enumerate(samplers) if sampler.temperature > 0 and finite[i]]
     for nucleus in (False, True):
-        if rows := [i for i in random_rows if (samplers[i].top_p < 1) == nucleus]:
+        rows = [i for i, s in enumerate(samplers) if finite[i] and s.temperature > 0 and (s.top_p < 1) == nucleus]
+        if rows:
             for i, drawn in zip(rows, _draw(logits[rows], [samplers[i] for i in rows], nucleus), strict=True):
                 ids[i] = drawn
     tokens: list[Token | None] = [Token(token) if ok else None for token, ok in zip(ids, finite, strict=True)]
     counts = {i: s.logprobs for i, s in enumerate(samplers) if s.logprobs is not None and finite[i]}
-    if counts:
-        rows = list(counts)
-        with_logprobs = _with_logprobs(logits[rows], [ids[i] for i in rows], list(counts.values()))
-        for i, each in zip(rows, with_logprobs, strict=True):
-            tokens[i] = each
+    if rows := list(counts):
+        told = _with_logprobs(logits[rows], [ids[i] for i in rows], list(counts.values()))
+        for i, token in zip(rows, told, strict=True):
+            tokens[i] = token
     return tokens
 
 

@@ -1,14 +1,13 @@
-"""Continuous batching: which requests join the running batch, which tokens the next step reads, and which sequences
-finish.
+"""Continuous batching: which requests join the batch, which tokens the next step reads, which sequences finish.
 
-    waiting --admit--> prefill (the prompt, so many tokens between two decoding steps) --> decode (one token a step) -->
-    finished
+    waiting --admit--> prefill (so many prompt tokens between two steps) --> decode (one token a step) --> finished
 
 Only the engine's decoding thread calls it.
 """
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -16,17 +15,59 @@ from typing import Any
 import torch
 
 from pi_ray.config import ServeConfig
+from pi_ray.protocols import GenerationRequest, Token
 from pi_ray.serve.engine.kv_cache import create_kv_cache
 from pi_ray.serve.engine.multi_lora import MultiLora
 from pi_ray.serve.engine.onednn_linear import use_onednn_linears
-from pi_ray.serve.engine.prefix_cache import BLOCK_SIZE, PrefixCache
-from pi_ray.serve.engine.sampling import sample_tokens
-from pi_ray.serve.engine.sequence import GenerationSequence, OutputQueue
+from pi_ray.serve.engine.prefix_cache import BLOCK_SIZE, Block, PrefixCache
+from pi_ray.serve.engine.replica_options import DEFAULT_MAX_LORAS
+from pi_ray.serve.engine.sampling import Sampler, sample_tokens
 
-DEFAULT_MAX_LORAS = 16  # when serve.max_loras is not set
 DEFAULT_PREFILL_TOKENS = {"cpu": 256}  # prompt tokens between two decoding steps, when serve.prefill_tokens is not set
 IDLE_PREFILL_TOKENS = 2048  # the same on a GPU, and while no sequence decodes
 MAX_SKIPPED_STEPS = 32  # how often later requests may go first while a request's adapter has no slot
+
+Output = Token | Exception | None  # an exception ends the request with an error, None ends it
+
+
+class GenerationSequence:
+    """A request while the engine generates for it (vLLM's Sequence). Created in the caller's event loop."""
+
+    def __init__(self, request: GenerationRequest):
+        self.request = request
+        self.sampler = Sampler(request)
+        self.output_ids: list[int] = []
+        self.adapter_slot = 0  # in MultiLora
+        self.cached_blocks: list[Block] = []  # the blocks of its prompt that the prefix cache has
+        self.skipped_steps = 0  # how often later requests went first because its adapter had no slot
+        self.prefill_alone = False  # a prefill of several sequences, this one among them, failed
+        self.closed = False  # the caller went away; the decoding thread drops the sequence before its next step
+        self.loop = asyncio.get_running_loop()
+        self.queue: asyncio.Queue[Output] = asyncio.Queue()
+
+
+class OutputQueue:
+    """Carries tokens from the decoding thread to the callers, with one call into each event loop a step."""
+
+    def __init__(self) -> None:
+        self._outputs: dict[Any, list[tuple[GenerationSequence, Output]]] = {}
+
+    def put(self, sequence: GenerationSequence, output: Output) -> None:
+        self._outputs.setdefault(sequence.loop, []).append((sequence, output))
+
+    def flush(self) -> None:
+        for loop, outputs in self._outputs.items():
+            try:
+                loop.call_soon_threadsafe(_deliver, outputs)
+            except RuntimeError:  # the callers' event loop is closed
+                for sequence, _ in outputs:
+                    sequence.closed = True
+        self._outputs = {}
+
+
+def _deliver(outputs: Sequence[tuple[GenerationSequence, Output]]) -> None:
+    for sequence, output in outputs:
+        sequence.queue.put_nowait(output)
 
 
 class Scheduler:
@@ -48,11 +89,8 @@ class Scheduler:
         self.counts = {"prompt_tokens": 0, "prefix_hit_tokens": 0, "generated_tokens": 0}
 
     def admit(self, waiting: Sequence[GenerationSequence]) -> set[GenerationSequence]:
-        """Start the prefill of as many waiting sequences, first come first served, as there are rows, adapter slots and
-        tokens for.
-
-        Returns the sequences that no longer wait: admitted, closed by their caller, or failed because their adapter
-        cannot be loaded.
+        """Start prefills, first come first served, as far as rows, adapter slots and tokens go -> the sequences that no
+        longer wait: admitted, closed by their caller, or failed because their adapter cannot be loaded.
         """
         done = {seq for seq in waiting if seq.closed}
         if self.num_decoding < len(self.running):  # a prefill is under way
@@ -83,8 +121,7 @@ class Scheduler:
     def step(self) -> list[GenerationSequence]:
         """Prefill the next chunk of admitted prompts, then decode one token of every decoding sequence.
 
-        Returns sequences that have to wait again, because the prefill of several failed and each is now to be tried
-        alone.
+        Returns sequences that wait again: the prefill of several failed, and each is now to be tried alone.
         """
         for i in reversed(range(len(self.running))):
             if self.running[i].closed:
@@ -117,10 +154,8 @@ class Scheduler:
 
     def _prefill(self) -> list[GenerationSequence]:
         first, sequences = self.num_decoding, self.running[self.num_decoding :]
-        rest = [
-            seq.request.prompt_ids[length:]
-            for seq, length in zip(sequences, self.kv_cache.lengths[first:], strict=True)
-        ]
+        lengths = self.kv_cache.lengths[first:]
+        rest = [seq.request.prompt_ids[length:] for seq, length in zip(sequences, lengths, strict=True)]
         chunks = [ids[: self._token_budget()] for ids in rest] if self.kv_cache.chunked_prefill else rest
         try:
             logits = self.kv_cache.forward(first, chunks, [seq.adapter_slot for seq in sequences])

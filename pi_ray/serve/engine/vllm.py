@@ -13,23 +13,24 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator, Iterator
-from dataclasses import dataclass
 from functools import partial
 from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from pi_ray.cluster import placement
 from pi_ray.config import ModelConfig, RunConfig, ServeConfig
 from pi_ray.errors import AdapterError, ConfigError, MissingExtraError
+from pi_ray.models import resolve_base
 from pi_ray.protocols import GenerationRequest, Token
+from pi_ray.serve.engine.replica_options import DEFAULT_MAX_LORAS, replica_options
 from pi_ray.store.adapters import AdapterStore
 from pi_ray.store.verify import CONFIG_FILE, read_json
 
 DEPLOYMENT_NAME = "Vllm"
 BASE_ID = "base"  # the base model's name within the deployment
 SUPPORTED_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # ranks that vLLM has kernels for
-DEFAULT_MAX_LORAS = 16  # when serve.max_loras is not set
 NO_TELEMETRY = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "VLLM_DO_NOT_TRACK": "1"}
 TOKEN_ID_PREFIX = "token_id:"
 
@@ -39,8 +40,10 @@ class VllmEngine:
 
     def __init__(self, model: ModelConfig, serve: ServeConfig):
         from ray.serve import get_deployment_handle
+        from ray.serve.llm.openai_api_models import CompletionRequest
 
         self._handle: Any = get_deployment_handle(DEPLOYMENT_NAME)
+        self._completion_request: Any = CompletionRequest
 
     @staticmethod
     def deployment(config: RunConfig) -> Any:
@@ -55,9 +58,8 @@ class VllmEngine:
                 f"serve.engine vllm needs vLLM: pip install 'pi-ray[vllm]', on a machine with a GPU ({reason})"
             ) from error
         if ray.is_initialized() and not ray.cluster_resources().get("GPU"):
-            raise ConfigError(
-                "serve.engine vllm needs a GPU, and the Ray cluster has none; take serve.engine transformers"
-            )
+            needs = "needs a GPU, and the Ray cluster has none; take serve.engine transformers"
+            raise ConfigError(f"serve.engine vllm {needs}")
         return build_llm_deployment(
             LLMConfig(**llm_config_arguments(config)),
             bind_kwargs={"model_downloader": partial(VerifiedDownloader, config.store, config.model)},
@@ -68,7 +70,8 @@ class VllmEngine:
         """Closing the iterator aborts the request in vLLM."""
         adapter = adapter_spec(request.adapter)
         handle = self._handle.options(stream=True, multiplexed_model_id=adapter)
-        response = handle.completions.remote(_completion_request(request, adapter or BASE_ID))
+        fields = completion_fields(request)
+        response = handle.completions.remote(self._completion_request(model=adapter or BASE_ID, **fields))
         try:
             async for answer in response:
                 for event in answer if isinstance(answer, list) else [answer]:
@@ -81,9 +84,6 @@ class VllmEngine:
 
 def llm_config_arguments(config: RunConfig) -> dict[str, Any]:
     """Arguments of ray.serve.llm.LLMConfig: the model, what the store's adapters need, and the serve block's limits."""
-    from pi_ray.models import resolve_base
-    from pi_ray.serve.engine.replica_options import replica_options
-
     model, limits = config.model, config.serve
     if limits.merge:
         raise ConfigError(
@@ -93,23 +93,18 @@ def llm_config_arguments(config: RunConfig) -> dict[str, Any]:
     max_loras = limits.max_loras or DEFAULT_MAX_LORAS
     adapters, rank = _adapters_and_rank(AdapterStore(config.store, model), config.train.lora.rank)
     engine = {
-        "dtype": "bfloat16" if model.dtype == "auto" else model.dtype,
-        "trust_remote_code": False,
-        "max_num_seqs": limits.max_ongoing_requests,
-        "enable_prefix_caching": limits.prefix_cache_mb > 0,
-        "enable_lora": True,
+        "dtype": "bfloat16" if model.dtype == "auto" else model.dtype, "trust_remote_code": False,
+        "max_num_seqs": limits.max_ongoing_requests, "enable_prefix_caching": limits.prefix_cache_mb > 0,
         # In one batch: one more than there are, so that a new version can answer beside the old one.
-        "max_loras": min(max_loras, adapters + 1),
-        "max_cpu_loras": max_loras,
-        "max_lora_rank": rank,
+        "enable_lora": True, "max_loras": min(max_loras, adapters + 1),
+        "max_cpu_loras": max_loras, "max_lora_rank": rank,
         **({"revision": model.revision} if model.revision else {}),
         **({"quantization": "bitsandbytes"} if model.quantize else {}),
-    }
-    options = placement.worker_options(config, "serve")
+    }  # fmt: skip
     deployment = replica_options(limits, {}, {})  # no surge: seldom is there a spare GPU
-    deployment["ray_actor_options"] = {  # without GPUs, which vLLM's workers take
-        key: value for key, value in options.items() if key in ("num_cpus", "memory", "resources")
-    }
+    options = placement.worker_options(config, "serve")
+    kept = ("num_cpus", "memory", "resources")  # no GPUs, which vLLM's workers take
+    deployment["ray_actor_options"] = {key: value for key, value in options.items() if key in kept}
     del deployment["max_queued_requests"]  # the queue before Model is the bound
     return {
         "model_loading_config": {"model_id": BASE_ID, "model_source": resolve_base(model.base)},
@@ -130,11 +125,8 @@ def _adapters_and_rank(store: AdapterStore, trained: int) -> tuple[int, int]:
             continue
     rank = next((rank for rank in SUPPORTED_RANKS if rank >= max(ranks)), None)
     if rank is None:
-        raise ConfigError(
-            f"serve.engine vllm serves adapters up to rank {SUPPORTED_RANKS[-1]}, and there is one of rank "
-            f"{max(ranks)}; "
-            "take serve.engine transformers"
-        )
+        limit = f"serves adapters up to rank {SUPPORTED_RANKS[-1]}, and there is one of rank {max(ranks)}"
+        raise ConfigError(f"serve.engine vllm {limit}; take serve.engine transformers")
     return len(names), rank
 
 
@@ -144,16 +136,6 @@ def adapter_spec(folder: str) -> str:
     return f"{path.parent.name}@{path.name}" if folder else ""
 
 
-@dataclass(frozen=True)
-class LoraLocation:
-    """The folder of the adapter `model_id`, with the fields that LLMServer hands to vLLM."""
-
-    model_id: str
-    local_path: str
-    lora_assigned_int_id: int
-    max_total_tokens: int | None = None
-
-
 class VerifiedDownloader:
     """Takes the place of LLMServer's downloader: adapters come from our store and are verified on this machine."""
 
@@ -161,19 +143,17 @@ class VerifiedDownloader:
         self._store = AdapterStore(store, base)
         self._numbers = count(1)
 
-    async def load_model_from_config(self, lora_model_id: str, llm_config: Any) -> LoraLocation:
+    async def load_model_from_config(self, lora_model_id: str, llm_config: Any) -> SimpleNamespace:
+        """The adapter's folder, with the fields of Ray's DiskMultiplexConfig."""
         adapter = await asyncio.to_thread(self._store.open, lora_model_id)
-        return LoraLocation(lora_model_id, str(adapter.path), next(self._numbers))
-
-
-def _completion_request(request: GenerationRequest, model: str) -> Any:
-    """vLLM's completion request with prompt ids, so that its tokenizer is not used on the way in."""
-    from ray.serve.llm.openai_api_models import CompletionRequest
-
-    return CompletionRequest(model=model, **completion_fields(request))
+        return SimpleNamespace(
+            model_id=lora_model_id, local_path=str(adapter.path), lora_assigned_int_id=next(self._numbers),
+            max_total_tokens=None,
+        )  # fmt: skip
 
 
 def completion_fields(request: GenerationRequest) -> dict[str, Any]:
+    """Fields of vLLM's completion request: prompt ids, so that its tokenizer is not used on the way in."""
     return {
         "prompt": request.prompt_ids, "stream": True, "max_tokens": request.max_new_tokens,
         "temperature": request.temperature, "top_p": request.top_p, "seed": request.seed, "stop": list(request.stop),

@@ -72,20 +72,20 @@ def ask(tiny_model, tokenizer, tmp_path):
 def test_the_base_model_reads_the_whole_template_in_the_adapters_own_format(ask, tokenizer):
     reply, requests = ask(pi_ray={"full_prompt": True})
     encoder = PromptEncoder(tokenizer, PromptConfig(chat="chatml", query="Q: {query}"))
-    assert requests[-1].prompt_ids == encoder.encode(QUERY, TEMPLATE).ids
+    assert requests[-1].prompt_ids == encoder.encode(QUERY, TEMPLATE)
     assert requests[-1].adapter == ""
     assert reply.json()["usage"]["prompt_tokens_saved"] == 0 and "@" not in reply.json()["system_fingerprint"]
     _, requests = ask()
-    assert requests[-1].adapter.endswith("colours/v0001") and requests[-1].prompt_ids == encoder.encode(QUERY).ids
+    assert requests[-1].adapter.endswith("colours/v0001") and requests[-1].prompt_ids == encoder.encode(QUERY)
     assert requests[-1].max_new_tokens == requests[-2].max_new_tokens
 
 
 @pytest.mark.parametrize("model", ["bare", "base"])
-def test_an_adapter_without_its_prompt_is_told_so(ask, tiny_model, model):
+def test_full_prompt_is_refused_without_an_adapter_that_has_its_prompt(ask, tiny_model, model):
     reply, _ = ask(tiny_model.name if model == "base" else model, pi_ray={"full_prompt": True})
     assert reply.status_code == 400 and "publish it again" in reply.json()["error"]["message"]
 
 
-def test_an_unknown_extra_is_refused(ask):
+def test_an_unknown_key_of_the_pi_ray_block_is_refused(ask):
     assert ask(pi_ray={"full_promt": True})[0].status_code == 400
     assert ask(pi_ray={})[0].status_code == 200

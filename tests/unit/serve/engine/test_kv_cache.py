@@ -4,9 +4,9 @@ import pytest
 import torch
 import transformers
 
-from pi_ray.serve.engine.kv_cache import KVCache, cache_argument, create_kv_cache
+from pi_ray.models import cache_argument
+from pi_ray.serve.engine.kv_cache import KVCache, UnbatchedCache, create_kv_cache
 from pi_ray.serve.engine.multi_lora import BASE_SLOT, MultiLora
-from pi_ray.serve.engine.unbatched_cache import UnbatchedCache
 
 SIZES = {
     "vocab_size": 200, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -83,17 +83,17 @@ def together(model, cache):
 
 
 @pytest.mark.parametrize("family, settings", BATCHED, ids=[f for f, _ in BATCHED])
-def test_rows_that_come_and_go_have_the_logits_that_they_have_alone(family, settings):
+def test_rows_that_join_and_leave_the_batch_have_the_logits_that_they_have_alone(family, settings):
     model = tiny(family, settings)
     cache = create_kv_cache(model, MultiLora(model, 1))
     assert isinstance(cache, KVCache)
     for found, prompt in zip(together(model, cache), PROMPTS, strict=True):
         torch.testing.assert_close(found, alone(model, prompt), atol=1e-4, rtol=1e-4)
-    assert cache.nbytes == 0, "the last one to leave puts out the light"
+    assert cache.nbytes == 0, "no memory without rows"
 
 
 @pytest.mark.parametrize("family, settings", UNBATCHED, ids=[f for f, _ in UNBATCHED])
-def test_a_model_with_another_state_or_position_code_is_computed_row_by_row(family, settings, caplog):
+def test_a_model_with_other_state_or_position_codes_gets_an_unbatched_cache(family, settings, caplog):
     model = tiny(family, settings)
     cache = create_kv_cache(model, MultiLora(model, 1))
     assert isinstance(cache, UnbatchedCache) and "cannot be batched token by token" in caplog.text
@@ -122,7 +122,7 @@ def test_prompts_of_unequal_length_are_read_in_one_pass(kv_cache):
 
 
 @torch.inference_mode()
-def test_what_was_copied_from_one_row_lets_another_begin_there(kv_cache):
+def test_a_row_can_begin_with_blocks_copied_from_another(kv_cache):
     kv_cache.add_rows(1)
     kv_cache.forward(0, [PROMPTS[0]], [BASE_SLOT])
     blocks = [kv_cache.copy_block(0, 0, 8), kv_cache.copy_block(0, 8, 16)]
@@ -134,7 +134,7 @@ def test_what_was_copied_from_one_row_lets_another_begin_there(kv_cache):
 
 
 @torch.inference_mode()
-def test_what_a_row_leaves_behind_cannot_reach_the_next_one_in_its_slot(kv_cache):
+def test_infinite_keys_of_a_dropped_row_do_not_reach_the_next_sequence_in_it(kv_cache):
     """Keys of a hostile adapter may be so large that even a masked one would make NaN."""
     kv_cache.add_rows(3)
     kv_cache.forward(0, [PROMPTS[0], PROMPTS[2], PROMPTS[0]], [BASE_SLOT] * 3)
@@ -151,8 +151,6 @@ def test_what_a_row_leaves_behind_cannot_reach_the_next_one_in_its_slot(kv_cache
 
 
 def test_the_argument_for_the_cache_has_the_name_that_the_model_knows(kv_cache):
-    assert cache_argument(kv_cache.model) in ("cache", "past_key_values")
-    assert (
-        cache_argument(type("Old", (), {"forward": lambda self, input_ids, past_key_values=None: None})())
-        == "past_key_values"
-    )
+    assert cache_argument(type(kv_cache.model)) in ("cache", "past_key_values")
+    old = type("Old", (), {"forward": lambda self, input_ids, past_key_values=None: None})
+    assert cache_argument(old) == "past_key_values"

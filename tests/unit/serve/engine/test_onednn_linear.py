@@ -84,7 +84,7 @@ def test_a_model_that_reads_its_weights_itself_is_left_as_it_was():
     assert torch.equal(logits(model), plain)
 
 
-def test_bfloat16_stays_as_it_is(tiny_model):
+def test_bfloat16_layers_are_not_packed(tiny_model):
     model = load_model(ModelConfig(base=str(tiny_model), dtype="bfloat16"))
     plain = logits(model)
     use_onednn_linears(model)

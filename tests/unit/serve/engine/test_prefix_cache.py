@@ -22,7 +22,7 @@ def known(cache, ids, adapter=""):
     return len(cache.find(adapter, ids))
 
 
-def test_the_longest_common_beginning_is_found_in_whole_blocks():
+def test_the_longest_common_prefix_is_found_in_whole_blocks():
     cache = PrefixCache(1 << 20)
     cache.add("", prompt(1, 2, 3), copy)
     assert [
@@ -32,20 +32,20 @@ def test_the_longest_common_beginning_is_found_in_whole_blocks():
     assert keys.flatten().tolist() == list(range(3 * BLOCK_SIZE))
 
 
-def test_the_last_token_is_always_left_to_be_read():
+def test_a_found_prefix_never_holds_the_last_token():
     cache = PrefixCache(1 << 20)
     cache.add("", prompt(1, 2, rest=0), copy)
     assert cache.nbytes == 2 * SIZE
     assert known(cache, prompt(1, 2, rest=0)) == 1
 
 
-def test_what_adapters_read_is_kept_apart():
+def test_blocks_of_one_adapter_are_not_found_for_another():
     cache = PrefixCache(1 << 20)
     cache.add("a", prompt(1, 2), copy)
     assert (known(cache, prompt(1, 2), "a"), known(cache, prompt(1, 2), "b"), known(cache, prompt(1, 2))) == (2, 0, 0)
 
 
-def test_blocks_that_are_known_are_not_copied_again():
+def test_cached_blocks_are_not_copied_again():
     cache, copied = PrefixCache(1 << 20), []
     for ids in (prompt(1, 2), prompt(1, 2), prompt(1, 3)):
         cache.add("", ids, lambda start, stop: copied.append(start) or copy(start, stop))
@@ -53,7 +53,7 @@ def test_blocks_that_are_known_are_not_copied_again():
     assert cache.nbytes == 3 * SIZE
 
 
-def test_the_end_that_was_used_longest_ago_goes_first_and_a_beginning_never_before_what_hangs_on_it():
+def test_the_least_recently_used_leaf_is_evicted_and_no_block_before_those_that_follow_it():
     cache = PrefixCache(4 * SIZE)
     cache.add("", prompt(1, 2), copy)
     cache.add("", prompt(1, 3), copy)
@@ -63,16 +63,16 @@ def test_the_end_that_was_used_longest_ago_goes_first_and_a_beginning_never_befo
     assert cache.nbytes == 4 * SIZE
     for i in range(50):
         cache.add("", prompt(1, 100 + i, 200 + i), copy)
-        assert cache.nbytes <= 4 * SIZE and len(cache._lru) == cache.nbytes // SIZE
+        assert cache.nbytes <= 4 * SIZE and len(cache._blocks) == cache.nbytes // SIZE
 
 
-def test_a_prompt_larger_than_the_whole_room_leaves_its_beginning():
+def test_of_a_prompt_larger_than_the_limit_the_first_blocks_stay():
     cache = PrefixCache(2 * SIZE)
     cache.add("", prompt(1, 2, 3, 4), copy)
     assert known(cache, prompt(1, 2, 3, 4)) == 2
 
 
-def test_no_room_at_all_turns_it_off():
+def test_a_limit_of_zero_caches_nothing():
     cache = PrefixCache(0)
     cache.add("", prompt(1, 2), lambda *_: 1 / 0)
-    assert known(cache, prompt(1, 2)) == 0 and not cache._roots
+    assert known(cache, prompt(1, 2)) == 0 and not cache._blocks

@@ -2,8 +2,6 @@
 batch.
 """
 
-import random
-
 import pytest
 import torch
 
@@ -15,7 +13,7 @@ LOGITS = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()
 
 
 def sampler(**settings):
-    return Sampler.from_request(GenerationRequest([1], 1, **settings))
+    return Sampler(GenerationRequest([1], 1, **settings))
 
 
 def ids(logits, rows):
@@ -27,7 +25,7 @@ def test_temperature_zero_takes_the_likeliest():
 
 
 @pytest.mark.parametrize("likely", [2, 1024])
-def test_top_p_keeps_the_smallest_set_that_holds_it(monkeypatch, likely):
+def test_top_p_keeps_the_smallest_set_that_holds_top_p(monkeypatch, likely):
     """Also where the nucleus is larger than what is sorted first."""
     monkeypatch.setattr(sampling, "PARTIAL_SORT", likely)
     found = {
@@ -48,7 +46,7 @@ def test_a_temperature_near_zero_is_greedy_and_not_a_nan():
     assert ids(LOGITS[None], [sampler(temperature=1e-30, seed=1)]) == [0]
 
 
-def test_a_seed_draws_the_same_tokens_alone_and_in_company():
+def test_a_seed_draws_the_same_tokens_alone_and_in_a_batch():
     torch.manual_seed(0)
     logits = torch.randn(5, 50)
     settings = {"temperature": 1.0, "top_p": 0.9, "seed": 7}
@@ -76,7 +74,7 @@ def test_neighbouring_seeds_draw_different_tokens_below_zero_too():
 
 
 def test_the_highest_random_number_does_not_reach_a_token_of_no_probability():
-    row = Sampler(1.0, 1.0, None, random.Random(0))
+    row = sampler(temperature=1.0)
     row.random.random = lambda: 1 - 2**-53
     assert ids(torch.tensor([[0.0, 0.0, -torch.inf]]), [row]) == [1]
 
@@ -96,7 +94,7 @@ def test_logprobs_are_the_models_own_whatever_the_temperature():
     assert hot.logprob == pytest.approx(expected[2, hot.id].item()) and hot.top == ()
 
 
-def test_a_row_whose_logits_are_no_numbers_gets_no_token_and_the_others_do():
+def test_a_row_with_nan_logits_gets_no_token_and_the_others_do():
     logits = torch.stack([LOGITS, LOGITS * torch.nan, LOGITS.flip(0)])
     rows = [sampler(logprobs=1), sampler(logprobs=1, temperature=1.0), sampler()]
     found = sample_tokens(logits, rows)

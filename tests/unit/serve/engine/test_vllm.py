@@ -66,7 +66,7 @@ def test_the_options_are_those_that_the_installed_ray_knows(store, tiny_model):
     serve.deployment(type("D", (), {}), **found["deployment_config"])  # raises for an option that Serve does not have
 
 
-def test_the_rank_is_the_next_that_vllm_has_and_a_refused_adapter_counts_for_nothing(tiny_model, tmp_path):
+def test_the_lora_rank_is_rounded_up_to_a_supported_one_and_refused_adapters_are_ignored(tiny_model, tmp_path):
     folder = put_in_store(tmp_path, "colours", tiny_model)
     run = RunConfig(
         name="t", store=str(tmp_path), model=ModelConfig(base=str(tiny_model)), train={"lora": {"rank": 33}}
@@ -79,14 +79,14 @@ def test_the_rank_is_the_next_that_vllm_has_and_a_refused_adapter_counts_for_not
         vllm.llm_config_arguments(run.replace(**{"train.lora.rank": 600}))
 
 
-def test_gpus_are_asked_for_by_vllms_workers_alone(store, tiny_model):
+def test_the_deployment_itself_asks_for_no_gpu(store, tiny_model):
     run = config(store, tiny_model).replace(**{"cluster.serve_resources": {"CPU": 4, "GPU": 1, "server": 1}})
     assert vllm.llm_config_arguments(run)["deployment_config"]["ray_actor_options"] == {
         "num_cpus": 4, "resources": {"server": 1},
     }
 
 
-def test_what_vllm_cannot_do_is_said(store, tiny_model):
+def test_merge_is_refused_and_quantisation_revision_and_prefix_cache_are_passed_on(store, tiny_model):
     with pytest.raises(ConfigError, match=r"serve\.merge"):
         vllm.llm_config_arguments(config(store, tiny_model, merge="colours"))
     quantized = config(store, tiny_model, {"quantize": "4bit", "revision": "abc"}, prefix_cache_mb=0)
@@ -122,7 +122,7 @@ def test_only_verified_folders_reach_vllm(store, tiny_model):
         asyncio.run(other.load_model_from_config("colours@v0001", None))
 
 
-def test_prompt_ids_go_in_as_they_are():
+def test_a_completion_request_has_prompt_ids_and_every_sampling_setting():
     asked = vllm.completion_fields(GenerationRequest([1, 2, 3], 9, "", 0.5, 0.9, 7, ("END",), 2))
     assert asked == {
         "prompt": [1, 2, 3], "stream": True, "max_tokens": 9, "temperature": 0.5, "top_p": 0.9, "seed": 7,
@@ -150,6 +150,7 @@ class Handle:
         return self
 
     def remote(self, body):
+        self.body = body
         return self
 
     def cancel(self):
@@ -160,10 +161,9 @@ class Handle:
             yield answer
 
 
-def generate(handle, request, monkeypatch, stop_after=None):
-    monkeypatch.setattr(vllm, "_completion_request", lambda request, model: model)
+def generate(handle, request, stop_after=None):
     engine = vllm.VllmEngine.__new__(vllm.VllmEngine)
-    engine._handle = handle
+    engine._handle, engine._completion_request = handle, dict
     found = []
 
     async def use():
@@ -177,28 +177,26 @@ def generate(handle, request, monkeypatch, stop_after=None):
     return found
 
 
-def test_tokens_come_out_of_batches_of_events(monkeypatch):
+def test_tokens_are_read_from_batches_of_events():
     handle = Handle([event([5]), event([6, 7])], [event([]), "data: [DONE]\n\n"])
-    assert generate(handle, GenerationRequest([1], 9, "/store/colours/v0001"), monkeypatch) == [
-        Token(5), Token(6), Token(7),
-    ]
+    request = GenerationRequest([1], 9, "/store/colours/v0001")
+    assert generate(handle, request) == [Token(5), Token(6), Token(7)]
+    assert handle.body == {"model": "colours@v0001", **vllm.completion_fields(request)}
     assert handle.options_of == [{"stream": True, "multiplexed_model_id": "colours@v0001"}] and not handle.cancelled
 
 
-def test_log_probabilities_keep_their_ids(monkeypatch):
+def test_log_probabilities_are_read_with_token_ids_likeliest_first():
     marks = {
         "tokens": ["token_id:5"], "token_logprobs": [-0.5],
         "top_logprobs": [{"token_id:5": -0.5, "token_id:9": -0.1, "token_id:8": -3.0}],
     }
     handle = Handle(event([5], logprobs=marks))
-    assert generate(handle, GenerationRequest([1], 9, logprobs=2), monkeypatch) == [
-        Token(5, -0.5, ((9, -0.1), (5, -0.5)))
-    ]
+    assert generate(handle, GenerationRequest([1], 9, logprobs=2)) == [Token(5, -0.5, ((9, -0.1), (5, -0.5)))]
 
 
-def test_a_caller_who_leaves_cancels_and_an_error_is_raised(monkeypatch):
+def test_closing_the_iterator_cancels_the_request_and_an_error_event_is_raised():
     handle = Handle([event([5]), event([6])])
-    assert generate(handle, GenerationRequest([1], 9), monkeypatch, stop_after=1) == [Token(5)]
+    assert generate(handle, GenerationRequest([1], 9), stop_after=1) == [Token(5)]
     assert handle.cancelled
     with pytest.raises(RuntimeError, match="too long"):
-        generate(Handle(['data: {"error": {"message": "too long"}}\n\n']), GenerationRequest([1], 9), monkeypatch)
+        generate(Handle(['data: {"error": {"message": "too long"}}\n\n']), GenerationRequest([1], 9))
