@@ -35,7 +35,7 @@ class LauncherConfig(Block):
     region: Word = doc("", "empty: us-west-2, us-central1")
     zone: Word = doc("", "empty: us-west-2a, us-central1-a")
     project: Word = doc("", "GCP's project id; empty: that of your credentials")
-    image_id: Word = doc("", "AMI or GCP image with Docker and a recent NVIDIA driver; empty: Ray's, perhaps too old")
+    image_id: Word = doc("", "AMI or GCP image with Docker and recent NVIDIA driver; empty: Ray's (driver may be old)")
     gpu_machine: Word = doc("", "empty: 8 A100s of gpu_memory_gib, such as p4d.24xlarge or a2-ultragpu-8g")
     cpu_machine: Word = doc("", "empty: m6i.8xlarge, n2-standard-32")
     nfs: Word = doc("", "server:/path that each node mounts at cluster.storage_path")

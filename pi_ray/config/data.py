@@ -14,10 +14,7 @@ COMPRESS_MODELS = {  # compressor -> its default model, where that is not compre
 
 
 class RowsConfig(Block):
-    """How many rows of each split to use; 0, or more than there are, means all.
-
-    opsql takes the first n of its seeded order, other tasks the n rows whose ids hash lowest, in file order.
-    """
+    """Rows of each split that are used, 0: all. opsql takes the first ones, other tasks those whose ids hash lowest."""
 
     train: Count = 0
     dev: Count = 0

@@ -18,8 +18,7 @@ class ModelConfig(Block):
     base: str = doc("smollm2-135m", "packaged name, hub id, local folder, or .gguf file")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = doc("auto", "auto: bfloat16 on GPU, float32 on CPU")
     revision: str = doc("", "hub revision, pinned")
-    quantize: Literal["", "4bit"] = omit_default("", "4bit: the frozen base's linear layers in bitsandbytes' NF4, "
-        "computed in bfloat16; on GPUs only")
+    quantize: Literal["", "4bit"] = omit_default("", "4bit: the base's linear layers in bitsandbytes' NF4; GPUs only")
 
 
 class EvaluateConfig(Block):

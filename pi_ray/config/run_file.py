@@ -17,10 +17,7 @@ RENAMED_KEYS = {"train.border": "train.phase_transition", "train.start": "train.
 
 
 def load_run_file(path: Path | str, overrides: Sequence[str] = ()) -> RunConfig:
-    """Read run.yaml, apply `section.key=value` overrides, check, and make its paths absolute.
-
-    Raises ConfigError with file, line and key: unknown or renamed key, wrong type, impossible value.
-    """
+    """Read run.yaml, apply `section.key=value` overrides, check it (ConfigError), and make its paths absolute."""
     path = Path(path)
     return parse_run_file(read_run_file(path), str(path), overrides, folder=path.resolve().parent)
 

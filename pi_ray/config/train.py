@@ -10,7 +10,7 @@ from pi_ray.config.block import Amount, Block, Count, Positive, Rate, doc, forbi
 class PromptConfig(Block):
     """How template, examples and query become one message: the same in training, evaluation and serving."""
 
-    chat: Literal["model", "model+system", "chatml", "none"] = doc("model", "its own template, bare ChatML, or none")
+    chat: Literal["model", "model+system", "chatml", "none"] = doc("model", "the model's own, bare ChatML, or none")
     query: str = doc("{query}", "how a query is worded")
     example: str = doc("{query}\n{answer}", "how an example is worded")
     examples_heading: str = doc("Examples:", "line before the examples; empty for none")
@@ -62,8 +62,7 @@ class LoraConfig(Block):
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     targets: str | tuple[str, ...] = doc("all-linear", "module names as peft takes them. all-linear: every linear "
         "layer but the output; in a mixture of experts only attention's; with ia3 peft's own choice")
-    experts: bool = omit_default(False, "also LoRA for each fused expert of a mixture of experts (peft "
-        "target_parameters); such adapters can be evaluated, but not published")
+    experts: bool = omit_default(False, "also LoRA for each fused expert (MoE); can be evaluated, but not published")
 
     def model_post_init(self, context: Any) -> None:
         refuse(self.experts and (self.dropout or self.method not in ("lora", "rslora")),

@@ -21,10 +21,6 @@ LIKE_TRAIN, UNSEEN = "like train", "template only"
 OPENING, SEPARATOR = re.compile(r"\s*\[\s*(\])?\s*"), re.compile(r"\s*(?:,|(\]))\s*")  # group 1: the array ends
 
 
-class UnusableRow(Exception):
-    """Why one row is rejected."""
-
-
 class DatasetTask:
     """Base of the tasks over published data sets, whose files stand in `task.folder`; scored by exact match.
 
@@ -117,10 +113,7 @@ class DatasetTask:
         return self.load_from_hub(name, split=part, revision="refs/convert/parquet")
 
     def most_used(self, names: Callable[[str], Iterable[str]], known: Container[str], cure: str) -> list[str]:
-        """The `task.docs_count` commonest `known` names in the training answers, whatever the row limits, ties sorted.
-
-        `names` gives the names in one answer. Raises DataError with `cure` where no answer has a known name.
-        """
+        """The `task.docs_count` commonest `known` names in training answers. Raises DataError with `cure` for none."""
         answers = (row.answer for row in self.read_split("train") if isinstance(row, Row))
         counts = Counter(name for answer in answers for name in names(answer) if name in known)
         if not counts:
@@ -134,10 +127,9 @@ def exact_match(output: str, answer: str) -> float:
 
 
 def limit_rows(read: Callable[[], Iterator[Row | Reject]], n: int) -> Iterator[Row | Reject]:
-    """All that `read` gives, or with n > 0 at most n of its rows, in order: those whose ids have the smallest sha256.
+    """Rejects and, for n > 0 in a second pass, the n rows whose ids have the smallest sha256, else all; order is kept.
 
-    The choice does not depend on the order of the file, and a larger n keeps the rows of a smaller one. It costs one
-    more pass, in which n ids are kept in memory. Rejects are always passed on.
+    The choice does not depend on the order of the file, and a larger n keeps the rows of a smaller one.
     """
     if not n:
         yield from read()
@@ -155,10 +147,7 @@ def fingerprint_files(config: TaskConfig, paths: Iterable[Path]) -> str:
 
 
 def read_array(path: Path, cure: str) -> Iterator[tuple[int, Any]]:
-    """(position from 1, object) of a JSON array, one at a time: all objects take many times the file's memory.
-
-    Raises DataError, which ends with `cure`, where the file is nothing of the kind.
-    """
+    """(position from 1, object) of a JSON array, never all in memory. Raises DataError, which ends with `cure`."""
     try:
         text = path.read_text(encoding="utf-8-sig")
         decode, number, mark = json.JSONDecoder().raw_decode, 0, OPENING.match(text)

@@ -21,7 +21,7 @@ from pi_ray.config import TaskConfig
 from pi_ray.errors import DataError
 from pi_ray.prompt import Template
 from pi_ray.protocols import SPLITS, UNLABELLED, Reject, Row
-from pi_ray.tasks.dataset import UnusableRow, exact_match, fingerprint_files, limit_rows, read_array
+from pi_ray.tasks.dataset import exact_match, fingerprint_files, limit_rows, read_array
 
 MAX_FIELD = 1 << 20  # bytes of one field
 MAX_LINE = 8 << 20  # bytes of one line; a longer one is skipped without being held in memory
@@ -63,10 +63,10 @@ def _read_rows(path: Path, split: str) -> Iterator[Row | Reject]:
         try:
             row = _row(content, f"{split}-{number}", labelled=split != UNLABELLED)
             if row.id in seen:
-                raise UnusableRow(f"duplicate id '{row.id}'")
+                raise ValueError(f"duplicate id '{row.id}'")
             seen.add(row.id)
             yield row
-        except UnusableRow as reason:
+        except ValueError as reason:
             yield Reject(str(path), number, str(reason))
 
 
@@ -89,14 +89,14 @@ def _read_contents(path: Path) -> Iterator[tuple[int, Any]]:
 
 
 def _row(content: Any, default_id: str, labelled: bool) -> Row:
-    """One line (bytes) or one object of an array -> Row, with an empty answer unless `labelled`. Raises UnusableRow."""
+    """One line (bytes) or one object of an array -> Row, with an empty answer unless `labelled`. Raises ValueError."""
     data = _parse(content) if isinstance(content, bytes) else content
     if not isinstance(data, dict):
-        raise UnusableRow(f"wrong type: expected an object with query and answer, found {_type(data)}")
+        raise ValueError(f"wrong type: expected an object with query and answer, found {_type(data)}")
     query, answer = _query_answer(data, labelled)
     given = data.get("id", default_id)
     if isinstance(given, bool) or not isinstance(given, (str, int)):
-        raise UnusableRow(f"wrong type: 'id' must be text or a whole number, found {_type(given)}")
+        raise ValueError(f"wrong type: 'id' must be text or a whole number, found {_type(given)}")
     group = "" if data.get("group") in (None, "") else _text("group", data["group"])
     documents = () if data.get("documents") is None else tuple(_documents(data["documents"]))
     answer = _text("answer", answer) if labelled else ""
@@ -105,13 +105,13 @@ def _row(content: Any, default_id: str, labelled: bool) -> Row:
 
 def _parse(line: bytes) -> Any:
     if len(line) > MAX_LINE:
-        raise UnusableRow(f"the line is longer than {MAX_LINE >> 20} MiB")
+        raise ValueError(f"the line is longer than {MAX_LINE >> 20} MiB")
     try:
         return json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:
-        raise UnusableRow(f"not UTF-8: byte {error.start + 1} of the line") from None
+        raise ValueError(f"not UTF-8: byte {error.start + 1} of the line") from None
     except (ValueError, RecursionError) as error:  # ValueError: also a number of more digits than Python reads
-        raise UnusableRow(f"not valid JSON (cut off, or two objects on one line?): {error}") from None
+        raise ValueError(f"not valid JSON (cut off, or two objects on one line?): {error}") from None
 
 
 def _query_answer(data: dict[str, Any], labelled: bool) -> tuple[Any, Any]:
@@ -126,18 +126,18 @@ def _query_answer(data: dict[str, Any], labelled: bool) -> tuple[Any, Any]:
         query = f"{query}\n{_text('input', given)}" if given else query
         return query, _field(data, "output") if labelled else ""
     expected = "query and answer, or instruction and output, or conversations, or messages"
-    raise UnusableRow(f"missing field: a row has {expected}")
+    raise ValueError(f"missing field: a row has {expected}")
 
 
 def _last_turns(field: str, turns: Any, role: str, text: str, labelled: bool) -> tuple[Any, Any]:
     """The last user's turn and the answer after it; without `labelled` a conversation may end with the user's turn."""
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
-        raise UnusableRow(f"wrong type: '{field}' must be a list of objects with {role} and {text}")
+        raise ValueError(f"wrong type: '{field}' must be a list of objects with {role} and {text}")
     last = max((i for i, turn in enumerate(turns) if turn.get(role) in USER), default=None)
     if last is None and not labelled:
-        raise UnusableRow(f"missing field: '{field}' has no user's turn")
+        raise ValueError(f"missing field: '{field}' has no user's turn")
     if last is None or (labelled and not [t for t in turns[last + 1 : last + 2] if t.get(role) in ASSISTANT]):
-        raise UnusableRow(f"missing field: '{field}' must end with a user's turn and its answer")
+        raise ValueError(f"missing field: '{field}' must end with a user's turn and its answer")
     return _field(turns[last], text), _field(turns[last + 1], text) if labelled else ""
 
 
@@ -145,7 +145,7 @@ def _documents(given: Any) -> Iterator[str]:
     """Each document as text, with its title as a heading."""
     if not isinstance(given, list):
         expected = "a list of texts or of objects with title and text"
-        raise UnusableRow(f"wrong type: 'documents' must be {expected}, found {_type(given)}")
+        raise ValueError(f"wrong type: 'documents' must be {expected}, found {_type(given)}")
     for i, document in enumerate(given):
         name = f"documents[{i}]"
         if not isinstance(document, dict):
@@ -157,24 +157,24 @@ def _documents(given: Any) -> Iterator[str]:
 
 def _field(data: dict[str, Any], name: str) -> Any:
     if name not in data:
-        raise UnusableRow(f"missing field '{name}'")
+        raise ValueError(f"missing field '{name}'")
     return data[name]
 
 
 def _text(name: str, value: Any) -> str:
-    """`value` when it is usable text, else UnusableRow."""
+    """`value` when it is usable text, else ValueError."""
     if not isinstance(value, str):
-        raise UnusableRow(f"wrong type: '{name}' must be text, found {_type(value)}")
+        raise ValueError(f"wrong type: '{name}' must be text, found {_type(value)}")
     if not value.strip():
-        raise UnusableRow(f"'{name}' is empty")
+        raise ValueError(f"'{name}' is empty")
     try:
         size = len(value.encode("utf-8"))
     except UnicodeEncodeError:
-        raise UnusableRow(f"'{name}' holds half of a surrogate pair, which is not a character") from None
+        raise ValueError(f"'{name}' holds half of a surrogate pair, which is not a character") from None
     if size > MAX_FIELD:
-        raise UnusableRow(f"'{name}' has {size:,} bytes; at most {MAX_FIELD:,} are taken")
+        raise ValueError(f"'{name}' has {size:,} bytes; at most {MAX_FIELD:,} are taken")
     if "\0" in value:
-        raise UnusableRow(f"'{name}' holds a NUL character")
+        raise ValueError(f"'{name}' holds a NUL character")
     return value
 
 

@@ -37,10 +37,7 @@ class MbppTask(DatasetTask):
         return self.score_all([row], [output])[0]
 
     def score_all(self, rows: Sequence[Row], outputs: Sequence[str]) -> list[dict[str, float]]:
-        """Scores in the order of `rows`, as many programs at a time as there are cores.
-
-        Raises ConfigError where they cannot be run safely.
-        """
+        """Scores in the order of `rows`, with all cores. Raises ConfigError where programs cannot be run safely."""
         codes = [extract_code(output) for output in outputs]
         scores = [{"exact_match": exact_match(code, row.answer)} for row, code in zip(rows, codes, strict=True)]
         if self.config.allow_code_execution:
@@ -107,10 +104,7 @@ def extract_code(output: str) -> str:
 
 
 def _parse_problem(line: bytes | dict[str, Any]) -> tuple[Row, Program]:
-    """A line of the release -> a row, and its answer as a program. Raises ValueError with the reason.
-
-    The query has the tests, since the function's name and arguments stand only there.
-    """
+    """A line of the release -> its row, and its answer as a program. Raises ValueError with the reason."""
     data = json.loads(line.decode("utf-8")) if isinstance(line, bytes) else line
     if not isinstance(data, dict) or not isinstance(data.get("task_id"), int) or data["task_id"] < 1:
         raise ValueError("not an object with a task_id, a number from 1")
@@ -123,6 +117,7 @@ def _parse_problem(line: bytes | dict[str, Any]) -> tuple[Row, Program]:
         split_tests(tests)
     except DataError as error:
         raise ValueError(f"task {data['task_id']}: {error}") from None
+    # the function's name and arguments stand only in the tests
     number, query = data["task_id"], "\n".join([f"NL Question: {text}", "Three Test Cases:", *tests])
     limits = Limits(seconds=SLOW[number]) if number in SLOW else None
     return Row(str(number), query, code), Program(code, tuple(tests), setup, limits)

@@ -15,8 +15,8 @@ HUB = "jiacheng-ye/nl2bash"  # the same split: 8,090 / 609 / 606
 class Nl2BashTask(DatasetTask):
     """Line i of `<split>.nl` asks, line i of `<split>.cm` answers; both in `task.folder`, or without it from the hub.
 
-    With `task.docs`, a folder of tldr pages, the template's documents are pages of the most used utilities. Scored by
-    exact match, while the paper reports BLEU.
+    Scored by exact match, while the paper reports BLEU. `task.docs` is a folder of tldr pages, of which those of the
+    most used utilities become the template's documents.
     """
 
     template_file = "nl2bash.md"

@@ -8,7 +8,7 @@ from typing import Any
 
 from pi_ray.errors import DataError
 from pi_ray.protocols import Reject, Row
-from pi_ray.tasks.dataset import DatasetTask, UnusableRow, read_array
+from pi_ray.tasks.dataset import DatasetTask, read_array
 
 FILES = {"train": "train.json", "dev": "valid.json", "test": "test.json"}
 MAX_ROWS = 20  # data rows shown of a table; of the rest a formula needs only the number of the last one
@@ -44,8 +44,8 @@ class Nl2fTask(DatasetTask):
             try:
                 sheet, entries = _sheet(table), table.get("t5Formulas")
                 if not isinstance(entries, list):
-                    raise UnusableRow("'t5Formulas' must be a list of questions with their formulas")
-            except UnusableRow as reason:
+                    raise ValueError("'t5Formulas' must be a list of questions with their formulas")
+            except ValueError as reason:
                 yield Reject(str(path), number, str(reason))
                 continue
             for i, entry in enumerate(entries, start=1):
@@ -62,8 +62,7 @@ class Nl2fTask(DatasetTask):
 def serialise_table(header: Sequence[str], rows: Sequence[Sequence[str]], end: int) -> str:
     """A sheet as text that tells addresses: column letters with the cells of row 1, row numbers before data rows.
 
-    All columns are shown, since a formula may name any, but at most MAX_ROWS rows and MAX_CELL characters of a cell.
-    When rows are left out, a last line names sheet row `end`, where the data end.
+    All columns are shown, since a formula may name any. When rows are left out, a last line names `end`, the last one.
     """
     lines = [" | ".join(f"{column_letters(i)}: {_cell(name)}" for i, name in enumerate(header))]
     lines += [f"{number}: " + " | ".join(map(_cell, row)) for number, row in enumerate(rows[:MAX_ROWS], start=2)]
@@ -102,18 +101,15 @@ def _sheet(table: Any) -> str:
     cells = table.get("Table") if isinstance(table, dict) else None
     rows = cells if isinstance(cells, list) else []
     if len(rows) < 2 or not all(isinstance(row, list) and len(row) > 1 for row in rows):
-        raise UnusableRow("'Table' must be a list of at least two rows of two cells or more")
+        raise ValueError("'Table' must be a list of at least two rows of two cells or more")
     if rows[0][1] != "A":
-        raise UnusableRow(f"row 0 of 'Table' must hold a blank corner and column letters, found {rows[0][:3]}")
+        raise ValueError(f"row 0 of 'Table' must hold a blank corner and column letters, found {rows[0][:3]}")
     header, *data = (row[1:] for row in rows[1:])
     return serialise_table(header, data, len(data) + 1)
 
 
 def _read_functions(path: Path) -> dict[str, str]:
-    """NAME -> document, from JSON Lines with `function`, `description` and `params`, or with a help page as `text`.
-
-    A later line about a function replaces an earlier one: overviews come before pages of single functions.
-    """
+    """NAME -> document, from JSON Lines with `function`, `description` and `params`, or with a help page as `text`."""
     known: dict[str, str] = {}
     try:
         for line in path.read_text(encoding="utf-8").splitlines():
@@ -122,7 +118,7 @@ def _read_functions(path: Path) -> dict[str, str]:
                 described = list(_split_help_page(data["text"]))
             else:
                 described = [(data["function"], " ".join([data["description"], *data.get("params", ())]))]
-            known.update({name.upper(): _shorten(text) for name, text in described})
+            known.update({name.upper(): _shorten(text) for name, text in described})  # overviews come first
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         expected = "a JSON Lines file of functions, each with function and description, or with text"
         raise DataError(f"task.docs '{path}' is not {expected} ({error!r})") from None

@@ -65,10 +65,8 @@ def generate_rows(seed: int = 0) -> Mapping[str, tuple[Row, ...]]:
     rng = random.Random(seed)
     pairs = _pairs(rng)
     queries: set[str] = set()
-    streams = {
-        split: [_rows(rng, pairs[group], group, queries) for group in ((LIKE_TRAIN,) if split == "train" else GROUPS)]
-        for split in ("test", "dev", "train")
-    }
+    streams = {split: [_rows(rng, pairs[group], group, queries) for group in GROUPS] for split in ("test", "dev")}
+    streams["train"] = [_rows(rng, pairs[LIKE_TRAIN], "", queries)]  # groups are parts of dev and test
     trained = pairs[NEW_COMBINATIONS] + pairs[LIKE_TRAIN]
     all_services = [a + b for a, b in zip(trained, pairs[TEMPLATE_ONLY], strict=True)]
     streams[UNLABELLED] = [(replace(row, answer="") for row in _rows(rng, all_services, "", queries))]
@@ -76,10 +74,7 @@ def generate_rows(seed: int = 0) -> Mapping[str, tuple[Row, ...]]:
 
 
 def _pairs(rng: random.Random) -> dict[str, list[list[tuple[str, str]]]]:
-    """group -> rounds of (service, metric), each round with every service of the group once.
-
-    Training takes its rounds in this order, so its first rows hold all its pairs: 30 services x 4 metrics are 120 rows.
-    """
+    """group -> rounds of (service, metric), each with every service once: 120 training rows hold all 30 x 4 pairs."""
     services = rng.sample(sorted(SERVICES), len(SERVICES))
     untrained, trained = services[:TEMPLATE_ONLY_SERVICES], services[TEMPLATE_ONLY_SERVICES:]
     order = {service: rng.sample(sorted(MEASURES), len(MEASURES)) for service in services}
@@ -102,10 +97,9 @@ def _rows(rng: random.Random, rounds: list[list[tuple[str, str]]], group: str, q
 
 
 def _interleave(split: str, groups: Sequence[Iterator[Row]]) -> Iterator[Row]:
-    """One row of each group in turn. Training rows name no group: groups are parts of dev and test."""
-    for i in range(SIZES[split]):
-        row = next(groups[i % len(groups)])
-        yield Row(f"{split}-{i}", row.query, row.answer, row.group if split in ("dev", "test") else "")
+    """One row of each group in turn, with its id."""
+    for i, group in zip(range(SIZES[split]), cycle(groups), strict=False):
+        yield replace(next(group), id=f"{split}-{i}")
 
 
 def _draw(rng: random.Random, service: str, metric: str) -> tuple[str, Statement]:

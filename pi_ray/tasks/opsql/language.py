@@ -25,8 +25,7 @@ SERVICES = {
     "mobile": "v6", "partners": "g9", "suppliers": "j2", "warehouse": "c3", "delivery": "n9", "feeds": "e9",
     "ads": "s3",
 }
-# the largest threshold that anyone alerts on
-METRICS = {"lat": 6000, "err": 800, "ram": 8000, "cpu": 900, "lag": 800, "req": 80}
+METRICS = {"lat": 6000, "err": 800, "ram": 8000, "cpu": 900, "lag": 800, "req": 80}  # name -> largest threshold used
 ROUTES = ("fern", "kite", "moss", "cobalt")
 SHORTEST, LONGEST = 5, 60  # minutes of a window
 MINUTES = 1440  # length of the metrics table
@@ -77,10 +76,7 @@ def parse_statement(text: str) -> Statement:
 
 
 def execute_statement(statement: Statement) -> tuple[tuple[int, ...], str]:
-    """The minutes of the metrics table at which the alert fires, and the route that it tells.
-
-    It fires at minute t when the condition holds in each of the minutes t - window + 1 .. t.
-    """
+    """Minutes t at which the alert fires (the condition holds in each of t - window + 1 .. t), and the route told."""
     series = _series(statement.service, statement.metric)
     holds = series > statement.value if statement.above else series < statement.value
     total = np.concatenate(([0], np.cumsum(holds)))
@@ -90,10 +86,9 @@ def execute_statement(statement: Statement) -> tuple[tuple[int, ...], str]:
 
 @lru_cache(maxsize=len(SERVICES) * len(METRICS))
 def _series(service: str, metric: str) -> np.ndarray:
-    """One column of the metrics table, int64, shape (MINUTES,): three waves that follow from a hash of the names.
+    """A column of the metrics table, int64, shape (MINUTES,): three waves that follow from a hash of the names.
 
-    It runs from 0 to 1.3 times the largest threshold and moves slowly, so that every usual alert fires and a wrong
-    threshold, window or side gives other minutes.
+    Its slow moves from 0 to 1.3 times the largest threshold make every usual alert fire, and wrong ones elsewhere.
     """
     parts = np.frombuffer(hashlib.sha256(f"{service} {metric}".encode()).digest()[:6], dtype=np.uint8) / 256
     periods, phases = np.array([600, 190, 70]) * (1 + 0.4 * parts[:3]), 2 * np.pi * parts[3:]

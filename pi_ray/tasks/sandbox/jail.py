@@ -35,11 +35,6 @@ SCRIPT = (
 )
 PROBE = """
 import os, resource, socket
-def reach(host):
-    try:
-        socket.create_connection((host, 9), 1)
-    except OSError as error:
-        return os.strerror(error.errno)
 def refused(call, *arguments):
     try:
         call(*arguments)
@@ -122,7 +117,8 @@ class Jail:
             inside, named = user, f"a user id of its own, such as {user}"
         walls: dict[str, tuple[str, Any]] = {
             "network: none, not even loopback":
-                ("[reach('127.0.0.1'), reach('192.0.2.1')]", ["Network is unreachable"] * 2),
+                ("[refused(socket.create_connection, (host, 9), 1) for host in ('127.0.0.1', '192.0.2.1')]",
+                    ["Network is unreachable"] * 2),
             "processes: an own tree, which ends with the program": ("os.getppid()", 1),
             f"files: {', '.join(shown)}, read-only; nothing else of this machine":
                 (f"[sorted(os.listdir('/')), read_only('/', *{shown})]", [top, True]),
