@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, fields
 from functools import partial
 from itertools import takewhile
 from pathlib import Path
-from typing import Any, TextIO, TypeVar
+from typing import Any, TypeVar
 
 from pi_ray.config import ClosedConfig, RunConfig
 from pi_ray.errors import ConfigError, MissingExtraError, PiRayError, TrainingError
@@ -50,20 +50,23 @@ class Reply:
 
 
 class Service:
-    """One service and key. `wait` sleeps.
+    """One service and key. `wait` sleeps. Errors name the key `chosen_by` and the block of `settings`.
 
     Raises MissingExtraError without the openai package, ConfigError without a key.
     """
 
-    def __init__(self, settings: ClosedConfig, wait: Callable[[float], None] = time.sleep):
+    def __init__(
+        self, settings: ClosedConfig, wait: Callable[[float], None] = time.sleep,
+        chosen_by: str = "train.backend.name 'openai'", block: str = "closed",
+    ):
         try:
             import openai
         except ImportError:
-            raise MissingExtraError("train.backend.name 'openai' needs: pip install 'pi-ray[closed]'") from None
+            raise MissingExtraError(f"{chosen_by} needs: pip install 'pi-ray[closed]'") from None
         self.key = os.environ.get(settings.api_key_env, "").strip()
         if not self.key:
             cure = "put the service's key there (any word for a service that wants none)"
-            raise ConfigError(f"closed.api_key_env: the environment variable {settings.api_key_env} is empty; {cure}")
+            raise ConfigError(f"{block}.api_key_env: the environment variable {settings.api_key_env} is empty; {cure}")
         self.settings, self.wait, self.openai = settings, wait, openai
         url = settings.base_url or OPENAI
         self.client = openai.OpenAI(api_key=self.key, base_url=url, max_retries=0, timeout=REQUEST_S)
@@ -119,8 +122,8 @@ class Service:
             )
             seconds, usage = time.perf_counter() - start, done.usage
             text = (done.choices[0].message.content or "") if done.choices else ""
-            counts = (usage.prompt_tokens, usage.completion_tokens) if usage else (None, None)
-            return Reply(text.strip(), *counts, seconds)
+            sent, written = (usage.prompt_tokens, usage.completion_tokens) if usage else (None, None)
+            return Reply(text.strip(), sent, written, seconds)
 
         return self._tried(f"asking {model}", request)
 
@@ -184,7 +187,9 @@ def replies(
     watch(len(wanted) - len(todo), len(wanted))
     if todo:
         service = Service(config.closed, wait)
-        with ThreadPoolExecutor(PARALLEL) as pool, _open_log(log) as file:
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with ThreadPoolExecutor(PARALLEL) as pool, open(log, "a", encoding="utf-8") as file:
+            file.write("\n" if file.tell() else "")  # ends the half line that a kill left
             asked = {pool.submit(service.chat, model, prompt, limit): key for key, prompt in todo.items()}
             try:
                 for i, done in enumerate(as_completed(asked), start=1):
@@ -208,10 +213,3 @@ def _read_log(log: Path) -> dict[str, Reply]:
             entry = json.loads(line)
             found[entry["key"]] = Reply(*(entry[field.name] for field in fields(Reply)))
     return found
-
-
-def _open_log(log: Path) -> TextIO:
-    log.parent.mkdir(parents=True, exist_ok=True)
-    file = open(log, "a", encoding="utf-8")  # noqa: SIM115  the caller's `with` closes it
-    file.write("\n" if file.tell() else "")  # ends the half line that a kill left
-    return file

@@ -44,18 +44,14 @@ class StreamOptions(BaseModel):
     include_usage: bool = False
 
 
-class PiRayFields(BaseModel):
+class PiRayFields(BaseModel, extra="forbid"):
     """Fields that OpenAI's API does not have."""
-
-    model_config = {"extra": "forbid"}
 
     full_prompt: bool = False  # for comparison: the base model answers, with the adapter's whole template
 
 
-class RequestBody(BaseModel):
+class RequestBody(BaseModel, extra="allow"):
     """The fields that both endpoints share. Greedy unless a temperature is given."""
-
-    model_config = {"extra": "allow"}
 
     model: str
     stream: bool = False

@@ -24,14 +24,10 @@ async def merge_streams(backend: Any, requests: Sequence[CompletionRequest]) -> 
     queue: asyncio.Queue[dict[str, Any] | Exception | None] = asyncio.Queue()
     tasks = [asyncio.create_task(_pump(backend, each, index, queue)) for index, each in enumerate(requests)]
     try:
-        ended = 0
-        while ended < len(tasks):
-            item = await queue.get()
-            if isinstance(item, Exception):
-                raise item
-            if item is None:
-                ended += 1
-            else:
+        for _ in tasks:  # each puts None behind its last event
+            while item := await queue.get():
+                if isinstance(item, Exception):
+                    raise item
                 yield item
     finally:
         for task in tasks:
