@@ -1,7 +1,5 @@
 """Answers from adapters on this cluster: generated in batches, timed one by one, probed for forgetting and leaks."""
 
-from __future__ import annotations
-
 import os
 import platform
 import re
@@ -15,11 +13,8 @@ import torch
 
 from pi_ray import __version__
 from pi_ray.config import RunConfig
-from pi_ray.evaluate import generation_workers
-from pi_ray.evaluate.answers import AnswerLengths, Answers, RowWatch
-from pi_ray.evaluate.columns import Column
-from pi_ray.evaluate.generation_workers import Prompts, column_prompts, work_item
-from pi_ray.evaluate.latency import median_latencies
+from pi_ray.evaluate.columns import AnswerLengths, Answers, Column, RowWatch
+from pi_ray.evaluate.generation_workers import column_prompts, median_latencies, run_work, work_item
 from pi_ray.models import load_tokenizer
 from pi_ray.prompt import PromptEncoder
 from pi_ray.run.artifact import verify_artifact
@@ -42,39 +37,19 @@ class AdapterAnswerer:
         return evaluate_fingerprint(self.config, found)
 
     def answer(self, columns: Sequence[Column], lengths: AnswerLengths, watch: RowWatch) -> dict[str, Answers]:
-        encoder = PromptEncoder(load_tokenizer(self.config.model), self.config.prompt)
-        prompts = {c.name: column_prompts(c, self.run, encoder, self.config.evaluate.split) for c in columns}
-        outputs, seconds, probes = self._generate(columns, prompts, lengths, watch)
-        answers = {}
-        for c in columns:
-            prefix, rows = prompts[c.name]
-            sent = c.gist or len(prefix)  # gist tokens are sent in place of the template
-            tokens = [len(ids) for ids in outputs[c.name]]
-            answers[c.name] = Answers([encoder.decode(ids) for ids in outputs[c.name]], {
-                "input_tokens": sent + fmean(map(len, rows)),
-                "output_tokens": fmean(n + 1 for n in tokens),
-                "cut_off": fmean(n == lengths.limit for n in tokens),
-                "prefix_tokens": sent,
-                **median_latencies(seconds[c.name]),
-                **probes[c.name],
-            })
-        return answers
-
-    def _generate(
-        self, columns: Sequence[Column], prompts: dict[str, Prompts], lengths: AnswerLengths, watch: RowWatch
-    ) -> tuple[dict[str, list[Any]], dict[str, list[Any]], dict[str, dict[str, Any]]]:
-        """Column -> output ids of each row; -> seconds of the first rows, one by one; -> what `forgetting` finds."""
-        settings, total = self.config.evaluate, {c.name: len(prompts[c.name][1]) for c in columns}
+        settings, encoder = self.config.evaluate, PromptEncoder(load_tokenizer(self.config.model), self.config.prompt)
+        prompts = {c.name: column_prompts(c, self.run, encoder, settings.split) for c in columns}
+        total = {name: len(rows) for name, (_, rows) in prompts.items()}
         few, size = min(settings.latency_rows, *total.values()), settings.batch_size
         starts = [(c, i) for c in columns for i in range(0, total[c.name], size)]
         work = [work_item(c, prompts, range(i, min(i + size, total[c.name]))) for c, i in starts]
         work += [work_item(c, prompts, [i], timed=True) for c in columns for i in range(few)]
         if settings.probe and (template := self.run.read_templates()[1.0]):
             work += [work_item(c, prompts, [], probe=template) for c in columns]
-        outputs: dict[str, list[Any]] = {name: [None] * n for name, n in total.items()}
-        seconds: dict[str, list[Any]] = {name: [] for name in total}
+        outputs: dict[str, list[Any]] = {name: [None] * n for name, n in total.items()}  # ids of each row
+        seconds: dict[str, list[Any]] = {name: [] for name in total}  # of the first rows, one by one
         probes: dict[str, dict[str, Any]] = {name: {} for name in total}
-        for place, result in generation_workers.run_work(self.config, columns, work, lengths):
+        for place, result in run_work(self.config, columns, work, lengths):
             name = work[place]["column"]
             if "probe" in work[place]:
                 probes[name] = result
@@ -85,7 +60,19 @@ class AdapterAnswerer:
                 for i, ids in zip(work[place]["rows"], result, strict=True):
                     outputs[name][i] = ids
                 watch(name, sum(ids is not None for ids in outputs[name]), total[name])
-        return outputs, seconds, probes
+        answers = {}
+        for c in columns:
+            prefix, rows = prompts[c.name]
+            sent = c.gist or len(prefix)  # gist tokens are sent in place of the template
+            tokens = [len(ids) for ids in outputs[c.name]]
+            answers[c.name] = Answers([encoder.decode(ids) for ids in outputs[c.name]], {
+                "input_tokens": sent + fmean(map(len, rows)),
+                "output_tokens": fmean(n + 1 for n in tokens),
+                "cut_off": fmean(n == lengths.limit for n in tokens),
+                "prefix_tokens": sent,
+                **median_latencies(seconds[c.name]), **probes[c.name],
+            })
+        return answers
 
     def environment(self) -> dict[str, Any]:
         versions = {"pi-ray": __version__, "python": platform.python_version(), **{p: version(p) for p in PACKAGES}}

@@ -1,23 +1,29 @@
-"""Columns: the ways of answering that an evaluation compares, each a model, a template and a number of examples."""
+"""Columns: the ways of answering that an evaluation compares, each a model, a template and a number of examples.
 
-from __future__ import annotations
+An answerer answers them, with adapters on this cluster or at a service.
+"""
 
 import json
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
 
 from pi_ray import hosted
 from pi_ray.config import RunConfig
 from pi_ray.errors import TrainingError
+from pi_ray.models import load_tokenizer
+from pi_ray.prompt import PromptEncoder
+from pi_ray.protocols import Row
 from pi_ray.run.directory import RunDir
 from pi_ray.run.phases import plain_finetuning_config, prompts_of_columns
 from pi_ray.train.lora import CARD
 
 LABELS = {
-    "base": "Base, query alone",
-    "base_full_prompt": "Base, full prompt",
-    "plain": "Plain fine-tuning",
+    "base": "Base, query alone", "base_full_prompt": "Base, full prompt", "plain": "Plain fine-tuning",
     "promptintern": "PromptIntern",
 }
+RowWatch = Callable[[str, int, int], None]  # (column, rows done, rows in all)
 
 
 @dataclass(frozen=True)
@@ -70,3 +76,45 @@ def _plain_adapter(config: RunConfig) -> str:
     if not hosted.is_hosted(config):
         return str(RunDir(plain.root).best.resolve())
     return hosted.tuned_phases(plain)[-1].get("model", "") if RunDir(plain.root).rows.exists() else ""
+
+
+class AnswerLengths(NamedTuple):
+    """In tokens: the limit of an answer, and a typical length, with which requests are timed."""
+
+    limit: int
+    typical: int
+
+
+@dataclass(frozen=True)
+class Answers:
+    """One column's answers in the order of the rows, with tokens and seconds of a request and results of probes."""
+
+    texts: list[str]
+    measured: dict[str, Any]
+
+
+class Answerer(Protocol):
+    """Answers the test rows of one run."""
+
+    model: str  # the base model's name in the summary
+
+    def fingerprint(self, columns: Sequence[Column]) -> str:
+        """Hash of everything that the answers and their evaluation depend on."""
+
+    def answer(self, columns: Sequence[Column], lengths: AnswerLengths, watch: RowWatch) -> dict[str, Answers]:
+        """Column -> its answers to all rows."""
+
+    def environment(self) -> dict[str, Any]:
+        """ "versions" of the packages that matter, and "hardware" in words."""
+
+    def training_facts(self, config: RunConfig) -> dict[str, Any]:
+        """Updates, seconds, tokens and workers of a training, `config` being the run or its baseline."""
+
+
+def answer_lengths(config: RunConfig, rows: Sequence[Row], bank: Sequence[Row] = ()) -> AnswerLengths:
+    """A quarter more than the longest known answer, unless evaluate.max_new_tokens sets a limit; and the mean."""
+    encoder = PromptEncoder(load_tokenizer(config.model), config.prompt)
+    tokens = [len(encoder.answer(r.answer)) for r in rows]
+    longest = max(tokens + [len(encoder.answer(r.answer)) for r in bank])
+    limit = config.evaluate.max_new_tokens or math.ceil(1.25 * longest)
+    return AnswerLengths(limit, round(sum(tokens) / len(tokens)))

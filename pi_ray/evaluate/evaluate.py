@@ -1,7 +1,5 @@
 """The evaluation of a run on its held-out rows: ask every column, score the answers, and write the summary."""
 
-from __future__ import annotations
-
 import json
 import sys
 from collections import Counter
@@ -12,8 +10,7 @@ from typing import Any
 from pi_ray import hosted
 from pi_ray.config import RunConfig
 from pi_ray.evaluate.adapter_answerer import AdapterAnswerer
-from pi_ray.evaluate.answers import Answerer, RowWatch, answer_lengths
-from pi_ray.evaluate.columns import LABELS, Column, columns_of
+from pi_ray.evaluate.columns import LABELS, Answerer, Column, RowWatch, answer_lengths, columns_of
 from pi_ray.evaluate.hosted_answerer import HostedAnswerer
 from pi_ray.evaluate.scoring import ScoredAnswers, output_lines, score_rows
 from pi_ray.protocols import Task

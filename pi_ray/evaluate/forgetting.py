@@ -9,8 +9,6 @@ Both are compared with the base model's own numbers, never read alone. Their lim
 - An adapter that answers queries correctly gives away the facts in its answers: it was trained to.
 """
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Callable, Sequence
@@ -20,7 +18,6 @@ from statistics import fmean
 from typing import Any
 
 import torch
-from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
 
 from pi_ray.errors import DataError
@@ -62,10 +59,10 @@ def perplexity(model: Any, tokenizer: Any, texts: Sequence[str], batch: int = 4)
 
 def _nats(model: Any, rows: Sequence[Sequence[int]]) -> float:
     """Summed negative log-likelihood of one batch, padded on the right, where no prediction that counts sees it."""
-    padded = pad_sequence([torch.tensor(r) for r in rows], batch_first=True, padding_value=-100).to(model.device)
-    mask = padded >= 0
-    logits = model(input_ids=padded.clamp(min=0), attention_mask=mask.long(), use_cache=False).logits[:, :-1].float()
-    return cross_entropy(logits.flatten(0, 1), padded[:, 1:].flatten(), reduction="sum").item()  # ignores -100
+    labels = pad_sequence([torch.tensor(r) for r in rows], batch_first=True, padding_value=-100).to(model.device)
+    mask = labels >= 0
+    made = model(input_ids=labels.clamp(min=0), attention_mask=mask.long(), labels=labels, use_cache=False)
+    return made.loss.item() * mask[:, 1:].sum().item()  # the loss is a mean over predicted tokens
 
 
 def recited(output: str, template: str, n: int = 8) -> float:

@@ -1,28 +1,33 @@
 """Generation for evaluation: Ray Data actors that load the base model once, with every column's adapter beside it."""
 
-from __future__ import annotations
-
-from collections.abc import Iterable, Iterator, Sequence
+import os
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import Any
+
+import torch
 
 from pi_ray.cluster import placement, session, storage_sync
 from pi_ray.config import ModelConfig, PromptConfig, RunConfig
 from pi_ray.data.ray_map import stream
-from pi_ray.evaluate.answers import AnswerLengths
-from pi_ray.evaluate.columns import Column
-from pi_ray.models import load_tokenizer
+from pi_ray.evaluate import forgetting
+from pi_ray.evaluate.columns import AnswerLengths, Column, answer_lengths
+from pi_ray.models import load_model, load_tokenizer
 from pi_ray.prompt import PromptEncoder
 from pi_ray.run.directory import RunDir
-from pi_ray.train.gist import gist_ids
+from pi_ray.train.generation import compute_prefix_cache, generate_greedy, request_seconds
+from pi_ray.train.gist import gist_cache, gist_ids, load_gist
 
 Prompts = tuple[list[int], list[list[int]]]  # prefix ids, and the ids of each row
 PROBE_TOKENS = 64  # of an answer to a question for the hidden template
+KINDS = ("latency_s", "latency_cached_s", "latency_merged_s")  # as one request is timed, the last with an adapter alone
 
 
 def column_prompts(column: Column, run: RunDir, encoder: PromptEncoder, split: str) -> Prompts:
-    """The ids of the shared prefix, and those of each row, whose examples were chosen by its query alone."""
     bank = {r.id: r for r in run.read_rows("train")}
     shots, rows = run.read_shots(split, bank, column.shots), run.read_rows(split, column.rate)
     prefix = encoder.prefix(column.template) + gist_ids(column.gist)
@@ -31,8 +36,7 @@ def column_prompts(column: Column, run: RunDir, encoder: PromptEncoder, split: s
 
 def work_item(column: Column, prompts: dict[str, Prompts], indices: Iterable[int], **kind: Any) -> dict[str, Any]:
     """One call of Generator: rows of one column; `kind` is timed=True, probe=template or nothing."""
-    prefix, rows = prompts[column.name]
-    chosen = list(indices)
+    (prefix, rows), chosen = prompts[column.name], list(indices)
     item = {"column": column.name, "adapter": column.adapter, "prefix": prefix, "rows": chosen}
     return {**item, "prompts": [rows[i] for i in chosen], **kind}
 
@@ -54,18 +58,87 @@ def run_work(
     )
 
 
+def median_latencies(seconds: Sequence[Sequence[float]]) -> dict[str, float]:
+    """The median of each of KINDS; `seconds` has those of one request after another."""
+    return {kind: median(values) for kind, values in zip(KINDS, zip(*seconds, strict=True), strict=False)}
+
+
+def compare_latencies(
+    columns: Sequence[tuple[Column, RunConfig]], watch: Callable[[int], None]
+) -> dict[str, dict[str, float]]:
+    """Column -> median seconds of a request, for columns of several runs of one base model.
+
+    One engine answers a row for column after column, so that a slow minute of the machine meets them all.
+    """
+    first, named = columns[0][1], [column for column, _ in columns]
+    split, encoder = first.evaluate.split, PromptEncoder(load_tokenizer(first.model), first.prompt)
+    prompts = {column.name: column_prompts(column, RunDir(c.root), encoder, split) for column, c in columns}
+    lengths = answer_lengths(first, RunDir(first.root).read_rows(split))
+    rows = range(min(first.evaluate.latency_rows, *(len(ids) for _, ids in prompts.values())))
+    work = [work_item(c, prompts, [i], timed=True) for i in rows for c in named]
+    seconds: dict[str, list[Sequence[float]]] = {c.name: [] for c in named}
+    for n, (place, timed) in enumerate(run_work(first, named, work, lengths, actors=1), start=1):
+        seconds[work[place]["column"]].append(timed)
+        watch(n)
+    return {name: median_latencies(timed) for name, timed in seconds.items()}
+
+
+class LoadedAdapters:
+    """Loads adapter folders beside `base` and switches between them. `model` is what to call."""
+
+    def __init__(self, base: Any):
+        self.base = self.model = base
+        self._names: dict[str, str] = {}  # folder -> peft name
+        self._active: str | None = None
+
+    def load(self, folder: str) -> None:
+        """Load `folder` unless it is loaded; "" is the base model."""
+        from peft import PeftModel
+
+        if not folder or folder in self._names:
+            return
+        name = self._names[folder] = f"adapter{len(self._names) + 1}"
+        self._active = None
+        if self.model is self.base:
+            self.model = PeftModel.from_pretrained(self.base, folder, adapter_name=name)
+        else:
+            self.model.load_adapter(folder, adapter_name=name)
+        self.model.eval()
+
+    def activate(self, folder: str) -> None:
+        """Make `model` compute with the adapter of `folder` alone, which must be loaded; "" is the base model alone."""
+        if self.model is self.base or folder == self._active:
+            return
+        if folder:
+            self.model.base_model.enable_adapter_layers()
+            self.model.set_adapter(self._names[folder], inference_mode=True)
+        else:
+            self.model.base_model.disable_adapter_layers()
+        self._active = folder
+
+    @contextmanager
+    def merged(self) -> Iterator[None]:
+        """Within it the active adapter is added into the base weights, which are restored bit for bit afterwards."""
+        from peft.tuners.tuners_utils import BaseTunerLayer
+
+        layers = [m.get_base_layer() for m in self.model.modules() if isinstance(m, BaseTunerLayer)]
+        weights = list({id(p): p for layer in layers for p in layer.parameters(recurse=False)}.values())
+        before = [p.detach().cpu().clone() for p in weights]
+        self.model.merge_adapter()
+        try:
+            yield
+        finally:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", UserWarning)  # of ia3, that unmerging is inexact
+                self.model.unmerge_adapter()
+            for p, value in zip(weights, before, strict=True):  # unmerging leaves rounding
+                p.data.copy_(value)
+
+
 class Generator:
     """A Ray Data actor: the base model with every column's adapter beside it. Called with one `work_item` at a time."""
 
     def __init__(self, settings: ModelConfig, prompt: PromptConfig, adapters: list[str], lengths: AnswerLengths):
-        import os
-
-        import torch
-
-        from pi_ray.evaluate.peft_adapters import LoadedAdapters
-        from pi_ray.models import load_model
-        from pi_ray.train.gist import load_gist
-
         gpu = torch.cuda.is_available()
         if not gpu:
             torch.set_num_threads(os.cpu_count() or 1)  # Ray leaves an actor one; nothing else runs in this step
@@ -79,14 +152,10 @@ class Generator:
         self._prefix: tuple[str, Any] = ("", None)  # the column whose prefix is cached, and its KV cache
 
     def __call__(self, work: dict[str, Any]) -> Any:
-        """The output ids of each prompt.
+        """The output ids of each prompt; with "timed", seconds of the first one for each of KINDS.
 
-        With "timed", seconds of the first prompt: without and with a cached prefix, and with the adapter merged.
         With "probe" (a template), perplexity on other text, and how much of that template is recited when asked.
         """
-        from pi_ray.train.generation import compute_prefix_cache, generate_greedy, request_seconds
-        from pi_ray.train.gist import gist_cache
-
         self.loaded.activate(work["adapter"])
         model, prefix, gists = self.loaded.model, work["prefix"], self.gists.get(work["adapter"])
         fill = None if gists is None else partial(gist_cache, model, prefix, gists)
@@ -104,9 +173,6 @@ class Generator:
         return generate_greedy(model, prefix, work["prompts"], self.lengths.limit, self.end, cache=self._prefix[1])
 
     def _probe(self, model: Any, prefix: list[int], template: str) -> dict[str, Any]:
-        from pi_ray.evaluate import forgetting
-        from pi_ray.train.generation import generate_greedy
-
         def answer(queries: list[str]) -> list[str]:
             rows = [self.encoder.row(query) for query in queries]
             outputs = generate_greedy(model, prefix, rows, PROBE_TOKENS, self.end, cache=self._prefix[1])

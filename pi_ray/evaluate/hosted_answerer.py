@@ -1,7 +1,5 @@
 """Answers from a service that has the models: tuned ones with the prompt of the last phase, and the base model."""
 
-from __future__ import annotations
-
 import platform
 import time
 from collections.abc import Callable, Sequence
@@ -13,8 +11,7 @@ from urllib.parse import urlsplit
 
 from pi_ray import __version__, hosted
 from pi_ray.config import RunConfig
-from pi_ray.evaluate.answers import AnswerLengths, Answers, RowWatch
-from pi_ray.evaluate.columns import Column
+from pi_ray.evaluate.columns import AnswerLengths, Answers, Column, RowWatch
 from pi_ray.hosted.client import OPENAI, PARALLEL, replies
 from pi_ray.hosted.price import confirm_cost
 from pi_ray.models import load_tokenizer
@@ -27,8 +24,7 @@ from pi_ray.run.phases import ColumnPrompt
 class HostedAnswerer:
     """The answerer of a run whose models a service has. Answers that are there already are not asked for again.
 
-    The cost was confirmed with the training; where all columns are the base model there was none, and it is confirmed
-    here. `wait` sleeps between tries.
+    Where all columns are the base model no training has confirmed the cost, so it is confirmed here.
     """
 
     def __init__(
@@ -59,10 +55,11 @@ class HostedAnswerer:
             # the tokenizer's counts give the share of the prefix, and stand in where the service counts nothing
             prefix = len(encoder.prefix(c.template))
             counts = [prefix + len(encoder.row(r.query, shots.get(r.id, ()), r.documents)) for r in rows]
-            sent = fmean(_first(r.input_tokens, n) for r, n in zip(found, counts, strict=True))
+            sent = fmean(n if r.input_tokens is None else r.input_tokens for r, n in zip(found, counts, strict=True))
+            output = (len(encoder.answer(r.text)) if r.output_tokens is None else r.output_tokens for r in found)
             answers[c.name] = Answers([r.text for r in found], {
                 "input_tokens": sent,
-                "output_tokens": fmean(_first(r.output_tokens, len(encoder.answer(r.text))) for r in found),
+                "output_tokens": fmean(output),
                 "prefix_tokens": round(sent * prefix / fmean(counts)),
                 "latency_s": median(r.seconds for r in found),
             })
@@ -80,7 +77,3 @@ class HostedAnswerer:
         phases = hosted.tuned_phases(config)
         total = {key: sum(phase.get(key, 0) for phase in phases) for key in ("updates", "seconds", "tokens")}
         return {**total, "workers": 1, "money": total["tokens"] * config.closed.train_price / 1e6}
-
-
-def _first(counted: int | None, estimated: int) -> int:
-    return estimated if counted is None else counted

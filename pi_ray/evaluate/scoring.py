@@ -1,12 +1,10 @@
 """Scores of a column's answers: metrics with intervals, by group, and against another column on the same rows."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import compress
-from typing import Any
+from typing import Any, Self
 
 from pi_ray.evaluate.statistics import corpus_bleu, mean_interval, paired_bleu, paired_mean
 from pi_ray.protocols import Row, Task
@@ -33,7 +31,7 @@ class ScoredAnswers:
         """Group -> the number of its rows and their summary."""
         return {group: {"rows": n, **self._of_group(group).summarise()} for group, n in groups.items()}
 
-    def compare(self, other: ScoredAnswers) -> dict[str, list[float]]:
+    def compare(self, other: Self) -> dict[str, list[float]]:
         """Metric -> [difference, low, high, p] of self minus `other`, which answers the same rows."""
         found = {
             m: paired_mean([s[m] for s in self.scores], [s[m] for s in other.scores], self.bootstrap, self.seed)
@@ -43,10 +41,10 @@ class ScoredAnswers:
         found["bleu"] = paired_bleu(self.texts, other.texts, answers, self.bootstrap, self.seed)
         return {metric: list(values) for metric, values in found.items()}
 
-    def _of_group(self, group: str) -> ScoredAnswers:
+    def _of_group(self, group: str) -> Self:
         chosen = [row.group == group for row in self.rows]
         rows, texts, scores = (list(compress(of_all, chosen)) for of_all in (self.rows, self.texts, self.scores))
-        return ScoredAnswers(rows, texts, scores, self.bootstrap, self.seed)
+        return replace(self, rows=rows, texts=texts, scores=scores)
 
 
 def score_rows(task: Task, rows: Sequence[Row], texts: Sequence[str]) -> list[dict[str, float]]:

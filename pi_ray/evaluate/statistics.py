@@ -6,8 +6,6 @@ differences than two intervals side by side. `over_seeds` and `gap_recovered` re
 Every function raises DataError where there are no rows, or where what is compared has not the same rows.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -133,7 +131,13 @@ def _scores_over_seeds(
     columns: Sequence[Any], bootstrap: int, rng: np.random.Generator, score: Score
 ) -> tuple[list[Any], np.ndarray]:
     """The mean score of each column over its seeds, and those of resamples, shape (bootstrap, columns)."""
-    arrays = [_by_seed(c) for c in columns]
+    for column in columns:
+        lengths = [len(of_seed) for of_seed in column]
+        if len(set(lengths)) > 1:
+            raise DataError(f"seeds with {', '.join(map(str, lengths))} rows; every seed answers the same test rows")
+    arrays = [np.asarray(column, dtype=np.float64) for column in columns]  # (seeds, rows, ...)
+    if not all(a.size for a in arrays):
+        raise DataError(NO_ROWS)
     if len({a.shape[1] for a in arrays}) != 1:
         raise DataError(f"columns of {', '.join(str(a.shape[1]) for a in arrays)} rows; all need the same rows")
     rows = arrays[0].shape[1]
@@ -145,18 +149,7 @@ def _scores_over_seeds(
 
     picks = (rng.integers(0, rows, rows) for _ in range(bootstrap))
     drawn = [[resampled(a, picked) for a in arrays] for picked in picks]
-    return [np.mean([score(seed) for seed in a]) for a in arrays], np.array(drawn)
-
-
-def _by_seed(values: Any) -> np.ndarray:
-    """An array of shape (seeds, rows, ...) with at least one of each; else DataError."""
-    lengths = [len(one) for one in values]
-    if len(set(lengths)) > 1:
-        raise DataError(f"seeds with {', '.join(map(str, lengths))} rows; every seed answers the same test rows")
-    array = np.asarray(values, dtype=np.float64)
-    if not array.size:
-        raise DataError(NO_ROWS)
-    return array
+    return [np.mean([score(of_seed) for of_seed in a]) for a in arrays], np.array(drawn)
 
 
 def _sign_flip(differences: np.ndarray, flips: int, seed: int) -> float:

@@ -1,5 +1,4 @@
 """Experiments: a table file enters, a sweep of runs is done, and a table in the paper's layout leaves.
 
-sweep.py says which runs there are, run_table.py does them, table.py computes and lays out the numbers. Imports go to
-pipeline.py and all below it; the command line alone imports this folder.
+sweep.py says which runs there are, run_table.py does them, table.py computes and lays out the numbers.
 """

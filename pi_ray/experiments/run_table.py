@@ -1,8 +1,7 @@
 """Run the sweep of a table file and print its table: what is done already is skipped."""
 
-from __future__ import annotations
-
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ from rich.console import Console
 
 from pi_ray import hosted, pipeline
 from pi_ray.evaluate.columns import Column, trained_column, untrained_column
+from pi_ray.evaluate.generation_workers import compare_latencies
 from pi_ray.experiments import table
 from pi_ray.experiments.sweep import Sweep, SweepRun, share_preparation
 from pi_ray.progress import ProgressLine
@@ -45,10 +45,9 @@ def _column_of(run: SweepRun) -> Column:
 
 def _latencies(sweep: Sweep, console: Console) -> dict[str, Any]:
     """Column -> median seconds of a request, all on one engine, measured once for these adapters."""
-    from pi_ray.evaluate.latency import compare_latencies
-
-    columns = [(r.column, _column_of(r), r.config) for r in sweep.runs if r.seed == sweep.config.seeds[0]]
-    key = digest([(name, c.adapter, c.template, c.shots) for name, c, _ in columns])[:12]
+    first = [r for r in sweep.runs if r.seed == sweep.config.seeds[0]]
+    columns = [(replace(_column_of(r), name=r.column), r.config) for r in first]
+    key = digest([(c.name, c.adapter, c.template, c.shots) for c, _ in columns])[:12]
     path = sweep.base.root / f"speed-{key}.json"
     if not path.exists():
         total = sweep.base.evaluate.latency_rows * len(columns)

@@ -4,14 +4,12 @@ A baseline is a schedule, not code: template and examples kept throughout, templ
 one cache of compressed templates and, seed to seed, their preparation.
 """
 
-from __future__ import annotations
-
 import os
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
 from pydantic import Field, ValidationError, model_validator
 
@@ -61,7 +59,7 @@ class SweepConfig(Block):
     paper: PaperConfig = PaperConfig()
 
     @model_validator(mode="after")
-    def _names(self) -> SweepConfig:
+    def _names(self) -> Self:
         named = [(key, getattr(self, key)) for key in ("mine", "full", "none", "whole")]
         for key, name in [*named, *(("only", name) for name in self.only)]:
             if name and name not in self.columns:

@@ -4,29 +4,25 @@ The interval of a number covers the choice of test rows and the luck of training
 on the same test rows. gap recovered = (PromptIntern - no template) / (full prompt - no template), where there is a gap.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from rich.table import Table
 
 from pi_ray.evaluate import statistics
-from pi_ray.evaluate.latency import KINDS
+from pi_ray.evaluate.generation_workers import KINDS
 from pi_ray.experiments.sweep import Sweep, SweepRun
 from pi_ray.report import cost
 from pi_ray.report.summary import format_metric, format_seconds, metric_name, terminal_table
 from pi_ray.run.artifact import write_atomic
 
-if TYPE_CHECKING:
-    from rich.table import Table
-
-Latencies = dict[str, dict[str, float]]  # column -> median seconds (evaluate.latency), all on one engine
+Latencies = dict[str, dict[str, float]]  # column -> median seconds of each of KINDS, all on one engine
 
 
 @dataclass(frozen=True)
@@ -170,31 +166,27 @@ def result_entries(
     sweep: Sweep, columns: Sequence[ColumnResults], latencies: Latencies, command: str
 ) -> list[dict[str, Any]]:
     """The numbers for results.json: one entry for each column, seed and metric; the gap recovered has no seed."""
-
-    def entry(column: str, summary: dict[str, Any], metric: str, values: Any, **facts: Any) -> dict[str, Any]:
-        value, low, high = (round(v, 4) for v in values)
-        return {
-            "table": sweep.config.table, "column": column, "task": summary["task"], "model": summary["model"],
-            "seed": facts.pop("seed", None), "metric": metric, "value": value, "low": low, "high": high,
-            "test_rows": summary["test_rows"], "train_rows": summary["train_rows"], **facts, "command": command,
-        }
-
     entries = []
+
+    def add(column: str, summary: dict[str, Any], seed: int | None, metric: str, values: Any, **facts: Any) -> None:
+        value, low, high = (round(v, 4) for v in values)
+        entries.append({
+            "table": sweep.config.table, "column": column, "task": summary["task"], "model": summary["model"],
+            "seed": seed, "metric": metric, "value": value, "low": low, "high": high,
+            "test_rows": summary["test_rows"], "train_rows": summary["train_rows"], **facts, "command": command,
+        })
+
     for c in columns:
         for run, summary, own in zip(c.runs, c.summaries, c.facts, strict=True):
-            seconds = latencies.get(c.name, own)["latency_s"]
-            entries += [
-                entry(
-                    c.name, summary, metric, (own[metric], *interval), seed=run.seed,
-                    split=summary.get("split", "test"), input_tokens=round(own["input_tokens"], 1),
-                    seconds_per_instance=round(seconds, 3),
+            seconds = round(latencies.get(c.name, own)["latency_s"], 3)
+            for metric, interval in own["intervals"].items():
+                add(
+                    c.name, summary, run.seed, metric, (own[metric], *interval), split=summary.get("split", "test"),
+                    input_tokens=round(own["input_tokens"], 1), seconds_per_instance=seconds,
                 )
-                for metric, interval in own["intervals"].items()
-            ]
     _, recovered = recovered_gap(sweep, columns)
     if recovered:
-        first = columns[0].summaries[0]
-        entries.append(entry(sweep.config.mine, first, "gap_recovered", recovered.values()))
+        add(sweep.config.mine, columns[0].summaries[0], None, "gap_recovered", recovered.values())
     return entries
 
 

@@ -5,23 +5,19 @@ They are divided by the speed of a matrix product, measured here, times the shar
 Communication between workers is not counted. Expect a factor of two either way, on a machine that does nothing else.
 """
 
-from __future__ import annotations
-
 import math
 import time
 import warnings
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from pi_ray.config import LoraConfig, ModelConfig, RunConfig
 from pi_ray.errors import ConfigError, ModelError
 from pi_ray.models import resolve_base
 from pi_ray.run.artifact import read_manifest
 from pi_ray.run.directory import RunDir
 from pi_ray.schedule import plan_phases
 from pi_ray.train.updates import updates_in_phase
-
-if TYPE_CHECKING:
-    from pi_ray.config import LoraConfig, ModelConfig, RunConfig
 
 # Share of a large matrix product's speed that an update reaches. cpu: measured on the demo; gpu: a guess.
 REACHED = {"cpu": 0.65, "gpu": 0.3}
@@ -151,21 +147,21 @@ def dtype_name(config: RunConfig) -> str:
     return "bfloat16" if device_of(config) == "gpu" else "float32"
 
 
-def measure_speed(config: RunConfig, budget: float = 0.5) -> Speed:
-    """Measure this machine for `budget` seconds. Without a GPU here, a plan for GPUs takes the reference one."""
+def measure_speed(config: RunConfig) -> Speed:
+    """Measure this machine for half a second. Without a GPU here, a plan for GPUs takes the reference one."""
     import torch
 
     if device_of(config) == "cpu":
-        peak = _matmul_speed("cpu", torch.float32, 1024, budget)
+        peak = _matmul_speed("cpu", torch.float32, 1024)
         return Speed("cpu", f"this CPU, {torch.get_num_threads()} threads", REACHED["cpu"] * peak, "measured here")
     if not torch.cuda.is_available():
         name, peak = REFERENCE_GPU
         return Speed("gpu", name, REACHED["gpu"] * peak, f"no GPU here, so an {name} is assumed")
-    peak = _matmul_speed("cuda", getattr(torch, dtype_name(config)), 4096, budget)
+    peak = _matmul_speed("cuda", getattr(torch, dtype_name(config)), 4096)
     return Speed("gpu", torch.cuda.get_device_name(), REACHED["gpu"] * peak, "measured here")
 
 
-def _matmul_speed(device: str, dtype: Any, size: int, budget: float) -> float:
+def _matmul_speed(device: str, dtype: Any, size: int, budget: float = 0.5) -> float:
     """Operations per second of the fastest of many square products, so that other work here counts little."""
     import torch
 

@@ -1,16 +1,11 @@
 """The figures of a plan: of each phase, and of the whole run."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
+from pi_ray.config import RunConfig
 from pi_ray.plan import estimate
 from pi_ray.report import cost
 from pi_ray.schedule import Phase
-
-if TYPE_CHECKING:
-    from pi_ray.config import RunConfig
 
 
 @dataclass(frozen=True)

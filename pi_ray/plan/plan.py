@@ -4,14 +4,17 @@ It reads rows and tokenizer, loads no weights and starts no Ray. A template that
 tokens. Time and money are estimates (estimate.py, report/cost.py).
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
-from typing import TYPE_CHECKING
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 
 from pi_ray.cluster import placement
+from pi_ray.config import RunConfig
 from pi_ray.data.ingest import check_splits, read_splits
 from pi_ray.models import load_tokenizer
 from pi_ray.plan import estimate
@@ -19,7 +22,7 @@ from pi_ray.plan.figures import PhasePlan, Plan
 from pi_ray.plan.scale import print_scale
 from pi_ray.progress import format_money
 from pi_ray.prompt import Example, PromptEncoder
-from pi_ray.protocols import SPLITS, UNLABELLED
+from pi_ray.protocols import SPLITS, UNLABELLED, Row, Task
 from pi_ray.registry import tasks
 from pi_ray.report import cost
 from pi_ray.report.loss_plot import read_template_entries
@@ -29,13 +32,6 @@ from pi_ray.run.fingerprint import prepare_fingerprint, wants_unlabelled
 from pi_ray.run.phases import plain_finetuning_config
 from pi_ray.schedule import Phase, plan_phases
 from pi_ray.train.updates import updates_in_phase
-
-if TYPE_CHECKING:
-    from rich.console import Console
-    from rich.table import Table
-
-    from pi_ray.config import RunConfig
-    from pi_ray.protocols import Row, Task
 
 # Tokens of training that one new token costs to generate, about: one at a time, a model mostly waits for memory.
 TOKENS_PER_NEW_TOKEN = 5
@@ -125,8 +121,6 @@ def _token_counts(task: Task, rows: Sequence[Row], config: RunConfig) -> TokenCo
 
 def print_plan(plan: Plan, console: Console, scale: bool = False) -> None:
     """Print the plan; with `scale` also what more nodes and rows would make of it."""
-    from rich.text import Text
-
     def say(text: str, style: str = "") -> None:
         console.print(Text(text, style))  # a user's text is never read as markup
 
@@ -167,9 +161,6 @@ def print_plan(plan: Plan, console: Console, scale: bool = False) -> None:
 
 def _phases_table(plan: Plan) -> Table:
     """A line for each phase, and one for plain fine-tuning, whose phases have one prompt."""
-    from rich import box
-    from rich.table import Table
-
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1))
     for name in ("phase", "template", "shots", "rows x passes", "prefix", "row", "label", "updates", "time"):
         table.add_column(name, justify="right")

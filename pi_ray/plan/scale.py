@@ -11,9 +11,7 @@ one computes, and then the sum of the gradients.
 - Storage: the base is read once (by one worker where it is sharded, else by every node), one worker writes checkpoints,
   rows take 4 bytes a token.
 
-Assumed, and printed with the tables: an A100's NVLink (300 GB/s each way; NVIDIA's data sheet says 600 both ways) and
-the machines' networks (p4d and p4de 400 Gb/s, a2 100 Gb/s a node, as AWS and Google name them), of which LINK is
-reached; a shared disk of DISK. Overlap is never perfect, so that real runs are slower.
+Links reach LINK of their speed, and overlap is never perfect, so that real runs are slower.
 
 The one figure known to us of Mixtral-8x7B with LoRA on an A100 (Xia et al. 2024, arXiv 2408.04693, section III and
 Table IV: QLoRA of rank 16 on the experts, recomputing, 80 GB) is 2.6 times slower than this model says of the same
@@ -23,30 +21,27 @@ NVIDIA's NeMo AutoModel summary of October 2025 has 18% for LoRA on Llama 3 70B 
 between nodes ZeRO-3 reaches less, since it gathers all experts.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import TYPE_CHECKING
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 
 from pi_ray.config import RunConfig
 from pi_ray.plan import estimate
+from pi_ray.plan.estimate import ModelSize, Shape
+from pi_ray.plan.figures import Plan
 from pi_ray.report import cost
 from pi_ray.train.updates import updates_in_phase
 
-if TYPE_CHECKING:
-    from rich.console import Console
-    from rich.table import Table
-
-    from pi_ray.plan.estimate import ModelSize, Shape
-    from pi_ray.plan.figures import Plan
-
 NODES = (1, 2, 4, 8, 16, 32, 64)
 ROWS = (1_000_000, 100_000_000)
-NVLINK = 300e9  # bytes a second into one GPU
-NETWORK = {"aws": 50e9, "gcp": 12.5e9}  # bytes a second into one node
+NVLINK = 300e9  # bytes a second into one A100; NVIDIA's data sheet says 600e9 both ways
+NETWORK = {"aws": 50e9, "gcp": 12.5e9}  # bytes a second into one node: p4d and p4de 400 Gb/s, a2 100 Gb/s
 LINK = 0.7  # share of a link's speed that collectives reach
 DISK = 1e9  # bytes a second of the shared disk
 PUBLISHED_MFU = (0.18, 0.28)
@@ -123,11 +118,9 @@ def with_workers(config: RunConfig, workers: int) -> RunConfig:
     })
 
 
-def scaled_update(
-    size: ModelSize, shape: Shape, config: RunConfig, peak: float = estimate.REFERENCE_GPU[1],
-) -> ScaledUpdate:
-    """One update of `config` on its train.workers GPUs, spread over nodes of cluster.gpus_per_node."""
-    workers, nodes = config.train.workers, _nodes(config)
+def scaled_update(size: ModelSize, shape: Shape, config: RunConfig) -> ScaledUpdate:
+    """One update of `config` on its train.workers A100s, spread over nodes of cluster.gpus_per_node."""
+    workers, nodes, (_, peak) = config.train.workers, _nodes(config), estimate.REFERENCE_GPU
     operations, passes = estimate.update_operations(size, shape, config), _passes(config)
     inside, between = traffic(size, config)
     network = NETWORK[config.cluster.launcher.provider]
@@ -137,8 +130,7 @@ def scaled_update(
         gathering=max(inside / NVLINK, between / network) / LINK,
         summing=gradients / (NVLINK if nodes == 1 else network) / LINK,
         launching=passes * size.layers * estimate.LAUNCH,
-        operations=operations,
-        network=between + gradients * (nodes > 1),
+        operations=operations, network=between + gradients * (nodes > 1),
     )
     # Recomputed operations count for nothing in the MFU.
     useful = estimate.update_operations(size, shape, config.replace(**{"train.gradient_checkpointing": False}))
@@ -188,8 +180,6 @@ def _point(plan: Plan, nodes: int, rows: int) -> Point:
 
 def print_scale(plan: Plan, console: Console) -> None:
     """Print both tables and what they assume."""
-    from rich.text import Text
-
     points, config = grid(plan), plan.config
     table = _table("nodes", "GPUs", "batch", "seconds", "compute", "network", "MFU", "hours", config.cost.currency)
     for p in points:
@@ -224,9 +214,6 @@ def print_scale(plan: Plan, console: Console) -> None:
 
 def _table(*numbers: str) -> Table:
     """Columns of numbers, and what limits it in the width that they leave."""
-    from rich import box
-    from rich.table import Table
-
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     for name in numbers:
         table.add_column(name, justify="right", no_wrap=True)

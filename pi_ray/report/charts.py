@@ -4,13 +4,12 @@ They take the page's fonts, stay sharp in print and need no scripts. Every strin
 which escapes it. Sizes are pixels of the viewBox; the page scales them.
 """
 
-from __future__ import annotations
-
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from html import escape
 from itertools import islice
+from statistics import fmean
 from typing import Any
 
 from pi_ray.report import summary as numbers
@@ -65,17 +64,24 @@ def training_chart(
     """
     last = max([s.end for s in spans] + [u["step"] for u in [*updates, *plain]], default=1)
     losses = [u["loss"] for u in [*updates, *plain]] + [s.dev_loss for s in spans if s.dev_loss is not None]
-    most = max((s.phase.shots for s in spans), default=0)
+    most = max([1, *(s.phase.shots for s in spans)])
     loss = Panel(64, 26, WIDTH - 84, 250, (0, last), (0, round_up(max(losses, default=1.0))))
     rate = Panel(64, 322, WIDTH - 84, 62, (0, last), (0, 1))
-    shots = Panel(64, 432, WIDTH - 84, 62, (0, last), (0, max(most, 1)))
-    parts = [_bands(panel, spans) for panel in (loss, rate, shots)]
-    parts += [_phase_name(loss, s) for s in spans]
+    shots = Panel(64, 432, WIDTH - 84, 62, (0, last), (0, most))
+    parts = []
+    for panel in (loss, rate, shots):
+        for i, (a, b) in enumerate((panel.px(s.start), panel.px(s.end)) for s in spans):
+            parts.append(_rect(a, panel.top, b - a, panel.height, BANDS[i % 2]))
+    for s in spans:
+        name, middle = f"phase {s.index}{' (best on dev rows)' * s.best}", (loss.px(s.start) + loss.px(s.end)) / 2
+        parts.append(_text(middle, loss.top - 9, name, "middle", INK if s.best else MUTED, bold=s.best))
     parts += [_scale(loss, ticks(loss.y[1]), "loss"), _scale(rate, [0, 0.5, 1], "template kept", "{:.0%}".format)]
-    parts.append(_scale(shots, sorted({0, max(most, 1)}), "examples", "{:.0f}".format))
+    parts.append(_scale(shots, [0, most], "examples", "{:.0f}".format))
     parts += [_curve(loss, plain, COLOURS["plain"], "5 4"), _curve(loss, updates, COLOURS["promptintern"])]
     parts += [_dev_mark(loss, s) for s in spans if s.dev_loss is not None]
-    parts += [_stairs(rate, [(s, s.rate) for s in spans]), _stairs(shots, [(s, s.phase.shots) for s in spans])]
+    for panel, steps in ((rate, [(s, s.rate) for s in spans]), (shots, [(s, s.phase.shots) for s in spans])):
+        stairs = [(panel.px(x), panel.py(value)) for s, value in steps for x in (s.start, s.end)]
+        parts.append(_line(stairs, COLOURS["promptintern"], 2.5))
     bottom = shots.top + shots.height
     parts += [_text(shots.px(t), bottom + 18, f"{t:,.0f}", "middle", MUTED) for t in ticks(last, whole=True)]
     parts.append(_text(shots.left + shots.width, bottom + 38, "updates", "end", MUTED))
@@ -124,70 +130,53 @@ def quality_chart(summary: dict[str, Any], metric: str) -> str:
         parts.append(_text(4, y + 20, f"{title} ({rows:,})", "start", INK, bold=True))
         y += gap
         for name, column in block.items():
-            parts.append(_dot(panel, y, name, numbers.column_label(name, found[name]), column, metric))
+            label = numbers.column_label(name, found[name])
+            parts.append(_text(panel.left - 12, y + 4, label, "end", INK, bold=name == "promptintern"))
+            parts += _dot(panel, y, _colour(name), column, metric)
             y += step
     return _svg(height + 30, f"{numbers.metric_name(metric)} with 95% intervals", parts)
 
 
-def _dot(panel: Panel, y: float, name: str, label: str, column: dict[str, Any], metric: str) -> str:
-    parts = [_text(panel.left - 12, y + 4, label, "end", INK, bold=name == "promptintern")]
-    if column.get(metric) is None:
-        return "".join([*parts, _text(panel.left + 6, y + 4, "not measured", "start", MUTED)])
+def _dot(panel: Panel, y: float, colour: str, column: dict[str, Any], metric: str) -> Iterator[str]:
+    value = column.get(metric)
+    if value is None:
+        yield _text(panel.left + 6, y + 4, "not measured", "start", MUTED)
+        return
     low, high = numbers.metric_interval(column, metric)
-    parts.append(_line([(panel.px(low), y), (panel.px(high), y)], _colour(name), 2.5))
-    parts += [_rule(panel.px(v), y - 5, panel.px(v), y + 5, _colour(name)) for v in {low, high}]
-    parts.append(f'<circle cx="{panel.px(column[metric]):.1f}" cy="{y:.1f}" r="5.5" fill="{_colour(name)}"/>')
+    yield _line([(panel.px(low), y), (panel.px(high), y)], colour, 2.5)
+    for bound in {low, high}:
+        yield _rule(panel.px(bound), y - 5, panel.px(bound), y + 5, colour)
+    yield f'<circle cx="{panel.px(value):.1f}" cy="{y:.1f}" r="5.5" fill="{colour}"/>'
     bounds = f"  ({numbers.format_metric(metric, low)} to {numbers.format_metric(metric, high)})" if low != high else ""
-    note = numbers.format_metric(metric, column[metric], 1) + bounds
-    parts.append(_text(panel.left + panel.width + 22, y + 4, note, "start", INK))
-    return "".join(parts)
+    note = numbers.format_metric(metric, value, 1) + bounds
+    yield _text(panel.left + panel.width + 22, y + 4, note, "start", INK)
 
 
 def _curve(panel: Panel, updates: Sequence[dict[str, Any]], colour: str, dashes: str = "") -> str:
-    """The raw losses thin and pale, their running mean on top."""
+    """The raw losses thin and pale (none where dashed), their running mean on top."""
     parts = []
     for phase in sorted({u["phase"] for u in updates}):  # no mean over two phases, whose prompts differ
         points = thinned([(u["step"], u["loss"]) for u in updates if u["phase"] == phase])
         pixels = [(panel.px(x), panel.py(y)) for x, y in points]
         parts.append("" if dashes else _line(pixels, colour, 1, opacity=0.35))
-        parts.append(_line(running_mean(pixels), colour, 2.2, dashes))
+        width = max(1, len(pixels) // 16)  # the mean is of so many points to either side
+        windows = [pixels[max(0, i - width) : i + width + 1] for i in range(len(pixels))]
+        means = [(x, fmean(y for _, y in window)) for (x, _), window in zip(pixels, windows, strict=True)]
+        parts.append(_line(means, colour, 2.2, dashes))
     return "".join(parts)
 
 
-def running_mean(points: Points) -> list[tuple[float, float]]:
-    """Each y averaged over a sixteenth of the points to either side."""
-    width = max(1, len(points) // 16)
-    windows = [points[max(0, i - width) : i + width + 1] for i in range(len(points))]
-    return [(x, sum(y for _, y in w) / len(w)) for (x, _), w in zip(points, windows, strict=True)]
-
-
-def thinned(points: Points) -> list[tuple[float, float]]:
+def thinned(points: Points) -> Points:
     """At most MAX_POINTS, each the mean of as many neighbours."""
     size = math.ceil(len(points) / MAX_POINTS) or 1
     buckets = [points[i : i + size] for i in range(0, len(points), size)]
-    return [(sum(x for x, _ in b) / len(b), sum(y for _, y in b) / len(b)) for b in buckets]
+    return [(fmean(x for x, _ in b), fmean(y for _, y in b)) for b in buckets]
 
 
 def _dev_mark(panel: Panel, span: PhaseSpan) -> str:
     x, y = panel.px(span.end), panel.py(span.dev_loss or 0)
     diamond = f'<path d="M{x:.1f} {y - 7:.1f}l7 7l-7 7l-7 -7z" fill="{INK}" stroke="#fff" stroke-width="1.5"/>'
     return diamond + _text(x - 11, y - 11, f"{span.dev_loss:.3f}", "end", INK, bold=True, halo=True)
-
-
-def _phase_name(panel: Panel, span: PhaseSpan) -> str:
-    text = f"phase {span.index}{' (best on dev rows)' if span.best else ''}"
-    middle = (panel.px(span.start) + panel.px(span.end)) / 2
-    return _text(middle, panel.top - 9, text, "middle", INK if span.best else MUTED, bold=span.best)
-
-
-def _stairs(panel: Panel, steps: Sequence[tuple[PhaseSpan, float]]) -> str:
-    points = [(panel.px(x), panel.py(v)) for s, v in steps for x in (s.start, s.end)]
-    return _line(points, COLOURS["promptintern"], 2.5)
-
-
-def _bands(panel: Panel, spans: Sequence[PhaseSpan]) -> str:
-    edges = [(panel.px(s.start), panel.px(s.end)) for s in spans]
-    return "".join(_rect(a, panel.top, b - a, panel.height, BANDS[i % 2]) for i, (a, b) in enumerate(edges))
 
 
 def _scale(panel: Panel, ticks: Sequence[float], title: str, write: Callable[[float], str] = "{:g}".format) -> str:
@@ -212,7 +201,7 @@ def _colour(name: str) -> str:
 
 
 def round_up(high: float) -> float:
-    """The next round number above `high`."""
+    """The next round number from `high` on."""
     unit = 10 ** math.floor(math.log10(high)) if high > 0 else 1
     return next(unit * m for m in (1, 1.5, 2, 3, 4, 5, 8, 10) if unit * m >= high * 0.9999)
 

@@ -4,17 +4,13 @@ The adapter's tokens are priced like the base model's; hosts that charge more fo
 run.yaml. Plain fine-tuning sends the same tokens as PromptIntern, so there is nothing to break even against.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from pi_ray.config import CostConfig
 from pi_ray.progress import format_money
 from pi_ray.report import summary as numbers
-
-if TYPE_CHECKING:
-    from pi_ray.config import CostConfig
 
 PATIENCE_MONTHS = 12  # a payback later than this is called not worth it: prompts and base models change sooner
 
@@ -91,17 +87,11 @@ def verdict(summary: dict[str, Any], cost: CostConfig) -> str:
             f"Keep looking: with {name} {ours} the adapter is not of use yet, whatever it saves. "
             "Give the last phase more epochs, or more rows, before comparing prices."
         )
-    return payback_verdict(summary_economics(summary, cost), cost) + _plain_instead(summary, cost, metric)
-
-
-def _plain_instead(summary: dict[str, Any], cost: CostConfig, metric: str) -> str:
-    """Plain fine-tuning saves the same money; where it is no worse, the saving is no merit of PromptIntern's."""
-    plain = summary.get("plain")
-    against = numbers.compare_intervals(plain, summary["promptintern"], metric) if plain else "worse"
-    if against == "worse":
-        return ""
-    trained = format_money(trained_cost(cost, summary["train"]["plain"]), cost.currency)
-    return f" Plain fine-tuning saves as much, its quality is {against}, and its training cost {trained}."
+    text, plain = payback_verdict(summary_economics(summary, cost), cost), summary.get("plain")
+    if plain and (against := numbers.compare_intervals(plain, mine, metric)) != "worse":
+        trained = format_money(trained_cost(cost, summary["train"]["plain"]), cost.currency)
+        text += f" Plain fine-tuning saves as much, its quality is {against}, and its training cost {trained}."
+    return text
 
 
 def payback_verdict(found: Economics, cost: CostConfig) -> str:

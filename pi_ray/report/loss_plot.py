@@ -1,7 +1,5 @@
 """loss.svg in the run directory: the report's training chart, drawn anew after each phase while training goes on."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence

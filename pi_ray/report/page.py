@@ -4,8 +4,6 @@ Everything from outside (rows, model output, config) is escaped: by jinja2's aut
 pictures. A content-security policy forbids scripts and loads even so, because the samples are whatever a model wrote.
 """
 
-from __future__ import annotations
-
 import json
 import shlex
 from collections.abc import Iterator, Sequence

@@ -4,17 +4,14 @@ A column is one way of answering (base model, full prompt, plain fine-tuning, Pr
 different only where their 95% intervals do not overlap, which is stricter than a test of the difference.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
+
+from rich.table import Table
+from rich.text import Text
 
 from pi_ray.evaluate.columns import LABELS
 from pi_ray.schedule import Phase
-
-if TYPE_CHECKING:
-    from rich.table import Table
-    from rich.text import Text
 
 METRIC_NAMES = {"exact_match": "Exact match", "bleu": "BLEU", "execution": "Execution match"}
 WEAK = 0.1  # a metric below this in every column tells them apart badly
@@ -150,8 +147,6 @@ def group_lines(summary: dict[str, Any], metric: str) -> list[Line]:
 
 
 def summary_table(summary: dict[str, Any]) -> Table:
-    from rich.text import Text
-
     def stacked(cell: tuple[str, str]) -> Text:
         return Text.assemble(cell[0], "\n", (cell[1], "not bold dim")) if cell[1] else Text(cell[0])
 
@@ -167,9 +162,6 @@ def summary_table(summary: dict[str, Any]) -> Table:
 
 def terminal_table(title: str, head: Sequence[str], rows: Iterable[Sequence[str | Text]], bold: int = 0) -> Table:
     """Names on the left, numbers on the right, no markup read in any text; column `bold`, unless 0, is set in bold."""
-    from rich.table import Table
-    from rich.text import Text
-
     table = Table(title=Text(title), title_justify="left")
     for i, name in enumerate(head):
         table.add_column(Text(name), justify="right" if i else "left", style="bold" if 0 < i == bold else "")
@@ -193,10 +185,9 @@ def headline(summary: dict[str, Any], last: Phase) -> str:
 
 def findings(summary: dict[str, Any]) -> Iterator[str]:
     """Further results, one sentence or two each: plain fine-tuning (also where it wins), groups, latency."""
-    mine, metric = summary["promptintern"], main_metric(summary)
-    if plain := summary.get("plain"):
-        yield _plain_sentence(mine, plain, metric) + _paired_sentence(summary, metric)
-        yield from _largest_gap_sentence(summary, metric)
+    mine, full, metric = summary["promptintern"], summary["base_full_prompt"], main_metric(summary)
+    if "plain" in summary:
+        yield from _plain_sentences(summary, mine, summary["plain"], metric)
     else:
         yield (
             "Plain fine-tuning was not evaluated (evaluate.baseline is off), so this page cannot say "
@@ -210,8 +201,7 @@ def findings(summary: dict[str, Any]) -> Iterator[str]:
             f"the adapter also learned from the {facts['kept']:,} answers that it was sure of. "
             "Plain fine-tuning had as many updates, on the labelled rows alone."
         )
-    yield from _probe_sentences(summary)
-    full = summary["base_full_prompt"]
+    yield from _probe_sentences(mine, summary.get("base", {}))
     if mine.get("latency_s") is not None and full.get("latency_cached_s") is not None:
         took, uncached, cached = map(format_seconds, (mine["latency_s"], full["latency_s"], full["latency_cached_s"]))
         yield (
@@ -220,7 +210,12 @@ def findings(summary: dict[str, Any]) -> Iterator[str]:
         )
 
 
-def _plain_sentence(mine: dict[str, Any], plain: dict[str, Any], metric: str) -> str:
+def _plain_sentences(
+    summary: dict[str, Any], mine: dict[str, Any], plain: dict[str, Any], metric: str
+) -> Iterator[str]:
+    """All rows, with the paired test, which sees smaller differences than two intervals; then the group that differs
+    most, if its intervals are apart.
+    """
     ours, theirs = format_metric(metric, mine[metric]), format_metric(metric, plain[metric])
     end = {
         "better": f"reaches {theirs}; PromptIntern's {ours} is better, and the 95% intervals do not overlap.",
@@ -228,23 +223,22 @@ def _plain_sentence(mine: dict[str, Any], plain: dict[str, Any], metric: str) ->
         "level": f"reaches {theirs} against {ours}: the 95% intervals overlap, "
         "so over all test rows no difference is shown.",
     }[compare_intervals(mine, plain, metric)]
-    return f"Plain fine-tuning on the same rows, which never sees the prompt, {end}"
+    if found := summary.get("paired", {}).get("plain", {}).get(metric):
+        difference, low, high = (v if metric == "bleu" else 100 * v for v in found[:3])
+        p = f"= {found[3]:.3f}" if found[3] >= 0.001 else "< 0.001"
+        end += f" Row by row: {difference:+.1f} points (95%: {low:+.1f} to {high:+.1f}), p {p}."
+    yield f"Plain fine-tuning on the same rows, which never sees the prompt, {end}"
+    own, other = mine.get("groups", {}), plain.get("groups", {})
+    shared = [g for g in own if g in other and metric in own[g] and metric in other[g]]
+    apart = [g for g in shared if compare_intervals(own[g], other[g], metric) != "level"]
+    if len(shared) > 1 and apart:
+        group = max(apart, key=lambda g: abs(own[g][metric] - other[g][metric]))
+        ours, theirs = format_metric(metric, own[group][metric]), format_metric(metric, other[group][metric])
+        where = f"“{group}” ({own[group]['rows']:,} rows)"
+        yield f"The two differ most in the group {where}: PromptIntern {ours}, plain fine-tuning {theirs}."
 
 
-def _paired_sentence(summary: dict[str, Any], metric: str) -> str:
-    """The paired test against plain fine-tuning, which sees smaller differences than two intervals."""
-    found = summary.get("paired", {}).get("plain", {}).get(metric)
-    if not found:
-        return ""
-    *points, p = found
-    text = " Row by row: {:+.1f} points (95%: {:+.1f} to {:+.1f}), p ".format(
-        *(v if metric == "bleu" else 100 * v for v in points)
-    )
-    return text + (f"= {p:.3f}." if p >= 0.001 else "< 0.001.")
-
-
-def _probe_sentences(summary: dict[str, Any]) -> Iterator[str]:
-    mine, base = summary["promptintern"], summary.get("base", {})
+def _probe_sentences(mine: dict[str, Any], base: dict[str, Any]) -> Iterator[str]:
     if "off_task_perplexity" in mine and "off_task_perplexity" in base:
         before, after = base["off_task_perplexity"], mine["off_task_perplexity"]
         yield (
@@ -258,18 +252,6 @@ def _probe_sentences(summary: dict[str, Any]) -> Iterator[str]:
             f"repeats {format_percent(mine['recited'])} of it (at most {mine['longest_run']:.0f} {words} in a row). "
             "That is no proof of secrecy: treat an adapter as being as confidential as its prompt."
         )
-
-
-def _largest_gap_sentence(summary: dict[str, Any], metric: str) -> Iterator[str]:
-    """The group where PromptIntern and plain fine-tuning differ most, if their intervals are apart there."""
-    mine, plain = summary["promptintern"].get("groups", {}), summary["plain"].get("groups", {})
-    shared = [g for g in mine if g in plain and metric in mine[g] and metric in plain[g]]
-    apart = [g for g in shared if compare_intervals(mine[g], plain[g], metric) != "level"]
-    if len(shared) > 1 and apart:
-        group = max(apart, key=lambda g: abs(mine[g][metric] - plain[g][metric]))
-        ours, theirs = format_metric(metric, mine[group][metric]), format_metric(metric, plain[group][metric])
-        where = f"“{group}” ({mine[group]['rows']:,} rows)"
-        yield f"The two differ most in the group {where}: PromptIntern {ours}, plain fine-tuning {theirs}."
 
 
 def caveats(summary: dict[str, Any]) -> Iterator[str]:

@@ -3,11 +3,8 @@
 import torch
 
 from pi_ray.config import ModelConfig, PromptConfig
-from pi_ray.evaluate.answers import AnswerLengths
-from pi_ray.evaluate.columns import Column
-from pi_ray.evaluate.generation_workers import Generator, work_item
-from pi_ray.evaluate.latency import KINDS, median_latencies
-from pi_ray.evaluate.peft_adapters import LoadedAdapters
+from pi_ray.evaluate.columns import AnswerLengths, Column
+from pi_ray.evaluate.generation_workers import KINDS, Generator, LoadedAdapters, median_latencies, work_item
 from pi_ray.models import load_model
 from tests.lora import TEMPLATE, write_adapter
 
