@@ -5,8 +5,6 @@ A folder artifact holds `manifest.json`:
 It has its final name only when it is complete, so a reader never sees half of one.
 """
 
-from __future__ import annotations
-
 import errno
 import hashlib
 import json

@@ -24,16 +24,12 @@ class RunDir:
         self.root = Path(root)
         self.config = self.root / "run.yaml"
         self.rejects = self.root / "rejects.jsonl"
-        # Artifact: train/dev/test.parquet (and unlabelled.parquet) with columns id, query, answer, group, documents.
-        self.rows = self.root / "rows"
+        self.rows = self.root / "rows"  # artifact: one Parquet file for each split (row_store.SCHEMA)
         self.templates = self.root / "templates"  # artifact: templates.json and one readable .txt for each rate
-        # Artifact: the rows' documents as each phase has them, where rows have any (data/row_documents.py).
-        self.documents = self.root / "documents"
-        # Columns id, split, neighbours: list<string>, scores: list<float> (best first).
-        self.neighbours = self.root / "neighbours.parquet"
+        self.documents = self.root / "documents"  # artifact: rows' documents at each template rate (row_documents.py)
+        self.neighbours = self.root / "neighbours.parquet"  # id, split, neighbours and their scores, best first
         self.phases = self.root / "phases"  # an artifact for each phase, and "dev": dev rows with the last one's prompt
-        # Artifact: the teacher's answers, and how sure it was of them (train/distill.py).
-        self.teacher_answers = self.root / "teacher_answers"
+        self.teacher_answers = self.root / "teacher_answers"  # artifact: its answers, and how sure it was (distill.py)
         self.checkpoints = self.root / "checkpoints"
         self.adapters = self.root / "adapters"
         self.best = self.adapters / "best"  # link to the phase adapter with the highest dev accuracy

@@ -4,8 +4,6 @@ A change of `serve.port` retrains nothing. Preparation has one fingerprint for a
 makes templates and documents again too, from the cache of compressed text.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 from pi_ray import __version__

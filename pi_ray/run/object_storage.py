@@ -3,8 +3,6 @@
 Credentials are where each provider's own tools look for them.
 """
 
-from __future__ import annotations
-
 import io
 import re
 import shutil

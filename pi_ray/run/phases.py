@@ -1,7 +1,5 @@
 """The phases of a run, what all of them together need, and the prompts and the baseline that they are compared with."""
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 from pi_ray.config import RunConfig

@@ -4,8 +4,6 @@ What many workers make lies in pieces, one file for each range of rows. A piece 
 pieces are one file, byte-identical whoever made them.
 """
 
-from __future__ import annotations
-
 import io
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import accumulate, islice

@@ -1,34 +1,39 @@
 """The adapter store as serving sees it: a name -> a verified folder. Names are checked before any file is touched.
 
-    store/<name>/latest.json        {"version": "v0002"}
-    store/<name>/aliases.json       which version answers (aliases.py); written by `pi-ray release`
-    store/<name>/v0001, ...         adapter_model.safetensors, adapter_config.json, pi_ray.json (the card), README.md,
-                                    manifest.json, and prompt.json for the prompt guard
+    store/<name>/latest.json     {"version": "v0002"}
+    store/<name>/aliases.json    {"prod": {"version": "v0002", "canary": "v0003", "percent": 10, "before": ["v0001"]}}
+    store/<name>/v0001, ...      adapter_model.safetensors, adapter_config.json, pi_ray.json (the card), README.md,
+                                 manifest.json, and prompt.json for the prompt guard
 
 The store is a folder or behind a URL (backends.py). Its content may come from elsewhere, so it is treated as hostile
-until it is verified.
+until it is verified. A name alone stands for its alias `prod`; while there is none, for the latest version.
 """
-
-from __future__ import annotations
 
 import os
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Self
+
+from pydantic import Field, TypeAdapter
 
 from pi_ray.config import ModelConfig, PromptConfig
 from pi_ray.errors import AdapterError
 from pi_ray.run.artifact import MANIFEST, digest, digest_file
 from pi_ray.run.object_storage import is_url
-from pi_ray.store.aliases import ALIAS, ALIASES_FILE, DEFAULT_ALIAS, LATEST, LATEST_FILE, VERSION, Alias, parse_aliases
-from pi_ray.store.backends import LocalStore, RemoteStore, StoreUnavailableError
+from pi_ray.store.backends import LATEST_FILE, VERSION, LocalStore, RemoteStore, StoreUnavailableError
 from pi_ray.store.prompt_guard import PROMPT_FILE, PromptGuard
-from pi_ray.store.verify import read_json, verify_adapter
+from pi_ray.store.verify import read_json, validate, verify_adapter
 
 __all__ = ["NAME", "Adapter", "AdapterStore", "StoreUnavailableError", "UnknownAdapterError", "split_name"]
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
+ALIAS = re.compile(r"(?!v[0-9])[a-z][a-z0-9_-]{0,31}")
+ALIASES_FILE = "aliases.json"
+DEFAULT_ALIAS = "prod"  # for which a name alone stands
+LATEST = "latest"  # stands for the newest version
+MAX_HISTORY = 20  # versions through which `--rollback` can go back
 MAX_REFUSALS = 1000  # that are remembered
+Version = Annotated[str, Field(pattern=f"^{VERSION.pattern}$")]
 
 
 class UnknownAdapterError(AdapterError):
@@ -44,6 +49,40 @@ class Adapter:
     path: Path
     card: dict[str, Any] = field(repr=False)
     guard: PromptGuard | None = field(default=None, repr=False, compare=False)
+
+
+@dataclass(frozen=True)
+class Alias:
+    """`version` answers, but for `percent` percent of requests `canary`. `before`: earlier versions, newest last."""
+
+    version: Version
+    canary: Annotated[str, Field(pattern=f"^({VERSION.pattern})?$")] = ""
+    percent: Annotated[float, Field(ge=0, le=100, strict=True)] = 0.0
+    before: tuple[Version, ...] = ()
+
+    def pick(self, sticky_key: str) -> str:
+        """The version that answers: always the same one for a key, and never the canary for an empty key.
+
+        A higher percentage keeps the keys that had the canary already.
+        """
+        place = int(digest(f"{self.canary}:{sticky_key}")[:12], 16) / 16**12 * 100
+        return self.canary if self.canary and sticky_key and place < self.percent else self.version
+
+    def with_version(self, version: str) -> Self:
+        """`version` for all requests. Ends a canary."""
+        before = self.before if version == self.version else (*self.before, self.version)[-MAX_HISTORY:]
+        return replace(self, version=version, canary="", percent=0.0, before=before)
+
+    def rolled_back(self) -> Self:
+        """The same without its canary; where there is none, the version before. Raises AdapterError without either."""
+        if self.canary:
+            return replace(self, canary="", percent=0.0)
+        if not self.before:
+            raise AdapterError("there is no earlier version to go back to; name one with --version")
+        return replace(self, version=self.before[-1], before=self.before[:-1])
+
+
+ALIASES = TypeAdapter(dict[str, Alias])
 
 
 def split_name(spec: str) -> tuple[str, str]:
@@ -82,7 +121,16 @@ class AdapterStore:
         if state in self._refused:
             raise AdapterError(self._refused[state])
         if state not in self._verified:
-            self._verified[state] = self._verify(name, version, path, state)
+            try:
+                card = verify_adapter(path, self.base)
+            except AdapterError as error:  # remembered until the folder changes, so that asking again costs nothing
+                message = self._refused[state] = f"adapter '{name}@{version}' is refused: {error}"
+                if len(self._refused) > MAX_REFUSALS:
+                    del self._refused[next(iter(self._refused))]
+                raise AdapterError(message) from error
+            file, wording = path / PROMPT_FILE, PromptConfig(**card["prompt"])
+            guard = PromptGuard(read_json(file), wording) if file.is_file() else None
+            self._verified[state] = Adapter(name, version, path, card, guard)
         return self._verified[state]
 
     def resolve(self, spec: str, sticky_key: str = "") -> tuple[str, str]:
@@ -100,7 +148,12 @@ class AdapterStore:
         return name, alias.pick(sticky_key) if alias else self.latest(name)
 
     def aliases(self, name: str) -> dict[str, Alias]:
-        return parse_aliases(self.backend.read_json(name, ALIASES_FILE) or {}, name)
+        """Name -> alias. Raises AdapterError where aliases.json is not as `pi-ray release` wrote it."""
+        data = self.backend.read_json(name, ALIASES_FILE) or {}
+        where = f"adapter '{name}': {ALIASES_FILE} (which 'pi-ray release' writes)"
+        if not all(map(ALIAS.fullmatch, data)):
+            raise AdapterError(f"{where} holds a name that no alias can have")
+        return validate(ALIASES, data, where)
 
     def latest(self, name: str) -> str:
         """The newest published version. Raises UnknownAdapterError when there is none."""
@@ -111,18 +164,6 @@ class AdapterStore:
         if not isinstance(version, str) or not VERSION.fullmatch(version):
             raise AdapterError(f"adapter '{name}': {LATEST_FILE} names no version")
         return version
-
-    def _verify(self, name: str, version: str, path: Path, state: str) -> Adapter:
-        """Verify a folder. A refusal is remembered until the folder changes, so that asking again costs nothing."""
-        try:
-            card = verify_adapter(path, self.base)
-        except AdapterError as error:
-            self._refused[state] = f"adapter '{name}@{version}' is refused: {error}"
-            if len(self._refused) > MAX_REFUSALS:
-                del self._refused[next(iter(self._refused))]
-            raise AdapterError(self._refused[state]) from error
-        file, wording = path / PROMPT_FILE, PromptConfig(**card["prompt"])
-        return Adapter(name, version, path, card, PromptGuard(read_json(file), wording) if file.is_file() else None)
 
 
 def _folder_state(path: Path) -> str:

@@ -3,8 +3,6 @@
 Names given to them are valid already (adapters.split_name); the content of the files may be hostile.
 """
 
-from __future__ import annotations
-
 import fcntl
 import logging
 import os
@@ -22,10 +20,11 @@ from pi_ray.errors import AdapterError, ConfigError, CorruptArtifactError, Stora
 from pi_ray.models import cache_dir
 from pi_ray.run.artifact import MANIFEST, digest, staged, translate_disk_errors, verify_artifact, write_atomic
 from pi_ray.run.object_storage import ObjectStorage
-from pi_ray.store.aliases import LATEST_FILE, VERSION
 from pi_ray.store.verify import MAX_JSON_BYTES, MAX_WEIGHT_BYTES, SUFFIXES, WEIGHTS_FILE, parse_json, read_json
 
 log = logging.getLogger("ray.serve")
+LATEST_FILE = "latest.json"
+VERSION = re.compile(r"v[0-9]{4,9}")
 REFRESH_S, RETRY_S = 5.0, 60.0
 MAX_FILES = 16  # of an adapter
 FILE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")

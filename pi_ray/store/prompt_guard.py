@@ -12,13 +12,11 @@
 - Anything else is a query.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
 from pydantic import BaseModel, Field, model_validator
 
@@ -73,7 +71,7 @@ class PromptRecord(BaseModel):
     examples: Annotated[list[ExampleHash], Field(max_length=MAX_EXAMPLES)]
 
     @model_validator(mode="after")
-    def _check_hash(self) -> PromptRecord:
+    def _check_hash(self) -> Self:
         if self.sha256 != digest(collapse_whitespace(self.template)):
             raise ValueError("sha256 is not that of the template")
         return self

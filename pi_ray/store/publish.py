@@ -1,7 +1,5 @@
 """Publish: the run's best adapter -> the next version in the adapter store, with hashes and a model card."""
 
-from __future__ import annotations
-
 import json
 import logging
 import shutil
@@ -14,8 +12,7 @@ from pi_ray.models import PACKAGED, base_name
 from pi_ray.run.artifact import digest, seal_folder, verify_artifact, write_atomic
 from pi_ray.run.directory import RunDir
 from pi_ray.store.adapters import NAME, AdapterStore
-from pi_ray.store.aliases import LATEST_FILE
-from pi_ray.store.backends import LocalStore, RemoteStore
+from pi_ray.store.backends import LATEST_FILE, LocalStore, RemoteStore
 from pi_ray.store.prompt_guard import MAX_TEMPLATE, PROMPT_FILE, format_example, prompt_record
 from pi_ray.store.verify import CARD_FILE, CONFIG_FILE, WEIGHTS_FILE, read_json, verify_adapter
 

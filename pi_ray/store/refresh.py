@@ -3,8 +3,6 @@
 Each refresh has a run directory of its own, with a mark in it: what it learns from, and whether it is published.
 """
 
-from __future__ import annotations
-
 import json
 import shutil
 from datetime import UTC, datetime
@@ -18,8 +16,7 @@ from pi_ray.run.artifact import MANIFEST, notify_written, staged, write_atomic
 from pi_ray.run.directory import RunDir
 from pi_ray.run.fingerprint import prepare_fingerprint, train_fingerprint
 from pi_ray.run.object_storage import ObjectStorage
-from pi_ray.store.adapters import AdapterStore, UnknownAdapterError
-from pi_ray.store.aliases import LATEST
+from pi_ray.store.adapters import LATEST, AdapterStore, UnknownAdapterError
 
 MARK_FILE = "refresh.json"
 

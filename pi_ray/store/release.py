@@ -3,16 +3,14 @@
 Nothing is restarted. A version is tried on some of the requests (a canary), given to all of them, or taken back.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 from pi_ray.errors import AdapterError, ConfigError
-from pi_ray.store.adapters import AdapterStore, split_name
-from pi_ray.store.aliases import ALIAS, ALIASES, ALIASES_FILE, DEFAULT_ALIAS, LATEST, VERSION, Alias
+from pi_ray.store.adapters import ALIAS, ALIASES, ALIASES_FILE, DEFAULT_ALIAS, LATEST, AdapterStore, Alias, split_name
+from pi_ray.store.backends import VERSION
 
 
 def release_version(

@@ -4,8 +4,6 @@ The folder may have been copied from elsewhere, so it is treated as hostile. Not
 run, names written in its files are compared and never opened, and sizes are bounded before anything is read.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import re
@@ -26,10 +24,8 @@ LORA_TENSOR = re.compile(r"base_model\.model\.([\w.]+)\.lora_([AB])\.weight", re
 WEIGHTS_FILE, CONFIG_FILE, CARD_FILE = "adapter_model.safetensors", "adapter_config.json", "pi_ray.json"
 SUFFIXES = {".safetensors", ".json", ".md"}
 FLOAT_TYPES = ("F32", "F16", "BF16")
-MAX_JSON_BYTES = 8 << 20
-MAX_WEIGHT_BYTES = 8 << 30
-MAX_RANK = 4096
-MAX_TOKENS = 1 << 30
+MAX_JSON_BYTES, MAX_WEIGHT_BYTES = 8 << 20, 8 << 30
+MAX_RANK, MAX_TOKENS = 4096, 1 << 30
 MAX_WORDING = 100_000  # characters of the prompt block
 MAX_REPEATS = 4  # of the query or the answer in the wording of a prompt
 CHUNK = 16_384  # elements: torch takes fewer than 32,768 in the calling thread; its others would slow decoding
@@ -74,7 +70,7 @@ def verify_adapter(path: Path, base: ModelConfig | None = None) -> dict[str, Any
         raise AdapterError(f"{MANIFEST} does not list exactly the files of the folder")
     try:
         verify_artifact(path)
-    except CorruptArtifactError as error:
+    except (CorruptArtifactError, RecursionError) as error:
         raise AdapterError(str(error).removeprefix(f"{path}/")) from error
     rank = _check_config(read_json(path / CONFIG_FILE))
     card = read_json(path / CARD_FILE)

@@ -8,8 +8,7 @@ import pytest
 from pi_ray import cli
 from pi_ray.config import ModelConfig
 from pi_ray.errors import AdapterError, ConfigError
-from pi_ray.store.adapters import AdapterStore, UnknownAdapterError
-from pi_ray.store.aliases import Alias
+from pi_ray.store.adapters import AdapterStore, Alias, UnknownAdapterError
 from pi_ray.store.release import release_version
 from tests.lora import put_in_store
 
