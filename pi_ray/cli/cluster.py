@@ -7,12 +7,11 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pi_ray.cli.verbs import OVERRIDES, RUN, Verbs, argument, load_config, run_file_of
+from pi_ray.cli.verbs import OVERRIDES, RUN, argument, load_config, run_file_of, verb
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-verb = Verbs()
 ADDRESS = argument("--address", default="", metavar="URL", help="URL of the cluster's Jobs API; "
     "default: cluster.address of run.yaml, RAY_API_SERVER_ADDRESS, or http://127.0.0.1:8265")
 STEPS = ["run", "prepare", "train", "evaluate", "report", "publish", "serve"]

@@ -24,15 +24,17 @@ class Verb(NamedTuple):
     function: Function
 
 
-class Verbs(dict[str, Verb]):
-    """The verbs of a module by name, in their order there. An instance is a decorator that adds one."""
+VERBS: dict[str, Verb] = {}
 
-    def __call__(self, help: str, *arguments: Argument) -> Callable[[Function], Function]:
-        def register(function: Function) -> Function:
-            self[function.__name__] = Verb(help, arguments, function)
-            return function
 
-        return register
+def verb(help: str, *arguments: Argument) -> Callable[[Function], Function]:
+    """Make a function the verb of its name."""
+
+    def register(function: Function) -> Function:
+        VERBS[function.__name__] = Verb(help, arguments, function)
+        return function
+
+    return register
 
 
 def argument(*names: str, **options: Any) -> Argument:

@@ -30,10 +30,8 @@ def address_of(given: str = "", configured: str = "") -> str:
     """
     address = (given or configured or os.environ.get("RAY_API_SERVER_ADDRESS") or DEFAULT_ADDRESS).rstrip("/")
     if not re.fullmatch(PLAIN_URL, address):
-        raise ConfigError(
-            f"--address: give the URL of the cluster's Jobs API, such as {DEFAULT_ADDRESS}, without user, password or "
-            "query; Ray's own addresses (HOST:6379, ray://) are not meant"
-        )
+        wanted = f"the URL of the cluster's Jobs API, such as {DEFAULT_ADDRESS}, without user, password or query"
+        raise ConfigError(f"--address: give {wanted}; Ray's own addresses (HOST:6379, ray://) are not meant")
     return address
 
 

@@ -16,17 +16,17 @@ FLOORS = {"ray": "2.60", "torch": "2.6", "transformers": "5.3", "peft": "0.18", 
 
 def check_requirements() -> None:
     """Raise MissingExtraError, with the pip command, for a package that is missing or too old."""
-    for name, found in packages_too_old():
-        needed = f"pi-ray needs {name} {FLOORS[name]} or newer; {install_command(name)}"
-        raise MissingExtraError(f"{name} {found or 'is missing'}: {needed}")
+    for problem, cure in packages_too_old():
+        raise MissingExtraError(f"{problem}; {cure}")
 
 
 def packages_too_old() -> Iterator[tuple[str, str]]:
-    """(package, its version or "" where it is missing) of each package below its floor."""
+    """(what is wrong, its cure) of each package that is missing or below its floor."""
     for name, floor in FLOORS.items():
         found = installed_version(name)
         if not found or is_older(found, floor):
-            yield name, found
+            problem = f"{name} {found or 'is missing'}, and pi-ray needs {floor} or newer"
+            yield problem, f"'{sys.executable} -m pip install \"{name}>={floor}\"' brings it"
 
 
 def is_older(found: str, floor: str) -> bool:
@@ -42,7 +42,3 @@ def installed_version(name: str) -> str:
         return version(name)
     except PackageNotFoundError:
         return ""
-
-
-def install_command(name: str) -> str:
-    return f"'{sys.executable} -m pip install \"{name}>={FLOORS[name]}\"' brings it"

@@ -38,7 +38,7 @@ def rendered(size: estimate.ModelSize, kind: str, overrides: Sequence[str] = ())
     """(file -> text, notes) of one kind for the Mixtral run."""
     with (
         patch.object(estimate, "model_size", lambda model, lora: size),
-        patch("pi_ray.cluster.render.values.version", lambda name: RAY),
+        patch("pi_ray.cluster.render.version", lambda name: RAY),
     ):
         return render_cluster_files(kind, load_run_file(RUN, overrides), RUN.parent)
 

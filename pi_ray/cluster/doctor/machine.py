@@ -26,10 +26,8 @@ CGROUP = Path("/sys/fs/cgroup/memory.max")
 
 def check_versions() -> Iterator[Finding]:
     """Check that packages are new enough."""
-    lacking = dict(requirements.packages_too_old())
-    for name, found in lacking.items():
-        message = f"{name} {found or 'is missing'}, and pi-ray needs {requirements.FLOORS[name]} or newer"
-        yield fail("versions", message, requirements.install_command(name))
+    lacking = list(requirements.packages_too_old())
+    yield from (fail("versions", problem, cure) for problem, cure in lacking)
     if not lacking:
         installed = (f"{name} {requirements.installed_version(name)}" for name in requirements.FLOORS)
         yield ok("versions", ", ".join(installed))
@@ -80,10 +78,8 @@ def check_bucket(location: str) -> Finding:
         storage.upload(b"pi-ray", key)  # under another name, then moved
         storage.delete(key)
     except (OSError, StorageError, NotImplementedError) as error:
-        cure = (
-            "check its name and region, and this machine's credentials (an AWS profile or role, gcloud auth "
-            "application-default login); the cluster's nodes need them too"
-        )
+        logins = "an AWS profile or role, gcloud auth application-default login"
+        cure = f"check its name and region, and the credentials here ({logins}); the cluster's nodes need them too"
         return fail("storage", f"{location} cannot be written: {str(error).splitlines()[0][:200]}", cure)
     return ok("storage", f"{location} can be written")
 
@@ -127,10 +123,8 @@ def check_ports(config: RunConfig | None) -> Iterator[Finding]:
             yield ok("ports", f"serving: {host}:{port} is free")
     for port, whose in RAY_PORTS.items():
         if _bind_error("127.0.0.1", port):
-            cure = (
-                "is it your cluster? Then 'pi-ray doctor --address http://127.0.0.1:8265' looks at it; "
-                "else give ray start --port and --dashboard-port"
-            )
+            look = "is it your cluster? Then 'pi-ray doctor --address http://127.0.0.1:8265' looks at it"
+            cure = f"{look}; else give ray start --port and --dashboard-port"
             yield note("ports", f"127.0.0.1:{port}, that of {whose}, is taken", cure)
 
 

@@ -26,21 +26,18 @@ def check_authentication(address: str = "") -> Iterator[Finding]:
     if mode == "disabled" and address:
         message = f"RAY_AUTH_MODE=disabled: no token is sent to {address}"
         yield fail("token", message, f"'unset RAY_AUTH_MODE'. {auth.CURE}")
-        return
-    if mode == "disabled":
+    elif mode == "disabled":
         message = "RAY_AUTH_MODE=disabled: anyone who reaches this machine's Ray can run programs as you"
         yield fail("token", message, "'unset RAY_AUTH_MODE'; pi-ray's own Ray then makes a token by itself")
-        return
-    if mode not in MODES:
+    elif mode not in MODES:
         yield fail("token", f"RAY_AUTH_MODE={mode} is unknown to Ray", "set RAY_AUTH_MODE=token")
-        return
-    if auth.has_token():
+    elif auth.has_token():
         yield _check_token()
     elif mode == "token" and os.environ.get("RAY_ADDRESS") and not address:
         yield fail("token", "RAY_AUTH_MODE is token, and there is none for RAY_ADDRESS", auth.CURE)
     elif not address:
         yield ok("token", "no token yet; pi-ray's own Ray makes one when it starts")
-    if address.startswith("http://") and not auth.is_loopback(address):
+    if mode in MODES and address.startswith("http://") and not auth.is_loopback(address):
         cure = "tunnel it (kubectl port-forward, ssh -L, ray dashboard) and use http://127.0.0.1, or put TLS before it"
         yield note("token", f"{address} is not encrypted: the token can be read on the way", cure)
 
@@ -64,31 +61,36 @@ def check_cluster(address: str, config: RunConfig | None) -> Iterator[Finding]:
         tunnels = "kubectl port-forward svc/NAME-head-svc 8265, ray dashboard, ssh -L 8265:127.0.0.1:8265"
         cure = f"is the cluster up, and the tunnel ({tunnels})?"
         yield fail("cluster", f"{address} does not answer: {message}", cure)
-        return
-    if bare == 200:
+    elif bare == 200:
         message = f"{address} lets everyone in, without a token: anyone who reaches it can run programs there"
         yield fail("token", message, "start its Ray with RAY_AUTH_MODE=token (the files of 'pi-ray render' do)")
-        return
-    if bare not in (401, 403):
-        cure = "give the URL of the Jobs API, such as http://127.0.0.1:8265"
+    elif bare not in (401, 403):
+        cure = f"give the URL of the Jobs API, such as {auth.DEFAULT_ADDRESS}"
         yield fail("cluster", f"{address} answers {bare}, so it is no Ray dashboard", cure)
-        return
-    source, token = _token()
-    if not auth.has_token():
+    elif not auth.has_token():
         yield fail("token", f"{address} wants a token, and there is none here", auth.CURE)
-        return
-    if os.environ.get("RAY_AUTH_MODE", "").lower() not in MODES or not WORD.fullmatch(token):
-        return  # `check_authentication` has reported it
+    elif os.environ.get("RAY_AUTH_MODE", "").lower() in MODES and WORD.fullmatch(_token()[1]):
+        yield from _check_inside(address, config)  # else `check_authentication` has reported the token
+
+
+def _check_inside(address: str, config: RunConfig | None) -> Iterator[Finding]:
+    """Check that the token is accepted, and then the cluster's Ray and its nodes."""
+    source, token = _token()
     code, answer = _get_version(address, token)
     if code != 200:
-        cure = (
-            "take the cluster's: on Kubernetes, the key auth_token of its Secret; "
-            "else 'ray get-auth-token' prints it on its head node"
-        )
+        secret = "on Kubernetes, the key auth_token of its Secret"
+        cure = f"take the cluster's: {secret}; else 'ray get-auth-token' prints it on its head node"
         yield fail("token", f"{address} does not take your token, from {source} ({code or answer})", cure)
         return
     yield ok("cluster", f"{address} asks for a token and takes yours")
-    yield from _check_version(answer)
+    found = re.search(r'"ray_version": *"((\d+\.\d+)[^"]*)"', answer)
+    floor, here = requirements.FLOORS["ray"], requirements.installed_version("ray")
+    if found and requirements.is_older(found[2], floor):
+        cure = f"start it with Ray {here}, as here, on every node: cluster/Dockerfile makes such an image"
+        yield fail("versions", f"the cluster has Ray {found[1]}, and pi-ray needs {floor} or newer", cure)
+    elif found and found[1] != here:
+        cure = "jobs run with the cluster's; where one behaves otherwise than here, take the same on both"
+        yield note("versions", f"the cluster has Ray {found[1]}, and this machine {here}", cure)
     yield from _check_nodes(address, config)
 
 
@@ -123,18 +125,6 @@ def _token() -> tuple[str, str]:
         return str(path), path.read_text().strip()
     except (OSError, UnicodeDecodeError):
         return str(path), ""
-
-
-def _check_version(answer: str) -> Iterator[Finding]:
-    """Check the cluster's Ray, with which jobs run, against pi-ray's floor and this machine's."""
-    found = re.search(r'"ray_version": *"(\d+\.\d+[^"]*)"', answer)
-    floor, here = requirements.FLOORS["ray"], requirements.installed_version("ray")
-    if found and requirements.is_older(found[1], floor):
-        cure = f"start it with Ray {here}, as here, on every node: cluster/Dockerfile makes such an image"
-        yield fail("versions", f"the cluster has Ray {found[1]}, and pi-ray needs {floor} or newer", cure)
-    elif found and found[1] != here:
-        cure = "jobs run with the cluster's; where one behaves otherwise than here, take the same on both"
-        yield note("versions", f"the cluster has Ray {found[1]}, and this machine {here}", cure)
 
 
 def _check_nodes(address: str, config: RunConfig | None) -> Iterator[Finding]:

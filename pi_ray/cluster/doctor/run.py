@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from pi_ray.cluster import auth
 from pi_ray.cluster.doctor.finding import Finding, fail, note, ok
 from pi_ray.cluster.doctor.machine import GIB, ROOM, free_memory
 from pi_ray.compress.generation import GenerationCompressor
-from pi_ray.config import CompressConfig, RunConfig
+from pi_ray.config import Block, CompressConfig, RunConfig
 from pi_ray.errors import ConfigError, MissingExtraError, ModelError, PiRayError
+from pi_ray.hosted import is_hosted
 from pi_ray.hosted.client import Service
 from pi_ray.models import load_tokenizer, resolve_base
 from pi_ray.plan import estimate, plan
@@ -100,14 +101,14 @@ def check_extras(config: RunConfig) -> Iterator[Finding]:
         if package and find_spec(package) is None:
             cure = f"'pip install {package.replace('_', '-')}', on every node"
             yield fail("extras", f"{key} needs the package {package}, which is not installed", cure)
-    services: list[Callable[[], object]] = [
-        partial(GenerationCompressor, c) for c in _compressors(config).values() if c.name == "generation"
+    services: list[tuple[Callable[[Any], object], Block]] = [
+        (GenerationCompressor, own) for own in _compressors(config).values() if own.name == "generation"
     ]
-    if config.train.backend.name == "openai":
-        services.append(partial(Service, config.closed))
-    for service in services:
+    if is_hosted(config):
+        services.append((Service, config.closed))
+    for service, settings in services:
         try:
-            service()
+            service(settings)
         except (ConfigError, MissingExtraError) as error:
             yield fail("extras", str(error), "do that where pi-ray is started, and on every node")
 
@@ -128,7 +129,7 @@ def _loads_encoder(config: RunConfig) -> bool:
 
 
 def _missing_weights(name: str, revision: str = "") -> str:
-    """Say why a model's weights cannot be had, or "". They are not read: the hub is asked for their names."""
+    """Why a model's weights cannot be had, or "". They are not read: the hub is asked for their names."""
     place = resolve_base(name)
     if Path(place).is_dir():
         return "" if any(Path(place).glob("*.safetensors")) else f"no weights (*.safetensors) in {place}"
@@ -151,8 +152,8 @@ def check_key(config: RunConfig) -> Finding:
     host, name = config.serve.host, config.serve.api_key_env
     if auth.is_loopback(f"http://{host}"):
         return ok("key", f"serving on {host} alone needs none")
-    if os.environ.get(name):
-        return ok("key", f"{name} is set")
+    if os.environ.get(name) or config.serve.keys_file:
+        return ok("key", f"{name if os.environ.get(name) else 'serve.keys_file'} is set")
     cure = f'\'export {name}="$(openssl rand -hex 32)"\', or set serve.host to 127.0.0.1'
     return fail("key", f"serve.host is {host}, and {name} is not set: pi-ray serve will not start", cure)
 

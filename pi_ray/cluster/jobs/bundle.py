@@ -25,33 +25,29 @@ SECRET_VALUE = re.compile(r"\b(sk-[\w-]{16,}|hf_\w{16,}|gh[pousr]_\w{16,}|AKIA[A
 SECRET_VARIABLE = re.compile(r"(KEY|TOKEN|SECRET|PASSWORD)$")
 
 
-def relative_inputs(config: RunConfig, folder: Path) -> dict[str, Path]:
-    """Key -> path of each existing file or folder that `task` names by a path relative to `folder`.
+def gather_inputs(config: RunConfig, folder: Path) -> tuple[RunConfig, dict[str, Path]]:
+    """(the config with its inputs named as in the bundle, name in the bundle -> file).
 
-    The config is not resolved yet.
+    Inputs are what `task` of a config that is not resolved names by a path relative to `folder`. Each gets the name of
+    its key, such as train.jsonl, whatever it was called; optional ones that do not exist keep theirs. Raises
+    ConfigError above what the Jobs API takes.
     """
-    keys = [key for key in INPUTS if config.task.name != "opsql" and getattr(config.task, key)]
-    named = {key: Path(getattr(config.task, key)).expanduser() for key in keys}
-    return {k: folder / path for k, path in named.items() if not path.is_absolute() and (folder / path).exists()}
-
-
-def bundled_files(config: RunConfig, folder: Path) -> dict[str, Path]:
-    """Name in the bundle -> file: each input is named after its key, such as train.jsonl, whatever it was called.
-
-    Raises ConfigError above what the Jobs API takes.
-    """
+    names: dict[str, str] = {}
     found: dict[str, Path] = {}
-    for key, source in relative_inputs(config, folder).items():
-        found |= files_of(_bundle_name(key, source), source)
+    for key in INPUTS if config.task.name != "opsql" else ():
+        value = getattr(config.task, key)
+        path = Path(value).expanduser()
+        if value and not path.is_absolute() and (source := folder / path).exists():
+            name = f"{key}{source.suffix}" if source.is_file() else key
+            names[f"task.{key}"] = f"{FOLDER}/{name}"
+            found |= files_of(name, source)
     size = sum(path.stat().st_size for path in found.values())
     if size > LIMIT:
         largest = max(found.values(), key=lambda path: path.stat().st_size)
-        raise ConfigError(
-            f"what run.yaml names by relative path is {size / (1 << 20):.0f} MiB (most of it {largest}), and a job "
-            f"takes {LIMIT >> 20} MiB along: put large data on storage that the cluster sees, and name it by its "
-            "absolute path there"
-        )
-    return found
+        sizes = f"{size / (1 << 20):.0f} MiB (most of it {largest}), and a job takes {LIMIT >> 20} MiB along"
+        cure = "put large data on storage that the cluster sees, and name it by its absolute path there"
+        raise ConfigError(f"what run.yaml names by relative path is {sizes}: {cure}")
+    return config.replace(**names), found
 
 
 def files_of(name: str, source: Path) -> dict[str, Path]:
@@ -63,31 +59,21 @@ def files_of(name: str, source: Path) -> dict[str, Path]:
     return {f"{name}/{path.as_posix()}": source / path for path in seen}
 
 
-def _bundle_name(key: str, source: Path) -> str:
-    return f"{key}{source.suffix}" if source.is_file() else key
-
-
-def bundled_config(config: RunConfig, folder: Path) -> RunConfig:
-    """The config with its inputs named as in the bundle. Optional files that do not exist keep their names."""
-    found = relative_inputs(config, folder)
-    return config.replace(**{f"task.{key}": f"{FOLDER}/{_bundle_name(key, path)}" for key, path in found.items()})
-
-
 def copy_files(found: dict[str, Path], target: Path) -> None:
-    """Copy the files of `bundled_files` into the folder `target`."""
+    """Copy the files of `gather_inputs` into the folder `target`."""
     for name, source in found.items():
         (target / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source, target / name)
 
 
 def bundle_fingerprint(found: dict[str, Path]) -> str:
-    """Hash of the names and contents of `bundled_files`."""
+    """Hash of the names and contents of the files of `gather_inputs`."""
     return digest({name: digest_file(path) for name, path in found.items()})
 
 
 def write_bundle(config: RunConfig, folder: Path, target: Path) -> str:
     """Write run.yaml and the inputs into `target`. Returns the hash of both, which tells equal submissions."""
-    settings, found = bundled_config(config, folder), bundled_files(config, folder)
+    settings, found = gather_inputs(config, folder)
     copy_files(found, target / FOLDER)
     (target / "run.yaml").write_text(dump_config(settings), encoding="utf-8")
     return digest([settings.model_dump(mode="json"), bundle_fingerprint(found)])
@@ -105,9 +91,9 @@ def refuse_secrets(overrides: Sequence[str], config: RunConfig | None = None) ->
     by_name = [key for key, _ in given if SECRET_KEY.search(key) and key not in SECRET_NAMES]
     by_value = [k for k, value in settings if SECRET_VALUE.search(value) or any(secret in value for secret in secrets)]
     for key in by_name + by_value:
+        cure = "put it into the environment of the cluster's nodes, where every job finds it"
         raise ConfigError(
-            f"'{key}' looks like a secret; a job's settings can be read by all who may use the cluster: put it into "
-            "the environment of the cluster's nodes, where every job finds it"
+            f"'{key}' looks like a secret; a job's settings can be read by all who may use the cluster: {cure}"
         )
 
 
@@ -119,10 +105,8 @@ def refuse_local_models(config: RunConfig) -> None:
     }
     for key, name in models.items():
         if name not in PACKAGED and not Path(name).is_absolute() and not name.startswith("~") and Path(name).exists():
-            raise ConfigError(
-                f"{key}: {name} lies on this machine, and weights do not travel with a job; give a hub id, a packaged "
-                "name, or an absolute path that every node of the cluster can read"
-            )
+            cure = "give a hub id, a packaged name, or an absolute path that every node of the cluster can read"
+            raise ConfigError(f"{key}: {name} lies on this machine, and weights do not travel with a job; {cure}")
 
 
 def _texts(value: Any, key: str = "") -> Iterator[tuple[str, str]]:

@@ -50,18 +50,18 @@ def run_job(command_line: Callable[[list[str]], int], verb: str, arguments: Sequ
 def settle(path: Path, overrides: Sequence[str], refreshes: bool = False) -> RunConfig:
     """Give a run its directory on the cluster's storage, and write the resolved run file there.
 
-    Inputs of the job bundle, or on object storage, are copied beside it. A run that `refreshes` gets a directory of its
-    own.
+    Inputs of the job bundle, or on object storage, are copied beside it. A refresh gets a directory of its own.
     """
     path = path / "run.yaml" if path.is_dir() else path
     config = run_file.validate_yaml(RunConfig, run_file.read_run_file(path), str(path), overrides)
     home, folder = storage_folder(config), path.resolve().parent
     root = home / Path(config.run_dir or f"runs/{config.name}").expanduser()
     config = config.replace(run_dir=str(root), store=_store(config, home))
-    bundled = folder.is_relative_to(Path.cwd())
-    found = bundle.bundled_files(config, folder) if bundled else {}
-    base = (bundle.bundled_config(config, folder), root) if bundled else (config, folder)
-    config = _copy_inputs(run_file.make_paths_absolute(*base), found)
+    found: dict[str, Path] = {}
+    if folder.is_relative_to(Path.cwd()):  # it came with the job
+        config, found = bundle.gather_inputs(config, folder)
+        folder = root
+    config = _copy_inputs(run_file.make_paths_absolute(config, folder), found)
     if refreshes:
         there = _url_of(config)
         config = refresh.refresh_config(config, storage=ObjectStorage(there.rpartition("/")[0]) if there else None)

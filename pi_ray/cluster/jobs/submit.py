@@ -13,8 +13,8 @@ import re
 import shlex
 import tempfile
 import time
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import aclosing, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -137,10 +137,8 @@ class Jobs:
         except AuthenticationError as error:
             raise ClusterError(f"{self.address} does not accept this token, or wants one. {auth.CURE}") from error
         except OSError as error:  # requests' own errors are OSErrors
-            raise ClusterError(
-                f"{self.address} does not answer; is the cluster up, and is this its Jobs API "
-                f"('ray start --head' has it at {auth.DEFAULT_ADDRESS})?"
-            ) from error
+            cure = f"is the cluster up, and is this its Jobs API ('ray start --head' has it at {auth.DEFAULT_ADDRESS})?"
+            raise ClusterError(f"{self.address} does not answer; {cure}") from error
         except RuntimeError as error:
             raise ClusterError(f"{self.address}: {_main_line(str(error))}") from error
 
@@ -199,60 +197,42 @@ class Jobs:
 
     async def tail(self, job: str, take_line: Callable[[str], None]) -> None:
         """Hand each line of the job's log to `take_line` until the job ends, over lost connections too."""
-        lines, lost = _Lines(take_line), None
+        import aiohttp
+
+        known, rest, lost = 0, "", None  # characters that were read, the line that has begun, when the API fell silent
         while True:
-            whole = await self._stream(job, lines)
+            try:
+                async for text in self._log_after(job, known):
+                    known += len(text)
+                    *lines, rest = (rest + text).split("\n")
+                    for line in lines:
+                        take_line(line)
+                whole = True
+            except (TimeoutError, OSError, RuntimeError, aiohttp.ClientError):
+                whole = False
             try:
                 ended, lost = self.client.get_job_info(job).status in ENDED, None
             except (OSError, RuntimeError) as error:
+                ended, lost = False, lost or time.monotonic()
                 if "status code 404" in str(error):
-                    raise ClusterError(
-                        f"{self.address} knows no job {job} any more, as after a new start of its head node; "
-                        "submit again: the run goes on from storage"
-                    ) from error
-                lost = lost or time.monotonic()
+                    cause = f"{self.address} knows no job {job} any more, as after a new start of its head node"
+                    raise ClusterError(f"{cause}; submit again: the run goes on from storage") from error
                 if time.monotonic() - lost >= PATIENCE_S:
-                    raise ClusterError(
-                        f"{self.address} has not answered for {PATIENCE_S:.0f} s. The job may go on; "
-                        "the same command follows it again"
-                    ) from error
-                ended = False
+                    cause = f"{self.address} has not answered for {PATIENCE_S:.0f} s"
+                    raise ClusterError(f"{cause}. The job may go on; the same command follows it again") from error
             if whole and ended:
-                if lines.rest:
-                    take_line(lines.rest)
+                if rest:
+                    take_line(rest)
                 return
             await asyncio.sleep(PAUSE_S)
 
-    async def _stream(self, job: str, lines: _Lines) -> bool:
-        """Read the log over one connection into `lines`. True when the cluster said that the log is whole."""
-        import aiohttp
-
-        stream, place = self.client.tail_job_logs(job), 0
-        try:
-            while True:
-                chunk = await asyncio.wait_for(anext(stream), SILENCE_S)
-                lines.take(chunk, place)
-                place += len(chunk)
-        except StopAsyncIteration:
-            return True
-        except (TimeoutError, OSError, RuntimeError, aiohttp.ClientError):
-            return False
-        finally:
-            await stream.aclose()
-
-
-class _Lines:
-    """Joins chunks of a log, each with its place in the log, to lines; drops what a connection sends again."""
-
-    def __init__(self, take_line: Callable[[str], None]):
-        self.take_line, self.known, self.rest = take_line, 0, ""
-
-    def take(self, chunk: str, place: int) -> None:
-        new = chunk[max(0, self.known - place) :]
-        self.known = max(self.known, place + len(chunk))
-        *whole, self.rest = (self.rest + new).split("\n")
-        for line in whole:
-            self.take_line(line)
+    async def _log_after(self, job: str, known: int) -> AsyncIterator[str]:
+        """Yield the log from its character `known` on, over one connection, which sends it from its start."""
+        async with aclosing(self.client.tail_job_logs(job)) as stream, asyncio.timeout(SILENCE_S) as silence:
+            async for chunk in stream:
+                silence.reschedule(asyncio.get_running_loop().time() + SILENCE_S)
+                yield chunk[known:]
+                known = max(0, known - len(chunk))
 
 
 def _refuse_other(job: JobDetails, facts: dict[str, str]) -> None:

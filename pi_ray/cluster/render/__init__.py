@@ -3,44 +3,75 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 import shlex
+from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
-from pi_ray.cluster.render.values import template_values
-from pi_ray.config import RunConfig
+import yaml
+
+from pi_ray.config import RunConfig, dump_config
+from pi_ray.config.cluster import Step
 from pi_ray.errors import ConfigError
-from pi_ray.run.artifact import write_atomic
+from pi_ray.plan import estimate
+from pi_ray.run.artifact import digest, write_atomic
+from pi_ray.run.object_storage import is_url
 
 KINDS = {
     "k8s": ("base.yaml", "raycluster.yaml", "rayjob.yaml", "raycronjob.yaml", "rayservice.yaml"),
     "launcher": ("aws.yaml", "gcp.yaml"),
     "slurm": ("run.sh",),
 }
+GIB = 2**30
+STORAGE = "/shared"  # where storage is mounted when cluster.storage_path does not say
+OBJECT_STORE = 10  # GiB of Ray's object store on a GPU node: training reads memory-mapped files
+MARGIN = 8  # GiB for Ray itself and the page cache
+LONGEST = 24  # characters of a run's name in KubeRay's, which add words and hashes of their own up to 47
+PLENTY = 1000
+BUILT_IN = {"CPU", "GPU", "memory", "object_store_memory"}  # resources that Ray counts by itself
+MACHINES = {  # provider -> GPU memory in GiB -> machine with 8 A100s; and the CPU machine
+    "aws": ({40: "p4d.24xlarge", 80: "p4de.24xlarge"}, "m6i.8xlarge", "us-west-2", "us-west-2a"),
+    "gcp": ({40: "a2-highgpu-8g", 80: "a2-ultragpu-8g"}, "n2-standard-32", "us-central1", "us-central1-a"),
+}
+
+
+@dataclass(frozen=True)
+class Nodes:
+    """GPU nodes for training and a serving replica's share of one. Memory in GiB."""
+
+    gpu: int
+    gpus: int
+    gpu_memory: int
+    serve_cpus: int
+    serve_memory: int
+    fixed: float  # GPU memory that weights and optimiser take on each GPU, before activations
+    base: float  # the whole base model on one device
 
 
 def render_cluster_files(kind: str, config: RunConfig, folder: Path) -> tuple[dict[str, str], list[str]]:
     """Render the files of a kind: (file name -> text, notes for the person). `folder` holds the run file.
 
-    Of the launcher's files, only the one of cluster.launcher.provider. Raises ConfigError as `template_values`, and for
-    storage behind a URL that Slurm's nodes cannot use.
+    Of the launcher's files, only the one of cluster.launcher.provider. Raises ModelError where the base model's shape
+    cannot be read, ConfigError where the model cannot fit, or the files cannot use what the run file names.
     """
     import jinja2
 
-    values, notes = template_values(config, folder.resolve())
+    values, notes = _template_values(config, folder.resolve())
     storage, launcher = values["storage"], config.cluster.launcher
     if kind == "slurm" and not values["mounted"]:
-        raise ConfigError(
-            f"cluster.storage_path is {storage}: a Slurm job keeps its run in a folder that every node sees, such "
-            "as /shared; name that one"
-        )
-    if kind == "launcher" and not values["mounted"]:
-        notes.append(
-            f"the workers need the right to read and write {storage}: Ray gives a role to the head alone, so name "
-            "theirs in node_config (AWS: IamInstanceProfile, GCP: serviceAccounts)"
-        )
-    elif kind == "launcher" and not launcher.nfs:
-        cure = "name an NFS server in cluster.launcher.nfs, or a bucket in cluster.storage_path"
-        notes.append(f"nothing mounts {storage} on the machines: {cure}")
+        needed = "a Slurm job keeps its run in a folder that every node sees, such as /shared; name that one"
+        raise ConfigError(f"cluster.storage_path is {storage}: {needed}")
+    if kind == "launcher":
+        values["launcher"] = _launcher(config)
+        if not values["mounted"]:
+            right = f"the workers need the right to read and write {storage}: Ray gives a role to the head alone"
+            notes.append(f"{right}, so name theirs in node_config (AWS: IamInstanceProfile, GCP: serviceAccounts)")
+        elif not launcher.nfs:
+            cure = "name an NFS server in cluster.launcher.nfs, or a bucket in cluster.storage_path"
+            notes.append(f"nothing mounts {storage} on the machines: {cure}")
     # No HTML: the filters below quote values for YAML and for the shell; other values are limited to plain characters.
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("pi_ray.cluster.render", kind), undefined=jinja2.StrictUndefined, trim_blocks=True,
@@ -58,3 +89,110 @@ def write_cluster_files(found: dict[str, str], folder: Path) -> list[Path]:
     for script in (path for path in paths if path.suffix == ".sh"):
         script.chmod(0o755)
     return paths
+
+
+def _template_values(config: RunConfig, folder: Path) -> tuple[dict[str, Any], list[str]]:
+    """(values of the templates, notes). What lies in `folder` is expected in the storage's inputs/NAME."""
+    root = (config.cluster.storage_path or STORAGE).rstrip("/")
+    seen = _as_the_cluster_sees_it(config, folder, root)
+    nodes = _nodes(seen, estimate.model_size(config.model, config.train.lora))
+    # Without defaults; with them where the shorter text would not read back to the same run.
+    run_yaml = yaml.safe_dump(
+        seen.model_dump(mode="json", exclude_defaults=True), sort_keys=False, allow_unicode=True, width=160,
+    )
+    if RunConfig.model_validate(yaml.safe_load(run_yaml)) != seen:
+        run_yaml = dump_config(seen)
+    on_cpus: tuple[Step, ...] = () if seen.train.gpu else ("train", "evaluate")
+    return {
+        "name": config.name, "name_k8s": re.sub(r"[._]+", "-", seen.name)[:LONGEST].strip("-"), "run": seen,
+        "run_file": "/etc/pi-ray/run.yaml", "run_yaml": run_yaml, "run_digest": digest(run_yaml)[:12],
+        "cluster": seen.cluster, "kubernetes": seen.cluster.kubernetes, "slurm": seen.cluster.slurm,
+        "storage": root, "mounted": not is_url(root), "ray": version("ray"),
+        "nodes": nodes, "gpu": nodes.gpu > 0, "resource_name": "nvidia.com/gpu", "object_store": OBJECT_STORE * GIB,
+        "cpu_offer": _offer(seen, "prepare", *on_cpus), "gpu_offer": _offer(seen, "train", "evaluate"),
+        "serve_offer": _offer(seen, "serve"), "any_offer": _offer(seen, "prepare", "train", "evaluate"),
+    }, _notes(seen, nodes, folder)
+
+
+def _as_the_cluster_sees_it(config: RunConfig, folder: Path, root: str) -> RunConfig:
+    """The run with paths on the storage `root`, and with GPUs, as nodes that come on demand cannot be seen yet."""
+    here = str(folder)
+    task = {
+        f"task.{key}": f"{root}/inputs/{config.name}{value[len(here):]}"
+        for key, value in config.task.model_dump().items()
+        if isinstance(value, str) and (value == here or value.startswith(f"{here}/"))
+    }
+    # Beside a bucket each node has a run directory of its own.
+    run_dir = f"runs/{config.name}" if is_url(root) else f"{root}/runs/{config.name}"
+    own = {"run_dir": run_dir, "store": f"{root}/store", "train.gpu": config.train.gpu is not False}
+    return config.replace(**own, **task, **{"cluster.storage_path": root})
+
+
+def _nodes(config: RunConfig, size: estimate.ModelSize) -> Nodes:
+    """Size the nodes after the model. Raises ConfigError where a worker does not fit."""
+    cluster, train = config.cluster, config.train
+    base = size.weights * estimate.BYTES[estimate.dtype_name(config)]
+    fixed = sum(estimate.device_memory(size, estimate.Shape(0, 0, 1), config).values())
+    if not train.gpu:
+        if fixed > cluster.cpu_node_memory_gib * GIB:
+            offered = f"cluster.cpu_node_memory_gib is {cluster.cpu_node_memory_gib}"
+            raise ConfigError(f"one training worker holds {fixed / GIB:.0f} GiB and {offered}; name larger nodes")
+        return Nodes(0, 0, 0, cluster.cpu_node_cpus, cluster.cpu_node_memory_gib, fixed, base)
+    gpus = min(cluster.gpus_per_node, train.workers)
+    if fixed > cluster.gpu_memory_gib * GIB:
+        taken = f"{fixed / GIB:.0f} GiB of each GPU's {cluster.gpu_memory_gib} (cluster.gpu_memory_gib)"
+        cure = "take train.backend.zero_stage 3, more train.workers, or offload_params and offload_optimizer"
+        raise ConfigError(f"weights and optimiser alone take {taken}; {cure}")
+    needed = _round(estimate.node_memory(size, config, gpus) / GIB + OBJECT_STORE + MARGIN)
+    given = cluster.gpu_node_memory_gib
+    if given and given < needed:
+        taken = f"{gpus} workers of this model take about {needed} GiB of a node's memory"
+        raise ConfigError(f"cluster.gpu_node_memory_gib is {given}, and {taken}; raise it, or leave it out")
+    cpus, serving = max(1, cluster.gpu_node_cpus // cluster.gpus_per_node), _round(base / GIB + OBJECT_STORE + MARGIN)
+    return Nodes(math.ceil(train.workers / gpus), gpus, given or needed, cpus, serving, fixed, base)
+
+
+def _round(gib: float) -> int:
+    return 8 * math.ceil(gib / 8)
+
+
+def _offer(config: RunConfig, *steps: Step) -> dict[str, dict[str, Any]]:
+    """Custom resources (names -> amounts, and as KubeRay's words) and labels of the nodes of some steps.
+
+    Resources say where work may go and not how much, so there is plenty of each. Ray sets its own labels (ray.io/...).
+    """
+    cluster = config.cluster
+    names = sorted({name for step in steps for name in getattr(cluster, f"{step}_resources")} - BUILT_IN)
+    labels = {key: value for step in steps for key, value in cluster.labels.get(step, {}).items()}
+    return {
+        "names": dict.fromkeys(names, PLENTY), "words": dict.fromkeys(names, str(PLENTY)),
+        "labels": {key: value for key, value in labels.items() if not key.startswith("ray.io/")},
+    }
+
+
+def _launcher(config: RunConfig) -> dict[str, Any]:
+    """The launcher block with the provider's usual machines where it names none."""
+    given = config.cluster.launcher
+    gpu, cpu, region, zone = MACHINES[given.provider]
+    machine = given.gpu_machine or gpu.get(config.cluster.gpu_memory_gib, "")
+    if not machine or (config.cluster.gpus_per_node != 8 and not given.gpu_machine):
+        wanted = f"{config.cluster.gpus_per_node} A100s of {config.cluster.gpu_memory_gib} GiB"
+        cure = "name one in cluster.launcher.gpu_machine, or take 8 GPUs of 40 or 80 GiB"
+        raise ConfigError(f"{given.provider} has no usual machine with {wanted}; {cure}")
+    machines = {"gpu_machine": machine, "cpu_machine": given.cpu_machine or cpu}
+    return {**given.model_dump(), **machines, "region": given.region or region, "zone": given.zone or zone}
+
+
+def _notes(config: RunConfig, nodes: Nodes, folder: Path) -> list[str]:
+    """Notes on what a person must still do, and on what cannot work with these files."""
+    root, notes = config.cluster.storage_path, []
+    texts = {k: v for k, v in config.task.model_dump().items() if isinstance(v, str)}
+    if config.task.name != "opsql" and any(v.startswith(f"{root}/inputs/") for v in texts.values()):
+        notes.append(f"copy {folder} to {root}/inputs/{config.name}: the run reads its rows and template there")
+    elsewhere = [k for k, v in texts.items() if v.startswith("/") and not v.startswith(f"{root}/")]
+    if elsewhere:
+        notes.append(f"{', '.join('task.' + k for k in elsewhere)} must be on every node under the same path")
+    if nodes.gpu and nodes.base > config.cluster.gpu_memory_gib * GIB:
+        sizes = f"{nodes.base / GIB:.0f} GiB, and a GPU here has {config.cluster.gpu_memory_gib}"
+        notes.append(f"evaluating and serving hold the whole base on one GPU: {sizes}; they need a larger one")
+    return notes

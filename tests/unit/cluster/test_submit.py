@@ -74,10 +74,9 @@ def test_absolute_paths_are_the_clusters_own_and_stay(task, tmp_path):
     (task / "data" / "in").mkdir(parents=True)
     (task / "data" / "in" / "a.json").write_text("{}")
     (task / "data" / ".gitignore").write_text("*")
-    assert bundle.bundled_config(settings, task).task.train == "/shared/train.jsonl"
-    assert "folder/in/a.json" in bundle.bundled_files(
-        settings, task
-    ) and "folder/.gitignore" not in bundle.bundled_files(settings, task)
+    sent, found = bundle.gather_inputs(settings, task)
+    assert sent.task.train == "/shared/train.jsonl"
+    assert "folder/in/a.json" in found and "folder/.gitignore" not in found
 
 
 def test_equal_runs_have_equal_hashes_and_a_changed_row_another(task, tmp_path):
@@ -92,7 +91,7 @@ def test_a_parcel_that_is_too_large_names_the_largest_file_and_the_cure(task, mo
     monkeypatch.setattr(bundle, "LIMIT", 1 << 10)
     (task / "test.jsonl").write_bytes(bytes(1 << 12))
     with pytest.raises(ConfigError, match=r"most of it .*test\.jsonl.*absolute path"):
-        bundle.bundled_files(unresolved(task), task)
+        bundle.gather_inputs(unresolved(task), task)
 
 
 @pytest.mark.parametrize(
