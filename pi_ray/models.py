@@ -6,7 +6,8 @@ import importlib.util
 import inspect
 import os
 import re
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -127,16 +128,22 @@ def _four_bit(device: str, dtype: Any) -> dict[str, Any]:
 
 
 def _from_pretrained(auto: Any, config: ModelConfig, **options: Any) -> Any:
+    kinds = f"a hub id that this machine can reach, a local folder, or one of {', '.join(PACKAGED)}"
+    with name_load_errors(f"model '{config.base}'", f". Give {kinds}"):
+        base, revision = resolve_base(config.base), config.revision or "main"
+        return auto.from_pretrained(base, revision=revision, trust_remote_code=False, **options)
+
+
+@contextmanager
+def name_load_errors(what: str, cure: str = "") -> Iterator[None]:
+    """Load a model without a progress bar. Raises ModelError that `what` cannot be loaded, with the reason."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     try:
-        base, revision = resolve_base(config.base), config.revision or "main"
-        return auto.from_pretrained(base, revision=revision, trust_remote_code=False, **options)
+        yield
     except (OSError, ValueError) as error:
-        first = str(error).strip().splitlines()[0]
-        kinds = f"a hub id that this machine can reach, a local folder, or one of {', '.join(PACKAGED)}"
-        raise ModelError(f"model '{config.base}' cannot be loaded: {first}. Give {kinds}") from error
+        raise ModelError(f"{what} cannot be loaded: {str(error).strip().splitlines()[0]}{cure}") from error
 
 
 @cache

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from rich.text import Text
 
 from pi_ray.compress import words
-from pi_ray.compress.template import cached_template, compress_template, load_compressors
+from pi_ray.compress.template import compress_template
 from pi_ray.config import RunConfig
 from pi_ray.models import load_tokenizer
 from pi_ray.prompt import Template
@@ -16,17 +16,11 @@ from pi_ray.prompt import Template
 if TYPE_CHECKING:
     from rich.console import Console
 
-DROPPED = "strike dim"
-
 
 def show_compression(file: Path, rate: float, config: RunConfig, console: Console) -> None:
     """Compress a template (or any text) as a run with this config would, and print it."""
     template = Template.load(file)
-    tokenizer = load_tokenizer(config.model)
-    found = cached_template(template, rate, tokenizer, config.compress)
-    if found is None:
-        compressor, documents = load_compressors(config.compress)
-        found = compress_template(compressor, template, rate, tokenizer, config.compress, documents)
+    found = compress_template(template, rate, load_tokenizer(config.model), config.compress)
     console.print(strike_dropped_words(template.text, found.text, marks=not console.is_terminal))
     console.print(
         f"\n{config.compress.label}: asked {found.asked:.2f}, achieved {found.achieved:.2f}, {found.tokens} of "
@@ -47,7 +41,7 @@ def strike_dropped_words(original: str, compressed: str, marks: bool = False) ->
         start, stop = spans[first][0], spans[i - 1][1]
         piece = original[start:stop]
         out.append(original[at:start])
-        out.append(f"~~{piece}~~" if marks and not kept[first] else piece, style="" if kept[first] else DROPPED)
+        out.append(f"~~{piece}~~" if marks and not kept[first] else piece, style="" if kept[first] else "strike dim")
         at, first = stop, i
     return out
 

@@ -1,22 +1,20 @@
 """Compression by a chat model that removes words, the paper's baseline "GPT-4 Generation" (5.1, Figure 4 in C.1).
 
 The instruction names no rate and models keep to none, so the model is asked again with its own answer until it is short
-enough. The words removed in the last round then come back, evenly spread, until the rate is met; below what the model
-keeps nothing is removed, and the result says so. Words of the text count, in order; words that the model adds or
-rewrites are dropped. Text is sent in chunks, because models compress long text too hard (Pan et al. 2024, arXiv
-2403.12968, section 3.1). Each answer is cached, so it is paid for once.
+enough. The words removed in the last round then come back, evenly spread, until the rate is met. Only words of the text
+count, in order. Text is sent in chunks, because models compress long text too hard (Pan et al. 2024, arXiv 2403.12968,
+section 3.1). Each answer is cached, so it is paid for once.
 """
 
 from __future__ import annotations
 
-import os
 import string
 from functools import lru_cache
 
 from pi_ray.compress import cache, words
 from pi_ray.compress.ranking import CACHED_TEXTS, keep_best
 from pi_ray.config import ClosedConfig, CompressConfig
-from pi_ray.errors import ConfigError, MissingExtraError, ModelError, TrainingError
+from pi_ray.errors import ModelError, TrainingError
 from pi_ray.hosted.client import Service
 from pi_ray.run.artifact import digest
 
@@ -66,16 +64,8 @@ class GenerationCompressor:
     """
 
     def __init__(self, config: CompressConfig):
-        if not os.environ.get(config.api_key_env, "").strip():
-            raise ConfigError(
-                f"compress.api_key_env: the environment variable {config.api_key_env} is empty; "
-                "put the chat model's key there (any word for one that wants none)"
-            )
-        try:
-            settings = ClosedConfig(base_url=config.base_url, model=config.model, api_key_env=config.api_key_env)
-            self.service = Service(settings)
-        except MissingExtraError:
-            raise MissingExtraError("compress.name 'generation' needs: pip install 'pi-ray[closed]'") from None
+        settings = ClosedConfig(base_url=config.base_url, model=config.model, api_key_env=config.api_key_env)
+        self.service = Service(settings, chosen_by="compress.name 'generation'", block="compress")
         self.config = config
         self._state = lru_cache(CACHED_TEXTS)(RemovalState)
 
@@ -105,8 +95,12 @@ class GenerationCompressor:
         """Which words of one chunk the model keeps: all where its answer is no compression, a ModelError if `first`."""
         prompt = INSTRUCTION.replace("{text}", text)
         key = digest(["chat", self.config.base_url, self.config.model, prompt])
-        known = cache.load_result(key)
-        answer = self._ask(prompt, len(text) // 2 + 64) if known is None else known
+        answer = known = cache.load_result(key)
+        if known is None:
+            try:
+                answer = self.service.chat(self.config.model, prompt, len(text) // 2 + 64).text
+            except TrainingError as error:
+                raise ModelError(f"compress.name generation: {error}") from None
         original, output = ([_normalise(w) for w in t.split()] for t in (text, answer))
         kept = words.find_kept_words(original, output)
         refused = not output or sum(kept) < MIN_ORIGINAL * len(output)
@@ -118,12 +112,6 @@ class GenerationCompressor:
         if known is None:
             cache.store_result(key, answer)
         return [True] * len(original) if refused else kept
-
-    def _ask(self, prompt: str, max_tokens: int) -> str:
-        try:
-            return self.service.chat(self.config.model, prompt, max_tokens).text
-        except TrainingError as error:
-            raise ModelError(f"compress.name generation: {error}") from None
 
 
 def _van_der_corput(n: int) -> float:

@@ -1,71 +1,50 @@
 """LLMLingua (Jiang et al. 2023, arXiv 2310.05736): drop the tokens with the least surprisal under a small model.
 
-The algorithm is the `llmlingua` package's own token-level iterative compression. `PatchedPromptCompressor` makes it run
-on current transformers and offline, and mends three faults: keys and values were handed over in a format that no longer
-exists; a token was judged by the surprisal of the token after it; and a text, or its tail, shorter than one window was
-not compressed at all (microsoft/LLMLingua#196).
+The algorithm is the `llmlingua` package's own token-level iterative compression, made to run on current transformers
+and offline, with three faults mended: keys and values were handed over in a format that no longer exists; a token was
+judged by the surprisal of the token after it; and a text, or its tail, shorter than one window was not compressed at
+all (microsoft/LLMLingua#196).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from inspect import signature
-from types import SimpleNamespace
 from typing import Any
 
 import torch
-from llmlingua import prompt_compressor
+from llmlingua.prompt_compressor import PromptCompressor
 from transformers import DynamicCache
-from transformers.utils import logging
 
 from pi_ray import models
 from pi_ray.compress import words
 from pi_ray.compress.ranking import CACHED_TEXTS
 from pi_ray.config import CompressConfig
-from pi_ray.errors import ModelError
 
 WINDOW = 200  # tokens compressed in one step, the package's default
 BLOCK = 1024  # tokens of one forward pass, so that the logits of a long text need not fit in memory
 
 
-class LLMLingua:
+class LLMLingua(PromptCompressor):
     """Compressor "llmlingua". Loads `config.model` on the CPU in float32 (about 2 s for 135M parameters)."""
 
     def __init__(self, config: CompressConfig):
-        logging.disable_progress_bar()
-        try:
-            self.package = PatchedPromptCompressor(models.resolve_base(config.model))
-        except OSError as error:
-            reason = str(error).splitlines()[0]
-            raise ModelError(f"compress.model '{config.model}' cannot be loaded: {reason}") from error
+        # in place of the package's constructor, which fetches an encoding from the network
+        with models.name_load_errors(f"compress.model '{config.model}'"):
+            self.load_model(models.resolve_base(config.model), "cpu", {"trust_remote_code": False})
+        self.model.eval()
+        self.use_llmlingua2, self.cache_bos_num = False, 10  # the package's defaults
+        self.oai_tokenizer = self.tokenizer  # counts for the package's report, which is not used
+        self.cache_argument = models.cache_argument(type(self.model))
+        self.positions = torch.empty(0, dtype=torch.long)
+        self.first_pass: dict[bytes, torch.Tensor] = {}  # token ids of a text -> surprisal of its tokens
 
     def compress(self, text: str, rate: float) -> str:
         """The words with at least half of their tokens among the share `rate` of tokens that LLMLingua keeps."""
-        offsets = self.package.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+        offsets = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
         if len(offsets) < 4:
             return text
-        kept = self.package.kept_tokens(text, len(offsets), rate)
-        pieces = words.word_spans(text)
+        kept, pieces = self.kept_tokens(text, len(offsets), rate), words.word_spans(text)
         tokens = words.tokens_by_span(pieces, offsets)
         return words.join_words(text, pieces, [2 * len(kept & set(t)) >= len(t) > 0 for t in tokens])
-
-
-class PatchedPromptCompressor(prompt_compressor.PromptCompressor):
-    """The package's compressor, which also says which token positions it kept."""
-
-    def __init__(self, model: str):
-        with _without_download():
-            super().__init__(model, device_map="cpu", model_config={"trust_remote_code": False})
-        self.model.eval()
-        # counts for the package's report, which is not used: rates are measured with the target model's tokenizer
-        self.oai_tokenizer = SimpleNamespace(
-            encode=lambda text: self.tokenizer(text, add_special_tokens=False).input_ids
-        )
-        # newer transformers call the argument `cache` and warn about the old name
-        self.cache_argument = "cache" if "cache" in signature(self.model.forward).parameters else "past_key_values"
-        self.positions = torch.empty(0, dtype=torch.long)
-        self.first_pass: dict[bytes, torch.Tensor] = {}  # token ids of a text -> surprisal of its tokens
 
     def kept_tokens(self, text: str, length: int, rate: float) -> set[int]:
         """Positions, among `length` tokens, that stay. Windows have one size: a shorter last one would stay whole."""
@@ -84,17 +63,14 @@ class PatchedPromptCompressor(prompt_compressor.PromptCompressor):
         return input_ids[:, torch.searchsorted(ids[0], kept[0])], *rest
 
     def get_ppl(
-        self, text: str, granularity: str = "sentence", input_ids: Any = None, attention_mask: Any = None,
-        past_key_values: Any = None, return_kv: bool = False, end: int | None = None, condition_mode: str = "none",
-        condition_pos_id: int = 0,
-    ) -> Any:  # fmt: skip
+        self, text: str, granularity: str, input_ids: Any, attention_mask: Any, past_key_values: Any, return_kv: bool,
+        end: int | None,
+    ) -> Any:
         """Surprisal of tokens [past, end - 1); past is the length of `past_key_values`, (key, value) by layer.
 
         One cached token is computed again, because its output predicts the first token of the window. The very first
         token of a text has no token before it and counts as the most surprising one.
         """
-        if granularity != "token" or condition_mode != "none" or not return_kv:
-            raise NotImplementedError("only the token-level filter of LLMLingua is used here")
         # the first pass over a text is the same at any rate
         whole = input_ids.numpy().tobytes() if end is None else b""
         if whole in self.first_pass:
@@ -122,14 +98,3 @@ class PatchedPromptCompressor(prompt_compressor.PromptCompressor):
             self.first_pass[whole] = loss[:-1]
         layers: Any = cache.layers  # of attention; no other kind has keys and values
         return loss[:-1].clone(), [(layer.keys, layer.values) for layer in layers]
-
-
-@contextmanager
-def _without_download() -> Iterator[None]:
-    """Let the package's constructor run without fetching an encoding from the network."""
-    original = prompt_compressor.tiktoken
-    prompt_compressor.tiktoken = SimpleNamespace(encoding_for_model=lambda name: None)
-    try:
-        yield
-    finally:
-        prompt_compressor.tiktoken = original

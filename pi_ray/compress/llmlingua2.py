@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForTokenClassification, AutoTokenizer
-from transformers.utils import logging
 
 from pi_ray import models
 from pi_ray.compress import words
@@ -30,9 +29,8 @@ class LLMLingua2(RankingCompressor):
 
     def __init__(self, config: CompressConfig):
         super().__init__()
-        logging.disable_progress_bar()
-        name = models.resolve_base(config.model)
-        try:
+        with models.name_load_errors(f"compress.model '{config.model}'"):
+            name = models.resolve_base(config.model)
             architectures = AutoConfig.from_pretrained(name, trust_remote_code=False).architectures or []
             if not any("ForTokenClassification" in a for a in architectures):
                 raise ModelError(
@@ -41,9 +39,6 @@ class LLMLingua2(RankingCompressor):
                 )
             self.tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
             model = AutoModelForTokenClassification.from_pretrained(name, trust_remote_code=False, dtype=torch.float32)
-        except (OSError, ValueError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise ModelError(f"compress.model '{config.model}' cannot be loaded: {reason}") from error
         self.model = model.eval()
 
     def rank(self, text: str) -> Ranking:

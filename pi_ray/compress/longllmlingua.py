@@ -9,14 +9,15 @@ The `llmlingua` package's own version does not run on current transformers.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
+
 from pi_ray.compress import words
-from pi_ray.compress.ranking import Ranking, RankingCompressor, keep_best
-from pi_ray.compress.surprisal import SurprisalModel
+from pi_ray.compress.ranking import Ranking, RankingCompressor, SurprisalModel, keep_best
 from pi_ray.config import CompressConfig
 
 QUESTION = "What must be known to do this task for a new input?"
-# the authors', which steadies the ranking
-STATEMENT = " We can get the answer to this question in the given documents."
+STATEMENT = " We can get the answer to this question in the given documents."  # the authors'; it steadies the ranking
 SPREAD = 0.3  # how far the best segment's rate lies above the mean, and the worst one's below (their delta tau)
 SEGMENT_WORDS = 60
 
@@ -28,38 +29,33 @@ class LongLLMLingua(RankingCompressor):
         super().__init__()
         self.model = SurprisalModel(config)
         self.question = config.question or QUESTION
-        self._order: dict[str, list[range]] = {}
 
     def rank(self, text: str) -> Ranking:
         offsets, alone = self.model.surprisal(text)
         _, after_question = self.model.surprisal(text, self.question + "\n\n")
-        return Ranking.from_tokens(words.word_spans(text), offsets, alone - after_question)
+        pieces = words.word_spans(text)
+
+        def question_surprisal(segment: range) -> float:
+            part = text[pieces[segment.start][0] : pieces[segment.stop - 1][1]]
+            return float(self.model.surprisal(self.question + STATEMENT, part + "\n\n")[1].mean())
+
+        segments = split_segments(text, pieces)
+        if len(segments) > 1:
+            segments.sort(key=question_surprisal)
+        return replace(Ranking.from_tokens(pieces, offsets, alone - after_question), segments=segments)
 
     def compress(self, text: str, rate: float) -> str:
         ranking = self.ranking(text)
         kept = [False] * len(ranking.pieces)
-        order = self._segments(text)
-        for place, segment in enumerate(order):
-            part = slice(segment.start, segment.stop)
-            kept[part] = keep_best(ranking.scores[part], ranking.sizes[part], segment_rate(rate, place, len(order)))
+        for place, segment in enumerate(ranking.segments):
+            part, own = slice(segment.start, segment.stop), segment_rate(rate, place, len(ranking.segments))
+            kept[part] = keep_best(ranking.scores[part], ranking.sizes[part], own)
         return words.join_words(text, ranking.pieces, kept)
 
-    def _segments(self, text: str) -> list[range]:
-        """The segments of `text`, as ranges of its words, the one that suits the question best first."""
-        if text not in self._order:
-            pieces, segments = words.word_spans(text), split_segments(text)
-            if len(segments) > 1:
-                segments.sort(key=lambda s: self._question_surprisal(text[pieces[s.start][0] : pieces[s.stop - 1][1]]))
-            self._order = {text: segments}  # one text at a time is compressed at many rates
-        return self._order[text]
 
-    def _question_surprisal(self, segment: str) -> float:
-        return float(self.model.surprisal(self.question + STATEMENT, segment + "\n\n")[1].mean())
-
-
-def split_segments(text: str) -> list[range]:
+def split_segments(text: str, pieces: Sequence[words.Span]) -> list[range]:
     """Ranges of words: whole lines of `text`, gathered to at least SEGMENT_WORDS words; the last may be shorter."""
-    pieces, found, first = words.word_spans(text), [], 0
+    found, first = [], 0
     for i in range(1, len(pieces)):
         if i - first >= SEGMENT_WORDS and "\n" in text[pieces[i - 1][1] : pieces[i][0]]:
             found.append(range(first, i))

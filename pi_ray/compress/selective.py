@@ -10,8 +10,7 @@ from __future__ import annotations
 import re
 
 from pi_ray.compress import words
-from pi_ray.compress.ranking import Ranking, RankingCompressor
-from pi_ray.compress.surprisal import SurprisalModel
+from pi_ray.compress.ranking import Ranking, RankingCompressor, SurprisalModel
 from pi_ray.config import CompressConfig
 
 LONGEST = 5  # words of a phrase

@@ -6,7 +6,7 @@ own at its own rate where `compress.documents` says so. The tokenizer of the mod
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -21,42 +21,34 @@ from pi_ray.run.artifact import digest
 ALGORITHM = 2  # part of the cache key: raise it when equal input gives another output
 
 
-def load_compressors(config: CompressConfig) -> tuple[Compressor, Compressor]:
-    """The instruction's and the documents' compressor with their models loaded; the same one unless they differ."""
+@lru_cache(maxsize=2)
+def load_compressor(config: CompressConfig) -> Compressor:
+    """The compressor that `config` names. Its model is loaded once for instruction and documents that share it."""
     from pi_ray.registry import compressors
 
-    instruction, documents = config.for_instruction, config.for_documents
-    first = compressors[instruction.name](instruction)
-    return first, first if documents == instruction else compressors[documents.name](documents)
+    return compressors[config.name](config)
 
 
 def compress_template(
-    compressor: Compressor, template: Template, rate: float, tokenizer: Any, config: CompressConfig,
-    documents: Compressor | None = None,
-) -> CompressedTemplate:  # fmt: skip
-    """The template at `rate` (0: nothing, 1: unchanged); `documents` is needed where `compress.documents` is set."""
+    template: Template, rate: float, tokenizer: Any, config: CompressConfig,
+    load: Callable[[CompressConfig], Compressor] = load_compressor,
+) -> CompressedTemplate:
+    """The template at `rate` (0: nothing, 1: unchanged). What is in the cache needs no compressor."""
     parts = split_template(template, rate, config)
     if len(parts) > 1:
-        if documents is None:
-            raise ValueError("compress.documents is set: `load_compressors` gives the documents' compressor too")
-        both = zip((compressor, documents), parts, strict=True)
-        return combine_parts(template, tokenizer, [compress_template(c, t, r, tokenizer, k) for c, (t, r, k) in both])
+        made = [compress_template(part, r, tokenizer, own, load) for part, r, own in parts]
+        return combine_parts(template, tokenizer, made)
     found = cached_template(template, rate, tokenizer, config)
     if found is None:
-        found = RateSearch(compressor, template, rate, tokenizer, config).run()
+        found = RateSearch(load(config), template, rate, tokenizer, config).run()
         cache.store_result(_cache_key(template, rate, tokenizer, config), asdict(found))
     return found
 
 
 def cached_template(
-    template: Template, rate: float, tokenizer: Any, config: CompressConfig
+    template: Template, rate: float, tokenizer: Any, config: CompressConfig,
 ) -> CompressedTemplate | None:
-    """A result that needs no compressor: rate 0 or 1, or one made before. None otherwise, also for a damaged file."""
-    parts = split_template(template, rate, config)
-    if len(parts) > 1:
-        found = [cached_template(part, r, tokenizer, own) for part, r, own in parts]
-        results = [part for part in found if part is not None]
-        return combine_parts(template, tokenizer, results) if len(results) == len(parts) else None
+    """One part's result that needs no compressor: rate 0 or 1, or made before. None otherwise, or if damaged."""
     if rate in (0, 1) or not template.text:
         full = count_tokens(tokenizer, template.text)
         return CompressedTemplate(template.text if rate else "", rate, rate, full if rate else 0, full)
@@ -89,11 +81,11 @@ def combine_parts(template: Template, tokenizer: Any, parts: Sequence[Compressed
     """The results of `split_template`'s parts as one, whose asked rate is the mean of theirs weighted by tokens."""
     if len(parts) == 1:
         return parts[0]
-    text, full = "\n\n".join(p.text for p in parts if p.text), count_tokens(tokenizer, template.text)
+    text = "\n\n".join(p.text for p in parts if p.text)
+    tokens, full = count_tokens(tokenizer, text), count_tokens(tokenizer, template.text)
     asked = sum(p.asked * p.full_tokens for p in parts) / max(sum(p.full_tokens for p in parts), 1)
     named = zip(("instruction", "documents"), parts, strict=True)
     note = "; ".join(f"{name}: {part.note}" for name, part in named if part.note)
-    tokens = count_tokens(tokenizer, text)
     return CompressedTemplate(text, round(asked, 4), round(tokens / max(full, 1), 4), tokens, full, note)
 
 

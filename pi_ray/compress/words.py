@@ -42,17 +42,13 @@ def split_chunks(text: str, pieces: Sequence[Span], sizes: Sequence[int], room: 
             used += sizes[last]
             last += 1
         if last < len(pieces):
-            breaks = (
-                i for i in range(last, (first + last) // 2, -1) if _is_break(text, pieces[i - 1][1], pieces[i][0])
-            )
-            last = next(breaks, last)
+            for i in range(last, (first + last) // 2, -1):
+                end = pieces[i - 1][1]
+                if text[end - 1] == "." or "\n" in text[end : pieces[i][0]]:
+                    last = i
+                    break
         yield range(first, last)
         first = last
-
-
-def _is_break(text: str, end: int, start: int) -> bool:
-    """Whether a sentence or a line ends between a word's `end` and the `start` of the next."""
-    return text[end - 1] == "." or "\n" in text[end:start]
 
 
 def join_words(text: str, pieces: Sequence[Span], kept: Sequence[bool]) -> str:

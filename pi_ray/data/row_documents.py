@@ -61,7 +61,9 @@ class CompressDocuments:
         return pa.table(columns, schema=SCHEMA)
 
     def _compress_document(self, text: str, rate: float) -> Any:
-        return compress_template(self.compressor, Template("", (text,)), rate, self.tokenizer, self.documents_config)
+        return compress_template(
+            Template("", (text,)), rate, self.tokenizer, self.documents_config, lambda _: self.compressor,
+        )
 
 
 def rate_of_documents(config: CompressConfig, rate: float) -> float:

@@ -14,7 +14,6 @@ from pi_ray.config import RunConfig
 from pi_ray.data.ray_map import fan_out
 from pi_ray.models import load_tokenizer
 from pi_ray.prompt import Template
-from pi_ray.protocols import Compressor
 from pi_ray.run.artifact import staged
 from pi_ray.run.directory import RunDir, rate_name
 from pi_ray.run.phases import distinct_rates
@@ -30,16 +29,10 @@ class CompressParts:
 
         torch.set_num_threads(threads)
         self.parts, self.tokenizer = parts, load_tokenizer(config.model)
-        self.compressors: dict[str, Compressor] = {}
 
     def __call__(self, item: dict[str, Any]) -> dict[str, Any]:
-        from pi_ray.registry import compressors
-
         part = self.parts[item["part"]]
-        key = part.config.model_dump_json()
-        if key not in self.compressors:
-            self.compressors[key] = compressors[part.config.name](part.config)
-        return asdict(compress_template(self.compressors[key], part.template, part.rate, self.tokenizer, part.config))
+        return asdict(compress_template(part.template, part.rate, self.tokenizer, part.config))
 
 
 def compress_templates(

@@ -11,7 +11,8 @@ from zlib import crc32
 import numpy as np
 
 from pi_ray.config import RetrieveConfig
-from pi_ray.errors import MissingExtraError, ModelError
+from pi_ray.errors import MissingExtraError
+from pi_ray.models import name_load_errors
 from pi_ray.protocols import Encoder
 from pi_ray.retrieve.ngrams import ORDER, number_words, words_13a
 
@@ -88,14 +89,8 @@ class SentenceEncoder:
         except ImportError:
             cure = "pip install sentence-transformers"
             raise MissingExtraError(f"retrieve.encoder 'sentence-transformers' needs: {cure}") from None
-        from transformers.utils import logging
-
-        logging.disable_progress_bar()
-        try:
+        with name_load_errors(f"retrieve.encoder_model '{config.encoder_model}'"):
             self.model = SentenceTransformer(_resolve(config.encoder_model), device="cpu", trust_remote_code=False)
-        except OSError as error:
-            reason = str(error).splitlines()[0]
-            raise ModelError(f"retrieve.encoder_model '{config.encoder_model}' cannot be loaded: {reason}") from error
 
     def encode(self, texts: Sequence[str]) -> np.ndarray:
         return self.model.encode(list(texts), normalize_embeddings=True, show_progress_bar=False).astype(np.float32)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-ORDER = 4
+from pi_ray.retrieve.ngrams import ORDER
 
 
 @njit(nogil=True, cache=True)

@@ -62,7 +62,7 @@ class Bank:
     """Training rows, indexed by one side. Processes of a node that get it from Ray's object store share its arrays."""
 
     def __init__(self, rows: Iterable[Row], config: RetrieveConfig, by: Side = "answer"):
-        # they load numba and scipy, which other users of this file do not need
+        # numba and scipy load with them, so only where a bank is made
         from pi_ray.retrieve.bleu import BleuIndex
         from pi_ray.retrieve.index import CosineIndex
         from pi_ray.retrieve.rouge import RougeIndex

@@ -62,10 +62,7 @@ def rouge_of_pairs(vocabulary, words, ends, q_words, q_ends, candidates, out):
 
 @njit(nogil=True, cache=True)
 def common(masks, size, row, words, begin, end):
-    """Length of the longest common subsequence of words[begin:end] and the marked reference of `size` words.
-
-    `row` is scratch space for its bits.
-    """
+    """Length of the longest common subsequence of words[begin:end] and the marked `size` words. `row`: scratch."""
     used = (size + 63) >> 6
     row[:used] = ~np.uint64(0)
     for p in range(begin, end):

@@ -28,7 +28,7 @@ import torch
 from pi_ray import models, tasks
 from pi_ray.compress.llmlingua import LLMLingua
 from pi_ray.compress.rate_control import CompressedTemplate, RateSearch
-from pi_ray.compress.template import load_compressors
+from pi_ray.compress.template import load_compressor
 from pi_ray.config import CompressConfig, ModelConfig
 from pi_ray.data.ray_map import fan_out
 from pi_ray.prompt import Template
@@ -76,7 +76,7 @@ def rows_a_second(spans: Sequence[tuple[float, float]]) -> float:
 
 def rates(config: CompressConfig, groups: dict[str, list[Template]], tokenizer: Any) -> list[CompressedTemplate]:
     """Every text at every rate, with a line for each group."""
-    compressor, _ = load_compressors(config)
+    compressor = load_compressor(config)
     every: list[CompressedTemplate] = []
     for group, some in groups.items():
         started = time.perf_counter()
@@ -124,11 +124,10 @@ def in_actors(rows: Sequence[str], actors: int) -> float:
 def in_a_loop(rows: Sequence[str]) -> float:
     compressor = LLMLingua(CompressConfig())
     compressor.compress(WARM_UP, RATE)
-    package = compressor.package
-    lengths = [len(package.tokenizer(text, add_special_tokens=False).input_ids) for text in rows]
+    lengths = [len(compressor.tokenizer(text, add_special_tokens=False).input_ids) for text in rows]
     begin = time.time()
     for text, length in zip(rows, lengths, strict=True):
-        package.kept_tokens(text, length, RATE)
+        compressor.kept_tokens(text, length, RATE)
     return rows_a_second([(begin, time.time())] * len(rows))
 
 

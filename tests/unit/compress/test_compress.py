@@ -58,14 +58,14 @@ def is_subsequence(part, whole):
 
 
 def test_protected_spans_survive_byte_for_byte(tokenizer):
-    made = compress_template(Every(), Template(TEXT), 0.6, tokenizer, CONFIG)
+    made = compress_template(Template(TEXT), 0.6, tokenizer, CONFIG, lambda _: Every())
     assert all(span in made.text for span in PROTECTED)
 
 
 @pytest.mark.parametrize("bias", [0.5, 1.0, 2.0])
 @pytest.mark.parametrize("rate", [0.3, 0.5, 0.8])
 def test_the_measured_rate_is_within_the_tolerance_of_a_biased_compressor(tokenizer, rate, bias):
-    made = compress_template(Every(bias), Template(PROSE * 3, (PROSE, PROSE)), rate, tokenizer, CONFIG)
+    made = compress_template(Template(PROSE * 3, (PROSE, PROSE)), rate, tokenizer, CONFIG, lambda _: Every(bias))
     tokens = len(tokenizer(made.text).input_ids)
     assert made.tokens == tokens and made.achieved == pytest.approx(tokens / made.full_tokens, abs=1e-4)
     assert abs(made.achieved - rate) <= CONFIG.tolerance and not made.note
@@ -76,7 +76,7 @@ def test_a_compressor_that_knows_few_rates_is_met_between_two_of_them(tokenizer)
         def compress(self, text, rate):
             return super().compress(text, int(4 * rate) / 4)
 
-    made = compress_template(Quarters(), Template(PROSE), 0.4, tokenizer, CONFIG)
+    made = compress_template(Template(PROSE), 0.4, tokenizer, CONFIG, lambda _: Quarters())
     assert (
         abs(made.achieved - 0.4) <= CONFIG.tolerance
         and not made.note
@@ -86,7 +86,7 @@ def test_a_compressor_that_knows_few_rates_is_met_between_two_of_them(tokenizer)
 
 def test_a_rate_that_whole_pieces_cannot_meet_is_said_with_the_reason(tokenizer):
     template = Template(f"Few words stand before a long line.\n| {' | '.join('abcdef')} | {PROSE[:200]} |")
-    made = compress_template(Every(), template, 0.4, tokenizer, CONFIG)
+    made = compress_template(template, 0.4, tokenizer, CONFIG, lambda _: Every())
     assert re.search(
         r"every came no closer than 0\.\d+: the largest piece that stays or goes as a whole \(such as a row of a "
         r"table\) is \d+%",
@@ -95,40 +95,39 @@ def test_a_rate_that_whole_pieces_cannot_meet_is_said_with_the_reason(tokenizer)
 
 
 def test_words_are_dropped_never_joined_or_changed(tokenizer):
-    made = compress_template(Every(), Template(TEXT), 0.6, tokenizer, CONFIG)
+    made = compress_template(Template(TEXT), 0.6, tokenizer, CONFIG, lambda _: Every())
     assert is_subsequence(made.text.split(), TEXT.split())
 
 
 def test_rate_one_is_untouched_and_rate_zero_is_empty(tokenizer):
     compressor = Every()
     assert (
-        compress_template(compressor, Template("  odd \n\n spacing  "), 1, tokenizer, CONFIG).text
+        compress_template(Template("  odd \n\n spacing  "), 1, tokenizer, CONFIG, lambda _: compressor).text
         == "  odd \n\n spacing  "
     )
-    assert compress_template(compressor, Template(TEXT), 0, tokenizer, CONFIG).text == ""
+    assert compress_template(Template(TEXT), 0, tokenizer, CONFIG, lambda _: compressor).text == ""
     assert compressor.calls == 0
 
 
 def test_protected_text_above_the_rate_is_kept_and_said(tokenizer):
     code = "```\n" + "\n".join(f"line {i} = call({i})" for i in range(20)) + "\n```"
-    made = compress_template(Every(), Template("Do as this shows.", (code,)), 0.2, tokenizer, CONFIG)
+    made = compress_template(Template("Do as this shows.", (code,)), 0.2, tokenizer, CONFIG, lambda _: Every())
     assert code in made.text and made.achieved > 0.5
     assert re.search(r"protected text alone is \d+%", made.note)
 
 
 def test_a_table_of_codes_keeps_whole_rows_near_the_rate_and_counts_its_numbers(tokenizer):
     table = "\n".join(f"service{chr(97 + i)}: {i}{i}7" for i in range(20))
-    made = compress_template(
-        Every(), Template("Use the codes below and no others, whatever the request may say.", (table,)), 0.5, tokenizer,
-        CONFIG,
-    )
+    template = Template("Use the codes below and no others, whatever the request may say.", (table,))
+    made = compress_template(template, 0.5, tokenizer, CONFIG, lambda _: Every())
     assert set(made.text.splitlines()[-5:]) <= set(table.splitlines())
     assert abs(made.achieved - 0.5) <= 0.1
     assert re.search(r"\d+ of 20 numbers kept", made.note)
 
 
 def test_the_label_of_a_line_goes_with_what_is_kept_of_it(tokenizer):
-    made = compress_template(Every(), Template("\n".join(f"key{c}: {PROSE}" for c in "abc")), 0.5, tokenizer, CONFIG)
+    template = Template("\n".join(f"key{c}: {PROSE}" for c in "abc"))
+    made = compress_template(template, 0.5, tokenizer, CONFIG, lambda _: Every())
     assert all(f"key{c}: " in made.text for c in "abc")
 
 
@@ -154,21 +153,22 @@ def test_what_only_looks_like_json_or_a_fence_is_free():
 
 def test_keep_reports_that_nothing_was_dropped(tokenizer):
     config = CompressConfig(name="none")
-    made = compress_template(NoCompression(config), Template(PROSE), 0.4, tokenizer, config)
+    made = compress_template(Template(PROSE), 0.4, tokenizer, config, lambda _: NoCompression(config))
     assert made.text == PROSE and made.achieved == 1.0 and "none came no closer than 1.00" in made.note
 
 
 def test_results_are_cached_by_content_and_a_damaged_file_is_made_again(tokenizer, cache, tmp_path):
     compressor, template = Every(), Template(TEXT)
-    first = compress_template(compressor, template, 0.6, tokenizer, CONFIG)
+    first = compress_template(template, 0.6, tokenizer, CONFIG, lambda _: compressor)
     calls = compressor.calls
-    assert compress_template(compressor, template, 0.6, tokenizer, CONFIG) == first and compressor.calls == calls
+    assert compress_template(template, 0.6, tokenizer, CONFIG, lambda _: compressor) == first
+    assert compressor.calls == calls
     assert cached_template(template, 0.61, tokenizer, CONFIG) is None
     assert cached_template(template, 0.6, tokenizer, CONFIG.model_copy(update={"protect_numbers": False})) is None
     file = next((tmp_path / "compress").glob("*.json"))
     file.write_bytes(file.read_bytes().replace(b"Golden", b"Gilded"))
     assert cached_template(template, 0.6, tokenizer, CONFIG) is None
-    assert compress_template(compressor, template, 0.6, tokenizer, CONFIG) == first
+    assert compress_template(template, 0.6, tokenizer, CONFIG, lambda _: compressor) == first
 
 
 def test_joining_keeps_line_breaks_and_closes_gaps_with_one_space():
