@@ -29,7 +29,7 @@ FORBIDDEN = "this user may not write there; mend its owner or permissions, or ta
 DISK_CURES = {
     errno.ENOSPC: FULL, errno.EDQUOT: FULL, errno.EACCES: FORBIDDEN, errno.EPERM: FORBIDDEN,
     errno.EROFS: "the disk is mounted read-only; mount it for writing, or take another folder",
-}  # fmt: skip
+}
 AnyPath = TypeVar("AnyPath", bound=PurePath)
 
 

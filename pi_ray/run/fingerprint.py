@@ -19,7 +19,7 @@ PREPARED = ("task", "model", "prompt", "compress", "retrieve")  # the blocks tha
 NOT_LEARNED = {
     "max_failures", "keep_checkpoints", "checkpoint_every", "collective_timeout_s", "tracker", "attention", "workers",
     "micro_batch",
-}  # fmt: skip
+}
 
 
 def wants_unlabelled(config: RunConfig) -> bool:

@@ -37,7 +37,7 @@ ExampleHash = Annotated[str, Field(pattern=f"^[0-9a-f]{{{HASH_DIGITS}}}$")]
 COURTESY = re.compile(
     r"you(?: are|'re) an?(?:,? (?:and )?(?:very )?(?:helpful|useful|friendly|polite|honest|harmless|smart|ai))* "
     r"assistant\W*", re.IGNORECASE,
-)  # fmt: skip
+)
 
 
 def collapse_whitespace(text: str) -> str:

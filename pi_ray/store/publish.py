@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 COLUMNS = {
     "base": "base, query alone", "base_full_prompt": "base, full prompt", "plain": "plain fine-tuning, query alone",
     "promptintern": "this adapter, query alone",
-}  # fmt: skip
+}
 
 
 def publish_adapter(run: RunDir, config: RunConfig, name: str = "") -> Path:

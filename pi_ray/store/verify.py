@@ -35,7 +35,7 @@ KNOWN_SETTINGS = {
     "r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora", "peft_type", "task_type", "bias",
     "inference_mode", "init_lora_weights", "base_model_name_or_path", "revision", "peft_version", "megatron_core",
     "qalora_group_size",
-}  # fmt: skip
+}
 ONLY_LORA = "only plain LoRA and rsLoRA on linear layers can be published and served (others can be evaluated)"
 T = TypeVar("T")
 Tokens = Annotated[float, Field(ge=0, lt=MAX_TOKENS, strict=True)]
