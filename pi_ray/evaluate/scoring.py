@@ -3,7 +3,6 @@
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import compress
 from typing import Any, Self
 
 from pi_ray.evaluate.statistics import corpus_bleu, mean_interval, paired_bleu, paired_mean
@@ -42,9 +41,9 @@ class ScoredAnswers:
         return {metric: list(values) for metric, values in found.items()}
 
     def _of_group(self, group: str) -> Self:
-        chosen = [row.group == group for row in self.rows]
-        rows, texts, scores = (list(compress(of_all, chosen)) for of_all in (self.rows, self.texts, self.scores))
-        return replace(self, rows=rows, texts=texts, scores=scores)
+        chosen = [i for i, row in enumerate(self.rows) if row.group == group]
+        rows, texts = [self.rows[i] for i in chosen], [self.texts[i] for i in chosen]
+        return replace(self, rows=rows, texts=texts, scores=[self.scores[i] for i in chosen])
 
 
 def score_rows(task: Task, rows: Sequence[Row], texts: Sequence[str]) -> list[dict[str, float]]:

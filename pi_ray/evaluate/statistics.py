@@ -147,7 +147,7 @@ def _scores_over_seeds(
         times = np.bincount(rng.integers(0, len(column), len(column)), minlength=len(column))
         return sum(n * score(column[i, picked]) for i, n in enumerate(times) if n) / len(column)
 
-    picks = (rng.integers(0, rows, rows) for _ in range(bootstrap))
+    picks = (rng.integers(0, rows, (rows,)) for _ in range(bootstrap))
     drawn = [[resampled(a, picked) for a in arrays] for picked in picks]
     return [np.mean([score(of_seed) for of_seed in a]) for a in arrays], np.array(drawn)
 
