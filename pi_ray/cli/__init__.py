@@ -1,7 +1,5 @@
 """The `pi-ray` command: thin verbs over the library. A verb imports what it needs inside, so that --help is instant."""
 
-from __future__ import annotations
-
 import argparse
 import inspect
 import logging

@@ -1,7 +1,5 @@
 """The entry point inside a Ray job: `python -m pi_ray.cli.job VERB run.yaml`, for jobs/*.py and `pi-ray submit`."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Sequence
 

@@ -1,11 +1,8 @@
 """Ray's token for a cluster's address: whether there is one, and whether the address may be used without.
 
-Ray itself finds and sends it; pi-ray never prints it or passes it on, and only `pi-ray doctor` reads it. Ray 2.60 takes
-it from RAY_AUTH_TOKEN, from the file that RAY_AUTH_TOKEN_PATH names, or from ~/.ray/auth_token, and asks for it where
-RAY_AUTH_MODE is token.
+Ray finds it in RAY_AUTH_TOKEN, the file that RAY_AUTH_TOKEN_PATH names, or ~/.ray/auth_token, and sends it itself.
+pi-ray never prints it or passes it on; only `pi-ray doctor` reads it.
 """
-
-from __future__ import annotations
 
 import ipaddress
 import os

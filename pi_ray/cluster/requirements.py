@@ -3,8 +3,6 @@
 pip does not notice when another package is installed over them later.
 """
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version

@@ -1,7 +1,5 @@
 """Joins the Ray cluster that RAY_ADDRESS names, or starts one on this machine for as long as the command runs."""
 
-from __future__ import annotations
-
 import logging
 import os
 import sys

@@ -21,8 +21,7 @@ STYLES = {"ok": ("ok  ", "green"), "note": ("note", "yellow"), "fail": ("FAIL", 
 def examine(config: RunConfig | None = None, address: str = "", folder: Path | None = None) -> Iterator[Finding]:
     """Check this machine, or the cluster at `address`, and the run, where one is given.
 
-    `folder` holds the run file; a job takes its inputs along. Raises ConfigError for an address that is no Jobs API's
-    URL.
+    A job takes along what lies in the run file's `folder`. Raises ConfigError for an address that is no Jobs API's URL.
     """
     address = address and auth.address_of(address)
     yield from machine.check_versions()

@@ -1,7 +1,5 @@
 """Checks of this machine: versions, disk, shared memory, ports, memory. None changes anything that lasts."""
 
-from __future__ import annotations
-
 import errno
 import os
 import shutil
@@ -34,10 +32,7 @@ def check_versions() -> Iterator[Finding]:
 
 
 def check_storage(config: RunConfig | None, needed: float = ROOM) -> Iterator[Finding]:
-    """Check by writing that run directory and adapter store can be written, and that `needed` bytes are free.
-
-    A store behind a URL is for `check_bucket`.
-    """
+    """Check by writing that the folders of run and store can be written, and that `needed` bytes are free."""
     places = {"run_dir": config.run_dir, "store": config.store} if config else {"run_dir": str(Path("runs").absolute())}
     seen: set[Path] = set()
     for key, folder in ((key, Path(place)) for key, place in places.items() if not is_url(place)):

@@ -1,7 +1,5 @@
 """Checks of a cluster through its address, and of whether a request without a token gets in."""
 
-from __future__ import annotations
-
 import http.client
 import os
 import re

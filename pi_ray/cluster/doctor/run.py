@@ -1,7 +1,5 @@
 """Checks of a run: its rows and models, and whether they fit into this machine's memory and GPUs."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable, Iterator, Sequence
 from importlib.util import find_spec
@@ -198,9 +196,7 @@ def check_plan(config: RunConfig, gpus: list[tuple[str, float]]) -> Iterator[Fin
 def check_memory(
     config: RunConfig, worker: dict[str, float], host: float, gpus: list[tuple[str, float]], free: float,
 ) -> Iterator[Finding]:
-    """Check a plan's bytes: a `worker`'s on its device, and in the `host`'s memory, of which so much is `free`, those
-    of all GPU workers.
-    """
+    """Check a plan's bytes: a `worker`'s on its device, and those of all GPU workers on the `host` with its `free`."""
     one, workers = sum(worker.values()), config.train.workers
     smaller = "lower train.micro_batch (or batch_size), set train.gradient_checkpointing: true"
     if config.train.backend.zero_stage != 3:

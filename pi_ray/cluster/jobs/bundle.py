@@ -1,9 +1,4 @@
-"""The job bundle that travels to a cluster: the resolved run file, and the inputs that it names by relative path.
-
-Nothing else travels, and no secret.
-"""
-
-from __future__ import annotations
+"""The job bundle that travels to a cluster: the run file, the inputs that it names by relative path, and no secret."""
 
 import os
 import re

@@ -5,8 +5,6 @@ directory on lasting storage, and the step runs from there: submitted again, on 
 run finds everything under the same paths.
 """
 
-from __future__ import annotations
-
 import os
 import sys
 import tempfile
@@ -99,9 +97,7 @@ def _url_of(config: RunConfig) -> str:
 
 def _copy_inputs(config: RunConfig, found: dict[str, Path]) -> RunConfig:
     """Copy `found` inputs, and those that `task` names by URL, into the run directory, where the config then names
-    them. What a URL names and storage does not have is missing there too.
-
-    Raises StorageError where object storage cannot be read.
+    them, those too that storage does not have. Raises StorageError where it cannot be read.
     """
     from pyarrow.fs import FileType, copy_files
 

@@ -1,7 +1,5 @@
 """`pi-ray render`: the files that make a cluster (k8s: KubeRay, launcher: `ray up`, slurm), filled from a run file."""
 
-from __future__ import annotations
-
 import json
 import math
 import re
