@@ -96,7 +96,7 @@ class GenerationCompressor:
         prompt = INSTRUCTION.replace("{text}", text)
         key = digest(["chat", self.config.base_url, self.config.model, prompt])
         answer = known = cache.load_result(key)
-        if known is None:
+        if answer is None:
             try:
                 answer = self.service.chat(self.config.model, prompt, len(text) // 2 + 64).text
             except TrainingError as error:
