@@ -41,8 +41,7 @@ class CompletionRequest:
     seed: int | None = None
     stop: tuple[str, ...] = ()
     history: tuple[tuple[str, str], ...] = ()  # (role, text) of the messages before the query: system, user, assistant
-    # how many of the likeliest tokens to report beside each one; None: no log-probabilities
-    logprobs: int | None = None
+    logprobs: int | None = None  # likeliest tokens to report beside each one; None: no log-probabilities
     choices: int = 1  # answers that share the server's token limit
     sticky_key: str = ""  # requests with the same key meet the same version while a canary is out
     full_prompt: bool = False  # for comparison: the base model answers, with the adapter's whole template

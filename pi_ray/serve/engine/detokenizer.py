@@ -16,8 +16,7 @@ class IncrementalDetokenizer:
     stop string.
 
     Text is held back while it may still change (half a character), be trimmed (white space at the end) or be the start
-    of a stop string. tokenizers' DecodeStream does the first alone, says nothing of what it holds back at the end, and
-    knows no tokenizer without a Rust backend.
+    of a stop string. tokenizers' DecodeStream does the first alone and cannot be flushed.
     """
 
     def __init__(self, tokenizer: Any, stop: tuple[str, ...] = ()):

@@ -20,11 +20,10 @@ import torch
 from pi_ray.config import ModelConfig, ServeConfig
 from pi_ray.models import load_model, load_tokenizer
 from pi_ray.protocols import GenerationRequest, Token
-from pi_ray.serve.engine.scheduler import GenerationSequence, OutputQueue, Scheduler
+from pi_ray.serve.engine.scheduler import GenerationSequence, Scheduler
 
 log = logging.getLogger("ray.serve")
-# failed forward passes in a row before the engine calls itself broken, so that Serve replaces the replica
-MAX_FAILURES = 3
+MAX_FAILURES = 3  # failed forward passes in a row, after which check() raises and Serve replaces the replica
 
 
 class TransformersEngine:
@@ -32,7 +31,6 @@ class TransformersEngine:
 
     def __init__(self, model: ModelConfig, serve: ServeConfig):
         self.tokenizer = load_tokenizer(model)
-        self._outputs = OutputQueue()
         self._lock = threading.Lock()  # of the three that follow
         self._waiting: list[GenerationSequence] = []
         self._stepping = False  # a step runs or is submitted
@@ -42,7 +40,7 @@ class TransformersEngine:
 
         def load_scheduler() -> Scheduler:
             base = load_model(model, "cuda" if torch.cuda.is_available() else "cpu")
-            return Scheduler(base, self.tokenizer, serve, self._outputs)
+            return Scheduler(base, self.tokenizer, serve)
 
         try:
             self._scheduler: Scheduler = self._call(load_scheduler)
@@ -116,5 +114,5 @@ class TransformersEngine:
                     log.exception("decoding failed; the engine answers no more")
                 self._stopped = True
             for sequence in [*self._waiting, *self._scheduler.running]:
-                self._outputs.put(sequence, RuntimeError("the engine was closed"))
-        self._outputs.flush()
+                self._scheduler.outputs.put(sequence, RuntimeError("the engine was closed"))
+        self._scheduler.outputs.flush()

@@ -188,19 +188,17 @@ class UnbatchedCache:
 
 def _last_logits(model: Any, cache: Cache, **inputs: torch.Tensor) -> torch.Tensor:
     """The logits after the last token of each row, (rows, vocabulary)."""
-    index = last_logits_index(1, model.device)
+    index = last_logits_index(1, inputs["input_ids"].device)
     out = model(**inputs, use_cache=True, logits_to_keep=index, **{cache_argument(type(model)): cache})
     return out.logits[:, -1]
 
 
 def _attention_mask(config: Any, positions: torch.Tensor, width: int, dtype: torch.dtype) -> Any:
-    """`positions` (rows, tokens) -> the additive mask (rows, 1, tokens, width), where a token sees itself and the
-    tokens before it. A dict where the model has several types of layer.
-    """
+    """`positions` (rows, tokens) -> additive mask (rows, 1, tokens, width), or one for each of several layer types."""
     types = set(getattr(config, "layer_types", None) or [])
     window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
     columns, positions = torch.arange(width, device=positions.device), positions[:, None, :, None]
-    causal = columns <= positions
+    causal = columns <= positions  # a token sees itself and those before it
     near = causal & (columns > positions - window) if window else causal
     if len(types) > 1:
         return {kind: _additive(near if kind == "sliding_attention" else causal, dtype) for kind in types}

@@ -23,8 +23,7 @@ from pi_ray.serve.engine.onednn_linear import get_weight, set_weight
 from pi_ray.store.verify import CONFIG_FILE, LORA_TENSOR, WEIGHTS_FILE, open_weights, read_json
 
 BASE_SLOT = -1  # the slot of rows without an adapter
-# padded places for each row, up to which one batched product is faster than one adapter after the other
-MAX_PADDING = 4
+MAX_PADDING = 4  # padded places for each row, up to which one batched product is faster than adapters in turn
 EXPERT_LAYER = ".experts."  # single experts see tokens of many rows, in an order of their own
 AddLora = Callable[["MultiLoraLayer", torch.Tensor, torch.Tensor], Any]  # (layer, input, output): adds to the output
 # Module name -> A (rank, in) and B (out, rank) of one adapter, with the scaling in B, float32 on the CPU.

@@ -11,9 +11,9 @@ DEFAULT_MAX_LORAS = 16  # when serve.max_loras is not set
 
 
 def replica_options(limits: ServeConfig, cluster: dict[str, float], actor_options: dict[str, Any]) -> dict[str, Any]:
-    """Options for replicas that hold the base model.
+    """Options for replicas that hold the base model, each with a GPU where `cluster`, its resources, has any.
 
-    `cluster`: its resources; each replica gets a GPU where there are any. `actor_options`: Ray's, from the run file.
+    `actor_options`: Ray's, from the run file.
     """
     scarce = cluster.get("GPU") or cluster.get("CPU", 0)
     return {

@@ -73,8 +73,8 @@ def _deliver(outputs: Sequence[tuple[GenerationSequence, Output]]) -> None:
 class Scheduler:
     """`running` is in the order of the KV cache's rows: the first `num_decoding` decode, the others are in prefill."""
 
-    def __init__(self, base: Any, tokenizer: Any, serve: ServeConfig, outputs: OutputQueue):
-        self.tokenizer, self.outputs = tokenizer, outputs
+    def __init__(self, base: Any, tokenizer: Any, serve: ServeConfig):
+        self.tokenizer, self.outputs = tokenizer, OutputQueue()
         eos = base.generation_config.eos_token_id
         self.eos_ids = {tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])}
         self.max_num_seqs = serve.max_ongoing_requests

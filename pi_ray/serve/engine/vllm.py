@@ -32,7 +32,6 @@ DEPLOYMENT_NAME = "Vllm"
 BASE_ID = "base"  # the base model's name within the deployment
 SUPPORTED_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # ranks that vLLM has kernels for
 NO_TELEMETRY = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "VLLM_DO_NOT_TRACK": "1"}
-TOKEN_ID_PREFIX = "token_id:"
 
 
 class VllmEngine:
@@ -180,6 +179,6 @@ def parse_tokens(event: Any, top: int | None) -> Iterator[Token]:
 
 def _with_logprobs(token: int, logprobs: dict[str, Any], place: int, top: int) -> Token:
     likeliest = (logprobs["top_logprobs"][place] or {}).items()
-    by_id = [(int(name.removeprefix(TOKEN_ID_PREFIX)), value) for name, value in likeliest]
+    by_id = [(int(name.removeprefix("token_id:")), value) for name, value in likeliest]
     best = sorted(by_id, key=lambda each: -each[1])
     return Token(token, logprobs["token_logprobs"][place], tuple(best[:top]))
