@@ -33,7 +33,7 @@ class LLMLingua(PromptCompressor):
         self.model.eval()
         self.use_llmlingua2, self.cache_bos_num = False, 10  # the package's defaults
         self.oai_tokenizer = self.tokenizer  # counts for the package's report, which is not used
-        self.cache_argument = models.cache_argument(type(self.model))
+        self.cache_argument = models.cache_argument(self.model.__class__)
         self.positions = torch.empty(0, dtype=torch.long)
         self.first_pass: dict[bytes, torch.Tensor] = {}  # token ids of a text -> surprisal of its tokens
 
