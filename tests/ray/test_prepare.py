@@ -15,8 +15,8 @@ from pi_ray.prompt import PromptEncoder
 from pi_ray.retrieve.neighbours import normalised
 from pi_ray.run import row_store
 from pi_ray.run.artifact import digest_file, verify_artifact
-from pi_ray.run.baseline import plain_finetuning_config
 from pi_ray.run.directory import RunDir
+from pi_ray.run.phases import plain_finetuning_config
 
 pytestmark = pytest.mark.ray
 PASSAGE = (
