@@ -84,6 +84,7 @@ class RateSearch:
         self.tokenizer, self.config = tokenizer, config
         self.parts = [_Part(text, config) for text in (template.instruction, *template.documents) if text]
         self.full = count_tokens(tokenizer, template.text)
+        self.drafts: dict[str, CompressedTemplate] = {}  # text -> its result: many rates give the same text
 
     def run(self) -> CompressedTemplate:
         """The closest result that interpolation of the compressor's rate finds, with a note where it is not close."""
@@ -95,12 +96,16 @@ class RateSearch:
         low, high = (0.0, best.achieved), (1.0, 1.0)  # (asked, achieved) on either side of the goal
         under: tuple[CompressedTemplate, Choice] | None = None  # the compressor's results on either side
         over: Choice | None = None
+        choices: dict[tuple[str, ...], Choice] = {}  # what the compressor returned -> which units stay
         tried: set[str] = set()
         stuck = False  # another rate gave the same text: halve the gap instead of creeping along it
         for _ in range(TRIES if minimum.achieved < self.rate else 0):
             slope = 0.5 if stuck else (self.rate - low[1]) / max(high[1] - low[1], 1e-6)
             asked = low[0] + (high[0] - low[0]) * min(max(slope, 0.1), 0.9)
-            choice = self._choose([self.compressor.compress(p.text, asked) for p in self.parts], level)
+            outputs = tuple(self.compressor.compress(p.text, asked) for p in self.parts)
+            if outputs not in choices:
+                choices[outputs] = self._choose(outputs, level)
+            choice = choices[outputs]
             draft = self._draft(choice)
             best = min(best if tried else draft, draft, key=self._error)
             if self._error(draft) <= AIM * self.config.tolerance:
@@ -120,8 +125,11 @@ class RateSearch:
 
     def _draft(self, choice: Choice) -> CompressedTemplate:
         text = "\n\n".join(t for t in (p.render(c) for p, c in zip(self.parts, choice, strict=True)) if t)
-        tokens = count_tokens(self.tokenizer, text)
-        return CompressedTemplate(text, self.rate, round(tokens / self.full, 4), tokens, self.full)
+        if text not in self.drafts:
+            tokens = count_tokens(self.tokenizer, text)
+            achieved = round(tokens / self.full, 4)
+            self.drafts[text] = CompressedTemplate(text, self.rate, achieved, tokens, self.full)
+        return self.drafts[text]
 
     def _error(self, result: CompressedTemplate) -> float:
         return abs(result.achieved - self.rate)

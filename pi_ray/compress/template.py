@@ -12,6 +12,7 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 from pi_ray.compress import cache
+from pi_ray.compress.none import NoCompression
 from pi_ray.compress.rate_control import CompressedTemplate, RateSearch, count_tokens
 from pi_ray.config import CompressConfig
 from pi_ray.prompt import Template
@@ -48,10 +49,13 @@ def compress_template(
 def cached_template(
     template: Template, rate: float, tokenizer: Any, config: CompressConfig,
 ) -> CompressedTemplate | None:
-    """One part's result that needs no compressor: rate 0 or 1, or made before. None otherwise, or if damaged."""
+    """One part's result that needs no model: rate 0 or 1, no compression, or made before. None otherwise, or if damaged.
+    """
     if rate in (0, 1) or not template.text:
         full = count_tokens(tokenizer, template.text)
         return CompressedTemplate(template.text if rate else "", rate, rate, full if rate else 0, full)
+    if config.name == "none":
+        return RateSearch(NoCompression(config), template, rate, tokenizer, config).run()
     stored = cache.load_result(_cache_key(template, rate, tokenizer, config))
     try:
         return CompressedTemplate(**stored) if stored is not None else None

@@ -22,9 +22,11 @@ from pi_ray.models import load_tokenizer
 from pi_ray.prompt import Template
 from pi_ray.run.artifact import is_current, read_manifest, staged
 from pi_ray.run.directory import RunDir, documents_file
-from pi_ray.run.row_store import join_pieces, read_range
+from pi_ray.run.row_store import count_rows, join_pieces, read_range
 
-PIECE_ROWS = 32
+# A piece is at least PIECE_ROWS rows, since a model may take seconds a document, and at most MAX_PIECE_ROWS: each costs
+# Ray three tasks. PIECES of them balance the actors.
+PIECE_ROWS, MAX_PIECE_ROWS, PIECES = 32, 512, 64
 COUNTS = ("count", "tokens", "full_tokens", "off")  # of a row's documents; off: not within the tolerance of their rate
 SCHEMA = pa.schema({"id": pa.string(), "documents": pa.list_(pa.string()), **dict.fromkeys(COUNTS, pa.int64())})
 
@@ -93,7 +95,8 @@ def compress_documents(
         split: {rate: f"{folder}/{documents_file(split, rate).removesuffix('.parquet')}-" for rate in some}
         for split, some in rates.items()
     }
-    pieces = Pieces(run, SCHEMA, PIECE_ROWS, outputs)
+    rows = max(count_rows(run.rows_of(split).path) for split in outputs)
+    pieces = Pieces(run, SCHEMA, max(PIECE_ROWS, min(MAX_PIECE_ROWS, rows // PIECES)), outputs)
     todo = pieces.unfinished("documents", progress)
     run_pipeline(config, pieces, todo, CompressDocuments, config, rates, actors=-(-len(todo) // 4))
     totals: dict[float, Counter[str]] = {}
