@@ -113,7 +113,10 @@ def _event_text(entry: dict[str, Any]) -> str:
             return f"the best adapter on dev rows is that of phase {entry['phase']} ({right})"
         case "teacher_answers":
             answered = f"{entry['answered']} of {entry['queries']} unlabelled queries"
-            return f"the teacher answered {answered}, {entry['kept']} of them surely enough to learn from"
+            views = f"; it read the prompt in {entry['views']} orders" if entry["views"] > 1 else ""
+            return f"the teacher answered {answered}, {entry['kept']} of them surely enough to learn from{views}"
+        case "drills":
+            return f"reading drills in the first phase: {'; '.join(entry['facts'])}"
         case "plain_batches":
             return f"plain batches, since {entry['reason']}"
         case "warning":

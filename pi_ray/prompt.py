@@ -47,9 +47,9 @@ class Template:
         text = re.sub(r"<!--.*?-->\n?", "", markdown, flags=re.S).strip()
         instruction, *below = re.split(r"^# Documents\b[^\n]*", text, maxsplit=1, flags=re.M)
         if below:
-            sections = _split_at_headings(below[0])
+            sections = split_sections(below[0])
         else:
-            instruction, *sections = _split_at_headings(text)
+            instruction, *sections = split_sections(text)
         instruction = re.sub(r"\A# Instruction[^\n]*(\n|\Z)", "", instruction).strip()
         return cls(instruction, tuple(filter(None, map(str.strip, sections))))
 
@@ -67,8 +67,11 @@ class Template:
         return template
 
 
-def _split_at_headings(text: str) -> list[str]:
-    """The text before the first `## ` line, then one part for each such line outside fenced code."""
+def split_sections(text: str) -> list[str]:
+    """The text before the first `## ` line, then one part for each such line outside fenced code.
+
+    Every line of a part ends with a line break.
+    """
     parts, fenced = [""], False
     for line in text.split("\n"):
         fenced ^= line.lstrip().startswith("```")
@@ -126,6 +129,7 @@ class PromptEncoder:
         with _tokenizer_lock:
             empty = tokenizer("").input_ids
         bos = tokenizer.bos_token_id
+        self.tail_ids = self._frame(self.tail)
         self.bos = [bos] if bos in empty and not (self.head and self.head.startswith(tokenizer.bos_token)) else []
 
     def prefix(self, template: str) -> list[int]:
@@ -134,7 +138,7 @@ class PromptEncoder:
 
     def row(self, query: str, shots: Sequence[Example] = (), documents: Sequence[str] = ()) -> list[int]:
         """The row's own documents, examples with the least similar first, query next to the best one, chat tail."""
-        return self._content(_render_row(self.config, query, shots, documents)) + self._frame(self.tail)
+        return self._content(_render_row(self.config, query, shots, documents)) + self.tail_ids
 
     def encode(
         self, query: str, template: str = "", shots: Sequence[Example] = (), documents: Sequence[str] = ()

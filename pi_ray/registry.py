@@ -41,6 +41,7 @@ tasks = Registry("task", {
     "mbpp": "pi_ray.tasks.mbpp:MbppTask",
     "nl2f": "pi_ray.tasks.nl2f:Nl2fTask",
     "nl2f-w": "pi_ray.tasks.nl2f_w:Nl2fWTask",
+    "desk": "pi_ray.tasks.desk:DeskTask",
 })
 compressors = Registry("compressor", {
     "llmlingua": "pi_ray.compress.llmlingua:LLMLingua",

@@ -10,13 +10,15 @@ import pyarrow.parquet as pq
 from pi_ray.config import RunConfig
 from pi_ray.models import load_tokenizer
 from pi_ray.prompt import Example, PromptEncoder
-from pi_ray.protocols import UNLABELLED
+from pi_ray.protocols import UNLABELLED, Row
 from pi_ray.run.artifact import staged
 from pi_ray.run.directory import RunDir
 from pi_ray.run.fingerprint import wants_unlabelled
+from pi_ray.run.row_store import write_rows
 from pi_ray.schedule import plan_phases
 
 TEMPLATE = "Translate a colour into its code. red is k4, blue is z9, green is q1, black is b7."
+LISTED = "Translate a colour into its code.\n\n## Colours\n\nred: k4\nblue: z9\ngreen: q1\nblack: b7"
 COLOURS = {"red": "k4", "blue": "z9", "green": "q1", "black": "b7"}
 
 
@@ -33,21 +35,28 @@ def tiny_config(model: Path, root: Path, **changes) -> RunConfig:
     return RunConfig.model_validate(settings).replace(**changes)
 
 
-def prepare_by_hand(config: RunConfig, rows: int = 12) -> None:
+def label_text(number: int, colour: str) -> str:
+    return f"{COLOURS[colour]} ." if number % 3 else COLOURS[colour]
+
+
+def prepare_by_hand(config: RunConfig, rows: int = 12, whole: str = TEMPLATE) -> None:
     encoder = PromptEncoder(load_tokenizer(config.model), config.prompt)
     run, names = RunDir(config.root), list(COLOURS)
+    run.rows.mkdir(parents=True, exist_ok=True)
+    pairs = [(f"case {i}: what is {names[i % 4]}?", label_text(i, names[i % 4])) for i in range(rows)]
+    write_rows(run.rows_of("train").path, [Row(f"train-{i}", *pair) for i, pair in enumerate(pairs)])
     phases = list(enumerate(plan_phases(config.schedule)))
     unlabelled = [(f"{UNLABELLED}-{i}", phase) for i, phase in phases] if wants_unlabelled(config) else []
     early = [(f"dev-{i}", phase) for i, phase in phases] if config.train.early_stop else []
     for key, phase in [*phases, *unlabelled, ("dev", phases[-1][1]), *early]:
-        template = TEMPLATE[: int(len(TEMPLATE) * phase.rate)]
+        template = whole[: int(len(whole) * phase.rate)]
         table = {"id": [], "prompt_ids": [], "label_ids": []}
         for i in range(rows):
             name = names[i % 4]
             shots = [Example(f"code of {n}", COLOURS[n]) for n in names if n != name][: phase.shots]
             table["id"].append(f"train-{i}")
-            table["prompt_ids"].append(encoder.row(f"case {i}: what is {name}?", shots))
-            answer = f"{COLOURS[name]} ." if i % 3 else COLOURS[name]
+            query, answer = pairs[i]
+            table["prompt_ids"].append(encoder.row(query, shots))
             table["label_ids"].append([] if str(key).startswith(UNLABELLED) else encoder.answer(answer))
         prompts, labels = table["prompt_ids"], table["label_ids"]
         tokens = {

@@ -8,11 +8,19 @@ from pi_ray.config.cluster import ClusterConfig
 from pi_ray.config.data import COMPRESS_MODELS, INPUTS, CompressConfig, RetrieveConfig, RowsConfig, TaskConfig
 from pi_ray.config.run import ClosedConfig, CostConfig, EvaluateConfig, ModelConfig, RunConfig, dump_config
 from pi_ray.config.serve import ServeConfig
-from pi_ray.config.train import BackendConfig, DistillConfig, LoraConfig, PromptConfig, ScheduleConfig, TrainConfig
+from pi_ray.config.train import (
+    BackendConfig,
+    DistillConfig,
+    DrillsConfig,
+    LoraConfig,
+    PromptConfig,
+    ScheduleConfig,
+    TrainConfig,
+)
 
 __all__ = [
     "COMPRESS_MODELS", "INPUTS", "BackendConfig", "Block", "ClosedConfig", "ClusterConfig", "CompressConfig",
-    "CostConfig", "DistillConfig", "EvaluateConfig", "LoraConfig", "ModelConfig", "PromptConfig", "RetrieveConfig",
-    "RowsConfig", "RunConfig", "ScheduleConfig", "ServeConfig", "TaskConfig", "TrainConfig", "dump_config",
-    "omit_default", "set_key",
+    "CostConfig", "DistillConfig", "DrillsConfig", "EvaluateConfig", "LoraConfig", "ModelConfig", "PromptConfig",
+    "RetrieveConfig", "RowsConfig", "RunConfig", "ScheduleConfig", "ServeConfig", "TaskConfig", "TrainConfig",
+    "dump_config", "omit_default", "set_key",
 ]  # fmt: skip

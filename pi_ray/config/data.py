@@ -25,7 +25,7 @@ class RowsConfig(Block):
 class TaskConfig(Block):
     """The data, the template and the metric."""
 
-    name: str = doc("jsonl", "jsonl (your own rows), opsql (bundled), nl2bash, mbpp, nl2f, nl2f-w")
+    name: str = doc("jsonl", "jsonl (your own rows), opsql (bundled), nl2bash, mbpp, nl2f, nl2f-w, desk")
     train: str = doc("train.jsonl", "training rows, relative to run.yaml")
     dev: str = doc("dev.jsonl", "rows for choosing; may be missing")
     test: str = doc("test.jsonl", "held-out rows; only evaluated")
@@ -37,6 +37,8 @@ class TaskConfig(Block):
     docs_examples: Count = doc(2, "examples kept of each document")
     unseen: tuple[str, ...] = omit_default((), "names, such as a function's, that no labelled training answer may use, "
         "so that only the template tells of them (tasks over published data sets)")
+    subjects: Count = omit_default(0, "subjects of a desk (task desk); 0: all of the data set's")
+    hidden: Count = omit_default(0, "subjects of a desk whose codes no labelled row has")
     allow_code_execution: bool = doc(False, "run generated programs, in a sandbox, to score them by their tests (mbpp)")
     unsafe_local_execution: bool = doc(False, "also where no sandbox can be: with your own rights, on your own files")
     rows: RowsConfig = RowsConfig()

@@ -99,8 +99,24 @@ class DistillConfig(Block):
 
     teacher: Literal["adapter", "base"] = doc("adapter", "the adapter after the first phase, or the base model alone")
     top_k: Positive = doc(16, "likeliest tokens of the teacher that the student matches at each place of an answer")
-    confidence: Annotated[float, Field(le=0)] = doc(-0.1, "lowest log-probability of a token in an answer that is kept")
+    views: Positive = doc(2, "orders of the template's lists in which the teacher reads it; it answers by their mean")
+    agreement: Literal["filter", "weight", "off"] = doc("filter", "filter: an answer is kept if all views give it; "
+        "weight: a row counts by the share of views that do")
+    confidence: Annotated[float, Field(le=0)] | None = doc(None, "lowest log-probability of a token in an answer that "
+        "is kept; empty: any")
     share: Rate = doc(0.5, "objective mixed: weight of the teacher's distribution against cross-entropy on the answer")
+
+
+class DrillsConfig(Block):
+    """Reading drills: some updates of the first phase have other codes in template and labels, in another order."""
+
+    mode: Literal["auto", "off"] = doc("auto", "auto: where a teacher is made and labels copy codes of the template "
+        "that no query has")
+    kinds: tuple[Literal["facts", "order"], ...] = doc(("facts", "order"), "facts: codes are exchanged for fresh ones; "
+        "order: the lines that hold them are shuffled")
+    share: Annotated[float, Field(gt=0, le=1)] = doc(0.5, "share of the first phase's updates")
+    words: tuple[str, ...] = doc((), "more words that are facts, whatever they look like")
+    ignore: tuple[str, ...] = doc((), "words that are no facts, nor those that are listed with them")
 
 
 class TrainConfig(Block):
@@ -110,6 +126,7 @@ class TrainConfig(Block):
     lora: LoraConfig = LoraConfig()
     objective: Literal["sft", "distill", "mixed"] = doc("sft", "labels (the paper), a fully prompted teacher, or both")
     distill: DistillConfig = DistillConfig()
+    drills: DrillsConfig = DrillsConfig()
     batch_size: Positive = doc(16, "rows of one update, over all workers")
     micro_batch: Count = doc(0, "rows of one forward pass on one worker; 0: as many as the batch gives it")
     lr: Annotated[float, Field(gt=0)] = 5e-4

@@ -30,6 +30,7 @@ SAMPLE = 256  # rows whose exact best are looked up where FAISS chose
 SCHEMA = pa.schema({
     "id": pa.string(), "split": pa.string(), "neighbours": pa.list_(pa.string()), "scores": pa.list_(pa.float32()),
 })
+COPY_TRAP = 0.5  # share of rows with an example of their own answer above which a note says what that teaches
 SCORES = {"bleu": "BLEU", "rouge-l": "ROUGE-L", "embedding": "cosine"}
 
 
@@ -110,6 +111,7 @@ def find_neighbours(
     facts = {
         "fingerprint": fingerprint, "sha256": digest_file(run.neighbours), "rows": count_rows(run.neighbours),
         "shots": k, "score": config.retrieve.score, "by": config.retrieve.by, "train_score": _mean_score(run),
+        "same_answer": same_answer_share(run),
         "method": "exact" if exact else "faiss", **({} if exact else {"audit": audit}),
     }
     write_atomic(run.neighbours.with_suffix(".json"), json.dumps(facts, indent=1) + "\n")
@@ -139,6 +141,10 @@ def summarise_facts(facts: dict[str, Any], by: str = "answer") -> str:
     score, by = SCORES[facts["score"]], facts.get("by", by)
     between = f"mean {score} {facts['train_score']:.1f} between train {'answers' if by == 'answer' else 'queries'}"
     start = f"{facts['shots']} for each of {facts['rows']} rows, {between}"
+    if share := facts.get("same_answer"):
+        start += f", {share:.0%} of train rows have an example with their own answer"
+    if share and share > COPY_TRAP:
+        start += " (copying it teaches nothing of the template: take retrieve.by=query or schedule.shots=0)"
     if facts["method"] == "exact":
         return f"{start}; every pair was scored"
     seen = facts["audit"]
@@ -153,6 +159,20 @@ def is_exact(config: RetrieveConfig, run: RunDir) -> bool:
     from pi_ray.retrieve.neighbours import scores_all_pairs
 
     return scores_all_pairs(config, max(1, round(count_rows(run.rows / "train.parquet") * config.bank_fraction)))
+
+
+def same_answer_share(run: RunDir) -> float:
+    """The share of training rows with an example that has the row's own answer, which gives it away."""
+    shots = read_range(run.neighbours, columns=["id", "split", "neighbours"])
+    shots = shots.filter(pc.equal(shots["split"], "train")).combine_chunks()
+    rows = read_range(run.rows_of("train").path, columns=["id", "answer"])
+
+    def answers_of(ids: Any) -> Any:
+        return pc.take(rows["answer"], pc.index_in(ids, value_set=rows["id"]))
+
+    row_of_example = pc.list_parent_indices(shots["neighbours"])
+    same = pc.equal(answers_of(pc.list_flatten(shots["neighbours"])), answers_of(pc.take(shots["id"], row_of_example)))
+    return round(pc.count_distinct(row_of_example.filter(same)).as_py() / max(shots.num_rows, 1), 4)
 
 
 def _mean_score(run: RunDir) -> float:

@@ -51,7 +51,8 @@ def learning_settings(config: RunConfig) -> dict[str, Any]:
 
 def _learned(config: RunConfig) -> dict[str, Any]:
     """The keys of `train` that change the adapter."""
-    unused = {"distill": wants_unlabelled(config), "dev_every": bool(config.train.early_stop)}
+    teaches = wants_unlabelled(config)
+    unused = {"distill": teaches, "drills": teaches, "dev_every": bool(config.train.early_stop)}
     return config.train.model_dump(mode="json", exclude=NOT_LEARNED | {key for key, used in unused.items() if not used})
 
 

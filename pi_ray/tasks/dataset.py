@@ -35,6 +35,7 @@ class DatasetTask:
     def __init__(self, config: TaskConfig):
         self.config = config
         self.folder = Path(config.folder)
+        self.unseen = config.unseen  # names that no labelled training answer uses
 
     def read_split(self, split: str) -> Iterator[Row | Reject]:
         """All rows of the split. Raises DataError where the data cannot be had."""
@@ -52,7 +53,7 @@ class DatasetTask:
         limits = self.config.rows
         if split != UNLABELLED:
             yield from limit_rows(lambda: self._labelled(split), getattr(limits, split))
-        elif limits.train or self.config.unseen:
+        elif limits.train or self.unseen:
             used = {row.id for row in self.rows("train") if isinstance(row, Row)}
 
             def unused() -> Iterator[Row]:
@@ -63,7 +64,7 @@ class DatasetTask:
             yield from limit_rows(unused, limits.unlabelled)
 
     def _labelled(self, split: str) -> Iterator[Row | Reject]:
-        unseen = [re.compile(rf"(?<!\w){re.escape(name)}(?!\w)") for name in self.config.unseen]
+        unseen = [re.compile(rf"(?<!\w){re.escape(name)}(?!\w)") for name in self.unseen]
         for row in self.read_split(split):
             if not unseen or isinstance(row, Reject):
                 yield row

@@ -17,6 +17,7 @@ from pi_ray.run.fingerprint import wants_unlabelled
 from pi_ray.train import gist
 from pi_ray.train.batches import Batch, Pack, PhaseDataset, plain_batch
 from pi_ray.train.distill import DistilledRows, Targets
+from pi_ray.train.drills import make_drills
 from pi_ray.train.updates import Update, batch_rows
 
 T = TypeVar("T")
@@ -37,7 +38,7 @@ class TrainDataLoader:
         self, config: RunConfig, fingerprint: str, updates: Sequence[Update], pack: Pack, rank: int = 0, world: int = 1
     ):
         self.config, self.run, self.updates, self.pack = config, RunDir(config.root), updates, pack
-        self.rank, self.world = rank, world
+        self.rank, self.world, self.drills = rank, world, make_drills(config)
         self.distills = wants_unlabelled(config)
         self.has_answers = not self.distills or is_current(self.run.teacher_answers, fingerprint)
         self._phases = Prefetcher(self._open, updates[-1].phase + 1, self._can_open)
@@ -59,7 +60,7 @@ class TrainDataLoader:
         if not self.distills or not phase:
             return rows
         unlabelled = PhaseDataset(self.run.phase(f"{UNLABELLED}-{phase}"))
-        return DistilledRows(self.run.teacher_answers, rows, unlabelled, self.config.train.distill.confidence)
+        return DistilledRows(self.run.teacher_answers, rows, unlabelled, self.config.train.distill)
 
     def _make(self, step: int) -> UpdateBatches:
         update, train = self.updates[step], self.config.train
@@ -68,12 +69,18 @@ class TrainDataLoader:
         if self.pack is plain_batch:  # rows of about one length in a batch need little padding
             rows.sort(key=lambda n: data.prompt_lengths[n] + data.label_lengths[n])
         mine, size = rows[self.rank :: self.world], train.micro_batch or self.config.rows_per_worker
-        prefix, parts = data.prefix + gist.gist_ids(train.gist), []
+        prefix, labels, parts = data.prefix + gist.gist_ids(train.gist), {}, []
+        if self.drills and not update.phase and (variant := self.drills.variant(step)):
+            prefix, labels = self.drills.encode(variant, rows)
         for i in range(0, len(mine), size):
             numbers = mine[i : i + size]
+            taken = data.take(numbers)
+            if labels:
+                taken = [(prompt, labels[n]) for n, (prompt, _) in zip(numbers, taken, strict=True)]
             targets = data.targets(numbers) if isinstance(data, DistilledRows) else None
-            parts.append((self.pack(prefix, data.take(numbers)), targets))
-        return UpdateBatches(parts, int(data.label_lengths[rows].sum()))
+            parts.append((self.pack(prefix, taken), targets))
+        answer_tokens = sum(map(len, labels.values())) if labels else int(data.label_lengths[rows].sum())
+        return UpdateBatches(parts, answer_tokens)
 
 
 class Prefetcher(Generic[T]):

@@ -1,10 +1,11 @@
 """Distillation: a teacher that reads the full prompt answers for students that will not see it.
 
 The teacher is the adapter after the full-prompt phase, which has learned to read the prompt, or the base model. Once,
-at the first phase transition, it answers the unlabelled queries greedily (an answer is kept when even its least sure
-token is likely enough), and its likeliest tokens are stored at each place of every answer, labelled or its own. Later
-phases learn from both, so that facts which only the template tells reach an adapter that sees the query alone. The
-paper trains on labels only; this goes beyond it.
+at the first phase transition, it answers the unlabelled queries greedily, and its likeliest tokens are stored at each
+place of every answer, labelled or its own. It judges them under several views of the prompt, which differ in the order
+of its lists: a line that is misread is misread otherwise in another order, so that an answer is kept where all views
+agree. Later phases learn from both kinds, so that facts which only the template tells reach an adapter that sees the
+query alone. The paper trains on labels only; this goes beyond it.
 """
 
 from __future__ import annotations
@@ -24,19 +25,22 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 
-from pi_ray.config import RunConfig
+from pi_ray.config import DistillConfig, RunConfig
 from pi_ray.models import load_tokenizer
+from pi_ray.prompt import PromptEncoder
 from pi_ray.protocols import UNLABELLED
 from pi_ray.run.artifact import staged, verify_artifact
 from pi_ray.run.directory import RunDir
 from pi_ray.run.row_store import read_range
-from pi_ray.train.batches import Pack, PhaseDataset, TokenRow, answer_logits, to_device
+from pi_ray.train.batches import Pack, PhaseDataset, TokenRow, answer_logits, dataset_manifest, to_device
 from pi_ray.train.distributed import WorkerGroup
+from pi_ray.train.drills import find_run_facts, template_views
 from pi_ray.train.generation import compute_prefix_cache, generate_greedy
 from pi_ray.train.shared_prefix import ordinary_attention
 
 SCHEMA = pa.schema({
     "labelled": pa.bool_(), "number": pa.int32(), "label_ids": pa.list_(pa.int32()), "confidence": pa.float32(),
+    "agreement": pa.float32(),
     "top_ids": pa.list_(pa.int32()), "top_logprobs": pa.list_(pa.float32()),
 })  # top_*: top_k for each token of label_ids, one after another
 FILE = "teacher_answers.parquet"
@@ -52,9 +56,10 @@ class Targets:
 
     ids: torch.Tensor
     probs: torch.Tensor
+    weights: torch.Tensor  # (N,) float32, how much each token counts
 
     def to(self, device: torch.device | str) -> Targets:
-        return Targets(self.ids.to(device), self.probs.to(device))
+        return Targets(self.ids.to(device), self.probs.to(device), self.weights.to(device))
 
 
 def write_teacher_answers(model: Any, config: RunConfig, fingerprint: str, group: WorkerGroup, pack: Pack) -> None:
@@ -65,6 +70,7 @@ def write_teacher_answers(model: Any, config: RunConfig, fingerprint: str, group
     run, distill, started = RunDir(config.root), config.train.distill, time.monotonic()
     labelled, unlabelled = PhaseDataset(run.phase(0)), PhaseDataset(run.phase(f"{UNLABELLED}-0"))
     size = config.train.micro_batch or config.rows_per_worker
+    prefixes = view_prefixes(config)
     model.eval()
     with model.disable_adapter() if distill.teacher == "base" else nullcontext():
         mine = range(group.rank, len(unlabelled), group.world)
@@ -74,18 +80,18 @@ def write_teacher_answers(model: Any, config: RunConfig, fingerprint: str, group
         mine = range(group.rank, len(labelled), group.world)
         labels = {n: label for n, (_, label) in zip(mine, labelled.take(mine), strict=True)}
         scored = chain(
-            score_answers(model, pack, labelled, labels, distill.top_k, size),
-            score_answers(model, pack, unlabelled, generated, distill.top_k, size),
+            score_answers(model, pack, prefixes, labelled, labels, distill.top_k, size),
+            score_answers(model, pack, prefixes, unlabelled, generated, distill.top_k, size),
         )
         batches = iter(lambda: list(islice(scored, BATCH_ROWS)), [])
         share = pa.Table.from_batches((pa.RecordBatch.from_pylist(rows, SCHEMA) for rows in batches), SCHEMA)
     model.train()
     if shares := group.gather_to_rank0(share):
         table = pa.concat_tables(shares).sort_by([("labelled", "descending"), ("number", "ascending")])
-        confidence = table.filter(pc.invert(table["labelled"]))["confidence"].to_numpy()
+        own = table.filter(pc.invert(table["labelled"]))
         with staged(
             run.teacher_answers, fingerprint=fingerprint, top_k=distill.top_k, queries=len(unlabelled),
-            answered=len(confidence), kept=int((confidence >= distill.confidence).sum()),
+            answered=own.num_rows, kept=own.filter(_is_kept(own, distill)).num_rows, views=len(prefixes),
             seconds_teaching=round(time.monotonic() - started, 1),
         ) as tmp:
             pq.write_table(table, tmp / FILE, compression="zstd")
@@ -103,18 +109,35 @@ def generate_answers(model: Any, data: PhaseDataset, numbers: Sequence[int], lim
     return answers
 
 
+def view_prefixes(config: RunConfig) -> list[list[int]]:
+    """Token ids of the whole prompt in each order of its lists, the first one its own; one alone if it has no lists."""
+    run, train = RunDir(config.root), config.train
+    template = dataset_manifest(run.phase(0))["template"]
+    encoder = PromptEncoder(load_tokenizer(config.model), config.prompt)
+    views = template_views(template, find_run_facts(config), train.distill.views, train.seed)
+    return [encoder.prefix(view) for view in views]
+
+
 @torch.inference_mode()
 def score_answers(
-    model: Any, pack: Pack, data: PhaseDataset, answers: Answers, top_k: int, size: int
+    model: Any, pack: Pack, prefixes: Sequence[list[int]], data: PhaseDataset, answers: Answers, top_k: int, size: int
 ) -> Iterator[dict[str, Any]]:
-    """Rows of SCHEMA: an answer's least sure log-probability, and the `top_k` likeliest tokens at each place."""
+    """Rows of SCHEMA by the mean of the views' distributions: the log-probability of an answer's least sure token, the
+    share of views that give this answer, and the `top_k` likeliest tokens at each place.
+
+    A view gives the answer if each token of it is the likeliest there, as greedy generation takes them: one forward
+    pass over an answer, instead of generating it again.
+    """
     numbers = list(answers)
     for start in range(0, len(numbers), size):
         some = numbers[start : start + size]
         rows = [(prompt, answers[n]) for n, (prompt, _) in zip(some, data.take(some), strict=True)]
-        batch = to_device(pack(data.prefix, rows), model.device)
-        logprobs = torch.log_softmax(answer_logits(model, batch).float(), -1)
-        label_logprobs = logprobs.gather(1, batch.labels[batch.labels != -100][:, None])[:, 0]
+        batches = [to_device(pack(prefix, rows), model.device) for prefix in prefixes]
+        labels = batches[0].labels[batches[0].labels != -100]
+        seen = torch.stack([torch.log_softmax(answer_logits(model, batch).float(), -1) for batch in batches])
+        gives = seen.argmax(-1) == labels
+        logprobs = seen.logsumexp(0) - math.log(len(batches))
+        label_logprobs = logprobs.gather(1, labels[:, None])[:, 0]
         values, ids = logprobs.topk(top_k)
         at = 0
         for number, (_, label) in zip(some, rows, strict=True):
@@ -122,23 +145,35 @@ def score_answers(
             yield {
                 "labelled": bool(data.label_lengths[number]), "number": number, "label_ids": label,
                 "confidence": label_logprobs[part].min().item(),
+                "agreement": gives[:, part].all(1).float().mean().item(),
                 "top_ids": ids[part].flatten().tolist(), "top_logprobs": values[part].flatten().tolist(),
             }
+
+
+def _is_kept(table: pa.Table, config: DistillConfig) -> pa.ChunkedArray:
+    """Which rows of SCHEMA are learned from: those with labels, and answers that are sure enough."""
+    sure = pc.greater_equal(table["confidence"], -math.inf if config.confidence is None else config.confidence)
+    if config.agreement == "filter":
+        sure = pc.and_(sure, pc.equal(table["agreement"], 1.0))
+    return pc.or_(table["labelled"], sure)
 
 
 class DistilledRows:
     """The rows of a phase after the first: those with labels, then unlabelled ones that the teacher answered surely."""
 
-    def __init__(self, folder: Path, labelled: PhaseDataset, unlabelled: PhaseDataset, confidence: float):
+    def __init__(self, folder: Path, labelled: PhaseDataset, unlabelled: PhaseDataset, config: DistillConfig):
         self.top_k, self.prefix = verify_artifact(folder)["top_k"], labelled.prefix
         table = read_range(Path(folder) / FILE)
-        kept = table.filter(pc.or_(table["labelled"], pc.greater_equal(table["confidence"], confidence)))
+        kept = table.filter(_is_kept(table, config))
         # row number in this dataset -> (dataset with its prompt, row number there)
         self._prompts = [
             (labelled if has_label else unlabelled, number)
             for has_label, number in zip(kept["labelled"].to_pylist(), kept["number"].to_pylist(), strict=True)
         ]
         self._answers, self._ids, self._logprobs = kept["label_ids"], kept["top_ids"], kept["top_logprobs"]
+        self._weights = np.ones(kept.num_rows, np.float32)
+        if config.agreement == "weight":
+            self._weights = np.where(kept["labelled"].to_numpy(), 1, kept["agreement"].to_numpy()).astype(np.float32)
         self.label_lengths = pc.list_value_length(self._answers).to_numpy()
         self.prompt_lengths = np.array([data.prompt_lengths[n] for data, n in self._prompts])
 
@@ -149,10 +184,12 @@ class DistilledRows:
         prompts = [data.take([n])[0][0] for data, n in (self._prompts[i] for i in numbers)]
         return list(zip(prompts, self._answers.take(list(numbers)).to_pylist(), strict=True))
 
-    def targets(self, numbers: Sequence[int]) -> Targets:
+    def targets(self, numbers: list[int]) -> Targets:
         """The teacher's tokens at every answer token of these rows, in their order."""
         ids, logprobs = (
             np.concatenate([column[n].values.to_numpy() for n in numbers]).reshape(-1, self.top_k)
             for column in (self._ids, self._logprobs)
         )
-        return Targets(torch.from_numpy(ids.astype(np.int64)), torch.softmax(torch.from_numpy(logprobs), -1))
+        weights = np.repeat(self._weights[numbers], self.label_lengths[numbers])
+        probs = torch.softmax(torch.from_numpy(logprobs), -1)
+        return Targets(torch.from_numpy(ids.astype(np.int64)), probs, torch.from_numpy(weights))

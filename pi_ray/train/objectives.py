@@ -25,8 +25,8 @@ def loss_and_correct(model: Any, batch: Batch) -> tuple[float, float]:
 def distill_loss(model: Any, batch: Batch, targets: Targets, share: float) -> torch.Tensor:
     """As `sft_loss`, with weight `share` on the cross-entropy to the teacher's distribution, the rest on the labels."""
     logprobs = torch.log_softmax(answer_logits(model, batch).float(), -1)
-    soft = -(targets.probs * logprobs.gather(1, targets.ids)).sum()
-    if share == 1:
-        return soft
-    labels = batch.labels[batch.labels != -100]
-    return share * soft + (1 - share) * F.nll_loss(logprobs, labels, reduction="sum")
+    loss = -(targets.probs * logprobs.gather(1, targets.ids)).sum(-1)
+    if share < 1:
+        labels = batch.labels[batch.labels != -100]
+        loss = share * loss + (1 - share) * F.nll_loss(logprobs, labels, reduction="none")
+    return (targets.weights * loss).sum()

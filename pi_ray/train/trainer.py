@@ -32,7 +32,7 @@ from pi_ray.train.train_log import TrainLog
 from pi_ray.train.updates import Update, plan_updates
 
 DEV_ROWS = 8  # dev rows of one forward pass
-TEACHER_FACTS = ("queries", "answered", "kept", "seconds_teaching")  # of the answers' manifest, for the log
+TEACHER_FACTS = ("queries", "answered", "kept", "views", "seconds_teaching")  # of the answers' manifest, for the log
 
 
 def train_worker(settings: dict[str, Any]) -> None:
@@ -79,6 +79,9 @@ class Trainer:
         """Go on after the newest checkpoint, through all updates that are left."""
         done = self.resume()
         self.log.trim(done)
+        if self.dataloader.drills and not done:
+            groups = self.dataloader.drills.groups
+            self.log.add({"event": "drills", "step": 0, "facts": [str(group) for group in groups]})
         self.log.follow(lambda: trackers.open_tracker(self.config, self.dir, done))
         while done < len(self.updates):
             update = self.updates[done]

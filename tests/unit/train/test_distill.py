@@ -6,6 +6,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from pi_ray.config import DistillConfig
 from pi_ray.config.run_file import parse_run_file
 from pi_ray.errors import ConfigError, TrainingError
 from pi_ray.models import load_model
@@ -21,14 +22,11 @@ from pi_ray.train.trainer import Trainer, train_worker
 from tests.prepared import prepare_by_hand, tiny_config
 from tests.unit.train.test_train import adapter_hash, dies_and_goes_on, log_of, settings
 
-KEEP_ALL = -100.0
-
 
 @pytest.fixture(scope="module")
 def distilled(tiny_model, tmp_path_factory):
     changes = {
-        "schedule.epochs": 2, "train.objective": "distill", "train.distill.confidence": KEEP_ALL,
-        "train.distill.top_k": 4,
+        "schedule.epochs": 2, "train.objective": "distill", "train.distill.top_k": 4,
     }
     config = tiny_config(tiny_model, tmp_path_factory.mktemp("distilled"), **changes)
     prepare_by_hand(config)
@@ -64,7 +62,7 @@ def test_the_teacher_is_the_adapter_as_the_first_phase_leaves_it(distilled):
     run = RunDir(distilled.root)
     model = PeftModel.from_pretrained(load_model(distilled.model, "cpu"), run.adapter(0)).eval()
     data = PhaseDataset(run.phase(0))
-    again = distill.score_answers(model, plain_batch, data, labels_of(data), 4, 5)
+    again = distill.score_answers(model, plain_batch, [data.prefix], data, labels_of(data), 4, 5)
     assert [e["confidence"] for e in again] == pytest.approx(
         [r["confidence"] for r in rows_of(distilled) if r["labelled"]], abs=1e-3
     )
@@ -80,8 +78,11 @@ def test_an_answer_that_is_not_sure_enough_is_not_learned_from(distilled):
     if not sure:
         pytest.fail("the tiny model ended no answer; the test needs some")
     data = [
-        DistilledRows(run.teacher_answers, PhaseDataset(run.phase(2)), PhaseDataset(run.phase("unlabelled-2")), c)
-        for c in (KEEP_ALL, sure[-1], 0.0)
+        DistilledRows(
+            run.teacher_answers, PhaseDataset(run.phase(2)), PhaseDataset(run.phase("unlabelled-2")),
+            DistillConfig(confidence=confidence),
+        )
+        for confidence in (None, sure[-1], 0.0)
     ]
     assert [len(d) for d in data] == [12 + len(sure), 12 + sure.count(sure[-1]), 12]
 
@@ -89,7 +90,7 @@ def test_an_answer_that_is_not_sure_enough_is_not_learned_from(distilled):
 def test_a_student_gets_the_prompt_of_its_phase_and_the_answer_of_the_teacher(distilled):
     run = RunDir(distilled.root)
     own, queries = PhaseDataset(run.phase(2)), PhaseDataset(run.phase("unlabelled-2"))
-    data, made = DistilledRows(run.teacher_answers, own, queries, KEEP_ALL), rows_of(distilled)
+    data, made = DistilledRows(run.teacher_answers, own, queries, DistillConfig()), rows_of(distilled)
     assert data.take([0]) == own.take([0])
     place = len(made) - 1
     assert data.take([place]) == [(queries.take([made[place]["number"]])[0][0], made[place]["label_ids"])]
@@ -108,7 +109,7 @@ def test_a_teacher_who_is_certain_of_the_label_teaches_like_the_label(distilled,
     rows = data.take([0, 1, 2])
     batch = pack(data.prefix, rows)
     labels = torch.tensor([token for _, label in rows for token in label])[:, None]
-    certain = Targets(labels, torch.ones_like(labels, dtype=torch.float32))
+    certain = Targets(labels, torch.ones_like(labels, dtype=torch.float32), torch.ones(len(labels)))
     for share in (1.0, 0.3):
         assert distill_loss(model, batch, certain, share).item() == pytest.approx(
             sft_loss(model, batch).item(), rel=1e-5
@@ -119,7 +120,7 @@ def test_the_loss_is_the_cross_entropy_to_the_teacher(distilled):
     data, model = PhaseDataset(RunDir(distilled.root).phase(0)), load_model(distilled.model, "cpu").eval()
     rows = data.take([3])
     batch, count = plain_batch(data.prefix, rows), len(rows[0][1])
-    targets = Targets(torch.tensor([[5, 9]] * count), torch.tensor([[0.75, 0.25]] * count))
+    targets = Targets(torch.tensor([[5, 9]] * count), torch.tensor([[0.75, 0.25]] * count), torch.ones(count))
     with torch.no_grad():
         logprobs = torch.log_softmax(model(**batch.inputs).logits[0].float(), -1)
         expected = -(0.75 * logprobs[:, 5] + 0.25 * logprobs[:, 9]).sum().item()
@@ -174,7 +175,7 @@ def test_in_plain_batches_the_teacher_says_the_same(distilled, tmp_path):
 def test_the_base_as_teacher_is_the_base_without_its_adapter(distilled, tmp_path):
     config = trained_with(distilled, tmp_path, **{"train.distill.teacher": "base"})
     data, bare = PhaseDataset(RunDir(config.root).phase(0)), load_model(config.model, "cpu").eval()
-    again = distill.score_answers(bare, plain_batch, data, labels_of(data), 4, 5)
+    again = distill.score_answers(bare, plain_batch, [data.prefix], data, labels_of(data), 4, 5)
     found = [r["confidence"] for r in rows_of(config) if r["labelled"]]
     assert found == pytest.approx([e["confidence"] for e in again], abs=1e-3)
     assert found != pytest.approx([r["confidence"] for r in rows_of(distilled) if r["labelled"]], abs=1e-1)

@@ -1,0 +1,162 @@
+"""Reading drills: variants of the whole prompt in which nothing but reading gives the answer.
+
+Labels that repeat let a model learn facts by heart in the first phase; then nothing rewards reading, and it misreads
+what no label repeats. In a drilled update the codes of each fact group are exchanged for fresh ones of the same shape,
+in template and labels alike, and the lines that hold them are shuffled. The other updates keep the real prompt, since
+drills alone would take the facts out of the adapter.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import re
+import string
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+
+from pi_ray.config import DrillsConfig, RunConfig
+from pi_ray.models import load_tokenizer
+from pi_ray.prompt import PromptEncoder, split_sections
+from pi_ray.run.directory import RunDir
+from pi_ray.run.row_store import read_range
+from pi_ray.schedule import plan_phases
+from pi_ray.train.batches import dataset_manifest
+from pi_ray.train.facts import WORD, FactGroup, find_facts, shape_of
+
+LIST_LINE = re.compile(r"[-*+] |\||[^\s:|][^:|]{0,60}: ")  # a bullet, a row of a table, or "name: value"
+FEWEST_LINES = 3  # of a list
+ALPHABETS = {"0": string.digits, "a": string.ascii_lowercase, "A": string.ascii_uppercase}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A template's text with some words exchanged, and the words: old -> new."""
+
+    text: str
+    words: dict[str, str]
+
+    def apply(self, text: str) -> str:
+        """A label as this variant of the template has it."""
+        return exchange_words(text, self.words)
+
+
+class Drills:
+    """The variants of one template, each a function of seed and update number, so that a resumed run has the same.
+
+    `encoder` and `answers`, the labels' texts by row number, are needed to `encode` them.
+    """
+
+    def __init__(
+        self, template: str, groups: Sequence[FactGroup], config: DrillsConfig, seed: int,
+        encoder: PromptEncoder | None = None, answers: Sequence[Any] | pa.ChunkedArray = (),
+    ):
+        self.template, self.groups, self.config, self.seed = template, groups, config, seed
+        self.encoder, self.answers = encoder, answers
+        self.taken = set(WORD.findall(template))
+
+    def encode(self, variant: Variant, rows: Sequence[int]) -> tuple[list[int], dict[int, list[int]]]:
+        """The variant's prefix ids, and row number -> the label ids that it asks for."""
+        assert self.encoder
+        labels = {n: self.encoder.answer(variant.apply(str(self.answers[n]))) for n in rows}
+        return self.encoder.prefix(variant.text), labels
+
+    def variant(self, step: int) -> Variant | None:
+        """The variant of an update; None where it keeps the real prompt."""
+        rng = random.Random(f"drill {self.seed} {step}")
+        if rng.random() >= self.config.share:
+            return None
+        text, words = self.template, {}
+        if "order" in self.config.kinds:
+            text = shuffle_lists(text, self.groups, rng)
+        if "facts" in self.config.kinds:
+            words = self._fresh_words(rng)
+        return Variant(exchange_words(text, words), words)
+
+    def _fresh_words(self, rng: random.Random) -> dict[str, str]:
+        """A fresh word of its shape for each word of a group; none of them stands in the template."""
+        fresh: dict[str, str] = {}
+        for group in self.groups:
+            possible = math.prod(len(ALPHABETS.get(kind, kind)) for kind in group.shape)
+            taken = sum(shape_of(word) == group.shape for word in self.taken)
+            if possible - taken < 2 * len(group.words):  # too few to draw from: these words among themselves
+                fresh |= zip(group.words, rng.sample(group.words, len(group.words)), strict=True)
+                continue
+            for word in group.words:
+                drawn = word
+                while drawn in self.taken or drawn in fresh.values():
+                    drawn = "".join(rng.choice(ALPHABETS.get(kind, kind)) for kind in group.shape)
+                fresh[word] = drawn
+        return fresh
+
+
+def find_run_facts(config: RunConfig) -> list[FactGroup]:
+    """The facts of a prepared run: of its whole template and its labelled rows."""
+    run, drills = RunDir(config.root), config.train.drills
+    rows = read_range(run.rows_of("train").path, columns=["query", "answer"])
+    pairs = zip(rows["query"].to_pylist(), rows["answer"].to_pylist(), strict=True)
+    return find_facts(dataset_manifest(run.phase(0))["template"], pairs, drills.words, drills.ignore)
+
+
+def make_drills(config: RunConfig) -> Drills | None:
+    """The drills of a prepared run's first phase; None where there is no teacher, no facts, or no need to read them,
+    since examples show the codes.
+    """
+    first, train = plan_phases(config.schedule)[0], config.train
+    if train.objective == "sft" or train.drills.mode == "off" or first.shots:
+        return None
+    if not (groups := find_run_facts(config)):
+        return None
+    run, encoder = RunDir(config.root), PromptEncoder(load_tokenizer(config.model), config.prompt)
+    answers = read_range(run.rows_of("train").path, columns=["answer"])["answer"]
+    return Drills(dataset_manifest(run.phase(0))["template"], groups, train.drills, train.seed, encoder, answers)
+
+
+def exchange_words(text: str, words: dict[str, str]) -> str:
+    """`text` with each whole word that `words` names replaced."""
+    return WORD.sub(lambda found: words.get(found[0], found[0]), text)
+
+
+def shuffle_lists(template: str, groups: Sequence[FactGroup], rng: random.Random) -> str:
+    """The template with the lines of its lists in another order: those that hold facts, or all where there are none.
+
+    Lines stay in their section, numbered lists and the order of sections as they are. A template without lists comes
+    back unchanged.
+    """
+    sections = []
+    for section in split_sections(template):
+        lines = section.split("\n")
+        for places in _fact_lines(lines, groups) if groups else _list_lines(lines):
+            order = rng.sample(places, len(places))
+            moved = [lines[place] for place in order]
+            for place, line in zip(places, moved, strict=True):
+                lines[place] = line
+        sections.append("\n".join(lines))
+    return "".join(sections).removesuffix("\n")
+
+
+def template_views(template: str, groups: Sequence[FactGroup], count: int, seed: int) -> list[str]:
+    """The template in up to `count` different orders of its lists, the first one its own."""
+    shuffled = (shuffle_lists(template, groups, random.Random(f"view {seed} {i}")) for i in range(1, count))
+    return list(dict.fromkeys([template, *shuffled]))
+
+
+def _fact_lines(lines: list[str], groups: Sequence[FactGroup]) -> list[list[int]]:
+    """For each group of this section the numbers of the lines that hold its words."""
+    own = [set(group.words) for group in groups if group.section == "\n".join(lines).strip().split("\n")[0]]
+    return [[i for i, line in enumerate(lines) if words.intersection(WORD.findall(line))] for words in own]
+
+
+def _list_lines(lines: list[str]) -> list[list[int]]:
+    """The numbers of the lines of each list: FEWEST_LINES or more in a row that begin alike."""
+    lists: list[list[int]] = [[]]
+    for i, line in enumerate(lines):
+        beside_rule = any(near.startswith("|-") for near in lines[i : i + 2])  # a table's rule, or the head above it
+        if LIST_LINE.match(line) and not beside_rule:
+            lists[-1].append(i)
+        elif lists[-1]:
+            lists.append([])
+    return [places for places in lists if len(places) >= FEWEST_LINES]
