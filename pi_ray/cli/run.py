@@ -1,4 +1,4 @@
-"""Verbs of runs (demo, init, a whole run, its single steps, looks inside) and of the adapters that they publish."""
+"""Verbs of runs: demo, init, a whole run, its single steps, and looks inside."""
 
 from __future__ import annotations
 
@@ -186,63 +186,3 @@ def publish(args: argparse.Namespace, console: Console) -> None:
     from pi_ray import pipeline
 
     pipeline.publish(load_config(args), console, args.name)
-
-
-@verb("serve the store's adapters behind an OpenAI-compatible API", RUN, OVERRIDES)
-def serve(args: argparse.Namespace, console: Console) -> None:
-    from pi_ray.serve import app
-
-    app.run_server(load_config(args))
-
-
-@verb(
-    "choose the version that answers: for all, for a share of requests, or roll back",
-    argument("name", metavar="NAME", help="the adapter"),
-    argument("--version", default="", help="such as v0003, or latest"),
-    argument("--canary", default="", metavar="PERCENT", help="only for this share of the requests; "
-        "without --version: of the present canary, else of the newest"),
-    argument("--rollback", action="store_true", help="end the canary; without one, go back to the previous version"),
-    argument("--alias", default="prod", help="alias to set, which clients ask for as NAME@ALIAS; "
-        "default: %(default)s, which NAME alone means"),
-    argument("--store", default="store", help="folder or URL; default: store under the current folder"),
-)
-def release(args: argparse.Namespace, console: Console) -> None:
-    """Choose which version of an adapter answers. Without options: print which one does.
-
-      pi-ray release NAME --version v0003      every request
-      pi-ray release NAME --canary 10          a canary for 10% of the requests
-      pi-ray release NAME --rollback           end the canary, or go back to the previous version
-    """
-    from pi_ray.store import release as step
-    from pi_ray.store.adapters import AdapterStore
-
-    store = AdapterStore(args.store)
-    canary = step.parse_percent(args.canary) if args.canary else None
-    aliases = step.release_version(store, args.name, args.version, canary, args.rollback, args.alias)
-    step.print_aliases(store, args.name, aliases, lambda line: console.print(line, markup=False))
-
-
-@verb(
-    "make an API key for a client of the server",
-    argument("name", metavar="NAME", help="whose key it is"),
-    argument("--adapters", nargs="+", default=[], metavar="ADAPTER", help="adapters that it may use; default: all"),
-)
-def key(args: argparse.Namespace, console: Console) -> None:
-    """Make an API key (a bearer token): print it once, and the line with its hash for the file serve.keys_file."""
-    from pi_ray.serve.http import keys
-
-    made = keys.new_key()
-    print(f"the key, shown this once:\n  {made}\nits line for the file that serve.keys_file names:")
-    print(f"  {keys.keys_file_line(made, args.name, args.adapters)}")
-
-
-@verb(
-    "try an adapter on the terminal, without a server",
-    argument("adapter", metavar="RUN_OR_ADAPTER", help="a run directory, or an adapter's name in the store"),
-    OVERRIDES,
-)
-def chat(args: argparse.Namespace, console: Console) -> None:
-    """Answer queries from the terminal with an adapter, in this process; shows tokens and milliseconds of each."""
-    from pi_ray.serve.chat import chat as chat_on_terminal
-
-    chat_on_terminal(args.adapter, args.overrides)

@@ -1,10 +1,7 @@
 """Checks of a cluster through its address, and of whether a request without a token gets in."""
 
-import http.client
 import os
 import re
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -94,24 +91,17 @@ def _check_inside(address: str, config: RunConfig | None) -> Iterator[Finding]:
 
 def _get_version(address: str, token: str = "") -> tuple[int | None, str]:
     """(status of /api/version, its answer or the error). A redirect, which could carry the token away, is no answer."""
-    headers = {"Authorization": f"Bearer {token}"} if token else {}
-    request = urllib.request.Request(f"{address}/api/version", headers=headers)
-    proxies = urllib.request.ProxyHandler({} if auth.is_loopback(address) else None)
-    opener = urllib.request.build_opener(_NoRedirect, proxies)
+    import httpx
+
+    headers, proxied = {"Authorization": f"Bearer {token}"} if token else {}, not auth.is_loopback(address)
+    request = httpx.stream("GET", f"{address}/api/version", headers=headers, timeout=TIMEOUT_S, trust_env=proxied)
     try:
-        with opener.open(request, timeout=TIMEOUT_S) as answer:
-            return answer.status, answer.read(1 << 16).decode(errors="replace")
-    except urllib.error.HTTPError as error:
-        return error.code, ""
-    except OSError as error:
-        return None, str(getattr(error, "reason", error))
-    except http.client.HTTPException:
+        with request as answer:
+            return answer.status_code, next(answer.iter_text(1 << 16), "")
+    except httpx.RemoteProtocolError:
         return None, "what listens there does not speak HTTP, as Ray's own port (6379) does not"
-
-
-class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    def redirect_request(self, *_: object) -> None:
-        return None
+    except (httpx.HTTPError, OSError) as error:
+        return None, str(error)
 
 
 def _token() -> tuple[str, str]:

@@ -193,6 +193,12 @@ def test_a_gpu_that_no_usual_machine_has_must_be_named(small, tmp_path):
     )
 
 
+def test_the_launchers_machine_is_of_no_matter_to_kubernetes_and_slurm(small, tmp_path):
+    asked = "cluster={gpu_memory_gib: 24, gpus_per_node: 4}"
+    assert "run.sh" in made("slurm", tmp_path, asked)[0]
+    assert limits(groups(made("k8s", tmp_path, asked)[0])["gpu"])["nvidia.com/gpu"]
+
+
 def test_storage_is_mounted_or_a_bucket(small, tmp_path):
     files, notes = made("launcher", tmp_path, "cluster.launcher.nfs=fs-1.example:/")
     assert "fs-1.example:/ /data" in files["aws.yaml"] and not any("mounts" in n for n in notes)
