@@ -41,8 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             requirements.check_requirements()
         from rich.console import Console
 
-        console = Console(highlight=False, soft_wrap=True)
-        VERBS[args.verb].function(args, console)
+        args.console = Console(highlight=False, soft_wrap=True)
+        VERBS[args.verb].function(args)
     except PiRayError as error:
         print(f"pi-ray: {error}", file=sys.stderr)
         return error.exit_code

@@ -16,13 +16,11 @@ from pi_ray.errors import ConfigError
 from pi_ray.protocols import SPLITS, UNLABELLED
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from pi_ray.config import RunConfig
 
 
 @verb("train, evaluate and publish an adapter on a bundled task and model", OVERRIDES)
-def demo(args: argparse.Namespace, console: Console) -> None:
+def demo(args: argparse.Namespace) -> None:
     """Run all steps on a bundled task and model: prepare, train, evaluate, report, publish.
 
     The task is opsql: requests in English become alerts in an in-house query language that only the prompt explains.
@@ -32,35 +30,35 @@ def demo(args: argparse.Namespace, console: Console) -> None:
     from pi_ray.config.run_file import parse_run_file
 
     text = files("pi_ray.cli").joinpath("demo.yaml").read_text(encoding="utf-8")
-    _run(parse_run_file(text, "demo.yaml", args.overrides), console)
+    _run(parse_run_file(text, "demo.yaml", args.overrides), args)
 
 
 @verb("all steps in a row; steps that are done are skipped", RUN, OVERRIDES)
-def run(args: argparse.Namespace, console: Console) -> None:
+def run(args: argparse.Namespace) -> None:
     """Prepare, train, evaluate, report and publish. Steps that are done are skipped, and a stopped one goes on."""
-    _run(load_config(args), console)
+    _run(load_config(args), args)
 
 
-def _run(settings: RunConfig, console: Console) -> None:
+def _run(settings: RunConfig, args: argparse.Namespace) -> None:
     from pi_ray import pipeline
     from pi_ray.run.directory import RunDir
     from pi_ray.serve.app import usage_text
 
-    published = pipeline.run(settings, console)
+    published = pipeline.run(settings, args.console)
     if not pipeline.is_served(settings):
         return
     command = "pi-ray" if shutil.which("pi-ray") else os.path.relpath(sys.argv[0])
     run_dir, query = pipeline.shortest_path(settings.root), RunDir(settings.root).read_rows("test")[0].query
-    console.print(f"\n[bold]Serve it[/]\n  {command} serve {run_dir}\n\n[bold]Ask it[/], from another terminal")
-    console.print(usage_text(settings, published.parent.name, query), markup=False)
+    args.console.print(f"\n[bold]Serve it[/]\n  {command} serve {run_dir}\n\n[bold]Ask it[/], from another terminal")
+    args.console.print(usage_text(settings, published.parent.name, query), markup=False)
 
 
 @verb("write a commented task to fill in: run.yaml, template.md, rows", argument("folder", type=Path))
-def init(args: argparse.Namespace, console: Console) -> None:
+def init(args: argparse.Namespace) -> None:
     for path in write_task(args.folder):
-        console.print(f"wrote {path}", markup=False)
-    console.print("Put your prompt into template.md and your rows into the .jsonl files, then:")
-    console.print(f"  pi-ray plan {args.folder}/run.yaml\n  pi-ray run {args.folder}/run.yaml", markup=False)
+        args.console.print(f"wrote {path}", markup=False)
+    args.console.print("Put your prompt into template.md and your rows into the .jsonl files, then:")
+    args.console.print(f"  pi-ray plan {args.folder}/run.yaml\n  pi-ray run {args.folder}/run.yaml", markup=False)
 
 
 def write_task(folder: Path) -> list[Path]:
@@ -80,14 +78,14 @@ def write_task(folder: Path) -> list[Path]:
 
 
 @verb("print all keys of a run as it has them", RUN, OVERRIDES)
-def show(args: argparse.Namespace, console: Console) -> None:
+def show(args: argparse.Namespace) -> None:
     from pi_ray.config import dump_config
 
     print(dump_config(load_config(args)), end="")
 
 
 @verb("print the JSON Schema of run files, for editors")
-def schema(args: argparse.Namespace, console: Console) -> None:
+def schema(args: argparse.Namespace) -> None:
     from pi_ray.config import RunConfig
 
     print(json.dumps(RunConfig.model_json_schema(), indent=2))
@@ -99,14 +97,14 @@ def schema(args: argparse.Namespace, console: Console) -> None:
     argument("--scale", action="store_true", help="also time, traffic, cost and bottleneck on 1 to 64 nodes, "
         "with up to 100 million rows"),
 )
-def plan(args: argparse.Namespace, console: Console) -> None:
+def plan(args: argparse.Namespace) -> None:
     from pi_ray.plan import plan as step
 
-    step.print_plan(step.plan_run(load_config(args)), console, scale=args.scale)
+    step.print_plan(step.plan_run(load_config(args)), args.console, scale=args.scale)
 
 
 @verb("train the published adapter on the rows as they are now, publish the result", RUN, OVERRIDES)
-def refresh(args: argparse.Namespace, console: Console) -> None:
+def refresh(args: argparse.Namespace) -> None:
     """Train again on the rows as they are now, starting from the newest published adapter.
 
     The run has a run directory of its own; its adapter is published as the next version.
@@ -115,7 +113,7 @@ def refresh(args: argparse.Namespace, console: Console) -> None:
 
     settings = store.refresh_config(load_config(args))
     store.copy_start_adapter(settings)
-    _run(settings, console)
+    _run(settings, args)
     store.write_mark(settings, published=True)
 
 
@@ -125,7 +123,7 @@ def refresh(args: argparse.Namespace, console: Console) -> None:
     argument("--rate", type=float, default=0.3, help="share of tokens that stay, 0 to 1; default: %(default)s"),
     OVERRIDES,
 )
-def compress(args: argparse.Namespace, console: Console) -> None:
+def compress(args: argparse.Namespace) -> None:
     """Show a template, or any text, at some rate, with the dropped words struck through.
 
     Overrides are keys of run files, such as compress.name=selective.
@@ -135,8 +133,7 @@ def compress(args: argparse.Namespace, console: Console) -> None:
 
     if not 0 <= args.rate <= 1:
         raise ConfigError(f"--rate {args.rate:g}: give the share of the tokens that stays, between 0 and 1")
-    settings = parse_run_file("name: compress", "compress", args.overrides)
-    show_compression(args.file, args.rate, settings, console)
+    show_compression(args.file, args.rate, parse_run_file("name: compress", "compress", args.overrides), args.console)
 
 
 @verb(
@@ -145,16 +142,16 @@ def compress(args: argparse.Namespace, console: Console) -> None:
     argument("--row", required=True, metavar="ID", help="the row's id"),
     argument("--split", default="", choices=("", *SPLITS, UNLABELLED), help="the row's split; default: any"),
 )
-def neighbours(args: argparse.Namespace, console: Console) -> None:
+def neighbours(args: argparse.Namespace) -> None:
     from pi_ray.data.show_neighbours import show_neighbours
 
-    show_neighbours(load_config(args), args.row, args.split, console)
+    show_neighbours(load_config(args), args.row, args.split, args.console)
 
 
-def step(args: argparse.Namespace, console: Console) -> None:
+def step(args: argparse.Namespace) -> None:
     from pi_ray import pipeline
 
-    getattr(pipeline, args.verb)(load_config(args), console)
+    getattr(pipeline, args.verb)(load_config(args), args.console)
 
 
 VERBS.update({name: Verb(help, (RUN, OVERRIDES), step) for name, help in {
@@ -166,7 +163,7 @@ VERBS.update({name: Verb(help, (RUN, OVERRIDES), step) for name, help in {
 
 
 @verb("run a table of runs and print it in the paper's layout", RUN, OVERRIDES)
-def table(args: argparse.Namespace, console: Console) -> None:
+def table(args: argparse.Namespace) -> None:
     """Run all columns and seeds of a table file, such as jobs/paper/table4.yaml, and print the table.
 
     A stopped table goes on. Overrides that begin with `table.` are for the table file, others for the runs.
@@ -175,14 +172,14 @@ def table(args: argparse.Namespace, console: Console) -> None:
     from pi_ray.experiments.sweep import load_sweep
 
     command = f"pi-ray table {' '.join([str(args.config), *args.overrides])}"
-    run_table(load_sweep(args.config, args.overrides), console, command)
+    run_table(load_sweep(args.config, args.overrides), args.console, command)
 
 
 @verb(
     "put the best adapter into the adapter store, versioned and hashed",
     RUN, OVERRIDES, argument("--name", default="", help="the adapter's name in the store; default: the run's name"),
 )
-def publish(args: argparse.Namespace, console: Console) -> None:
+def publish(args: argparse.Namespace) -> None:
     from pi_ray import pipeline
 
-    pipeline.publish(load_config(args), console, args.name)
+    pipeline.publish(load_config(args), args.console, args.name)

@@ -1,18 +1,12 @@
 """Verbs of published adapters: serving, chat, which version answers, keys of clients."""
 
-from __future__ import annotations
-
 import argparse
-from typing import TYPE_CHECKING
 
 from pi_ray.cli.verbs import OVERRIDES, RUN, argument, load_config, verb
 
-if TYPE_CHECKING:
-    from rich.console import Console
-
 
 @verb("serve the store's adapters behind an OpenAI-compatible API", RUN, OVERRIDES)
-def serve(args: argparse.Namespace, console: Console) -> None:
+def serve(args: argparse.Namespace) -> None:
     from pi_ray.serve import app
 
     app.run_server(load_config(args))
@@ -29,7 +23,7 @@ def serve(args: argparse.Namespace, console: Console) -> None:
         "default: %(default)s, which NAME alone means"),
     argument("--store", default="store", help="folder or URL; default: store under the current folder"),
 )
-def release(args: argparse.Namespace, console: Console) -> None:
+def release(args: argparse.Namespace) -> None:
     """Choose which version of an adapter answers. Without options: print which one does.
 
       pi-ray release NAME --version v0003      every request
@@ -42,7 +36,7 @@ def release(args: argparse.Namespace, console: Console) -> None:
     store = AdapterStore(args.store)
     canary = step.parse_percent(args.canary) if args.canary else None
     aliases = step.release_version(store, args.name, args.version, canary, args.rollback, args.alias)
-    step.print_aliases(store, args.name, aliases, lambda line: console.print(line, markup=False))
+    step.print_aliases(store, args.name, aliases, lambda line: args.console.print(line, markup=False))
 
 
 @verb(
@@ -50,7 +44,7 @@ def release(args: argparse.Namespace, console: Console) -> None:
     argument("name", metavar="NAME", help="whose key it is"),
     argument("--adapters", nargs="+", default=[], metavar="ADAPTER", help="adapters that it may use; default: all"),
 )
-def key(args: argparse.Namespace, console: Console) -> None:
+def key(args: argparse.Namespace) -> None:
     """Make an API key (a bearer token): print it once, and the line with its hash for the file serve.keys_file."""
     from pi_ray.serve.http import keys
 
@@ -64,7 +58,7 @@ def key(args: argparse.Namespace, console: Console) -> None:
     argument("adapter", metavar="RUN_OR_ADAPTER", help="a run directory, or an adapter's name in the store"),
     OVERRIDES,
 )
-def chat(args: argparse.Namespace, console: Console) -> None:
+def chat(args: argparse.Namespace) -> None:
     """Answer queries from the terminal with an adapter, in this process; shows tokens and milliseconds of each."""
     from pi_ray.serve.chat import chat as chat_on_terminal
 

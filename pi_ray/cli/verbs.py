@@ -8,12 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from pi_ray.config import RunConfig
 
 Argument = Callable[[argparse.ArgumentParser], object]
-Function = Callable[[argparse.Namespace, "Console"], None]
+Function = Callable[[argparse.Namespace], None]  # of the parsed arguments, and `args.console` to print on
 
 
 class Verb(NamedTuple):

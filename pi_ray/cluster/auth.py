@@ -1,7 +1,6 @@
 """Ray's token for a cluster's address: whether there is one, and whether the address may be used without.
 
-Ray finds it in RAY_AUTH_TOKEN, the file that RAY_AUTH_TOKEN_PATH names, or ~/.ray/auth_token, and sends it itself.
-pi-ray never prints it or passes it on; only `pi-ray doctor` reads it.
+Ray finds it in RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token, and sends it; only `pi-ray doctor` reads it.
 """
 
 import ipaddress
@@ -21,10 +20,7 @@ CURE = (
 
 
 def address_of(given: str = "", configured: str = "") -> str:
-    """The URL of a Jobs API: --address, else cluster.address of run.yaml, RAY_API_SERVER_ADDRESS, or this machine's.
-
-    Raises ConfigError for anything but a plain URL.
-    """
+    """The Jobs API: --address, cluster.address, RAY_API_SERVER_ADDRESS, or here. ConfigError: it is no plain URL."""
     address = (given or configured or os.environ.get("RAY_API_SERVER_ADDRESS") or DEFAULT_ADDRESS).rstrip("/")
     if not re.fullmatch(PLAIN_URL, address):
         wanted = f"the URL of the cluster's Jobs API, such as {DEFAULT_ADDRESS}, without user, password or query"
@@ -66,10 +62,7 @@ def require_token(address: str) -> None:
 
 
 def refuse_open(address: str) -> None:
-    """Raise ClusterError where RAY_AUTH_MODE is disabled and `address` is another machine's.
-
-    `address` is written as in RAY_ADDRESS: "head:6379" or "ray://head:10001".
-    """
+    """Raise ClusterError where RAY_AUTH_MODE is disabled and RAY_ADDRESS (HOST:PORT, ray://) is another machine's."""
     if os.environ.get("RAY_AUTH_MODE", "").lower() != "disabled" or address in ("", "auto", "local"):
         return
     if not is_loopback(f"ray://{address.split('://')[-1]}"):

@@ -1,15 +1,11 @@
 """Where each step's workers run: Ray's options of its tasks and actors, the scaling of training, and both in words."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from pi_ray.config import RunConfig
+from pi_ray.config.cluster import Step
 from pi_ray.errors import ConfigError
-
-if TYPE_CHECKING:
-    from pi_ray.config import RunConfig
-    from pi_ray.config.cluster import Step
 
 RAY_NAMES = {"CPU": "num_cpus", "GPU": "num_gpus", "memory": "memory"}  # other resources keep their names
 PACK = "PACK"  # Ray's placement strategy: on as few nodes as possible, since gradients travel faster inside a node
@@ -23,10 +19,7 @@ def cluster_nodes() -> list[dict[str, float]]:
 
 
 def worker_options(config: RunConfig, step: Step) -> dict[str, Any]:
-    """Ray's options of a task or actor of "prepare", "evaluate" or "serve" that run.yaml asks for.
-
-    Work that asks for no GPU goes to nodes without one as long as there are any, which is Ray's default.
-    """
+    """Ray's options of a task or actor of a step. Without GPUs among them Ray itself prefers nodes without one."""
     asked, labels = getattr(config.cluster, f"{step}_resources"), config.cluster.labels.get(step)
     own = {name: amount for name, amount in asked.items() if name not in RAY_NAMES}
     known = {RAY_NAMES[name]: amount for name, amount in asked.items() if name in RAY_NAMES}

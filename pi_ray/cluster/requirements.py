@@ -1,7 +1,4 @@
-"""The oldest versions that pi-ray works with, as in pyproject.toml, looked up without importing anything.
-
-pip does not notice when another package is installed over them later.
-"""
+"""The oldest versions that pi-ray works with, as in pyproject.toml: a later `pip install` may have gone below them."""
 
 import sys
 from collections.abc import Iterator
@@ -35,7 +32,6 @@ def is_older(found: str, floor: str) -> bool:
 
 
 def installed_version(name: str) -> str:
-    """The version of a package, or "" where it is missing."""
     try:
         return version(name)
     except PackageNotFoundError:

@@ -21,10 +21,7 @@ SERVE = {
 
 
 def connect() -> None:
-    """Start or join Ray, quietly and without usage reports; do nothing when it is up.
-
-    Raises ClusterError for a cluster of other machines without authentication, MissingExtraError for old versions.
-    """
+    """Start or join Ray, quietly, unless it is up. Raises ClusterError (no authentication) and MissingExtraError."""
     requirements.check_requirements()
     auth.refuse_open(os.environ.get("RAY_ADDRESS", ""))
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")

@@ -3,11 +3,8 @@
 Files that are written into the copy are uploaded under the same name, and what others have uploaded is fetched before
 work starts; a file that was written here and could not be uploaded is kept. A reader never has half of anything:
     an artifact (a folder with a manifest)   its old manifest is removed, its files are sent, its new manifest last
-    a single file                            sent under another name and moved, and then its hash (NAME.sha256)
-    the link adapters/best                   a single file that holds the name
+    a file, or the link adapters/best        sent under another name and moved, and then its hash (NAME.sha256)
 """
-
-from __future__ import annotations
 
 import fcntl
 import json
@@ -26,22 +23,6 @@ ATTEMPTS = 3  # an artifact may be replaced while it is fetched
 STATE = ".mirror.json"  # key -> hash of what is the same here and on storage; its lock serves the processes of a node
 LOCAL_ONLY = {"ray", STATE}  # names that stay on this node, or are Ray's
 ADVICE = "what was sent before is whole, and the same command goes on from it"
-
-_driver_syncs: list[StorageSync] = []
-_worker_syncs: dict[str, StorageSync] = {}  # by URL
-_started_work: set[str] = set()  # ids of the work for which this process has fetched
-
-
-def sync_for(root: Path) -> StorageSync | None:
-    """The driver's storage sync of the run directory `root`, or of a baseline in it; None where nodes share storage."""
-    return next((sync for sync in _driver_syncs if root.is_relative_to(sync.local)), None)
-
-
-def fetch_updates(root: Path) -> None:
-    """In a worker: fetch what other nodes have written since it started; nothing where nodes share storage."""
-    for sync in _worker_syncs.values():
-        if root.is_relative_to(sync.local):
-            sync.pull(unfinished=False)
 
 
 class StorageSync:
@@ -236,3 +217,20 @@ class StorageSync:
                     folders.append(path)
                 elif not path.is_symlink():
                     yield path
+
+
+_driver_syncs: list[StorageSync] = []
+_worker_syncs: dict[str, StorageSync] = {}  # by URL
+_started_work: set[str] = set()  # ids of the work for which this process has fetched
+
+
+def sync_for(root: Path) -> StorageSync | None:
+    """The driver's storage sync of the run directory `root`, or of a baseline in it; None where nodes share storage."""
+    return next((sync for sync in _driver_syncs if root.is_relative_to(sync.local)), None)
+
+
+def fetch_updates(root: Path) -> None:
+    """In a worker: fetch what other nodes have written since it started; nothing where nodes share storage."""
+    for sync in _worker_syncs.values():
+        if root.is_relative_to(sync.local):
+            sync.pull(unfinished=False)

@@ -97,10 +97,9 @@ def write_atomic(path: Path, content: str | bytes, sync: bool = True) -> Path:
 
 @contextmanager
 def staged(final: Path, **manifest: Any) -> Iterator[Path]:
-    """Yield a temporary folder beside `final`; on success hash its files, write the manifest, sync, and rename it.
+    """Yield a temporary folder; on success write its manifest (with `manifest`), sync, and rename it to `final`.
 
-    An older `final` is replaced only then; on any error it stays as it was and the temporary folder is removed.
-    Keyword arguments go into the manifest. Raises StorageError where the disk does not take it.
+    An older `final` is replaced only then, and stays as it was on any error. Raises StorageError.
     """
     tmp = temporary_path(final)
     with translate_disk_errors(final):
@@ -133,7 +132,6 @@ def commit_folder(tmp: Path, final: Path, notify: bool = True) -> None:
 
 
 def notify_written(path: Path) -> None:
-    """Tell the listeners that a file or artifact has its final name."""
     for listener in tuple(write_listeners):
         listener(path)
 

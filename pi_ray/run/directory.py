@@ -48,7 +48,6 @@ class RunDir:
         return RunDir(self.root / "baselines" / name)
 
     def rows_of(self, split: str) -> StoredRows:
-        """The rows of a split, read when they are asked for."""
         from pi_ray.run.row_store import StoredRows
 
         return StoredRows(self.rows / f"{split}.parquet")
@@ -68,10 +67,7 @@ class RunDir:
     def read_shots(
         self, split: str, bank: Mapping[str, Row | Example], k: int, begin: int = 0, end: int | None = None
     ) -> dict[str, list[Example]]:
-        """Row id -> its k examples, of rows [begin, end). `bank` maps ids to training rows.
-
-        The least similar example comes first, so that the best one is next to the query.
-        """
+        """Row id of [begin, end) -> its k examples from `bank` (by id), the most similar last: next to the query."""
         if not k:
             return {}
         from pi_ray.run.row_store import read_range
@@ -98,7 +94,6 @@ class RunDir:
 
 
 def rate_name(rate: float) -> str:
-    """A template rate as file names have it."""
     return f"{rate:.2f}" if round(rate, 2) == rate else str(rate)
 
 

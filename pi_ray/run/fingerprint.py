@@ -1,7 +1,6 @@
 """Fingerprints: hashes of the settings and inputs on which a step's output depends, so that a step knows it is done.
 
-A change of `serve.port` retrains nothing. Preparation has one fingerprint for all its outputs: a change of `retrieve`
-makes templates and documents again too, from the cache of compressed text.
+Preparation has one for all its outputs: a change of `retrieve` makes templates again too, from the compression cache.
 """
 
 from typing import Any
@@ -50,7 +49,6 @@ def learning_settings(config: RunConfig) -> dict[str, Any]:
 
 
 def _learned(config: RunConfig) -> dict[str, Any]:
-    """The keys of `train` that change the adapter."""
     teaches = wants_unlabelled(config)
     unused = {"distill": teaches, "drills": teaches, "dev_every": bool(config.train.early_stop)}
     return config.train.model_dump(mode="json", exclude=NOT_LEARNED | {key for key, used in unused.items() if not used})

@@ -1,7 +1,4 @@
-"""Objects under a URL, by their keys: s3://, gs://, hf:// (huggingface_hub's), file://, any file system of pyarrow's.
-
-Credentials are where each provider's own tools look for them.
-"""
+"""Objects under a URL, by keys: s3://, gs://, hf://, file://, with credentials where providers' own tools have them."""
 
 import io
 import re
@@ -29,10 +26,7 @@ def is_temporary(key: str) -> bool:
 
 
 class ObjectStorage:
-    """The objects under `url`. `file_system` and `root` stand in for the URL's in tests.
-
-    Methods raise what the file system raises, an OSError of some kind; `explain_errors` makes a StorageError of it.
-    """
+    """The objects under `url`, or `root` of a `file_system`. Methods raise OSErrors for `explain_errors` to explain."""
 
     def __init__(self, url: str, file_system: Any = None, root: str = ""):
         self.url = url
@@ -56,8 +50,7 @@ class ObjectStorage:
 
     def list_folders(self, inside: str = "", pattern: str = "*", holding: str = "") -> list[str]:
         """Names of the folders directly in `inside` that fit `pattern` and hold an object of the name `holding`."""
-        found = self._list(inside)
-        names = [i.base_name for i in found if not i.is_file and fnmatchcase(i.base_name, pattern)]
+        names = [i.base_name for i in self._list(inside) if not i.is_file and fnmatchcase(i.base_name, pattern)]
         if not holding or not names:
             return names
         infos = self._files.get_file_info([f"{self._path(inside)}/{name}/{holding}" for name in names])
@@ -79,10 +72,7 @@ class ObjectStorage:
             return not stream.read(1)
 
     def fetch_folder(self, key: str, manifest: bytes, folder: Path) -> None:
-        """Copy the artifact `key` with this manifest beside `folder`, verify it, and only then give it that name.
-
-        Raises FileNotFoundError or CorruptArtifactError where it is not whole on storage, and StorageError.
-        """
+        """Copy an artifact beside `folder`, verify it, then give it that name. FileNotFoundError: a part is missing."""
         tmp = artifact.temporary_path(folder)
         with artifact.translate_disk_errors(folder):
             tmp.mkdir(parents=True)
@@ -108,8 +98,7 @@ class ObjectStorage:
     def upload(self, content: Path | bytes, key: str, atomic: bool = True) -> None:
         """Copy a file, or bytes, to `key`, whole or not at all: it is sent under another name, then moved.
 
-        With `atomic=False` it goes straight to its name, where a part of it stays if the connection is lost: for a
-        file that no manifest names yet, and for one that the provider replaces as a whole.
+        With `atomic=False` a part may stay there: for what no manifest names yet, or the provider replaces as a whole.
         """
         final = PurePosixPath(self._path(key))
         target = artifact.temporary_path(final) if atomic else final

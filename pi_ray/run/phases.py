@@ -38,10 +38,7 @@ def prompts_of_columns(config: RunConfig) -> dict[str, ColumnPrompt]:
 
 
 def plain_finetuning_config(config: RunConfig) -> RunConfig:
-    """The baseline: plain fine-tuning, which is a schedule and needs no code of its own.
-
-    Rate 0 and no shots in every phase: the run's rows, updates and learning rates, without a prompt.
-    """
+    """The baseline: the run's rows, updates and learning rates, with rate 0 and no shots in every phase."""
     phases = [{"rate": 0.0, "shots": 0, "epochs": p.epochs, "steps": p.steps} for p in plan_phases(config.schedule)]
     changes = {"evaluate.shots": 0, "train.objective": "sft", "train.gist": 0, "train.init_adapter": ""}
     run_dir = str(RunDir(config.root).baseline("plain").root)

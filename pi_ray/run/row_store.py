@@ -1,7 +1,6 @@
 """Rows on disk, in Parquet, read and written in parts, so that memory is bounded whatever their number.
 
-What many workers make lies in pieces, one file for each range of rows. A piece is there whole or not at all; joined,
-pieces are one file, byte-identical whoever made them.
+What many workers make lies in whole pieces, a file for each range of rows; joined, they are the same whoever made them.
 """
 
 import io
@@ -25,17 +24,13 @@ PARQUET = {"compression": "zstd", "write_page_checksum": True}
 
 
 def count_rows(path: Path) -> int:
-    """The rows of a Parquet file."""
     return pq.read_metadata(path).num_rows
 
 
 def read_range(
     path: Path, begin: int = 0, end: int | None = None, columns: Sequence[str] | None = None, memory_map: bool = False,
 ) -> pa.Table:
-    """Rows [begin, end) of a file; only the row groups that hold them are read.
-
-    Raises CorruptArtifactError for Arrow extension types: the values of some of Ray's are pickles.
-    """
+    """Rows [begin, end), from their row groups alone. CorruptArtifactError: Arrow extension types may be pickles."""
     with pq.ParquetFile(path, memory_map=memory_map, page_checksum_verification=True) as file:
         if odd := [field.name for field in file.schema_arrow if "extension<" in str(field.type)]:
             cure = "which pi-ray never writes and does not read; delete the folder and prepare again"

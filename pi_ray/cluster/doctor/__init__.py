@@ -1,19 +1,16 @@
 """`pi-ray doctor`: whether a run can work here, or on a cluster, and how to mend what is in its way."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.text import Text
 
 from pi_ray.cluster import auth, requirements
 from pi_ray.cluster.doctor import machine, remote
 from pi_ray.cluster.doctor.finding import Finding, note
 from pi_ray.config import INPUTS, RunConfig
 from pi_ray.run.object_storage import is_url
-
-if TYPE_CHECKING:
-    from rich.console import Console
 
 STYLES = {"ok": ("ok  ", "green"), "note": ("note", "yellow"), "fail": ("FAIL", "bold red")}
 
@@ -35,24 +32,21 @@ def examine(config: RunConfig | None = None, address: str = "", folder: Path | N
         yield from machine.check_shared_memory(config.train.workers if config else 1)
         yield from machine.check_ports(config)
     if config:
-        yield from _check_run(config, address, _elsewhere(config, folder) if address else [])
+        yield from _check_run(config, address, [*_elsewhere(config, folder)] if address else [])
     elif not address:
         yield from machine.check_storage(None)
 
 
-def _elsewhere(config: RunConfig, folder: Path | None) -> list[str]:
+def _elsewhere(config: RunConfig, folder: Path | None) -> Iterator[str]:
     """Keys of inputs that neither travel with a job nor lie here: URLs, and paths that the cluster's nodes may see."""
     from pi_ray.cluster.doctor.run import other_models
 
     inputs = {} if config.task.name == "opsql" else {f"task.{key}": getattr(config.task, key) for key in INPUTS}
-    named = {"model.base": config.model.base, **other_models(config), **inputs}
-
-    def is_elsewhere(value: str) -> bool:
+    for key, value in {"model.base": config.model.base, **other_models(config), **inputs}.items():
         path = Path(value).expanduser()
         travels = folder and path.is_relative_to(folder.resolve())
-        return is_url(value) or (path.is_absolute() and not path.exists() and not travels)
-
-    return [key for key, value in named.items() if value and is_elsewhere(value)]
+        if is_url(value) or (path.is_absolute() and not path.exists() and not travels):
+            yield key
 
 
 def _check_run(config: RunConfig, address: str, elsewhere: list[str]) -> Iterator[Finding]:
@@ -89,8 +83,6 @@ def _check_run(config: RunConfig, address: str, elsewhere: list[str]) -> Iterato
 
 def print_findings(findings: Iterable[Finding], console: Console) -> int:
     """Print each finding as it comes. Returns how many fail."""
-    from rich.text import Text
-
     failed = 0
     for found in findings:
         failed += found.state == "fail"

@@ -18,12 +18,10 @@ GIB = 2**30
 ROOM = 2 * GIB  # for rows, templates, evaluation and the report
 PROBE = Path("pi-ray-doctor")  # a file that is written to see whether that works
 RAY_PORTS = {6379: "ray start --head", 8265: "its dashboard"}
-SHARED_MEMORY = Path("/dev/shm")
 CGROUP = Path("/sys/fs/cgroup/memory.max")
 
 
 def check_versions() -> Iterator[Finding]:
-    """Check that packages are new enough."""
     lacking = list(requirements.packages_too_old())
     yield from (fail("versions", problem, cure) for problem, cure in lacking)
     if not lacking:
@@ -90,14 +88,13 @@ def check_scratch() -> Finding:
     return ok("scratch", f"{folder} has {usage.free / GIB:.0f} GiB free")
 
 
-def check_shared_memory(workers: int, folder: Path = SHARED_MEMORY) -> Iterator[Finding]:
+def check_shared_memory(workers: int, folder: Path = Path("/dev/shm")) -> Iterator[Finding]:
     """Check shared memory, which Ray's object store and NCCL use; containers often have 64 MiB."""
     if not folder.is_dir():
         return
     size = shutil.disk_usage(folder).total
     message = f"{folder} holds {size / GIB:.1f} GiB"
-    kubernetes = "on Kubernetes an emptyDir with medium: Memory at /dev/shm"
-    cure = f"give the container more: docker run --shm-size=8g, or {kubernetes}"
+    cure = "give the container more: docker run --shm-size=8g; Kubernetes: an emptyDir with medium: Memory at /dev/shm"
     if size >= GIB:
         yield ok("shared memory", message)
     elif workers > 1:

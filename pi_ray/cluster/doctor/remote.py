@@ -73,8 +73,7 @@ def _check_inside(address: str, config: RunConfig | None) -> Iterator[Finding]:
     source, token = _token()
     code, answer = _get_version(address, token)
     if code != 200:
-        secret = "on Kubernetes, the key auth_token of its Secret"
-        cure = f"take the cluster's: {secret}; else 'ray get-auth-token' prints it on its head node"
+        cure = "take the cluster's: 'ray get-auth-token' on its head node; on Kubernetes, auth_token of its Secret"
         yield fail("token", f"{address} does not take your token, from {source} ({code or answer})", cure)
         return
     yield ok("cluster", f"{address} asks for a token and takes yours")
@@ -100,7 +99,7 @@ def _get_version(address: str, token: str = "") -> tuple[int | None, str]:
             return answer.status_code, next(answer.iter_text(1 << 16), "")
     except httpx.RemoteProtocolError:
         return None, "what listens there does not speak HTTP, as Ray's own port (6379) does not"
-    except (httpx.HTTPError, OSError) as error:
+    except (httpx.HTTPError, OSError, ImportError, ValueError) as error:  # the last two: a proxy that it cannot use
         return None, str(error)
 
 
@@ -138,9 +137,8 @@ def _check_nodes(address: str, config: RunConfig | None) -> Iterator[Finding]:
         yield note("GPUs", f"{message}, for {config.train.workers} workers that need a GPU each", cure)
     else:
         yield ok("nodes", message)
-    for step in ("prepare", "train", "evaluate", "serve") if config else ():
-        asked = getattr(config.cluster, f"{step}_resources")
+    for step in ("prepare", "train", "evaluate", "serve"):
+        asked = getattr(config.cluster, f"{step}_resources") if config else {}
         if asked and not any(all(r.get(name, 0) >= amount for name, amount in asked.items()) for r in found):
-            start = "start one with ray start --resources, or mend the names"
-            cure = f"fine where the autoscaler adds such nodes; else {start}"
+            cure = "fine where the autoscaler adds such nodes; else ray start --resources, or mend the names"
             yield note("nodes", f"no node offers what cluster.{step}_resources asks for: {asked}", cure)

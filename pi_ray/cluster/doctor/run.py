@@ -23,7 +23,6 @@ from pi_ray.run.phases import distinct_rates, max_shots
 from pi_ray.schedule import plan_phases
 from pi_ray.train import trackers
 
-WORKER = GIB  # bytes of a CPU worker's process besides the model
 SCORERS = ("llmlingua", "longllmlingua", "llmlingua2", "selective")  # compressors that load a model
 MODEL_CURE = "to a hub id that this machine reaches, or to a folder with config.json, tokenizer and safetensors"
 
@@ -209,7 +208,7 @@ def check_memory(
         cure = "end other programs, or leave out train.backend.offload_params and offload_optimizer"
         yield _fits(host <= free, message, cure)
         return
-    whole = workers * (one + WORKER)
+    whole = workers * (one + GIB)  # a worker's process takes about 1 GiB besides the model
     message = f"{workers} workers take about {whole / GIB:.1f} GiB, and {free / GIB:.1f} GiB are free"
     yield _fits(whole <= free, message, f"take fewer train.workers, {smaller}, or a smaller model.base")
 

@@ -23,9 +23,8 @@ SECRET_VARIABLE = re.compile(r"(KEY|TOKEN|SECRET|PASSWORD)$")
 def gather_inputs(config: RunConfig, folder: Path) -> tuple[RunConfig, dict[str, Path]]:
     """(the config with its inputs named as in the bundle, name in the bundle -> file).
 
-    Inputs are what `task` of a config that is not resolved names by a path relative to `folder`. Each gets the name of
-    its key, such as train.jsonl, whatever it was called; optional ones that do not exist keep theirs. Raises
-    ConfigError above what the Jobs API takes.
+    Inputs are what `task` names by a path relative to `folder`. Each gets the name of its key, such as train.jsonl;
+    optional ones that do not exist keep theirs. Raises ConfigError above what the Jobs API takes.
     """
     names: dict[str, str] = {}
     found: dict[str, Path] = {}
@@ -55,7 +54,6 @@ def files_of(name: str, source: Path) -> dict[str, Path]:
 
 
 def copy_files(found: dict[str, Path], target: Path) -> None:
-    """Copy the files of `gather_inputs` into the folder `target`."""
     for name, source in found.items():
         (target / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source, target / name)
@@ -75,11 +73,7 @@ def write_bundle(config: RunConfig, folder: Path, target: Path) -> str:
 
 
 def refuse_secrets(overrides: Sequence[str], config: RunConfig | None = None) -> None:
-    """Raise ConfigError where a key is named, or a value looks, like a secret.
-
-    All who may use the cluster can read a job's settings. Check the overrides alone first, before any other message
-    could show them.
-    """
+    """Raise ConfigError for what looks like a secret. Overrides are checked alone first: later messages show them."""
     secrets = {value for name, value in os.environ.items() if SECRET_VARIABLE.search(name) and len(value) >= 8}
     given = [override.partition("=")[::2] for override in overrides]
     settings = [*given, *(_texts(config.model_dump(mode="json")) if config else ())]
@@ -87,9 +81,7 @@ def refuse_secrets(overrides: Sequence[str], config: RunConfig | None = None) ->
     by_value = [k for k, value in settings if SECRET_VALUE.search(value) or any(secret in value for secret in secrets)]
     for key in by_name + by_value:
         cure = "put it into the environment of the cluster's nodes, where every job finds it"
-        raise ConfigError(
-            f"'{key}' looks like a secret; a job's settings can be read by all who may use the cluster: {cure}"
-        )
+        raise ConfigError(f"'{key}' looks like a secret, and all who use the cluster can read a job's settings: {cure}")
 
 
 def refuse_local_models(config: RunConfig) -> None:

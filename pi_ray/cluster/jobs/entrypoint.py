@@ -1,8 +1,7 @@
 """Runs a step as a Ray job: gives the run a place on the cluster's storage, and calls the command line there.
 
-A job's working directory is scratch that goes with the cluster's session. So its inputs are first copied into the run
-directory on lasting storage, and the step runs from there: submitted again, on the same cluster or its successor, the
-run finds everything under the same paths.
+A job's working directory goes with the cluster's session. So its inputs are first copied into the run directory on
+lasting storage, where the run, submitted again to this cluster or its successor, finds everything under the same paths.
 """
 
 import os
@@ -46,10 +45,7 @@ def run_job(command_line: Callable[[list[str]], int], verb: str, arguments: Sequ
 
 
 def settle(path: Path, overrides: Sequence[str], refreshes: bool = False) -> RunConfig:
-    """Give a run its directory on the cluster's storage, and write the resolved run file there.
-
-    Inputs of the job bundle, or on object storage, are copied beside it. A refresh gets a directory of its own.
-    """
+    """Write the resolved run file, and copy its inputs, into a directory on the cluster's storage (a refresh's own)."""
     path = path / "run.yaml" if path.is_dir() else path
     config = run_file.validate_yaml(RunConfig, run_file.read_run_file(path), str(path), overrides)
     home, folder = storage_folder(config), path.resolve().parent
@@ -69,17 +65,12 @@ def settle(path: Path, overrides: Sequence[str], refreshes: bool = False) -> Run
 
 
 def storage_folder(config: RunConfig) -> Path:
-    """The folder of relative run directories and stores: cluster.storage_path, else PI_RAY_STORAGE, else ~/pi-ray.
-
-    Every node must see the folder; ~/pi-ray is for a cluster of one node. Where storage_path is a URL, each node has
-    such a folder of its own.
-    """
+    """The folder of relative paths, which all nodes see (~/pi-ray: the only one); each node's own beside a bucket."""
     place = "" if is_url(config.cluster.storage_path) else config.cluster.storage_path
     return Path(place or os.environ.get("PI_RAY_STORAGE") or "~/pi-ray").expanduser().absolute()
 
 
 def _store(config: RunConfig, home: Path) -> str:
-    """The adapter store, a relative one under cluster.storage_path."""
     store, place = config.store or "store", config.cluster.storage_path
     if is_url(store) or Path(store).expanduser().is_absolute():
         return store
@@ -96,9 +87,7 @@ def _url_of(config: RunConfig) -> str:
 
 
 def _copy_inputs(config: RunConfig, found: dict[str, Path]) -> RunConfig:
-    """Copy `found` inputs, and those that `task` names by URL, into the run directory, where the config then names
-    them, those too that storage does not have. Raises StorageError where it cannot be read.
-    """
+    """Copy `found` inputs and those named by URL into the run directory, where the config then names them all."""
     from pyarrow.fs import FileType, copy_files
 
     urls = {key: url.rstrip("/") for key in INPUTS if is_url(url := getattr(config.task, key))}

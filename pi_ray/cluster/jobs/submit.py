@@ -1,8 +1,7 @@
 """Submits runs as jobs of a Ray cluster through its Jobs API, follows them, lists them, and stops them.
 
-A run has at most one job at a time. Its settings and inputs travel as a job bundle, and so does pi_ray itself: the
-version that wrote the run file runs there, whatever the nodes' image has. The image must have what pi-ray needs, and
-plug-ins of your own.
+A run has at most one job at a time. Its settings, its inputs and pi_ray itself travel with it; what pi_ray needs, and
+plug-ins of your own, are in the image.
 """
 
 from __future__ import annotations
@@ -43,11 +42,7 @@ NO_ENVIRONMENT = (
 
 
 def submit_run(path: Path, overrides: Sequence[str], step: str, address: str, console: Console) -> int:
-    """Start the run as a job, or attach to the job that it has, and follow it. Returns the job's exit code.
-
-    Raises ConfigError (run file, secrets, size) and ClusterError (no answer, no token, the run is going on with other
-    settings).
-    """
+    """Start the run as a job, or attach to its job; return the job's exit code. Raises ConfigError, ClusterError."""
     bundle.refuse_secrets(overrides)
     config = run_file.validate_yaml(RunConfig, run_file.read_run_file(path), str(path), overrides)
     bundle.refuse_secrets((), config)
@@ -73,9 +68,7 @@ def submit_run(path: Path, overrides: Sequence[str], step: str, address: str, co
 
 
 def follow_job(jobs: Jobs, job: str, console: Console) -> int:
-    """Print the job's log until it ends, and return its exit code; Ctrl-C leaves the job running. On a terminal,
-    progress stays in one line below.
-    """
+    """Print the job's log until it ends, and return its exit code. On a terminal, progress stays in one line below."""
     try:
         with console.status("waiting for the job to start") if console.is_terminal else nullcontext() as live:
             seen = LogProgress()
@@ -158,7 +151,6 @@ class Jobs:
         return next((job for job in found if job.status not in ENDED), found[0])
 
     def progress_of(self, job: JobDetails) -> LogProgress:
-        """How far a job is, from its log."""
         seen = LogProgress()
         for line in self._ask(self.client.get_job_logs, job.submission_id).splitlines():
             seen.read_line(line)
@@ -180,7 +172,11 @@ class Jobs:
             jobs, place = self.all(), ("pi_ray.run", "pi_ray.run_dir", "pi_ray.storage")
             same = (job for job in jobs if all(_facts(job).get(key) == facts[key] for key in place))
             if running := next((job for job in same if job.status not in ENDED), None):
-                _refuse_other(running, facts)
+                if any(_facts(running)[key] != facts[key] for key in ("pi_ray.step", "pi_ray.fingerprint")):
+                    going = f"'{facts['pi_ray.run']}' is going on as job {running.submission_id}"
+                    ends = f"'pi-ray stop {running.submission_id}' ends it, another name makes this a run of its own"
+                    step = _facts(running)["pi_ray.step"]
+                    raise ClusterError(f"the run {going} ({step}), and its settings or inputs are not these: {ends}")
                 return submission_id(running), False
             numbered = re.compile(rf"{re.escape(name)}-(\d+)")
             numbers = [int(m[1]) for job in jobs if (m := numbered.fullmatch(submission_id(job)))]
@@ -235,16 +231,6 @@ class Jobs:
                 known = max(0, known - len(chunk))
 
 
-def _refuse_other(job: JobDetails, facts: dict[str, str]) -> None:
-    """Raise ClusterError where the step, settings or inputs of a run's running job are not those of `facts`."""
-    if any(_facts(job)[key] != facts[key] for key in ("pi_ray.step", "pi_ray.fingerprint")):
-        going = f"'{facts['pi_ray.run']}' is going on as job {job.submission_id} ({_facts(job)['pi_ray.step']})"
-        raise ClusterError(
-            f"the run {going}, and its settings or inputs are not these: 'pi-ray stop {job.submission_id}' ends it, "
-            "another name makes this a run of its own"
-        )
-
-
 def _client(address: str) -> Any:
     from ray.job_submission import JobSubmissionClient
 
@@ -267,7 +253,6 @@ def _main_line(message: str | None) -> str:
 
 
 def _facts(job: JobDetails) -> dict[str, str]:
-    """The facts that `submit_run` gave the cluster with the job."""
     return job.metadata or {}
 
 

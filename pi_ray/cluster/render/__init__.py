@@ -24,11 +24,10 @@ KINDS = {
     "slurm": ("run.sh",),
 }
 GIB = 2**30
-STORAGE = "/shared"  # where storage is mounted when cluster.storage_path does not say
 OBJECT_STORE = 10  # GiB of Ray's object store on a GPU node: training reads memory-mapped files
 MARGIN = 8  # GiB for Ray itself and the page cache
 LONGEST = 24  # characters of a run's name in KubeRay's, which add words and hashes of their own up to 47
-PLENTY = 1000
+PLENTY = 1000  # of each custom resource: it says where work may go and not how much
 BUILT_IN = {"CPU", "GPU", "memory", "object_store_memory"}  # resources that Ray counts by itself
 MACHINES = {  # provider -> GPU memory in GiB -> machine with 8 A100s; and the CPU machine
     "aws": ({40: "p4d.24xlarge", 80: "p4de.24xlarge"}, "m6i.8xlarge", "us-west-2", "us-west-2a"),
@@ -50,10 +49,9 @@ class Nodes:
 
 
 def render_cluster_files(kind: str, config: RunConfig, folder: Path) -> tuple[dict[str, str], list[str]]:
-    """Render the files of a kind: (file name -> text, notes for the person). `folder` holds the run file.
+    """(file name -> text, notes for the person); of the launcher's files only its provider's. `folder` has the run.
 
-    Of the launcher's files, only the one of cluster.launcher.provider. Raises ModelError where the base model's shape
-    cannot be read, ConfigError where the model cannot fit, or the files cannot use what the run file names.
+    Raises ModelError (no shape of the model) and ConfigError (it cannot fit, or the files cannot use the run file).
     """
     import jinja2
 
@@ -82,7 +80,6 @@ def render_cluster_files(kind: str, config: RunConfig, folder: Path) -> tuple[di
 
 
 def write_cluster_files(found: dict[str, str], folder: Path) -> list[Path]:
-    """Write the files into `folder`, which is made, and return their paths."""
     paths = [write_atomic(folder / name, text) for name, text in found.items()]
     for script in (path for path in paths if path.suffix == ".sh"):
         script.chmod(0o755)
@@ -91,7 +88,7 @@ def write_cluster_files(found: dict[str, str], folder: Path) -> list[Path]:
 
 def _template_values(config: RunConfig, folder: Path) -> tuple[dict[str, Any], list[str]]:
     """(values of the templates, notes). What lies in `folder` is expected in the storage's inputs/NAME."""
-    root = (config.cluster.storage_path or STORAGE).rstrip("/")
+    root = (config.cluster.storage_path or "/shared").rstrip("/")
     seen = _as_the_cluster_sees_it(config, folder, root)
     nodes = _nodes(seen, estimate.model_size(config.model, config.train.lora))
     # Without defaults; with them where the shorter text would not read back to the same run.
@@ -155,10 +152,7 @@ def _round(gib: float) -> int:
 
 
 def _offer(config: RunConfig, *steps: Step) -> dict[str, dict[str, Any]]:
-    """Custom resources (names -> amounts, and as KubeRay's words) and labels of the nodes of some steps.
-
-    Resources say where work may go and not how much, so there is plenty of each. Ray sets its own labels (ray.io/...).
-    """
+    """Custom resources (amounts, and KubeRay's words for them) and labels of some steps' nodes; ray.io/... Ray sets."""
     cluster = config.cluster
     names = sorted({name for step in steps for name in getattr(cluster, f"{step}_resources")} - BUILT_IN)
     labels = {key: value for step in steps for key, value in cluster.labels.get(step, {}).items()}
