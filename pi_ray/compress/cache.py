@@ -1,7 +1,5 @@
 """Results of compression, one JSON file for each content hash in the cache folder; runs share them."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

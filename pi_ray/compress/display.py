@@ -1,10 +1,9 @@
 """Output of `pi-ray compress`: a text with the words struck through that a rate drops, for tuning a template."""
 
-from __future__ import annotations
-
+from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from rich.console import Console
 from rich.text import Text
 
 from pi_ray.compress import words
@@ -12,9 +11,6 @@ from pi_ray.compress.template import compress_template
 from pi_ray.config import RunConfig
 from pi_ray.models import load_tokenizer
 from pi_ray.prompt import Template
-
-if TYPE_CHECKING:
-    from rich.console import Console
 
 
 def show_compression(file: Path, rate: float, config: RunConfig, console: Console) -> None:
@@ -31,18 +27,17 @@ def show_compression(file: Path, rate: float, config: RunConfig, console: Consol
 
 def strike_dropped_words(original: str, compressed: str, marks: bool = False) -> Text:
     """`original` with the dropped words struck through; with `marks` also put between ~~, for plain text."""
-    spans = words.word_spans(original)
-    kept = find_kept_adjacent([original[a:b] for a, b in spans], compressed.split())
-    out, at = Text(), 0
-    first = 0
-    for i in range(1, len(spans) + 1):
-        if i < len(spans) and kept[i] == kept[first] and "\n" not in original[spans[i - 1][1] : spans[i][0]]:
-            continue
-        start, stop = spans[first][0], spans[i - 1][1]
-        piece = original[start:stop]
-        out.append(original[at:start])
-        out.append(f"~~{piece}~~" if marks and not kept[first] else piece, style="" if kept[first] else "strike dim")
-        at, first = stop, i
+    out, kept = Text(), iter(find_kept_adjacent(original.split(), compressed.split()))
+    for line in original.splitlines(keepends=True):
+        at = 0
+        for stays, run in groupby(words.word_spans(line), key=lambda span: next(kept)):
+            spans = list(run)
+            start, stop = spans[0][0], spans[-1][1]
+            piece = line[start:stop]
+            out.append(line[at:start])
+            out.append(f"~~{piece}~~" if marks and not stays else piece, style="" if stays else "strike dim")
+            at = stop
+        out.append(line[at:])
     return out
 
 

@@ -6,8 +6,6 @@ count, in order. Text is sent in chunks, because models compress long text too h
 section 3.1). Each answer is cached, so it is paid for once.
 """
 
-from __future__ import annotations
-
 import string
 from functools import lru_cache
 
@@ -105,10 +103,8 @@ class GenerationCompressor:
         kept = words.find_kept_words(original, output)
         refused = not output or sum(kept) < MIN_ORIGINAL * len(output)
         if refused and first:
-            raise ModelError(
-                f"{self.config.model} did not compress the text but answered {answer[:80]!r}; "
-                "compress.model must follow instructions"
-            )
+            found = f"{self.config.model} did not compress the text but answered {answer[:80]!r}"
+            raise ModelError(f"{found}; compress.model must follow instructions")
         if known is None:
             cache.store_result(key, answer)
         return [True] * len(original) if refused else kept

@@ -6,8 +6,6 @@ judged by the surprisal of the token after it; and a text, or its tail, shorter 
 all (microsoft/LLMLingua#196).
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -4,8 +4,6 @@ A word scores by the mean probability of "preserve" over its tokens; the best wo
 The `llmlingua` package's code knows two models by name and downloads a tokenizer; this runs any token classifier.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Any
 
@@ -33,10 +31,8 @@ class LLMLingua2(RankingCompressor):
             name = models.resolve_base(config.model)
             architectures = AutoConfig.from_pretrained(name, trust_remote_code=False).architectures or []
             if not any("ForTokenClassification" in a for a in architectures):
-                raise ModelError(
-                    f"compress.model '{config.model}' is no token classifier, which llmlingua2 needs; "
-                    f"{COMPRESS_MODELS['llmlingua2']} is one"
-                )
+                found = f"compress.model '{config.model}' is no token classifier, which llmlingua2 needs"
+                raise ModelError(f"{found}; {COMPRESS_MODELS['llmlingua2']} is one")
             self.tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
             model = AutoModelForTokenClassification.from_pretrained(name, trust_remote_code=False, dtype=torch.float32)
         self.model = model.eval()
@@ -61,7 +57,7 @@ class LLMLingua2(RankingCompressor):
         batch: Any = self.tokenizer(
             [text[start:end] for start, end in chunks], padding=True, truncation=True, max_length=LENGTH,
             return_offsets_mapping=True, return_special_tokens_mask=True, return_tensors="pt",
-        )  # fmt: skip
+        )
         logits = self.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
         chances, masks = torch.softmax(logits, -1)[..., PRESERVE], batch["special_tokens_mask"] == 0
         for (start, _), chance, offsets, mask in zip(chunks, chances, batch["offset_mapping"], masks, strict=True):

@@ -7,8 +7,6 @@ are reordering, which would change what a prompt means, and scoring on the compr
 The `llmlingua` package's own version does not run on current transformers.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import replace
 

@@ -1,7 +1,5 @@
 """Compressor "none", for templates that are shown whole or not at all."""
 
-from __future__ import annotations
-
 from pi_ray.config import CompressConfig
 
 

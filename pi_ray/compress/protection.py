@@ -4,8 +4,6 @@ Placeholders, code, JSON, URLs and the user's terms survive byte for byte. Numbe
 room for words: in a template that is mostly a table of codes, all numbers and no words would be useless.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Iterator

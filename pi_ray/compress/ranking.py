@@ -1,11 +1,10 @@
 """Base of compressors that score the pieces of a text once and then keep the best of them at any rate; surprisal."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from inspect import signature
+from typing import Self
 
 import torch
 
@@ -28,7 +27,7 @@ class Ranking:
     segments: Sequence[range] = ()  # of pieces that are compressed by themselves, best first
 
     @classmethod
-    def from_tokens(cls, pieces: Sequence[words.Span], offsets: Sequence[words.Span], scores: torch.Tensor) -> Ranking:
+    def from_tokens(cls, pieces: Sequence[words.Span], offsets: Sequence[words.Span], scores: torch.Tensor) -> Self:
         """Score each piece by the mean `scores` of its tokens, shape (tokens,); `offsets` are the tokens' spans."""
         tokens = words.tokens_by_span(pieces, offsets)
         return cls(pieces, [float(scores[t].mean()) if t else 0.0 for t in tokens], [len(t) for t in tokens])

@@ -5,8 +5,6 @@ chunks of a parser; here a phrase is a group of words between punctuation, line 
 new group, so that no parser is needed.
 """
 
-from __future__ import annotations
-
 import re
 
 from pi_ray.compress import words

@@ -3,8 +3,6 @@
 A word is a run of anything but white space. Compression removes whole words, so that no two are glued into one.
 """
 
-from __future__ import annotations
-
 import re
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence

@@ -1,11 +1,8 @@
 """Ingest: the task's rows, checked, into rows/{train,dev,test}.parquet and rejects.jsonl.
 
 Checked are the number of bad rows, ids that are not unique, empty splits, and training queries that are also in dev or
-test, which would make every score a lie. Rows go to disk as they come; memory holds each row's id and a short form of
-its query.
+test, which would make every score a lie. Rows go to disk as they come; memory holds their ids and shortened queries.
 """
-
-from __future__ import annotations
 
 import json
 import os
@@ -73,19 +70,25 @@ def _store(task: Task, names: Sequence[str], folder: Path) -> tuple[dict[str, li
     rejects: list[Reject] = []
     documents = 0
 
-    def accepted(split: str) -> Iterator[Row]:
+    def keyed(split: str) -> Iterator[Row]:
         nonlocal documents
-        for row in task.rows(split):
-            if isinstance(row, Reject):
-                rejects.append(row)
-                continue
+        for row in _accepted(task, split, rejects):
             keys[split].append(_key(row))
             documents += len(row.documents)
             yield row
 
     for split in names:
-        write_rows(folder / f"{split}.parquet", accepted(split))
+        write_rows(folder / f"{split}.parquet", keyed(split))
     return keys, rejects, documents
+
+
+def _accepted(task: Task, split: str, rejects: list[Reject]) -> Iterator[Row]:
+    """The rows of a split; its rejects are added to `rejects`."""
+    for row in task.rows(split):
+        if isinstance(row, Reject):
+            rejects.append(row)
+        else:
+            yield row
 
 
 def _key(row: Row) -> RowKey:
@@ -109,51 +112,30 @@ def _write_kept(split: str, kept: Sequence[RowKey], folder: Path, final: Path) -
 
 def read_splits(task: Task, names: Sequence[str] = SPLITS) -> tuple[dict[str, list[Row]], list[Reject]]:
     """All rows of each split, held in memory, and all rejects, in the task's order."""
-    splits: dict[str, list[Row]] = {}
     rejects: list[Reject] = []
-    for split in names:
-        splits[split] = []
-        for row in task.rows(split):
-            if isinstance(row, Reject):
-                rejects.append(row)
-            else:
-                splits[split].append(row)
-    return splits, rejects
+    return {split: list(_accepted(task, split, rejects)) for split in names}, rejects
 
 
 def check_splits(splits: Splits, rejects: Sequence[Reject], config: TaskConfig, run: RunDir) -> list[str]:
-    """Make `splits` fit to train and score on: a dev split if there is none, no query on both sides. Returns notes for
-    people.
+    """Make `splits` fit to train and score on: a dev split if there is none, no query on both sides. Returns notes.
 
     Splits hold rows or their keys: anything with `id` and `query`. Raises DataError for too many rejects, ids that are
     not unique, an overlap that is not to be dropped, an empty split. Writes nothing.
     """
-    _check_rejects(rejects, config.max_bad_rows, run)
-    _check_ids(splits)
+    if len(rejects) > config.max_bad_rows:
+        first = "\n".join(f"  {r.source}:{r.line}: {r.reason}" for r in rejects[:SHOWN])
+        cure = f"Mend the rows or raise task.max_bad_rows; 'pi-ray prepare' lists all of them in {run.rejects}"
+        raise DataError(f"{len(rejects)} bad rows, and task.max_bad_rows is {config.max_bad_rows}:\n{first}\n{cure}")
+    repeated = [i for i, n in Counter(r.id for rows in splits.values() for r in rows).items() if n > 1]
+    if repeated:
+        found = f"{len(repeated)} ids stand more than once over train, dev and test"
+        raise DataError(f"{found}, such as {', '.join(map(repr, repeated[:SHOWN]))}; make them unique")
     notes = _make_dev(splits) + _separate(splits, config.overlap) + _new_queries(splits)
     for split in SPLITS:
         if not splits[split]:
             counted = f"{len(rejects)} rows were rejected, see {run.rejects}"
             raise DataError(f"task '{config.name}' has no {split} rows; {counted}")
     return notes
-
-
-def _check_rejects(rejects: Sequence[Reject], limit: int, run: RunDir) -> None:
-    if len(rejects) <= limit:
-        return
-    first = "\n".join(f"  {r.source}:{r.line}: {r.reason}" for r in rejects[:SHOWN])
-    raise DataError(
-        f"{len(rejects)} bad rows, and task.max_bad_rows is {limit}:\n{first}\n"
-        f"Mend the rows or raise task.max_bad_rows; 'pi-ray prepare' lists all of them in {run.rejects}"
-    )
-
-
-def _check_ids(splits: Splits) -> None:
-    repeated = [i for i, n in Counter(r.id for rows in splits.values() for r in rows).items() if n > 1]
-    if repeated:
-        some = ", ".join(map(repr, repeated[:SHOWN]))
-        found = f"{len(repeated)} ids stand more than once over train, dev and test, such as {some}"
-        raise DataError(f"{found}; make them unique")
 
 
 def _make_dev(splits: Splits) -> list[str]:
@@ -177,10 +159,8 @@ def _separate(splits: Splits, overlap: str) -> list[str]:
         examples = "\n".join(
             f"  train row {r.id!r}, also in {splits_of[normalised(r.query)]}: {r.query[:100]!r}" for r in shared[:SHOWN]
         )
-        raise DataError(
-            f"{len(shared)} train queries also stand in dev or test, so scores would measure memory:\n{examples}\n"
-            "Remove them, or set task.overlap: drop to leave them out of train"
-        )
+        found = f"{len(shared)} train queries also stand in dev or test, so scores would measure memory"
+        raise DataError(f"{found}:\n{examples}\nRemove them, or set task.overlap: drop to leave them out of train")
     _drop(splits, set(splits_of))
     return [f"{len(shared)} train rows dropped, because their queries also stand in dev or test"]
 
@@ -188,14 +168,14 @@ def _separate(splits: Splits, overlap: str) -> list[str]:
 def _new_queries(splits: Splits) -> list[str]:
     """Unlabelled queries that no split has, each once: a teacher must never be asked what is evaluated."""
     known = {normalised(r.query) for s in SPLITS for r in splits[s]}
-    rows = splits.get(UNLABELLED, [])
-    fresh: dict[str, Any] = {}
+    rows, fresh = splits.get(UNLABELLED, []), []
     for row in rows:
         if (query := normalised(row.query)) not in known:
-            fresh.setdefault(query, row)
+            known.add(query)
+            fresh.append(row)
     if len(fresh) == len(rows):
         return []
-    splits[UNLABELLED] = list(fresh.values())
+    splits[UNLABELLED] = fresh
     return [f"{len(rows) - len(fresh)} of {len(rows)} unlabelled queries left out, since they stand elsewhere too"]
 
 

@@ -4,8 +4,6 @@ A user's mistake may only show in a worker. There a PiRayError is returned inste
 driver: otherwise Ray Data would wrap it and append its own advice to the sentence.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import uuid
@@ -48,7 +46,10 @@ def stream(
             fn_constructor_args=(make, args, attach_of(sync)), **options,
         )
         for row in dataset.iter_rows():
-            yield row["place"], _result(json.loads(row["answer"]))
+            answer = json.loads(row["answer"])
+            if "error" in answer:
+                raise from_payload(answer["error"])
+            yield row["place"], answer["value"]
     if sync:
         sync.pull()
 
@@ -108,9 +109,3 @@ class ItemActor:
             return json.dumps({"value": self.work(item)})
         except errors.PiRayError as error:
             return json.dumps({"error": to_payload(error)})
-
-
-def _result(answer: dict[str, Any]) -> Any:
-    if "error" in answer:
-        raise from_payload(answer["error"])
-    return answer["value"]

@@ -1,30 +1,23 @@
 """`pi-ray neighbours`: prints a row and the examples that it is given, with their scores."""
 
-from __future__ import annotations
-
 from difflib import get_close_matches
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import pyarrow.compute as pc
+from rich.console import Console
 from rich.text import Text
 
+from pi_ray.config import RunConfig
 from pi_ray.data.find_neighbours import SCORES, read_facts, summarise_facts
 from pi_ray.errors import DataError
+from pi_ray.protocols import Row
 from pi_ray.run.artifact import is_current
 from pi_ray.run.directory import RunDir
 from pi_ray.run.row_store import read_range
 
-if TYPE_CHECKING:
-    from rich.console import Console
-
-    from pi_ray.config import RunConfig
-    from pi_ray.protocols import Row
-
-CLOSE_IDS = 3  # named where an id is not found
-
 
 def show_neighbours(config: RunConfig, row_id: str, split: str, console: Console) -> None:
-    """Print the row and its examples, best first. Raises DataError for an unknown row, or where nothing was prepared.
-    """
+    """Print the row and its examples, best first. Raises DataError for an unknown row, or an unprepared run."""
     run = RunDir(config.root)
     facts = read_facts(run)
     cure = "run 'pi-ray prepare' with this run.yaml, and with schedule.shots above 0"
@@ -56,14 +49,12 @@ def _print(row: Row, indent: str, say: Any) -> None:
 
 
 def _neighbours(run: RunDir, row_id: str, split: str) -> dict[str, Any]:
-    import pyarrow.compute as pc
-
     table = read_range(run.neighbours)
     if split:
         table = table.filter(pc.equal(table["split"], split))
     found = table.filter(pc.equal(table["id"], row_id)).to_pylist()
     if not found:
-        close = get_close_matches(row_id, table["id"].to_pylist()[:100_000], n=CLOSE_IDS, cutoff=0.5)
+        close = get_close_matches(row_id, table["id"].to_pylist()[:100_000], n=3, cutoff=0.5)
         cure = f"did you mean {' or '.join(close)}?" if close else f"its ids stand in {run.rows}"
         raise DataError(f"no row '{row_id}' in {split or 'this run'}; {cure}")
     return found[0]
