@@ -25,8 +25,7 @@ FENCE = re.compile(r"```(?:python|py)?[ \t]*\r?\n(.*?)(?:```|\Z)", re.S | re.I)
 class MbppTask(DatasetTask):
     """The official `mbpp.jsonl` in `task.folder`, or without a folder the same from the hub.
 
-    Scored by exact match, and with `task.allow_code_execution` by pass@1: the code runs in a sandbox and must pass the
-    row's three tests. Lines whose split is unknown are rejected with "train".
+    Scored by exact match, and with `task.allow_code_execution` by pass@1: a sandbox runs the row's three tests.
     """
 
     template_file = "mbpp.md"
@@ -56,7 +55,6 @@ class MbppTask(DatasetTask):
 
     @cached_property
     def _sandbox(self) -> Sandbox:
-        """Created for the first program; its protections are printed then."""
         sandbox = Sandbox(unsafe_local=self.config.unsafe_local_execution)
         print("generated code runs with these protections:", *sandbox.protections, sep="\n  ", file=sys.stderr)
         return sandbox

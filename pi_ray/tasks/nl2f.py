@@ -14,7 +14,6 @@ FILES = {"train": "train.json", "dev": "valid.json", "test": "test.json"}
 MAX_ROWS = 20  # data rows shown of a table; of the rest a formula needs only the number of the last one
 MAX_CELL = 40  # characters shown of a cell
 MAX_WORDS = 60  # of a function's document
-NOISE = r"(?m)^ *(Syntax|This function is (part of|available since) .*)$"  # lines that say nothing about a function
 
 
 class Nl2fTask(DatasetTask):
@@ -32,7 +31,6 @@ class Nl2fTask(DatasetTask):
         return {"exact_match": float(_normalise(output) == _normalise(row.answer))}
 
     def documents(self) -> tuple[str, ...]:
-        """The functions that the training formulas use most."""
         known = _read_functions(Path(self.config.docs))
         unused = "describes no function of the training formulas; name another file, or none for the task's own"
         return tuple(f"## {name}\n{known[name]}" for name in self.most_used(called_functions, known, unused))
@@ -52,18 +50,14 @@ class Nl2fTask(DatasetTask):
                 data = entry if isinstance(entry, dict) else {}
                 question, formula = (_text(data.get(key)) for key in ("Question", "Formula2"))
                 if question and formula:
-                    level = str(data.get("Level") or "")
-                    yield Row(f"{split}-{number}-{i}", f"{question}\n{sheet}", formula, level)
+                    yield Row(f"{split}-{number}-{i}", f"{question}\n{sheet}", formula, str(data.get("Level") or ""))
                 else:
                     problem = f"t5Formulas entry {i}: Question and Formula2 must be texts that are not empty"
                     yield Reject(str(path), number, problem)
 
 
 def serialise_table(header: Sequence[str], rows: Sequence[Sequence[str]], end: int) -> str:
-    """A sheet as text that tells addresses: column letters with the cells of row 1, row numbers before data rows.
-
-    All columns are shown, since a formula may name any. When rows are left out, a last line names `end`, the last one.
-    """
+    """All columns of a sheet, with their letters and row numbers; a last line names `end` where rows are left out."""
     lines = [" | ".join(f"{column_letters(i)}: {_cell(name)}" for i, name in enumerate(header))]
     lines += [f"{number}: " + " | ".join(map(_cell, row)) for number, row in enumerate(rows[:MAX_ROWS], start=2)]
     if end > len(lines):
@@ -92,7 +86,6 @@ def _cell(value: Any) -> str:
 
 
 def _text(value: Any) -> str:
-    """Usable text, else ""."""
     return value.strip() if isinstance(value, str) and "\0" not in value else ""
 
 
@@ -129,7 +122,7 @@ def _split_help_page(page: str) -> Iterator[tuple[str, str]]:
     """(function, its section): sections begin with a line that is a name in capitals, with or without "function"."""
     parts = re.split(r"(?m)^ *([A-Z][A-Z0-9.]+)(?: [Ff]unction)? *$", page)
     for name, text in zip(parts[1::2], parts[2::2], strict=True):
-        text = re.sub(NOISE, "", text).strip()
+        text = re.sub(r"(?m)^ *(Syntax|This function is (part of|available since) .*)$", "", text).strip()
         if len(text.partition("\n")[0].split()) >= 3:  # else a name in a table, not a heading
             yield name, re.sub(r"\s*;\s*", ", ", text)  # semicolons separate arguments in help pages
 

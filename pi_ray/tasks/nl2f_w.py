@@ -1,14 +1,11 @@
 """NL2F-W: spreadsheet formulas made from WikiSQL (Zhong et al., 2017), a substitute that may never be reported as NL2F.
 
-WikiSQL is the main source of NL2Formula. A question, its table's header and its SQL become a row:
+A question, its table's header, in which "(number)" marks numeric columns, and its SQL become a row:
     SELECT MAX(c0) WHERE c2 = 'v' AND c3 > 5 -> MAX(FILTER(A2:A100,(C2:C100="v")*(D2:D100>5)))
 
-A table is its header, in which "(number)" marks numeric columns, and its last row; one of the two sources has no cells.
-
-`task.folder` has dev.jsonl (questions, SQL) and validation.headers.txt (columns and types, in the same order). These
-exist for WikiSQL's dev part only; what there is of training queries names the used columns alone, which would give
-answers away. So the 8,421 dev questions are split anew, about 75/10/15 as NL2F is (paper A.1), by the hash of their
-Wikipedia page: no page, and so no table, stands on two sides. Tables are taken to end at LAST_ROW. Without
+`task.folder` has dev.jsonl (questions, SQL) and validation.headers.txt (columns and types, in the same order), which
+exist for WikiSQL's dev part only. Its 8,421 questions are split anew, about 75/10/15 as NL2F is (paper A.1), by the
+hash of their Wikipedia page, so that no table stands on two sides; tables are taken to end at LAST_ROW. Without
 `task.folder`: Salesforce/wikisql on the hub, with its own splits and real ends. Scores from the two do not compare.
 """
 

@@ -1,10 +1,8 @@
 """OpsQL, a small in-house alert language: vocabulary, parser, and an interpreter over a fixed synthetic metrics table.
 
-    from r9 | lat > 2000 | for 10m | to fern
-
-means: on service r9, when `lat` has been above 2000 in each of the last 10 minutes, tell route fern. `from` comes
-first, the other three clauses stand once each in any order, and `1h` means `60m`. Model output is untrusted: parsing
-and execution are bounded and total, and any other text raises OpsqlError.
+`from r9 | lat > 2000 | for 10m | to fern`: on service r9, when `lat` has been above 2000 in each of the last 10
+minutes, tell route fern. `from` comes first, the other three clauses stand once each in any order, and `1h` means
+`60m`. Model output is untrusted: parsing and execution are bounded and total; any other text raises OpsqlError.
 """
 
 import hashlib
@@ -86,10 +84,7 @@ def execute_statement(statement: Statement) -> tuple[tuple[int, ...], str]:
 
 @lru_cache(maxsize=len(SERVICES) * len(METRICS))
 def _series(service: str, metric: str) -> np.ndarray:
-    """A column of the metrics table, int64, shape (MINUTES,): three waves that follow from a hash of the names.
-
-    Its slow moves from 0 to 1.3 times the largest threshold make every usual alert fire, and wrong ones elsewhere.
-    """
+    """A column of the metrics table, int64 (MINUTES,): three waves, which cross every usual threshold at own times."""
     parts = np.frombuffer(hashlib.sha256(f"{service} {metric}".encode()).digest()[:6], dtype=np.uint8) / 256
     periods, phases = np.array([600, 190, 70]) * (1 + 0.4 * parts[:3]), 2 * np.pi * parts[3:]
     waves = np.sin(2 * np.pi * np.arange(MINUTES)[:, None] / periods + phases) @ np.array([0.8, 0.15, 0.05])

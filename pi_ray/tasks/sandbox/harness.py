@@ -1,9 +1,8 @@
 """The program's side of the sandbox: `python -c` of this file, inside, with the standard library alone.
 
-Standard input is a marshal of (limits, folder, sources, steps). Standard output is the line `ready`, and then one line
-of JSON, [error, [value of each step]], in which a value is a nested list of a kind and ASCII text (`encode_value`). The
-program shares this process and may rewrite all of it. So nothing is decided here: no expected value ever comes in, and
-judge.py takes the output as data.
+Standard input is a marshal of (limits, folder, sources, steps). Standard output is the line `ready`, then one of JSON,
+[error, [value of each step]], whose values are nested lists of a kind and ASCII text (`encode_value`). The program may
+rewrite all of this process: nothing is decided here, no expected value comes in, and judge.py takes output as data.
 """
 
 import marshal

@@ -1,7 +1,6 @@
 """Walls around one program: namespaces, a root of its own with little in it, a user without rights.
 
 Linux and util-linux, as root or with unprivileged user namespaces. For each program:
-
     unshare    own mounts, network (no interface is up), processes, IPC; as an ordinary user also an own user namespace
     mount      /usr, the interpreter and three devices, read-only, into an otherwise empty root; a fresh tmpfs as /tmp
     chroot     into that root, without home directories, /etc, /proc, /sys and other files. The kernel gives such a
@@ -9,7 +8,6 @@ Linux and util-linux, as root or with unprivileged user namespaces. For each pro
     timeout    the first process of the tree, with which the kernel ends the whole tree; soon after the wall limit it
                ends by itself, should nobody be there any more to end it
     setpriv    as root: a user id that nobody else has; for all: no capabilities, no new privileges
-
 `Jail.tests` states each wall as an assert. They run inside first, so each printed protection was seen to hold.
 """
 
@@ -86,7 +84,6 @@ class Jail:
         self.visible = self._build_root(needed)
 
     def command(self, program: list[str], seconds: float, files_mib: int, user: int) -> list[str]:
-        """The command line that runs `program` (a path and arguments) inside."""
         namespace = ["--user", "--map-root-user"] if os.geteuid() else []
         drop = [f"--reuid={user}", f"--regid={user}", "--clear-groups"]
         if namespace:
@@ -97,7 +94,7 @@ class Jail:
             self.tools["chroot"], str(self.folder / "root"),
             self.tools["timeout"], "--signal=KILL", str(seconds + 1),
             self.tools["setpriv"], *drop, "--bounding-set=-all", "--inh-caps=-all", "--no-new-privs", *program,
-        ]  # fmt: skip
+        ]
 
     def kill(self, pid: int) -> None:
         """End the tree of process `pid` that `command` started; `unshare` stays until all processes inside are gone."""
@@ -128,7 +125,7 @@ class Jail:
                 ("[os.getuid(), refused(os.chroot, '/tmp')]", [inside, "Operation not permitted"]),
             describe_limits(limits):
                 (f"[resource.getrlimit(getattr(resource, n)) for n in {[*limits]}]", [(n, n) for n in limits.values()]),
-        }  # fmt: skip
+        }
         return [(sentence, f"assert {found} == {expected}") for sentence, (found, expected) in walls.items()]
 
     def _build_root(self, needed: set[Path]) -> list[str]:

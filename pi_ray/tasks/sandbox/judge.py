@@ -18,8 +18,6 @@ from typing import Any
 
 from pi_ray.errors import DataError
 
-CONSTANTS = {"None": None, "True": True, "False": False}
-
 
 @dataclass(frozen=True)
 class Step:
@@ -76,7 +74,7 @@ def _decode(data: list[Any]) -> Any:
     if kind == "dict":
         return {_decode(key): _decode(value) for key, value in content}
     return {
-        "const": lambda: CONSTANTS[content],
+        "const": lambda: {"None": None, "True": True, "False": False}[content],
         "int": lambda: int(content, 16),
         "float": lambda: float.fromhex(content),
         "complex": lambda: complex(float.fromhex(content), float.fromhex(rest[0])),

@@ -25,10 +25,9 @@ from typing import IO
 
 from pi_ray.errors import ConfigError
 from pi_ray.tasks.sandbox.jail import PROBE, SEARCH, Jail, ResourceLimits, describe_limits, interpreter, user_id
-from pi_ray.tasks.sandbox.judge import Step, judge_answer, split_tests
+from pi_ray.tasks.sandbox.judge import judge_answer, split_tests
 
 READY = b"ready\n"
-OPEN_FILES = 64
 ENVIRONMENT = {"PATH": SEARCH, "HOME": "/tmp", "LANG": "C.UTF-8", "PYTHONHASHSEED": "0"}  # sets in the same order
 CURE = (
     "It needs Linux with util-linux and the right to make namespaces: run as root, or allow user namespaces (sysctl "
@@ -100,22 +99,20 @@ class Sandbox:
 
     def run(self, program: Program) -> Verdict:
         """Raises DataError when the tests are unusable, ConfigError when the sandbox itself no longer starts."""
-        steps = split_tests(program.tests)
         user = self._users.get()
         try:
-            return self._run(program, steps, user)
+            return self._run(program, user)
         except OSError as error:
             raise ConfigError(f"the sandbox did not start: {error}. {CURE}") from None
         finally:
             self._users.put(user)
 
     def run_all(self, programs: Sequence[Program]) -> list[Verdict]:
-        """Verdicts in the order of `programs`."""
         with ThreadPoolExecutor(self.parallel) as pool:
             return list(pool.map(self.run, programs))
 
-    def _run(self, program: Program, steps: list[Step], user: int) -> Verdict:
-        limits = program.limits or self.limits
+    def _run(self, program: Program, user: int) -> Verdict:
+        steps, limits = split_tests(program.tests), program.limits or self.limits
         started = time.monotonic()
         deadline = started + limits.seconds
         with ExitStack() as stack:
@@ -168,8 +165,7 @@ class Sandbox:
         limits = replace(self.limits, seconds=max(self.limits.seconds, 10.0))
         user = self._users.get()
         walls = jail.tests(_resource_limits(limits, walled=True), limits.files_mib, user)
-        steps = split_tests([test for _, test in walls])
-        verdict = self._run(Program(PROBE, (), limits=limits), steps, user)
+        verdict = self._run(Program(PROBE, tuple(test for _, test in walls), limits=limits), user)
         self._users.put(user)
         if not verdict.passed:
             raise OSError(f"a test program did not find the walls that it should ({verdict.reason} of {len(walls)})")
@@ -181,8 +177,8 @@ def _resource_limits(limits: Limits, walled: bool) -> ResourceLimits:
     """Without walls the process limit is left out: it would count all of the user's processes."""
     chosen = {
         "RLIMIT_CPU": math.ceil(limits.seconds) + 1, "RLIMIT_FSIZE": limits.files_mib << 20, "RLIMIT_CORE": 0,
-        "RLIMIT_NOFILE": OPEN_FILES,
-    }  # fmt: skip
+        "RLIMIT_NOFILE": 64,
+    }
     if sys.platform == "linux":  # elsewhere address space cannot be limited
         chosen["RLIMIT_AS"] = limits.memory_mib << 20
     return {**chosen, "RLIMIT_NPROC": limits.processes} if walled else chosen
