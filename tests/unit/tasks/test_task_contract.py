@@ -71,7 +71,17 @@ def problems_with_tests(folder, rows):
     return TaskConfig(name="mbpp", folder=str(folder), rows=rows)
 
 
+def messages_with_subjects(folder, rows):
+    asked = {
+        split: [[f"{subject} {i} of {split}", subject] for subject in ("card_lost", "refund") for i in range(2)]
+        for split in ("train", "val", "test")
+    }
+    (folder / "data.json").write_text(json.dumps(asked))
+    return TaskConfig(name="desk", folder=str(folder), rows=rows)
+
+
 CONFIGS = {
+    "desk": messages_with_subjects,
     "jsonl": own_files, "mbpp": problems_with_tests, "nl2bash": parallel_files, "nl2f": tables_with_questions,
     "nl2f-w": queries_with_headers, "opsql": lambda folder, rows: TaskConfig(name="opsql", rows=rows),
 }
