@@ -1,7 +1,7 @@
 """Models behind a service with OpenAI's API (`train.backend.name: openai`): the service fine-tunes them and answers.
 
 A prepared run enters, a tuned model's id leaves: `tune(config, watch, ask_on_terminal)` runs one job a phase, each from
-the model of the one before, resumes, and asks before it spends. Imports go to run/ and models.py alone.
+the model of the one before, resumes, and asks before it spends.
 """
 
 from pi_ray.config import RunConfig

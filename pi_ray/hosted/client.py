@@ -3,8 +3,6 @@
 The key comes from the environment and goes to the service alone; it is cut out of the service's messages.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import random
@@ -89,20 +87,15 @@ class Service:
 
     def create_job(self, file: str, model: str, suffix: str, seed: int, hyperparameters: Any) -> Any:
         """A fine-tuning job, never two of one file: each try looks first, since a lost connection may have made one."""
-
-        def request() -> Any:
-            return self._job_on(file) or self.client.fine_tuning.jobs.create(
-                model=model, training_file=file, suffix=suffix, seed=seed, hyperparameters=hyperparameters
-            )
-
-        return self._tried(f"fine-tuning {model}", request)
+        settings: dict[str, Any] = {"suffix": suffix, "seed": seed, "hyperparameters": hyperparameters}
+        create = partial(self.client.fine_tuning.jobs.create, model=model, training_file=file, **settings)
+        return self._tried(f"fine-tuning {model}", lambda: self._job_on(file) or create())
 
     def job(self, job: str) -> Any:
         return self._tried(f"looking at job {job}", lambda: self.client.fine_tuning.jobs.retrieve(job))
 
     def events(self, job: str, seen: set[str]) -> list[Any]:
         """The job's events that are not among `seen`, oldest first; none from a service that has no events."""
-
         def request() -> list[Any]:
             newest_first = self.client.fine_tuning.jobs.list_events(job, limit=PAGE)
             return [*takewhile(lambda event: event.id not in seen, newest_first)][::-1]
@@ -114,7 +107,6 @@ class Service:
 
     def chat(self, model: str, prompt: str, limit: int) -> Reply:
         """The answer to one user message, greedy, at most `limit` tokens."""
-
         def request() -> Reply:
             start = time.perf_counter()
             done = self.client.chat.completions.create(
@@ -132,24 +124,18 @@ class Service:
         return next((job for job in jobs if job.training_file == file and job.status not in ENDED_BADLY), None)
 
     def _tried(self, what: str, request: Callable[[], T]) -> T:
-        """The result of `request`, tried up to RETRIES times more.
-
-        Raises ConfigError for a refused key, UnknownError for a 404, else TrainingError.
-        """
+        """The result of `request`, tried RETRIES times more. Raises ConfigError (refused key) or TrainingError."""
         for attempt in range(RETRIES + 1):
             try:
                 return request()
             except self.openai.APIError as error:
-                if attempt == RETRIES or not self._can_pass(error):
+                status = getattr(error, "status_code", 0)
+                busy = status in (408, 409, 429) and error.code not in OUT_OF_MONEY
+                can_pass = busy or status >= 500 or isinstance(error, self.openai.APIConnectionError)
+                if attempt == RETRIES or not can_pass:
                     raise self._error(what, error, attempt) from None
                 self.wait(_pause(error, attempt))
         raise AssertionError
-
-    def _can_pass(self, error: Any) -> bool:
-        """Whether the fault may be gone in a while: too many requests, trouble in the service, a lost connection."""
-        status = getattr(error, "status_code", 0)
-        busy = status in (408, 409, 429) and error.code not in OUT_OF_MONEY
-        return isinstance(error, self.openai.APIConnectionError) or status >= 500 or busy
 
     def _error(self, what: str, error: Any, retries: int) -> PiRayError:
         status, body = getattr(error, "status_code", None), getattr(error, "body", None)

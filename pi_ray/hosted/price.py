@@ -1,7 +1,5 @@
 """Money before it is spent: the cost of the phases still to be tuned and of the evaluation, and a person's consent."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Callable, Sequence
 
@@ -41,11 +39,9 @@ def describe_cost(config: RunConfig, phases: Sequence[int], prompts: Sequence[Co
     tuning, evaluation, both = (format_money(cost / 1e6, config.cost.currency) for cost in (*costs, sum(costs)))
     each = ", ".join(f"phase {i}: {n:,}" for i, n in training.items())
     first = f"Fine-tuning {closed.model} takes about {trained:,} tokens ({each}), {tuning}. " if training else ""
-    return (
-        f"{first}Evaluation on {len(rows):,} rows takes about {read:,} input and {written:,} output tokens, "
-        f"{evaluation}. Together about {both} at the prices of the block 'closed', tokens counted as "
-        f"{config.model.base} has them."
-    )
+    second = f"Evaluation on {len(rows):,} rows takes about {read:,} input and {written:,} output tokens, {evaluation}"
+    how = f"at the prices of the block 'closed', tokens counted as {config.model.base} has them"
+    return f"{first}{second}. Together about {both} {how}."
 
 
 def confirm_cost(
@@ -57,10 +53,8 @@ def confirm_cost(
     if config.closed.confirmed:
         tell(sentence)
     elif not confirm(sentence):
-        raise TrainingError(
-            "not confirmed, so nothing was uploaded and nothing spent; "
-            "the same command asks again, and closed.confirmed=true says yes at once"
-        )
+        cure = "the same command asks again, and closed.confirmed=true says yes at once"
+        raise TrainingError(f"not confirmed, so nothing was uploaded and nothing spent; {cure}")
 
 
 def ask_on_terminal(sentence: str) -> bool:

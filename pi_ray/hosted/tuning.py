@@ -3,8 +3,6 @@
 A job is found again by its training file, whose id is written down before the job is created.
 """
 
-from __future__ import annotations
-
 import fcntl
 import json
 import time
@@ -81,15 +79,11 @@ def write_training_files(run: RunDir, config: RunConfig) -> Path:
     """
     phases = plan_phases(config.schedule)
     if any(p.steps for p in phases):
-        raise ConfigError(
-            "schedule.steps: a fine-tuning service counts passes over the rows, not updates; "
-            "use schedule.epochs with train.backend.name openai"
-        )
+        cure = "use schedule.epochs with train.backend.name openai"
+        raise ConfigError(f"schedule.steps: a fine-tuning service counts passes over the rows, not updates; {cure}")
     if config.train.objective != "sft":
-        raise ConfigError(
-            f"train.objective {config.train.objective}: a fine-tuning service learns from labels alone; "
-            "take sft with train.backend.name openai"
-        )
+        limit = "a fine-tuning service learns from labels alone; take sft with train.backend.name openai"
+        raise ConfigError(f"train.objective {config.train.objective}: {limit}")
     folder = run.root / "closed" / "files"
     fingerprint = digest([run.prepared_fingerprint(), config.prompt.model_dump(mode="json")])
     if is_current(folder, fingerprint):
@@ -216,10 +210,8 @@ class _Phase:
             try:
                 job = self.service.job(self.known["job"])
             except UnknownError as error:
-                raise TrainingError(
-                    f"phase {self.stage.index}: {error}. If it is gone for good, delete {self.config.root / STATE} to "
-                    "train again, which pays for every phase again"
-                ) from None
+                cure = f"delete {self.config.root / STATE} to train again, which pays for every phase again"
+                raise TrainingError(f"phase {self.stage.index}: {error}. If it is gone for good, {cure}") from None
             news = self.service.events(job.id, seen)  # after the job, so that its last events are among them
             for event in news:
                 seen.add(event.id)

@@ -5,8 +5,8 @@
     store/<name>/v0001, ...      adapter_model.safetensors, adapter_config.json, pi_ray.json (the card), README.md,
                                  manifest.json, and prompt.json for the prompt guard
 
-The store is a folder or behind a URL (backends.py). Its content may come from elsewhere, so it is treated as hostile
-until it is verified. A name alone stands for its alias `prod`; while there is none, for the latest version.
+The store is a folder or behind a URL (backends.py). Its content is treated as hostile until it is verified.
+A name alone stands for its alias `prod`; while there is none, for the latest version.
 """
 
 import os

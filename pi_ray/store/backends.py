@@ -43,10 +43,7 @@ class LocalStore:
 
     def names(self) -> list[str]:
         """Names of the folders that have a latest version."""
-        try:
-            entries = list(os.scandir(self.root))
-        except (FileNotFoundError, NotADirectoryError):
-            return []
+        entries = os.scandir(self.root) if self.root.is_dir() else ()
         return [e.name for e in entries if e.is_dir(follow_symlinks=False) and (Path(e.path) / LATEST_FILE).is_file()]
 
     def has_adapter(self, name: str) -> bool:
@@ -156,10 +153,7 @@ class RemoteStore:
         self._answers.pop(("names",), None)
 
     def version_folder(self, name: str, version: str) -> Path | None:
-        """This machine's copy of a version, fetched the first time; None when there is no such version.
-
-        Raises AdapterError for one that is damaged.
-        """
+        """This machine's copy of a version, fetched once; None where there is none. Raises AdapterError for damage."""
         if version not in self.versions(name):
             return None
         manifest = self._recent((name, version), lambda: self._read(f"{name}/{version}/{MANIFEST}"))

@@ -1,12 +1,10 @@
 """The prompt guard: how to answer a request that still carries the prompt which its adapter has internalised.
 
-- The template of training or a compressed form of it, before the query or as system message, is stripped, together with
-  examples of training rows, also where these are turns of user and assistant: the adapter gets the query. White space
-  does not count.
+- The template of training or a compressed form of it, before the query or as system message, is stripped, with examples
+  of training rows, also as turns of user and assistant: the adapter gets the query. White space does not count.
 - A changed template (at least SIMILAR of its n-grams are there) goes to the base model, compressed as far as that needs
-  no compressor: from each run of MIN_MATCH or more template words, the words that the best compressed form dropped (the
-  highest rate below 1, which loses least) are dropped again. All other words stay, so nothing new is lost. Where the
-  compressor rewrote the template instead of dropping words, the prompt stays as it came.
+  no compressor: of each run of MIN_MATCH or more template words, those are dropped that the best compressed form (that
+  of the highest rate below 1) dropped. Where the compressor rewrote the template instead, the prompt stays as it came.
 - A system message that says no more than "You are a helpful assistant." is stripped. Any other is refused: the adapter
   was trained without it, and to drop its request in silence would give a wrong answer.
 - Anything else is a query.
@@ -34,10 +32,8 @@ MAX_TEMPLATE = 1 << 20  # characters
 HASH_DIGITS = 16  # of an example's hash
 MAX_PARAGRAPHS = 12  # of an example that is recognised
 ExampleHash = Annotated[str, Field(pattern=f"^[0-9a-f]{{{HASH_DIGITS}}}$")]
-COURTESY = re.compile(
-    r"you(?: are|'re) an?(?:,? (?:and )?(?:very )?(?:helpful|useful|friendly|polite|honest|harmless|smart|ai))* "
-    r"assistant\W*", re.IGNORECASE,
-)
+ADJECTIVES = "helpful|useful|friendly|polite|honest|harmless|smart|ai"
+COURTESY = re.compile(rf"you(?: are|'re) an?(?:,? (?:and )?(?:very )?(?:{ADJECTIVES}))* assistant\W*", re.IGNORECASE)
 
 
 def collapse_whitespace(text: str) -> str:
@@ -79,10 +75,9 @@ class PromptRecord(BaseModel):
 
 def prompt_record(template: str, compressed: Sequence[dict[str, Any]], examples: Sequence[str]) -> dict[str, Any]:
     """The content of prompt.json. `compressed` are {"rate", "text"}, `examples` their texts as training words them."""
-    return {
-        "format": 1, "template": template, "sha256": digest(collapse_whitespace(template)),
-        "compressed": list(compressed), "examples": sorted({hash_example(e) for e in examples[:MAX_EXAMPLES]}),
-    }
+    hashes = sorted({hash_example(e) for e in examples[:MAX_EXAMPLES]})
+    known = {"template": template, "sha256": digest(collapse_whitespace(template)), "compressed": list(compressed)}
+    return {"format": 1, **known, "examples": hashes}
 
 
 @dataclass(frozen=True)
@@ -90,8 +85,7 @@ class GuardResult:
     """A request as the guard leaves it. `kind` says which text `text` is:
 
     internalised: the query, as it came; stripped: the query, without the prompt that came with it; drifted: the whole
-    prompt, for the base model; unknown: the query, behind messages that are not of the adapter's prompt and cannot be
-    answered.
+    prompt, for the base model; unknown: the query, behind messages that are foreign to the adapter and not answered.
     """
 
     kind: str
@@ -109,13 +103,14 @@ class PromptGuard:
         known = {collapse_whitespace(text) for text in (self.template, *self._compressed)} - {""}
         self._known = sorted(known, key=len, reverse=True)
         self._examples = frozenset(prompt["examples"])
+        first, *between, last = map(re.escape, re.split(r"\{query\}|\{answer\}", config.example.strip()))
+        between = [f"(?>.*?{part})" for part in between]  # atomic, so that it takes linear time
+        self._example_wording = re.compile("".join([first, *between, ".*", last]), re.DOTALL)
         self._config = config
 
     def inspect(self, system: str, query: str, turns: Sequence[tuple[str, str]] = ()) -> GuardResult:
-        """Recognise the prompt in a request.
-
-        `system`: the text of system messages, "" for none; `query`: the last user message; `turns`: (role, text) of the
-        messages between them.
+        """Recognise the prompt in a request: `system` is the text of its system messages, "" for none, `query` that of
+        the last user message, `turns` are (role, text) of the messages between them.
         """
         result = self._inspect(system, query, turns)
         if result.kind == "unknown" and COURTESY.fullmatch(collapse_whitespace(system)):
@@ -185,10 +180,7 @@ class PromptGuard:
         return None
 
     def _after_examples(self, text: str) -> str | None:
-        """The text after the examples, or all of it where there are none.
-
-        None where not all examples can be told from the query, of which no part may be lost.
-        """
+        """The text after its examples, if any; None where these cannot be told from the query, which must stay."""
         text, heading = text.strip(), collapse_whitespace(self._config.examples_heading)
         first, _, rest = text.partition("\n")
         has_heading = bool(heading) and collapse_whitespace(first) == heading
@@ -199,7 +191,7 @@ class PromptGuard:
         if not at:
             return None if has_heading else text
         left = paragraphs[at:]
-        if len(left) > 1 and self._is_worded_as_example(left[0]):
+        if len(left) > 1 and self._example_wording.fullmatch(left[0]):
             return None  # an example that is not one of training
         return "\n\n".join(left).strip()
 
@@ -223,18 +215,6 @@ class PromptGuard:
     def _kept(self) -> list[bool] | None:
         """Which words of the template the best form kept that only dropped words."""
         return next((kept for text in self._compressed if (kept := kept_in_order(self._words, text.split()))), None)
-
-    def _is_worded_as_example(self, text: str) -> bool:
-        """Whether the parts of prompt.example that are the same in every example stand in `text`, in order."""
-        first, *between, last = re.split(r"\{query\}|\{answer\}", self._config.example.strip())
-        if not (text.startswith(first) and text.endswith(last)):
-            return False
-        at = len(first)
-        for part in between:
-            at = text.find(part, at) + len(part)
-            if at < len(part):
-                return False
-        return at <= len(text) - len(last)
 
 
 def _ngrams(words: Sequence[str]) -> set[tuple[str, ...]]:

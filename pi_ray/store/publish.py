@@ -41,12 +41,10 @@ def publish_adapter(run: RunDir, config: RunConfig, name: str = "") -> Path:
         raise AdapterError(f"{source}: {', '.join(sorted(missing))} missing; train again")
     prompt = _prompt_record(run, read_json(source / CARD_FILE)) if config.serve.drift_guard else None
     if config.serve.drift_guard and not prompt:
-        log.warning(
-            "'%s' is published without %s: this run directory has no template that it was trained with, or one longer "
-            "than %d characters, so clients that still send the prompt will not be recognised. Prepare, train and "
-            "publish in one directory, or say with serve.drift_guard: false that this is wanted",
-            name, PROMPT_FILE, MAX_TEMPLATE,
-        )
+        why = f"this run directory has no template that it was trained with, or one above {MAX_TEMPLATE} characters"
+        effect = "clients that still send the prompt will not be recognised"
+        cure = "Prepare, train and publish in one directory, or say with serve.drift_guard: false that this is wanted"
+        log.warning("'%s' is published without %s: %s, so %s. %s", name, PROMPT_FILE, why, effect, cure)
     hashes = {file: files[file]["sha256"] for file in (WEIGHTS_FILE, CONFIG_FILE, CARD_FILE)}
     fingerprint = digest({**hashes, PROMPT_FILE: digest(prompt)} if prompt else hashes)
     backend = AdapterStore(config.store).backend

@@ -1,5 +1,4 @@
 """From a request to its text: completion.py finds adapter and prompt ids, an engine generates, detokenizer.py decodes.
 
-TransformersEngine (engine.py) batches continuously: scheduler, kv_cache, prefix_cache, multi_lora, sampling. VllmEngine
-(vllm.py) asks vLLM. Nothing here imports serve/http or the deployments.
+TransformersEngine (engine.py) has scheduler, kv_cache, prefix_cache, multi_lora and sampling; VllmEngine asks vLLM.
 """

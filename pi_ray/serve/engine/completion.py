@@ -1,14 +1,12 @@
 """One completion: adapter, prompt ids and limits on the way in, token ids back into text on the way out."""
 
-from __future__ import annotations
-
 import asyncio
 import logging
 from collections.abc import AsyncGenerator
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any
+from typing import Any, Self
 
 from pi_ray.config import PromptConfig, RunConfig
 from pi_ray.errors import AdapterError, ModelError, PiRayError
@@ -51,7 +49,7 @@ class CompletionRequest:
         """All text that the client sent."""
         return "\n\n".join(text for text in (*(text for _, text in self.history), self.query) if text)
 
-    def for_choices(self, n: int) -> list[CompletionRequest]:
+    def for_choices(self, n: int) -> list[Self]:
         """The request for each of `n` answers to this prompt. A seed gives each one its own, so that they differ."""
         if self.seed is None:
             return [self] * n
@@ -117,11 +115,10 @@ class Completer:
 
     async def complete(self, request: CompletionRequest) -> Events:
         """First {"model", "fingerprint", "adapter", "prompt", "prompt_tokens", "saved"}, then {"text"} pieces, last
-        {"finish", "completion_tokens"}.
+        {"finish", "completion_tokens"}. Raises RefusedError.
 
-        "fingerprint" is the model that answers, "adapter" the one that was asked for or "", "prompt" how the prompt was
-        handled: GuardResult's kind, "full" or "base". Pieces have "logprobs", entries of LogprobsBuffer, when asked
-        for. Raises RefusedError.
+        "fingerprint" is the model that answers, "adapter" the one that was asked for or "", "prompt" a GuardResult's
+        kind, "full" or "base". Pieces have "logprobs", entries of LogprobsBuffer, when asked for.
         """
         start, generation = await asyncio.to_thread(self._prepare, request)
         yield start
@@ -151,11 +148,9 @@ class Completer:
             # A prompt that the adapter was not trained on is read by the base model.
             answering = None if guarded.kind in ("drifted", "full") else adapter
             if self.merged and answering != self.merged:
-                raise AdapterError(
-                    f"this server has {self.merged.name}@{self.merged.version} merged into the base model (serve.merge)"
-                    " and serves it alone: no other adapter or version, and not the bare base, which would answer a "
-                    "full or changed prompt"
-                )
+                others = "no other adapter or version, and not the base, which would answer a full or changed prompt"
+                merged = f"{self.merged.name}@{self.merged.version} merged into the base model (serve.merge)"
+                raise AdapterError(f"this server has {merged} and serves it alone: {others}")
             ids = self._encode(request, guarded, adapter)
         except PiRayError as error:
             raise as_refused_error(error) from error
@@ -164,8 +159,8 @@ class Completer:
         start = {
             "model": request.model, "fingerprint": requested if answering else base_name(self.config.model.base),
             "adapter": requested, "prompt": guarded.kind if adapter else "base",
-            "prompt_tokens": len(ids), "saved": self._saved_tokens(request, adapter, guarded, len(ids)),
-        }  # fmt: skip
+            "prompt_tokens": len(ids), "saved": self._saved_tokens(request, adapter, guarded.kind, len(ids)),
+        }
         folder = str(answering.path) if answering else ""
         return start, GenerationRequest(
             ids, limit, folder, request.temperature, request.top_p, request.seed, request.stop, request.logprobs
@@ -179,10 +174,8 @@ class Completer:
             _, version = self.store.resolve(name)
             if version not in (self.merged.version, self._reported_version):
                 self._reported_version = version
-                log.warning(
-                    "%s@%s is merged into the base model and goes on answering; deploy again to have %s",
-                    name, self.merged.version, version,
-                )  # fmt: skip
+                what = "is merged into the base model and goes on answering; deploy again to have"
+                log.warning("%s@%s %s %s", name, self.merged.version, what, version)
         return self.merged
 
     def _guard(self, request: CompletionRequest, adapter: Adapter | None) -> GuardResult:
@@ -219,15 +212,13 @@ class Completer:
         """Ids of `text` in the adapter's prompt format; `query="{query}"` for a whole prompt as a client words it."""
         return self._encoder(PromptConfig(**{**adapter.card["prompt"], **changed})).encode(text, template)
 
-    def _saved_tokens(
-        self, request: CompletionRequest, adapter: Adapter | None, guarded: GuardResult, prompt_tokens: int
-    ) -> int:
+    def _saved_tokens(self, request: CompletionRequest, adapter: Adapter | None, kind: str, read: int) -> int:
         """Tokens that the model need not read, because the guard took them away or the client did not send them."""
-        if adapter is None or guarded.kind == "full":
+        if adapter is None or kind == "full":
             return 0
-        if guarded.kind == "internalised":
+        if kind == "internalised":
             return max(round(adapter.card["full_prompt_tokens"] - adapter.card["query_prompt_tokens"]), 0)
-        return max(len(self._adapter_ids(request.full_text, adapter, query="{query}")) - prompt_tokens, 0)
+        return max(len(self._adapter_ids(request.full_text, adapter, query="{query}")) - read, 0)
 
     def _check_size(self, text: str) -> None:
         """Refuse a text that is far beyond the context before it is tokenised whole."""
@@ -243,16 +234,14 @@ class Completer:
         room = self.context - prompt_tokens
         if (asked or 1) > cap:
             each = f" for each of {request.choices} choices" if request.choices > 1 else ""
-            message = f"max_tokens is {asked}; this server allows at most {cap}{each}"
-            raise RefusedError(400, message, param="max_tokens")
+            raise RefusedError(400, f"max_tokens is {asked}; the server allows at most {cap}{each}", param="max_tokens")
         if room < (asked or 1):
             raise self._too_long(str(prompt_tokens), asked or 1)
         return asked or min(2 * adapter.card["max_answer_tokens"] if adapter else cap, cap, room)
 
     def _too_long(self, prompt: str, asked: int) -> RefusedError:
-        message = (
-            f"the prompt has {prompt} tokens and {asked} may be generated; the model's context holds {self.context}"
-        )
+        size = f"the prompt has {prompt} tokens and {asked} may be generated"
+        message = f"{size}; the model's context holds {self.context}"
         return RefusedError(400, message, code="context_length_exceeded", param="messages")
 
 

@@ -1,7 +1,5 @@
 """Incremental detokenization: ids back into text as early as is certain, with each piece's log-probabilities."""
 
-from __future__ import annotations
-
 import re
 from functools import cache, partial
 from typing import Any
@@ -12,8 +10,7 @@ MIN_LOGPROB = -9999.0  # OpenAI's value for a token that is out of the question;
 
 
 class IncrementalDetokenizer:
-    """Token ids in, text out as early as possible: the joined pieces equal `PromptEncoder.decode`, cut before the first
-    stop string.
+    """Ids in, text out as soon as it is certain: the pieces join to `PromptEncoder.decode`, cut before a stop string.
 
     Text is held back while it may still change (half a character), be trimmed (white space at the end) or be the start
     of a stop string. tokenizers' DecodeStream does the first alone and cannot be flushed.
@@ -87,19 +84,16 @@ class LogprobsBuffer:
         """Entries of tokens that begin in text already handed out. Text that was cut off has none."""
         ready = [(position, token) for position, token in self._waiting if position < text.released]
         self._waiting = self._waiting[len(ready) :]
-        return [
-            {
-                **self._entry(token.id, token.logprob),
-                "top": [self._entry(*top) for top in token.top],
-                "offset": max(position - text.leading, 0),
-            }
-            for position, token in ready
-        ]
+        entries = []
+        for position, token in ready:
+            top = [self._entry(*likely) for likely in token.top]
+            entries.append(self._entry(token.id, token.logprob, top=top, offset=max(position - text.leading, 0)))
+        return entries
 
-    def _entry(self, token: int, logprob: float | None) -> dict[str, Any]:
+    def _entry(self, token: int, logprob: float | None, **rest: Any) -> dict[str, Any]:
         text, data = self._token_text(token)
         value = MIN_LOGPROB if logprob is None else max(float(logprob), MIN_LOGPROB)
-        return {"token": text, "bytes": data, "logprob": value}
+        return {"token": text, "bytes": data, "logprob": value, **rest}
 
 
 def token_text(tokenizer: Any, token: int) -> tuple[str, list[int] | None]:

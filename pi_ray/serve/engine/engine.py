@@ -1,13 +1,9 @@
-"""TransformersEngine: generates for serving with transformers, all requests in one continuous batch (scheduler.py) that
-a background thread decodes.
+"""TransformersEngine: generates with transformers, all requests in one continuous batch that a thread decodes.
 
-It is made for requests that arrive at any time and for many adapters at once; train/generation.py decodes whole data
-sets with one model, for evaluation and teacher answers. Only the decoding thread touches the model, even to load it:
-another thread that computes would have its own OpenMP threads, and with more of these than cores libgomp stops spinning
-between operations, which doubles the time of a step.
+Requests come at any time and for many adapters; train/generation.py decodes whole data sets with one model. Only the
+decoding thread touches the model, even to load it: a second one would have OpenMP threads of its own, and with more of
+these than cores libgomp stops spinning between operations, which doubles the time of a step.
 """
-
-from __future__ import annotations
 
 import logging
 import threading
@@ -37,10 +33,8 @@ class TransformersEngine:
         self._stopped = False
         # OpenMP keeps its number of threads by thread, and this is a new one.
         self._thread = ThreadPoolExecutor(1, "decode", torch.set_num_threads, (torch.get_num_threads(),))
-
         def load_scheduler() -> Scheduler:
-            base = load_model(model, "cuda" if torch.cuda.is_available() else "cpu")
-            return Scheduler(base, self.tokenizer, serve)
+            return Scheduler(load_model(model, "cuda" if torch.cuda.is_available() else "cpu"), self.tokenizer, serve)
 
         try:
             self._scheduler: Scheduler = self._call(load_scheduler)
@@ -78,7 +72,7 @@ class TransformersEngine:
             "adapter_hits": lora.hits, "adapter_misses": lora.misses, "adapter_evictions": lora.evictions,
             **scheduler.counts, "adapter_bytes": lora.nbytes, "kv_cache_bytes": scheduler.kv_cache.nbytes,
             "prefix_cache_bytes": scheduler.prefix_cache.nbytes,
-        }  # fmt: skip
+        }
 
     def check(self) -> None:
         """Raise RuntimeError when no answer can be expected any more."""

@@ -1,13 +1,10 @@
-"""The KV cache of the running batch: each row holds one sequence at its own length, so that sequences come and go at
-any step.
+"""The KV cache of the running batch: each row has one sequence at its own length, so these come and go at any step.
 
     keys, values   (layers, rows, heads, capacity, dim); each row from position 0 on, zeros behind its end
 
 The model needs attention over keys and values in every layer; a sliding window becomes part of the mask.
 `create_kv_cache` finds out by computing with a model whether it is such a one, and else makes an UnbatchedCache.
 """
-
-from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
@@ -57,11 +54,9 @@ class KVCache(Cache):
         self._reserve(len(self.lengths), 0)
 
     def forward(self, first: int, chunks: Sequence[Sequence[int]], adapter_slots: Sequence[int]) -> torch.Tensor:
-        """Append the token ids `chunks[i]` to row first + i, under `adapter_slots[i]` -> the logits after them, (rows,
-        vocabulary).
+        """Append ids `chunks[i]` to row first + i, under `adapter_slots[i]` -> the logits after it, (rows, vocabulary).
 
-        Shorter chunks are padded on the left. Keys and values of the padding lie behind the row's end, masked until
-        they are overwritten.
+        Shorter chunks are padded on the left. The padding's keys and values lie masked behind the row's end.
         """
         rows, width = len(chunks), max(map(len, chunks))
         starts = self.lengths[first : first + rows]
@@ -189,7 +184,7 @@ class UnbatchedCache:
 def _last_logits(model: Any, cache: Cache, **inputs: torch.Tensor) -> torch.Tensor:
     """The logits after the last token of each row, (rows, vocabulary)."""
     index = last_logits_index(1, inputs["input_ids"].device)
-    out = model(**inputs, use_cache=True, logits_to_keep=index, **{cache_argument(type(model)): cache})
+    out = model(**inputs, use_cache=True, logits_to_keep=index, **{cache_argument(model.__class__): cache})
     return out.logits[:, -1]
 
 
@@ -206,8 +201,7 @@ def _attention_mask(config: Any, positions: torch.Tensor, width: int, dtype: tor
 
 
 def _additive(visible: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    zeros = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
-    return zeros.masked_fill_(~visible, torch.finfo(dtype).min)
+    return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(~visible, torch.finfo(dtype).min)
 
 
 @torch.inference_mode()
@@ -222,10 +216,8 @@ def create_kv_cache(model: Any, multi_lora: MultiLora) -> KVCache | UnbatchedCac
         reason = f"logits differ by {difference:.2g} of their spread"
     except Exception as error:
         reason = str(error)
-    log.warning(
-        "this model cannot be batched token by token (%s): its answers are computed one after the other, without a "
-        "prefix cache", reason,
-    )  # fmt: skip
+    effect = "its answers are computed one after the other, without a prefix cache"
+    log.warning("this model cannot be batched token by token (%s): %s", reason, effect)
     return unbatched
 
 
@@ -234,7 +226,7 @@ def _batched_cache(model: Any, multi_lora: MultiLora) -> KVCache:
     cache = DynamicCache(config=model.config)
     multi_lora.set_active_slots([BASE_SLOT], 1)
     ids = torch.ones(1, 1, dtype=torch.long, device=model.device)
-    model(input_ids=ids, use_cache=True, **{cache_argument(type(model)): cache})
+    model(input_ids=ids, use_cache=True, **{cache_argument(model.__class__): cache})
     plain = (DynamicLayer, DynamicSlidingWindowLayer)
     if other := {type(layer).__name__ for layer in cache.layers if type(layer) not in plain}:
         raise ValueError(f"it has layers that keep something else than keys and values: {', '.join(sorted(other))}")

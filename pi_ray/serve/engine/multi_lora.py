@@ -1,12 +1,8 @@
-"""Several LoRA adapters in one batch: every adapted linear layer holds all loaded adapters stacked, and each row of the
-batch has its own adapter.
+"""Several LoRA adapters in one batch: every adapted linear layer holds them stacked, and each row has its own.
 
 A decoding step takes two batched matrix products a layer, however many adapters take part: the rows of each adapter,
-padded to the largest group, times the stacked A, times the stacked B (cf. Punica, Chen et al. 2023, and S-LoRA, Sheng
-et al. 2023).
+padded to the largest group, times the stacked A, times the stacked B (Punica, Chen 2023; S-LoRA, Sheng 2023).
 """
-
-from __future__ import annotations
 
 import math
 from collections import OrderedDict
@@ -39,7 +35,7 @@ class LoadedAdapter(NamedTuple):
 class MultiLoraLayer:
     """Stacked weights of one linear layer: `a` (slots, rank, in), `b` (slots, rank, out), padded with zeros."""
 
-    def __init__(self, linear: torch.nn.Linear, slots: int, rank: int, like: dict[str, Any], multi_lora: MultiLora):
+    def __init__(self, linear: torch.nn.Linear, slots: int, rank: int, like: dict[str, Any], multi_lora: "MultiLora"):
         self.a = torch.zeros(slots, rank, linear.in_features, **like)
         self.b = torch.zeros(slots, rank, linear.out_features, **like)
         self._multi_lora = multi_lora
@@ -69,10 +65,9 @@ class MultiLoraLayer:
 
 
 class MultiLora:
-    """Holds at most `max_loras` adapters and evicts the least recently used. Memory grows with the slots and ranks that
-    are loaded. One thread calls it.
+    """Holds at most `max_loras` adapters and evicts the least recently used. Memory grows with what is loaded.
 
-    `set_active_slots` says which adapter each row of the next forward pass of `base` has.
+    One thread calls it. `set_active_slots` says which adapter each row of the next forward pass of `base` has.
     """
 
     def __init__(self, base: Any, max_loras: int):
@@ -102,10 +97,8 @@ class MultiLora:
     def load(self, folder: str, in_use: Collection[str] = ()) -> int:
         """Load `folder` if need be -> its slot; "" is the bare base. Raises AdapterError where it does not fit."""
         if self.merged and folder != self.merged:
-            raise AdapterError(
-                "this server has one adapter merged into the base model (serve.merge) and serves it alone; "
-                f"{'no other one' if folder else 'not the bare base'}"
-            )
+            merged = "one adapter merged into the base model (serve.merge) and serves it alone"
+            raise AdapterError(f"this server has {merged}; {'no other one' if folder else 'not the bare base'}")
         if self.merged or not folder:
             return BASE_SLOT
         if folder in self._loaded:
@@ -131,9 +124,8 @@ class MultiLora:
         """Add `folder` into the base weights for good; it alone is served then. May raise AdapterError."""
         pairs = self._read(folder)
         if not all(self._linears[name].weight.is_floating_point() for name in pairs):
-            raise AdapterError(
-                "an adapter cannot be merged into quantised weights; leave serve.merge or model.quantize out"
-            )
+            cure = "leave serve.merge or model.quantize out"
+            raise AdapterError(f"an adapter cannot be merged into quantised weights; {cure}")
         for name, (a, b) in pairs.items():
             linear = self._linears[name]
             weight = get_weight(linear)
@@ -205,9 +197,8 @@ def _check_fit(module: str, side: str, shape: Sequence[int], layers: dict[str, t
     if module not in layers:
         raise AdapterError(f"it adapts {module!r}, which the base model does not have as a linear layer")
     if EXPERT_LAYER in module:
-        raise AdapterError(
-            f"it adapts {module!r}, one expert of several; adapters of single experts can be evaluated but not served"
-        )
+        limit = "adapters of single experts can be evaluated but not served"
+        raise AdapterError(f"it adapts {module!r}, one expert of several; {limit}")
     layer = layers[module]
     expected, found = (layer.in_features, shape[1]) if side == "A" else (layer.out_features, shape[0])
     if expected != found:

@@ -1,11 +1,7 @@
-"""Linear layers for CPU with their weights in oneDNN's own layout: the same float32 products, about twice as fast for a
-few rows as with plain weights.
+"""Linear layers for CPU with weights in oneDNN's layout: the same float32 products, for a few rows about twice as fast.
 
-torch.compile does the same with frozen weights, by the same operators, but needs a compiler. Where torch lacks these
-operators nothing changes.
+torch.compile has the same for frozen weights, but needs a compiler. Where torch lacks the operators nothing changes.
 """
-
-from __future__ import annotations
 
 import logging
 from typing import Any

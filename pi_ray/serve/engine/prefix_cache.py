@@ -1,7 +1,5 @@
 """The prefix cache: keys and values of prompts in blocks of 16 tokens, which prompts with the same beginning reuse."""
 
-from __future__ import annotations
-
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from itertools import count

@@ -1,7 +1,5 @@
 """Options of Ray Serve for the replicas that hold or front an engine: queues, autoscaling, resources, health checks."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from pi_ray.config import ServeConfig
@@ -11,18 +9,15 @@ DEFAULT_MAX_LORAS = 16  # when serve.max_loras is not set
 
 
 def replica_options(limits: ServeConfig, cluster: dict[str, float], actor_options: dict[str, Any]) -> dict[str, Any]:
-    """Options for replicas that hold the base model, each with a GPU where `cluster`, its resources, has any.
-
-    `actor_options`: Ray's, from the run file.
-    """
+    """Options for replicas that hold the base model, each with a GPU where the resources in `cluster` have any."""
     scarce = cluster.get("GPU") or cluster.get("CPU", 0)
     return {
         "max_ongoing_requests": limits.max_ongoing_requests, "max_queued_requests": limits.max_queued_requests,
         "autoscaling_config": {
-            # One starts even where none may be left: a model that cannot load then fails the deployment.
-            "initial_replicas": max(1, limits.min_replicas),
             "min_replicas": limits.min_replicas, "max_replicas": limits.max_replicas,
-            "target_ongoing_requests": limits.max_ongoing_requests * 0.75, "look_back_period_s": 15,
+            # One starts even where none may be left: a model that cannot load then fails the deployment.
+            "initial_replicas": max(1, limits.min_replicas), "look_back_period_s": 15,
+            "target_ongoing_requests": limits.max_ongoing_requests * 0.75,
             "upscale_delay_s": limits.upscale_delay_s, "downscale_delay_s": limits.downscale_delay_s,
             "downscale_to_zero_delay_s": limits.downscale_to_zero_delay_s,
         },
@@ -31,7 +26,7 @@ def replica_options(limits: ServeConfig, cluster: dict[str, float], actor_option
         "max_surge_percent": 100 if scarce > limits.max_replicas else 0,
         "health_check_period_s": HEALTH_PERIOD_S, "health_check_timeout_s": 10,
         "graceful_shutdown_timeout_s": limits.graceful_shutdown_timeout_s,
-    }  # fmt: skip
+    }
 
 
 def front_replica_options(limits: ServeConfig) -> dict[str, Any]:

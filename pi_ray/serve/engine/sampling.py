@@ -1,7 +1,5 @@
 """Sampling: each sequence's next token, which depends on its own logits, settings and random numbers alone."""
 
-from __future__ import annotations
-
 import random
 from collections.abc import Sequence
 
@@ -46,9 +44,7 @@ def _draw(logits: torch.Tensor, samplers: Sequence[Sampler], nucleus: bool) -> l
     logits = logits.float()
     shifted = logits - logits.max(-1, keepdim=True).values
     probabilities = torch.softmax(shifted / temperature.float().clamp(min=1e-6), -1)
-    order = None
-    if nucleus:
-        probabilities, order = _nucleus(probabilities, top_p)
+    probabilities, order = _nucleus(probabilities, top_p) if nucleus else (probabilities, None)
     cumulated = probabilities.double().cumsum(-1)
     total = cumulated[:, -1:]
     below_total = torch.nextafter(total, torch.zeros_like(total))
@@ -58,8 +54,7 @@ def _draw(logits: torch.Tensor, samplers: Sequence[Sampler], nucleus: bool) -> l
 
 def _nucleus(probabilities: torch.Tensor, top_p: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """(probabilities, ids), likeliest first, zero beyond the smallest set that holds top_p (Holtzman et al. 2020)."""
-    size = probabilities.shape[-1]
-    best, ids = probabilities.topk(min(PARTIAL_SORT, size))
+    best, ids = probabilities.topk(min(PARTIAL_SORT, probabilities.shape[-1]))
     if (best.double().sum(-1, keepdim=True) < top_p).any():
         best, ids = probabilities.sort(descending=True)
     likelier = best.double().cumsum(-1) - best

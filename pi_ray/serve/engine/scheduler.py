@@ -5,8 +5,6 @@
 Only the engine's decoding thread calls it.
 """
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import Sequence
 from functools import partial
@@ -123,9 +121,7 @@ class Scheduler:
 
         Returns sequences that wait again: the prefill of several failed, and each is now to be tried alone.
         """
-        for i in reversed(range(len(self.running))):
-            if self.running[i].closed:
-                self._finish(i)
+        self._finish([i for i, seq in enumerate(self.running) if seq.closed])
         retry = self._prefill() if self.num_decoding < len(self.running) else []
         self.outputs.flush()  # a first token need not wait for the other sequences' next ones
         if self.num_decoding:
@@ -174,8 +170,7 @@ class Scheduler:
     def _fail_prefill(self, sequences: Sequence[GenerationSequence], error: Exception) -> list[GenerationSequence]:
         """One of several prompts may be the cause: each is tried again alone. One that was alone fails."""
         self.failures += 1
-        for i in reversed(range(self.num_decoding, len(self.running))):
-            self._finish(i)
+        self._finish(range(self.num_decoding, len(self.running)))
         if len(sequences) == 1:
             self.outputs.put(sequences[0], error)
             return []
@@ -191,9 +186,9 @@ class Scheduler:
             self.failures = 0
         except Exception as error:
             self.failures += 1
-            for i in reversed(range(self.num_decoding)):
-                self.outputs.put(self.running[i], error)
-                self._finish(i)
+            for seq in decoding:
+                self.outputs.put(seq, error)
+            self._finish(range(len(decoding)))
             return
         self._append_tokens(0, logits)
 
@@ -214,8 +209,7 @@ class Scheduler:
             if token.id in self.eos_ids or full or self._ends_with_stop_string(seq):
                 self.outputs.put(seq, None)
                 finished.append(i)
-        for i in reversed(finished):
-            self._finish(i)
+        self._finish(finished)
 
     def _ends_with_stop_string(self, seq: GenerationSequence) -> bool:
         """Whether the last token completed a stop string, which has at most as many tokens as bytes."""
@@ -226,15 +220,16 @@ class Scheduler:
         tail = self.tokenizer.decode(seq.output_ids[-num_tokens:], skip_special_tokens=True)
         return any(s in tail for s in stop)
 
-    def _finish(self, i: int) -> None:
-        """Free row i: the last decoding sequence moves there, and the last of all into the row that this leaves."""
-        if i < self.num_decoding:
-            self.num_decoding -= 1
-            self._move(self.num_decoding, i)
-            i = self.num_decoding
-        self._move(len(self.running) - 1, i)
-        self.kv_cache.pop_row()
-        self.running.pop()
+    def _finish(self, rows: Sequence[int]) -> None:
+        """Free rows, given in order: the last decoding sequence moves there, and the last of all to where that was."""
+        for i in reversed(rows):
+            if i < self.num_decoding:
+                self.num_decoding -= 1
+                self._move(self.num_decoding, i)
+                i = self.num_decoding
+            self._move(len(self.running) - 1, i)
+            self.kv_cache.pop_row()
+            self.running.pop()
 
     def _move(self, source: int, target: int) -> None:
         if source != target:

@@ -1,5 +1,4 @@
-"""The engine `vllm`: Ray Serve LLM runs vLLM in a deployment of its own, which nothing but our Model deployment can
-reach.
+"""The engine `vllm`: Ray Serve LLM runs vLLM in a deployment of its own, which our Model deployment alone can reach.
 
     client -> Api (keys, limits) -> Model (names, verification, prompt ids) -> Vllm (Ray's LLMServer: tokens)
 
@@ -7,8 +6,6 @@ Ray's own OpenAI ingress (`build_openai_app`) is not used: it would answer witho
 never saw, and download adapters that nobody verified. Instead its LLMServer is called by handle, prompt ids in, token
 ids out, and `VerifiedDownloader` gives it adapter folders that passed our checks on its machine.
 """
-
-from __future__ import annotations
 
 import asyncio
 import json
@@ -52,25 +49,21 @@ class VllmEngine:
         try:
             from ray.serve.llm import LLMConfig, build_llm_deployment
         except ImportError as error:
-            reason = str(error).splitlines()[0]
-            raise MissingExtraError(
-                f"serve.engine vllm needs vLLM: pip install 'pi-ray[vllm]', on a machine with a GPU ({reason})"
-            ) from error
+            cure = f"pip install 'pi-ray[vllm]', on a machine with a GPU ({str(error).splitlines()[0]})"
+            raise MissingExtraError(f"serve.engine vllm needs vLLM: {cure}") from error
         if ray.is_initialized() and not ray.cluster_resources().get("GPU"):
             needs = "needs a GPU, and the Ray cluster has none; take serve.engine transformers"
             raise ConfigError(f"serve.engine vllm {needs}")
-        return build_llm_deployment(
-            LLMConfig(**llm_config_arguments(config)),
-            bind_kwargs={"model_downloader": partial(VerifiedDownloader, config.store, config.model)},
-            override_serve_options={"name": DEPLOYMENT_NAME},
-        )
+        bound = {"model_downloader": partial(VerifiedDownloader, config.store, config.model)}
+        options, arguments = {"name": DEPLOYMENT_NAME}, LLMConfig(**llm_config_arguments(config))
+        return build_llm_deployment(arguments, bind_kwargs=bound, override_serve_options=options)
 
     async def generate(self, request: GenerationRequest) -> AsyncIterator[Token]:
         """Closing the iterator aborts the request in vLLM."""
         adapter = adapter_spec(request.adapter)
         handle = self._handle.options(stream=True, multiplexed_model_id=adapter)
-        fields = completion_fields(request)
-        response = handle.completions.remote(self._completion_request(model=adapter or BASE_ID, **fields))
+        body = self._completion_request(model=adapter or BASE_ID, **completion_fields(request))
+        response = handle.completions.remote(body)
         try:
             async for answer in response:
                 for event in answer if isinstance(answer, list) else [answer]:
@@ -85,21 +78,18 @@ def llm_config_arguments(config: RunConfig) -> dict[str, Any]:
     """Arguments of ray.serve.llm.LLMConfig: the model, what the store's adapters need, and the serve block's limits."""
     model, limits = config.model, config.serve
     if limits.merge:
-        raise ConfigError(
-            "serve.merge is not for serve.engine vllm, which keeps adapters apart from the base; leave it out, or take "
-            "serve.engine transformers"
-        )
+        cure = "leave it out, or take serve.engine transformers"
+        raise ConfigError(f"serve.merge is not for serve.engine vllm, which keeps adapters apart from the base; {cure}")
     max_loras = limits.max_loras or DEFAULT_MAX_LORAS
     adapters, rank = _adapters_and_rank(AdapterStore(config.store, model), config.train.lora.rank)
     engine = {
         "dtype": "bfloat16" if model.dtype == "auto" else model.dtype, "trust_remote_code": False,
         "max_num_seqs": limits.max_ongoing_requests, "enable_prefix_caching": limits.prefix_cache_mb > 0,
         # In one batch: one more than there are, so that a new version can answer beside the old one.
-        "enable_lora": True, "max_loras": min(max_loras, adapters + 1),
-        "max_cpu_loras": max_loras, "max_lora_rank": rank,
-        **({"revision": model.revision} if model.revision else {}),
+        "max_loras": min(max_loras, adapters + 1), "enable_lora": True, "max_cpu_loras": max_loras,
+        "max_lora_rank": rank, **({"revision": model.revision} if model.revision else {}),
         **({"quantization": "bitsandbytes"} if model.quantize else {}),
-    }  # fmt: skip
+    }
     deployment = replica_options(limits, {}, {})  # no surge: seldom is there a spare GPU
     options = placement.worker_options(config, "serve")
     kept = ("num_cpus", "memory", "resources")  # no GPUs, which vLLM's workers take
@@ -148,7 +138,7 @@ class VerifiedDownloader:
         return SimpleNamespace(
             model_id=lora_model_id, local_path=str(adapter.path), lora_assigned_int_id=next(self._numbers),
             max_total_tokens=None,
-        )  # fmt: skip
+        )
 
 
 def completion_fields(request: GenerationRequest) -> dict[str, Any]:
@@ -158,7 +148,7 @@ def completion_fields(request: GenerationRequest) -> dict[str, Any]:
         "temperature": request.temperature, "top_p": request.top_p, "seed": request.seed, "stop": list(request.stop),
         "logprobs": request.logprobs, "add_special_tokens": False, "return_token_ids": True,
         "return_tokens_as_token_ids": request.logprobs is not None,
-    }  # fmt: skip
+    }
 
 
 def parse_tokens(event: Any, top: int | None) -> Iterator[Token]:
@@ -180,5 +170,4 @@ def parse_tokens(event: Any, top: int | None) -> Iterator[Token]:
 def _with_logprobs(token: int, logprobs: dict[str, Any], place: int, top: int) -> Token:
     likeliest = (logprobs["top_logprobs"][place] or {}).items()
     by_id = [(int(name.removeprefix("token_id:")), value) for name, value in likeliest]
-    best = sorted(by_id, key=lambda each: -each[1])
-    return Token(token, logprobs["token_logprobs"][place], tuple(best[:top]))
+    return Token(token, logprobs["token_logprobs"][place], tuple(sorted(by_id, key=lambda each: -each[1])[:top]))
