@@ -1,5 +1,4 @@
-"""Serving on Ray Serve: app.py starts deployment.py's two deployments, the HTTP ingress (http/) and model replicas
-(engine/).
+"""Serving on Ray Serve: app.py starts deployment.py's two deployments, an HTTP ingress (http/) and replicas (engine/).
 
 chat.py runs the same engine on a terminal, without Ray. engine/ imports neither http/ nor this folder.
 """

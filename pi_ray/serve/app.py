@@ -1,7 +1,5 @@
 """Starts the server: `run_server` in the foreground, `deploy` for `serve deploy serve/app.yaml` and KubeRay."""
 
-from __future__ import annotations
-
 import json
 import logging
 import os
@@ -37,11 +35,10 @@ def bearer_key(config: RunConfig, required: bool = False) -> str:
     if file:
         load_keys(Path(file))  # an error is raised here, not in a replica's log
     if not key and not file and (required or not auth.is_loopback(server_url(config))):
-        raise ConfigError(
-            f"serve.host is {config.serve.host}: a server that other machines can reach needs a key. Set it in the "
-            f'environment, for example export {env}="$(openssl rand -hex 32)", name a file of '
-            "keys in serve.keys_file ('pi-ray key' makes them), or set serve.host to 127.0.0.1"
-        )
+        example = f'Set it in the environment, for example export {env}="$(openssl rand -hex 32)"'
+        others = "name a file of keys in serve.keys_file ('pi-ray key' makes them), or set serve.host to 127.0.0.1"
+        problem = f"serve.host is {config.serve.host}: a server that other machines can reach needs a key"
+        raise ConfigError(f"{problem}. {example}, {others}")
     return key
 
 
@@ -51,10 +48,7 @@ def server_url(config: RunConfig) -> str:
 
 
 def deploy(args: dict[str, str]) -> serve.Application:
-    """Application builder for `serve deploy` and KubeRay: `args: {run: path/to/run.yaml}`.
-
-    Always needs a key: a cluster's proxies bind all interfaces.
-    """
+    """For `serve deploy`, with `args: {run: FILE}`. Always needs a key: a cluster's proxies bind all interfaces."""
     if "run" not in args:
         raise ConfigError("args.run is missing: the run.yaml whose store and base model are to be served")
     config = run_file.load_run_file(args["run"])
@@ -109,17 +103,13 @@ def _check_port(config: RunConfig) -> None:
 def _start_proxies(config: RunConfig) -> None:
     """Start Serve's proxies. Raises ConfigError when Serve already runs on another address, which it would keep."""
     host, port, limit = config.serve.host, config.serve.port, config.serve.request_timeout_s + 5
-    serve.start(
-        proxy_location="EveryNode",
-        http_options={"host": host, "port": port, "keep_alive_timeout_s": 30, "request_timeout_s": limit},
-        logging_config={"log_level": "WARNING", "enable_access_log": False},
-    )
+    options = {"host": host, "port": port, "keep_alive_timeout_s": 30, "request_timeout_s": limit}
+    logging_config = {"log_level": "WARNING", "enable_access_log": False}
+    serve.start(proxy_location="EveryNode", http_options=options, logging_config=logging_config)
     client = serve.context._get_global_client()
     if client and (client.http_config.host, client.http_config.port) != (host, port):
-        raise ConfigError(
-            f"Ray Serve already runs at {client.http_config.host}:{client.http_config.port}; stop it with "
-            "'serve shutdown', or set serve.host and serve.port to that"
-        )
+        cure = "stop it with 'serve shutdown', or set serve.host and serve.port to that"
+        raise ConfigError(f"Ray Serve already runs at {client.http_config.host}:{client.http_config.port}; {cure}")
     _check_proxy_timeout(config)
 
 
@@ -128,11 +118,9 @@ def _check_proxy_timeout(config: RunConfig) -> None:
     client = serve.context._get_global_client(raise_if_no_controller_running=False) if ray.is_initialized() else None
     limit, allowed = client.http_config.request_timeout_s if client else None, config.serve.request_timeout_s
     if limit and limit <= allowed:
-        log.warning(
-            "Serve's proxies cut a request off after %g s, serve.request_timeout_s allows %g s: set "
-            "http_options.request_timeout_s of serve/app.yaml to %g and start Serve anew",
-            limit, allowed, allowed + 5,
-        )  # fmt: skip
+        cure = f"set http_options.request_timeout_s of serve/app.yaml to {allowed + 5:g} and start Serve anew"
+        allows = f"serve.request_timeout_s allows {allowed:g} s"
+        log.warning("Serve's proxies cut a request off after %g s, %s: %s", limit, allows, cure)
 
 
 def usage_text(config: RunConfig, model: str = "", query: str = "YOUR QUERY") -> str:

@@ -1,7 +1,5 @@
 """Chat on the terminal with one adapter, without Ray: the engine runs in this process, on a server's ids."""
 
-from __future__ import annotations
-
 import asyncio
 import sys
 import time
@@ -18,10 +16,7 @@ from pi_ray.serve.engine.completion import Completer, CompletionRequest, Refused
 from pi_ray.store.adapters import Adapter, AdapterStore
 from pi_ray.store.verify import verify_adapter
 
-HELP = (
-    "Each line is one query, sent alone: earlier ones are not remembered.  "
-    "/quit or Ctrl-D ends, Ctrl-C stops an answer."
-)
+HELP = "A line is one query, sent alone: no earlier one is remembered.  /quit or Ctrl-D ends, Ctrl-C stops an answer."
 
 
 def resolve_target(target: str, overrides: Sequence[str]) -> tuple[RunConfig, Adapter]:
@@ -38,11 +33,8 @@ def resolve_target(target: str, overrides: Sequence[str]) -> tuple[RunConfig, Ad
     config = run_file.parse_run_file("name: chat", "chat", overrides)
     store = AdapterStore(config.store)
     if target.partition("@")[0] not in store.names():
-        known = ", ".join(store.names()) or "none yet"
-        raise AdapterError(
-            f"'{target}' is neither a run directory nor an adapter in {config.store}, where there are: {known}. "
-            "Another store: store=FOLDER"
-        )
+        known = f"where there are: {', '.join(store.names()) or 'none yet'}. Another store: store=FOLDER"
+        raise AdapterError(f"'{target}' is neither a run directory nor an adapter in {config.store}, {known}")
     card = store.open(target).card
     config = config.replace(**{"model.base": card["base"], "model.revision": card.get("revision", "")})
     return config, AdapterStore(config.store, config.model).open(target)

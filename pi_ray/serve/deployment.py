@@ -1,14 +1,10 @@
-"""The two Serve deployments: `Model` replicas, each with its own engine, and the ingress `Api`, which calls them by
-handle.
+"""The two Serve deployments: `Model` replicas, each with an engine, and the ingress `Api`, which calls them by handle.
 
     client -> proxy -> Api (HTTP, key, limits) -> bounded queue -> Model (engine, adapters)
 
-A request prefers a replica that has loaded its adapter: the handle names the adapter, replicas report to Serve which
-ones they have (`serve.multiplexed`, with the engine's own limit `serve.max_loras`). When those are busy, another one
-takes it.
+A request prefers a replica that has its adapter: the handle names it, and replicas report to Serve which ones they have
+(`serve.multiplexed`, with the engine's own limit `serve.max_loras`). When those are busy, another one takes it.
 """
-
-from __future__ import annotations
 
 import asyncio
 import logging
@@ -57,8 +53,7 @@ class Model:
         if not torch.cuda.is_available():  # Ray gives an actor one thread; a CPU replica needs its share of the machine
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // config.serve.max_replicas))
         self.engine = engines[config.serve.engine](config.model, config.serve)
-        tokenizer = load_tokenizer(config.model)
-        self.completer = Completer(config, self.engine, tokenizer, context_length(config.model))
+        self.completer = Completer(config, self.engine, load_tokenizer(config.model), context_length(config.model))
         if config.serve.merge:
             self.completer.merge(config.serve.merge)
         max_loras = config.serve.max_loras or DEFAULT_MAX_LORAS
@@ -175,6 +170,6 @@ def build_application(config: RunConfig, digest: str = "") -> serve.Application:
         name="Api", num_replicas=config.serve.api_replicas, max_ongoing_requests=API_REQUESTS,
         max_queued_requests=API_REQUESTS, ray_actor_options={"num_cpus": 0},
         graceful_shutdown_timeout_s=config.serve.graceful_shutdown_timeout_s, max_surge_percent=100,
-    )  # fmt: skip
+    )
     # the model is bound only so that Serve deploys it: create_ingress finds it by name
     return ingress(serve.ingress(create_ingress)()).bind(model)

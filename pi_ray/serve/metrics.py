@@ -1,11 +1,8 @@
 """Prometheus metrics of the server, through Ray's own exporter: nothing is served on the public port.
 
-Every node's Ray agent shows all metrics of its processes at its metrics export port, under the names of METRICS with
-`ray_` before them. `Traffic` counts in the ingress: MetricsMiddleware around the whole API, `watch` around each
-completion. A replica counts with `Metrics.report_engine`.
+Every node's Ray agent shows its processes' METRICS at its metrics export port, with `ray_` before their names.
+The ingress counts in `Traffic`, a replica with `Metrics.report_engine`.
 """
-
-from __future__ import annotations
 
 import asyncio
 import logging
@@ -48,12 +45,12 @@ METRICS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "pi_ray_engine_rows": ("Gauge", "rows that a replica's engine decodes at this moment", ()),
     "pi_ray_prefix_hit_tokens_total": ("Counter", "prompt tokens taken from a replica's prefix cache", ()),
     "pi_ray_replica_start_seconds": ("Gauge", "how long a replica took to load base model and tokenizer", ()),
-}  # fmt: skip
+}
 ENGINE_METRICS = {  # key of an engine's stats() -> metric
     "adapter_hits": "pi_ray_adapter_hits_total", "adapter_misses": "pi_ray_adapter_misses_total",
     "adapter_evictions": "pi_ray_adapter_evictions_total", "prefix_hit_tokens": "pi_ray_prefix_hit_tokens_total",
     "adapters": "pi_ray_adapters", "waiting": "pi_ray_engine_waiting", "active": "pi_ray_engine_rows",
-}  # fmt: skip
+}
 FULL_PROMPTS = {"stripped", "drifted"}  # values of "prompt" in the first event of Completer.complete
 
 

@@ -1,7 +1,5 @@
 """The FastAPI app: OpenAI's API over any backend that lists models and completes requests, and the page at /."""
 
-from __future__ import annotations
-
 import asyncio
 import base64
 import hashlib
@@ -55,12 +53,11 @@ def create_api(backend: CompletionBackend, serve: ServeConfig, digest: str = "")
     api.add_middleware(AuthMiddleware, keys=ApiKeys(digest, serve.keys_file))
     for kind in (RefusedError, PiRayError, HTTPException, Exception):
         api.add_exception_handler(kind, lambda request, error: _error_response(_as_refused(error)))
+    api.get("/")(get_page)
 
     @api.get("/healthz")
     async def health() -> dict[str, str]:
         return {"status": "ok"}
-
-    api.get("/")(get_page)
 
     @api.get("/v1/models")
     async def models(request: Request) -> dict[str, Any]:
@@ -130,10 +127,8 @@ class AuthMiddleware:
         if not self.keys:
             if all(_is_local(value.decode("latin-1")) for name, value in headers if name in (b"host", b"origin")):
                 return UNRESTRICTED
-            raise RefusedError(
-                403, "a server without keys answers its own machine alone, as http://127.0.0.1 or http://localhost; "
-                "give it a key (serve.api_key_env)", code="key_required",
-            )
+            cure = "as http://127.0.0.1 or http://localhost; give it a key (serve.api_key_env)"
+            raise RefusedError(403, f"a server without keys answers its own machine alone, {cure}", code="key_required")
         key = self.keys.find(next((value for name, value in headers if name == b"authorization"), b""))
         if key is None:
             raise RefusedError(401, "a valid key is required: 'Authorization: Bearer KEY'", code="invalid_api_key")

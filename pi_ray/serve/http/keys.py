@@ -3,11 +3,8 @@
     # serve.keys_file, YAML or JSON: the digest of a key -> its holder, and the models it may use (all when left out)
     "9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08": {name: team-a, adapters: [colours, shapes]}
 
-`pi-ray key team-a --adapters colours` makes a key and such a line. The file is read again when it changes, so that a
-key can be taken back while serving.
+`pi-ray key team-a --adapters colours` makes both. The server reads a changed file again, so a key can be taken back.
 """
-
-from __future__ import annotations
 
 import hashlib
 import hmac
@@ -96,8 +93,7 @@ def load_keys(file: Path) -> dict[str, ApiKey]:
     try:
         data = yaml.safe_load(file.read_text(encoding="utf-8"))
     except OSError as error:
-        message = f"serve.keys_file {file}: {error.strerror}; 'pi-ray key NAME' prints a line for it"
-        raise ConfigError(message) from None
+        raise ConfigError(f"serve.keys_file {file}: {error.strerror}; 'pi-ray key NAME' prints a line for it") from None
     except (yaml.YAMLError, UnicodeDecodeError):
         raise ConfigError(f"serve.keys_file {file}: not valid YAML or JSON") from None
     if not isinstance(data, dict):
@@ -107,10 +103,8 @@ def load_keys(file: Path) -> dict[str, ApiKey]:
     for number, (digest, entry) in enumerate(data.items(), 1):
         where = f"serve.keys_file {file}, entry {number}"
         if not isinstance(digest, str) or not DIGEST.fullmatch(digest):
-            raise ConfigError(
-                f"{where}: a key stands there as its sha256 in 64 lower-case hex digits, never as itself; "
-                "'pi-ray key NAME' prints such a line"
-            )
+            shape = "as its sha256 in 64 lower-case hex digits, never as itself; 'pi-ray key NAME' prints such a line"
+            raise ConfigError(f"{where}: a key stands there {shape}")
         try:
             keys[digest] = ApiKey.model_validate(entry)
         except ValidationError:

@@ -1,7 +1,5 @@
 """OpenAI's schemas: request bodies, validated before anything else happens, and responses, whole and in chunks."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -23,7 +21,7 @@ UNSUPPORTED_FIELDS: dict[str, tuple[Any, ...]] = {
     # other servers' own
     "top_k": (0, -1), "min_p": (0,), "repetition_penalty": (1,), "min_tokens": (0,), "ignore_eos": (False,),
     "guided_json": (), "guided_regex": (), "guided_choice": (), "guided_grammar": (), "structured_outputs": (),
-}  # fmt: skip
+}
 
 
 class TextPart(BaseModel):
@@ -92,7 +90,7 @@ class RequestBody(BaseModel, extra="allow"):
                 sticky_key=self.user or request_id, full_prompt=bool(self.pi_ray and self.pi_ray.full_prompt),
             )
             for history, query in prompts
-        ]  # fmt: skip
+        ]
         return [choice for request in requests for choice in request.for_choices(self.choices)]
 
 
@@ -199,7 +197,7 @@ class CompletionFormat:
             "tokens": [e["token"] for e in entries], "token_logprobs": [e["logprob"] for e in entries],
             "top_logprobs": tops if any(e["top"] for e in entries) else None,
             "text_offset": [e["offset"] for e in entries],
-        }  # fmt: skip
+        }
 
 
 def _token(entry: dict[str, Any]) -> dict[str, Any]:

@@ -1,7 +1,5 @@
 """Streams of events: several answers to one HTTP request as one, their token usage, and pieces of text joined."""
 
-from __future__ import annotations
-
 import asyncio
 import time
 from collections.abc import Callable, Sequence
@@ -63,7 +61,7 @@ class UsageCounter:
         return {
             "prompt_tokens": self._prompt, "completion_tokens": self._completion,
             "total_tokens": self._prompt + self._completion, "prompt_tokens_saved": self._saved,
-        }  # fmt: skip
+        }
 
 
 class StreamCoalescer:
