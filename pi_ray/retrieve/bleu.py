@@ -7,8 +7,6 @@ s(y_i, y_j) of paper equation 3: the candidate y_j is the hypothesis and the row
 scores high when it says what the row needs.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Candidates: the bank texts whose vectors are nearest to a query's, from FAISS. The score then ranks them."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

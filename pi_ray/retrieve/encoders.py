@@ -1,7 +1,5 @@
 """Text -> unit vectors, by which FAISS proposes candidates: hashed n-grams or a sentence-transformers model."""
 
-from __future__ import annotations
-
 import importlib.util
 from collections.abc import Sequence
 from functools import cached_property
@@ -14,6 +12,7 @@ from pi_ray.config import RetrieveConfig
 from pi_ray.errors import MissingExtraError
 from pi_ray.models import name_load_errors
 from pi_ray.protocols import Encoder
+from pi_ray.registry import encoders
 from pi_ray.retrieve.ngrams import ORDER, number_words, words_13a
 
 # name -> (python package that carries the model, folder inside it, hub id of the same model)
@@ -31,14 +30,12 @@ class ConfiguredEncoder:
 
     @cached_property
     def encoder(self) -> Encoder:
-        from pi_ray.registry import encoders
-
         return encoders[self.config.encoder](self.config)
 
     def encode(self, texts: Sequence[str]) -> np.ndarray:
         return self.encoder.encode(texts)
 
-    def __reduce__(self) -> tuple[type[ConfiguredEncoder], tuple[RetrieveConfig]]:
+    def __reduce__(self) -> tuple[type, tuple[RetrieveConfig]]:
         return ConfiguredEncoder, (self.config,)
 
 
@@ -84,11 +81,8 @@ class SentenceEncoder:
     """A sentence-transformers model on the CPU, such as all-MiniLM-L6-v2."""
 
     def __init__(self, config: RetrieveConfig):
-        try:
-            from sentence_transformers import SentenceTransformer
-        except ImportError:
-            cure = "pip install sentence-transformers"
-            raise MissingExtraError(f"retrieve.encoder 'sentence-transformers' needs: {cure}") from None
+        from sentence_transformers import SentenceTransformer  # it takes seconds
+
         with name_load_errors(f"retrieve.encoder_model '{config.encoder_model}'"):
             self.model = SentenceTransformer(_resolve(config.encoder_model), device="cpu", trust_remote_code=False)
 
@@ -103,8 +97,6 @@ def _resolve(name: str) -> str:
     package, folder, hub_id = PACKAGED[name]
     spec = importlib.util.find_spec(package)  # found, not imported
     if spec is None or not spec.submodule_search_locations:
-        raise MissingExtraError(
-            f"encoder model '{name}' is carried by a package that is not installed: "
-            f"pip install {package.replace('_', '-')}, or set retrieve.encoder_model to the hub id {hub_id}"
-        )
+        cure = f"pip install {package.replace('_', '-')}, or set retrieve.encoder_model to the hub id {hub_id}"
+        raise MissingExtraError(f"encoder model '{name}' is carried by a package that is not installed: {cure}")
     return str(Path(spec.submodule_search_locations[0]) / folder)

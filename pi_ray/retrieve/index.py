@@ -1,7 +1,5 @@
 """The index of an example bank by a score: what all scores have in common, and the cosine, which needs no more."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np
@@ -58,7 +56,8 @@ class ScoreIndex:
         for some in (slice(begin, begin + step) for begin in range(0, len(references), step)):
             near = None if among is None else among[some]
             found = self.scores(references[some], None if near is None else np.maximum(near, 0))
-            kernel.keep_best(found, self._positions(near, len(found)), self.groups, own[some], ids[some], best[some])
+            positions = self._positions(near, len(found))
+            kernel.top_of_scores(found, positions, self.groups, own[some], ids[some], best[some])
 
     def _positions(self, candidates: np.ndarray | None, rows: int) -> np.ndarray:
         """`candidates`, or the whole bank for each row. int64."""

@@ -1,13 +1,10 @@
-"""Compiled loops of retrieval: BLEU of pairs of texts, and the k best of a bank. They release the GIL, so threads run
-side by side.
+"""Compiled loops of retrieval, which release the GIL: BLEU of pairs of texts, and the k best of a bank.
 
 A product of precisions needs no logarithms: BLEU to the power of its order is factor(length) x matches, where the order
 is four or, for texts with fewer tokens, their number. The root is taken only of scores that may be among the k best.
 `bank` and `asked` are the NgramCounts of the bank and of the references. The bank's arrays are read-only, since
 processes share them; everything else may be written to.
 """
-
-from __future__ import annotations
 
 import numpy as np
 from numba import njit
@@ -30,7 +27,7 @@ def offer(ids, scores, filled, position, score):
 
 
 @njit(nogil=True, cache=True)
-def keep_best(found, positions, groups, q_groups, ids, scores):
+def top_of_scores(found, positions, groups, q_groups, ids, scores):
     """As `bleu_top`, of bank texts positions[i] (-1: none) with scores found[i]."""
     for i in range(len(found)):
         filled = 0
@@ -57,16 +54,10 @@ def power(m1, m2, m3, m4, length, factor):
     """(BLEU / 100) ** order, 0 without a matching word. The i-th order without a match counts as 1/2^i of one."""
     if m1 == 0:
         return 0.0
-    smooth, value = 1.0, m1 * factor
-    if length > 1:
-        smooth *= 1.0 if m2 else 0.5
-        value *= m2 if m2 else smooth
-    if length > 2:
-        smooth *= 1.0 if m3 else 0.5
-        value *= m3 if m3 else smooth
-    if length > 3:
-        smooth *= 1.0 if m4 else 0.5
-        value *= m4 if m4 else smooth
+    smooth, value, higher = 1.0, m1 * factor, (m2, m3, m4)
+    for n in range(min(length, ORDER) - 1):
+        smooth *= 1.0 if higher[n] else 0.5
+        value *= higher[n] if higher[n] else smooth
     return value
 
 

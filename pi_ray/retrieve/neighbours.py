@@ -6,13 +6,10 @@ EXACT_ROWS is searched whole; in a larger one the score ranks what FAISS propose
 row with the same query, which would hand over the answer.
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from heapq import nsmallest
-from typing import TYPE_CHECKING, Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -23,13 +20,8 @@ from pi_ray.retrieve.candidates import Candidates
 from pi_ray.retrieve.encoders import ConfiguredEncoder
 from pi_ray.retrieve.ngrams import hash_texts
 
-if TYPE_CHECKING:
-    from pi_ray.retrieve.index import ScoreIndex
-
 # Two cores find the ten best of so many answers in 40 seconds, FAISS in a fourteenth of that (tests/bench/retrieval.py)
 EXACT_ROWS = 100_000
-
-Side = Literal["answer", "query"]
 
 
 def normalised(query: str) -> str:
@@ -37,8 +29,7 @@ def normalised(query: str) -> str:
     return " ".join(query.casefold().split())
 
 
-@dataclass(frozen=True)
-class Neighbours:
+class Neighbours(NamedTuple):
     """Bank ids, best first, and their scores (0 to 100)."""
 
     ids: list[str]
@@ -61,10 +52,10 @@ def scores_all_pairs(config: RetrieveConfig, rows: int) -> bool:
 class Bank:
     """Training rows, indexed by one side. Processes of a node that get it from Ray's object store share its arrays."""
 
-    def __init__(self, rows: Iterable[Row], config: RetrieveConfig, by: Side = "answer"):
+    def __init__(self, rows: Iterable[Row], config: RetrieveConfig, by: Literal["answer", "query"] = "answer"):
         # numba and scipy load with them, so only where a bank is made
         from pi_ray.retrieve.bleu import BleuIndex
-        from pi_ray.retrieve.index import CosineIndex
+        from pi_ray.retrieve.index import CosineIndex, ScoreIndex
         from pi_ray.retrieve.rouge import RougeIndex
 
         # position follows id, so that a tie goes to the smaller id
@@ -94,18 +85,14 @@ class Bank:
         count = max(self.config.candidates, k) if self.config.diversity or not exact else k
         while todo:
             asked = [rows[i] for i in todo]
-            positions, scores = self._rank(asked, count if self.config.diversity else k, None if exact else count)
+            texts, groups = [getattr(r, self.by) for r in asked], _groups(r.query for r in asked)
+            among = None if exact or self.candidates is None else self.candidates.nearest(texts, count)
+            positions, scores = self.index.top(texts, count if self.config.diversity else k, groups, among)
             for i, near, values in zip(todo, positions, scores, strict=True):
                 found[i] = self._choose(near[near >= 0], values[near >= 0], k)
             todo = [i for i in todo if len(found[i].ids) < k] if count < len(self.ids) else []
             count *= 4  # rows that are left out took too many places
         return [found[i] for i in range(len(rows))]
-
-    def _rank(self, rows: Sequence[Row], count: int, proposed: int | None) -> tuple[np.ndarray, np.ndarray]:
-        """Positions and scores of the `count` best: among so many that FAISS proposes, or (None) in the whole bank."""
-        texts, groups = [getattr(r, self.by) for r in rows], _groups(r.query for r in rows)
-        among = None if proposed is None or self.candidates is None else self.candidates.nearest(texts, proposed)
-        return self.index.top(texts, count, groups, among)
 
     def _choose(self, positions: np.ndarray, scores: np.ndarray, k: int) -> Neighbours:
         """The first k; with retrieve.diversity the first k that are not too near to a better one."""

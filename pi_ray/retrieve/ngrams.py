@@ -3,12 +3,10 @@
 A number stands for one n-gram of the bank; numbers of one order follow each other, so `bounds` tells a number's order.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Sequence
 from hashlib import blake2b
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 
@@ -60,12 +58,13 @@ class NgramCounts(NamedTuple):
     times: np.ndarray  # int32
     lengths: np.ndarray  # int64, (texts,), in tokens
 
-    def take(self, texts: np.ndarray) -> NgramCounts:
+    def take(self, texts: np.ndarray) -> Self:
         """The counts of the texts at these positions, in this order."""
         sizes = np.diff(self.indptr)[texts]
         indptr = np.concatenate([[0], np.cumsum(sizes)])
         places = np.arange(indptr[-1]) + np.repeat(self.indptr[texts] - indptr[:-1], sizes)
-        return NgramCounts(indptr, self.ids[places], self.times[places], self.lengths[texts])
+        ids, times, lengths = self.ids[places], self.times[places], self.lengths[texts]
+        return self._replace(indptr=indptr, ids=ids, times=times, lengths=lengths)
 
 
 class BankNgrams:

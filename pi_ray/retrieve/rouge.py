@@ -1,10 +1,7 @@
 """ROUGE-L of many pairs at once: F1 of the longest common subsequence of words (Lin, 2004), 0 to 100.
 
-Words are those of rouge-score: a-z and 0-9, lower case. The subsequence is found by bit vectors (Hyyro, 2004), 64 words
-of the reference at a time.
+Words are those of rouge-score: a-z and 0-9, lower case. Bit vectors find the subsequence (Hyyro, 2004), 64 words each.
 """
-
-from __future__ import annotations
 
 import re
 from collections.abc import Sequence
