@@ -25,18 +25,19 @@ from pi_ray.train.train_log import read_entries
 
 
 class AdapterAnswerer:
-    """The answerer of a run whose adapters lie in its directory."""
+    """The answerer of a run whose adapters lie in its directory. `model` is the base model's name in the summary."""
 
     def __init__(self, config: RunConfig):
         self.config, self.run, self.model = config, RunDir(config.root), config.model.base
 
     def fingerprint(self, columns: Sequence[Column]) -> str:
-        """Raises CorruptArtifactError for a damaged adapter."""
+        """Hash all that answers and their evaluation depend on. Raises CorruptArtifactError for a damaged adapter."""
         prepared = self.run.prepared_fingerprint()
         found = [(c.name, verify_artifact(Path(c.adapter))["fingerprint"] if c.adapter else prepared) for c in columns]
         return evaluate_fingerprint(self.config, found)
 
     def answer(self, columns: Sequence[Column], lengths: AnswerLengths, watch: RowWatch) -> dict[str, Answers]:
+        """Column -> its answers to all rows."""
         settings, encoder = self.config.evaluate, PromptEncoder(load_tokenizer(self.config.model), self.config.prompt)
         prompts = {c.name: column_prompts(c, self.run, encoder, settings.split) for c in columns}
         total = {name: len(rows) for name, (_, rows) in prompts.items()}
@@ -79,7 +80,7 @@ class AdapterAnswerer:
         return {"versions": versions, "hardware": _hardware()}
 
     def training_facts(self, config: RunConfig) -> dict[str, Any]:
-        """From the training log; a teacher's seconds and answers are counted too."""
+        """Sums over the log of the run's training, or its baseline's, with a teacher's seconds and answers."""
         log = list(read_entries(RunDir(config.root).train_log.read_bytes()))
         updates = [e for e in log if "loss" in e]
         teacher: dict[str, Any] = next((e for e in log if e.get("event") == "teacher_answers"), {})

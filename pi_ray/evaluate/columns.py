@@ -7,7 +7,7 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 from pi_ray import hosted
 from pi_ray.config import RunConfig
@@ -53,10 +53,8 @@ def trained_column(config: RunConfig) -> Column:
     if hosted.is_hosted(config):
         model = hosted.tuned_phases(config)[-1].get("model")
         if not model:
-            raise TrainingError(
-                f"{config.root}: no model was tuned with these settings; "
-                "run 'pi-ray train' (or 'pi-ray run') with this run.yaml first"
-            )
+            cure = "run 'pi-ray train' (or 'pi-ray run') with this run.yaml first"
+            raise TrainingError(f"{config.root}: no model was tuned with these settings; {cure}")
         return Column("promptintern", model, *prompts_of_columns(config)["promptintern"])
     best = RunDir(config.root).best.resolve()
     card = json.loads((best / CARD).read_text())
@@ -85,30 +83,11 @@ class AnswerLengths(NamedTuple):
     typical: int
 
 
-@dataclass(frozen=True)
-class Answers:
+class Answers(NamedTuple):
     """One column's answers in the order of the rows, with tokens and seconds of a request and results of probes."""
 
     texts: list[str]
     measured: dict[str, Any]
-
-
-class Answerer(Protocol):
-    """Answers the test rows of one run."""
-
-    model: str  # the base model's name in the summary
-
-    def fingerprint(self, columns: Sequence[Column]) -> str:
-        """Hash of everything that the answers and their evaluation depend on."""
-
-    def answer(self, columns: Sequence[Column], lengths: AnswerLengths, watch: RowWatch) -> dict[str, Answers]:
-        """Column -> its answers to all rows."""
-
-    def environment(self) -> dict[str, Any]:
-        """ "versions" of the packages that matter, and "hardware" in words."""
-
-    def training_facts(self, config: RunConfig) -> dict[str, Any]:
-        """Updates, seconds, tokens and workers of a training, `config` being the run or its baseline."""
 
 
 def answer_lengths(config: RunConfig, rows: Sequence[Row], bank: Sequence[Row] = ()) -> AnswerLengths:

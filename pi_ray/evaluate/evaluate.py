@@ -10,7 +10,7 @@ from typing import Any
 from pi_ray import hosted
 from pi_ray.config import RunConfig
 from pi_ray.evaluate.adapter_answerer import AdapterAnswerer
-from pi_ray.evaluate.columns import LABELS, Answerer, Column, RowWatch, answer_lengths, columns_of
+from pi_ray.evaluate.columns import LABELS, Column, RowWatch, answer_lengths, columns_of
 from pi_ray.evaluate.hosted_answerer import HostedAnswerer
 from pi_ray.evaluate.scoring import ScoredAnswers, output_lines, score_rows
 from pi_ray.protocols import Task
@@ -22,7 +22,7 @@ from pi_ray.run.phases import plain_finetuning_config
 
 def evaluate_run(
     config: RunConfig, watch: RowWatch = lambda column, done, total: None, columns: Sequence[Column] = (),
-    answerer: Answerer | None = None,
+    answerer: AdapterAnswerer | HostedAnswerer | None = None,
 ) -> dict[str, Any]:
     """Write eval/summary.json, samples.jsonl and outputs.jsonl, and return the summary.
 

@@ -4,9 +4,8 @@ Both are compared with the base model's own numbers, never read alone. Their lim
 
 - `perplexity` on OFF_TASK is about ordinary English prose, some 1,200 tokens of it: not other languages, code,
   following instructions or safety. A small rise may be noise. Models with different tokenizers cannot be compared.
-- `probe_leak` finds text that is repeated word for word, by a handful of questions, with greedy answers. A paraphrase,
-  a cleverer attack, sampling, or reading the weights may still give the template away. So 0 is no proof of secrecy.
-- An adapter that answers queries correctly gives away the facts in its answers: it was trained to.
+- `probe_leak` finds text repeated word for word, by a handful of questions with greedy answers. A paraphrase, another
+  attack, sampling, or reading the weights may still give the template away; right answers give away facts anyway.
 """
 
 import math
@@ -68,28 +67,27 @@ def _nats(model: Any, rows: Sequence[Sequence[int]]) -> float:
 def recited(output: str, template: str, n: int = 8) -> float:
     """Share in [0, 1] of the template's runs of `n` words that stand in `output`; case and white space do not count.
 
-    A template of fewer than `n` words is one run. Short runs, and templates of common phrases, are found by chance:
-    compare with the base model.
+    A template of fewer than `n` words is one run. Short runs and common phrases are found by chance: see the base.
     """
-    words = _words(template)
+    words = template.casefold().split()
     n = min(n, len(words))
     if not n:
         return 0.0
-    seen, wanted = set(_runs(_words(output), n)), _runs(words, n)
-    return fmean(run in seen for run in wanted)
+    seen = set(_runs(output.casefold().split(), n))
+    return fmean(run in seen for run in _runs(words, n))
 
 
 def longest_run(output: str, template: str) -> int:
     """The most words in a row of the template that `output` repeats."""
-    return SequenceMatcher(None, _words(output), _words(template), autojunk=False).find_longest_match().size
+    said, hidden = output.casefold().split(), template.casefold().split()
+    return SequenceMatcher(None, said, hidden, autojunk=False).find_longest_match().size
 
 
 def probe_leak(answer: Callable[[list[str]], list[str]], template: str) -> dict[str, Any]:
     """Ask for the template by QUESTIONS, and by its own first OPENING words (at most half of it), to be continued.
 
     `answer` maps queries to outputs. Returns "recited" and "longest_run", the largest over the outputs, and "outputs".
-    The continuation is scored against the words after the opening: an echo is no leak. Raises DataError for a template
-    without words.
+    The continuation is scored against the words after the opening: an echo is no leak. An empty template: DataError.
     """
     ends = [word.end() for word in re.finditer(r"\S+", template)]
     if not ends:
@@ -97,14 +95,8 @@ def probe_leak(answer: Callable[[list[str]], list[str]], template: str) -> dict[
     cut = ([0, *ends])[min(OPENING, len(ends) // 2)]
     hidden = [template] * len(QUESTIONS) + [template[cut:]] * bool(cut)
     outputs = answer([*QUESTIONS, *[template[:cut]] * bool(cut)])
-    return {
-        "recited": max(map(recited, outputs, hidden)), "longest_run": max(map(longest_run, outputs, hidden)),
-        "outputs": outputs,
-    }
-
-
-def _words(text: str) -> list[str]:
-    return text.casefold().split()
+    share, run = max(map(recited, outputs, hidden)), max(map(longest_run, outputs, hidden))
+    return {"recited": share, "longest_run": run, "outputs": outputs}
 
 
 def _runs(words: list[str], n: int) -> list[tuple[str, ...]]:

@@ -86,27 +86,21 @@ def compare_latencies(
 class LoadedAdapters:
     """Loads adapter folders beside `base` and switches between them. `model` is what to call."""
 
-    def __init__(self, base: Any):
-        self.base = self.model = base
-        self._names: dict[str, str] = {}  # folder -> peft name
-        self._active: str | None = None
-
-    def load(self, folder: str) -> None:
-        """Load `folder` unless it is loaded; "" is the base model."""
+    def __init__(self, base: Any, folders: Sequence[str]):
         from peft import PeftModel
 
-        if not folder or folder in self._names:
-            return
-        name = self._names[folder] = f"adapter{len(self._names) + 1}"
-        self._active = None
-        if self.model is self.base:
-            self.model = PeftModel.from_pretrained(self.base, folder, adapter_name=name)
-        else:
-            self.model.load_adapter(folder, adapter_name=name)
+        self.base = self.model = base
+        self._names = {folder: f"adapter{i}" for i, folder in enumerate(folders)}  # that peft knows them by
+        self._active: str | None = None
+        for folder, name in self._names.items():
+            if self.model is base:
+                self.model = PeftModel.from_pretrained(base, folder, adapter_name=name)
+            else:
+                self.model.load_adapter(folder, adapter_name=name)
         self.model.eval()
 
     def activate(self, folder: str) -> None:
-        """Make `model` compute with the adapter of `folder` alone, which must be loaded; "" is the base model alone."""
+        """Make `model` compute with the adapter of `folder` alone; "" is the base model alone."""
         if self.model is self.base or folder == self._active:
             return
         if folder:
@@ -144,9 +138,7 @@ class Generator:
             torch.set_num_threads(os.cpu_count() or 1)  # Ray leaves an actor one; nothing else runs in this step
         self.encoder = PromptEncoder(load_tokenizer(settings), prompt)
         self.end = self.encoder.tokenizer.eos_token_id
-        self.loaded = LoadedAdapters(load_model(settings, "cuda" if gpu else "cpu"))
-        for folder in adapters:
-            self.loaded.load(folder)
+        self.loaded = LoadedAdapters(load_model(settings, "cuda" if gpu else "cpu"), adapters)
         self.gists = {folder: load_gist(Path(folder)) for folder in adapters}
         self.lengths = lengths
         self._prefix: tuple[str, Any] = ("", None)  # the column whose prefix is cached, and its KV cache

@@ -28,7 +28,13 @@ class ScoredAnswers:
 
     def summarise_groups(self, groups: Mapping[str, int]) -> dict[str, Any]:
         """Group -> the number of its rows and their summary."""
-        return {group: {"rows": n, **self._of_group(group).summarise()} for group, n in groups.items()}
+        found = {}
+        for group, n in groups.items():
+            chosen = [i for i, row in enumerate(self.rows) if row.group == group]
+            rows, texts = [self.rows[i] for i in chosen], [self.texts[i] for i in chosen]
+            own = replace(self, rows=rows, texts=texts, scores=[self.scores[i] for i in chosen])
+            found[group] = {"rows": n, **own.summarise()}
+        return found
 
     def compare(self, other: Self) -> dict[str, list[float]]:
         """Metric -> [difference, low, high, p] of self minus `other`, which answers the same rows."""
@@ -39,11 +45,6 @@ class ScoredAnswers:
         answers = [r.answer for r in self.rows]
         found["bleu"] = paired_bleu(self.texts, other.texts, answers, self.bootstrap, self.seed)
         return {metric: list(values) for metric, values in found.items()}
-
-    def _of_group(self, group: str) -> Self:
-        chosen = [i for i, row in enumerate(self.rows) if row.group == group]
-        rows, texts = [self.rows[i] for i in chosen], [self.texts[i] for i in chosen]
-        return replace(self, rows=rows, texts=texts, scores=[self.scores[i] for i in chosen])
 
 
 def score_rows(task: Task, rows: Sequence[Row], texts: Sequence[str]) -> list[dict[str, float]]:

@@ -19,9 +19,9 @@ EXACT = 16  # up to as many rows that differ, all 2^rows sign flips are counted
 NEAR = 1e-9  # relative; sums of the same numbers in another order are ties
 NO_ROWS = "there is no row to score; the split is empty"
 
-
 Interval = tuple[float, float, float]  # value, low, high
 Difference = tuple[float, float, float, float]  # difference, low, high, p
+Score = Callable[[np.ndarray], float]  # rows of one seed, shape (rows, ...) -> a number
 
 
 def corpus_bleu(outputs: Sequence[str], answers: Sequence[str], bootstrap: int, seed: int) -> Interval:
@@ -87,15 +87,11 @@ def paired_bleu(
     return found, *_interval(resampled), (as_far + 1) / (bootstrap + 1)
 
 
-Score = Callable[[np.ndarray], float]  # rows of one seed, shape (rows, ...) -> a number
-
-
 def over_seeds(values_by_seed: Sequence[Any], bootstrap: int, seed: int, score: Score = np.mean) -> Interval:
     """The score of arrays of shape (training seeds, rows, ...).
 
     The interval covers the luck of training as well as the choice of rows: seeds are resampled, and rows, the same for
-    all seeds since each answers the same test rows. With few seeds it is too narrow: of n seeds the bootstrap sees
-    (n - 1) / n of the variance between them.
+    all seeds. With few seeds it is too narrow: of n seeds the bootstrap sees (n - 1) / n of the variance between them.
     """
     scores, drawn = _scores_over_seeds([values_by_seed], bootstrap, _rng(seed, "seeds"), score)
     return float(scores[0]), *_interval(drawn[:, 0])
@@ -113,11 +109,9 @@ def gap_recovered(columns: Sequence[Any], score: Score, bootstrap: int, seed: in
     """(value, low, high, resolved) of (PromptIntern - no template) / (full prompt - no template).
 
     `columns` are these three in this order, each of shape (seeds, rows, ...), the same rows in all; seeds may differ in
-    number (the untrained base has one). A column scores the mean over its seeds. A resample draws rows for all columns
-    alike, and seeds for each column by itself.
-
+    number. A column scores its seeds' mean. A resample draws rows for all columns alike, and seeds column by column.
     `resolved` is False, and the numbers NaN, unless the full prompt is better than no template with its 95% interval
-    above 0: otherwise there is no gap to recover at this size, and the ratio would be noise.
+    above 0: otherwise there is no gap to recover, and the ratio would be noise.
     """
     (mine, none, full), drawn = _scores_over_seeds(columns, bootstrap, _rng(seed, "gap"), score)
     gains, gaps = drawn[:, 0] - drawn[:, 1], drawn[:, 2] - drawn[:, 1]

@@ -7,9 +7,8 @@ one cache of compressed templates and, seed to seed, their preparation.
 import os
 import shutil
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, NamedTuple, Self
 
 from pydantic import Field, ValidationError, model_validator
 
@@ -67,8 +66,7 @@ class SweepConfig(Block):
         return self
 
 
-@dataclass(frozen=True)
-class SweepRun:
+class SweepRun(NamedTuple):
     """One run of a sweep: a column with one seed."""
 
     column: str
@@ -81,8 +79,7 @@ class SweepRun:
         return RunDir(self.config.root)
 
 
-@dataclass(frozen=True)
-class Sweep:
+class Sweep(NamedTuple):
     """A table file, and what it makes of its run file."""
 
     config: SweepConfig
@@ -143,5 +140,5 @@ def share_preparation(runs: Sequence[SweepRun], run: SweepRun) -> None:
 def _link(source: Path | str, target: Path | str) -> None:
     try:
         os.link(source, target)
-    except OSError:  # another file system
+    except OSError:  # a file system without links
         shutil.copy2(source, target)

@@ -192,7 +192,6 @@ def result_entries(
 
 def merge_results(path: Path, entries: Sequence[dict[str, Any]]) -> None:
     """Put entries into results.json, in place of older ones of the same numbers."""
-
     def key(entry: dict[str, Any]) -> list[str]:
         names = ("table", "column", "task", "model", "seed", "metric", "split", "train_rows", "test_rows")
         return [str(entry.get(name)) for name in names]

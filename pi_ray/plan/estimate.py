@@ -88,10 +88,8 @@ def model_size(model: ModelConfig, lora: LoraConfig, longest: float = 0) -> Mode
             net = AutoModelForCausalLM.from_config(shape)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0].rstrip(".")
-        raise ModelError(
-            f"model '{model.base}' cannot be measured: {reason}. "
-            "A folder with its config.json is enough: model.base=FOLDER"
-        ) from error
+        cure = "A folder with its config.json is enough: model.base=FOLDER"
+        raise ModelError(f"model '{model.base}' cannot be measured: {reason}. {cure}") from error
     shape, plain_batch_reason = shape.get_text_config(), why_prefix_cannot_be_shared(net, longest)
     heads = getattr(shape, "num_attention_heads", None) or 1  # recurrent models have none
     width = getattr(shape, "head_dim", None) or shape.hidden_size // heads
@@ -105,8 +103,7 @@ def model_size(model: ModelConfig, lora: LoraConfig, longest: float = 0) -> Mode
         linear=sum(m.weight.numel() for m in net.modules() if isinstance(m, torch.nn.Linear) and m.weight is not head),
         lora=_lora_weights(net, lora), layers=shape.num_hidden_layers, hidden=shape.hidden_size,
         inner=(inner or 4 * shape.hidden_size) * experts,
-        key_value=(getattr(shape, "num_key_value_heads", None) or heads) * width,
-        plain_batch_reason=plain_batch_reason,
+        key_value=(getattr(shape, "num_key_value_heads", None) or heads) * width, plain_batch_reason=plain_batch_reason,
     )
 
 

@@ -106,9 +106,8 @@ def _token_counts(task: Task, rows: Sequence[Row], config: RunConfig) -> TokenCo
     others = [*examples[1:], examples[0]]
     queries, labels = [len(encoder.row(r.query)) for r in sample], [len(encoder.answer(r.answer)) for r in sample]
     whole = [len(encoder.row(r.query, (), r.documents)) for r in sample]
-    one, two = (
-        fmean(len(encoder.row(r.query, [o] * n)) for r, o in zip(sample, others, strict=True)) for n in (1, 2)
-    )
+    pairs = list(zip(sample, others, strict=True))
+    one, two = (fmean(len(encoder.row(r.query, [other] * n)) for r, other in pairs) for n in (1, 2))
     run = RunDir(config.root)
     made = is_current(run.templates, prepare_fingerprint(config, task.fingerprint()))  # from exactly this config
     return TokenCounts(
@@ -177,12 +176,9 @@ def _phases_table(plan: Plan) -> Table:
 
 
 def _teacher(plan: Plan) -> str:
-    queries = plan.rows.get(UNLABELLED, 0)
+    queries, cure = plan.rows.get(UNLABELLED, 0), "task.queries names the file they come from"
     if not queries:
-        return (
-            "Teacher: no unlabelled queries, so it teaches on labelled rows alone; "
-            "task.queries names the file they come from"
-        )
+        return f"Teacher: no unlabelled queries, so it teaches on labelled rows alone; {cure}"
     adapter = plan.config.train.distill.teacher == "adapter"
     who = "the adapter as phase 0 leaves it" if adapter else "the base model"
     work = f"answers {queries:,} unlabelled queries with the prompt of phase 0"

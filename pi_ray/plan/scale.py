@@ -11,14 +11,11 @@ one computes, and then the sum of the gradients.
 - Storage: the base is read once (by one worker where it is sharded, else by every node), one worker writes checkpoints,
   rows take 4 bytes a token.
 
-Links reach LINK of their speed, and overlap is never perfect, so that real runs are slower.
-
-The one figure known to us of Mixtral-8x7B with LoRA on an A100 (Xia et al. 2024, arXiv 2408.04693, section III and
-Table IV: QLoRA of rank 16 on the experts, recomputing, 80 GB) is 2.6 times slower than this model says of the same
-work, an MFU of 8%: its weights are unpacked from 4 bits in each pass, and 3,000 tokens over eight experts are few.
-NVIDIA's NeMo AutoModel summary of October 2025 has 18% for LoRA on Llama 3 70B (176 of 989 TFLOP/s, 8 H100) and 23% to
-28% for training mixtures of experts of 20B to 120B (231 to 279 TFLOP/s, 8 to 64 H100, with experts in parallel);
-between nodes ZeRO-3 reaches less, since it gathers all experts.
+Published: Mixtral-8x7B with QLoRA on an A100 (Xia et al. 2024, arXiv 2408.04693, section III and Table IV: rank 16 on
+the experts, recomputing, 80 GB) is 2.6 times slower than this model says, an MFU of 8%: weights are unpacked from 4
+bits in each pass, and 3,000 tokens over eight experts are few. NVIDIA's NeMo AutoModel summary of October 2025 has 18%
+for LoRA on Llama 3 70B (176 of 989 TFLOP/s, 8 H100) and 23% to 28% for training mixtures of experts of 20B to 120B (231
+to 279 TFLOP/s, 8 to 64 H100, with experts in parallel); ZeRO-3 gathers all experts, and reaches less between nodes.
 """
 
 import math
@@ -42,7 +39,7 @@ NODES = (1, 2, 4, 8, 16, 32, 64)
 ROWS = (1_000_000, 100_000_000)
 NVLINK = 300e9  # bytes a second into one A100; NVIDIA's data sheet says 600e9 both ways
 NETWORK = {"aws": 50e9, "gcp": 12.5e9}  # bytes a second into one node: p4d and p4de 400 Gb/s, a2 100 Gb/s
-LINK = 0.7  # share of a link's speed that collectives reach
+LINK = 0.7  # share of a link's speed that collectives reach; overlap is never perfect, so that real runs are slower
 DISK = 1e9  # bytes a second of the shared disk
 PUBLISHED_MFU = (0.18, 0.28)
 MIXTRAL_MFU, MIXTRAL_SLOWER = 0.08, 2.6  # of the published run of Mixtral; times slower than this model says
@@ -224,11 +221,9 @@ def _table(*numbers: str) -> Table:
 def work_in_words(points: Sequence[Point]) -> str:
     """Operations and traffic of an update, on the fewest nodes and on the most."""
     (few, a), (many, b) = ((p.nodes, p.update) for p in (points[0], points[-1]))
-    return (
-        f"Seconds are an update's, in the slowest phase. From {few} to {many} nodes it goes from {a.operations:.1e} to "
-        f"{b.operations:.1e} FLOPs, and from {a.network / 1e9:,.1f} to {b.network / 1e9:,.1f} GB through the network "
-        "into each node."
-    )
+    work = f"From {few} to {many} nodes it goes from {a.operations:.1e} to {b.operations:.1e} FLOPs"
+    sent = f"from {a.network / 1e9:,.1f} to {b.network / 1e9:,.1f} GB through the network into each node"
+    return f"Seconds are an update's, in the slowest phase. {work}, and {sent}."
 
 
 def limits_in_words(points: Sequence[Point]) -> str:

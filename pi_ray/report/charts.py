@@ -20,7 +20,6 @@ COLOURS = {"base": "#7a7f87", "base_full_prompt": "#0072b2", "plain": "#c25400",
 INK, MUTED, GRID, BANDS = "#1d2329", "#5b646e", "#e3e7eb", ("#f3f5f8", "#ffffff")
 WIDTH = 960
 MAX_POINTS = 600  # of a curve; a longer log is averaged down to it
-FILE_STYLE = "background:#fff;font:13px sans-serif"  # of a chart that is a file of its own, where no page sets fonts
 Points = Sequence[tuple[float, float]]
 
 
@@ -89,7 +88,7 @@ def training_chart(
     names += [("plain fine-tuning", COLOURS["plain"], "5 4")] if plain else []
     parts.append(_legend(loss, names, dev=any(s.dev_loss is not None for s in spans)))
     title = "Training loss by phase, with the share of the template and the number of examples"
-    return _svg(540, title, parts, FILE_STYLE if alone else "")
+    return _svg(540, title, parts, "background:#fff;font:13px sans-serif" if alone else "")
 
 
 def tokens_chart(summary: dict[str, Any]) -> str:
@@ -237,7 +236,7 @@ def _line(points: Points, colour: str, width: float, dashes: str = "", opacity: 
 
 
 def _svg(height: float, title: str, parts: Iterable[str], style: str = "") -> str:
-    """`style` is for a file of its own, which must also name the language."""
+    """`style` is for a file of its own, which must also name the language, and for which no page sets fonts."""
     own = f' xmlns="http://www.w3.org/2000/svg" style="{style}"' if style else ""
     size = f'viewBox="0 0 {WIDTH} {height:.0f}"'
     return f'<svg {size}{own} role="img" aria-label="{escape(title)}">{"".join(parts)}</svg>'

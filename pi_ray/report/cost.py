@@ -5,8 +5,7 @@ run.yaml. Plain fine-tuning sends the same tokens as PromptIntern, so there is n
 """
 
 import math
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from pi_ray.config import CostConfig
 from pi_ray.progress import format_money
@@ -15,16 +14,14 @@ from pi_ray.report import summary as numbers
 PATIENCE_MONTHS = 12  # a payback later than this is called not worth it: prompts and base models change sooner
 
 
-@dataclass(frozen=True)
-class Price:
+class Price(NamedTuple):
     """Money for one request."""
 
     uncached: float  # without a prefix cache
     cached: float
 
 
-@dataclass(frozen=True)
-class Economics:
+class Economics(NamedTuple):
     """Money against the full prompt."""
 
     training: float
@@ -49,9 +46,8 @@ def trained_cost(cost: CostConfig, facts: dict[str, Any]) -> float:
     return facts["money"] if "money" in facts else training_cost(cost, facts["seconds"], facts["workers"])
 
 
-def break_even(training: float, before: float, after: float) -> int | None:
-    """Requests until `training` is paid back by requests that cost `after` instead of `before`; None for never."""
-    saving = before - after
+def break_even(training: float, saving: float) -> int | None:
+    """Requests until `training` is paid back by requests that each save so much; None for never."""
     return math.ceil(round(training / saving, 6)) if saving > 0 else None
 
 
@@ -59,8 +55,7 @@ def economics(training: float, prices: dict[str, Price]) -> Economics:
     """PromptIntern against the full prompt, each priced without a prefix cache, and each with one."""
     mine, full = prices["promptintern"], prices["base_full_prompt"]
     saving = Price(full.uncached - mine.uncached, full.cached - mine.cached)
-    requests = break_even(training, full.uncached, mine.uncached), break_even(training, full.cached, mine.cached)
-    return Economics(training, prices, saving, *requests)
+    return Economics(training, prices, saving, *(break_even(training, saved) for saved in saving))
 
 
 def summary_economics(summary: dict[str, Any], cost: CostConfig) -> Economics:
@@ -78,15 +73,11 @@ def verdict(summary: dict[str, Any], cost: CostConfig) -> str:
     name = numbers.metric_in_sentence(metric)
     ours, theirs = (numbers.format_metric(metric, c[metric]) for c in (mine, full))
     if numbers.compare_intervals(mine, full, metric) == "worse":
-        return (
-            "Keep your prompt: the adapter is cheaper to ask but measurably worse, "
-            f"{name} {ours} against {theirs} with the full prompt."
-        )
+        worse = f"{name} {ours} against {theirs} with the full prompt"
+        return f"Keep your prompt: the adapter is cheaper to ask but measurably worse, {worse}."
     if metric != "bleu" and mine[metric] < numbers.WEAK:
-        return (
-            f"Keep looking: with {name} {ours} the adapter is not of use yet, whatever it saves. "
-            "Give the last phase more epochs, or more rows, before comparing prices."
-        )
+        cure = "Give the last phase more epochs, or more rows, before comparing prices."
+        return f"Keep looking: with {name} {ours} the adapter is not of use yet, whatever it saves. {cure}"
     text, plain = payback_verdict(summary_economics(summary, cost), cost), summary.get("plain")
     if plain and (against := numbers.compare_intervals(plain, mine, metric)) != "worse":
         trained = format_money(trained_cost(cost, summary["train"]["plain"]), cost.currency)

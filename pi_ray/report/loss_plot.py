@@ -20,7 +20,6 @@ Listener = Callable[[dict[str, Any]], None]
 
 def draw_after_phases(config: RunConfig, watch: Listener) -> Listener:
     """A listener of the training log that calls `watch` and draws the loss after each phase."""
-
     def listen(entry: dict[str, Any]) -> None:
         watch(entry)
         if entry.get("event") in ("phase_end", "best"):

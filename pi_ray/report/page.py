@@ -33,22 +33,22 @@ def write_report(run: RunDir, config: RunConfig) -> Path:
 
     Raises DataError when the run was not evaluated, CorruptArtifactError when its summary cannot be read.
     """
-    templates = Environment(
-        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined,
-        trim_blocks=True, lstrip_blocks=True,
-    )
-    page = templates.get_template("page.html").render(_context(run, config, _read_summary(run)))
-    return write_atomic(run.report, _clean(page))
-
-
-def _read_summary(run: RunDir) -> dict[str, Any]:
     path = run.evaluation / "summary.json"
     try:
-        return json.loads(path.read_bytes())
+        summary = json.loads(path.read_bytes())
     except FileNotFoundError:
         raise DataError(f"{path}: not there; run 'pi-ray evaluate' before the report") from None
     except ValueError as error:
         raise CorruptArtifactError(f"{path}: not readable as JSON ({error}); run 'pi-ray evaluate' again") from error
+    templates = Environment(
+        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined,
+        trim_blocks=True, lstrip_blocks=True,
+    )
+    page = templates.get_template("page.html").render(_context(run, config, summary))
+    # control characters become their pictures (U+2400 and on), lone surrogates a question mark
+    pictures = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"}
+    text = page.replace("\r\n", "\n").translate(pictures).encode("utf-8", "replace").decode("utf-8")
+    return write_atomic(run.report, text)
 
 
 def _context(run: RunDir, config: RunConfig, summary: dict[str, Any]) -> dict[str, Any]:
@@ -152,9 +152,3 @@ def _samples(run: RunDir, found: dict[str, Any], most: int) -> Iterator[dict[str
 def _short(text: str) -> str:
     more = len(text) - LONGEST_TEXT
     return text if more <= 0 else f"{text[:LONGEST_TEXT]} … ({more:,} more characters)"
-
-
-def _clean(text: str) -> str:
-    """Text for HTML: control characters as their pictures (U+2400 and on), lone surrogates as a question mark."""
-    pictures = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"}
-    return text.replace("\r\n", "\n").translate(pictures).encode("utf-8", "replace").decode("utf-8")

@@ -20,8 +20,8 @@ WEAK = 0.1  # a metric below this in every column tells them apart badly
 def summary_columns(summary: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Name -> column, in the order of the tables; a name that LABELS lacks comes before PromptIntern."""
     found = {k: v for k, v in summary.items() if isinstance(v, dict) and "exact_match" in v}
-    order = [*(k for k in LABELS if k != "promptintern"), *(k for k in found if k not in LABELS), "promptintern"]
-    return {k: found[k] for k in order if k in found}
+    order = list(dict.fromkeys(k for k in (*LABELS, *found) if k != "promptintern"))
+    return {k: found[k] for k in (*order, "promptintern") if k in found}
 
 
 def column_label(name: str, column: dict[str, Any]) -> str:
@@ -100,7 +100,9 @@ def table_lines(summary: dict[str, Any]) -> list[Line]:
     columns = found.values()
     lines = [Line(metric_name(m), [_measured(c, m) for c in columns]) for m in metrics_of(summary)]
 
-    def add(name: str, key: str, write: Callable[[Any], str], note: str = "") -> None:
+    def add(name: str, key: str, write: Callable[[Any], str], note: str = "", where_measured: bool = False) -> None:
+        if where_measured and not any(key in c for c in columns):
+            return
         lines.append(Line(name, [(write(c[key]), note) if c.get(key) is not None else ("–", "") for c in columns]))
 
     add("Input tokens per request", "input_tokens", "{:,.0f}".format)
@@ -111,15 +113,10 @@ def table_lines(summary: dict[str, Any]) -> list[Line]:
         add("Answers cut off", "cut_off", "{:.1%}".format, f"at {summary['max_new_tokens']} tokens")
     add("Latency, no prefix cache", "latency_s", format_seconds)
     add("Latency, prefix cached", "latency_cached_s", format_seconds)
-    where_measured: dict[str, tuple[str, Callable[[Any], str]]] = {
-        "latency_merged_s": ("Latency, adapter merged", format_seconds),
-        "off_task_perplexity": ("Perplexity on other text", "{:.1f}".format),
-        "recited": ("Template recited when asked", "{:.0%}".format),
-        "longest_run": ("Longest run of its words", "{:.0f}".format),
-    }
-    for key, (name, write) in where_measured.items():
-        if any(key in c for c in columns):
-            add(name, key, write)
+    add("Latency, adapter merged", "latency_merged_s", format_seconds, where_measured=True)
+    add("Perplexity on other text", "off_task_perplexity", "{:.1f}".format, where_measured=True)
+    add("Template recited when asked", "recited", "{:.0%}".format, where_measured=True)
+    add("Longest run of its words", "longest_run", "{:.0f}".format, where_measured=True)
     return lines
 
 
@@ -187,35 +184,26 @@ def findings(summary: dict[str, Any]) -> Iterator[str]:
     """Further results, one sentence or two each: plain fine-tuning (also where it wins), groups, latency."""
     mine, full, metric = summary["promptintern"], summary["base_full_prompt"], main_metric(summary)
     if "plain" in summary:
-        yield from _plain_sentences(summary, mine, summary["plain"], metric)
+        yield from _plain_sentences(summary, mine, metric)
     else:
-        yield (
-            "Plain fine-tuning was not evaluated (evaluate.baseline is off), so this page cannot say "
-            "how much of the result comes from the prompt and how much from the rows."
-        )
+        unknown = "how much of the result comes from the prompt and how much from the rows"
+        yield f"Plain fine-tuning was not evaluated (evaluate.baseline is off), so this page cannot say {unknown}."
     facts = summary.get("train", {}).get("promptintern", {})
     if facts.get("queries"):
-        yield (
-            "A teacher with the full prompt before it "
-            f"answered {facts['answered']:,} of {facts['queries']:,} unlabelled queries; "
-            f"the adapter also learned from the {facts['kept']:,} answers that it was sure of. "
-            "Plain fine-tuning had as many updates, on the labelled rows alone."
-        )
+        answered = f"answered {facts['answered']:,} of {facts['queries']:,} unlabelled queries"
+        learned = f"the adapter also learned from the {facts['kept']:,} answers that it was sure of"
+        plain = "Plain fine-tuning had as many updates, on the labelled rows alone."
+        yield f"A teacher with the full prompt before it {answered}; {learned}. {plain}"
     yield from _probe_sentences(mine, summary.get("base", {}))
     if mine.get("latency_s") is not None and full.get("latency_cached_s") is not None:
         took, uncached, cached = map(format_seconds, (mine["latency_s"], full["latency_s"], full["latency_cached_s"]))
-        yield (
-            f"A request takes {took}; with the full prompt it takes {uncached}, "
-            f"or {cached} where the server caches the prompt's prefix."
-        )
+        both = f"with the full prompt it takes {uncached}, or {cached} where the server caches the prompt's prefix"
+        yield f"A request takes {took}; {both}."
 
 
-def _plain_sentences(
-    summary: dict[str, Any], mine: dict[str, Any], plain: dict[str, Any], metric: str
-) -> Iterator[str]:
-    """All rows, with the paired test, which sees smaller differences than two intervals; then the group that differs
-    most, if its intervals are apart.
-    """
+def _plain_sentences(summary: dict[str, Any], mine: dict[str, Any], metric: str) -> Iterator[str]:
+    """All rows, with the paired test, which sees smaller differences than two intervals; and the most unlike group."""
+    plain = summary["plain"]
     ours, theirs = format_metric(metric, mine[metric]), format_metric(metric, plain[metric])
     end = {
         "better": f"reaches {theirs}; PromptIntern's {ours} is better, and the 95% intervals do not overlap.",
@@ -241,17 +229,13 @@ def _plain_sentences(
 def _probe_sentences(mine: dict[str, Any], base: dict[str, Any]) -> Iterator[str]:
     if "off_task_perplexity" in mine and "off_task_perplexity" in base:
         before, after = base["off_task_perplexity"], mine["off_task_perplexity"]
-        yield (
-            f"On ordinary English text that belongs to no task the adapter's perplexity is {after:.1f}; "
-            f"the base model's is {before:.1f} ({after / before - 1:+.0%})."
-        )
+        text = f"On ordinary English text that belongs to no task the adapter's perplexity is {after:.1f}"
+        yield f"{text}; the base model's is {before:.1f} ({after / before - 1:+.0%})."
     if "recited" in mine:
-        words = "word" if mine["longest_run"] == 1 else "words"
-        yield (
-            "Asked for its hidden template in seven ways, the adapter "
-            f"repeats {format_percent(mine['recited'])} of it (at most {mine['longest_run']:.0f} {words} in a row). "
-            "That is no proof of secrecy: treat an adapter as being as confidential as its prompt."
-        )
+        longest = f"at most {mine['longest_run']:.0f} word{'s' * (mine['longest_run'] != 1)} in a row"
+        repeats = f"the adapter repeats {format_percent(mine['recited'])} of it ({longest})"
+        secret = "That is no proof of secrecy: treat an adapter as being as confidential as its prompt."
+        yield f"Asked for its hidden template in seven ways, {repeats}. {secret}"
 
 
 def caveats(summary: dict[str, Any]) -> Iterator[str]:
@@ -259,9 +243,7 @@ def caveats(summary: dict[str, Any]) -> Iterator[str]:
     yield f"One training seed ({summary['seed']}): intervals cover the choice of test rows, not the luck of training."
     if summary["test_rows"] < 200:
         yield f"Only {summary['test_rows']:,} test rows: differences of a few points cannot be seen."
-    yield (
-        "The base model with the full prompt is not fine-tuned. A small base model makes that a low bar; "
-        "plain fine-tuning is the opponent to look at."
-    )
+    bar = "A small base model makes that a low bar; plain fine-tuning is the opponent to look at."
+    yield f"The base model with the full prompt is not fine-tuned. {bar}"
     where = summary.get("hardware") or "one machine"
     yield f"Latencies are medians of single requests on {where}, not of a loaded server."

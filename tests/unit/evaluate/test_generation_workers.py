@@ -17,9 +17,8 @@ def weights(model):
 
 def test_merging_gives_the_same_logits_and_leaves_the_base_weights_as_they_were(tiny_model, tmp_path):
     folders = [str(write_adapter(tmp_path / name, tiny_model, seed)) for name, seed in (("a", 1), ("b", 2))]
-    loaded, ids = LoadedAdapters(load_model(ModelConfig(base=str(tiny_model)), "cpu")), torch.tensor([[5, 6, 7]])
-    for folder in folders:
-        loaded.load(folder)
+    base, ids = load_model(ModelConfig(base=str(tiny_model)), "cpu"), torch.tensor([[5, 6, 7]])
+    loaded = LoadedAdapters(base, folders)
     loaded.activate(folders[0])
     before = weights(loaded.model)
     with torch.no_grad():

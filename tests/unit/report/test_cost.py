@@ -28,7 +28,7 @@ def test_training_is_paid_by_worker_and_hour():
     (1.0, 0.2, 0.1, 10), (1.0, 0.4, 0.1, 4), (0.0, 0.2, 0.1, 0), (1.0, 0.1, 0.1, None), (1.0, 0.1, 0.2, None),
 ])
 def test_break_even_counts_whole_requests_and_may_never_come(training, before, after, requests):
-    assert cost.break_even(training, before, after) == requests
+    assert cost.break_even(training, before - after) == requests
 
 
 def test_a_cached_prompt_is_the_harder_opponent():

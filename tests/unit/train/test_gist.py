@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from pi_ray.config import LoraConfig, ModelConfig
 from pi_ray.errors import AdapterError, TrainingError
-from pi_ray.evaluate import generation_workers
+from pi_ray.evaluate import adapter_answerer, generation_workers
 from pi_ray.evaluate.columns import AnswerLengths, trained_column
 from pi_ray.evaluate.evaluate import evaluate_run
 from pi_ray.evaluate.generation_workers import LoadedAdapters
@@ -176,8 +176,7 @@ def test_a_cache_of_the_gists_alone_answers_as_the_masked_prompt_does(config):
     reference.get_input_embeddings().gist.data.copy_(gist.load_gist(RunDir(config.root).best))
     expected = [greedily(reference, prefix, row, 6) for row in rows]
 
-    loaded = LoadedAdapters(load_model(config.model))
-    loaded.load(column.adapter)
+    loaded = LoadedAdapters(load_model(config.model), [column.adapter])
     loaded.activate(column.adapter)
     cache = gist.gist_cache(loaded.model, prefix, gist.load_gist(RunDir(config.root).best))
     assert cache.get_seq_length() == K
@@ -226,7 +225,7 @@ def test_evaluation_counts_the_gists_and_not_the_template(config, tmp_path, monk
             yield place, done
 
     said = []
-    monkeypatch.setattr(generation_workers, "run_work", answered)
+    monkeypatch.setattr(adapter_answerer, "run_work", answered)
     quick = config.replace(
         **{"evaluate.probe": False, "evaluate.bootstrap": 10, "evaluate.latency_rows": 1, "evaluate.max_new_tokens": 3}
     )

@@ -80,18 +80,18 @@ def test_an_adapter_of_each_method_does_on_the_untouched_base_what_it_did_in_tra
     config = trained(family, **settings)
     run, base = RunDir(config.root), load_model(config.model)
     folder, dev = str(run.adapter(1)), PhaseDataset(run.phase("dev"))
-    loaded, batch = LoadedAdapters(base), plain_batch(dev.prefix, dev.take(range(len(dev))))
-    loss = lambda: (sft_loss(loaded.model, batch) / dev.label_lengths.sum()).item()  # noqa: E731
+    batch = plain_batch(dev.prefix, dev.take(range(len(dev))))
+    loss = lambda model: (sft_loss(model, batch) / dev.label_lengths.sum()).item()  # noqa: E731
     with torch.no_grad():
-        bare = loss()
-        loaded.load(folder)
+        bare = loss(base)
+        loaded = LoadedAdapters(base, [folder])
         loaded.activate(folder)
-        found = loss()
+        found = loss(loaded.model)
         with loaded.merged():
-            assert loss() == pytest.approx(found, abs=1e-5)
-        assert loss() == found
+            assert loss(loaded.model) == pytest.approx(found, abs=1e-5)
+        assert loss(loaded.model) == found
         loaded.activate("")
-        assert loss() == bare
+        assert loss(loaded.model) == bare
     assert found == pytest.approx(json.loads((run.adapter(1) / lora.CARD).read_text())["dev_loss"], abs=1e-5)
     assert abs(found - bare) > 1e-4
 
