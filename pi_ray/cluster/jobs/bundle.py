@@ -4,6 +4,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator, Sequence
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -86,11 +87,8 @@ def refuse_secrets(overrides: Sequence[str], config: RunConfig | None = None) ->
 
 def refuse_local_models(config: RunConfig) -> None:
     """Raise ConfigError for a base model that is a relative folder: weights do not travel with a job."""
-    models = {
-        "model.base": config.model.base, "compress.model": config.compress.model,
-        "retrieve.encoder_model": config.retrieve.encoder_model,
-    }
-    for key, name in models.items():
+    for key in ("model.base", "compress.model", "retrieve.encoder_model"):
+        name = attrgetter(key)(config)
         if name not in PACKAGED and not Path(name).is_absolute() and not name.startswith("~") and Path(name).exists():
             cure = "give a hub id, a packaged name, or an absolute path that every node of the cluster can read"
             raise ConfigError(f"{key}: {name} lies on this machine, and weights do not travel with a job; {cure}")

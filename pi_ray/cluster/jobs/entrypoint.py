@@ -50,7 +50,10 @@ def settle(path: Path, overrides: Sequence[str], refreshes: bool = False) -> Run
     config = run_file.validate_yaml(RunConfig, run_file.read_run_file(path), str(path), overrides)
     home, folder = storage_folder(config), path.resolve().parent
     root = home / Path(config.run_dir or f"runs/{config.name}").expanduser()
-    config = config.replace(run_dir=str(root), store=_store(config, home))
+    store, place = config.store or "store", config.cluster.storage_path
+    if not is_url(store) and not Path(store).expanduser().is_absolute():
+        store = f"{place.rstrip('/')}/{store}" if is_url(place) else str(home / store)
+    config = config.replace(run_dir=str(root), store=store)
     found: dict[str, Path] = {}
     if folder.is_relative_to(Path.cwd()):  # it came with the job
         config, found = bundle.gather_inputs(config, folder)
@@ -68,13 +71,6 @@ def storage_folder(config: RunConfig) -> Path:
     """The folder of relative paths, which all nodes see (~/pi-ray: the only one); each node's own beside a bucket."""
     place = "" if is_url(config.cluster.storage_path) else config.cluster.storage_path
     return Path(place or os.environ.get("PI_RAY_STORAGE") or "~/pi-ray").expanduser().absolute()
-
-
-def _store(config: RunConfig, home: Path) -> str:
-    store, place = config.store or "store", config.cluster.storage_path
-    if is_url(store) or Path(store).expanduser().is_absolute():
-        return store
-    return f"{place.rstrip('/')}/{store}" if is_url(place) else str(home / store)
 
 
 def _url_of(config: RunConfig) -> str:
