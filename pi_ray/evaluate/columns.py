@@ -16,11 +16,13 @@ from pi_ray.models import load_tokenizer
 from pi_ray.prompt import PromptEncoder
 from pi_ray.protocols import Row
 from pi_ray.run.directory import RunDir
+from pi_ray.run.fingerprint import wants_unlabelled
 from pi_ray.run.phases import plain_finetuning_config, prompts_of_columns
 from pi_ray.train.lora import CARD
 
 LABELS = {
     "base": "Base, query alone", "base_full_prompt": "Base, full prompt", "plain": "Plain fine-tuning",
+    "teacher": "Teacher, full prompt",
     "promptintern": "PromptIntern",
 }
 RowWatch = Callable[[str, int, int], None]  # (column, rows done, rows in all)
@@ -39,8 +41,10 @@ class Column:
 
 
 def columns_of(config: RunConfig) -> list[Column]:
-    """The columns of a trained run; "plain" only when its baseline was trained."""
+    """The columns of a trained run: "plain" only when its baseline was trained, "teacher" where an adapter taught."""
     adapters = {"base": "", "base_full_prompt": "", **({"plain": plain} if (plain := _plain_adapter(config)) else {})}
+    if wants_unlabelled(config) and config.train.distill.teacher == "adapter":
+        adapters["teacher"] = str(RunDir(config.root).adapter(0))
     prompts = prompts_of_columns(config)
     return [*(Column(name, adapter, *prompts[name]) for name, adapter in adapters.items()), trained_column(config)]
 
@@ -77,10 +81,15 @@ def _plain_adapter(config: RunConfig) -> str:
 
 
 class AnswerLengths(NamedTuple):
-    """In tokens: the limit of an answer, and a typical length, with which requests are timed."""
+    """In tokens: the limit of an answer, and a typical length, with which requests are timed.
+
+    `one_line`: no known answer has a line break, so that an answer ends at its first one. Models that were not trained
+    go on to the limit otherwise, which takes minutes and wins nothing.
+    """
 
     limit: int
     typical: int
+    one_line: bool = False
 
 
 class Answers(NamedTuple):
@@ -96,4 +105,5 @@ def answer_lengths(config: RunConfig, rows: Sequence[Row], bank: Sequence[Row] =
     tokens = [len(encoder.answer(r.answer)) for r in rows]
     longest = max(tokens + [len(encoder.answer(r.answer)) for r in bank])
     limit = config.evaluate.max_new_tokens or math.ceil(1.25 * longest)
-    return AnswerLengths(limit, round(sum(tokens) / len(tokens)))
+    one_line = not any("\n" in r.answer.strip() for r in (*rows, *bank))
+    return AnswerLengths(limit, round(sum(tokens) / len(tokens)), one_line)

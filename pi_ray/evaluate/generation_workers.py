@@ -129,6 +129,12 @@ class LoadedAdapters:
                 p.data.copy_(value)
 
 
+def line_break_ids(tokenizer: Any) -> frozenset[int]:
+    """The tokens whose text has a line break."""
+    texts = tokenizer.batch_decode([[i] for i in range(len(tokenizer))])
+    return frozenset(i for i, text in enumerate(texts) if "\n" in text)
+
+
 class Generator:
     """A Ray Data actor: the base model with every column's adapter beside it. Called with one `work_item` at a time."""
 
@@ -141,6 +147,7 @@ class Generator:
         self.loaded = LoadedAdapters(load_model(settings, "cuda" if gpu else "cpu"), adapters)
         self.gists = {folder: load_gist(Path(folder)) for folder in adapters}
         self.lengths = lengths
+        self.breaks = line_break_ids(self.encoder.tokenizer) if lengths.one_line else frozenset()
         self._prefix: tuple[str, Any] = ("", None)  # the column whose prefix is cached, and its KV cache
 
     def __call__(self, work: dict[str, Any]) -> Any:
@@ -162,7 +169,8 @@ class Generator:
             self._prefix = (work["column"], fill() if fill else compute_prefix_cache(model, prefix))
         if "probe" in work:
             return self._probe(model, prefix, work["probe"])
-        return generate_greedy(model, prefix, work["prompts"], self.lengths.limit, self.end, cache=self._prefix[1])
+        limit, cache = self.lengths.limit, self._prefix[1]
+        return generate_greedy(model, prefix, work["prompts"], limit, self.end, cache, self.breaks)
 
     def _probe(self, model: Any, prefix: list[int], template: str) -> dict[str, Any]:
         def answer(queries: list[str]) -> list[str]:

@@ -13,7 +13,7 @@ from typing import Any
 
 from pi_ray.config import LoraConfig, ModelConfig, RunConfig
 from pi_ray.errors import ConfigError, ModelError
-from pi_ray.models import resolve_base
+from pi_ray.models import model_dtype, resolve_base
 from pi_ray.run.artifact import read_manifest
 from pi_ray.run.directory import RunDir
 from pi_ray.schedule import plan_phases
@@ -139,9 +139,11 @@ def device_of(config: RunConfig) -> str:
 
 
 def dtype_name(config: RunConfig) -> str:
-    if config.model.dtype != "auto":
-        return config.model.dtype
-    return "bfloat16" if device_of(config) == "gpu" else "float32"
+    """The dtype of the base model's weights in training; float32 for a model that cannot be looked at from a CPU."""
+    try:
+        return str(model_dtype(config.model, device_of(config))).removeprefix("torch.")
+    except ModelError:
+        return "float32"
 
 
 def measure_speed(config: RunConfig) -> Speed:

@@ -27,12 +27,13 @@ def max_shots(config: RunConfig) -> int:
 
 def prompts_of_columns(config: RunConfig) -> dict[str, ColumnPrompt]:
     """Column -> the prompt that its model is asked with; PromptIntern's is that of the last phase."""
-    templates, last = RunDir(config.root).read_templates(), plan_phases(config.schedule)[-1]
+    templates, (first, *_, last) = RunDir(config.root).read_templates(), [*plan_phases(config.schedule)] * 2
     nothing = ColumnPrompt("", 0, 0.0)
     return {
         "base": nothing,
         "base_full_prompt": ColumnPrompt(templates[1.0], config.evaluate.shots or max_shots(config), 1.0),
         "plain": nothing,
+        "teacher": ColumnPrompt(templates[1.0], first.shots, 1.0),
         "promptintern": ColumnPrompt(templates[last.rate], last.shots, last.rate),
     }
 

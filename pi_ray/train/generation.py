@@ -6,7 +6,7 @@ sampling, so a row's answer depends on its batch by rounding alone.
 
 import copy
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -26,9 +26,11 @@ def compute_prefix_cache(model: Any, prefix: Sequence[int]) -> DynamicCache:
 @torch.inference_mode()
 def generate_greedy(
     model: Any, prefix: Sequence[int], rows: Sequence[Sequence[int]], max_new_tokens: int, end: int | None,
-    cache: DynamicCache | None = None,
+    cache: DynamicCache | None = None, breaks: Collection[int] = (),
 ) -> list[list[int]]:
     """Answer ids of each row, without `end`. `cache` is the prefix's, if known; it is not changed.
+
+    An answer that has begun also ends with a token of `breaks`.
 
     Rows see of the prefix what the cache holds, such as its gist tokens alone, and keep their positions behind all of
     it. They are padded on the left, between prefix and row, where mask and position ids leave the padding out.
@@ -44,11 +46,12 @@ def generate_greedy(
     for _ in range(max_new_tokens):
         positions = len(prefix) - cached + (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
         tokens = _forward(model, ids, mask, positions, cache).argmax(-1).tolist()
-        keep = [i for i, token in enumerate(tokens) if token != end]
+        for i, token in enumerate(tokens):
+            if token != end:
+                answers[alive[i]].append(token)
+        keep = [i for i, token in enumerate(tokens) if token != end and not _ends_line(answers[alive[i]], breaks)]
         if not keep:
             break
-        for i in keep:
-            answers[alive[i]].append(tokens[i])
         if len(keep) < len(alive):
             index = torch.tensor(keep, device=mask.device)
             cache.batch_select_indices(index)
@@ -57,6 +60,10 @@ def generate_greedy(
         ids = torch.tensor([[tokens[i]] for i in keep], device=mask.device)
         mask = torch.cat([mask, mask.new_ones(len(keep), 1)], -1)
     return answers
+
+
+def _ends_line(answer: Sequence[int], breaks: Collection[int]) -> bool:
+    return answer[-1] in breaks and any(token not in breaks for token in answer)
 
 
 def request_seconds(

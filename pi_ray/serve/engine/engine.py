@@ -34,7 +34,10 @@ class TransformersEngine:
         # OpenMP keeps its number of threads by thread, and this is a new one.
         self._thread = ThreadPoolExecutor(1, "decode", torch.set_num_threads, (torch.get_num_threads(),))
         def load_scheduler() -> Scheduler:
-            return Scheduler(load_model(model, "cuda" if torch.cuda.is_available() else "cpu"), self.tokenizer, serve)
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+            # oneDNN's packed layers, which decode fastest on CPUs, are float32
+            dtype = "float32" if device == "cpu" and model.dtype == "auto" else model.dtype
+            return Scheduler(load_model(model.model_copy(update={"dtype": dtype}), device), self.tokenizer, serve)
 
         try:
             self._scheduler: Scheduler = self._call(load_scheduler)
