@@ -60,20 +60,6 @@ class ClosedConfig(Block):
     confirmed: bool = doc(False, "spend without asking; needed where nobody can be asked")
     poll_s: Amount = doc(10.0, "seconds between looks at a job; up to six times that while nothing happens")
 
-    @model_validator(mode="before")
-    @classmethod
-    def _set_teacher_defaults(cls, data: Any) -> Any:
-        """With a teacher, no examples unless they are asked for, and those by the query: an example that was chosen by
-        the row's answer gives it away, and who copies it does not learn to read the template.
-        """
-        train = data.get("train") if isinstance(data, dict) else None
-        if (train.get("objective") if isinstance(train, dict) else getattr(train, "objective", None)) in TEACHES:
-            for name, key, value in (("schedule", "shots", 0), ("retrieve", "by", "query")):
-                block = data.get(name) or {}
-                if isinstance(block, dict) and key not in block and block.get("name") != "list":
-                    data = {**data, name: {**block, key: value}}
-        return data
-
     def model_post_init(self, context: Any) -> None:
         check_plain_url(self.base_url, "closed.base_url")
 
@@ -99,6 +85,20 @@ class RunConfig(Block):
     serve: ServeConfig = ServeConfig()
     closed: ClosedConfig = ClosedConfig()
     cluster: ClusterConfig = omit_default(ClusterConfig(), "the cluster that it runs on")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _set_teacher_defaults(cls, data: Any) -> Any:
+        """With a teacher, no examples unless they are asked for, and those by the query: an example that was chosen by
+        the row's answer gives it away, and who copies it does not learn to read the template.
+        """
+        train = data.get("train") if isinstance(data, dict) else None
+        if (train.get("objective") if isinstance(train, dict) else getattr(train, "objective", None)) in TEACHES:
+            for name, key, value in (("schedule", "shots", 0), ("retrieve", "by", "query")):
+                block = data.get(name) or {}
+                if isinstance(block, dict) and key not in block and block.get("name") != "list":
+                    data = {**data, name: {**block, key: value}}
+        return data
 
     def model_post_init(self, context: Any) -> None:
         train, lora, sharded = self.train, self.train.lora, self.train.backend.shards_weights

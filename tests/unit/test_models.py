@@ -1,10 +1,11 @@
-"""Base models: how long a text each can read, whatever its config calls that."""
+"""Base models: how long a text each can read, whatever its config calls that, and in which dtype it trains."""
 
 import pytest
+import torch
 import transformers
 
 from pi_ray.config import ModelConfig
-from pi_ray.models import NO_LIMIT, context_length
+from pi_ray.models import NO_LIMIT, context_length, model_dtype
 
 
 @pytest.mark.parametrize(("family", "settings", "length"), [
@@ -19,3 +20,18 @@ from pi_ray.models import NO_LIMIT, context_length
 def test_the_context_is_found_under_each_familys_own_name(family, settings, length, tmp_path):
     getattr(transformers, f"{family}Config")(**settings).save_pretrained(tmp_path)
     assert context_length(ModelConfig(base=str(tmp_path))) == length
+
+
+@pytest.mark.parametrize(("instructions", "hidden", "device", "dtype"), [
+    ({"avx512_bf16": True}, 576, "cpu", torch.bfloat16),
+    ({"amx_bf16": True, "avx512_bf16": False}, 576, "cpu", torch.bfloat16),
+    ({"avx512_bf16": True}, 64, "cpu", torch.float32),
+    ({"avx512_bf16": False}, 576, "cpu", torch.float32),
+    ({}, 576, "cpu", torch.float32),
+    ({}, 64, "cuda", torch.bfloat16),
+])  # fmt: skip
+def test_auto_is_bfloat16_where_it_is_faster(instructions, hidden, device, dtype, tmp_path, monkeypatch):
+    monkeypatch.setattr("torch.cpu.get_capabilities", lambda: instructions)
+    transformers.LlamaConfig(hidden_size=hidden).save_pretrained(tmp_path)
+    assert model_dtype(ModelConfig(base=str(tmp_path)), device) == dtype
+    assert model_dtype(ModelConfig(base=str(tmp_path), dtype="float32"), device) == torch.float32

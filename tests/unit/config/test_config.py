@@ -117,3 +117,14 @@ def test_a_missing_argument_is_called_the_run_file_and_not_the_overrides(capsys)
         cli.main(["plan"])
     printed = capsys.readouterr().err
     assert "required: run.yaml" in printed and "section.key" not in printed.splitlines()[-1]
+
+
+@pytest.mark.parametrize("objective", ["distill", "mixed"])
+def test_a_teacher_gets_no_examples_by_default_and_those_that_are_asked_for_by_the_query(objective):
+    teaches = f"name: a\ntrain: {{objective: {objective}}}\n"
+    config = run_file.parse_run_file(teaches, "a")
+    assert (config.schedule.shots, config.retrieve.by) == (0, "query")
+    asked = run_file.parse_run_file(teaches + "schedule: {shots: 1}\nretrieve: {by: answer}\n", "a")
+    assert (asked.schedule.shots, asked.retrieve.by) == (1, "answer")
+    labels = run_file.parse_run_file("name: a", "a")
+    assert (labels.schedule.shots, labels.retrieve.by) == (2, "answer")

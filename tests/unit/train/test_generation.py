@@ -67,3 +67,14 @@ def test_the_output_layer_gets_rows_that_lie_together(model):
         hook.remove()
     assert [tuple(x.shape[:2]) for x in seen] == [(1, 1), (3, 1), (3, 1), (3, 2)]
     assert all(x.is_contiguous() for x in seen)
+
+
+def test_an_answer_that_has_begun_ends_at_a_line_break(model, expected):
+    answer = expected[0]
+    stop = next(i for i, token in enumerate(answer) if token != answer[0] and i)
+    made = generate_greedy(model, PREFIX, ROWS, 8, end=None, breaks={answer[stop]})
+    assert made[0] == answer[: answer.index(answer[stop]) + 1]
+    others = [row[: row.index(answer[stop]) + 1] if answer[stop] in row[1:] else row for row in expected[1:]]
+    assert made[1:] == others
+    # breaks before anything else do not end it
+    assert generate_greedy(model, PREFIX, ROWS[:1], 8, end=None, breaks=set(answer)) == [answer]
