@@ -61,8 +61,10 @@ class LoraConfig(Block):
     alpha: Positive = 64
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     targets: str | tuple[str, ...] = doc("all-linear", "module names as peft takes them. all-linear: every linear "
-        "layer but the output; in a mixture of experts only attention's; with ia3 peft's own choice")
-    experts: bool = omit_default(False, "also LoRA for each fused expert (MoE); can be evaluated, but not published")
+        "layer but the output; in a mixture of experts only attention's, since the experts are fused tensors and the "
+        "router stays as it is; with ia3 peft's own choice")
+    experts: bool = omit_default(False, "also LoRA for each fused expert of a mixture of experts (peft's "
+        "target_parameters); can be evaluated, but not published")
 
     def model_post_init(self, context: Any) -> None:
         refuse(self.experts and (self.dropout or self.method not in ("lora", "rslora")),

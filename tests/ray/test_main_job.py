@@ -28,7 +28,7 @@ REPO = Path(__file__).parents[2]
 README, QUICKSTART = (REPO / "README.md").read_text(), (REPO / "docs" / "quickstart.md").read_text()
 CURL = re.search(r"^curl .*?\}'$", QUICKSTART, re.S | re.M).group(0)
 SMALL = (
-    "task.rows={train: 16, dev: 6, test: 9} train.batch_size=8 schedule.epochs=1 "
+    "task.rows={train: 16, dev: 6, test: 9, unlabelled: 12} train.batch_size=8 schedule.epochs=1 "
     "evaluate.max_new_tokens=4 evaluate.latency_rows=1 train.lora.rank=4"
 )
 
@@ -64,7 +64,7 @@ def test_the_demo_ends_with_a_report_and_the_keys_that_programs_read(demo):
     folder, out = demo
     run = folder / "runs" / "demo"
     summary = json.loads((run / "eval" / "summary.json").read_text())
-    for column in ("base", "base_full_prompt", "plain", "promptintern"):
+    for column in ("base", "base_full_prompt", "plain", "teacher", "promptintern"):
         assert {"exact_match", "bleu", "input_tokens", "latency_s"} <= set(summary[column])
     assert set(summary["promptintern"]["groups"]) == {"like train", "new combinations", "template only"}
     assert all(0 <= summary[column]["cut_off"] <= 1 for column in ("base", "base_full_prompt", "plain", "promptintern"))
