@@ -42,6 +42,8 @@ class DeskTask(DatasetTask):
         self.require_files()
         names = sorted({subject for split in ("train", "test") for _, subject in self._messages(split)})
         chosen = nsmallest(config.subjects or len(names), names, key=_hash)
+        if config.hidden >= len(chosen):
+            raise DataError(f"task.hidden {config.hidden} leaves none of the {len(chosen)} subjects for labelled rows")
         self.codes = _codes(sorted(chosen))
         self.unseen = tuple(self.codes[name] for name in nsmallest(config.hidden, chosen, lambda n: _hash(f"hide {n}")))
 

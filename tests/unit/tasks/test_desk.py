@@ -52,6 +52,11 @@ def test_a_number_of_subjects_is_chosen_and_a_larger_choice_holds_a_smaller_one(
     assert len(two) == 2 and set(two) < set(three)
 
 
+def test_no_desk_hides_all_of_its_subjects(folder):
+    with pytest.raises(DataError, match="leaves none of the 2 subjects"):
+        desk(folder, subjects=2, hidden=2)
+
+
 def test_a_folder_without_messages_or_with_others_is_refused(tmp_path):
     with pytest.raises(DataError, match=r"lacks train\.csv, test\.csv.*banking77"):
         desk(tmp_path)
