@@ -69,7 +69,8 @@ class TrainDataLoader:
         if self.pack is plain_batch:  # rows of about one length in a batch need little padding
             rows.sort(key=lambda n: data.prompt_lengths[n] + data.label_lengths[n])
         mine, size = rows[self.rank :: self.world], train.micro_batch or self.config.rows_per_worker
-        prefix, labels, parts = data.prefix + gist.gist_ids(train.gist), {}, []
+        prefix, parts = data.prefix + gist.gist_ids(train.gist), []
+        labels: dict[int, list[int]] = {}
         if self.drills and not update.phase and (variant := self.drills.variant(step)):
             prefix, labels = self.drills.encode(variant, rows)
         for i in range(0, len(mine), size):
