@@ -50,7 +50,8 @@ class TaskConfig(Block):
             refuse(self.name == "jsonl", "task.unseen: leave such rows out of train.jsonl yourself")
             refuse(self.name == "opsql", "task.unseen: opsql has such rows already, its group 'template only'")
             refuse(self.name == "desk", "task.unseen: a desk hides subjects by task.hidden")
-        refuse((self.subjects or self.hidden) and self.name != "desk", "task.subjects and task.hidden are for task desk")
+        elsewhere = self.name != "desk"
+        refuse((self.subjects or self.hidden) and elsewhere, "task.subjects and task.hidden are for task desk")
 
 
 class DocumentsConfig(Block):
