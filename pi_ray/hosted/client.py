@@ -179,10 +179,9 @@ def replies(
             asked = {pool.submit(service.chat, model, prompt, limit): key for key, prompt in todo.items()}
             try:
                 for i, done in enumerate(as_completed(asked), start=1):
-                    key = asked[done]
-                    known[key] = done.result()
-                    entry = {"key": key, "model": model, **asdict(known[key])}
-                    file.write(json.dumps(entry, ensure_ascii=False) + "\n")
+                    key, reply = asked[done], done.result()
+                    known[key] = reply
+                    file.write(json.dumps({"key": key, "model": model, **asdict(reply)}, ensure_ascii=False) + "\n")
                     file.flush()
                     watch(len(wanted) - len(todo) + i, len(wanted))
             except BaseException:

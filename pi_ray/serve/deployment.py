@@ -24,7 +24,7 @@ from pi_ray.errors import AdapterError
 from pi_ray.models import base_name
 from pi_ray.serve.engine import completion
 from pi_ray.serve.engine.completion import Completer, CompletionRequest, Events, RefusedError
-from pi_ray.serve.engine.replica_options import DEFAULT_MAX_LORAS, front_replica_options, replica_options
+from pi_ray.serve.engine.replica_options import DEFAULT_MAX_LORAS, replica_options
 from pi_ray.serve.http.api import create_api
 from pi_ray.serve.http.streaming import StreamCoalescer
 from pi_ray.serve.metrics import Metrics, MetricsMiddleware, Traffic
@@ -153,8 +153,11 @@ def build_application(config: RunConfig, digest: str = "") -> serve.Application:
         name, version = AdapterStore(config.store).resolve(config.serve.merge)
         config = config.replace(**{"serve.merge": f"{name}@{version}"})
     engine_deployment = getattr(engines[config.serve.engine], "deployment", None)
-    if engine_deployment:
-        model = serve.deployment(**front_replica_options(config.serve))(Model).bind(config, engine_deployment(config))
+    if engine_deployment:  # one light replica of Model before it checks and tokenises
+        options, ongoing = replica_options(config.serve, {}, {}), config.serve.max_ongoing_requests
+        del options["autoscaling_config"]
+        options |= {"max_ongoing_requests": ongoing * config.serve.max_replicas, "max_surge_percent": 100}
+        model = serve.deployment(**options, num_replicas=1)(Model).bind(config, engine_deployment(config))
     else:
         cluster = ray.cluster_resources() if ray.is_initialized() else {}
         options = replica_options(config.serve, cluster, placement.worker_options(config, "serve"))

@@ -1,4 +1,4 @@
-"""Options of Ray Serve for the replicas that hold or front an engine: queues, autoscaling, resources, health checks."""
+"""Options of Ray Serve for the replicas that hold a base model: queues, autoscaling, resources, health checks."""
 
 from typing import Any
 
@@ -27,11 +27,3 @@ def replica_options(limits: ServeConfig, cluster: dict[str, float], actor_option
         "health_check_period_s": HEALTH_PERIOD_S, "health_check_timeout_s": 10,
         "graceful_shutdown_timeout_s": limits.graceful_shutdown_timeout_s,
     }
-
-
-def front_replica_options(limits: ServeConfig) -> dict[str, Any]:
-    """Options for Model in front of an engine with its own deployment: one light replica checks and tokenises."""
-    options = replica_options(limits, {}, {})
-    del options["autoscaling_config"]
-    ongoing = limits.max_ongoing_requests * limits.max_replicas
-    return {**options, "num_replicas": 1, "max_ongoing_requests": ongoing, "max_surge_percent": 100}
