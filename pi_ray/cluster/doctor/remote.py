@@ -73,7 +73,7 @@ def _check_inside(address: str, config: RunConfig | None) -> Iterator[Finding]:
     source, token = _token()
     code, answer = _get_version(address, token)
     if code != 200:
-        cure = "take the cluster's: 'ray get-auth-token' on its head node; on Kubernetes, auth_token of its Secret"
+        cure = "take the cluster's: 'ray get-auth-token' prints it on its head node; on Kubernetes: its Secret"
         yield fail("token", f"{address} does not take your token, from {source} ({code or answer})", cure)
         return
     yield ok("cluster", f"{address} asks for a token and takes yours")
