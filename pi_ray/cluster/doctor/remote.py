@@ -73,7 +73,8 @@ def _check_inside(address: str, config: RunConfig | None) -> Iterator[Finding]:
     source, token = _token()
     code, answer = _get_version(address, token)
     if code != 200:
-        cure = "take the cluster's: 'ray get-auth-token' prints it on its head node; on Kubernetes: its Secret"
+        secret = "on Kubernetes, the key auth_token of its Secret"
+        cure = f"take the cluster's: {secret}; else 'ray get-auth-token' prints it on its head node"
         yield fail("token", f"{address} does not take your token, from {source} ({code or answer})", cure)
         return
     yield ok("cluster", f"{address} asks for a token and takes yours")
