@@ -83,11 +83,13 @@ class AdapterAnswerer:
         """Sums over the log of the run's training, or its baseline's, with a teacher's seconds and answers."""
         log = list(read_entries(RunDir(config.root).train_log.read_bytes()))
         updates = [e for e in log if "loss" in e]
-        teacher: dict[str, Any] = next((e for e in log if e.get("event") == "teacher_answers"), {})
+        events: dict[str, dict[str, Any]] = {e["event"]: e for e in log if "event" in e}
+        teacher, drills = (events.get(name, {}) for name in ("teacher_answers", "drills"))
         seconds = sum(e["seconds"] for e in updates) + teacher.get("seconds_teaching", 0)
         return {
             "updates": len(updates), "seconds": round(seconds, 1), "tokens": sum(e["tokens"] for e in updates),
-            "workers": config.train.workers, **{k: teacher[k] for k in ("queries", "answered", "kept") if k in teacher},
+            "workers": config.train.workers, **{k: drills[k] for k in ("facts",) if k in drills},
+            **{k: teacher[k] for k in ("queries", "answered", "kept", "views") if k in teacher},
         }
 
 

@@ -38,6 +38,7 @@ class Plan:
     query: estimate.Shape  # of a request to the adapter
     money: cost.Economics
     teaching: float = 0.0  # seconds in which a teacher answers queries
+    drills: str = ""  # what reading drills exchange, or why there are none
 
     @property
     def seconds(self) -> float:

@@ -31,6 +31,8 @@ from pi_ray.run.directory import RunDir
 from pi_ray.run.fingerprint import prepare_fingerprint, wants_unlabelled
 from pi_ray.run.phases import plain_finetuning_config
 from pi_ray.schedule import Phase, plan_phases
+from pi_ray.train.drills import describe_drills
+from pi_ray.train.facts import find_facts
 from pi_ray.train.updates import updates_in_phase
 
 # Tokens of training that one new token costs to generate, about: one at a time, a model mostly waits for memory.
@@ -86,6 +88,8 @@ def plan_run(config: RunConfig) -> Plan:
     generated = replace(shapes[0], prefix=0, row=shapes[0].row + TOKENS_PER_NEW_TOKEN * shapes[0].label)
     batches = rows.get(UNLABELLED, 0) / config.train.batch_size  # that a teacher answers
     teaching = batches * estimate.update_seconds(size, generated, config, speed)
+    answers, words = ((r.query, r.answer) for r in splits["train"]), config.train.drills
+    drills = describe_drills(config, find_facts(task.template().text, answers, words.words, words.ignore))
     training = cost.training_cost(config.cost, sum(p.seconds for p in phases) + teaching, config.train.workers)
     asked = {"base_full_prompt": full, "promptintern": query}
     prices = {n: cost.request_prices(config.cost, s.prefix + s.row, s.label, s.prefix) for n, s in asked.items()}
@@ -94,7 +98,7 @@ def plan_run(config: RunConfig) -> Plan:
         plain=[planned(p) for p in plain],
         memory=max((estimate.device_memory(size, s, config) for s in shapes), key=lambda m: sum(m.values())),
         host=estimate.host_memory(size, config), full=full, query=query,
-        money=cost.economics(training, prices), teaching=teaching,
+        money=cost.economics(training, prices), teaching=teaching, drills=drills,
     )
 
 
@@ -137,6 +141,7 @@ def print_plan(plan: Plan, console: Console, scale: bool = False) -> None:
     say(f"Training: about {_duration(plan.seconds)}{baseline} on {where}")
     if wants_unlabelled(config):
         say(_teacher(plan))
+        say(f"Reading drills: {plan.drills}")
     parts = f"about {_parts(plan.memory)}, besides Python and its libraries"
     say(f"Memory per worker{', on its GPU' if plan.host else ''}: {parts}")
     if plan.host:

@@ -191,9 +191,12 @@ def findings(summary: dict[str, Any]) -> Iterator[str]:
     facts = summary.get("train", {}).get("promptintern", {})
     if facts.get("queries"):
         answered = f"answered {facts['answered']:,} of {facts['queries']:,} unlabelled queries"
-        learned = f"the adapter also learned from the {facts['kept']:,} answers that it was sure of"
+        views = f" that it gave in each of {facts['views']} orders of the prompt" if facts.get("views", 1) > 1 else ""
+        learned = f"the adapter also learned from the {facts['kept']:,} answers{views or ' that it was sure of'}"
         plain = "Plain fine-tuning had as many updates, on the labelled rows alone."
         yield f"A teacher with the full prompt before it {answered}; {learned}. {plain}"
+    if facts.get("facts"):
+        yield f"Reading drills in the first phase exchanged {'; '.join(facts['facts'])}."
     yield from _probe_sentences(mine, summary.get("base", {}))
     if mine.get("latency_s") is not None and full.get("latency_cached_s") is not None:
         took, uncached, cached = map(format_seconds, (mine["latency_s"], full["latency_s"], full["latency_cached_s"]))

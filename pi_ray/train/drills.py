@@ -22,6 +22,7 @@ from pi_ray.config import DrillsConfig, RunConfig
 from pi_ray.models import load_tokenizer
 from pi_ray.prompt import PromptEncoder, split_sections
 from pi_ray.run.directory import RunDir
+from pi_ray.run.fingerprint import wants_unlabelled
 from pi_ray.run.row_store import read_range
 from pi_ray.schedule import plan_phases
 from pi_ray.train.batches import dataset_manifest
@@ -101,14 +102,27 @@ def find_run_facts(config: RunConfig) -> list[FactGroup]:
     return find_facts(dataset_manifest(run.phase(0))["template"], pairs, drills.words, drills.ignore)
 
 
+def why_not_drilled(config: RunConfig) -> str:
+    """The reason why a run's first phase has no drills, whatever its template holds; "" where there is none."""
+    if not wants_unlabelled(config):
+        return "no teacher is made"
+    if config.train.drills.mode == "off":
+        return "train.drills.mode is off"
+    return "the first phase has examples, which show the codes" if plan_phases(config.schedule)[0].shots else ""
+
+
+def describe_drills(config: RunConfig, groups: Sequence[FactGroup]) -> str:
+    """What is drilled, or why nothing is, in words."""
+    reason = why_not_drilled(config)
+    if not reason and groups:
+        return f"{config.train.drills.share:.0%} of phase 0's updates: {'; '.join(map(str, groups))}"
+    return f"none, since {reason or 'labels copy no codes from the template (train.drills.words adds words)'}"
+
+
 def make_drills(config: RunConfig) -> Drills | None:
-    """The drills of a prepared run's first phase; None where there is no teacher, no facts, or no need to read them,
-    since examples show the codes.
-    """
-    first, train = plan_phases(config.schedule)[0], config.train
-    if train.objective == "sft" or train.drills.mode == "off" or first.shots:
-        return None
-    if not (groups := find_run_facts(config)):
+    """The drills of a prepared run's first phase; None where there are none."""
+    train = config.train
+    if why_not_drilled(config) or not (groups := find_run_facts(config)):
         return None
     run, encoder = RunDir(config.root), PromptEncoder(load_tokenizer(config.model), config.prompt)
     answers = read_range(run.rows_of("train").path, columns=["answer"])["answer"]

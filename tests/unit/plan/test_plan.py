@@ -424,3 +424,6 @@ def test_a_plan_with_a_teacher_counts_its_queries_and_time(tiny_model, tmp_path,
     console = Console(file=io.StringIO(), width=200)
     print_plan(taught, console)
     assert "the adapter as phase 0 leaves it answers 40 unlabelled queries" in console.file.getvalue()
+    assert "Reading drills: none, since the first phase has examples" in console.file.getvalue()
+    read = plan_run(config.replace(**{"train.objective": "distill", "schedule.shots": 0}))
+    assert read.drills.startswith("50% of phase 0's updates: 40 codes under '## Services' (r9, r5, f9, x4, ...), ")

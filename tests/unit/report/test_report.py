@@ -194,3 +194,8 @@ def test_a_teacher_is_named_with_what_it_answered(tmp_path):
     }
     said = words(page_of(tmp_path, summary(**{"train.promptintern": facts})))
     assert "answered 479 of 480 unlabelled queries; the adapter also learned from the 432 answers" in said
+
+    drilled = facts | {"views": 2, "facts": ["40 codes under '## Services' (r9, ...), 30 of them in labels"]}
+    said = words(page_of(tmp_path, summary(**{"train.promptintern": drilled})))
+    assert "from the 432 answers that it gave in each of 2 orders of the prompt" in said
+    assert "Reading drills in the first phase exchanged 40 codes under" in said
