@@ -199,7 +199,7 @@ def test_the_fingerprint_has_every_key_that_changes_what_is_learned_and_none_tha
     config = RunConfig(name="t")
     unlearned = {
         "max_failures", "keep_checkpoints", "checkpoint_every", "collective_timeout_s", "tracker", "attention",
-        "workers", "micro_batch", "distill", "dev_every",
+        "workers", "micro_batch", "distill", "drills", "dev_every",
     }
     phases = [(p.rate, p.shots, p.epochs, p.steps) for p in plan_phases(config.schedule)]
     assert train_fingerprint(config, "p") == digest(
@@ -210,6 +210,8 @@ def test_the_fingerprint_has_every_key_that_changes_what_is_learned_and_none_tha
         "train.dev_every": 5, "train.attention": "sdpa",
     }
     assert train_fingerprint(config.replace(**same), "p") == train_fingerprint(config, "p")
+    teaches = config.replace(**{"train.objective": "distill"})
+    assert train_fingerprint(teaches, "p") != train_fingerprint(teaches.replace(**{"train.drills.mode": "off"}), "p")
     stops = config.replace(**{"train.dev_every": 5, "train.early_stop": 2})
     assert (
         len(
