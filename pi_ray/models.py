@@ -89,10 +89,11 @@ def model_dtype(config: ModelConfig, device: str = "cpu") -> Any:
 
 def _gains_by_bfloat16(config: ModelConfig) -> bool:
     """Whether a CPU has instructions for bfloat16 and the model is large enough for them to matter."""
-    from torch.cpu import get_capabilities
+    import torch
     from transformers import AutoConfig
 
-    if not any(get_capabilities().get(name) for name in ("amx_bf16", "avx512_bf16")):
+    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # older versions of torch do not tell
+    if not any(capabilities.get(name) for name in ("amx_bf16", "avx512_bf16")):
         return False
     return getattr(_from_pretrained(AutoConfig, config).get_text_config(), "hidden_size", 0) >= SMALLEST_BFLOAT16
 

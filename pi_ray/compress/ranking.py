@@ -62,7 +62,7 @@ class SurprisalModel:
     """Surprisal of tokens, -log p in nats, under `config.model`, loaded on the CPU in float32 (or a ModelError)."""
 
     def __init__(self, config: CompressConfig):
-        base = ModelConfig(base=config.model)
+        base = ModelConfig(base=config.model, dtype="float32")  # one template on every machine
         self.tokenizer, self.model = models.load_tokenizer(base), models.load_model(base)
         self.can_limit_logits = "logits_to_keep" in signature(self.model.forward).parameters
         self.window = min(WINDOW, getattr(self.model.config, "max_position_embeddings", WINDOW))

@@ -53,7 +53,10 @@ def validate_yaml(model: type[M], text: str, source: str, overrides: Sequence[st
         if not equals:
             raise ConfigError(f"'{override}': an override is section.key=value, such as train.lr=0.0003")
         set_key(data, key.strip(), yaml.safe_load(value) if value else "")
-        places[tuple(key.strip().split("."))] = "command line"
+        path = tuple(key.strip().split("."))
+        for depth in range(1, len(path)):  # a block that only the command line names
+            places.setdefault(path[:depth], "command line")
+        places[path] = "command line"
     if renamed := [
         f"{place}: key '{old}' is now called '{new}'"
         for old, new in RENAMED_KEYS.items()

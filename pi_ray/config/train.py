@@ -105,7 +105,7 @@ class DistillConfig(Block):
     agreement: Literal["filter", "weight", "off"] = doc("filter", "filter: an answer is kept if all views give it; "
         "weight: a row counts by the share of views that do")
     confidence: Annotated[float, Field(le=0)] | None = doc(None, "lowest log-probability of a token in an answer that "
-        "is kept; empty: any")
+        "is kept; null: any")
     share: Rate = doc(0.5, "objective mixed: weight of the teacher's distribution against cross-entropy on the answer")
 
 

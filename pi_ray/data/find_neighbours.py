@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -163,12 +164,15 @@ def is_exact(config: RetrieveConfig, run: RunDir) -> bool:
 
 def same_answer_share(run: RunDir) -> float:
     """The share of training rows with an example that has the row's own answer, which gives it away."""
+    from pi_ray.retrieve.ngrams import hash_texts
+
     shots = read_range(run.neighbours, columns=["id", "split", "neighbours"])
     shots = shots.filter(pc.equal(shots["split"], "train")).combine_chunks()
-    rows = read_range(run.rows_of("train").path, columns=["id", "answer"])
+    ids = read_range(run.rows_of("train").path, columns=["id"])["id"]
+    hashes = pa.array(hash_texts((row.answer for row in run.rows_of("train")), np.int64))  # 8 bytes a row in memory
 
-    def answers_of(ids: Any) -> Any:
-        return pc.take(rows["answer"], pc.index_in(ids, value_set=rows["id"]))
+    def answers_of(some: Any) -> Any:
+        return hashes.take(pc.index_in(some, value_set=ids))
 
     row_of_example = pc.list_parent_indices(shots["neighbours"])
     same = pc.equal(answers_of(pc.list_flatten(shots["neighbours"])), answers_of(pc.take(shots["id"], row_of_example)))

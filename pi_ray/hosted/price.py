@@ -22,7 +22,7 @@ def phase_tokens(config: RunConfig, index: int, epochs: int) -> int:
 
 
 def describe_cost(config: RunConfig, phases: Sequence[int], prompts: Sequence[ColumnPrompt]) -> str:
-    """What it costs to train these phases and to ask each test row with each of these prompts, in words."""
+    """Say in words what training these phases and asking each test row with each of these prompts costs."""
     run, split, closed = RunDir(config.root), config.evaluate.split, config.closed
     encoder = PromptEncoder(load_tokenizer(config.model), config.prompt)
     rows, bank = run.read_rows(split), {r.id: r for r in run.read_rows("train")}

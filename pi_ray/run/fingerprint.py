@@ -27,7 +27,7 @@ def wants_unlabelled(config: RunConfig) -> bool:
 
 
 def prepare_fingerprint(config: RunConfig, task: str) -> str:
-    """Of the prepared rows; `task` is the fingerprint of the task's rows and template."""
+    """The fingerprint of the prepared rows; `task` is that of the task's rows and template."""
     phases = [(p.rate, p.shots) for p in plan_phases(config.schedule)]
     parts = [__version__, task, _dump(config, *PREPARED), phases, max_shots(config)]
     return digest([*parts, UNLABELLED] if wants_unlabelled(config) else parts)

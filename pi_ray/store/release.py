@@ -66,7 +66,7 @@ def _check_arguments(name: str, version: str, canary: float | None, rollback: bo
 
 
 def _first_release(store: AdapterStore, name: str, version: str, newest: str, alias: str) -> Alias:
-    """What answers before a first canary: the newest version, which must be another one than `version`."""
+    """The alias before a first canary: to the newest version, which must be another one than `version`."""
     if version in ("", LATEST, newest) or alias != DEFAULT_ALIAS:
         other = next((v for v in reversed(store.backend.versions(name)) if v != (version or newest)), "v0001")
         command = f"--version {other}" + (f" --alias {alias}" if alias != DEFAULT_ALIAS else "")

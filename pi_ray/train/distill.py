@@ -134,9 +134,11 @@ def score_answers(
         rows = [(prompt, answers[n]) for n, (prompt, _) in zip(some, data.take(some), strict=True)]
         batches = [to_device(pack(prefix, rows), model.device) for prefix in prefixes]
         labels = batches[0].labels[batches[0].labels != -100]
-        seen = torch.stack([torch.log_softmax(answer_logits(model, batch).float(), -1) for batch in batches])
-        gives = seen.argmax(-1) == labels
-        logprobs = seen.logsumexp(0) - math.log(len(batches))
+        gives, logprobs = [], torch.tensor(-math.inf, device=labels.device)
+        for batch in batches:  # one view's (N, V) at a time, since vocabularies are large
+            seen = torch.log_softmax(answer_logits(model, batch).float(), -1)
+            gives.append(seen.argmax(-1) == labels)
+            logprobs = torch.logaddexp(logprobs, seen - math.log(len(batches)))
         label_logprobs = logprobs.gather(1, labels[:, None])[:, 0]
         values, ids = logprobs.topk(top_k)
         at = 0
@@ -145,7 +147,7 @@ def score_answers(
             yield {
                 "labelled": bool(data.label_lengths[number]), "number": number, "label_ids": label,
                 "confidence": label_logprobs[part].min().item(),
-                "agreement": gives[:, part].all(1).float().mean().item(),
+                "agreement": sum(bool(view[part].all()) for view in gives) / len(gives),
                 "top_ids": ids[part].flatten().tolist(), "top_logprobs": values[part].flatten().tolist(),
             }
 

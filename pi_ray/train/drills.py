@@ -97,8 +97,7 @@ class Drills:
 def find_run_facts(config: RunConfig) -> list[FactGroup]:
     """The facts of a prepared run: of its whole template and its labelled rows."""
     run, drills = RunDir(config.root), config.train.drills
-    rows = read_range(run.rows_of("train").path, columns=["query", "answer"])
-    pairs = zip(rows["query"].to_pylist(), rows["answer"].to_pylist(), strict=True)
+    pairs = ((row.query, row.answer) for row in run.rows_of("train"))
     return find_facts(dataset_manifest(run.phase(0))["template"], pairs, drills.words, drills.ignore)
 
 
@@ -112,7 +111,7 @@ def why_not_drilled(config: RunConfig) -> str:
 
 
 def describe_drills(config: RunConfig, groups: Sequence[FactGroup]) -> str:
-    """What is drilled, or why nothing is, in words."""
+    """Say in words which facts the drills exchange, or why there are no drills."""
     reason = why_not_drilled(config)
     if not reason and groups:
         return f"{config.train.drills.share:.0%} of phase 0's updates: {'; '.join(map(str, groups))}"

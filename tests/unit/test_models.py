@@ -35,3 +35,9 @@ def test_auto_is_bfloat16_where_it_is_faster(instructions, hidden, device, dtype
     transformers.LlamaConfig(hidden_size=hidden).save_pretrained(tmp_path)
     assert model_dtype(ModelConfig(base=str(tmp_path)), device) == dtype
     assert model_dtype(ModelConfig(base=str(tmp_path), dtype="float32"), device) == torch.float32
+
+
+def test_a_torch_that_does_not_tell_what_the_cpu_can_trains_in_float32(tmp_path, monkeypatch):
+    monkeypatch.delattr("torch.cpu.get_capabilities", raising=False)
+    transformers.LlamaConfig(hidden_size=576).save_pretrained(tmp_path)
+    assert model_dtype(ModelConfig(base=str(tmp_path))) == torch.float32

@@ -8,7 +8,7 @@ import torch
 
 BLOCK_SIZE = 16  # tokens
 Block = tuple[torch.Tensor, torch.Tensor]  # keys and values, (layers, heads, BLOCK_SIZE, dim) each
-# What a block follows, its adapter or the number of another block, and its tokens, which are compared, not their hashes
+# (adapter of a first block or number of the block before, the block's tokens); tokens are compared, not their hashes
 BlockKey = tuple[str | int, tuple[int, ...]]
 
 

@@ -119,6 +119,12 @@ def test_a_missing_argument_is_called_the_run_file_and_not_the_overrides(capsys)
     assert "required: run.yaml" in printed and "section.key" not in printed.splitlines()[-1]
 
 
+def test_a_typo_in_a_block_on_the_command_line_is_named_with_its_block():
+    said = r"^command line: unknown key 'train\.drils'; did you mean 'train\.drills'\?$"
+    with pytest.raises(ConfigError, match=said):
+        run_file.parse_run_file("name: a\ntrain:\n  lr: 0.1\n", "run.yaml", ["train.drils.mode=off"])
+
+
 @pytest.mark.parametrize("objective", ["distill", "mixed"])
 def test_a_teacher_gets_no_examples_by_default_and_those_that_are_asked_for_by_the_query(objective):
     teaches = f"name: a\ntrain: {{objective: {objective}}}\n"
