@@ -13,6 +13,7 @@ from pi_ray.config.block import PLAIN_URL
 from pi_ray.errors import ClusterError, ConfigError
 
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
+AUTHENTICATED = ("token", "k8s")  # values of RAY_AUTH_MODE by which a token is sent
 CURE = (
     "Set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH to the cluster's token "
     "('ray get-auth-token' prints it on the head node)"
@@ -61,10 +62,20 @@ def require_token(address: str) -> None:
     os.environ["RAY_API_SERVER_ADDRESS"] = address  # Ray prefers this, or RAY_ADDRESS, to an argument
 
 
-def refuse_open(address: str) -> None:
-    """Raise ClusterError where RAY_AUTH_MODE is disabled and RAY_ADDRESS (HOST:PORT, ray://) is another machine's."""
-    if os.environ.get("RAY_AUTH_MODE", "").lower() != "disabled" or address in ("", "auto", "local"):
+def secure_session(address: str) -> None:
+    """Have Ray use its token where RAY_ADDRESS is `address`: HOST:PORT, ray://, or "" for a Ray of this process.
+
+    Such a Ray can be reached from the network, so it has a token whatever RAY_AUTH_MODE says; Ray makes one. Call this
+    before `ray` is imported. Raises ClusterError where a cluster on the network would be joined without authentication.
+    """
+    mode = os.environ.get("RAY_AUTH_MODE", "").lower()
+    if mode in AUTHENTICATED:
         return
-    if not is_loopback(f"ray://{address.split('://')[-1]}"):
-        danger = "anyone who reaches that cluster can run programs there"
-        raise ClusterError(f"RAY_AUTH_MODE is disabled, and RAY_ADDRESS is {address}: {danger}. {CURE}")
+    if address in ("", "local"):
+        os.environ.pop("RAY_AUTH_MODE", None)  # unset, Ray authenticates what it starts
+    elif address == "auto" or not is_loopback(f"ray://{address.split('://')[-1]}"):
+        if mode or not has_token():
+            state = f"RAY_AUTH_MODE is {mode}" if mode else "RAY_AUTH_MODE is not set and there is no token"
+            danger = "anyone who reaches that cluster can run programs there"
+            raise ClusterError(f"{state}, and RAY_ADDRESS is {address}: {danger}. {CURE}")
+        os.environ["RAY_AUTH_MODE"] = "token"  # for an address Ray would not do so by itself

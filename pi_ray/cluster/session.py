@@ -23,7 +23,7 @@ SERVE = {
 def connect() -> None:
     """Start or join Ray, quietly, unless it is up. Raises ClusterError (no authentication) and MissingExtraError."""
     requirements.check_requirements()
-    auth.refuse_open(os.environ.get("RAY_ADDRESS", ""))
+    auth.secure_session(os.environ.get("RAY_ADDRESS", ""))
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # workers without a GPU keep CUDA_VISIBLE_DEVICES
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -33,7 +33,7 @@ def connect() -> None:
     if ray.is_initialized():
         return
     local: dict[str, Any] = {}
-    if not os.environ.get("RAY_ADDRESS"):
+    if os.environ.get("RAY_ADDRESS", "") in ("", "local"):
         # Without an address Ray would join, or wait for, whatever cluster was last started on this machine.
         local = {"address": "local", "include_dashboard": False}
         os.environ.update({**SERVE, "RAY_BACKEND_LOG_LEVEL": "fatal", **os.environ})  # its C++ logs are for its makers

@@ -11,7 +11,7 @@ from pi_ray.config import RunConfig
 
 TIMEOUT_S = 10
 GIB = 2**30
-MODES = ("", "token", "k8s")  # values of RAY_AUTH_MODE by which a token is sent
+MODES = ("", *auth.AUTHENTICATED)
 WORD = re.compile(r"[!-~]+")  # a token as a header can carry it
 
 
@@ -22,8 +22,8 @@ def check_authentication(address: str = "") -> Iterator[Finding]:
         message = f"RAY_AUTH_MODE=disabled: no token is sent to {address}"
         yield fail("token", message, f"'unset RAY_AUTH_MODE'. {auth.CURE}")
     elif mode == "disabled":
-        message = "RAY_AUTH_MODE=disabled: anyone who reaches this machine's Ray can run programs as you"
-        yield fail("token", message, "'unset RAY_AUTH_MODE'; pi-ray's own Ray then makes a token by itself")
+        message = "RAY_AUTH_MODE=disabled: pi-ray's own Ray has a token all the same, other programs' Ray has none"
+        yield note("token", message, "'unset RAY_AUTH_MODE'")
     elif mode not in MODES:
         yield fail("token", f"RAY_AUTH_MODE={mode} is unknown to Ray", "set RAY_AUTH_MODE=token")
     elif auth.has_token():

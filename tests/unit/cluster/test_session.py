@@ -1,13 +1,16 @@
 """Joining Ray quietly: one known line is left out, everything else is heard. And which nodes do what."""
 
 import os
+from contextlib import nullcontext
 
 import pytest
 
+from pi_ray.cluster import session
 from pi_ray.cluster.placement import describe_placement, training_scaling, worker_options
 from pi_ray.cluster.session import _muted
 from pi_ray.config import RunConfig
-from pi_ray.errors import ConfigError
+from pi_ray.errors import ClusterError, ConfigError
+from tests.conftest import unset
 
 
 def test_only_the_named_line_is_left_out_even_when_the_block_fails(capfd):
@@ -17,6 +20,52 @@ def test_only_the_named_line_is_left_out_even_when_the_block_fails(capfd):
     assert capfd.readouterr().err == "no space left on device\n"
     os.write(2, b"after\n")
     assert capfd.readouterr().err == "after\n"
+
+
+@pytest.fixture
+def rays_token(monkeypatch, tmp_path):
+    """The file of Ray's token, which is there. No Ray is started or joined."""
+    unset(monkeypatch, "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_ADDRESS")
+    path = tmp_path / "auth_token"
+    path.write_text("x" * 32)
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(path))
+    monkeypatch.setattr("ray.is_initialized", lambda: True)
+    return path
+
+
+@pytest.mark.parametrize("address", ["", "local"])
+@pytest.mark.parametrize("mode", ["disabled", "Disabled", "token", ""])
+def test_a_ray_of_this_process_has_a_token_whatever_the_environment_says(rays_token, monkeypatch, address, mode):
+    from ray._private.authentication.authentication_token_setup import enable_token_auth_by_default
+
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    monkeypatch.setenv("RAY_AUTH_MODE", mode)
+    session.connect()
+    assert enable_token_auth_by_default(), "with which ray.init() starts a cluster"
+
+
+@pytest.mark.parametrize("mode, there, refused", [
+    ("disabled", True, True), ("", True, False), ("", False, True), ("token", True, False),
+])  # fmt: skip
+@pytest.mark.parametrize("address", ["10.1.2.3:6379", "ray://head.example:10001", "auto"])
+def test_no_cluster_on_the_network_is_joined_without_authentication(
+    rays_token, monkeypatch, address, mode, there, refused,
+):
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    if mode:
+        monkeypatch.setenv("RAY_AUTH_MODE", mode)
+    if not there:
+        rays_token.unlink()
+    with pytest.raises(ClusterError, match="anyone who reaches that cluster") if refused else nullcontext():
+        session.connect()
+    assert refused or os.environ["RAY_AUTH_MODE"] == "token"
+
+
+def test_a_cluster_of_this_machine_alone_may_be_open(rays_token, monkeypatch):
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:6379")
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    session.connect()
+    assert os.environ["RAY_AUTH_MODE"] == "disabled"
 
 
 def settings(workers=1, gpu="auto", **cluster) -> RunConfig:
