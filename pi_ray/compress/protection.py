@@ -1,4 +1,4 @@
-"""Protection: the units of a template that compression keeps or drops whole, and how strongly each is protected.
+"""Protection: the spans of a template that compression keeps or drops whole, and how strongly each is protected.
 
 Placeholders, code, JSON, URLs and the user's terms survive byte for byte. Numbers survive too as long as they leave
 room for words: in a template that is mostly a table of codes, all numbers and no words would be useless.
@@ -25,7 +25,7 @@ ROW_LINES = 4  # and stands among at least this many such lines
 
 
 class Protection(IntEnum):
-    """How strongly a unit is protected: words are not, numbers while there is room for them, the rest always."""
+    """How strongly a span is protected: words are not, numbers while there is room for them, the rest always."""
 
     NONE = 0
     NUMBER = 1
@@ -33,7 +33,7 @@ class Protection(IntEnum):
 
 
 @dataclass(frozen=True)
-class Unit:
+class ProtectedSpan:
     """Characters [start, end) that are kept or dropped together. A label (`key:`) is kept where any of its line is."""
 
     start: int
@@ -42,7 +42,7 @@ class Unit:
     is_label: bool = False
 
 
-def split_units(text: str, config: CompressConfig) -> list[Unit]:
+def split_spans(text: str, config: CompressConfig) -> list[ProtectedSpan]:
     """Words, table lines (half a row would be a wrong fact) and protected spans with their whole words, in order."""
     terms = [re.escape(t) for t in sorted(config.protect, key=len, reverse=True) if t.strip()]
     pattern = "|".join([CODE, URL, PLACEHOLDER, *terms])
@@ -61,7 +61,7 @@ def split_units(text: str, config: CompressConfig) -> list[Unit]:
         has_number = config.protect_numbers and re.search(r"\d", text[start:end])
         return Protection.NUMBER if has_number else Protection.NONE
 
-    return [Unit(*span, protection(*span), span in labels) for span in merged]
+    return [ProtectedSpan(*span, protection(*span), span in labels) for span in merged]
 
 
 def _json_spans(text: str) -> Iterator[words.Span]:

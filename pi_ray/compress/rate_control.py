@@ -1,6 +1,6 @@
 """Rate control: ask a compressor for more or less until the measured rate of a template is the one that was asked for.
 
-The choice is made by units (protection.py): protected ones stay whatever the compressor drops, and a unit is never cut.
+The choice is made by spans (protection.py): protected ones stay whatever the compressor drops, and a span is never cut.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from pi_ray.compress import words
-from pi_ray.compress.protection import Protection, split_units
+from pi_ray.compress.protection import Protection, split_spans
 from pi_ray.config import CompressConfig
 from pi_ray.prompt import Template
 from pi_ray.protocols import Compressor
@@ -21,7 +21,7 @@ TRIES = 8
 AIM = 0.5  # stop at this share of the tolerance: a few more tries are cheap, and made once
 NUMBER_SHARE = 0.75  # numbers stay while protected text takes at most this share of the rate
 
-Choice = list[list[bool]]  # for each part, which of its units stay
+Choice = list[list[bool]]  # for each part, which of its spans stay
 
 
 @dataclass(frozen=True)
@@ -41,37 +41,37 @@ def count_tokens(tokenizer: Any, text: str) -> int:
 
 
 class _Part:
-    """The instruction or one document, cut into units."""
+    """The instruction or one document, cut into spans."""
 
     def __init__(self, text: str, config: CompressConfig):
         self.text = text
         self.words = words.word_spans(text)
-        self.units = split_units(text, config)
-        # for each unit the index of the first one on a later line
-        line_ends = [f"{text}\n".index("\n", u.end) for u in self.units]
-        self.next_line = [bisect_left(self.units, end, key=lambda u: u.start) for end in line_ends]
+        self.spans = split_spans(text, config)
+        # for each span the index of the first one on a later line
+        line_ends = [f"{text}\n".index("\n", u.end) for u in self.spans]
+        self.next_line = [bisect_left(self.spans, end, key=lambda u: u.start) for end in line_ends]
 
-    def unit_text(self, unit: int) -> str:
-        return self.text[self.units[unit].start : self.units[unit].end]
+    def span_text(self, span: int) -> str:
+        return self.text[self.spans[span].start : self.spans[span].end]
 
     def choose(self, output: str, level: Protection) -> list[bool]:
-        """Which units stay: half of their words stand in `output`, or their protection is at least `level`."""
+        """Which spans stay: half of their words stand in `output`, or their protection is at least `level`."""
         kept = words.find_kept_words([self.text[a:b] for a, b in self.words], output.split())
         chosen, at = [], 0
-        for unit in self.units:
+        for span in self.spans:
             first = at
-            while at < len(self.words) and self.words[at][0] < unit.end:
+            while at < len(self.words) and self.words[at][0] < span.end:
                 at += 1
-            chosen.append(unit.protection >= level or 2 * sum(kept[first:at]) >= max(at - first, 1))
+            chosen.append(span.protection >= level or 2 * sum(kept[first:at]) >= max(at - first, 1))
         return chosen
 
     def render(self, chosen: Sequence[bool]) -> str:
-        """The chosen units, and the labels of the lines that they stand in."""
+        """The chosen spans, and the labels of the lines that they stand in."""
         chosen = list(chosen)
         for i in reversed(range(len(chosen) - 1)):
-            if self.units[i].is_label and not chosen[i]:
+            if self.spans[i].is_label and not chosen[i]:
                 chosen[i] = any(chosen[i + 1 : self.next_line[i]])
-        return words.join_words(self.text, [(u.start, u.end) for u in self.units], chosen)
+        return words.join_words(self.text, [(u.start, u.end) for u in self.spans], chosen)
 
 
 class RateSearch:
@@ -96,7 +96,7 @@ class RateSearch:
         low, high = (0.0, best.achieved), (1.0, 1.0)  # (asked, achieved) on either side of the goal
         under: tuple[CompressedTemplate, Choice] | None = None  # the compressor's results on either side
         over: Choice | None = None
-        choices: dict[tuple[str, ...], Choice] = {}  # what the compressor returned -> which units stay
+        choices: dict[tuple[str, ...], Choice] = {}  # what the compressor returned -> which spans stay
         tried: set[str] = set()
         stuck = False  # another rate gave the same text: halve the gap instead of creeping along it
         for _ in range(TRIES if minimum.achieved < self.rate else 0):
@@ -135,9 +135,9 @@ class RateSearch:
         return abs(result.achieved - self.rate)
 
     def _between(self, draft: CompressedTemplate, under: Choice, over: Choice) -> Choice:
-        """`under` and the largest units of `over` that there is room for: no rate of the compressor lies between."""
+        """`under` and the largest spans of `over` that there is room for: no rate of the compressor lies between."""
         choice, room = [list(c) for c in under], round(self.rate * self.full) - draft.tokens
-        extra = [(p, u) for p, units in enumerate(over) for u, stays in enumerate(units) if stays and not under[p][u]]
+        extra = [(p, u) for p, spans in enumerate(over) for u, stays in enumerate(spans) if stays and not under[p][u]]
         sizes = {(p, u): self._size(self.parts[p], u) for p, u in extra}
         for p, u in sorted(extra, key=lambda place: -sizes[place]):
             if sizes[p, u] <= room:
@@ -145,13 +145,13 @@ class RateSearch:
                 room -= sizes[p, u]
         return choice
 
-    def _size(self, part: _Part, unit: int) -> int:
-        return count_tokens(self.tokenizer, " " + part.unit_text(unit))
+    def _size(self, part: _Part, span: int) -> int:
+        return count_tokens(self.tokenizer, " " + part.span_text(span))
 
     def _largest(self) -> float:
-        """The largest unit that may be dropped, as a share of the template."""
-        units = ((p, i) for p in self.parts for i, u in enumerate(p.units) if u.protection < Protection.ALWAYS)
-        found = max(units, key=lambda place: len(place[0].unit_text(place[1])), default=None)
+        """The largest span that may be dropped, as a share of the template."""
+        spans = ((p, i) for p in self.parts for i, u in enumerate(p.spans) if u.protection < Protection.ALWAYS)
+        found = max(spans, key=lambda place: len(place[0].span_text(place[1])), default=None)
         return self._size(*found) / self.full if found else 0.0
 
     def _note(self, best: CompressedTemplate, minimum: CompressedTemplate, numbers: CompressedTemplate) -> str:

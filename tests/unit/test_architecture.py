@@ -13,6 +13,7 @@ FLOORS = [
     ["schedule"],
     ["config"],
     ["prompt"],
+    ["units"],
     ["protocols"],
     ["run"],
     ["models", "cluster"],

@@ -7,7 +7,7 @@ import pytest
 from pi_ray import models
 from pi_ray.compress import words
 from pi_ray.compress.none import NoCompression
-from pi_ray.compress.protection import Protection, split_units
+from pi_ray.compress.protection import Protection, split_spans
 from pi_ray.compress.template import cached_template, compress_template
 from pi_ray.config import CompressConfig, ModelConfig
 from pi_ray.prompt import Template
@@ -132,13 +132,13 @@ def test_the_label_of_a_line_goes_with_what_is_kept_of_it(tokenizer):
 
 
 def test_units_hold_what_they_should():
-    protected = {TEXT[u.start : u.end]: u.protection for u in split_units(TEXT, CONFIG)}
+    protected = {TEXT[u.start : u.end]: u.protection for u in split_spans(TEXT, CONFIG)}
     assert (
         protected["250"] is Protection.NUMBER
         and protected["`ls -la`"] is Protection.ALWAYS
         and protected["passive"] is Protection.NONE
     )
-    free = {TEXT[u.start : u.end]: u.protection for u in split_units(TEXT, CompressConfig(protect_numbers=False))}
+    free = {TEXT[u.start : u.end]: u.protection for u in split_spans(TEXT, CompressConfig(protect_numbers=False))}
     assert free["250"] is Protection.NONE and "Golden" in free
 
 
@@ -147,7 +147,7 @@ def test_what_only_looks_like_json_or_a_fence_is_free():
         "- [ ] a box to [tick], {not json: 1}\n2. ```\n   code\n   ```\nprose between\n~~~\nmore code\n~~~\n"
         + "[" * 3000
     )
-    protected = [text[u.start : u.end] for u in split_units(text, CONFIG) if u.protection is Protection.ALWAYS]
+    protected = [text[u.start : u.end] for u in split_spans(text, CONFIG) if u.protection is Protection.ALWAYS]
     assert protected == ["2. ```\n   code\n   ```", "~~~\nmore code\n~~~"]
 
 

@@ -1,0 +1,71 @@
+"""Units of a prompt: what counts as one, and which of them a text is about."""
+
+import pytest
+
+from pi_ray.units import Unit, UnitIndex, find_units
+
+PROMPT = """You sort messages. Answer with the code alone! Never guess.
+
+## Queues
+
+- billing: Q7
+- logins: Q2
+  (also passwords)
+
+## Metrics
+
+| metric | unit |
+|---|---|
+| lat | milliseconds |
+| ram | megabytes |
+
+## Form
+
+Write it as here:
+
+```
+from SERVICE | to ROUTE
+for WINDOW
+```
+"""
+
+
+def test_lists_tables_sentences_and_fenced_blocks_are_units():
+    assert find_units(PROMPT) == [
+        Unit("", "You sort messages.", "rule"),
+        Unit("", "Answer with the code alone!", "rule"),
+        Unit("", "Never guess.", "rule"),
+        Unit("Queues", "billing: Q7", "item"),
+        Unit("Queues", "logins: Q2 (also passwords)", "item"),
+        Unit("Metrics", "metric | unit", "item"),
+        Unit("Metrics", "lat | milliseconds", "item"),
+        Unit("Metrics", "ram | megabytes", "item"),
+        Unit("Form", "Write it as here:", "rule"),
+        Unit("Form", "from SERVICE | to ROUTE\nfor WINDOW", "example"),
+    ]
+
+
+def test_pairs_on_one_line_are_items():
+    found = find_units("## Queues\n\nbilling: Q7, logins: Q2, delivery: Q5, anything else: Q9\n")
+    assert [unit.text for unit in found] == ["billing: Q7", "logins: Q2", "delivery: Q5", "anything else: Q9"]
+
+
+def test_lines_with_a_colon_are_a_list_without_marks():
+    found = find_units("## Routes\n\nfern: critical or urgent\nkite: serious\nmoss: minor, or none\n")
+    assert [(unit.text, unit.kind) for unit in found][1] == ("kite: serious", "item")
+
+
+@pytest.mark.parametrize("text", ["", "\n\n", "## \n", "```\n```"])
+def test_a_prompt_that_says_nothing_has_no_units(text):
+    assert find_units(text) == []
+
+
+def test_a_text_is_about_the_units_whose_rare_words_it_has():
+    units = find_units(PROMPT)
+    index = UnitIndex(units)
+    assert units[index.best("I cannot find my login")].text == "logins: Q2 (also passwords)"
+    touched = [units[i].text for i in index.touched("billing, when ram is above 3 megabytes")]
+    assert touched[0] == "ram | megabytes"
+    assert "billing: Q7" in touched
+    assert index.best("zebra") is None
+    assert index.touched("zebra") == []
