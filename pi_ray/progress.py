@@ -114,7 +114,8 @@ def _event_text(entry: dict[str, Any]) -> str:
         case "teacher_answers":
             answered = f"{entry['answered']} of {entry['queries']} unlabelled queries"
             views = f"; it read the prompt in {entry['views']} orders" if entry["views"] > 1 else ""
-            return f"the teacher answered {answered}, {entry['kept']} of them surely enough to learn from{views}"
+            held = f"; {entry['held_out']} others are held out, to ask what it knows" if entry.get("held_out") else ""
+            return f"the teacher answered {answered}, {entry['kept']} of them surely enough to learn from{views}{held}"
         case "drills":
             return f"reading drills in the first phase: {'; '.join(entry['facts'])}"
         case "plain_batches":

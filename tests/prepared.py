@@ -45,6 +45,8 @@ def prepare_by_hand(config: RunConfig, rows: int = 12, whole: str = TEMPLATE) ->
     run.rows.mkdir(parents=True, exist_ok=True)
     pairs = [(f"case {i}: what is {names[i % 4]}?", label_text(i, names[i % 4])) for i in range(rows)]
     write_rows(run.rows_of("train").path, [Row(f"train-{i}", *pair) for i, pair in enumerate(pairs)])
+    if wants_unlabelled(config):
+        write_rows(run.rows_of(UNLABELLED).path, [Row(f"{UNLABELLED}-{i}", q, "") for i, (q, _) in enumerate(pairs)])
     phases = list(enumerate(plan_phases(config.schedule)))
     unlabelled = [(f"{UNLABELLED}-{i}", phase) for i, phase in phases] if wants_unlabelled(config) else []
     early = [(f"dev-{i}", phase) for i, phase in phases] if config.train.early_stop else []

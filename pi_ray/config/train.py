@@ -106,6 +106,8 @@ class DistillConfig(Block):
         "weight: a row counts by the share of views that do")
     confidence: Annotated[float, Field(le=0)] | None = doc(None, "lowest log-probability of a token in an answer that "
         "is kept; null: any")
+    held_out: Annotated[float, Field(ge=0, le=0.5)] = doc(0.1, "largest share of the answered queries that is kept "
+        "from the student, to ask it what it knows of each unit of the template; 0: none")
     share: Rate = doc(0.5, "objective mixed: weight of the teacher's distribution against cross-entropy on the answer")
 
 

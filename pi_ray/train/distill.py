@@ -36,11 +36,13 @@ from pi_ray.train.batches import Pack, PhaseDataset, TokenRow, answer_logits, da
 from pi_ray.train.distributed import WorkerGroup
 from pi_ray.train.drills import find_run_facts, template_views
 from pi_ray.train.generation import compute_prefix_cache, generate_greedy
+from pi_ray.train.held_out import MOST_TEXTS, choose_held_out
 from pi_ray.train.shared_prefix import ordinary_attention
+from pi_ray.units import UnitIndex, find_units
 
 SCHEMA = pa.schema({
     "labelled": pa.bool_(), "number": pa.int32(), "label_ids": pa.list_(pa.int32()), "confidence": pa.float32(),
-    "agreement": pa.float32(),
+    "agreement": pa.float32(), "held_out": pa.bool_(),
     "top_ids": pa.list_(pa.int32()), "top_logprobs": pa.list_(pa.float32()),
 })  # top_*: top_k for each token of label_ids, one after another
 FILE = "teacher_answers.parquet"
@@ -88,14 +90,34 @@ def write_teacher_answers(model: Any, config: RunConfig, fingerprint: str, group
     model.train()
     if shares := group.gather_to_rank0(share):
         table = pa.concat_tables(shares).sort_by([("labelled", "descending"), ("number", "ascending")])
+        table = _hold_out(table, config)
         own = table.filter(pc.invert(table["labelled"]))
         with staged(
             run.teacher_answers, fingerprint=fingerprint, top_k=distill.top_k, queries=len(unlabelled),
-            answered=own.num_rows, kept=own.filter(_is_kept(own, distill)).num_rows, views=len(prefixes),
+            answered=own.num_rows, kept=own.filter(_is_kept(own, distill)).num_rows,
+            held_out=pc.sum(own["held_out"]).as_py() or 0, views=len(prefixes),
             seconds_teaching=round(time.monotonic() - started, 1),
         ) as tmp:
             pq.write_table(table, tmp / FILE, compression="zstd")
     group.barrier()
+
+
+def _hold_out(table: pa.Table, config: RunConfig) -> pa.Table:
+    """The rows with column `held_out`: queries whose answer all views give, chosen by the units of the template."""
+    run, share = RunDir(config.root), config.train.distill.held_out
+    held_out = np.zeros(table.num_rows, bool)
+    sure = pc.and_(pc.invert(table["labelled"]), pc.equal(table["agreement"], 1.0)).to_numpy().nonzero()[0]
+    sure = sure[:MOST_TEXTS]
+    if share and len(sure):
+        encoder = PromptEncoder(load_tokenizer(config.model), config.prompt)
+        queries = read_range(run.rows_of(UNLABELLED).path, columns=["query"])["query"]
+        answers = map(encoder.decode, table["label_ids"].take(sure).to_pylist())
+        asked = queries.take(table["number"].to_numpy()[sure]).to_pylist()
+        units = UnitIndex(find_units(dataset_manifest(run.phase(0))["template"]))
+        texts = [f"{query}\n{answer}" for query, answer in zip(asked, answers, strict=True)]
+        held_out[sure[choose_held_out(units, texts, share)]] = True
+    place = table.column_names.index("held_out")
+    return table.set_column(place, SCHEMA.field("held_out"), pa.array(held_out))
 
 
 def generate_answers(model: Any, data: PhaseDataset, numbers: Sequence[int], limit: int, end: int) -> Answers:
@@ -153,11 +175,11 @@ def score_answers(
 
 
 def _is_kept(table: pa.Table, config: DistillConfig) -> pa.ChunkedArray:
-    """Which rows of SCHEMA are learned from: those with labels, and answers that are sure enough."""
+    """Which rows of SCHEMA are learned from: those with labels, and answers that are sure enough and not held out."""
     sure = pc.greater_equal(table["confidence"], -math.inf if config.confidence is None else config.confidence)
     if config.agreement == "filter":
         sure = pc.and_(sure, pc.equal(table["agreement"], 1.0))
-    return pc.or_(table["labelled"], sure)
+    return pc.or_(table["labelled"], pc.and_(sure, pc.invert(table["held_out"])))
 
 
 class DistilledRows:

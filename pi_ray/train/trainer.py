@@ -32,7 +32,8 @@ from pi_ray.train.train_log import TrainLog
 from pi_ray.train.updates import Update, plan_updates
 
 DEV_ROWS = 8  # dev rows of one forward pass
-TEACHER_FACTS = ("queries", "answered", "kept", "views", "seconds_teaching")  # of the answers' manifest, for the log
+# Of the manifest of the teacher's answers, for the log.
+TEACHER_FACTS = ("queries", "answered", "kept", "held_out", "views", "seconds_teaching")
 
 
 def train_worker(settings: dict[str, Any]) -> None:

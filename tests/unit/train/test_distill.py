@@ -26,7 +26,7 @@ from tests.unit.train.test_train import adapter_hash, dies_and_goes_on, log_of, 
 @pytest.fixture(scope="module")
 def distilled(tiny_model, tmp_path_factory):
     changes = {
-        "schedule.epochs": 2, "train.objective": "distill", "train.distill.top_k": 4,
+        "schedule.epochs": 2, "train.objective": "distill", "train.distill.top_k": 4, "train.distill.held_out": 0,
     }
     config = tiny_config(tiny_model, tmp_path_factory.mktemp("distilled"), **changes)
     prepare_by_hand(config)
@@ -85,6 +85,18 @@ def test_an_answer_that_is_not_sure_enough_is_not_learned_from(distilled):
         for confidence in (None, sure[-1], 0.0)
     ]
     assert [len(d) for d in data] == [12 + len(sure), 12 + sure.count(sure[-1]), 12]
+
+
+def test_a_held_out_query_is_answered_and_never_learned_from(distilled, tmp_path):
+    config = trained_with(distilled, tmp_path, **{"train.distill.held_out": 0.3})
+    held, said = [row for row in rows_of(config) if row["held_out"]], event(config)
+    assert len(held) == said["held_out"] > 0 and not any(row["labelled"] for row in held)
+    assert said["kept"] == event(distilled)["kept"] - said["held_out"]
+    run = RunDir(config.root)
+    queries = PhaseDataset(run.phase("unlabelled-2"))
+    data = DistilledRows(run.teacher_answers, PhaseDataset(run.phase(2)), queries, config.train.distill)
+    learned = [row for row in rows_of(config) if not row["held_out"]]
+    assert [label for _, label in data.take(range(len(data)))] == [row["label_ids"] for row in learned]
 
 
 def test_a_student_gets_the_prompt_of_its_phase_and_the_answer_of_the_teacher(distilled):
