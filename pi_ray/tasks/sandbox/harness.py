@@ -1,13 +1,15 @@
 """The program's side of the sandbox: `python -c` of this file, inside, with the standard library alone.
 
-Standard input is a marshal of (limits, folder, sources, steps). Standard output is the line `ready`, then one of JSON,
-[error, [value of each step]], whose values are nested lists of a kind and ASCII text (`encode_value`). The program may
-rewrite all of this process: nothing is decided here, no expected value comes in, and judge.py takes output as data.
+Standard input is a marshal of (limits, filter, folder, sources, steps). Standard output is the line `ready`, then one
+of JSON, [error, [value of each step]], whose values are nested lists of a kind and ASCII text (`encode_value`). The
+program may rewrite all of this process: nothing is decided here, no expected value comes in, and judge.py takes output
+as data.
 """
 
 import marshal
 import os
 import resource
+import struct
 import sys
 from typing import Any
 
@@ -17,7 +19,7 @@ VIEWS: Any = (type({}.keys()), type({}.items()))
 
 
 def main() -> None:
-    limits, folder, sources, steps = marshal.load(sys.stdin.buffer)
+    limits, syscall_filter, folder, sources, steps = marshal.load(sys.stdin.buffer)
     out = os.dup(1)
     nothing = os.open(os.devnull, os.O_RDWR)
     for stream in (0, 1, 2):
@@ -25,12 +27,25 @@ def main() -> None:
     os.chdir(folder)
     for name, limit in limits.items():
         resource.setrlimit(getattr(resource, name), (limit, limit))
+    if syscall_filter:
+        install_filter(syscall_filter)
     os.write(out, b"ready\n")
     # JSON: texts have no quotes or backslashes
     answer = repr(run_steps(sources, steps)).replace("'", '"').encode("ascii")
     while answer:
         answer = answer[os.write(out, answer):]
     os._exit(0)  # without waiting for threads or exit handlers
+
+
+def install_filter(code: bytes) -> None:
+    """Have the kernel apply a filter of seccomp.py to this process and its children, for good."""
+    import ctypes
+
+    held = ctypes.create_string_buffer(code, len(code))
+    program = struct.pack("HP", len(code) // 8, ctypes.addressof(held))
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(22, 2, program, 0, 0):  # PR_SET_SECCOMP, SECCOMP_MODE_FILTER
+        raise OSError(ctypes.get_errno(), "the filter of system calls was refused")
 
 
 def run_steps(sources: tuple[str, ...], steps: tuple[tuple[str, str], ...]) -> list[Any]:

@@ -8,18 +8,22 @@ Linux and util-linux, as root or with unprivileged user namespaces. For each pro
     timeout    the first process of the tree, with which the kernel ends the whole tree; soon after the wall limit it
                ends by itself, should nobody be there any more to end it
     setpriv    as root: a user id that nobody else has; for all: no capabilities, no new privileges
+    seccomp    no memory outside address spaces, no sockets that know no namespace (seccomp.py, set by harness.py)
 `Jail.tests` states each wall as an assert. They run inside first, so each printed protection was seen to hold.
 """
 
 import contextlib
 import itertools
 import os
+import re
 import shutil
 import signal
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
+
+from pi_ray.tasks.sandbox.seccomp import syscall_filter
 
 SYSTEM = ("/usr", "/lib", "/lib32", "/lib64", "/libx32", "/bin", "/sbin", "/nix/store", "/gnu/store")  # libraries
 DEVICES = ("/dev/null", "/dev/zero", "/dev/urandom")
@@ -28,16 +32,24 @@ SEARCH = "/usr/sbin:/usr/bin:/sbin:/bin"
 USERS = (50_000, 60_000)  # user ids that no distribution hands out by itself
 SCRIPT = (
     "echo 1000 >/proc/self/oom_score_adj; "  # short of memory, the kernel ends a program before anything else
-    '"$1" --all --fstab "$2/fstab" && '
+    '"$1" --all --fstab "$2/fstab" || exit 1; '
+    # `ro` of a recursive bind holds for its top alone: what is mounted below is made read-only one by one
+    "while read -r _ _ _ _ place options _; do "
+    'case "$options:$place" in "rw"*:"$2/root/dev/"*) ;; "rw"*:"$2/root/"*) '
+    '"$1" -o "remount,bind,ro${options#rw}" "$(printf %b "$place")" || exit 1 ;; '
+    "esac; done </proc/self/mountinfo; "
     '"$1" -t tmpfs -o "size=$3m,nr_inodes=4k,mode=1777,nosuid,nodev" tmpfs "$2/root/tmp" && shift 3 && exec "$@"'
 )
 PROBE = """
-import os, resource, socket
+import ctypes, os, resource, socket
 def refused(call, *arguments):
     try:
         call(*arguments)
     except OSError as error:
         return os.strerror(error.errno)
+def raises(name, *arguments):
+    libc = ctypes.CDLL(None, use_errno=True)
+    return os.strerror(ctypes.get_errno()) if getattr(libc, name)(*arguments) < 0 else ""
 def size(folder):
     seen = os.statvfs(folder)
     return seen.f_blocks * seen.f_frsize
@@ -78,6 +90,7 @@ class Jail:
         needed = interpreter()[1]
         if forbidden := needed & {Path("/"), Path(os.path.expanduser("~"))}:
             raise OSError(f"Python is installed in {forbidden.pop()} itself, which programs would have to see")
+        self.syscall_filter = syscall_filter()
         self._folder = tempfile.TemporaryDirectory(prefix="pi-ray-sandbox-", ignore_cleanup_errors=True)
         self.folder = Path(self._folder.name).resolve()
         self.folder.chmod(0o755)
@@ -118,15 +131,24 @@ class Jail:
                     ["Network is unreachable"] * 2),
             "processes: an own tree, which ends with the program": ("os.getppid()", 1),
             f"files: {', '.join(shown)}, read-only; nothing else of this machine":
-                (f"[sorted(os.listdir('/')), read_only('/', *{shown})]", [top, True]),
+                (f"[sorted(os.listdir('/')), read_only('/', *{shown + self._mounted_below()})]", [top, True]),
             f"writing: a private /tmp of {files_mib} MiB, in memory, gone with the program":
                 ("[size('/tmp'), os.listdir('/tmp')]", [files_mib << 20, []]),
             f"rights: {named}; no capabilities":
                 ("[os.getuid(), refused(os.chroot, '/tmp')]", [inside, "Operation not permitted"]),
+            "system calls: no System V memory, no memory files, no sockets but unix and IP":
+                ("[raises('shmget', 0, 4096, 0o1600), raises('memfd_create', b'x', 0), refused(socket.socket, 40)]",
+                    ["Operation not permitted"] * 3),
             describe_limits(limits):
                 (f"[resource.getrlimit(getattr(resource, n)) for n in {[*limits]}]", [(n, n) for n in limits.values()]),
         }
         return [(sentence, f"assert {found} == {expected}") for sentence, (found, expected) in walls.items()]
+
+    def _mounted_below(self) -> list[str]:
+        """Where something is mounted below a folder that programs see."""
+        lines = Path("/proc/self/mountinfo").read_text().splitlines()
+        places = [Path(re.sub(r"\\([0-7]{3})", lambda m: chr(int(m[1], 8)), line.split()[4])) for line in lines]
+        return [str(p) for p in places if any(parent in p.parents for parent in map(Path, self.visible))]
 
     def _build_root(self, needed: set[Path]) -> list[str]:
         """Create the empty root and the fstab that fills it for each program; returns the folders that programs see."""

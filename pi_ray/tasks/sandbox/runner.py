@@ -121,7 +121,8 @@ class Sandbox:
                 folder = stack.enter_context(tempfile.TemporaryDirectory(ignore_cleanup_errors=True))
             request = stack.enter_context(tempfile.TemporaryFile())
             sources, sent = (program.code, program.setup), [(step.kind, step.source) for step in steps]
-            marshal.dump((_resource_limits(limits, bool(self._jail)), folder, sources, sent), request)
+            syscall_filter = self._jail.syscall_filter if self._jail else b""
+            marshal.dump((_resource_limits(limits, bool(self._jail)), syscall_filter, folder, sources, sent), request)
             request.seek(0)
             process = stack.enter_context(self._popen(limits, user, request))
             assert process.stdout and process.stderr
