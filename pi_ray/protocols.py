@@ -104,6 +104,12 @@ class GenerationRequest:
     seed: int | None = None
     stop: tuple[str, ...] = ()
     logprobs: int | None = None  # likeliest tokens that come with each token; None: no log-probabilities at all
+    adapter_hash: str = ""  # of the folder's manifest: what an engine keeps of an adapter, it keeps under this
+
+    @property
+    def adapter_key(self) -> str:
+        """What tells adapters apart, also two that had the same folder one after the other; "": the base model."""
+        return self.adapter_hash or self.adapter
 
 
 class Token(NamedTuple):

@@ -11,6 +11,7 @@ from typing import Any, TextIO
 
 from pi_ray.config import RunConfig, run_file
 from pi_ray.errors import AdapterError, ConfigError
+from pi_ray.run.artifact import MANIFEST, digest_file
 from pi_ray.run.directory import RunDir
 from pi_ray.serve.engine.completion import Completer, CompletionRequest, RefusedError
 from pi_ray.store.adapters import Adapter, AdapterStore
@@ -29,7 +30,8 @@ def resolve_target(target: str, overrides: Sequence[str]) -> tuple[RunConfig, Ad
         config, best = run_file.load_run_file(run / "run.yaml", overrides), RunDir(run).best.resolve()
         if not best.is_dir():
             raise AdapterError(f"{run}: no trained adapter; 'pi-ray train {run}' makes one")
-        return config, Adapter(config.name, best.name, best, verify_adapter(best, config.model))
+        card = verify_adapter(best, config.model)
+        return config, Adapter(config.name, best.name, best, digest_file(best / MANIFEST), card)
     config = run_file.parse_run_file("name: chat", "chat", overrides)
     store = AdapterStore(config.store)
     if target.partition("@")[0] not in store.names():

@@ -11,6 +11,8 @@ A name alone stands for its alias `prod`; while there is none, for the latest ve
 
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Self
@@ -25,7 +27,9 @@ from pi_ray.store.backends import LATEST_FILE, VERSION, LocalStore, RemoteStore,
 from pi_ray.store.prompt_guard import PROMPT_FILE, PromptGuard
 from pi_ray.store.verify import read_json, validate, verify_adapter
 
-__all__ = ["NAME", "Adapter", "AdapterStore", "StoreUnavailableError", "UnknownAdapterError", "split_name"]
+__all__ = [
+    "NAME", "Adapter", "AdapterStore", "StoreUnavailableError", "UnknownAdapterError", "check_unchanged", "split_name",
+]
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 ALIAS = re.compile(r"(?!v[0-9])[a-z][a-z0-9_-]{0,31}")
 ALIASES_FILE = "aliases.json"
@@ -42,11 +46,15 @@ class UnknownAdapterError(AdapterError):
 
 @dataclass(frozen=True)
 class Adapter:
-    """A verified adapter: the folder of its files, its pi_ray.json, and its prompt guard where its prompt is known."""
+    """A verified adapter: the folder of its files, its pi_ray.json, and its prompt guard where its prompt is known.
+
+    `hash` is that of its manifest, which lists the files' hashes: whatever is cached of an adapter is kept under it.
+    """
 
     name: str
     version: str
     path: Path
+    hash: str
     card: dict[str, Any] = field(repr=False)
     guard: PromptGuard | None = field(default=None, repr=False, compare=False)
 
@@ -101,7 +109,7 @@ class AdapterStore:
         self.backend: LocalStore | RemoteStore
         self.backend = RemoteStore(str(location)) if is_url(location) else LocalStore(location)
         self.base = base
-        self._verified: dict[str, Adapter] = {}
+        self._verified: dict[Path, tuple[str, Adapter]] = {}  # folder -> its state and content
         self._refused: dict[str, str] = {}
 
     def names(self) -> list[str]:
@@ -117,21 +125,29 @@ class AdapterStore:
         path = self.backend.version_folder(name, version)
         if path is None:
             raise UnknownAdapterError(f"no adapter '{spec}' in the store")
-        state = _folder_state(path)
-        if state in self._refused:
-            raise AdapterError(self._refused[state])
-        if state not in self._verified:
-            try:
-                card = verify_adapter(path, self.base)
-            except AdapterError as error:  # remembered until the folder changes, so that asking again costs nothing
-                message = self._refused[state] = f"adapter '{name}@{version}' is refused: {error}"
-                if len(self._refused) > MAX_REFUSALS:
-                    del self._refused[next(iter(self._refused))]
-                raise AdapterError(message) from error
-            file, wording = path / PROMPT_FILE, PromptConfig(**card["prompt"])
-            guard = PromptGuard(read_json(file), wording) if file.is_file() else None
-            self._verified[state] = Adapter(name, version, path, card, guard)
-        return self._verified[state]
+        with _replacement_refused(path):
+            state = _folder_state(path)
+            if state in self._refused:
+                raise AdapterError(self._refused[state])
+            known, adapter = self._verified.get(path, ("", None))
+            if adapter is None or state != known:
+                adapter = self._verify(name, version, path, state)
+                check_unchanged(path, adapter.hash)
+                self._verified[path] = state, adapter
+        return adapter
+
+    def _verify(self, name: str, version: str, path: Path, state: str) -> Adapter:
+        found = digest_file(path / MANIFEST) if (path / MANIFEST).is_file() else ""
+        try:
+            card = verify_adapter(path, self.base)
+        except AdapterError as error:  # remembered until the folder changes, so that asking again costs nothing
+            message = self._refused[state] = f"adapter '{name}@{version}' is refused: {error}"
+            if len(self._refused) > MAX_REFUSALS:
+                del self._refused[next(iter(self._refused))]
+            raise AdapterError(message) from error
+        file, wording = path / PROMPT_FILE, PromptConfig(**card["prompt"])
+        guard = PromptGuard(read_json(file), wording) if file.is_file() else None
+        return Adapter(name, version, path, found, card, guard)
 
     def resolve(self, spec: str, sticky_key: str = "") -> tuple[str, str]:
         """(name, version) for which `spec` stands now. The version's files are not read."""
@@ -164,6 +180,31 @@ class AdapterStore:
         if not isinstance(version, str) or not VERSION.fullmatch(version):
             raise AdapterError(f"adapter '{name}': {LATEST_FILE} names no version")
         return version
+
+
+def check_unchanged(folder: Path | str, manifest_hash: str) -> None:
+    """Raise StoreUnavailableError unless `folder` is the one whose manifest had this hash, after its files were read.
+
+    A version is replaced by renaming a whole folder into its place, so an unchanged manifest means unchanged files.
+    """
+    with _replacement_refused(folder):
+        if digest_file(Path(folder, MANIFEST)) == manifest_hash:
+            return
+    raise StoreUnavailableError(_replaced(folder))
+
+
+@contextmanager
+def _replacement_refused(folder: Path | str) -> Iterator[None]:
+    """A folder that goes away while its files are read is being replaced."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise StoreUnavailableError(_replaced(folder)) from None
+
+
+def _replaced(folder: Path | str) -> str:
+    path = Path(folder)
+    return f"adapter '{path.parent.name}@{path.name}' is being replaced; come back later"
 
 
 def _folder_state(path: Path) -> str:

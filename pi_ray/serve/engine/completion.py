@@ -14,7 +14,13 @@ from pi_ray.models import base_name
 from pi_ray.prompt import PromptEncoder, content_ids
 from pi_ray.protocols import GenerationRequest
 from pi_ray.serve.engine.detokenizer import IncrementalDetokenizer, LogprobsBuffer
-from pi_ray.store.adapters import Adapter, AdapterStore, StoreUnavailableError, UnknownAdapterError
+from pi_ray.store.adapters import (
+    Adapter,
+    AdapterStore,
+    StoreUnavailableError,
+    UnknownAdapterError,
+    check_unchanged,
+)
 from pi_ray.store.prompt_guard import EMPTY_GUARD, GuardResult
 
 log = logging.getLogger("ray.serve")
@@ -105,6 +111,7 @@ class Completer:
         """Before the first request: merge this adapter into the base. It alone is served from then on."""
         adapter = self.store.open(spec)
         self.engine.merge(str(adapter.path))
+        check_unchanged(adapter.path, adapter.hash)
         self.merged = adapter
 
     def prompt_ids(self, query: str, adapter: Adapter | None) -> list[int]:
@@ -161,9 +168,9 @@ class Completer:
             "adapter": requested, "prompt": guarded.kind if adapter else "base",
             "prompt_tokens": len(ids), "saved": self._saved_tokens(request, adapter, guarded.kind, len(ids)),
         }
-        folder = str(answering.path) if answering else ""
+        folder, found = (str(answering.path), answering.hash) if answering else ("", "")
         return start, GenerationRequest(
-            ids, limit, folder, request.temperature, request.top_p, request.seed, request.stop, request.logprobs
+            ids, limit, folder, request.temperature, request.top_p, request.seed, request.stop, request.logprobs, found
         )
 
     def _open(self, name: str, sticky_key: str) -> Adapter:

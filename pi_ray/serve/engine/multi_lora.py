@@ -16,6 +16,7 @@ import torch.nn.functional as F
 
 from pi_ray.errors import AdapterError
 from pi_ray.serve.engine.onednn_linear import get_weight, set_weight
+from pi_ray.store.adapters import check_unchanged
 from pi_ray.store.verify import CONFIG_FILE, LORA_TENSOR, WEIGHTS_FILE, open_weights, read_json
 
 BASE_SLOT = -1  # the slot of rows without an adapter
@@ -77,7 +78,7 @@ class MultiLora:
         self.hits = self.misses = self.evictions = 0
         self._linears = {name: m for name, m in base.named_modules() if isinstance(m, torch.nn.Linear)}
         self._like = {"dtype": base.dtype, "device": base.device}
-        self._loaded: OrderedDict[str, LoadedAdapter] = OrderedDict()  # by folder, least recently used first
+        self._loaded: OrderedDict[str, LoadedAdapter] = OrderedDict()  # by key, least recently used first
         self._layers: dict[str, MultiLoraLayer] = {}
         self._shape = (0, 0)  # slots, rank
         self._active: Any = None
@@ -89,29 +90,35 @@ class MultiLora:
     def nbytes(self) -> int:
         return sum(t.nbytes for layer in list(self._layers.values()) for t in (layer.a, layer.b))
 
-    def has_room_for(self, folder: str, in_use: Collection[str]) -> bool:
-        """Whether `folder` can be loaded without evicting an adapter of `in_use`."""
-        return not folder or bool(self.merged) or folder in self._loaded or len(set(in_use) - {""}) < self.max_loras
+    def has_room_for(self, key: str, in_use: Collection[str]) -> bool:
+        """Whether adapter `key` can be loaded without evicting one of `in_use`."""
+        return not key or bool(self.merged) or key in self._loaded or len(set(in_use) - {""}) < self.max_loras
 
     @torch.inference_mode()
-    def load(self, folder: str, in_use: Collection[str] = ()) -> int:
-        """Load `folder` if need be -> its slot; "" is the bare base. Raises AdapterError where it does not fit."""
+    def load(self, folder: str, in_use: Collection[str] = (), manifest_hash: str = "") -> int:
+        """Load `folder` if need be -> its slot; "" is the bare base. Raises AdapterError where it does not fit.
+
+        The adapter's key is `manifest_hash`, without one the folder: a folder that was replaced is another adapter.
+        """
         if self.merged and folder != self.merged:
             merged = "one adapter merged into the base model (serve.merge) and serves it alone"
             raise AdapterError(f"this server has {merged}; {'no other one' if folder else 'not the bare base'}")
         if self.merged or not folder:
             return BASE_SLOT
-        if folder in self._loaded:
+        key = manifest_hash or folder
+        if key in self._loaded:
             self.hits += 1
         else:
             self.misses += 1
             pairs = self._read(folder)
-            idle = [f for f in self._loaded if f not in in_use]
+            if manifest_hash:
+                check_unchanged(folder, manifest_hash)
+            idle = [k for k in self._loaded if k not in in_use]
             for old in idle[: max(0, len(self._loaded) + 1 - self.max_loras)]:
                 self._evict(old)
-            self._place(folder, pairs)
-        self._loaded.move_to_end(folder)
-        return self._loaded[folder].slot
+            self._place(key, pairs)
+        self._loaded.move_to_end(key)
+        return self._loaded[key].slot
 
     def set_active_slots(self, slots: Sequence[int], tokens: int) -> None:
         """Row i of the next forward pass, of `tokens` tokens, has the adapter in `slots[i]` (or BASE_SLOT)."""
@@ -156,9 +163,9 @@ class MultiLora:
                 raise AdapterError(f"its matrices for {module!r} with their scaling are too large for {dtype}")
         return pairs
 
-    def _place(self, folder: str, pairs: LoraPairs) -> None:
+    def _place(self, key: str, pairs: LoraPairs) -> None:
         slot = min(set(range(self.max_loras)) - {adapter.slot for adapter in self._loaded.values()})
-        self._loaded[folder] = LoadedAdapter(slot, max(len(a) for a, _ in pairs.values()), pairs.keys())
+        self._loaded[key] = LoadedAdapter(slot, max(len(a) for a, _ in pairs.values()), pairs.keys())
         # Room for the slots in use, doubled so that it seldom changes, and for the largest rank among them.
         slots = min(1 << max(adapter.slot for adapter in self._loaded.values()).bit_length(), self.max_loras)
         self._shape = max(slots, self._shape[0]), max(adapter.rank for adapter in self._loaded.values())
@@ -169,9 +176,9 @@ class MultiLora:
         for name, layer in self._layers.items():
             layer.set_slot(slot, pairs.get(name))
 
-    def _evict(self, folder: str) -> None:
+    def _evict(self, key: str) -> None:
         self.evictions += 1
-        self._loaded.pop(folder)
+        self._loaded.pop(key)
         for name in self._layers.keys() - {name for adapter in self._loaded.values() for name in adapter.layers}:
             self._layers.pop(name).remove()
 

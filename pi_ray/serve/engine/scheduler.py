@@ -97,18 +97,18 @@ class Scheduler:
         for seq in waiting:
             if seq in done or len(self.running) + len(admitted) >= self.max_num_seqs:
                 continue
-            in_use = {s.request.adapter for s in [*self.running, *admitted]}
-            if not self.multi_lora.has_room_for(seq.request.adapter, in_use):
+            in_use = {s.request.adapter_key for s in [*self.running, *admitted]}
+            if not self.multi_lora.has_room_for(seq.request.adapter_key, in_use):
                 seq.skipped_steps += 1
                 if seq.skipped_steps > MAX_SKIPPED_STEPS:
                     break
                 continue
-            seq.cached_blocks = self.prefix_cache.find(seq.request.adapter, seq.request.prompt_ids)
+            seq.cached_blocks = self.prefix_cache.find(seq.request.adapter_key, seq.request.prompt_ids)
             if admitted and not self._fit_in_one_pass([*admitted, seq]):
                 break
             done.add(seq)
             try:
-                seq.adapter_slot = self.multi_lora.load(seq.request.adapter, in_use)
+                seq.adapter_slot = self.multi_lora.load(seq.request.adapter, in_use, seq.request.adapter_hash)
             except Exception as error:
                 self.outputs.put(seq, error)
                 continue
@@ -163,7 +163,7 @@ class Scheduler:
         self.num_decoding = len(self.running)
         for row, seq in enumerate(sequences, start=first):
             copy_block = partial(self.kv_cache.copy_block, row)
-            self.prefix_cache.add(seq.request.adapter, seq.request.prompt_ids, copy_block)
+            self.prefix_cache.add(seq.request.adapter_key, seq.request.prompt_ids, copy_block)
         self._append_tokens(first, logits)
         return []
 

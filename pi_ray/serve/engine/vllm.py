@@ -22,7 +22,7 @@ from pi_ray.errors import AdapterError, ConfigError, MissingExtraError
 from pi_ray.models import resolve_base
 from pi_ray.protocols import GenerationRequest, Token
 from pi_ray.serve.engine.replica_options import DEFAULT_MAX_LORAS, replica_options
-from pi_ray.store.adapters import AdapterStore
+from pi_ray.store.adapters import AdapterStore, check_unchanged
 from pi_ray.store.verify import CONFIG_FILE, read_json
 
 DEPLOYMENT_NAME = "Vllm"
@@ -60,7 +60,7 @@ class VllmEngine:
 
     async def generate(self, request: GenerationRequest) -> AsyncIterator[Token]:
         """Closing the iterator aborts the request in vLLM."""
-        adapter = adapter_spec(request.adapter)
+        adapter = adapter_id(request)
         handle = self._handle.options(stream=True, multiplexed_model_id=adapter)
         body = self._completion_request(model=adapter or BASE_ID, **completion_fields(request))
         response = handle.completions.remote(body)
@@ -119,10 +119,13 @@ def _adapters_and_rank(store: AdapterStore, trained: int) -> tuple[int, int]:
     return len(names), rank
 
 
-def adapter_spec(folder: str) -> str:
-    """The name by which every replica finds a verified folder .../<name>/<version> in the store; "" for the base."""
-    path = Path(folder)
-    return f"{path.parent.name}@{path.name}" if folder else ""
+def adapter_id(request: GenerationRequest) -> str:
+    """The name by which every replica finds a verified folder .../<name>/<version> in the store; "" for the base.
+
+    It ends with the manifest's hash, so that vLLM takes a version that was replaced in place for another adapter.
+    """
+    path = Path(request.adapter)
+    return f"{path.parent.name}@{path.name}#{request.adapter_hash}" if request.adapter else ""
 
 
 class VerifiedDownloader:
@@ -133,8 +136,10 @@ class VerifiedDownloader:
         self._numbers = count(1)
 
     async def load_model_from_config(self, lora_model_id: str, llm_config: Any) -> SimpleNamespace:
-        """The adapter's folder, with the fields of Ray's DiskMultiplexConfig."""
-        adapter = await asyncio.to_thread(self._store.open, lora_model_id)
+        """The folder of the adapter that `adapter_id` names, with the fields of Ray's DiskMultiplexConfig."""
+        spec, _, manifest_hash = lora_model_id.partition("#")
+        adapter = await asyncio.to_thread(self._store.open, spec)
+        check_unchanged(adapter.path, manifest_hash)
         return SimpleNamespace(
             model_id=lora_model_id, local_path=str(adapter.path), lora_assigned_int_id=next(self._numbers),
             max_total_tokens=None,

@@ -14,7 +14,7 @@ from pi_ray.config import ModelConfig
 from pi_ray.errors import AdapterError
 from pi_ray.run.artifact import seal_folder
 from pi_ray.serve.engine.completion import requested_adapter
-from pi_ray.store.adapters import AdapterStore, UnknownAdapterError
+from pi_ray.store.adapters import AdapterStore, StoreUnavailableError, UnknownAdapterError
 from pi_ray.store.prompt_guard import prompt_record
 from tests.lora import card, put_in_store, rewrite
 
@@ -103,6 +103,29 @@ def test_a_changed_file_is_noticed_after_the_adapter_was_verified(store, folder)
     data[-1] ^= 1
     (folder / "adapter_model.safetensors").write_bytes(data)
     refused(store, "sha256")
+
+
+def test_the_hash_of_an_adapter_follows_its_content(store, folder, tiny_model):
+    before = store.open("colours")
+    put_in_store(store.backend.root, "colours", tiny_model, seed=1)  # the same again: another folder, equal content
+    assert store.open("colours").hash == before.hash
+    put_in_store(store.backend.root, "colours", tiny_model, seed=2)
+    assert store.open("colours").hash != before.hash
+
+
+def test_a_folder_replaced_while_it_is_verified_is_not_served(store, folder, tiny_model, monkeypatch):
+    from pi_ray.store import adapters
+
+    def replace_after(path, base, real=adapters.verify_adapter):
+        found = real(path, base)
+        put_in_store(store.backend.root, "colours", tiny_model, seed=2)
+        return found
+
+    monkeypatch.setattr(adapters, "verify_adapter", replace_after)
+    with pytest.raises(StoreUnavailableError, match="replaced"):
+        store.open("colours")
+    monkeypatch.undo()
+    assert store.open("colours").name == "colours"
 
 
 def refused(store, reason):

@@ -15,6 +15,7 @@ from pi_ray.config import ModelConfig, ServeConfig
 from pi_ray.errors import AdapterError, ModelError
 from pi_ray.protocols import GenerationRequest
 from pi_ray.serve.engine.engine import TransformersEngine
+from pi_ray.store.adapters import AdapterStore, StoreUnavailableError
 from tests.lora import put_in_store, rewrite
 
 PROMPTS = [list(range(100, 110)), [7, 8, 9], list(range(500, 540))]
@@ -52,13 +53,12 @@ def expected(tiny_model, folders):
     }
 
 
+async def collect(engine, request):
+    return [token.id async for token in engine.generate(request)]
+
+
 async def tokens(engine, prompt, adapter="", **options):
-    return [
-        t.id
-        async for t in engine.generate(
-            GenerationRequest(prompt, **{"max_new_tokens": LENGTH, **options}, adapter=adapter)
-        )
-    ]
+    return await collect(engine, GenerationRequest(prompt, **{"max_new_tokens": LENGTH, **options}, adapter=adapter))
 
 
 @pytest.fixture
@@ -336,6 +336,31 @@ def test_a_seed_gives_the_same_tokens_in_any_batch(engine):
     alone = asyncio.run(tokens(engine, PROMPTS[0], **options))
     assert asyncio.run(together()) == alone
     assert asyncio.run(tokens(engine, PROMPTS[0], **{**options, "seed": 8})) != alone
+
+
+def test_a_version_replaced_in_place_is_answered_with_its_new_weights(fresh, tiny_model, tmp_path):
+    """By the stacks, and by the prefix cache, which keeps keys and values that the old weights made."""
+    prompt = list(range(300, 350))
+    engine, store = fresh(max_loras=2), AdapterStore(tmp_path)
+
+    def answer(engine):
+        adapter = store.open("colours")
+        request = GenerationRequest(prompt, LENGTH, str(adapter.path), adapter_hash=adapter.hash)
+        return asyncio.run(collect(engine, request))
+
+    put_in_store(tmp_path, "colours", tiny_model, seed=1)
+    old = answer(engine)
+    put_in_store(tmp_path, "colours", tiny_model, seed=2)
+    new = answer(engine)
+    assert old != new == answer(fresh(max_loras=2, prefix_cache_mb=0))
+
+
+def test_an_adapter_replaced_between_verification_and_loading_is_not_loaded(engine, tiny_model, tmp_path):
+    put_in_store(tmp_path, "colours", tiny_model, seed=1)
+    adapter = AdapterStore(tmp_path).open("colours")
+    put_in_store(tmp_path, "colours", tiny_model, seed=2)
+    with pytest.raises(StoreUnavailableError, match="replaced"):
+        asyncio.run(collect(engine, GenerationRequest(PROMPTS[0], 1, str(adapter.path), adapter_hash=adapter.hash)))
 
 
 def test_end_of_sequence_and_stop_strings_end_an_answer(engine, expected):

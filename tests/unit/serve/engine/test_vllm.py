@@ -17,6 +17,7 @@ from pi_ray.errors import AdapterError, ConfigError, MissingExtraError
 from pi_ray.protocols import GenerationRequest, Token
 from pi_ray.registry import engines
 from pi_ray.serve.engine import vllm
+from pi_ray.store.adapters import AdapterStore, StoreUnavailableError
 from tests.lora import put_in_store, rewrite
 
 
@@ -24,7 +25,7 @@ from tests.lora import put_in_store, rewrite
 def store(tiny_model, tmp_path_factory):
     store = tmp_path_factory.mktemp("store")
     put_in_store(store, "colours", tiny_model)
-    put_in_store(store, "shapes", tiny_model)
+    put_in_store(store, "shapes", tiny_model, seed=2)
     return store
 
 
@@ -107,13 +108,17 @@ def test_only_verified_folders_reach_vllm(store, tiny_model):
     loader = partial(vllm.VerifiedDownloader, str(store), ModelConfig(base=str(tiny_model)))(
         download_timeout_s=1, max_tries=1
     )
+    hashes = [AdapterStore(store).open(name).hash for name in ("colours", "shapes")]
     first, second = (
-        asyncio.run(loader.load_model_from_config(f"{name}@v0001", None)) for name in ("colours", "shapes")
+        asyncio.run(loader.load_model_from_config(f"{name}@v0001#{found}", None))
+        for name, found in zip(("colours", "shapes"), hashes, strict=True)
     )
-    assert (
-        first.local_path == str(store / "colours" / "v0001") and vllm.adapter_spec(first.local_path) == "colours@v0001"
-    )
+    assert first.local_path == str(store / "colours" / "v0001")
+    request = GenerationRequest([1], 1, first.local_path, adapter_hash=hashes[0])
+    assert vllm.adapter_id(request) == first.model_id == f"colours@v0001#{hashes[0]}"
     assert first.lora_assigned_int_id != second.lora_assigned_int_id
+    with pytest.raises(StoreUnavailableError, match="replaced"):
+        asyncio.run(loader.load_model_from_config(f"colours@v0001#{hashes[1]}", None))
     for name in ("unknown@v0001", "../colours", "s3://bucket/adapter", "colours@v0002"):
         with pytest.raises(AdapterError):
             asyncio.run(loader.load_model_from_config(name, None))
@@ -179,10 +184,10 @@ def generate(handle, request, stop_after=None):
 
 def test_tokens_are_read_from_batches_of_events():
     handle = Handle([event([5]), event([6, 7])], [event([]), "data: [DONE]\n\n"])
-    request = GenerationRequest([1], 9, "/store/colours/v0001")
+    request = GenerationRequest([1], 9, "/store/colours/v0001", adapter_hash="ab")
     assert generate(handle, request) == [Token(5), Token(6), Token(7)]
-    assert handle.body == {"model": "colours@v0001", **vllm.completion_fields(request)}
-    assert handle.options_of == [{"stream": True, "multiplexed_model_id": "colours@v0001"}] and not handle.cancelled
+    assert handle.body == {"model": "colours@v0001#ab", **vllm.completion_fields(request)}
+    assert handle.options_of == [{"stream": True, "multiplexed_model_id": "colours@v0001#ab"}] and not handle.cancelled
 
 
 def test_log_probabilities_are_read_with_token_ids_likeliest_first():

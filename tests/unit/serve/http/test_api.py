@@ -915,6 +915,12 @@ def test_merged_adapter_keeps_answering_after_a_release(merged, tiny_model, capl
     assert [(m["id"], m["parent"]) for m in listed] == [("hot", tiny_model.name)]
 
 
+def test_merged_version_replaced_in_place_is_not_answered_by_its_old_weights(merged, store, tiny_model):
+    put_in_store(store, "hot", tiny_model, 3, version="v0001")
+    response = call(merged, body=chat(model="hot@v0001"))
+    assert (response.status_code, error_of(response)["code"]) == (422, "adapter_refused")
+
+
 def test_merged_server_refuses_other_models_and_names_serve_merge(merged, tiny_model):
     changed = drifting(TEMPLATE.replace("k7,", "k77,"), model="hot")
     for body in (
