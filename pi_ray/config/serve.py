@@ -24,6 +24,9 @@ class ServeConfig(Block):
     graceful_shutdown_timeout_s: Amount = doc(30.0, "how long a replica that has to go may finish the requests it has")
     max_new_tokens: Positive = doc(1028, "upper bound of a request's max_tokens (paper A.2)")
     max_loras: Count = doc(0, "adapters in memory per replica (LRU); 0: as many as are asked for, at most 16")
+    max_lora_rank: Positive = doc(64, "adapters of a higher rank are refused: memory grows with the highest loaded")
+    max_lora_mb: Positive = doc(4096, "per replica, for adapters in memory: idle ones make room for others, and one "
+        "that is larger alone is refused")
     merge: str = doc("", "adapter of the store, merged into the base weights: faster, and no other one is served")
     prefix_cache_mb: Count = doc(512, "per replica, for keys and values of prompts that begin alike; 0: none")
     prefill_tokens: Count = doc(0, "prompt tokens read between two decoding steps; 0: 256 on a CPU, 2048 on a GPU")

@@ -5,8 +5,10 @@ padded to the largest group, times the stacked A, times the stacked B (Punica, C
 """
 
 import math
+import sys
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Sequence
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,7 +19,7 @@ import torch.nn.functional as F
 from pi_ray.errors import AdapterError
 from pi_ray.serve.engine.onednn_linear import get_weight, set_weight
 from pi_ray.store.adapters import check_unchanged
-from pi_ray.store.verify import CONFIG_FILE, LORA_TENSOR, WEIGHTS_FILE, open_weights, read_json
+from pi_ray.store.verify import CONFIG_FILE, LORA_TENSOR, MAX_RANK, WEIGHTS_FILE, open_weights, read_json
 
 BASE_SLOT = -1  # the slot of rows without an adapter
 MAX_PADDING = 4  # padded places for each row, up to which one batched product is faster than adapters in turn
@@ -31,6 +33,10 @@ class LoadedAdapter(NamedTuple):
     slot: int
     rank: int
     layers: Collection[str]  # that it adapts
+
+
+class NoRoomError(Exception):
+    """There is no memory for an adapter beside those in use; `has_room_for` tells when there is."""
 
 
 class MultiLoraLayer:
@@ -66,13 +72,14 @@ class MultiLoraLayer:
 
 
 class MultiLora:
-    """Holds at most `max_loras` adapters and evicts the least recently used. Memory grows with what is loaded.
+    """Holds at most `max_loras` adapters in at most `max_bytes`, and evicts the least recently used.
 
+    Memory grows with what is loaded: each layer's stack has the highest rank of the adapters that adapt this layer.
     One thread calls it. `set_active_slots` says which adapter each row of the next forward pass of `base` has.
     """
 
-    def __init__(self, base: Any, max_loras: int):
-        self.max_loras = max_loras
+    def __init__(self, base: Any, max_loras: int, max_rank: int = MAX_RANK, max_bytes: int = sys.maxsize):
+        self.max_loras, self.max_rank, self.max_bytes = max_loras, max_rank, max_bytes
         self.add_lora: AddLora | None = None  # how the next forward pass adds adapters; None: no row has one
         self.merged = ""
         self.hits = self.misses = self.evictions = 0
@@ -80,7 +87,7 @@ class MultiLora:
         self._like = {"dtype": base.dtype, "device": base.device}
         self._loaded: OrderedDict[str, LoadedAdapter] = OrderedDict()  # by key, least recently used first
         self._layers: dict[str, MultiLoraLayer] = {}
-        self._shape = (0, 0)  # slots, rank
+        self._postponed: dict[str, tuple[int, Collection[str]]] = {}  # key -> rank and layers, after a NoRoomError
         self._active: Any = None
 
     def __len__(self) -> int:
@@ -91,13 +98,19 @@ class MultiLora:
         return sum(t.nbytes for layer in list(self._layers.values()) for t in (layer.a, layer.b))
 
     def has_room_for(self, key: str, in_use: Collection[str]) -> bool:
-        """Whether adapter `key` can be loaded without evicting one of `in_use`."""
-        return not key or bool(self.merged) or key in self._loaded or len(set(in_use) - {""}) < self.max_loras
+        """Whether adapter `key` can be loaded without evicting one of `in_use`, as far as its size is known."""
+        if not key or self.merged or key in self._loaded:
+            return True
+        if len(set(in_use) - {""}) >= self.max_loras:
+            return False
+        kept = [self._loaded[other] for other in in_use if other in self._loaded]
+        return key not in self._postponed or self._fits(kept, *self._postponed[key])
 
     @torch.inference_mode()
     def load(self, folder: str, in_use: Collection[str] = (), manifest_hash: str = "") -> int:
-        """Load `folder` if need be -> its slot; "" is the bare base. Raises AdapterError where it does not fit.
+        """Load `folder` if need be -> its slot; "" is the bare base.
 
+        Raises AdapterError where it fits neither the base nor the limits, NoRoomError where it must wait for others.
         The adapter's key is `manifest_hash`, without one the folder: a folder that was replaced is another adapter.
         """
         if self.merged and folder != self.merged:
@@ -110,19 +123,16 @@ class MultiLora:
             self.hits += 1
         else:
             self.misses += 1
-            pairs = self._read(folder)
+            pairs = self._read(folder, partial(self._make_room, key, in_use))
             if manifest_hash:
                 check_unchanged(folder, manifest_hash)
-            idle = [k for k in self._loaded if k not in in_use]
-            for old in idle[: max(0, len(self._loaded) + 1 - self.max_loras)]:
-                self._evict(old)
             self._place(key, pairs)
         self._loaded.move_to_end(key)
         return self._loaded[key].slot
 
     def set_active_slots(self, slots: Sequence[int], tokens: int) -> None:
         """Row i of the next forward pass, of `tokens` tokens, has the adapter in `slots[i]` (or BASE_SLOT)."""
-        active = (tuple(slots), tokens, self._shape)
+        active = (tuple(slots), tokens)
         if active != self._active:
             self.add_lora, self._active = self._choose(slots, tokens), active
 
@@ -139,10 +149,11 @@ class MultiLora:
             set_weight(linear, (weight.float() + b.to(weight.device) @ a.to(weight.device)).to(weight.dtype))
         self.merged = folder
 
-    def _read(self, folder: str) -> LoraPairs:
+    def _read(self, folder: str, make_room: Callable[[int, Collection[str]], None] | None = None) -> LoraPairs:
         """Read a verified adapter by name and shape: of its config only rank and scaling have an effect.
 
-        Raises AdapterError, before a tensor is read, when one does not fit its layer, and for an overflow.
+        Raises AdapterError, before a tensor is read, when one does not fit its layer, and for an overflow. Then too,
+        `make_room` is called with rank and layers.
         """
         saved = read_json(Path(folder, CONFIG_FILE))
         scale = saved["lora_alpha"] / (math.sqrt(saved["r"]) if saved.get("use_rslora") else saved["r"])
@@ -153,6 +164,8 @@ class MultiLora:
                 assert match, "verification lets no other names through"
                 _check_fit(match[1], match[2], file.get_slice(name).get_shape(), self._linears)
                 names.setdefault(match[1], {})[match[2]] = name
+            if make_room:
+                make_room(saved["r"], names.keys())
             pairs = {
                 module: (file.get_tensor(pair["A"]).float(), file.get_tensor(pair["B"]).float() * scale)
                 for module, pair in names.items()
@@ -163,16 +176,48 @@ class MultiLora:
                 raise AdapterError(f"its matrices for {module!r} with their scaling are too large for {dtype}")
         return pairs
 
+    def _make_room(self, key: str, in_use: Collection[str], rank: int, layers: Collection[str]) -> None:
+        """Evict idle adapters until one more fits."""
+        if rank > self.max_rank:
+            raise AdapterError(f"it has rank {rank}; this server takes up to {self.max_rank} (serve.max_lora_rank)")
+        if not self._fits([], rank, layers):
+            size, limit = (f"{n / 2**20:,.1f} MiB" for n in (self._bytes_beside([], rank, layers), self.max_bytes))
+            raise AdapterError(f"it takes {size} of memory; this server has {limit} for adapters (serve.max_lora_mb)")
+        idle = [k for k in self._loaded if k not in in_use]
+        while len(self._loaded) >= self.max_loras or not self._fits(self._loaded.values(), rank, layers):
+            if not idle:
+                self._postponed[key] = rank, layers
+                raise NoRoomError
+            self._evict(idle.pop(0))
+        self._postponed.pop(key, None)
+
+    def _fits(self, others: Collection[LoadedAdapter], rank: int, layers: Collection[str]) -> bool:
+        return self._bytes_beside(others, rank, layers) <= self.max_bytes
+
+    def _bytes_beside(self, others: Collection[LoadedAdapter], rank: int, layers: Collection[str]) -> int:
+        """Bytes of all stacks when an adapter joins `others`."""
+        slots, ranks = self._layout([*others, LoadedAdapter(self._free_slot(others), rank, layers)])
+        sizes = ((self._linears[name], rank) for name, rank in ranks.items())
+        return slots * self._like["dtype"].itemsize * sum((m.in_features + m.out_features) * r for m, r in sizes)
+
+    def _free_slot(self, others: Collection[LoadedAdapter]) -> int:
+        return min(set(range(self.max_loras)) - {adapter.slot for adapter in others})
+
+    def _layout(self, adapters: Collection[LoadedAdapter]) -> tuple[int, dict[str, int]]:
+        """(slots, layer -> rank) of the stacks for these adapters. Slots are doubled, so that they seldom change."""
+        ranks: dict[str, int] = {}
+        for adapter in adapters:
+            ranks |= {name: max(adapter.rank, ranks.get(name, 0)) for name in adapter.layers}
+        return min(1 << max(adapter.slot for adapter in adapters).bit_length(), self.max_loras), ranks
+
     def _place(self, key: str, pairs: LoraPairs) -> None:
-        slot = min(set(range(self.max_loras)) - {adapter.slot for adapter in self._loaded.values()})
-        self._loaded[key] = LoadedAdapter(slot, max(len(a) for a, _ in pairs.values()), pairs.keys())
-        # Room for the slots in use, doubled so that it seldom changes, and for the largest rank among them.
-        slots = min(1 << max(adapter.slot for adapter in self._loaded.values()).bit_length(), self.max_loras)
-        self._shape = max(slots, self._shape[0]), max(adapter.rank for adapter in self._loaded.values())
-        for layer in self._layers.values():
-            layer.resize(*self._shape)
+        slot, rank = self._free_slot(self._loaded.values()), max(len(a) for a, _ in pairs.values())
+        self._loaded[key] = LoadedAdapter(slot, rank, pairs.keys())
+        slots, ranks = self._layout(self._loaded.values())
+        for name, layer in self._layers.items():
+            layer.resize(slots, ranks[name])
         for name in pairs.keys() - self._layers.keys():
-            self._layers[name] = MultiLoraLayer(self._linears[name], *self._shape, self._like, self)
+            self._layers[name] = MultiLoraLayer(self._linears[name], slots, ranks[name], self._like, self)
         for name, layer in self._layers.items():
             layer.set_slot(slot, pairs.get(name))
 

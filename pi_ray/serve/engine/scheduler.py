@@ -15,7 +15,7 @@ import torch
 from pi_ray.config import ServeConfig
 from pi_ray.protocols import GenerationRequest, Token
 from pi_ray.serve.engine.kv_cache import create_kv_cache
-from pi_ray.serve.engine.multi_lora import MultiLora
+from pi_ray.serve.engine.multi_lora import MultiLora, NoRoomError
 from pi_ray.serve.engine.onednn_linear import use_onednn_linears
 from pi_ray.serve.engine.prefix_cache import BLOCK_SIZE, Block, PrefixCache
 from pi_ray.serve.engine.replica_options import DEFAULT_MAX_LORAS
@@ -77,7 +77,8 @@ class Scheduler:
         self.eos_ids = {tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])}
         self.max_num_seqs = serve.max_ongoing_requests
         self.prefill_tokens = serve.prefill_tokens or DEFAULT_PREFILL_TOKENS.get(base.device.type, IDLE_PREFILL_TOKENS)
-        self.multi_lora = MultiLora(base, serve.max_loras or DEFAULT_MAX_LORAS)
+        max_loras, max_bytes = serve.max_loras or DEFAULT_MAX_LORAS, serve.max_lora_mb << 20
+        self.multi_lora = MultiLora(base, max_loras, serve.max_lora_rank, max_bytes)
         self.kv_cache = create_kv_cache(base, self.multi_lora)
         use_onednn_linears(base)
         self.prefix_cache = PrefixCache(serve.prefix_cache_mb << 20 if self.kv_cache.chunked_prefill else 0)
@@ -106,13 +107,15 @@ class Scheduler:
             seq.cached_blocks = self.prefix_cache.find(seq.request.adapter_key, seq.request.prompt_ids)
             if admitted and not self._fit_in_one_pass([*admitted, seq]):
                 break
-            done.add(seq)
             try:
                 seq.adapter_slot = self.multi_lora.load(seq.request.adapter, in_use, seq.request.adapter_hash)
+            except NoRoomError:
+                continue  # has_room_for knows now how much it needs
             except Exception as error:
                 self.outputs.put(seq, error)
-                continue
-            admitted.append(seq)
+            else:
+                admitted.append(seq)
+            done.add(seq)
         self._start(sorted(admitted, key=lambda seq: seq.adapter_slot))
         return done
 

@@ -54,7 +54,8 @@ class VllmEngine:
         if ray.is_initialized() and not ray.cluster_resources().get("GPU"):
             needs = "needs a GPU, and the Ray cluster has none; take serve.engine transformers"
             raise ConfigError(f"serve.engine vllm {needs}")
-        bound = {"model_downloader": partial(VerifiedDownloader, config.store, config.model)}
+        rank = config.serve.max_lora_rank
+        bound = {"model_downloader": partial(VerifiedDownloader, config.store, config.model, rank)}
         options, arguments = {"name": DEPLOYMENT_NAME}, LLMConfig(**llm_config_arguments(config))
         return build_llm_deployment(arguments, bind_kwargs=bound, override_serve_options=options)
 
@@ -81,7 +82,8 @@ def llm_config_arguments(config: RunConfig) -> dict[str, Any]:
         cure = "leave it out, or take serve.engine transformers"
         raise ConfigError(f"serve.merge is not for serve.engine vllm, which keeps adapters apart from the base; {cure}")
     max_loras = limits.max_loras or DEFAULT_MAX_LORAS
-    adapters, rank = _adapters_and_rank(AdapterStore(config.store, model), config.train.lora.rank)
+    trained = min(config.train.lora.rank, limits.max_lora_rank)
+    adapters, rank = _adapters_and_rank(AdapterStore(config.store, model), trained, limits.max_lora_rank)
     engine = {
         "dtype": "bfloat16" if model.dtype == "auto" else model.dtype, "trust_remote_code": False,
         "max_num_seqs": limits.max_ongoing_requests, "enable_prefix_caching": limits.prefix_cache_mb > 0,
@@ -104,7 +106,7 @@ def llm_config_arguments(config: RunConfig) -> dict[str, Any]:
     }
 
 
-def _adapters_and_rank(store: AdapterStore, trained: int) -> tuple[int, int]:
+def _adapters_and_rank(store: AdapterStore, trained: int, limit: int) -> tuple[int, int]:
     """(number of adapters, smallest supported rank for them and for rank `trained`). Refused adapters have no say."""
     names, ranks = store.names(), [trained]
     for spec in (spec for name in names for spec in (name, f"{name}@latest")):
@@ -112,10 +114,11 @@ def _adapters_and_rank(store: AdapterStore, trained: int) -> tuple[int, int]:
             ranks.append(read_json(store.open(spec).path / CONFIG_FILE)["r"])
         except AdapterError:
             continue
-    rank = next((rank for rank in SUPPORTED_RANKS if rank >= max(ranks)), None)
+    highest = max(rank for rank in ranks if rank <= limit)
+    rank = next((rank for rank in SUPPORTED_RANKS if rank >= highest), None)
     if rank is None:
-        limit = f"serves adapters up to rank {SUPPORTED_RANKS[-1]}, and there is one of rank {max(ranks)}"
-        raise ConfigError(f"serve.engine vllm {limit}; take serve.engine transformers")
+        problem = f"serves adapters up to rank {SUPPORTED_RANKS[-1]}, and there is one of rank {highest}"
+        raise ConfigError(f"serve.engine vllm {problem}; lower serve.max_lora_rank, or take serve.engine transformers")
     return len(names), rank
 
 
@@ -131,15 +134,19 @@ def adapter_id(request: GenerationRequest) -> str:
 class VerifiedDownloader:
     """Takes the place of LLMServer's downloader: adapters come from our store and are verified on this machine."""
 
-    def __init__(self, store: str, base: ModelConfig, **_: Any):
-        self._store = AdapterStore(store, base)
+    def __init__(self, store: str, base: ModelConfig, max_rank: int, **_: Any):
+        self._store, self._max_rank = AdapterStore(store, base), max_rank
         self._numbers = count(1)
 
     async def load_model_from_config(self, lora_model_id: str, llm_config: Any) -> SimpleNamespace:
         """The folder of the adapter that `adapter_id` names, with the fields of Ray's DiskMultiplexConfig."""
         spec, _, manifest_hash = lora_model_id.partition("#")
         adapter = await asyncio.to_thread(self._store.open, spec)
+        rank = read_json(adapter.path / CONFIG_FILE)["r"]
         check_unchanged(adapter.path, manifest_hash)
+        if rank > self._max_rank:
+            limit = f"this server takes up to {self._max_rank} (serve.max_lora_rank)"
+            raise AdapterError(f"{spec} has rank {rank}; {limit}")
         return SimpleNamespace(
             model_id=lora_model_id, local_path=str(adapter.path), lora_assigned_int_id=next(self._numbers),
             max_total_tokens=None,

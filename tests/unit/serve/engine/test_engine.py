@@ -229,6 +229,20 @@ def test_a_request_whose_adapter_has_no_slot_gets_one_though_others_keep_the_slo
     assert asyncio.run(crowd()) == expected[folders[2]][1]
 
 
+def test_adapters_that_do_not_fit_into_memory_together_are_answered_in_turn(fresh, folders, expected):
+    engine = fresh(max_loras=4)
+    asyncio.run(tokens(engine, PROMPTS[1], folders[0]))
+    engine._scheduler.multi_lora.max_bytes = engine.stats()["adapter_bytes"]
+
+    jobs = [*folders[:3], "", *folders[:3]]
+
+    async def burst():
+        return await asyncio.gather(*(tokens(engine, PROMPTS[1], folder) for folder in jobs))
+
+    assert asyncio.run(burst()) == [expected[folder][1] for folder in jobs]
+    assert engine.stats()["adapter_bytes"] <= engine._scheduler.multi_lora.max_bytes
+
+
 def test_a_merged_adapter_answers_as_it_does_beside_the_base_and_no_other_is_served(fresh, expected, folders):
     engine = fresh()
     engine.merge(folders[0])

@@ -4,6 +4,7 @@ follows what is loaded.
 
 import gc
 import json
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from pi_ray.config import ModelConfig
 from pi_ray.errors import AdapterError
 from pi_ray.models import load_model
 from pi_ray.serve.engine import multi_lora as module
-from pi_ray.serve.engine.multi_lora import BASE_SLOT, MultiLora
+from pi_ray.serve.engine.multi_lora import BASE_SLOT, MultiLora, NoRoomError
 from tests.lora import write_adapter
 
 LAYER = "model.layers.0.self_attn.q_proj"
@@ -123,13 +124,74 @@ def test_memory_grows_and_shrinks_with_the_ranks_that_are_loaded(base, folders, 
     small = multi_lora.nbytes
     assert len(multi_lora._layers) == 2
     high = multi_lora.load(folders[0])
-    assert multi_lora.nbytes > small and multi_lora._shape == (2, 4)
+    ranks = {name: layer.a.shape[:2] for name, layer in multi_lora._layers.items()}
+    assert multi_lora.nbytes > small and set(ranks.values()) == {(2, 4)}
     found = logits(base, multi_lora, [low, high])
     torch.testing.assert_close(found, torch.stack([expected[1][0], expected[0][1]]), atol=1e-5, rtol=1e-4)
     one = MultiLora(base, 1)
     for folder in (folders[0], folders[1]):
         one.load(folder)
-    assert one.nbytes == small and one._shape == (1, 2)
+    assert one.nbytes == small and {layer.a.shape[:2] for layer in one._layers.values()} == {(1, 2)}
+
+
+def wide(folder, target, rank=48):
+    """An adapter of a high rank on a single layer."""
+
+    def only_one(tensors):
+        b, a = (tensors[f"base_model.model.{LAYER}.lora_{side}.weight"] for side in "BA")
+        tensors.clear()
+        for side, shape in (("A", (rank, a.shape[1])), ("B", (b.shape[0], rank))):
+            tensors[f"base_model.model.{LAYER}.lora_{side}.weight"] = torch.ones(shape)
+
+    return variant(folder, target, only_one, r=rank)
+
+
+@pytest.mark.fault
+def test_an_adapter_of_a_high_rank_on_one_layer_grows_that_layer_alone(base, folders, tmp_path):
+    multi_lora = MultiLora(base, 2)
+    multi_lora.load(folders[0])
+    before = {name: layer.a.shape[1] for name, layer in multi_lora._layers.items()}
+    multi_lora.load(wide(folders[0], tmp_path / "wide"))
+    assert {name: layer.a.shape[1] for name, layer in multi_lora._layers.items()} == before | {LAYER: 48}
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize(
+    ("limits", "reason"),
+    [({"max_rank": 40}, r"rank 48; this server takes up to 40 \(serve.max_lora_rank"),
+     ({"max_bytes": 8192}, r"takes 0\.0 MiB of memory; .* \(serve.max_lora_mb")],
+)
+def test_an_adapter_beyond_the_limits_is_refused_before_a_tensor_is_read(
+    base, folders, tmp_path, monkeypatch, limits, reason
+):
+    class Sealed:
+        def __init__(self, file):
+            self.keys, self.get_slice = file.keys, file.get_slice
+
+    @contextmanager
+    def without_tensors(path, real=module.open_weights):
+        with real(path) as file:
+            yield Sealed(file)
+
+    multi_lora = MultiLora(base, 2, **limits)
+    monkeypatch.setattr(module, "open_weights", without_tensors)
+    with pytest.raises(AdapterError, match=reason):
+        multi_lora.load(wide(folders[0], tmp_path / "wide"))
+    assert multi_lora.nbytes == 0 and len(multi_lora) == 0
+
+
+def test_idle_adapters_make_room_within_the_memory_and_those_in_use_are_waited_for(base, folders):
+    large = MultiLora(base, 1)
+    large.load(folders[0])
+    multi_lora = MultiLora(base, 4, max_bytes=large.nbytes + 1)
+    multi_lora.load(folders[0])
+    assert multi_lora.has_room_for(folders[2], in_use=folders[:1]), "its size is not known yet"
+    with pytest.raises(NoRoomError):
+        multi_lora.load(folders[2], in_use=folders[:1])
+    assert not multi_lora.has_room_for(folders[2], in_use=folders[:1]) and multi_lora.has_room_for(folders[2], [])
+    assert list(multi_lora._loaded) == [folders[0]]
+    multi_lora.load(folders[2])
+    assert list(multi_lora._loaded) == [folders[2]] and multi_lora.nbytes == large.nbytes
 
 
 @pytest.mark.fault

@@ -77,7 +77,7 @@ def test_the_lora_rank_is_rounded_up_to_a_supported_one_and_refused_adapters_are
     rewrite(folder, "adapter_config.json", {**adapter, "r": 4000})  # its matrices say otherwise
     assert vllm.llm_config_arguments(run)["engine_kwargs"]["max_lora_rank"] == 64
     with pytest.raises(ConfigError, match="rank 600"):
-        vllm.llm_config_arguments(run.replace(**{"train.lora.rank": 600}))
+        vllm.llm_config_arguments(run.replace(**{"train.lora.rank": 600, "serve.max_lora_rank": 1024}))
 
 
 def test_the_deployment_itself_asks_for_no_gpu(store, tiny_model):
@@ -105,7 +105,7 @@ def test_without_vllm_the_error_says_what_to_install(store, tiny_model):
 
 
 def test_only_verified_folders_reach_vllm(store, tiny_model):
-    loader = partial(vllm.VerifiedDownloader, str(store), ModelConfig(base=str(tiny_model)))(
+    loader = partial(vllm.VerifiedDownloader, str(store), ModelConfig(base=str(tiny_model)), 64)(
         download_timeout_s=1, max_tries=1
     )
     hashes = [AdapterStore(store).open(name).hash for name in ("colours", "shapes")]
@@ -122,7 +122,10 @@ def test_only_verified_folders_reach_vllm(store, tiny_model):
     for name in ("unknown@v0001", "../colours", "s3://bucket/adapter", "colours@v0002"):
         with pytest.raises(AdapterError):
             asyncio.run(loader.load_model_from_config(name, None))
-    other = vllm.VerifiedDownloader(str(store), ModelConfig(base="another"))
+    low = vllm.VerifiedDownloader(str(store), ModelConfig(base=str(tiny_model)), 2)
+    with pytest.raises(AdapterError, match=r"rank 4; this server takes up to 2"):
+        asyncio.run(low.load_model_from_config(f"colours@v0001#{hashes[0]}", None))
+    other = vllm.VerifiedDownloader(str(store), ModelConfig(base="another"), 64)
     with pytest.raises(AdapterError, match="another base model"):
         asyncio.run(other.load_model_from_config("colours@v0001", None))
 
