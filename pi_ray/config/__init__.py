@@ -3,7 +3,7 @@
 Enters YAML text, leaves a RunConfig that every other folder takes; imports only errors and schedule.
 """
 
-from pi_ray.config.block import Block, omit_default, set_key
+from pi_ray.config.block import Block, check_storage_url, omit_default, set_key
 from pi_ray.config.cluster import ClusterConfig
 from pi_ray.config.data import COMPRESS_MODELS, INPUTS, CompressConfig, RetrieveConfig, RowsConfig, TaskConfig
 from pi_ray.config.run import ClosedConfig, CostConfig, EvaluateConfig, ModelConfig, RunConfig, dump_config
@@ -22,5 +22,5 @@ __all__ = [
     "COMPRESS_MODELS", "INPUTS", "BackendConfig", "Block", "ClosedConfig", "ClusterConfig", "CompressConfig",
     "CostConfig", "DistillConfig", "DrillsConfig", "EvaluateConfig", "LoraConfig", "ModelConfig", "PromptConfig",
     "RetrieveConfig", "RowsConfig", "RunConfig", "ScheduleConfig", "ServeConfig", "TaskConfig", "TrainConfig",
-    "dump_config", "omit_default", "set_key",
+    "check_storage_url", "dump_config", "omit_default", "set_key",
 ]  # fmt: skip

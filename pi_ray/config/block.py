@@ -11,6 +11,9 @@ Rate = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=0)]
 Positive = Annotated[int, Field(ge=1)]
 Amount = Annotated[float, Field(ge=0)]  # of money, seconds, or a Ray resource
+CREDENTIALS = re.compile(  # user or password before the host, or a query such as ?secret_key=
+    r"://(?!anonymous@)([^/@]*@|[^/@]*:[^@]*@)|[?&][^=&]*(key|token|secret|sig|passw|credential)[^=&]*=", re.I
+)
 PLAIN_URL = r"https?://[^/@\s]+(/[^@?\s]*)?"  # without user, password or query
 
 
@@ -47,6 +50,12 @@ def check_plain_url(url: str, key: str, secret_goes: str = "the key belongs in t
     """Raise ValueError for a URL that could hold a secret. An empty one is fine."""
     wrong = url and not re.fullmatch(PLAIN_URL, url)
     refuse(wrong, f"{key} must be an http or https URL without user, password or query; {secret_goes}")
+
+
+def check_storage_url(url: str, key: str) -> None:
+    """Raise ValueError for a URL of storage that holds a secret, which would stand in run.yaml and in messages."""
+    cure = "providers' own places (the environment, ~/.aws, a role of the machine) are for them"
+    refuse(CREDENTIALS.search(url), f"{key} may not hold a user, a password or a key; {cure}")
 
 
 def set_key(data: dict[str, Any], key: str, value: Any) -> None:

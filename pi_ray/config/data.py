@@ -4,7 +4,17 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from pi_ray.config.block import Block, Count, Positive, Rate, check_plain_url, doc, omit_default, refuse
+from pi_ray.config.block import (
+    Block,
+    Count,
+    Positive,
+    Rate,
+    check_plain_url,
+    check_storage_url,
+    doc,
+    omit_default,
+    refuse,
+)
 
 INPUTS = ("train", "dev", "test", "queries", "template", "folder", "docs")  # keys of `task` that name files or folders
 COMPRESS_MODELS = {  # compressor -> its default model, where that is not compress.model's
@@ -46,6 +56,8 @@ class TaskConfig(Block):
     overlap: Literal["error", "drop"] = doc("error", "a training query also in dev or test: stop, or train without it")
 
     def model_post_init(self, context: Any) -> None:
+        for key in INPUTS:
+            check_storage_url(getattr(self, key), f"task.{key}")
         if self.unseen:
             refuse(self.name == "jsonl", "task.unseen: leave such rows out of train.jsonl yourself")
             refuse(self.name == "opsql", "task.unseen: opsql has such rows already, its group 'template only'")

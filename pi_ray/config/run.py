@@ -6,7 +6,18 @@ from typing import Annotated, Any, Literal, Self
 import yaml
 from pydantic import Field, model_validator
 
-from pi_ray.config.block import Amount, Block, Count, Positive, check_plain_url, doc, omit_default, refuse, set_key
+from pi_ray.config.block import (
+    Amount,
+    Block,
+    Count,
+    Positive,
+    check_plain_url,
+    check_storage_url,
+    doc,
+    omit_default,
+    refuse,
+    set_key,
+)
 from pi_ray.config.cluster import ClusterConfig
 from pi_ray.config.data import CompressConfig, RetrieveConfig, TaskConfig
 from pi_ray.config.serve import ServeConfig
@@ -102,6 +113,7 @@ class RunConfig(Block):
         return data
 
     def model_post_init(self, context: Any) -> None:
+        check_storage_url(self.store, "store")
         train, lora, sharded = self.train, self.train.lora, self.train.backend.shards_weights
         refuse(train.batch_size % train.workers,
             f"train.batch_size {train.batch_size} cannot be shared by train.workers {train.workers}; take a multiple")

@@ -10,6 +10,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from pi_ray.config import check_storage_url
 from pi_ray.errors import CorruptArtifactError, StorageError
 from pi_ray.run import artifact
 
@@ -43,9 +44,13 @@ class ObjectStorage:
             raise StorageError(f"{self.url}: storage does not answer, or refuses ({error}); {advice}") from error
 
     def list_keys(self, inside: str = "") -> list[str]:
-        """The keys of all whole objects under the folder `inside`."""
+        """The keys of all whole objects under the folder `inside`. Raises CorruptArtifactError for one that is no path.
+        """
         found = self._list(inside, recursive=True)
-        keys = [info.path.removeprefix(self._root).lstrip("/") for info in found if info.is_file]
+        keys = [info.path.removeprefix(f"{self._root}/") for info in found if info.is_file]
+        if odd := [key for key in keys if {"", ".", ".."} & set(key.split("/"))]:
+            cure = "which pi-ray never writes; remove it there, and ask who may write to this place"
+            raise CorruptArtifactError(f"{self.url}: the key {odd[0][:80]!r} leads out of its folder, {cure}")
         return [key for key in keys if not is_temporary(key)]
 
     def list_folders(self, inside: str = "", pattern: str = "*", holding: str = "") -> list[str]:
@@ -132,9 +137,14 @@ class ObjectStorage:
 
 
 def open_file_system(url: str) -> tuple[Any, str]:
-    """pyarrow's file system and the path in it. Raises StorageError for a URL that it does not know."""
+    """pyarrow's file system and the path in it. Raises StorageError for a URL that it does not know, or with a secret.
+    """
     from pyarrow.fs import FileSystem
 
+    try:
+        check_storage_url(url, "the URL of storage")
+    except ValueError as error:
+        raise StorageError(str(error)) from None
     public = url.partition("?")[0]  # what follows may hold a secret
     try:
         file_system, path = FileSystem.from_uri(url)

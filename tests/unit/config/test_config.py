@@ -134,3 +134,22 @@ def test_a_teacher_gets_no_examples_by_default_and_those_that_are_asked_for_by_t
     assert (asked.schedule.shots, asked.retrieve.by) == (1, "answer")
     labels = run_file.parse_run_file("name: a", "a")
     assert (labels.schedule.shots, labels.retrieve.by) == (2, "answer")
+
+
+@pytest.mark.parametrize("url", [
+    "s3://AKIAKEY:se/cret@bucket/x", "s3://secret@bucket/x", "s3://bucket/x?secret_key=secret", "gs://b/x?token=secret",
+    "s3://bucket/x?region=eu&X-Amz-Signature=secret",
+])  # fmt: skip
+@pytest.mark.parametrize("key", ["store", "task.train", "task.folder"])
+def test_a_url_of_storage_with_a_secret_is_refused_without_being_shown(key, url):
+    with pytest.raises(ConfigError, match=f"{key} may not hold a user, a password or a key") as refused:
+        run_file.parse_run_file("name: a", "run.yaml", [f"{key}={url}"])
+    assert "secret@" not in str(refused.value) and "=secret" not in str(refused.value)
+
+
+@pytest.mark.parametrize("url", [
+    "s3://bucket/keys/x?region=eu&endpoint_override=localhost:9000", "gs://anonymous@bucket/x", "file:///a/b@c",
+    "hf://datasets/owner/name@main", "s3://bucket/token=3/x",
+])  # fmt: skip
+def test_a_url_of_storage_without_a_secret_is_taken(url):
+    assert run_file.parse_run_file("name: a", "run.yaml", [f"store={url}"]).store == url

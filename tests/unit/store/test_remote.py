@@ -291,6 +291,12 @@ def test_a_url_of_an_unknown_kind_is_an_error_that_names_the_known_kinds(url):
         AdapterStore(url)
 
 
+def test_a_url_with_a_secret_is_refused_without_being_shown():
+    with pytest.raises(ConfigError, match="may not hold a user, a password or a key") as refused:
+        AdapterStore("s3://AKIAKEY:secret@bucket/store")
+    assert "AKIAKEY" not in str(refused.value) and "secret@" not in str(refused.value)
+
+
 def test_a_manifest_too_large_is_not_read_whole(store, root):
     (root / "colours" / "v0001" / "manifest.json").write_bytes(b" " * (backends.MAX_JSON_BYTES + 2))
     refused(store, "too large")
