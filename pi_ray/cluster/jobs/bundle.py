@@ -17,7 +17,9 @@ FOLDER = "inputs"
 LIMIT = 90 << 20  # bytes; the Jobs API takes no upload above 100 MiB
 SECRET_KEY = re.compile(r"(^|[._])(api_?key|token|secret|password|passwd|credentials?)$", re.I)
 SECRET_NAMES = {"cluster.kubernetes.secret"}  # keys that take a secret's name, which is none itself
-SECRET_VALUE = re.compile(r"\b(sk-[\w-]{16,}|hf_\w{16,}|gh[pousr]_\w{16,}|AKIA[A-Z0-9]{12,}|AIza[\w-]{30,})")
+SECRET_VALUE = re.compile(
+    r"\b(pr-[\w-]{43}|sk-[\w-]{16,}|hf_\w{16,}|gh[pousr]_\w{16,}|AKIA[A-Z0-9]{12,}|AIza[\w-]{30,})"
+)
 SECRET_VARIABLE = re.compile(r"(KEY|TOKEN|SECRET|PASSWORD)$")
 
 
@@ -33,6 +35,7 @@ def gather_inputs(config: RunConfig, folder: Path) -> tuple[RunConfig, dict[str,
         value = getattr(config.task, key)
         path = Path(value).expanduser()
         if value and not path.is_absolute() and (source := folder / path).exists():
+            _refuse_links(source, folder)
             name = f"{key}{source.suffix}" if source.is_file() else key
             names[f"task.{key}"] = f"{FOLDER}/{name}"
             found |= files_of(name, source)
@@ -46,12 +49,25 @@ def gather_inputs(config: RunConfig, folder: Path) -> tuple[RunConfig, dict[str,
 
 
 def files_of(name: str, source: Path) -> dict[str, Path]:
-    """Name in the bundle -> file: a file, or a folder's without hidden ones (.git, Ray's ignore files) and caches."""
+    """Name in the bundle -> file: a file, or a folder's without hidden ones (.git, Ray's ignore files) and caches.
+
+    Raises ConfigError for a symbolic link that leads out of the folder.
+    """
     if source.is_file():
         return {name: source}
     inside = [path.relative_to(source) for path in sorted(source.rglob("*")) if path.is_file()]
     seen = [p for p in inside if not any(part.startswith(".") or part == "__pycache__" for part in p.parts)]
+    for path in seen:
+        _refuse_links(source / path, source)
     return {f"{name}/{path.as_posix()}": source / path for path in seen}
+
+
+def _refuse_links(path: Path, folder: Path) -> None:
+    """Raise ConfigError where `path` leads out of `folder` by a symbolic link: what is there was not asked for."""
+    plain, real, inside = (Path(os.path.realpath(folder), path.relative_to(folder)), path.resolve(), folder.resolve())
+    if real != Path(os.path.normpath(plain)) and not real.is_relative_to(inside):
+        cure = "put the file itself there, or name where it lies in run.yaml"
+        raise ConfigError(f"{path}: a symbolic link leads out of {folder}, and a job takes along what is in it; {cure}")
 
 
 def copy_files(found: dict[str, Path], target: Path) -> None:

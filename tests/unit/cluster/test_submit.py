@@ -20,6 +20,7 @@ from pi_ray.config import RunConfig, run_file
 from pi_ray.errors import ClusterError, ConfigError
 from pi_ray.progress import LogProgress, progress_line
 from pi_ray.run.artifact import staged
+from pi_ray.serve.http.keys import new_key
 from tests.conftest import unset
 
 
@@ -87,6 +88,31 @@ def test_equal_runs_have_equal_hashes_and_a_changed_row_another(task, tmp_path):
     assert first != bundle.write_bundle(unresolved(task, "train.lr=0.1"), task, tmp_path / "d")
 
 
+@pytest.mark.parametrize("link, key", [
+    ("train.jsonl", "train"), ("data/inner/rows.json", "folder"), ("deep/train.jsonl", "deep"), ("data", "folder"),
+])  # fmt: skip
+def test_a_symbolic_link_out_of_the_task_folder_is_refused(task, tmp_path, link, key):
+    (tmp_path / "home").mkdir()
+    secret = tmp_path / "home" / "id_rsa"
+    secret.write_text("private")
+    target = tmp_path / "home" if link == "data" or key == "deep" else secret
+    place = task / "deep" if key == "deep" else task / link
+    place.parent.mkdir(parents=True, exist_ok=True)
+    place.unlink(missing_ok=True)
+    place.symlink_to(target)
+    settings = unresolved(task, *(["task.train=deep/id_rsa"] if key == "deep" else []), "task.folder=data")
+    with pytest.raises(ConfigError, match="leads out of"):
+        bundle.gather_inputs(settings, task)
+
+
+def test_a_symbolic_link_inside_the_task_folder_travels_as_the_file_that_it_leads_to(task):
+    (task / "rows").mkdir()
+    shutil.move(task / "train.jsonl", task / "rows" / "all.jsonl")
+    (task / "train.jsonl").symlink_to("rows/all.jsonl")
+    found = bundle.gather_inputs(unresolved(task), task)[1]
+    assert found["train.jsonl"].read_text() == (task / "rows" / "all.jsonl").read_text()
+
+
 def test_a_parcel_that_is_too_large_names_the_largest_file_and_the_cure(task, monkeypatch):
     monkeypatch.setattr(bundle, "LIMIT", 1 << 10)
     (task / "test.jsonl").write_bytes(bytes(1 << 12))
@@ -98,7 +124,7 @@ def test_a_parcel_that_is_too_large_names_the_largest_file_and_the_cure(task, mo
     "override",
     [
         "api_key=abc", "serve.api_key=abc", "hub.token=x", "model.base=hf_abcdefghijklmnopqrst",
-        "closed.suffix=sk-abcdefghijklmnopqrstu",
+        "closed.suffix=sk-abcdefghijklmnopqrstu", f"closed.suffix={new_key()}",
     ],
 )
 def test_overrides_that_look_like_secrets_are_refused_without_being_shown(override):
