@@ -176,9 +176,11 @@ class StorageSync:
             if digest_file(tmp) != recorded:
                 return  # it is being replaced: its hash comes last, and the next pull finds both
             if is_link:
-                name = tmp.read_text()
+                name = PurePosixPath(tmp.read_text()).name
+                if name in ("", ".."):
+                    raise CorruptArtifactError(f"{self.storage.url}/{key} links to no folder beside it; remove it")
                 tmp.unlink()
-                tmp.symlink_to(PurePosixPath(name).name)
+                tmp.symlink_to(name)
             os.replace(tmp, path)
             synced[key] = recorded
         except FileNotFoundError:

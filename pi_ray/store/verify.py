@@ -23,6 +23,7 @@ from pi_ray.store.prompt_guard import PROMPT_FILE, PromptRecord
 LORA_TENSOR = re.compile(r"base_model\.model\.([\w.]+)\.lora_([AB])\.weight", re.ASCII)
 WEIGHTS_FILE, CONFIG_FILE, CARD_FILE = "adapter_model.safetensors", "adapter_config.json", "pi_ray.json"
 SUFFIXES = {".safetensors", ".json", ".md"}
+MODULE = re.compile(r"[\w.]{1,256}", re.ASCII)  # a module's name, or its end
 FLOAT_TYPES = ("F32", "F16", "BF16")
 MAX_JSON_BYTES, MAX_WEIGHT_BYTES = 8 << 20, 8 << 30
 MAX_RANK, MAX_TOKENS = 4096, 1 << 30
@@ -107,6 +108,10 @@ def _check_config(config: dict[str, Any]) -> int:
     refused = [k for k, v in config.items() if (v and k not in KNOWN_SETTINGS) or (k in wanted and v != wanted[k])]
     if refused:
         raise AdapterError(f"{CONFIG_FILE}: {', '.join(sorted(refused)[:8])} set; {ONLY_LORA}")
+    modules = config.get("target_modules")
+    if not isinstance(modules, list) or not all(isinstance(m, str) and MODULE.fullmatch(m) for m in modules):
+        problem = "peft would run anything else as a regular expression over module names; train again"
+        raise AdapterError(f"{CONFIG_FILE}: target_modules must be a list of names; {problem}")
     return validate(TypeAdapter(LoraSettings), config, CONFIG_FILE).r
 
 

@@ -108,11 +108,15 @@ def save_adapter(
     with staged(folder, fingerprint=card["fingerprint"]) as tmp:
         state = {name: _difference(name, value, pissa) for name, value in weights.items()} if pissa else weights
         model.save_pretrained(tmp, state_dict=state, safe_serialization=True)
+        file = tmp / "adapter_config.json"
+        saved, changes = json.loads(file.read_text()), {}
         if pissa:
-            file = tmp / "adapter_config.json"
-            saved = json.loads(file.read_text())
-            saved |= {"r": 2 * saved["r"], "lora_alpha": 2 * saved["lora_alpha"], "init_lora_weights": True}
-            write_atomic(file, json.dumps(saved, indent=1) + "\n")
+            changes |= {"r": 2 * saved["r"], "lora_alpha": 2 * saved["lora_alpha"], "init_lora_weights": True}
+        if isinstance(saved.get("target_modules"), str):  # a pattern, which no reader of the adapter should have to run
+            adapted = (name.partition(".lora_") for name in weights)
+            changes["target_modules"] = sorted({m.removeprefix("base_model.model.") for m, lora, _ in adapted if lora})
+        if changes:
+            write_atomic(file, json.dumps(saved | changes, indent=1) + "\n")
         gist.save_gist(tmp, weights)
         (tmp / "README.md").unlink(missing_ok=True)  # peft's empty model card
         write_atomic(tmp / CARD, json.dumps(card, indent=1, sort_keys=True, ensure_ascii=False) + "\n")

@@ -1,5 +1,6 @@
 """Run directories, stores and inputs on S3, through pyarrow's client, against moto's server on this machine."""
 
+import os
 import shutil
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from pi_ray.cluster.storage_sync import StorageSync
 from pi_ray.config import ModelConfig
 from pi_ray.config.run_file import load_run_file
 from pi_ray.errors import CorruptArtifactError, StorageError
-from pi_ray.run.artifact import staged, write_atomic
+from pi_ray.run.artifact import digest, staged, write_atomic
 from pi_ray.run.object_storage import ObjectStorage
 from pi_ray.store.adapters import AdapterStore
 from tests.lora import put_in_store
@@ -120,3 +121,16 @@ def test_a_missing_bucket_is_one_sentence(tmp_path):
         StorageSync(tmp_path / "run", ObjectStorage("s3://no-such-bucket/run")).attach_driver(),
     ):
         write_atomic(tmp_path / "run" / "run.yaml", "name: a\n")
+
+
+@pytest.mark.parametrize("key", ["../evil", "rows/../../../evil", "rows//evil", "/evil", "./evil"])
+def test_a_key_that_leads_out_of_the_copy_is_refused_before_any_file_is_written(tmp_path, key):
+    import boto3
+
+    there, copy = ObjectStorage(f"{BUCKET}/runs/{digest(key)[:8]}"), tmp_path / "a" / "b"
+    put = boto3.client("s3", endpoint_url=os.environ["AWS_ENDPOINT_URL"]).put_object
+    for ending, content in (("", b"x"), (".sha256", digest(b"x").encode())):
+        put(Bucket="bucket", Key=f"{there.url.removeprefix(BUCKET + '/')}/{key}{ending}", Body=content)
+    with pytest.raises(CorruptArtifactError, match="leads out of"):
+        StorageSync(copy, ObjectStorage(there.url)).pull()
+    assert [p.name for p in tmp_path.rglob("*") if p.is_file()] == [".mirror.json"]

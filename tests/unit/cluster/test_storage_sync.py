@@ -201,6 +201,14 @@ def test_the_link_to_the_best_adapter_and_the_log_travel(bucket, tmp_path):
     ).read_text() == "{}\n"
 
 
+def test_a_link_to_no_folder_beside_it_is_refused(bucket, tmp_path):
+    hostile = sync_of(tmp_path / "hostile", bucket)
+    hostile._push_object("adapters/best.link", b"/etc/..")
+    with pytest.raises(CorruptArtifactError, match="links to no folder beside it"):
+        sync_of(tmp_path / "here", bucket).pull()
+    assert not (tmp_path / "here" / "adapters" / "best").is_symlink()
+
+
 def test_files_removed_here_are_removed_on_storage_but_not_the_files_of_other_nodes(bucket, tmp_path):
     here = tmp_path / "here"
     with sync_of(here, bucket).attach_driver():

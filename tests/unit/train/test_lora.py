@@ -68,6 +68,7 @@ def trained(request, tmp_path_factory):
 
 METHODS = [
     ("tiny_model", {"method": "rslora"}, ""), ("tiny_model", {"method": "pissa"}, ""), ("tiny_mixtral", {}, ""),
+    ("tiny_model", {"targets": r".*\.(q|down)_proj"}, ""),
     ("tiny_model", {"method": "dora"}, "use_dora set"), ("tiny_model", {"method": "ia3"}, "peft_type is 'IA3'"),
     ("tiny_mixtral", {"experts": True}, "target_parameters set"),
 ]  # fmt: skip
