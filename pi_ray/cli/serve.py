@@ -43,6 +43,7 @@ def release(args: argparse.Namespace) -> None:
     "make an API key for a client of the server",
     argument("name", metavar="NAME", help="whose key it is"),
     argument("--adapters", nargs="+", default=[], metavar="ADAPTER", help="adapters that it may use; default: all"),
+    argument("--full-prompt", action="store_true", help="it may ask for pi_ray.full_prompt, which shows templates"),
 )
 def key(args: argparse.Namespace) -> None:
     """Make an API key (a bearer token): print it once, and the line with its hash for the file serve.keys_file."""
@@ -50,7 +51,7 @@ def key(args: argparse.Namespace) -> None:
 
     made = keys.new_key()
     print(f"the key, shown this once:\n  {made}\nits line for the file that serve.keys_file names:")
-    print(f"  {keys.keys_file_line(made, args.name, args.adapters)}")
+    print(f"  {keys.keys_file_line(made, args.name, args.adapters, args.full_prompt)}")
 
 
 @verb(

@@ -34,6 +34,8 @@ class ServeConfig(Block):
     api_key_env: str = doc("PI_RAY_API_KEY", "variable with the bearer key; off loopback it or keys_file must be set")
     keys_file: str = doc("", "YAML or JSON with more keys: the sha256 of each, whose it is, and the adapters it may "
         "use; 'pi-ray key NAME' makes one")
+    full_prompt: bool = doc(False, "let the key of api_key_env ask for pi_ray.full_prompt, whose answers can give the "
+        "template away; a key of keys_file has a full_prompt of its own, a server without keys allows it")
     drift_guard: bool = doc(True, "recognise requests that still carry the prompt; publishing writes prompt.json for "
         "it, which holds the template. false: neither is done")
 

@@ -50,7 +50,7 @@ def create_api(backend: CompletionBackend, serve: ServeConfig, digest: str = "")
     Without them it answers only programs on its own machine.
     """
     api = FastAPI(title="pi-ray", docs_url=None, redoc_url=None, openapi_url=None)
-    api.add_middleware(AuthMiddleware, keys=ApiKeys(digest, serve.keys_file))
+    api.add_middleware(AuthMiddleware, keys=ApiKeys(digest, serve.keys_file, serve.full_prompt))
     for kind in (RefusedError, PiRayError, HTTPException, Exception):
         api.add_exception_handler(kind, lambda request, error: _error_response(_as_refused(error)))
     api.get("/")(get_page)
@@ -177,10 +177,7 @@ async def _respond(
 ) -> Any:
     request_id, model = form.id_prefix + uuid.uuid4().hex, body.model
     requests = body.completion_requests(request_id, serve.max_in_flight)
-    # Compare the key's list with the name alone, so that a refusal tells nobody which adapters there are.
-    if not key.allows(model) and not key.allows(model.removeprefix(f"{backend.base}:").partition("@")[0]):
-        message = f"this key may not use the model {model[:80]!r}"
-        raise RefusedError(403, message, code="model_not_allowed", param="model")
+    _check_permission(key, backend.base, requests[0])
     usage = UsageCounter(body.choices)
     events = _guard_events(merge_streams(backend, requests), usage, serve.request_timeout_s)
     start = await anext(events)
@@ -193,6 +190,19 @@ async def _respond(
         return StreamingResponse(stream, media_type="text/event-stream", headers={**STREAM_HEADERS, **headers})
     choices = await _collect_choices(events, requests, form)
     return JSONResponse({**head, "object": form.object, "choices": choices, "usage": usage.usage()}, headers=headers)
+
+
+def _check_permission(key: ApiKey, base: str, request: CompletionRequest) -> None:
+    """Raise RefusedError for a model that the key may not use, and for a full prompt, which the base model reads."""
+    model = request.model
+    # Compare the key's list with the name alone, so that a refusal tells nobody which adapters there are.
+    if not key.allows(model) and not key.allows(model.removeprefix(f"{base}:").partition("@")[0]):
+        message = f"this key may not use the model {model[:80]!r}"
+        raise RefusedError(403, message, code="model_not_allowed", param="model")
+    if request.full_prompt and not (key.full_prompt and key.allows(base)):
+        cure = "it needs full_prompt: true in serve.keys_file (serve.full_prompt for the key of the environment)"
+        message = f"this key may not ask for pi_ray.full_prompt: {cure}, and the base model among its models"
+        raise RefusedError(403, message, code="full_prompt_not_allowed", param="pi_ray")
 
 
 async def _collect_choices(events: Events, requests: Sequence[CompletionRequest], form: Format) -> list[dict[str, Any]]:

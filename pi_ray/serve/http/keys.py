@@ -1,6 +1,6 @@
 """Bearer keys: who may ask, and for which models. The server keeps only the sha256 of a key.
 
-    # serve.keys_file, YAML or JSON: the digest of a key -> its holder, and the models it may use (all when left out)
+    # serve.keys_file, YAML or JSON: the digest of a key -> its holder, and what it may do (use all models if left out)
     "9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08": {name: team-a, adapters: [colours, shapes]}
 
 `pi-ray key team-a --adapters colours` makes both. The server reads a changed file again, so a key can be taken back.
@@ -29,13 +29,14 @@ class ApiKey(BaseModel, frozen=True, extra="forbid"):
 
     name: str = Field(min_length=1)
     adapters: frozenset[str] | Literal["all"] = "all"
+    full_prompt: bool = False  # whether it may ask for pi_ray.full_prompt, whose answers can give a template away
 
     def allows(self, model: str) -> bool:
         """`model` without its version: a key for an adapter is good for all of its versions."""
         return self.adapters == "all" or model in self.adapters
 
 
-UNRESTRICTED = ApiKey(name="anyone")
+UNRESTRICTED = ApiKey(name="anyone", full_prompt=True)  # who asks a server without keys
 
 
 def key_digest(key: str) -> str:
@@ -48,9 +49,10 @@ def new_key() -> str:
     return f"pr-{secrets.token_urlsafe(32)}"
 
 
-def keys_file_line(key: str, name: str, adapters: list[str]) -> str:
+def keys_file_line(key: str, name: str, adapters: list[str], full_prompt: bool = False) -> str:
     """The key's line for serve.keys_file."""
-    entry = {"name": name, **({"adapters": adapters} if adapters else {})}
+    allowed = {"adapters": adapters, "full_prompt": full_prompt}
+    entry = {"name": name, **{permission: value for permission, value in allowed.items() if value}}
     text = yaml.safe_dump(entry, default_flow_style=True, sort_keys=False, allow_unicode=True, width=10_000)
     return f'"{key_digest(key)}": {text.strip()}'
 
@@ -58,8 +60,8 @@ def keys_file_line(key: str, name: str, adapters: list[str]) -> str:
 class ApiKeys:
     """All keys of a server: the one whose digest it was given, and those of the file. False when it needs none."""
 
-    def __init__(self, digest: str = "", file: str = ""):
-        self._fixed = {digest: UNRESTRICTED} if digest else {}
+    def __init__(self, digest: str = "", file: str = "", full_prompt: bool = False):
+        self._fixed = {digest: ApiKey(name="environment", full_prompt=full_prompt)} if digest else {}
         self._file = Path(file) if file else None
         self._state = self._file and _file_state(self._file)
         self._keys = {**(load_keys(self._file) if self._file else {}), **self._fixed}
@@ -108,7 +110,7 @@ def load_keys(file: Path) -> dict[str, ApiKey]:
         try:
             keys[digest] = ApiKey.model_validate(entry)
         except ValidationError:
-            expected = "{name: ...} and, to allow some models only, adapters: [...], a list of names"
+            expected = "{name: ...} and, to allow some models only, adapters: [...], a list of names; full_prompt: true"
             raise ConfigError(f"{where}: expected {expected}") from None
     return keys
 

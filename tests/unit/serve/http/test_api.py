@@ -476,6 +476,25 @@ def test_restricted_key_may_use_every_name_and_version_of_its_adapters(backend, 
     assert [m["id"] for m in listed] == ["colours"]
 
 
+@pytest.mark.fault
+def test_full_prompt_needs_a_key_that_may_ask_for_it_and_may_use_the_base(backend, tmp_path, tiny_model):
+    base, keys = tiny_model.name, tmp_path / "keys.yaml"
+    body = chat(model="guarded", pi_ray={"full_prompt": True})
+
+    def status(headers=None, **options):
+        response = call(backend, body=body, headers=headers or {"Authorization": f"Bearer {KEY}"}, **options)
+        assert response.status_code == 200 or error_of(response)["code"] == "full_prompt_not_allowed"
+        return response.status_code
+
+    for adapters, allowed, expected in (
+        ([], False, 403), ([], True, 200), (["guarded"], True, 403), (["guarded", base], True, 200),
+    ):
+        keys.write_text(keys_file_line(KEY, "team", adapters, allowed))
+        assert status(keys_file=str(keys)) == expected, (adapters, allowed)
+    assert status(key=KEY) == 403 and status(key=KEY, full_prompt=True) == 200
+    assert call(backend, body=body).status_code == 200, "a server without keys"
+
+
 def test_restricted_key_is_checked_without_the_store(backend, tmp_path):
     (tmp_path / "keys.yaml").write_text(keys_file_line(KEY, "team", ["colours"]))
     options = {"keys_file": str(tmp_path / "keys.yaml"), "headers": {"Authorization": f"Bearer {KEY}"}}
