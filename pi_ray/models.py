@@ -78,6 +78,16 @@ def context_length(config: ModelConfig) -> int:
     return next((length for name in names if (length := getattr(found, name, None))), NO_LIMIT)
 
 
+def count_weights(config: ModelConfig) -> int:
+    """Weights of the base model by its config; none are loaded. Raises ModelError for an unknown model."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    shape = _from_pretrained(AutoConfig, config)
+    with torch.device("meta"):
+        return sum(p.numel() for p in AutoModelForCausalLM.from_config(shape).parameters())
+
+
 def model_dtype(config: ModelConfig, device: str = "cpu") -> Any:
     """The torch dtype of the base model's weights, unless set: bfloat16 on GPUs, and on CPUs that multiply in it."""
     import torch

@@ -42,9 +42,25 @@ def is_served(config: RunConfig) -> bool:
     return not hosted.is_hosted(config) and not config.train.gist
 
 
+def ask(config: RunConfig, console: Console) -> dict[str, Any]:
+    """Generate queries from the template, and return the manifest of the artifact queries/."""
+    from pi_ray.ask.ask import ask_queries
+    from pi_ray.ask.sources import task_sources
+
+    _begin(config, console, "Ask", "a writer's queries about every unit of the template, for the teacher to answer")
+    with ProgressLine(console, "  writer: update", config.ask.updates) as shown:
+        watch = training_listener(shown, [1.0] * config.ask.updates)
+        return ask_queries(
+            config, task_sources(config), hosted.ask_on_terminal, partial(_print_line, console, ""), watch
+        )
+
+
 def prepare(config: RunConfig, console: Console) -> None:
+    """Asks first, where queries are generated."""
     from pi_ray.data import prepare as step
 
+    if config.task.generate:
+        ask(config, console)
     _begin(config, console, "Prepare", "templates at each rate, examples for each row, one dataset for each phase")
     for name, c in _run_and_baseline(config):
         step.prepare(c, partial(_print_line, console, name))

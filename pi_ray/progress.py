@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn
 
 EVERY_S = 10.0
-STEPS = ("Prepare", "Train", "Evaluate", "Report", "Published")  # first words of the lines that name a run's step
+STEPS = ("Ask", "Prepare", "Train", "Evaluate", "Report", "Published")  # first words of lines that name a run's step
 LINE = re.compile(r"\s*(?P<title>\S.*): (?P<done>\d+)/(?P<total>\d+)  (?P<text>.*)")
 
 

@@ -17,6 +17,7 @@ from pi_ray.config.block import (
 )
 
 INPUTS = ("train", "dev", "test", "queries", "template", "folder", "docs")  # keys of `task` that name files or folders
+GENERATE = "generate"  # in task.queries: queries that a writer makes from the template
 COMPRESS_MODELS = {  # compressor -> its default model, where that is not compress.model's
     "llmlingua2": "microsoft/llmlingua-2-xlm-roberta-large-meetingbank",
     "generation": "gpt-4",
@@ -39,7 +40,9 @@ class TaskConfig(Block):
     train: str = doc("train.jsonl", "training rows, relative to run.yaml")
     dev: str = doc("dev.jsonl", "rows for choosing; may be missing")
     test: str = doc("test.jsonl", "held-out rows; only evaluated")
-    queries: str = doc("queries.jsonl", "queries without answers, for train.objective distill, mixed; may be missing")
+    queries: str = doc("queries.jsonl", "queries without answers, for train.objective distill, mixed; may be missing. "
+        "generate: written from the template (block ask); queries.jsonl+generate: both")
+    generate: bool = omit_default(False, "what task.queries sets when it asks for generated queries")
     template: str = doc("template.md", "instruction and documents")
     folder: str = doc("", "data folder of a named task such as nl2bash; empty: from the hub, for tasks that are there")
     docs: str = doc("", "folder or file of API documents for the template; empty: those that ship with the task")
@@ -54,6 +57,15 @@ class TaskConfig(Block):
     rows: RowsConfig = RowsConfig()
     max_bad_rows: Count = doc(0, "stop when more rows than this are rejected")
     overlap: Literal["error", "drop"] = doc("error", "a training query also in dev or test: stop, or train without it")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _split_queries(cls, data: Any) -> Any:
+        """`queries: generate` and `queries: FILE+generate` become the file, or none, and `generate: true`."""
+        queries = data.get("queries") if isinstance(data, dict) else None
+        if isinstance(queries, str) and (queries == GENERATE or queries.endswith(f"+{GENERATE}")):
+            return {**data, "queries": queries.removesuffix(GENERATE).removesuffix("+").strip(), "generate": True}
+        return data
 
     def model_post_init(self, context: Any) -> None:
         for key in INPUTS:

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal, Self
 import yaml
 from pydantic import Field, model_validator
 
+from pi_ray.config.ask import AskConfig
 from pi_ray.config.block import (
     Amount,
     Block,
@@ -86,6 +87,7 @@ class RunConfig(Block):
     run_dir: str = doc("", "default: ./runs/<name>")
     store: str = doc("", "adapter store: a folder, s3://, gs://, hf:// or file://; default: ./store")
     task: TaskConfig = TaskConfig()
+    ask: AskConfig = omit_default(AskConfig(), "how queries are generated, with task.queries generate")
     model: ModelConfig = ModelConfig()
     prompt: PromptConfig = PromptConfig()
     compress: CompressConfig = CompressConfig()
@@ -130,6 +132,10 @@ class RunConfig(Block):
         refuse(lora.method == "pissa" and (self.model.quantize or base_teaches),
             "train.lora.method: pissa takes its start out of the base weights: "
             "it cannot go with model.quantize or with the base model as teacher")
+        refuse(self.task.generate and train.objective == "sft",
+            "task.queries generate needs a teacher to answer the queries: set train.objective distill or mixed")
+        refuse(self.ask != AskConfig() and not self.task.generate,
+            "ask would have no effect: no queries are generated; set task.queries generate, or leave it out")
         if train.objective != "sft":
             objective, (first, *later) = f"train.objective {train.objective}", plan_phases(self.schedule)
             refuse(not later, f"{objective} needs a phase after the first: the teacher is what the first one leaves")

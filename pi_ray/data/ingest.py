@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from hashlib import blake2b
+from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
@@ -21,6 +22,7 @@ from pi_ray.protocols import SPLITS, UNLABELLED, Reject, Row, Task
 from pi_ray.retrieve.neighbours import normalised
 from pi_ray.run.artifact import staged, translate_disk_errors, write_atomic
 from pi_ray.run.directory import RunDir
+from pi_ray.run.queries import generated_rows
 from pi_ray.run.row_store import StoredRows, write_rows
 
 DEV_SHARE = 0.1  # of the training rows, when the task has no dev rows
@@ -51,7 +53,7 @@ def ingest(
         for left in run.root.glob(".rows-*.read"):
             shutil.rmtree(left, ignore_errors=True)  # a run was killed
         with TemporaryDirectory(prefix=".rows-", suffix=".read", dir=run.root, ignore_cleanup_errors=True) as folder:
-            keys, rejects, documents = _store(task, names, Path(folder))
+            keys, rejects, documents = _store(task, config, run, names, Path(folder))
             write_atomic(run.rejects, "".join(json.dumps(asdict(r), ensure_ascii=False) + "\n" for r in rejects))
             notes = check_splits(keys, rejects, config, run)
             counts = {split: len(kept) for split, kept in keys.items()}
@@ -64,7 +66,9 @@ def ingest(
     progress("; ".join([*parts, *([f"{documents} documents come with rows"] if documents else []), *notes]))
 
 
-def _store(task: Task, names: Sequence[str], folder: Path) -> tuple[dict[str, list[RowKey]], list[Reject], int]:
+def _store(
+    task: Task, config: TaskConfig, run: RunDir, names: Sequence[str], folder: Path
+) -> tuple[dict[str, list[RowKey]], list[Reject], int]:
     """Write all rows of each split, in the task's order; return their keys, the rejects and the number of documents."""
     keys: dict[str, list[RowKey]] = {split: [] for split in names}
     rejects: list[Reject] = []
@@ -72,7 +76,8 @@ def _store(task: Task, names: Sequence[str], folder: Path) -> tuple[dict[str, li
 
     def keyed(split: str) -> Iterator[Row]:
         nonlocal documents
-        for row in _accepted(task, split, rejects):
+        own = _accepted(task, split, rejects) if split != UNLABELLED or config.queries else ()
+        for row in chain(own, generated_rows(run) if split == UNLABELLED and config.generate else ()):
             keys[split].append(_key(row))
             documents += len(row.documents)
             yield row

@@ -21,6 +21,7 @@ from pi_ray.protocols import SPLITS, UNLABELLED, Task
 from pi_ray.run.artifact import is_current
 from pi_ray.run.directory import RunDir
 from pi_ray.run.fingerprint import prepare_fingerprint, wants_unlabelled
+from pi_ray.run.queries import queries_digest
 from pi_ray.schedule import plan_phases
 
 Progress = Callable[[str], None]
@@ -34,8 +35,8 @@ def prepare(config: RunConfig, progress: Progress = print) -> str:
     from pi_ray.registry import tasks
 
     task: Task = tasks[config.task.name](config.task)
-    fingerprint = prepare_fingerprint(config, task.fingerprint())
     run = RunDir(config.root)
+    fingerprint = prepare_fingerprint(config, task.fingerprint(), queries_digest(run))
     if _is_done(config, run, fingerprint):
         progress("prepare: nothing to do, the run directory is up to date")
         return fingerprint

@@ -7,7 +7,7 @@ import json
 import os
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
@@ -28,9 +28,11 @@ REQUEST_S = 120.0
 PARALLEL = 8  # prompts asked at a time
 PAGE = 100  # jobs or events of one listing
 ENDED_BADLY = ("failed", "cancelled")
+CHOSEN_BY = "train.backend.name 'openai'"  # the key that asks for a service, where none else is named
 OUT_OF_MONEY = ("insufficient_quota", "billing_hard_limit_reached")  # come as 429, and do not pass
 
 T = TypeVar("T")
+Sampling = Mapping[str, float]  # temperature, top_p and seed, as the service's API has them
 
 
 class UnknownError(TrainingError):
@@ -55,7 +57,7 @@ class Service:
 
     def __init__(
         self, settings: ClosedConfig, wait: Callable[[float], None] = time.sleep,
-        chosen_by: str = "train.backend.name 'openai'", block: str = "closed",
+        chosen_by: str = CHOSEN_BY, block: str = "closed",
     ):
         try:
             import openai
@@ -105,12 +107,14 @@ class Service:
         except UnknownError:
             return []
 
-    def chat(self, model: str, prompt: str, limit: int) -> Reply:
-        """The answer to one user message, greedy, at most `limit` tokens."""
+    def chat(self, model: str, prompt: str, limit: int, sampling: Sampling | None = None) -> Reply:
+        """The answer to one user message, at most `limit` tokens, greedy unless `sampling` says otherwise."""
+        settings: dict[str, Any] = {"temperature": 0, **(sampling or {})}
+
         def request() -> Reply:
             start = time.perf_counter()
             done = self.client.chat.completions.create(
-                model=model, messages=[{"role": "user", "content": prompt}], temperature=0, max_tokens=limit
+                model=model, messages=[{"role": "user", "content": prompt}], max_tokens=limit, **settings
             )
             seconds, usage = time.perf_counter() - start, done.usage
             text = (done.choices[0].message.content or "") if done.choices else ""
@@ -161,25 +165,29 @@ def _pause(error: Any, attempt: int) -> float:
 def replies(
     config: RunConfig, model: str, prompts: Sequence[str], limit: int,
     watch: Callable[[int, int], None] = lambda done, total: None, wait: Callable[[float], None] = time.sleep,
+    sampling: Sequence[Sampling] = (), chosen_by: str = CHOSEN_BY,
 ) -> list[Reply]:
-    """The model's reply to each prompt, greedy, at most `limit` tokens. closed/answers.jsonl keeps what was paid for.
+    """The model's reply to each prompt, at most `limit` tokens. closed/answers.jsonl keeps what was paid for.
 
+    Replies are greedy, or sampled as `sampling` says prompt by prompt. `chosen_by` is the key that asks for a service.
     `watch` gets (distinct prompts answered, distinct prompts). Raises TrainingError when the service cannot be reached.
     """
     log = config.root / "closed" / "answers.jsonl"
-    keys = [digest([config.closed.base_url, model, prompt, limit]) for prompt in prompts]
-    known, wanted = _read_log(log), dict(zip(keys, prompts, strict=True))
-    todo = {key: prompt for key, prompt in wanted.items() if key not in known}
+    asked = [(prompt, limit, sample) for prompt, sample in zip(prompts, sampling or [None] * len(prompts), strict=True)]
+    keys = [digest([config.closed.base_url, model, prompt, limit, *([sample] if sample else [])])
+            for prompt, limit, sample in asked]
+    known, wanted = _read_log(log), dict(zip(keys, asked, strict=True))
+    todo = {key: request for key, request in wanted.items() if key not in known}
     watch(len(wanted) - len(todo), len(wanted))
     if todo:
-        service = Service(config.closed, wait)
+        service = Service(config.closed, wait, chosen_by)
         log.parent.mkdir(parents=True, exist_ok=True)
         with ThreadPoolExecutor(PARALLEL) as pool, open(log, "a", encoding="utf-8") as file:
             file.write("\n" if file.tell() else "")  # ends the half line that a kill left
-            asked = {pool.submit(service.chat, model, prompt, limit): key for key, prompt in todo.items()}
+            running = {pool.submit(service.chat, model, *request): key for key, request in todo.items()}
             try:
-                for i, done in enumerate(as_completed(asked), start=1):
-                    key, reply = asked[done], done.result()
+                for i, done in enumerate(as_completed(running), start=1):
+                    key, reply = running[done], done.result()
                     known[key] = reply
                     file.write(json.dumps({"key": key, "model": model, **asdict(reply)}, ensure_ascii=False) + "\n")
                     file.flush()

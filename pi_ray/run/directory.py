@@ -25,6 +25,7 @@ class RunDir:
         self.config = self.root / "run.yaml"
         self.rejects = self.root / "rejects.jsonl"
         self.rows = self.root / "rows"  # artifact: one Parquet file for each split (row_store.SCHEMA)
+        self.queries = self.root / "queries"  # artifact: queries that were generated from the template (queries.py)
         self.templates = self.root / "templates"  # artifact: templates.json and one readable .txt for each rate
         self.documents = self.root / "documents"  # artifact: rows' documents at each template rate (row_documents.py)
         self.neighbours = self.root / "neighbours.parquet"  # id, split, neighbours and their scores, best first
@@ -42,6 +43,10 @@ class RunDir:
 
     def adapter(self, phase: int) -> Path:
         return self.adapters / f"phase-{phase}"
+
+    def writer(self) -> RunDir:
+        """The run directory of the adapter that learns to write queries."""
+        return RunDir(self.root / "writer")
 
     def baseline(self, name: str) -> RunDir:
         """The run directory of a baseline that is trained beside the run, such as "plain"."""

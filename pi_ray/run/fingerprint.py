@@ -26,11 +26,20 @@ def wants_unlabelled(config: RunConfig) -> bool:
     return config.train.objective != "sft"
 
 
-def prepare_fingerprint(config: RunConfig, task: str) -> str:
-    """The fingerprint of the prepared rows; `task` is that of the task's rows and template."""
+def prepare_fingerprint(config: RunConfig, task: str, queries: str = "") -> str:
+    """The fingerprint of the prepared rows; `task` is that of the task's rows and template, `queries` the hash of the
+    generated queries.
+    """
     phases = [(p.rate, p.shots) for p in plan_phases(config.schedule)]
     parts = [__version__, task, _dump(config, *PREPARED), phases, max_shots(config)]
+    parts += [_dump(config, "ask"), queries] if config.task.generate else []
     return digest([*parts, UNLABELLED] if wants_unlabelled(config) else parts)
+
+
+def ask_fingerprint(config: RunConfig, sources: str) -> str:
+    """The fingerprint of generated queries; `sources` is that of the template and of all queries that are known."""
+    service = [config.closed.base_url, config.closed.model] if config.ask.writer == "endpoint" else []
+    return digest([__version__, sources, _dump(config, "model", "prompt", "ask"), service])
 
 
 def train_fingerprint(config: RunConfig, prepare: str) -> str:

@@ -42,5 +42,6 @@ def plain_finetuning_config(config: RunConfig) -> RunConfig:
     """The baseline: the run's rows, updates and learning rates, with rate 0 and no shots in every phase."""
     phases = [{"rate": 0.0, "shots": 0, "epochs": p.epochs, "steps": p.steps} for p in plan_phases(config.schedule)]
     changes = {"evaluate.shots": 0, "train.objective": "sft", "train.gist": 0, "train.init_adapter": ""}
+    changes |= {"task.generate": False, "ask": {}} if config.task.generate else {}
     run_dir = str(RunDir(config.root).baseline("plain").root)
     return config.replace(run_dir=run_dir, schedule={"name": "list", "list": phases}, **changes)

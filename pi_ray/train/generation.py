@@ -1,7 +1,7 @@
-"""Greedy generation for a batch of rows behind one prefix, whose keys and values are computed once.
+"""Generation for a batch of rows behind one prefix, whose keys and values are computed once.
 
-The teacher and the evaluation use it. All rows start together and leave as they end, with no scheduling, streaming or
-sampling, so a row's answer depends on its batch by rounding alone.
+The teacher and the evaluation generate greedily, a writer of queries samples. All rows start together and leave as they
+end, with no scheduling or streaming, so a row's answer depends on its batch by rounding alone.
 """
 
 import copy
@@ -23,10 +23,22 @@ def compute_prefix_cache(model: Any, prefix: Sequence[int]) -> DynamicCache:
     return cache
 
 
-@torch.inference_mode()
+Choose = Callable[[torch.Tensor, Sequence[int]], list[int]]  # (logits (n, V), which rows they are of) -> n next tokens
+
+
 def generate_greedy(
     model: Any, prefix: Sequence[int], rows: Sequence[Sequence[int]], max_new_tokens: int, end: int | None,
     cache: DynamicCache | None = None, breaks: Collection[int] = (),
+) -> list[list[int]]:
+    """As `generate`, with the likeliest token at each place."""
+    return generate(model, prefix, rows, max_new_tokens, end, cache, breaks)
+
+
+@torch.inference_mode()
+def generate(
+    model: Any, prefix: Sequence[int], rows: Sequence[Sequence[int]], max_new_tokens: int, end: int | None,
+    cache: DynamicCache | None = None, breaks: Collection[int] = (),
+    choose: Choose = lambda logits, rows: logits.argmax(-1).tolist(),
 ) -> list[list[int]]:
     """Answer ids of each row, without `end`. `cache` is the prefix's, if known; it is not changed.
 
@@ -45,7 +57,7 @@ def generate_greedy(
     alive = list(range(size))
     for _ in range(max_new_tokens):
         positions = len(prefix) - cached + (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
-        tokens = _forward(model, ids, mask, positions, cache).argmax(-1).tolist()
+        tokens = choose(_forward(model, ids, mask, positions, cache), alive)
         for i, token in enumerate(tokens):
             if token != end:
                 answers[alive[i]].append(token)

@@ -21,7 +21,7 @@ FLOORS = [
     ["compress", "retrieve"],
     ["data"],
     ["train"],
-    ["evaluate"],
+    ["evaluate", "ask"],
     ["report", "store"],
     ["plan", "serve.engine"],
     ["serve.http", "cluster.render", "cluster.doctor"],

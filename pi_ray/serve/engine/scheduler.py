@@ -19,7 +19,7 @@ from pi_ray.serve.engine.multi_lora import MultiLora, NoRoomError
 from pi_ray.serve.engine.onednn_linear import use_onednn_linears
 from pi_ray.serve.engine.prefix_cache import BLOCK_SIZE, Block, PrefixCache
 from pi_ray.serve.engine.replica_options import DEFAULT_MAX_LORAS
-from pi_ray.serve.engine.sampling import Sampler, sample_tokens
+from pi_ray.train.sampling import Sampler, sample_tokens
 
 DEFAULT_PREFILL_TOKENS = {"cpu": 256}  # prompt tokens between two decoding steps, when serve.prefill_tokens is not set
 IDLE_PREFILL_TOKENS = 2048  # the same on a GPU, and while no sequence decodes

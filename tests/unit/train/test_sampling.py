@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from pi_ray.protocols import GenerationRequest
-from pi_ray.serve.engine import sampling
-from pi_ray.serve.engine.sampling import Sampler, sample_tokens
+from pi_ray.train import sampling
+from pi_ray.train.sampling import Sampler, sample_tokens
 
 LOGITS = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()
 

@@ -1,0 +1,38 @@
+"""What is known before anything is asked: the template, and the queries that there are."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from pi_ray.config import RunConfig
+from pi_ray.data.ingest import check_splits, read_splits
+from pi_ray.protocols import SPLITS, UNLABELLED, Row, Task
+from pi_ray.registry import tasks
+from pi_ray.run.artifact import digest
+from pi_ray.run.directory import RunDir
+
+
+@dataclass(frozen=True)
+class Sources:
+    """`template` is the whole text; `held_out` are queries that must never be asked, such as those of dev and test
+    rows; `log` are other queries that need not be asked again.
+    """
+
+    template: str
+    labelled: Sequence[Row] = ()
+    held_out: Sequence[str] = ()
+    log: Sequence[str] = ()
+
+    def fingerprint(self) -> str:
+        labelled = [[row.query, row.answer] for row in self.labelled]
+        return digest([self.template, labelled, list(self.held_out), list(self.log)])
+
+
+def task_sources(config: RunConfig) -> Sources:
+    """The sources of a run's task: its rows as preparation will split them. Raises DataError for unfit rows."""
+    task: Task = tasks[config.task.name](config.task)
+    names = (*SPLITS, UNLABELLED) if config.task.queries else SPLITS
+    splits, rejects = read_splits(task, names)
+    check_splits(splits, rejects, config.task, RunDir(config.root))
+    held_out = [row.query for split in ("dev", "test") for row in splits[split]]
+    log = [row.query for row in splits.get(UNLABELLED, ())]
+    return Sources(task.template().text, splits["train"], held_out, log)

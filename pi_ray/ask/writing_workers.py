@@ -1,0 +1,79 @@
+"""Writing on this cluster: Ray Data actors that load the base once, with the writer's adapter, and sample replies."""
+
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+
+from pi_ray.ask.requests import WriteRequest
+from pi_ray.cluster import placement, session, storage_sync
+from pi_ray.config import ModelConfig, PromptConfig, RunConfig
+from pi_ray.data.ray_map import stream
+from pi_ray.models import load_model, load_tokenizer
+from pi_ray.prompt import PromptEncoder
+from pi_ray.protocols import GenerationRequest
+from pi_ray.train.generation import compute_prefix_cache, generate
+from pi_ray.train.sampling import Sampler, sample_tokens
+
+BATCH_ROWS = 32  # replies written at once
+
+
+def write_locally(
+    config: RunConfig, requests: Sequence[WriteRequest], prompt: PromptConfig, prefix: str, adapter: str, limit: int,
+) -> Iterator[tuple[int, str]]:
+    """Yield (place in `requests`, reply) as they are written, each of `limit` tokens for each of its queries.
+
+    `prefix` is a text that stands before every prompt; `adapter` a folder, or "" for the base alone. One actor for each
+    GPU, or one with a node's cores.
+    """
+    session.connect()
+    nodes = placement.cluster_nodes()
+    gpus = int(sum(node.get("GPU", 0) for node in nodes))
+    cpus = max(1, int(max(node.get("CPU", 0) for node in nodes)) - 1)
+    resources = {} if config.cluster.evaluate_resources else {"num_gpus": 1} if gpus else {"num_cpus": cpus}
+    batches = [range(len(requests))[i : i + BATCH_ROWS] for i in range(0, len(requests), BATCH_ROWS)]
+    items = [{
+        "prompts": [requests[i].prompt for i in batch], "seeds": [requests[i].seed for i in batch],
+        "limit": limit * max(requests[i].count for i in batch),
+    } for batch in batches]
+    sampling = {"temperature": config.ask.temperature, "top_p": config.ask.top_p}
+    for place, replies in stream(
+        items, WritingWorker, config.model, prompt, prefix, adapter, sampling,
+        actors=gpus or 1, sync=storage_sync.sync_for(config.root),
+        **resources, **placement.worker_options(config, "evaluate"),
+    ):
+        yield from zip(batches[place], replies, strict=True)
+
+
+class WritingWorker:
+    """A Ray Data actor. Called with prompts and the seeds of their replies, and the most tokens of one."""
+
+    def __init__(
+        self, settings: ModelConfig, prompt: PromptConfig, prefix: str, adapter: str, sampling: dict[str, float],
+    ):
+        gpu = torch.cuda.is_available()
+        if not gpu:
+            torch.set_num_threads(os.cpu_count() or 1)  # Ray leaves an actor one; nothing else runs in this step
+        self.encoder, self.sampling = PromptEncoder(load_tokenizer(settings), prompt), sampling
+        self.model = load_model(settings, "cuda" if gpu else "cpu")
+        if adapter:
+            from peft import PeftModel
+
+            self.model = PeftModel.from_pretrained(self.model, adapter).eval()
+        self.prefix = self.encoder.prefix(prefix)
+        self.cache = compute_prefix_cache(self.model, self.prefix)
+
+    def __call__(self, work: dict[str, Any]) -> list[str]:
+        samplers = [Sampler(GenerationRequest([], 0, seed=seed, **self.sampling)) for seed in work["seeds"]]
+
+        def choose(logits: torch.Tensor, rows: Sequence[int]) -> list[int]:
+            return [token.id if token else self.end for token in sample_tokens(logits, [samplers[i] for i in rows])]
+
+        rows = [self.encoder.row(prompt) for prompt in work["prompts"]]
+        replies = generate(self.model, self.prefix, rows, work["limit"], self.end, self.cache, choose=choose)
+        return [self.encoder.decode(ids) for ids in replies]
+
+    @property
+    def end(self) -> int:
+        return self.encoder.tokenizer.eos_token_id
