@@ -2,8 +2,8 @@
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from random import Random
-from typing import NamedTuple
 
 from pi_ray.ask.coverage import Cell, Coverage
 from pi_ray.ask.needs import Partners
@@ -27,7 +27,8 @@ KINDS: dict[AskKind, str] = {
 }
 
 
-class WriteRequest(NamedTuple):
+@dataclass(frozen=True)
+class WriteRequest:
     """One prompt to a writer, and the seed of its reply, which holds `count` queries."""
 
     id: str

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -37,9 +38,8 @@ def write_locally(
         "prompts": [requests[i].prompt for i in batch], "seeds": [requests[i].seed for i in batch],
         "limit": limit * max(requests[i].count for i in batch),
     } for batch in batches]
-    sampling = {"temperature": config.ask.temperature, "top_p": config.ask.top_p}
     for place, replies in stream(
-        items, WritingWorker, config.model, prompt, prefix, adapter, sampling,
+        items, WritingWorker, config.model, prompt, prefix, adapter, config.ask.temperature, config.ask.top_p,
         actors=gpus or 1, sync=storage_sync.sync_for(config.root),
         **resources, **placement.worker_options(config, "evaluate"),
     ):
@@ -50,12 +50,13 @@ class WritingWorker:
     """A Ray Data actor. Called with prompts and the seeds of their replies, and the most tokens of one."""
 
     def __init__(
-        self, settings: ModelConfig, prompt: PromptConfig, prefix: str, adapter: str, sampling: dict[str, float],
+        self, settings: ModelConfig, prompt: PromptConfig, prefix: str, adapter: str, temperature: float, top_p: float,
     ):
         gpu = torch.cuda.is_available()
         if not gpu:
             torch.set_num_threads(os.cpu_count() or 1)  # Ray leaves an actor one; nothing else runs in this step
-        self.encoder, self.sampling = PromptEncoder(load_tokenizer(settings), prompt), sampling
+        self.encoder = PromptEncoder(load_tokenizer(settings), prompt)
+        self.request = GenerationRequest([], 0, temperature=temperature, top_p=top_p)
         self.model = load_model(settings, "cuda" if gpu else "cpu")
         if adapter:
             from peft import PeftModel
@@ -65,15 +66,12 @@ class WritingWorker:
         self.cache = compute_prefix_cache(self.model, self.prefix)
 
     def __call__(self, work: dict[str, Any]) -> list[str]:
-        samplers = [Sampler(GenerationRequest([], 0, seed=seed, **self.sampling)) for seed in work["seeds"]]
+        samplers = [Sampler(replace(self.request, seed=seed)) for seed in work["seeds"]]
+        end = self.encoder.tokenizer.eos_token_id
 
         def choose(logits: torch.Tensor, rows: Sequence[int]) -> list[int]:
-            return [token.id if token else self.end for token in sample_tokens(logits, [samplers[i] for i in rows])]
+            return [token.id if token else end for token in sample_tokens(logits, [samplers[i] for i in rows])]
 
         rows = [self.encoder.row(prompt) for prompt in work["prompts"]]
-        replies = generate(self.model, self.prefix, rows, work["limit"], self.end, self.cache, choose=choose)
+        replies = generate(self.model, self.prefix, rows, work["limit"], end, self.cache, choose=choose)
         return [self.encoder.decode(ids) for ids in replies]
-
-    @property
-    def end(self) -> int:
-        return self.encoder.tokenizer.eos_token_id

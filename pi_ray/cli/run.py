@@ -148,6 +148,22 @@ def neighbours(args: argparse.Namespace) -> None:
     show_neighbours(load_config(args), args.row, args.split, args.console)
 
 
+@verb("write queries about every unit of the template, and show them", RUN, OVERRIDES)
+def ask(args: argparse.Namespace) -> None:
+    """Write the queries that `task.queries: generate` asks for; show units, coverage, examples and what was left out.
+
+    They are kept in the run directory, where `pi-ray run` and `pi-ray prepare` find them.
+    """
+    from pi_ray import pipeline
+    from pi_ray.ask.show import print_queries
+    from pi_ray.run.directory import RunDir
+
+    settings = load_config(args)
+    if not settings.task.generate:
+        raise ConfigError("this run generates no queries; add task.queries=generate and train.objective=distill")
+    print_queries(RunDir(settings.root), pipeline.ask(settings, args.console), args.console)
+
+
 def step(args: argparse.Namespace) -> None:
     from pi_ray import pipeline
 

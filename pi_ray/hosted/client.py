@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, fields
 from functools import partial
 from itertools import takewhile
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 from pi_ray.config import ClosedConfig, RunConfig
@@ -107,9 +108,9 @@ class Service:
         except UnknownError:
             return []
 
-    def chat(self, model: str, prompt: str, limit: int, sampling: Sampling | None = None) -> Reply:
+    def chat(self, model: str, prompt: str, limit: int, sampling: Sampling = MappingProxyType({})) -> Reply:
         """The answer to one user message, at most `limit` tokens, greedy unless `sampling` says otherwise."""
-        settings: dict[str, Any] = {"temperature": 0, **(sampling or {})}
+        settings: dict[str, Any] = {"temperature": 0, **sampling}
 
         def request() -> Reply:
             start = time.perf_counter()
@@ -173,9 +174,8 @@ def replies(
     `watch` gets (distinct prompts answered, distinct prompts). Raises TrainingError when the service cannot be reached.
     """
     log = config.root / "closed" / "answers.jsonl"
-    asked = [(prompt, limit, sample) for prompt, sample in zip(prompts, sampling or [None] * len(prompts), strict=True)]
-    keys = [digest([config.closed.base_url, model, prompt, limit, *([sample] if sample else [])])
-            for prompt, limit, sample in asked]
+    asked = [(prompt, limit, sample) for prompt, sample in zip(prompts, sampling or [{}] * len(prompts), strict=True)]
+    keys = [digest([config.closed.base_url, model, *filter(None, request)]) for request in asked]
     known, wanted = _read_log(log), dict(zip(keys, asked, strict=True))
     todo = {key: request for key, request in wanted.items() if key not in known}
     watch(len(wanted) - len(todo), len(wanted))

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pi_ray.config import AskKind
 from pi_ray.errors import DataError
 from pi_ray.protocols import UNLABELLED, Row
 from pi_ray.run.artifact import read_manifest, verify_artifact
@@ -26,7 +27,7 @@ class Asked(NamedTuple):
 
     id: str
     query: str
-    kind: str
+    kind: AskKind
     units: tuple[int, ...]
 
 
@@ -38,7 +39,7 @@ def write_queries(folder: Path, queries: Iterable[Asked]) -> None:
 def read_queries(run: RunDir) -> list[Asked]:
     """The run's generated queries. Raises DataError where there are none, CorruptArtifactError for damaged ones."""
     if read_manifest(run.queries) is None:
-        raise DataError(f"{run.root}: no queries are generated yet; run 'pi-ray ask' (or 'pi-ray run') with this run.yaml")
+        raise DataError(f"{run.root}: no queries are generated yet; run 'pi-ray ask' or 'pi-ray run' first")
     verify_artifact(run.queries)
     rows = read_range(run.queries / FILE).to_pylist()
     return [Asked(**{**values, "units": tuple(values["units"])}) for values in rows]
