@@ -74,22 +74,21 @@ class _Asking:
     def ask(self) -> dict[str, Any]:
         run, ask = RunDir(self.config.root), self.config.ask
         folder = partial_folder(run.queries, self.fingerprint)
-        kept: list[Asked] = []
-        surplus: list[Asked] = []  # of cells that have enough already
+        kept: list[tuple[int, Asked]] = []  # with the number of queries that its cell had before
         for number in range(ask.rounds):
             if not (requests := self.planner.plan(number)):
                 break
             for request, reply in zip(requests, self._replies(requests, folder), strict=True):
                 for i, query in enumerate(parse_reply(reply, request.count)):
                     if self.filter.keep(query, request.units, request.kind):
-                        enough = self.coverage.counts[request.cell] >= self.coverage.target
                         asked = Asked(f"{request.id}-{i}", query, request.kind, request.units)
-                        (surplus if enough else kept).append(asked)
+                        kept.append((self.coverage.counts[request.cell], asked))
                         self.coverage.add(request.units, request.kind)
             uncovered = sum(1 for _ in self.coverage.missing())
-            self.progress(f"round {number + 1}: {len(kept) + len(surplus)} queries kept of "
+            self.progress(f"round {number + 1}: {len(kept)} queries kept of "
                 f"{self.filter.counts.total()}, {uncovered} of {len(self.coverage.cells)} cells have too few")
-        queries = [*kept, *surplus][: ask.queries]
+        kept.sort(key=lambda pair: pair[0])  # cells in turn, so that what is too many is missing nowhere
+        queries = [asked for _, asked in kept[: ask.queries]]
         if not queries:
             raise DataError(f"ask: none of {self.filter.counts.total()} written queries was fit ({self._reasons()}); "
                 "take another ask.writer, or a larger base")

@@ -39,7 +39,8 @@ def prepare_fingerprint(config: RunConfig, task: str, queries: str = "") -> str:
 def ask_fingerprint(config: RunConfig, sources: str) -> str:
     """The fingerprint of generated queries; `sources` is that of the template and of all queries that are known."""
     service = [config.closed.base_url, config.closed.model] if config.ask.writer == "endpoint" else []
-    return digest([__version__, sources, _dump(config, "model", "prompt", "ask"), service])
+    learned = [config.train.lora.model_dump(mode="json"), config.train.seed]  # on which an adapter that writes depends
+    return digest([__version__, sources, _dump(config, "model", "prompt", "ask"), learned, service])
 
 
 def train_fingerprint(config: RunConfig, prepare: str) -> str:
