@@ -37,7 +37,8 @@ class TaskConfig(Block):
     """The data, the template and the metric."""
 
     name: str = doc("jsonl", "jsonl (your own rows), opsql (bundled), nl2bash, mbpp, nl2f, nl2f-w, desk")
-    train: str = doc("train.jsonl", "training rows, relative to run.yaml")
+    train: str = doc("train.jsonl", "training rows, relative to run.yaml; empty (jsonl): none, a teacher that is not "
+        "trained here answers the queries")
     dev: str = doc("dev.jsonl", "rows for choosing; may be missing")
     test: str = doc("test.jsonl", "held-out rows; only evaluated")
     queries: str = doc("queries.jsonl", "queries without answers, for train.objective distill, mixed; may be missing. "
@@ -74,6 +75,8 @@ class TaskConfig(Block):
             refuse(self.name == "jsonl", "task.unseen: leave such rows out of train.jsonl yourself")
             refuse(self.name == "opsql", "task.unseen: opsql has such rows already, its group 'template only'")
             refuse(self.name == "desk", "task.unseen: a desk hides subjects by task.hidden")
+        refuse(self.name == "jsonl" and not (self.train or self.queries),
+            "task.train and task.queries are both empty; a run needs rows, or queries that a teacher answers")
         elsewhere = self.name != "desk"
         refuse((self.subjects or self.hidden) and elsewhere, "task.subjects and task.hidden are for task desk")
 

@@ -136,13 +136,30 @@ class RunConfig(Block):
             "task.queries generate needs a teacher to answer the queries: set train.objective distill or mixed")
         refuse(self.ask != AskConfig() and not self.task.generate,
             "ask would have no effect: no queries are generated; set task.queries generate, or leave it out")
+        refuse(not self.task.train and (train.objective == "sft" or train.distill.teacher == "adapter"),
+            "task.train is empty: without labelled rows nothing trains a teacher; take train.objective distill, and "
+            "train.distill.teacher base or endpoint")
         if train.objective != "sft":
-            objective, (first, *later) = f"train.objective {train.objective}", plan_phases(self.schedule)
-            refuse(not later, f"{objective} needs a phase after the first: the teacher is what the first one leaves")
-            refuse(first.rate < 1, f"{objective} needs a first phase with the whole template, which the teacher reads: "
-                f"its rate is {first.rate:g}, take 1")
+            self._check_teacher()
         if train.gist:
             self._check_gist()
+
+    def _check_teacher(self) -> None:
+        train, distill = self.train, self.train.distill
+        objective, (first, *later) = f"train.objective {train.objective}", plan_phases(self.schedule)
+        if distill.teacher == "adapter":
+            refuse(not later, f"{objective} needs a phase after the first: the teacher is what the first one leaves")
+            refuse(first.rate < 1, f"{objective} needs a first phase with the whole template, which the teacher reads: "
+                f"its rate is {first.rate:g}, take 1; train.distill.teacher base needs none")
+        refuse(first.rate == 1 and not later,
+            f"{objective} needs a phase with less than the whole template, in which the student learns")
+        refuse(distill.teacher == "endpoint" and self.task.name != "jsonl",
+            f"train.distill.teacher endpoint answers queries of your own (task.name jsonl), not of {self.task.name}")
+        refuse(train.backend.name == "openai",
+            f"{objective} needs a model whose weights are here; take train.backend.name deepspeed or ddp")
+        refuse(self.answers_first and distill.agreement == "weight",
+            "train.distill.agreement weight is for answers beside labelled rows; where a teacher's answers are the "
+            "rows, take filter or off")
 
     def _check_gist(self) -> None:
         train = self.train
@@ -158,6 +175,12 @@ class RunConfig(Block):
         for i, phase in enumerate(plan_phases(self.schedule)):
             refuse(not phase.rate, f"train.gist: phase {i} of the schedule has no template (rate 0) that gist tokens "
                 "could stand for; keep rates above 0, as schedule.name constant does")
+
+    @property
+    def answers_first(self) -> bool:
+        """Whether a teacher answers the queries before preparation, so that its answers are rows like labelled ones."""
+        by_endpoint = self.train.objective != "sft" and self.train.distill.teacher == "endpoint"
+        return bool(self.task.queries) and (by_endpoint or not self.task.train)
 
     @property
     def rows_per_worker(self) -> int:

@@ -99,11 +99,13 @@ class BackendConfig(Block):
 class DistillConfig(Block):
     """The teacher reads the full prompt; the student learns its answers under the later phases' prompts."""
 
-    teacher: Literal["adapter", "base"] = doc("adapter", "the adapter after the first phase, or the base model alone")
+    teacher: Literal["adapter", "base", "endpoint"] = doc("adapter", "the adapter after the first phase, the base "
+        "model alone, or the model of the block 'closed', whose answers become training rows")
     top_k: Positive = doc(16, "likeliest tokens of the teacher that the student matches at each place of an answer")
     views: Positive = doc(2, "orders of the template's lists in which the teacher reads it; it answers by their mean")
     agreement: Literal["filter", "weight", "off"] = doc("filter", "filter: an answer is kept if all views give it; "
         "weight: a row counts by the share of views that do")
+    max_tokens: Positive = omit_default(256, "tokens of an answer, where no labelled row says how long answers are")
     confidence: Annotated[float, Field(le=0)] | None = doc(None, "lowest log-probability of a token in an answer that "
         "is kept; null: any")
     held_out: Annotated[float, Field(ge=0, le=0.5)] = doc(0.1, "largest share of the answered queries that is kept "

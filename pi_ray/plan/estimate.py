@@ -195,10 +195,10 @@ def update_tokens(size: ModelSize, shape: Shape, config: RunConfig) -> tuple[flo
 
 def tokens_of_updates(config: RunConfig) -> list[float]:
     """The mean tokens of each update of a prepared run, in order: the work by which time left is foretold."""
-    from pi_ray.train.batches import longest_row_tokens
+    from pi_ray.train.batches import prepared_row_tokens
 
     run, tokens_by_update = RunDir(config.root), list[float]()
-    size = model_size(config.model, config.train.lora, longest_row_tokens(run.phases))
+    size = model_size(config.model, config.train.lora, prepared_row_tokens(run.phases))
     for i, phase in enumerate(plan_phases(config.schedule)):
         manifest = read_manifest(run.phase(i)) or {}
         shape = Shape(*(manifest["tokens"][key] for key in ("prefix", "row_mean", "label_mean")))

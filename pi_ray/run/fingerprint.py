@@ -22,8 +22,8 @@ NOT_LEARNED = {
 
 
 def wants_unlabelled(config: RunConfig) -> bool:
-    """Whether a teacher answers queries that have no answer."""
-    return config.train.objective != "sft"
+    """Whether a teacher answers queries that have no answer while the run trains. An endpoint answers before."""
+    return config.train.objective != "sft" and config.train.distill.teacher != "endpoint"
 
 
 def prepare_fingerprint(config: RunConfig, task: str, queries: str = "") -> str:

@@ -25,6 +25,14 @@ def max_shots(config: RunConfig) -> int:
     return max(config.evaluate.shots, *(p.shots for p in plan_phases(config.schedule)))
 
 
+def first_taught_phase(config: RunConfig) -> int:
+    """The phase from which on a teacher's answers are learned: the first one with less than the whole template.
+
+    A first phase with the whole template learns labels; with the adapter as teacher, reading them makes the teacher.
+    """
+    return 1 if plan_phases(config.schedule)[0].rate == 1 else 0
+
+
 def prompts_of_columns(config: RunConfig) -> dict[str, ColumnPrompt]:
     """Column -> the prompt that its model is asked with; PromptIntern's is that of the last phase."""
     templates, (first, *_, last) = RunDir(config.root).read_templates(), [*plan_phases(config.schedule)] * 2

@@ -48,7 +48,7 @@ def dataset_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def longest_row_tokens(phases: Path) -> int:
+def prepared_row_tokens(phases: Path) -> int:
     """Tokens of the longest prepared row, with an answer a quarter longer than any label, as a teacher's may be."""
     tokens = [dataset_manifest(folder)["tokens"] for folder in phases.iterdir() if not folder.name.startswith(".")]
     return max(t["prefix"] + t["row_max"] for t in tokens) + math.ceil(1.25 * max(t["label_max"] for t in tokens))

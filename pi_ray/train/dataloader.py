@@ -14,6 +14,7 @@ from pi_ray.protocols import UNLABELLED
 from pi_ray.run.artifact import is_current
 from pi_ray.run.directory import RunDir
 from pi_ray.run.fingerprint import wants_unlabelled
+from pi_ray.run.phases import first_taught_phase
 from pi_ray.train import gist
 from pi_ray.train.batches import Batch, Pack, PhaseDataset, plain_batch
 from pi_ray.train.distill import DistilledRows, Targets
@@ -39,7 +40,7 @@ class TrainDataLoader:
     ):
         self.config, self.run, self.updates, self.pack = config, RunDir(config.root), updates, pack
         self.rank, self.world, self.drills = rank, world, make_drills(config)
-        self.distills = wants_unlabelled(config)
+        self.distills, self.first_taught = wants_unlabelled(config), first_taught_phase(config)
         self.has_answers = not self.distills or is_current(self.run.teacher_answers, fingerprint)
         self._phases = Prefetcher(self._open, updates[-1].phase + 1, self._can_open)
         self._batches = Prefetcher(self._make, len(updates), lambda step: self._can_open(updates[step].phase))
@@ -52,12 +53,12 @@ class TrainDataLoader:
         self._phases.close()
 
     def _can_open(self, phase: int) -> bool:
-        """Phases after the first one need the teacher's answers."""
-        return self.has_answers or not phase
+        """A phase that learns from a teacher needs its answers."""
+        return self.has_answers or phase < self.first_taught
 
     def _open(self, phase: int) -> PhaseDataset | DistilledRows:
         rows = PhaseDataset(self.run.phase(phase))
-        if not self.distills or not phase:
+        if not self.distills or phase < self.first_taught:
             return rows
         unlabelled = PhaseDataset(self.run.phase(f"{UNLABELLED}-{phase}"))
         return DistilledRows(self.run.teacher_answers, rows, unlabelled, self.config.train.distill)

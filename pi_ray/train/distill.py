@@ -31,10 +31,12 @@ from pi_ray.prompt import PromptEncoder
 from pi_ray.protocols import UNLABELLED
 from pi_ray.run.artifact import staged, verify_artifact
 from pi_ray.run.directory import RunDir
+from pi_ray.run.fingerprint import wants_unlabelled
+from pi_ray.run.phases import first_taught_phase
 from pi_ray.run.row_store import read_range
-from pi_ray.train.batches import Pack, PhaseDataset, TokenRow, answer_logits, dataset_manifest, to_device
+from pi_ray.train.batches import Pack, PhaseDataset, TokenRow, answer_logits, prepared_row_tokens, to_device
 from pi_ray.train.distributed import WorkerGroup
-from pi_ray.train.drills import find_run_facts, template_views
+from pi_ray.train.drills import find_run_facts, template_views, whole_template
 from pi_ray.train.generation import compute_prefix_cache, generate_greedy
 from pi_ray.train.held_out import MOST_TEXTS, choose_held_out
 from pi_ray.train.shared_prefix import ordinary_attention
@@ -78,7 +80,7 @@ def write_teacher_answers(model: Any, config: RunConfig, fingerprint: str, group
         mine = range(group.rank, len(unlabelled), group.world)
         limit, end = math.ceil(labelled.tokens["label_max"] * 1.25), load_tokenizer(config.model).eos_token_id
         with ordinary_attention(model.get_base_model()):
-            generated = generate_answers(model, unlabelled, mine, limit, end)
+            generated = generate_answers(model, prefixes[0], unlabelled, mine, limit, end)
         mine = range(group.rank, len(labelled), group.world)
         labels = {n: label for n, (_, label) in zip(mine, labelled.take(mine), strict=True)}
         scored = chain(
@@ -113,31 +115,40 @@ def _hold_out(table: pa.Table, config: RunConfig) -> pa.Table:
         queries = read_range(run.rows_of(UNLABELLED).path, columns=["query"])["query"]
         answers = map(encoder.decode, table["label_ids"].take(sure).to_pylist())
         asked = queries.take(table["number"].to_numpy()[sure]).to_pylist()
-        units = UnitIndex(find_units(dataset_manifest(run.phase(0))["template"]))
+        units = UnitIndex(find_units(whole_template(config)))
         texts = [f"{query}\n{answer}" for query, answer in zip(asked, answers, strict=True)]
         held_out[sure[choose_held_out(units, texts, share)]] = True
     place = table.column_names.index("held_out")
     return table.set_column(place, SCHEMA.field("held_out"), pa.array(held_out))
 
 
-def generate_answers(model: Any, data: PhaseDataset, numbers: Sequence[int], limit: int, end: int) -> Answers:
-    """Greedy answers to these rows behind their prefix, ending with `end`; those over `limit` tokens are left out."""
-    cache, answers = compute_prefix_cache(model, data.prefix), {}
+def generate_answers(
+    model: Any, prefix: list[int], data: PhaseDataset, numbers: Sequence[int], limit: int, end: int
+) -> Answers:
+    """Greedy answers to these rows behind `prefix`, ending with `end`; those over `limit` tokens are left out."""
+    cache, answers = compute_prefix_cache(model, prefix), {}
     for start in range(0, len(numbers), GENERATED_ROWS):
         some = numbers[start : start + GENERATED_ROWS]
         prompts = [prompt for prompt, _ in data.take(some)]
-        generated = generate_greedy(model, data.prefix, prompts, limit, end, cache=cache)
+        generated = generate_greedy(model, prefix, prompts, limit, end, cache=cache)
         answers.update({n: [*ids, end] for n, ids in zip(some, generated, strict=True) if len(ids) < limit})
     return answers
 
 
 def view_prefixes(config: RunConfig) -> list[list[int]]:
     """Token ids of the whole prompt in each order of its lists, the first one its own; one alone if it has no lists."""
-    run, train = RunDir(config.root), config.train
-    template = dataset_manifest(run.phase(0))["template"]
+    train = config.train
     encoder = PromptEncoder(load_tokenizer(config.model), config.prompt)
-    views = template_views(template, find_run_facts(config), train.distill.views, train.seed)
+    views = template_views(whole_template(config), find_run_facts(config), train.distill.views, train.seed)
     return [encoder.prefix(view) for view in views]
+
+
+def longest_row_tokens(config: RunConfig) -> int:
+    """Tokens of the longest row that trains, or that the teacher reads where no phase has the whole prompt."""
+    longest = prepared_row_tokens(RunDir(config.root).phases)
+    if not wants_unlabelled(config) or first_taught_phase(config):
+        return longest
+    return longest + max(map(len, view_prefixes(config)))
 
 
 @torch.inference_mode()

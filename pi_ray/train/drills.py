@@ -23,6 +23,7 @@ from pi_ray.models import load_tokenizer
 from pi_ray.prompt import PromptEncoder, split_sections
 from pi_ray.run.directory import RunDir
 from pi_ray.run.fingerprint import wants_unlabelled
+from pi_ray.run.phases import first_taught_phase
 from pi_ray.run.row_store import read_range
 from pi_ray.schedule import plan_phases
 from pi_ray.train.batches import dataset_manifest
@@ -94,11 +95,17 @@ class Drills:
         return fresh
 
 
+def whole_template(config: RunConfig) -> str:
+    """The template of a prepared run at rate 1, whatever its phases have."""
+    run = RunDir(config.root)
+    return dataset_manifest(run.phase(0))["template"] if first_taught_phase(config) else run.read_templates()[1.0]
+
+
 def find_run_facts(config: RunConfig) -> list[FactGroup]:
     """The facts of a prepared run: of its whole template and its labelled rows."""
     run, drills = RunDir(config.root), config.train.drills
     pairs = ((row.query, row.answer) for row in run.rows_of("train"))
-    return find_facts(dataset_manifest(run.phase(0))["template"], pairs, drills.words, drills.ignore)
+    return find_facts(whole_template(config), pairs, drills.words, drills.ignore)
 
 
 def why_not_drilled(config: RunConfig) -> str:
@@ -107,6 +114,8 @@ def why_not_drilled(config: RunConfig) -> str:
         return "no teacher is made"
     if config.train.drills.mode == "off":
         return "train.drills.mode is off"
+    if first_taught_phase(config) == 0:
+        return "no phase reads the whole template"
     return "the first phase has examples, which show the codes" if plan_phases(config.schedule)[0].shots else ""
 
 

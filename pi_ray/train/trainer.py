@@ -86,8 +86,7 @@ class Trainer:
         self.log.follow(lambda: trackers.open_tracker(self.config, self.dir, done))
         while done < len(self.updates):
             update = self.updates[done]
-            if update.phase:
-                self.phase_transition(update)
+            self.phase_transition(update)
             self.train_step(update)
             done = self.evaluate(update)
             if (update.step + 1) % self.config.train.checkpoint_every == 0:
@@ -102,7 +101,7 @@ class Trainer:
         """The base model with a fresh adapter, ready to train; called by the backend, which may shard it."""
         train = self.config.train
         model = models.load_model(self.config.model, self.device)
-        longest_row = batches.longest_row_tokens(self.dir.phases) + train.gist
+        longest_row = distill.longest_row_tokens(self.config) + train.gist
         self.plain_batch_reason = shared_prefix.why_prefix_cannot_be_shared(model, longest_row)
         model = lora.add_lora(model, train.lora, train.seed)
         self.pissa_start = lora.pissa_start(model, train.lora)
@@ -133,10 +132,12 @@ class Trainer:
         return batches.plain_batch
 
     def phase_transition(self, update: Update) -> None:
-        """Before an update of a phase after the first: reset the optimiser, and have the teacher answer, where due."""
-        if update.index == 0 and self.config.train.phase_transition == "reset":
+        """Before an update: reset the optimiser, and have the teacher answer, where due."""
+        if update.phase and update.index == 0 and self.config.train.phase_transition == "reset":
             self.restart_optimizer({k: v for k, v in self.backend.state().items() if "/" not in k})
-        begins = (update.phase, update.index) == (1, 0)
+        if update.phase < self.dataloader.first_taught:
+            return
+        begins = (update.phase, update.index) == (self.dataloader.first_taught, 0)
         if not self.dataloader.has_answers:
             if self.config.train.distill.teacher == "adapter" and not begins:
                 raise TrainingError(
