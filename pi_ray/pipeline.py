@@ -18,6 +18,7 @@ from pi_ray.config import RunConfig, dump_config
 from pi_ray.hosted.tuning import COLUMNS
 from pi_ray.plan.estimate import tokens_of_updates
 from pi_ray.progress import ProgressLine, training_listener
+from pi_ray.run.answered import answered_config
 from pi_ray.run.artifact import write_atomic
 from pi_ray.run.directory import RunDir
 from pi_ray.run.phases import plain_finetuning_config
@@ -55,12 +56,30 @@ def ask(config: RunConfig, console: Console) -> dict[str, Any]:
         )
 
 
+def answer(config: RunConfig, console: Console) -> dict[str, Any]:
+    """Have a teacher answer queries that nobody has labelled, and return how that went: the facts of answered/."""
+    from pi_ray.answer.rows import answer_queries
+
+    endpoint = config.train.distill.teacher == "endpoint"
+    who = f"{config.closed.model} on {config.closed.base_url or 'OpenAI'}" if endpoint else "the base model"
+    _begin(config, console, "Answer", f"{who} reads the whole prompt and answers queries, which then are rows")
+    with ProgressLine(console, "  queries", 0) as shown:
+
+        def listen(done: int, total: int) -> None:
+            shown.total = total
+            shown.update(done)
+
+        return answer_queries(config, hosted.ask_on_terminal, partial(_print_line, console, ""), listen)
+
+
 def prepare(config: RunConfig, console: Console) -> None:
-    """Asks first, where queries are generated."""
+    """Asks first where queries are generated, and then has a teacher answer where its answers are the rows."""
     from pi_ray.data import prepare as step
 
     if config.task.generate:
         ask(config, console)
+    if config.answers_first:
+        answer(config, console)
     _begin(config, console, "Prepare", "templates at each rate, examples for each row, one dataset for each phase")
     for name, c in _run_and_baseline(config):
         step.prepare(c, partial(_print_line, console, name))
@@ -97,8 +116,9 @@ def evaluate(config: RunConfig, console: Console, columns: Sequence[Column] = ()
     from pi_ray.evaluate.evaluate import evaluate_run
     from pi_ray.report.summary import summary_table
 
-    asked = columns or columns_of(config)
     _begin(config, console, "Evaluate", f"{config.evaluate.split} rows, temperature 0")
+    config = answered_config(config)
+    asked = columns or columns_of(config)
     rows = len(RunDir(config.root).read_rows(config.evaluate.split))
     counts: dict[str, int] = {}
     with ProgressLine(console, "  rows", len(asked) * (rows + min(rows, config.evaluate.latency_rows))) as watch:
@@ -116,13 +136,13 @@ def evaluate(config: RunConfig, console: Console, columns: Sequence[Column] = ()
 def report(config: RunConfig, console: Console) -> Path:
     from pi_ray.report.page import write_report
 
-    path = write_report(RunDir(config.root), config)
+    path = write_report(RunDir(config.root), answered_config(config))
     console.print(f"[bold]Report[/]  {shortest_path(path)}", highlight=False)
     return path
 
 
 def publish(config: RunConfig, console: Console, name: str = "") -> Path:
-    folder = publish_adapter(RunDir(config.root), config, name)
+    folder = publish_adapter(RunDir(config.root), answered_config(config), name)
     url = f"{config.store.rstrip('/')}/{folder.parent.name}/{folder.name}"
     console.print(f"[bold]Published[/]  {url if '://' in config.store else shortest_path(folder)}", highlight=False)
     return folder
@@ -151,4 +171,5 @@ def _print_line(console: Console, name: str, line: str | dict[str, Any]) -> None
 
 def _run_and_baseline(config: RunConfig) -> list[tuple[str, RunConfig]]:
     """(prefix of its lines, config) of the run, and of plain fine-tuning, which is a schedule and not code."""
+    config = answered_config(config)
     return [("", config), *([("plain: ", plain_finetuning_config(config))] if config.evaluate.baseline else [])]

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn
 
 EVERY_S = 10.0
-STEPS = ("Ask", "Prepare", "Train", "Evaluate", "Report", "Published")  # first words of lines that name a run's step
+STEPS = ("Ask", "Answer", "Prepare", "Train", "Evaluate", "Report", "Published")  # first words of a step's first line
 LINE = re.compile(r"\s*(?P<title>\S.*): (?P<done>\d+)/(?P<total>\d+)  (?P<text>.*)")
 
 
@@ -48,7 +48,7 @@ class ProgressLine:
         if left is not None:
             text += f"  {left:.0f} s left" if left < 120 else f"  {left / 60:.0f} min left"
         if self.bar:
-            self.bar.update(self.task, completed=done, text=text)
+            self.bar.update(self.task, completed=done, total=self.total, text=text)
         elif now - self.shown >= EVERY_S or done >= self.total:
             self.shown = now
             self.console.print(progress_line(self.title, done, self.total, text), highlight=False)
@@ -111,6 +111,8 @@ def _event_text(entry: dict[str, Any]) -> str:
         case "best":
             right = f"{entry['dev_accuracy']:.1%} of their tokens right"
             return f"the best adapter on dev rows is that of phase {entry['phase']} ({right})"
+        case "teacher_answers" if not entry["queries"]:
+            return f"the teacher's likeliest tokens are noted, of {entry['views']} order(s) of the prompt"
         case "teacher_answers":
             answered = f"{entry['answered']} of {entry['queries']} unlabelled queries"
             views = f"; it read the prompt in {entry['views']} orders" if entry["views"] > 1 else ""

@@ -7,6 +7,7 @@ from pi_ray.config import RunConfig
 from pi_ray.data.ingest import check_splits, read_splits
 from pi_ray.protocols import SPLITS, UNLABELLED, Row, Task
 from pi_ray.registry import tasks
+from pi_ray.run.answered import has_labelled
 from pi_ray.run.artifact import digest
 from pi_ray.run.directory import RunDir
 
@@ -30,9 +31,13 @@ class Sources:
 def task_sources(config: RunConfig) -> Sources:
     """The sources of a run's task: its rows as preparation will split them. Raises DataError for unfit rows."""
     task: Task = tasks[config.task.name](config.task)
-    names = (*SPLITS, UNLABELLED) if config.task.queries else SPLITS
-    splits, rejects = read_splits(task, names)
-    check_splits(splits, rejects, config.task, RunDir(config.root))
+    unlabelled = [UNLABELLED] if config.task.queries else []
+    if config.answers_first:  # there may be no labelled rows at all
+        found, _ = read_splits(task, [*(split for split in SPLITS if has_labelled(config, split)), *unlabelled])
+        splits: dict[str, list[Row]] = {**{split: [] for split in SPLITS}, **found}
+    else:
+        splits, rejects = read_splits(task, [*SPLITS, *unlabelled])
+        check_splits(splits, rejects, config.task, RunDir(config.root))
     held_out = [row.query for split in ("dev", "test") for row in splits[split]]
     log = [row.query for row in splits.get(UNLABELLED, ())]
     return Sources(task.template().text, splits["train"], held_out, log)

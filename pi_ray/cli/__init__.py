@@ -9,13 +9,13 @@ from collections.abc import Sequence
 from difflib import get_close_matches
 
 from pi_ray import __version__
-from pi_ray.cli import cluster, run, serve  # noqa: F401 (they make the verbs)
+from pi_ray.cli import bake, cluster, run, serve  # noqa: F401 (they make the verbs)
 from pi_ray.cli.verbs import VERBS
 from pi_ray.cluster import requirements
 from pi_ray.errors import PiRayError
 
 GROUPS = {  # as `pi-ray --help` lists the verbs
-    "try it": ("demo", "init"),
+    "try it": ("demo", "init", "bake"),
     "make an adapter": ("plan", "run", "ask", "prepare", "train", "evaluate", "report", "publish", "refresh", "table"),
     "look inside": ("show", "schema", "compress", "neighbours"),
     "serve adapters": ("serve", "chat", "release", "key"),
@@ -26,6 +26,7 @@ Turn long recurrent prompts into LoRA adapters, so that inference sends the quer
 
   pi-ray demo                    train, compare and publish an adapter on bundled data, on a laptop
   pi-ray init my-task            write a commented task of your own to fill in; then: pi-ray run my-task/run.yaml
+  pi-ray bake prompt.md          you have a prompt and nothing else: make queries, answers and an adapter of it
   pi-ray VERB --help             say more about a verb
 """
 

@@ -30,16 +30,17 @@ def demo(args: argparse.Namespace) -> None:
     from pi_ray.config.run_file import parse_run_file
 
     text = files("pi_ray.cli").joinpath("demo.yaml").read_text(encoding="utf-8")
-    _run(parse_run_file(text, "demo.yaml", args.overrides), args)
+    run_and_tell(parse_run_file(text, "demo.yaml", args.overrides), args)
 
 
 @verb("all steps in a row; steps that are done are skipped", RUN, OVERRIDES)
 def run(args: argparse.Namespace) -> None:
     """Prepare, train, evaluate, report and publish. Steps that are done are skipped, and a stopped one goes on."""
-    _run(load_config(args), args)
+    run_and_tell(load_config(args), args)
 
 
-def _run(settings: RunConfig, args: argparse.Namespace) -> None:
+def run_and_tell(settings: RunConfig, args: argparse.Namespace) -> None:
+    """Do all steps, then print how to serve the adapter and how to ask it."""
     from pi_ray import pipeline
     from pi_ray.run.directory import RunDir
     from pi_ray.serve.app import usage_text
@@ -113,7 +114,7 @@ def refresh(args: argparse.Namespace) -> None:
 
     settings = store.refresh_config(load_config(args))
     store.copy_start_adapter(settings)
-    _run(settings, args)
+    run_and_tell(settings, args)
     store.write_mark(settings, published=True)
 
 

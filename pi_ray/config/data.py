@@ -75,7 +75,7 @@ class TaskConfig(Block):
             refuse(self.name == "jsonl", "task.unseen: leave such rows out of train.jsonl yourself")
             refuse(self.name == "opsql", "task.unseen: opsql has such rows already, its group 'template only'")
             refuse(self.name == "desk", "task.unseen: a desk hides subjects by task.hidden")
-        refuse(self.name == "jsonl" and not (self.train or self.queries),
+        refuse(self.name == "jsonl" and not (self.train or self.queries or self.generate),
             "task.train and task.queries are both empty; a run needs rows, or queries that a teacher answers")
         elsewhere = self.name != "desk"
         refuse((self.subjects or self.hidden) and elsewhere, "task.subjects and task.hidden are for task desk")

@@ -180,7 +180,7 @@ class RunConfig(Block):
     def answers_first(self) -> bool:
         """Whether a teacher answers the queries before preparation, so that its answers are rows like labelled ones."""
         by_endpoint = self.train.objective != "sft" and self.train.distill.teacher == "endpoint"
-        return bool(self.task.queries) and (by_endpoint or not self.task.train)
+        return bool(self.task.queries or self.task.generate) and (by_endpoint or not self.task.train)
 
     @property
     def rows_per_worker(self) -> int:

@@ -15,6 +15,7 @@ from pi_ray.evaluate.hosted_answerer import HostedAnswerer
 from pi_ray.evaluate.scoring import ScoredAnswers, output_lines, score_rows
 from pi_ray.protocols import Task
 from pi_ray.registry import tasks
+from pi_ray.run.answered import answered_facts
 from pi_ray.run.artifact import is_current, staged
 from pi_ray.run.directory import RunDir
 from pi_ray.run.phases import plain_finetuning_config
@@ -45,6 +46,7 @@ def evaluate_run(
         )
         for name, a in answers.items()
     }
+    facts = answered_facts(config)
     groups = dict(Counter(r.group for r in rows if r.group))
     trainings = {"promptintern": config, "plain": plain_finetuning_config(config)}
     summary: dict[str, Any] = {
@@ -52,7 +54,7 @@ def evaluate_run(
         "fingerprint": fingerprint, "command": "pi-ray " + " ".join(sys.argv[1:]),
         "train_rows": len(bank), "split": split, "test_rows": len(rows),
         "max_new_tokens": lengths.limit, "latency_new_tokens": lengths.typical,
-        "groups": groups, **answerer.environment(),
+        "groups": groups, **answerer.environment(), **({"answered": facts} if facts else {}),
         "train": {name: answerer.training_facts(c) for name, c in trainings.items() if name in answers},
     }
     for name, column in scored.items():

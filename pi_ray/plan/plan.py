@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from pi_ray.answer.rows import describe_answers, is_answered, planned_splits
 from pi_ray.cluster import placement
 from pi_ray.config import RunConfig
 from pi_ray.data.ingest import check_splits, read_splits
@@ -22,10 +23,11 @@ from pi_ray.plan.figures import PhasePlan, Plan
 from pi_ray.plan.scale import print_scale
 from pi_ray.progress import format_money
 from pi_ray.prompt import Example, PromptEncoder
-from pi_ray.protocols import SPLITS, UNLABELLED, Row, Task
+from pi_ray.protocols import SPLITS, UNLABELLED, Reject, Row, Task
 from pi_ray.registry import tasks
 from pi_ray.report import cost
 from pi_ray.report.loss_plot import read_template_entries
+from pi_ray.run.answered import answered_config, answered_facts
 from pi_ray.run.artifact import is_current
 from pi_ray.run.directory import RunDir
 from pi_ray.run.fingerprint import prepare_fingerprint, wants_unlabelled
@@ -37,6 +39,7 @@ from pi_ray.train.updates import updates_in_phase
 
 # Tokens of training that one new token costs to generate, about: one at a time, a model mostly waits for memory.
 TOKENS_PER_NEW_TOKEN = 5
+LABEL_TOKENS = 32  # of an answer that no teacher has written yet
 SAMPLE = 256  # training rows whose tokens are counted
 
 
@@ -66,10 +69,19 @@ def plan_run(config: RunConfig) -> Plan:
     Raises DataError for rows that preparation would refuse, and what the task and the model raise.
     """
     task: Task = tasks[config.task.name](config.task)
-    splits, rejects = read_splits(task, (*SPLITS, UNLABELLED) if wants_unlabelled(config) else SPLITS)
-    notes = check_splits(splits, rejects, config.task, RunDir(config.root))
+    unanswered = config.answers_first and not is_answered(config, task)
+    if unanswered:
+        splits, rejects = planned_splits(config, task), list[Reject]()
+        notes = [f"as many as the teacher answers, in about {LABEL_TOKENS} tokens each"]
+    else:
+        config = answered_config(config)
+        task = tasks[config.task.name](config.task)
+        splits, rejects = read_splits(task, (*SPLITS, UNLABELLED) if wants_unlabelled(config) else SPLITS)
+        notes = check_splits(splits, rejects, config.task, RunDir(config.root))
     rows = {split: len(found) for split, found in splits.items()}
     counts, schedule = _token_counts(task, splits["train"], config), plan_phases(config.schedule)
+    if unanswered:
+        counts = replace(counts, label=LABEL_TOKENS)
     shapes = [counts.shape(p.rate, p.shots) for p in schedule]
     longest = max(s.prefix + s.row + s.label for s in shapes) + counts.above
     size, speed = estimate.model_size(config.model, config.train.lora, longest), estimate.measure_speed(config)
@@ -82,11 +94,12 @@ def plan_run(config: RunConfig) -> Plan:
         return PhasePlan(phase, rows["train"], shape, updates, seconds, measured)
 
     phases = [planned(p) for p in schedule]
-    plain = plan_phases(plain_finetuning_config(config).schedule) if config.evaluate.baseline else []
+    plain = plan_phases(plain_finetuning_config(answered_config(config)).schedule) if config.evaluate.baseline else []
     full = counts.shape(1.0, config.evaluate.shots or schedule[0].shots)
     query = replace(shapes[-1], prefix=config.train.gist) if config.train.gist else shapes[-1]
+    asked_first = sum(rows.values()) if unanswered and config.train.distill.teacher == "base" else 0
     generated = replace(shapes[0], prefix=0, row=shapes[0].row + TOKENS_PER_NEW_TOKEN * shapes[0].label)
-    batches = rows.get(UNLABELLED, 0) / config.train.batch_size  # that a teacher answers
+    batches = (rows.get(UNLABELLED, 0) or asked_first) / config.train.batch_size  # that a teacher answers
     teaching = batches * estimate.update_seconds(size, generated, config, speed)
     answers, words = ((r.query, r.answer) for r in splits["train"]), config.train.drills
     drills = describe_drills(config, find_facts(task.template().text, answers, words.words, words.ignore))
@@ -139,7 +152,11 @@ def print_plan(plan: Plan, console: Console, scale: bool = False) -> None:
     plain = _duration(sum(p.seconds for p in plan.plain))
     baseline = f", and {plain} for plain fine-tuning as baseline," if plan.plain else ""
     say(f"Training: about {_duration(plan.seconds)}{baseline} on {where}")
-    if wants_unlabelled(config):
+    if config.answers_first:
+        say(_first_teacher(plan))
+    elif facts := answered_facts(config):
+        say(f"Teacher: {describe_answers(facts)}")
+    elif wants_unlabelled(config):
         say(_teacher(plan))
         say(f"Reading drills: {plan.drills}")
     parts = f"about {_parts(plan.memory)}, besides Python and its libraries"
@@ -188,6 +205,14 @@ def _teacher(plan: Plan) -> str:
     who = "the adapter as phase 0 leaves it" if adapter else "the base model"
     work = f"answers {queries:,} unlabelled queries with the prompt of phase 0"
     return f"Teacher: {who} {work}, about {_duration(plan.teaching)} of that"
+
+
+def _first_teacher(plan: Plan) -> str:
+    """A teacher that answers before preparation."""
+    endpoint = plan.config.train.distill.teacher == "endpoint"
+    who = f"{plan.config.closed.model}, which costs money and asks first," if endpoint else "the base model"
+    time = f", about {_duration(plan.teaching)} of that" if plan.teaching else ""
+    return f"Teacher: {who} answers the queries with the whole prompt before anything is trained{time}"
 
 
 def _duration(seconds: float) -> str:

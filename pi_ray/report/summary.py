@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pi_ray.evaluate.columns import LABELS
+from pi_ray.report.reference import answered_sentence, is_own_teacher, name_teacher, reference_teacher, teacher_caveats
 from pi_ray.schedule import Phase
 
 METRIC_NAMES = {"exact_match": "Exact match", "bleu": "BLEU", "execution": "Execution match"}
@@ -153,6 +154,8 @@ def summary_table(summary: dict[str, Any]) -> Table:
         name = f"{metric_name(metric)}: {line.name or 'other rows'} ({line.rows:,})"
         rows.append([Text(name), *map(stacked, line.cells)])
     title = f"{summary['run']}: {summary['test_rows']:,} test rows, 95% intervals"
+    if reference_teacher(summary):
+        title += "; agreement with the teacher's answers, not truth"
     mine = [*found].index("promptintern") + 1 if "promptintern" in found else 0
     return terminal_table(title, ["", *(column_label(n, c) for n, c in found.items())], rows, mine)
 
@@ -176,6 +179,10 @@ def headline(summary: dict[str, Any], last: Phase) -> str:
     saving = f"{tokens} ({format_percent(fewer)} fewer)" if fewer > 0 else f"{tokens}, which saves nothing"
     link = {"better": "against", "worse": "below", "level": "level with"}[compare_intervals(mine, full, metric)]
     ours, theirs = (format_metric(metric, c[metric]) for c in (mine, full))
+    if facts := reference_teacher(summary):
+        agrees = f"Its {metric_in_sentence(metric)} with {name_teacher(facts)} is {ours} on held-out queries"
+        before = "" if is_own_teacher(summary) else f", {link} {theirs} for the base model with the full prompt"
+        return f"The adapter answers with {sends}: {saving}. {agrees}{before}."
     quality = f"{metric_in_sentence(metric)} is {ours}, {link} {theirs} for the base model with the full prompt"
     return f"The adapter answers with {sends}: {saving}. Its {quality}."
 
@@ -183,9 +190,11 @@ def headline(summary: dict[str, Any], last: Phase) -> str:
 def findings(summary: dict[str, Any]) -> Iterator[str]:
     """Further results, one sentence or two each: plain fine-tuning (also where it wins), groups, latency."""
     mine, full, metric = summary["promptintern"], summary["base_full_prompt"], main_metric(summary)
+    if answered := summary.get("answered"):
+        yield answered_sentence(answered)
     if "plain" in summary:
         yield from _plain_sentences(summary, mine, metric)
-    else:
+    elif not answered:
         unknown = "how much of the result comes from the prompt and how much from the rows"
         yield f"Plain fine-tuning was not evaluated (evaluate.baseline is off), so this page cannot say {unknown}."
     facts = summary.get("train", {}).get("promptintern", {})
@@ -243,6 +252,8 @@ def _probe_sentences(mine: dict[str, Any], base: dict[str, Any]) -> Iterator[str
 
 def caveats(summary: dict[str, Any]) -> Iterator[str]:
     """The limits of the numbers, one sentence each."""
+    if facts := reference_teacher(summary):
+        yield from teacher_caveats(facts, summary["split"])
     yield f"One training seed ({summary['seed']}): intervals cover the choice of test rows, not the luck of training."
     if summary["test_rows"] < 200:
         yield f"Only {summary['test_rows']:,} test rows: differences of a few points cannot be seen."

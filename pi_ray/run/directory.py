@@ -24,6 +24,8 @@ class RunDir:
         self.root = Path(root)
         self.config = self.root / "run.yaml"
         self.rejects = self.root / "rejects.jsonl"
+        self.answered = self.root / "answered"  # artifact: rows that a teacher made of queries alone (answered.py)
+        self.answer_log = self.root / "answers.jsonl"  # what the base answered so far, from which answering goes on
         self.rows = self.root / "rows"  # artifact: one Parquet file for each split (row_store.SCHEMA)
         self.queries = self.root / "queries"  # artifact: queries that were generated from the template (queries.py)
         self.templates = self.root / "templates"  # artifact: templates.json and one readable .txt for each rate

@@ -37,11 +37,12 @@ class JsonlTask:
         self.config = config
 
     def rows(self, split: str) -> Iterator[Row | Reject]:
-        """Raises DataError when the training or test file is missing; without a dev file there are no dev rows."""
-        path = Path(self.config.queries if split == UNLABELLED else getattr(self.config, split))
+        """Raises DataError when a named training or test file is missing; dev rows and queries may be missing."""
+        named = self.config.queries if split == UNLABELLED else getattr(self.config, split)
+        path = Path(named)
         if path.is_file():
             yield from limit_rows(lambda: _read_rows(path, split), getattr(self.config.rows, split))
-        elif split not in ("dev", UNLABELLED):
+        elif named and split not in ("dev", UNLABELLED):
             other = f"name another file with task.{split} ('pi-ray init FOLDER' writes a sample)"
             raise DataError(f"{path}: no such file; put the {split} rows there, or {other}")
 

@@ -74,6 +74,33 @@ def generate(
     return answers
 
 
+@torch.inference_mode()
+def label_logprobs(
+    model: Any, prefix: Sequence[int], rows: Sequence[tuple[Sequence[int], Sequence[int]]], cache: DynamicCache
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """For each row (prompt ids, label ids) behind the cached prefix, at each token of its label: the log-probability,
+    and whether the model holds it likeliest. `cache` is not changed.
+    """
+    cache, cached = copy.deepcopy(cache), cache.get_seq_length()
+    if len(prefix):
+        cache.batch_repeat_interleave(len(rows))
+    fed = [[*prompt, *label[:-1]] for prompt, label in rows]
+    longest, longest_label = max(map(len, fed)), max(len(label) for _, label in rows)
+    ids = torch.tensor([[0] * (longest - len(r)) + r for r in fed], device=model.device)
+    mask = torch.tensor([[1] * cached + [0] * (longest - len(r)) + [1] * len(r) for r in fed], device=model.device)
+    positions = len(prefix) - cached + (mask.cumsum(-1) - 1).clamp(min=0)[:, -longest:]
+    logits = model(
+        input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True,
+        logits_to_keep=last_logits_index(longest_label, ids.device),
+    ).logits
+    found = []
+    for row, (_, label) in zip(logits, rows, strict=True):
+        logprobs = torch.log_softmax(row[-len(label) :].float(), -1)
+        asked = torch.tensor(list(label), device=ids.device)
+        found.append((logprobs.gather(1, asked[:, None])[:, 0].cpu(), (logprobs.argmax(-1) == asked).cpu()))
+    return found
+
+
 def _ends_line(answer: Sequence[int], breaks: Collection[int]) -> bool:
     return answer[-1] in breaks and any(token not in breaks for token in answer)
 

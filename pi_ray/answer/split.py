@@ -1,0 +1,40 @@
+"""The split of queries that nobody has labelled into train, dev and test: by units of the prompt, without near copies.
+
+Each split gets its share of the queries about each unit, so that the test asks about the whole prompt, in words that
+training did not have.
+"""
+
+import math
+from collections.abc import Sequence
+
+from pi_ray.ask.near import NearDuplicates
+from pi_ray.protocols import SPLITS, Row
+from pi_ray.run.artifact import digest
+from pi_ray.units import UnitIndex, find_units
+
+TEST_ONE_IN, DEV_ONE_IN = 5, 10  # queries, of which one is held out
+MOST_TEST, MOST_DEV = 120, 60  # queries held out of any number
+NEAR = 0.85  # similarity from which two queries about the same units are near copies (NearDuplicates)
+
+
+def split_queries(rows: Sequence[Row], template: str) -> tuple[dict[str, list[Row]], int]:
+    """Split -> its queries, and the number of near copies of held-out queries that are in none.
+
+    The choice depends on the texts alone, not on their order in a file.
+    """
+    index = UnitIndex(find_units(template))
+    units = {row.id: frozenset(index.touched(row.query)) for row in rows}
+    ordered = sorted(rows, key=lambda row: (sorted(units[row.id]), digest(row.query)))
+    test_one_in = max(TEST_ONE_IN, math.ceil(len(rows) / MOST_TEST))
+    dev_one_in = max(DEV_ONE_IN, math.ceil(len(rows) / MOST_DEV))
+    drawn: dict[str, list[Row]] = {split: [] for split in SPLITS}
+    for place, row in enumerate(ordered):
+        is_test, is_dev = place % test_one_in == test_one_in // 2, place % dev_one_in == dev_one_in - 1
+        drawn["test" if is_test else "dev" if is_dev else "train"].append(row)
+    near = NearDuplicates(NEAR)
+    splits: dict[str, list[Row]] = {split: [] for split in SPLITS}
+    for split in reversed(SPLITS):
+        splits[split] = [row for row in drawn[split] if not near.finds(row.query, units[row.id])]
+        for row in splits[split]:
+            near.add(row.query, units[row.id])
+    return splits, len(rows) - sum(map(len, splits.values()))

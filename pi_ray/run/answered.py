@@ -1,0 +1,41 @@
+"""Answered rows: what a teacher made of a run's queries before preparation, in place of rows that people labelled.
+
+They lie in answered/ of the run directory, an artifact that answer/ writes. Every later step takes them as it takes a
+user's labelled rows.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from pi_ray.config import RunConfig
+from pi_ray.protocols import SPLITS
+from pi_ray.run.artifact import read_manifest
+from pi_ray.run.directory import RunDir
+
+
+def answered_config(config: RunConfig) -> RunConfig:
+    """The config with answered rows in place of the queries; the same config where no teacher answers first.
+
+    Labelled dev and test files of the user's are kept. Labelled training rows stand among the answered ones.
+    """
+    if not config.answers_first:
+        return config
+    made = [split for split in SPLITS if split == "train" or not has_labelled(config, split)]
+    files = {f"task.{split}": str(RunDir(config.root).answered / f"{split}.jsonl") for split in made}
+    return config.replace(ask={}, **files, **{"task.queries": "", "task.generate": False})
+
+
+def has_labelled(config: RunConfig, split: str) -> bool:
+    """Whether the user has a file with labelled rows of a split."""
+    named = getattr(config.task, split)
+    return bool(named) and Path(named).is_file()
+
+
+def answered_facts(config: RunConfig) -> dict[str, Any]:
+    """How a teacher made the training rows, from the manifest of answered/; {} where people labelled them.
+
+    "by": base or endpoint; "teacher": its name; "views"; numbers of "queries", "asked" and "kept" ones by split. A
+    split that is not among the kept ones has people's answers.
+    """
+    folder, rows = RunDir(config.root).answered, answered_config(config).task.train
+    return (read_manifest(folder) or {}).get("facts", {}) if rows and Path(rows).parent == folder else {}
