@@ -65,8 +65,10 @@ def bake_config(prompt: Path, queries: Path | None, generate: bool, overrides: S
     asked = str(queries.resolve()) if queries else ""
     if generate or not queries:
         asked += "+generate" if queries else "generate"
+    endpoint = any(override.replace(" ", "") == "train.distill.teacher=endpoint" for override in overrides)
+    writer = {"ask": {"writer": "endpoint" if endpoint else "prompt"}} if generate or not queries else {}
     task = {"template": str(prompt.resolve()), "train": "", "dev": "", "test": "", "queries": asked}
-    text = yaml.safe_dump({"name": name, "task": task, **SETTINGS})
+    text = yaml.safe_dump({"name": name, "task": task, **writer, **SETTINGS})
     found = parse_run_file(text, "bake", overrides)
     if any(override.partition("=")[0].strip() == "prompt.chat" for override in overrides):
         return found

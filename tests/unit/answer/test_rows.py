@@ -1,0 +1,155 @@
+"""Answered rows: which answers become rows of which split, whose rows are measured, and what is said of bad input."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from pi_ray.answer import rows as step
+from pi_ray.answer.base import TeacherAnswer
+from pi_ray.answer.endpoint import require_endpoint
+from pi_ray.answer.rows import answer_queries, is_answered, planned_splits
+from pi_ray.config import RunConfig
+from pi_ray.config.run_file import parse_run_file
+from pi_ray.errors import ConfigError, DataError, TrainingError
+from pi_ray.registry import tasks
+from pi_ray.run.answered import answered_config, answered_facts
+from pi_ray.run.artifact import verify_artifact
+from pi_ray.run.directory import RunDir
+from tests.answering import QUERIES, TEMPLATE
+from tests.unit.fake_openai import FakeOpenAI
+
+
+@pytest.fixture
+def config(tiny_model, tmp_path) -> RunConfig:
+    (tmp_path / "prompt.md").write_text(TEMPLATE)
+    (tmp_path / "q.jsonl").write_text("".join(json.dumps({"query": query}) + "\n" for query in QUERIES))
+    text = (
+        "name: baked\ntask: {train: '', dev: '', test: '', queries: q.jsonl, template: prompt.md}\n"
+        f"model: {{base: {tiny_model}}}\nprompt: {{chat: chatml}}\nschedule: {{phases: 1}}\n"
+        f"train: {{objective: distill, distill: {{teacher: base, max_tokens: 8}}}}\nrun_dir: {tmp_path}/run"
+    )
+    return parse_run_file(text, "run.yaml", folder=tmp_path)
+
+
+def answers(config, monkeypatch, answer=lambda row: TeacherAnswer(row.query.upper()), **options):
+    monkeypatch.setattr(step, "answer_by_base", lambda c, rows, *_: ([answer(row) for row in rows], 2))
+    return answer_queries(config, lambda sentence: False, lambda text: None, lambda done, total: None)
+
+
+def read(config, split):
+    return [json.loads(line) for line in Path(getattr(answered_config(config).task, split)).read_text().splitlines()]
+
+
+def test_every_query_becomes_a_row_of_one_split_with_the_teachers_answer(config, monkeypatch):
+    facts = answers(config, monkeypatch)
+    made = {split: read(config, split) for split in ("train", "dev", "test")}
+    assert sorted(r["query"] for rows in made.values() for r in rows) == sorted(QUERIES)
+    assert all(r["answer"] == r["query"].upper() for rows in made.values() for r in rows)
+    assert facts["kept"] == {split: len(rows) for split, rows in made.items()} == {"train": 28, "dev": 4, "test": 8}
+    assert answered_facts(config) == facts == answered_facts(answered_config(config))
+    verify_artifact(RunDir(config.root).answered)
+
+
+def test_only_answers_that_ended_and_on_which_the_views_agree_become_rows(config, monkeypatch):
+    def answer(row):
+        kinds = {"red": TeacherAnswer("k4"), "blue": TeacherAnswer("z9", agreement=0.5), "green": TeacherAnswer("")}
+        return next((a for name, a in kinds.items() if name in row.query), TeacherAnswer("never", ended=False))
+
+    facts = answers(config, monkeypatch, answer)
+    assert {r["answer"] for split in ("train", "dev", "test") for r in read(config, split)} == {"k4"}
+    assert facts["answered"] == 20 and sum(facts["kept"].values()) <= 10
+    unfiltered = config.replace(**{"train.distill.agreement": "off"})
+    assert sum(answers(unfiltered, monkeypatch, answer)["kept"].values()) == 20
+
+
+def test_the_lowest_confidence_holds_for_the_base_too(config, monkeypatch):
+    sure = config.replace(**{"train.distill.confidence": -1.0})
+    facts = answers(sure, monkeypatch, lambda row: TeacherAnswer("k", confidence=-2.0 if "red" in row.query else -0.5))
+    assert sum(facts["kept"].values()) == 30
+
+
+def test_answers_are_made_once_and_again_when_the_prompt_changes(config, monkeypatch):
+    task = tasks["jsonl"](config.task)
+    assert not is_answered(config, task)
+    answers(config, monkeypatch)
+    assert is_answered(config, task)
+    answers(config, monkeypatch, lambda row: pytest.fail("answered twice"))
+    Path(config.task.template).write_text(TEMPLATE + "white: w3\n")
+    assert not is_answered(config, task)
+
+
+def test_rows_that_people_labelled_are_what_is_measured(config, monkeypatch, tmp_path):
+    (tmp_path / "test.jsonl").write_text('{"query": "code of red", "answer": "k4"}\n{"query": "new", "answer": "x"}\n')
+    own = config.replace(**{"task.test": str(tmp_path / "test.jsonl")})
+    facts = answers(own, monkeypatch)
+    assert answered_config(own).task.test == own.task.test and set(facts["kept"]) == {"train", "dev"}
+    assert "code of red" not in {r["query"] for split in ("train", "dev") for r in read(own, split)}
+    plan = planned_splits(own, tasks["jsonl"](own.task))
+    assert {split: len(rows) for split, rows in plan.items()} == {"train": 36, "dev": 3, "test": 2}
+
+
+def test_too_few_answers_are_an_error_that_says_what_to_do(config, monkeypatch):
+    with pytest.raises(DataError, match=r"0 of 40 queries have an answer that ends within 8 tokens.*larger model.base"):
+        answers(config, monkeypatch, lambda row: TeacherAnswer("on and on", ended=False))
+    assert not RunDir(config.root).answered.exists()
+
+
+def test_bad_input_is_named(config, monkeypatch, tmp_path):
+    (tmp_path / "none.jsonl").write_text("# nothing yet\n")
+    with pytest.raises(DataError, match="no query for the teacher to answer"):
+        answers(config.replace(**{"task.queries": str(tmp_path / "none.jsonl")}), monkeypatch)
+    (tmp_path / "broken.jsonl").write_text('{"query": "red"}\n{"query"\n')
+    with pytest.raises(DataError, match=r"1 bad rows, and task\.max_bad_rows is 0:\n  .*broken\.jsonl:2"):
+        answers(config.replace(**{"task.queries": str(tmp_path / "broken.jsonl")}), monkeypatch)
+    (tmp_path / "long.md").write_text("red is k4. " * 2000)
+    with pytest.raises(DataError, match=r"the prompt has \d+,\d+ tokens .* reads 2,048 in all"):
+        answers(config.replace(**{"task.template": str(tmp_path / "long.md")}), monkeypatch)
+    (tmp_path / "empty.md").write_text("<!-- todo -->\n")
+    with pytest.raises(DataError, match="the template is empty"):
+        answers(config.replace(**{"task.template": str(tmp_path / "empty.md")}), monkeypatch)
+
+
+@pytest.fixture
+def service(monkeypatch):
+    monkeypatch.setenv("TEACHER_KEY", "sk-secret")
+    with FakeOpenAI(answer=lambda model, prompt: prompt.splitlines()[-1].upper()) as fake:
+        yield fake
+
+
+def endpoint(config, service, **changes):
+    closed = {"base_url": service.url, "model": "big", "api_key_env": "TEACHER_KEY", "confirmed": True}
+    return config.replace(closed=closed, **{"train.distill.teacher": "endpoint", **changes})
+
+
+def test_an_endpoint_answers_with_the_whole_prompt_and_is_never_paid_twice(config, service):
+    settings, told = endpoint(config, service), []
+    service.faults["POST /chat"] = [None] * 11 + [401]
+    with pytest.raises(ConfigError, match="refuses the key"):
+        answer_queries(settings, lambda _: False, told.append, lambda *_: None)
+    paid = len(service.chats)
+    assert 0 < paid < len(QUERIES) and "Asking big for 40 answers takes about" in told[0]
+    facts = answer_queries(settings, lambda _: False, told.append, lambda *_: None)
+    assert len(service.chats) <= len(QUERIES) + 8  # those that were in flight as the key was refused
+    assert facts["by"] == "endpoint" and facts["teacher"] == "big" and facts["views"] == 1
+    assert all(chat["messages"][0]["content"].startswith(TEMPLATE.strip()) for chat in service.chats)
+    assert {r["answer"] for r in read(settings, "test")} <= {query.upper() for query in QUERIES}
+
+
+def test_an_endpoint_teaches_beside_labelled_rows(config, service, tmp_path):
+    labelled = [{"query": "code of red", "answer": "k4"}, {"query": "pink", "answer": "-"}]
+    (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, labelled)))
+    settings = endpoint(config, service, **{"task.train": str(tmp_path / "train.jsonl")})
+    facts = answer_queries(settings, lambda _: False, lambda _: None, lambda *_: None)
+    rows = {r["query"]: r["answer"] for r in read(settings, "train")}
+    assert facts["labelled"] == 2 and rows["code of red"] == "k4" and rows["pink"] == "-" and len(rows) > 20
+
+
+def test_no_money_is_spent_without_a_key_or_a_yes(config, service, monkeypatch):
+    settings = endpoint(config, service, **{"closed.confirmed": False})
+    with pytest.raises(TrainingError, match="nothing was asked and nothing spent"):
+        answer_queries(settings, lambda _: False, lambda _: None, lambda *_: None)
+    monkeypatch.setenv("TEACHER_KEY", "")
+    with pytest.raises(ConfigError, match="TEACHER_KEY is empty"):
+        require_endpoint(settings)
+    assert not service.chats
