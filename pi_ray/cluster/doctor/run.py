@@ -16,7 +16,7 @@ from pi_ray.hosted import is_hosted
 from pi_ray.hosted.client import Service
 from pi_ray.models import load_tokenizer, resolve_base
 from pi_ray.plan import estimate, plan
-from pi_ray.protocols import Reject
+from pi_ray.protocols import UNLABELLED, Reject
 from pi_ray.registry import tasks
 from pi_ray.retrieve import encoders
 from pi_ray.run.phases import distinct_rates, max_shots
@@ -28,21 +28,25 @@ MODEL_CURE = "to a hub id that this machine reaches, or to a folder with config.
 
 
 def check_data(config: RunConfig) -> Finding:
-    """Check that the template and the first row of train and test can be read."""
+    """Check that the template and the first row of train and test can be read, or of queries that are answered first.
+    """
+    splits = ([UNLABELLED] if config.task.queries else []) if config.answers_first else ["train", "test"]
     try:
         task = tasks[config.task.name](config.task)
         template = task.template()
-        first = {split: next(iter(task.rows(split)), None) for split in ("train", "test")}
+        first = {split: next(iter(task.rows(split)), None) for split in splits}
     except (PiRayError, OSError) as error:
         own = f"; task.folder names the data of {config.task.name}" if config.task.name != "jsonl" else ""
         return fail("data", str(error), f"check the task block: paths start from the run file's folder{own}")
     for split, row in first.items():
         if row is None or isinstance(row, Reject):
             message = f"{row.source}:{row.line}: {row.reason}" if row else f"the {split} split is empty"
-            cure = f'mend the first row of task.{split}; each line is {{"query": ..., "answer": ...}}'
+            key, answer = ("queries", "") if split == UNLABELLED else (split, ', "answer": ...')
+            cure = f'mend the first row of task.{key}; each line is {{"query": ...{answer}}}'
             return fail("data", message, cure)
     length = f"template of {len(template.text):,} characters"
-    return ok("data", f"{config.task.name}: {length}, first rows of train and test can be read")
+    rows = f"first rows of {' and '.join(splits)} can be read" if splits else "its queries are generated"
+    return ok("data", f"{config.task.name}: {length}, {rows}")
 
 
 def check_model(config: RunConfig) -> tuple[Finding, estimate.ModelSize | None]:

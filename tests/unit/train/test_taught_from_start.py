@@ -73,7 +73,7 @@ def test_a_run_that_dies_goes_on_to_the_same_adapter(taught, tiny_model, tmp_pat
         ("task: {train: ''}\ntrain: {objective: distill}", "train.distill.teacher base or endpoint"),
         ("task: {train: '', queries: ''}\ntrain: {objective: distill, distill: {teacher: base}}", "are both empty"),
         (
-            "train: {objective: distill, distill: {teacher: base}}\nschedule: {name: list, list: [{rate: 1, shots: 0}]}",
+            "train: {objective: distill, distill: {teacher: base}}\nschedule: {phases: 1, rate_end: 1}",
             "a phase with less than the whole template",
         ),
         ("task: {name: opsql}\ntrain: {objective: distill, distill: {teacher: endpoint}}", "queries of your own"),
