@@ -69,6 +69,12 @@ def load_tokenizer(config: ModelConfig) -> Any:
     return _from_pretrained(AutoTokenizer, config)
 
 
+def line_break_ids(tokenizer: Any) -> frozenset[int]:
+    """The tokens whose text has a line break."""
+    texts = tokenizer.batch_decode([[i] for i in range(len(tokenizer))])
+    return frozenset(i for i, text in enumerate(texts) if "\n" in text)
+
+
 def context_length(config: ModelConfig) -> int:
     """Tokens that the base model can attend to; NO_LIMIT where its config does not say."""
     from transformers import AutoConfig

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, Protocol
 
 from pi_ray.ask.endpoint import confirm_writing, write_by_endpoint
+from pi_ray.ask.few_shot import FewShotWriter
 from pi_ray.ask.requests import WriteRequest, task_description
 from pi_ray.ask.sources import Sources
 from pi_ray.ask.train_writer import Pair, prompt_format, train_writer
@@ -13,11 +14,12 @@ from pi_ray.errors import DataError
 from pi_ray.models import count_weights, load_tokenizer
 from pi_ray.prompt import PromptEncoder
 
+ONE_EACH = ("adapter", "few-shot")  # writers that write one query of a unit, of kinds that their examples have
 LARGE = 3_000_000_000  # weights from which a base writes as it is told
 QUERY_TOKENS = 64  # of a query where no known one says how long they are
 LONGER = 1.25  # than the longest known query, in tokens, a written one may be
 
-Name = Literal["adapter", "prompt", "endpoint"]
+Name = Literal["adapter", "few-shot", "prompt", "endpoint"]
 Replies = Iterator[tuple[int, str]]  # (place of the request, reply)
 Listener = Callable[[dict[str, Any]], None]  # of the training log of an adapter that writes
 Confirm = Callable[[str], bool]  # asked before money is spent
@@ -33,10 +35,15 @@ class Writer(Protocol):
 
 
 def choose_writer(config: RunConfig, labelled: int) -> Name:
-    """The writer that `ask.writer` names. Raises DataError where an adapter has too few labelled rows to learn from."""
-    name = config.ask.writer
+    """The writer that `ask.writer` names; a small base that is prompted is shown examples, not told what to write.
+
+    Raises DataError where an adapter has too few labelled rows to learn from.
+    """
+    name: Name | Literal["auto"] = config.ask.writer
     if name == "auto":
         name = "prompt" if count_weights(config.model) >= LARGE else "adapter"
+    elif name == "prompt" and count_weights(config.model) < LARGE:
+        name = "few-shot"
     if name == "adapter" and labelled < 2:
         cure = "set ask.writer: prompt (for an instructed base) or endpoint, or let 'pi-ray bake' do all of it"
         raise DataError(f"ask.writer {name}: an adapter learns to write queries from labelled rows, of which there are "
@@ -46,10 +53,11 @@ def choose_writer(config: RunConfig, labelled: int) -> Name:
 
 def written_kinds(config: RunConfig, writer: Name) -> list[AskKind]:
     """The kinds of `ask.kinds` that this writer can write. Raises DataError for none of them."""
-    kinds = [kind for kind in config.ask.kinds if writer != "adapter" or kind in ADAPTER_KINDS]
+    kinds = [kind for kind in config.ask.kinds if writer not in ONE_EACH or kind in ADAPTER_KINDS]
     if not kinds:
-        raise DataError(f"ask.kinds: an adapter writes {' and '.join(ADAPTER_KINDS)} alone; add one of them, or set "
-            "ask.writer prompt or endpoint")
+        known = " and ".join(ADAPTER_KINDS)
+        raise DataError(f"ask.kinds: the writer {writer} writes {known} alone; add one of them, or take a larger base "
+            "with ask.writer prompt, or ask.writer endpoint")
     return kinds
 
 
@@ -68,6 +76,8 @@ def make_writer(
     limit = query_tokens(config, sources)
     if name == "prompt":
         return PromptedWriter(config, sources.template, limit)
+    if name == "few-shot":
+        return FewShotWriter(config, limit)
     if name == "endpoint":
         return EndpointWriter(config, sources.template, limit, confirm, tell)
     if not pairs:

@@ -11,7 +11,7 @@ from pi_ray.ask.requests import WriteRequest
 from pi_ray.cluster import placement, session, storage_sync
 from pi_ray.config import ModelConfig, PromptConfig, RunConfig
 from pi_ray.data.ray_map import stream
-from pi_ray.models import load_model, load_tokenizer
+from pi_ray.models import line_break_ids, load_model, load_tokenizer
 from pi_ray.prompt import PromptEncoder
 from pi_ray.protocols import GenerationRequest
 from pi_ray.train.generation import compute_prefix_cache, generate
@@ -22,10 +22,12 @@ BATCH_ROWS = 32  # replies written at once
 
 def write_locally(
     config: RunConfig, requests: Sequence[WriteRequest], prompt: PromptConfig, prefix: str, adapter: str, limit: int,
+    one_line: bool = False,
 ) -> Iterator[tuple[int, str]]:
     """Yield (place in `requests`, reply) as they are written, each of `limit` tokens for each of its queries.
 
-    `prefix` is a text that stands before every prompt; `adapter` a folder, or "" for the base alone. One actor for each
+    `prefix` is a text that stands before every prompt; `adapter` a folder, or "" for the base alone; with `one_line` a
+    reply ends with its first line. One actor for each
     GPU, or one with a node's cores.
     """
     session.connect()
@@ -40,7 +42,7 @@ def write_locally(
     } for batch in batches]
     for place, replies in stream(
         items, WritingWorker, config.model, prompt, prefix, adapter, config.ask.temperature, config.ask.top_p,
-        actors=gpus or 1, sync=storage_sync.sync_for(config.root),
+        one_line, actors=gpus or 1, sync=storage_sync.sync_for(config.root),
         **resources, **placement.worker_options(config, "evaluate"),
     ):
         yield from zip(batches[place], replies, strict=True)
@@ -51,6 +53,7 @@ class WritingWorker:
 
     def __init__(
         self, settings: ModelConfig, prompt: PromptConfig, prefix: str, adapter: str, temperature: float, top_p: float,
+        one_line: bool = False,
     ):
         gpu = torch.cuda.is_available()
         if not gpu:
@@ -62,6 +65,7 @@ class WritingWorker:
             from peft import PeftModel
 
             self.model = PeftModel.from_pretrained(self.model, adapter).eval()
+        self.breaks = line_break_ids(self.encoder.tokenizer) if one_line else frozenset()
         self.prefix = self.encoder.prefix(prefix)
         self.cache = compute_prefix_cache(self.model, self.prefix)
 
@@ -73,5 +77,5 @@ class WritingWorker:
             return [token.id if token else end for token in sample_tokens(logits, [samplers[i] for i in rows])]
 
         rows = [self.encoder.row(prompt) for prompt in work["prompts"]]
-        replies = generate(self.model, self.prefix, rows, work["limit"], end, self.cache, choose=choose)
+        replies = generate(self.model, self.prefix, rows, work["limit"], end, self.cache, self.breaks, choose)
         return [self.encoder.decode(ids) for ids in replies]

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from pi_ray.config import ModelConfig, RunConfig
 
 EPOCHS = 6  # passes over the answered queries; the teacher's distributions bear more of them than labels do
+TEMPERATURE = 0.8  # of generated queries: a small base writes nonsense at 1
 SETTINGS: dict[str, Any] = {
     "schedule": {"phases": 1, "shots": 0, "epochs": EPOCHS},
     "train": {"objective": "distill", "distill": {"teacher": "base"}, "workers": 1, "lr": 0.001},
@@ -66,7 +67,8 @@ def bake_config(prompt: Path, queries: Path | None, generate: bool, overrides: S
     if generate or not queries:
         asked += "+generate" if queries else "generate"
     endpoint = any(override.replace(" ", "") == "train.distill.teacher=endpoint" for override in overrides)
-    writer = {"ask": {"writer": "endpoint" if endpoint else "prompt"}} if generate or not queries else {}
+    ask = {"writer": "endpoint"} if endpoint else {"writer": "prompt", "temperature": TEMPERATURE}
+    writer = {"ask": ask} if generate or not queries else {}
     task = {"template": str(prompt.resolve()), "train": "", "dev": "", "test": "", "queries": asked}
     text = yaml.safe_dump({"name": name, "task": task, **writer, **SETTINGS})
     found = parse_run_file(text, "bake", overrides)

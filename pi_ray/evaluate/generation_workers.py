@@ -16,7 +16,7 @@ from pi_ray.config import ModelConfig, PromptConfig, RunConfig
 from pi_ray.data.ray_map import stream
 from pi_ray.evaluate import forgetting
 from pi_ray.evaluate.columns import AnswerLengths, Column, answer_lengths
-from pi_ray.models import load_model, load_tokenizer
+from pi_ray.models import line_break_ids, load_model, load_tokenizer
 from pi_ray.prompt import PromptEncoder
 from pi_ray.run.directory import RunDir
 from pi_ray.train.generation import compute_prefix_cache, generate_greedy, request_seconds
@@ -127,12 +127,6 @@ class LoadedAdapters:
                 self.model.unmerge_adapter()
             for p, value in zip(weights, before, strict=True):  # unmerging leaves rounding
                 p.data.copy_(value)
-
-
-def line_break_ids(tokenizer: Any) -> frozenset[int]:
-    """The tokens whose text has a line break."""
-    texts = tokenizer.batch_decode([[i] for i in range(len(tokenizer))])
-    return frozenset(i for i, text in enumerate(texts) if "\n" in text)
 
 
 class Generator:

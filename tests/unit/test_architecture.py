@@ -22,7 +22,7 @@ FLOORS = [
     ["data"],
     ["train"],
     ["evaluate", "ask"],
-    ["report", "store"],
+    ["report", "store", "answer"],
     ["plan", "serve.engine"],
     ["serve.http", "cluster.render", "cluster.doctor"],
     ["serve"],
