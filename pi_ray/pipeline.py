@@ -58,7 +58,7 @@ def ask(config: RunConfig, console: Console) -> dict[str, Any]:
 
 def answer(config: RunConfig, console: Console) -> dict[str, Any]:
     """Have a teacher answer queries that nobody has labelled, and return how that went: the facts of answered/."""
-    from pi_ray.answer.rows import answer_queries
+    from pi_ray.answer.rows import make_answered_rows
 
     endpoint = config.train.distill.teacher == "endpoint"
     who = f"{config.closed.model} on {config.closed.base_url or 'OpenAI'}" if endpoint else "the base model"
@@ -69,7 +69,7 @@ def answer(config: RunConfig, console: Console) -> dict[str, Any]:
             shown.total = total
             shown.update(done)
 
-        return answer_queries(config, hosted.ask_on_terminal, partial(_print_line, console, ""), listen)
+        return make_answered_rows(config, hosted.ask_on_terminal, partial(_print_line, console, ""), listen)
 
 
 def prepare(config: RunConfig, console: Console) -> None:

@@ -126,5 +126,6 @@ def _read_log(log: Any) -> dict[str, TeacherAnswer]:
     for line in log.read_text(encoding="utf-8", errors="replace").split("\n") if log.exists() else ():
         with suppress(ValueError, KeyError, TypeError):
             entry = json.loads(line)
-            found[entry.pop("key")] = TeacherAnswer(**entry)
+            key = entry.pop("key")
+            found[key] = TeacherAnswer(**entry)
     return found

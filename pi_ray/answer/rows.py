@@ -13,7 +13,7 @@ from pi_ray.answer.split import split_queries
 from pi_ray.config import RunConfig
 from pi_ray.data.ingest import read_splits
 from pi_ray.errors import DataError
-from pi_ray.models import context_length, load_tokenizer
+from pi_ray.models import base_name, context_length, load_tokenizer
 from pi_ray.prompt import PromptEncoder
 from pi_ray.protocols import SPLITS, UNLABELLED, Row, Task
 from pi_ray.registry import tasks
@@ -29,7 +29,7 @@ FEWEST = {"train": 8, "dev": 1, "test": 2}  # answered queries without which a r
 Tell = Callable[[str], None]
 
 
-def answer_queries(
+def make_answered_rows(
     config: RunConfig, confirm: Callable[[str], bool], tell: Tell, watch: Callable[[int, int], None]
 ) -> dict[str, Any]:
     """Write the artifact answered/ unless it is there, and return its facts.
@@ -56,7 +56,7 @@ def answer_queries(
     kept = {row.id: replace(row, answer=a.text) for row, a in zip(rows, answers, strict=True) if is_kept(config, a)}
     made = {split: [kept[row.id] for row in some if row.id in kept] for split, some in asked.items()}
     facts = {
-        "teacher": config.closed.model if teacher == "endpoint" else config.model.base, "views": views,
+        "teacher": config.closed.model if teacher == "endpoint" else base_name(config.model.base), "views": views,
         "by": teacher, "queries": len(queries), "near_copies": copies, "asked": {s: len(r) for s, r in asked.items()},
         "answered": sum(answer.ended and bool(answer.text) for answer in answers), "limit": limit,
         "kept": {split: len(some) for split, some in made.items()}, "labelled": len(labelled),

@@ -15,9 +15,9 @@ class AskConfig(Block):
 
     queries: Positive = doc(480, "queries that are kept at most")
     writer: Literal["auto", "adapter", "prompt", "endpoint"] = doc("auto", "adapter: the base with a small adapter "
-        "that learns from labelled rows to write queries; prompt: the base as it is, told what to write, or a small one "
-        "shown examples; endpoint: the model of the block 'closed', told what to write; auto: prompt for bases of 3 "
-        "billion weights or more, else adapter")
+        "that learns from labelled rows to write queries; prompt: the base as it is, told what to write, or a small "
+        "one shown examples; endpoint: the model of the block 'closed', told what to write; auto: prompt for bases of "
+        "3 billion weights or more, else adapter")
     kinds: tuple[AskKind, ...] = doc(("direct", "reworded", "two", "edge"), "direct: in the unit's words; reworded: in "
         "others; two: needs two units; edge: at a rule's border. An adapter writes direct and two alone")
     rounds: Positive = doc(3, "times that what is missing is asked for again")

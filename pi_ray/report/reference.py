@@ -3,11 +3,7 @@
 from collections.abc import Iterator
 from typing import Any
 
-
-def reference_teacher(summary: dict[str, Any]) -> dict[str, Any]:
-    """How a teacher wrote the answers that all columns are compared with (run/answered.py); {} where people did."""
-    facts = summary.get("answered", {})
-    return facts if summary.get("split") in facts.get("kept", ()) else {}
+from pi_ray.run.answered import reference_teacher
 
 
 def is_own_teacher(summary: dict[str, Any]) -> bool:

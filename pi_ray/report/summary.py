@@ -11,7 +11,8 @@ from rich.table import Table
 from rich.text import Text
 
 from pi_ray.evaluate.columns import LABELS
-from pi_ray.report.reference import answered_sentence, is_own_teacher, name_teacher, reference_teacher, teacher_caveats
+from pi_ray.report.reference import answered_sentence, is_own_teacher, name_teacher, teacher_caveats
+from pi_ray.run.answered import reference_teacher
 from pi_ray.schedule import Phase
 
 METRIC_NAMES = {"exact_match": "Exact match", "bleu": "BLEU", "execution": "Execution match"}

@@ -39,3 +39,9 @@ def answered_facts(config: RunConfig) -> dict[str, Any]:
     """
     folder, rows = RunDir(config.root).answered, answered_config(config).task.train
     return (read_manifest(folder) or {}).get("facts", {}) if rows and Path(rows).parent == folder else {}
+
+
+def reference_teacher(summary: dict[str, Any]) -> dict[str, Any]:
+    """How a teacher wrote the answers that all columns are compared with (`answered_facts`); {} where people did."""
+    facts = summary.get("answered", {})
+    return facts if summary.get("split") in facts.get("kept", ()) else {}

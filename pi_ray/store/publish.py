@@ -9,6 +9,7 @@ from typing import Any
 from pi_ray.config import PromptConfig, RunConfig
 from pi_ray.errors import AdapterError
 from pi_ray.models import PACKAGED, base_name
+from pi_ray.run.answered import reference_teacher
 from pi_ray.run.artifact import digest, seal_folder, verify_artifact, write_atomic
 from pi_ray.run.directory import RunDir
 from pi_ray.store.adapters import NAME, AdapterStore
@@ -110,5 +111,6 @@ def model_card(
         name=name, version=version, card=card, config=config, prompt_file=PROMPT_FILE if prompt else "",
         base=json.dumps(config["base_model_name_or_path"]), rate=f"{card.get('rate', 0):g}",
         wording=json.dumps(card["prompt"].get("query", "{query}"))[1:-1],
+        teacher=reference_teacher(scores).get("teacher", ""),
         columns=[(label, scores[key]) for key, label in COLUMNS.items() if isinstance(scores.get(key), dict)],
     )

@@ -13,6 +13,8 @@ from safetensors.torch import load_file
 
 from pi_ray.config import LoraConfig, RunConfig
 from pi_ray.errors import ConfigError, TrainingError
+from pi_ray.models import load_tokenizer
+from pi_ray.prompt import PromptEncoder
 from pi_ray.run.artifact import digest, staged, verify_artifact, write_atomic
 from pi_ray.run.directory import RunDir
 from pi_ray.train import gist
@@ -86,12 +88,16 @@ def pissa_start(model: Any, config: LoraConfig) -> dict[str, torch.Tensor]:
 def adapter_card(config: RunConfig, phases: Sequence[dict[str, Any]], **facts: Any) -> dict[str, Any]:
     """pi_ray.json: base model, prompt and origin of an adapter. `phases` are the manifests of the phases' datasets."""
     first, last, gists = phases[0], phases[-1], config.train.gist
+    whole, prefix_tokens = first["template"], first["tokens"]["prefix"]
+    if config.train.objective != "sft" and first["phase"]["rate"] < 1:  # the teacher alone read the whole prompt
+        whole = RunDir(config.root).read_templates()[1.0]
+        prefix_tokens = len(PromptEncoder(load_tokenizer(config.model), config.prompt).prefix(whole))
     return {
         "format": 1, "run": config.name, "task": config.task.name, "versions": {p: version(p) for p in PACKAGES},
         "base": config.model.base, "revision": config.model.revision, "prompt": config.prompt.model_dump(mode="json"),
         "rate": last["phase"]["rate"], "shots": last["phase"]["shots"], "template": last["template"],
-        "full_template_sha256": digest(first["template"]),
-        "full_prompt_tokens": round(first["tokens"]["prefix"] + first["tokens"]["row_mean"]),
+        "full_template_sha256": digest(whole),
+        "full_prompt_tokens": round(prefix_tokens + first["tokens"]["row_mean"]),
         "query_prompt_tokens": round((gists or last["tokens"]["prefix"]) + last["tokens"]["row_mean"]),
         "max_answer_tokens": int(last["tokens"]["label_max"]), **({"gist": gists} if gists else {}), **facts,
     }

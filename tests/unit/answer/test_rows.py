@@ -8,7 +8,7 @@ import pytest
 from pi_ray.answer import rows as step
 from pi_ray.answer.base import TeacherAnswer
 from pi_ray.answer.endpoint import require_endpoint
-from pi_ray.answer.rows import answer_queries, is_answered, planned_splits
+from pi_ray.answer.rows import is_answered, make_answered_rows, planned_splits
 from pi_ray.config import RunConfig
 from pi_ray.config.run_file import parse_run_file
 from pi_ray.errors import ConfigError, DataError, TrainingError
@@ -34,7 +34,7 @@ def config(tiny_model, tmp_path) -> RunConfig:
 
 def answers(config, monkeypatch, answer=lambda row: TeacherAnswer(row.query.upper()), **options):
     monkeypatch.setattr(step, "answer_by_base", lambda c, rows, *_: ([answer(row) for row in rows], 2))
-    return answer_queries(config, lambda sentence: False, lambda text: None, lambda done, total: None)
+    return make_answered_rows(config, lambda sentence: False, lambda text: None, lambda done, total: None)
 
 
 def read(config, split):
@@ -53,14 +53,15 @@ def test_every_query_becomes_a_row_of_one_split_with_the_teachers_answer(config,
 
 def test_only_answers_that_ended_and_on_which_the_views_agree_become_rows(config, monkeypatch):
     def answer(row):
-        kinds = {"red": TeacherAnswer("k4"), "blue": TeacherAnswer("z9", agreement=0.5), "green": TeacherAnswer("")}
-        return next((a for name, a in kinds.items() if name in row.query), TeacherAnswer("never", ended=False))
+        if "blue" in row.query:
+            return TeacherAnswer("z9", agreement=0.5)
+        return TeacherAnswer("" if row.query == "code of red" else "k4", ended=row.query != "green again")
 
     facts = answers(config, monkeypatch, answer)
     assert {r["answer"] for split in ("train", "dev", "test") for r in read(config, split)} == {"k4"}
-    assert facts["answered"] == 20 and sum(facts["kept"].values()) <= 10
+    assert facts["answered"] == 38 and sum(facts["kept"].values()) == 28
     unfiltered = config.replace(**{"train.distill.agreement": "off"})
-    assert sum(answers(unfiltered, monkeypatch, answer)["kept"].values()) == 20
+    assert sum(answers(unfiltered, monkeypatch, answer)["kept"].values()) == 38
 
 
 def test_the_lowest_confidence_holds_for_the_base_too(config, monkeypatch):
@@ -126,10 +127,10 @@ def test_an_endpoint_answers_with_the_whole_prompt_and_is_never_paid_twice(confi
     settings, told = endpoint(config, service), []
     service.faults["POST /chat"] = [None] * 11 + [401]
     with pytest.raises(ConfigError, match="refuses the key"):
-        answer_queries(settings, lambda _: False, told.append, lambda *_: None)
+        make_answered_rows(settings, lambda _: False, told.append, lambda *_: None)
     paid = len(service.chats)
     assert 0 < paid < len(QUERIES) and "Asking big for 40 answers takes about" in told[0]
-    facts = answer_queries(settings, lambda _: False, told.append, lambda *_: None)
+    facts = make_answered_rows(settings, lambda _: False, told.append, lambda *_: None)
     assert len(service.chats) <= len(QUERIES) + 8  # those that were in flight as the key was refused
     assert facts["by"] == "endpoint" and facts["teacher"] == "big" and facts["views"] == 1
     assert all(chat["messages"][0]["content"].startswith(TEMPLATE.strip()) for chat in service.chats)
@@ -140,7 +141,7 @@ def test_an_endpoint_teaches_beside_labelled_rows(config, service, tmp_path):
     labelled = [{"query": "code of red", "answer": "k4"}, {"query": "pink", "answer": "-"}]
     (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, labelled)))
     settings = endpoint(config, service, **{"task.train": str(tmp_path / "train.jsonl")})
-    facts = answer_queries(settings, lambda _: False, lambda _: None, lambda *_: None)
+    facts = make_answered_rows(settings, lambda _: False, lambda _: None, lambda *_: None)
     rows = {r["query"]: r["answer"] for r in read(settings, "train")}
     assert facts["labelled"] == 2 and rows["code of red"] == "k4" and rows["pink"] == "-" and len(rows) > 20
 
@@ -148,7 +149,7 @@ def test_an_endpoint_teaches_beside_labelled_rows(config, service, tmp_path):
 def test_no_money_is_spent_without_a_key_or_a_yes(config, service, monkeypatch):
     settings = endpoint(config, service, **{"closed.confirmed": False})
     with pytest.raises(TrainingError, match="nothing was asked and nothing spent"):
-        answer_queries(settings, lambda _: False, lambda _: None, lambda *_: None)
+        make_answered_rows(settings, lambda _: False, lambda _: None, lambda *_: None)
     monkeypatch.setenv("TEACHER_KEY", "")
     with pytest.raises(ConfigError, match="TEACHER_KEY is empty"):
         require_endpoint(settings)

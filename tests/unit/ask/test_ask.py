@@ -187,6 +187,7 @@ def test_without_labelled_rows_a_prompted_writer_works_and_an_adapter_is_refused
             yield place, "\n".join(form.format(colour) for form in FORMS)
 
     monkeypatch.setattr(writers, "write_locally", prompted)
+    monkeypatch.setattr(writers, "LARGE", 0)  # a smaller base is shown examples instead
     config = run_config(folder, tiny_model, **{"ask.writer": "prompt", "ask.kinds": ["direct"], "ask.rounds": 1})
     manifest = ask_queries(config, Sources(TEMPLATE), lambda sentence: False, lambda line: None)
     assert manifest["queries"] >= len(COLOURS) and set(manifest["touched_before"]) == {0}
