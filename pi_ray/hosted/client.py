@@ -6,6 +6,7 @@ The key comes from the environment and goes to the service alone; it is cut out 
 import json
 import os
 import random
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -182,15 +183,22 @@ def replies(
     if todo:
         service = Service(config.closed, wait, chosen_by)
         log.parent.mkdir(parents=True, exist_ok=True)
-        with ThreadPoolExecutor(PARALLEL) as pool, open(log, "a", encoding="utf-8") as file:
+        lock = threading.Lock()
+        # the file outlives the pool, so that answers that are on their way when another request fails are kept too
+        with open(log, "a", encoding="utf-8") as file, ThreadPoolExecutor(PARALLEL) as pool:
             file.write("\n" if file.tell() else "")  # ends the half line that a kill left
-            running = {pool.submit(service.chat, model, *request): key for key, request in todo.items()}
-            try:
-                for i, done in enumerate(as_completed(running), start=1):
-                    key, reply = running[done], done.result()
-                    known[key] = reply
+
+            def ask(key: str) -> Reply:
+                reply = service.chat(model, *todo[key])
+                with lock:
                     file.write(json.dumps({"key": key, "model": model, **asdict(reply)}, ensure_ascii=False) + "\n")
                     file.flush()
+                return reply
+
+            running = {pool.submit(ask, key): key for key in todo}
+            try:
+                for i, done in enumerate(as_completed(running), start=1):
+                    known[running[done]] = done.result()
                     watch(len(wanted) - len(todo) + i, len(wanted))
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)

@@ -427,3 +427,22 @@ def test_a_plan_with_a_teacher_counts_its_queries_and_time(tiny_model, tmp_path,
     assert "Reading drills: none, since the first phase has examples" in console.file.getvalue()
     read = plan_run(config.replace(**{"train.objective": "distill", "schedule.shots": 0}))
     assert read.drills.startswith("50% of phase 0's updates: 40 codes under '## Services' (r9, r5, f9, x4, ...), ")
+
+
+def test_a_plan_without_labelled_rows_counts_queries_and_the_time_to_answer_them(tiny_model, tmp_path, monkeypatch):
+    monkeypatch.setattr(estimate, "measure_speed", lambda config: SPEED)
+    (tmp_path / "prompt.md").write_text("Answer with the code.\n\nred: k4\nblue: z9\n")
+    (tmp_path / "q.jsonl").write_text("".join(f'{{"query": "question {i} about red"}}\n' for i in range(40)))
+    config = RunConfig(
+        name="t", run_dir=str(tmp_path / "run"), model={"base": str(tiny_model)}, prompt={"chat": "none"},
+        task={"train": "", "queries": str(tmp_path / "q.jsonl"), "template": str(tmp_path / "prompt.md")},
+        schedule={"phases": 1}, train={"objective": "distill", "distill": {"teacher": "base"}},
+    )
+    plan = plan_run(config)
+    assert sum(plan.rows.values()) <= 40 and plan.rows["test"] and plan.teaching > 0
+    assert [p.shape.prefix < plan.full.prefix for p in plan.phases] == [True] and plan.phases[0].shape.label == 32
+    console = Console(file=io.StringIO(), width=200)
+    print_plan(plan, console)
+    assert "the base model answers the queries with the whole prompt before" in console.file.getvalue()
+    endpoint = plan_run(config.replace(**{"train.distill.teacher": "endpoint"}))
+    assert endpoint.teaching == 0
