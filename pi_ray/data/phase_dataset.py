@@ -23,7 +23,7 @@ from pi_ray.prompt import Example, PromptEncoder
 from pi_ray.protocols import UNLABELLED, Row
 from pi_ray.run.artifact import commit_folder, seal_folder
 from pi_ray.run.directory import RunDir
-from pi_ray.run.row_store import read_range, to_rows
+from pi_ray.run.row_store import read_range, to_rows, write_piece
 
 PIECE_ROWS = 512
 SCHEMA = pa.schema({"id": pa.string(), "prompt_ids": pa.list_(pa.int32()), "label_ids": pa.list_(pa.int32())})
@@ -75,15 +75,20 @@ class TokeniseRows:
 
 
 def publish_phase(folder: Path, final: Path, prefix_ids: list[int], **manifest: Any) -> dict[str, Any]:
-    """Count tokens, write the manifest, and give the working folder its final name. Returns the manifest."""
+    """Count tokens, write the manifest, and give the working folder its final name. Returns the manifest.
+
+    A split without rows, such as queries of which there are none, becomes one file without rows.
+    """
     for left in folder.glob(".*.tmp"):
         left.unlink()  # a worker was killed while it wrote
+    if not any(folder.glob("part-*.parquet")):
+        write_piece(folder / "part-00000.parquet", SCHEMA.empty_table())
     lengths = [_lengths(path) for path in sorted(folder.glob("part-*.parquet"))]
     prompts, labels = (pa.chunked_array([part[i] for part in lengths]) for i in (0, 1))
     tokens = {
         "prefix": len(prefix_ids),
-        "row_mean": round(pc.mean(prompts).as_py(), 1), "row_max": pc.max(prompts).as_py(),
-        "label_mean": round(pc.mean(labels).as_py(), 1), "label_max": pc.max(labels).as_py(),
+        "row_mean": round(pc.mean(prompts).as_py() or 0, 1), "row_max": pc.max(prompts).as_py() or 0,
+        "label_mean": round(pc.mean(labels).as_py() or 0, 1), "label_max": pc.max(labels).as_py() or 0,
     }
     body = seal_folder(folder, prefix_ids=prefix_ids, rows=len(prompts), tokens=tokens, **manifest)
     commit_folder(folder, final)

@@ -71,7 +71,7 @@ class PhaseDataset:
         return self._table.num_rows
 
     def take(self, numbers: Sequence[int]) -> list[TokenRow]:
-        rows = self._table.take(list(numbers))
+        rows = self._table.take(pa.array(numbers, pa.int64()))
         return list(zip(rows["prompt_ids"].to_pylist(), rows["label_ids"].to_pylist(), strict=True))
 
 
