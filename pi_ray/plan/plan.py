@@ -94,7 +94,7 @@ def plan_run(config: RunConfig) -> Plan:
         return PhasePlan(phase, rows["train"], shape, updates, seconds, measured)
 
     phases = [planned(p) for p in schedule]
-    plain = plan_phases(plain_finetuning_config(answered_config(config)).schedule) if config.evaluate.baseline else []
+    plain = plan_phases(plain_finetuning_config(config).schedule) if config.evaluate.baseline else []
     full = counts.shape(1.0, config.evaluate.shots or schedule[0].shots)
     query = replace(shapes[-1], prefix=config.train.gist) if config.train.gist else shapes[-1]
     asked_first = sum(rows.values()) if unanswered and config.train.distill.teacher == "base" else 0

@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 from pi_ray.config import RunConfig
+from pi_ray.run.answered import answered_config
 from pi_ray.run.directory import RunDir
 from pi_ray.schedule import plan_phases
 
@@ -47,7 +48,11 @@ def prompts_of_columns(config: RunConfig) -> dict[str, ColumnPrompt]:
 
 
 def plain_finetuning_config(config: RunConfig) -> RunConfig:
-    """The baseline: the run's rows, updates and learning rates, with rate 0 and no shots in every phase."""
+    """The baseline: the run's rows, updates and learning rates, with rate 0 and no shots in every phase.
+
+    Rows that a teacher made are learned as if people had labelled them.
+    """
+    config = answered_config(config)
     phases = [{"rate": 0.0, "shots": 0, "epochs": p.epochs, "steps": p.steps} for p in plan_phases(config.schedule)]
     changes = {"evaluate.shots": 0, "train.objective": "sft", "train.gist": 0, "train.init_adapter": ""}
     changes |= {"task.generate": False, "ask": {}} if config.task.generate else {}
