@@ -1,26 +1,33 @@
-"""Writing by a small base: it sees facts and requests of other applications, since it follows examples better than an
-instruction.
+"""Writing by a small base: it sees facts and requests of other applications, and goes on with a request that is begun.
+
+A small model follows examples better than an instruction.
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from random import Random
 
 from pi_ray.ask.requests import WriteRequest, adapter_prompt
 from pi_ray.ask.writing_workers import write_locally
 from pi_ray.config import PromptConfig, RunConfig
-from pi_ray.units import Unit
+from pi_ray.units import Unit, words_of
 
-# (facts as a prompt states them, what somebody who needs them asks); one or two facts, as requests have them
-DEMONSTRATIONS: tuple[tuple[tuple[str, ...], str], ...] = (
-    (("Garage: the gate closes at 22 o'clock",), "Until when can I fetch my car in the evening?"),
-    (("Baggage: one suitcase of 23 kg is free",), "How heavy may my suitcase be?"),
-    (("Menu: soup: 4 euros", "Menu: bread: 1 euro"), "What do I pay for a soup and some bread?"),
-    (("Queues: printers: P4",), "My printer gives out nothing but blank pages."),
-    (("A fault is severe when more than 100 users are affected.",), "250 people cannot log in since this morning."),
-    (("Refunds are made within 30 days of purchase.",), "I bought a lamp six weeks ago, can I give it back?"),
-    (("Parking: free at weekends", "Parking: 2 euros an hour from Monday to Friday"),
-        "Is it cheaper to park on Sunday than on Tuesday?"),
-    (("Commands: list: shows the files of a folder",), "Show me what is in the folder photos."),
+# (a fact as a prompt states it, a request of somebody who needs it and names it)
+DEMONSTRATIONS = (
+    ("Garage: night rate: 5 euros", "How much is the night rate of the garage?"),
+    ("Trains: platform 3: to Madrid", "Which trains leave from platform 3?"),
+    ("Menu: tomato soup: 4 euros", "What does the tomato soup cost?"),
+    ("Pool hours: Sunday: 8 to 12 o'clock", "Is the pool open on Sunday at 10?"),
+    ("Refunds are made within 30 days of purchase.", "Can I get a refund after 40 days?"),
+    ("Queues: printers: P4", "Where do I send a ticket about printers?"),
+    ("Baggage: second suitcase: 30 euros", "Do I have to pay for a second suitcase?"),
+    ("Staff: night nurse: extension 77", "Who do I call when I need the night nurse?"),
+    ("Alarms are severe when more than 100 users are affected.", "Tell me if an alarm with 250 users is severe."),
+    ("Checkout: until 11 o'clock", "When is the checkout?"),
 )
+# Words that a request begins with: a small base left alone begins most of them alike.
+OPENINGS = ("What", "When", "Where", "Which", "How", "How much", "Is", "Are", "Can I", "Do I", "Tell me", "I need")
+TELLING = 4  # letters from which a word of a fact says what it is about
 
 
 class FewShotWriter:
@@ -32,14 +39,27 @@ class FewShotWriter:
         self.config, self.limit = config, limit
 
     def write(self, requests: Sequence[WriteRequest]) -> Iterator[tuple[int, str]]:
-        prompt = PromptConfig(chat="none", query="{query}")
+        """Replies that name nothing of their fact come back empty."""
+        prompt, openings = PromptConfig(chat="none", query="{query}"), [opening(request) for request in requests]
+        begun = [replace(r, prompt=f"{r.prompt} {first}") for r, first in zip(requests, openings, strict=True)]
         for place, reply in write_locally(
-            self.config, requests, prompt, demonstrations(), "", self.limit, one_line=True
+            self.config, begun, prompt, demonstrations(), "", self.limit, one_line=True
         ):
-            yield place, reply.strip().split("\n")[0].strip()
+            line = f"{openings[place]} {reply.strip().split(chr(10))[0].strip()}"
+            yield place, line if names_fact(line, requests[place].prompt) else ""
 
 
 def demonstrations() -> str:
     """What stands before each request."""
-    return "\n\n".join(f"{adapter_prompt(Unit('', fact, 'rule') for fact in facts)}\n{query}"
-        for facts, query in DEMONSTRATIONS)
+    return "\n\n".join(f"{adapter_prompt([Unit('', fact, 'rule')])} {query}" for fact, query in DEMONSTRATIONS)
+
+
+def opening(request: WriteRequest) -> str:
+    """The words that the reply to this request begins with."""
+    return Random(request.seed).choice(OPENINGS)
+
+
+def names_fact(query: str, prompt: str) -> bool:
+    """Whether a query has a word of the fact in its prompt, beside its section's name, that is long enough to tell."""
+    fact = prompt.removesuffix("Request:").split(": ", 2)[-1]
+    return not {word for word in words_of(fact) if len(word) >= TELLING}.isdisjoint(words_of(query))

@@ -14,7 +14,7 @@ from pi_ray.errors import DataError
 from pi_ray.models import count_weights, load_tokenizer
 from pi_ray.prompt import PromptEncoder
 
-ONE_EACH = ("adapter", "few-shot")  # writers that write one query of a unit, of kinds that their examples have
+FEW_KINDS: dict[str, tuple[AskKind, ...]] = {"adapter": ADAPTER_KINDS, "few-shot": ("direct",)}  # others write all
 LARGE = 3_000_000_000  # weights from which a base writes as it is told
 QUERY_TOKENS = 64  # of a query where no known one says how long they are
 LONGER = 1.25  # than the longest known query, in tokens, a written one may be
@@ -53,10 +53,10 @@ def choose_writer(config: RunConfig, labelled: int) -> Name:
 
 def written_kinds(config: RunConfig, writer: Name) -> list[AskKind]:
     """The kinds of `ask.kinds` that this writer can write. Raises DataError for none of them."""
-    kinds = [kind for kind in config.ask.kinds if writer not in ONE_EACH or kind in ADAPTER_KINDS]
+    can = FEW_KINDS.get(writer, config.ask.kinds)
+    kinds = [kind for kind in config.ask.kinds if kind in can]
     if not kinds:
-        known = " and ".join(ADAPTER_KINDS)
-        raise DataError(f"ask.kinds: the writer {writer} writes {known} alone; add one of them, or take a larger base "
+        raise DataError(f"ask.kinds: the writer {writer} writes {' and '.join(can)} alone; add one of them, or take a larger base "
             "with ask.writer prompt, or ask.writer endpoint")
     return kinds
 

@@ -27,7 +27,7 @@ def write_locally(
     """Yield (place in `requests`, reply) as they are written, each of `limit` tokens for each of its queries.
 
     `prefix` is a text that stands before every prompt; `adapter` a folder, or "" for the base alone; with `one_line` a
-    reply ends with its first line. One actor for each
+    reply goes on where the prompt ends, and is one line. One actor for each
     GPU, or one with a node's cores.
     """
     session.connect()
@@ -77,5 +77,7 @@ class WritingWorker:
             return [token.id if token else end for token in sample_tokens(logits, [samplers[i] for i in rows])]
 
         rows = [self.encoder.row(prompt) for prompt in work["prompts"]]
+        if self.breaks:
+            rows = [row[: len(row) - len(self.encoder.tail_ids)] for row in rows]
         replies = generate(self.model, self.prefix, rows, work["limit"], end, self.cache, self.breaks, choose)
         return [self.encoder.decode(ids) for ids in replies]

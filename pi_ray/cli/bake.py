@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from pi_ray.config import ModelConfig, RunConfig
 
 EPOCHS = 6  # passes over the answered queries; the teacher's distributions bear more of them than labels do
-TEMPERATURE = 0.8  # of generated queries: a small base writes nonsense at 1
+TEMPERATURE = 0.6  # of generated queries: a small base writes nonsense at 1
 SETTINGS: dict[str, Any] = {
     "schedule": {"phases": 1, "shots": 0, "epochs": EPOCHS},
     "train": {"objective": "distill", "distill": {"teacher": "base"}, "workers": 1, "lr": 0.001},
