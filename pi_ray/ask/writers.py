@@ -56,8 +56,8 @@ def written_kinds(config: RunConfig, writer: Name) -> list[AskKind]:
     can = FEW_KINDS.get(writer, config.ask.kinds)
     kinds = [kind for kind in config.ask.kinds if kind in can]
     if not kinds:
-        raise DataError(f"ask.kinds: the writer {writer} writes {' and '.join(can)} alone; add one of them, or take a larger base "
-            "with ask.writer prompt, or ask.writer endpoint")
+        raise DataError(f"ask.kinds: the writer {writer} writes {' and '.join(can)} alone; add one of them, or take a "
+            "larger base with ask.writer prompt, or ask.writer endpoint")
     return kinds
 
 

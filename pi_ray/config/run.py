@@ -155,8 +155,6 @@ class RunConfig(Block):
             f"{objective} needs a phase with less than the whole template, in which the student learns")
         refuse(distill.teacher == "endpoint" and self.task.name != "jsonl",
             f"train.distill.teacher endpoint answers queries of your own (task.name jsonl), not of {self.task.name}")
-        refuse(train.backend.name == "openai",
-            f"{objective} needs a model whose weights are here; take train.backend.name deepspeed or ddp")
         refuse(self.answers_first and distill.agreement == "weight",
             "train.distill.agreement weight is for answers beside labelled rows; where a teacher's answers are the "
             "rows, take filter or off")

@@ -12,7 +12,7 @@ BASE = {
     "limit": 64, "asked": {"train": 60, "dev": 10, "test": 20}, "kept": {"train": 50, "dev": 8, "test": 15},
 }
 ENDPOINT = {**BASE, "by": "endpoint", "teacher": "big", "views": 1}
-BAKED = {"plain": None, "train.plain": None, "paired": None}
+BAKED = {"plain": None, "train.plain": None}
 
 
 def baked(facts, **changes):

@@ -81,7 +81,6 @@ def test_a_run_that_dies_goes_on_to_the_same_adapter(taught, tiny_model, tmp_pat
             "task: {train: ''}\ntrain: {objective: distill, distill: {teacher: base, agreement: weight}}",
             "take filter or off",
         ),
-        ("train: {objective: distill, backend: {name: openai}}", "whose weights are here"),
     ],
 )
 def test_what_cannot_be_taught_is_refused_at_once(text, says):
