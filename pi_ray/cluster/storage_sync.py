@@ -15,13 +15,14 @@ from pathlib import Path, PurePosixPath
 
 from pi_ray.errors import CorruptArtifactError
 from pi_ray.run import artifact
-from pi_ray.run.artifact import MANIFEST, digest, digest_file, temporary_path
+from pi_ray.run.artifact import CORRUPT, MANIFEST, digest, digest_file, temporary_path
+from pi_ray.run.lock import LOCK
 from pi_ray.run.object_storage import ObjectStorage, is_temporary
 
 HASH, LINK = ".sha256", ".link"
 ATTEMPTS = 3  # an artifact may be replaced while it is fetched
 STATE = ".mirror.json"  # key -> hash of what is the same here and on storage; its lock serves the processes of a node
-LOCAL_ONLY = {"ray", STATE}  # names that stay on this node, or are Ray's
+LOCAL_ONLY = {"ray", STATE, LOCK}  # names that stay on this node, or are Ray's
 ADVICE = "what was sent before is whole, and the same command goes on from it"
 
 
@@ -61,7 +62,8 @@ class StorageSync:
         if not path.is_relative_to(self.local):
             return
         key = self._key(path)
-        if is_temporary(key) or LOCAL_ONLY & set(PurePosixPath(key).parts):
+        parts = PurePosixPath(key).parts
+        if is_temporary(key) or LOCAL_ONLY & set(parts) or any(part.endswith(CORRUPT) for part in parts):
             return
         with self._locked_state() as synced:
             if not path.is_dir():

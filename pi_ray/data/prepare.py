@@ -15,12 +15,13 @@ from pi_ray.data.phase_dataset import PhaseData
 from pi_ray.data.pieces import Pieces, partial_folder, run_pipeline
 from pi_ray.data.row_documents import compress_documents, has_documents
 from pi_ray.data.templates import compress_templates
-from pi_ray.models import load_tokenizer
+from pi_ray.models import base_digest, load_tokenizer
 from pi_ray.prompt import PromptEncoder
 from pi_ray.protocols import SPLITS, UNLABELLED, Task
-from pi_ray.run.artifact import is_current
+from pi_ray.run.artifact import is_current, set_aside_damaged
 from pi_ray.run.directory import RunDir
 from pi_ray.run.fingerprint import prepare_fingerprint, wants_unlabelled
+from pi_ray.run.lock import run_lock
 from pi_ray.run.queries import queries_digest
 from pi_ray.schedule import plan_phases
 
@@ -28,15 +29,23 @@ Progress = Callable[[str], None]
 
 
 def prepare(config: RunConfig, progress: Progress = print) -> str:
-    """Bring the run directory up to date and return the fingerprint of its content.
+    """Bring the run directory up to date and return the fingerprint of its content. What is damaged is made again.
 
-    Raises DataError for rows or a template that cannot be used, ModelError for a tokenizer that cannot.
+    Raises DataError for rows or a template that cannot be used, ModelError for a tokenizer that cannot, StorageError
+    while another process prepares this run.
     """
+    with run_lock(config.root, "is preparing this run"):
+        return _prepare(config, progress)
+
+
+def _prepare(config: RunConfig, progress: Progress) -> str:
     from pi_ray.registry import tasks
 
     task: Task = tasks[config.task.name](config.task)
-    run = RunDir(config.root)
-    fingerprint = prepare_fingerprint(config, task.fingerprint(), queries_digest(run))
+    run, base = RunDir(config.root), base_digest(config.model)
+    fingerprint = prepare_fingerprint(config, task.fingerprint(), base, queries_digest(run))
+    for folder in (run.rows, run.templates, run.documents, *(run.phase(data.name) for data in plan_datasets(config))):
+        set_aside_damaged(folder, fingerprint, progress)
     if _is_done(config, run, fingerprint):
         progress("prepare: nothing to do, the run directory is up to date")
         return fingerprint

@@ -3,11 +3,9 @@
 A job is found again by its training file, whose id is written down before the job is created.
 """
 
-import fcntl
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +17,7 @@ from pi_ray.hosted.client import ENDED_BADLY, Service, UnknownError
 from pi_ray.prompt import render_prompt
 from pi_ray.run.artifact import digest, is_current, staged, verify_artifact, write_atomic
 from pi_ray.run.directory import RunDir
+from pi_ray.run.lock import run_lock
 from pi_ray.run.phases import prompts_of_columns
 from pi_ray.schedule import plan_phases
 
@@ -54,22 +53,6 @@ def read_state(root: Path) -> dict[str, dict[str, Any]]:
     except ValueError as error:
         cure = "delete it to begin anew, which pays for every phase again"
         raise CorruptArtifactError(f"{root / STATE}: not readable as JSON ({error}); {cure}") from error
-
-
-@contextmanager
-def tuning_lock(root: Path) -> Iterator[None]:
-    """Keep other processes from tuning the same run, which would create its jobs twice. The lock ends with the process.
-
-    Raises TrainingError when another process has it.
-    """
-    folder = root / "closed"
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise TrainingError(f"{root}: another process is tuning this run; wait for it, or stop it") from None
-        yield
 
 
 def write_training_files(run: RunDir, config: RunConfig) -> Path:
@@ -130,7 +113,7 @@ def tune(
     when a job fails, or when the service cannot be reached.
     """
     stages = tuning_stages(config)
-    with tuning_lock(config.root):
+    with run_lock(config.root / "closed", "is tuning this run"):  # two would create its jobs twice
         state = read_state(config.root)
         if not (model := state.get(stages[-1].fingerprint, {}).get("model")):
             service = Service(config.closed, wait)

@@ -17,7 +17,7 @@ from pi_ray.answer.rows import describe_answers, is_answered, planned_splits
 from pi_ray.cluster import placement
 from pi_ray.config import RunConfig
 from pi_ray.data.ingest import check_splits, read_splits
-from pi_ray.models import load_tokenizer
+from pi_ray.models import base_digest, load_tokenizer
 from pi_ray.plan import estimate
 from pi_ray.plan.figures import PhasePlan, Plan
 from pi_ray.plan.scale import print_scale
@@ -126,7 +126,8 @@ def _token_counts(task: Task, rows: Sequence[Row], config: RunConfig) -> TokenCo
     pairs = list(zip(sample, others, strict=True))
     one, two = (fmean(len(encoder.row(r.query, [other] * n)) for r, other in pairs) for n in (1, 2))
     run = RunDir(config.root)
-    made = is_current(run.templates, prepare_fingerprint(config, task.fingerprint()))  # from exactly this config
+    prepared = prepare_fingerprint(config, task.fingerprint(), base_digest(config.model))
+    made = is_current(run.templates, prepared)  # from exactly this config
     return TokenCounts(
         head=len(encoder.prefix("")), template=len(encoder.prefix(task.template().text)), query=fmean(queries),
         shot=two - one, heading=one - fmean(queries) - (two - one), label=fmean(labels),

@@ -22,6 +22,7 @@ from pi_ray.errors import CorruptArtifactError, StorageError
 MANIFEST = "manifest.json"
 MANIFEST_HASH = "manifest_sha256"  # the key that holds the hash of the rest of the manifest
 TEMPORARY = re.compile(r"\..+\.[0-9a-f]{32}\.(tmp|old)")  # names that `temporary_path` gives
+CORRUPT = ".corrupt"  # ending of artifacts that were found damaged
 # Called with each file and artifact that this process has given its final name.
 write_listeners: list[Callable[[Path], None]] = []
 FULL = "the disk is full; free some space and give the same command again"
@@ -179,6 +180,23 @@ def verify_artifact(folder: Path) -> dict[str, Any]:
         if found != expected:
             raise CorruptArtifactError(f"{path}: sha256 {found} differs from the recorded {str(expected)[:64]}")
     return manifest
+
+
+def set_aside(folder: Path, why: CorruptArtifactError, warn: Callable[[str], None]) -> None:
+    """Rename a damaged artifact to NAME.corrupt, to be looked at, so that it is made again; `warn` gets a sentence."""
+    corrupt = folder.with_name(folder.name + CORRUPT)
+    shutil.rmtree(corrupt, ignore_errors=True)
+    folder.rename(corrupt)
+    warn(f"{folder.parent.name}/{folder.name} set aside as {corrupt.name}: {why}")
+
+
+def set_aside_damaged(folder: Path, fingerprint: str, warn: Callable[[str], None]) -> None:
+    """Verify an artifact that was made from this fingerprint, and set it aside where a file of it is damaged."""
+    try:
+        if is_current(folder, fingerprint):
+            verify_artifact(folder)
+    except CorruptArtifactError as error:
+        set_aside(folder, error, warn)
 
 
 def is_current(folder: Path, fingerprint: str) -> bool:

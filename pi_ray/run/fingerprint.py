@@ -26,12 +26,12 @@ def wants_unlabelled(config: RunConfig) -> bool:
     return config.train.objective != "sft" and config.train.distill.teacher != "endpoint"
 
 
-def prepare_fingerprint(config: RunConfig, task: str, queries: str = "") -> str:
-    """The fingerprint of the prepared rows; `task` is that of the task's rows and template, `queries` the hash of the
-    generated queries.
+def prepare_fingerprint(config: RunConfig, task: str, base: str = "", queries: str = "") -> str:
+    """The fingerprint of the prepared rows; `task` is that of the task's rows and template, `base` of the base model's
+    files, `queries` of the generated queries.
     """
     phases = [(p.rate, p.shots) for p in plan_phases(config.schedule)]
-    parts = [__version__, task, _dump(config, *PREPARED), phases, max_shots(config)]
+    parts = [__version__, task, _dump(config, *PREPARED), phases, max_shots(config), *filter(None, [base])]
     parts += [_dump(config, "ask"), queries] if config.task.generate else []
     return digest([*parts, UNLABELLED] if wants_unlabelled(config) else parts)
 
@@ -43,9 +43,10 @@ def ask_fingerprint(config: RunConfig, sources: str) -> str:
     return digest([__version__, sources, _dump(config, "model", "prompt", "ask"), learned, service])
 
 
-def train_fingerprint(config: RunConfig, prepare: str) -> str:
+def train_fingerprint(config: RunConfig, prepare: str, base: str = "") -> str:
+    """The fingerprint of all adapters, from that of the prepared rows and the base model's present content."""
     phases = [(p.rate, p.shots, p.epochs, p.steps) for p in plan_phases(config.schedule)]
-    return digest([prepare, _learned(config), phases])
+    return digest([prepare, _learned(config), phases, *filter(None, [base])])
 
 
 def evaluate_fingerprint(config: RunConfig, columns: list[tuple[str, str]]) -> str:
@@ -53,9 +54,10 @@ def evaluate_fingerprint(config: RunConfig, columns: list[tuple[str, str]]) -> s
     return digest([columns, _dump(config, "evaluate")])
 
 
-def learning_settings(config: RunConfig) -> dict[str, Any]:
+def learning_settings(config: RunConfig, base: str = "") -> dict[str, Any]:
     """Dotted key -> value of every setting on which an adapter depends, to say which of them has changed."""
-    return _flatten({**_dump(config, *PREPARED, "schedule"), "train": _learned(config)})
+    content = {"the base model's content": base} if base else {}
+    return {**_flatten({**_dump(config, *PREPARED, "schedule"), "train": _learned(config)}), **content}
 
 
 def _learned(config: RunConfig) -> dict[str, Any]:

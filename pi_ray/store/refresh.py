@@ -12,6 +12,7 @@ from typing import Any
 
 from pi_ray.config import RunConfig
 from pi_ray.errors import AdapterError
+from pi_ray.models import base_digest
 from pi_ray.run.artifact import MANIFEST, notify_written, staged, write_atomic
 from pi_ray.run.directory import RunDir
 from pi_ray.run.fingerprint import prepare_fingerprint, train_fingerprint
@@ -67,7 +68,8 @@ def _fingerprint(config: RunConfig) -> str:
     from pi_ray.registry import tasks
 
     bare = config.replace(**{"train.init_adapter": ""})
-    return train_fingerprint(bare, prepare_fingerprint(bare, tasks[config.task.name](config.task).fingerprint()))
+    task, base = tasks[config.task.name](config.task), base_digest(config.model)
+    return train_fingerprint(bare, prepare_fingerprint(bare, task.fingerprint(), base), base)
 
 
 def _read_marks(root: Path, storage: ObjectStorage | None) -> dict[str, dict[str, Any]]:

@@ -15,7 +15,7 @@ import torch
 
 from pi_ray.errors import CorruptArtifactError
 from pi_ray.models import last_logits_index
-from pi_ray.run.artifact import read_manifest, verify_artifact
+from pi_ray.run.artifact import CORRUPT, read_manifest, verify_artifact
 from pi_ray.run.row_store import read_range
 from pi_ray.train import gist, shared_prefix
 from pi_ray.train.shared_prefix import Layout
@@ -50,7 +50,8 @@ def dataset_manifest(folder: Path) -> dict[str, Any]:
 
 def prepared_row_tokens(phases: Path) -> int:
     """Tokens of the longest prepared row, with an answer a quarter longer than any label, as a teacher's may be."""
-    tokens = [dataset_manifest(folder)["tokens"] for folder in phases.iterdir() if not folder.name.startswith(".")]
+    whole = (folder for folder in phases.iterdir() if not folder.name.startswith(".") and folder.suffix != CORRUPT)
+    tokens = [dataset_manifest(folder)["tokens"] for folder in whole]
     return max(t["prefix"] + t["row_max"] for t in tokens) + math.ceil(1.25 * max(t["label_max"] for t in tokens))
 
 

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from pi_ray.errors import CorruptArtifactError, TrainingError
-from pi_ray.run.artifact import read_manifest, remove_leftovers, staged, verify_artifact
+from pi_ray.run.artifact import CORRUPT, read_manifest, remove_leftovers, set_aside, staged, verify_artifact
 
 log = logging.getLogger(__name__)
 STATE, BEST = "state.safetensors", "best.safetensors"
@@ -37,7 +37,7 @@ def save_checkpoint(
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """Newest first; without temporary and *.corrupt folders."""
-    return sorted((p for p in folder.glob("step-*") if p.is_dir() and p.suffix != ".corrupt"), reverse=True)
+    return sorted((p for p in folder.glob("step-*") if p.is_dir() and p.suffix != CORRUPT), reverse=True)
 
 
 def remove_checkpoints(folder: Path) -> None:
@@ -62,10 +62,7 @@ def newest_checkpoint(
         try:
             manifest = verify_artifact(path)
         except CorruptArtifactError as error:
-            corrupt = path.with_name(path.name + ".corrupt")
-            shutil.rmtree(corrupt, ignore_errors=True)
-            path.rename(corrupt)
-            warn(f"checkpoint set aside as {corrupt.name}: {error}")
+            set_aside(path, error, warn)
             continue
         if manifest["fingerprint"] != fingerprint:
             raise TrainingError(

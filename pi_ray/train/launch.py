@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -12,6 +13,7 @@ from typing import Any
 from pi_ray.cluster import placement, storage_sync
 from pi_ray.config import RunConfig
 from pi_ray.errors import ConfigError, PiRayError, TrainingError
+from pi_ray.models import base_digest
 from pi_ray.run.artifact import is_current, read_manifest
 from pi_ray.run.directory import RunDir
 from pi_ray.run.fingerprint import learning_settings, train_fingerprint
@@ -23,7 +25,7 @@ from pi_ray.train.train_log import read_entries
 def fingerprint_of(config: RunConfig) -> str:
     """The train fingerprint of a prepared run. Raises TrainingError when preparation has not been done."""
     if manifest := read_manifest(RunDir(config.root).phase(0)):
-        return train_fingerprint(config, manifest["fingerprint"])
+        return train_fingerprint(config, manifest["fingerprint"], base_digest(config.model))
     raise TrainingError(
         f"{config.root}: nothing prepared; run 'pi-ray prepare' (or 'pi-ray run') with this run.yaml first"
     )
@@ -60,7 +62,8 @@ def train(config: RunConfig, watch: Callable[[dict[str, Any]], None] = lambda en
     trackers.require_tracker(config.train.tracker)
     # before a worker starts, so that a refused or damaged checkpoint is reported at once
     checkpoint.newest_checkpoint(
-        run.checkpoints, fingerprint, learning_settings(config), lambda text: watch({"event": "warning", "text": text})
+        run.checkpoints, fingerprint, learning_settings(config, base_digest(config.model)),
+        lambda text: watch({"event": "warning", "text": text}),
     )
     scaling, sync = placement.training_scaling(config, placement.cluster_nodes()), storage_sync.sync_for(run.root)
     _remove_best_link(run, sync)
@@ -76,12 +79,14 @@ def train(config: RunConfig, watch: Callable[[dict[str, Any]], None] = lambda en
             failure_config=FailureConfig(max_failures=config.train.max_failures), callbacks=[_stop_at_own_errors()],
         ),
     )
-    stop = threading.Event()
+    stop, on_interrupt = threading.Event(), signal.getsignal(signal.SIGINT)
     follower = threading.Thread(target=_follow, args=(run.train_log, watch, stop), daemon=True)
     follower.start()
     try:
         with _ray_timeouts(config.train.collective_timeout_s):
             trainer.fit()
+    except (KeyboardInterrupt, SystemExit):  # at Ctrl-C Ray ends the process, as if all were done
+        raise KeyboardInterrupt(_describe_kept(run)) from None
     except Exception as error:
         cause = _root_cause(error)
         if isinstance(cause, PiRayError):
@@ -92,6 +97,8 @@ def train(config: RunConfig, watch: Callable[[dict[str, Any]], None] = lambda en
             "What was learned up to the newest checkpoint is kept; the same command goes on from there"
         ) from error
     finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, on_interrupt)  # Ray's handler would stay
         stop.set()
         follower.join(timeout=5)
     if sync:
@@ -99,6 +106,15 @@ def train(config: RunConfig, watch: Callable[[dict[str, Any]], None] = lambda en
         sync.delete("ray")
     shutil.rmtree(run.root / "ray", ignore_errors=True)
     return fingerprint
+
+
+def _describe_kept(run: RunDir) -> str:
+    """What an interrupted training leaves for the next one."""
+    from pi_ray.train import checkpoint
+
+    if found := checkpoint.list_checkpoints(run.checkpoints):
+        return f"all that was learned in the first {int(found[0].name.removeprefix('step-'))} updates is kept"
+    return "what was prepared is kept, and no checkpoint was written yet, so that training begins anew"
 
 
 def _remove_best_link(run: RunDir, sync: storage_sync.StorageSync | None) -> None:

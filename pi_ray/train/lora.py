@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from pi_ray.config import LoraConfig, RunConfig
 from pi_ray.errors import ConfigError, TrainingError
-from pi_ray.models import load_tokenizer
+from pi_ray.models import base_digest, load_tokenizer
 from pi_ray.prompt import PromptEncoder
 from pi_ray.run.artifact import digest, staged, verify_artifact, write_atomic
 from pi_ray.run.directory import RunDir
@@ -94,7 +94,8 @@ def adapter_card(config: RunConfig, phases: Sequence[dict[str, Any]], **facts: A
         prefix_tokens = len(PromptEncoder(load_tokenizer(config.model), config.prompt).prefix(whole))
     return {
         "format": 1, "run": config.name, "task": config.task.name, "versions": {p: version(p) for p in PACKAGES},
-        "base": config.model.base, "revision": config.model.revision, "prompt": config.prompt.model_dump(mode="json"),
+        "base": config.model.base, "revision": config.model.revision, "base_content": base_digest(config.model),
+        "prompt": config.prompt.model_dump(mode="json"),
         "rate": last["phase"]["rate"], "shots": last["phase"]["shots"], "template": last["template"],
         "full_template_sha256": digest(whole),
         "full_prompt_tokens": round(prefix_tokens + first["tokens"]["row_mean"]),
@@ -115,7 +116,7 @@ def save_adapter(
         state = {name: _difference(name, value, pissa) for name, value in weights.items()} if pissa else weights
         model.save_pretrained(tmp, state_dict=state, safe_serialization=True)
         file = tmp / "adapter_config.json"
-        saved, changes = json.loads(file.read_text()), {}
+        saved, changes = json.loads(file.read_text()), dict[str, Any]()
         if pissa:
             changes |= {"r": 2 * saved["r"], "lora_alpha": 2 * saved["lora_alpha"], "init_lora_weights": True}
         if isinstance(saved.get("target_modules"), str):  # a pattern, which no reader of the adapter should have to run

@@ -264,10 +264,11 @@ class Trainer:
     def save_checkpoint(self, update: Update, done: int) -> None:
         state = self.finite_state()
         if self.rank == 0:
+            learned_from = learning_settings(self.config, models.base_digest(self.config.model))
             checkpoint.save_checkpoint(
                 self.dir.checkpoints, state, done, self.fingerprint, self.config.train.keep_checkpoints,
                 self.early.state, early=self.early.facts(), adam_updates=self.adam_updates,
-                learned_from=learning_settings(self.config),
+                learned_from=learned_from,
             )
         self.report({"phase": update.phase, "step": update.step})
 
@@ -277,7 +278,7 @@ class Trainer:
         if self.rank == 0:
             remove_leftovers(self.dir.checkpoints)
             remove_leftovers(self.dir.adapters)
-            learned_from = learning_settings(self.config)
+            learned_from = learning_settings(self.config, models.base_digest(self.config.model))
             found = checkpoint.newest_checkpoint(self.dir.checkpoints, self.fingerprint, learned_from, self.log.warn)
         found = self.group.broadcast_from_rank0(found)
         if found:

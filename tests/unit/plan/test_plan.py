@@ -13,7 +13,7 @@ from rich.console import Console
 from pi_ray.config import LoraConfig, ModelConfig, RunConfig
 from pi_ray.config.run_file import load_run_file
 from pi_ray.errors import ConfigError, DataError, ModelError
-from pi_ray.models import load_tokenizer
+from pi_ray.models import base_digest, load_tokenizer
 from pi_ray.plan import estimate, scale
 from pi_ray.plan.plan import plan_run, print_plan
 from pi_ray.prompt import PromptEncoder
@@ -98,7 +98,7 @@ def test_tokens_are_those_of_the_encoder(config):
 
 
 def test_a_prepared_template_replaces_the_estimate(config):
-    fingerprint = prepare_fingerprint(config, tasks["jsonl"](config.task).fingerprint())
+    fingerprint = prepare_fingerprint(config, tasks["jsonl"](config.task).fingerprint(), base_digest(config.model))
     with staged(RunDir(config.root).templates, fingerprint=fingerprint) as folder:
         (folder / "templates.json").write_text(json.dumps([{"rate": 0.5, "achieved": 0.6}]))
     made = plan_run(config)

@@ -1,18 +1,26 @@
 """Training through phases in one process on a tiny model: progress, resume, checkpoints, adapters."""
 
+import io
 import json
+import shutil
+import signal
+from contextlib import redirect_stderr
 
 import pytest
 import torch
 from pyarrow.fs import LocalFileSystem, SubTreeFileSystem
+from safetensors.torch import load_file, save_file
 
+from pi_ray import cli
+from pi_ray.cli.verbs import VERBS
 from pi_ray.cluster.storage_sync import StorageSync
 from pi_ray.config import RunConfig, TrainConfig
 from pi_ray.errors import ConfigError, TrainingError
+from pi_ray.models import base_digest
 from pi_ray.plan.estimate import tokens_of_updates
 from pi_ray.run.artifact import digest, verify_artifact
 from pi_ray.run.directory import RunDir
-from pi_ray.run.fingerprint import train_fingerprint
+from pi_ray.run.fingerprint import learning_settings, train_fingerprint
 from pi_ray.run.object_storage import ObjectStorage
 from pi_ray.schedule import Phase, plan_phases
 from pi_ray.train import checkpoint, launch
@@ -124,6 +132,20 @@ def test_checkpoints_of_another_configuration_are_refused(tmp_path):
     checkpoint.save_checkpoint(tmp_path, {"w": torch.zeros(1)}, 2, "before", keep=3)
     with pytest.raises(TrainingError, match="another configuration"):
         checkpoint.newest_checkpoint(tmp_path, "after")
+
+
+def test_a_run_does_not_go_on_from_a_checkpoint_when_the_weights_of_its_base_were_replaced(tiny_model, tmp_path):
+    base = tmp_path / "base"
+    shutil.copytree(tiny_model, base)
+    config = tiny_config(base, tmp_path / "run")
+    prepare_by_hand(config)
+    before, facts = launch.fingerprint_of(config), learning_settings(config, base_digest(config.model))
+    checkpoint.save_checkpoint(RunDir(config.root).checkpoints, {"a": torch.zeros(1)}, 2, before, 2, learned_from=facts)
+    weights = load_file(base / "model.safetensors")
+    save_file({name: value + 1 for name, value in weights.items()}, base / "model.safetensors", {"format": "pt"})
+    assert launch.fingerprint_of(config) != before
+    with pytest.raises(TrainingError, match=r"the base model's content was '[0-9a-f]{64}', now"):
+        launch.train(config)
 
 
 def test_a_loss_that_is_not_a_number_stops_training_and_says_where(tiny_model, tmp_path, monkeypatch):
@@ -286,3 +308,25 @@ def test_the_best_link_of_an_earlier_training_is_removed_before_training_begins_
     launch._remove_best_link(RunDir(now.local), now)
     later.pull()
     assert not RunDir(now.local).best.is_symlink() and not RunDir(later.local).best.is_symlink()
+
+
+@pytest.mark.parametrize("ends", [SystemExit(0), KeyboardInterrupt()], ids=["by Ray", "by Python"])
+@pytest.mark.parametrize("done, said", [(0, "no checkpoint was written yet"), (4, "the first 4 updates is kept")])
+def test_an_interrupted_training_says_what_is_kept(tiny_model, tmp_path, monkeypatch, ends, done, said):
+    config, mine = tiny_config(tiny_model, tmp_path), signal.getsignal(signal.SIGINT)
+    prepare_by_hand(config)
+    if done:
+        checkpoint.save_checkpoint(RunDir(tmp_path).checkpoints, {"a": torch.zeros(1)}, done, fingerprint_of(config), 2)
+
+    def fit(self):
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ray sets a handler, and leaves it
+        raise ends
+
+    monkeypatch.setattr("ray.train.torch.TorchTrainer.fit", fit)
+    monkeypatch.setattr("pi_ray.cluster.placement.cluster_nodes", lambda: [{"CPU": 2}])
+    monkeypatch.setitem(VERBS, "schema", VERBS["schema"]._replace(function=lambda args: launch.train(config)))
+    stderr = io.StringIO()
+    with redirect_stderr(stderr):
+        assert cli.main(["schema"]) == 130
+    assert f"{said}" in stderr.getvalue() and "The same command goes on from there" in stderr.getvalue()
+    assert signal.getsignal(signal.SIGINT) is mine
