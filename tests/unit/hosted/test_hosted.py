@@ -15,7 +15,7 @@ from pydantic import ValidationError
 
 from pi_ray import hosted, models
 from pi_ray.config import PromptConfig, RunConfig
-from pi_ray.errors import ConfigError, CorruptArtifactError, MissingExtraError, TrainingError
+from pi_ray.errors import ConfigError, CorruptArtifactError, MissingExtraError, StorageError, TrainingError
 from pi_ray.evaluate.columns import Column, columns_of, trained_column
 from pi_ray.evaluate.evaluate import evaluate_run
 from pi_ray.evaluate.hosted_answerer import HostedAnswerer
@@ -26,6 +26,7 @@ from pi_ray.prompt import Example, PromptEncoder, render_prompt
 from pi_ray.report.page import write_report
 from pi_ray.run.artifact import read_manifest, staged
 from pi_ray.run.directory import RunDir
+from pi_ray.run.lock import run_lock
 from pi_ray.run.phases import plain_finetuning_config, prompts_of_columns
 from tests.unit.fake_openai import FakeOpenAI
 
@@ -372,7 +373,7 @@ def test_a_job_that_the_service_has_forgotten_is_said_with_the_way_out(config, s
 
 
 def test_two_processes_do_not_tune_the_same_run(config, service):
-    with tuning.tuning_lock(config.root), pytest.raises(TrainingError, match="another process"):
+    with run_lock(config.root / "closed", "x"), pytest.raises(StorageError, match=r"another process .* is tuning"):
         tune(config)
     assert service.requests == []
 
@@ -521,6 +522,36 @@ def test_answers_that_are_there_are_not_asked_for_again_even_after_a_kill_in_mid
     answers(config, "base-1", prompts[:1], 10)
     answers(config, "base-2", prompts[:1], 9)
     assert service.count("POST /chat/completions") == 2
+
+
+@pytest.mark.fault
+def test_answers_that_come_after_one_has_failed_are_kept_since_they_are_paid_for(config, service):
+    everyone, failed = threading.Barrier(client.PARALLEL, timeout=60), threading.Event()
+    reply = service.reply
+
+    def slowly(*args):
+        number = everyone.wait()
+        if number:  # all but one wait until that one has failed
+            assert failed.wait(60)
+        return reply(*args)
+
+    service.reply = slowly
+    service.faults["POST /chat"] = [400]
+    ask = client.Service.chat
+
+    def chat(self, model, prompt, limit):
+        try:
+            return ask(self, model, prompt, limit)
+        except TrainingError:
+            threading.Timer(0.2, failed.set).start()
+            raise
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(client.Service, "chat", chat)
+        with pytest.raises(TrainingError, match="asking base-1"):
+            answers(config, "base-1", [f"prompt {i}" for i in range(client.PARALLEL)], 9)
+    log = (config.root / "closed" / "answers.jsonl").read_text().splitlines()
+    assert len([line for line in log if line]) == client.PARALLEL - 1
 
 
 @pytest.mark.fault
