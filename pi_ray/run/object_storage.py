@@ -1,6 +1,7 @@
 """Objects under a URL, by keys: s3://, gs://, hf://, file://, with credentials where providers' own tools have them."""
 
 import io
+import os
 import re
 import shutil
 import sys
@@ -90,7 +91,11 @@ class ObjectStorage:
                     if not self.fetch(f"{key}/{name}", tmp / name, recorded["bytes"]):
                         raise CorruptArtifactError(f"{name}: larger than the {recorded['bytes']} bytes of its manifest")
                 artifact.verify_artifact(tmp)
-                artifact.commit_folder(tmp, folder, notify=False)
+                try:
+                    os.rename(tmp, folder)
+                except OSError:  # another one is there: the same, which a second process has fetched, or an older one
+                    if not _holds(folder, manifest):
+                        artifact.commit_folder(tmp, folder, notify=False)
             except CorruptArtifactError as error:
                 raise CorruptArtifactError(str(error).removeprefix(f"{tmp}/")) from error
             finally:
@@ -104,7 +109,9 @@ class ObjectStorage:
         """Copy a file, or bytes, to `key`, whole or not at all: it is sent under another name, then moved.
 
         With `atomic=False` a part may stay there: for what no manifest names yet, or the provider replaces as a whole.
+        A disk (file://) never does.
         """
+        atomic = atomic or getattr(self._opened, "type_name", "") == "local"
         final = PurePosixPath(self._path(key))
         target = artifact.temporary_path(final) if atomic else final
         self._files.create_dir(str(final.parent), recursive=True)
@@ -134,6 +141,15 @@ class ObjectStorage:
 
     def _path(self, key: str) -> str:
         return f"{self._root}/{key}".rstrip("/")
+
+
+def _holds(folder: Path, manifest: bytes) -> bool:
+    """Whether `folder` is whole and has exactly this manifest."""
+    try:
+        artifact.verify_artifact(folder)
+        return (folder / artifact.MANIFEST).read_bytes() == manifest
+    except (CorruptArtifactError, OSError):
+        return False
 
 
 def open_file_system(url: str) -> tuple[Any, str]:

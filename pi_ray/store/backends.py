@@ -17,9 +17,17 @@ from pathlib import Path
 from typing import Any
 
 from pi_ray.errors import AdapterError, ConfigError, CorruptArtifactError, StorageError
-from pi_ray.models import cache_dir
-from pi_ray.run.artifact import MANIFEST, digest, staged, translate_disk_errors, verify_artifact, write_atomic
+from pi_ray.run.artifact import (
+    MANIFEST,
+    digest,
+    remove_leftovers,
+    staged,
+    translate_disk_errors,
+    verify_artifact,
+    write_atomic,
+)
 from pi_ray.run.object_storage import ObjectStorage
+from pi_ray.store.disk_cache import DiskCache
 from pi_ray.store.verify import MAX_JSON_BYTES, MAX_WEIGHT_BYTES, SUFFIXES, WEIGHTS_FILE, parse_json, read_json
 
 log = logging.getLogger("ray.serve")
@@ -84,7 +92,10 @@ class LocalStore:
             return ""
 
     def stage_version(self, name: str, version: str, fingerprint: str) -> AbstractContextManager[Path]:
-        """A temporary folder that becomes the version when all went well."""
+        """A temporary folder that becomes the version when all went well. Only under `lock`, since it removes what
+        killed publications have left.
+        """
+        remove_leftovers(self.root / name)
         return staged(self.root / name / version, fingerprint=fingerprint, adapter=name, version=version)
 
     @contextmanager
@@ -122,6 +133,7 @@ class RemoteStore:
         self._clock: Callable[[], float] = time.monotonic
         self._answers: dict[tuple[str, ...], tuple[float, Any]] = {}  # question -> time and answer
         self._failed_at = float("-inf")  # when the store last did not answer
+        self._cache = DiskCache()
         self._fetched: set[Path] = set()
         self._damaged: dict[Path, tuple[float, str]] = {}  # folder -> time and error
         self._fetching, self._asking = threading.Lock(), threading.Lock()
@@ -159,12 +171,13 @@ class RemoteStore:
         manifest = self._recent((name, version), lambda: self._read(f"{name}/{version}/{MANIFEST}"))
         if manifest is None:
             return None
-        folder = cache_dir() / "adapters" / digest(manifest)[:32] / name / version
-        if folder not in self._fetched:
+        folder = self._cache.folder(digest(manifest), name, version)
+        if not (folder in self._fetched and folder.is_dir()):  # another process may have removed it to make room
             with self._fetching:
-                if folder not in self._fetched:
+                if not (folder in self._fetched and folder.is_dir()):
                     self._obtain(f"{name}/{version}", manifest, folder)
                     self._fetched.add(folder)
+        self._cache.mark_used(folder)
         return folder
 
     def fingerprint_of(self, name: str, version: str) -> str:
@@ -175,7 +188,8 @@ class RemoteStore:
     @contextmanager
     def stage_version(self, name: str, version: str, fingerprint: str) -> Iterator[Path]:
         """Yield a temporary folder; when all went well, upload its files, the manifest last: it makes the version."""
-        folder = cache_dir() / "uploads" / uuid.uuid4().hex
+        self._cache.remove_old_uploads()
+        folder = self._cache.uploads / uuid.uuid4().hex
         try:
             with staged(folder, fingerprint=fingerprint, adapter=name, version=version) as tmp:
                 yield tmp
@@ -248,6 +262,7 @@ class RemoteStore:
         try:
             with self._translate_errors():
                 self._storage.fetch_folder(key, manifest, folder)
+            self._cache.make_room(keep=folder)
         except (CorruptArtifactError, FileNotFoundError) as error:
             reason = str(error).rpartition("/")[2]  # without the path on this machine
             message = f"adapter '{key.replace('/', '@')}' is not whole in the store: {reason}"

@@ -10,7 +10,7 @@ import pytest
 
 from pi_ray.config import ModelConfig, RunConfig
 from pi_ray.errors import AdapterError, CorruptArtifactError
-from pi_ray.run.artifact import digest, staged, write_atomic
+from pi_ray.run.artifact import digest, staged, temporary_path, write_atomic
 from pi_ray.run.directory import RunDir
 from pi_ray.store.adapters import AdapterStore
 from pi_ray.store.prompt_guard import hash_example
@@ -81,6 +81,16 @@ def test_a_damaged_version_is_not_reused(run, config):
     first = publish_adapter(run, config)
     (first / "adapter_model.safetensors").write_bytes(b"x")
     assert publish_adapter(run, config).name == "v0002"
+
+
+def test_what_a_killed_publication_has_left_is_removed_by_the_next_one(run, config, tiny_model):
+    publish_adapter(run, config)
+    left = temporary_path(Path(config.store) / "colours" / "v0002")
+    left.mkdir()
+    (left / "adapter_model.safetensors").write_bytes(b"half")
+    train(run, tiny_model, seed=2)
+    assert publish_adapter(run, config).name == "v0002"
+    assert sorted(p.name for p in left.parent.iterdir()) == [".lock", "latest.json", "v0001", "v0002"]
 
 
 def test_two_publishers_do_not_take_the_same_version(config, tiny_model, tmp_path):

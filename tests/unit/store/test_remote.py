@@ -1,8 +1,10 @@
 """A store behind a URL: fetched once, checked here, and never trusted with a path, a size or a hash."""
 
 import json
+import os
 import shutil
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,7 @@ from pi_ray.errors import AdapterError, ConfigError
 from pi_ray.run import object_storage
 from pi_ray.run.artifact import seal_folder, staged, write_atomic
 from pi_ray.run.directory import RunDir
-from pi_ray.store import backends
+from pi_ray.store import backends, disk_cache
 from pi_ray.store.adapters import AdapterStore, StoreUnavailableError, UnknownAdapterError
 from pi_ray.store.publish import publish_adapter
 from pi_ray.store.release import release_version
@@ -289,6 +291,77 @@ def test_a_url_by_fsspec_sees_new_versions(root, tiny_model):
 def test_a_url_of_an_unknown_kind_is_an_error_that_names_the_known_kinds(url):
     with pytest.raises(ConfigError, match=r"s3://.*gs://, hf://"):
         AdapterStore(url)
+
+
+def test_of_two_replicas_that_fetch_a_version_at_once_the_first_ones_files_stay(store, bucket, tiny_model):
+    other = AdapterStore("s3://bucket/adapters", ModelConfig(base=str(tiny_model)))
+    opened, found = bucket.open_input_stream, []
+
+    def open_input_stream(path):
+        if path.endswith("adapter_model.safetensors") and not found:
+            found.append(None)  # the other replica overtakes this one
+            found[0] = other.open("colours").path
+            found.append(found[0].stat().st_ino)
+        return opened(path)
+
+    bucket.open_input_stream = open_input_stream
+    path = store.open("colours").path
+    assert [path, path.stat().st_ino] == found and sorted(p.name for p in path.parent.iterdir()) == ["v0001"]
+
+
+def test_a_damaged_copy_on_this_machine_is_replaced(store, root):
+    path = store.open("colours").path
+    (path / "pi_ray.json").write_text("{}")
+    other = AdapterStore("s3://bucket/adapters", store.base)
+    assert (other.open("colours").path / "pi_ray.json").read_bytes() == (
+        root / "colours" / "v0001" / "pi_ray.json"
+    ).read_bytes()
+
+
+def test_the_cache_on_disk_is_bounded_and_the_least_recently_used_version_goes(store, monkeypatch, tiny_model):
+    colours = store.open("colours").path
+    size = sum(file.stat().st_size for file in colours.iterdir())
+    os.utime(colours.parents[1], (1, 1))
+    monkeypatch.setattr(store.backend._cache, "limit", 1.5 * size)
+    shapes = store.open("shapes").path
+    assert shapes.is_dir() and not colours.exists()
+    assert store.open("colours").path == colours and colours.is_dir(), "fetched again when it is asked for"
+    assert [folder.name for folder in store.backend._cache.root.iterdir()] == [colours.parents[1].name]
+
+
+def test_the_bound_of_the_cache_comes_from_the_environment(bucket, monkeypatch):
+    monkeypatch.setenv("PI_RAY_CACHE_GIB", "0.5")
+    assert AdapterStore("s3://bucket/adapters").backend._cache.limit == 2**29
+    monkeypatch.setenv("PI_RAY_CACHE_GIB", "much")
+    with pytest.raises(ConfigError, match="PI_RAY_CACHE_GIB: 'much' is no number of GiB"):
+        AdapterStore("s3://bucket/adapters")
+
+
+def test_a_reader_of_a_store_on_a_disk_never_sees_half_of_a_file(root, monkeypatch):
+    store = AdapterStore(f"file://{root}")
+    before = (root / "colours" / "latest.json").read_bytes()
+
+    def fails(source, out, chunk):
+        out.write(b'{"version"')
+        out.flush()
+        assert (root / "colours" / "latest.json").read_bytes() == before
+        raise OSError("the disk is gone")
+
+    monkeypatch.setattr(object_storage.shutil, "copyfileobj", fails)
+    with pytest.raises(StoreUnavailableError):
+        store.backend.write("colours", "latest.json", '{"version": "v0002"}')
+    assert (root / "colours" / "latest.json").read_bytes() == before
+    assert not list((root / "colours").glob(".*"))
+
+
+def test_uploads_of_killed_publications_are_removed_after_a_day(store):
+    uploads = store.backend._cache.uploads
+    for name, age in (("old", 2 * disk_cache.DAY_S), ("going-on", 60)):
+        (uploads / name).mkdir(parents=True)
+        os.utime(uploads / name, (time.time() - age,) * 2)
+    with pytest.raises(RuntimeError), store.backend.stage_version("colours", "v0002", "f"):
+        raise RuntimeError
+    assert [folder.name for folder in uploads.iterdir()] == ["going-on"]
 
 
 def test_a_url_with_a_secret_is_refused_without_being_shown():
