@@ -1,7 +1,8 @@
 """Reading run files and table files: overrides, checks, paths. A mistake is named with file, line, key and cure."""
 
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, TypeVar
@@ -12,6 +13,7 @@ from pydantic import BaseModel, ValidationError
 from pi_ray.config import INPUTS, RunConfig, set_key
 from pi_ray.errors import ConfigError
 
+MAX_KEYS = 10_000  # of a run file, aliases resolved
 M = TypeVar("M", bound=BaseModel)
 RENAMED_KEYS = {"train.border": "train.phase_transition", "train.start": "train.init_adapter"}  # old -> new
 
@@ -23,9 +25,12 @@ def load_run_file(path: Path | str, overrides: Sequence[str] = ()) -> RunConfig:
 
 
 def read_run_file(path: Path) -> str:
-    """The file's text. Raises ConfigError if there is none."""
+    """The file's text. Raises ConfigError if there is none, or it is not UTF-8."""
     try:
         return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        line = path.read_bytes()[: error.start].count(b"\n") + 1
+        raise ConfigError(f"{path}:{line}: not UTF-8 text; save the file as UTF-8") from None
     except (FileNotFoundError, IsADirectoryError):
         raise ConfigError(f"{path}: no such file; 'pi-ray init FOLDER' writes one to start from") from None
 
@@ -37,22 +42,20 @@ def parse_run_file(text: str, source: str, overrides: Sequence[str] = (), folder
 
 def validate_yaml(model: type[M], text: str, source: str, overrides: Sequence[str] = ()) -> M:
     """YAML text -> an instance of `model`, such as RunConfig. Raises ConfigError, one line for each mistake."""
-    try:
+    with _explain_yaml(source):
         node = yaml.compose(text, Loader=yaml.SafeLoader)
+        lines = _line_numbers(node) if node else {}
         data = yaml.safe_load(text) or {}
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f"{source}:{mark.line + 1}" if mark else source
-        raise ConfigError(f"{where}: not valid YAML: {getattr(error, 'problem', error)}") from None
     if not isinstance(data, dict):
         found = type(data).__name__
         raise ConfigError(f"{source}: expected labelled blocks such as 'task:' and 'train:', found {found}")
-    places = {path: f"{source}:{line}" for path, line in _line_numbers(node).items()} if node else {}
+    places = {path: f"{source}:{line}" for path, line in lines.items()}
     for override in overrides:
         key, equals, value = override.partition("=")
         if not equals:
             raise ConfigError(f"'{override}': an override is section.key=value, such as train.lr=0.0003")
-        set_key(data, key.strip(), yaml.safe_load(value) if value else "")
+        with _explain_yaml(f"'{override}'"):
+            set_key(data, key.strip(), yaml.safe_load(value) if value else "")
         path = tuple(key.strip().split("."))
         for depth in range(1, len(path)):  # a block that only the command line names
             places.setdefault(path[:depth], "command line")
@@ -86,16 +89,32 @@ def make_paths_absolute(config: RunConfig, folder: Path) -> RunConfig:
     })
 
 
+@contextmanager
+def _explain_yaml(source: str) -> Iterator[None]:
+    """Turn what the YAML parser raises into a ConfigError that names `source` and the line."""
+    try:
+        yield
+    except RecursionError:
+        raise ConfigError(f"{source}: not valid YAML for a run: its blocks are nested without end") from None
+    except (yaml.YAMLError, ValueError) as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{source}:{mark.line + 1}" if mark and mark.line else source
+        reason = getattr(error, "problem", None) or str(error).splitlines()[0]
+        raise ConfigError(f"{where}: not valid YAML: {reason}") from None
+
+
 def _line_numbers(node: yaml.Node, path: tuple[str, ...] = ()) -> dict[tuple[str, ...], int]:
-    """Path of each key, such as ("train", "lr") -> its line in the file, from 1."""
+    """Path of each key, such as ("train", "lr") -> its line in the file, from 1. ValueError: aliases make too many."""
     found = {path: node.start_mark.line + 1}
     if isinstance(node, yaml.MappingNode):
         for key, value in node.value:
-            found.update(_line_numbers(value, (*path, key.value)))
-            found[(*path, key.value)] = key.start_mark.line + 1
+            found.update(_line_numbers(value, (*path, str(key.value))))
+            found[(*path, str(key.value))] = key.start_mark.line + 1
     elif isinstance(node, yaml.SequenceNode):
         for i, value in enumerate(node.value):
             found.update(_line_numbers(value, (*path, str(i))))
+    if len(found) > MAX_KEYS:
+        raise ValueError(f"aliases make more than {MAX_KEYS} keys of it")
     return found
 
 

@@ -136,6 +136,35 @@ def test_a_teacher_gets_no_examples_by_default_and_those_that_are_asked_for_by_t
     assert (labels.schedule.shots, labels.retrieve.by) == (2, "answer")
 
 
+LAUGHS = "a0: &a0 {x: 1, y: 2}\n" + "".join(
+    f"a{i}: &a{i} {{{', '.join(f'{key}: *a{i - 1}' for key in 'bcdefghij')}}}\n" for i in range(1, 12)
+)
+
+
+@pytest.mark.parametrize("text, overrides, said", [
+    ("a: &a\n  - *a\n", [], "r.yaml: not valid YAML for a run: its blocks are nested without end"),
+    ("name: &a {b: *a}\n", [], "r.yaml: not valid YAML for a run: its blocks are nested without end"),
+    ("[" * 5000, [], "r.yaml: not valid YAML for a run: its blocks are nested without end"),
+    (LAUGHS, [], "r.yaml: not valid YAML: aliases make more than 10000 keys of it"),
+    ("name: a\ntask: {max_bad_rows: 2001-99-99}\n", [], "r.yaml: not valid YAML: month must be in 1..12"),
+    ("? [a, {b: c}]\n: 1\n", [], "r.yaml: not valid YAML: found unhashable key"),
+    ("name: a\x00", [], "r.yaml: not valid YAML"),
+    ("name: a", ["train.lr=["], "'train.lr=[': not valid YAML"),
+    ("name: a", ["train.lr=&a [*a]"], "command line: train.lr"),
+    ("name: a", ["train.lr=" + "[" * 5000], "not valid YAML for a run: its blocks are nested without end"),
+], ids=range(10))  # fmt: skip
+def test_yaml_that_is_broken_or_hostile_is_an_error_and_no_traceback(text, overrides, said):
+    with pytest.raises(ConfigError) as refused:
+        run_file.parse_run_file(text, "r.yaml", overrides)
+    assert said in str(refused.value)
+
+
+def test_a_run_file_that_is_not_utf8_is_named_with_its_line(tmp_path):
+    (tmp_path / "run.yaml").write_bytes("name: a\nprompt: {query: 'Größe {query}'}\n".encode("latin-1"))
+    with pytest.raises(ConfigError, match=r"run\.yaml:2: not UTF-8 text; save the file as UTF-8"):
+        run_file.load_run_file(tmp_path / "run.yaml")
+
+
 @pytest.mark.parametrize("url", [
     "s3://AKIAKEY:se/cret@bucket/x", "s3://secret@bucket/x", "s3://bucket/x?secret_key=secret", "gs://b/x?token=secret",
     "s3://bucket/x?region=eu&X-Amz-Signature=secret",
