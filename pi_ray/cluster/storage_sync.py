@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
-from pi_ray.errors import CorruptArtifactError
+from pi_ray.errors import CorruptArtifactError, TrainingError
 from pi_ray.run import artifact
 from pi_ray.run.artifact import CORRUPT, MANIFEST, digest, digest_file, temporary_path
 from pi_ray.run.lock import LOCK
@@ -31,6 +31,7 @@ class StorageSync:
 
     def __init__(self, local: Path, storage: ObjectStorage):
         self.local, self.storage = local, storage
+        self.lease = ("", "")  # key and content of the lease that this process holds
         self.known: set[str] = set()  # keys seen here: only these are removed on storage when they are gone here
 
     @contextmanager
@@ -66,6 +67,7 @@ class StorageSync:
         if is_temporary(key) or LOCAL_ONLY & set(parts) or any(part.endswith(CORRUPT) for part in parts):
             return
         with self._locked_state() as synced:
+            self._check_lease()
             if not path.is_dir():
                 synced[key] = self._push_object(key, path)
                 return
@@ -75,6 +77,13 @@ class StorageSync:
                     synced[self._key(log)] = self._push_object(self._key(log), log)
             if path.parent.name == "checkpoints":
                 self._prune(self._key(path.parent))
+
+    def _check_lease(self) -> None:
+        """Raise TrainingError where another group of workers, on whatever node, has written its lease since."""
+        lease, holder = self.lease
+        if holder and self.storage.read(lease) not in (holder.encode(), None):
+            taken = "another group of workers has taken this run over, as after a lost connection"
+            raise TrainingError(f"{self.storage.url}/{lease}: {taken}; this one stops, and sends nothing more")
 
     def push_changes(self) -> None:
         """Send what changed without a listener's call (the log, the best adapter's link); remove what is gone here."""
@@ -231,6 +240,16 @@ _started_work: set[str] = set()  # ids of the work for which this process has fe
 def sync_for(root: Path) -> StorageSync | None:
     """The driver's storage sync of the run directory `root`, or of a baseline in it; None where nodes share storage."""
     return next((sync for sync in _driver_syncs if root.is_relative_to(sync.local)), None)
+
+
+def take_lease(lease: Path, holder: str) -> None:
+    """In a worker: write `holder` into the file `lease`, and send nothing more once storage has another one there."""
+    syncs = [sync for sync in _worker_syncs.values() if lease.is_relative_to(sync.local)]
+    for sync in syncs:
+        sync.lease = ("", "")  # an earlier one's of this process
+    artifact.write_atomic(lease, holder)
+    for sync in syncs:
+        sync.lease = (lease.relative_to(sync.local).as_posix(), holder)
 
 
 def fetch_updates(root: Path) -> None:

@@ -43,7 +43,7 @@ def _prepare(config: RunConfig, progress: Progress) -> str:
 
     task: Task = tasks[config.task.name](config.task)
     run, base = RunDir(config.root), base_digest(config.model)
-    fingerprint = prepare_fingerprint(config, task.fingerprint(), base, queries_digest(run))
+    fingerprint = prepare_fingerprint(config, task.fingerprint(), queries_digest(run), base)
     for folder in (run.rows, run.templates, run.documents, *(run.phase(data.name) for data in plan_datasets(config))):
         set_aside_damaged(folder, fingerprint, progress)
     if _is_done(config, run, fingerprint):

@@ -126,7 +126,7 @@ def _token_counts(task: Task, rows: Sequence[Row], config: RunConfig) -> TokenCo
     pairs = list(zip(sample, others, strict=True))
     one, two = (fmean(len(encoder.row(r.query, [other] * n)) for r, other in pairs) for n in (1, 2))
     run = RunDir(config.root)
-    prepared = prepare_fingerprint(config, task.fingerprint(), base_digest(config.model))
+    prepared = prepare_fingerprint(config, task.fingerprint(), base=base_digest(config.model))
     made = is_current(run.templates, prepared)  # from exactly this config
     return TokenCounts(
         head=len(encoder.prefix("")), template=len(encoder.prefix(task.template().text)), query=fmean(queries),

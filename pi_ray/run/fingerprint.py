@@ -26,9 +26,9 @@ def wants_unlabelled(config: RunConfig) -> bool:
     return config.train.objective != "sft" and config.train.distill.teacher != "endpoint"
 
 
-def prepare_fingerprint(config: RunConfig, task: str, base: str = "", queries: str = "") -> str:
-    """The fingerprint of the prepared rows; `task` is that of the task's rows and template, `base` of the base model's
-    files, `queries` of the generated queries.
+def prepare_fingerprint(config: RunConfig, task: str, queries: str = "", base: str = "") -> str:
+    """The fingerprint of the prepared rows; `task` is that of the task's rows and template, `queries` the hash of the
+    generated queries, `base` that of the base model's files.
     """
     phases = [(p.rate, p.shots) for p in plan_phases(config.schedule)]
     parts = [__version__, task, _dump(config, *PREPARED), phases, max_shots(config), *filter(None, [base])]

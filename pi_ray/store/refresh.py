@@ -69,7 +69,7 @@ def _fingerprint(config: RunConfig) -> str:
 
     bare = config.replace(**{"train.init_adapter": ""})
     task, base = tasks[config.task.name](config.task), base_digest(config.model)
-    return train_fingerprint(bare, prepare_fingerprint(bare, task.fingerprint(), base), base)
+    return train_fingerprint(bare, prepare_fingerprint(bare, task.fingerprint(), base=base), base)
 
 
 def _read_marks(root: Path, storage: ObjectStorage | None) -> dict[str, dict[str, Any]]:

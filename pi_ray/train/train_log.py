@@ -7,6 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from pi_ray.cluster import storage_sync
 from pi_ray.errors import MissingExtraError, TrainingError
 from pi_ray.run.artifact import translate_disk_errors, write_atomic
 from pi_ray.train.trackers import Tracker
@@ -25,7 +26,7 @@ class TrainLog:
         self.tracker: Tracker | None = None
         self.lease, self.holder = path.with_suffix(".owner"), uuid.uuid4().hex
         if writes:
-            write_atomic(self.lease, self.holder)
+            storage_sync.take_lease(self.lease, self.holder)
         if writes and path.exists() and (data := path.read_bytes()) and not data.endswith(b"\n"):
             write_atomic(path, data + b"\n")  # ends the half line that a crash left
 

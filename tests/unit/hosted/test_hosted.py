@@ -539,9 +539,9 @@ def test_answers_that_come_after_one_has_failed_are_kept_since_they_are_paid_for
     service.faults["POST /chat"] = [400]
     ask = client.Service.chat
 
-    def chat(self, model, prompt, limit):
+    def chat(self, *request):
         try:
-            return ask(self, model, prompt, limit)
+            return ask(self, *request)
         except TrainingError:
             threading.Timer(0.2, failed.set).start()
             raise

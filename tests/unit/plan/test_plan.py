@@ -98,7 +98,7 @@ def test_tokens_are_those_of_the_encoder(config):
 
 
 def test_a_prepared_template_replaces_the_estimate(config):
-    fingerprint = prepare_fingerprint(config, tasks["jsonl"](config.task).fingerprint(), base_digest(config.model))
+    fingerprint = prepare_fingerprint(config, tasks["jsonl"](config.task).fingerprint(), base=base_digest(config.model))
     with staged(RunDir(config.root).templates, fingerprint=fingerprint) as folder:
         (folder / "templates.json").write_text(json.dumps([{"rate": 0.5, "achieved": 0.6}]))
     made = plan_run(config)
