@@ -74,7 +74,7 @@ def _gguf_file(base: str) -> Path | None:
 def base_digest(config: ModelConfig) -> str:
     """What the base model is made of, whatever it is called: the sha256 of its files, or its commit on the hub.
 
-    Raises ModelError where it cannot be found.
+    "" for a hub id without a model, which a closed one's tokenizer may have. Raises ModelError for a missing folder.
     """
     from transformers import AutoConfig
 
@@ -84,7 +84,9 @@ def base_digest(config: ModelConfig) -> str:
     if folder.is_dir():
         files = sorted(path for path in folder.iterdir() if path.suffix in MODEL_FILES)
         return digest({path.name: file_digest(path) for path in files})
-    return getattr(_from_pretrained(AutoConfig, config), "_commit_hash", None) or ""
+    with suppress(ModelError):
+        return getattr(_from_pretrained(AutoConfig, config), "_commit_hash", None) or ""
+    return ""
 
 
 def file_digest(path: Path) -> str:

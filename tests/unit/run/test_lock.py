@@ -1,6 +1,5 @@
-"""One process at a time prepares a run, a second one is told which, and a lock never outlives its process."""
+"""One process at a time prepares a run, and a lock never outlives its process."""
 
-import os
 import subprocess
 import sys
 
@@ -31,8 +30,8 @@ def other(tmp_path):
         process.kill()
 
 
-def test_a_second_preparation_in_one_directory_is_refused_and_told_who_is_there(other, tmp_path):
-    with pytest.raises(StorageError, match=rf"pid {other.pid} on .* is preparing this run; wait for it") as refused:
+def test_a_second_preparation_in_one_directory_is_refused(other, tmp_path):
+    with pytest.raises(StorageError, match="another process is preparing this run; wait for it") as refused:
         prepare.prepare(tiny_config("no-such-model", tmp_path))
     assert str(tmp_path) in str(refused.value)
 
@@ -40,8 +39,8 @@ def test_a_second_preparation_in_one_directory_is_refused_and_told_who_is_there(
 def test_a_killed_process_leaves_no_lock(other, tmp_path):
     other.kill()
     other.wait()
-    with run_lock(tmp_path, "x"):
-        assert f"pid {os.getpid()}" in (tmp_path / lock.LOCK).read_text()
+    with run_lock(tmp_path, "x"), pytest.raises(StorageError, match="another process x"), run_lock(tmp_path, "x"):
+        pass
     with run_lock(tmp_path, "x"):
         pass
 
