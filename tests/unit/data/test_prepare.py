@@ -7,7 +7,7 @@ import pytest
 from pi_ray.data import prepare
 from pi_ray.run.artifact import MANIFEST, staged
 from pi_ray.run.directory import RunDir
-from pi_ray.train.batches import longest_row_tokens
+from pi_ray.train.batches import prepared_row_tokens
 from tests.prepared import tiny_config
 
 NAMES = ["rows", "templates", "0", "1", "2", "dev"]
@@ -54,7 +54,7 @@ def test_a_damaged_artifact_is_set_aside_and_made_again(run, name, file):
     assert run.made == [name] and (folder / file).read_bytes() == whole
     assert (folder.with_name(f"{name}.corrupt") / file).read_bytes() == whole[:-9]
     assert f"{name} set aside as {name}.corrupt" in run.said[0]
-    assert longest_row_tokens(run.phases) > 0, "which damaged ones do not count for"
+    assert prepared_row_tokens(run.phases) > 0, "which damaged ones do not count for"
     prepare.prepare(run.settings, run.said.append)
     assert run.made == [name]
 
