@@ -105,6 +105,7 @@ class GenerationRequest:
     stop: tuple[str, ...] = ()
     logprobs: int | None = None  # likeliest tokens that come with each token; None: no log-probabilities at all
     adapter_hash: str = ""  # of the folder's manifest: what an engine keeps of an adapter, it keeps under this
+    cache_salt: str = ""  # requests of different salts share no cached prefix
 
     @property
     def adapter_key(self) -> str:

@@ -29,6 +29,8 @@ class ServeConfig(Block):
         "that is larger alone is refused")
     merge: str = doc("", "adapter of the store, merged into the base weights: faster, and no other one is served")
     prefix_cache_mb: Count = doc(512, "per replica, for keys and values of prompts that begin alike; 0: none")
+    share_prefix_cache: bool = doc(False, "among clients of different keys: faster where prompts begin alike, but the "
+        "time to a first token can tell what others sent; false: each key has its own")
     prefill_tokens: Count = doc(0, "prompt tokens read between two decoding steps; 0: 256 on a CPU, 2048 on a GPU")
     body_limit_bytes: Positive = 1_048_576
     api_key_env: str = doc("PI_RAY_API_KEY", "variable with the bearer key; off loopback it or keys_file must be set")

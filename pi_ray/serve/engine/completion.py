@@ -48,6 +48,7 @@ class CompletionRequest:
     logprobs: int | None = None  # likeliest tokens to report beside each one; None: no log-probabilities
     choices: int = 1  # answers that share the server's token limit
     sticky_key: str = ""  # requests with the same key meet the same version while a canary is out
+    cache_salt: str = ""  # requests of different salts share no cached prefix
     full_prompt: bool = False  # for comparison: the base model answers, with the adapter's whole template
 
     @property
@@ -170,7 +171,8 @@ class Completer:
         }
         folder, found = (str(answering.path), answering.hash) if answering else ("", "")
         return start, GenerationRequest(
-            ids, limit, folder, request.temperature, request.top_p, request.seed, request.stop, request.logprobs, found
+            ids, limit, folder, request.temperature, request.top_p, request.seed, request.stop, request.logprobs, found,
+            request.cache_salt,
         )
 
     def _open(self, name: str, sticky_key: str) -> Adapter:

@@ -34,6 +34,7 @@ class GenerationSequence:
     def __init__(self, request: GenerationRequest):
         self.request = request
         self.sampler = Sampler(request)
+        self.prefix_namespace = f"{request.cache_salt}/{request.adapter_key}"  # within which it shares cached prefixes
         self.output_ids: list[int] = []
         self.adapter_slot = 0  # in MultiLora
         self.cached_blocks: list[Block] = []  # the blocks of its prompt that the prefix cache has
@@ -104,7 +105,7 @@ class Scheduler:
                 if seq.skipped_steps > MAX_SKIPPED_STEPS:
                     break
                 continue
-            seq.cached_blocks = self.prefix_cache.find(seq.request.adapter_key, seq.request.prompt_ids)
+            seq.cached_blocks = self.prefix_cache.find(seq.prefix_namespace, seq.request.prompt_ids)
             if admitted and not self._fit_in_one_pass([*admitted, seq]):
                 break
             try:
@@ -166,7 +167,7 @@ class Scheduler:
         self.num_decoding = len(self.running)
         for row, seq in enumerate(sequences, start=first):
             copy_block = partial(self.kv_cache.copy_block, row)
-            self.prefix_cache.add(seq.request.adapter_key, seq.request.prompt_ids, copy_block)
+            self.prefix_cache.add(seq.prefix_namespace, seq.request.prompt_ids, copy_block)
         self._append_tokens(first, logits)
         return []
 

@@ -160,6 +160,7 @@ def completion_fields(request: GenerationRequest) -> dict[str, Any]:
         "temperature": request.temperature, "top_p": request.top_p, "seed": request.seed, "stop": list(request.stop),
         "logprobs": request.logprobs, "add_special_tokens": False, "return_token_ids": True,
         "return_tokens_as_token_ids": request.logprobs is not None,
+        **({"cache_salt": request.cache_salt} if request.cache_salt else {}),
     }
 
 

@@ -10,6 +10,7 @@ import time
 import uuid
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
+from dataclasses import replace
 from functools import cache
 from importlib.resources import files
 from typing import Any, Protocol
@@ -178,6 +179,8 @@ async def _respond(
     request_id, model = form.id_prefix + uuid.uuid4().hex, body.model
     requests = body.completion_requests(request_id, serve.max_in_flight)
     _check_permission(key, backend.base, requests[0])
+    if not serve.share_prefix_cache:
+        requests = [replace(request, cache_salt=key.digest[:32]) for request in requests]
     usage = UsageCounter(body.choices)
     events = _guard_events(merge_streams(backend, requests), usage, serve.request_timeout_s)
     start = await anext(events)

@@ -30,6 +30,7 @@ class ApiKey(BaseModel, frozen=True, extra="forbid"):
     name: str = Field(min_length=1)
     adapters: frozenset[str] | Literal["all"] = "all"
     full_prompt: bool = False  # whether it may ask for pi_ray.full_prompt, whose answers can give a template away
+    digest: str = ""  # by which the file knows the key, and what is counted or kept for it
 
     def allows(self, model: str) -> bool:
         """`model` without its version: a key for an adapter is good for all of its versions."""
@@ -61,7 +62,7 @@ class ApiKeys:
     """All keys of a server: the one whose digest it was given, and those of the file. False when it needs none."""
 
     def __init__(self, digest: str = "", file: str = "", full_prompt: bool = False):
-        self._fixed = {digest: ApiKey(name="environment", full_prompt=full_prompt)} if digest else {}
+        self._fixed = {digest: ApiKey(name="environment", full_prompt=full_prompt, digest=digest)} if digest else {}
         self._file = Path(file) if file else None
         self._state = self._file and _file_state(self._file)
         self._keys = {**(load_keys(self._file) if self._file else {}), **self._fixed}
@@ -108,8 +109,8 @@ def load_keys(file: Path) -> dict[str, ApiKey]:
             shape = "as its sha256 in 64 lower-case hex digits, never as itself; 'pi-ray key NAME' prints such a line"
             raise ConfigError(f"{where}: a key stands there {shape}")
         try:
-            keys[digest] = ApiKey.model_validate(entry)
-        except ValidationError:
+            keys[digest] = ApiKey.model_validate({**entry, "digest": digest})
+        except (TypeError, ValidationError):
             expected = "{name: ...} and, to allow some models only, adapters: [...], a list of names; full_prompt: true"
             raise ConfigError(f"{where}: expected {expected}") from None
     return keys

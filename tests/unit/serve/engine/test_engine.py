@@ -352,6 +352,15 @@ def test_a_seed_gives_the_same_tokens_in_any_batch(engine):
     assert asyncio.run(tokens(engine, PROMPTS[0], **{**options, "seed": 8})) != alone
 
 
+@pytest.mark.fault
+def test_a_cached_prefix_is_found_only_by_requests_of_the_same_salt(fresh):
+    engine, prompt, hits = fresh(), list(range(300, 350)), []
+    for salt in ("one", "two", "one", ""):
+        asyncio.run(collect(engine, GenerationRequest(prompt, 1, cache_salt=salt)))
+        hits.append(engine.stats()["prefix_hit_tokens"])
+    assert hits == [0, 0, 48, 48]
+
+
 def test_a_version_replaced_in_place_is_answered_with_its_new_weights(fresh, tiny_model, tmp_path):
     """By the stacks, and by the prefix cache, which keeps keys and values that the old weights made."""
     prompt = list(range(300, 350))

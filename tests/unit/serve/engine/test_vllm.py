@@ -139,6 +139,10 @@ def test_a_completion_request_has_prompt_ids_and_every_sampling_setting():
     }  # fmt: skip
 
 
+def test_the_cache_salt_is_passed_on():
+    assert vllm.completion_fields(GenerationRequest([1], 9, cache_salt="team"))["cache_salt"] == "team"
+
+
 def event(ids, **rest):
     return f"data: {json.dumps({'choices': [{'text': 'x', 'token_ids': ids, **rest}]})}\n\n"
 

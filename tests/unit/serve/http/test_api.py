@@ -495,6 +495,21 @@ def test_full_prompt_needs_a_key_that_may_ask_for_it_and_may_use_the_base(backen
     assert call(backend, body=body).status_code == 200, "a server without keys"
 
 
+def test_each_key_has_a_cache_salt_of_its_own_unless_prefixes_are_shared(backend, tmp_path):
+    file = tmp_path / "keys.yaml"
+    file.write_text("\n".join(keys_file_line(key, "same name", []) for key in ("one", "two")))
+
+    def salt(key="", **options):
+        response = call(backend, body=chat(), headers={"Authorization": f"Bearer {key}"}, **options)
+        assert response.status_code == 200
+        return backend.completer.engine.requests[-1].cache_salt
+
+    salts = [salt(key, keys_file=str(file), key=KEY) for key in ("one", "two", KEY)]
+    assert len(set(salts)) == 3 and "" not in salts
+    assert {salt(key, keys_file=str(file), share_prefix_cache=True) for key in ("one", "two")} == {""}
+    assert salt() == "", "a server without keys"
+
+
 def test_restricted_key_is_checked_without_the_store(backend, tmp_path):
     (tmp_path / "keys.yaml").write_text(keys_file_line(KEY, "team", ["colours"]))
     options = {"keys_file": str(tmp_path / "keys.yaml"), "headers": {"Authorization": f"Bearer {KEY}"}}
