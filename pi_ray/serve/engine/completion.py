@@ -2,10 +2,11 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator
+import threading
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, Self
 
 from pi_ray.config import PromptConfig, RunConfig
@@ -29,6 +30,7 @@ QUERY_ONLY_MESSAGE = (
     "prompt or earlier turns mean nothing to it, unless they are those of the prompt that it has taken in"
 )
 COUNT_CHUNK_CHARS = 16_384  # a longer text is first counted in pieces: a tokenizer can take seconds for one long word
+MAX_CHARS_PER_TOKEN = 32  # by which a request's text is bounded before anything reads it; English has 4 or 5
 
 Events = AsyncGenerator[dict[str, Any], None]  # of one answer, see Completer.complete
 
@@ -128,7 +130,11 @@ class Completer:
         "fingerprint" is the model that answers, "adapter" the one that was asked for or "", "prompt" a GuardResult's
         kind, "full" or "base". Pieces have "logprobs", entries of LogprobsBuffer, when asked for.
         """
-        start, generation = await asyncio.to_thread(self._prepare, request)
+        given_up = threading.Event()  # by its caller: the thread that prepares it need not go on
+        try:
+            start, generation = await asyncio.to_thread(self._prepare, request, given_up)
+        finally:
+            given_up.set()
         yield start
         text = IncrementalDetokenizer(self.tokenizer, request.stop)
         logprobs = None if request.logprobs is None else LogprobsBuffer(self.tokenizer)
@@ -146,13 +152,19 @@ class Completer:
         full = text.count >= generation.max_new_tokens and not text.stopped
         yield {"finish": "length" if full else "stop", "completion_tokens": text.count}
 
-    def _prepare(self, request: CompletionRequest) -> tuple[dict[str, Any], GenerationRequest]:
+    def _prepare(
+        self, request: CompletionRequest, given_up: threading.Event
+    ) -> tuple[dict[str, Any], GenerationRequest]:
         """Find the adapter (verified on first use) and tokenise -> (first event, request to the engine). Blocks."""
         name = requested_adapter(request.model, self.config.model.base)
+        count = partial(self._count_up_to, given_up)
         try:
             adapter = None if name is None else self._open(name, request.sticky_key)
+            self._check_chars(request, adapter)
             guarded = GuardResult("full", request.query) if request.full_prompt else self._guard(request, adapter)
-            self._check_size(request.full_text if guarded.kind == "conversation" else guarded.text)
+            text = request.full_text if guarded.kind == "conversation" else guarded.text
+            if len(text) > COUNT_CHUNK_CHARS and (tokens := count(2 * self.context, text)) > 2 * self.context:
+                raise self._too_long(f"more than {tokens - 1}", 1)
             # A prompt that the adapter was not trained on is read by the base model.
             answering = None if guarded.kind in ("drifted", "full") else adapter
             if self.merged and answering != self.merged:
@@ -167,7 +179,7 @@ class Completer:
         start = {
             "model": request.model, "fingerprint": requested if answering else base_name(self.config.model.base),
             "adapter": requested, "prompt": guarded.kind if adapter else "base",
-            "prompt_tokens": len(ids), "saved": self._saved_tokens(request, adapter, guarded.kind, len(ids)),
+            "prompt_tokens": len(ids), "saved": self._saved_tokens(request, adapter, guarded.kind, len(ids), count),
         }
         folder, found = (str(answering.path), answering.hash) if answering else ("", "")
         return start, GenerationRequest(
@@ -221,21 +233,37 @@ class Completer:
         """Ids of `text` in the adapter's prompt format; `query="{query}"` for a whole prompt as a client words it."""
         return self._encoder(PromptConfig(**{**adapter.card["prompt"], **changed})).encode(text, template)
 
-    def _saved_tokens(self, request: CompletionRequest, adapter: Adapter | None, kind: str, read: int) -> int:
+    def _saved_tokens(
+        self, request: CompletionRequest, adapter: Adapter | None, kind: str, read: int,
+        count: Callable[[int, str], int],
+    ) -> int:
         """Tokens that the model need not read, because the guard took them away or the client did not send them."""
         if adapter is None or kind == "full":
             return 0
-        if kind == "internalised":
-            return max(round(adapter.card["full_prompt_tokens"] - adapter.card["query_prompt_tokens"]), 0)
+        usual, text = round(adapter.card["full_prompt_tokens"]), request.full_text
+        limit = 2 * (self.context + usual)  # of a text that is tokenised only to count what was taken away
+        if kind == "internalised" or (len(text) > COUNT_CHUNK_CHARS and count(limit, text) > limit):
+            return max(usual - round(adapter.card["query_prompt_tokens"]), 0)
         return max(len(self._adapter_ids(request.full_text, adapter, query="{query}")) - read, 0)
 
-    def _check_size(self, text: str) -> None:
-        """Refuse a text that is far beyond the context before it is tokenised whole."""
+    def _check_chars(self, request: CompletionRequest, adapter: Adapter | None) -> None:
+        """Refuse a text that is longer than the context and the adapter's whole prompt can be, before it is read."""
+        tokens = self.context + (round(adapter.card["full_prompt_tokens"]) if adapter else 0)
+        size, limit = len(request.full_text), MAX_CHARS_PER_TOKEN * tokens
+        if size > limit:
+            message = f"the request has {size} characters; the model's context and prompt allow at most {limit}"
+            raise RefusedError(400, message, code="context_length_exceeded", param="messages")
+
+    def _count_up_to(self, given_up: threading.Event, limit: int, text: str) -> int:
+        """The tokens of `text` counted in pieces, until there are more than `limit` or nobody wants to know."""
         count = 0
-        for at in range(0, len(text) if len(text) > COUNT_CHUNK_CHARS else 0, COUNT_CHUNK_CHARS):
+        for at in range(0, len(text), COUNT_CHUNK_CHARS):
+            if count > limit or given_up.is_set():
+                break
             count += len(content_ids(self.tokenizer, text[at : at + COUNT_CHUNK_CHARS]))
-            if count > 2 * self.context:
-                raise self._too_long(f"more than {count - 1}", 1)
+        if given_up.is_set():
+            raise RefusedError(499, "the client left")
+        return count
 
     def _max_new_tokens(self, request: CompletionRequest, adapter: Adapter | None, prompt_tokens: int) -> int:
         """The token limit of the answer. One that was asked for is kept or refused, never silently lowered."""

@@ -11,6 +11,7 @@ from pi_ray.serve.engine.completion import CompletionRequest, RefusedError
 History = tuple[tuple[str, str], ...]  # (role, text) of the messages before the query
 Logprobs = Sequence[dict[str, Any]] | None  # entries of LogprobsBuffer; None: they were not asked for
 MAX_CHOICES = 16
+MAX_MESSAGES = 256  # of a conversation, and of the parts of a message: each one costs time, however short it is
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 # Fields that would change the answer and are not supported -> values that change nothing and are let through. Other
 # unknown fields are ignored.
@@ -31,7 +32,7 @@ class TextPart(BaseModel):
 
 class Message(BaseModel):
     role: str
-    content: str | list[TextPart]
+    content: str | Annotated[list[TextPart], Field(max_length=MAX_MESSAGES)]
 
     @property
     def text(self) -> str:
@@ -95,7 +96,7 @@ class RequestBody(BaseModel, extra="allow"):
 
 
 class ChatBody(RequestBody):
-    messages: list[Message] = Field(min_length=1)
+    messages: list[Message] = Field(min_length=1, max_length=MAX_MESSAGES)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
 

@@ -7,7 +7,9 @@ import json
 import logging
 import re
 import shutil
+import threading
 from contextlib import aclosing
+from functools import lru_cache
 
 import httpx
 import openai
@@ -17,7 +19,13 @@ from pi_ray.config import ModelConfig, PromptConfig, RunConfig, ServeConfig
 from pi_ray.models import base_name, load_tokenizer
 from pi_ray.prompt import PromptEncoder
 from pi_ray.protocols import Token
-from pi_ray.serve.engine.completion import Completer, CompletionRequest, RefusedError, served_models
+from pi_ray.serve.engine.completion import (
+    COUNT_CHUNK_CHARS,
+    Completer,
+    CompletionRequest,
+    RefusedError,
+    served_models,
+)
 from pi_ray.serve.engine.detokenizer import IncrementalDetokenizer, token_text
 from pi_ray.serve.http.api import PUBLIC_PATHS, create_api
 from pi_ray.serve.http.keys import key_digest, keys_file_line
@@ -342,6 +350,73 @@ def test_prompt_far_beyond_the_context_is_refused_before_full_tokenisation(backe
     response = call(backend, body=chat(word * (1_000_000 // len(word))), body_limit_bytes=8 << 20)
     assert (response.status_code, error_of(response)["code"]) == (400, "context_length_exceeded")
     assert sum(seen) < 200_000
+
+
+@pytest.fixture
+def tokenised(backend):
+    """The lengths of the texts that the tokenizer was given."""
+    lengths, real = [], backend.completer.tokenizer
+    backend.completer.tokenizer = lambda text, **options: lengths.append(len(text)) or real(text, **options)
+    backend.completer._encoder = lru_cache(lambda prompt: PromptEncoder(backend.completer.tokenizer, prompt))
+    for name in ("eos_token_id", "bos_token_id", "bos_token", "chat_template", "apply_chat_template", "decode"):
+        setattr(backend.completer.tokenizer, name, getattr(real, name))
+    return lengths
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize("model", ["guarded", "{base}"])
+@pytest.mark.parametrize("message", [
+    {"role": "user", "content": ""}, {"role": "system", "content": [{"type": "text", "text": ""}] * 300},
+])  # fmt: skip
+def test_many_empty_messages_and_parts_are_400_before_any_work(backend, tokenised, tiny_model, model, message):
+    many = [message] * (36_000 if message["content"] == "" else 1)
+    body = {**chat(model=model.format(base=tiny_model.name)), "messages": [*many, {"role": "user", "content": "x"}]}
+    response = call(backend, body=body, body_limit_bytes=8 << 20)
+    assert response.status_code == 400 and error_of(response)["param"].startswith("messages")
+    assert tokenised == []
+
+
+@pytest.mark.fault
+def test_text_that_the_guard_takes_away_is_bounded_like_any_other(backend, tokenised):
+    """White space within a template and repeated examples are stripped, so they cost a client nothing."""
+    blown_up = TEMPLATE.replace(" ", " " * 100)
+    response = call(backend, body=drifting(blown_up), body_limit_bytes=8 << 20)
+    assert (response.status_code, error_of(response)["code"]) == (400, "context_length_exceeded")
+    assert tokenised == []
+    assert call(backend, body=drifting(TEMPLATE.replace(" ", "  "))).status_code == 200
+
+
+@pytest.mark.fault
+def test_saved_tokens_of_a_long_stripped_text_are_those_of_the_card(backend, tokenised):
+    examples = "\n\n".join(["red\nk4"] * 2_300)
+    usage = call(backend, body=drifting(f"{TEMPLATE}\n\n{examples}"), body_limit_bytes=8 << 20).json()["usage"]
+    assert usage["prompt_tokens_saved"] == 108
+    assert max(tokenised) == COUNT_CHUNK_CHARS and sum(tokenised) < 2 * COUNT_CHUNK_CHARS
+
+
+@pytest.mark.fault
+def test_a_request_that_is_given_up_frees_the_thread_that_prepares_it(backend, monkeypatch):
+    counted, leave, resumed = [], threading.Event(), threading.Event()
+
+    def content_ids(tokenizer, text):
+        counted.append(len(text))
+        leave.set()
+        assert resumed.wait(30)
+        return [0] * 10
+
+    monkeypatch.setattr("pi_ray.serve.engine.completion.content_ids", content_ids)
+    backend.completer.context = 100_000
+
+    async def give_up():
+        async with aclosing(backend.complete(CompletionRequest("colours", "x" * 10 * COUNT_CHUNK_CHARS))) as events:
+            task = asyncio.ensure_future(anext(events))
+            await asyncio.to_thread(leave.wait, 30)
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+            resumed.set()
+
+    asyncio.run(give_up())  # which waits for its threads
+    assert len(counted) == 1 and backend.completer.engine.requests == []
 
 
 def test_unknown_null_and_neutral_fields_are_accepted(backend):
