@@ -72,8 +72,9 @@ class Model:
                 if start["fingerprint"] == serve.get_multiplexed_model_id():
                     await self._report_loaded(start["fingerprint"])
                 yield {**start, "ready": self._ready}
-                async for event in self._coalescer.coalesce(events):
-                    yield event
+                async with aclosing(self._coalescer.coalesce(events)) as pieces:  # which reads ahead of this stream
+                    async for event in pieces:
+                        yield event
         except RefusedError as error:
             yield {"refused": error.args}
 

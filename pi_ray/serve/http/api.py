@@ -16,7 +16,7 @@ from importlib.resources import files
 from typing import Any, Protocol
 
 from fastapi import FastAPI, Request
-from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
+from fastapi.responses import HTMLResponse, JSONResponse
 from starlette.exceptions import HTTPException
 
 from pi_ray.cluster import auth
@@ -25,7 +25,7 @@ from pi_ray.errors import PiRayError
 from pi_ray.serve.engine.completion import CompletionRequest, Events, RefusedError, as_refused_error
 from pi_ray.serve.http.keys import UNRESTRICTED, ApiKey, ApiKeys
 from pi_ray.serve.http.schemas import ChatBody, ChatFormat, CompletionBody, CompletionFormat, read_body
-from pi_ray.serve.http.streaming import UsageCounter, merge_streams
+from pi_ray.serve.http.streaming import EventStreamResponse, UsageCounter, merge_streams
 
 log = logging.getLogger("ray.serve")
 PUBLIC_PATHS = {"/healthz", "/"}
@@ -190,7 +190,7 @@ async def _respond(
         first = await anext(events)  # a failure until here still gets its own HTTP status
         shown = usage if body.stream_options and body.stream_options.include_usage else None
         stream = _server_sent_events(events, [start, first], head, form, shown)
-        return StreamingResponse(stream, media_type="text/event-stream", headers={**STREAM_HEADERS, **headers})
+        return EventStreamResponse(stream, events, {**STREAM_HEADERS, **headers})
     choices = await _collect_choices(events, requests, form)
     return JSONResponse({**head, "object": form.object, "choices": choices, "usage": usage.usage()}, headers=headers)
 

@@ -2,9 +2,11 @@
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import aclosing, suppress
 from typing import Any
+
+from fastapi.responses import StreamingResponse
 
 from pi_ray.serve.engine.completion import CompletionRequest, Events
 
@@ -41,6 +43,18 @@ async def _pump(backend: Any, request: CompletionRequest, index: int, queue: asy
         queue.put_nowait(None)
     except Exception as error:
         queue.put_nowait(error)
+
+
+class EventStreamResponse(StreamingResponse):
+    """Server-sent events. `events` are closed however the response ends, also where it never began to read them."""
+
+    def __init__(self, content: AsyncIterator[str], events: Events, headers: Mapping[str, str]):
+        super().__init__(content, media_type="text/event-stream", headers=headers)
+        self._events = events
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        async with aclosing(self._events):
+            await super().__call__(scope, receive, send)
 
 
 class UsageCounter:

@@ -19,6 +19,7 @@ from pi_ray.run.artifact import write_atomic
 from pi_ray.serve import deployment
 from pi_ray.serve.engine import replica_options
 from pi_ray.serve.engine.completion import Completer, CompletionRequest, RefusedError
+from pi_ray.serve.http.streaming import StreamCoalescer
 from pi_ray.serve.metrics import Metrics, Traffic
 from tests.lora import put_in_store
 from tests.unit.fake_bucket import Bucket, Clock
@@ -183,6 +184,35 @@ def test_closing_the_stream_cancels_the_replica_call(config):
     handle = Handle(START, {"text": "a"}, {"text": "b"})
     assert len(complete(config, handle, CompletionRequest("colours", "q"), leave_after=2)) == 2
     assert handle.cancelled
+
+
+def test_closing_a_replicas_stream_ends_the_generation_at_once(monkeypatch):
+    """The stream reads ahead of its caller, so closing it meets a read that is under way."""
+    states = []
+
+    class Endless:
+        async def complete(self, request):
+            states.append("open")
+            try:
+                yield START
+                while True:
+                    yield {"text": "a"}
+                    await asyncio.sleep(0.001)
+            finally:
+                states.append("closed")
+
+    model = deployment.Model.__new__(deployment.Model)
+    model.completer, model._coalescer, model._ready = Endless(), StreamCoalescer(), 0.0
+    monkeypatch.setattr(deployment.serve, "get_multiplexed_model_id", str)
+
+    async def leave():
+        stream = model.complete(CompletionRequest("colours", "q"))
+        for _ in range(3):
+            await anext(stream)
+        await stream.aclose()
+        return list(states), model._coalescer.streams
+
+    assert asyncio.run(leave()) == (["open", "closed"], 0)
 
 
 @pytest.mark.parametrize("limits", [{}, {"min_replicas": 0, "max_replicas": 4}, {"min_replicas": 2, "max_replicas": 2}])

@@ -704,6 +704,28 @@ def test_client_disconnect_stops_the_generation(backend):
     assert asyncio.run(leave()) == 0
 
 
+def test_stream_whose_client_left_before_it_began_is_closed(backend):
+    async def leave():
+        messages = [{"type": "http.request", "body": json.dumps(chat(stream=True)).encode(), "more_body": False}]
+
+        async def receive():
+            return messages.pop() if messages else await asyncio.Event().wait()
+
+        async def send(message):
+            raise OSError("the client left")
+
+        scope = {
+            "type": "http", "method": "POST", "path": "/v1/chat/completions", "headers": [], "query_string": b"",
+            "http_version": "1.1", "asgi": {"version": "3.0", "spec_version": "2.4"},
+        }
+        try:
+            await create_api(backend, ServeConfig())(scope, receive, send)
+        except Exception as error:  # held, and with it the frames of the stream
+            return error, backend.completer.engine.open, len(backend.completer.engine.requests)
+
+    assert asyncio.run(leave())[1:] == (0, 1)
+
+
 def choices_of(backend, **options):
     """Of a streamed answer, choice by choice: the joined text, the finish reason, the entries of logprobs."""
     lines = call(backend, **options).text.strip().split("\n\n")
