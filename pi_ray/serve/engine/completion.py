@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import re
 import threading
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing, suppress
@@ -31,6 +32,7 @@ QUERY_ONLY_MESSAGE = (
 )
 COUNT_CHUNK_CHARS = 16_384  # a longer text is first counted in pieces: a tokenizer can take seconds for one long word
 MAX_CHARS_PER_TOKEN = 32  # by which a request's text is bounded before anything reads it; English has 4 or 5
+SERVER_PATH = re.compile(r"(?<![\w:/.])/(?:[^\s/:'\"]+/)+([^\s/:'\"]*)")  # group 1 is all of it that a client may see
 
 Events = AsyncGenerator[dict[str, Any], None]  # of one answer, see Completer.complete
 
@@ -77,13 +79,20 @@ class RefusedError(Exception):
 
 
 def as_refused_error(error: PiRayError) -> RefusedError:
-    """404: unknown adapter. 503: store out of reach. 422: refused adapter, or a prompt format not allowed."""
+    """404: unknown adapter. 503: store out of reach. 422: refused adapter, or a prompt format not allowed.
+
+    Anything else, such as a full disk, is the server's own fault: 503, and only the log says what it is.
+    """
     if isinstance(error, UnknownAdapterError):
         return RefusedError(404, str(error), code="model_not_found", param="model")
     if isinstance(error, StoreUnavailableError):
         return RefusedError(503, str(error), "server_error", "store_unavailable")
+    if not isinstance(error, (AdapterError, ModelError)):
+        log.error("a request could not be prepared", exc_info=error)
+        message = "the server cannot answer at present, and its log says why; come back later"
+        return RefusedError(503, message, "server_error", "server_fault")
     code = "adapter_refused" if isinstance(error, AdapterError) else "model_refused"
-    return RefusedError(422, str(error), code=code, param="model")
+    return RefusedError(422, SERVER_PATH.sub(r"\1", str(error)), code=code, param="model")
 
 
 def requested_adapter(model: str, base: str) -> str | None:

@@ -16,6 +16,7 @@ import openai
 import pytest
 
 from pi_ray.config import ModelConfig, PromptConfig, RunConfig, ServeConfig
+from pi_ray.errors import AdapterError, ConfigError, CorruptArtifactError, ModelError, StorageError
 from pi_ray.models import base_name, load_tokenizer
 from pi_ray.prompt import PromptEncoder
 from pi_ray.protocols import Token
@@ -253,6 +254,30 @@ def test_unreachable_store_is_503_with_retry_after(backend, monkeypatch):
     assert (response.status_code, error_of(response)["code"], response.headers["retry-after"]) == (
         503, "store_unavailable", "1",
     )
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize(("error", "status", "code"), [
+    (StorageError("/srv/secret/cache: cannot be written (No space left on device)"), 503, "server_fault"),
+    (CorruptArtifactError("/srv/secret/cache/x.json: sha256 differs"), 503, "server_fault"),
+    (ConfigError("/srv/secret/run.yaml: wrong"), 503, "server_fault"),
+    (AdapterError("adapter 'colours': /srv/secret/cache/v0001/x.json: missing"), 422, "adapter_refused"),
+    (ModelError("'/srv/secret/model': no such folder; 3/4 of it, see https://hf.co/a/b"), 422, "model_refused"),
+])  # fmt: skip
+def test_no_path_of_the_server_reaches_a_client_and_its_own_faults_are_503(
+    backend, monkeypatch, caplog, error, status, code
+):
+    def fail(name, sticky_key):
+        raise error
+
+    monkeypatch.setattr(backend.completer.store, "open", fail)
+    response = call(backend, body=chat())
+    assert (response.status_code, error_of(response)["code"]) == (status, code)
+    assert "secret" not in response.text and ("retry-after" in response.headers) == (status == 503)
+    if status == 503:
+        assert "/srv/secret" in caplog.text
+    elif code == "model_refused":
+        assert error_of(response)["message"] == "'model': no such folder; 3/4 of it, see https://hf.co/a/b"
 
 
 def test_prompt_format_that_the_model_forbids_is_422_with_the_cure(backend, tiny_model):
