@@ -108,7 +108,8 @@ class AuthMiddleware:
     """ASGI middleware that checks the bearer key before anything else, and has it in `request.state.key`.
 
     A server without keys listens on loopback, where a web page that somebody looks at can reach it too: such requests
-    bear a foreign name in Origin, or (DNS rebinding) in Host, and are refused.
+    bear a foreign name in Origin, or (DNS rebinding) in Host, or say cross-site in Sec-Fetch-Site, as an image's or a
+    script's does, whose success alone would tell which adapters there are. They are refused.
     """
 
     def __init__(self, app: Any, keys: ApiKeys):
@@ -126,7 +127,10 @@ class AuthMiddleware:
 
     def _authenticate(self, headers: Sequence[tuple[bytes, bytes]]) -> ApiKey:
         if not self.keys:
-            if all(_is_local(value.decode("latin-1")) for name, value in headers if name in (b"host", b"origin")):
+            given = [(name, value) for name, value in headers if name in (b"host", b"origin", b"sec-fetch-site")]
+            sites = [value.decode("latin-1") for name, value in given if name != b"sec-fetch-site"]
+            embedded = (b"sec-fetch-site", b"cross-site") in given and b"origin" not in dict(given)
+            if not embedded and all(map(_is_local, sites)):
                 return UNRESTRICTED
             cure = "as http://127.0.0.1 or http://localhost; give it a key (serve.api_key_env)"
             raise RefusedError(403, f"a server without keys answers its own machine alone, {cure}", code="key_required")

@@ -624,10 +624,15 @@ def test_restricted_key_is_checked_without_the_store(backend, tmp_path):
     ({"Host": "evil.example"}, 403),
     ({"Host": "localhost.evil.example"}, 403), ({"Host": "[::1"}, 403), ({"Origin": "https://evil.example"}, 403),
     ({"Origin": "null"}, 403),
+    ({"Sec-Fetch-Site": "cross-site"}, 403), ({"Sec-Fetch-Site": "none"}, 200),
+    ({"Sec-Fetch-Site": "same-origin"}, 200),
+    ({"Sec-Fetch-Site": "cross-site", "Origin": "http://localhost:3000"}, 200),
+    ({"Sec-Fetch-Site": "cross-site", "Origin": "https://evil.example"}, 403),
 ])  # fmt: skip
-def test_keyless_server_refuses_foreign_host_and_origin_headers(backend, headers, status):
+def test_keyless_server_refuses_foreign_host_origin_and_site_headers(backend, headers, status):
     """By its Origin, or, where DNS was made to say that its name is this machine, by the Host."""
-    for path, body, method in (("/v1/chat/completions", chat(), "POST"), ("/v1/models", None, "GET")):
+    gets = (("/v1/models", None, "GET"), ("/v1/models/colours", None, "GET"))
+    for path, body, method in (("/v1/chat/completions", chat(), "POST"), *gets):
         assert call(backend, path, body, headers=headers, method=method).status_code == status
     assert len(backend.completer.engine.requests) == (status == 200)
     assert call(backend, body=chat(), headers={**headers, "Authorization": f"Bearer {KEY}"}, key=KEY).status_code == 200
