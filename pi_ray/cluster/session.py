@@ -12,11 +12,13 @@ from typing import Any
 from pi_ray.cluster import auth, requirements
 
 # Ray Serve's settings that take a quarter off a request's overhead: replicas call each other by gRPC, with one event
-# loop each. They are set for clusters that pi-ray starts; the files of cluster/ set them for others.
+# loop each; and the limits of connections. They are set for clusters that pi-ray starts; the files of cluster/ set them
+# for others.
 SERVE = {
     "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1",
     "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
     "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
+    "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "pi_ray.serve.http.connections:limit_connections",
 }
 
 

@@ -1,5 +1,6 @@
 """OpenAI's schemas: request bodies, validated before anything else happens, and responses, whole and in chunks."""
 
+import asyncio
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -11,6 +12,7 @@ from pi_ray.serve.engine.completion import CompletionRequest, RefusedError
 History = tuple[tuple[str, str], ...]  # (role, text) of the messages before the query
 Logprobs = Sequence[dict[str, Any]] | None  # entries of LogprobsBuffer; None: they were not asked for
 MAX_CHOICES = 16
+BODY_TIMEOUT_S = 30.0
 MAX_MESSAGES = 256  # of a conversation, and of the parts of a message: each one costs time, however short it is
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 # Fields that would change the answer and are not supported -> values that change nothing and are let through. Other
@@ -132,16 +134,21 @@ def _unsupported(field: str) -> RefusedError:
 
 
 async def read_body(request: Request, kind: type[Body], limit: int) -> Body:
-    """The parsed body. Raises RefusedError 413 before more than `limit` bytes are read, 400 for an invalid body."""
+    """The parsed body. Raises RefusedError: 413 before more than `limit` bytes are read, 408, 400 for a wrong one."""
     too_large = RefusedError(413, f"the body is larger than {limit} bytes", code="body_too_large")
     length = request.headers.get("content-length", "")
     if length.isascii() and length.isdigit() and int(length[:20]) > limit:
         raise too_large
     data = bytearray()
-    async for chunk in request.stream():
-        data += chunk
-        if len(data) > limit:
-            raise too_large
+    try:
+        async with asyncio.timeout(BODY_TIMEOUT_S):
+            async for chunk in request.stream():
+                data += chunk
+                if len(data) > limit:
+                    raise too_large
+    except TimeoutError:
+        message = f"the body did not arrive within {BODY_TIMEOUT_S} s"
+        raise RefusedError(408, message, "timeout_error", "body_timeout") from None
     try:
         return kind.model_validate_json(bytes(data))  # refuses a lone surrogate as well, which has no UTF-8
     except ValidationError as error:

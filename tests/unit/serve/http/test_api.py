@@ -366,6 +366,18 @@ def test_large_body_is_413_by_content_length_and_by_bytes_read(backend):
 
 
 @pytest.mark.fault
+def test_half_a_body_is_408_and_is_not_waited_for(backend, monkeypatch):
+    monkeypatch.setattr("pi_ray.serve.http.schemas.BODY_TIMEOUT_S", 0.01)
+
+    async def half():
+        yield b'{"model": '
+        await asyncio.Event().wait()
+
+    response = call(backend, content=half())
+    assert (response.status_code, error_of(response)["code"]) == (408, "body_timeout")
+
+
+@pytest.mark.fault
 @pytest.mark.parametrize("word", ["x", "word ", "é🎨", "\n"])
 def test_prompt_far_beyond_the_context_is_refused_before_full_tokenisation(backend, word):
     """A tokenizer takes many seconds for a megabyte without a space."""
@@ -599,8 +611,8 @@ def test_each_key_has_a_cache_salt_of_its_own_unless_prefixes_are_shared(backend
     file = tmp_path / "keys.yaml"
     file.write_text("\n".join(keys_file_line(key, "same name", []) for key in ("one", "two")))
 
-    def salt(key="", **options):
-        response = call(backend, body=chat(), headers={"Authorization": f"Bearer {key}"}, **options)
+    def salt(given="", **options):
+        response = call(backend, body=chat(), headers={"Authorization": f"Bearer {given}"}, **options)
         assert response.status_code == 200
         return backend.completer.engine.requests[-1].cache_salt
 
