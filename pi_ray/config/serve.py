@@ -17,6 +17,8 @@ class ServeConfig(Block):
     max_queued_requests: Positive = 16
     api_replicas: Positive = doc(1, "replicas of the HTTP side (keys, bodies, streams), each with its own queue")
     request_timeout_s: Annotated[float, Field(gt=0)] = 60.0
+    step_timeout_s: Annotated[float, Field(gt=0)] = doc(300.0, "a replica is replaced when a decoding step takes "
+        "longer")
     upscale_delay_s: Amount = doc(5.0, "how long too many requests must go on before another replica starts; the "
         "first one after zero starts at once")
     downscale_delay_s: Amount = doc(300.0, "how long too few requests must go on before a replica stops")

@@ -22,6 +22,7 @@ from pi_ray.cluster import placement
 from pi_ray.config import RunConfig
 from pi_ray.errors import AdapterError
 from pi_ray.models import base_name
+from pi_ray.protocols import GenerationRequest
 from pi_ray.serve.engine import completion
 from pi_ray.serve.engine.completion import Completer, CompletionRequest, Events, RefusedError
 from pi_ray.serve.engine.replica_options import DEFAULT_MAX_LORAS, replica_options
@@ -32,6 +33,7 @@ from pi_ray.store.adapters import AdapterStore
 
 log = logging.getLogger("ray.serve")
 API_REQUESTS = 1024  # open HTTP requests at the ingress; the queue before the model is the limit that clients meet
+READY_S, READY_TIMEOUT_S = 30, 10  # /readyz: how recent a token must be, and how long one is waited for
 # How soon the decoding thread gets Python's lock back from the threads that deliver tokens; Python's default is 0.005.
 SWITCH_INTERVAL_S = 0.0002
 
@@ -78,6 +80,13 @@ class Model:
         except RefusedError as error:
             yield {"refused": error.args}
 
+    async def make_token(self) -> None:
+        """Generate one token by the model that every request is answered with. Raises what the engine raises."""
+        merged = self.completer.merged
+        request = GenerationRequest([0], 1, str(merged.path) if merged else "")
+        async with aclosing(self.engine.generate(request)) as tokens:
+            await anext(tokens)
+
     def check_health(self) -> None:
         """Called by Serve every HEALTH_PERIOD_S; raises when the engine cannot answer any more."""
         self._metrics.report_engine(getattr(self.engine, "stats", dict)())
@@ -97,6 +106,28 @@ class HandleBackend:
         self.config, self.handle, self.traffic = config, handle, traffic
         self.base = base_name(config.model.base)
         self.store = AdapterStore(config.store)
+        self._clock = time.monotonic
+        self._answered_at = float("-inf")  # when a replica last sent something of an answer
+        self._asking: asyncio.Task[None] | None = None
+
+    async def check_ready(self) -> None:
+        """Where no answer came within READY_S, a replica is asked for a token, once for all who want to know.
+
+        A server that may scale to nothing is not asked, which would keep a replica.
+        """
+        if not self.config.serve.min_replicas or self._clock() - self._answered_at < READY_S:
+            return
+        if self._asking is None or self._asking.done():
+            self._asking = asyncio.create_task(self._ask_for_token())
+        await asyncio.shield(self._asking)
+
+    async def _ask_for_token(self) -> None:
+        try:
+            await asyncio.wait_for(self.handle.make_token.remote(), READY_TIMEOUT_S)
+        except Exception as error:
+            log.warning("not ready: %r", error)
+            raise RefusedError(503, "no token was made lately", "server_error", "not_ready") from None
+        self._answered_at = self._clock()
 
     async def models(self) -> list[str]:
         return await asyncio.to_thread(completion.served_models, self.config, self.store)
@@ -131,6 +162,7 @@ class HandleBackend:
             async for event in response:
                 if "refused" in event:
                     raise RefusedError(*event["refused"])
+                self._answered_at = self._clock()
                 yield event
         except BackPressureError:
             message = "all slots and the queue are taken; come back later"

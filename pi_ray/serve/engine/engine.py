@@ -7,6 +7,7 @@ these than cores libgomp stops spinning between operations, which doubles the ti
 
 import logging
 import threading
+import time
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -19,7 +20,7 @@ from pi_ray.protocols import GenerationRequest, Token
 from pi_ray.serve.engine.scheduler import GenerationSequence, Scheduler
 
 log = logging.getLogger("ray.serve")
-MAX_FAILURES = 3  # failed forward passes in a row, after which check() raises and Serve replaces the replica
+MAX_FAILURES = 3  # faults of the engine itself in a row, after which check() raises and Serve replaces the replica
 
 
 class TransformersEngine:
@@ -31,6 +32,7 @@ class TransformersEngine:
         self._waiting: list[GenerationSequence] = []
         self._stepping = False  # a step runs or is submitted
         self._stopped = False
+        self._step_timeout, self._stepped_at = serve.step_timeout_s, time.monotonic()
         # OpenMP keeps its number of threads by thread, and this is a new one.
         self._thread = ThreadPoolExecutor(1, "decode", torch.set_num_threads, (torch.get_num_threads(),))
         def load_scheduler() -> Scheduler:
@@ -53,6 +55,7 @@ class TransformersEngine:
                 raise RuntimeError("the engine was closed")
             self._waiting.append(sequence)
             if not self._stepping:
+                self._stepped_at = time.monotonic()
                 self._thread.submit(self._step)
                 self._stepping = True
         try:
@@ -78,7 +81,9 @@ class TransformersEngine:
         }
 
     def check(self) -> None:
-        """Raise RuntimeError when no answer can be expected any more."""
+        """Raise RuntimeError when no answer can be expected any more: faults in a row, or a step that does not end."""
+        if self._stepping and time.monotonic() - self._stepped_at > self._step_timeout:
+            raise RuntimeError(f"a decoding step has taken more than {self._step_timeout:g} s (serve.step_timeout_s)")
         if self._stopped or self._scheduler.failures >= MAX_FAILURES:
             raise RuntimeError("the engine no longer generates")
 
@@ -95,6 +100,7 @@ class TransformersEngine:
     @torch.inference_mode()
     def _step(self) -> None:
         """Decode one step and submit the next, behind calls that came meanwhile."""
+        self._stepped_at = time.monotonic()
         try:
             done = self._scheduler.admit(list(self._waiting))
             with self._lock:

@@ -50,8 +50,8 @@ class KVCache(Cache):
 
     def add_rows(self, rows: int) -> None:
         """Append so many empty rows."""
+        self._reserve(len(self.lengths) + rows, 0)
         self.lengths += [0] * rows
-        self._reserve(len(self.lengths), 0)
 
     def forward(self, first: int, chunks: Sequence[Sequence[int]], adapter_slots: Sequence[int]) -> torch.Tensor:
         """Append ids `chunks[i]` to row first + i, under `adapter_slots[i]` -> the logits after it, (rows, vocabulary).

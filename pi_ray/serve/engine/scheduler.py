@@ -15,7 +15,7 @@ import torch
 from pi_ray.config import ServeConfig
 from pi_ray.protocols import GenerationRequest, Token
 from pi_ray.serve.engine.kv_cache import create_kv_cache
-from pi_ray.serve.engine.multi_lora import MultiLora, NoRoomError
+from pi_ray.serve.engine.multi_lora import BASE_SLOT, MultiLora, NoRoomError
 from pi_ray.serve.engine.onednn_linear import use_onednn_linears
 from pi_ray.serve.engine.prefix_cache import BLOCK_SIZE, Block, PrefixCache
 from pi_ray.serve.engine.replica_options import DEFAULT_MAX_LORAS
@@ -85,7 +85,7 @@ class Scheduler:
         self.prefix_cache = PrefixCache(serve.prefix_cache_mb << 20 if self.kv_cache.chunked_prefill else 0)
         self.running: list[GenerationSequence] = []
         self.num_decoding = 0
-        self.failures = 0  # forward passes in a row that failed
+        self.failures = 0  # forward passes in a row that failed by the engine's own fault
         self.counts = {"prompt_tokens": 0, "prefix_hit_tokens": 0, "generated_tokens": 0}
 
     def admit(self, waiting: Sequence[GenerationSequence]) -> set[GenerationSequence]:
@@ -173,14 +173,27 @@ class Scheduler:
 
     def _fail_prefill(self, sequences: Sequence[GenerationSequence], error: Exception) -> list[GenerationSequence]:
         """One of several prompts may be the cause: each is tried again alone. One that was alone fails."""
-        self.failures += 1
         self._finish(range(self.num_decoding, len(self.running)))
+        self._count_failure()
         if len(sequences) == 1:
             self.outputs.put(sequences[0], error)
             return []
         for seq in sequences:
             seq.prefill_alone = True
         return list(sequences)
+
+    def _count_failure(self) -> None:
+        """After a failed pass: a request's fault, unless a pass of one token by the bare base fails as well."""
+        row = len(self.running)
+        try:
+            self.kv_cache.add_rows(1)
+            try:
+                self.kv_cache.forward(row, [[0]], [BASE_SLOT])
+            finally:
+                self.kv_cache.pop_row()
+            self.failures = 0
+        except Exception:
+            self.failures += 1
 
     def _decode(self) -> None:
         decoding = self.running[: self.num_decoding]
@@ -189,10 +202,10 @@ class Scheduler:
             logits = self.kv_cache.forward(0, [seq.output_ids[-1:] for seq in decoding], slots)
             self.failures = 0
         except Exception as error:
-            self.failures += 1
             for seq in decoding:
                 self.outputs.put(seq, error)
             self._finish(range(len(decoding)))
+            self._count_failure()
             return
         self._append_tokens(0, logits)
 

@@ -28,7 +28,7 @@ from pi_ray.serve.http.schemas import ChatBody, ChatFormat, CompletionBody, Comp
 from pi_ray.serve.http.streaming import EventStreamResponse, UsageCounter, merge_streams
 
 log = logging.getLogger("ray.serve")
-PUBLIC_PATHS = {"/healthz", "/"}
+PUBLIC_PATHS = {"/healthz", "/readyz", "/"}
 # Headers by status: a client that is told to come back is told when.
 HEADERS = {401: {"WWW-Authenticate": "Bearer"}, 429: {"Retry-After": "1"}, 503: {"Retry-After": "1"}}
 STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # nginx would hold a stream back
@@ -40,6 +40,9 @@ class CompletionBackend(Protocol):
 
     async def models(self) -> list[str]:
         """Names that clients may ask for."""
+
+    async def check_ready(self) -> None:
+        """Raise RefusedError unless a token was made lately, if need be for this call."""
 
     def complete(self, request: CompletionRequest) -> Events:
         """Events as in Completer.complete. Raises RefusedError; closing the iterator stops the generation."""
@@ -59,6 +62,11 @@ def create_api(backend: CompletionBackend, serve: ServeConfig, digest: str = "")
     @api.get("/healthz")
     async def health() -> dict[str, str]:
         return {"status": "ok"}
+
+    @api.get("/readyz")
+    async def ready() -> dict[str, str]:
+        await backend.check_ready()
+        return {"status": "ready"}
 
     @api.get("/v1/models")
     async def models(request: Request) -> dict[str, Any]:

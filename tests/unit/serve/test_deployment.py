@@ -215,6 +215,71 @@ def test_closing_a_replicas_stream_ends_the_generation_at_once(monkeypatch):
     assert asyncio.run(leave()) == (["open", "closed"], 0)
 
 
+class Replica:
+    """Stands in for the handle's `make_token`: an answer, an exception, or an event to wait for."""
+
+    def __init__(self):
+        self.calls, self.outcome = 0, None
+
+    @property
+    def make_token(self):
+        return self
+
+    async def remote(self):
+        self.calls += 1
+        if isinstance(self.outcome, Exception):
+            raise self.outcome
+        if self.outcome:
+            await self.outcome.wait()
+
+
+def test_a_server_is_ready_when_a_token_was_made_lately(config, monkeypatch):
+    monkeypatch.setattr(deployment, "READY_TIMEOUT_S", 0.01)
+    replica, clock = Replica(), Clock()
+    backend = ingress(config, replica)
+    backend._clock = clock
+
+    async def states():
+        found = []
+        for at, outcome in (
+            (0, None), (29, RuntimeError("gone")), (31, RuntimeError("gone")), (32, asyncio.Event()), (33, None),
+        ):
+            clock.now, replica.outcome = at, outcome
+            try:
+                await backend.check_ready()
+                found.append((200, replica.calls))
+            except RefusedError as error:
+                found.append((error.status, replica.calls))
+        return found
+
+    assert asyncio.run(states()) == [(200, 1), (200, 1), (503, 2), (503, 3), (200, 4)]
+
+
+def test_many_who_ask_whether_a_server_is_ready_cost_one_token(config):
+    replica = Replica()
+    backend = ingress(config, replica)
+
+    async def many():
+        replica.outcome = asyncio.Event()
+        asked = [asyncio.create_task(backend.check_ready()) for _ in range(50)]
+        await asyncio.sleep(0)
+        replica.outcome.set()
+        await asyncio.gather(*asked)
+
+    asyncio.run(many())
+    assert replica.calls == 1
+    idle = ingress(config.replace(**{"serve.min_replicas": 0}), replica)
+    asyncio.run(idle.check_ready())
+    assert replica.calls == 1, "a server that may scale to nothing"
+
+
+def test_answers_keep_a_server_ready_without_further_tokens(config):
+    handle = Handle(START)
+    backend = ingress(config, handle)
+    complete(config, handle, CompletionRequest("colours", "q"), backend=backend)
+    asyncio.run(backend.check_ready())  # the handle knows no make_token
+
+
 @pytest.mark.parametrize("limits", [{}, {"min_replicas": 0, "max_replicas": 4}, {"min_replicas": 2, "max_replicas": 2}])
 def test_autoscaling_options_are_valid_and_start_at_least_one_replica(limits):
     options = replica_options.replica_options(ServeConfig(**limits), {}, {})

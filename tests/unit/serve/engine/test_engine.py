@@ -7,6 +7,7 @@ import json
 import shutil
 import struct
 import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -487,12 +488,52 @@ def test_errors_of_the_decoding_thread_are_raised_in_the_calling_thread(fresh, t
         engine.merge("")
 
 
-def test_check_raises_after_three_failed_forward_passes_and_close_ends_the_thread(tiny_model):
-    engine = TransformersEngine(ModelConfig(base=str(tiny_model)), ServeConfig())
-    for _ in range(3):
+def test_bad_requests_in_a_row_are_no_fault_of_the_engine(engine, expected):
+    for _ in range(4):
         with pytest.raises(IndexError):
             asyncio.run(tokens(engine, [10**6]))
-    with pytest.raises(RuntimeError):
+    engine.check()
+    assert asyncio.run(tokens(engine, PROMPTS[0])) == expected[""][0]
+
+
+def test_a_step_that_does_not_end_is_noticed_and_an_idle_engine_is_healthy(fresh, monkeypatch):
+    engine, clock = fresh(), SimpleNamespace(now=0.0)
+    monkeypatch.setattr("pi_ray.serve.engine.engine.time", SimpleNamespace(monotonic=lambda: clock.now))
+    hang, reached = threading.Event(), threading.Event()
+
+    def step():
+        reached.set()
+        assert hang.wait(30)
+        return []
+
+    monkeypatch.setattr(engine._scheduler, "step", step)
+
+    async def hung():
+        stream = asyncio.ensure_future(anext(engine.generate(GenerationRequest(PROMPTS[0], 1))))
+        await asyncio.to_thread(reached.wait, 30)
+        clock.now += 299
+        engine.check()
+        clock.now += 2
+        try:
+            with pytest.raises(RuntimeError, match=r"more than 300 s \(serve.step_timeout_s\)"):
+                engine.check()
+        finally:
+            monkeypatch.undo()
+            stream.cancel()
+            hang.set()
+
+    engine.check()
+    asyncio.run(hung())
+
+
+def test_check_raises_after_three_faults_of_the_engine_and_close_ends_the_thread(tiny_model, monkeypatch):
+    engine = TransformersEngine(ModelConfig(base=str(tiny_model)), ServeConfig())
+    monkeypatch.setattr(engine._scheduler.kv_cache, "model", lambda **inputs: 1 / 0)
+    for _ in range(3):
+        engine.check()
+        with pytest.raises(ZeroDivisionError):
+            asyncio.run(tokens(engine, PROMPTS[0]))
+    with pytest.raises(RuntimeError, match="no longer generates"):
         engine.check()
     threads = engine._thread._threads
     engine.close()

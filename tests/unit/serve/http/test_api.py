@@ -87,6 +87,10 @@ class LocalBackend:
             raise self.no_models
         return served_models(self.completer.config, self.completer.store)
 
+    async def check_ready(self):
+        if self.error:
+            raise self.error
+
     async def complete(self, ask):
         if self.error:
             raise self.error
@@ -553,7 +557,7 @@ def test_every_path_but_the_public_ones_needs_a_key(backend, caplog, tmp_path):
                 keys_file=str(tmp_path / "keys.yaml"),
             )
             assert response.status_code != 401
-    assert {"/healthz", "/"} == PUBLIC_PATHS  # the page at / holds no data; what it asks for needs the key
+    assert {"/healthz", "/readyz", "/"} == PUBLIC_PATHS  # the page at / holds no data; what it asks for needs the key
     assert error_of(call(backend, body=chat(), key=KEY))["code"] == "invalid_api_key"
     assert KEY not in caplog.text and "another-key" not in caplog.text
 
@@ -656,6 +660,14 @@ def test_wrong_key_is_401_before_the_body_is_read(backend):
         yield b""
 
     assert call(backend, content=forbidden(), key=KEY).status_code == 401
+
+
+def test_readyz_is_503_when_no_token_is_made_while_healthz_says_live(backend):
+    assert call(backend, "/readyz", method="GET").json() == {"status": "ready"}
+    backend.error = RefusedError(503, "no token was made lately", "server_error", "not_ready")
+    response = call(backend, "/readyz", method="GET")
+    assert (response.status_code, error_of(response)["code"]) == (503, "not_ready")
+    assert call(backend, "/healthz", method="GET").status_code == 200
 
 
 def test_404_and_405_have_openai_error_format(backend):
