@@ -13,7 +13,8 @@ from pi_ray.config import RunConfig, run_file
 from pi_ray.errors import AdapterError, ConfigError
 from pi_ray.run.artifact import MANIFEST, digest_file
 from pi_ray.run.directory import RunDir
-from pi_ray.serve.engine.completion import Completer, CompletionRequest, RefusedError
+from pi_ray.serve.engine.completion import Completer, CompletionRequest
+from pi_ray.serve.engine.refusal import RefusedError
 from pi_ray.store.adapters import Adapter, AdapterStore
 from pi_ray.store.verify import verify_adapter
 
@@ -53,7 +54,7 @@ def chat(target: str, overrides: Sequence[str], out: TextIO | None = None) -> No
         cure = "to chat, add serve.engine=transformers"
         raise ConfigError(f"serve.engine {config.serve.engine} runs on a Ray cluster only; {cure}")
     with closing(engines[config.serve.engine](config.model, config.serve)) as engine:
-        store = SimpleNamespace(open=lambda spec, sticky_key: adapter)
+        store = SimpleNamespace(open=lambda spec, sticky_key: adapter, cold_version=lambda spec, sticky_key: "")
         completer = Completer(config, engine, load_tokenizer(config.model), context_length(config.model), store)
         terminal = sys.stdin.isatty()
         print(f"{adapter.name}@{adapter.version} on {config.model.base}.  {HELP}\n", file=out, flush=True)

@@ -149,6 +149,12 @@ class AdapterStore:
         guard = PromptGuard(read_json(file), wording) if file.is_file() else None
         return Adapter(name, version, path, found, card, guard)
 
+    def cold_version(self, spec: str, sticky_key: str = "") -> str:
+        """name@version for which `spec` stands, where `open` must fetch or verify it and so may take long; else ""."""
+        name, version = self.resolve(spec, sticky_key)
+        is_known = self.backend.is_here(name, version) and self.backend.version_folder(name, version) in self._verified
+        return "" if is_known else f"{name}@{version}"
+
     def resolve(self, spec: str, sticky_key: str = "") -> tuple[str, str]:
         """(name, version) for which `spec` stands now. The version's files are not read."""
         name, label = split_name(spec)

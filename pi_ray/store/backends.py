@@ -84,6 +84,10 @@ class LocalStore:
         path = self._path(name, version)
         return path if path.is_dir() else None
 
+    def is_here(self, name: str, version: str) -> bool:
+        """Whether `version_folder` answers without fetching anything."""
+        return True
+
     def fingerprint_of(self, name: str, version: str) -> str:
         """From what a version was made; "" for a damaged one, which is left for its owner and serving refuses."""
         try:
@@ -136,7 +140,8 @@ class RemoteStore:
         self._cache = DiskCache()
         self._fetched: set[Path] = set()
         self._damaged: dict[Path, tuple[float, str]] = {}  # folder -> time and error
-        self._fetching, self._asking = threading.Lock(), threading.Lock()
+        self._fetching: dict[Path, threading.Lock] = {}  # folder -> held by who fetches it
+        self._asking = threading.Lock()
 
     def names(self) -> list[str]:
         return self._recent(("names",), lambda: self._storage.list_folders(holding=LATEST_FILE))
@@ -166,19 +171,29 @@ class RemoteStore:
 
     def version_folder(self, name: str, version: str) -> Path | None:
         """This machine's copy of a version, fetched once; None where there is none. Raises AdapterError for damage."""
-        if version not in self.versions(name):
-            return None
-        manifest = self._recent((name, version), lambda: self._read(f"{name}/{version}/{MANIFEST}"))
+        manifest = self._manifest(name, version)
         if manifest is None:
             return None
         folder = self._cache.folder(digest(manifest), name, version)
-        if not (folder in self._fetched and folder.is_dir()):  # another process may have removed it to make room
-            with self._fetching:
-                if not (folder in self._fetched and folder.is_dir()):
+        if not self._has(folder):
+            with self._fetching.setdefault(folder, threading.Lock()):
+                if not self._has(folder):
                     self._obtain(f"{name}/{version}", manifest, folder)
                     self._fetched.add(folder)
         self._cache.mark_used(folder)
         return folder
+
+    def is_here(self, name: str, version: str) -> bool:
+        """As LocalStore's: whether it was fetched, or is known to be missing."""
+        manifest = self._manifest(name, version)
+        return manifest is None or self._has(self._cache.folder(digest(manifest), name, version))
+
+    def _has(self, folder: Path) -> bool:
+        return folder in self._fetched and folder.is_dir()  # another process may have removed it to make room
+
+    def _manifest(self, name: str, version: str) -> bytes | None:
+        key = f"{name}/{version}/{MANIFEST}"
+        return self._recent((name, version), lambda: self._read(key)) if version in self.versions(name) else None
 
     def fingerprint_of(self, name: str, version: str) -> str:
         """From what a version was made, as its manifest says."""

@@ -2,9 +2,9 @@
 
 import asyncio
 import logging
-import re
 import threading
 from collections.abc import AsyncGenerator, Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
@@ -16,13 +16,8 @@ from pi_ray.models import base_name
 from pi_ray.prompt import PromptEncoder, content_ids
 from pi_ray.protocols import GenerationRequest
 from pi_ray.serve.engine.detokenizer import IncrementalDetokenizer, LogprobsBuffer
-from pi_ray.store.adapters import (
-    Adapter,
-    AdapterStore,
-    StoreUnavailableError,
-    UnknownAdapterError,
-    check_unchanged,
-)
+from pi_ray.serve.engine.refusal import RefusedError, as_refused_error
+from pi_ray.store.adapters import Adapter, AdapterStore, check_unchanged
 from pi_ray.store.prompt_guard import EMPTY_GUARD, GuardResult
 
 log = logging.getLogger("ray.serve")
@@ -31,9 +26,8 @@ QUERY_ONLY_MESSAGE = (
     "prompt or earlier turns mean nothing to it, unless they are those of the prompt that it has taken in"
 )
 COUNT_CHUNK_CHARS = 16_384  # a longer text is first counted in pieces: a tokenizer can take seconds for one long word
+COLD_THREADS = 4  # in which adapters are opened for the first time
 MAX_CHARS_PER_TOKEN = 32  # by which a request's text is bounded before anything reads it; English has 4 or 5
-SERVER_PATH = re.compile(r"(?<![\w:/.])/(?:[^\s/:'\"]+/)+([^\s/:'\"]*)")  # group 1 is all of it that a client may see
-
 Events = AsyncGenerator[dict[str, Any], None]  # of one answer, see Completer.complete
 
 
@@ -67,32 +61,12 @@ class CompletionRequest:
         return [replace(self, seed=(self.seed + i + 2**63) % 2**64 - 2**63) for i in range(n)]
 
 
-class RefusedError(Exception):
-    """HTTP status and OpenAI's `type`, `code` and `param` of a refusal. Survives pickling between processes."""
+class ColdAdapterError(Exception):
+    """Opening the adapter `spec`, name@version, may take long."""
 
-    def __init__(
-        self, status: int, message: str, kind: str = "invalid_request_error", code: str | None = None,
-        param: str | None = None,
-    ):
-        super().__init__(status, message, kind, code, param)
-        self.status, self.message, self.kind, self.code, self.param = status, message, kind, code, param
-
-
-def as_refused_error(error: PiRayError) -> RefusedError:
-    """404: unknown adapter. 503: store out of reach. 422: refused adapter, or a prompt format not allowed.
-
-    Anything else, such as a full disk, is the server's own fault: 503, and only the log says what it is.
-    """
-    if isinstance(error, UnknownAdapterError):
-        return RefusedError(404, str(error), code="model_not_found", param="model")
-    if isinstance(error, StoreUnavailableError):
-        return RefusedError(503, str(error), "server_error", "store_unavailable")
-    if not isinstance(error, (AdapterError, ModelError)):
-        log.error("a request could not be prepared", exc_info=error)
-        message = "the server cannot answer at present, and its log says why; come back later"
-        return RefusedError(503, message, "server_error", "server_fault")
-    code = "adapter_refused" if isinstance(error, AdapterError) else "model_refused"
-    return RefusedError(422, SERVER_PATH.sub(r"\1", str(error)), code=code, param="model")
+    def __init__(self, spec: str):
+        super().__init__(spec)
+        self.spec = spec
 
 
 def requested_adapter(model: str, base: str) -> str | None:
@@ -117,6 +91,8 @@ class Completer:
         self.store = store or AdapterStore(config.store, config.model)
         self.merged: Adapter | None = None
         self._reported_version = ""
+        self._cold_threads = ThreadPoolExecutor(COLD_THREADS, "open")
+        self._opening: dict[str, asyncio.Future[None]] = {}  # name@version -> its first opening, under way
         self._encoder = lru_cache(maxsize=64)(lambda prompt: PromptEncoder(tokenizer, prompt))
 
     def merge(self, spec: str) -> None:
@@ -142,6 +118,11 @@ class Completer:
         given_up = threading.Event()  # by its caller: the thread that prepares it need not go on
         try:
             start, generation = await asyncio.to_thread(self._prepare, request, given_up)
+        except ColdAdapterError as cold:
+            if cold.spec not in self._opening:
+                self._opening[cold.spec] = asyncio.ensure_future(self._open_cold(cold.spec))
+            await asyncio.shield(self._opening[cold.spec])
+            start, generation = await asyncio.to_thread(self._prepare, request, given_up, is_open=True)
         finally:
             given_up.set()
         yield start
@@ -161,14 +142,25 @@ class Completer:
         full = text.count >= generation.max_new_tokens and not text.stopped
         yield {"finish": "length" if full else "stop", "completion_tokens": text.count}
 
+    async def _open_cold(self, spec: str) -> None:
+        """Open an adapter for the first time, once for all who wait for it, in threads that no warm one needs."""
+        try:
+            with suppress(PiRayError):  # which `_prepare` meets again
+                await asyncio.get_running_loop().run_in_executor(self._cold_threads, self.store.open, spec, "")
+        finally:
+            del self._opening[spec]
+
     def _prepare(
-        self, request: CompletionRequest, given_up: threading.Event
+        self, request: CompletionRequest, given_up: threading.Event, is_open: bool = False
     ) -> tuple[dict[str, Any], GenerationRequest]:
-        """Find the adapter (verified on first use) and tokenise -> (first event, request to the engine). Blocks."""
+        """Find the adapter and tokenise -> (first event, request to the engine). Blocks.
+
+        Unless the adapter `is_open`, one that has yet to be fetched or verified is a ColdAdapterError.
+        """
         name = requested_adapter(request.model, self.config.model.base)
         count = partial(self._count_up_to, given_up)
         try:
-            adapter = None if name is None else self._open(name, request.sticky_key)
+            adapter = None if name is None else self._open(name, request.sticky_key, is_open)
             self._check_chars(request, adapter)
             guarded = GuardResult("full", request.query) if request.full_prompt else self._guard(request, adapter)
             text = request.full_text if guarded.kind == "conversation" else guarded.text
@@ -196,9 +188,11 @@ class Completer:
             request.cache_salt,
         )
 
-    def _open(self, name: str, sticky_key: str) -> Adapter:
+    def _open(self, name: str, sticky_key: str, is_open: bool) -> Adapter:
         """The adapter. A merged one keeps its name when another version is released, which the log says once."""
         if self.merged is None or name != self.merged.name:
+            if not is_open and (cold := self.store.cold_version(name, sticky_key)):
+                raise ColdAdapterError(cold)
             return self.store.open(name, sticky_key)
         with suppress(AdapterError):  # also while the store is out of reach
             _, version = self.store.resolve(name)

@@ -22,7 +22,8 @@ from starlette.exceptions import HTTPException
 from pi_ray.cluster import auth
 from pi_ray.config import ServeConfig
 from pi_ray.errors import PiRayError
-from pi_ray.serve.engine.completion import CompletionRequest, Events, RefusedError, as_refused_error
+from pi_ray.serve.engine.completion import CompletionRequest, Events
+from pi_ray.serve.engine.refusal import RefusedError, as_refused_error
 from pi_ray.serve.http.keys import UNRESTRICTED, ApiKey, ApiKeys
 from pi_ray.serve.http.schemas import ChatBody, ChatFormat, CompletionBody, CompletionFormat, read_body
 from pi_ray.serve.http.streaming import EventStreamResponse, UsageCounter, merge_streams

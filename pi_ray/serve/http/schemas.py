@@ -7,7 +7,8 @@ from typing import Annotated, Any, Literal, TypeVar
 from fastapi import Request
 from pydantic import BaseModel, Field, ValidationError
 
-from pi_ray.serve.engine.completion import CompletionRequest, RefusedError
+from pi_ray.serve.engine.completion import CompletionRequest
+from pi_ray.serve.engine.refusal import RefusedError
 
 History = tuple[tuple[str, str], ...]  # (role, text) of the messages before the query
 Logprobs = Sequence[dict[str, Any]] | None  # entries of LogprobsBuffer; None: they were not asked for

@@ -249,6 +249,35 @@ def test_adapter_that_fails_verification_is_422_with_the_reason(backend, store, 
     assert call(backend, body=chat()).status_code == 200
 
 
+def test_cold_adapters_that_take_long_to_open_leave_warm_ones_alone(backend, monkeypatch):
+    """More requests wait for cold adapters than the event loop has threads for all requests."""
+    assert call(backend, body=chat()).status_code == 200
+    opened, arrived, real = [], threading.Event(), backend.completer.store.open
+
+    def slow(spec, sticky_key):
+        if spec.startswith(("short", "guarded")):
+            opened.append(spec)
+            assert arrived.wait(60)
+        return real(spec, sticky_key)
+
+    monkeypatch.setattr(backend.completer.store, "open", slow)
+
+    async def use():
+        async with client(backend) as http:
+            cold = [http.post("/v1/chat/completions", json=chat(model=m)) for m in ["short", "guarded"] * 40]
+            tasks = [asyncio.create_task(request) for request in cold]
+            while len(opened) < 2:
+                await asyncio.sleep(0.01)
+            warm = await asyncio.wait_for(http.post("/v1/chat/completions", json=chat()), 60)
+            firsts = sorted(opened)
+            arrived.set()
+            return warm, firsts, await asyncio.gather(*tasks)
+
+    warm, firsts, cold = asyncio.run(use())
+    assert firsts == ["guarded@v0001", "short@v0001"], "each is opened once for all who wait for it"
+    assert {response.status_code for response in (warm, *cold)} == {200}
+
+
 def test_unreachable_store_is_503_with_retry_after(backend, monkeypatch):
     def gone(name, sticky_key):
         raise StoreUnavailableError("the adapter store does not answer; come back later")
