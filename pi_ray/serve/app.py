@@ -31,7 +31,7 @@ def bearer_key(config: RunConfig, required: bool = False) -> str:
     Raises ConfigError for an invalid keys file, and when a key is needed and there is neither key nor file.
     """
     env, file = config.serve.api_key_env, config.serve.keys_file
-    key = os.environ.get(env, "")
+    key = os.environ.get(env, "").strip()  # of the line break that a file's content ends with
     if file:
         load_keys(Path(file))  # an error is raised here, not in a replica's log
     if not key and not file and (required or not auth.is_loopback(server_url(config))):

@@ -10,7 +10,7 @@ from pi_ray import config as configuration
 from pi_ray.config import RunConfig, ServeConfig
 from pi_ray.errors import ConfigError
 from pi_ray.serve import app
-from pi_ray.serve.http.keys import key_digest
+from pi_ray.serve.http.keys import ApiKeys, key_digest
 
 KEY = "a-secret-key"
 
@@ -36,6 +36,16 @@ def test_loopback_server_needs_no_key_but_uses_one_that_is_set(host, monkeypatch
     assert app.bearer_key(config(host=host)) == ""
     monkeypatch.setenv("PI_RAY_API_KEY", KEY)
     assert app.bearer_key(config(host=host)) == KEY
+
+
+def test_white_space_around_the_key_is_not_part_of_it(monkeypatch):
+    """As a secret read from a file has it; a client that sends the key without it must be let in."""
+    monkeypatch.setenv("PI_RAY_API_KEY", f" {KEY}\r\n")
+    assert app.bearer_key(config()) == KEY
+    assert ApiKeys(key_digest(app.bearer_key(config()))).find(f"Bearer {KEY}".encode())
+    monkeypatch.setenv("PI_RAY_API_KEY", "\n")
+    with pytest.raises(ConfigError, match="needs a key"):
+        app.bearer_key(config(host="0.0.0.0"))
 
 
 def test_cluster_deployment_needs_a_key_and_pickles_only_its_digest(tmp_path, monkeypatch):
