@@ -30,6 +30,8 @@ class ServeConfig(Block):
     max_lora_mb: Positive = doc(4096, "per replica, for adapters in memory: idle ones make room for others, and one "
         "that is larger alone is refused")
     merge: str = doc("", "adapter of the store, merged into the base weights: faster, and no other one is served")
+    kv_cache_mb: Count = doc(0, "per replica, for keys and values of requests under way: others wait for room, and one "
+        "that needs more alone is refused; 0: half of the memory that is free once the model is loaded")
     prefix_cache_mb: Count = doc(512, "per replica, for keys and values of prompts that begin alike; 0: none")
     share_prefix_cache: bool = doc(False, "among clients of different keys: faster where prompts begin alike, but the "
         "time to a first token can tell what others sent; false: each key has its own")

@@ -135,7 +135,7 @@ class Completer:
                         logprobs.add(len(text.text), token)
                     if piece := text.push(token.id):
                         yield _text_event(piece, text, logprobs)
-        except AdapterError as error:
+        except (AdapterError, ModelError) as error:
             raise as_refused_error(error) from error
         if piece := text.finish():
             yield _text_event(piece, text, logprobs)

@@ -10,10 +10,12 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
+import psutil
 import torch
 from transformers import DynamicCache
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
+from pi_ray.config import ServeConfig
 from pi_ray.models import cache_argument, last_logits_index
 from pi_ray.serve.engine.multi_lora import BASE_SLOT, MultiLora
 from pi_ray.serve.engine.prefix_cache import Block
@@ -22,6 +24,15 @@ log = logging.getLogger("ray.serve")
 CAPACITY_STEP = 64  # positions by which the capacity grows, at least
 # Largest rounding difference between two ways to compute the same logits, as a part of their standard deviation.
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.1}
+
+
+def kv_cache_limit(serve: ServeConfig, device: torch.device) -> int:
+    """Bytes for the cache of one replica; call it after the model is loaded. Growing takes old and new at once."""
+    if serve.kv_cache_mb:
+        return serve.kv_cache_mb << 20
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] // 2
+    return psutil.virtual_memory().available // (2 * serve.max_replicas)
 
 
 class KVCache(Cache):
@@ -37,6 +48,7 @@ class KVCache(Cache):
         super().__init__(layers=[])
         self.model, self.multi_lora = model, multi_lora
         self.lengths: list[int] = []
+        self.planned = 0  # positions that the longest sequence under way may reach; the capacity grows no further
         self.num_layers = len(keys)
         self.heads = keys[0].shape[1]
         self._like: dict[str, Any] = {"dtype": keys[0].dtype, "device": keys[0].device}
@@ -47,6 +59,11 @@ class KVCache(Cache):
     @property
     def nbytes(self) -> int:
         return self.keys.nbytes + self.values.nbytes
+
+    def bytes_for(self, rows: int, positions: int) -> int:
+        """The cache's size once `rows` rows are in use and the longest of them, or a planned one, has `positions`."""
+        rows, positions = self._shape(rows, max(positions, self.planned))
+        return self.num_layers * rows * self.heads * positions * sum(self._dims) * self._like["dtype"].itemsize
 
     def add_rows(self, rows: int) -> None:
         """Append so many empty rows."""
@@ -121,21 +138,28 @@ class KVCache(Cache):
         self._write_index = (offsets[..., None] + positions[:, None]).flatten()
         self._visible = slice(first, first + rows), width
 
+    def _shape(self, rows: int, capacity: int) -> tuple[int, int]:
+        """(rows, capacity) to reserve for these: rows double and the capacity grows by steps; neither shrinks."""
+        old_rows, old_capacity = self.keys.shape[1], self.keys.shape[3]
+        if rows > old_rows:
+            rows = 1 << (rows - 1).bit_length()
+        if capacity > old_capacity:
+            ahead = min(old_capacity * 5 // 4, self.planned)
+            capacity = -(-max(capacity, ahead) // CAPACITY_STEP) * CAPACITY_STEP
+        return max(rows, old_rows), max(capacity, old_capacity, CAPACITY_STEP)
+
     def _reserve(self, rows: int, capacity: int) -> None:
         old_rows, old_capacity = self.keys.shape[1], self.keys.shape[3]
         if rows <= old_rows and capacity <= old_capacity:
             return
-        if rows > old_rows:
-            rows = 1 << (rows - 1).bit_length()
-        if capacity > old_capacity:
-            capacity = -(-max(capacity, old_capacity * 5 // 4) // CAPACITY_STEP) * CAPACITY_STEP
-        rows, capacity = max(rows, old_rows), max(capacity, old_capacity, CAPACITY_STEP)
+        rows, capacity = self._shape(rows, capacity)
         for name, dim in zip(("keys", "values"), self._dims, strict=True):
             new = torch.zeros(self.num_layers, rows, self.heads, capacity, dim, **self._like)
             new[:, :old_rows, :, :old_capacity] = getattr(self, name)
             setattr(self, name, new)
 
     def _release(self) -> None:
+        self.planned = 0
         empty = (self.num_layers, 0, self.heads, 0)
         self.keys, self.values = (torch.zeros(*empty, dim, **self._like) for dim in self._dims)
 
@@ -146,12 +170,16 @@ class UnbatchedCache:
     """
 
     chunked_prefill = False  # a recurrent layer reads more than one token only at the start
-    nbytes = 0
+    nbytes = planned = 0
 
     def __init__(self, model: Any, multi_lora: MultiLora):
         self.model, self.multi_lora = model, multi_lora
         self.lengths: list[int] = []
         self._caches: list[Cache] = []
+
+    def bytes_for(self, rows: int, positions: int) -> int:
+        """Not known here: such models keep little for a sequence."""
+        return 0
 
     def add_rows(self, rows: int) -> None:
         self.lengths += [0] * rows

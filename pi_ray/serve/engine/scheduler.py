@@ -13,8 +13,9 @@ from typing import Any
 import torch
 
 from pi_ray.config import ServeConfig
+from pi_ray.errors import ModelError
 from pi_ray.protocols import GenerationRequest, Token
-from pi_ray.serve.engine.kv_cache import create_kv_cache
+from pi_ray.serve.engine.kv_cache import create_kv_cache, kv_cache_limit
 from pi_ray.serve.engine.multi_lora import BASE_SLOT, MultiLora, NoRoomError
 from pi_ray.serve.engine.onednn_linear import use_onednn_linears
 from pi_ray.serve.engine.prefix_cache import BLOCK_SIZE, Block, PrefixCache
@@ -23,7 +24,7 @@ from pi_ray.train.sampling import Sampler, sample_tokens
 
 DEFAULT_PREFILL_TOKENS = {"cpu": 256}  # prompt tokens between two decoding steps, when serve.prefill_tokens is not set
 IDLE_PREFILL_TOKENS = 2048  # the same on a GPU, and while no sequence decodes
-MAX_SKIPPED_STEPS = 32  # how often later requests may go first while a request's adapter has no slot
+MAX_SKIPPED_STEPS = 32  # how often later requests may go first while there is no adapter slot or memory for a request
 
 Output = Token | Exception | None  # an exception ends the request with an error, None ends it
 
@@ -36,9 +37,10 @@ class GenerationSequence:
         self.sampler = Sampler(request)
         self.prefix_namespace = f"{request.cache_salt}/{request.adapter_key}"  # within which it shares cached prefixes
         self.output_ids: list[int] = []
+        self.max_length = len(request.prompt_ids) + request.max_new_tokens
         self.adapter_slot = 0  # in MultiLora
         self.cached_blocks: list[Block] = []  # the blocks of its prompt that the prefix cache has
-        self.skipped_steps = 0  # how often later requests went first because its adapter had no slot
+        self.skipped_steps = 0  # how often later requests went first, since there was no adapter slot or memory for it
         self.prefill_alone = False  # a prefill of several sequences, this one among them, failed
         self.closed = False  # the caller went away; the decoding thread drops the sequence before its next step
         self.loop = asyncio.get_running_loop()
@@ -82,6 +84,7 @@ class Scheduler:
         self.multi_lora = MultiLora(base, max_loras, serve.max_lora_rank, max_bytes)
         self.kv_cache = create_kv_cache(base, self.multi_lora)
         use_onednn_linears(base)
+        self.kv_cache_limit = kv_cache_limit(serve, base.device)  # bytes
         self.prefix_cache = PrefixCache(serve.prefix_cache_mb << 20 if self.kv_cache.chunked_prefill else 0)
         self.running: list[GenerationSequence] = []
         self.num_decoding = 0
@@ -99,10 +102,16 @@ class Scheduler:
         for seq in waiting:
             if seq in done or len(self.running) + len(admitted) >= self.max_num_seqs:
                 continue
+            if not self._has_kv_cache_for(seq, len(self.running) + len(admitted) + 1):
+                if not self.running and not admitted:
+                    self.outputs.put(seq, self._too_large(seq))
+                    done.add(seq)
+                elif self._is_overdue(seq):
+                    break
+                continue
             in_use = {s.request.adapter_key for s in [*self.running, *admitted]}
             if not self.multi_lora.has_room_for(seq.request.adapter_key, in_use):
-                seq.skipped_steps += 1
-                if seq.skipped_steps > MAX_SKIPPED_STEPS:
+                if self._is_overdue(seq):
                     break
                 continue
             seq.cached_blocks = self.prefix_cache.find(seq.prefix_namespace, seq.request.prompt_ids)
@@ -116,6 +125,7 @@ class Scheduler:
                 self.outputs.put(seq, error)
             else:
                 admitted.append(seq)
+                self.kv_cache.planned = max(self.kv_cache.planned, seq.max_length)
             done.add(seq)
         self._start(sorted(admitted, key=lambda seq: seq.adapter_slot))
         return done
@@ -131,6 +141,19 @@ class Scheduler:
         if self.num_decoding:
             self._decode()
         return retry
+
+    def _is_overdue(self, seq: GenerationSequence) -> bool:
+        """Count that later requests may go first; after MAX_SKIPPED_STEPS times they may not."""
+        seq.skipped_steps += 1
+        return seq.skipped_steps > MAX_SKIPPED_STEPS
+
+    def _has_kv_cache_for(self, seq: GenerationSequence, rows: int) -> bool:
+        return self.kv_cache.bytes_for(rows, seq.max_length) <= self.kv_cache_limit
+
+    def _too_large(self, seq: GenerationSequence) -> ModelError:
+        size, limit = self.kv_cache.bytes_for(1, seq.max_length) / 2**20, self.kv_cache_limit / 2**20
+        needs = f"{seq.max_length} tokens of prompt and answer need {size:,.1f} MiB of KV cache"
+        return ModelError(f"{needs}; this server has {limit:,.1f} MiB (serve.kv_cache_mb)")
 
     def _fit_in_one_pass(self, admitted: Sequence[GenerationSequence]) -> bool:
         """Whether the uncached parts of these prompts, padded to the longest, fit in the token budget."""

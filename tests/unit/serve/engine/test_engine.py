@@ -244,6 +244,46 @@ def test_adapters_that_do_not_fit_into_memory_together_are_answered_in_turn(fres
     assert engine.stats()["adapter_bytes"] <= engine._scheduler.multi_lora.max_bytes
 
 
+def test_requests_wait_for_kv_cache_memory_and_one_that_is_too_large_alone_is_refused(fresh, expected):
+    engine = fresh(max_ongoing_requests=4)
+    scheduler = engine._scheduler
+    scheduler.kv_cache_limit = scheduler.kv_cache.bytes_for(2, 64)
+    sizes, rows = [], []
+    reserve = scheduler.kv_cache._reserve
+
+    def watched(*shape):
+        reserve(*shape)
+        sizes.append(scheduler.kv_cache.nbytes)
+        rows.append(scheduler.kv_cache.keys.shape[1])
+
+    scheduler.kv_cache._reserve = watched
+
+    async def burst():
+        jobs = [tokens(engine, PROMPTS[i % 3]) for i in range(6)]
+        large = tokens(engine, PROMPTS[0], max_new_tokens=500)
+        return await asyncio.gather(*jobs, large, return_exceptions=True)
+
+    *answers, error = asyncio.run(burst())
+    assert answers == expected[""] * 2
+    assert max(sizes) <= scheduler.kv_cache_limit and max(rows) == 2
+    assert isinstance(error, ModelError) and "510 tokens of prompt and answer need" in str(error)
+    assert "serve.kv_cache_mb" in str(error)
+
+
+def test_the_kv_cache_reserves_no_more_than_was_admitted(fresh):
+    engine = fresh()
+    cache, peak = engine._scheduler.kv_cache, []
+    reserve = cache._reserve
+    cache._reserve = lambda *shape: (reserve(*shape), peak.append(cache.nbytes))
+
+    async def both():
+        await asyncio.gather(*(tokens(engine, list(range(n)), max_new_tokens=200) for n in (5, 90, 300)))
+
+    planned = cache.bytes_for(3, 500)
+    asyncio.run(both())
+    assert 0 < max(peak) <= planned
+
+
 def test_a_merged_adapter_answers_as_it_does_beside_the_base_and_no_other_is_served(fresh, expected, folders):
     engine = fresh()
     engine.merge(folders[0])
