@@ -43,6 +43,8 @@ def release(args: argparse.Namespace) -> None:
     "make an API key for a client of the server",
     argument("name", metavar="NAME", help="whose key it is"),
     argument("--adapters", nargs="+", default=[], metavar="ADAPTER", help="adapters that it may use; default: all"),
+    argument("--rpm", type=int, metavar="N", help="requests that it may send a minute; default: any number"),
+    argument("--tpm", type=int, metavar="N", help="tokens that its requests may take a minute, prompts and answers"),
     argument("--full-prompt", action="store_true", help="it may ask for pi_ray.full_prompt, which shows templates"),
 )
 def key(args: argparse.Namespace) -> None:
@@ -51,7 +53,7 @@ def key(args: argparse.Namespace) -> None:
 
     made = keys.new_key()
     print(f"the key, shown this once:\n  {made}\nits line for the file that serve.keys_file names:")
-    print(f"  {keys.keys_file_line(made, args.name, args.adapters, args.full_prompt)}")
+    print(f"  {keys.keys_file_line(made, args.name, args.adapters, args.full_prompt, args.rpm, args.tpm)}")
 
 
 @verb(

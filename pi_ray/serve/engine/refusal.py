@@ -2,6 +2,7 @@
 
 import logging
 import re
+from typing import Self
 
 from pi_ray.errors import AdapterError, ModelError, PiRayError
 from pi_ray.store.adapters import StoreUnavailableError, UnknownAdapterError
@@ -19,6 +20,12 @@ class RefusedError(Exception):
     ):
         super().__init__(status, message, kind, code, param)
         self.status, self.message, self.kind, self.code, self.param = status, message, kind, code, param
+        self.retry_after = 1  # seconds, which 429 and 503 tell the client
+
+    def come_back(self, seconds: int) -> Self:
+        """The same refusal, with another `retry_after`."""
+        self.retry_after = max(seconds, 1)
+        return self
 
 
 def as_refused_error(error: PiRayError) -> RefusedError:

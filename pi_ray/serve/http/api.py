@@ -8,10 +8,10 @@ import logging
 import re
 import time
 import uuid
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from importlib.resources import files
 from typing import Any, Protocol
 
@@ -25,13 +25,12 @@ from pi_ray.errors import PiRayError
 from pi_ray.serve.engine.completion import CompletionRequest, Events
 from pi_ray.serve.engine.refusal import RefusedError, as_refused_error
 from pi_ray.serve.http.keys import UNRESTRICTED, ApiKey, ApiKeys
+from pi_ray.serve.http.rates import KeyRates
 from pi_ray.serve.http.schemas import ChatBody, ChatFormat, CompletionBody, CompletionFormat, read_body
 from pi_ray.serve.http.streaming import EventStreamResponse, UsageCounter, merge_streams
 
 log = logging.getLogger("ray.serve")
 PUBLIC_PATHS = {"/healthz", "/readyz", "/"}
-# Headers by status: a client that is told to come back is told when.
-HEADERS = {401: {"WWW-Authenticate": "Bearer"}, 429: {"Retry-After": "1"}, 503: {"Retry-After": "1"}}
 STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # nginx would hold a stream back
 Format = ChatFormat | CompletionFormat
 
@@ -59,6 +58,7 @@ def create_api(backend: CompletionBackend, serve: ServeConfig, digest: str = "")
     for kind in (RefusedError, PiRayError, HTTPException, Exception):
         api.add_exception_handler(kind, lambda request, error: _error_response(_as_refused(error)))
     api.get("/")(get_page)
+    rates = KeyRates(serve.api_replicas)
 
     @api.get("/healthz")
     async def health() -> dict[str, str]:
@@ -84,12 +84,12 @@ def create_api(backend: CompletionBackend, serve: ServeConfig, digest: str = "")
     @api.post("/v1/chat/completions")
     async def chat_completions(request: Request) -> Any:
         body = await read_body(request, ChatBody, serve.body_limit_bytes)
-        return await _respond(backend, serve, request.state.key, body, ChatFormat())
+        return await _respond(backend, serve, rates, request.state.key, body, ChatFormat())
 
     @api.post("/v1/completions")
     async def completions(request: Request) -> Any:
         body = await read_body(request, CompletionBody, serve.body_limit_bytes)
-        return await _respond(backend, serve, request.state.key, body, CompletionFormat())
+        return await _respond(backend, serve, rates, request.state.key, body, CompletionFormat())
 
     return api
 
@@ -158,7 +158,10 @@ def _is_local(address: str) -> bool:
 
 
 def _error_response(error: RefusedError) -> JSONResponse:
-    return JSONResponse(_error_body(error), error.status, HEADERS.get(error.status))
+    headers = {"WWW-Authenticate": "Bearer"} if error.status == 401 else {}
+    if error.status in (429, 503):
+        headers["Retry-After"] = str(error.retry_after)
+    return JSONResponse(_error_body(error), error.status, headers)
 
 
 def _error_body(error: RefusedError) -> dict[str, Any]:
@@ -187,15 +190,18 @@ def _model(name: str, base: str) -> dict[str, Any]:
 
 
 async def _respond(
-    backend: CompletionBackend, serve: ServeConfig, key: ApiKey, body: ChatBody | CompletionBody, form: Format
+    backend: CompletionBackend, serve: ServeConfig, rates: KeyRates, key: ApiKey, body: ChatBody | CompletionBody,
+    form: Format,
 ) -> Any:
     request_id, model = form.id_prefix + uuid.uuid4().hex, body.model
     requests = body.completion_requests(request_id, serve.max_in_flight)
     _check_permission(key, backend.base, requests[0])
     if not serve.share_prefix_cache:
         requests = [replace(request, cache_salt=key.digest[:32]) for request in requests]
+    rates.admit(key)
     usage = UsageCounter(body.choices)
-    events = _guard_events(merge_streams(backend, requests), usage, serve.request_timeout_s)
+    charge = partial(rates.charge, key)
+    events = _guard_events(merge_streams(backend, requests), usage, serve.request_timeout_s, charge)
     start = await anext(events)
     head = {"id": request_id, "created": int(time.time()), "model": model, "system_fingerprint": start["fingerprint"]}
     headers = {"X-Request-Id": request_id, "X-Pi-Ray-Prompt": start["prompt"]}
@@ -264,8 +270,13 @@ async def _server_sent_events(
     yield (chunk(usage=usage.usage()) if usage else "") + "data: [DONE]\n\n"
 
 
-async def _guard_events(events: Events, usage: UsageCounter, seconds: float) -> Events:
-    """The same events, counted. Any failure is a RefusedError, also that `seconds` are over, which stops them."""
+async def _guard_events(
+    events: Events, usage: UsageCounter, seconds: float, charge: Callable[[int], None]
+) -> Events:
+    """The same events, counted. Any failure is a RefusedError, also that `seconds` are over, which stops them.
+
+    At the end `charge` is called with the tokens, however it came about.
+    """
     deadline = asyncio.get_running_loop().time() + seconds
     try:
         async with aclosing(events):
@@ -278,3 +289,5 @@ async def _guard_events(events: Events, usage: UsageCounter, seconds: float) -> 
                 yield event
     except Exception as error:
         raise _as_refused(error) from error
+    finally:
+        charge(usage.spent)

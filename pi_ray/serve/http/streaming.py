@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import aclosing, suppress
 from typing import Any
@@ -63,12 +64,21 @@ class UsageCounter:
     def __init__(self, choices: int):
         self._choices = choices  # answers to each prompt, whose indices are neighbours
         self._prompt = self._completion = self._saved = 0
+        self._unfinished: Counter[int] = Counter()  # pieces of text of each answer under way
 
     def add(self, event: dict[str, Any]) -> None:
         if "prompt_tokens" in event and event["index"] % self._choices == 0:
             self._prompt += event["prompt_tokens"]
             self._saved += event["saved"]
         self._completion += event.get("completion_tokens", 0)
+        self._unfinished[event["index"]] += 1 if "text" in event else 0
+        if "finish" in event:
+            del self._unfinished[event["index"]]
+
+    @property
+    def spent(self) -> int:
+        """Tokens read and generated so far; an answer that was broken off counts one for each piece of its text."""
+        return self._prompt + self._completion + self._unfinished.total()
 
     def usage(self) -> dict[str, int]:
         """OpenAI's usage, and `prompt_tokens_saved`: tokens of template and examples that the model need not read."""

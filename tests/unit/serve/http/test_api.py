@@ -655,6 +655,27 @@ def test_each_key_has_a_cache_salt_of_its_own_unless_prefixes_are_shared(backend
     assert salt() == "", "a server without keys"
 
 
+def test_key_with_limits_is_429_with_the_time_to_come_back_and_others_go_on(backend, tmp_path):
+    lines = keys_file_line("one", "team", [], rpm_limit=2), keys_file_line("two", "team", [], tpm_limit=1)
+    (tmp_path / "keys.yaml").write_text("\n".join(lines))
+
+    async def use():
+        async with client(backend, keys_file=str(tmp_path / "keys.yaml"), key=KEY) as http:
+            async def post(key, **rest):
+                return await http.post(
+                    "/v1/chat/completions", json=chat(**rest), headers={"Authorization": f"Bearer {key}"}
+                )
+
+            found = [await post(key, stream=key == "two") for key in ["one"] * 3 + ["two"] * 2 + [KEY] * 3]
+            assert [response.status_code for response in found] == [200, 200, 429, 200, 429, 200, 200, 200]
+            for response, name in ((found[2], "rpm_limit"), (found[4], "tpm_limit")):
+                assert error_of(response)["code"] == "rate_limit_exceeded" and name in response.text
+                assert int(response.headers["retry-after"]) > 1
+            assert (await post("one", model="unknown", n=0)).status_code == 400
+
+    asyncio.run(use())
+
+
 def test_restricted_key_is_checked_without_the_store(backend, tmp_path):
     (tmp_path / "keys.yaml").write_text(keys_file_line(KEY, "team", ["colours"]))
     options = {"keys_file": str(tmp_path / "keys.yaml"), "headers": {"Authorization": f"Bearer {KEY}"}}

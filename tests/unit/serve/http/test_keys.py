@@ -112,6 +112,7 @@ def test_keys_file_suffices_off_loopback_and_is_checked_at_the_start(file, tmp_p
     ({key_digest(SOME): {"name": "a", "adapter": ["x"]}}, "entry 1: expected {name"),
     ({key_digest(SOME): {"name": "a", "adapters": "colours"}}, "a list of names"),
     ({key_digest(SOME): {"name": "a", "adapters": [1]}}, "a list of names"),
+    ({key_digest(SOME): {"name": "a", "rpm_limit": 0}}, "rpm_limit"),
 ])  # fmt: skip
 def test_invalid_keys_file_error_names_the_file_and_hides_keys(tmp_path, content, message):
     with pytest.raises(ConfigError) as error:
@@ -126,9 +127,11 @@ def test_missing_keys_file_error_names_the_key_command(tmp_path):
 
 
 def test_key_command_prints_a_key_and_a_valid_keys_file_line(tmp_path, capsys):
-    assert cli.main(["key", "team a: 'x'", "--adapters", "colours", "shapes"]) == 0
+    limits = ["--rpm", "60", "--tpm", "9000", "--full-prompt"]
+    assert cli.main(["key", "team a: 'x'", "--adapters", "colours", "shapes", *limits]) == 0
     _, key, _, made = capsys.readouterr().out.strip().split("\n")
     assert key.strip() not in made
     found = find(ApiKeys("", write(tmp_path, made.strip())), key.strip())
     assert (found.name, found.adapters) == ("team a: 'x'", {"colours", "shapes"})
+    assert (found.rpm_limit, found.tpm_limit, found.full_prompt) == (60, 9000, True)
     assert len({new_key() for _ in range(100)}) == 100

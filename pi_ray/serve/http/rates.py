@@ -1,0 +1,67 @@
+"""Rates of keys: requests and tokens a minute, as LiteLLM's rpm_limit and tpm_limit.
+
+Each limit is a bucket that holds a minute's worth and fills evenly, so that a key that was idle may send a burst. Each
+replica of the HTTP side counts for itself and allows its share of a limit.
+"""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from pi_ray.serve.engine.refusal import RefusedError
+from pi_ray.serve.http.keys import ApiKey
+
+MINUTE_S = 60.0
+
+
+@dataclass
+class Bucket:
+    """What is left of a limit; below zero after a request took more tokens than there were."""
+
+    left: float
+    at: float  # when that was so
+
+    def refill(self, limit: float, now: float) -> float:
+        self.left, self.at = min(self.left + limit * (now - self.at) / MINUTE_S, limit), now
+        return self.left
+
+
+class KeyRates:
+    """Counts the requests and tokens of each key. `shares`: by how many replicas the limits are divided."""
+
+    def __init__(self, shares: int = 1, clock: Callable[[], float] = time.monotonic):
+        self._shares, self._clock = shares, clock
+        self._buckets: dict[tuple[str, str], Bucket] = {}  # (digest of the key, limit's name)
+
+    def admit(self, key: ApiKey) -> None:
+        """Count a request. Raises RefusedError 429, which says when to come back, while a limit is used up.
+
+        The tokens of a request are known only afterwards (`charge`), so it is admitted while any are left.
+        """
+        for name, limit in self._limits(key).items():
+            needed = 1.0 if name == "rpm_limit" else 0.0
+            left = self._bucket(key, name, limit).refill(limit, self._clock())
+            if left < needed or left <= 0:
+                what = "requests" if name == "rpm_limit" else "tokens"
+                message = f"this key may use {limit * self._shares:g} {what} a minute ({name}); come back later"
+                seconds = math.ceil((max(needed, 1.0) - left) * MINUTE_S / limit)
+                raise RefusedError(429, message, "rate_limit_error", "rate_limit_exceeded").come_back(seconds)
+        self._take(key, "rpm_limit", 1)
+
+    def charge(self, key: ApiKey, tokens: int) -> None:
+        """Count the tokens of a request, those of its prompt and its answers."""
+        self._take(key, "tpm_limit", tokens)
+
+    def _take(self, key: ApiKey, name: str, amount: int) -> None:
+        if limit := self._limits(key).get(name):
+            bucket = self._bucket(key, name, limit)
+            bucket.refill(limit, self._clock())
+            bucket.left -= amount
+
+    def _limits(self, key: ApiKey) -> dict[str, float]:
+        limits = {"rpm_limit": key.rpm_limit, "tpm_limit": key.tpm_limit}
+        return {name: limit / self._shares for name, limit in limits.items() if limit}
+
+    def _bucket(self, key: ApiKey, name: str, limit: float) -> Bucket:
+        return self._buckets.setdefault((key.digest, name), Bucket(limit, self._clock()))

@@ -1,0 +1,60 @@
+"""Requests and tokens a minute of each key, by a clock that stands still."""
+
+import pytest
+
+from pi_ray.serve.engine.refusal import RefusedError
+from pi_ray.serve.http.keys import ApiKey
+from pi_ray.serve.http.rates import KeyRates
+from tests.unit.fake_bucket import Clock
+
+
+@pytest.fixture
+def clock():
+    return Clock()
+
+
+def refused_for(rates, key):
+    """The seconds after which a refused request may come again; 0 where it is admitted."""
+    try:
+        rates.admit(key)
+    except RefusedError as error:
+        assert (error.status, error.code) == (429, "rate_limit_exceeded")
+        return error.retry_after
+    return 0
+
+
+def test_requests_of_a_minute_may_come_at_once_and_then_as_the_limit_refills(clock):
+    rates, key = KeyRates(clock=clock), ApiKey(name="a", digest="a", rpm_limit=6)
+    assert [refused_for(rates, key) for _ in range(7)] == [0] * 6 + [10]
+    clock.now += 9
+    assert refused_for(rates, key) == 1
+    clock.now += 1
+    assert [refused_for(rates, key) for _ in range(2)] == [0, 10]
+    clock.now += 600
+    assert [refused_for(rates, key) for _ in range(7)] == [0] * 6 + [10], "no more than a minute's worth is kept"
+
+
+def test_tokens_beyond_the_limit_are_paid_back_before_the_next_request(clock):
+    rates, key = KeyRates(clock=clock), ApiKey(name="a", digest="a", tpm_limit=60)
+    assert refused_for(rates, key) == 0
+    rates.charge(key, 100)
+    assert refused_for(rates, key) == 41
+    clock.now += 41
+    assert refused_for(rates, key) == 0
+
+
+def test_keys_are_counted_apart_and_one_without_limits_is_never_refused(clock):
+    rates = KeyRates(clock=clock)
+    one, two, free = (ApiKey(name="same", digest=d, rpm_limit=limit) for d, limit in (("1", 1), ("2", 1), ("3", None)))
+    assert [refused_for(rates, key) for key in (one, two, one, two)] == [0, 0, 60, 60]
+    rates.charge(free, 10**9)
+    assert [refused_for(rates, free) for _ in range(100)] == [0] * 100
+
+
+def test_a_refused_request_takes_nothing_and_replicas_share_a_limit(clock):
+    both = ApiKey(name="a", digest="a", rpm_limit=8, tpm_limit=60)
+    rates = KeyRates(shares=2, clock=clock)
+    rates.charge(both, 31)
+    assert [refused_for(rates, both) for _ in range(9)] == [4] * 9
+    clock.now += 4
+    assert [refused_for(rates, both) for _ in range(5)] == [0] * 4 + [15]
