@@ -6,7 +6,7 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from pi_ray.cluster import auth, requirements
@@ -35,17 +35,33 @@ def connect() -> None:
     if ray.is_initialized():
         return
     local: dict[str, Any] = {}
+    address: Any = nullcontext()
     if os.environ.get("RAY_ADDRESS", "") in ("", "local"):
         # Without an address Ray would join, or wait for, whatever cluster was last started on this machine.
-        local = {"address": "local", "include_dashboard": False}
+        local, address = {"address": "local", "include_dashboard": False}, _on_loopback()
         os.environ.update({**SERVE, "RAY_BACKEND_LOG_LEVEL": "fatal", **os.environ})  # its C++ logs are for its makers
-    with _muted("Set ray log level"):
+    with address, _muted("Set ray log level"):
         ray.init(log_to_driver=False, logging_level=logging.ERROR, **local)
     from ray.data import DataContext
 
     DataContext.get_current().enable_progress_bars = False
     logging.getLogger("ray.data").setLevel(logging.WARNING)
     logging.getLogger("ray.train").setLevel(logging.WARNING)
+
+
+@contextmanager
+def _on_loopback() -> Iterator[None]:
+    """Let a node that `ray.init` starts have the loopback address, so that its metrics are not shown to the network.
+
+    Ray has this switch for desktops, where it is on, and reads its environment variable when it is imported.
+    """
+    from ray._private import ray_constants
+
+    before, ray_constants.ENABLE_RAY_CLUSTER = ray_constants.ENABLE_RAY_CLUSTER, False
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before
 
 
 @contextmanager

@@ -68,6 +68,22 @@ def test_a_cluster_of_this_machine_alone_may_be_open(rays_token, monkeypatch):
     assert os.environ["RAY_AUTH_MODE"] == "disabled"
 
 
+@pytest.mark.parametrize("address, on_loopback", [("", True), ("local", True), ("127.0.0.1:6379", False)])
+def test_a_ray_of_this_process_has_the_loopback_address(rays_token, monkeypatch, address, on_loopback):
+    """Where its metrics, which name adapters, listen: Ray's agent takes the node's address, else every one."""
+    from ray._private import ray_constants, services
+
+    found = []
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+    monkeypatch.setattr("ray._private.worker._global_node", None)
+    monkeypatch.setattr(services, "node_ip_address_from_perspective", lambda address: "192.0.2.7")
+    monkeypatch.setattr("ray.init", lambda **options: found.append(services.get_node_ip_address()))
+    before = ray_constants.ENABLE_RAY_CLUSTER
+    session.connect()
+    assert found == ["127.0.0.1" if on_loopback else "192.0.2.7"] and before == ray_constants.ENABLE_RAY_CLUSTER
+
+
 def settings(workers=1, gpu="auto", **cluster) -> RunConfig:
     return RunConfig(name="demo", train={"workers": workers, "gpu": gpu, "batch_size": workers}, cluster=cluster)
 
