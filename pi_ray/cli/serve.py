@@ -45,6 +45,7 @@ def release(args: argparse.Namespace) -> None:
     argument("--adapters", nargs="+", default=[], metavar="ADAPTER", help="adapters that it may use; default: all"),
     argument("--rpm", type=int, metavar="N", help="requests that it may send a minute; default: any number"),
     argument("--tpm", type=int, metavar="N", help="tokens that its requests may take a minute, prompts and answers"),
+    argument("--monthly-tokens", type=int, metavar="N", help="tokens a month (UTC); needs serve.usage_dir"),
     argument("--full-prompt", action="store_true", help="it may ask for pi_ray.full_prompt, which shows templates"),
 )
 def key(args: argparse.Namespace) -> None:
@@ -53,7 +54,8 @@ def key(args: argparse.Namespace) -> None:
 
     made = keys.new_key()
     print(f"the key, shown this once:\n  {made}\nits line for the file that serve.keys_file names:")
-    print(f"  {keys.keys_file_line(made, args.name, args.adapters, args.full_prompt, args.rpm, args.tpm)}")
+    limits = args.rpm, args.tpm, args.monthly_tokens
+    print(f"  {keys.keys_file_line(made, args.name, args.adapters, args.full_prompt, *limits)}")
 
 
 @verb(

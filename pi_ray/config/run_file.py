@@ -85,7 +85,9 @@ def make_paths_absolute(config: RunConfig, folder: Path) -> RunConfig:
         "task": task.model_copy(update=paths),
         "run_dir": resolve(here, config.run_dir or f"runs/{config.name}"),
         "store": resolve(here, config.store or "store"),
-        "serve": config.serve.model_copy(update={"keys_file": resolve(here, config.serve.keys_file)}),
+        "serve": config.serve.model_copy(update={
+            "keys_file": resolve(here, config.serve.keys_file), "usage_dir": resolve(here, config.serve.usage_dir),
+        }),
     })
 
 

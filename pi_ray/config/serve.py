@@ -42,6 +42,8 @@ class ServeConfig(Block):
         "use; 'pi-ray key NAME' makes one")
     full_prompt: bool = doc(False, "let the key of api_key_env ask for pi_ray.full_prompt, whose answers can give the "
         "template away; a key of keys_file has a full_prompt of its own, a server without keys allows it")
+    usage_dir: str = doc("", "folder that all HTTP replicas can write, where the tokens of each key are kept for its "
+        "monthly_tokens")
     drift_guard: bool = doc(True, "recognise requests that still carry the prompt; publishing writes prompt.json for "
         "it, which holds the template. false: neither is done")
 

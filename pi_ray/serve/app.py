@@ -33,7 +33,10 @@ def bearer_key(config: RunConfig, required: bool = False) -> str:
     env, file = config.serve.api_key_env, config.serve.keys_file
     key = os.environ.get(env, "").strip()  # of the line break that a file's content ends with
     if file:
-        load_keys(Path(file))  # an error is raised here, not in a replica's log
+        keys = load_keys(Path(file))  # an error is raised here, not in a replica's log
+        if not config.serve.usage_dir and any(known.monthly_tokens for known in keys.values()):
+            cure = "name a folder in serve.usage_dir, where tokens are counted"
+            raise ConfigError(f"serve.keys_file {file}: a key has monthly_tokens; {cure}")
     if not key and not file and (required or not auth.is_loopback(server_url(config))):
         example = f'Set it in the environment, for example export {env}="$(openssl rand -hex 32)"'
         others = "name a file of keys in serve.keys_file ('pi-ray key' makes them), or set serve.host to 127.0.0.1"

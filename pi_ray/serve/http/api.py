@@ -58,7 +58,7 @@ def create_api(backend: CompletionBackend, serve: ServeConfig, digest: str = "")
     for kind in (RefusedError, PiRayError, HTTPException, Exception):
         api.add_exception_handler(kind, lambda request, error: _error_response(_as_refused(error)))
     api.get("/")(get_page)
-    rates = KeyRates(serve.api_replicas)
+    rates = KeyRates(serve.api_replicas, serve.usage_dir)
 
     @api.get("/healthz")
     async def health() -> dict[str, str]:

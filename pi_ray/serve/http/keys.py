@@ -32,6 +32,7 @@ class ApiKey(BaseModel, frozen=True, extra="forbid"):
     full_prompt: bool = False  # whether it may ask for pi_ray.full_prompt, whose answers can give a template away
     rpm_limit: int | None = Field(None, ge=1)  # requests a minute
     tpm_limit: int | None = Field(None, ge=1)  # tokens a minute, of prompts and answers
+    monthly_tokens: int | None = Field(None, ge=1)  # tokens a month (UTC); needs serve.usage_dir
     digest: str = ""  # by which the file knows the key, and what is counted or kept for it
 
     def allows(self, model: str) -> bool:
@@ -54,10 +55,11 @@ def new_key() -> str:
 
 def keys_file_line(
     key: str, name: str, adapters: list[str], full_prompt: bool = False, rpm_limit: int | None = None,
-    tpm_limit: int | None = None,
+    tpm_limit: int | None = None, monthly_tokens: int | None = None,
 ) -> str:
     """The key's line for serve.keys_file."""
-    allowed = {"adapters": adapters, "full_prompt": full_prompt, "rpm_limit": rpm_limit, "tpm_limit": tpm_limit}
+    limits = {"rpm_limit": rpm_limit, "tpm_limit": tpm_limit, "monthly_tokens": monthly_tokens}
+    allowed = {"adapters": adapters, "full_prompt": full_prompt, **limits}
     entry = {"name": name, **{permission: value for permission, value in allowed.items() if value}}
     text = yaml.safe_dump(entry, default_flow_style=True, sort_keys=False, allow_unicode=True, width=10_000)
     return f'"{key_digest(key)}": {text.strip()}'
@@ -117,7 +119,7 @@ def load_keys(file: Path) -> dict[str, ApiKey]:
             keys[digest] = ApiKey.model_validate({**entry, "digest": digest})
         except (TypeError, ValidationError):
             expected = "{name: ...} and, to allow some models only, adapters: [...], a list of names"
-            expected += "; further keys: full_prompt: true, rpm_limit and tpm_limit, which are at least 1"
+            expected += "; further keys: full_prompt: true, rpm_limit, tpm_limit, monthly_tokens"
             raise ConfigError(f"{where}: expected {expected}") from None
     return keys
 

@@ -1,18 +1,20 @@
-"""Rates of keys: requests and tokens a minute, as LiteLLM's rpm_limit and tpm_limit.
+"""Limits of keys: requests and tokens a minute, as LiteLLM's rpm_limit and tpm_limit, and tokens a month.
 
-Each limit is a bucket that holds a minute's worth and fills evenly, so that a key that was idle may send a burst. Each
-replica of the HTTP side counts for itself and allows its share of a limit.
+Each limit of a minute is a bucket that holds a minute's worth and fills evenly, so that a key that was idle may send a
+burst. Each replica of the HTTP side counts for itself and allows its share of a limit.
 """
 
 import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 from pi_ray.serve.engine.refusal import RefusedError
 from pi_ray.serve.http.keys import ApiKey
+from pi_ray.serve.http.token_usage import TokenUsage
 
-MINUTE_S = 60.0
+MINUTE_S, DAY_S = 60.0, 86_400
 
 
 @dataclass
@@ -28,10 +30,14 @@ class Bucket:
 
 
 class KeyRates:
-    """Counts the requests and tokens of each key. `shares`: by how many replicas the limits are divided."""
+    """Counts the requests and tokens of each key. `shares`: by how many replicas the limits of a minute are divided.
 
-    def __init__(self, shares: int = 1, clock: Callable[[], float] = time.monotonic):
+    Tokens of a month are kept in `usage_dir`; without one, a key with such a limit is refused.
+    """
+
+    def __init__(self, shares: int = 1, usage_dir: str = "", clock: Callable[[], float] = time.monotonic):
         self._shares, self._clock = shares, clock
+        self._usage = TokenUsage(Path(usage_dir)) if usage_dir else None
         self._buckets: dict[tuple[str, str], Bucket] = {}  # (digest of the key, limit's name)
 
     def admit(self, key: ApiKey) -> None:
@@ -39,6 +45,7 @@ class KeyRates:
 
         The tokens of a request are known only afterwards (`charge`), so it is admitted while any are left.
         """
+        self._check_month(key)
         for name, limit in self._limits(key).items():
             needed = 1.0 if name == "rpm_limit" else 0.0
             left = self._bucket(key, name, limit).refill(limit, self._clock())
@@ -52,6 +59,18 @@ class KeyRates:
     def charge(self, key: ApiKey, tokens: int) -> None:
         """Count the tokens of a request, those of its prompt and its answers."""
         self._take(key, "tpm_limit", tokens)
+        if self._usage and key.digest:
+            self._usage.add(key.digest, tokens)
+
+    def _check_month(self, key: ApiKey) -> None:
+        if not key.monthly_tokens:
+            return
+        if self._usage is None:
+            message = "this key has a budget, which the server cannot count (serve.usage_dir)"
+            raise RefusedError(503, message, "server_error", "server_fault")
+        if self._usage.used(key.digest) >= key.monthly_tokens:
+            message = f"this key has used its {key.monthly_tokens} tokens of this month (monthly_tokens)"
+            raise RefusedError(429, message, "insufficient_quota", "insufficient_quota").come_back(DAY_S)
 
     def _take(self, key: ApiKey, name: str, amount: int) -> None:
         if limit := self._limits(key).get(name):

@@ -102,6 +102,15 @@ def test_keys_file_suffices_off_loopback_and_is_checked_at_the_start(file, tmp_p
     )
 
 
+def test_budgets_need_a_folder_where_they_are_counted(tmp_path, monkeypatch):
+    from pi_ray.serve.app import bearer_key
+
+    file = write(tmp_path, keys_file_line(ALL, "ops", [], monthly_tokens=5))
+    with pytest.raises(ConfigError, match=r"serve\.usage_dir"):
+        bearer_key(RunConfig(name="t", serve=ServeConfig(keys_file=file)))
+    bearer_key(RunConfig(name="t", serve=ServeConfig(keys_file=file, usage_dir=str(tmp_path / "usage"))))
+
+
 @pytest.mark.parametrize(("content", "message"), [
     ("- a", "expected lines"),
     ("a: [", "not valid YAML"),
@@ -127,11 +136,11 @@ def test_missing_keys_file_error_names_the_key_command(tmp_path):
 
 
 def test_key_command_prints_a_key_and_a_valid_keys_file_line(tmp_path, capsys):
-    limits = ["--rpm", "60", "--tpm", "9000", "--full-prompt"]
+    limits = ["--rpm", "60", "--tpm", "9000", "--monthly-tokens", "10", "--full-prompt"]
     assert cli.main(["key", "team a: 'x'", "--adapters", "colours", "shapes", *limits]) == 0
     _, key, _, made = capsys.readouterr().out.strip().split("\n")
     assert key.strip() not in made
     found = find(ApiKeys("", write(tmp_path, made.strip())), key.strip())
     assert (found.name, found.adapters) == ("team a: 'x'", {"colours", "shapes"})
-    assert (found.rpm_limit, found.tpm_limit, found.full_prompt) == (60, 9000, True)
+    assert (found.rpm_limit, found.tpm_limit, found.monthly_tokens, found.full_prompt) == (60, 9000, 10, True)
     assert len({new_key() for _ in range(100)}) == 100

@@ -43,6 +43,22 @@ def test_tokens_beyond_the_limit_are_paid_back_before_the_next_request(clock):
     assert refused_for(rates, key) == 0
 
 
+def test_tokens_of_a_month_are_a_budget_that_a_restart_keeps(clock, tmp_path):
+    key = ApiKey(name="a", digest="a", monthly_tokens=10)
+    rates = KeyRates(usage_dir=str(tmp_path), clock=clock)
+    for tokens in (9, 5):
+        rates.admit(key)
+        rates.charge(key, tokens)
+    rates._usage.flush()
+    for each in (rates, KeyRates(usage_dir=str(tmp_path), clock=clock)):
+        with pytest.raises(RefusedError, match="has used its 10 tokens of this month") as error:
+            each.admit(key)
+        assert (error.value.status, error.value.code) == (429, "insufficient_quota")
+    with pytest.raises(RefusedError, match="cannot count") as error:  # the keys file has changed since the start
+        KeyRates(clock=clock).admit(key)
+    assert error.value.status == 503
+
+
 def test_keys_are_counted_apart_and_one_without_limits_is_never_refused(clock):
     rates = KeyRates(clock=clock)
     one, two, free = (ApiKey(name="same", digest=d, rpm_limit=limit) for d, limit in (("1", 1), ("2", 1), ("3", None)))
