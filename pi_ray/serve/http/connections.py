@@ -71,5 +71,6 @@ def limit_connections() -> list[Any]:
 
     limits = {"per_client": int(os.environ.get("PI_RAY_CONNECTIONS_PER_CLIENT") or PER_CLIENT)}
     if not issubclass(auto.AutoHTTPProtocol, ConnectionLimits):
-        auto.AutoHTTPProtocol = type("LimitedProtocol", (ConnectionLimits, auto.AutoHTTPProtocol), limits)
+        limited: Any = type("LimitedProtocol", (ConnectionLimits, auto.AutoHTTPProtocol), limits)
+        auto.AutoHTTPProtocol = limited
     return []

@@ -568,7 +568,7 @@ def test_a_step_that_does_not_end_is_noticed_and_an_idle_engine_is_healthy(fresh
 
 def test_check_raises_after_three_faults_of_the_engine_and_close_ends_the_thread(tiny_model, monkeypatch):
     engine = TransformersEngine(ModelConfig(base=str(tiny_model)), ServeConfig())
-    monkeypatch.setattr(engine._scheduler.kv_cache, "model", lambda **inputs: 1 / 0)
+    monkeypatch.setattr(engine._scheduler.kv_cache, "forward", lambda *arguments: 1 / 0)
     for _ in range(3):
         engine.check()
         with pytest.raises(ZeroDivisionError):
