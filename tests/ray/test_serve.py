@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import httpx
@@ -228,8 +229,16 @@ def test_serves_processes_have_its_faster_settings(url, ray_local):
         return {name: getattr(constants, name) for name in SERVE}
 
     assert ray_local.get(ray_local.remote(num_cpus=0)(in_a_worker).remote()) == {
-        name: value == "1" for name, value in SERVE.items()
+        name: {"1": True, "0": False}.get(value, value) for name, value in SERVE.items()
     }
+
+
+@pytest.mark.fault
+def test_a_request_whose_headers_do_not_end_loses_its_connection(url, config):
+    with socket.create_connection(("127.0.0.1", config.serve.port), timeout=60) as half:
+        half.sendall(b"GET /v1/models HTTP/1.1\r\nHost: loc")
+        with suppress(ConnectionResetError):
+            assert half.recv(1) == b""
 
 
 def test_prometheus_sees_requests_tokens_and_money(client, config, ray_local):
