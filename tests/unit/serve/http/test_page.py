@@ -57,9 +57,8 @@ def serving(backend, key=""):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    server = uvicorn.Server(
-        uvicorn.Config(create_api(backend, ServeConfig(), key_digest(key)), port=port, log_level="error")
-    )
+    api = create_api(backend, ServeConfig(full_prompt=True), key_digest(key))
+    server = uvicorn.Server(uvicorn.Config(api, port=port, log_level="error"))
     thread = threading.Thread(target=server.run)
     thread.start()
     try:
