@@ -17,7 +17,7 @@ from pi_ray.errors import PiRayError
 GROUPS = {  # as `pi-ray --help` lists the verbs
     "try it": ("demo", "init", "bake"),
     "make an adapter": ("plan", "run", "ask", "prepare", "train", "evaluate", "report", "publish", "refresh", "table"),
-    "look inside": ("show", "schema", "compress", "neighbours"),
+    "look inside": ("show", "schema", "compress", "neighbours", "knows"),
     "serve adapters": ("serve", "chat", "release", "key"),
     "work on a cluster": ("doctor", "render", "submit", "status", "logs", "stop"),
 }

@@ -165,6 +165,22 @@ def ask(args: argparse.Namespace) -> None:
     print_queries(RunDir(settings.root), pipeline.ask(settings, args.console), args.console)
 
 
+@verb(
+    "say what an adapter knows of its prompt, unit by unit",
+    argument("target", metavar="RUN_OR_ADAPTER", help="a run file or directory, or NAME[@version] of the store"),
+    argument("--all", action="store_true", help="every unit, those that are known too"), OVERRIDES,
+)
+def knows(args: argparse.Namespace) -> None:
+    """Say which facts of its prompt an adapter knows, and which to ask about again.
+
+    The evaluation asked it about each unit of the prompt, by queries that training held out and by dev rows.
+    """
+    from pi_ray.report.knowledge import print_knowledge
+    from pi_ray.store.find_knowledge import find_knowledge
+
+    print_knowledge(find_knowledge(args.target, args.overrides), args.console, args.all)
+
+
 def step(args: argparse.Namespace) -> None:
     from pi_ray import pipeline
 

@@ -44,6 +44,8 @@ class EvaluateConfig(Block):
     latency_rows: Positive = doc(12, "rows timed one by one")
     bootstrap: Positive = doc(2000, "resamples for the 95% intervals")
     probe: bool = doc(True, "also measure forgetting (perplexity on other text) and the share of the template recited")
+    knows: bool = omit_default(True, "also ask the adapter about each unit of the template, by held-out queries and "
+        "dev rows, for knows.json, 'pi-ray knows' and the report")
     samples: Positive = doc(10, "rows shown side by side in the report")
 
 

@@ -4,7 +4,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from pi_ray.config.block import Amount, Block, Count, Positive, doc, refuse
+from pi_ray.config.block import Amount, Block, Count, Positive, doc, omit_default, refuse
 
 
 class ServeConfig(Block):
@@ -46,6 +46,8 @@ class ServeConfig(Block):
         "monthly_tokens")
     drift_guard: bool = doc(True, "recognise requests that still carry the prompt; publishing writes prompt.json for "
         "it, which holds the template. false: neither is done")
+    knows: bool = omit_default(True, "publish knows.json, what the adapter knows of each unit of the template; it "
+        "quotes the template and some queries. false: it stays in the run directory")
 
     def model_post_init(self, context: Any) -> None:
         refuse(self.min_replicas > self.max_replicas,

@@ -4,6 +4,7 @@ import os
 import platform
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from statistics import fmean
@@ -15,6 +16,8 @@ from pi_ray import __version__
 from pi_ray.config import RunConfig
 from pi_ray.evaluate.columns import AnswerLengths, Answers, Column, RowWatch
 from pi_ray.evaluate.generation_workers import column_prompts, median_latencies, run_work, work_item
+from pi_ray.evaluate.knowledge import Knowledge
+from pi_ray.evaluate.unit_questions import plan_questions
 from pi_ray.models import load_tokenizer
 from pi_ray.prompt import PromptEncoder
 from pi_ray.run.artifact import verify_artifact
@@ -22,6 +25,8 @@ from pi_ray.run.directory import RunDir
 from pi_ray.run.fingerprint import evaluate_fingerprint
 from pi_ray.train.lora import PACKAGES
 from pi_ray.train.train_log import read_entries
+
+QUESTIONS = "questions about units"  # beside the columns: what the trained one is asked of its prompt
 
 
 class AdapterAnswerer:
@@ -40,12 +45,18 @@ class AdapterAnswerer:
         """Column -> its answers to all rows."""
         settings, encoder = self.config.evaluate, PromptEncoder(load_tokenizer(self.config.model), self.config.prompt)
         prompts = {c.name: column_prompts(c, self.run, encoder, settings.split) for c in columns}
+        few, size = min(settings.latency_rows, *(len(rows) for _, rows in prompts.values())), settings.batch_size
+        template, generated = self.run.read_templates()[1.0], list(columns)
+        trained = next((c for c in columns if c.name == "promptintern"), None)
+        questions = plan_questions(self.config) if trained and template and settings.knows else None
+        if trained and questions:
+            prompts[QUESTIONS] = prompts[trained.name][0], questions.prompts(self.config, trained, encoder)
+            generated.append(replace(trained, name=QUESTIONS))
         total = {name: len(rows) for name, (_, rows) in prompts.items()}
-        few, size = min(settings.latency_rows, *total.values()), settings.batch_size
-        starts = [(c, i) for c in columns for i in range(0, total[c.name], size)]
+        starts = [(c, i) for c in generated for i in range(0, total[c.name], size)]
         work = [work_item(c, prompts, range(i, min(i + size, total[c.name]))) for c, i in starts]
         work += [work_item(c, prompts, [i], timed=True) for c in columns for i in range(few)]
-        if settings.probe and (template := self.run.read_templates()[1.0]):
+        if settings.probe and template:
             work += [work_item(c, prompts, [], probe=template) for c in columns]
         outputs: dict[str, list[Any]] = {name: [None] * n for name, n in total.items()}  # ids of each row
         seconds: dict[str, list[Any]] = {name: [] for name in total}  # of the first rows, one by one
@@ -60,19 +71,23 @@ class AdapterAnswerer:
             else:
                 for i, ids in zip(work[place]["rows"], result, strict=True):
                     outputs[name][i] = ids
-                watch(name, sum(ids is not None for ids in outputs[name]), total[name])
-        answers = {}
+                if name != QUESTIONS:
+                    watch(name, sum(ids is not None for ids in outputs[name]), total[name])
+        texts = {name: [encoder.decode(ids) for ids in found] for name, found in outputs.items()}
+        answers, knowledge = {}, dict[str, Knowledge]()
+        if trained and questions:
+            knowledge[trained.name] = questions.knowledge(texts[QUESTIONS], trained.adapter)
         for c in columns:
             prefix, rows = prompts[c.name]
             sent = c.gist or len(prefix)  # gist tokens are sent in place of the template
             tokens = [len(ids) for ids in outputs[c.name]]
-            answers[c.name] = Answers([encoder.decode(ids) for ids in outputs[c.name]], {
+            answers[c.name] = Answers(texts[c.name], {
                 "input_tokens": sent + fmean(map(len, rows)),
                 "output_tokens": fmean(n + 1 for n in tokens),
                 "cut_off": fmean(n == lengths.limit for n in tokens),
                 "prefix_tokens": sent,
                 **median_latencies(seconds[c.name]), **probes[c.name],
-            })
+            }, knowledge.get(c.name))
         return answers
 
     def environment(self) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from pi_ray import hosted
 from pi_ray.config import RunConfig
 from pi_ray.errors import TrainingError
+from pi_ray.evaluate.knowledge import Knowledge
 from pi_ray.models import load_tokenizer
 from pi_ray.prompt import PromptEncoder
 from pi_ray.protocols import Row
@@ -93,10 +94,14 @@ class AnswerLengths(NamedTuple):
 
 
 class Answers(NamedTuple):
-    """One column's answers in the order of the rows, with tokens and seconds of a request and results of probes."""
+    """One column's answers in the order of the rows, with tokens and seconds of a request and results of probes.
+
+    `knowledge`: of the trained adapter, what it knows of each unit of the prompt, where it was asked.
+    """
 
     texts: list[str]
     measured: dict[str, Any]
+    knowledge: Knowledge | None = None
 
 
 def answer_lengths(config: RunConfig, rows: Sequence[Row], bank: Sequence[Row] = ()) -> AnswerLengths:

@@ -12,6 +12,7 @@ from pi_ray.config import RunConfig
 from pi_ray.evaluate.adapter_answerer import AdapterAnswerer
 from pi_ray.evaluate.columns import LABELS, Column, RowWatch, answer_lengths, columns_of
 from pi_ray.evaluate.hosted_answerer import HostedAnswerer
+from pi_ray.evaluate.knowledge import KNOWLEDGE_FILE
 from pi_ray.evaluate.scoring import ScoredAnswers, output_lines, score_rows
 from pi_ray.protocols import Task
 from pi_ray.registry import tasks
@@ -25,7 +26,7 @@ def evaluate_run(
     config: RunConfig, watch: RowWatch = lambda column, done, total: None, columns: Sequence[Column] = (),
     answerer: AdapterAnswerer | HostedAnswerer | None = None,
 ) -> dict[str, Any]:
-    """Write eval/summary.json, samples.jsonl and outputs.jsonl, and return the summary.
+    """Write eval/summary.json, samples.jsonl, outputs.jsonl and, of a trained adapter, knows.json; return the summary.
 
     Skipped when columns, adapters and the evaluate block are those of the last time. Raises CorruptArtifactError for a
     damaged adapter, TrainingError where nothing was prepared or tuned.
@@ -64,6 +65,8 @@ def evaluate_run(
         summary["paired"] = {name: mine.compare(other) for name, other in scored.items() if other is not mine}
     with staged(run.evaluation, fingerprint=fingerprint) as tmp:
         (tmp / "summary.json").write_text(json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
+        for knowledge in filter(None, (a.knowledge for a in answers.values())):
+            (tmp / KNOWLEDGE_FILE).write_text(knowledge.model_dump_json(indent=1) + "\n", encoding="utf-8")
         (tmp / "outputs.jsonl").write_text("".join(output_lines(rows, scored)))
         (tmp / "samples.jsonl").write_text("".join(islice(output_lines(rows, scored), config.evaluate.samples)))
     return summary

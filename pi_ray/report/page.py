@@ -18,8 +18,10 @@ from pi_ray.config import RunConfig, dump_config
 from pi_ray.data.find_neighbours import read_facts, summarise_facts
 from pi_ray.errors import CorruptArtifactError, DataError
 from pi_ray.evaluate.columns import LABELS
+from pi_ray.evaluate.knowledge import read_knowledge
 from pi_ray.report import charts, cost
 from pi_ray.report import summary as numbers
+from pi_ray.report.knowledge import page_knowledge
 from pi_ray.report.loss_plot import phase_spans, read_log, read_template_entries, read_updates
 from pi_ray.run.artifact import read_manifest, write_atomic
 from pi_ray.run.directory import RunDir
@@ -64,7 +66,7 @@ def _context(run: RunDir, config: RunConfig, summary: dict[str, Any]) -> dict[st
         "findings": list(numbers.findings(summary)), "caveats": list(numbers.caveats(summary)),
         "tiles": _tiles(summary, config, metric),
         "lines": numbers.table_lines(summary), "group_lines": numbers.group_lines(summary, metric),
-        "metric": numbers.metric_name(metric),
+        "metric": numbers.metric_name(metric), "knows": page_knowledge(read_knowledge(run.evaluation)),
         "cost": _cost(summary, config),
         "phases": _phase_lines(run, spans),
         "neighbours": summarise_facts(facts, config.retrieve.by) if "method" in facts else "",

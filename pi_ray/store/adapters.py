@@ -3,7 +3,7 @@
     store/<name>/latest.json     {"version": "v0002"}
     store/<name>/aliases.json    {"prod": {"version": "v0002", "canary": "v0003", "percent": 10, "before": ["v0001"]}}
     store/<name>/v0001, ...      adapter_model.safetensors, adapter_config.json, pi_ray.json (the card), README.md,
-                                 manifest.json, and prompt.json for the prompt guard
+                                 manifest.json; prompt.json for the prompt guard, knows.json for `pi-ray knows`
 
 The store is a folder or behind a URL (backends.py). Its content is treated as hostile until it is verified.
 A name alone stands for its alias `prod`; while there is none, for the latest version.

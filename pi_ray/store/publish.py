@@ -8,14 +8,15 @@ from typing import Any
 
 from pi_ray.config import PromptConfig, RunConfig
 from pi_ray.errors import AdapterError
+from pi_ray.evaluate.knowledge import KNOWLEDGE_FILE, read_knowledge
 from pi_ray.models import PACKAGED, base_name
 from pi_ray.run.answered import reference_teacher
-from pi_ray.run.artifact import digest, seal_folder, verify_artifact, write_atomic
+from pi_ray.run.artifact import MANIFEST_HASH, digest, seal_folder, verify_artifact, write_atomic
 from pi_ray.run.directory import RunDir
 from pi_ray.store.adapters import NAME, AdapterStore
 from pi_ray.store.backends import LATEST_FILE, LocalStore, RemoteStore
 from pi_ray.store.prompt_guard import MAX_TEMPLATE, PROMPT_FILE, format_example, prompt_record
-from pi_ray.store.verify import CARD_FILE, CONFIG_FILE, WEIGHTS_FILE, read_json, verify_adapter
+from pi_ray.store.verify import CARD_FILE, CONFIG_FILE, MAX_JSON_BYTES, WEIGHTS_FILE, read_json, verify_adapter
 
 log = logging.getLogger(__name__)
 COLUMNS = {
@@ -37,7 +38,8 @@ def publish_adapter(run: RunDir, config: RunConfig, name: str = "") -> Path:
     if not run.best.is_dir():
         raise AdapterError(f"{run.best}: no trained adapter; 'pi-ray train' makes one")
     source = run.best.resolve()
-    files = verify_artifact(source)["files"]
+    manifest = verify_artifact(source)
+    files = manifest["files"]
     if missing := {WEIGHTS_FILE, CONFIG_FILE, CARD_FILE} - set(files):
         raise AdapterError(f"{source}: {', '.join(sorted(missing))} missing; train again")
     prompt = _prompt_record(run, read_json(source / CARD_FILE)) if config.serve.drift_guard else None
@@ -52,7 +54,8 @@ def publish_adapter(run: RunDir, config: RunConfig, name: str = "") -> Path:
     with backend.lock(name):
         versions = reversed(backend.versions(name))
         same = next((v for v in versions if backend.fingerprint_of(name, v) == fingerprint), None)
-        version = same or _add(backend, name, source, fingerprint, run, prompt)
+        knowledge = _knowledge(run, manifest.get(MANIFEST_HASH, "")) if config.serve.knows else ""
+        version = same or _add(backend, name, source, fingerprint, run, prompt, knowledge)
         backend.write(name, LATEST_FILE, json.dumps({"version": version}) + "\n")
     folder = backend.version_folder(name, version)
     if folder is None:
@@ -62,7 +65,7 @@ def publish_adapter(run: RunDir, config: RunConfig, name: str = "") -> Path:
 
 def _add(
     backend: LocalStore | RemoteStore, name: str, source: Path, fingerprint: str, run: RunDir,
-    prompt: dict[str, Any] | None,
+    prompt: dict[str, Any] | None, knowledge: str,
 ) -> str:
     """Add the next version: check, copy, describe and check again, and only then give the folder its name."""
     card = verify_adapter(source)
@@ -78,6 +81,8 @@ def _add(
         write_atomic(tmp / CONFIG_FILE, json.dumps(config, indent=1, sort_keys=True) + "\n")
         if prompt:
             write_atomic(tmp / PROMPT_FILE, json.dumps(prompt, indent=1, ensure_ascii=False) + "\n")
+        if knowledge:
+            write_atomic(tmp / KNOWLEDGE_FILE, knowledge)
         write_atomic(tmp / "README.md", model_card(name, version, card, config, scores, bool(prompt)))
         seal_folder(tmp)  # verification reads the manifest; leaving `stage_version` writes it again, with its facts
         verify_adapter(tmp)
@@ -97,6 +102,16 @@ def _prompt_record(run: RunDir, card: dict[str, Any]) -> dict[str, Any] | None:
     wording = PromptConfig(**card["prompt"]).example
     rows = run.read_rows("train") if (run.rows / "train.parquet").is_file() else []
     return prompt_record(full, compressed, [format_example(wording, row.query, row.answer) for row in rows])
+
+
+def _knowledge(run: RunDir, adapter: str) -> str:
+    """knows.json of the run's evaluation; "" where it asked another adapter than that with this manifest hash."""
+    found = read_knowledge(run.evaluation)
+    text = found.model_dump_json(indent=1) + "\n" if found and found.adapter_sha256 == adapter else ""
+    if len(text.encode()) > MAX_JSON_BYTES:
+        log.warning("%s is larger than %s bytes and is not published", KNOWLEDGE_FILE, MAX_JSON_BYTES)
+        return ""
+    return text
 
 
 def model_card(

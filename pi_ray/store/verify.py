@@ -17,6 +17,7 @@ from pydantic import BaseModel, Field, TypeAdapter, ValidationError
 
 from pi_ray.config import ModelConfig, PromptConfig
 from pi_ray.errors import AdapterError, CorruptArtifactError
+from pi_ray.evaluate.knowledge import KNOWLEDGE_FILE, Knowledge
 from pi_ray.run.artifact import MANIFEST, verify_artifact
 from pi_ray.store.prompt_guard import PROMPT_FILE, PromptRecord
 
@@ -78,6 +79,8 @@ def verify_adapter(path: Path, base: ModelConfig | None = None) -> dict[str, Any
     _check_card(card, base)
     if PROMPT_FILE in names:
         validate(TypeAdapter(PromptRecord), read_json(path / PROMPT_FILE), PROMPT_FILE)
+    if KNOWLEDGE_FILE in names:
+        validate(TypeAdapter(Knowledge), read_json(path / KNOWLEDGE_FILE), KNOWLEDGE_FILE)
     _check_weights(path / WEIGHTS_FILE, rank)
     return card
 

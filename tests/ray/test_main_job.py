@@ -75,6 +75,15 @@ def test_the_demo_ends_with_a_report_and_the_keys_that_programs_read(demo):
     assert "Exact match" in out and "Serve it" in out
 
 
+def test_the_demo_says_what_its_adapter_knows_from_the_run_and_from_the_store(demo):
+    folder, _ = demo
+    made = json.loads((folder / "runs" / "demo" / "eval" / "knows.json").read_text())
+    services = [unit for unit in made["units"] if unit["section"] == "Services"]
+    assert len(services) == 40 and any(unit["asked"] for unit in services)
+    said = shell("pi-ray knows runs/demo", folder)
+    assert "facts are known" in said and said == shell("pi-ray knows demo", folder)
+
+
 def test_a_second_demo_reuses_everything(demo, small):
     folder, _ = demo
     out = shell(f"pi-ray demo {small}", folder)

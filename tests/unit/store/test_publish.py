@@ -8,14 +8,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pi_ray.config import ModelConfig, RunConfig
-from pi_ray.errors import AdapterError, CorruptArtifactError
-from pi_ray.run.artifact import digest, staged, temporary_path, write_atomic
+from pi_ray.config import ModelConfig, RunConfig, dump_config
+from pi_ray.errors import AdapterError, CorruptArtifactError, DataError
+from pi_ray.evaluate.knowledge import KNOWLEDGE_FILE, Knowledge
+from pi_ray.run.artifact import MANIFEST_HASH, digest, staged, temporary_path, verify_artifact, write_atomic
 from pi_ray.run.directory import RunDir
 from pi_ray.store.adapters import AdapterStore
+from pi_ray.store.find_knowledge import find_knowledge
 from pi_ray.store.prompt_guard import hash_example
 from pi_ray.store.publish import publish_adapter
-from tests.lora import card, write_adapter
+from tests.lora import card, rewrite, write_adapter
 
 SUMMARY = {
     "base": {"exact_match": 0.0, "bleu": 1.2, "input_tokens": 20, "latency_s": 0.1},
@@ -170,6 +172,49 @@ def test_with_the_guard_off_the_template_is_not_published(run, config, tiny_mode
     folder = publish_adapter(run, config.replace(**{"serve.drift_guard": False}))
     assert "prompt.json" not in {p.name for p in folder.iterdir()}
     assert publish_adapter(run, config).name == "v0002"
+
+
+@pytest.fixture
+def asked(run):
+    """The run's best adapter was asked about its prompt."""
+    unit = {"section": "", "text": "red: k4", "kind": "item", "rows": 3, "queries": 2, "sure": 2}
+    made = Knowledge(
+        adapter_sha256=verify_artifact(run.best.resolve())[MANIFEST_HASH], units=[{**unit, "asked": 2, "agreed": 2}]
+    )
+    write_atomic(run.evaluation / KNOWLEDGE_FILE, made.model_dump_json())
+    return made
+
+
+def test_what_the_adapter_knows_is_published_with_it(run, config, asked):
+    folder = publish_adapter(run, config)
+    assert KNOWLEDGE_FILE in verify_artifact(folder)["files"]
+    assert find_knowledge("colours", [f"store={config.store}"]) == asked
+
+
+def test_what_another_adapter_knew_is_not_published(run, config, asked, tiny_model):
+    train(run, tiny_model, seed=2)
+    assert not (publish_adapter(run, config) / KNOWLEDGE_FILE).exists()
+    with pytest.raises(AdapterError, match=r"published without knows\.json"):
+        find_knowledge("colours@v0001", [f"store={config.store}"])
+
+
+def test_a_key_keeps_what_the_adapter_knows_out_of_the_store(run, config, asked):
+    assert not (publish_adapter(run, config.replace(**{"serve.knows": False})) / KNOWLEDGE_FILE).exists()
+
+
+def test_a_version_whose_knowledge_was_forged_is_refused(run, config, asked):
+    folder = publish_adapter(run, config)
+    rewrite(folder, KNOWLEDGE_FILE, {"format": 1, "adapter_sha256": "a", "units": [{"text": 7}]})
+    with pytest.raises(AdapterError, match=r"knows\.json: units"):
+        AdapterStore(config.store, config.model).open("colours")
+
+
+def test_a_run_says_what_its_adapter_knows_once_it_is_evaluated(run, config, asked):
+    write_atomic(run.config, dump_config(config))
+    assert find_knowledge(str(config.root), []) == find_knowledge(str(run.config), []) == asked
+    (run.evaluation / KNOWLEDGE_FILE).unlink()
+    with pytest.raises(DataError, match="'pi-ray evaluate"):
+        find_knowledge(str(config.root), [])
 
 
 @pytest.mark.parametrize("name", ["..", "A", "a/b", ".x", "a" * 65, "a\n"])
