@@ -123,10 +123,10 @@ class MultiLora:
             self.hits += 1
         else:
             self.misses += 1
-            pairs = self._read(folder, partial(self._make_room, key, in_use))
+            pairs = self._read(folder, partial(self._check_limits, key, in_use))
             if manifest_hash:
                 check_unchanged(folder, manifest_hash)
-            self._place(key, pairs)
+            self._place(key, pairs, in_use)
         self._loaded.move_to_end(key)
         return self._loaded[key].slot
 
@@ -149,11 +149,11 @@ class MultiLora:
             set_weight(linear, (weight.float() + b.to(weight.device) @ a.to(weight.device)).to(weight.dtype))
         self.merged = folder
 
-    def _read(self, folder: str, make_room: Callable[[int, Collection[str]], None] | None = None) -> LoraPairs:
+    def _read(self, folder: str, check_limits: Callable[[int, Collection[str]], None] | None = None) -> LoraPairs:
         """Read a verified adapter by name and shape: of its config only rank and scaling have an effect.
 
-        Raises AdapterError, before a tensor is read, when one does not fit its layer, and for an overflow. Then too,
-        `make_room` is called with rank and layers.
+        Raises AdapterError, before a tensor is read, when one does not fit its layer, and for an overflow. Before that
+        `check_limits` is called with rank and layers.
         """
         saved = read_json(Path(folder, CONFIG_FILE))
         scale = saved["lora_alpha"] / (math.sqrt(saved["r"]) if saved.get("use_rslora") else saved["r"])
@@ -164,8 +164,8 @@ class MultiLora:
                 assert match, "verification lets no other names through"
                 _check_fit(match[1], match[2], file.get_slice(name).get_shape(), self._linears)
                 names.setdefault(match[1], {})[match[2]] = name
-            if make_room:
-                make_room(saved["r"], names.keys())
+            if check_limits:
+                check_limits(saved["r"], names.keys())
             pairs = {
                 module: (file.get_tensor(pair["A"]).float(), file.get_tensor(pair["B"]).float() * scale)
                 for module, pair in names.items()
@@ -176,19 +176,17 @@ class MultiLora:
                 raise AdapterError(f"its matrices for {module!r} with their scaling are too large for {dtype}")
         return pairs
 
-    def _make_room(self, key: str, in_use: Collection[str], rank: int, layers: Collection[str]) -> None:
-        """Evict idle adapters until one more fits."""
+    def _check_limits(self, key: str, in_use: Collection[str], rank: int, layers: Collection[str]) -> None:
+        """Raise AdapterError for an adapter too large by itself, NoRoomError for one too large beside those in use."""
         if rank > self.max_rank:
             raise AdapterError(f"it has rank {rank}; this server takes up to {self.max_rank} (serve.max_lora_rank)")
         if not self._fits([], rank, layers):
             size, limit = (f"{n / 2**20:,.1f} MiB" for n in (self._bytes_beside([], rank, layers), self.max_bytes))
             raise AdapterError(f"it takes {size} of memory; this server has {limit} for adapters (serve.max_lora_mb)")
-        idle = [k for k in self._loaded if k not in in_use]
-        while len(self._loaded) >= self.max_loras or not self._fits(self._loaded.values(), rank, layers):
-            if not idle:
-                self._postponed[key] = rank, layers
-                raise NoRoomError
-            self._evict(idle.pop(0))
+        kept = [adapter for other, adapter in self._loaded.items() if other in in_use]
+        if len(kept) >= self.max_loras or not self._fits(kept, rank, layers):
+            self._postponed[key] = rank, layers
+            raise NoRoomError
         self._postponed.pop(key, None)
 
     def _fits(self, others: Collection[LoadedAdapter], rank: int, layers: Collection[str]) -> bool:
@@ -210,8 +208,12 @@ class MultiLora:
             ranks |= {name: max(adapter.rank, ranks.get(name, 0)) for name in adapter.layers}
         return min(1 << max(adapter.slot for adapter in adapters).bit_length(), self.max_loras), ranks
 
-    def _place(self, key: str, pairs: LoraPairs) -> None:
-        slot, rank = self._free_slot(self._loaded.values()), max(len(a) for a, _ in pairs.values())
+    def _place(self, key: str, pairs: LoraPairs, in_use: Collection[str]) -> None:
+        """Load an adapter within the limits, which evicts as many idle ones as it must."""
+        rank, idle = max(len(a) for a, _ in pairs.values()), [k for k in self._loaded if k not in in_use]
+        while len(self._loaded) >= self.max_loras or not self._fits(self._loaded.values(), rank, pairs.keys()):
+            self._evict(idle.pop(0))
+        slot = self._free_slot(self._loaded.values())
         self._loaded[key] = LoadedAdapter(slot, rank, pairs.keys())
         slots, ranks = self._layout(self._loaded.values())
         for name, layer in self._layers.items():

@@ -264,6 +264,15 @@ def test_a_scaling_that_overflows_is_refused(base, folders, tmp_path):
 
 
 @pytest.mark.fault
+def test_an_adapter_that_is_refused_evicts_none(base, folders, tmp_path):
+    multi_lora = MultiLora(base, 1)
+    multi_lora.load(folders[0])
+    with pytest.raises(AdapterError, match="too large"):
+        multi_lora.load(variant(folders[0], tmp_path / "x", lora_alpha=1e300))
+    assert list(multi_lora._loaded) == [folders[0]]
+
+
+@pytest.mark.fault
 @pytest.mark.parametrize("padding", [0, 10**6], ids=["in turn", "at once"])
 def test_a_row_that_computes_nan_does_not_reach_its_neighbours(base, folders, expected, tmp_path, monkeypatch, padding):
     monkeypatch.setattr(module, "MAX_PADDING", padding)
