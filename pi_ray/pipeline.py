@@ -24,6 +24,7 @@ from pi_ray.run.directory import RunDir
 from pi_ray.run.phases import plain_finetuning_config
 from pi_ray.store.publish import publish_adapter
 from pi_ray.train import launch
+from pi_ray.train.floor import decide_floor
 
 if TYPE_CHECKING:
     from pi_ray.evaluate.columns import Column
@@ -95,6 +96,8 @@ def train(config: RunConfig, console: Console) -> None:
     for name, c in _run_and_baseline(config):
         if launch.is_trained(c):
             _print_line(console, name, "nothing to do, every phase has its adapter")
+            if c.schedule.floor:
+                _print_line(console, name, str(decide_floor(c)))
             continue
         costs = tokens_of_updates(c)
         with ProgressLine(console, f"  {name or 'promptintern: '}update", len(costs)) as watch:

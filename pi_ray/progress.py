@@ -107,7 +107,11 @@ def _event_text(entry: dict[str, Any]) -> str:
         case "phase_end":
             early, best_step = " early, no more gain" if entry.get("early") else "", entry.get("best_step", step)
             best = f", as it was after update {best_step + 1}" if best_step != step else ""
-            return f"phase {entry['phase']} done{early}, {dev_loss}; adapter written{best}"
+            scores = [f"{name.replace('_', ' ')} {mean:.1%}" for name, mean in entry.get("scores", {}).items()]
+            own = f"; as it would be served, on dev rows: {', '.join(scores)}" if scores else ""
+            return f"phase {entry['phase']} done{early}, {dev_loss}; adapter written{best}{own}"
+        case "best" if "floor" in entry:
+            return entry["floor"]["sentence"]
         case "best":
             right = f"{entry['dev_accuracy']:.1%} of their tokens right"
             return f"the best adapter on dev rows is that of phase {entry['phase']} ({right})"

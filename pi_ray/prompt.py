@@ -98,9 +98,17 @@ def render_prompt(
 
 def _render_row(config: PromptConfig, query: str, shots: Sequence[Example], documents: Sequence[str]) -> str:
     """The text after the template: the row's own documents, examples, query."""
+    return "\n\n".join([*documents, *_render_examples(config, shots), config.query.replace("{query}", query)])
+
+
+def template_with_examples(config: PromptConfig, template: str, shots: Sequence[Example]) -> str:
+    """The template with examples behind it that are the same for every query, as a server can send them."""
+    return "\n\n".join(filter(None, [template, *_render_examples(config, shots)]))
+
+
+def _render_examples(config: PromptConfig, shots: Sequence[Example]) -> list[str]:
     examples = [config.example.replace("{query}", s.query).replace("{answer}", s.answer) for s in shots]
-    heading = [config.examples_heading] if shots and config.examples_heading else []
-    return "\n\n".join([*documents, *heading, *examples, config.query.replace("{query}", query)])
+    return [config.examples_heading, *examples] if shots and config.examples_heading else examples
 
 
 _tokenizer_lock = threading.Lock()  # a call sets split_special_tokens on the tokenizer, which a server's threads share

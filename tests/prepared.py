@@ -44,7 +44,8 @@ def prepare_by_hand(config: RunConfig, rows: int = 12, whole: str = TEMPLATE) ->
     run, names = RunDir(config.root), list(COLOURS)
     run.rows.mkdir(parents=True, exist_ok=True)
     pairs = [(f"case {i}: what is {names[i % 4]}?", label_text(i, names[i % 4])) for i in range(rows)]
-    write_rows(run.rows_of("train").path, [Row(f"train-{i}", *pair) for i, pair in enumerate(pairs)])
+    for split in ("train", "dev"):
+        write_rows(run.rows_of(split).path, [Row(f"{split}-{i}", *pair) for i, pair in enumerate(pairs)])
     if wants_unlabelled(config):
         write_rows(run.rows_of(UNLABELLED).path, [Row(f"{UNLABELLED}-{i}", q, "") for i, (q, _) in enumerate(pairs)])
     phases = list(enumerate(plan_phases(config.schedule)))

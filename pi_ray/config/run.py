@@ -145,6 +145,8 @@ class RunConfig(Block):
             self._check_teacher()
         if train.gist:
             self._check_gist()
+        if self.schedule.floor:
+            self._check_floor()
 
     def _check_teacher(self) -> None:
         train, distill = self.train, self.train.distill
@@ -175,6 +177,19 @@ class RunConfig(Block):
         for i, phase in enumerate(plan_phases(self.schedule)):
             refuse(not phase.rate, f"train.gist: phase {i} of the schedule has no template (rate 0) that gist tokens "
                 "could stand for; keep rates above 0, as schedule.name constant does")
+
+    def _check_floor(self) -> None:
+        train, (first, *later) = self.train, plan_phases(self.schedule)
+        refuse(train.backend.name == "openai",
+            "schedule.floor needs the adapter of each phase here; take train.backend.name deepspeed or ddp")
+        refuse(train.gist, "schedule.floor is about the prompt that a server sends, and gist tokens cannot be served; "
+            "leave out one of schedule.floor and train.gist")
+        refuse(any(p.rate > first.rate or p.shots > first.shots for p in later),
+            "schedule.floor compares every phase with the first, whose prompt must be the longest; let template rate "
+            "and shots fall")
+        refuse(all((p.rate, p.shots) == (first.rate, first.shots) for p in later),
+            "schedule.floor would have nothing to choose: every phase has the same prompt; take schedule.name linear, "
+            "or leave it out")
 
     @property
     def answers_first(self) -> bool:

@@ -39,6 +39,8 @@ class ScheduleConfig(Block):
     epochs: Positive | tuple[Positive, ...] = doc(1, "passes over the rows: one number, or one for each phase")
     steps: Count | tuple[Count, ...] = doc(0, "updates of a phase, likewise; 0: as many as the epochs take")
     list: tuple[PhaseConfig, ...] = doc((), "for name: list")
+    floor: Rate = omit_default(0.0, "share of the first phase's dev score, such as 0.95: the run ends at the smallest "
+        "template rate and fewest shots that keep it, and publishes that phase's adapter and prompt; 0: off")
 
     def model_post_init(self, context: Any) -> None:
         refuse((self.name == "list") != bool(self.list),

@@ -86,10 +86,12 @@ def plan_datasets(config: RunConfig) -> list[PhaseData]:
 
 def wanted_documents(config: RunConfig) -> list[tuple[str, float]]:
     """(split, template rate) of all rows' documents that are needed compressed: datasets', and test rows' at inference.
+
+    With a floor, a server may send the prompt of any phase, and dev rows are scored under each.
     """
     plan = plan_datasets(config)
-    last_rate = next(data.rate for data in plan if data.name == "dev")
-    wanted = [*((data.split, data.rate) for data in plan), ("test", last_rate)]
+    served = {p.rate for p in plan_phases(config.schedule)[0 if config.schedule.floor else -1 :]}
+    wanted = {(data.split, data.rate): None for data in plan} | {(s, r): None for s in ("dev", "test") for r in served}
     return [(split, rate) for split, rate in wanted if 0 < rate < 1]
 
 

@@ -39,6 +39,8 @@ class AdapterAnswerer:
         """Hash all that answers and their evaluation depend on. Raises CorruptArtifactError for a damaged adapter."""
         prepared = self.run.prepared_fingerprint()
         found = [(c.name, verify_artifact(Path(c.adapter))["fingerprint"] if c.adapter else prepared) for c in columns]
+        if self.config.schedule.floor:  # the adapters of all phases have the same fingerprint
+            found += [(c.name, Path(c.adapter).name) for c in columns if c.adapter]
         return evaluate_fingerprint(self.config, found)
 
     def answer(self, columns: Sequence[Column], lengths: AnswerLengths, watch: RowWatch) -> dict[str, Answers]:

@@ -13,13 +13,15 @@ from pi_ray.evaluate.adapter_answerer import AdapterAnswerer
 from pi_ray.evaluate.columns import LABELS, Column, RowWatch, answer_lengths, columns_of
 from pi_ray.evaluate.hosted_answerer import HostedAnswerer
 from pi_ray.evaluate.knowledge import KNOWLEDGE_FILE
-from pi_ray.evaluate.scoring import ScoredAnswers, output_lines, score_rows
+from pi_ray.evaluate.scoring import ScoredAnswers, output_lines
 from pi_ray.protocols import Task
 from pi_ray.registry import tasks
 from pi_ray.run.answered import answered_facts
 from pi_ray.run.artifact import is_current, staged
 from pi_ray.run.directory import RunDir
 from pi_ray.run.phases import plain_finetuning_config
+from pi_ray.tasks.dataset import score_rows
+from pi_ray.train.floor import decide_floor
 
 
 def evaluate_run(
@@ -58,6 +60,8 @@ def evaluate_run(
         "groups": groups, **answerer.environment(), **({"answered": facts} if facts else {}),
         "train": {name: answerer.training_facts(c) for name, c in trainings.items() if name in answers},
     }
+    if config.schedule.floor and "promptintern" in answers:
+        summary["floor"] = decide_floor(config).facts()
     for name, column in scored.items():
         own = {**column.summarise(), **answers[name].measured, "groups": column.summarise_groups(groups)}
         summary[name] = {"label": LABELS.get(name, name), **own}

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Self
 
 from pi_ray.evaluate.statistics import corpus_bleu, mean_interval, paired_bleu, paired_mean
-from pi_ray.protocols import Row, Task
+from pi_ray.protocols import Row
 
 
 @dataclass(frozen=True)
@@ -45,12 +45,6 @@ class ScoredAnswers:
         answers = [r.answer for r in self.rows]
         found["bleu"] = paired_bleu(self.texts, other.texts, answers, self.bootstrap, self.seed)
         return {metric: list(values) for metric, values in found.items()}
-
-
-def score_rows(task: Task, rows: Sequence[Row], texts: Sequence[str]) -> list[dict[str, float]]:
-    """The metrics of each row; a task whose scoring is work (running programs) takes all rows at once."""
-    at_once = getattr(task, "score_all", None)
-    return at_once(rows, texts) if at_once else [task.score(row, text) for row, text in zip(rows, texts, strict=True)]
 
 
 def output_lines(rows: Sequence[Row], columns: Mapping[str, ScoredAnswers]) -> Iterator[str]:

@@ -38,8 +38,10 @@ class Plan:
     query: estimate.Shape  # of a request to the adapter
     money: cost.Economics
     teaching: float = 0.0  # seconds in which a teacher answers queries
+    answering: float = 0.0  # seconds in which phases answer dev rows, for a quality floor
+    scored: int = 0  # those dev rows
     drills: str = ""  # what reading drills exchange, or why there are none
 
     @property
     def seconds(self) -> float:
-        return sum(p.seconds for p in self.phases) + self.teaching
+        return sum(p.seconds for p in self.phases) + self.teaching + self.answering

@@ -35,6 +35,7 @@ from pi_ray.run.phases import plain_finetuning_config
 from pi_ray.schedule import Phase, plan_phases
 from pi_ray.train.drills import describe_drills
 from pi_ray.train.facts import find_facts
+from pi_ray.train.floor import FEW_ROWS, scored_rows
 from pi_ray.train.updates import updates_in_phase
 
 # Tokens of training that one new token costs to generate, about: one at a time, a model mostly waits for memory.
@@ -98,12 +99,18 @@ def plan_run(config: RunConfig) -> Plan:
     full = counts.shape(1.0, config.evaluate.shots or schedule[0].shots)
     query = replace(shapes[-1], prefix=config.train.gist) if config.train.gist else shapes[-1]
     asked_first = sum(rows.values()) if unanswered and config.train.distill.teacher == "base" else 0
-    generated = replace(shapes[0], prefix=0, row=shapes[0].row + TOKENS_PER_NEW_TOKEN * shapes[0].label)
-    batches = (rows.get(UNLABELLED, 0) or asked_first) / config.train.batch_size  # that a teacher answers
-    teaching = batches * estimate.update_seconds(size, generated, config, speed)
+
+    def answering_seconds(shape: estimate.Shape, count: int) -> float:
+        generated = replace(shape, prefix=0, row=shape.row + TOKENS_PER_NEW_TOKEN * shape.label)
+        return count / config.train.batch_size * estimate.update_seconds(size, generated, config, speed)
+
+    teaching = answering_seconds(shapes[0], rows.get(UNLABELLED, 0) or asked_first)
+    scored = len(scored_rows(splits["dev"])) if config.schedule.floor else 0
+    answering = sum(answering_seconds(shape, scored) for shape in shapes)
     answers, words = ((r.query, r.answer) for r in splits["train"]), config.train.drills
     drills = describe_drills(config, find_facts(task.template().text, answers, words.words, words.ignore))
-    training = cost.training_cost(config.cost, sum(p.seconds for p in phases) + teaching, config.train.workers)
+    seconds = sum(p.seconds for p in phases) + teaching + answering
+    training = cost.training_cost(config.cost, seconds, config.train.workers)
     asked = {"base_full_prompt": full, "promptintern": query}
     prices = {n: cost.request_prices(config.cost, s.prefix + s.row, s.label, s.prefix) for n, s in asked.items()}
     return Plan(
@@ -111,7 +118,8 @@ def plan_run(config: RunConfig) -> Plan:
         plain=[planned(p) for p in plain],
         memory=max((estimate.device_memory(size, s, config) for s in shapes), key=lambda m: sum(m.values())),
         host=estimate.host_memory(size, config), full=full, query=query,
-        money=cost.economics(training, prices), teaching=teaching, drills=drills,
+        money=cost.economics(training, prices), teaching=teaching, answering=answering, scored=scored,
+        drills=drills,
     )
 
 
@@ -160,6 +168,8 @@ def print_plan(plan: Plan, console: Console, scale: bool = False) -> None:
     elif wants_unlabelled(config):
         say(_teacher(plan))
         say(f"Reading drills: {plan.drills}")
+    if config.schedule.floor:
+        say(_floor(plan))
     parts = f"about {_parts(plan.memory)}, besides Python and its libraries"
     say(f"Memory per worker{', on its GPU' if plan.host else ''}: {parts}")
     if plan.host:
@@ -214,6 +224,18 @@ def _first_teacher(plan: Plan) -> str:
     who = f"{plan.config.closed.model}, which costs money and asks first," if endpoint else "the base model"
     time = f", about {_duration(plan.teaching)} of that" if plan.teaching else ""
     return f"Teacher: {who} answers the queries with the whole prompt before anything is trained{time}"
+
+
+def _floor(plan: Plan) -> str:
+    schedule, sharded = plan.config.schedule, plan.config.train.backend.shards_weights
+    how = "judged by their tokens, since ZeRO stage 3 cannot generate," if sharded else "answered"
+    few = f" ({plan.scored} rows are few, so that chance decides with them)" if plan.scored < FEW_ROWS else ""
+    rows = f"after each phase {plan.scored:,} dev rows are {how} under its prompt{few}"
+    keeps = f"that keeps {schedule.floor:.4g} of the first phase's score"
+    shots = any(p.phase.shots for p in plan.phases)
+    fixed = "; examples are then fixed ones, which a server can send" if shots else ""
+    time = f"about {_duration(plan.answering)} of that"
+    return f"Quality floor: {rows}, {time}; the run ends at the shortest prompt {keeps}{fixed}"
 
 
 def _duration(seconds: float) -> str:

@@ -49,7 +49,7 @@ def phase_spans(config: RunConfig, updates: Sequence[dict[str, Any]]) -> list[Ph
     run = RunDir(config.root)
     log = list(read_log(run.train_log))
     dev_losses = {e["phase"]: e.get("dev_loss") for e in log if e.get("event") == "phase_end"}
-    best = {e["phase"] for e in log if e.get("event") == "best"}
+    best = [e["phase"] for e in log if e.get("event") == "best"][-1:]
     achieved = {t["rate"]: t["achieved"] for t in read_template_entries(run)}
     spans: list[PhaseSpan] = []
     for i, phase in enumerate(plan_phases(config.schedule)):

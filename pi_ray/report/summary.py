@@ -172,9 +172,16 @@ def terminal_table(title: str, head: Sequence[str], rows: Iterable[Sequence[str 
 
 
 def headline(summary: dict[str, Any], last: Phase) -> str:
-    """The result in two plain sentences; `last` is the phase whose prompt inference sends."""
+    """The result in two plain sentences; `last` is the phase whose prompt inference sends, unless a floor chose one.
+
+    The floor's verdict comes first.
+    """
     mine, full, metric = summary["promptintern"], summary["base_full_prompt"], main_metric(summary)
-    sends = "the query alone" if not last.rate and not last.shots else "a shortened prompt"
+    verdict, rate, shots = "", last.rate, last.shots
+    if floor := summary.get("floor"):
+        chosen = floor["phases"][floor["chosen"]]
+        verdict, rate, shots = f"{floor['sentence']} ", chosen["rate"], chosen["shots"]
+    sends = "the query alone" if not rate and not shots else "the whole prompt" if rate == 1 else "a shortened prompt"
     fewer = token_reduction(summary, mine)
     tokens = f"{mine['input_tokens']:,.0f} input tokens instead of {full['input_tokens']:,.0f}"
     saving = f"{tokens} ({format_percent(fewer)} fewer)" if fewer > 0 else f"{tokens}, which saves nothing"
@@ -185,7 +192,7 @@ def headline(summary: dict[str, Any], last: Phase) -> str:
         before = "" if is_own_teacher(summary) else f", {link} {theirs} for the base model with the full prompt"
         return f"The adapter answers with {sends}: {saving}. {agrees}{before}."
     quality = f"{metric_in_sentence(metric)} is {ours}, {link} {theirs} for the base model with the full prompt"
-    return f"The adapter answers with {sends}: {saving}. Its {quality}."
+    return f"{verdict}The adapter answers with {sends}: {saving}. Its {quality}."
 
 
 def findings(summary: dict[str, Any]) -> Iterator[str]:

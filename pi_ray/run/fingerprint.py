@@ -46,7 +46,8 @@ def ask_fingerprint(config: RunConfig, sources: str) -> str:
 def train_fingerprint(config: RunConfig, prepare: str, base: str = "") -> str:
     """The fingerprint of all adapters, from that of the prepared rows and the base model's present content."""
     phases = [(p.rate, p.shots, p.epochs, p.steps) for p in plan_phases(config.schedule)]
-    return digest([prepare, _learned(config), phases, *filter(None, [base])])
+    floor = "floor" if config.schedule.floor else ""  # its value decides after training
+    return digest([prepare, _learned(config), phases, *filter(None, [base, floor])])
 
 
 def evaluate_fingerprint(config: RunConfig, columns: list[tuple[str, str]]) -> str:

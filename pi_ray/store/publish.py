@@ -21,7 +21,7 @@ from pi_ray.store.verify import CARD_FILE, CONFIG_FILE, MAX_JSON_BYTES, WEIGHTS_
 log = logging.getLogger(__name__)
 COLUMNS = {
     "base": "base, query alone", "base_full_prompt": "base, full prompt", "plain": "plain fine-tuning, query alone",
-    "promptintern": "this adapter, query alone",
+    "promptintern": "this adapter",
 }
 
 
@@ -127,5 +127,6 @@ def model_card(
         base=json.dumps(config["base_model_name_or_path"]), rate=f"{card.get('rate', 0):g}",
         wording=json.dumps(card["prompt"].get("query", "{query}"))[1:-1],
         teacher=reference_teacher(scores).get("teacher", ""),
+        verdict=scores.get("floor", {}).get("sentence", ""),
         columns=[(label, scores[key]) for key, label in COLUMNS.items() if isinstance(scores.get(key), dict)],
     )

@@ -1,10 +1,10 @@
-"""Shared parts of tasks: base class over published data sets, exact match, a stable choice of n rows, hash of files."""
+"""Shared parts of tasks: base class over published data sets, scores of answers, a stable choice of n rows, hashes."""
 
 import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Container, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import replace
 from heapq import nsmallest
 from importlib.resources import files
@@ -14,7 +14,7 @@ from typing import Any
 from pi_ray.config import TaskConfig
 from pi_ray.errors import DataError
 from pi_ray.prompt import Template
-from pi_ray.protocols import UNLABELLED, Reject, Row
+from pi_ray.protocols import UNLABELLED, Reject, Row, Task
 from pi_ray.run.artifact import digest, digest_file
 
 LIKE_TRAIN, UNSEEN = "like train", "template only"
@@ -125,6 +125,12 @@ class DatasetTask:
 def exact_match(output: str, answer: str) -> float:
     """1.0 when both are equal up to runs of white space, else 0.0."""
     return float(output.split() == answer.split())
+
+
+def score_rows(task: Task, rows: Sequence[Row], texts: Sequence[str]) -> list[dict[str, float]]:
+    """The metrics of each row; a task whose scoring is work (running programs) takes all rows at once."""
+    at_once = getattr(task, "score_all", None)
+    return at_once(rows, texts) if at_once else [task.score(row, text) for row, text in zip(rows, texts, strict=True)]
 
 
 def limit_rows(read: Callable[[], Iterator[Row | Reject]], n: int) -> Iterator[Row | Reject]:

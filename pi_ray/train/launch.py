@@ -19,7 +19,8 @@ from pi_ray.run.directory import RunDir
 from pi_ray.run.fingerprint import learning_settings, train_fingerprint
 from pi_ray.schedule import plan_phases
 from pi_ray.train import trackers
-from pi_ray.train.train_log import read_entries
+from pi_ray.train.floor import decide_floor
+from pi_ray.train.train_log import TrainLog, read_entries
 
 
 def fingerprint_of(config: RunConfig) -> str:
@@ -32,7 +33,13 @@ def fingerprint_of(config: RunConfig) -> str:
 
 
 def is_trained(config: RunConfig) -> bool:
-    """Whether every phase has its adapter, and the best one is linked."""
+    """Whether every phase has its adapter, and the best one is linked: with another `schedule.floor` it may be another.
+    """
+    linked = RunDir(config.root).best.resolve().name
+    return _has_all_adapters(config) and (not config.schedule.floor or linked == f"phase-{decide_floor(config).chosen}")
+
+
+def _has_all_adapters(config: RunConfig) -> bool:
     run, fingerprint, phases = RunDir(config.root), fingerprint_of(config), len(plan_phases(config.schedule))
     return all(is_current(run.adapter(i), fingerprint) for i in range(phases)) and run.best.exists()
 
@@ -45,6 +52,9 @@ def train(config: RunConfig, watch: Callable[[dict[str, Any]], None] = lambda en
     """
     fingerprint = fingerprint_of(config)
     if is_trained(config):
+        return fingerprint
+    if _has_all_adapters(config):
+        _choose_again(config, watch)
         return fingerprint
     if config.model.dtype == "float16":
         raise ConfigError(
@@ -115,6 +125,18 @@ def _describe_kept(run: RunDir) -> str:
     if found := checkpoint.list_checkpoints(run.checkpoints):
         return f"all that was learned in the first {int(found[0].name.removeprefix('step-'))} updates is kept"
     return "what was prepared is kept, and no checkpoint was written yet, so that training begins anew"
+
+
+def _choose_again(config: RunConfig, watch: Callable[[dict[str, Any]], None]) -> None:
+    """Link the adapter that another `schedule.floor` chooses, without training."""
+    from pi_ray.train.lora import link_best_adapter
+
+    run, sync = RunDir(config.root), storage_sync.sync_for(config.root)
+    entry = {"event": "best", **link_best_adapter(config)}
+    TrainLog(run.train_log).add(entry)
+    watch(entry)
+    if sync:
+        sync.push_changes()
 
 
 def _remove_best_link(run: RunDir, sync: storage_sync.StorageSync | None) -> None:

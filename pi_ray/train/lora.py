@@ -17,7 +17,10 @@ from pi_ray.models import base_digest, load_tokenizer
 from pi_ray.prompt import PromptEncoder
 from pi_ray.run.artifact import digest, staged, verify_artifact, write_atomic
 from pi_ray.run.directory import RunDir
+from pi_ray.schedule import plan_phases
 from pi_ray.train import gist
+from pi_ray.train.dev_scores import DevScores
+from pi_ray.train.floor import DEV_SCORES, decide_floor
 
 CARD = "pi_ray.json"
 # Keys of adapter_config.json by which equal matrices mean the same: their scale, and the base weights beside them.
@@ -105,13 +108,15 @@ def adapter_card(config: RunConfig, phases: Sequence[dict[str, Any]], **facts: A
 
 
 def save_adapter(
-    folder: Path, model: Any, weights: dict[str, torch.Tensor], card: dict[str, Any], pissa: dict[str, torch.Tensor]
+    folder: Path, model: Any, weights: dict[str, torch.Tensor], card: dict[str, Any], pissa: dict[str, torch.Tensor],
+    scores: DevScores | None = None,
 ) -> None:
-    """Write an artifact: peft's folder (safetensors), pi_ray.json, and gist embeddings if there are any.
+    """Write an artifact: peft's folder (safetensors), pi_ray.json, gist embeddings and dev scores if there are any.
 
     `weights` are full fp32 tensors by parameter name. Of PiSSA the difference to `pissa`, its start, is saved, which
     fits the unchanged base model.
     """
+    card |= scores.card if scores else {}
     with staged(folder, fingerprint=card["fingerprint"]) as tmp:
         state = {name: _difference(name, value, pissa) for name, value in weights.items()} if pissa else weights
         model.save_pretrained(tmp, state_dict=state, safe_serialization=True)
@@ -126,6 +131,8 @@ def save_adapter(
             write_atomic(file, json.dumps(saved | changes, indent=1) + "\n")
         gist.save_gist(tmp, weights)
         (tmp / "README.md").unlink(missing_ok=True)  # peft's empty model card
+        if scores:
+            write_atomic(tmp / DEV_SCORES, json.dumps(scores.metrics) + "\n")
         write_atomic(tmp / CARD, json.dumps(card, indent=1, sort_keys=True, ensure_ascii=False) + "\n")
 
 
@@ -157,16 +164,24 @@ def load_init_adapter(folder: Path, model: Any, base: str) -> dict[str, torch.Te
     return weights
 
 
-def link_best_adapter(run: RunDir, phases: int) -> tuple[int, float]:
-    """Link `best` to the phase adapter with the highest dev accuracy, of equals the later; returns phase and accuracy.
+def link_best_adapter(config: RunConfig) -> dict[str, Any]:
+    """Link `best` to the phase adapter that the floor chooses, or without one to that with the highest dev accuracy, of
+    equals the later. Returns what the log says of it.
 
     The loss does not decide: an adapter that has learned more is also surer of answers that it cannot know, and a few
     of these outweigh all others.
     """
-    accuracies = [json.loads((run.adapter(i) / CARD).read_text())["dev_accuracy"] for i in range(phases)]
-    best = max(range(phases), key=lambda i: (accuracies[i], i))
+    run, phases = RunDir(config.root), range(len(plan_phases(config.schedule)))
+    facts: dict[str, Any]
+    if config.schedule.floor:
+        verdict = decide_floor(config)
+        best, facts = verdict.chosen, {"floor": verdict.facts()}
+    else:
+        accuracies = [json.loads((run.adapter(i) / CARD).read_text())["dev_accuracy"] for i in phases]
+        best = max(phases, key=lambda i: (accuracies[i], i))
+        facts = {"dev_accuracy": round(accuracies[best], 6)}
     link = run.adapters / ".best.tmp"
     link.unlink(missing_ok=True)
     link.symlink_to(run.adapter(best).name)
     os.replace(link, run.best)
-    return best, accuracies[best]
+    return {"phase": best, **facts}

@@ -46,7 +46,8 @@ class Tracker:
         elif "dev_loss" in entry:
             self.scalars({"dev/loss": entry["dev_loss"], "dev/accuracy": entry["dev_accuracy"]}, step)
         elif entry.get("event") == "best":
-            self.note("best", f"phase {entry['phase']}, dev accuracy {entry['dev_accuracy']:.4f}", step)
+            why = entry["floor"]["sentence"] if "floor" in entry else f"dev accuracy {entry['dev_accuracy']:.4f}"
+            self.note("best", f"phase {entry['phase']}, {why}", step)
 
 
 def require_tracker(name: str) -> None:

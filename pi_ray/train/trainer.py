@@ -25,6 +25,7 @@ from pi_ray.train import batches, checkpoint, distill, gist, lora, shared_prefix
 from pi_ray.train.backends import MOMENTS
 from pi_ray.train.batches import Batch, Pack, PhaseDataset, to_device
 from pi_ray.train.dataloader import TrainDataLoader, UpdateBatches
+from pi_ray.train.dev_scores import DevScorer
 from pi_ray.train.distributed import WorkerGroup
 from pi_ray.train.early_stopping import EarlyStop
 from pi_ray.train.objectives import distill_loss, loss_and_correct, sft_loss
@@ -65,6 +66,7 @@ class Trainer:
         self.ends = {u.phase: u.step + 1 for u in self.updates}  # phase -> the first step after it
         self.adam_updates = 0  # updates that Adam's moments have seen
         self.early = EarlyStop(config.train.early_stop)
+        self.scorer = DevScorer(config) if config.schedule.floor else None
         micro_batches = config.rows_per_worker // (config.train.micro_batch or config.rows_per_worker)
         bf16 = models.model_dtype(config.model, device) == torch.bfloat16
         self.backend = backends[config.train.backend.name](self.build_model, config.train, micro_batches, bf16)
@@ -239,12 +241,14 @@ class Trainer:
             best = {"best_step": self.early.step, "early": update.step + 1 < self.ends[update.phase]}
             self.early = EarlyStop(self.config.train.early_stop)
         loss, accuracy = self.evaluate_dev(self.dev)
+        place = self.backend.model, self.pack, self.group, update.phase
+        scores = self.scorer.score_phase(*place) if self.scorer else None
         weights = {name: value for name, value in self.finite_state().items() if "/" not in name}
         if self.rank == 0:
             facts = {"fingerprint": self.fingerprint, "phase": update.phase, "dev_loss": loss, "dev_accuracy": accuracy}
             card = lora.adapter_card(self.config, self.manifests, **facts)
-            lora.save_adapter(self.dir.adapter(update.phase), self.model, weights, card, self.pissa_start)
-        self.log_dev("phase_end", update, loss, accuracy, **best)
+            lora.save_adapter(self.dir.adapter(update.phase), self.model, weights, card, self.pissa_start, scores)
+        self.log_dev("phase_end", update, loss, accuracy, **best, **(scores.means if scores else {}))
         self.report({"phase": update.phase, "step": update.step, "dev_loss": loss})
 
     def log_dev(self, event: str, update: Update, loss: float, accuracy: float, **facts: Any) -> None:
@@ -294,7 +298,5 @@ class Trainer:
     def finish(self) -> None:
         """Link the best adapter and remove the checkpoints, which nothing needs any more."""
         if self.rank == 0:
-            best, accuracy = lora.link_best_adapter(self.dir, len(self.manifests))
-            step = self.updates[-1].step
-            self.log.add({"event": "best", "phase": best, "step": step, "dev_accuracy": round(accuracy, 6)})
+            self.log.add({"event": "best", "step": self.updates[-1].step, **lora.link_best_adapter(self.config)})
             checkpoint.remove_checkpoints(self.dir.checkpoints)

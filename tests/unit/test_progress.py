@@ -72,6 +72,11 @@ def test_training_shows_phase_update_loss_and_speed(clock):
         {"event": "best", "phase": 2, "step": 9, "dev_accuracy": 0.75},
         "the best adapter on dev rows is that of phase 2 (75.0% of their tokens right)",
     ),
+    (
+        {"event": "phase_end", "phase": 1, "step": 9, "dev_loss": 0.5, "scores": {"exact_match": 0.75}},
+        "phase 1 done, dev loss 0.500; adapter written; as it would be served, on dev rows: exact match 75.0%",
+    ),
+    ({"event": "best", "phase": 1, "floor": {"sentence": "Keep the whole prompt."}}, "Keep the whole prompt."),
     ({"event": "warning", "text": "checkpoint set aside"}, "warning: checkpoint set aside"),
     ({"event": "of a later version"}, ""),
 ])  # fmt: skip

@@ -446,3 +446,19 @@ def test_a_plan_without_labelled_rows_counts_queries_and_the_time_to_answer_them
     assert "the base model answers the queries with the whole prompt before" in console.file.getvalue()
     endpoint = plan_run(config.replace(**{"train.distill.teacher": "endpoint"}))
     assert endpoint.teaching == 0
+
+
+def test_a_plan_with_a_quality_floor_counts_the_dev_rows_that_are_answered(tiny_model, tmp_path, monkeypatch):
+    monkeypatch.setattr(estimate, "measure_speed", lambda config: SPEED)
+    config = RunConfig(
+        name="t", run_dir=str(tmp_path), task={"name": "opsql", "rows": {"train": 20, "dev": 10}},
+        model={"base": str(tiny_model)}, prompt={"chat": "none"},
+    )
+    without, floored = plan_run(config), plan_run(config.replace(**{"schedule.floor": 0.95}))
+    assert without.answering == 0 < floored.answering and floored.scored == 10
+    assert floored.seconds == pytest.approx(without.seconds + floored.answering)
+    console = Console(file=io.StringIO(), width=400)
+    print_plan(floored, console)
+    said = console.file.getvalue()
+    assert "after each phase 10 dev rows are answered under its prompt (10 rows are few" in said
+    assert "ends at the shortest prompt that keeps 0.95 of the first phase's score; examples are then fixed" in said

@@ -55,6 +55,14 @@ def test_the_page_says_the_result_in_plain_words(tmp_path):
     assert "pi-ray run run.yaml" in said and "51.3% kept" in said and "torch 2.13.0" in said
 
 
+def test_the_first_sentence_is_the_verdict_of_a_quality_floor(tmp_path):
+    phases = [{"rate": 1.0, "shots": 2}, {"rate": 0.5, "shots": 1}, {"rate": 0.0, "shots": 0}]
+    for chosen, sends in enumerate(("the whole prompt", "a shortened prompt", "the query alone")):
+        floor = {"sentence": f"The run ends at phase {chosen}.", "chosen": chosen, "phases": phases}
+        said = words(page_of(tmp_path / str(chosen), summary(floor=floor)))
+        assert f"The run ends at phase {chosen}. The adapter answers with {sends}: " in said
+
+
 def test_hostile_text_stays_text(tmp_path):
     plain, hostile = page_of(tmp_path / "a", text="x"), page_of(tmp_path / "b", text=HOSTILE)
     assert [t for t, _ in Elements(plain).found] == [t for t, _ in Elements(hostile).found]

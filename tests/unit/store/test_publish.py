@@ -112,7 +112,7 @@ def test_the_card_shows_scores_tokens_and_how_to_serve(run, config):
     write_atomic(run.evaluation / "summary.json", json.dumps(SUMMARY))
     text = (publish_adapter(run, config) / "README.md").read_text()
     for part in (
-        "| this adapter, query alone | 87.5% | 91.2 | 20 | 0.10 |",
+        "| this adapter | 87.5% | 91.2 | 20 | 0.10 |",
         "| base, full prompt | 5.0% | 9.5 | 1,190 | 0.90 |",
         "curl",
         "from openai import OpenAI",
