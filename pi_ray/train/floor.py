@@ -49,7 +49,7 @@ class PhaseShare:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class FloorVerdict:
     """What the floor decides: the phase at which the run ends."""
 
     floor: float
@@ -94,7 +94,7 @@ class Verdict:
         return text + ("; so low a score says little" if first.score < WEAK else "")
 
 
-def decide_floor(config: RunConfig) -> Verdict:
+def decide_floor(config: RunConfig) -> FloorVerdict:
     """The verdict on a run whose phases all have their adapters: of those that hold the floor the one with the smallest
     template rate, of these with the fewest shots, of equal prompts with the best score.
     """
@@ -108,7 +108,7 @@ def decide_floor(config: RunConfig) -> Verdict:
         for i, p in enumerate(plan)
     )
     chosen = min((p for p in phases if p.holds), key=lambda p: (*p.prompt, -p.score, -p.phase))
-    return Verdict(floor, metric, values.shape[1], phases, chosen.phase)
+    return FloorVerdict(floor, metric, values.shape[1], phases, chosen.phase)
 
 
 def scored_rows(rows: Sequence[Row]) -> Sequence[Row]:

@@ -29,7 +29,7 @@ from pi_ray.train.trainer import train_worker
 from tests.prepared import TEMPLATE, prepare_by_hand, tiny_config
 from tests.unit.train.test_train import adapter_hash, dies_and_goes_on, log_of, settings
 
-EPOCHS = 8  # until the tiny model ends its answers
+EPOCHS = 4  # until the tiny model ends its answers
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +65,7 @@ def test_a_phase_is_scored_by_its_answers_under_its_own_template_with_fixed_exam
     assert DevScorer(with_floor).served_prompt(phase) == (template, rate, shots)
     model, task = adapted(with_floor, phase), tasks[with_floor.task.name](with_floor.task)
     found, end = dev_scores(with_floor, phase), encoder.tokenizer.eos_token_id
-    for i, row in enumerate(run.read_rows("dev")):
+    for i, row in enumerate(run.read_rows("dev", end=4)):
         answer = encoder.decode(generate_greedy(model, [], [encoder.encode(row.query, template)], 9, end)[0])
         for metric, value in task.score(row, answer).items():
             assert found[metric][i] == value
@@ -104,7 +104,7 @@ def test_the_floor_changes_no_weights_and_no_fingerprint_of_runs_without_it(with
     assert not (RunDir(without.root).adapter(0) / DEV_SCORES).exists()
 
 
-@pytest.mark.parametrize("stop_at", [24, 50])
+@pytest.mark.parametrize("stop_at", [12, 26])
 def test_a_run_that_dies_at_the_end_of_a_phase_or_later_ends_with_the_same_adapters_and_verdict(
     with_floor, tmp_path, monkeypatch, stop_at
 ):
@@ -152,7 +152,7 @@ def test_sharded_weights_are_scored_by_the_tokens_of_each_row(with_floor):
     found = scorer.score_phase(model, plain_batch, WorkerGroup("cpu"), 1).metrics
     assert list(found) == ["token_accuracy"]
     template = scorer.served_prompt(1).template
-    for row, share in zip(RunDir(with_floor.root).read_rows("dev"), found["token_accuracy"], strict=True):
+    for row, share in zip(RunDir(with_floor.root).read_rows("dev", end=4), found["token_accuracy"], strict=False):
         label = scorer.encoder.answer(row.answer)
         batch = plain_batch(scorer.encoder.prefix(template), [(scorer.encoder.row(row.query), label)])
         assert share == pytest.approx(loss_and_correct(model.eval(), batch)[1] / len(label))
@@ -210,7 +210,7 @@ def test_another_floor_chooses_another_adapter_of_the_same_training(ends_at):
     assert not launch.is_trained(lower)
     launch.train(lower, seen.append)
     assert launch.is_trained(lower) and RunDir(config.root).best.resolve().name == "phase-2"
-    assert log_of(config)[-1] == seen[0] and seen[0]["floor"]["floor"] == 0.6 and len(seen) == 1
+    assert [log_of(config)[-1]] == json.loads(json.dumps(seen)) and seen[0]["floor"]["floor"] == 0.6
     verified = SimpleNamespace(run=SimpleNamespace(prepared_fingerprint=lambda: "p"), config=lower)
     before = AdapterAnswerer.fingerprint(verified, [trained_column(lower)])
     launch.train(config, seen.append)
