@@ -35,7 +35,7 @@ class RunDir:
         self.teacher_answers = self.root / "teacher_answers"  # artifact: its answers, and how sure it was (distill.py)
         self.checkpoints = self.root / "checkpoints"
         self.adapters = self.root / "adapters"
-        self.best = self.adapters / "best"  # link to the phase adapter with the highest dev accuracy
+        self.best = self.adapters / "best"  # link to the phase adapter of the highest dev accuracy, or the floor
         self.train_log = self.root / "train.jsonl"
         self.evaluation = self.root / "eval"
         self.report = self.root / "report.html"

@@ -7,6 +7,7 @@ training rows at the end of its template, the same for every query.
 import math
 from collections.abc import Sequence
 from contextlib import nullcontext
+from functools import cached_property
 from itertools import chain
 from statistics import fmean
 from typing import Any, NamedTuple
@@ -57,8 +58,11 @@ class DevScorer:
 
     def __init__(self, config: RunConfig):
         self.config, self.run = config, RunDir(config.root)
-        self.encoder = PromptEncoder(load_tokenizer(config.model), config.prompt)
         self.phases = plan_phases(config.schedule)
+
+    @cached_property
+    def encoder(self) -> PromptEncoder:
+        return PromptEncoder(load_tokenizer(self.config.model), self.config.prompt)
 
     def served_prompt(self, phase: int) -> ServedPrompt:
         """The phase's template, and as many training rows as it has shots, evenly spread over the file."""
@@ -70,10 +74,12 @@ class DevScorer:
 
     @torch.no_grad()
     def score_phase(self, model: Any, pack: Pack, group: WorkerGroup, phase: int) -> DevScores | None:
-        """The scores on the first worker, None on the others. Each worker answers its share of the rows.
+        """The scores on the first worker, None on the others and without a floor. Each worker answers a share of rows.
 
         Where ZeRO stage 3 shards the weights nothing can be generated, and the metric is token accuracy.
         """
+        if not self.config.schedule.floor:
+            return None
         prompt = self.served_prompt(phase)
         rows = scored_rows(self.run.read_rows("dev", prompt.rate))
         prefix = self.encoder.prefix(prompt.template)

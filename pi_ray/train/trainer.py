@@ -66,7 +66,7 @@ class Trainer:
         self.ends = {u.phase: u.step + 1 for u in self.updates}  # phase -> the first step after it
         self.adam_updates = 0  # updates that Adam's moments have seen
         self.early = EarlyStop(config.train.early_stop)
-        self.scorer = DevScorer(config) if config.schedule.floor else None
+        self.scorer = DevScorer(config)
         micro_batches = config.rows_per_worker // (config.train.micro_batch or config.rows_per_worker)
         bf16 = models.model_dtype(config.model, device) == torch.bfloat16
         self.backend = backends[config.train.backend.name](self.build_model, config.train, micro_batches, bf16)
@@ -241,8 +241,7 @@ class Trainer:
             best = {"best_step": self.early.step, "early": update.step + 1 < self.ends[update.phase]}
             self.early = EarlyStop(self.config.train.early_stop)
         loss, accuracy = self.evaluate_dev(self.dev)
-        place = self.backend.model, self.pack, self.group, update.phase
-        scores = self.scorer.score_phase(*place) if self.scorer else None
+        scores = self.scorer.score_phase(self.backend.model, self.pack, self.group, update.phase)
         weights = {name: value for name, value in self.finite_state().items() if "/" not in name}
         if self.rank == 0:
             facts = {"fingerprint": self.fingerprint, "phase": update.phase, "dev_loss": loss, "dev_accuracy": accuracy}
