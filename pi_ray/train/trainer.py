@@ -267,11 +267,10 @@ class Trainer:
     def save_checkpoint(self, update: Update, done: int) -> None:
         state = self.finite_state()
         if self.rank == 0:
-            learned_from = learning_settings(self.config, models.base_digest(self.config.model))
             checkpoint.save_checkpoint(
                 self.dir.checkpoints, state, done, self.fingerprint, self.config.train.keep_checkpoints,
                 self.early.state, early=self.early.facts(), adam_updates=self.adam_updates,
-                learned_from=learned_from,
+                learned_from=learning_settings(self.config, models.base_digest(self.config.model)),
             )
         self.report({"phase": update.phase, "step": update.step})
 
