@@ -5,8 +5,9 @@ Each step reads the run directory, is skipped when it is up to date, and can be 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,10 +51,17 @@ def ask(config: RunConfig, console: Console) -> dict[str, Any]:
     from pi_ray.ask.sources import task_sources
 
     _begin(config, console, "Ask", "a writer's queries about every unit of the template, for the teacher to answer")
-    with ProgressLine(console, "  writer: update", config.ask.updates) as shown:
-        watch = training_listener(shown, [1.0] * config.ask.updates)
+    with ExitStack() as shown:
+
+        @cache
+        def listener() -> Callable[[dict[str, Any]], None]:
+            """Made with the first entry: no other writer than an adapter is trained."""
+            line = shown.enter_context(ProgressLine(console, "  writer: update", config.ask.updates))
+            return training_listener(line, [1.0] * config.ask.updates)
+
+        tell = partial(_print_line, console, "")
         return ask_queries(
-            config, task_sources(config), hosted.ask_on_terminal, partial(_print_line, console, ""), watch
+            config, task_sources(config), hosted.ask_on_terminal, tell, lambda entry: listener()(entry)
         )
 
 

@@ -21,13 +21,14 @@ from pi_ray.ask.writers import Confirm, Listener, Tell, choose_writer, make_writ
 from pi_ray.config import RunConfig
 from pi_ray.data.pieces import partial_folder
 from pi_ray.errors import DataError
+from pi_ray.progress import EVERY_S
 from pi_ray.protocols import Row
 from pi_ray.run.artifact import is_current, read_manifest, staged
 from pi_ray.run.directory import RunDir
 from pi_ray.run.fingerprint import ask_fingerprint
 from pi_ray.run.queries import Asked, write_queries
 from pi_ray.run.row_store import has_piece, write_piece
-from pi_ray.units import UnitIndex, find_units
+from pi_ray.units import UnitIndex
 
 PIECE_REQUESTS = 64  # requests whose replies are one file, which survives a kill
 REPLIES = pa.schema({"id": pa.string(), "reply": pa.string()})
@@ -56,10 +57,7 @@ class _Asking:
         self, config: RunConfig, sources: Sources, fingerprint: str, confirm: Confirm, progress: Tell, watch: Listener,
     ):
         self.config, self.sources, self.fingerprint, self.progress = config, sources, fingerprint, progress
-        units, self.started = find_units(sources.template), time.monotonic()
-        if not units:
-            raise DataError("task.queries generate: the template says nothing that a query could be about; write the "
-                "prompt into task.template, or name a file of queries with task.queries")
+        units, self.started = sources.units(), time.monotonic()
         self.index, self.name = UnitIndex(units), choose_writer(config, len(sources.labelled))
         needed = needed_units(sources.labelled, self.index)
         self.coverage = Coverage(units, written_kinds(config, self.name), config.ask.queries)
@@ -107,8 +105,12 @@ class _Asking:
             self.progress(f"ask: {len(files) - len(todo)} of {len(files)} pieces were already there")
         asked = list(chain.from_iterable(todo.values()))
         found: dict[str, str] = {}
+        told = time.monotonic()
         for place, reply in self.writer.write(asked) if asked else ():
             found[asked[place].id] = reply
+            if time.monotonic() - told > EVERY_S:
+                told = time.monotonic()
+                self.progress(f"written: {len(found)} of {len(asked)} requests of this round")
             for path, piece in [*todo.items()]:
                 if all(request.id in found for request in piece):
                     _write_replies(path, [(request.id, found[request.id]) for request in piece])

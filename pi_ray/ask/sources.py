@@ -5,11 +5,13 @@ from dataclasses import dataclass
 
 from pi_ray.config import RunConfig
 from pi_ray.data.ingest import check_splits, read_splits
+from pi_ray.errors import DataError
 from pi_ray.protocols import SPLITS, UNLABELLED, Row, Task
 from pi_ray.registry import tasks
 from pi_ray.run.answered import has_labelled
 from pi_ray.run.artifact import digest
 from pi_ray.run.directory import RunDir
+from pi_ray.units import Unit, find_units
 
 
 @dataclass(frozen=True)
@@ -23,13 +25,23 @@ class Sources:
     held_out: Sequence[str] = ()
     log: Sequence[str] = ()
 
+    def units(self) -> list[Unit]:
+        """The units of the template. Raises DataError where there are none."""
+        if units := find_units(self.template):
+            return units
+        raise DataError("task.queries generate: the template says nothing that a query could be about; write the "
+            "prompt into task.template, or name a file of queries with task.queries")
+
     def fingerprint(self) -> str:
         labelled = [[row.query, row.answer] for row in self.labelled]
         return digest([self.template, labelled, list(self.held_out), list(self.log)])
 
 
 def task_sources(config: RunConfig) -> Sources:
-    """The sources of a run's task: its rows as preparation will split them. Raises DataError for unfit rows."""
+    """The sources of a run that generates queries: its task's rows, split as preparation will split them.
+
+    Raises DataError for unfit rows.
+    """
     task: Task = tasks[config.task.name](config.task)
     unlabelled = [UNLABELLED] if config.task.queries else []
     if config.answers_first:  # there may be no labelled rows at all
@@ -39,5 +51,4 @@ def task_sources(config: RunConfig) -> Sources:
         splits, rejects = read_splits(task, [*SPLITS, *unlabelled])
         check_splits(splits, rejects, config.task, RunDir(config.root))
     held_out = [row.query for split in ("dev", "test") for row in splits[split]]
-    log = [row.query for row in splits.get(UNLABELLED, ())]
-    return Sources(task.template().text, splits["train"], held_out, log)
+    return Sources(task.template().text, splits["train"], held_out, [row.query for row in splits.get(UNLABELLED, ())])

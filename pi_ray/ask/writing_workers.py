@@ -65,6 +65,8 @@ class WritingWorker:
             from peft import PeftModel
 
             self.model = PeftModel.from_pretrained(self.model, adapter).eval()
+            if not settings.quantize:  # merged, it takes no time of its own
+                self.model = self.model.merge_and_unload()
         self.breaks = line_break_ids(self.encoder.tokenizer) if one_line else frozenset()
         self.prefix = self.encoder.prefix(prefix)
         self.cache = compute_prefix_cache(self.model, self.prefix)

@@ -76,8 +76,9 @@ def _store(
 
     def keyed(split: str) -> Iterator[Row]:
         nonlocal documents
-        own = _accepted(task, split, rejects) if split != UNLABELLED or config.queries else ()
-        for row in chain(own, generated_rows(run) if split == UNLABELLED and config.generate else ()):
+        generates = split == UNLABELLED and config.generate
+        own = _accepted(task, split, rejects) if config.queries or not generates else ()
+        for row in chain(own, generated_rows(run) if generates else ()):
             keys[split].append(_key(row))
             documents += len(row.documents)
             yield row

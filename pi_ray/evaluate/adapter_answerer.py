@@ -20,7 +20,7 @@ from pi_ray.evaluate.knowledge import Knowledge
 from pi_ray.evaluate.unit_questions import plan_questions
 from pi_ray.models import load_tokenizer
 from pi_ray.prompt import PromptEncoder
-from pi_ray.run.artifact import verify_artifact
+from pi_ray.run.artifact import read_manifest, verify_artifact
 from pi_ray.run.directory import RunDir
 from pi_ray.run.fingerprint import evaluate_fingerprint
 from pi_ray.train.lora import PACKAGES
@@ -101,11 +101,13 @@ class AdapterAnswerer:
         log = list(read_entries(RunDir(config.root).train_log.read_bytes()))
         updates = [e for e in log if "loss" in e]
         events: dict[str, dict[str, Any]] = {e["event"]: e for e in log if "event" in e}
+        asked = read_manifest(RunDir(config.root).queries) if config.task.generate else None
         teacher, drills = (events.get(name, {}) for name in ("teacher_answers", "drills"))
         seconds = sum(e["seconds"] for e in updates) + teacher.get("seconds_teaching", 0)
         return {
             "updates": len(updates), "seconds": round(seconds, 1), "tokens": sum(e["tokens"] for e in updates),
             "workers": config.train.workers, **{k: drills[k] for k in ("facts",) if k in drills},
+            **({"generated": asked["queries"], "writer": asked["writer"]} if asked else {}),
             **{k: teacher[k] for k in ("queries", "answered", "kept", "views") if k in teacher},
         }
 

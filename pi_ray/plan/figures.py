@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from pi_ray.config import RunConfig
 from pi_ray.plan import estimate
+from pi_ray.plan.asking import AskingPlan
 from pi_ray.report import cost
 from pi_ray.schedule import Phase
 
@@ -40,8 +41,10 @@ class Plan:
     teaching: float = 0.0  # seconds in which a teacher answers queries
     answering: float = 0.0  # seconds in which phases answer dev rows, for a quality floor
     scored: int = 0  # those dev rows
+    asking: AskingPlan | None = None  # where queries are generated
     drills: str = ""  # what reading drills exchange, or why there are none
 
     @property
     def seconds(self) -> float:
-        return sum(p.seconds for p in self.phases) + self.teaching + self.answering
+        asking = self.asking.seconds if self.asking else 0.0
+        return asking + sum(p.seconds for p in self.phases) + self.teaching + self.answering

@@ -14,11 +14,13 @@ from rich.table import Table
 from rich.text import Text
 
 from pi_ray.answer.rows import describe_answers, is_answered, planned_splits
+from pi_ray.ask.sources import task_sources
 from pi_ray.cluster import placement
 from pi_ray.config import RunConfig
 from pi_ray.data.ingest import check_splits, read_splits
 from pi_ray.models import base_digest, load_tokenizer
 from pi_ray.plan import estimate
+from pi_ray.plan.asking import plan_asking
 from pi_ray.plan.figures import PhasePlan, Plan
 from pi_ray.plan.scale import print_scale
 from pi_ray.progress import format_money
@@ -32,6 +34,7 @@ from pi_ray.run.artifact import is_current
 from pi_ray.run.directory import RunDir
 from pi_ray.run.fingerprint import prepare_fingerprint, wants_unlabelled
 from pi_ray.run.phases import plain_finetuning_config
+from pi_ray.run.queries import queries_digest
 from pi_ray.schedule import Phase, plan_phases
 from pi_ray.train.drills import describe_drills
 from pi_ray.train.facts import find_facts
@@ -77,7 +80,8 @@ def plan_run(config: RunConfig) -> Plan:
     else:
         config = answered_config(config)
         task = tasks[config.task.name](config.task)
-        splits, rejects = read_splits(task, (*SPLITS, UNLABELLED) if wants_unlabelled(config) else SPLITS)
+        logged = wants_unlabelled(config) and (config.task.queries or not config.task.generate)
+        splits, rejects = read_splits(task, (*SPLITS, UNLABELLED) if logged else SPLITS)
         notes = check_splits(splits, rejects, config.task, RunDir(config.root))
     rows = {split: len(found) for split, found in splits.items()}
     counts, schedule = _token_counts(task, splits["train"], config), plan_phases(config.schedule)
@@ -86,6 +90,12 @@ def plan_run(config: RunConfig) -> Plan:
     shapes = [counts.shape(p.rate, p.shots) for p in schedule]
     longest = max(s.prefix + s.row + s.label for s in shapes) + counts.above
     size, speed = estimate.model_size(config.model, config.train.lora, longest), estimate.measure_speed(config)
+
+    asking = None
+    if config.task.generate:
+        asking = plan_asking(config, task_sources(config), size, speed, TOKENS_PER_NEW_TOKEN)
+        if not unanswered:  # else they are counted as rows
+            rows[UNLABELLED] = rows.get(UNLABELLED, 0) + asking.queries
 
     def planned(phase: Phase) -> PhasePlan:
         shape = counts.shape(phase.rate, phase.shots)
@@ -109,7 +119,7 @@ def plan_run(config: RunConfig) -> Plan:
     answering = sum(answering_seconds(shape, scored) for shape in shapes)
     answers, words = ((r.query, r.answer) for r in splits["train"]), config.train.drills
     drills = describe_drills(config, find_facts(task.template().text, answers, words.words, words.ignore))
-    seconds = sum(p.seconds for p in phases) + teaching + answering
+    seconds = sum(p.seconds for p in phases) + teaching + answering + (asking.seconds if asking else 0.0)
     training = cost.training_cost(config.cost, seconds, config.train.workers)
     asked = {"base_full_prompt": full, "promptintern": query}
     prices = {n: cost.request_prices(config.cost, s.prefix + s.row, s.label, s.prefix) for n, s in asked.items()}
@@ -119,7 +129,7 @@ def plan_run(config: RunConfig) -> Plan:
         memory=max((estimate.device_memory(size, s, config) for s in shapes), key=lambda m: sum(m.values())),
         host=estimate.host_memory(size, config), full=full, query=query,
         money=cost.economics(training, prices), teaching=teaching, answering=answering, scored=scored,
-        drills=drills,
+        asking=asking, drills=drills,
     )
 
 
@@ -134,7 +144,7 @@ def _token_counts(task: Task, rows: Sequence[Row], config: RunConfig) -> TokenCo
     pairs = list(zip(sample, others, strict=True))
     one, two = (fmean(len(encoder.row(r.query, [other] * n)) for r, other in pairs) for n in (1, 2))
     run = RunDir(config.root)
-    prepared = prepare_fingerprint(config, task.fingerprint(), base=base_digest(config.model))
+    prepared = prepare_fingerprint(config, task.fingerprint(), queries_digest(run), base_digest(config.model))
     made = is_current(run.templates, prepared)  # from exactly this config
     return TokenCounts(
         head=len(encoder.prefix("")), template=len(encoder.prefix(task.template().text)), query=fmean(queries),
@@ -161,6 +171,9 @@ def print_plan(plan: Plan, console: Console, scale: bool = False) -> None:
     plain = _duration(sum(p.seconds for p in plan.plain))
     baseline = f", and {plain} for plain fine-tuning as baseline," if plan.plain else ""
     say(f"Training: about {_duration(plan.seconds)}{baseline} on {where}")
+    if plan.asking:
+        took = f"; about {_duration(plan.asking.seconds)} of that" if plan.asking.seconds else ""
+        say(f"Asking: {plan.asking.text}{took}")
     if config.answers_first:
         say(_first_teacher(plan))
     elif facts := answered_facts(config):
@@ -209,7 +222,7 @@ def _phases_table(plan: Plan) -> Table:
 
 
 def _teacher(plan: Plan) -> str:
-    queries, cure = plan.rows.get(UNLABELLED, 0), "task.queries names the file they come from"
+    queries, cure = plan.rows.get(UNLABELLED, 0), "task.queries names the file they come from, or generates them"
     if not queries:
         return f"Teacher: no unlabelled queries, so it teaches on labelled rows alone; {cure}"
     adapter = plan.config.train.distill.teacher == "adapter"

@@ -16,6 +16,10 @@ from pi_ray.run.answered import reference_teacher
 from pi_ray.schedule import Phase
 
 METRIC_NAMES = {"exact_match": "Exact match", "bleu": "BLEU", "execution": "Execution match"}
+WRITERS = {  # of queries
+    "adapter": "an adapter of the base model, trained on the labelled rows, wrote them",
+    "prompt": "the base model wrote them", "endpoint": "a service's model wrote them",
+}
 WEAK = 0.1  # a metric below this in every column tells them apart badly
 
 
@@ -212,6 +216,8 @@ def findings(summary: dict[str, Any]) -> Iterator[str]:
         learned = f"the adapter also learned from the {facts['kept']:,} answers{views or ' that it was sure of'}"
         plain = "Plain fine-tuning had as many updates, on the labelled rows alone."
         yield f"A teacher with the full prompt before it {answered}; {learned}. {plain}"
+    if facts.get("generated"):
+        yield f"{facts['generated']:,} of these queries were generated from the template: {WRITERS[facts['writer']]}."
     if facts.get("facts"):
         yield f"Reading drills in the first phase exchanged {'; '.join(facts['facts'])}."
     yield from _probe_sentences(mine, summary.get("base", {}))
