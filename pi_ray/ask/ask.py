@@ -16,7 +16,7 @@ from pi_ray.ask.filters import QueryFilter
 from pi_ray.ask.needs import Partners, needed_units
 from pi_ray.ask.requests import RequestPlanner, WriteRequest, parse_reply
 from pi_ray.ask.sources import Sources
-from pi_ray.ask.train_writer import writer_pairs
+from pi_ray.ask.train_writer import taught_sections, writer_pairs
 from pi_ray.ask.writers import Confirm, Listener, Tell, choose_writer, make_writer, written_kinds
 from pi_ray.config import RunConfig
 from pi_ray.data.pieces import partial_folder
@@ -60,7 +60,8 @@ class _Asking:
         units, self.started = sources.units(), time.monotonic()
         self.index, self.name = UnitIndex(units), choose_writer(config, len(sources.labelled))
         needed = needed_units(sources.labelled, self.index)
-        self.coverage = Coverage(units, written_kinds(config, self.name), config.ask.queries)
+        sections = taught_sections(needed, units) if self.name == "adapter" else None
+        self.coverage = Coverage(units, written_kinds(config, self.name), config.ask.queries, sections)
         labelled = [row.query for row in sources.labelled]
         self.filter = QueryFilter(self.index, config.ask.near, sources.held_out, labelled, sources.log)
         pairs = writer_pairs(sources.labelled, needed, units)
@@ -125,13 +126,13 @@ class _Asking:
         """What the manifest tells: writer, counts of the filters, units, and the matrix before and after."""
         rows = [*self.sources.labelled, *(Row("", query, "") for query in self.sources.log)]
         before = Counter(unit for row in rows for unit in self.index.touched(f"{row.query}\n{row.answer}"))
-        after = Coverage(self.index.units, self.coverage.kinds, self.config.ask.queries)
+        self.coverage.counts.clear()  # of those that are left
         for asked in queries:
-            after.add(asked.units, asked.kind)
+            self.coverage.add(asked.units, asked.kind)
         return {
             "writer": self.name, "queries": len(queries), "written": self.filter.counts.total(),
             "filters": dict(self.filter.counts), "seconds": round(time.monotonic() - self.started, 1),
-            "units": [str(unit) for unit in self.index.units], "coverage": after.facts(),
+            "units": [str(unit) for unit in self.index.units], "coverage": self.coverage.facts(),
             "touched_before": [before[unit] for unit in range(len(self.index.units))],
         }
 

@@ -1,7 +1,7 @@
 """Coverage: how many queries there are of each unit and kind, what is missing, and what cannot be written."""
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from math import ceil
 from typing import Any, NamedTuple
 
@@ -17,15 +17,21 @@ class Cell(NamedTuple):
 
 
 class Coverage:
-    """The matrix of units and kinds. Its cells are what the writer can write: rules alone have an edge."""
+    """The matrix of units and kinds. Its cells are what the writer can write: rules alone have an edge, and an adapter
+    writes about units of `sections` alone, of which labelled rows have shown it some.
+    """
 
-    def __init__(self, units: Sequence[Unit], kinds: Sequence[AskKind], queries: int):
-        self.units, self.kinds = units, kinds
+    def __init__(
+        self, units: Sequence[Unit], kinds: Sequence[AskKind], queries: int, sections: Collection[str] | None = None
+    ):
+        self.units, self.kinds, self.sections = units, kinds, sections
         self.cells = [Cell(i, kind) for i in range(len(units)) for kind in kinds if self.fits(i, kind)]
         self.target = ceil(queries / max(1, len(self.cells)))  # queries of each cell
         self.counts: Counter[Cell] = Counter()
 
     def fits(self, unit: int, kind: AskKind) -> bool:
+        if self.sections is not None and self.units[unit].section not in self.sections:
+            return False
         return {"edge": self.units[unit].kind == "rule", "two": len(self.units) > 1}.get(kind, True)
 
     def add(self, units: Iterable[int], kind: AskKind) -> None:

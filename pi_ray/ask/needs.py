@@ -7,7 +7,7 @@ from random import Random
 from pi_ray.protocols import Row
 from pi_ray.units import Unit, UnitIndex, words_of
 
-LINKED = 4  # of a row's units, from how many sections others are drawn for a query about two units
+TAUGHT = 2  # units of a row, the most telling ones, from which a writer learns
 
 
 def needed_units(rows: Sequence[Row], index: UnitIndex) -> list[list[int]]:
@@ -30,7 +30,9 @@ def _links(unit: Unit, row: Row) -> bool:
 
 
 class Partners:
-    """Chooses the second unit of a query about two: from a section that rows need beside the first one's."""
+    """Chooses the second unit of a query about two: from a section that rows need beside the first one's; where there
+    are no rows, from any other section.
+    """
 
     def __init__(self, index: UnitIndex, needed: Sequence[Sequence[int]]):
         self._sections: dict[str, list[int]] = {}
@@ -39,13 +41,14 @@ class Partners:
         self._section_of = [unit.section for unit in index.units]
         self._together: dict[str, list[str]] = {}
         for units in needed:
-            sections = list(dict.fromkeys(self._section_of[unit] for unit in units[:LINKED]))
-            for one in sections:
+            sections = list(dict.fromkeys(self._section_of[unit] for unit in units[:TAUGHT]))
+            for one in sections:  # also a section that is needed alone
                 self._together.setdefault(one, []).extend(other for other in sections if other != one)
 
     def choose(self, unit: int, random: Random) -> int | None:
         """A unit that goes with this one; None where it is the only one."""
         own = self._section_of[unit]
-        sections = self._together.get(own) or [s for s in self._sections if s != own] or [own]
+        free = [] if self._together else [section for section in self._sections if section != own]
+        sections = self._together.get(own) or free or [own]
         others = [other for other in self._sections[random.choice(sections)] if other != unit]
         return random.choice(others) if others else None

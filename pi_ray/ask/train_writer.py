@@ -7,6 +7,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from pi_ray.ask.needs import TAUGHT
 from pi_ray.ask.requests import adapter_prompt
 from pi_ray.config import RunConfig
 from pi_ray.data.phase_dataset import SCHEMA, publish_phase
@@ -15,6 +16,7 @@ from pi_ray.prompt import PromptEncoder
 from pi_ray.protocols import Row
 from pi_ray.run.artifact import digest, is_current, temporary_path
 from pi_ray.run.directory import RunDir
+from pi_ray.run.fingerprint import learning_settings
 from pi_ray.run.row_store import write_piece
 from pi_ray.train import launch
 from pi_ray.units import Unit
@@ -45,14 +47,18 @@ def prompt_format(config: RunConfig) -> dict[str, Any]:
 
 
 def writer_pairs(rows: Sequence[Row], needed: Sequence[Sequence[int]], units: Sequence[Unit]) -> list[Pair]:
-    """What the adapter learns from: the most telling unit of each row, and the two most telling ones, with its query.
-    """
+    """What the adapter learns from: each of the two most telling units of each row, and both, with its query."""
     pairs = []
     for row, places in zip(rows, needed, strict=True):
-        for count in (1, 2):
-            if len(places) >= count:
-                pairs.append((adapter_prompt(units[place] for place in places[:count]), row.query))
+        one, other = places[:1], places[1:TAUGHT]
+        for chosen in (one, other, one + other) if other else (one,) if one else ():
+            pairs.append((adapter_prompt(units[place] for place in chosen), row.query))
     return pairs
+
+
+def taught_sections(needed: Sequence[Sequence[int]], units: Sequence[Unit]) -> set[str]:
+    """The sections of the units in `writer_pairs`."""
+    return {units[place].section for places in needed for place in places[:TAUGHT]}
 
 
 def train_writer(
@@ -64,13 +70,14 @@ def train_writer(
     """
     writing = writer_config(config)
     run, pairs = RunDir(writing.root), pairs[:: max(1, len(pairs) // PAIRS)]
-    fingerprint = digest([pairs, writing.model.model_dump(mode="json"), writing.prompt.model_dump(mode="json")])
-    encoder = PromptEncoder(load_tokenizer(config.model), writing.prompt)
-    held = set(range(0, len(pairs), DEV_SHARE)[:DEV_ROWS]) if len(pairs) > DEV_SHARE else set()
-    learned = [pair for i, pair in enumerate(pairs) if i not in held]
-    for name, chosen in {"0": learned, "dev": [pairs[i] for i in sorted(held)] or learned}.items():
-        if not is_current(run.phase(name), fingerprint):
-            _write_dataset(run.phase(name), chosen, encoder, fingerprint)
+    fingerprint = digest([pairs, learning_settings(writing)])
+    if not is_current(run.phase("dev"), fingerprint):  # which is written last
+        rmtree(run.root, ignore_errors=True)  # of other pairs or settings
+        held = set(range(0, len(pairs), DEV_SHARE)[:DEV_ROWS]) if len(pairs) > DEV_SHARE else set()
+        learned = [pair for i, pair in enumerate(pairs) if i not in held]
+        encoder = PromptEncoder(load_tokenizer(config.model), writing.prompt)
+        _write_dataset(run.phase("0"), learned, encoder, fingerprint)
+        _write_dataset(run.phase("dev"), [pairs[i] for i in sorted(held)] or learned, encoder, fingerprint)
     launch.train(writing, watch)
     return run.adapter(0)
 

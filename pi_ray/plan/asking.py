@@ -5,9 +5,10 @@ from dataclasses import dataclass
 from statistics import fmean
 
 from pi_ray.ask.coverage import Coverage
+from pi_ray.ask.needs import needed_units
 from pi_ray.ask.requests import SURPLUS, adapter_prompt, instruction, task_description
 from pi_ray.ask.sources import Sources
-from pi_ray.ask.train_writer import BATCH_ROWS
+from pi_ray.ask.train_writer import BATCH_ROWS, taught_sections
 from pi_ray.ask.writers import Name, choose_writer, written_kinds
 from pi_ray.config import RunConfig
 from pi_ray.models import load_tokenizer
@@ -15,11 +16,11 @@ from pi_ray.plan import estimate
 from pi_ray.run.artifact import is_current, read_manifest
 from pi_ray.run.directory import RunDir
 from pi_ray.run.fingerprint import ask_fingerprint
-from pi_ray.units import Unit
+from pi_ray.units import Unit, UnitIndex
 
 WHO: dict[Name, str] = {
     "adapter": "an adapter learns in {updates} updates to write queries, then writes",
-    "prompt": "the base model writes", "endpoint": "{model} writes",
+    "prompt": "the base model writes", "few-shot": "the base model writes", "endpoint": "{model} writes",
 }
 
 
@@ -41,12 +42,14 @@ def plan_asking(
         there = (read_manifest(run.queries) or {})["queries"]
         return AskingPlan(there, 0.0, f"{there:,} generated queries are there")
     name, units = choose_writer(config, len(sources.labelled)), sources.units()
-    coverage = Coverage(units, written_kinds(config, name), config.ask.queries)
+    needed = needed_units(sources.labelled, UnitIndex(units))
+    sections = taught_sections(needed, units) if name == "adapter" else None
+    coverage = Coverage(units, written_kinds(config, name), config.ask.queries, sections)
     written = SURPLUS * len(coverage.cells) * coverage.target
     who = WHO[name].format(updates=config.ask.updates, model=config.closed.model)
-    kinds = " and ".join(coverage.kinds)
-    text = (f"{who} about {written:,} queries ({kinds}) for {len(units)} units of the template, and in at most "
-        f"{config.ask.rounds} rounds what is missing again; at most {config.ask.queries:,} are kept")
+    kinds, about = " and ".join(coverage.kinds), len({cell.unit for cell in coverage.cells})
+    text = (f"{who} about {written:,} queries ({kinds}) for {about} of {len(units)} units of the template, and what is "
+        f"missing again, in at most {config.ask.rounds} rounds; at most {config.ask.queries:,} are kept")
     if name == "endpoint":
         return AskingPlan(config.ask.queries, 0.0, f"{text}. What it costs is said, and consent asked for, before")
     seconds = _seconds(config, name, sources, units, written, size, speed, new_token)

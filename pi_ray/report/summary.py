@@ -18,7 +18,8 @@ from pi_ray.schedule import Phase
 METRIC_NAMES = {"exact_match": "Exact match", "bleu": "BLEU", "execution": "Execution match"}
 WRITERS = {  # of queries
     "adapter": "an adapter of the base model, trained on the labelled rows, wrote them",
-    "prompt": "the base model wrote them", "endpoint": "a service's model wrote them",
+    "prompt": "the base model wrote them", "few-shot": "the base model wrote them",
+    "endpoint": "a service's model wrote them",
 }
 WEAK = 0.1  # a metric below this in every column tells them apart badly
 

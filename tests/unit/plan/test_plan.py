@@ -10,6 +10,7 @@ import pytest
 import torch
 from rich.console import Console
 
+from pi_ray.ask.sources import task_sources
 from pi_ray.config import LoraConfig, ModelConfig, RunConfig
 from pi_ray.config.run_file import load_run_file
 from pi_ray.errors import ConfigError, DataError, ModelError
@@ -20,7 +21,8 @@ from pi_ray.prompt import PromptEncoder
 from pi_ray.registry import tasks
 from pi_ray.run.artifact import staged
 from pi_ray.run.directory import RunDir
-from pi_ray.run.fingerprint import prepare_fingerprint
+from pi_ray.run.fingerprint import ask_fingerprint, prepare_fingerprint
+from pi_ray.run.queries import write_queries
 from pi_ray.schedule import plan_phases
 
 TEMPLATE = "# Instruction\n" + "Turn the request into a command of the alert language. " * 12
@@ -462,3 +464,25 @@ def test_a_plan_with_a_quality_floor_counts_the_dev_rows_that_are_answered(tiny_
     said = console.file.getvalue()
     assert "after each phase 10 dev rows are answered under its prompt (10 rows are few" in said
     assert "ends at the shortest prompt that keeps 0.95 of the first phase's score; examples are then fixed" in said
+
+
+def test_asking_is_counted_until_the_queries_are_there(config):
+    codes = "\n".join(f"request {i}: alert {i}" for i in range(9))
+    Path(config.task.template).write_text(f"Alerts.\n\n## Codes\n\n{codes}\n")
+    asks = config.replace(**{"train.objective": "distill", "task.queries": "generate", "ask.queries": 20})
+    made, silent = plan_run(asks), plan_run(config.replace(**{"train.objective": "distill"}))
+    assert made.rows["unlabelled"] == 20 and silent.asking is None
+    assert made.asking.seconds > 0 and made.seconds > made.asking.seconds + sum(p.seconds for p in made.phases)
+    out = io.StringIO()
+    print_plan(made, Console(file=out, width=400))
+    assert "Asking: an adapter learns in 60 updates to write queries, then writes about 40 queries" in out.getvalue()
+    print_plan(plan_run(asks.replace(**{"ask.writer": "endpoint"})), Console(file=out, width=400))
+    assert "What it costs is said, and consent asked for, before" in out.getvalue()
+    fingerprint = ask_fingerprint(asks, task_sources(asks).fingerprint())
+    with staged(RunDir(asks.root).queries, fingerprint=fingerprint, queries=7) as made:
+        write_queries(made, [])
+    there = plan_run(asks)
+    assert (there.rows["unlabelled"], there.asking.seconds) == (7, 0.0)
+    with pytest.raises(DataError, match="says nothing that a query could be about"):
+        Path(config.task.template).write_text("...")
+        plan_run(asks)

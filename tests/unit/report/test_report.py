@@ -203,6 +203,12 @@ def test_a_teacher_is_named_with_what_it_answered(tmp_path):
     said = words(page_of(tmp_path, summary(**{"train.promptintern": facts})))
     assert "answered 479 of 480 unlabelled queries; the adapter also learned from the 432 answers" in said
 
+    assert "generated from the template" not in said
+
+    asked = facts | {"generated": 300, "writer": "adapter"}
+    said = words(page_of(tmp_path, summary(**{"train.promptintern": asked})))
+    assert "300 of these queries were generated from the template: an adapter of the base model" in said
+
     drilled = facts | {"views": 2, "facts": ["40 codes under '## Services' (r9, ...), 30 of them in labels"]}
     said = words(page_of(tmp_path, summary(**{"train.promptintern": drilled})))
     assert "from the 432 answers that it gave in each of 2 orders of the prompt" in said
