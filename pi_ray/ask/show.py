@@ -45,7 +45,9 @@ def _matrix(manifest: Mapping[str, Any], queries: Sequence[Asked]) -> Table:
 def summarise_asking(manifest: Mapping[str, Any]) -> list[str]:
     """What was written, kept and left out, and which units have no query, in sentences."""
     kept, matrix = manifest["queries"], manifest["coverage"]["matrix"]
-    left = ", ".join(f"{n} {name}" for name, n in manifest["filters"].items() if name != "kept")
+    reasons = {name: n for name, n in manifest["filters"].items() if name != "kept"}
+    more = {"more than ask.queries": manifest["filters"]["kept"] - kept}
+    left = ", ".join(f"{n} {name}" for name, n in {**reasons, **more}.items() if n)
     silent = [unit for unit, row in zip(manifest["units"], matrix, strict=True) if not any(row)]
     fresh = [i for i, before in enumerate(manifest["touched_before"]) if not before]
     covered = sum(any(matrix[i]) for i in fresh)
