@@ -21,11 +21,13 @@ from pi_ray.ask.writers import Confirm, Listener, Tell, choose_writer, make_writ
 from pi_ray.config import RunConfig
 from pi_ray.data.pieces import partial_folder
 from pi_ray.errors import DataError
+from pi_ray.models import base_digest
 from pi_ray.progress import EVERY_S
 from pi_ray.protocols import Row
 from pi_ray.run.artifact import is_current, read_manifest, staged
 from pi_ray.run.directory import RunDir
 from pi_ray.run.fingerprint import ask_fingerprint
+from pi_ray.run.lock import run_lock
 from pi_ray.run.queries import Asked, write_queries
 from pi_ray.run.row_store import has_piece, write_piece
 from pi_ray.units import UnitIndex
@@ -43,11 +45,17 @@ def ask_queries(
     `confirm` is asked before money is spent; `watch` gets the training log of an adapter that writes. The caller has
     joined the cluster. Raises DataError for a template without units or too few labelled rows.
     """
-    run, fingerprint = RunDir(config.root), ask_fingerprint(config, sources.fingerprint())
+    run, fingerprint = RunDir(config.root), queries_fingerprint(config, sources)
     if is_current(run.queries, fingerprint):
         progress("ask: nothing to do, the queries are there")
         return read_manifest(run.queries) or {}
-    return _Asking(config, sources, fingerprint, confirm, progress, watch).ask()
+    with run_lock(config.root, "is generating queries of this run"):
+        return _Asking(config, sources, fingerprint, confirm, progress, watch).ask()
+
+
+def queries_fingerprint(config: RunConfig, sources: Sources) -> str:
+    """The fingerprint of the artifact queries/ that `ask_queries` makes."""
+    return ask_fingerprint(config, sources.fingerprint(), base_digest(config.model))
 
 
 class _Asking:

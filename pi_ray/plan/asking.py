@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
+from pi_ray.ask.ask import queries_fingerprint
 from pi_ray.ask.coverage import Coverage
 from pi_ray.ask.needs import needed_units
 from pi_ray.ask.requests import SURPLUS, adapter_prompt, instruction, task_description
@@ -15,7 +16,6 @@ from pi_ray.models import load_tokenizer
 from pi_ray.plan import estimate
 from pi_ray.run.artifact import is_current, read_manifest
 from pi_ray.run.directory import RunDir
-from pi_ray.run.fingerprint import ask_fingerprint
 from pi_ray.units import Unit, UnitIndex
 
 WHO: dict[Name, str] = {
@@ -38,7 +38,7 @@ def plan_asking(
 ) -> AskingPlan:
     """`new_token`: tokens of training that one new token costs to generate. Raises DataError as asking would."""
     run = RunDir(config.root)
-    if is_current(run.queries, ask_fingerprint(config, sources.fingerprint())):
+    if is_current(run.queries, queries_fingerprint(config, sources)):
         there = (read_manifest(run.queries) or {})["queries"]
         return AskingPlan(there, 0.0, f"{there:,} generated queries are there")
     name, units = choose_writer(config, len(sources.labelled)), sources.units()

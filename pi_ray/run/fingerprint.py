@@ -36,11 +36,13 @@ def prepare_fingerprint(config: RunConfig, task: str, queries: str = "", base: s
     return digest([*parts, UNLABELLED] if wants_unlabelled(config) else parts)
 
 
-def ask_fingerprint(config: RunConfig, sources: str) -> str:
-    """The fingerprint of generated queries; `sources` is that of the template and of all queries that are known."""
+def ask_fingerprint(config: RunConfig, sources: str, base: str) -> str:
+    """The fingerprint of generated queries; `sources` is that of the template and of all queries that are known, `base`
+    the hash of the base model's files.
+    """
     service = [config.closed.base_url, config.closed.model] if config.ask.writer == "endpoint" else []
     learned = [config.train.lora.model_dump(mode="json"), config.train.seed]  # on which an adapter that writes depends
-    return digest([__version__, sources, _dump(config, "model", "prompt", "ask"), learned, service])
+    return digest([__version__, sources, _dump(config, "model", "prompt", "ask"), learned, service, base])
 
 
 def train_fingerprint(config: RunConfig, prepare: str, base: str = "") -> str:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from rich.console import Console
 
+from pi_ray.ask.ask import queries_fingerprint
 from pi_ray.ask.sources import task_sources
 from pi_ray.config import LoraConfig, ModelConfig, RunConfig
 from pi_ray.config.run_file import load_run_file
@@ -21,7 +22,7 @@ from pi_ray.prompt import PromptEncoder
 from pi_ray.registry import tasks
 from pi_ray.run.artifact import staged
 from pi_ray.run.directory import RunDir
-from pi_ray.run.fingerprint import ask_fingerprint, prepare_fingerprint
+from pi_ray.run.fingerprint import prepare_fingerprint
 from pi_ray.run.queries import write_queries
 from pi_ray.schedule import plan_phases
 
@@ -478,7 +479,7 @@ def test_asking_is_counted_until_the_queries_are_there(config):
     assert "Asking: an adapter learns in 60 updates to write queries, then writes about 40 queries" in out.getvalue()
     print_plan(plan_run(asks.replace(**{"ask.writer": "endpoint"})), Console(file=out, width=400))
     assert "What it costs is said, and consent asked for, before" in out.getvalue()
-    fingerprint = ask_fingerprint(asks, task_sources(asks).fingerprint())
+    fingerprint = queries_fingerprint(asks, task_sources(asks))
     with staged(RunDir(asks.root).queries, fingerprint=fingerprint, queries=7) as made:
         write_queries(made, [])
     there = plan_run(asks)
