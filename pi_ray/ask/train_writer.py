@@ -51,7 +51,7 @@ def writer_pairs(rows: Sequence[Row], needed: Sequence[Sequence[int]], units: Se
     pairs = []
     for row, places in zip(rows, needed, strict=True):
         one, other = places[:1], places[1:TAUGHT]
-        for chosen in (one, other, one + other) if other else (one,) if one else ():
+        for chosen in (one, other, [*one, *other]) if other else (one,) if one else ():
             pairs.append((adapter_prompt(units[place] for place in chosen), row.query))
     return pairs
 

@@ -19,6 +19,7 @@ from pi_ray.units import UnitIndex, find_units
 from tests.lora import write_adapter
 
 TEMPLATE = "Answer with a code.\n\n## Colours\n\nred: k4\nblue: z9\ngreen: q1\n\n## Sizes\n\nsmall: s1\nlarge: s7\n"
+SHARP = 0.02  # temperature: the tokens of a random model are about equally likely, and rounding would choose among them
 INDEX = UnitIndex(find_units(TEMPLATE))
 ROWS = [Row(f"{c}-{s}", f"a {s} {c} one", f"{k} {n}")
         for c, k in (("red", "k4"), ("blue", "z9")) for s, n in (("small", "s1"), ("large", "s7")) for _ in range(6)]
@@ -52,7 +53,7 @@ def test_training_is_a_run_of_one_phase_without_template_on_those_pairs(config, 
     assert (run.train.objective, run.train.batch_size, run.schedule.list[0].steps) == ("sft", 18, 3)
     encoder = PromptEncoder(load_tokenizer(config.model), run.prompt)
     learned, held = (PhaseDataset(config.root / "writer" / "phases" / name) for name in ("0", "dev"))
-    assert len(learned) + len(held) == len(pairs) and len(held) == 5
+    assert len(learned) + len(held) == len(pairs) and len(held) == 8
     prompt, label = held.take([0])[0]
     assert (prompt, label) == (encoder.row(pairs[0][0]), encoder.answer(pairs[0][1]))
     assert learned.prefix == encoder.prefix("")
@@ -67,7 +68,7 @@ def test_training_is_a_run_of_one_phase_without_template_on_those_pairs(config, 
 @pytest.mark.parametrize("adapted", [False, True])
 def test_a_reply_depends_on_its_seed_and_not_on_its_batch(tiny_model, tmp_path, adapted):
     adapter = str(write_adapter(tmp_path / "adapter", tiny_model)) if adapted else ""
-    worker = WritingWorker(_model(tiny_model), PromptConfig(chat="chatml"), "", adapter, 1.0, 0.95)
+    worker = WritingWorker(_model(tiny_model), PromptConfig(chat="chatml"), "", adapter, SHARP, 0.95)
     prompts = [adapter_prompt([unit]) for unit in INDEX.units]
     together = worker({"prompts": prompts, "seeds": [*range(len(prompts))], "limit": 8})
     alone = [worker({"prompts": [p], "seeds": [i], "limit": 8})[0] for i, p in enumerate(prompts)]
@@ -75,12 +76,12 @@ def test_a_reply_depends_on_its_seed_and_not_on_its_batch(tiny_model, tmp_path, 
     assert worker({"prompts": prompts, "seeds": [7] * len(prompts), "limit": 8}) != together
 
 
-def test_a_prefix_stands_before_each_prompt(tiny_model):
-    whole = WritingWorker(_model(tiny_model), PromptConfig(chat="none"), "", "", 1.0, 0.9)
-    split = WritingWorker(_model(tiny_model), PromptConfig(chat="none"), "Read this.", "", 1.0, 0.9)
-    seeds, limit = [3, 4], 6
-    said = split({"prompts": ["one", "two more"], "seeds": seeds, "limit": limit})
-    assert said == whole({"prompts": ["Read this.\n\none", "Read this.\n\ntwo more"], "seeds": seeds, "limit": limit})
+def test_a_prefix_is_computed_once_and_stands_before_each_prompt(tiny_model):
+    worker = WritingWorker(_model(tiny_model), PromptConfig(chat="none"), "Read this.", "", SHARP, 0.9)
+    plain = WritingWorker(_model(tiny_model), PromptConfig(chat="none"), "", "", SHARP, 0.9)
+    assert worker.cache.get_seq_length() == len(worker.encoder.prefix("Read this.")) > len(plain.prefix)
+    asked = {"prompts": ["one", "two"], "seeds": [3, 4], "limit": 6}
+    assert worker(asked) == worker(asked) != plain(asked)
 
 
 def test_auto_is_an_adapter_on_small_bases_and_prompts_on_large_ones(config, monkeypatch):
