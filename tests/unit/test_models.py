@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from pi_ray import models
 from pi_ray.config import ModelConfig
 from pi_ray.models import NO_LIMIT, base_digest, context_length, model_dtype, resolve_base
+from pi_ray.run import artifact
 from pi_ray.run.artifact import staged
 
 
@@ -85,3 +86,19 @@ def test_the_content_of_a_base_is_known_by_its_files_and_not_by_its_place(tiny_m
     name = next(iter(weights))
     save_file({**weights, name: weights[name] + 1}, second / "model.safetensors", {"format": "pt"})
     assert base_digest(ModelConfig(base=str(second))) != digests[0]
+
+
+def test_the_digest_of_a_large_file_is_kept_until_the_file_changes(tmp_path, monkeypatch):
+    hashed = []
+    monkeypatch.setenv("PI_RAY_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(models, "LARGE_FILE", 4)
+    monkeypatch.setattr(models, "digest_file", lambda path: hashed.append(path.name) or artifact.digest_file(path))
+    weights, small = tmp_path / "weights", tmp_path / "small"
+    weights.write_bytes(b"large file")
+    small.write_bytes(b"abc")
+    first = models.file_digest(weights), models.file_digest(small)
+    models._digest_of.cache_clear()  # as in another process
+    assert (models.file_digest(weights), models.file_digest(small)) == first
+    assert hashed == ["weights", "small", "small"]
+    weights.write_bytes(b"other file")
+    assert models.file_digest(weights) != first[0]
