@@ -119,18 +119,16 @@ def split_for(config: RunConfig, template: str, queries: Sequence[Row]) -> tuple
 def answer_limit(config: RunConfig, template: str, queries: Sequence[Row]) -> int:
     """Tokens that an answer may have: train.distill.max_tokens, or what the context leaves behind the whole prompt.
 
-    Raises DataError where the prompt does not fit the base's context.
+    Raises DataError where the prompt does not fit the base's context. It must also where an endpoint answers: the
+    evaluation compares with the base that reads it.
     """
-    if config.train.distill.teacher == "endpoint":
-        return config.train.distill.max_tokens
     encoder, context = PromptEncoder(load_tokenizer(config.model), config.prompt), context_length(config.model)
     prompt = len(encoder.prefix(template))
     longest = max(len(encoder.row(row.query, (), row.documents)) for row in queries)
     room = context - prompt - longest
     if room < SHORTEST_LIMIT:
         raise DataError(f"the prompt has {prompt:,} tokens and the longest query {longest:,}, and {config.model.base} "
-            f"reads {context:,} in all: shorten them, take a model.base with a longer context, or have an endpoint "
-            "answer (train.distill.teacher=endpoint)")
+            f"reads {context:,} in all: shorten them, or take a model.base with a longer context")
     return min(config.train.distill.max_tokens, room)
 
 
