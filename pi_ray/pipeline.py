@@ -71,7 +71,7 @@ def answer(config: RunConfig, console: Console) -> dict[str, Any]:
 
     endpoint = config.train.distill.teacher == "endpoint"
     who = f"{config.closed.model} on {config.closed.base_url or 'OpenAI'}" if endpoint else "the base model"
-    _begin(config, console, "Answer", f"{who} reads the whole prompt and answers queries, which then are rows")
+    _begin(config, console, "Answer", f"{who} answers the queries with the whole prompt, for the adapter to learn")
     with ProgressLine(console, "  queries", 0) as shown:
 
         def listen(done: int, total: int) -> None:
