@@ -145,7 +145,7 @@ def describe_answers(facts: dict[str, Any]) -> str:
     """The facts of answered/ in words."""
     asked, kept = sum(facts["asked"].values()), sum(facts["kept"].values())
     agreed = f", {kept:,} of them the same in all {facts['views']} orders of the prompt" if facts["views"] > 1 else ""
-    rows = ", ".join(f"{n:,} {split}" for split, n in facts["kept"].items())
+    rows = ", ".join(f"{facts['kept'][split]:,} {split}" for split in SPLITS if split in facts["kept"])
     copies = f"; {facts['near_copies']:,} near copies of held-out queries left out" if facts["near_copies"] else ""
     return f"{facts['teacher']} answered {facts['answered']:,} of {asked:,} queries{agreed}; rows: {rows}{copies}"
 

@@ -12,6 +12,7 @@ from pi_ray.progress import format_money
 from pi_ray.report import summary as numbers
 from pi_ray.report.reference import is_own_teacher
 
+WEAK_BLEU = 1.0  # of 100, below which answers have next to nothing in common with the wanted ones
 PATIENCE_MONTHS = 12  # a payback later than this is called not worth it: prompts and base models change sooner
 
 
@@ -73,13 +74,14 @@ def verdict(summary: dict[str, Any], cost: CostConfig) -> str:
     mine, full, metric = summary["promptintern"], summary["base_full_prompt"], numbers.main_metric(summary)
     name = numbers.metric_in_sentence(metric)
     ours, theirs = (numbers.format_metric(metric, c[metric]) for c in (mine, full))
-    if is_own_teacher(summary) and (metric == "bleu" or mine[metric] >= numbers.WEAK):
+    weak = mine[metric] < (WEAK_BLEU if metric == "bleu" else numbers.WEAK)
+    if is_own_teacher(summary) and not weak:
         decide = f"The adapter answers as your prompt does with {name} {ours}: look at samples whether that is enough."
         return f"{decide} {payback_verdict(summary_economics(summary, cost), cost)}"
     if numbers.compare_intervals(mine, full, metric) == "worse":
         worse = f"{name} {ours} against {theirs} with the full prompt"
         return f"Keep your prompt: the adapter is cheaper to ask but measurably worse, {worse}."
-    if metric != "bleu" and mine[metric] < numbers.WEAK:
+    if weak:
         cure = "Give the last phase more epochs, or more rows, before comparing prices."
         return f"Keep looking: with {name} {ours} the adapter is not of use yet, whatever it saves. {cure}"
     text, plain = payback_verdict(summary_economics(summary, cost), cost), summary.get("plain")

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from typing import Any
 
+from pi_ray.protocols import SPLITS
 from pi_ray.run.answered import reference_teacher
 
 
@@ -13,14 +14,14 @@ def is_own_teacher(summary: dict[str, Any]) -> bool:
 
 def name_teacher(facts: dict[str, Any]) -> str:
     """The teacher within a sentence."""
-    return "the base model that reads the full prompt" if facts["by"] == "base" else f"its teacher, {facts['teacher']},"
+    return "the base model that reads the full prompt" if facts["by"] == "base" else f"its teacher {facts['teacher']}"
 
 
 def answered_sentence(facts: dict[str, Any]) -> str:
     """Say where rows come from that a teacher made: `facts` are those of run/answered.py."""
     asked, kept = sum(facts["asked"].values()), sum(facts["kept"].values())
     agreed = f" and were the same in all {facts['views']} orders of the prompt" if facts["views"] > 1 else ""
-    rows = ", ".join(f"{n:,} {split}" for split, n in facts["kept"].items())
+    rows = ", ".join(f"{facts['kept'][split]:,} {split}" for split in SPLITS if split in facts["kept"])
     labelled = f", beside {facts['labelled']:,} labelled ones" if facts["labelled"] else ""
     return (
         f"The rows come from {facts['queries']:,} queries without answers{labelled}: {facts['teacher']} with the whole "

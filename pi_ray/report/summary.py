@@ -193,7 +193,8 @@ def headline(summary: dict[str, Any], last: Phase) -> str:
     link = {"better": "against", "worse": "below", "level": "level with"}[compare_intervals(mine, full, metric)]
     ours, theirs = (format_metric(metric, c[metric]) for c in (mine, full))
     if facts := reference_teacher(summary):
-        agrees = f"Its {metric_in_sentence(metric)} with {name_teacher(facts)} is {ours} on held-out queries"
+        name = metric_in_sentence(metric)
+        agrees = f"On held-out queries its {name} with the answers of {name_teacher(facts)} is {ours}"
         before = "" if is_own_teacher(summary) else f", {link} {theirs} for the base model with the full prompt"
         return f"The adapter answers with {sends}: {saving}. {agrees}{before}."
     quality = f"{metric_in_sentence(metric)} is {ours}, {link} {theirs} for the base model with the full prompt"

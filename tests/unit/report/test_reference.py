@@ -21,9 +21,9 @@ def baked(facts, **changes):
 
 def test_the_headline_says_agreement_with_the_base_and_compares_the_base_with_nothing():
     text = numbers.headline(baked(BASE), Phase(0.0, 0, 1))
-    assert "exact match with the base model that reads the full prompt is 70% on held-out queries" in text
+    assert "its exact match with the answers of the base model that reads the full prompt is 70%" in text
     assert "against" not in text and "level" not in text
-    assert "its teacher, big, is 70%" in numbers.headline(baked(ENDPOINT), Phase(0.0, 0, 1))
+    assert "with the answers of its teacher big is 70%" in numbers.headline(baked(ENDPOINT), Phase(0.0, 0, 1))
 
 
 def test_the_page_says_that_agreement_is_no_truth_and_what_is_not_measured(tmp_path):
@@ -48,3 +48,10 @@ def test_the_verdict_does_not_hold_the_adapter_against_its_own_teacher():
     assert text.startswith("The adapter answers as your prompt does with exact match 70%") and "pa" in text
     assert cost.verdict(baked(ENDPOINT, **worse), CostConfig()).startswith("Keep your prompt")
     assert cost.verdict(summary(**worse), CostConfig()).startswith("Keep your prompt")
+
+
+def test_an_adapter_that_has_nothing_in_common_with_its_teacher_pays_nothing():
+    columns = list(numbers.summary_columns(baked(ENDPOINT)))
+    nothing = {f"{name}.{metric}": 0.0 for name in columns for metric in ("exact_match", "bleu", "execution")}
+    text = cost.verdict(baked(ENDPOINT, **nothing), CostConfig())
+    assert text.startswith("Keep looking: with BLEU 0.0")
