@@ -47,6 +47,8 @@ class QueryFilter:
 
     def _reason(self, query: str, units: Sequence[int], kind: AskKind) -> str:
         """Why a query is not kept: a name in `counts`; "" for one that is."""
+        if not query:
+            return "about nothing that was asked for"
         if not self.shortest <= len(query) <= self.longest:
             return "too short or too long"
         if same := self._exact.get(normalised(query)):
