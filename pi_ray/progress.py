@@ -116,7 +116,8 @@ def _event_text(entry: dict[str, Any]) -> str:
             right = f"{entry['dev_accuracy']:.1%} of their tokens right"
             return f"the best adapter on dev rows is that of phase {entry['phase']} ({right})"
         case "teacher_answers" if not entry["queries"]:
-            return f"the teacher's likeliest tokens are noted, of {entry['views']} order(s) of the prompt"
+            mean = f", averaged over {entry['views']} orders of the prompt" if entry["views"] > 1 else ""
+            return f"the teacher's likeliest tokens are noted for every answer{mean}"
         case "teacher_answers":
             answered = f"{entry['answered']} of {entry['queries']} unlabelled queries"
             views = f"; it read the prompt in {entry['views']} orders" if entry["views"] > 1 else ""
