@@ -17,7 +17,7 @@ import torch
 from pi_ray.cluster import placement, session, storage_sync
 from pi_ray.config import ModelConfig, PromptConfig, RunConfig
 from pi_ray.data.ray_map import stream
-from pi_ray.models import load_model, load_tokenizer
+from pi_ray.models import base_digest, load_model, load_tokenizer
 from pi_ray.prompt import PromptEncoder
 from pi_ray.protocols import Row
 from pi_ray.run.artifact import digest
@@ -49,7 +49,8 @@ def answer_by_base(
     `watch` gets (answered, all). What is answered is kept in the run directory's answers.jsonl and not generated again.
     """
     views = template_views(template, (), config.train.distill.views, config.train.seed)
-    settings = [config.model.model_dump(mode="json"), config.prompt.model_dump(mode="json"), views, limit]
+    model, prompt = config.model.model_dump(mode="json"), config.prompt.model_dump(mode="json")
+    settings = [model, base_digest(config.model), prompt, views, limit]
     keys = [digest([settings, row.query, row.documents]) for row in rows]
     log = RunDir(config.root).answer_log
     known = _read_log(log)

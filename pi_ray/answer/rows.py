@@ -13,7 +13,7 @@ from pi_ray.answer.split import split_queries
 from pi_ray.config import RunConfig
 from pi_ray.data.ingest import read_splits
 from pi_ray.errors import DataError
-from pi_ray.models import base_name, context_length, load_tokenizer
+from pi_ray.models import base_digest, base_name, context_length, load_tokenizer
 from pi_ray.prompt import PromptEncoder
 from pi_ray.protocols import SPLITS, UNLABELLED, Row, Task
 from pi_ray.registry import tasks
@@ -168,13 +168,14 @@ def _check(config: RunConfig, facts: dict[str, Any]) -> None:
 
 def _fingerprint(config: RunConfig, template: str, labelled: Iterable[Row], queries: Iterable[Row]) -> str:
     distill = config.train.distill
-    by_endpoint = distill.teacher == "endpoint"
-    service = [config.closed.base_url, config.closed.model] if by_endpoint else config.model.model_dump(mode="json")
+    teacher = [config.closed.base_url, config.closed.model]
+    if distill.teacher == "base":
+        teacher = [config.model.model_dump(mode="json"), base_digest(config.model)]
     settings = [distill.teacher, distill.views, distill.agreement, distill.confidence, distill.max_tokens]
     rows = [[[row.id, row.query, row.answer, row.group, row.documents] for row in some] for some in (labelled, queries)]
     files = [split for split in SPLITS if has_labelled(config, split)]
     return digest([
-        __version__, service, settings, config.prompt.model_dump(mode="json"), config.train.seed, template, rows, files,
+        __version__, teacher, settings, config.prompt.model_dump(mode="json"), config.train.seed, template, rows, files,
     ])
 
 

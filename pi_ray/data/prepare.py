@@ -119,6 +119,8 @@ def _tokenise_phases(
         made = phase_dataset.publish_phase(
             folders[name], run.phase(name), encoder.prefix(text), fingerprint=fingerprint, template=text, phase=phase,
         )
+        if not made["rows"]:
+            continue
         tokens = made["tokens"]
         counts = f"{made['rows']} rows, {tokens['prefix']} + {tokens['row_mean']:.0f} tokens a row"
         progress(f"phase {name}: rate {rate:g}, {shots} shots, {counts}")
