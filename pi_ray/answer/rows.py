@@ -168,7 +168,7 @@ def _check(config: RunConfig, facts: dict[str, Any]) -> None:
 
 def _fingerprint(config: RunConfig, template: str, labelled: Iterable[Row], queries: Iterable[Row]) -> str:
     distill = config.train.distill
-    teacher = [config.closed.base_url, config.closed.model]
+    teacher: list[Any] = [config.closed.base_url, config.closed.model]
     if distill.teacher == "base":
         teacher = [config.model.model_dump(mode="json"), base_digest(config.model)]
     settings = [distill.teacher, distill.views, distill.agreement, distill.confidence, distill.max_tokens]
