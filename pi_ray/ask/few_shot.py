@@ -61,5 +61,7 @@ def opening(request: WriteRequest) -> str:
 
 def names_fact(query: str, prompt: str) -> bool:
     """Whether a query has a word of the fact in its prompt, beside its section's name, that is long enough to tell."""
-    fact = prompt.removesuffix("Request:").split(": ", 2)[-1]
+    fact = prompt.removeprefix("Fact: ").removesuffix("Request:")
+    if fact.count(": ") > 1:  # section: name: value
+        fact = fact.partition(": ")[2]
     return not {word for word in words_of(fact) if len(word) >= TELLING}.isdisjoint(words_of(query))
