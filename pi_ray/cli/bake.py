@@ -19,7 +19,7 @@ EPOCHS = 6  # passes over the answered queries; the teacher's distributions bear
 TEMPERATURE = 0.6  # of generated queries: a small base writes nonsense at 1
 SETTINGS: dict[str, Any] = {
     "schedule": {"phases": 1, "shots": 0, "epochs": EPOCHS},
-    "train": {"objective": "distill", "distill": {"teacher": "base"}, "workers": 1, "lr": 0.001},
+    "train": {"objective": "distill", "distill": {"teacher": "base"}, "workers": 1, "batch_size": 8, "lr": 0.001},
     "evaluate": {"baseline": False, "latency_rows": 4},
 }
 
