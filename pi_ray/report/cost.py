@@ -76,7 +76,12 @@ def verdict(summary: dict[str, Any], cost: CostConfig) -> str:
     ours, theirs = (numbers.format_metric(metric, c[metric]) for c in (mine, full))
     weak = mine[metric] < (WEAK_BLEU if metric == "bleu" else numbers.WEAK)
     if is_own_teacher(summary) and not weak:
-        decide = f"The adapter answers as your prompt does with {name} {ours}: look at samples whether that is enough."
+        without = numbers.format_metric(metric, summary["base"][metric])
+        agrees = f"with {name} {ours}, where the base model without any prompt has {without}"
+        if numbers.compare_intervals(mine, summary["base"], metric) != "better":
+            cure = "Give it more queries, more epochs, or a base model that reads the prompt better."
+            return f"Keep your prompt: the adapter answers as it does {agrees}, which shows no gain. {cure}"
+        decide = f"The adapter answers as your prompt does {agrees}: look at samples whether that is enough."
         return f"{decide} {payback_verdict(summary_economics(summary, cost), cost)}"
     if numbers.compare_intervals(mine, full, metric) == "worse":
         worse = f"{name} {ours} against {theirs} with the full prompt"

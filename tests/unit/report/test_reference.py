@@ -50,6 +50,12 @@ def test_the_verdict_does_not_hold_the_adapter_against_its_own_teacher():
     assert cost.verdict(summary(**worse), CostConfig()).startswith("Keep your prompt")
 
 
+def test_an_adapter_that_agrees_no_more_than_the_base_without_a_prompt_shows_no_gain():
+    level = {"base.exact_match": 0.68, "base.intervals.exact_match": [0.6, 0.75]}
+    text = cost.verdict(baked(BASE, **level), CostConfig())
+    assert text.startswith("Keep your prompt") and "without any prompt has 68%, which shows no gain" in text
+
+
 def test_an_adapter_that_has_nothing_in_common_with_its_teacher_pays_nothing():
     columns = list(numbers.summary_columns(baked(ENDPOINT)))
     nothing = {f"{name}.{metric}": 0.0 for name in columns for metric in ("exact_match", "bleu", "execution")}
