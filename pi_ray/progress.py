@@ -122,7 +122,12 @@ def _event_text(entry: dict[str, Any]) -> str:
             answered = f"{entry['answered']} of {entry['queries']} unlabelled queries"
             views = f"; it read the prompt in {entry['views']} orders" if entry["views"] > 1 else ""
             held = f"; {entry['held_out']} others are held out, to ask what it knows" if entry.get("held_out") else ""
-            return f"the teacher answered {answered}, {entry['kept']} of them surely enough to learn from{views}{held}"
+            learned = f"{entry['kept']} of them surely enough to learn from{views}{held}"
+            return "; ".join([f"the teacher answered {answered}, {learned}", *entry.get("options", ())])
+        case "student_answers":
+            mended = f"{entry['replaced']} of their {entry['tokens']} tokens"
+            far = f"both were {entry['divergence']:.3f} bits apart at each token"
+            return f"the student answered {entry['answers']} queries, the teacher replaced {mended}; {far}"
         case "drills":
             return f"reading drills in the first phase: {'; '.join(entry['facts'])}"
         case "plain_batches":

@@ -15,7 +15,7 @@ from pi_ray.models import line_break_ids, load_model, load_tokenizer
 from pi_ray.prompt import PromptEncoder
 from pi_ray.protocols import GenerationRequest
 from pi_ray.train.generation import compute_prefix_cache, generate
-from pi_ray.train.sampling import Sampler, sample_tokens
+from pi_ray.train.sampling import Sampler, choose_sampled
 
 BATCH_ROWS = 32  # replies written at once
 
@@ -74,10 +74,7 @@ class WritingWorker:
     def __call__(self, work: dict[str, Any]) -> list[str]:
         samplers = [Sampler(replace(self.request, seed=seed)) for seed in work["seeds"]]
         end = self.encoder.tokenizer.eos_token_id
-
-        def choose(logits: torch.Tensor, rows: Sequence[int]) -> list[int]:
-            return [token.id if token else end for token in sample_tokens(logits, [samplers[i] for i in rows])]
-
+        choose = choose_sampled(samplers, end)
         rows = [self.encoder.row(prompt) for prompt in work["prompts"]]
         if self.breaks:
             rows = [row[: len(row) - len(self.encoder.tail_ids)] for row in rows]

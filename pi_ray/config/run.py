@@ -15,6 +15,7 @@ from pi_ray.config.block import (
     check_plain_url,
     check_storage_url,
     doc,
+    forbid_unused,
     omit_default,
     refuse,
     set_key,
@@ -130,10 +131,14 @@ class RunConfig(Block):
         refuse(self.model.quantize and (train.gpu is False or sharded),
             "model.quantize: 4bit needs GPUs that each hold the whole base model; "
             "leave train.gpu at auto and take train.backend.zero_stage 2 or less")
-        base_teaches = train.objective != "sft" and train.distill.teacher == "base"
+        base_teaches = train.objective != "sft" and (train.distill.teacher == "base" or train.distill.anchor)
         refuse(lora.method == "pissa" and (self.model.quantize or base_teaches),
             "train.lora.method: pissa takes its start out of the base weights: "
-            "it cannot go with model.quantize or with the base model as teacher")
+            "it cannot go with model.quantize, or with the base model as teacher or anchor")
+        adapter_teaches = train.objective != "sft" and train.distill.teacher == "adapter"
+        refuse(adapter_teaches and train.distill.on_policy and lora.method in ("pissa", "ia3"),
+            f"train.distill.on_policy puts the first phase's adapter back into the model, which train.lora.method "
+            f"{lora.method} does not allow; take lora, rslora or dora")
         refuse(self.task.generate and train.objective == "sft",
             "task.queries generate needs a teacher to answer the queries: set train.objective distill or mixed")
         refuse(self.ask != AskConfig() and not self.task.generate,
@@ -159,6 +164,9 @@ class RunConfig(Block):
             f"{objective} needs a phase with less than the whole template, in which the student learns")
         refuse(distill.teacher == "endpoint" and self.task.name != "jsonl",
             f"train.distill.teacher endpoint answers queries of your own (task.name jsonl), not of {self.task.name}")
+        if distill.teacher == "endpoint":
+            keys = ("tail", "label_weight", "labelled", "show_labels", "on_policy", "anchor")
+            forbid_unused(distill, keys, "train.distill", "an endpoint's answers are learned as labels are")
         refuse(self.answers_first and distill.agreement == "weight",
             "train.distill.agreement weight is for answers beside labelled rows; where a teacher's answers are the "
             "rows, take filter or off")

@@ -113,6 +113,29 @@ class DistillConfig(Block):
     held_out: Annotated[float, Field(ge=0, le=0.5)] = doc(0.1, "largest share of the answered queries that is kept "
         "from the student, to ask it what it knows of each unit of the template; 0: none")
     share: Rate = doc(0.5, "objective mixed: weight of the teacher's distribution against cross-entropy on the answer")
+    tail: bool = omit_default(False, "all tokens but the top_k count as one with the probability that the teacher "
+        "leaves them; false: the top_k's probabilities are made to sum to 1")
+    label_weight: Rate = omit_default(0.0, "objective distill: weight of cross-entropy on the label, in labelled rows, "
+        "against the teacher's distribution; 0: the label is only what the teacher judges")
+    labelled: Annotated[float, Field(gt=0, le=1)] | None = omit_default(None, "least share of each batch that labelled "
+        "rows have where the teacher's answers are learned as well; null: as rows come")
+    show_labels: bool = omit_default(False, "the teacher judges the answer of a labelled row with that row among the "
+        "prompt's examples, so that its distribution is about the right answer")
+    on_policy: Rate = omit_default(0.0, "share of the last phase's updates, its last ones, that learn from the "
+        "student's own answers to unlabelled queries, which the teacher mends and judges")
+    on_policy_every: Positive = omit_default(10, "updates for which the student answers at once")
+    on_policy_temperature: Amount = omit_default(0.0, "temperature at which the student answers; 0: greedily")
+    on_policy_divergence: Rate = omit_default(0.3, "Jensen-Shannon divergence of student and teacher, in bits, above "
+        "which the teacher's token stands in place of the student's")
+    anchor: Annotated[float, Field(ge=0, lt=1)] = omit_default(0.0, "share of each batch that keeps the base model's "
+        "answers to bundled everyday questions, against forgetting")
+
+    def model_post_init(self, context: Any) -> None:
+        refuse((self.labelled or 0) + self.anchor > 1, f"train.distill.labelled {self.labelled or 0:g} and anchor "
+            f"{self.anchor:g} are shares of the same batch, and more than all of it")
+        if not self.on_policy:
+            keys = ("on_policy_every", "on_policy_temperature", "on_policy_divergence")
+            forbid_unused(self, keys, "train.distill", "on_policy is 0")
 
 
 class DrillsConfig(Block):
@@ -165,6 +188,8 @@ class TrainConfig(Block):
     def model_post_init(self, context: Any) -> None:
         refuse(self.early_stop and not self.dev_every,
             "train.early_stop needs train.dev_every: say after how many updates a dev score is taken")
+        refuse(self.objective == "mixed" and self.distill.label_weight,
+            "train.distill.label_weight goes with objective distill; in mixed share says what the label weighs")
         if self.attention == "flex" and not self.share_prefix:
             why = "it is for batches that share their prefix, and share_prefix is false"
             forbid_unused(self, ("attention",), "train", why)

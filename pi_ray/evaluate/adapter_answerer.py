@@ -103,12 +103,15 @@ class AdapterAnswerer:
         events: dict[str, dict[str, Any]] = {e["event"]: e for e in log if "event" in e}
         asked = read_manifest(RunDir(config.root).queries) if config.task.generate else None
         teacher, drills = (events.get(name, {}) for name in ("teacher_answers", "drills"))
-        seconds = sum(e["seconds"] for e in updates) + teacher.get("seconds_teaching", 0)
+        rounds = [e for e in log if e.get("event") == "student_answers"]
+        teaching = teacher.get("seconds_teaching", 0) + sum(e["seconds_writing"] for e in rounds)
+        seconds = sum(e["seconds"] for e in updates) + teaching
         return {
             "updates": len(updates), "seconds": round(seconds, 1), "tokens": sum(e["tokens"] for e in updates),
             "workers": config.train.workers, **{k: drills[k] for k in ("facts",) if k in drills},
             **({"generated": asked["queries"], "writer": asked["writer"]} if asked else {}),
-            **{k: teacher[k] for k in ("queries", "answered", "kept", "views") if k in teacher},
+            **{k: teacher[k] for k in ("queries", "answered", "kept", "views", "options") if k in teacher},
+            **{f"student_{k}": sum(e[k] for e in rounds) for k in ("answers", "tokens", "replaced") if rounds},
         }
 
 

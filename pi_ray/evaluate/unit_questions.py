@@ -20,7 +20,7 @@ from pi_ray.run.directory import RunDir
 from pi_ray.run.fingerprint import wants_unlabelled
 from pi_ray.run.row_store import read_range
 from pi_ray.tasks.dataset import exact_match
-from pi_ray.train import distill
+from pi_ray.train import distilled_rows
 from pi_ray.units import UnitIndex, find_units
 
 MOST_TEXTS = 10_000  # rows, and queries, among which those about a unit are counted
@@ -108,7 +108,7 @@ def plan_questions(config: RunConfig) -> UnitQuestions:
 def _add_queries(found: UnitQuestions, run: RunDir, encoder: PromptEncoder) -> None:
     """Count the unlabelled queries by unit, and make questions of those that are held out."""
     columns = ["labelled", "number", "label_ids", "agreement", "held_out"]
-    table = read_range(run.teacher_answers / distill.FILE, columns=columns)
+    table = read_range(run.teacher_answers / distilled_rows.FILE, columns=columns)
     answered = {row["number"]: row for row in table.filter(pc.invert(table["labelled"])).to_pylist()}
     for number, row in enumerate(run.rows_of(UNLABELLED)):
         given = answered.get(number)

@@ -33,12 +33,14 @@ from pi_ray.run.answered import answered_config, answered_facts
 from pi_ray.run.artifact import is_current
 from pi_ray.run.directory import RunDir
 from pi_ray.run.fingerprint import prepare_fingerprint, wants_unlabelled
-from pi_ray.run.phases import plain_finetuning_config
+from pi_ray.run.phases import first_taught_phase, plain_finetuning_config
 from pi_ray.run.queries import queries_digest
 from pi_ray.schedule import Phase, plan_phases
+from pi_ray.train.anchor import AnchorRows
 from pi_ray.train.drills import describe_drills
 from pi_ray.train.facts import find_facts
 from pi_ray.train.floor import FEW_ROWS, scored_rows
+from pi_ray.train.teaching import describe_options
 from pi_ray.train.updates import updates_in_phase
 
 # Tokens of training that one new token costs to generate, about: one at a time, a model mostly waits for memory.
@@ -97,14 +99,16 @@ def plan_run(config: RunConfig) -> Plan:
         if not unanswered:  # else they are counted as rows
             rows[UNLABELLED] = rows.get(UNLABELLED, 0) + asking.queries
 
-    def planned(phase: Phase) -> PhasePlan:
+    def planned(phase: Phase, anchor: float = 0.0) -> PhasePlan:
         shape = counts.shape(phase.rate, phase.shots)
         updates = updates_in_phase(rows["train"], phase, config.train.batch_size)
-        seconds = updates * estimate.update_seconds(size, shape, config, speed)
+        fed = _with_anchor(shape, anchor, config) if anchor else shape
+        seconds = updates * estimate.update_seconds(size, fed, config, speed)
         measured = phase.rate in (0, 1) or phase.rate in counts.achieved
         return PhasePlan(phase, rows["train"], shape, updates, seconds, measured)
 
-    phases = [planned(p) for p in schedule]
+    distill, teaches, taught = config.train.distill, wants_unlabelled(config), first_taught_phase(config)
+    phases = [planned(p, distill.anchor if teaches and i >= taught else 0.0) for i, p in enumerate(schedule)]
     plain = plan_phases(plain_finetuning_config(config).schedule) if config.evaluate.baseline else []
     full = counts.shape(1.0, config.evaluate.shots or schedule[0].shots)
     query = replace(shapes[-1], prefix=config.train.gist) if config.train.gist else shapes[-1]
@@ -115,6 +119,12 @@ def plan_run(config: RunConfig) -> Plan:
         return count / config.train.batch_size * estimate.update_seconds(size, generated, config, speed)
 
     teaching = answering_seconds(shapes[0], rows.get(UNLABELLED, 0) or asked_first)
+    if teaches and distill.on_policy:  # the student answers, and the teacher reads that in a forward pass
+        others = rows.get(UNLABELLED, 0) / (rows["train"] + rows.get(UNLABELLED, 0))
+        others = min(others, 1 - (distill.labelled or 0) - distill.anchor)
+        written = round(distill.on_policy * phases[-1].updates) * others  # in updates' worth of rows
+        reading = written * estimate.update_seconds(size, full, config, speed) / 2
+        teaching += reading + answering_seconds(shapes[-1], round(written * config.train.batch_size))
     scored = len(scored_rows(splits["dev"])) if config.schedule.floor else 0
     answering = sum(answering_seconds(shape, scored) for shape in shapes)
     answers, words = ((r.query, r.answer) for r in splits["train"]), config.train.drills
@@ -131,6 +141,13 @@ def plan_run(config: RunConfig) -> Plan:
         money=cost.economics(training, prices), teaching=teaching, answering=answering, scored=scored,
         asking=asking, drills=drills,
     )
+
+
+def _with_anchor(shape: estimate.Shape, share: float, config: RunConfig) -> estimate.Shape:
+    """A phase's mean row where some of the rows are the anchor's."""
+    anchor = AnchorRows(config)
+    row, label = (float(lengths.mean()) for lengths in (anchor.prompt_lengths, anchor.label_lengths))
+    return replace(shape, row=(1 - share) * shape.row + share * row, label=(1 - share) * shape.label + share * label)
 
 
 def _token_counts(task: Task, rows: Sequence[Row], config: RunConfig) -> TokenCounts:
@@ -223,12 +240,13 @@ def _phases_table(plan: Plan) -> Table:
 
 def _teacher(plan: Plan) -> str:
     queries, cure = plan.rows.get(UNLABELLED, 0), "task.queries names the file they come from, or generates them"
+    how = "".join(f"; {option}" for option in describe_options(plan.config))
     if not queries:
-        return f"Teacher: no unlabelled queries, so it teaches on labelled rows alone; {cure}"
+        return f"Teacher: no unlabelled queries, so it teaches on labelled rows alone{how}; {cure}"
     adapter = plan.config.train.distill.teacher == "adapter"
     who = "the adapter as phase 0 leaves it" if adapter else "the base model"
     work = f"answers {queries:,} unlabelled queries with the prompt of phase 0"
-    return f"Teacher: {who} {work}, about {_duration(plan.teaching)} of that"
+    return f"Teacher: {who} {work}, about {_duration(plan.teaching)} of that{how}"
 
 
 def _first_teacher(plan: Plan) -> str:

@@ -220,6 +220,12 @@ def findings(summary: dict[str, Any]) -> Iterator[str]:
         yield f"A teacher with the full prompt before it {answered}; {learned}. {plain}"
     if facts.get("generated"):
         yield f"{facts['generated']:,} of these queries were generated from the template: {WRITERS[facts['writer']]}."
+    if facts.get("options"):
+        yield f"How it learned from the teacher: {'; '.join(facts['options'])}."
+    if facts.get("student_tokens"):
+        replaced = format_percent(facts["student_replaced"] / facts["student_tokens"])
+        written = f"The student wrote {facts['student_answers']:,} answers itself in the last updates"
+        yield f"{written}; the teacher replaced {replaced} of their tokens."
     if facts.get("facts"):
         yield f"Reading drills in the first phase exchanged {'; '.join(facts['facts'])}."
     yield from _probe_sentences(mine, summary.get("base", {}))

@@ -33,6 +33,7 @@ class RunDir:
         self.neighbours = self.root / "neighbours.parquet"  # id, split, neighbours and their scores, best first
         self.phases = self.root / "phases"  # an artifact for each phase, and "dev": dev rows with the last one's prompt
         self.teacher_answers = self.root / "teacher_answers"  # artifact: its answers, and how sure it was (distill.py)
+        self.student_answers = self.root / "student_answers"  # artifacts round-0000, ...: on_policy.py
         self.checkpoints = self.root / "checkpoints"
         self.adapters = self.root / "adapters"
         self.best = self.adapters / "best"  # link to the phase adapter of the highest dev accuracy, or the floor

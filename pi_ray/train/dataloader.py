@@ -16,20 +16,22 @@ from pi_ray.run.directory import RunDir
 from pi_ray.run.fingerprint import wants_unlabelled
 from pi_ray.run.phases import first_taught_phase
 from pi_ray.train import gist
+from pi_ray.train.anchor import AnchorRows
 from pi_ray.train.batches import Batch, Pack, PhaseDataset, plain_batch
-from pi_ray.train.distill import DistilledRows, Targets
+from pi_ray.train.distilled_rows import DistilledRows, Targets, read_round, round_folder
 from pi_ray.train.drills import make_drills
-from pi_ray.train.updates import Update, batch_rows
+from pi_ray.train.updates import Round, Update, batch_rows, mixed_batch_rows, plan_rounds
 
 T = TypeVar("T")
+Part = list[tuple[Batch, Targets | None]]  # what one backward pass takes: two batches where rows have two prefixes
 
 
 @dataclass(frozen=True)
 class UpdateBatches:
     """One worker's batches of an update, each with the teacher's targets if there are any."""
 
-    parts: list[tuple[Batch, Targets | None]]
-    answer_tokens: int  # of the whole update, over all workers
+    parts: list[Part]
+    answer_tokens: float  # of the whole update, over all workers
 
 
 class TrainDataLoader:
@@ -43,14 +45,32 @@ class TrainDataLoader:
         self.distills, self.first_taught = wants_unlabelled(config), first_taught_phase(config)
         self.has_answers = not self.distills or is_current(self.run.teacher_answers, fingerprint)
         self._phases = Prefetcher(self._open, updates[-1].phase + 1, self._can_open)
-        self._batches = Prefetcher(self._make, len(updates), lambda step: self._can_open(updates[step].phase))
+        self.rounds, self.fingerprint = plan_rounds(updates, config.train), fingerprint
+        self._rounds = Prefetcher(self._open_round, len(self.rounds), lambda number: False)
+        self._batches = Prefetcher(self._make, len(updates), self._can_make)
 
     def __getitem__(self, update: Update) -> UpdateBatches:
         return self._batches[update.step]
 
     def close(self) -> None:
         self._batches.close()
+        self._rounds.close()
         self._phases.close()
+
+    def open_phase(self, phase: int) -> PhaseDataset | DistilledRows:
+        return self._phases[phase]
+
+    def round_of(self, step: int) -> Round | None:
+        """The round of the on-policy part to which an update belongs."""
+        return next((r for r in self.rounds if r.begin <= step < r.end), None)
+
+    def has_round(self, asked: Round) -> bool:
+        """Whether the student's answers for a round are there."""
+        return is_current(round_folder(self.run, asked), self.fingerprint)
+
+    def _can_make(self, step: int) -> bool:
+        asked = self.round_of(step)
+        return self._can_open(self.updates[step].phase) and (asked is None or self.has_round(asked))
 
     def _can_open(self, phase: int) -> bool:
         """A phase that learns from a teacher needs its answers."""
@@ -61,28 +81,40 @@ class TrainDataLoader:
         if not self.distills or phase < self.first_taught:
             return rows
         unlabelled = PhaseDataset(self.run.phase(f"{UNLABELLED}-{phase}"))
-        return DistilledRows(self.run.teacher_answers, rows, unlabelled, self.config.train.distill)
+        anchor = AnchorRows(self.config) if self.config.train.distill.anchor else None
+        return DistilledRows(self.run.teacher_answers, rows, unlabelled, self.config.train, anchor)
+
+    def _open_round(self, number: int) -> DistilledRows:
+        asked = self.rounds[number]
+        data = self._phases[self.updates[asked.begin].phase]
+        assert isinstance(data, DistilledRows)
+        return data.with_answers(read_round(self.run, asked))
 
     def _make(self, step: int) -> UpdateBatches:
-        update, train = self.updates[step], self.config.train
-        data = self._phases[update.phase]
-        rows = batch_rows(update, len(data), train)
-        if self.pack is plain_batch:  # rows of about one length in a batch need little padding
-            rows.sort(key=lambda n: data.prompt_lengths[n] + data.label_lengths[n])
-        mine, size = rows[self.rank :: self.world], train.micro_batch or self.config.rows_per_worker
-        prefix, parts = data.prefix + gist.gist_ids(train.gist), []
+        update, train, asked = self.updates[step], self.config.train, self.round_of(step)
+        data = self._phases[update.phase] if asked is None else self._rounds[asked.number]
+        if isinstance(data, DistilledRows):
+            rows = mixed_batch_rows(update, data.kinds, train)
+            groups = [data.by_prefix(numbers) for numbers in self._split(rows, data)]
+            parts: list[Part] = [
+                [(self.pack(prefix, data.take(some)), data.targets(some)) for prefix, some in part] for part in groups
+            ]
+            return UpdateBatches(parts, float(data.token_counts[rows].sum()))
+        rows, prefix = batch_rows(update, len(data), train), data.prefix + gist.gist_ids(train.gist)
         labels: dict[int, list[int]] = {}
         if self.drills and not update.phase and (variant := self.drills.variant(step)):
             prefix, labels = self.drills.encode(variant, rows)
-        for i in range(0, len(mine), size):
-            numbers = mine[i : i + size]
-            taken = data.take(numbers)
-            if labels:
-                taken = [(prompt, labels[n]) for n, (prompt, _) in zip(numbers, taken, strict=True)]
-            targets = data.targets(numbers) if isinstance(data, DistilledRows) else None
-            parts.append((self.pack(prefix, taken), targets))
+        taken = [zip(numbers, data.take(numbers), strict=True) for numbers in self._split(rows, data)]
+        batches = [self.pack(prefix, [(prompt, labels.get(n, own)) for n, (prompt, own) in part]) for part in taken]
         answer_tokens = sum(map(len, labels.values())) if labels else int(data.label_lengths[rows].sum())
-        return UpdateBatches(parts, answer_tokens)
+        return UpdateBatches([[(batch, None)] for batch in batches], answer_tokens)
+
+    def _split(self, rows: list[int], data: PhaseDataset | DistilledRows) -> list[list[int]]:
+        """This worker's share of an update's rows, one list for each backward pass."""
+        if self.pack is plain_batch:  # rows of about one length in a batch need little padding
+            rows = sorted(rows, key=lambda n: data.prompt_lengths[n] + data.label_lengths[n])
+        mine, size = rows[self.rank :: self.world], self.config.train.micro_batch or self.config.rows_per_worker
+        return [mine[i : i + size] for i in range(0, len(mine), size)]
 
 
 class Prefetcher(Generic[T]):

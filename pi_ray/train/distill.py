@@ -14,9 +14,7 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from itertools import chain, islice
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,16 +23,26 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 
-from pi_ray.config import DistillConfig, RunConfig
+from pi_ray.config import RunConfig
 from pi_ray.models import load_tokenizer
-from pi_ray.prompt import PromptEncoder
+from pi_ray.prompt import Example, PromptEncoder
 from pi_ray.protocols import UNLABELLED
-from pi_ray.run.artifact import staged, verify_artifact
+from pi_ray.run.artifact import staged
 from pi_ray.run.directory import RunDir
 from pi_ray.run.fingerprint import wants_unlabelled
 from pi_ray.run.phases import first_taught_phase
-from pi_ray.run.row_store import read_range
-from pi_ray.train.batches import Pack, PhaseDataset, TokenRow, answer_logits, prepared_row_tokens, to_device
+from pi_ray.run.row_store import read_range, to_rows
+from pi_ray.train.anchor import AnchorRows
+from pi_ray.train.batches import (
+    Pack,
+    PhaseDataset,
+    TokenRow,
+    answer_logits,
+    dataset_manifest,
+    prepared_row_tokens,
+    to_device,
+)
+from pi_ray.train.distilled_rows import ANCHOR_FILE, FILE, SCHEMA, choose_kept
 from pi_ray.train.distributed import WorkerGroup
 from pi_ray.train.drills import find_run_facts, template_views, whole_template
 from pi_ray.train.generation import compute_prefix_cache, generate_greedy
@@ -42,28 +50,10 @@ from pi_ray.train.held_out import MOST_TEXTS, choose_held_out
 from pi_ray.train.shared_prefix import ordinary_attention
 from pi_ray.units import UnitIndex, find_units
 
-SCHEMA = pa.schema({
-    "labelled": pa.bool_(), "number": pa.int32(), "label_ids": pa.list_(pa.int32()), "confidence": pa.float32(),
-    "agreement": pa.float32(), "held_out": pa.bool_(),
-    "top_ids": pa.list_(pa.int32()), "top_logprobs": pa.list_(pa.float32()),
-})  # top_*: top_k for each token of label_ids, one after another
-FILE = "teacher_answers.parquet"
 GENERATED_ROWS = 16  # queries answered at once
 BATCH_ROWS = 1024  # rows that are Python objects at a time; as columns they take a tenth of the memory
 
 Answers = dict[int, list[int]]  # row number -> label ids
-
-
-@dataclass(frozen=True)
-class Targets:
-    """The teacher's likeliest tokens at N answer tokens: `ids` (N, k) int64, `probs` (N, k) float32, sum 1 over k."""
-
-    ids: torch.Tensor
-    probs: torch.Tensor
-    weights: torch.Tensor  # (N,) float32, how much each token counts
-
-    def to(self, device: torch.device | str) -> Targets:
-        return Targets(self.ids.to(device), self.probs.to(device), self.weights.to(device))
 
 
 def write_teacher_answers(model: Any, config: RunConfig, fingerprint: str, group: WorkerGroup, pack: Pack) -> None:
@@ -78,17 +68,19 @@ def write_teacher_answers(model: Any, config: RunConfig, fingerprint: str, group
     model.eval()
     with model.disable_adapter() if distill.teacher == "base" else nullcontext():
         mine = range(group.rank, len(unlabelled), group.world)
-        limit, end = math.ceil(labelled.tokens["label_max"] * 1.25), load_tokenizer(config.model).eos_token_id
+        limit, end = longest_answer_tokens(labelled), load_tokenizer(config.model).eos_token_id
         with ordinary_attention(model.get_base_model()):
             generated = generate_answers(model, prefixes[0], unlabelled, mine, limit, end)
         mine = range(group.rank, len(labelled), group.world)
         labels = {n: label for n, (_, label) in zip(mine, labelled.take(mine), strict=True)}
+        shown = ShownLabels(config, labelled) if distill.show_labels else labelled
         scored = chain(
-            score_answers(model, pack, prefixes, labelled, labels, distill.top_k, size),
+            score_answers(model, pack, prefixes, shown, labels, distill.top_k, size),
             score_answers(model, pack, prefixes, unlabelled, generated, distill.top_k, size),
         )
         batches = iter(lambda: list(islice(scored, BATCH_ROWS)), [])
         share = pa.Table.from_batches((pa.RecordBatch.from_pylist(rows, SCHEMA) for rows in batches), SCHEMA)
+    anchor = _judge_anchor(model, config, pack, size) if distill.anchor and group.rank == 0 else None
     model.train()
     if shares := group.gather_to_rank0(share):
         table = pa.concat_tables(shares).sort_by([("labelled", "descending"), ("number", "ascending")])
@@ -96,11 +88,13 @@ def write_teacher_answers(model: Any, config: RunConfig, fingerprint: str, group
         own = table.filter(pc.invert(table["labelled"]))
         with staged(
             run.teacher_answers, fingerprint=fingerprint, top_k=distill.top_k, queries=len(unlabelled),
-            answered=own.num_rows, kept=own.filter(_is_kept(own, distill)).num_rows,
+            answered=own.num_rows, kept=own.filter(choose_kept(own, distill)).num_rows,
             held_out=pc.sum(own["held_out"]).as_py() or 0, views=len(prefixes),
             seconds_teaching=round(time.monotonic() - started, 1),
         ) as tmp:
             pq.write_table(table, tmp / FILE, compression="zstd")
+            if anchor is not None:
+                pq.write_table(anchor, tmp / ANCHOR_FILE, compression="zstd")
     group.barrier()
 
 
@@ -122,6 +116,20 @@ def _hold_out(table: pa.Table, config: RunConfig) -> pa.Table:
     return table.set_column(place, SCHEMA.field("held_out"), pa.array(held_out))
 
 
+def _judge_anchor(model: Any, config: RunConfig, pack: Pack, size: int) -> pa.Table:
+    """The base model's likeliest tokens in the answers of the anchor rows, by SCHEMA."""
+    rows = AnchorRows(config)
+    labels = {n: label for n, (_, label) in enumerate(rows.take(range(len(rows))))}
+    with model.disable_adapter():
+        judged = list(score_answers(model, pack, [rows.prefix], rows, labels, config.train.distill.top_k, size))
+    return pa.Table.from_pylist(judged, SCHEMA)
+
+
+def longest_answer_tokens(labelled: PhaseDataset) -> int:
+    """Most tokens of an answer that is generated: a quarter more than the longest label."""
+    return math.ceil(labelled.tokens["label_max"] * 1.25)
+
+
 def generate_answers(
     model: Any, prefix: list[int], data: PhaseDataset, numbers: Sequence[int], limit: int, end: int
 ) -> Answers:
@@ -135,6 +143,25 @@ def generate_answers(
     return answers
 
 
+class ShownLabels:
+    """Labelled rows as the teacher reads them with `train.distill.show_labels`: the last example is the row itself."""
+
+    def __init__(self, config: RunConfig, data: PhaseDataset):
+        run, self.data, self.label_lengths = RunDir(config.root), data, data.label_lengths
+        self.encoder = PromptEncoder(load_tokenizer(config.model), config.prompt)
+        self.rows = read_range(run.rows_of("train").path)
+        shots = dataset_manifest(run.phase(0))["phase"]["shots"]
+        bank = {row.id: row for row in run.rows_of("train")} if shots else {}
+        self.examples = run.read_shots("train", bank, shots)
+
+    def take(self, numbers: Sequence[int]) -> list[TokenRow]:
+        """(prompt ids with the row's own answer in them, label ids) of these rows."""
+        rows = to_rows(self.rows.take(list(numbers)))
+        shots = [[*self.examples.get(row.id, ()), Example(row.query, row.answer)] for row in rows]
+        prompts = [self.encoder.row(r.query, own, r.documents) for r, own in zip(rows, shots, strict=True)]
+        return list(zip(prompts, (label for _, label in self.data.take(numbers)), strict=True))
+
+
 def view_prefixes(config: RunConfig) -> list[list[int]]:
     """Token ids of the whole prompt in each order of its lists, the first one its own; one alone if it has no lists."""
     train = config.train
@@ -145,7 +172,11 @@ def view_prefixes(config: RunConfig) -> list[list[int]]:
 
 def longest_row_tokens(config: RunConfig) -> int:
     """Tokens of the longest row that trains, or that the teacher reads where no phase has the whole prompt."""
-    longest = prepared_row_tokens(RunDir(config.root).phases)
+    run = RunDir(config.root)
+    longest = prepared_row_tokens(run.phases)
+    if wants_unlabelled(config) and config.train.distill.show_labels:
+        tokens = dataset_manifest(run.phase(0))["tokens"]
+        longest += tokens["row_max"] + tokens["label_max"]
     if not wants_unlabelled(config) or first_taught_phase(config):
         return longest
     return longest + max(map(len, view_prefixes(config)))
@@ -153,7 +184,8 @@ def longest_row_tokens(config: RunConfig) -> int:
 
 @torch.inference_mode()
 def score_answers(
-    model: Any, pack: Pack, prefixes: Sequence[list[int]], data: PhaseDataset, answers: Answers, top_k: int, size: int
+    model: Any, pack: Pack, prefixes: Sequence[list[int]], data: PhaseDataset | ShownLabels | AnchorRows,
+    answers: Answers, top_k: int, size: int,
 ) -> Iterator[dict[str, Any]]:
     """Rows of SCHEMA by the mean of the views' distributions: the log-probability of an answer's least sure token, the
     share of views that give this answer, and the `top_k` likeliest tokens at each place.
@@ -183,48 +215,3 @@ def score_answers(
                 "agreement": sum(bool(view[part].all()) for view in gives) / len(gives),
                 "top_ids": ids[part].flatten().tolist(), "top_logprobs": values[part].flatten().tolist(),
             }
-
-
-def _is_kept(table: pa.Table, config: DistillConfig) -> pa.ChunkedArray:
-    """Which rows of SCHEMA are learned from: those with labels, and answers that are sure enough and not held out."""
-    sure = pc.greater_equal(table["confidence"], -math.inf if config.confidence is None else config.confidence)
-    if config.agreement == "filter":
-        sure = pc.and_(sure, pc.equal(table["agreement"], 1.0))
-    return pc.or_(table["labelled"], pc.and_(sure, pc.invert(table["held_out"])))
-
-
-class DistilledRows:
-    """The rows of a phase after the first: those with labels, then unlabelled ones that the teacher answered surely."""
-
-    def __init__(self, folder: Path, labelled: PhaseDataset, unlabelled: PhaseDataset, config: DistillConfig):
-        self.top_k, self.prefix = verify_artifact(folder)["top_k"], labelled.prefix
-        table = read_range(Path(folder) / FILE)
-        kept = table.filter(_is_kept(table, config))
-        # row number in this dataset -> (dataset with its prompt, row number there)
-        self._prompts = [
-            (labelled if has_label else unlabelled, number)
-            for has_label, number in zip(kept["labelled"].to_pylist(), kept["number"].to_pylist(), strict=True)
-        ]
-        self._answers, self._ids, self._logprobs = kept["label_ids"], kept["top_ids"], kept["top_logprobs"]
-        self._weights = np.ones(kept.num_rows, np.float32)
-        if config.agreement == "weight":
-            self._weights = np.where(kept["labelled"].to_numpy(), 1, kept["agreement"].to_numpy()).astype(np.float32)
-        self.label_lengths = pc.list_value_length(self._answers).to_numpy()
-        self.prompt_lengths = np.array([data.prompt_lengths[n] for data, n in self._prompts])
-
-    def __len__(self) -> int:
-        return len(self._prompts)
-
-    def take(self, numbers: Sequence[int]) -> list[TokenRow]:
-        prompts = [data.take([n])[0][0] for data, n in (self._prompts[i] for i in numbers)]
-        return list(zip(prompts, self._answers.take(list(numbers)).to_pylist(), strict=True))
-
-    def targets(self, numbers: list[int]) -> Targets:
-        """The teacher's tokens at every answer token of these rows, in their order."""
-        ids, logprobs = (
-            np.concatenate([column[n].values.to_numpy() for n in numbers]).reshape(-1, self.top_k)
-            for column in (self._ids, self._logprobs)
-        )
-        weights = np.repeat(self._weights[numbers], self.label_lengths[numbers])
-        probs = torch.softmax(torch.from_numpy(logprobs), -1)
-        return Targets(torch.from_numpy(ids.astype(np.int64)), probs, torch.from_numpy(weights))

@@ -1,7 +1,7 @@
 """Generation for a batch of rows behind one prefix, whose keys and values are computed once.
 
-The teacher and the evaluation generate greedily, a writer of queries samples. All rows start together and leave as they
-end, with no scheduling or streaming, so a row's answer depends on its batch by rounding alone.
+Teacher, evaluation and often the student generate greedily, a writer of queries samples. All rows start together and
+leave as they end, with no scheduling or streaming, so a row's answer depends on its batch by rounding alone.
 """
 
 import copy

@@ -3,7 +3,8 @@
 import json
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -79,6 +80,24 @@ def _shape(p: torch.nn.Parameter) -> tuple[int, ...]:
 
 def trainable_parameters(model: Any) -> dict[str, torch.nn.Parameter]:
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+@contextmanager
+def lent_weights(model: Any, weights: dict[str, torch.Tensor]) -> Iterator[None]:
+    """A context in which the trained parameters have other values. What the optimiser knows of them is not touched."""
+    params = trainable_parameters(model)
+    kept = {name: p.detach().clone() for name, p in params.items()}
+    try:
+        _copy_into(params, weights)
+        yield
+    finally:
+        _copy_into(params, kept)
+
+
+@torch.no_grad()
+def _copy_into(params: dict[str, torch.nn.Parameter], values: dict[str, torch.Tensor]) -> None:
+    for name, p in params.items():
+        p.copy_(values[name])
 
 
 def pissa_start(model: Any, config: LoraConfig) -> dict[str, torch.Tensor]:

@@ -1,12 +1,13 @@
 """Training losses: cross-entropy on the answers' tokens alone (paper equation 4), or to a teacher's distribution."""
 
+import math
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 from pi_ray.train.batches import Batch, answer_logits
-from pi_ray.train.distill import Targets
+from pi_ray.train.distilled_rows import Targets
 
 
 def sft_loss(model: Any, batch: Batch) -> torch.Tensor:
@@ -22,11 +23,18 @@ def loss_and_correct(model: Any, batch: Batch) -> tuple[float, float]:
     return loss.item(), (logits.argmax(-1) == batch.labels).sum().item()
 
 
-def distill_loss(model: Any, batch: Batch, targets: Targets, share: float) -> torch.Tensor:
-    """As `sft_loss`, with weight `share` on the cross-entropy to the teacher's distribution, the rest on the labels."""
+def distill_loss(model: Any, batch: Batch, targets: Targets) -> torch.Tensor:
+    """Summed cross-entropy (nats): to the teacher's distribution by `targets.shares`, to the labels by the rest.
+
+    Its gradient is that of the forward KL over the teacher's likeliest tokens and, with `targets.tail`, one bucket of
+    all others.
+    """
     logprobs = torch.log_softmax(answer_logits(model, batch).float(), -1)
     loss = -(targets.probs * logprobs.gather(1, targets.ids)).sum(-1)
-    if share < 1:
-        labels = batch.labels[batch.labels != -100]
-        loss = share * loss + (1 - share) * F.nll_loss(logprobs, labels, reduction="none")
+    if targets.tail is not None:
+        # a sum over the other tokens, since 1 minus the likeliest ones' probabilities would cancel
+        others = logprobs.scatter(1, targets.ids, -math.inf).logsumexp(-1)
+        loss = loss - targets.tail * others
+    labels = batch.labels[batch.labels != -100]
+    loss = targets.shares * loss + (1 - targets.shares) * F.nll_loss(logprobs, labels, reduction="none")
     return (targets.weights * loss).sum()

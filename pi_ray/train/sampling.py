@@ -1,7 +1,7 @@
 """Sampling: each sequence's next token, which depends on its own logits, settings and random numbers alone."""
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -35,6 +35,15 @@ def sample_tokens(logits: torch.Tensor, samplers: Sequence[Sampler]) -> list[Tok
         for i, token in zip(rows, told, strict=True):
             tokens[i] = token
     return tokens
+
+
+def choose_sampled(samplers: Sequence[Sampler], end: int) -> Callable[[torch.Tensor, Sequence[int]], list[int]]:
+    """How `generate` chooses by the samplers of its rows; `end` where logits are not finite."""
+
+    def choose(logits: torch.Tensor, rows: Sequence[int]) -> list[int]:
+        return [token.id if token else end for token in sample_tokens(logits, [samplers[i] for i in rows])]
+
+    return choose
 
 
 def _draw(logits: torch.Tensor, samplers: Sequence[Sampler], nucleus: bool) -> list[int]:

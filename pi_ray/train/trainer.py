@@ -13,11 +13,10 @@ from typing import Any
 import torch
 
 from pi_ray import models
-from pi_ray.cluster import storage_sync
 from pi_ray.config import RunConfig
 from pi_ray.errors import TrainingError
 from pi_ray.registry import backends
-from pi_ray.run.artifact import digest, read_manifest, remove_leftovers
+from pi_ray.run.artifact import digest, remove_leftovers
 from pi_ray.run.directory import RunDir
 from pi_ray.run.fingerprint import learning_settings
 from pi_ray.schedule import plan_phases
@@ -26,15 +25,15 @@ from pi_ray.train.backends import MOMENTS
 from pi_ray.train.batches import Batch, Pack, PhaseDataset, to_device
 from pi_ray.train.dataloader import TrainDataLoader, UpdateBatches
 from pi_ray.train.dev_scores import DevScorer
+from pi_ray.train.distilled_rows import Targets
 from pi_ray.train.distributed import WorkerGroup
 from pi_ray.train.early_stopping import EarlyStop
 from pi_ray.train.objectives import distill_loss, loss_and_correct, sft_loss
+from pi_ray.train.teaching import Teaching
 from pi_ray.train.train_log import TrainLog
 from pi_ray.train.updates import Update, plan_updates
 
 DEV_ROWS = 8  # dev rows of one forward pass
-# Of the manifest of the teacher's answers, for the log.
-TEACHER_FACTS = ("queries", "answered", "kept", "held_out", "views", "seconds_teaching")
 
 
 def train_worker(settings: dict[str, Any]) -> None:
@@ -72,6 +71,7 @@ class Trainer:
         self.backend = backends[config.train.backend.name](self.build_model, config.train, micro_batches, bf16)
         self.pack = self.choose_packing()
         self.dataloader = TrainDataLoader(config, fingerprint, self.updates, self.pack, self.rank, self.world)
+        self.teaching = Teaching(config, fingerprint, self.group, self.pack, self.dataloader, self.log)
 
     @property
     def model(self) -> Any:
@@ -137,22 +137,7 @@ class Trainer:
         """Before an update: reset the optimiser, and have the teacher answer, where due."""
         if update.phase and update.index == 0 and self.config.train.phase_transition == "reset":
             self.restart_optimizer({k: v for k, v in self.backend.state().items() if "/" not in k})
-        if update.phase < self.dataloader.first_taught:
-            return
-        begins = (update.phase, update.index) == (self.dataloader.first_taught, 0)
-        if not self.dataloader.has_answers:
-            if self.config.train.distill.teacher == "adapter" and not begins:
-                raise TrainingError(
-                    f"{self.dir.teacher_answers}: the teacher's answers are missing or of another run, and the teacher "
-                    f"has been trained on since; delete {self.dir.checkpoints} to train again"
-                )
-            distill.write_teacher_answers(self.model, self.config, self.fingerprint, self.group, self.pack)
-            storage_sync.fetch_updates(self.dir.root)
-            self.dataloader.has_answers = True
-        if self.dataloader.distills and begins:
-            manifest = read_manifest(self.dir.teacher_answers) or {}
-            facts = {key: manifest[key] for key in TEACHER_FACTS}
-            self.log.add({"event": "teacher_answers", "step": update.step, **facts})
+        self.teaching.prepare(update, self.model)
 
     def restart_optimizer(self, weights: checkpoint.State) -> None:
         """Go on from these weights with Adam's moments at zero."""
@@ -183,19 +168,19 @@ class Trainer:
     def forward_backward(self, update: UpdateBatches) -> torch.Tensor:
         """This worker's part of an update: its gradients, and (loss, tokens, plain tokens) as (3,) float64."""
         totals = torch.zeros(3, dtype=torch.float64)
-        for i, (batch, targets) in enumerate(update.parts):
-            loss = self.summed_loss(to_device(batch, self.device), targets) / update.answer_tokens
-            totals += torch.tensor([float(loss.detach()), batch.tokens, batch.plain_tokens], dtype=torch.float64)
+        for i, part in enumerate(update.parts):
+            losses = [self.summed_loss(to_device(batch, self.device), targets) for batch, targets in part]
+            loss = sum(losses[1:], losses[0]) / update.answer_tokens
+            counts = (sum(batch.tokens for batch, _ in part), sum(batch.plain_tokens for batch, _ in part))
+            totals += torch.tensor([float(loss.detach()), *counts], dtype=torch.float64)
             self.backend.backward(loss, last=i + 1 == len(update.parts))
         return totals
 
-    def summed_loss(self, batch: Batch, targets: distill.Targets | None) -> torch.Tensor:
+    def summed_loss(self, batch: Batch, targets: Targets | None) -> torch.Tensor:
         """The loss of one forward pass by `train.objective`, summed over answer tokens."""
         if targets is None:
             return sft_loss(self.backend.model, batch)
-        train = self.config.train
-        share = 1.0 if train.objective == "distill" else train.distill.share
-        return distill_loss(self.backend.model, batch, targets.to(self.device), share)
+        return distill_loss(self.backend.model, batch, targets.to(self.device))
 
     def evaluate(self, update: Update) -> int:
         """Score dev rows and end the phase, each where it is due; returns how many updates are done."""

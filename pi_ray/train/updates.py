@@ -1,7 +1,9 @@
 """Which rows and which learning rate each update has: functions of the config alone, not of workers or restarts."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 
 import numpy as np
 
@@ -51,10 +53,71 @@ def learning_rate(config: TrainConfig, done: int, total: int) -> float:
 
 def batch_rows(update: Update, rows: int, config: TrainConfig) -> list[int]:
     """Row numbers of an update, over all workers: worker r takes every world-size-th from r."""
+    return _draw_rows(update, update.index * config.batch_size, config.batch_size, rows, config.seed)
+
+
+@dataclass(frozen=True)
+class Round:
+    """Updates [begin, end), by their step, for which the student answers at once."""
+
+    number: int
+    begin: int
+    end: int
+
+
+def plan_rounds(updates: Sequence[Update], config: TrainConfig) -> list[Round]:
+    """The rounds of the on-policy part: the last updates of the last phase (`train.distill.on_policy`)."""
+    if config.objective == "sft" or not config.distill.on_policy:
+        return []
+    end, every = len(updates), config.distill.on_policy_every
+    count = round(config.distill.on_policy * sum(u.phase == updates[-1].phase for u in updates))
+    begins = range(end - count, end, every)
+    return [Round(i, begin, min(begin + every, end)) for i, begin in enumerate(begins)]
+
+
+@dataclass(frozen=True)
+class RowKinds:
+    """How many rows of each kind a phase with a teacher has. Row numbers go through them in this order."""
+
+    labelled: int
+    answered: int  # by the teacher alone
+    anchor: int = 0
+
+    def is_answered(self, number: int) -> bool:
+        return self.labelled <= number < self.labelled + self.answered
+
+
+def mixed_batch_rows(update: Update, kinds: RowKinds, config: TrainConfig) -> list[int]:
+    """As `batch_rows`, with the shares of labelled rows (at least) and anchor rows that `train.distill` asks for."""
+    distill, size, own = config.distill, config.batch_size, kinds.labelled + kinds.answered
+    anchor = _spread([size] * (update.index + 1), distill.anchor)
+    rest = [size - count for count in anchor]
+    streams = [(own, rest), (kinds.anchor, anchor)]  # (rows of a kind, how many of them each update so far has)
+    if distill.labelled is not None:
+        least, due = math.ceil(round(distill.labelled * size, 6)), _spread(rest, kinds.labelled / own)
+        labelled = [max(count, min(least, left)) for count, left in zip(due, rest, strict=True)]
+        answered = [left - count for left, count in zip(rest, labelled, strict=True)]
+        streams[:1] = [(kinds.labelled, labelled), (kinds.answered, answered)]
+    picked, first = list[int](), 0
+    for number, (rows, counts) in enumerate(streams):
+        key = [number] if number else []
+        drawn = _draw_rows(update, sum(counts[:-1]), counts[-1], rows, config.seed, *key)
+        picked += [first + n for n in drawn]
+        first += rows
+    return picked
+
+
+def _spread(totals: Sequence[int], share: float) -> list[int]:
+    """Whole parts of `totals` that come to `share` of their sum, as evenly as may be."""
+    ends = [math.floor(total * share + 1e-9) for total in accumulate(totals, initial=0)]
+    return [end - begin for begin, end in pairwise(ends)]
+
+
+def _draw_rows(update: Update, position: int, count: int, rows: int, seed: int, *stream: int) -> list[int]:
+    """`count` row numbers from `position` on in the phase's endless order of `rows`, shuffled anew for each epoch."""
     picked: list[int] = []
-    position = update.index * config.batch_size
-    while len(picked) < config.batch_size:
+    while len(picked) < count:
         epoch, start = divmod(position + len(picked), rows)
-        order = np.random.default_rng([config.seed, update.phase, epoch]).permutation(rows)
-        picked.extend(int(n) for n in order[start : start + config.batch_size - len(picked)])
+        order = np.random.default_rng([seed, update.phase, epoch, *stream]).permutation(rows)
+        picked.extend(int(n) for n in order[start : start + count - len(picked)])
     return picked

@@ -77,6 +77,15 @@ def test_training_shows_phase_update_loss_and_speed(clock):
         "phase 1 done, dev loss 0.500; adapter written; as it would be served, on dev rows: exact match 75.0%",
     ),
     ({"event": "best", "phase": 1, "floor": {"sentence": "Keep the whole prompt."}}, "Keep the whole prompt."),
+    (
+        {"event": "teacher_answers", "queries": 9, "answered": 8, "kept": 7, "views": 1, "options": ["labels count"]},
+        "the teacher answered 8 of 9 unlabelled queries, 7 of them surely enough to learn from; labels count",
+    ),
+    (
+        {"event": "student_answers", "round": 0, "answers": 9, "tokens": 80, "replaced": 4, "divergence": 0.0123},
+        "the student answered 9 queries, the teacher replaced 4 of their 80 tokens; both were 0.012 bits apart at each "
+        "token",
+    ),
     ({"event": "warning", "text": "checkpoint set aside"}, "warning: checkpoint set aside"),
     ({"event": "of a later version"}, ""),
 ])  # fmt: skip

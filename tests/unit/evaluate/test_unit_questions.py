@@ -14,7 +14,7 @@ from pi_ray.protocols import UNLABELLED, Row
 from pi_ray.run.artifact import MANIFEST_HASH, staged, verify_artifact, write_atomic
 from pi_ray.run.directory import RunDir
 from pi_ray.run.row_store import write_rows
-from pi_ray.train import distill
+from pi_ray.train import distilled_rows
 from tests.prepared import LISTED, prepare_by_hand, tiny_config
 
 QUERIES = ["is red on sale?", "the code for blue, please", "a green one", "what about black?", "what about BLACK again"]
@@ -38,7 +38,7 @@ def config(tiny_model, tmp_path_factory):
         for n, (text, agreement, held) in ANSWERS.items()
     ]
     with staged(run.teacher_answers, fingerprint="f") as tmp:
-        pq.write_table(pa.Table.from_pylist(rows, distill.SCHEMA), tmp / distill.FILE)
+        pq.write_table(pa.Table.from_pylist(rows, distilled_rows.SCHEMA), tmp / distilled_rows.FILE)
     with staged(run.adapter(0), fingerprint="f") as tmp:
         (tmp / "weights").write_text("w")
     return config

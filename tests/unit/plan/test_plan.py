@@ -428,6 +428,12 @@ def test_a_plan_with_a_teacher_counts_its_queries_and_time(tiny_model, tmp_path,
     print_plan(taught, console)
     assert "the adapter as phase 0 leaves it answers 40 unlabelled queries" in console.file.getvalue()
     assert "Reading drills: none, since the first phase has examples" in console.file.getvalue()
+    more = {"train.objective": "distill", "train.distill.on_policy": 0.5, "train.distill.anchor": 0.25}
+    mended = plan_run(config.replace(**more))
+    assert mended.teaching > taught.teaching and mended.phases[0].seconds == taught.phases[0].seconds
+    assert mended.phases[1].seconds > taught.phases[1].seconds, "the anchor's answers are longer than the task's"
+    print_plan(mended, console)
+    assert "student's own answers, which the teacher mends" in console.file.getvalue()
     read = plan_run(config.replace(**{"train.objective": "distill", "schedule.shots": 0}))
     assert read.drills.startswith("50% of phase 0's updates: 40 codes under '## Services' (r9, r5, f9, x4, ...), ")
 

@@ -213,3 +213,9 @@ def test_a_teacher_is_named_with_what_it_answered(tmp_path):
     said = words(page_of(tmp_path, summary(**{"train.promptintern": drilled})))
     assert "from the 432 answers that it gave in each of 2 orders of the prompt" in said
     assert "Reading drills in the first phase exchanged 40 codes under" in said
+    assert "How it learned" not in said and "The student wrote" not in said
+    options = {"options": ["labelled rows have at least 50% of each batch", "the teacher sees"]}
+    own = {"student_answers": 300, "student_tokens": 2000, "student_replaced": 60}
+    said = words(page_of(tmp_path, summary(**{"train.promptintern": facts | options | own})))
+    assert "How it learned from the teacher: labelled rows have at least 50% of each batch; the teacher sees." in said
+    assert "The student wrote 300 answers itself in the last updates; the teacher replaced 3% of their tokens." in said

@@ -78,7 +78,7 @@ def test_each_worker_has_its_rows_in_micro_batches_and_all_count_the_same_answer
     for rank in range(2):
         update_batches = dataloader.TrainDataLoader(config, "f", updates, packed_batch, rank, 2)[updates[4]]
         assert update_batches.answer_tokens == sum(len(label) for _, label in data.take(rows))
-        for (batch, targets), number in zip(update_batches.parts, rows[rank::2], strict=True):
+        for ((batch, targets),), number in zip(update_batches.parts, rows[rank::2], strict=True):
             assert targets is None and torch.equal(
                 batch.inputs["input_ids"], packed_batch(data.prefix, data.take([number])).inputs["input_ids"]
             )
@@ -98,7 +98,7 @@ def test_plain_batches_hold_rows_of_about_one_length_and_packed_ones_need_not(pr
         found[pack] = [
             part
             for rank in range(2)
-            for part, _ in dataloader.TrainDataLoader(config, "f", updates, pack, rank, 2)[update].parts
+            for ((part, _),) in dataloader.TrainDataLoader(config, "f", updates, pack, rank, 2)[update].parts
         ]
     assert sum(part.tokens for part in found[plain_batch]) == padded(sorted(order, key=length)) < padded(order)
     assert torch.cat([part.labels for part in found[packed_batch]]).tolist() == [

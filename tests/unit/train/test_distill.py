@@ -6,17 +6,18 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from pi_ray.config import DistillConfig
+from pi_ray.config import TrainConfig
 from pi_ray.config.run_file import parse_run_file
 from pi_ray.errors import ConfigError, TrainingError
-from pi_ray.models import load_model
+from pi_ray.models import load_model, load_tokenizer
+from pi_ray.prompt import PromptEncoder
 from pi_ray.run.artifact import verify_artifact
 from pi_ray.run.directory import RunDir
 from pi_ray.run.fingerprint import train_fingerprint
 from pi_ray.run.phases import plain_finetuning_config
 from pi_ray.train import distill, shared_prefix
 from pi_ray.train.batches import PhaseDataset, packed_batch, plain_batch
-from pi_ray.train.distill import DistilledRows, Targets
+from pi_ray.train.distilled_rows import FILE, DistilledRows, Targets
 from pi_ray.train.objectives import distill_loss, sft_loss
 from pi_ray.train.trainer import Trainer, train_worker
 from tests.prepared import prepare_by_hand, tiny_config
@@ -35,7 +36,7 @@ def distilled(tiny_model, tmp_path_factory):
 
 
 def rows_of(config):
-    return pq.read_table(RunDir(config.root).teacher_answers / distill.FILE).to_pylist()
+    return pq.read_table(RunDir(config.root).teacher_answers / FILE).to_pylist()
 
 
 def labels_of(data):
@@ -80,7 +81,7 @@ def test_an_answer_that_is_not_sure_enough_is_not_learned_from(distilled):
     data = [
         DistilledRows(
             run.teacher_answers, PhaseDataset(run.phase(2)), PhaseDataset(run.phase("unlabelled-2")),
-            DistillConfig(confidence=confidence),
+            TrainConfig(objective="distill", distill={"confidence": confidence}),
         )
         for confidence in (None, sure[-1], 0.0)
     ]
@@ -94,7 +95,7 @@ def test_a_held_out_query_is_answered_and_never_learned_from(distilled, tmp_path
     assert said["kept"] == event(distilled)["kept"] - said["held_out"]
     run = RunDir(config.root)
     queries = PhaseDataset(run.phase("unlabelled-2"))
-    data = DistilledRows(run.teacher_answers, PhaseDataset(run.phase(2)), queries, config.train.distill)
+    data = DistilledRows(run.teacher_answers, PhaseDataset(run.phase(2)), queries, config.train)
     learned = [row for row in rows_of(config) if not row["held_out"]]
     assert [label for _, label in data.take(range(len(data)))] == [row["label_ids"] for row in learned]
 
@@ -102,7 +103,7 @@ def test_a_held_out_query_is_answered_and_never_learned_from(distilled, tmp_path
 def test_a_student_gets_the_prompt_of_its_phase_and_the_answer_of_the_teacher(distilled):
     run = RunDir(distilled.root)
     own, queries = PhaseDataset(run.phase(2)), PhaseDataset(run.phase("unlabelled-2"))
-    data, made = DistilledRows(run.teacher_answers, own, queries, DistillConfig()), rows_of(distilled)
+    data, made = DistilledRows(run.teacher_answers, own, queries, TrainConfig(objective="distill")), rows_of(distilled)
     assert data.take([0]) == own.take([0])
     place = len(made) - 1
     assert data.take([place]) == [(queries.take([made[place]["number"]])[0][0], made[place]["label_ids"])]
@@ -121,22 +122,22 @@ def test_a_teacher_who_is_certain_of_the_label_teaches_like_the_label(distilled,
     rows = data.take([0, 1, 2])
     batch = pack(data.prefix, rows)
     labels = torch.tensor([token for _, label in rows for token in label])[:, None]
-    certain = Targets(labels, torch.ones_like(labels, dtype=torch.float32), torch.ones(len(labels)))
     for share in (1.0, 0.3):
-        assert distill_loss(model, batch, certain, share).item() == pytest.approx(
-            sft_loss(model, batch).item(), rel=1e-5
-        )
+        ones = torch.ones(len(labels))
+        certain = Targets(labels, ones[:, None], None, ones, share * ones)
+        assert distill_loss(model, batch, certain).item() == pytest.approx(sft_loss(model, batch).item(), rel=1e-5)
 
 
 def test_the_loss_is_the_cross_entropy_to_the_teacher(distilled):
     data, model = PhaseDataset(RunDir(distilled.root).phase(0)), load_model(distilled.model, "cpu").eval()
     rows = data.take([3])
     batch, count = plain_batch(data.prefix, rows), len(rows[0][1])
-    targets = Targets(torch.tensor([[5, 9]] * count), torch.tensor([[0.75, 0.25]] * count), torch.ones(count))
+    probs, ones = torch.tensor([[0.75, 0.25]] * count), torch.ones(count)
+    targets = Targets(torch.tensor([[5, 9]] * count), probs, None, ones, ones)
     with torch.no_grad():
         logprobs = torch.log_softmax(model(**batch.inputs).logits[0].float(), -1)
         expected = -(0.75 * logprobs[:, 5] + 0.25 * logprobs[:, 9]).sum().item()
-        assert distill_loss(model, batch, targets, 1.0).item() == pytest.approx(expected, rel=1e-5)
+        assert distill_loss(model, batch, targets).item() == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("stop_at, every", [(6, 2), (8, 2), (14, 2), (7, 4)])
@@ -204,6 +205,60 @@ def test_mixed_learns_from_the_teacher_by_its_share_and_from_the_labels_by_the_r
     assert first[1] == pytest.approx(0.25 * first[0] + 0.75 * first[2], abs=1e-4) and abs(first[0] - first[2]) > 1e-2
 
 
+def test_a_shown_label_is_the_last_example_of_its_own_row(distilled, tmp_path):
+    config = distilled.replace(**{"run_dir": str(tmp_path), "schedule.shots": 0})
+    prepare_by_hand(config)
+    data = PhaseDataset(RunDir(tmp_path).phase(0))
+    shown, encoder = distill.ShownLabels(config, data), PromptEncoder(load_tokenizer(config.model), config.prompt)
+    (prompt, label), (own, _) = shown.take([2])[0], data.take([2])[0]
+    text = encoder.tokenizer.decode(prompt)
+    assert label == data.take([2])[0][1] and text.endswith(encoder.tokenizer.decode(own))
+    assert text.startswith("Examples:\n\ncase 2: what is green?\nq1 .\n\ncase 2: what is green?")
+
+
+def test_a_teacher_that_sees_the_labels_judges_them_otherwise_and_its_own_answers_the_same(distilled, tmp_path):
+    changes = {"schedule.shots": 0, "train.distill.views": 1}
+    blind, seeing = (
+        trained_with(distilled, tmp_path / str(shown), **changes, **{"train.distill.show_labels": shown})
+        for shown in (False, True)
+    )
+    told, untold = ([{**row, "labelled": None} for row in rows_of(c)] for c in (seeing, blind))
+    assert told[12:] == untold[12:] and len(told) > 12
+    assert all(a["top_logprobs"] != b["top_logprobs"] for a, b in zip(told[:12], untold[:12], strict=True))
+    assert event(seeing)["options"] == ["the teacher sees the answer of a labelled row that it judges"]
+    assert "options" not in event(blind)
+
+
+def test_the_tail_is_what_the_teacher_leaves_to_other_tokens(distilled):
+    run, train = RunDir(distilled.root), TrainConfig(objective="distill", distill={"tail": True, "label_weight": 0.25})
+    phases = PhaseDataset(run.phase(2)), PhaseDataset(run.phase("unlabelled-2"))
+    data, made = DistilledRows(run.teacher_answers, *phases, train), rows_of(distilled)
+    targets, own = data.targets([0, len(data) - 1]), len(made[0]["label_ids"])
+    assert torch.allclose(targets.probs[0], torch.tensor(made[0]["top_logprobs"][:4]).exp())
+    assert torch.allclose(targets.tail, 1 - targets.probs.sum(1)) and (targets.tail > 0).all()
+    assert targets.shares.tolist() == [0.75] * own + [1.0] * (len(targets.shares) - own)
+
+
+def test_options_that_are_not_used_leave_the_fingerprint_as_it_is(distilled):
+    used = {"tail": True, "label_weight": 0.5, "labelled": 0.5, "show_labels": True}
+    distill_block = distilled.train.distill.model_dump(mode="json")
+    assert not set(used) & set(distill_block)
+    made = [train_fingerprint(distilled.replace(**{f"train.distill.{key}": value}), "p") for key, value in used.items()]
+    assert len({train_fingerprint(distilled, "p"), *made}) == 5
+
+
+@pytest.mark.parametrize("changes", [{"train.distill.labelled": 0.75, "train.distill.tail": True}])
+def test_a_run_with_options_that_dies_goes_on_to_the_same_adapter(distilled, tmp_path, monkeypatch, changes):
+    quiet = trained_with(distilled, tmp_path / "quiet", **changes)
+    config = quiet.replace(run_dir=str(tmp_path / "dies"))
+    prepare_by_hand(config)
+    dies_and_goes_on(config, 13, monkeypatch)
+    assert adapter_hash(config) == adapter_hash(quiet) != adapter_hash(distilled)
+    assert event(quiet)["options"] == [
+        "all tokens but the teacher's 4 likeliest count as one", "labelled rows have at least 75% of each batch",
+    ]
+
+
 def test_plain_fine_tuning_has_no_teacher(distilled):
     assert plain_finetuning_config(distilled).train.objective == "sft"
 
@@ -219,6 +274,8 @@ def test_what_a_teacher_would_do_does_not_retrain_a_run_without_one(distilled):
     [
         ("name: a\ntrain: {objective: distill, backend: {zero_stage: 3}}", "zero_stage 2 or less"),
         ("name: a\ntrain: {objective: mixed}\nschedule: {phases: 1}", "needs a phase after the first"),
+        ("name: a\ntrain: {objective: mixed, distill: {label_weight: 0.5}}", "in mixed share says"),
+        ("name: a\ntrain: {objective: distill, distill: {labelled: 0}}", "labelled"),
         (
             "name: a\ntrain: {objective: distill}\nschedule: {name: list, list: [{rate: 1, shots: 0}]}",
             "needs a phase after the first",

@@ -3,18 +3,21 @@
 import random
 import re
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
 
 from pi_ray.config import DrillsConfig
 from pi_ray.models import load_tokenizer
+from pi_ray.run.artifact import staged
 from pi_ray.run.directory import RunDir
 from pi_ray.schedule import plan_phases
 from pi_ray.train import distill
 from pi_ray.train.batches import PhaseDataset, packed_batch
 from pi_ray.train.dataloader import TrainDataLoader
 from pi_ray.train.distill import view_prefixes
+from pi_ray.train.distilled_rows import FILE, SCHEMA, DistilledRows
 from pi_ray.train.drills import Drills, exchange_words, make_drills, shuffle_lists, template_views
 from pi_ray.train.facts import find_facts, shape_of
 from pi_ray.train.trainer import train_worker
@@ -121,7 +124,7 @@ def test_a_drilled_update_has_the_variant_before_its_rows_and_its_codes_as_label
     kinds = set()
     for update in updates[: sum(update.phase == 0 for update in updates)]:
         made, variant = loader[update], drills.variant(update.step)
-        ((batch, targets),) = made.parts
+        (((batch, targets),),) = made.parts
         assert targets is None and made.answer_tokens == len(batch.labels)
         text, labels = tokenizer.decode(batch.inputs["input_ids"][0]), tokenizer.decode(batch.labels)
         kinds.add(variant is None)
@@ -159,7 +162,7 @@ def test_the_log_says_what_is_drilled_or_nothing_where_there_are_no_drills(drill
 def test_the_teacher_reads_the_prompt_in_several_orders_and_notes_where_they_agree(drilled):
     first, second = view_prefixes(drilled)
     assert first == PhaseDataset(RunDir(drilled.root).phase(0)).prefix and sorted(first) == sorted(second) != first
-    rows = pq.read_table(RunDir(drilled.root).teacher_answers / distill.FILE).to_pylist()
+    rows = pq.read_table(RunDir(drilled.root).teacher_answers / FILE).to_pylist()
     assert {row["agreement"] for row in rows} <= {0.0, 0.5, 1.0}
     (said,) = [e for e in log_of(drilled) if e.get("event") == "teacher_answers"]
     own = [row for row in rows if not row["labelled"]]
@@ -192,13 +195,13 @@ def test_distributions_are_averaged_over_views_and_agreement_is_the_share_that_g
 @pytest.mark.parametrize(("agreement", "kept"), [("filter", 1), ("weight", 2), ("off", 2)])
 def test_answers_on_which_views_differ_are_left_out_or_count_less(drilled, tmp_path, agreement, kept):
     run = RunDir(drilled.root)
-    config = drilled.replace(**{"train.distill.agreement": agreement}).train.distill
-    table = pq.read_table(run.teacher_answers / distill.FILE).slice(0, 2).to_pylist()
+    config = drilled.replace(**{"train.distill.agreement": agreement}).train
+    table = pq.read_table(run.teacher_answers / FILE).slice(0, 2).to_pylist()
     rows = [{**row, "labelled": False, "agreement": share} for row, share in zip(table, (1.0, 0.5), strict=True)]
-    with distill.staged(tmp_path / "answers", fingerprint="x", top_k=16) as folder:
-        pq.write_table(distill.pa.Table.from_pylist(rows, distill.SCHEMA), folder / distill.FILE)
+    with staged(tmp_path / "answers", fingerprint="x", top_k=16) as folder:
+        pq.write_table(pa.Table.from_pylist(rows, SCHEMA), folder / FILE)
     queries = PhaseDataset(run.phase("unlabelled-1"))
-    data = distill.DistilledRows(tmp_path / "answers", PhaseDataset(run.phase(1)), queries, config)
+    data = DistilledRows(tmp_path / "answers", PhaseDataset(run.phase(1)), queries, config)
     assert len(data) == kept
     weights = data.targets(list(range(kept))).weights
     assert set(weights.tolist()) == ({1.0, 0.5} if agreement == "weight" else {1.0})

@@ -164,3 +164,14 @@ def test_settings_that_are_not_used_leave_no_trace_in_a_dump():
     used = RunConfig(name="a").replace(**{"train.lora.method": "dora", "train.backend.offload_optimizer": True})
     assert RunConfig.model_validate(used.model_dump(mode="json")) == used
     assert used.train.lora.method == "dora" and used.train.backend.offload_optimizer
+
+
+def test_weights_that_are_lent_to_a_model_leave_no_trace(tiny_model):
+    model = lora.add_lora(load_model(ModelConfig(base=str(tiny_model))), LoraConfig(rank=2), seed=0)
+    params = lora.trainable_parameters(model)
+    before, places = {n: p.detach().clone() for n, p in params.items()}, [p.data_ptr() for p in params.values()]
+    with pytest.raises(KeyboardInterrupt), lora.lent_weights(model, {n: p + 1 for n, p in before.items()}):
+        assert all(torch.equal(p, before[n] + 1) for n, p in params.items())
+        raise KeyboardInterrupt
+    assert all(torch.equal(p, before[n]) and p.requires_grad for n, p in params.items())
+    assert [p.data_ptr() for p in params.values()] == places
