@@ -108,11 +108,11 @@ class HandleBackend:
         self.base = base_name(config.model.base)
         self.store = AdapterStore(config.store)
         self._clock = time.monotonic
-        self._answered_at = float("-inf")  # when a replica last sent something of an answer
+        self._answered_at = float("-inf")  # when a replica last sent a token
         self._asking: asyncio.Task[None] | None = None
 
     async def check_ready(self) -> None:
-        """Where no answer came within READY_S, a replica is asked for a token, once for all who want to know.
+        """Where no token came within READY_S, a replica is asked for a token, once for all who want to know.
 
         A server that may scale to nothing is not asked, which would keep a replica.
         """
@@ -163,7 +163,8 @@ class HandleBackend:
             async for event in response:
                 if "refused" in event:
                     raise RefusedError(*event["refused"])
-                self._answered_at = self._clock()
+                if "fingerprint" not in event:  # the first event comes before any token
+                    self._answered_at = self._clock()
                 yield event
         except BackPressureError:
             message = "all slots and the queue are taken; come back later"

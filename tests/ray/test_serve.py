@@ -139,6 +139,7 @@ def test_unknown_models_and_wrong_keys_are_refused(client, url):
         ask(client.with_options(api_key="wrong"))
     assert httpx.get(f"{url}/v1/models").status_code == 401
     assert httpx.get(f"{url}/healthz").json() == {"status": "ok"}
+    assert httpx.get(f"{url}/readyz", timeout=60).json() == {"status": "ready"}
 
 
 def test_a_burst_is_answered_or_told_to_come_back(client):

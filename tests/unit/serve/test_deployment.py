@@ -2,7 +2,7 @@
 
 import asyncio
 import threading
-from contextlib import aclosing
+from contextlib import aclosing, nullcontext
 from pathlib import Path
 
 import pytest
@@ -273,11 +273,13 @@ def test_many_who_ask_whether_a_server_is_ready_cost_one_token(config):
     assert replica.calls == 1, "a server that may scale to nothing"
 
 
-def test_answers_keep_a_server_ready_without_further_tokens(config):
-    handle = Handle(START)
-    backend = ingress(config, handle)
-    complete(config, handle, CompletionRequest("colours", "q"), backend=backend)
-    asyncio.run(backend.check_ready())  # the handle knows no make_token
+def test_answers_keep_a_server_ready_without_further_tokens_and_their_beginnings_do_not(config):
+    for events, ready in (((START, {"text": "a"}), True), ((START,), False)):
+        handle = Handle(*events)  # which knows no make_token
+        backend = ingress(config, handle)
+        complete(config, handle, CompletionRequest("colours", "q"), backend=backend)
+        with nullcontext() if ready else pytest.raises(RefusedError, match="no token was made lately"):
+            asyncio.run(backend.check_ready())
 
 
 @pytest.mark.parametrize("limits", [{}, {"min_replicas": 0, "max_replicas": 4}, {"min_replicas": 2, "max_replicas": 2}])
