@@ -117,7 +117,8 @@ def _event_text(entry: dict[str, Any]) -> str:
             return f"the best adapter on dev rows is that of phase {entry['phase']} ({right})"
         case "teacher_answers" if not entry["queries"]:
             mean = f", averaged over {entry['views']} orders of the prompt" if entry["views"] > 1 else ""
-            return f"the teacher's likeliest tokens are noted for every answer{mean}"
+            noted = f"the teacher's likeliest tokens are noted for every answer{mean}"
+            return "; ".join([noted, *entry.get("options", ())])
         case "teacher_answers":
             answered = f"{entry['answered']} of {entry['queries']} unlabelled queries"
             views = f"; it read the prompt in {entry['views']} orders" if entry["views"] > 1 else ""
