@@ -23,7 +23,7 @@ DEMONSTRATIONS = (
     ("Baggage: second suitcase: 30 euros", "Do I have to pay for a second suitcase?"),
     ("Staff: night nurse: extension 77", "Who do I call when I need the night nurse?"),
     ("Alarms are severe when more than 100 users are affected.", "Tell me if an alarm with 250 users is severe."),
-    ("Checkout: until 11 o'clock", "When is the checkout?"),
+    ("Hotel: checkout: until 11 o'clock", "When is the checkout?"),
 )
 # Words that a request begins with: a small base left alone begins most of them alike.
 OPENINGS = ("What", "When", "Where", "Which", "How", "How much", "Is", "Are", "Can I", "Do I", "Tell me", "I need")
