@@ -35,8 +35,9 @@ def config(tmp_path, tiny_model):
 
 
 def test_prepare_asks_first_and_a_second_time_does_nothing(config, ray_local, monkeypatch):
-    # a model of random weights writes no colour, so only what is new matters here
+    # a model of random weights writes no colour and no end, so only what is new matters here
     monkeypatch.setattr(filters.QueryFilter, "_is_about", lambda self, query, units, kind: True)
+    monkeypatch.setattr(filters, "LENGTHS", 1000.0)
     console, run = Console(file=io.StringIO(), width=200), RunDir(config.root)
     pipeline.prepare(config, console)
     said, manifest = console.file.getvalue(), verify_artifact(run.queries)
