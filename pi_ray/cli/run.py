@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import sys
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -104,17 +105,22 @@ def plan(args: argparse.Namespace) -> None:
     step.print_plan(step.plan_run(load_config(args)), args.console, scale=args.scale)
 
 
-@verb("train the published adapter on the rows as they are now, publish the result", RUN, OVERRIDES)
+@verb("train the published adapter on rows and prompt as they are now, publish the result", RUN, OVERRIDES)
 def refresh(args: argparse.Namespace) -> None:
-    """Train again on the rows as they are now, starting from the newest published adapter.
+    """Train again on the rows and the prompt as they are now, starting from the newest published adapter.
 
-    The run has a run directory of its own; its adapter is published as the next version.
+    Where the template has changed, its changed units are shown, and the published run's teacher reads the new one: the
+    rows and queries about the change are learned, with others as an anchor, in few updates. The run has a run directory
+    of its own; its adapter is published as the next version.
     """
     from pi_ray.store import refresh as store
+    from pi_ray.store.follow_prompt import follow_prompt
 
-    settings = store.refresh_config(load_config(args))
+    first = load_config(args)
+    settings = store.refresh_config(first)
     store.copy_start_adapter(settings)
-    run_and_tell(settings, args)
+    tell = partial(args.console.print, markup=False)
+    run_and_tell(follow_prompt(settings, first.root, tell), args)
     store.write_mark(settings, published=True)
 
 

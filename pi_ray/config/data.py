@@ -55,6 +55,8 @@ class TaskConfig(Block):
     hidden: Count = omit_default(0, "subjects of a desk whose codes no labelled row has")
     allow_code_execution: bool = doc(False, "run generated programs, in a sandbox, to score them by their tests (mbpp)")
     unsafe_local_execution: bool = doc(False, "also where no sandbox can be: with your own rights, on your own files")
+    published: str = omit_default("", "folder with the template that labels still follow, since the template was "
+        "changed after publishing: rows about the change and an anchor are trained on; 'pi-ray refresh' sets it")
     rows: RowsConfig = RowsConfig()
     max_bad_rows: Count = doc(0, "stop when more rows than this are rejected")
     overlap: Literal["error", "drop"] = doc("error", "a training query also in dev or test: stop, or train without it")

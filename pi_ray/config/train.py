@@ -103,6 +103,8 @@ class DistillConfig(Block):
 
     teacher: Literal["adapter", "base", "endpoint"] = doc("adapter", "the adapter after the first phase, the base "
         "model alone, or the model of the block 'closed', whose answers become training rows")
+    teacher_adapter: str = omit_default("", "folder of an adapter that reads the whole template, as a first phase left "
+        "it: the teacher instead of a first phase, which has no updates then; 'pi-ray refresh' sets it")
     top_k: Positive = doc(16, "likeliest tokens of the teacher that the student matches at each place of an answer")
     views: Positive = doc(2, "orders of the template's lists in which the teacher reads it; it answers by their mean")
     agreement: Literal["filter", "weight", "off"] = doc("filter", "filter: an answer is kept if all views give it; "
@@ -131,6 +133,8 @@ class DistillConfig(Block):
         "answers to bundled everyday questions, against forgetting")
 
     def model_post_init(self, context: Any) -> None:
+        refuse(self.teacher_adapter and self.teacher != "adapter",
+            f"train.distill.teacher_adapter is a teacher of its own; leave out train.distill.teacher: {self.teacher}")
         refuse((self.labelled or 0) + self.anchor > 1, f"train.distill.labelled {self.labelled or 0:g} and anchor "
             f"{self.anchor:g} are shares of the same batch, and more than all of it")
         if not self.on_policy:

@@ -39,9 +39,9 @@ def prepare(config: RunConfig, progress: Progress = print) -> str:
 
 
 def _prepare(config: RunConfig, progress: Progress) -> str:
-    from pi_ray.registry import tasks
+    from pi_ray.tasks.changed_prompt import open_task
 
-    task: Task = tasks[config.task.name](config.task)
+    task: Task = open_task(config.task)
     run, base = RunDir(config.root), base_digest(config.model)
     fingerprint = prepare_fingerprint(config, task.fingerprint(), queries_digest(run), base)
     for folder in (run.rows, run.templates, run.documents, *(run.phase(data.name) for data in plan_datasets(config))):

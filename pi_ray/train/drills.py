@@ -112,6 +112,8 @@ def why_not_drilled(config: RunConfig) -> str:
     """The reason why a run's first phase has no drills, whatever its template holds; "" where there is none."""
     if not wants_unlabelled(config):
         return "no teacher is made"
+    if config.train.distill.teacher_adapter:
+        return "the teacher is that of another run"
     if config.train.drills.mode == "off":
         return "train.drills.mode is off"
     if first_taught_phase(config) == 0:

@@ -162,15 +162,17 @@ def _difference(name: str, value: torch.Tensor, start: dict[str, torch.Tensor]) 
     return torch.cat([value, -start[name]], 1) if ".lora_B." in name else value
 
 
-def load_init_adapter(folder: Path, model: Any, base: str) -> dict[str, torch.Tensor]:
-    """The fp32 weights of an adapter folder (`train.init_adapter`), by `model`'s parameter names.
+def load_init_adapter(
+    folder: Path, model: Any, base: str, key: str = "train.init_adapter"
+) -> dict[str, torch.Tensor]:
+    """The fp32 weights of an adapter folder, which `key` of the run file names, by `model`'s parameter names.
 
     Raises CorruptArtifactError, or TrainingError when its base model, shape or scale is another.
     """
     verify_artifact(folder)
     card = json.loads((folder / CARD).read_text())
     if card["base"] != base:
-        raise TrainingError(f"train.init_adapter: {folder} was trained on {card['base']}, and model.base is {base}")
+        raise TrainingError(f"{key}: {folder} was trained on {card['base']}, and model.base is {base}")
     saved = load_file(folder / "adapter_model.safetensors")
     weights = {f"{name.removesuffix('.weight')}.default.weight": value.float() for name, value in saved.items()}
     shapes = {name: _shape(p) for name, p in trainable_parameters(model).items()}
@@ -178,7 +180,7 @@ def load_init_adapter(folder: Path, model: Any, base: str) -> dict[str, torch.Te
     same_scale = all(config.get(key) == getattr(wanted, key, None) for key in SCALE_KEYS)
     if not same_scale or {name: tuple(value.shape) for name, value in weights.items()} != shapes:
         raise TrainingError(
-            f"train.init_adapter: {folder} does not fit train.lora: take its method, rank, alpha and targets"
+            f"{key}: {folder} does not fit train.lora: take its method, rank, alpha and targets"
         )
     return weights
 

@@ -29,6 +29,7 @@ from pi_ray.train.distilled_rows import Targets
 from pi_ray.train.distributed import WorkerGroup
 from pi_ray.train.early_stopping import EarlyStop
 from pi_ray.train.objectives import distill_loss, loss_and_correct, sft_loss
+from pi_ray.train.teacher_adapter import adopt_teacher
 from pi_ray.train.teaching import Teaching
 from pi_ray.train.train_log import TrainLog
 from pi_ray.train.updates import Update, plan_updates
@@ -85,6 +86,8 @@ class Trainer:
         if self.dataloader.drills and not done:
             groups = self.dataloader.drills.groups
             self.log.add({"event": "drills", "step": 0, "facts": [str(group) for group in groups]})
+        if self.config.train.distill.teacher_adapter and not done and not self.dataloader.has_answers:
+            adopt_teacher(self)
         self.log.follow(lambda: trackers.open_tracker(self.config, self.dir, done))
         while done < len(self.updates):
             update = self.updates[done]

@@ -31,8 +31,13 @@ def updates_in_phase(rows: int, phase: Phase, batch_size: int) -> int:
 
 
 def plan_updates(rows: list[int], phases: list[Phase], config: TrainConfig) -> list[Update]:
-    """Every update of the run in order. `rows[i]` is the number of labelled rows of phase i."""
+    """Every update of the run in order. `rows[i]` is the number of labelled rows of phase i.
+
+    Where another run's adapter teaches, the first phase has none.
+    """
     counts = [updates_in_phase(n, p, config.batch_size) for n, p in zip(rows, phases, strict=True)]
+    if config.objective != "sft" and config.distill.teacher_adapter:
+        counts[0] = 0
     updates: list[Update] = []
     for phase, count in enumerate(counts):
         for index in range(count):
