@@ -8,6 +8,7 @@ from rich.console import Console
 
 from pi_ray import pipeline
 from pi_ray.ask import filters
+from pi_ray.cli import main
 from pi_ray.config import RunConfig
 from pi_ray.run.artifact import verify_artifact
 from pi_ray.run.directory import RunDir
@@ -34,8 +35,13 @@ def config(tmp_path, tiny_model):
     })
 
 
+<<<<<<< HEAD
 def test_prepare_asks_first_and_a_second_time_does_nothing(config, ray_local, monkeypatch):
     # a model of random weights writes no colour and no end, so only what is new matters here
+=======
+def test_prepare_asks_first_and_a_second_time_does_nothing(config, ray_local, monkeypatch, capsys):
+    # a model of random weights writes no colour, so only what is new matters here
+>>>>>>> 70bc8a7 (The verbs ask and knows are run by tests)
     monkeypatch.setattr(filters.QueryFilter, "_is_about", lambda self, query, units, kind: True)
     monkeypatch.setattr(filters, "LENGTHS", 1000.0)
     console, run = Console(file=io.StringIO(), width=200), RunDir(config.root)
@@ -51,3 +57,6 @@ def test_prepare_asks_first_and_a_second_time_does_nothing(config, ray_local, mo
     pipeline.prepare(config, again)
     assert all(words in again.file.getvalue() for words in ("the queries are there", "run directory is up to date"))
     assert verify_artifact(run.queries) == manifest
+    assert main(["ask", str(run.config)]) == 0
+    out = capsys.readouterr().out
+    assert "the queries are there" in out and all(colour in out for colour in COLOURS)

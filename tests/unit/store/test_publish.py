@@ -8,6 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from pi_ray import cli
 from pi_ray.config import ModelConfig, RunConfig, dump_config
 from pi_ray.errors import AdapterError, CorruptArtifactError, DataError
 from pi_ray.evaluate.knowledge import KNOWLEDGE_FILE, Knowledge
@@ -189,6 +190,14 @@ def test_what_the_adapter_knows_is_published_with_it(run, config, asked):
     folder = publish_adapter(run, config)
     assert KNOWLEDGE_FILE in verify_artifact(folder)["files"]
     assert find_knowledge("colours", [f"store={config.store}"]) == asked
+
+
+def test_pi_ray_knows_says_it_in_words(run, config, asked, capsys):
+    publish_adapter(run, config)
+    assert cli.main(["knows", "colours", f"store={config.store}"]) == 0
+    assert "1 of 1" in capsys.readouterr().out
+    assert cli.main(["knows", "colours@v0009", f"store={config.store}"]) == AdapterError.exit_code
+    assert "no adapter 'colours@v0009'" in capsys.readouterr().err
 
 
 def test_what_another_adapter_knew_is_not_published(run, config, asked, tiny_model):
