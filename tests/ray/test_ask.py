@@ -35,13 +35,8 @@ def config(tmp_path, tiny_model):
     })
 
 
-<<<<<<< HEAD
-def test_prepare_asks_first_and_a_second_time_does_nothing(config, ray_local, monkeypatch):
-    # a model of random weights writes no colour and no end, so only what is new matters here
-=======
 def test_prepare_asks_first_and_a_second_time_does_nothing(config, ray_local, monkeypatch, capsys):
-    # a model of random weights writes no colour, so only what is new matters here
->>>>>>> 70bc8a7 (The verbs ask and knows are run by tests)
+    # a model of random weights writes no colour and no end, so only what is new matters here
     monkeypatch.setattr(filters.QueryFilter, "_is_about", lambda self, query, units, kind: True)
     monkeypatch.setattr(filters, "LENGTHS", 1000.0)
     console, run = Console(file=io.StringIO(), width=200), RunDir(config.root)
