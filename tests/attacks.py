@@ -220,6 +220,20 @@ ATTACKS = {
             return 'done'
         """,
     "io_uring": "import ctypes\ndef f(): return 'done' if ctypes.CDLL(None).syscall(425, 1, bytes(256)) >= 0 else ''",
+    "a key that the kernel keeps": """
+        import ctypes, os
+        def f():
+            add, control = {'x86_64': (248, 250), 'aarch64': (217, 219)}[os.uname().machine]
+            kept = ctypes.CDLL(None).syscall(add, b'user', b'MARK', b'done', 4, -4)
+            found = ctypes.CDLL(None).syscall(control, 0, -4, 1)  # the keyring of all processes of this user id
+            return 'done' if max(kept, found) >= 0 else ''
+        """,
+    "page faults of its own": """
+        import ctypes, os
+        def f():
+            number = {'x86_64': 323, 'aarch64': 282}[os.uname().machine]
+            return 'done' if ctypes.CDLL(None).syscall(number, 1) >= 0 else ''  # 1: UFFD_USER_MODE_ONLY
+        """,
     "a VM socket": "import socket\ndef f(): return 'done' if socket.socket(40, socket.SOCK_STREAM) else ''",
     "a netlink socket": "import socket\ndef f(): return 'done' if socket.socket(16, socket.SOCK_RAW) else ''",
     "secrets of the environment": "import os\ndef f(): return 'done' if 'PI_RAY_TEST_SECRET' in os.environ else ''",

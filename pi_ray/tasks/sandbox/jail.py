@@ -8,7 +8,7 @@ Linux and util-linux, as root or with unprivileged user namespaces. For each pro
     timeout    the first process of the tree, with which the kernel ends the whole tree; soon after the wall limit it
                ends by itself, should nobody be there any more to end it
     setpriv    as root: a user id that nobody else has; for all: no capabilities, no new privileges
-    seccomp    no memory outside address spaces, no sockets that know no namespace (seccomp.py, set by harness.py)
+    seccomp    no memory outside address spaces; no keys or sockets that know no namespace (see seccomp.py)
 `Jail.tests` states each wall as an assert. They run inside first, so each printed protection was seen to hold.
 """
 

@@ -3,7 +3,7 @@
 jail.py puts walls around a process, harness.py runs in it, judge.py decides outside, by value: an exit code or printed
 words count for nothing. A hostile program can still use up its limits (at most `processes` times `memory_mib`, the only
 bound on their sum, `seconds` long), see the folders that `protections` names, learn the machine's time and kernel
-version, attack the kernel through system calls (no seccomp filter), and use judge.py's gap: asserts without a literal.
+version, attack the kernel through what seccomp.py allows, and use judge.py's gap: asserts without a literal.
 """
 
 import marshal
@@ -30,10 +30,10 @@ from pi_ray.tasks.sandbox.judge import judge_answer, split_tests
 READY = b"ready\n"
 ENVIRONMENT = {"PATH": SEARCH, "HOME": "/tmp", "LANG": "C.UTF-8", "PYTHONHASHSEED": "0"}  # sets in the same order
 CURE = (
-    "It needs Linux with util-linux and the right to make namespaces: run as root, or allow user namespaces (sysctl "
-    "kernel.unprivileged_userns_clone=1 and kernel.apparmor_restrict_unprivileged_userns=0, where they exist), or give "
-    "a container the capability SYS_ADMIN. With task.unsafe_local_execution: true generated code runs without walls, "
-    "with all that you may do yourself"
+    "It needs Linux on x86_64 or aarch64 with util-linux, and the right to make namespaces: run as root, or allow user "
+    "namespaces (sysctl kernel.unprivileged_userns_clone=1 and kernel.apparmor_restrict_unprivileged_userns=0, where "
+    "they exist), or give a container the capability SYS_ADMIN. With task.unsafe_local_execution: true generated code "
+    "runs without walls, with all that you may do yourself"
 )
 
 
