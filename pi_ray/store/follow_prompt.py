@@ -8,8 +8,10 @@ import shutil
 from collections.abc import Callable
 from math import ceil
 from pathlib import Path
+from typing import Any
 
 from pi_ray.config import RunConfig
+from pi_ray.protocols import UNLABELLED
 from pi_ray.run.artifact import digest, read_manifest, staged
 from pi_ray.run.directory import RunDir
 from pi_ray.run.fingerprint import wants_unlabelled
@@ -32,7 +34,7 @@ def follow_prompt(config: RunConfig, first: Path, tell: Callable[[str], None]) -
     if digest(open_task(config.task).template().text) == card.get("full_template_sha256"):
         return config
     tell("The prompt has changed since the adapter was published.")
-    if reason := _why_not(config):
+    if reason := _why_not(config, card):
         tell(f"All phases are trained: {reason}.")
         return config
     phases, root = plan_phases(config.schedule), config.root
@@ -41,10 +43,7 @@ def follow_prompt(config: RunConfig, first: Path, tell: Callable[[str], None]) -
             tell(f"All phases are trained: the published adapter's run directory is neither {first} nor beside it.")
             return config
         _keep(source, config)
-    queries = config.task.queries or type(config.task).model_fields["queries"].default
-    config = config.replace(
-        **{"task.published": str(root / PUBLISHED), "task.queries": queries, "task.generate": False}
-    )
+    config = config.replace(ask={}, **{"task.published": str(root / PUBLISHED), "task.generate": False})
     task = ChangedPromptTask(config.task)
     counts = task.count()
     for line in [f"{task.change}:".capitalize(), *(f"  {line}" for line in task.change.lines), f"{counts}."]:
@@ -60,9 +59,11 @@ def follow_prompt(config: RunConfig, first: Path, tell: Callable[[str], None]) -
     )
 
 
-def _why_not(config: RunConfig) -> str:
+def _why_not(config: RunConfig, card: dict[str, Any]) -> str:
     if not wants_unlabelled(config) or config.train.distill.teacher != "adapter":
         return "no adapter of this run teaches (train.objective: distill makes one)"
+    if examples := card.get("fixed_examples"):
+        return f"the published prompt ends with {examples} examples (schedule.floor), and the floor decides anew"
     return "" if config.train.lora.method != "pissa" else "train.lora.method pissa starts anew each time"
 
 
@@ -84,4 +85,5 @@ def _keep(source: RunDir, config: RunConfig) -> None:
     with staged(config.root / PUBLISHED, source=str(source.root)) as tmp:
         (tmp / TEMPLATE_FILE).write_text(source.read_templates()[1.0], encoding="utf-8")
         if config.task.generate:
-            shutil.copyfile(source.rows_of("unlabelled").path, tmp / QUERIES_FILE)
+            kept = source.root / PUBLISHED / QUERIES_FILE  # where a refresh has it: its rows are a selection
+            shutil.copyfile(kept if kept.is_file() else source.rows_of(UNLABELLED).path, tmp / QUERIES_FILE)

@@ -48,7 +48,7 @@ class ChangedPromptTask:
 
     def __init__(self, config: TaskConfig):
         self.task: Task = tasks[config.name](config)
-        self.folder = Path(config.published)
+        self.folder, self.names_queries = Path(config.published), bool(config.queries)
         try:
             old = (self.folder / TEMPLATE_FILE).read_text(encoding="utf-8")
         except FileNotFoundError:
@@ -111,10 +111,17 @@ class ChangedPromptTask:
                 yield row
 
     def _following(self, split: str) -> Iterator[Row | Reject]:
-        """The rows of a split with labels that follow the new prompt; of the queries also those that were generated."""
-        yield from self._corrected(self.task.rows(split))
-        if split == UNLABELLED and (self.folder / QUERIES_FILE).is_file():
-            known = {row.id for row in self.task.rows(split) if isinstance(row, Row)}
+        """The rows of a split with labels that follow the new prompt; of the queries also those that were generated.
+
+        A run that generated all of its queries (task.queries names no file) has none of the task's own.
+        """
+        generated = split == UNLABELLED and (self.folder / QUERIES_FILE).is_file()
+        known = set[str]()
+        if self.names_queries or not generated:
+            for row in self._corrected(self.task.rows(split)):
+                known |= {row.id} if isinstance(row, Row) else set()
+                yield row
+        if generated:
             yield from (row for row in StoredRows(self.folder / QUERIES_FILE) if row.id not in known)
 
     def _corrected(self, rows: Iterable[Row | Reject]) -> Iterator[Row | Reject]:

@@ -1,10 +1,12 @@
 """A refresh after an edit of the template is planned from the published run's directory, or says why it is not."""
 
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 
-from pi_ray.config import RunConfig
+from pi_ray.config import AskConfig, RunConfig
 from pi_ray.protocols import UNLABELLED, Row
 from pi_ray.run.artifact import digest, staged, verify_artifact, write_atomic
 from pi_ray.run.directory import RunDir
@@ -13,7 +15,7 @@ from pi_ray.schedule import plan_phases
 from pi_ray.store import refresh
 from pi_ray.store.follow_prompt import follow_prompt
 from pi_ray.tasks.changed_prompt import open_task
-from tests.lora import card, write_adapter
+from tests.lora import card, rewrite, write_adapter
 
 CODES = {"billing": "q7", "logins": "q2", "returns": "q5"}
 
@@ -103,10 +105,55 @@ def test_without_the_published_run_or_a_teacher_all_phases_are_trained(config):
     assert planned == begun and "nor beside it" in said[-1]
 
 
-def test_generated_queries_of_the_published_run_are_kept(config):
+def queries_of(planned):
+    return {row.query for row in open_task(planned.task).rows(UNLABELLED)}
+
+
+@pytest.fixture
+def generates(config, monkeypatch):
+    """The run as one whose queries were all generated; another file has the default name in the working directory."""
+    monkeypatch.chdir(config.root.parents[1])
     edit(config, billing="q8")
     RunDir(config.root).rows.mkdir()
     write_rows(RunDir(config.root).rows_of(UNLABELLED).path, [Row("g-1", "a question about billing", "")])
-    planned, _, _ = follow(config.replace(**{"task.queries": "", "task.generate": True}))
-    assert not planned.task.generate
-    assert "a question about billing" in [row.query for row in open_task(planned.task).rows(UNLABELLED)]
+    return config.replace(ask={"updates": 9}, **{"task.queries": "", "task.generate": True})
+
+
+def test_generated_queries_of_the_published_run_are_kept_and_no_other_file_is_read(generates):
+    planned, _, _ = follow(generates)
+    assert not planned.task.generate and planned.ask == AskConfig()
+    assert queries_of(planned) == {"a question about billing"}
+
+
+def test_a_refresh_of_a_refresh_has_all_generated_queries_and_not_its_selection(generates):
+    planned, begun, _ = follow(generates)
+    run = RunDir(planned.root)
+    shutil.copytree(RunDir(generates.root).adapter(0), run.adapter(0))
+    shutil.copytree(planned.train.init_adapter, run.adapter(1))
+    run.best.symlink_to("phase-1")
+    write_atomic(run.templates / "templates.json", json.dumps([{"rate": 1.0, "text": text(billing="q8")}]))
+    run.rows.mkdir()
+    write_rows(run.rows_of(UNLABELLED).path, [Row("g-9", "one that was selected", "")])
+    card_file = run.adapter(1) / "pi_ray.json"
+    rewrite(run.adapter(1), "pi_ray.json", json.loads(card_file.read_text()) | {
+        "full_template_sha256": digest(text(billing="q8")), "phase": 1,
+    })
+    shutil.copytree(run.adapter(1), generates.root.parents[1] / "store" / "shop" / "v0002")
+    write_atomic(generates.root.parents[1] / "store" / "shop" / "latest.json", json.dumps({"version": "v0002"}))
+    RunDir(generates.root).best.unlink()
+    refresh.write_mark(begun, published=True)
+    edit(generates, billing="q9")
+    later, _, said = follow(generates)
+    assert "  ~ Queues: billing: q8  ->  billing: q9" in said
+    assert later.root != planned.root and queries_of(later) == {"a question about billing"}
+
+
+def test_a_published_prompt_that_ends_with_examples_is_not_cut(config):
+    edit(config, billing="q8")
+    begun = refresh.refresh_config(config)
+    refresh.copy_start_adapter(begun)
+    facts = json.loads((Path(begun.train.init_adapter) / "pi_ray.json").read_text())
+    rewrite(Path(begun.train.init_adapter), "pi_ray.json", facts | {"fixed_examples": 2})
+    said: list[str] = []
+    assert follow_prompt(begun, config.root, said.append) == begun
+    assert "All phases are trained: the published prompt ends with 2 examples" in said[1]

@@ -11,6 +11,7 @@ from pi_ray.run.row_store import write_rows
 from pi_ray.tasks import changed_prompt
 from pi_ray.tasks.changed_prompt import ChangedPromptTask, open_task
 from pi_ray.tasks.jsonl import JsonlTask
+from pi_ray.tasks.opsql.task import OpsqlTask
 
 NAMES = ["billing", "logins", "delivery", "returns", "gifts", "parking", "invoices", "taxes"]
 CODES = {name: f"{name[:2]}{i}" for i, name in enumerate(NAMES)}
@@ -67,6 +68,14 @@ def test_generated_queries_of_the_published_run_are_asked_again(config):
     write_rows(open_task(config).folder / "unlabelled.parquet", [Row("g-1", "are there snacks?", "")])
     assert [row.query for row in of(open_task(config), UNLABELLED)][-1] == "are there snacks?"
     assert open_task(config).unasked() == []
+
+
+def test_a_task_whose_queries_were_all_generated_adds_none_of_its_own(config, tmp_path):
+    (tmp_path / "template.txt").write_text(OpsqlTask(TaskConfig()).template().text)
+    write_rows(tmp_path / "unlabelled.parquet", [Row("g-1", "a generated query", "")])
+    named = TaskConfig(name="opsql", published=str(tmp_path))
+    assert len(of(open_task(named), UNLABELLED)) > 1
+    assert [row.id for row in of(open_task(named.model_copy(update={"queries": ""})), UNLABELLED)] == ["g-1"]
 
 
 def test_the_fingerprint_is_of_both_prompts(config):
