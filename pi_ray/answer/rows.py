@@ -11,14 +11,14 @@ from pi_ray.answer.base import TeacherAnswer, answer_by_base
 from pi_ray.answer.endpoint import answer_by_endpoint, confirm_answers
 from pi_ray.answer.split import split_queries
 from pi_ray.config import RunConfig
-from pi_ray.data.ingest import read_splits
+from pi_ray.data.ingest import read_splits, require_unique_ids, separate_splits
 from pi_ray.errors import DataError
 from pi_ray.models import base_digest, base_name, context_length, load_tokenizer
 from pi_ray.prompt import PromptEncoder
 from pi_ray.protocols import SPLITS, UNLABELLED, Row, Task
 from pi_ray.registry import tasks
 from pi_ray.retrieve.neighbours import normalised
-from pi_ray.run.answered import has_labelled
+from pi_ray.run.answered import has_labelled, labelled_splits
 from pi_ray.run.artifact import digest, is_current, read_manifest, staged
 from pi_ray.run.directory import RunDir
 from pi_ray.run.queries import generated_rows
@@ -73,9 +73,11 @@ def make_answered_rows(
 def read_queries_to_answer(config: RunConfig, task: Task) -> tuple[list[Row], list[Row]]:
     """(labelled training rows, queries for the teacher). A query that a labelled row has is left out, and copies are.
 
-    Raises DataError for more bad rows than task.max_bad_rows, and where no query is left.
+    Raises DataError for what preparation would refuse when the answers are paid for: a named file that is missing, more
+    bad rows than task.max_bad_rows, ids that are not unique, and training rows that are also in dev or test; and where
+    no query is left.
     """
-    names = [split for split in SPLITS if has_labelled(config, split)]
+    names = labelled_splits(config)
     splits, rejects = read_splits(task, [*names, *([UNLABELLED] if config.task.queries else [])])
     if len(rejects) > config.task.max_bad_rows:
         worst = "\n".join(f"  {reject.source}:{reject.line}: {reject.reason}" for reject in rejects[:3])
@@ -90,6 +92,8 @@ def read_queries_to_answer(config: RunConfig, task: Task) -> tuple[list[Row], li
         file = f"{config.task.queries}: " if config.task.queries else ""
         raise DataError(f"{file}no query for the teacher to answer; write one a line as {{\"query\": ...}} into the "
             "file that task.queries names, or set task.queries=generate")
+    separate_splits({**{split: [] for split in SPLITS}, **splits}, config.task.overlap)
+    require_unique_ids({**splits, UNLABELLED: queries})
     return splits.get("train", []), queries
 
 

@@ -8,7 +8,7 @@ from pi_ray.data.ingest import check_splits, read_splits
 from pi_ray.errors import DataError
 from pi_ray.protocols import SPLITS, UNLABELLED, Row, Task
 from pi_ray.registry import tasks
-from pi_ray.run.answered import has_labelled
+from pi_ray.run.answered import labelled_splits
 from pi_ray.run.artifact import digest
 from pi_ray.run.directory import RunDir
 from pi_ray.units import Unit, find_units
@@ -45,7 +45,7 @@ def task_sources(config: RunConfig) -> Sources:
     task: Task = tasks[config.task.name](config.task)
     unlabelled = [UNLABELLED] if config.task.queries else []
     if config.answers_first:  # there may be no labelled rows at all
-        found, _ = read_splits(task, [*(split for split in SPLITS if has_labelled(config, split)), *unlabelled])
+        found, _ = read_splits(task, [*labelled_splits(config), *unlabelled])
         splits: dict[str, list[Row]] = {**{split: [] for split in SPLITS}, **found}
     else:
         splits, rejects = read_splits(task, [*SPLITS, *unlabelled])

@@ -132,16 +132,22 @@ def check_splits(splits: Splits, rejects: Sequence[Reject], config: TaskConfig, 
         first = "\n".join(f"  {r.source}:{r.line}: {r.reason}" for r in rejects[:SHOWN])
         cure = f"Mend the rows or raise task.max_bad_rows; 'pi-ray prepare' lists all of them in {run.rejects}"
         raise DataError(f"{len(rejects)} bad rows, and task.max_bad_rows is {config.max_bad_rows}:\n{first}\n{cure}")
-    repeated = [i for i, n in Counter(r.id for rows in splits.values() for r in rows).items() if n > 1]
-    if repeated:
-        found = f"{len(repeated)} ids stand more than once over train, dev and test"
-        raise DataError(f"{found}, such as {', '.join(map(repr, repeated[:SHOWN]))}; make them unique")
-    notes = _make_dev(splits) + _separate(splits, config.overlap) + _new_queries(splits)
+    require_unique_ids(splits)
+    notes = _make_dev(splits) + separate_splits(splits, config.overlap) + _new_queries(splits)
     for split in SPLITS:
         if not splits[split]:
             counted = f"{len(rejects)} rows were rejected, see {run.rejects}"
             raise DataError(f"task '{config.name}' has no {split} rows; {counted}")
     return notes
+
+
+def require_unique_ids(splits: Splits) -> None:
+    """Raises DataError for an id that more than one row has."""
+    repeated = [i for i, n in Counter(r.id for rows in splits.values() for r in rows).items() if n > 1]
+    if repeated:
+        places = "train, dev, test and queries" if splits.get(UNLABELLED) else "train, dev and test"
+        found = f"{len(repeated)} ids stand more than once over {places}"
+        raise DataError(f"{found}, such as {', '.join(map(repr, repeated[:SHOWN]))}; make them unique")
 
 
 def _make_dev(splits: Splits) -> list[str]:
@@ -155,8 +161,8 @@ def _make_dev(splits: Splits) -> list[str]:
     return [note + (f" ({dropped} more with the same queries left out of train)" if dropped else "")]
 
 
-def _separate(splits: Splits, overlap: str) -> list[str]:
-    """Refuse, or drop from train, the queries that also stand in dev or test."""
+def separate_splits(splits: Splits, overlap: str) -> list[str]:
+    """Refuse (DataError), or drop from train, the queries that also stand in dev or test. Returns notes."""
     splits_of = {normalised(r.query): s for s in ("dev", "test") for r in splits[s]}
     shared = [r for r in splits["train"] if normalised(r.query) in splits_of]
     if not shared:

@@ -7,7 +7,8 @@ user's labelled rows.
 from pathlib import Path
 from typing import Any
 
-from pi_ray.config import RunConfig
+from pi_ray.config import RunConfig, TaskConfig
+from pi_ray.errors import DataError
 from pi_ray.protocols import SPLITS
 from pi_ray.run.artifact import read_manifest
 from pi_ray.run.directory import RunDir
@@ -29,6 +30,20 @@ def has_labelled(config: RunConfig, split: str) -> bool:
     """Whether the user has a file with labelled rows of a split."""
     named = getattr(config.task, split)
     return bool(named) and Path(named).is_file()
+
+
+def labelled_splits(config: RunConfig) -> list[str]:
+    """The splits of which the user has labelled rows. Those under the default names may be missing, beside run.yaml.
+
+    Raises DataError for a file that is named and not there: without its rows a teacher's answers would be measured.
+    """
+    for split in SPLITS:
+        path = Path(getattr(config.task, split))
+        is_default = path.name == TaskConfig.model_fields[split].default and path.parent.is_dir()
+        if path.name and not is_default and not path.is_file():
+            raise DataError(f"{path}: no such file; put the {split} rows there, name another file with task.{split}, "
+                f"or set task.{split}='' where there are none")
+    return [split for split in SPLITS if has_labelled(config, split)]
 
 
 def answered_facts(config: RunConfig) -> dict[str, Any]:

@@ -8,7 +8,8 @@ import pytest
 from pi_ray.answer import rows as step
 from pi_ray.answer.base import TeacherAnswer
 from pi_ray.answer.endpoint import require_endpoint
-from pi_ray.answer.rows import is_answered, make_answered_rows, planned_splits
+from pi_ray.answer.rows import is_answered, make_answered_rows, planned_splits, read_queries_to_answer
+from pi_ray.ask.sources import task_sources
 from pi_ray.config import RunConfig
 from pi_ray.config.run_file import parse_run_file
 from pi_ray.errors import ConfigError, DataError, TrainingError
@@ -109,6 +110,40 @@ def test_bad_input_is_named(config, monkeypatch, tmp_path):
     (tmp_path / "empty.md").write_text("<!-- todo -->\n")
     with pytest.raises(DataError, match="the template is empty"):
         answers(config.replace(**{"task.template": str(tmp_path / "empty.md")}), monkeypatch)
+
+
+@pytest.mark.parametrize("split", ["train", "dev", "test"])
+def test_a_named_file_of_labelled_rows_that_is_missing_is_an_error_and_a_default_one_is_not(config, tmp_path, split):
+    task = tasks["jsonl"](config.task)
+    missing = config.replace(**{f"task.{split}": str(tmp_path / "tset.jsonl"), "train.distill.teacher": "endpoint"})
+    with pytest.raises(DataError, match=rf"tset\.jsonl: no such file; put the {split} rows there"):
+        read_queries_to_answer(missing, task)
+    generating = missing.replace(**{"task.queries": "", "task.generate": True})
+    with pytest.raises(DataError, match=rf"name another file with task\.{split}"):
+        task_sources(generating)
+    folder = missing.replace(**{f"task.{split}": str(tmp_path / "no folder" / f"{split}.jsonl")})
+    with pytest.raises(DataError, match="no such file"):
+        read_queries_to_answer(folder, task)
+    default = missing.replace(**{f"task.{split}": str(tmp_path / f"{split}.jsonl")})
+    assert len(read_queries_to_answer(default, task)[1]) == len(QUERIES)
+
+
+def test_ids_and_overlaps_are_checked_before_anything_is_asked(config, monkeypatch, tmp_path):
+    def write(name, *rows):
+        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return str(tmp_path / name)
+
+    def ask(**changes):
+        changed = config.replace(**{"train.distill.teacher": "endpoint", **changes})
+        make_answered_rows(changed, lambda _: pytest.fail("asked for money"), lambda _: None, lambda *_: None)
+
+    twice = write("twice.jsonl", *({"query": f"{query} now", "id": "train-1"} for query in QUERIES[:1]))
+    own = write("own.jsonl", {"query": "pink", "answer": "p1"})
+    with pytest.raises(DataError, match=r"1 ids stand more than once over train, dev, test and queries.*'train-1'"):
+        ask(**{"task.train": own, "task.queries": twice})
+    same = write("same.jsonl", {"query": "Pink", "answer": "p1", "id": "other"})
+    with pytest.raises(DataError, match="1 train queries also stand in dev or test"):
+        ask(**{"task.train": own, "task.test": same})
 
 
 @pytest.fixture
