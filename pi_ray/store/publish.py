@@ -54,7 +54,8 @@ def publish_adapter(run: RunDir, config: RunConfig, name: str = "") -> Path:
     with backend.lock(name):
         versions = reversed(backend.versions(name))
         same = next((v for v in versions if backend.fingerprint_of(name, v) == fingerprint), None)
-        knowledge = _knowledge(run, manifest.get(MANIFEST_HASH, "")) if config.serve.knows else ""
+        quotes = config.serve.knows and config.serve.drift_guard  # knows.json quotes the template
+        knowledge = _knowledge(run, manifest.get(MANIFEST_HASH, "")) if quotes else ""
         version = same or _add(backend, name, source, fingerprint, run, prompt, knowledge)
         backend.write(name, LATEST_FILE, json.dumps({"version": version}) + "\n")
     folder = backend.version_folder(name, version)

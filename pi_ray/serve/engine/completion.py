@@ -47,6 +47,7 @@ class CompletionRequest:
     choices: int = 1  # answers that share the server's token limit
     sticky_key: str = ""  # requests with the same key meet the same version while a canary is out
     cache_salt: str = ""  # requests of different salts share no cached prefix
+    base_allowed: bool = True  # whether the base model may answer in the adapter's place, where the prompt has changed
     full_prompt: bool = False  # for comparison: the base model answers, with the adapter's whole template
 
     @property
@@ -109,8 +110,8 @@ class Completer:
         return self._adapter_ids(query, adapter, adapter.card["template"])
 
     async def complete(self, request: CompletionRequest) -> Events:
-        """First {"model", "fingerprint", "adapter", "prompt", "prompt_tokens", "saved"}, then {"text"} pieces, last
-        {"finish", "completion_tokens"}. Raises RefusedError.
+        """First {"model", "fingerprint", "adapter", "prompt", "prompt_tokens", "saved"}, then {"text"} pieces, each with
+        the "tokens" since the one before, last {"finish", "completion_tokens"}. Raises RefusedError.
 
         "fingerprint" is the model that answers, "adapter" the one that was asked for or "", "prompt" a GuardResult's
         kind, "full" or "base". Pieces have "logprobs", entries of LogprobsBuffer, when asked for.
@@ -163,6 +164,10 @@ class Completer:
             adapter = None if name is None else self._open(name, request.sticky_key, is_open)
             self._check_chars(request, adapter)
             guarded = GuardResult("full", request.query) if request.full_prompt else self._guard(request, adapter)
+            if guarded.kind == "drifted" and not request.base_allowed:
+                cure = "send the query alone, or the prompt that the adapter was trained with"
+                message = f"this key may not use the base model, which answers a changed prompt; {cure}"
+                raise RefusedError(403, message, code="model_not_allowed", param="messages")
             text = request.full_text if guarded.kind == "conversation" else guarded.text
             if len(text) > COUNT_CHUNK_CHARS and (tokens := count(2 * self.context, text)) > 2 * self.context:
                 raise self._too_long(f"more than {tokens - 1}", 1)
@@ -286,4 +291,5 @@ class Completer:
 
 
 def _text_event(text: str, detokenizer: IncrementalDetokenizer, logprobs: LogprobsBuffer | None) -> dict[str, Any]:
-    return {"text": text, "logprobs": logprobs.take(detokenizer)} if logprobs else {"text": text}
+    event = {"text": text, "tokens": detokenizer.take_count()}
+    return {**event, "logprobs": logprobs.take(detokenizer)} if logprobs else event

@@ -22,6 +22,7 @@ class IncrementalDetokenizer:
         self.text = ""  # decoded so far, white space at the start included, up to a stop string
         self.released = 0  # how many of its characters have been handed out
         self.leading = 0  # how many of these are white space at the start, which is left out
+        self._taken = 0  # tokens that `take_count` has told
         self._tokenizer = tokenizer
         self._stop = stop
         self._max_partial_stop = max((len(s) for s in stop), default=1) - 1
@@ -47,6 +48,11 @@ class IncrementalDetokenizer:
     def finish(self) -> str:
         """The text that was held back, once no more tokens come."""
         return self._release(self._decode_new(), 0)
+
+    def take_count(self) -> int:
+        """Tokens that came since the last call."""
+        new, self._taken = self.count - self._taken, self.count
+        return new
 
     def _decode_new(self) -> str:
         """The text of the ids that are not yet in `text`."""

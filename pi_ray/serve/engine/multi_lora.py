@@ -64,11 +64,9 @@ class MultiLoraLayer:
         if self.a.shape[:2] == (slots, rank):
             return
         s, r = min(slots, self.a.shape[0]), min(rank, self.a.shape[1])
-        for name in ("a", "b"):
-            old = getattr(self, name)
-            new = old.new_zeros(slots, rank, old.shape[2])
-            new[:s, :r] = old[:s, :r]
-            setattr(self, name, new)
+        a, b = (old.new_zeros(slots, rank, old.shape[2]) for old in (self.a, self.b))
+        a[:s, :r], b[:s, :r] = self.a[:s, :r], self.b[:s, :r]
+        self.a, self.b = a, b  # both or, without memory for one of them, neither
 
 
 class MultiLora:
@@ -213,18 +211,22 @@ class MultiLora:
         rank, idle = max(len(a) for a, _ in pairs.values()), [k for k in self._loaded if k not in in_use]
         while len(self._loaded) >= self.max_loras or not self._fits(self._loaded.values(), rank, pairs.keys()):
             self._evict(idle.pop(0))
+            self.evictions += 1
         slot = self._free_slot(self._loaded.values())
         self._loaded[key] = LoadedAdapter(slot, rank, pairs.keys())
-        slots, ranks = self._layout(self._loaded.values())
-        for name, layer in self._layers.items():
-            layer.resize(slots, ranks[name])
-        for name in pairs.keys() - self._layers.keys():
-            self._layers[name] = MultiLoraLayer(self._linears[name], slots, ranks[name], self._like, self)
-        for name, layer in self._layers.items():
-            layer.set_slot(slot, pairs.get(name))
+        try:
+            slots, ranks = self._layout(self._loaded.values())
+            for name, layer in self._layers.items():
+                layer.resize(slots, ranks[name])
+            for name in pairs.keys() - self._layers.keys():
+                self._layers[name] = MultiLoraLayer(self._linears[name], slots, ranks[name], self._like, self)
+            for name, layer in self._layers.items():
+                layer.set_slot(slot, pairs.get(name))
+        except BaseException:  # such as no memory: the next request must not meet a part of the adapter
+            self._evict(key)
+            raise
 
     def _evict(self, key: str) -> None:
-        self.evictions += 1
         self._loaded.pop(key)
         for name in self._layers.keys() - {name for adapter in self._loaded.values() for name in adapter.layers}:
             self._layers.pop(name).remove()

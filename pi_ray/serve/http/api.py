@@ -71,11 +71,13 @@ def create_api(backend: CompletionBackend, serve: ServeConfig, digest: str = "")
 
     @api.get("/v1/models")
     async def models(request: Request) -> dict[str, Any]:
+        rates.admit(request.state.key)
         names = [name for name in await backend.models() if request.state.key.allows(name)]
         return {"object": "list", "data": [_model(name, backend.base) for name in names]}
 
     @api.get("/v1/models/{name:path}")
     async def model(request: Request, name: str) -> dict[str, Any]:
+        rates.admit(request.state.key)
         listed = name.removeprefix(f"{backend.base}:")
         if listed not in await backend.models() or not request.state.key.allows(listed):
             raise RefusedError(404, f"no model {name[:80]!r}", code="model_not_found", param="model")
@@ -196,9 +198,9 @@ async def _respond(
     request_id, model = form.id_prefix + uuid.uuid4().hex, body.model
     requests = body.completion_requests(request_id, serve.max_in_flight)
     _check_permission(key, backend.base, requests[0])
-    if not serve.share_prefix_cache:
-        requests = [replace(request, cache_salt=key.digest[:32]) for request in requests]
-    rates.admit(key)
+    salt = "" if serve.share_prefix_cache else key.digest[:32]
+    requests = [replace(each, cache_salt=salt, base_allowed=key.allows(backend.base)) for each in requests]
+    rates.admit(key, len(requests))
     usage = UsageCounter(body.choices)
     charge = partial(rates.charge, key)
     events = _guard_events(merge_streams(backend, requests), usage, serve.request_timeout_s, charge)

@@ -22,6 +22,7 @@ class ConnectionLimits:
     cycle: Any
     loop: Any
     transport: Any
+    send_400_response: Any
     per_client = PER_CLIENT
     _client = ""
     _phase = ""
@@ -46,6 +47,10 @@ class ConnectionLimits:
         _open[self._client] -= 1
         if not _open[self._client]:
             del _open[self._client]
+
+    def handle_websocket_upgrade(self, *_: Any) -> None:
+        """Refuse: uvicorn would give the connection to another protocol class, which nothing bounds."""
+        self.send_400_response("no WebSockets here")
 
     def _watch(self) -> None:
         """Start the time limit of what is awaited now: headers, then a body; the answer has limits of its own."""

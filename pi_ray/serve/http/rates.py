@@ -19,13 +19,13 @@ MINUTE_S, DAY_S = 60.0, 86_400
 
 @dataclass
 class Bucket:
-    """What is left of a limit; below zero after a request took more tokens than there were."""
+    """What is left of a limit; below zero after a request took more than there was."""
 
     left: float
     at: float  # when that was so
 
     def refill(self, limit: float, now: float) -> float:
-        self.left, self.at = min(self.left + limit * (now - self.at) / MINUTE_S, limit), now
+        self.left, self.at = min(self.left + limit * (now - self.at) / MINUTE_S, _size(limit)), now
         return self.left
 
 
@@ -40,21 +40,22 @@ class KeyRates:
         self._usage = TokenUsage(Path(usage_dir)) if usage_dir else None
         self._buckets: dict[tuple[str, str], Bucket] = {}  # (digest of the key, limit's name)
 
-    def admit(self, key: ApiKey) -> None:
-        """Count a request. Raises RefusedError 429, which says when to come back, while a limit is used up.
+    def admit(self, key: ApiKey, requests: int = 1) -> None:
+        """Count what one body asks for: `requests` answers. Raises RefusedError 429, which says when to come back,
+        while a limit is used up. More answers than a minute's worth wait for a full bucket, and are paid back.
 
         The tokens of a request are known only afterwards (`charge`), so it is admitted while any are left.
         """
         self._check_month(key)
         for name, limit in self._limits(key).items():
-            needed = 1.0 if name == "rpm_limit" else 0.0
+            needed = min(requests, _size(limit)) if name == "rpm_limit" else 0.0
             left = self._bucket(key, name, limit).refill(limit, self._clock())
             if left < needed or left <= 0:
                 what = "requests" if name == "rpm_limit" else "tokens"
                 message = f"this key may use {limit * self._shares:g} {what} a minute ({name}); come back later"
                 seconds = math.ceil((max(needed, 1.0) - left) * MINUTE_S / limit)
                 raise RefusedError(429, message, "rate_limit_error", "rate_limit_exceeded").come_back(seconds)
-        self._take(key, "rpm_limit", 1)
+        self._take(key, "rpm_limit", requests)
 
     def charge(self, key: ApiKey, tokens: int) -> None:
         """Count the tokens of a request, those of its prompt and its answers."""
@@ -83,4 +84,9 @@ class KeyRates:
         return {name: limit / self._shares for name, limit in limits.items() if limit}
 
     def _bucket(self, key: ApiKey, name: str, limit: float) -> Bucket:
-        return self._buckets.setdefault((key.digest, name), Bucket(limit, self._clock()))
+        return self._buckets.setdefault((key.digest, name), Bucket(_size(limit), self._clock()))
+
+
+def _size(limit: float) -> float:
+    """What a bucket holds: a minute's worth, and one request where a replica's share of the limit is less."""
+    return max(limit, 1.0)

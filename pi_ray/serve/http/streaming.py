@@ -64,20 +64,20 @@ class UsageCounter:
     def __init__(self, choices: int):
         self._choices = choices  # answers to each prompt, whose indices are neighbours
         self._prompt = self._completion = self._saved = 0
-        self._unfinished: Counter[int] = Counter()  # pieces of text of each answer under way
+        self._unfinished: Counter[int] = Counter()  # tokens of each answer under way
 
     def add(self, event: dict[str, Any]) -> None:
         if "prompt_tokens" in event and event["index"] % self._choices == 0:
             self._prompt += event["prompt_tokens"]
             self._saved += event["saved"]
         self._completion += event.get("completion_tokens", 0)
-        self._unfinished[event["index"]] += 1 if "text" in event else 0
+        self._unfinished[event["index"]] += event.get("tokens", 0)
         if "finish" in event:
             del self._unfinished[event["index"]]
 
     @property
     def spent(self) -> int:
-        """Tokens read and generated so far; an answer that was broken off counts one for each piece of its text."""
+        """Tokens read and generated so far, those of an answer that was broken off up to its last piece."""
         return self._prompt + self._completion + self._unfinished.total()
 
     def usage(self) -> dict[str, int]:

@@ -207,8 +207,9 @@ def test_what_another_adapter_knew_is_not_published(run, config, asked, tiny_mod
         find_knowledge("colours@v0001", [f"store={config.store}"])
 
 
-def test_a_key_keeps_what_the_adapter_knows_out_of_the_store(run, config, asked):
-    assert not (publish_adapter(run, config.replace(**{"serve.knows": False})) / KNOWLEDGE_FILE).exists()
+@pytest.mark.parametrize("key", ["serve.knows", "serve.drift_guard"])
+def test_a_key_keeps_what_the_adapter_knows_out_of_the_store(run, config, asked, key):
+    assert not (publish_adapter(run, config.replace(**{key: False})) / KNOWLEDGE_FILE).exists()
 
 
 def test_a_version_whose_knowledge_was_forged_is_refused(run, config, asked):

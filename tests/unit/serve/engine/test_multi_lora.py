@@ -92,6 +92,31 @@ def test_each_row_has_the_logits_of_its_own_adapter(base, folders, expected, mon
     assert len({expected[r][0].argmax().item() for r in range(4)}) > 1
 
 
+@pytest.mark.fault
+@pytest.mark.parametrize("step", ["__init__", "resize", "set_slot"])
+def test_an_adapter_whose_loading_failed_halfway_is_loaded_anew(base, folders, expected, monkeypatch, step):
+    multi_lora = MultiLora(base, 3)
+    multi_lora.load(folders[1])
+    whole, calls = getattr(module.MultiLoraLayer, step), []
+
+    def fail_later(*arguments):
+        calls.append(arguments)
+        if len(calls) == 3:
+            raise MemoryError
+        whole(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module.MultiLoraLayer, step, fail_later)
+        with pytest.raises(MemoryError):
+            multi_lora.load(folders[0])
+            multi_lora.load(folders[2])
+    assert multi_lora.evictions == 0
+    slots = [multi_lora.load(folder, folders) for folder in folders]
+    found = logits(base, multi_lora, slots)
+    for i in range(3):
+        torch.testing.assert_close(found[i], expected[i][i], atol=1e-5, rtol=1e-4)
+
+
 def test_rows_without_an_adapter_are_the_bare_base_to_the_bit(base, folders, expected):
     multi_lora = MultiLora(base, 2)
     slot = multi_lora.load(folders[0])

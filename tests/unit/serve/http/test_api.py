@@ -640,6 +640,18 @@ def test_full_prompt_needs_a_key_that_may_ask_for_it_and_may_use_the_base(backen
     assert call(backend, body=body).status_code == 200, "a server without keys"
 
 
+@pytest.mark.fault
+def test_a_changed_prompt_is_403_for_a_key_that_may_not_use_the_base_which_would_answer(backend, tmp_path, tiny_model):
+    body = drifting(TEMPLATE.replace("k7,", "k77,"))
+    for adapters, status in ((["guarded"], 403), (["guarded", tiny_model.name], 200), ([], 200)):
+        (tmp_path / "keys.yaml").write_text(keys_file_line(KEY, "team", adapters))
+        options = {"keys_file": str(tmp_path / "keys.yaml"), "headers": {"Authorization": f"Bearer {KEY}"}}
+        response = call(backend, body=body, **options)
+        assert response.status_code == status
+        assert call(backend, body=drifting(TEMPLATE), **options).status_code == 200
+    assert call(backend, body=body).status_code == 200, "a server without keys"
+
+
 def test_each_key_has_a_cache_salt_of_its_own_unless_prefixes_are_shared(backend, tmp_path):
     file = tmp_path / "keys.yaml"
     file.write_text("\n".join(keys_file_line(key, "same name", []) for key in ("one", "two")))
@@ -672,6 +684,8 @@ def test_key_with_limits_is_429_with_the_time_to_come_back_and_others_go_on(back
                 assert error_of(response)["code"] == "rate_limit_exceeded" and name in response.text
                 assert int(response.headers["retry-after"]) > 1
             assert (await post("one", model="unknown", n=0)).status_code == 400
+            for path in ("/v1/models", "/v1/models/colours"):
+                assert (await http.get(path, headers={"Authorization": "Bearer one"})).status_code == 429
 
     asyncio.run(use())
 
@@ -1114,6 +1128,16 @@ def test_base_model_conversation_uses_its_own_chat_template(backend, tokenizer, 
     response = call(backend, body=body)
     assert response.status_code == 400 and "no chat template" in error_of(response)["message"]
     assert call(backend, body=chat(model=tiny_model.name)).status_code == 200
+
+
+def test_pieces_of_text_say_how_many_tokens_came(backend):
+    async def run():
+        request = CompletionRequest("colours", "q", max_tokens=60)
+        return [event async for event in backend.completer.complete(request)]
+
+    *pieces, last = asyncio.run(run())[1:]
+    tokens = [piece["tokens"] for piece in pieces]
+    assert sum(tokens) <= last["completion_tokens"] <= sum(tokens) + 1 and max(tokens) > 1
 
 
 def test_first_event_names_the_requested_and_the_answering_model(backend, tiny_model):

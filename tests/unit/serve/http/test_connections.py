@@ -15,7 +15,8 @@ HEAD = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length
 
 
 class Transport(asyncio.Transport):
-    aborted = False
+    aborted = closed = False
+    written = b""
 
     def __init__(self, address):
         super().__init__({"peername": (address, 1), "sockname": ("127.0.0.1", 8000)})
@@ -24,10 +25,13 @@ class Transport(asyncio.Transport):
         self.aborted = True
 
     def write(self, data):
-        pass
+        self.written += data
 
     def close(self):
-        pass
+        self.closed = True
+
+    def set_protocol(self, protocol):
+        raise AssertionError("another protocol class has no limits")
 
     def is_closing(self):
         return False
@@ -106,3 +110,14 @@ def test_connections_of_one_client_are_bounded_and_others_are_let_in(connect):
     for protocol, *_ in made[2:]:
         protocol.connection_lost(None)
     assert not connect()[1].aborted and connect()[1].aborted
+
+
+@pytest.mark.fault
+def test_a_request_for_a_websocket_is_400_and_its_connection_counts_no_longer(connect):
+    upgrade = b"GET / HTTP/1.1\r\nHost: localhost\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n"
+    for _ in range(4):  # one more than a client may have at once
+        protocol, transport, loop = connect()
+        protocol.data_received(upgrade)
+        assert transport.written.startswith(b"HTTP/1.1 400 ") and transport.closed
+        protocol.connection_lost(None)
+        assert loop.pending() == [] and not connections._open

@@ -59,6 +59,25 @@ def test_tokens_of_a_month_are_a_budget_that_a_restart_keeps(clock, tmp_path):
     assert error.value.status == 503
 
 
+def test_a_body_counts_as_the_answers_that_it_asks_for_and_one_beyond_the_limit_waits_for_a_full_bucket(clock):
+    rates, key = KeyRates(clock=clock), ApiKey(name="a", digest="a", rpm_limit=6)
+    rates.admit(key, 4)
+    assert [refused_for(rates, key) for _ in range(3)] == [0, 0, 10]
+    clock.now += 59
+    with pytest.raises(RefusedError):
+        rates.admit(key, 9)
+    clock.now += 1
+    rates.admit(key, 9)
+    assert refused_for(rates, key) == 40
+
+
+def test_a_share_of_less_than_one_request_a_minute_lets_one_through_in_more_time(clock):
+    rates, key = KeyRates(shares=4, clock=clock), ApiKey(name="a", digest="a", rpm_limit=2)
+    assert [refused_for(rates, key) for _ in range(2)] == [0, 120]
+    clock.now += 120
+    assert [refused_for(rates, key) for _ in range(2)] == [0, 120]
+
+
 def test_keys_are_counted_apart_and_one_without_limits_is_never_refused(clock):
     rates = KeyRates(clock=clock)
     one, two, free = (ApiKey(name="same", digest=d, rpm_limit=limit) for d, limit in (("1", 1), ("2", 1), ("3", None)))

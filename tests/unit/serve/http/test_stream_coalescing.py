@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from pi_ray.serve.http.streaming import EVENTS_PER_S, MAX_DELAY_S, StreamCoalescer
+from pi_ray.serve.http.streaming import EVENTS_PER_S, MAX_DELAY_S, StreamCoalescer, UsageCounter
 
 
 class Clock:
@@ -94,6 +94,17 @@ def test_logprobs_are_joined_with_their_text():
     assert [event for _, event in played(coalescer, 0.01, "abc", logprobs=1)][1:] == [
         {"text": "a", "logprobs": [1]}, {"text": "bc", "logprobs": [1, 1], "finish": "stop"},
     ]
+
+
+def test_tokens_of_joined_pieces_are_counted_though_the_answer_is_broken_off():
+    coalescer, usage = StreamCoalescer(Clock()), UsageCounter(1)
+    coalescer.streams = 99
+    found = played(coalescer, 0.01, "abcdefgh", tokens=3)
+    assert len(found) < 8
+    for _, event in found:
+        event = {key: sum(value) if key == "tokens" else value for key, value in event.items() if key != "finish"}
+        usage.add({**event, "index": 0})
+    assert usage.spent == 24
 
 
 def test_an_error_is_raised_and_its_stream_no_longer_counted():
