@@ -11,13 +11,16 @@ from pathlib import Path
 from typing import Any
 
 from pi_ray.config import RunConfig
-from pi_ray.protocols import UNLABELLED
+from pi_ray.protocols import SPLITS, UNLABELLED, Row
+from pi_ray.run.answered import has_labelled
 from pi_ray.run.artifact import digest, read_manifest, staged
 from pi_ray.run.directory import RunDir
 from pi_ray.run.fingerprint import wants_unlabelled
 from pi_ray.schedule import plan_phases
+from pi_ray.store.prompt_guard import PROMPT_FILE
 from pi_ray.store.verify import CARD_FILE, WEIGHTS_FILE, read_json
 from pi_ray.tasks.changed_prompt import QUERIES_FILE, TEMPLATE_FILE, ChangedPromptTask, open_task
+from pi_ray.tasks.prompt_change import LabelCorrection, compare_prompts
 
 PUBLISHED = "published"  # in the refresh's run directory: the old template, and queries that were generated from it
 TEACHER = "teacher"
@@ -36,11 +39,13 @@ def follow_prompt(config: RunConfig, first: Path, tell: Callable[[str], None]) -
     tell("The prompt has changed since the adapter was published.")
     if reason := _why_not(config, card):
         tell(f"All phases are trained: {reason}.")
+        tell_stale_labels(config, tell)
         return config
     phases, root = plan_phases(config.schedule), config.root
     if not all(read_manifest(root / name) for name in (TEACHER, PUBLISHED)):  # else an earlier try has kept them
         if not (source := _published_run(config, first, card["full_template_sha256"])):
             tell(f"All phases are trained: the published adapter's run directory is neither {first} nor beside it.")
+            tell_stale_labels(config, tell)
             return config
         _keep(source, config)
     config = config.replace(ask={}, **{"task.published": str(root / PUBLISHED), "task.generate": False})
@@ -57,6 +62,28 @@ def follow_prompt(config: RunConfig, first: Path, tell: Callable[[str], None]) -
         schedule={"name": "list", "list": [reads, answers]},
         **{"train.distill.teacher_adapter": str(root / TEACHER), "evaluate.baseline": False},
     )
+
+
+def tell_stale_labels(config: RunConfig, tell: Callable[[str], None]) -> None:
+    """Say of a refresh that trains all phases how many labels follow the old prompt: it learns them as they are.
+
+    The start adapter is copied. Nothing is said where its template is the present one, or every label follows that.
+    """
+    start, task = Path(config.train.init_adapter), open_task(config.task)
+    published, new = read_json(start / CARD_FILE).get("full_template_sha256"), task.template().text
+    if digest(new) == published:
+        return
+    old = read_json(start / PROMPT_FILE)["template"] if (start / PROMPT_FILE).is_file() else ""
+    if digest(old) != published:
+        tell("The prompt has changed, and labels are learned as they are: correct those that follow the old one.")
+        return
+    correction = LabelCorrection(old, compare_prompts(old, new))
+    splits = [split for split in SPLITS if not config.answers_first or has_labelled(config, split)]
+    rows = (row for split in splits for row in task.rows(split) if isinstance(row, Row))
+    if stale := [row.id for row in rows if correction.correct(row) is not row]:
+        some = f"such as those of {', '.join(stale[:3])}"
+        tell(f"{len(stale)} labels may follow the old prompt, {some}. They are learned as they are: "
+            "correct them in your files.")
 
 
 def _why_not(config: RunConfig, card: dict[str, Any]) -> str:

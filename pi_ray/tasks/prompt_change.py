@@ -73,12 +73,13 @@ class LabelCorrection:
     It is exchanged when it belongs to one unit, whose new form has one other word in its place. It belongs to the unit
     whose name the query has; without one, to the only unit that had the word, if it has no digit: a number may have
     been computed. A stale word of a unit that is not named, and that other units have too, stays. So does one that a
-    new or changed unit has now, where the query names that unit alone: the label has been corrected already.
+    new or changed unit has got, where the query names that unit alone: the label has been corrected already.
     """
 
     def __init__(self, old: str, change: PromptChange):
         self.units = Counter(term for unit in find_units(old) for term in set(TERM.findall(unit.text)))
-        self.fresh = [(unit, set(TERM.findall(unit.text))) for unit in change.fresh]
+        before = {now: was.text for was, now in change.changed}
+        self.won = [(unit, _without(unit.text, before.get(unit, ""))) for unit in change.fresh]  # words it had not
         self.stale: dict[str, list[tuple[Unit, str]]] = {}  # word -> units that had it, with the word in its place
         for was, now in [*change.changed, *((unit, None) for unit in change.removed)]:
             lost = _without(was.text, now.text if now else "")
@@ -92,7 +93,7 @@ class LabelCorrection:
         for term in set(TERM.findall(row.answer)) & self.stale.keys() - asked:
             owners = self.stale[term]
             named = [owner for owner in owners if _is_named(owner[0], term, words)]
-            follows = any(term in terms and _is_named(unit, term, words) for unit, terms in self.fresh)
+            follows = any(term in terms and _is_named(unit, term, words) for unit, terms in self.won)
             if not named and (follows or self.units[term] > len(owners)):
                 continue
             if not named and not any(map(str.isdigit, term)):

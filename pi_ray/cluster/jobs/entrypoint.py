@@ -19,6 +19,7 @@ from pi_ray.errors import PiRayError, StorageError
 from pi_ray.run.artifact import is_current, staged, write_atomic
 from pi_ray.run.object_storage import ObjectStorage, is_url, open_file_system
 from pi_ray.store import refresh
+from pi_ray.store.follow_prompt import tell_stale_labels
 
 
 def run_job(command_line: Callable[[list[str]], int], verb: str, arguments: Sequence[str]) -> int:
@@ -35,6 +36,7 @@ def run_job(command_line: Callable[[list[str]], int], verb: str, arguments: Sequ
         with StorageSync(config.root, ObjectStorage(there)).attach_driver() if there else nullcontext():
             if refreshes:
                 refresh.copy_start_adapter(config)
+                tell_stale_labels(config, print)
             code = command_line(command)
             if refreshes and not code:
                 refresh.write_mark(config, published=True)

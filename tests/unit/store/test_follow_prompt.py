@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from pi_ray.config import AskConfig, RunConfig
+from pi_ray.cluster.jobs import entrypoint
+from pi_ray.config import AskConfig, RunConfig, dump_config
 from pi_ray.protocols import UNLABELLED, Row
 from pi_ray.run.artifact import digest, staged, verify_artifact, write_atomic
 from pi_ray.run.directory import RunDir
@@ -14,6 +15,7 @@ from pi_ray.run.row_store import write_rows
 from pi_ray.schedule import plan_phases
 from pi_ray.store import refresh
 from pi_ray.store.follow_prompt import follow_prompt
+from pi_ray.store.prompt_guard import prompt_record
 from pi_ray.tasks.changed_prompt import open_task
 from tests.lora import card, rewrite, write_adapter
 
@@ -99,10 +101,41 @@ def test_new_units_without_a_query_are_named(config):
 def test_without_the_published_run_or_a_teacher_all_phases_are_trained(config):
     edit(config, billing="q8")
     planned, begun, said = follow(config.replace(**{"train.objective": "sft"}))
-    assert planned == begun and "no adapter of this run teaches" in said[-1]
+    assert planned == begun and "no adapter of this run teaches" in said[1]
     RunDir(config.root).best.unlink()
     planned, begun, said = follow(config)
-    assert planned == begun and "nor beside it" in said[-1]
+    assert planned == begun and "nor beside it" in said[1]
+
+
+def publish_prompt(config):
+    """Publish the old prompt beside the adapter."""
+    rewrite(Path(config.store) / "shop" / "v0001", "prompt.json", prompt_record(text(), [], []))
+
+
+def test_a_refresh_that_trains_all_phases_says_which_labels_may_follow_the_old_prompt(config):
+    edit(config, billing="q8")
+    sft = config.replace(**{"train.objective": "sft"})
+    assert "correct those that follow the old one" in follow(sft)[2][-1]
+    publish_prompt(config)
+    shutil.rmtree(follow(sft)[1].root)
+    stale = "3 labels may follow the old prompt, such as those of train-1, dev-1, test-1. They are learned as they"
+    assert follow(sft)[2][-1].startswith(stale)
+    RunDir(config.root).best.unlink()
+    assert follow(config)[2][-1].startswith(stale)
+    for split in ("train", "dev", "test"):
+        file = Path(getattr(config.task, split))
+        file.write_text(file.read_text().replace("q7", "q8"))
+    assert "All phases are trained" in follow(config)[2][-1], "nothing more where every label follows the new prompt"
+
+
+def test_a_refresh_as_a_job_of_a_cluster_says_it_too(config, monkeypatch, capsys):
+    publish_prompt(config)
+    edit(config, billing="q8")
+    write_atomic(config.root / "run.yaml", dump_config(config))
+    ran: list[str] = []
+    monkeypatch.setattr(entrypoint.sys, "argv", ["pi-ray"])
+    assert entrypoint.run_job(lambda command: ran.extend(command) or 1, "refresh", [str(config.root)]) == 1
+    assert "3 labels may follow the old prompt" in capsys.readouterr().out and ran[0] == "run"
 
 
 def queries_of(planned):

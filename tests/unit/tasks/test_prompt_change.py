@@ -84,6 +84,9 @@ def test_a_label_that_follows_the_new_prompt_already_stays():
 def test_a_word_that_is_the_old_one_of_a_unit_and_the_new_one_of_another_is_not_guessed_where_both_are_named():
     assert corrected("billing, please", "Q7 calm", CHAIN) == "Q9 calm"
     assert corrected("both billing and logins", "Q7 and Q2", CHAIN) is None
+    both_have_it = OLD.replace("parking: Q1", "parking: Q1 or Q7")
+    kept = both_have_it.replace("Q1 or Q7", "Q3 or Q7").replace("billing: Q7", "billing: Q9")
+    assert corrected("billing for parking", "Q7 calm", kept, both_have_it) == "Q9 calm", "parking had it and has it"
 
 
 def test_a_word_without_a_digit_needs_no_name_in_the_query():
