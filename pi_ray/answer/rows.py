@@ -21,6 +21,7 @@ from pi_ray.retrieve.neighbours import normalised
 from pi_ray.run.answered import has_labelled, labelled_splits
 from pi_ray.run.artifact import digest, is_current, read_manifest, staged
 from pi_ray.run.directory import RunDir
+from pi_ray.run.lock import run_lock
 from pi_ray.run.queries import generated_rows
 
 SHORTEST_LIMIT = 16  # tokens that an answer must have room for
@@ -35,8 +36,16 @@ def make_answered_rows(
     """Write the artifact answered/ unless it is there, and return its facts.
 
     `confirm` is asked before money is spent; `watch` gets (answered, all queries). The caller has joined the cluster.
-    Raises DataError for an empty template, one that the model cannot read, and too few usable queries or answers.
+    Raises DataError for an empty template, one that the model cannot read, and too few usable queries or answers,
+    StorageError while another process has the run directory's lock.
     """
+    with run_lock(config.root, "is answering the queries of this run"):  # two would pay for the same answers
+        return _make_answered_rows(config, confirm, tell, watch)
+
+
+def _make_answered_rows(
+    config: RunConfig, confirm: Callable[[str], bool], tell: Tell, watch: Callable[[int, int], None]
+) -> dict[str, Any]:
     run, task = RunDir(config.root), tasks[config.task.name](config.task)
     template = task.template().text
     labelled, queries = read_queries_to_answer(config, task)

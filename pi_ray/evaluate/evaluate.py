@@ -19,6 +19,7 @@ from pi_ray.registry import tasks
 from pi_ray.run.answered import answered_facts
 from pi_ray.run.artifact import is_current, staged
 from pi_ray.run.directory import RunDir
+from pi_ray.run.lock import run_lock
 from pi_ray.run.phases import plain_finetuning_config
 from pi_ray.tasks.dataset import score_rows
 from pi_ray.train.floor import decide_floor
@@ -31,14 +32,24 @@ def evaluate_run(
     """Write eval/summary.json, samples.jsonl, outputs.jsonl and, of a trained adapter, knows.json; return the summary.
 
     Skipped when columns, adapters and the evaluate block are those of the last time. Raises CorruptArtifactError for a
-    damaged adapter, TrainingError where nothing was prepared or tuned.
+    damaged adapter, TrainingError where nothing was prepared or tuned, StorageError while another process has the run
+    directory's lock.
     """
-    run, split, columns = RunDir(config.root), config.evaluate.split, columns or columns_of(config)
+    run, columns = RunDir(config.root), columns or columns_of(config)
     if answerer is None:
         answerer = HostedAnswerer(config) if hosted.is_hosted(config) else AdapterAnswerer(config)
     fingerprint = answerer.fingerprint(columns)
     if is_current(run.evaluation, fingerprint):
         return json.loads((run.evaluation / "summary.json").read_text())
+    with run_lock(config.root, "is evaluating this run"):  # two would pay for the same answers
+        return _evaluate(config, watch, columns, answerer, fingerprint)
+
+
+def _evaluate(
+    config: RunConfig, watch: RowWatch, columns: Sequence[Column], answerer: AdapterAnswerer | HostedAnswerer,
+    fingerprint: str,
+) -> dict[str, Any]:
+    run, split = RunDir(config.root), config.evaluate.split
     task: Task = tasks[config.task.name](config.task)
     rows, bank = run.read_rows(split), run.read_rows("train")
     lengths = answer_lengths(config, rows, bank)

@@ -17,6 +17,7 @@ from pi_ray.models import base_digest
 from pi_ray.run.artifact import is_current, read_manifest
 from pi_ray.run.directory import RunDir
 from pi_ray.run.fingerprint import learning_settings, train_fingerprint
+from pi_ray.run.lock import run_lock
 from pi_ray.schedule import plan_phases
 from pi_ray.train import trackers
 from pi_ray.train.floor import decide_floor
@@ -48,9 +49,15 @@ def train(config: RunConfig, watch: Callable[[dict[str, Any]], None] = lambda en
     """Train on the Ray cluster that the caller has joined, unless it is done; returns the train fingerprint.
 
     `watch` gets each log entry as it is written. Raises TrainingError when the worker group fails for good, and
-    pi-ray's own errors in a worker (data, settings, disk) at once, since another try would end the same.
+    pi-ray's own errors in a worker (data, settings, disk) at once, since another try would end the same, and
+    StorageError while another process has the run directory's lock.
     """
     fingerprint = fingerprint_of(config)
+    with run_lock(config.root, "is training this run"):
+        return _train(config, fingerprint, watch)
+
+
+def _train(config: RunConfig, fingerprint: str, watch: Callable[[dict[str, Any]], None]) -> str:
     if is_trained(config):
         return fingerprint
     if _has_all_adapters(config):

@@ -373,7 +373,7 @@ def test_a_job_that_the_service_has_forgotten_is_said_with_the_way_out(config, s
 
 
 def test_two_processes_do_not_tune_the_same_run(config, service):
-    with run_lock(config.root / "closed", "x"), pytest.raises(StorageError, match="another process is tuning"):
+    with run_lock(config.root / "closed", "is here"), pytest.raises(StorageError, match="another process is here"):
         tune(config)
     assert service.requests == []
 

@@ -1,20 +1,23 @@
-"""One process at a time prepares a run, and a lock never outlives its process."""
+"""One process at a time works in a run directory, and a lock never outlives its process."""
 
 import subprocess
 import sys
 
 import pytest
 
+from pi_ray.answer.rows import make_answered_rows
 from pi_ray.data import prepare
 from pi_ray.errors import StorageError
+from pi_ray.evaluate import evaluate
 from pi_ray.run import lock
 from pi_ray.run.lock import run_lock
+from pi_ray.train import launch
 from tests.prepared import tiny_config
 
 HOLD = """
 import pathlib, sys
 from pi_ray.run.lock import run_lock
-with run_lock(pathlib.Path(sys.argv[1]), "x"):
+with run_lock(pathlib.Path(sys.argv[1]), "is reading a book"):
     print("held", flush=True)
     input()
 """
@@ -30,9 +33,22 @@ def other(tmp_path):
         process.kill()
 
 
-def test_a_second_preparation_in_one_directory_is_refused(other, tmp_path):
-    with pytest.raises(StorageError, match="another process is preparing this run; wait for it") as refused:
-        prepare.prepare(tiny_config("no-such-model", tmp_path))
+def evaluate_run(config):
+    class Answerer:
+        def fingerprint(self, columns):
+            return "new"
+
+    evaluate.evaluate_run(config, columns=[None], answerer=Answerer())
+
+
+@pytest.mark.parametrize("step", [
+    prepare.prepare, launch.train, evaluate_run,
+    lambda config: make_answered_rows(config, lambda _: True, print, lambda *_: None),
+])  # fmt: skip
+def test_a_second_step_in_one_directory_is_refused_and_told_what_goes_on(step, other, tmp_path, monkeypatch):
+    monkeypatch.setattr(launch, "fingerprint_of", lambda config: "new")
+    with pytest.raises(StorageError, match="another process is reading a book; wait for it") as refused:
+        step(tiny_config("no-such-model", tmp_path))
     assert str(tmp_path) in str(refused.value)
 
 
