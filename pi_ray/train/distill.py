@@ -25,18 +25,17 @@ import torch
 
 from pi_ray.config import RunConfig
 from pi_ray.models import load_tokenizer
-from pi_ray.prompt import Example, PromptEncoder
+from pi_ray.prompt import PromptEncoder
 from pi_ray.protocols import UNLABELLED
 from pi_ray.run.artifact import staged
 from pi_ray.run.directory import RunDir
 from pi_ray.run.fingerprint import wants_unlabelled
 from pi_ray.run.phases import first_taught_phase
-from pi_ray.run.row_store import read_range, to_rows
+from pi_ray.run.row_store import read_range
 from pi_ray.train.anchor import AnchorRows
 from pi_ray.train.batches import (
     Pack,
     PhaseDataset,
-    TokenRow,
     answer_logits,
     dataset_manifest,
     prepared_row_tokens,
@@ -48,6 +47,7 @@ from pi_ray.train.drills import find_run_facts, template_views, whole_template
 from pi_ray.train.generation import compute_prefix_cache, generate_greedy
 from pi_ray.train.held_out import MOST_TEXTS, choose_held_out
 from pi_ray.train.shared_prefix import ordinary_attention
+from pi_ray.train.teacher_rows import TeacherRows, open_teacher_rows
 from pi_ray.units import UnitIndex, find_units
 
 GENERATED_ROWS = 16  # queries answered at once
@@ -62,20 +62,19 @@ def write_teacher_answers(model: Any, config: RunConfig, fingerprint: str, group
     The first worker writes all of it as one artifact by SCHEMA, in the order of rows, whose manifest counts answers.
     """
     run, distill, started = RunDir(config.root), config.train.distill, time.monotonic()
-    labelled, unlabelled = PhaseDataset(run.phase(0)), PhaseDataset(run.phase(f"{UNLABELLED}-0"))
+    labelled, unlabelled = open_teacher_rows(config, "train"), open_teacher_rows(config, UNLABELLED)
     size = config.train.micro_batch or config.rows_per_worker
     prefixes = view_prefixes(config)
     model.eval()
     with model.disable_adapter() if distill.teacher == "base" else nullcontext():
         mine = range(group.rank, len(unlabelled), group.world)
-        limit, end = longest_answer_tokens(labelled), load_tokenizer(config.model).eos_token_id
+        limit, end = longest_answer_tokens(config), load_tokenizer(config.model).eos_token_id
         with ordinary_attention(model.get_base_model()):
             generated = generate_answers(model, prefixes[0], unlabelled, mine, limit, end)
         mine = range(group.rank, len(labelled), group.world)
         labels = {n: label for n, (_, label) in zip(mine, labelled.take(mine), strict=True)}
-        shown = ShownLabels(config, labelled) if distill.show_labels else labelled
         scored = chain(
-            score_answers(model, pack, prefixes, shown, labels, distill.top_k, size),
+            score_answers(model, pack, prefixes, labelled, labels, distill.top_k, size),
             score_answers(model, pack, prefixes, unlabelled, generated, distill.top_k, size),
         )
         batches = iter(lambda: list(islice(scored, BATCH_ROWS)), [])
@@ -125,13 +124,13 @@ def _judge_anchor(model: Any, config: RunConfig, pack: Pack, size: int) -> pa.Ta
     return pa.Table.from_pylist(judged, SCHEMA)
 
 
-def longest_answer_tokens(labelled: PhaseDataset) -> int:
+def longest_answer_tokens(config: RunConfig) -> int:
     """Most tokens of an answer that is generated: a quarter more than the longest label."""
-    return math.ceil(labelled.tokens["label_max"] * 1.25)
+    return math.ceil(dataset_manifest(RunDir(config.root).phase(0))["tokens"]["label_max"] * 1.25)
 
 
 def generate_answers(
-    model: Any, prefix: list[int], data: PhaseDataset, numbers: Sequence[int], limit: int, end: int
+    model: Any, prefix: list[int], data: PhaseDataset | TeacherRows, numbers: Sequence[int], limit: int, end: int
 ) -> Answers:
     """Greedy answers to these rows behind `prefix`, ending with `end`; those over `limit` tokens are left out."""
     cache, answers = compute_prefix_cache(model, prefix), {}
@@ -141,25 +140,6 @@ def generate_answers(
         generated = generate_greedy(model, prefix, prompts, limit, end, cache=cache)
         answers.update({n: [*ids, end] for n, ids in zip(some, generated, strict=True) if len(ids) < limit})
     return answers
-
-
-class ShownLabels:
-    """Labelled rows as the teacher reads them with `train.distill.show_labels`: the last example is the row itself."""
-
-    def __init__(self, config: RunConfig, data: PhaseDataset):
-        run, self.data, self.label_lengths = RunDir(config.root), data, data.label_lengths
-        self.encoder = PromptEncoder(load_tokenizer(config.model), config.prompt)
-        self.rows = read_range(run.rows_of("train").path)
-        shots = dataset_manifest(run.phase(0))["phase"]["shots"]
-        bank = {row.id: row for row in run.rows_of("train")} if shots else {}
-        self.examples = run.read_shots("train", bank, shots)
-
-    def take(self, numbers: Sequence[int]) -> list[TokenRow]:
-        """(prompt ids with the row's own answer in them, label ids) of these rows."""
-        rows = to_rows(self.rows.take(list(numbers)))
-        shots = [[*self.examples.get(row.id, ()), Example(row.query, row.answer)] for row in rows]
-        prompts = [self.encoder.row(r.query, own, r.documents) for r, own in zip(rows, shots, strict=True)]
-        return list(zip(prompts, (label for _, label in self.data.take(numbers)), strict=True))
 
 
 def view_prefixes(config: RunConfig) -> list[list[int]]:
@@ -184,7 +164,7 @@ def longest_row_tokens(config: RunConfig) -> int:
 
 @torch.inference_mode()
 def score_answers(
-    model: Any, pack: Pack, prefixes: Sequence[list[int]], data: PhaseDataset | ShownLabels | AnchorRows,
+    model: Any, pack: Pack, prefixes: Sequence[list[int]], data: PhaseDataset | TeacherRows | AnchorRows,
     answers: Answers, top_k: int, size: int,
 ) -> Iterator[dict[str, Any]]:
     """Rows of SCHEMA by the mean of the views' distributions: the log-probability of an answer's least sure token, the

@@ -124,12 +124,17 @@ class DistilledRows:
         return self._prompts[number][1]
 
     def with_answers(self, written: pa.Table) -> DistilledRows:
-        """These rows with other answers to some of them, in the columns of SCHEMA by `number`, each with its tail."""
+        """These rows with other answers to some of them, in the columns of SCHEMA by `number`.
+
+        Of such an answer the teacher's distribution alone is learned, with its tail: the text is the student's own.
+        """
         other, columns = copy.copy(self), self._answers.column_names
         other._answers = pa.concat_tables([self._answers, written.select(columns)])
         other._places = self._places.copy()
-        other._has_tail, numbers = self._has_tail.copy(), written["number"].to_numpy()
+        other._has_tail, other._shares = self._has_tail.copy(), self._shares.copy()
+        other._weights, numbers = self._weights.copy(), written["number"].to_numpy()
         other._places[numbers], other._has_tail[numbers] = len(self._answers) + np.arange(len(written)), True
+        other._shares[numbers] = other._weights[numbers] = 1
         other.label_lengths = pc.list_value_length(other._answers["label_ids"]).to_numpy()[other._places]
         other.token_counts = self.token_counts.copy()
         other.token_counts[numbers] = other.label_lengths[numbers]

@@ -27,7 +27,7 @@ from pi_ray.models import load_tokenizer
 from pi_ray.protocols import UNLABELLED, GenerationRequest
 from pi_ray.run.artifact import digest, is_current, staged
 from pi_ray.run.directory import RunDir
-from pi_ray.train.batches import Pack, PhaseDataset, answer_logits, to_device
+from pi_ray.train.batches import Pack, answer_logits, to_device
 from pi_ray.train.distill import GENERATED_ROWS, longest_answer_tokens, view_prefixes
 from pi_ray.train.distilled_rows import ROUND_FILE, SCHEMA, DistilledRows, round_folder
 from pi_ray.train.distributed import WorkerGroup
@@ -35,6 +35,7 @@ from pi_ray.train.generation import compute_prefix_cache, generate
 from pi_ray.train.lora import lent_weights, load_init_adapter
 from pi_ray.train.sampling import Sampler, choose_sampled
 from pi_ray.train.shared_prefix import ordinary_attention
+from pi_ray.train.teacher_rows import open_teacher_rows
 from pi_ray.train.updates import Round, Update, mixed_batch_rows
 
 RESTARTS = 8  # times that the teacher mends an answer and the student writes on
@@ -48,9 +49,9 @@ class StudentWriter:
         self.config, self.distill, self.fingerprint = config, config.train.distill, fingerprint
         self.group, self.pack, self.run = group, pack, RunDir(config.root)
         self.end = load_tokenizer(config.model).eos_token_id
-        self.queries = PhaseDataset(self.run.phase(f"{UNLABELLED}-0"))  # as the teacher reads them
+        self.queries = open_teacher_rows(config, UNLABELLED)
         self.whole_prefix = view_prefixes(config)[0]
-        self.limit = longest_answer_tokens(PhaseDataset(self.run.phase(0)))
+        self.limit = longest_answer_tokens(config)
         self.teacher_weights: dict[str, torch.Tensor] = {}
 
     def write_round(self, model: Any, asked: Round, updates: Sequence[Update], data: DistilledRows) -> None:

@@ -95,6 +95,8 @@ class RowKinds:
 def mixed_batch_rows(update: Update, kinds: RowKinds, config: TrainConfig) -> list[int]:
     """As `batch_rows`, with the shares of labelled rows (at least) and anchor rows that `train.distill` asks for."""
     distill, size, own = config.distill, config.batch_size, kinds.labelled + kinds.answered
+    if not distill.anchor and distill.labelled is None:
+        return batch_rows(update, own, config)
     anchor = _spread([size] * (update.index + 1), distill.anchor)
     rest = [size - count for count in anchor]
     streams = [(own, rest), (kinds.anchor, anchor)]  # (rows of a kind, how many of them each update so far has)

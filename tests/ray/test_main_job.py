@@ -203,6 +203,7 @@ RUN_HERE = {
     "pi-ray doctor my-task/run.yaml",  # unit/cluster/test_doctor.py
     "pi-ray refresh", "pi-ray refresh my-task/run.yaml",  # unit/store/test_refresh.py
     "pi-ray chat my-task",  # unit/serve/test_chat.py
+    "pi-ray bake prompt.md",  # test_bake.py
 }  # fmt: skip
 
 

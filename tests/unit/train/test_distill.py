@@ -19,6 +19,7 @@ from pi_ray.train import distill, shared_prefix
 from pi_ray.train.batches import PhaseDataset, packed_batch, plain_batch
 from pi_ray.train.distilled_rows import FILE, DistilledRows, Targets
 from pi_ray.train.objectives import distill_loss, sft_loss
+from pi_ray.train.teacher_rows import open_teacher_rows
 from pi_ray.train.trainer import Trainer, train_worker
 from tests.prepared import prepare_by_hand, tiny_config
 from tests.unit.train.test_train import adapter_hash, dies_and_goes_on, log_of, settings
@@ -206,10 +207,10 @@ def test_mixed_learns_from_the_teacher_by_its_share_and_from_the_labels_by_the_r
 
 
 def test_a_shown_label_is_the_last_example_of_its_own_row(distilled, tmp_path):
-    config = distilled.replace(**{"run_dir": str(tmp_path), "schedule.shots": 0})
+    config = distilled.replace(**{"run_dir": str(tmp_path), "schedule.shots": 0, "train.distill.show_labels": True})
     prepare_by_hand(config)
     data = PhaseDataset(RunDir(tmp_path).phase(0))
-    shown, encoder = distill.ShownLabels(config, data), PromptEncoder(load_tokenizer(config.model), config.prompt)
+    shown, encoder = open_teacher_rows(config, "train"), PromptEncoder(load_tokenizer(config.model), config.prompt)
     (prompt, label), (own, _) = shown.take([2])[0], data.take([2])[0]
     text = encoder.tokenizer.decode(prompt)
     assert label == data.take([2])[0][1] and text.endswith(encoder.tokenizer.decode(own))

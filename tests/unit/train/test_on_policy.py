@@ -79,9 +79,9 @@ def test_rounds_are_the_last_updates_of_the_last_phase():
 
 def test_the_student_writes_greedily_with_its_own_prompt(untouched):
     """The student of the first round is the adapter that the phase before it left."""
-    run, data, made = RunDir(untouched.root), rows_of_phase(untouched), written(untouched)
+    data, made = rows_of_phase(untouched), written(untouched)
     prompts = [prompt for prompt, _ in data.take([row["number"] for row in made])]
-    limit, end = distill.longest_answer_tokens(PhaseDataset(run.phase(0))), load_tokenizer(untouched.model).eos_token_id
+    limit, end = distill.longest_answer_tokens(untouched), load_tokenizer(untouched.model).eos_token_id
     again = generate_greedy(adapted(untouched, 1), data.prefix, prompts, limit, end)
     assert made and [row["label_ids"] for row in made] == [
         [*ids, *([end] if len(ids) < limit else [])] for ids in again
@@ -90,8 +90,8 @@ def test_the_student_writes_greedily_with_its_own_prompt(untouched):
 
 
 def test_the_teacher_judges_each_token_with_the_whole_prompt(untouched):
-    run, data, made = RunDir(untouched.root), rows_of_phase(untouched), written(untouched)
-    queries = PhaseDataset(run.phase("unlabelled-0"))
+    data, made = rows_of_phase(untouched), written(untouched)
+    queries = PhaseDataset(RunDir(untouched.root).phase("unlabelled-0"))
     answers = {data.number_in_phase(row["number"]): row["label_ids"] for row in made}
     again = distill.score_answers(adapted(untouched, 0), plain_batch, [queries.prefix], queries, answers, 4, 5)
     for row, expected in zip(made, again, strict=True):
@@ -130,6 +130,20 @@ def test_updates_of_a_round_learn_from_its_answers_and_labelled_rows_keep_their_
     assert len(targets.ids) == labels + own.label_lengths[number]
     assert (targets.tail[:labels] == 0).all() and (targets.tail[labels:] > 0).all(), "a bucket for other tokens"
     assert torch.allclose(targets.probs.sum(1) + targets.tail, torch.ones(len(targets.ids)), atol=1e-6)
+
+
+def test_of_the_students_own_answers_the_teachers_distribution_alone_is_learned(mended):
+    distill_keys = {**mended.train.distill.model_dump(), "agreement": "weight", "share": 0.25}
+    keys = {"objective": "mixed", "distill": distill_keys}
+    run, train = RunDir(mended.root), TrainConfig(**{**mended.train.model_dump(), **keys})
+    table = pq.read_table(run.student_answers / "round-0000" / ROUND_FILE)
+    data = DistilledRows(
+        run.teacher_answers, PhaseDataset(run.phase(2)), PhaseDataset(run.phase("unlabelled-2")), train
+    )
+    number = table["number"][0].as_py()
+    before, after = data.targets([number]), data.with_answers(table).targets([number])
+    assert (before.shares == 0.25).all() and (after.shares == 1).all() and (after.weights == 1).all()
+    assert (data.targets([number]).shares == 0.25).all(), "the rows as they were stay so"
 
 
 def check_resumed(quiet, root, monkeypatch, stop_at, **changes):

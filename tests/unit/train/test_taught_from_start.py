@@ -1,6 +1,7 @@
 """A teacher that is not trained here: the base answers before the first update, and every phase learns from it."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -10,9 +11,11 @@ from pi_ray.models import load_model, load_tokenizer
 from pi_ray.prompt import PromptEncoder
 from pi_ray.run.artifact import staged
 from pi_ray.run.directory import RunDir
+from pi_ray.run.row_store import write_rows
 from pi_ray.train import distill
 from pi_ray.train.batches import PhaseDataset, plain_batch
 from pi_ray.train.drills import why_not_drilled
+from pi_ray.train.teacher_rows import open_teacher_rows
 from pi_ray.train.trainer import train_worker
 from tests.prepared import LISTED, prepare_by_hand, tiny_config
 from tests.unit.train.test_distill import adapter_hash, labels_of, rows_of
@@ -52,6 +55,16 @@ def test_the_base_reads_the_whole_prompt_where_the_student_sees_the_query_alone(
     again = distill.score_answers(bare, plain_batch, views, data, labels_of(data), 4, 5)
     found = [row["confidence"] for row in rows_of(taught) if row["labelled"]]
     assert found == pytest.approx([row["confidence"] for row in again], abs=1e-3)
+
+
+def test_the_base_reads_whole_documents_where_the_first_phase_has_none(tiny_model, tmp_path):
+    config = prepared(tiny_model, tmp_path)
+    run, encoder = RunDir(tmp_path), PromptEncoder(load_tokenizer(config.model), config.prompt)
+    assert isinstance(open_teacher_rows(config, "train"), PhaseDataset), "rows without documents are read as they are"
+    write_rows(run.rows_of("train").path, [replace(r, documents=("A passage.",)) for r in run.rows_of("train")[:]])
+    prompt, label = open_teacher_rows(config, "train").take([1])[0]
+    row = run.rows_of("train")[1]
+    assert (prompt, label) == (encoder.row(row.query, documents=["A passage."]), encoder.answer(row.answer))
 
 
 def test_the_longest_row_counts_the_prompt_that_only_the_teacher_reads(taught):
