@@ -19,7 +19,7 @@ from pi_ray.config import RunConfig, dump_config
 from pi_ray.hosted.tuning import COLUMNS
 from pi_ray.plan.estimate import tokens_of_updates
 from pi_ray.progress import ProgressLine, training_listener
-from pi_ray.run.answered import answered_config
+from pi_ray.run.answered import answered_config, require_queries
 from pi_ray.run.artifact import write_atomic
 from pi_ray.run.directory import RunDir
 from pi_ray.run.phases import plain_finetuning_config
@@ -85,6 +85,7 @@ def prepare(config: RunConfig, console: Console) -> None:
     """Asks first where queries are generated, and then has a teacher answer where its answers are the rows."""
     from pi_ray.data import prepare as step
 
+    require_queries(config)
     if config.task.generate:
         ask(config, console)
     if config.answers_first:

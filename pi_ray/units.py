@@ -6,7 +6,7 @@ unit what an adapter knows.
 
 import math
 import re
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -93,24 +93,34 @@ class UnitIndex:
 
     def __init__(self, units: Sequence[Unit]):
         self.units = list(units)
-        self._words = [set(words_of(str(unit))) for unit in self.units]
-        self._count = Counter(word for words in self._words for word in words)
+        self._places: dict[str, list[int]] = defaultdict(list)  # word -> the units that have it
+        for place, unit in enumerate(self.units):
+            for word in dict.fromkeys(words_of(str(unit))):
+                self._places[word].append(place)
 
     def scores(self, text: str) -> list[float]:
         """For each unit the sum over the words that it shares with the text of log(units / units with the word)."""
-        asked = set(words_of(text))
-        known = {word: math.log(len(self.units) / n) for word, n in self._count.items() if word in asked}
-        return [sum(known.get(word, 0.0) for word in words) for words in self._words]
+        return self._sum(self._shared(text))
 
     def touched(self, text: str) -> list[int]:
         """The places of the units that share a rare word with the text, the nearest first."""
-        asked, scores = set(words_of(text)), self.scores(text)
-        rare = {word for word in asked if 0 < self._count[word] <= RARE}
-        found = [i for i, words in enumerate(self._words) if rare & words]
-        return sorted(found, key=lambda i: -scores[i])
+        shared = self._shared(text)
+        scores, found = self._sum(shared), {i for places in shared if len(places) <= RARE for i in places}
+        return sorted(found, key=lambda i: (-scores[i], i))
 
     def best(self, text: str) -> int | None:
         """The place of the unit that is nearest to the text; None where no unit shares a telling word with it."""
         scores = self.scores(text)
         best = max(range(len(scores)), key=scores.__getitem__, default=None)
         return best if best is not None and scores[best] > 0 else None
+
+    def _sum(self, shared: Sequence[Sequence[int]]) -> list[float]:
+        scores = [0.0] * len(self.units)
+        for places in shared:
+            for place in places:
+                scores[place] += math.log(len(self.units) / len(places))
+        return scores
+
+    def _shared(self, text: str) -> list[list[int]]:
+        """For each word that the text shares with units, the places of these."""
+        return [self._places[word] for word in dict.fromkeys(words_of(text)) if word in self._places]

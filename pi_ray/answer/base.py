@@ -20,12 +20,13 @@ from pi_ray.data.ray_map import stream
 from pi_ray.models import base_digest, load_model, load_tokenizer
 from pi_ray.prompt import PromptEncoder
 from pi_ray.protocols import Row
-from pi_ray.run.artifact import digest
+from pi_ray.run.artifact import digest, notify_written
 from pi_ray.run.directory import RunDir
 from pi_ray.train.drills import template_views
 from pi_ray.train.generation import compute_prefix_cache, generate_greedy, label_logprobs
 
 AT_ONCE = 16  # queries of one batch
+NOTIFY_EVERY = 16  # batches after which their answers are sent to object storage
 JUDGED_TOKENS = 1024  # answer tokens of a batch whose logits are held at once
 
 
@@ -46,26 +47,32 @@ def answer_by_base(
 ) -> tuple[list[TeacherAnswer], int]:
     """The answer to each row, of at most `limit` tokens, and the number of views.
 
-    `watch` gets (answered, all). What is answered is kept in the run directory's answers.jsonl and not generated again.
+    `watch` gets (answered, all). What is answered is kept in the run directory's answers.jsonl and not generated again,
+    but where a smaller limit cut it off.
     """
     views = template_views(template, (), config.train.distill.views, config.train.seed)
     model, prompt = config.model.model_dump(mode="json"), config.prompt.model_dump(mode="json")
-    settings = [model, base_digest(config.model), prompt, views, limit]
+    settings = [model, base_digest(config.model), prompt, views, config.train.distill.max_tokens]
     keys = [digest([settings, row.query, row.documents]) for row in rows]
     log = RunDir(config.root).answer_log
-    known = _read_log(log)
+    known = _read_log(log, limit)
     todo = list({key: row for key, row in zip(keys, rows, strict=True) if key not in known}.items())
     watch(len(rows) - len(todo), len(rows))
     batches = [todo[i : i + AT_ONCE] for i in range(0, len(todo), AT_ONCE)]
     items = [{"rows": [[row.query, row.documents] for _, row in batch]} for batch in batches]
-    with open(log, "a", encoding="utf-8") as file:
-        file.write("\n" if file.tell() else "")  # ends the half line that a kill left
-        for place, answers in _run(config, items, views, limit):
-            for (key, _), answer in zip(batches[place], answers, strict=True):
-                known[key] = TeacherAnswer(**answer)
-                file.write(json.dumps({"key": key, **answer}, ensure_ascii=False) + "\n")
-            file.flush()
-            watch(sum(key in known for key in keys), len(rows))
+    try:
+        with open(log, "a", encoding="utf-8") as file:
+            file.write("\n" if file.tell() else "")  # ends the half line that a kill left
+            for done, (place, answers) in enumerate(_run(config, items, views, limit), start=1):
+                for (key, _), answer in zip(batches[place], answers, strict=True):
+                    known[key] = TeacherAnswer(**answer)
+                    file.write(json.dumps({"key": key, "limit": limit, **answer}, ensure_ascii=False) + "\n")
+                file.flush()
+                watch(sum(key in known for key in keys), len(rows))
+                if done % NOTIFY_EVERY == 0:
+                    notify_written(log)
+    finally:
+        notify_written(log)
     return [known[key] for key in keys], len(views)
 
 
@@ -121,12 +128,14 @@ class BaseTeacher:
             answers[i] = TeacherAnswer(answers[i].text, True, agreement, min(0.0, least))
 
 
-def _read_log(log: Any) -> dict[str, TeacherAnswer]:
-    """Key -> answer; half a line, which a kill leaves, is passed over."""
+def _read_log(log: Any, limit: int) -> dict[str, TeacherAnswer]:
+    """Key -> answer, of those that no smaller limit cut off; half a line, which a kill leaves, is passed over."""
     found = {}
     for line in log.read_text(encoding="utf-8", errors="replace").split("\n") if log.exists() else ():
         with suppress(ValueError, KeyError, TypeError):
             entry = json.loads(line)
-            key = entry.pop("key")
-            found[key] = TeacherAnswer(**entry)
+            key, allowed = entry.pop("key"), entry.pop("limit", limit)
+            answer = TeacherAnswer(**entry)
+            if answer.ended or allowed >= limit:
+                found[key] = answer
     return found

@@ -9,7 +9,7 @@ from typing import Any
 from pi_ray import __version__
 from pi_ray.answer.base import TeacherAnswer, answer_by_base
 from pi_ray.answer.endpoint import answer_by_endpoint, confirm_answers
-from pi_ray.answer.split import split_queries
+from pi_ray.answer.split import draw_splits, split_queries
 from pi_ray.config import RunConfig
 from pi_ray.data.ingest import read_splits, require_unique_ids, separate_splits
 from pi_ray.errors import DataError
@@ -79,8 +79,12 @@ def _make_answered_rows(
     return facts
 
 
-def read_queries_to_answer(config: RunConfig, task: Task) -> tuple[list[Row], list[Row]]:
+def read_queries_to_answer(
+    config: RunConfig, task: Task, generated: Iterable[Row] | None = None
+) -> tuple[list[Row], list[Row]]:
     """(labelled training rows, queries for the teacher). A query that a labelled row has is left out, and copies are.
+
+    `generated` stands for the generated queries; None: those that are there.
 
     Raises DataError for what preparation would refuse when the answers are paid for: a named file that is missing, more
     bad rows than task.max_bad_rows, ids that are not unique, and training rows that are also in dev or test; and where
@@ -93,7 +97,9 @@ def read_queries_to_answer(config: RunConfig, task: Task) -> tuple[list[Row], li
         raise DataError(f"{len(rejects)} bad rows, and task.max_bad_rows is {config.task.max_bad_rows}:\n{worst}")
     known = {normalised(row.query) for name in names for row in splits[name]}
     queries = []
-    for row in [*splits.get(UNLABELLED, ()), *(generated_rows(RunDir(config.root)) if config.task.generate else ())]:
+    if generated is None:
+        generated = generated_rows(RunDir(config.root)) if config.task.generate else ()
+    for row in [*splits.get(UNLABELLED, ()), *generated]:
         if (query := normalised(row.query)) not in known:
             known.add(query)
             queries.append(row)
@@ -106,10 +112,14 @@ def read_queries_to_answer(config: RunConfig, task: Task) -> tuple[list[Row], li
     return splits.get("train", []), queries
 
 
-def planned_splits(config: RunConfig, task: Task) -> dict[str, list[Row]]:
-    """Split -> the rows that a run will have if every query gets an answer; those of queries have an empty one."""
-    labelled, queries = read_queries_to_answer(config, task)
-    asked, _ = split_for(config, task.template().text, queries)
+def planned_splits(config: RunConfig, task: Task, stand_ins: Sequence[Row] = ()) -> dict[str, list[Row]]:
+    """Split -> the rows that a run will have if every query gets an answer; those of queries have an empty one.
+
+    `stand_ins` are counted for queries that are not generated yet; what would be near copies is then not known.
+    """
+    labelled, queries = read_queries_to_answer(config, task, stand_ins or None)
+    template = task.template().text
+    asked = _merge_held_out(config, draw_splits(queries)) if stand_ins else split_for(config, template, queries)[0]
     own = [split for split in ("dev", "test") if has_labelled(config, split)]
     return {**asked, **read_splits(task, own)[0], "train": [*labelled, *asked["train"]]}
 
@@ -123,10 +133,14 @@ def is_answered(config: RunConfig, task: Task) -> bool:
 def split_for(config: RunConfig, template: str, queries: Sequence[Row]) -> tuple[dict[str, list[Row]], int]:
     """As `split_queries`; where people's rows are measured, all queries may teach."""
     asked, copies = split_queries(queries, template)
+    return _merge_held_out(config, asked), copies
+
+
+def _merge_held_out(config: RunConfig, asked: dict[str, list[Row]]) -> dict[str, list[Row]]:
     for split in ("dev", "test"):
         if has_labelled(config, split):
             asked["train"] += asked.pop(split)
-    return asked, copies
+    return asked
 
 
 def answer_limit(config: RunConfig, template: str, queries: Sequence[Row]) -> int:

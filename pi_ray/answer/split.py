@@ -25,12 +25,7 @@ def split_queries(rows: Sequence[Row], template: str) -> tuple[dict[str, list[Ro
     index = UnitIndex(find_units(template))
     units = {row.id: frozenset(index.touched(row.query)) for row in rows}
     ordered = sorted(rows, key=lambda row: (sorted(units[row.id]), digest(row.query)))
-    test_one_in = max(TEST_ONE_IN, math.ceil(len(rows) / MOST_TEST))
-    dev_one_in = max(DEV_ONE_IN, math.ceil(len(rows) / MOST_DEV))
-    drawn: dict[str, list[Row]] = {split: [] for split in SPLITS}
-    for place, row in enumerate(ordered):
-        is_test, is_dev = place % test_one_in == test_one_in // 2, place % dev_one_in == dev_one_in - 1
-        drawn["test" if is_test else "dev" if is_dev else "train"].append(row)
+    drawn = draw_splits(ordered)
     near = NearDuplicates(NEAR)
     splits: dict[str, list[Row]] = {split: [] for split in SPLITS}
     for split in reversed(SPLITS):
@@ -38,3 +33,14 @@ def split_queries(rows: Sequence[Row], template: str) -> tuple[dict[str, list[Ro
         for row in splits[split]:
             near.add(row.query, units[row.id])
     return splits, len(rows) - sum(map(len, splits.values()))
+
+
+def draw_splits(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """Split -> its rows: by their places, so that each split has rows from everywhere."""
+    test_one_in = max(TEST_ONE_IN, math.ceil(len(rows) / MOST_TEST))
+    dev_one_in = max(DEV_ONE_IN, math.ceil(len(rows) / MOST_DEV))
+    drawn: dict[str, list[Row]] = {split: [] for split in SPLITS}
+    for place, row in enumerate(rows):
+        is_test, is_dev = place % test_one_in == test_one_in // 2, place % dev_one_in == dev_one_in - 1
+        drawn["test" if is_test else "dev" if is_dev else "train"].append(row)
+    return drawn

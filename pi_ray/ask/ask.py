@@ -13,20 +13,19 @@ import pyarrow.parquet as pq
 
 from pi_ray.ask.coverage import Coverage
 from pi_ray.ask.filters import QueryFilter
-from pi_ray.ask.needs import Partners, needed_units
+from pi_ray.ask.needs import Partners, needed_units, touched_units
 from pi_ray.ask.requests import RequestPlanner, WriteRequest, parse_reply
 from pi_ray.ask.sources import Sources
-from pi_ray.ask.train_writer import taught_sections, writer_pairs
-from pi_ray.ask.writers import Confirm, Listener, Tell, choose_writer, make_writer, written_kinds
+from pi_ray.ask.train_writer import taught_sections, writer_config, writer_pairs
+from pi_ray.ask.writers import Confirm, EndpointWriter, Listener, Tell, choose_writer, make_writer, written_kinds
 from pi_ray.config import RunConfig
 from pi_ray.data.pieces import partial_folder
 from pi_ray.errors import DataError
 from pi_ray.models import base_digest
 from pi_ray.progress import EVERY_S
-from pi_ray.protocols import Row
 from pi_ray.run.artifact import is_current, read_manifest, staged
 from pi_ray.run.directory import RunDir
-from pi_ray.run.fingerprint import ask_fingerprint
+from pi_ray.run.fingerprint import ask_fingerprint, learning_settings
 from pi_ray.run.lock import run_lock
 from pi_ray.run.queries import Asked, write_queries
 from pi_ray.run.row_store import has_piece, write_piece
@@ -54,8 +53,11 @@ def ask_queries(
 
 
 def queries_fingerprint(config: RunConfig, sources: Sources) -> str:
-    """The fingerprint of the artifact queries/ that `ask_queries` makes."""
-    return ask_fingerprint(config, sources.fingerprint(), base_digest(config.model))
+    """The fingerprint of the artifact queries/ that `ask_queries` makes. Raises DataError as `choose_writer` does."""
+    learns = choose_writer(config, len(sources.labelled)) == "adapter"
+    learned = learning_settings(writer_config(config)) if learns else {}
+    train = {key: value for key, value in learned.items() if key.startswith("train.")}
+    return ask_fingerprint(config, sources.fingerprint(), base_digest(config.model), train)
 
 
 class _Asking:
@@ -67,7 +69,8 @@ class _Asking:
         self.config, self.sources, self.fingerprint, self.progress = config, sources, fingerprint, progress
         units, self.started = sources.units(), time.monotonic()
         self.index, self.name = UnitIndex(units), choose_writer(config, len(sources.labelled))
-        needed = needed_units(sources.labelled, self.index)
+        touched = touched_units(sources.labelled, self.index)
+        needed, self.touched = needed_units(sources.labelled, touched, self.index), Counter(chain(*touched))
         sections = taught_sections(needed, units) if self.name == "adapter" else None
         self.coverage = Coverage(units, written_kinds(config, self.name), config.ask.queries, sections)
         labelled = [row.query for row in sources.labelled]
@@ -85,7 +88,7 @@ class _Asking:
         for number in range(ask.rounds):
             if not (requests := self.planner.plan(number)):
                 break
-            for request, reply in zip(requests, self._replies(requests, folder), strict=True):
+            for request, reply in zip(requests, self._replies(requests, number, folder), strict=True):
                 for i, query in enumerate(parse_reply(reply, request.count)):
                     if self.filter.keep(query, request.units, request.kind):
                         asked = Asked(f"{request.id}-{i}", query, request.kind, request.units)
@@ -105,14 +108,16 @@ class _Asking:
         self.progress(f"ask: {len(queries)} queries by {self.name}; left out: {self._reasons()}")
         return read_manifest(run.queries) or {}
 
-    def _replies(self, requests: Sequence[WriteRequest], folder: Path) -> list[str]:
-        """The replies in the order of the requests; those in whole pieces are not written again."""
+    def _replies(self, requests: Sequence[WriteRequest], number: int, folder: Path) -> list[str]:
+        """The replies of round `number` in the order of the requests; those in whole pieces are not written again."""
         pieces = [requests[i : i + PIECE_REQUESTS] for i in range(0, len(requests), PIECE_REQUESTS)]
         files = {folder / f"{piece[0].id}.parquet": piece for piece in pieces}
         todo = {path: piece for path, piece in files.items() if not has_piece(path, REPLIES, [r.id for r in piece])}
         if len(todo) < len(files):
             self.progress(f"ask: {len(files) - len(todo)} of {len(files)} pieces were already there")
         asked = list(chain.from_iterable(todo.values()))
+        if asked and isinstance(self.writer, EndpointWriter):
+            self.writer.confirm_cost(requests, number)
         found: dict[str, str] = {}
         told = time.monotonic()
         for place, reply in self.writer.write(asked) if asked else ():
@@ -132,8 +137,7 @@ class _Asking:
 
     def _facts(self, queries: Sequence[Asked]) -> dict[str, Any]:
         """What the manifest tells: writer, counts of the filters, units, and the matrix before and after."""
-        rows = [*self.sources.labelled, *(Row("", query, "") for query in self.sources.log)]
-        before = Counter(unit for row in rows for unit in self.index.touched(f"{row.query}\n{row.answer}"))
+        before = self.touched + Counter(unit for query in self.sources.log for unit in self.index.touched(query))
         self.coverage.counts.clear()  # of those that are left
         for asked in queries:
             self.coverage.add(asked.units, asked.kind)

@@ -10,16 +10,22 @@ from pi_ray.units import Unit, UnitIndex, words_of
 TAUGHT = 2  # units of a row, the most telling ones, from which a writer learns
 
 
-def needed_units(rows: Sequence[Row], index: UnitIndex) -> list[list[int]]:
+def touched_units(rows: Sequence[Row], index: UnitIndex) -> list[list[int]]:
+    """For each row the places of the units that share a rare word with its query or answer, the nearest first."""
+    return [index.touched(f"{row.query}\n{row.answer}") for row in rows]
+
+
+def needed_units(rows: Sequence[Row], touched: Sequence[list[int]], index: UnitIndex) -> list[list[int]]:
     """For each row the places of the units that it needs; none where it shares no telling word with any.
 
     A row needs what links its query with its answer: "checkout: r9" for a query that says checkout and an answer that
-    says r9. Without such a unit, it needs those whose rare words it has. Units that few rows need tell most.
+    says r9. Without such a unit, it needs those whose rare words it has (`touched_units`). Units that few rows need
+    tell most.
     """
-    found = []
-    for row in rows:
-        touched = index.touched(f"{row.query}\n{row.answer}")
-        found.append([unit for unit in touched if _links(index.units[unit], row)] or touched)
+    found = [
+        [unit for unit in units if _links(index.units[unit], row)] or units
+        for row, units in zip(rows, touched, strict=True)
+    ]
     count = Counter(unit for units in found for unit in units)
     return [sorted(units, key=lambda unit: (count[unit], unit)) for units in found]
 

@@ -17,6 +17,7 @@ from pi_ray.prompt import PromptEncoder
 FEW_KINDS: dict[str, tuple[AskKind, ...]] = {"adapter": ADAPTER_KINDS, "few-shot": ("direct",)}  # others write all
 LARGE = 3_000_000_000  # weights from which a base writes as it is told
 QUERY_TOKENS = 64  # of a query where no known one says how long they are
+TOKENISED = 1024  # queries at once
 LONGER = 1.25  # than the longest known query, in tokens, a written one may be
 
 Name = Literal["adapter", "few-shot", "prompt", "endpoint"]
@@ -65,7 +66,9 @@ def query_tokens(config: RunConfig, sources: Sources) -> int:
     """The most tokens of a query."""
     tokenizer = load_tokenizer(config.model)
     known = [*(row.query for row in sources.labelled), *sources.log]
-    return round(LONGER * max(len(ids) for ids in tokenizer(known).input_ids)) + 1 if known else QUERY_TOKENS
+    batches = (known[i : i + TOKENISED] for i in range(0, len(known), TOKENISED))
+    longest = max((len(ids) for batch in batches for ids in tokenizer(batch).input_ids), default=0)
+    return round(LONGER * longest) + 1 if known else QUERY_TOKENS
 
 
 def make_writer(
@@ -115,7 +118,7 @@ class PromptedWriter:
 
 
 class EndpointWriter:
-    """The model of the block `closed`. The cost is confirmed before the first request, for all rounds."""
+    """The model of the block `closed`. `confirm_cost` comes before the first request, for all rounds that are left."""
 
     one_each = False
 
@@ -123,9 +126,12 @@ class EndpointWriter:
         self.config, self.template, self.limit = config, template, limit
         self.confirm, self.tell, self.confirmed = confirm, tell, False
 
-    def write(self, requests: Sequence[WriteRequest]) -> Replies:
+    def confirm_cost(self, requests: Sequence[WriteRequest], number: int) -> None:
+        """`requests` are all of round `number`, counted from 0. Raises TrainingError where declined."""
         if not self.confirmed:
             encoder = PromptEncoder(load_tokenizer(self.config.model), PromptConfig(chat="none"))
-            confirm_writing(self.config, requests, self.template, self.limit, encoder, self.confirm, self.tell)
+            confirm_writing(self.config, requests, number, self.template, self.limit, encoder, self.confirm, self.tell)
             self.confirmed = True
+
+    def write(self, requests: Sequence[WriteRequest]) -> Replies:
         return write_by_endpoint(self.config, requests, self.template, self.limit)

@@ -167,6 +167,12 @@ class RunConfig(Block):
         if distill.teacher == "endpoint":
             keys = ("tail", "label_weight", "labelled", "show_labels", "on_policy", "anchor")
             forbid_unused(distill, keys, "train.distill", "an endpoint's answers are learned as labels are")
+        if not self.task.train and distill.teacher == "base":
+            refuse(self.task.name != "jsonl", "task.train is empty: the base answers queries of your own (task.name "
+                f"jsonl) where there are no labelled rows, not of {self.task.name}; leave task.train out")
+            refuse(distill.on_policy or distill.labelled, "task.train is empty: a teacher's answers are the rows, so "
+                "that there are no unlabelled ones for train.distill.on_policy, and no others for "
+                "train.distill.labelled; leave them out")
         refuse(self.answers_first and distill.agreement == "weight",
             "train.distill.agreement weight is for answers beside labelled rows; where a teacher's answers are the "
             "rows, take filter or off")

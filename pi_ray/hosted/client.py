@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 
 from pi_ray.config import ClosedConfig, RunConfig
 from pi_ray.errors import ConfigError, MissingExtraError, PiRayError, TrainingError
-from pi_ray.run.artifact import digest
+from pi_ray.run.artifact import digest, notify_written
 
 OPENAI = "https://api.openai.com/v1"  # named here, so that OPENAI_BASE_URL cannot redirect a run unseen
 RETRIES = 8
@@ -28,6 +28,8 @@ BACKOFF_S = 1.0  # before the first retry, then twice as long each time
 LONGEST_WAIT_S = 60.0
 REQUEST_S = 120.0
 PARALLEL = 8  # prompts asked at a time
+NOTIFY_EVERY = 64  # replies after which those that are paid for are sent to object storage
+CUT_OFF = ("length", "content_filter")  # reasons for which a reply ends before the model ends it
 PAGE = 100  # jobs or events of one listing
 ENDED_BADLY = ("failed", "cancelled")
 CHOSEN_BY = "train.backend.name 'openai'"  # the key that asks for a service, where none else is named
@@ -35,6 +37,7 @@ OUT_OF_MONEY = ("insufficient_quota", "billing_hard_limit_reached")  # come as 4
 
 T = TypeVar("T")
 Sampling = Mapping[str, float]  # temperature, top_p and seed, as the service's API has them
+Request = tuple[str, int, Sampling]  # prompt, the most tokens of its reply
 
 
 class UnknownError(TrainingError):
@@ -43,12 +46,23 @@ class UnknownError(TrainingError):
 
 @dataclass(frozen=True)
 class Reply:
-    """An answer, its tokens as the service counts them (None where it does not), and the seconds it took."""
+    """An answer, its tokens as the service counts them (None where it does not), the seconds it took, why it ended
+    (None where the service does not say), and the most tokens that it could have (0 in logs of old, which do not say).
+    """
 
     text: str
     input_tokens: int | None
     output_tokens: int | None
     seconds: float
+    finish_reason: str | None = None
+    limit: int = 0
+
+    @property
+    def cut_off(self) -> bool | None:
+        """Whether the model did not end it; None where the service says neither why it ended nor how long it is."""
+        if self.finish_reason:
+            return self.finish_reason in CUT_OFF
+        return self.output_tokens >= self.limit if self.limit and self.output_tokens is not None else None
 
 
 class Service:
@@ -119,9 +133,10 @@ class Service:
                 model=model, messages=[{"role": "user", "content": prompt}], max_tokens=limit, **settings
             )
             seconds, usage = time.perf_counter() - start, done.usage
-            text = (done.choices[0].message.content or "") if done.choices else ""
+            choice = done.choices[0] if done.choices else None
+            text, finish = (choice.message.content or "", choice.finish_reason) if choice else ("", None)
             sent, written = (usage.prompt_tokens, usage.completion_tokens) if usage else (None, None)
-            return Reply(text.strip(), sent, written, seconds)
+            return Reply(text.strip(), sent, written, seconds, finish, limit)
 
         return self._tried(f"asking {model}", request)
 
@@ -165,19 +180,21 @@ def _pause(error: Any, attempt: int) -> float:
 
 
 def replies(
-    config: RunConfig, model: str, prompts: Sequence[str], limit: int,
+    config: RunConfig, model: str, prompts: Sequence[str], limit: int | Sequence[int],
     watch: Callable[[int, int], None] = lambda done, total: None, wait: Callable[[float], None] = time.sleep,
-    sampling: Sequence[Sampling] = (), chosen_by: str = CHOSEN_BY,
+    sampling: Sequence[Sampling] = (), chosen_by: str = CHOSEN_BY, named_limit: int = 0,
 ) -> list[Reply]:
-    """The model's reply to each prompt, at most `limit` tokens. closed/answers.jsonl keeps what was paid for.
+    """The model's reply to each prompt, at most `limit` tokens (of all or of each). closed/answers.jsonl keeps what was
+    paid for.
 
     Replies are greedy, or sampled as `sampling` says prompt by prompt. `chosen_by` is the key that asks for a service.
-    `watch` gets (distinct prompts answered, distinct prompts). Raises TrainingError when the service cannot be reached.
+    `named_limit` stands for a limit that depends on other prompts: replies are found by it under any limit, and only
+    those that a smaller one cut off are asked for again. `watch` gets (distinct prompts answered, distinct prompts).
+    Raises TrainingError when the service cannot be reached.
     """
-    log = config.root / "closed" / "answers.jsonl"
-    asked = [(prompt, limit, sample) for prompt, sample in zip(prompts, sampling or [{}] * len(prompts), strict=True)]
-    keys = [digest([config.closed.base_url, model, *filter(None, request)]) for request in asked]
-    known, wanted = _read_log(log), dict(zip(keys, asked, strict=True))
+    requests = _keyed_requests(config, model, prompts, limit, sampling, named_limit)
+    log, wanted = _log_path(config), dict(requests)
+    known = _known_replies(log, wanted)
     todo = {key: request for key, request in wanted.items() if key not in known}
     watch(len(wanted) - len(todo), len(wanted))
     if todo:
@@ -185,32 +202,70 @@ def replies(
         log.parent.mkdir(parents=True, exist_ok=True)
         lock = threading.Lock()
         # the file outlives the pool, so that answers that are on their way when another request fails are kept too
-        with open(log, "a", encoding="utf-8") as file, ThreadPoolExecutor(PARALLEL) as pool:
-            file.write("\n" if file.tell() else "")  # ends the half line that a kill left
+        try:
+            with open(log, "a", encoding="utf-8") as file, ThreadPoolExecutor(PARALLEL) as pool:
+                file.write("\n" if file.tell() else "")  # ends the half line that a kill left
 
-            def ask(key: str) -> Reply:
-                reply = service.chat(model, *todo[key])
-                with lock:
-                    file.write(json.dumps({"key": key, "model": model, **asdict(reply)}, ensure_ascii=False) + "\n")
-                    file.flush()
-                return reply
+                def ask(key: str) -> Reply:
+                    reply = service.chat(model, *todo[key])
+                    with lock:
+                        file.write(json.dumps({"key": key, "model": model, **asdict(reply)}, ensure_ascii=False) + "\n")
+                        file.flush()
+                    return reply
 
-            running = {pool.submit(ask, key): key for key in todo}
-            try:
-                for i, done in enumerate(as_completed(running), start=1):
-                    known[running[done]] = done.result()
-                    watch(len(wanted) - len(todo) + i, len(wanted))
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
-    return [known[key] for key in keys]
+                running = {pool.submit(ask, key): key for key in todo}
+                try:
+                    for i, done in enumerate(as_completed(running), start=1):
+                        known[running[done]] = done.result()
+                        watch(len(wanted) - len(todo) + i, len(wanted))
+                        if i % NOTIFY_EVERY == 0:
+                            notify_written(log)
+                except BaseException:
+                    pool.shutdown(wait=False, cancel_futures=True)
+                    raise
+        finally:
+            notify_written(log)
+    return [known[key] for key, _ in requests]
 
 
-def _read_log(log: Path) -> dict[str, Reply]:
-    """Key -> reply; half a line, which a kill leaves, is passed over."""
+def unpaid_places(
+    config: RunConfig, model: str, prompts: Sequence[str], limit: int | Sequence[int],
+    sampling: Sequence[Sampling] = (), named_limit: int = 0,
+) -> list[int]:
+    """The places of the prompts that `replies` would ask the service about, each prompt once."""
+    requests = _keyed_requests(config, model, prompts, limit, sampling, named_limit)
+    known, first = _known_replies(_log_path(config), dict(requests)), dict[str, int]()
+    for place, (key, _) in enumerate(requests):
+        if key not in known:
+            first.setdefault(key, place)
+    return [*first.values()]
+
+
+def _log_path(config: RunConfig) -> Path:
+    return config.root / "closed" / "answers.jsonl"
+
+
+def _keyed_requests(
+    config: RunConfig, model: str, prompts: Sequence[str], limit: int | Sequence[int], sampling: Sequence[Sampling],
+    named_limit: int,
+) -> list[tuple[str, Request]]:
+    """(the key that names its reply, request) of each prompt."""
+    limits, samples = [limit] * len(prompts) if isinstance(limit, int) else limit, sampling or [{}] * len(prompts)
+    service = [config.closed.base_url, model]
+    return [
+        (digest([*service, *filter(None, (prompt, named_limit or most, sample))]), (prompt, most, sample))
+        for prompt, most, sample in zip(prompts, limits, samples, strict=True)
+    ]
+
+
+def _known_replies(log: Path, wanted: Mapping[str, Request]) -> dict[str, Reply]:
+    """Key -> reply, of those that no smaller limit cut off; half a line, which a kill leaves, is passed over."""
     found = {}
     for line in log.read_text(encoding="utf-8", errors="replace").split("\n") if log.exists() else ():
         with suppress(ValueError, KeyError, TypeError):
             entry = json.loads(line)
-            found[entry["key"]] = Reply(*(entry[field.name] for field in fields(Reply)))
+            reply = Reply(**{field.name: entry[field.name] for field in fields(Reply) if field.name in entry})
+            _, most, _ = wanted[entry["key"]]
+            if not (reply.cut_off and reply.limit < most):
+                found[entry["key"]] = reply
     return found

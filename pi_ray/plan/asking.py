@@ -6,7 +6,7 @@ from statistics import fmean
 
 from pi_ray.ask.ask import queries_fingerprint
 from pi_ray.ask.coverage import Coverage
-from pi_ray.ask.needs import needed_units
+from pi_ray.ask.needs import needed_units, touched_units
 from pi_ray.ask.requests import SURPLUS, adapter_prompt, instruction, task_description
 from pi_ray.ask.sources import Sources
 from pi_ray.ask.train_writer import BATCH_ROWS, taught_sections
@@ -42,7 +42,8 @@ def plan_asking(
         there = (read_manifest(run.queries) or {})["queries"]
         return AskingPlan(there, 0.0, f"{there:,} generated queries are there")
     name, units = choose_writer(config, len(sources.labelled)), sources.units()
-    needed = needed_units(sources.labelled, UnitIndex(units))
+    index = UnitIndex(units)
+    needed = needed_units(sources.labelled, touched_units(sources.labelled, index), index)
     sections = taught_sections(needed, units) if name == "adapter" else None
     coverage = Coverage(units, written_kinds(config, name), config.ask.queries, sections)
     written = SURPLUS * len(coverage.cells) * coverage.target

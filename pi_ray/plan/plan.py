@@ -14,7 +14,8 @@ from rich.table import Table
 from rich.text import Text
 
 from pi_ray.answer.rows import describe_answers, is_answered, planned_splits
-from pi_ray.ask.sources import task_sources
+from pi_ray.ask.ask import queries_fingerprint
+from pi_ray.ask.sources import Sources, task_sources
 from pi_ray.cluster import placement
 from pi_ray.config import RunConfig
 from pi_ray.data.ingest import check_splits, read_splits
@@ -29,7 +30,7 @@ from pi_ray.protocols import SPLITS, UNLABELLED, Reject, Row, Task
 from pi_ray.registry import tasks
 from pi_ray.report import cost
 from pi_ray.report.loss_plot import read_template_entries
-from pi_ray.run.answered import answered_config, answered_facts
+from pi_ray.run.answered import answered_config, answered_facts, require_queries
 from pi_ray.run.artifact import is_current
 from pi_ray.run.directory import RunDir
 from pi_ray.run.fingerprint import prepare_fingerprint, wants_unlabelled
@@ -75,9 +76,12 @@ def plan_run(config: RunConfig) -> Plan:
     Raises DataError for rows that preparation would refuse, and what the task and the model raise.
     """
     task: Task = tasks[config.task.name](config.task)
-    unanswered = config.answers_first and not is_answered(config, task)
+    require_queries(config)
+    sources = task_sources(config) if config.task.generate else None
+    stand_ins = _stand_ins(config, sources) if sources and config.answers_first else []
+    unanswered = config.answers_first and (bool(stand_ins) or not is_answered(config, task))
     if unanswered:
-        splits, rejects = planned_splits(config, task), list[Reject]()
+        splits, rejects = planned_splits(config, task, stand_ins), list[Reject]()
         notes = [f"as many as the teacher answers, in about {LABEL_TOKENS} tokens each"]
     else:
         config = answered_config(config)
@@ -94,8 +98,8 @@ def plan_run(config: RunConfig) -> Plan:
     size, speed = estimate.model_size(config.model, config.train.lora, longest), estimate.measure_speed(config)
 
     asking = None
-    if config.task.generate:
-        asking = plan_asking(config, task_sources(config), size, speed, TOKENS_PER_NEW_TOKEN)
+    if config.task.generate and sources:
+        asking = plan_asking(config, sources, size, speed, TOKENS_PER_NEW_TOKEN)
         if not unanswered:  # else they are counted as rows
             rows[UNLABELLED] = rows.get(UNLABELLED, 0) + asking.queries
 
@@ -141,6 +145,15 @@ def plan_run(config: RunConfig) -> Plan:
         money=cost.economics(training, prices), teaching=teaching, answering=answering, scored=scored,
         asking=asking, drills=drills,
     )
+
+
+def _stand_ins(config: RunConfig, sources: Sources) -> list[Row]:
+    """Rows as many as ask.queries, about as long as a unit, for queries that are not generated yet; [] where they are.
+    """
+    if is_current(RunDir(config.root).queries, queries_fingerprint(config, sources)):
+        return []
+    units = sources.units()
+    return [Row(f"ask-{i}", f"{units[i % len(units)].text} {i}", "") for i in range(config.ask.queries)]
 
 
 def _with_anchor(shape: estimate.Shape, share: float, config: RunConfig) -> estimate.Shape:

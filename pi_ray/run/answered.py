@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pi_ray.config import RunConfig, TaskConfig
-from pi_ray.errors import DataError
+from pi_ray.errors import ConfigError, DataError
 from pi_ray.protocols import SPLITS
 from pi_ray.run.artifact import read_manifest
 from pi_ray.run.directory import RunDir
@@ -24,6 +24,17 @@ def answered_config(config: RunConfig) -> RunConfig:
     made = [split for split in SPLITS if split == "train" or not has_labelled(config, split)]
     files = {f"task.{split}": str(RunDir(config.root).answered / f"{split}.jsonl") for split in made}
     return config.replace(ask={}, **files, **{"task.queries": "", "task.generate": False})
+
+
+def require_queries(config: RunConfig) -> None:
+    """Raises ConfigError for a teacher behind an endpoint that has nothing to answer, at the start of a run's steps.
+
+    The answered config of such a run looks the same, and is right.
+    """
+    distills = config.train.objective != "sft" and config.train.distill.teacher == "endpoint"
+    if distills and not config.answers_first:
+        raise ConfigError("train.distill.teacher endpoint would have no effect: there are no queries for it to answer; "
+            "name a file of them with task.queries, set task.queries generate, or take train.objective sft")
 
 
 def has_labelled(config: RunConfig, split: str) -> bool:

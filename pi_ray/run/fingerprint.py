@@ -3,6 +3,7 @@
 Preparation has one for all its outputs: a change of `retrieve` makes templates again too, from the compression cache.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 from pi_ray import __version__
@@ -36,13 +37,12 @@ def prepare_fingerprint(config: RunConfig, task: str, queries: str = "", base: s
     return digest([*parts, UNLABELLED] if wants_unlabelled(config) else parts)
 
 
-def ask_fingerprint(config: RunConfig, sources: str, base: str) -> str:
+def ask_fingerprint(config: RunConfig, sources: str, base: str, learned: Mapping[str, Any]) -> str:
     """The fingerprint of generated queries; `sources` is that of the template and of all queries that are known, `base`
-    the hash of the base model's files.
+    the hash of the base model's files, `learned` the settings by which an adapter that writes is trained.
     """
     service = [config.closed.base_url, config.closed.model] if config.ask.writer == "endpoint" else []
-    learned = [config.train.lora.model_dump(mode="json"), config.train.seed]  # on which an adapter that writes depends
-    return digest([__version__, sources, _dump(config, "model", "prompt", "ask"), learned, service, base])
+    return digest([__version__, sources, _dump(config, "model", "prompt", "ask"), dict(learned), service, base])
 
 
 def train_fingerprint(config: RunConfig, prepare: str, base: str = "") -> str:

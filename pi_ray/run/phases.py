@@ -27,7 +27,8 @@ def max_shots(config: RunConfig) -> int:
 
 
 def first_taught_phase(config: RunConfig) -> int:
-    """The phase from which on a teacher's answers are learned: the first one with less than the whole template.
+    """The phase from which on a teacher's answers are learned: the second where the first has the whole template, else
+    the first.
 
     A first phase with the whole template learns labels; with the adapter as teacher, reading them makes the teacher.
     """

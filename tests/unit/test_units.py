@@ -1,8 +1,10 @@
 """Units of a prompt: what counts as one, and which of them a text is about."""
 
+import math
+
 import pytest
 
-from pi_ray.units import Unit, UnitIndex, find_units
+from pi_ray.units import RARE, Unit, UnitIndex, find_units, words_of
 
 PROMPT = """You sort messages. Answer with the code alone! Never guess.
 
@@ -69,3 +71,17 @@ def test_a_text_is_about_the_units_whose_rare_words_it_has():
     assert "billing: Q7" in touched
     assert index.best("zebra") is None
     assert index.touched("zebra") == []
+
+
+@pytest.mark.parametrize("text", ["billing, when ram is above 3 megabytes", "the code of a login", "", "zebra", PROMPT])
+def test_the_index_scores_as_its_definition_does(text):
+    units = find_units(PROMPT)
+    words, asked = [set(words_of(str(unit))) for unit in units], set(words_of(text))
+    count = {word: sum(word in some for some in words) for some in words for word in some}
+    scores = [sum(math.log(len(units) / count[word]) for word in some & asked) for some in words]
+    index = UnitIndex(units)
+    assert index.scores(text) == pytest.approx(scores)
+    rare = [i for i, some in enumerate(words) if any(count[word] <= RARE for word in some & asked)]
+    assert sorted(index.touched(text)) == rare
+    found = [round(scores[i], 9) for i in index.touched(text)]
+    assert found == sorted(found, reverse=True)

@@ -83,8 +83,33 @@ def test_what_was_answered_before_a_kill_is_not_answered_again(tiny_model, tmp_p
     assert [a.text for a in answers] == QUERIES and views == 2
     assert [query for batch in asked[2:] for query in batch] == QUERIES[AT_ONCE:] and seen[-1] == (len(ROWS), len(ROWS))
     assert answer_by_base(config, ROWS, TEMPLATE, 8, lambda *_: None)[0] == answers and len(asked) == 4
+    answer_by_base(config, ROWS, TEMPLATE, 7, lambda *_: None)
+    assert len(asked) == 4, "answers that ended are kept when a longer query leaves them less room"
     answer_by_base(config, ROWS[:1], TEMPLATE + "white: w3", 8, lambda *_: None)
     assert len(asked) == 5, "another prompt has other answers"
     lines = RunDir(tmp_path).answer_log.read_text().split("\n")
     assert len([json.loads(line)["key"] for line in lines if line and "cut off" not in line]) == len(ROWS) + 1
     assert answers[0] == TeacherAnswer(QUERIES[0], True, 1.0, -1.0)
+
+
+def test_answers_go_to_object_storage_while_others_are_written_and_a_cut_off_one_is_written_again_with_more_room(
+    tiny_model, tmp_path, monkeypatch
+):
+    asked, sent = [], []
+
+    def run(config, items, views, limit):
+        for place, item in enumerate(items):
+            yield place, [{"text": "k", "ended": limit > 8, "agreement": 1.0, "confidence": 0.0} for _ in item["rows"]]
+            asked.extend(item["rows"])
+
+    monkeypatch.setattr(base, "_run", run)
+    monkeypatch.setattr(base, "NOTIFY_EVERY", 1)
+    log = RunDir(tmp_path).answer_log
+    monkeypatch.setattr(base, "notify_written", lambda path: sent.append((path, len(log.read_text().split()))))
+    config = tiny_config(tiny_model, tmp_path)
+    answer_by_base(config, ROWS, TEMPLATE, 8, lambda *_: None)
+    assert {path for path, _ in sent} == {log} and sent[0][1] < sent[-1][1], "not only when all is done"
+    answers, _ = answer_by_base(config, ROWS, TEMPLATE, 9, lambda *_: None)
+    assert len(asked) == 2 * len(ROWS) and all(answer.ended for answer in answers)
+    answer_by_base(config, ROWS, TEMPLATE, 8, lambda *_: None)
+    assert len(asked) == 2 * len(ROWS)

@@ -8,7 +8,7 @@ import pytest
 from pi_ray.answer import rows as step
 from pi_ray.answer.base import TeacherAnswer
 from pi_ray.answer.endpoint import require_endpoint
-from pi_ray.answer.rows import is_answered, make_answered_rows, planned_splits, read_queries_to_answer
+from pi_ray.answer.rows import answer_limit, is_answered, make_answered_rows, planned_splits, read_queries_to_answer
 from pi_ray.ask.sources import task_sources
 from pi_ray.config import RunConfig
 from pi_ray.config.run_file import parse_run_file
@@ -179,6 +179,41 @@ def test_an_endpoint_teaches_beside_labelled_rows(config, service, tmp_path):
     facts = make_answered_rows(settings, lambda _: False, lambda _: None, lambda *_: None)
     rows = {r["query"]: r["answer"] for r in read(settings, "train")}
     assert facts["labelled"] == 2 and rows["code of red"] == "k4" and rows["pink"] == "-" and len(rows) > 20
+
+
+def test_a_longer_query_is_asked_and_priced_alone_though_it_leaves_less_room_for_answers(
+    config, service, monkeypatch, tmp_path
+):
+    settings, told = endpoint(config, service, **{"train.distill.max_tokens": 64}), []
+    rows = read_queries_to_answer(settings, tasks["jsonl"](settings.task))[1]
+    monkeypatch.setattr(step, "context_length", lambda model: 2048)
+    room = 2048 - answer_limit(settings.replace(**{"train.distill.max_tokens": 2048}), TEMPLATE.strip(), rows)
+    monkeypatch.setattr(step, "context_length", lambda model: room + 40)
+    make_answered_rows(settings, lambda _: False, told.append, lambda *_: None)
+    with open(config.task.queries, "a") as file:
+        file.write(json.dumps({"query": "please tell me what code yellow has"}) + "\n")
+    make_answered_rows(settings, lambda _: False, told.append, lambda *_: None)
+    assert len(service.chats) == len(QUERIES) + 1 and {chat["max_tokens"] for chat in service.chats[:-1]} == {40}
+    assert service.chats[-1]["max_tokens"] < 40, "what the longest query leaves is what is sent"
+    assert "Asking big for 1 answers (40 others are there)" in [line for line in told if "Asking" in line][1]
+
+
+@pytest.mark.parametrize(("finish", "counted"), [("length", True), ("length", False), (None, False), ("stop", True)])
+def test_an_answer_that_the_limit_cut_off_is_no_row_also_where_a_service_counts_no_tokens(
+    config, service, finish, counted
+):
+    chat = service.chat
+
+    def reply(wanted):
+        status, answer = chat(wanted)
+        long = answer["choices"][0]["message"]["content"] != "k"
+        answer["choices"][0]["finish_reason"] = finish if long else "stop"
+        return status, answer if counted else {**answer, "usage": None}
+
+    service.chat = reply
+    service.answer = lambda model, prompt: "on and on and on and on and on" if "red" in prompt.splitlines()[-1] else "k"
+    facts = make_answered_rows(endpoint(config, service), lambda _: False, lambda _: None, lambda *_: None)
+    assert facts["answered"] == (40 if finish == "stop" else 30)
 
 
 def test_no_money_is_spent_without_a_key_or_a_yes(config, service, monkeypatch):

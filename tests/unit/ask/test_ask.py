@@ -1,6 +1,7 @@
 """The step as a whole: what is asked, kept, resumed, and how it becomes a run's unlabelled rows."""
 
 import json
+import re
 from random import Random
 
 import pytest
@@ -164,7 +165,9 @@ def test_an_endpoint_is_asked_after_consent_and_what_is_paid_is_kept(folder, tin
             ask(config, lambda sentence: True)
         paid = (config.root / "closed" / "answers.jsonl").read_text().count('"key"')
         assert paid >= 1
-        manifest = ask(config, lambda sentence: True)
+        manifest = ask(config, lambda sentence: bool(sentences.append(sentence)) or True)
+        asked, again = (int(re.search(r"at most (\d+) requests", said)[1]) for said in (sentences[0], sentences[-1]))
+        assert again == asked - paid and f"({paid} others are paid for)" in sentences[-1]
         once = [json.dumps(chat, sort_keys=True) for chat in service.chats]
         assert len(once) - len(set(once)) <= len(once) - paid, "no paid reply is asked for again"
     assert all(chat["temperature"] == 1.0 and chat["top_p"] == 0.95 and "seed" in chat for chat in service.chats)

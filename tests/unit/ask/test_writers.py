@@ -4,7 +4,8 @@ import pytest
 
 from pi_ray.ask import train_writer as training
 from pi_ray.ask import writers
-from pi_ray.ask.needs import needed_units
+from pi_ray.ask.ask import queries_fingerprint
+from pi_ray.ask.needs import needed_units, touched_units
 from pi_ray.ask.requests import adapter_prompt
 from pi_ray.ask.sources import Sources
 from pi_ray.ask.train_writer import train_writer, writer_config, writer_pairs
@@ -35,7 +36,7 @@ def config(tmp_path, tiny_model):
 
 
 def test_a_row_teaches_to_write_from_each_of_its_two_most_telling_units_and_from_both():
-    needed = needed_units(ROWS[:6], INDEX)
+    needed = needed_units(ROWS[:6], touched_units(ROWS[:6], INDEX), INDEX)
     pairs = writer_pairs(ROWS[:1], needed[:1], INDEX.units)
     one, other, both = (prompt for prompt, _ in pairs)
     assert both == one.removesuffix("Request:") + other and one != other
@@ -45,7 +46,7 @@ def test_a_row_teaches_to_write_from_each_of_its_two_most_telling_units_and_from
 def test_training_is_a_run_of_one_phase_without_template_on_those_pairs(config, monkeypatch):
     trained = []
     monkeypatch.setattr(training.launch, "train", lambda config, watch: trained.append(config))
-    pairs = writer_pairs(ROWS, needed_units(ROWS, INDEX), INDEX.units)
+    pairs = writer_pairs(ROWS, needed_units(ROWS, touched_units(ROWS, INDEX), INDEX), INDEX.units)
     folder = train_writer(config, pairs)
     assert folder == config.root / "writer" / "adapters" / "phase-0"
     run = trained[0]
@@ -91,10 +92,34 @@ def test_auto_is_an_adapter_on_small_bases_and_prompts_on_large_ones(config, mon
     assert choose_writer(config.replace(**{"ask.writer": "adapter"}), 2) == "adapter"
 
 
-def test_a_query_may_be_a_quarter_longer_than_any_known_one(config):
+@pytest.mark.parametrize(("writer", "key", "value", "counts"), [
+    ("prompt", "train.seed", 7, False), ("prompt", "train.lora.rank", 4, False), ("endpoint", "train.seed", 7, False),
+    ("adapter", "train.seed", 7, True), ("adapter", "train.lora.rank", 4, True), ("adapter", "train.warmup", 0.5, True),
+    ("adapter", "train.weight_decay", 0.5, True), ("adapter", "train.lr", 0.5, False),
+    ("adapter", "train.distill.views", 3, False),
+])
+def test_settings_of_training_count_for_generated_queries_where_an_adapter_is_trained_by_them(
+    config, writer, key, value, counts
+):
+    asks, sources = config.replace(**{"ask.writer": writer}), Sources(TEMPLATE, ROWS)
+    changed = queries_fingerprint(asks, sources) != queries_fingerprint(asks.replace(**{key: value}), sources)
+    assert changed == counts
+
+
+def test_a_query_may_be_a_quarter_longer_than_any_known_one(config, monkeypatch):
     tokenizer = load_tokenizer(config.model)
     longest = max(len(tokenizer(row.query).input_ids) for row in ROWS)
     assert query_tokens(config, Sources(TEMPLATE, ROWS)) == round(1.25 * longest) + 1
+    monkeypatch.setattr(writers, "TOKENISED", 7)
+    sizes: list[int] = []
+
+    def counted(texts):
+        sizes.append(len(texts))
+        return tokenizer(texts)
+
+    monkeypatch.setattr(writers, "load_tokenizer", lambda model: counted)
+    assert query_tokens(config, Sources(TEMPLATE, ROWS)) == round(1.25 * longest) + 1
+    assert max(sizes) == 7 and sum(sizes) == len(ROWS), "a log of millions is not tokenised at once"
     assert query_tokens(config, Sources(TEMPLATE)) == writers.QUERY_TOKENS
 
 

@@ -47,6 +47,18 @@ def test_a_mistake_is_named_with_its_place_and_cure(text, message):
     assert message in str(error.value)
 
 
+@pytest.mark.parametrize(("overrides", "message"), [
+    (["train.distill.on_policy=0.2"], "no unlabelled ones for train.distill.on_policy"),
+    (["train.distill.labelled=0.2"], "no others for train.distill.labelled"),
+    (["task.name=opsql"], "not of opsql; leave task.train out"),
+])
+def test_what_needs_labelled_rows_is_refused_without_them(overrides, message):
+    text = "name: x\ntask: {train: '', queries: q.jsonl}\ntrain: {objective: distill, distill: {teacher: base}}\n"
+    run_file.parse_run_file(text, "run.yaml")
+    with pytest.raises(ConfigError, match=message):
+        run_file.parse_run_file(text, "run.yaml", overrides)
+
+
 def test_overrides_reach_into_blocks_and_their_mistakes_name_the_command_line():
     assert run_file.parse_run_file("name: a", "t.yaml", ["train.lr=0.1", "task.rows={train: 5}"]).task.rows.train == 5
     with pytest.raises(ConfigError, match=r"command line: unknown key 'train\.lrr'"):

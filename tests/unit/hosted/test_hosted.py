@@ -519,7 +519,12 @@ def test_answers_that_are_there_are_not_asked_for_again_even_after_a_kill_in_mid
     service.requests.clear()
     assert answers(config, "base-1", [*prompts, prompts[0]], 9)[-1] == "PROMPT 0"
     assert service.requests == []
-    answers(config, "base-1", prompts[:1], 10)
+    sent: list = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(client, "NOTIFY_EVERY", 1)
+        patch.setattr(client, "notify_written", sent.append)
+        answers(config, "base-1", prompts[:1], 10)
+    assert sent == [log, log], "paid replies go to object storage before the run ends"
     answers(config, "base-2", prompts[:1], 9)
     assert service.count("POST /chat/completions") == 2
 

@@ -473,6 +473,28 @@ def test_a_plan_with_a_quality_floor_counts_the_dev_rows_that_are_answered(tiny_
     assert "ends at the shortest prompt that keeps 0.95 of the first phase's score; examples are then fixed" in said
 
 
+def test_a_run_without_labelled_rows_is_planned_before_its_queries_are_generated(config):
+    codes = "\n".join(f"request {i}: alert {i}" for i in range(9))
+    Path(config.task.template).write_text(f"Alerts.\n\n## Codes\n\n{codes}\n")
+    asks = config.replace(**{
+        "train.objective": "distill", "train.distill.teacher": "base", "task.train": "", "task.dev": "",
+        "task.test": "", "task.queries": "", "task.generate": True, "ask": {"queries": 60, "writer": "prompt"},
+        "schedule": {"phases": 1},
+    })
+    made = plan_run(asks)
+    assert made.rows == {"train": 42, "dev": 6, "test": 12} and made.asking.seconds > 0
+    with staged(RunDir(asks.root).queries, fingerprint="of another prompt", queries=7) as folder:
+        write_queries(folder, [])
+    assert plan_run(asks).rows == made.rows, "queries of another prompt are generated again"
+
+
+def test_an_endpoint_that_has_nothing_to_answer_is_named(config):
+    with pytest.raises(ConfigError, match="there are no queries for it to answer"):
+        plan_run(config.replace(**{
+            "train.objective": "distill", "train.distill.teacher": "endpoint", "task.queries": "",
+        }))
+
+
 def test_asking_is_counted_until_the_queries_are_there(config):
     codes = "\n".join(f"request {i}: alert {i}" for i in range(9))
     Path(config.task.template).write_text(f"Alerts.\n\n## Codes\n\n{codes}\n")
