@@ -21,6 +21,7 @@ GROUPS = {  # as `pi-ray --help` lists the verbs
     "serve adapters": ("serve", "chat", "release", "key"),
     "work on a cluster": ("doctor", "render", "submit", "status", "logs", "stop"),
 }
+ON_RAY = {"demo", "bake", "run", "ask", "prepare", "train", "evaluate", "refresh", "table", "serve"}  # may start it
 DESCRIPTION = """\
 Turn long recurrent prompts into LoRA adapters, so that inference sends the query alone.
 
@@ -40,6 +41,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if args.verb != "doctor":  # doctor reports missing packages itself
             requirements.check_requirements()
+        if args.verb in ON_RAY:  # before the verb imports ray, which keeps the RAY_AUTH_MODE that it finds
+            from pi_ray.cluster import auth
+
+            auth.secure_session(os.environ.get("RAY_ADDRESS", ""))
         from rich.console import Console
 
         args.console = Console(highlight=False, soft_wrap=True)

@@ -44,11 +44,12 @@ def run_and_tell(settings: RunConfig, args: argparse.Namespace) -> None:
     """Do all steps, then print how to serve the adapter and how to ask it."""
     from pi_ray import pipeline
     from pi_ray.run.directory import RunDir
-    from pi_ray.serve.app import usage_text
 
     published = pipeline.run(settings, args.console)
     if not pipeline.is_served(settings):
         return
+    from pi_ray.serve.app import usage_text
+
     command = "pi-ray" if shutil.which("pi-ray") else os.path.relpath(sys.argv[0])
     run_dir, query = pipeline.shortest_path(settings.root), RunDir(settings.root).read_rows("test")[0].query
     args.console.print(f"\n[bold]Serve it[/]\n  {command} serve {run_dir}\n\n[bold]Ask it[/], from another terminal")

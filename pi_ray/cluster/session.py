@@ -1,5 +1,6 @@
 """Joins the Ray cluster that RAY_ADDRESS names, or starts one on this machine for as long as the command runs."""
 
+import ipaddress
 import logging
 import os
 import sys
@@ -10,6 +11,7 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from pi_ray.cluster import auth, requirements
+from pi_ray.errors import ClusterError
 
 # Ray Serve's settings that take a quarter off a request's overhead: replicas call each other by gRPC, with one event
 # loop each; and the limits of connections. They are set for clusters that pi-ray starts; the files of cluster/ set them
@@ -23,7 +25,10 @@ SERVE = {
 
 
 def connect() -> None:
-    """Start or join Ray, quietly, unless it is up. Raises ClusterError (no authentication) and MissingExtraError."""
+    """Start or join Ray, quietly, unless it is up.
+
+    Raises ClusterError (no authentication, a Ray of this process that the network would see) and MissingExtraError.
+    """
     requirements.check_requirements()
     auth.secure_session(os.environ.get("RAY_ADDRESS", ""))
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -53,13 +58,25 @@ def connect() -> None:
 def _on_loopback() -> Iterator[None]:
     """Let a node that `ray.init` starts have the loopback address, so that its metrics are not shown to the network.
 
-    Ray has this switch for desktops, where it is on, and reads its environment variable when it is imported.
+    Ray has this switch for desktops, where it is on, and reads its environment variable when it is imported. It is no
+    part of Ray's interface, so what it did is checked. Raises ClusterError where it is gone or did nothing.
     """
+    import ray
     from ray._private import ray_constants
 
-    before, ray_constants.ENABLE_RAY_CLUSTER = ray_constants.ENABLE_RAY_CLUSTER, False
+    cure = (
+        f"Ray {ray.__version__} does not bind a node to the loopback address, so the network would see its metrics. "
+        "Start it yourself with 'ray start --head --node-ip-address=127.0.0.1' and set RAY_ADDRESS=127.0.0.1:6379"
+    )
+    before = getattr(ray_constants, "ENABLE_RAY_CLUSTER", None)
+    if before is None:
+        raise ClusterError(cure)
+    ray_constants.ENABLE_RAY_CLUSTER = False
     try:
         yield
+        if not ipaddress.ip_address(ray.util.get_node_ip_address()).is_loopback:
+            ray.shutdown()
+            raise ClusterError(cure)
     finally:
         ray_constants.ENABLE_RAY_CLUSTER = before
 

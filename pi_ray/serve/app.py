@@ -18,6 +18,7 @@ from pi_ray.config import RunConfig, run_file
 from pi_ray.errors import ConfigError
 from pi_ray.serve.deployment import build_application
 from pi_ray.serve.engine.completion import served_models
+from pi_ray.serve.http.connections import check_callback
 from pi_ray.serve.http.keys import key_digest, load_keys
 from pi_ray.store.adapters import AdapterStore
 
@@ -69,6 +70,7 @@ def run_server(config: RunConfig, blocking: bool = True) -> str:
     if starts_ray:
         _check_port(config)
     session.connect()
+    check_callback()
     log.setLevel(logging.WARNING)
     try:
         _start_proxies(config)

@@ -6,10 +6,13 @@ cluster/, have it in their environment.
 """
 
 import asyncio
+import logging
 import os
 from collections import Counter
 from typing import Any
 
+log = logging.getLogger("ray.serve")
+VARIABLE = "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"
 HEADERS_S = 10  # from the connection, or the first byte of a later request, to the end of its headers
 BODY_S = 30  # from there to the end of the body
 PER_CLIENT = 512  # connections at once from one address; PI_RAY_CONNECTIONS_PER_CLIENT sets another number
@@ -72,10 +75,23 @@ class ConnectionLimits:
 
 def limit_connections() -> list[Any]:
     """Have this process's uvicorn make limited connections. Returns the middlewares for Serve's proxy: none."""
-    from uvicorn.protocols.http import auto
+    try:
+        from uvicorn.protocols.http import auto
 
+        auto.AutoHTTPProtocol  # noqa: B018 (it is no part of uvicorn's interface)
+    except (ImportError, AttributeError):
+        log.warning("this uvicorn has no AutoHTTPProtocol: connections of clients have no limits")
+        return []
     limits = {"per_client": int(os.environ.get("PI_RAY_CONNECTIONS_PER_CLIENT") or PER_CLIENT)}
     if not issubclass(auto.AutoHTTPProtocol, ConnectionLimits):
         limited: Any = type("LimitedProtocol", (ConnectionLimits, auto.AutoHTTPProtocol), limits)
         auto.AutoHTTPProtocol = limited
     return []
+
+
+def check_callback() -> None:
+    """Log a warning where this Ray Serve does not know the variable by which its proxies call `limit_connections`."""
+    from ray.serve._private import constants
+
+    if not hasattr(constants, VARIABLE):
+        log.warning("this Ray Serve has no %s: connections of clients have no limits", VARIABLE)

@@ -84,6 +84,23 @@ def test_a_ray_of_this_process_has_the_loopback_address(rays_token, monkeypatch,
     assert found == ["127.0.0.1" if on_loopback else "192.0.2.7"] and before == ray_constants.ENABLE_RAY_CLUSTER
 
 
+@pytest.mark.parametrize("gone", [True, False])
+def test_a_ray_that_the_network_would_see_is_refused_with_the_way_out(rays_token, monkeypatch, gone):
+    """Where Ray has lost the switch, or no longer heeds it."""
+    from ray._private import ray_constants
+
+    ended = []
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+    monkeypatch.setattr("ray.init", lambda **options: None)
+    monkeypatch.setattr("ray.shutdown", lambda: ended.append(True))
+    monkeypatch.setattr("ray.util.get_node_ip_address", lambda: "192.0.2.7")
+    if gone:
+        monkeypatch.delattr(ray_constants, "ENABLE_RAY_CLUSTER")
+    with pytest.raises(ClusterError, match=r"ray start --head --node-ip-address=127\.0\.0\.1"):
+        session.connect()
+    assert ended == ([] if gone else [True])
+
+
 def settings(workers=1, gpu="auto", **cluster) -> RunConfig:
     return RunConfig(name="demo", train={"workers": workers, "gpu": gpu, "batch_size": workers}, cluster=cluster)
 

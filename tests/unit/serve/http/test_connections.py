@@ -4,12 +4,13 @@ import asyncio
 from types import SimpleNamespace
 
 import pytest
+from ray.serve._private import constants
 from uvicorn.config import Config
 from uvicorn.protocols.http import auto
 from uvicorn.server import ServerState
 
 from pi_ray.serve.http import connections
-from pi_ray.serve.http.connections import BODY_S, HEADERS_S
+from pi_ray.serve.http.connections import BODY_S, HEADERS_S, VARIABLE
 
 HEAD = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 4\r\n\r\n"
 
@@ -121,3 +122,14 @@ def test_a_request_for_a_websocket_is_400_and_its_connection_counts_no_longer(co
         assert transport.written.startswith(b"HTTP/1.1 400 ") and transport.closed
         protocol.connection_lost(None)
         assert loop.pending() == [] and not connections._open
+
+
+@pytest.mark.parametrize("module, name, step", [
+    (auto, "AutoHTTPProtocol", connections.limit_connections), (constants, VARIABLE, connections.check_callback),
+])  # fmt: skip
+def test_limits_that_cannot_be_set_are_said(module, name, step, monkeypatch, caplog):
+    step()
+    assert not caplog.text
+    monkeypatch.delattr(module, name)
+    step()
+    assert "connections of clients have no limits" in caplog.text
