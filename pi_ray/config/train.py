@@ -197,3 +197,8 @@ class TrainConfig(Block):
         if self.attention == "flex" and not self.share_prefix:
             why = "it is for batches that share their prefix, and share_prefix is false"
             forbid_unused(self, ("attention",), "train", why)
+
+    @property
+    def adopts_teacher(self) -> bool:
+        """Whether another run's adapter teaches, so that the first phase has no updates."""
+        return self.objective != "sft" and bool(self.distill.teacher_adapter)

@@ -202,7 +202,7 @@ def tokens_of_updates(config: RunConfig) -> list[float]:
     for i, phase in enumerate(plan_phases(config.schedule)):
         manifest = read_manifest(run.phase(i)) or {}
         shape = Shape(*(manifest["tokens"][key] for key in ("prefix", "row_mean", "label_mean")))
-        taught = not i and config.train.distill.teacher_adapter  # by another run: no update
+        taught = not i and config.train.adopts_teacher  # by another run: no update
         updates = 0 if taught else updates_in_phase(manifest["rows"], phase, config.train.batch_size)
         tokens_by_update += [sum(update_tokens(size, shape, config))] * updates
     return tokens_by_update

@@ -5,7 +5,7 @@ from typing import Any
 
 from pi_ray.cluster import storage_sync
 from pi_ray.train.distill import write_teacher_answers
-from pi_ray.train.lora import load_init_adapter
+from pi_ray.train.lora import load_init_adapter, trainable_parameters
 from pi_ray.train.updates import Update
 
 
@@ -15,7 +15,9 @@ def adopt_teacher(trainer: Any) -> None:
     The next refresh finds it there, and so does the evaluation's column "teacher".
     """
     config, key = trainer.config, "train.distill.teacher_adapter"
-    student = {name: value for name, value in trainer.backend.state().items() if "/" not in name}
+    # without a start adapter no optimiser has a state yet, and the weights are those of the model
+    weights = trainer.backend.state() if config.train.init_adapter else trainable_parameters(trainer.model)
+    student = {name: value.detach().float().cpu().clone() for name, value in weights.items() if "/" not in name}
     folder = Path(config.train.distill.teacher_adapter)
     trainer.restart_optimizer(load_init_adapter(folder, trainer.model, config.model.base, key))
     trainer.end_phase(Update(step=0, phase=0, index=0, epoch=0, lr=0.0))

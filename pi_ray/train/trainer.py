@@ -86,7 +86,7 @@ class Trainer:
         if self.dataloader.drills and not done:
             groups = self.dataloader.drills.groups
             self.log.add({"event": "drills", "step": 0, "facts": [str(group) for group in groups]})
-        if self.config.train.distill.teacher_adapter and not done and not self.dataloader.has_answers:
+        if self.config.train.adopts_teacher and not done and not self.dataloader.has_answers:
             adopt_teacher(self)
         self.log.follow(lambda: trackers.open_tracker(self.config, self.dir, done))
         while done < len(self.updates):

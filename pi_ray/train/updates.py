@@ -36,7 +36,7 @@ def plan_updates(rows: list[int], phases: list[Phase], config: TrainConfig) -> l
     Where another run's adapter teaches, the first phase has none.
     """
     counts = [updates_in_phase(n, p, config.batch_size) for n, p in zip(rows, phases, strict=True)]
-    if config.objective != "sft" and config.distill.teacher_adapter:
+    if config.adopts_teacher:
         counts[0] = 0
     updates: list[Update] = []
     for phase, count in enumerate(counts):

@@ -6,12 +6,17 @@ import torch
 from pi_ray.config import RunConfig
 from pi_ray.config.run_file import parse_run_file
 from pi_ray.errors import ConfigError, TrainingError
+from pi_ray.plan.estimate import tokens_of_updates
 from pi_ray.run.artifact import verify_artifact
 from pi_ray.run.directory import RunDir
+from pi_ray.run.phases import plain_finetuning_config
+from pi_ray.schedule import plan_phases
 from pi_ray.train.launch import is_trained
 from pi_ray.train.lora import load_init_adapter
 from pi_ray.train.teacher_adapter import adopt_teacher
 from pi_ray.train.trainer import Trainer, train_worker
+from pi_ray.train.updates import plan_updates
+from tests import workers
 from tests.prepared import prepare_by_hand, tiny_config
 from tests.unit.train.test_distill import rows_of
 from tests.unit.train.test_train import adapter_hash, dies_and_goes_on, log_of, settings
@@ -75,6 +80,27 @@ def test_a_refresh_that_dies_goes_on_to_the_same_adapter(first, refreshed, tmp_p
     config = again(first, tmp_path)
     dies_and_goes_on(config, 3, monkeypatch)
     assert adapter_hash(config, 1) == adapter_hash(refreshed, 1)
+
+
+def test_a_fresh_student_learns_the_same_with_deepspeed(first, tmp_path):
+    """Its optimiser has no state yet when the student's weights are put aside."""
+    plain, zero = (
+        again(first, tmp_path / name, **{"train.init_adapter": "", "train.backend": {"name": name}})
+        for name in ("ddp", "deepspeed")
+    )
+    train_worker(settings(plain))
+    workers.run(1, train_worker, settings(zero))
+    losses = [[e["loss"] for e in log_of(config) if "loss" in e] for config in (plain, zero)]
+    assert len(losses[0]) == 5 and losses[1] == pytest.approx(losses[0], abs=1e-4)
+    assert weights(zero, 0) == weights(first, 0)
+
+
+def test_plain_fine_tuning_beside_it_has_all_updates_and_a_progress_line_for_each(first, tmp_path):
+    config = again(first, tmp_path)
+    assert len(tokens_of_updates(config)) == 5
+    plain = plain_finetuning_config(config)
+    prepare_by_hand(plain)
+    assert len(tokens_of_updates(plain)) == len(plan_updates([12, 12], plan_phases(plain.schedule), plain.train)) == 6
 
 
 def test_a_teacher_of_another_shape_is_refused_by_its_key(first, tmp_path):
