@@ -28,14 +28,12 @@ from pi_ray.run.artifact import (
 )
 from pi_ray.run.object_storage import ObjectStorage
 from pi_ray.store.disk_cache import DiskCache
-from pi_ray.store.verify import MAX_JSON_BYTES, MAX_WEIGHT_BYTES, SUFFIXES, WEIGHTS_FILE, parse_json, read_json
+from pi_ray.store.verify import MAX_JSON_BYTES, check_listed_files, parse_json, read_json
 
 log = logging.getLogger("ray.serve")
 LATEST_FILE = "latest.json"
 VERSION = re.compile(r"v[0-9]{4,9}")
 REFRESH_S, RETRY_S = 5.0, 60.0
-MAX_FILES = 16  # of an adapter
-FILE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 
 class StoreUnavailableError(AdapterError):
@@ -273,28 +271,16 @@ class RemoteStore:
         with suppress(CorruptArtifactError):
             verify_artifact(folder)
             return
-        _check_listed_files(manifest)
+        check_listed_files(manifest)
         try:
             with self._translate_errors():
                 self._storage.fetch_folder(key, manifest, folder)
             self._cache.make_room(keep=folder)
         except (CorruptArtifactError, FileNotFoundError) as error:
-            reason = str(error).rpartition("/")[2]  # without the path on this machine
-            message = f"adapter '{key.replace('/', '@')}' is not whole in the store: {reason}"
+            adapter, reason = f"adapter '{key.replace('/', '@')}'", str(error).rpartition("/")[2]  # no local path
+            if self._cache.has_lost(folder, error):
+                cure = "ask again, and raise PI_RAY_CACHE_GIB if this comes often"
+                raise StoreUnavailableError(f"{adapter} was removed here while it was fetched; {cure}") from error
+            message = f"{adapter} is not whole in the store: {reason}"
             self._damaged[folder] = (self._clock(), message)
             raise AdapterError(message) from error
-
-
-def _check_listed_files(manifest: bytes) -> None:
-    """Check names before any of them becomes a path, and sizes before anything is fetched."""
-    files = parse_json(manifest, MANIFEST).get("files")
-    if not isinstance(files, dict) or not 0 < len(files) <= MAX_FILES:
-        raise AdapterError(f"{MANIFEST} does not list the files of an adapter")
-    for name, recorded in files.items():
-        if not FILE.fullmatch(name) or name == MANIFEST or Path(name).suffix not in SUFFIXES:
-            problem = "names a file that no adapter has; weights must be safetensors, never a pickle"
-            raise AdapterError(f"{MANIFEST} {problem}")
-        recorded = recorded if isinstance(recorded, dict) else {}
-        size, limit = recorded.get("bytes"), MAX_WEIGHT_BYTES if name == WEIGHTS_FILE else MAX_JSON_BYTES
-        if not isinstance(recorded.get("sha256"), str) or type(size) is not int or not 0 <= size <= limit:
-            raise AdapterError(f"{name} is too large, or {MANIFEST} gives no size and hash")

@@ -27,6 +27,8 @@ SUFFIXES = {".safetensors", ".json", ".md"}
 MODULE = re.compile(r"[\w.]{1,256}", re.ASCII)  # a module's name, or its end
 FLOAT_TYPES = ("F32", "F16", "BF16")
 MAX_JSON_BYTES, MAX_WEIGHT_BYTES = 8 << 20, 8 << 30
+MAX_FILES = 16  # of an adapter
+FILE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 MAX_RANK, MAX_TOKENS = 4096, 1 << 30
 MAX_WORDING = 100_000  # characters of the prompt block
 MAX_REPEATS = 4  # of the query or the answer in the wording of a prompt
@@ -198,3 +200,18 @@ def validate(kind: TypeAdapter[T], data: Any, file: str) -> T:
         first = error.errors()[0]
         where = ": ".join(filter(None, (file, ".".join(map(str, first["loc"]))[:80])))
         raise AdapterError(f"{where}: {first['msg'][:200]}") from error
+
+
+def check_listed_files(manifest: bytes) -> None:
+    """Check names before any of them becomes a path, and sizes before anything is fetched."""
+    files = parse_json(manifest, MANIFEST).get("files")
+    if not isinstance(files, dict) or not 0 < len(files) <= MAX_FILES:
+        raise AdapterError(f"{MANIFEST} does not list the files of an adapter")
+    for name, recorded in files.items():
+        if not FILE.fullmatch(name) or name == MANIFEST or Path(name).suffix not in SUFFIXES:
+            problem = "names a file that no adapter has; weights must be safetensors, never a pickle"
+            raise AdapterError(f"{MANIFEST} {problem}")
+        recorded = recorded if isinstance(recorded, dict) else {}
+        size, limit = recorded.get("bytes"), MAX_WEIGHT_BYTES if name == WEIGHTS_FILE else MAX_JSON_BYTES
+        if not isinstance(recorded.get("sha256"), str) or type(size) is not int or not 0 <= size <= limit:
+            raise AdapterError(f"{name} is too large, or {MANIFEST} gives no size and hash")

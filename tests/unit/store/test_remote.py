@@ -12,7 +12,7 @@ import pytest
 from pi_ray.config import ModelConfig, RunConfig
 from pi_ray.errors import AdapterError, ConfigError
 from pi_ray.run import object_storage
-from pi_ray.run.artifact import seal_folder, staged, write_atomic
+from pi_ray.run.artifact import seal_folder, staged, temporary_path, write_atomic
 from pi_ray.run.directory import RunDir
 from pi_ray.store import backends, disk_cache
 from pi_ray.store.adapters import AdapterStore, StoreUnavailableError, UnknownAdapterError
@@ -327,6 +327,38 @@ def test_the_cache_on_disk_is_bounded_and_the_least_recently_used_version_goes(s
     assert shapes.is_dir() and not colours.exists()
     assert store.open("colours").path == colours and colours.is_dir(), "fetched again when it is asked for"
     assert [folder.name for folder in store.backend._cache.root.iterdir()] == [colours.parents[1].name]
+
+
+def test_room_is_not_made_of_a_folder_into_which_another_process_fetches(store, monkeypatch):
+    colours = store.open("colours").path
+    other = store.backend._cache.folder("0" * 64, "other", "v0001")
+    part = temporary_path(other)
+    part.mkdir(parents=True)
+    (part / "adapter_model.safetensors").write_bytes(b"half")
+    os.utime(other.parents[1], (1, 1))
+    monkeypatch.setattr(store.backend._cache, "limit", 0)
+    store.backend._cache.make_room(keep=colours)
+    assert part.is_dir() and colours.is_dir()
+    os.utime(part, (time.time() - 2 * disk_cache.DAY_S,) * 2)
+    store.backend._cache.make_room(keep=colours)
+    assert not other.parents[1].exists(), "its process was killed long ago"
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize("file", ["adapter_config.json", "adapter_model.safetensors", "pi_ray.json"])
+def test_a_folder_removed_while_it_is_fetched_is_not_taken_for_damage_in_the_store(store, bucket, tmp_path, file):
+    opened = bucket.open_input_stream
+
+    def open_input_stream(path):
+        if path.endswith(f"v0001/{file}"):
+            shutil.rmtree(tmp_path / "cache" / "adapters")
+        return opened(path)
+
+    bucket.open_input_stream = open_input_stream
+    with pytest.raises(StoreUnavailableError, match="'colours@v0001' was removed here while it was fetched; ask again"):
+        store.open("colours")
+    bucket.open_input_stream = opened
+    assert store.open("colours").name == "colours"
 
 
 def test_the_bound_of_the_cache_comes_from_the_environment(bucket, monkeypatch):
