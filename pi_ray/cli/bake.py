@@ -59,6 +59,7 @@ def bake_config(prompt: Path, queries: Path | None, generate: bool, overrides: S
     import yaml
 
     from pi_ray.config.run_file import parse_run_file
+    from pi_ray.protocols import SPLITS
 
     if queries and not queries.is_file():
         raise ConfigError(f"--queries {queries}: no such file")
@@ -72,6 +73,9 @@ def bake_config(prompt: Path, queries: Path | None, generate: bool, overrides: S
     task = {"template": str(prompt.resolve()), "train": "", "dev": "", "test": "", "queries": asked}
     text = yaml.safe_dump({"name": name, "task": task, **writer, **SETTINGS})
     found = parse_run_file(text, "bake", overrides)
+    for split in SPLITS:
+        if (named := getattr(found.task, split)) and not Path(named).is_file():
+            raise ConfigError(f"task.{split}: {named}: no such file")
     if any(override.partition("=")[0].strip() == "prompt.chat" for override in overrides):
         return found
     return found.replace(**{"prompt.chat": choose_chat(found.model)})

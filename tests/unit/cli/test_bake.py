@@ -54,6 +54,7 @@ def test_nothing_is_written_for_a_prompt_or_queries_that_cannot_be_used(prompt, 
         ([str(empty), model], 3, "the template is empty"),
         (["none.md", model], 3, "no such template file"),
         ([str(prompt), "--queries", "none.jsonl", model], 2, "--queries none.jsonl: no such file"),
+        ([str(prompt), model, "task.test=test.jsonl"], 2, "test.jsonl: no such file"),
         ([str(prompt), model, "train.distill.teacher=adapter"], 2, "nothing trains a teacher"),
         ([str(prompt), model, "train.distill.teacher=endpoint"], 2, "OPENAI_API_KEY is empty"),
     ):
