@@ -39,13 +39,20 @@ def release(args: argparse.Namespace) -> None:
     step.print_aliases(store, args.name, aliases, lambda line: args.console.print(line, markup=False))
 
 
+def positive(text: str) -> int:
+    """An argument that must be a number from 1 on; argparse names this function where it is not."""
+    if (value := int(text)) < 1:
+        raise ValueError
+    return value
+
+
 @verb(
     "make an API key for a client of the server",
     argument("name", metavar="NAME", help="whose key it is"),
     argument("--adapters", nargs="+", default=[], metavar="ADAPTER", help="adapters that it may use; default: all"),
-    argument("--rpm", type=int, metavar="N", help="requests that it may send a minute; default: any number"),
-    argument("--tpm", type=int, metavar="N", help="tokens that its requests may take a minute, prompts and answers"),
-    argument("--monthly-tokens", type=int, metavar="N", help="tokens a month (UTC); needs serve.usage_dir"),
+    argument("--rpm", type=positive, metavar="N", help="requests that it may send a minute; default: any number"),
+    argument("--tpm", type=positive, metavar="N", help="tokens that its requests may take a minute, with answers"),
+    argument("--monthly-tokens", type=positive, metavar="N", help="tokens a month (UTC); needs serve.usage_dir"),
     argument("--full-prompt", action="store_true", help="it may ask for pi_ray.full_prompt, which shows templates"),
 )
 def key(args: argparse.Namespace) -> None:

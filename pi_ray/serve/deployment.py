@@ -125,6 +125,8 @@ class HandleBackend:
     async def _ask_for_token(self) -> None:
         try:
             await asyncio.wait_for(self.handle.make_token.remote(), READY_TIMEOUT_S)
+        except BackPressureError:  # the replicas answer others, so many that the queue is full
+            return
         except Exception as error:
             log.warning("not ready: %r", error)
             raise RefusedError(503, "no token was made lately", "server_error", "not_ready") from None

@@ -93,7 +93,7 @@ class Completer:
         self.merged: Adapter | None = None
         self._reported_version = ""
         self._cold_threads = ThreadPoolExecutor(COLD_THREADS, "open")
-        self._opening: dict[str, asyncio.Future[None]] = {}  # name@version -> its first opening, under way
+        self._opening: dict[str, asyncio.Future[PiRayError | None]] = {}  # name@version -> its first opening, under way
         self._encoder = lru_cache(maxsize=64)(lambda prompt: PromptEncoder(tokenizer, prompt))
 
     def merge(self, spec: str) -> None:
@@ -110,8 +110,8 @@ class Completer:
         return self._adapter_ids(query, adapter, adapter.card["template"])
 
     async def complete(self, request: CompletionRequest) -> Events:
-        """First {"model", "fingerprint", "adapter", "prompt", "prompt_tokens", "saved"}, then {"text"} pieces, each with
-        the "tokens" since the one before, last {"finish", "completion_tokens"}. Raises RefusedError.
+        """First {"model", "fingerprint", "adapter", "prompt", "prompt_tokens", "saved"}, then {"text"} pieces, each
+        with the "tokens" since the one before, last {"finish", "completion_tokens"}. Raises RefusedError.
 
         "fingerprint" is the model that answers, "adapter" the one that was asked for or "", "prompt" a GuardResult's
         kind, "full" or "base". Pieces have "logprobs", entries of LogprobsBuffer, when asked for.
@@ -122,7 +122,8 @@ class Completer:
         except ColdAdapterError as cold:
             if cold.spec not in self._opening:
                 self._opening[cold.spec] = asyncio.ensure_future(self._open_cold(cold.spec))
-            await asyncio.shield(self._opening[cold.spec])
+            if error := await asyncio.shield(self._opening[cold.spec]):
+                raise as_refused_error(error) from error
             start, generation = await asyncio.to_thread(self._prepare, request, given_up, is_open=True)
         finally:
             given_up.set()
@@ -143,11 +144,13 @@ class Completer:
         full = text.count >= generation.max_new_tokens and not text.stopped
         yield {"finish": "length" if full else "stop", "completion_tokens": text.count}
 
-    async def _open_cold(self, spec: str) -> None:
-        """Open an adapter for the first time, once for all who wait for it, in threads that no warm one needs."""
+    async def _open_cold(self, spec: str) -> PiRayError | None:
+        """Open an adapter for the first time, in threads that no warm one needs -> the error of all who wait for it."""
         try:
-            with suppress(PiRayError):  # which `_prepare` meets again
-                await asyncio.get_running_loop().run_in_executor(self._cold_threads, self.store.open, spec, "")
+            await asyncio.get_running_loop().run_in_executor(self._cold_threads, self.store.open, spec, "")
+            return None
+        except PiRayError as error:
+            return error
         finally:
             del self._opening[spec]
 

@@ -60,10 +60,18 @@ class KVCache(Cache):
     def nbytes(self) -> int:
         return self.keys.nbytes + self.values.nbytes
 
-    def bytes_for(self, rows: int, positions: int) -> int:
-        """The cache's size once `rows` rows are in use and the longest of them, or a planned one, has `positions`."""
-        rows, positions = self._shape(rows, max(positions, self.planned))
-        return self.num_layers * rows * self.heads * positions * sum(self._dims) * self._like["dtype"].itemsize
+    def bytes_for(self, rows: int, positions: int, compacted: bool = False) -> int:
+        """The size for `rows` rows whose longest, or a planned one, has `positions`; `compacted`: after `compact`."""
+        old = self._compact_shape() if compacted else (self.keys.shape[1], self.keys.shape[3])
+        return self._bytes(*self._shape(rows, max(positions, self.planned), old))
+
+    def bytes_alone(self, positions: int) -> int:
+        """The cache's size for a single sequence of `positions`."""
+        return self._bytes(*self._shape(1, positions, (0, 0)))
+
+    def compact(self) -> None:
+        """Free what neither the rows in use nor the planned positions need."""
+        self._resize(*self._compact_shape())
 
     def add_rows(self, rows: int) -> None:
         """Append so many empty rows."""
@@ -138,9 +146,9 @@ class KVCache(Cache):
         self._write_index = (offsets[..., None] + positions[:, None]).flatten()
         self._visible = slice(first, first + rows), width
 
-    def _shape(self, rows: int, capacity: int) -> tuple[int, int]:
-        """(rows, capacity) to reserve for these: rows double and the capacity grows by steps; neither shrinks."""
-        old_rows, old_capacity = self.keys.shape[1], self.keys.shape[3]
+    def _shape(self, rows: int, capacity: int, old: tuple[int, int]) -> tuple[int, int]:
+        """(rows, capacity) to reserve for these where `old` are: rows double, the capacity grows by steps."""
+        old_rows, old_capacity = old
         if rows > old_rows:
             rows = 1 << (rows - 1).bit_length()
         if capacity > old_capacity:
@@ -148,14 +156,25 @@ class KVCache(Cache):
             capacity = -(-max(capacity, ahead) // CAPACITY_STEP) * CAPACITY_STEP
         return max(rows, old_rows), max(capacity, old_capacity, CAPACITY_STEP)
 
+    def _compact_shape(self) -> tuple[int, int]:
+        """(rows, capacity) that the rows in use, doubled from one, and the planned positions need."""
+        used = 1 << (len(self.lengths) - 1).bit_length() if self.lengths else 0
+        planned = -(-self.planned // CAPACITY_STEP) * CAPACITY_STEP
+        return min(used, self.keys.shape[1]), min(planned, self.keys.shape[3])
+
+    def _bytes(self, rows: int, positions: int) -> int:
+        return self.num_layers * rows * self.heads * positions * sum(self._dims) * self._like["dtype"].itemsize
+
     def _reserve(self, rows: int, capacity: int) -> None:
-        old_rows, old_capacity = self.keys.shape[1], self.keys.shape[3]
-        if rows <= old_rows and capacity <= old_capacity:
-            return
-        rows, capacity = self._shape(rows, capacity)
+        old = self.keys.shape[1], self.keys.shape[3]
+        if rows > old[0] or capacity > old[1]:
+            self._resize(*self._shape(rows, capacity, old))
+
+    def _resize(self, rows: int, capacity: int) -> None:
+        r, c = min(rows, self.keys.shape[1]), min(capacity, self.keys.shape[3])
         for name, dim in zip(("keys", "values"), self._dims, strict=True):
             new = torch.zeros(self.num_layers, rows, self.heads, capacity, dim, **self._like)
-            new[:, :old_rows, :, :old_capacity] = getattr(self, name)
+            new[:, :r, :, :c] = getattr(self, name)[:, :r, :, :c]
             setattr(self, name, new)
 
     def _release(self) -> None:
@@ -177,9 +196,11 @@ class UnbatchedCache:
         self.lengths: list[int] = []
         self._caches: list[Cache] = []
 
-    def bytes_for(self, rows: int, positions: int) -> int:
+    def bytes_for(self, *_: Any) -> int:
         """Not known here: such models keep little for a sequence."""
         return 0
+
+    bytes_alone = bytes_for
 
     def add_rows(self, rows: int) -> None:
         self.lengths += [0] * rows

@@ -8,7 +8,8 @@ from pi_ray.errors import AdapterError, ModelError, PiRayError
 from pi_ray.store.adapters import StoreUnavailableError, UnknownAdapterError
 
 log = logging.getLogger("ray.serve")
-SERVER_PATH = re.compile(r"(?<![\w:/.])/(?:[^\s/:'\"]+/)+([^\s/:'\"]*)")  # group 1 is all of it that a client may see
+# Group 1 of a path of this machine is all of it that a client may see.
+SERVER_PATH = re.compile(r"(?<![\w:/.])/(?=[^\s/:'\"])(?:[^\s/:'\"]+/)*([^\s/:'\"]*)")
 
 
 class RefusedError(Exception):

@@ -6,6 +6,7 @@ Only the engine's decoding thread calls it.
 """
 
 import asyncio
+import logging
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -13,15 +14,16 @@ from typing import Any
 import torch
 
 from pi_ray.config import ServeConfig
-from pi_ray.errors import ModelError
 from pi_ray.protocols import GenerationRequest, Token
 from pi_ray.serve.engine.kv_cache import create_kv_cache, kv_cache_limit
 from pi_ray.serve.engine.multi_lora import BASE_SLOT, MultiLora, NoRoomError
 from pi_ray.serve.engine.onednn_linear import use_onednn_linears
 from pi_ray.serve.engine.prefix_cache import BLOCK_SIZE, Block, PrefixCache
+from pi_ray.serve.engine.refusal import RefusedError
 from pi_ray.serve.engine.replica_options import DEFAULT_MAX_LORAS
 from pi_ray.train.sampling import Sampler, sample_tokens
 
+log = logging.getLogger("ray.serve")
 DEFAULT_PREFILL_TOKENS = {"cpu": 256}  # prompt tokens between two decoding steps, when serve.prefill_tokens is not set
 IDLE_PREFILL_TOKENS = 2048  # the same on a GPU, and while no sequence decodes
 MAX_SKIPPED_STEPS = 32  # how often later requests may go first while there is no adapter slot or memory for a request
@@ -85,6 +87,7 @@ class Scheduler:
         self.kv_cache = create_kv_cache(base, self.multi_lora)
         use_onednn_linears(base)
         self.kv_cache_limit = kv_cache_limit(serve, base.device)  # bytes
+        log.info("the KV cache may take %s MiB (serve.kv_cache_mb)", f"{self.kv_cache_limit / 2**20:,.1f}")
         self.prefix_cache = PrefixCache(serve.prefix_cache_mb << 20 if self.kv_cache.chunked_prefill else 0)
         self.running: list[GenerationSequence] = []
         self.num_decoding = 0
@@ -102,11 +105,12 @@ class Scheduler:
         for seq in waiting:
             if seq in done or len(self.running) + len(admitted) >= self.max_num_seqs:
                 continue
+            if (size := self.kv_cache.bytes_alone(seq.max_length)) > self.kv_cache_limit:
+                self.outputs.put(seq, self._too_large(seq, size))
+                done.add(seq)
+                continue
             if not self._has_kv_cache_for(seq, len(self.running) + len(admitted) + 1):
-                if not self.running and not admitted:
-                    self.outputs.put(seq, self._too_large(seq))
-                    done.add(seq)
-                elif self._is_overdue(seq):
+                if self._is_overdue(seq):
                     break
                 continue
             in_use = {s.request.adapter_key for s in [*self.running, *admitted]}
@@ -148,17 +152,27 @@ class Scheduler:
         return seq.skipped_steps > MAX_SKIPPED_STEPS
 
     def _has_kv_cache_for(self, seq: GenerationSequence, rows: int) -> bool:
-        return self.kv_cache.bytes_for(rows, seq.max_length) <= self.kv_cache_limit
+        if self.kv_cache.bytes_for(rows, seq.max_length) <= self.kv_cache_limit:
+            return True
+        if self.kv_cache.bytes_for(rows, seq.max_length, True) > self.kv_cache_limit:
+            return False
+        self.kv_cache.compact()  # sequences that have left were longer or more
+        return True
 
-    def _too_large(self, seq: GenerationSequence) -> ModelError:
-        size, limit = self.kv_cache.bytes_for(1, seq.max_length) / 2**20, self.kv_cache_limit / 2**20
-        needs = f"{seq.max_length} tokens of prompt and answer need {size:,.1f} MiB of KV cache"
-        return ModelError(f"{needs}; this server has {limit:,.1f} MiB (serve.kv_cache_mb)")
+    def _too_large(self, seq: GenerationSequence, size: int) -> RefusedError:
+        needs = f"{seq.max_length} tokens of prompt and answer need {size / 2**20:,.1f} MiB of KV cache"
+        message = f"{needs}; this server has {self.kv_cache_limit / 2**20:,.1f} MiB (serve.kv_cache_mb)"
+        return RefusedError(400, message, code="context_length_exceeded", param="max_tokens")
 
     def _fit_in_one_pass(self, admitted: Sequence[GenerationSequence]) -> bool:
-        """Whether the uncached parts of these prompts, padded to the longest, fit in the token budget."""
-        longest = max(len(seq.request.prompt_ids) - BLOCK_SIZE * len(seq.cached_blocks) for seq in admitted)
-        return longest * len(admitted) <= self._token_budget() and not any(seq.prefill_alone for seq in admitted)
+        """Whether the uncached parts of these prompts, padded to the longest, fit in the token budget, and behind the
+        longest cached part in the planned positions.
+        """
+        cached = [BLOCK_SIZE * len(seq.cached_blocks) for seq in admitted]
+        longest = max(len(seq.request.prompt_ids) - length for seq, length in zip(admitted, cached, strict=True))
+        if longest * len(admitted) > self._token_budget() or any(seq.prefill_alone for seq in admitted):
+            return False
+        return max(cached) + longest <= max(self.kv_cache.planned, *(seq.max_length for seq in admitted))
 
     def _token_budget(self) -> int:
         return self.prefill_tokens if self.num_decoding else max(self.prefill_tokens, IDLE_PREFILL_TOKENS)
@@ -270,6 +284,7 @@ class Scheduler:
             self._move(len(self.running) - 1, i)
             self.kv_cache.pop_row()
             self.running.pop()
+        self.kv_cache.planned = max((seq.max_length for seq in self.running), default=0)
 
     def _move(self, source: int, target: int) -> None:
         if source != target:

@@ -32,6 +32,7 @@ from pi_ray.serve.http.streaming import EventStreamResponse, UsageCounter, merge
 log = logging.getLogger("ray.serve")
 PUBLIC_PATHS = {"/healthz", "/readyz", "/"}
 STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # nginx would hold a stream back
+UNCANCELLABLE = b"x-request-disconnect-disabled"  # by it Serve would go on with a request whose client has left
 Format = ChatFormat | CompletionFormat
 
 
@@ -120,7 +121,7 @@ class AuthMiddleware:
 
     A server without keys listens on loopback, where a web page that somebody looks at can reach it too: such requests
     bear a foreign name in Origin, or (DNS rebinding) in Host, or say cross-site in Sec-Fetch-Site, as an image's or a
-    script's does, whose success alone would tell which adapters there are. They are refused.
+    script's does, whose success alone would tell which adapters there are. They are refused, and so is UNCANCELLABLE.
     """
 
     def __init__(self, app: Any, keys: ApiKeys):
@@ -130,6 +131,8 @@ class AuthMiddleware:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
         try:
+            if UNCANCELLABLE in dict(scope["headers"]):
+                raise RefusedError(400, f"this server takes no header {UNCANCELLABLE.decode()}")
             key = UNRESTRICTED if scope["path"] in PUBLIC_PATHS else self._authenticate(scope["headers"])
         except RefusedError as error:
             return await _error_response(error)(scope, receive, send)

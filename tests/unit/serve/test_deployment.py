@@ -241,8 +241,10 @@ def test_a_server_is_ready_when_a_token_was_made_lately(config, monkeypatch):
 
     async def states():
         found = []
+        full = BackPressureError(num_queued_requests=4, max_queued_requests=4)
         for at, outcome in (
-            (0, None), (29, RuntimeError("gone")), (31, RuntimeError("gone")), (32, asyncio.Event()), (33, None),
+            (0, None), (29, RuntimeError("gone")), (31, RuntimeError("gone")), (32, asyncio.Event()), (33, full),
+            (34, RuntimeError("gone")), (35, None),
         ):
             clock.now, replica.outcome = at, outcome
             try:
@@ -252,7 +254,7 @@ def test_a_server_is_ready_when_a_token_was_made_lately(config, monkeypatch):
                 found.append((error.status, replica.calls))
         return found
 
-    assert asyncio.run(states()) == [(200, 1), (200, 1), (503, 2), (503, 3), (200, 4)]
+    assert asyncio.run(states()) == [(200, 1), (200, 1), (503, 2), (503, 3), (200, 4), (503, 5), (200, 6)]
 
 
 def test_many_who_ask_whether_a_server_is_ready_cost_one_token(config):

@@ -16,6 +16,7 @@ from pi_ray.config import ModelConfig, ServeConfig
 from pi_ray.errors import AdapterError, ModelError
 from pi_ray.protocols import GenerationRequest
 from pi_ray.serve.engine.engine import TransformersEngine
+from pi_ray.serve.engine.refusal import RefusedError
 from pi_ray.store.adapters import AdapterStore, StoreUnavailableError
 from tests.lora import put_in_store, rewrite
 
@@ -266,8 +267,8 @@ def test_requests_wait_for_kv_cache_memory_and_one_that_is_too_large_alone_is_re
     *answers, error = asyncio.run(burst())
     assert answers == expected[""] * 2
     assert max(sizes) <= scheduler.kv_cache_limit and max(rows) == 2
-    assert isinstance(error, ModelError) and "510 tokens of prompt and answer need" in str(error)
-    assert "serve.kv_cache_mb" in str(error)
+    assert isinstance(error, RefusedError) and (error.status, error.param) == (400, "max_tokens")
+    assert "510 tokens of prompt and answer need" in str(error) and "serve.kv_cache_mb" in str(error)
 
 
 def test_the_kv_cache_reserves_no_more_than_was_admitted(fresh):
@@ -282,6 +283,43 @@ def test_the_kv_cache_reserves_no_more_than_was_admitted(fresh):
     planned = cache.bytes_for(3, 500)
     asyncio.run(both())
     assert 0 < max(peak) <= planned
+
+
+def test_memory_of_a_long_sequence_is_free_for_others_once_it_has_left(fresh):
+    engine = fresh(max_ongoing_requests=8)
+    scheduler = engine._scheduler
+    scheduler.kv_cache_limit = scheduler.kv_cache.bytes_for(4, 320)
+
+    async def use():
+        first = engine.generate(GenerationRequest(PROMPTS[0], 110))
+        await asyncio.gather(anext(first), tokens(engine, list(range(2, 300)), max_new_tokens=2))
+        rows = []
+
+        async def watch():
+            async for _ in first:
+                rows.append(len(scheduler.running))
+
+        short = [tokens(engine, PROMPTS[1], max_new_tokens=40) for _ in range(5)]
+        await asyncio.gather(watch(), *short)
+        return max(rows)
+
+    assert asyncio.run(use()) == 6
+    assert scheduler.kv_cache.planned == 0
+
+
+def test_a_prompt_with_a_cached_part_and_a_longer_one_reserve_no_more_than_was_planned(fresh):
+    engine = fresh()
+    cache, peak = engine._scheduler.kv_cache, []
+    long = [list(range(3 + i, 163 + i)) for i in range(2)]
+    asyncio.run(tokens(engine, long[0], max_new_tokens=1))
+    reserve = cache._reserve
+    cache._reserve = lambda *shape: (reserve(*shape), peak.append(cache.keys.shape[3]))
+
+    async def both():
+        await asyncio.gather(*(tokens(engine, prompt, max_new_tokens=1) for prompt in long))
+
+    asyncio.run(both())
+    assert engine.stats()["prefix_hit_tokens"] and max(peak) == 192
 
 
 def test_a_merged_adapter_answers_as_it_does_beside_the_base_and_no_other_is_served(fresh, expected, folders):

@@ -134,6 +134,22 @@ def test_a_row_can_begin_with_blocks_copied_from_another(kv_cache):
 
 
 @torch.inference_mode()
+def test_a_compacted_cache_is_smaller_and_its_rows_go_on(kv_cache):
+    kv_cache.planned = 300
+    kv_cache.add_rows(3)
+    kv_cache.forward(0, [list(range(150)), PROMPTS[1], PROMPTS[2]], [BASE_SLOT] * 3)
+    kv_cache.move_row(2, 0)
+    kv_cache.pop_row()
+    kv_cache.planned, before = 30, kv_cache.nbytes
+    expected = kv_cache.bytes_for(2, 30, True)
+    kv_cache.compact()
+    assert kv_cache.nbytes == expected == before // 6, "2 rows of 4, 64 positions of 192"
+    logits = kv_cache.forward(0, [[3], [3]], [BASE_SLOT] * 2)
+    for row, prompt in zip(logits, (PROMPTS[2], PROMPTS[1]), strict=True):
+        torch.testing.assert_close(row, alone(kv_cache.model, [*prompt, 3])[0], atol=1e-5, rtol=1e-4)
+
+
+@torch.inference_mode()
 def test_infinite_keys_of_a_dropped_row_do_not_reach_the_next_sequence_in_it(kv_cache):
     """Keys of a hostile adapter may be so large that even a masked one would make NaN."""
     kv_cache.add_rows(3)

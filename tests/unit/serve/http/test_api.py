@@ -8,6 +8,7 @@ import logging
 import re
 import shutil
 import threading
+import time
 from contextlib import aclosing
 from functools import lru_cache
 
@@ -278,6 +279,27 @@ def test_cold_adapters_that_take_long_to_open_leave_warm_ones_alone(backend, mon
     assert {response.status_code for response in (warm, *cold)} == {200}
 
 
+def test_a_cold_adapter_that_cannot_be_opened_is_tried_once_for_all_who_wait(backend, monkeypatch):
+    backend.completer.store.open("colours")
+    opened, real = [], backend.completer.store.cold_version
+
+    def fail(spec, sticky_key):
+        opened.append(spec)
+        time.sleep(0.2)
+        raise AdapterError("it is damaged")
+
+    monkeypatch.setattr(backend.completer.store, "open", fail)
+    monkeypatch.setattr(backend.completer.store, "cold_version", lambda name, key: real(name, key) or f"{name}@v0001")
+
+    async def use():
+        async with client(backend) as http:
+            asked = [http.post("/v1/chat/completions", json=chat(model="short")) for _ in range(10)]
+            return await asyncio.gather(*asked)
+
+    assert {error_of(response)["code"] for response in asyncio.run(use())} == {"adapter_refused"}
+    assert len(opened) < 5
+
+
 def test_unreachable_store_is_503_with_retry_after(backend, monkeypatch):
     def gone(name, sticky_key):
         raise StoreUnavailableError("the adapter store does not answer; come back later")
@@ -295,7 +317,7 @@ def test_unreachable_store_is_503_with_retry_after(backend, monkeypatch):
     (CorruptArtifactError("/srv/secret/cache/x.json: sha256 differs"), 503, "server_fault"),
     (ConfigError("/srv/secret/run.yaml: wrong"), 503, "server_fault"),
     (AdapterError("adapter 'colours': /srv/secret/cache/v0001/x.json: missing"), 422, "adapter_refused"),
-    (ModelError("'/srv/secret/model': no such folder; 3/4 of it, see https://hf.co/a/b"), 422, "model_refused"),
+    (ModelError("'/srv/secret/model': no /weights; 3/4 of it, see https://hf.co/a/b"), 422, "model_refused"),
 ])  # fmt: skip
 def test_no_path_of_the_server_reaches_a_client_and_its_own_faults_are_503(
     backend, monkeypatch, caplog, error, status, code
@@ -310,7 +332,7 @@ def test_no_path_of_the_server_reaches_a_client_and_its_own_faults_are_503(
     if status == 503:
         assert "/srv/secret" in caplog.text
     elif code == "model_refused":
-        assert error_of(response)["message"] == "'model': no such folder; 3/4 of it, see https://hf.co/a/b"
+        assert error_of(response)["message"] == "'model': no weights; 3/4 of it, see https://hf.co/a/b"
 
 
 def test_prompt_format_that_the_model_forbids_is_422_with_the_cure(backend, tiny_model):
@@ -696,6 +718,12 @@ def test_restricted_key_is_checked_without_the_store(backend, tmp_path):
     backend.no_models = StoreUnavailableError("down")
     assert call(backend, body=chat(model=f"{backend.base}:colours@v0001"), **options).status_code == 200
     assert call(backend, body=chat(model="shapes"), **options).status_code == 403
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize("path", ["/v1/models", "/healthz"])
+def test_a_header_by_which_serve_goes_on_after_a_client_has_left_is_400(backend, path):
+    assert call(backend, path, method="GET", headers={"X-Request-Disconnect-Disabled": "?1"}).status_code == 400
 
 
 @pytest.mark.fault

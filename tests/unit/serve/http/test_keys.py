@@ -135,6 +135,13 @@ def test_missing_keys_file_error_names_the_key_command(tmp_path):
         ApiKeys("", str(tmp_path / "none.yaml"))
 
 
+@pytest.mark.parametrize("limit", ["--rpm", "--tpm", "--monthly-tokens"])
+def test_key_command_refuses_a_limit_below_one(limit, capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["key", "team", limit, "0"])
+    assert "pr-" not in capsys.readouterr().out
+
+
 def test_key_command_prints_a_key_and_a_valid_keys_file_line(tmp_path, capsys):
     limits = ["--rpm", "60", "--tpm", "9000", "--monthly-tokens", "10", "--full-prompt"]
     assert cli.main(["key", "team a: 'x'", "--adapters", "colours", "shapes", *limits]) == 0
