@@ -200,7 +200,7 @@ class UnbatchedCache:
         """Not known here: such models keep little for a sequence."""
         return 0
 
-    bytes_alone = bytes_for
+    bytes_alone = compact = bytes_for
 
     def add_rows(self, rows: int) -> None:
         self.lengths += [0] * rows

@@ -54,12 +54,12 @@ def create_api(backend: CompletionBackend, serve: ServeConfig, digest: str = "")
 
     Without them it answers only programs on its own machine.
     """
-    api = FastAPI(title="pi-ray", docs_url=None, redoc_url=None, openapi_url=None)
+    rates = KeyRates(serve.api_replicas, serve.usage_dir)
+    api = FastAPI(title="pi-ray", docs_url=None, redoc_url=None, openapi_url=None, lifespan=rates.keep_usage)
     api.add_middleware(AuthMiddleware, keys=ApiKeys(digest, serve.keys_file, serve.full_prompt))
     for kind in (RefusedError, PiRayError, HTTPException, Exception):
         api.add_exception_handler(kind, lambda request, error: _error_response(_as_refused(error)))
     api.get("/")(get_page)
-    rates = KeyRates(serve.api_replicas, serve.usage_dir)
 
     @api.get("/healthz")
     async def health() -> dict[str, str]:

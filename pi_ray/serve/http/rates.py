@@ -4,15 +4,18 @@ Each limit of a minute is a bucket that holds a minute's worth and fills evenly,
 burst. Each replica of the HTTP side counts for itself and allows its share of a limit.
 """
 
+import asyncio
 import math
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from pi_ray.serve.engine.refusal import RefusedError
 from pi_ray.serve.http.keys import ApiKey
-from pi_ray.serve.http.token_usage import TokenUsage
+from pi_ray.serve.http.token_usage import SYNC_S, TokenUsage
 
 MINUTE_S, DAY_S = 60.0, 86_400
 
@@ -62,6 +65,22 @@ class KeyRates:
         self._take(key, "tpm_limit", tokens)
         if self._usage and key.digest:
             self._usage.add(key.digest, tokens)
+
+    @asynccontextmanager
+    async def keep_usage(self, _: Any = None) -> AsyncIterator[None]:
+        """An app's lifespan, in which tokens of months are written and read every SYNC_S and at the end, in threads."""
+        task = asyncio.create_task(self._sync_usage())
+        try:
+            yield
+        finally:
+            task.cancel()
+            if self._usage:
+                await asyncio.to_thread(self._usage.sync)
+
+    async def _sync_usage(self) -> None:
+        while self._usage:
+            await asyncio.sleep(SYNC_S)
+            await asyncio.to_thread(self._usage.sync)
 
     def _check_month(self, key: ApiKey) -> None:
         if not key.monthly_tokens:

@@ -6,6 +6,7 @@ and reads the others' every SYNC_S, so what a crash loses, and what replicas do 
 
 import json
 import logging
+import threading
 import time
 import uuid
 from collections import Counter
@@ -25,45 +26,54 @@ class TokenUsage:
 
     def __init__(self, folder: Path, clock: Callable[[], float] = time.time):
         self._file, self._clock = folder / f"{uuid.uuid4().hex}.json", clock
-        self._month, self._synced_at = "", float("-inf")
+        self._lock = threading.Lock()  # of the three that follow
+        self._month = ""
         self._own: Counter[str] = Counter()
         self._others: Counter[str] = Counter()
+        self.sync()
 
     def used(self, digest: str) -> int:
         """Tokens of this month."""
-        self._sync()
-        return self._own[digest] + self._others[digest]
+        with self._lock:
+            self._begin_month()
+            return self._own[digest] + self._others[digest]
 
     def add(self, digest: str, tokens: int) -> None:
-        self._sync()
-        self._own[digest] += tokens
+        with self._lock:
+            self._begin_month()
+            self._own[digest] += tokens
 
-    def flush(self) -> None:
-        """Write what this replica counted. A folder that cannot be written is reported, and tried again later."""
+    def sync(self) -> None:
+        """Write what this replica counted and read what others did. It waits for the disk: call it in a thread.
+
+        A folder that cannot be written is reported, and tried again by the next call.
+        """
+        with self._lock:
+            self._begin_month()
+            month, own = self._month, dict(self._own)
         try:
-            write_atomic(self._file, json.dumps({"month": self._month, "tokens": self._own}))
+            if own:
+                write_atomic(self._file, json.dumps({"month": month, "tokens": own}))
         except (OSError, StorageError) as error:
             log.error("the tokens of keys cannot be kept: %s", error)
-
-    def _sync(self) -> None:
-        month, now = time.strftime("%Y-%m", time.gmtime(self._clock())), self._clock()
-        if month == self._month and now - self._synced_at < SYNC_S:
-            return
-        if month != self._month:
-            self._month, self._own = month, Counter()
-        elif self._own:
-            self.flush()
-        self._synced_at, self._others = now, Counter()
+        others: Counter[str] = Counter()
         for path in self._file.parent.glob("*.json"):
             if path != self._file:
-                self._others += self._read(path)
+                others += self._read(path, month)
+        with self._lock:
+            if month == self._month:
+                self._others = others
 
-    def _read(self, path: Path) -> Counter[str]:
-        """Another replica's tokens of this month; its file of an earlier one is removed."""
+    def _begin_month(self) -> None:
+        if (month := time.strftime("%Y-%m", time.gmtime(self._clock()))) != self._month:
+            self._month, self._own, self._others = month, Counter(), Counter()
+
+    def _read(self, path: Path, month: str) -> Counter[str]:
+        """Another replica's tokens of `month`; its file of an earlier one is removed."""
         with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
             found = json.loads(path.read_bytes())
-            if found["month"] == self._month:
+            if found["month"] == month:
                 return Counter({str(digest): int(tokens) for digest, tokens in found["tokens"].items()})
-            if found["month"] < self._month:
+            if found["month"] < month:
                 path.unlink(missing_ok=True)
         return Counter()

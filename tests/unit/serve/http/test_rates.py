@@ -1,10 +1,14 @@
 """Requests and tokens a minute of each key, by a clock that stands still."""
 
+import asyncio
+
 import pytest
 
 from pi_ray.serve.engine.refusal import RefusedError
+from pi_ray.serve.http import rates as rates_module
 from pi_ray.serve.http.keys import ApiKey
 from pi_ray.serve.http.rates import KeyRates
+from pi_ray.serve.http.token_usage import TokenUsage
 from tests.unit.fake_bucket import Clock
 
 
@@ -49,7 +53,7 @@ def test_tokens_of_a_month_are_a_budget_that_a_restart_keeps(clock, tmp_path):
     for tokens in (9, 5):
         rates.admit(key)
         rates.charge(key, tokens)
-    rates._usage.flush()
+    rates._usage.sync()
     for each in (rates, KeyRates(usage_dir=str(tmp_path), clock=clock)):
         with pytest.raises(RefusedError, match="has used its 10 tokens of this month") as error:
             each.admit(key)
@@ -76,6 +80,27 @@ def test_a_share_of_less_than_one_request_a_minute_lets_one_through_in_more_time
     assert [refused_for(rates, key) for _ in range(2)] == [0, 120]
     clock.now += 120
     assert [refused_for(rates, key) for _ in range(2)] == [0, 120]
+
+
+def test_tokens_of_a_month_are_kept_without_further_requests_and_at_the_end(tmp_path, monkeypatch):
+    monkeypatch.setattr(rates_module, "SYNC_S", 0.01)
+    key = ApiKey(name="a", digest="a", monthly_tokens=10)
+
+    def kept():
+        return TokenUsage(tmp_path).used("a")
+
+    async def serve():
+        rates = KeyRates(usage_dir=str(tmp_path))
+        async with rates.keep_usage():
+            rates.charge(key, 5)
+            while kept() != 5:
+                await asyncio.sleep(0.01)
+            monkeypatch.setattr(rates_module, "SYNC_S", 60)
+            await asyncio.sleep(0.1)
+            rates.charge(key, 2)
+
+    asyncio.run(asyncio.wait_for(serve(), 30))
+    assert kept() == 7
 
 
 def test_keys_are_counted_apart_and_one_without_limits_is_never_refused(clock):
