@@ -48,7 +48,8 @@ class AdapterAnswerer:
         settings, encoder = self.config.evaluate, PromptEncoder(load_tokenizer(self.config.model), self.config.prompt)
         prompts = {c.name: column_prompts(c, self.run, encoder, settings.split) for c in columns}
         few, size = min(settings.latency_rows, *(len(rows) for _, rows in prompts.values())), settings.batch_size
-        template, generated = self.run.read_templates()[1.0], list(columns)
+        template = self.run.read_templates()[1.0] if settings.knows or settings.probe else ""
+        generated = list(columns)
         trained = next((c for c in columns if c.name == "promptintern"), None)
         questions = plan_questions(self.config) if trained and template and settings.knows else None
         if trained and questions:

@@ -227,7 +227,10 @@ def test_evaluation_counts_the_gists_and_not_the_template(config, tmp_path, monk
     said = []
     monkeypatch.setattr(adapter_answerer, "run_work", answered)
     quick = config.replace(
-        **{"evaluate.probe": False, "evaluate.bootstrap": 10, "evaluate.latency_rows": 1, "evaluate.max_new_tokens": 3}
+        **{
+            "evaluate.probe": False, "evaluate.knows": False, "evaluate.bootstrap": 10, "evaluate.latency_rows": 1,
+            "evaluate.max_new_tokens": 3,
+        }
     )
     found = evaluate_run(quick, columns=[trained_column(config)])["promptintern"]
     own = [
