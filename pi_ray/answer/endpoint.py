@@ -2,10 +2,10 @@
 
 from collections.abc import Callable, Sequence
 
-from pi_ray.answer.base import TeacherAnswer
+from pi_ray.answer.base_teacher import TeacherAnswer
 from pi_ray.config import RunConfig
-from pi_ray.errors import TrainingError
 from pi_ray.hosted.client import Reply, Service, replies, unpaid_places
+from pi_ray.hosted.price import require_consent
 from pi_ray.models import load_tokenizer
 from pi_ray.progress import format_money
 from pi_ray.prompt import PromptEncoder, render_prompt
@@ -66,11 +66,7 @@ def confirm_answers(
         f"{written:,} output tokens, at most {cost} at the prices of the block 'closed', tokens counted as "
         f"{config.model.base} has them. Answers that are paid for are kept."
     )
-    if closed.confirmed:
-        tell(sentence)
-    elif not confirm(sentence):
-        raise TrainingError("not confirmed, so nothing was asked and nothing spent; the same command asks again, and "
-            "closed.confirmed=true says yes at once")
+    require_consent(config, sentence, "asked", tell, confirm)
 
 
 def _prompts(config: RunConfig, rows: Sequence[Row], template: str) -> list[str]:

@@ -136,7 +136,7 @@ class _Asking:
         return ", ".join(f"{n} {name}" for name, n in left.items()) or "none"
 
     def _facts(self, queries: Sequence[Asked]) -> dict[str, Any]:
-        """What the manifest tells: writer, counts of the filters, units, and the matrix before and after."""
+        """Collect the manifest's entries: writer, counts of the filters, units, and the matrix before and after."""
         before = self.touched + Counter(unit for query in self.sources.log for unit in self.index.touched(query))
         self.coverage.counts.clear()  # of those that are left
         for asked in queries:

@@ -4,8 +4,8 @@ from collections.abc import Callable, Iterator, Sequence
 
 from pi_ray.ask.requests import WriteRequest, task_description
 from pi_ray.config import RunConfig
-from pi_ray.errors import TrainingError
 from pi_ray.hosted.client import Sampling, replies, unpaid_places
+from pi_ray.hosted.price import require_consent
 from pi_ray.progress import format_money
 from pi_ray.prompt import PromptEncoder
 
@@ -46,11 +46,7 @@ def confirm_writing(
         f"{read:,} input and {written:,} output tokens, {format_money(cost, config.cost.currency)} at the prices of "
         f"the block 'closed', tokens counted as {config.model.base} has them."
     )
-    if closed.confirmed:
-        tell(sentence)
-    elif not confirm(sentence):
-        raise TrainingError("not confirmed, so nothing was asked and nothing spent; the same command asks again, and "
-            "closed.confirmed=true says yes at once")
+    require_consent(config, sentence, "asked", tell, confirm)
 
 
 def _chats(

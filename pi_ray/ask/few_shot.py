@@ -50,7 +50,7 @@ class FewShotWriter:
 
 
 def demonstrations() -> str:
-    """What stands before each request."""
+    """Facts of other applications with a query each, as text that stands before each request."""
     return "\n\n".join(f"{adapter_prompt([Unit('', fact, 'rule')])} {query}" for fact, query in DEMONSTRATIONS)
 
 

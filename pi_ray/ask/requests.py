@@ -86,12 +86,12 @@ class RequestPlanner:
 
 
 def adapter_prompt(units: Iterable[Unit]) -> str:
-    """What the adapter that writes is trained on, and then asked with."""
+    """The prompt with which the adapter that writes is trained and then asked: a line for each unit."""
     return "".join(f"Fact: {' '.join(str(unit).split())}\n" for unit in units) + "Request:"
 
 
 def task_description(template: str) -> str:
-    """What a prompted writer reads first, equal for all requests."""
+    """The beginning of a prompted writer's prompt, equal for all requests."""
     return (
         "Below is the prompt of an application, between two lines of dashes. People send the application messages, and "
         f"it answers each of them by this prompt.\n\n-----\n{template}\n-----"
@@ -99,7 +99,7 @@ def task_description(template: str) -> str:
 
 
 def instruction(units: Sequence[Unit], kind: AskKind, count: int, examples: Sequence[str]) -> str:
-    """What a prompted writer reads last."""
+    """The end of a prompted writer's prompt: units, kind and number of the messages, and examples."""
     sent = ["Messages that people have sent:", "\n".join(f"- {' '.join(example.split())}" for example in examples)]
     parts = [
         f"Write {count} different messages, as people would send them to the application. {KINDS[kind]}",

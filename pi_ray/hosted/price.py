@@ -49,12 +49,21 @@ def confirm_cost(
     tell: Callable[[str], None], confirm: Callable[[str], bool],
 ) -> None:
     """Have the cost confirmed, or only told with closed.confirmed. Raises TrainingError when it is declined."""
-    sentence = describe_cost(config, phases, prompts)
+    require_consent(config, describe_cost(config, phases, prompts), "uploaded", tell, confirm)
+
+
+def require_consent(
+    config: RunConfig, sentence: str, undone: str, tell: Callable[[str], None], confirm: Callable[[str], bool]
+) -> None:
+    """Have a sentence about money confirmed, or only told with closed.confirmed.
+
+    Raises TrainingError when it is declined, which says that nothing was `undone`.
+    """
     if config.closed.confirmed:
         tell(sentence)
     elif not confirm(sentence):
         cure = "the same command asks again, and closed.confirmed=true says yes at once"
-        raise TrainingError(f"not confirmed, so nothing was uploaded and nothing spent; {cure}")
+        raise TrainingError(f"not confirmed, so nothing was {undone} and nothing spent; {cure}")
 
 
 def ask_on_terminal(sentence: str) -> bool:

@@ -5,8 +5,8 @@ import json
 import pytest
 import torch
 
-from pi_ray.answer import base
-from pi_ray.answer.base import AT_ONCE, BaseTeacher, TeacherAnswer, answer_by_base
+from pi_ray.answer import base_teacher
+from pi_ray.answer.base_teacher import AT_ONCE, BaseTeacher, TeacherAnswer, answer_by_base
 from pi_ray.config import ModelConfig, PromptConfig
 from pi_ray.models import load_model
 from pi_ray.protocols import Row
@@ -52,7 +52,7 @@ def test_an_answer_that_a_view_would_not_give_is_no_agreement(answering_model, m
         gives = next(seen)
         return [(torch.tensor([-0.5, -0.25]), torch.tensor([True, gives])) for _ in rows]
 
-    monkeypatch.setattr(base, "label_logprobs", judged)
+    monkeypatch.setattr(base_teacher, "label_logprobs", judged)
     (answer,) = teacher(answering_model, (TEMPLATE, TEMPLATE[::-1]))({"rows": [["red?", []]]})
     assert answer["agreement"] == 0.5 and answer["confidence"] == pytest.approx(-0.5)
 
@@ -73,7 +73,7 @@ def test_what_was_answered_before_a_kill_is_not_answered_again(tiny_model, tmp_p
             judged = {"ended": True, "agreement": 1.0, "confidence": -1.0}
             yield place, [{"text": query, **judged} for query, _ in item["rows"]]
 
-    monkeypatch.setattr(base, "_run", run)
+    monkeypatch.setattr(base_teacher, "_run", run)
     config, seen = tiny_config(tiny_model, tmp_path), []
     with pytest.raises(KeyboardInterrupt):
         answer_by_base(config, ROWS, TEMPLATE, 8, lambda done, total: seen.append((done, total)))
@@ -102,10 +102,10 @@ def test_answers_go_to_object_storage_while_others_are_written_and_a_cut_off_one
             yield place, [{"text": "k", "ended": limit > 8, "agreement": 1.0, "confidence": 0.0} for _ in item["rows"]]
             asked.extend(item["rows"])
 
-    monkeypatch.setattr(base, "_run", run)
-    monkeypatch.setattr(base, "NOTIFY_EVERY", 1)
+    monkeypatch.setattr(base_teacher, "_run", run)
+    monkeypatch.setattr(base_teacher, "NOTIFY_EVERY", 1)
     log = RunDir(tmp_path).answer_log
-    monkeypatch.setattr(base, "notify_written", lambda path: sent.append((path, len(log.read_text().split()))))
+    monkeypatch.setattr(base_teacher, "notify_written", lambda path: sent.append((path, len(log.read_text().split()))))
     config = tiny_config(tiny_model, tmp_path)
     answer_by_base(config, ROWS, TEMPLATE, 8, lambda *_: None)
     assert {path for path, _ in sent} == {log} and sent[0][1] < sent[-1][1], "not only when all is done"
