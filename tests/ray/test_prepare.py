@@ -16,6 +16,7 @@ from pi_ray.retrieve.neighbours import normalised
 from pi_ray.run import row_store
 from pi_ray.run.artifact import digest_file, verify_artifact
 from pi_ray.run.directory import RunDir
+from pi_ray.run.lock import LOCK
 from pi_ray.run.phases import plain_finetuning_config
 
 pytestmark = pytest.mark.ray
@@ -74,11 +75,11 @@ def run_quietly(config):
 
 
 def state(run):
-    """Hash and time of every file under the run directory."""
+    """Hash and time of every file under the run directory, but for its lock, which each run takes."""
     return {
         p.relative_to(run.root).as_posix(): (digest_file(p), p.stat().st_mtime_ns)
         for p in run.root.rglob("*")
-        if p.is_file()
+        if p.is_file() and p != run.root / LOCK
     }
 
 
