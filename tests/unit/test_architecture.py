@@ -12,6 +12,7 @@ FLOORS = [
     ["registry"],
     ["schedule"],
     ["config"],
+    ["conversation"],
     ["prompt"],
     ["units"],
     ["protocols"],

@@ -1,0 +1,40 @@
+"""Tool definitions as text beside a system message, and back."""
+
+import pytest
+
+from pi_ray.conversation import check_tools, join_tools, split_tools
+
+FIND = {"type": "function", "function": {
+    "name": "find", "description": "Finds an order.\nBy <id>.", "parameters": {"type": "object", "properties": {}},
+}}
+STOP = {"type": "function", "function": {"name": "stop"}}
+
+
+@pytest.mark.parametrize("system", ["", "Be brief.", "# Tools\n\nNone so far.\n\n## More"])
+@pytest.mark.parametrize("tools", [[], [STOP], [FIND, STOP]])
+def test_system_and_tools_are_read_back(system, tools):
+    check_tools(tools)
+    assert split_tools(join_tools(system, tools)) == (system, tools)
+
+
+def test_the_text_is_what_qwen_and_hermes_models_know():
+    text = join_tools("Be brief.", [STOP])
+    assert text.startswith("Be brief.\n\n# Tools\n\nYou may call one or more functions")
+    assert '<tools>\n{"type": "function", "function": {"name": "stop"}}\n</tools>' in text
+
+
+def test_a_text_that_only_resembles_tools_has_none():
+    text = join_tools("", [STOP]).replace('{"type"', '{"type')
+    assert split_tools(text) == (text, [])
+
+
+@pytest.mark.parametrize(("tools", "reason"), [
+    ({}, "must be a list"),
+    ([{"name": "f"}], r"tools\[0\] must be"),
+    ([{"type": "function", "function": {"name": " "}}], r"tools\[0\] must be"),
+    ([STOP, STOP], "a function 'stop' already"),
+    ([{"type": "function", "function": {"name": "f", "parameters": []}}], "must be a JSON schema"),
+])
+def test_bad_tools_are_refused_with_the_reason(tools, reason):
+    with pytest.raises(ValueError, match=reason):
+        check_tools(tools)
