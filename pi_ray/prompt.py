@@ -7,6 +7,7 @@ of a phase, so it can be computed once) and `row` (examples + query + chat tail)
 
 from __future__ import annotations
 
+import json
 import re
 import threading
 from collections.abc import Sequence
@@ -14,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pi_ray.conversation import join_tools, load_messages, parse_turn
+from pi_ray.conversation.chat_template import ChatTemplate
 from pi_ray.errors import DataError, ModelError
 
 if TYPE_CHECKING:
@@ -28,14 +31,16 @@ ROLE_WORDS = {
 
 @dataclass(frozen=True)
 class Template:
-    """The recurrent part of a prompt: an instruction and documents (paper 4.1), compressed separately."""
+    """The recurrent part of a prompt: an instruction, documents (paper 4.1) and tools, compressed separately."""
 
     instruction: str
     documents: tuple[str, ...] = ()
+    tools: tuple[str, ...] = ()  # OpenAI tool definitions, each as JSON
 
     @property
     def text(self) -> str:
-        return "\n\n".join(part for part in (self.instruction, *self.documents) if part)
+        written = "\n\n".join(part for part in (self.instruction, *self.documents) if part)
+        return join_tools(written, [json.loads(tool) for tool in self.tools])
 
     @classmethod
     def parse(cls, markdown: str) -> Template:
@@ -126,7 +131,9 @@ def content_ids(tokenizer: Any, text: str, is_frame: bool = False) -> list[int]:
 class PromptEncoder:
     """Text -> token ids for one tokenizer and one prompt format.
 
-    Raises ModelError if the tokenizer has no end-of-sequence token or its chat template adds a system prompt.
+    With `prompt.conversation` a query is a conversation (`dump_messages`, or plain text for one user's message), an
+    answer an assistant's turn, and the template its system message and tools. Raises ModelError if the tokenizer has no
+    end-of-sequence token or its chat template is unfit, such as one that adds a system prompt.
     """
 
     def __init__(self, tokenizer: Any, config: PromptConfig):
@@ -139,13 +146,20 @@ class PromptEncoder:
         bos = tokenizer.bos_token_id
         self.tail_ids = self._frame(self.tail)
         self.bos = [bos] if bos in empty and not (self.head and self.head.startswith(tokenizer.bos_token)) else []
+        self.chat = ChatTemplate(tokenizer, config.chat, self._content) if config.conversation else None
 
     def prefix(self, template: str) -> list[int]:
         """Chat head and template text; the head alone when the template is internalised (rate 0)."""
+        if self.chat:
+            head = self.chat.prefix(template)
+            begun = self.bos and head.startswith(self.tokenizer.bos_token)
+            return [*([] if begun else self.bos), *self.chat.encode_text(head)]
         return self.bos + self._frame(self.head) + (self._content(template + "\n\n") if template else [])
 
     def row(self, query: str, shots: Sequence[Example] = (), documents: Sequence[str] = ()) -> list[int]:
         """The row's own documents, examples with the least similar first, query next to the best one, chat tail."""
+        if self.chat:
+            return [i for part in self.chat.prompt(load_messages(query)) for i in part.ids]
         return self._content(_render_row(self.config, query, shots, documents)) + self.tail_ids
 
     def encode(
@@ -179,7 +193,18 @@ class PromptEncoder:
 
     def answer(self, answer: str) -> list[int]:
         """The label ids: the answer and the end-of-sequence token."""
+        if self.chat:
+            return self.chat.answer(answer)
         return [*self._content(answer), self.tokenizer.eos_token_id]
+
+    def all_turns(self, query: str, answer: str) -> tuple[list[int], list[int]]:
+        """Ids before the first assistant's turn of a conversation, and from there to the end of its last one, `answer`.
+
+        An id of the second that no assistant's turn has is fed, not learned, and stands as its complement, -1 - id.
+        """
+        assert self.chat
+        prompt, *parts = self.chat.turns([*load_messages(query), parse_turn(answer)])
+        return prompt.ids, [i if part.is_answer else ~i for part in parts for i in part.ids]
 
     def decode(self, ids: Sequence[int]) -> str:
         """Generated ids -> text, up to the first end-of-sequence token."""

@@ -36,6 +36,7 @@ class Registry:
 
 tasks = Registry("task", {
     "jsonl": "pi_ray.tasks.jsonl:JsonlTask",
+    "conversations": "pi_ray.tasks.conversations:ConversationsTask",
     "opsql": "pi_ray.tasks.opsql.task:OpsqlTask",
     "nl2bash": "pi_ray.tasks.nl2bash:Nl2BashTask",
     "mbpp": "pi_ray.tasks.mbpp:MbppTask",

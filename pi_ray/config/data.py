@@ -16,8 +16,9 @@ from pi_ray.config.block import (
     refuse,
 )
 
-INPUTS = ("train", "dev", "test", "queries", "template", "folder", "docs")  # keys of `task` that name files or folders
+INPUTS = ("train", "dev", "test", "queries", "template", "tools", "folder", "docs")  # keys of `task` that name files
 GENERATE = "generate"  # in task.queries: queries that a writer makes from the template
+OWN_ROWS = ("jsonl", "conversations")  # tasks over a user's own files
 COMPRESS_MODELS = {  # compressor -> its default model, where that is not compress.model's
     "llmlingua2": "microsoft/llmlingua-2-xlm-roberta-large-meetingbank",
     "generation": "gpt-4",
@@ -36,7 +37,8 @@ class RowsConfig(Block):
 class TaskConfig(Block):
     """The data, the template and the metric."""
 
-    name: str = doc("jsonl", "jsonl (your own rows), opsql (bundled), nl2bash, mbpp, nl2f, nl2f-w, desk")
+    name: str = doc("jsonl", "jsonl (your own rows), conversations (your own, of many turns), opsql (bundled), "
+        "nl2bash, mbpp, nl2f, nl2f-w, desk")
     train: str = doc("train.jsonl", "training rows, relative to run.yaml; empty (jsonl): none, a teacher that is not "
         "trained here answers the queries")
     dev: str = doc("dev.jsonl", "rows for choosing; may be missing")
@@ -45,6 +47,10 @@ class TaskConfig(Block):
         "generate: written from the template (block ask); queries.jsonl+generate: both")
     generate: bool = omit_default(False, "what task.queries sets when it asks for generated queries")
     template: str = doc("template.md", "instruction and documents")
+    tools: str = omit_default("", "conversations: the tools that every request sends, a JSON list of OpenAI tool "
+        "definitions; empty: none")
+    learn: Literal["all", "last"] = omit_default("all", "conversations: which of the assistant's turns are learned and "
+        "scored, every one or each conversation's last")
     folder: str = doc("", "data folder of a named task such as nl2bash; empty: from the hub, for tasks that are there")
     docs: str = doc("", "folder or file of API documents for the template; empty: those that ship with the task")
     docs_count: Positive = doc(6, "documents taken, most used in the training answers first")
@@ -74,11 +80,13 @@ class TaskConfig(Block):
         for key in INPUTS:
             check_storage_url(getattr(self, key), f"task.{key}")
         if self.unseen:
-            refuse(self.name == "jsonl", "task.unseen: leave such rows out of train.jsonl yourself")
+            refuse(self.name in OWN_ROWS, "task.unseen: leave such rows out of train.jsonl yourself")
             refuse(self.name == "opsql", "task.unseen: opsql has such rows already, its group 'template only'")
             refuse(self.name == "desk", "task.unseen: a desk hides subjects by task.hidden")
-        refuse(self.name == "jsonl" and not (self.train or self.queries or self.generate),
+        refuse(self.name in OWN_ROWS and not (self.train or self.queries or self.generate),
             "task.train and task.queries are both empty; a run needs rows, or queries that a teacher answers")
+        refuse((self.tools or self.learn != "all") and self.name != "conversations",
+            "task.tools and task.learn are for rows with messages; set task.name conversations")
         elsewhere = self.name != "desk"
         refuse((self.subjects or self.hidden) and elsewhere, "task.subjects and task.hidden are for task desk")
 

@@ -81,6 +81,7 @@ class ClosedConfig(Block):
 
 
 TEACHES = ("distill", "mixed")  # objectives with a teacher
+CONVERSATION_DEFAULTS = (("prompt", "conversation", True), ("schedule", "shots", 0), ("evaluate", "knows", False))
 
 
 class RunConfig(Block):
@@ -115,6 +116,19 @@ class RunConfig(Block):
                 block = data.get(name) or {}
                 if isinstance(block, dict) and key not in block and block.get("name") != "list":
                     data = {**data, name: {**block, key: value}}
+        return data
+
+    @model_validator(mode="before")
+    @classmethod
+    def _set_conversation_defaults(cls, data: Any) -> Any:
+        """With task conversations queries are conversations, which have no examples and ask for no unit of a prompt."""
+        task = data.get("task") if isinstance(data, dict) else None
+        name = task.get("name") if isinstance(task, dict) else getattr(task, "name", None)
+        if name == "conversations":
+            for block, key, value in CONVERSATION_DEFAULTS:
+                given = data.get(block) or {}
+                if isinstance(given, dict) and key not in given and given.get("name") != "list":
+                    data = {**data, block: {**given, key: value}}
         return data
 
     def model_post_init(self, context: Any) -> None:
@@ -152,6 +166,10 @@ class RunConfig(Block):
             self._check_gist()
         if self.schedule.floor:
             self._check_floor()
+        if self.task.name == "conversations":
+            self._check_conversations()
+        else:
+            refuse(self.prompt.conversation, "prompt.conversation is set by task conversations alone; leave it out")
 
     def _check_teacher(self) -> None:
         train, distill = self.train, self.train.distill
@@ -205,11 +223,30 @@ class RunConfig(Block):
             "schedule.floor would have nothing to choose: every phase has the same prompt; take schedule.name linear, "
             "or leave it out")
 
+    def _check_conversations(self) -> None:
+        train, name = self.train, "task conversations"
+        refuse(not self.prompt.conversation, f"{name} needs prompt.conversation, which it sets itself; leave it out")
+        refuse(train.objective != "sft" or self.task.generate,
+            f"{name} learns its labelled turns, and has no teacher yet that answers others; take train.objective sft, "
+            "and no task.queries generate")
+        refuse(train.gist, f"{name} cannot be combined with train.gist yet; leave it out")
+        refuse(train.backend.name == "openai",
+            f"{name} trains a model whose weights are here; take train.backend.name deepspeed or ddp")
+        refuse(self.evaluate.shots or any(p.shots for p in plan_phases(self.schedule)),
+            f"{name} has no examples yet, since whole dialogues are long; set schedule.shots and evaluate.shots to 0")
+        refuse(self.evaluate.knows,
+            f"{name} has no single queries that could ask for each unit of the prompt; leave out evaluate.knows")
+        refuse(self.task.published, f"{name} cannot follow a changed prompt yet; train anew, without 'pi-ray refresh'")
+
     @property
     def answers_first(self) -> bool:
         """Whether a teacher answers the queries before preparation, so that its answers are rows like labelled ones."""
         by_endpoint = self.train.objective != "sft" and self.train.distill.teacher == "endpoint"
         return bool(self.task.queries or self.task.generate) and (by_endpoint or not self.task.train)
+
+    def learns_all_turns(self, split: str) -> bool:
+        """Whether rows of the split are conversations of which every assistant turn is learned."""
+        return self.prompt.conversation and self.task.learn == "all" and split == "train"
 
     @property
     def rows_per_worker(self) -> int:

@@ -14,8 +14,14 @@ class PromptConfig(Block):
     query: str = doc("{query}", "how a query is worded")
     example: str = doc("{query}\n{answer}", "how an example is worded")
     examples_heading: str = doc("Examples:", "line before the examples; empty for none")
+    conversation: bool = omit_default(False, "what task conversations sets: a query is a whole conversation")
 
     def model_post_init(self, context: Any) -> None:
+        if self.conversation:
+            refuse(self.chat == "none",
+                "prompt.chat none has no roles for turns of a conversation; take chatml, or model for the model's own")
+            unused = ("query", "example", "examples_heading")
+            forbid_unused(self, unused, "prompt", "a conversation goes through the chat template as it is")
         refuse("{query}" not in self.query, "prompt.query must contain {query}")
         both = all(placeholder in self.example for placeholder in ("{query}", "{answer}"))
         refuse(not both, "prompt.example must contain {query} and {answer}")

@@ -6,11 +6,18 @@ was trained on conversations says so in pi_ray.json, under "prompt": {"conversat
 text as "template" (and in "compressed", at the rates of training), from which `split_tools` reads what a client sends.
 """
 
-from pi_ray.conversation.messages import MAX_MESSAGES, check_messages, content_text
+from pi_ray.conversation.messages import (
+    MAX_MESSAGES,
+    check_messages,
+    content_text,
+    dump_messages,
+    last_messages,
+    load_messages,
+)
 from pi_ray.conversation.tool_calls import parse_tool_calls, parse_turn, render_tool_calls, render_turn
 from pi_ray.conversation.tools import check_tools, join_tools, split_tools
 
 __all__ = [
-    "MAX_MESSAGES", "check_messages", "check_tools", "content_text", "join_tools", "parse_tool_calls", "parse_turn",
-    "render_tool_calls", "render_turn", "split_tools",
+    "MAX_MESSAGES", "check_messages", "check_tools", "content_text", "dump_messages", "join_tools", "last_messages",
+    "load_messages", "parse_tool_calls", "parse_turn", "render_tool_calls", "render_turn", "split_tools",
 ]

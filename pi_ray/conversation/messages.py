@@ -1,9 +1,12 @@
 """Messages in OpenAI's form: which conversations are taken, and the reason for which another is not."""
 
 import json
+from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 MAX_MESSAGES = 1000
+DUMPED = '[{"role": "'  # how a dumped conversation begins
 ROLES = ("system", "user", "assistant", "tool")
 # What may follow a message of a role. A tool's result may follow another one's; calls must have been made in any case.
 FOLLOWS = {"": ("user",), "user": ("assistant",), "assistant": ("user", "tool"), "tool": ("assistant", "tool")}
@@ -113,3 +116,39 @@ def _is_name(value: Any) -> bool:
 
 def _after(role: str) -> str:
     return f"after one of role {role}" if role else "where the user's first message is expected"
+
+
+def dump_messages(messages: Sequence[dict[str, Any]]) -> str:
+    """Messages as the text of a row's query: what the model sees of them, and nothing else. Raises ValueError."""
+    check_messages(list(messages))
+    return json.dumps([_plain_message(message) for message in messages], ensure_ascii=False)
+
+
+def load_messages(query: str) -> list[dict[str, Any]]:
+    """The messages of a row's query; any other text is one message of a user."""
+    if query.startswith(DUMPED):
+        with suppress(ValueError, RecursionError):
+            messages = json.loads(query)
+            check_messages(messages)
+            return messages
+    return [{"role": "user", "content": query}]
+
+
+def last_messages(query: str) -> str:
+    """A row's query for people: of a conversation what came after the assistant's last turn, other text as it is."""
+    messages = load_messages(query) if query.startswith(DUMPED) else []
+    if not messages:
+        return query
+    begin = max((i + 1 for i, message in enumerate(messages) if message["role"] == "assistant"), default=0)
+    before = [f"({begin} messages before)"] if begin else []
+    return "\n".join([*before, *(f"{m['role']}: {m['content']}" for m in messages[begin:])])
+
+
+def _plain_message(message: dict[str, Any]) -> dict[str, Any]:
+    kept = {"role": message["role"], "content": content_text(message.get("content"))}
+    if calls := message.get("tool_calls"):
+        kept["tool_calls"] = [
+            {"id": c["id"], "type": "function", "function": {k: c["function"][k] for k in ("name", "arguments")}}
+            for c in calls
+        ]
+    return kept | ({"tool_call_id": message["tool_call_id"]} if message["role"] == "tool" else {})

@@ -41,10 +41,14 @@ class JsonlTask:
         named = self.config.queries if split == UNLABELLED else getattr(self.config, split)
         path = Path(named)
         if path.is_file():
-            yield from limit_rows(lambda: _read_rows(path, split), getattr(self.config.rows, split))
+            yield from limit_rows(lambda: self.read_file(path, split), getattr(self.config.rows, split))
         elif named and split not in ("dev", UNLABELLED):
             other = f"name another file with task.{split} ('pi-ray init FOLDER' writes a sample)"
             raise DataError(f"{path}: no such file; put the {split} rows there, or {other}")
+
+    def read_file(self, path: Path, split: str) -> Iterator[Row | Reject]:
+        """The rows of one file, as they come."""
+        return _read_rows(path, split)
 
     def template(self) -> Template:
         return Template.load(Path(self.config.template))
@@ -60,7 +64,7 @@ class JsonlTask:
 def _read_rows(path: Path, split: str) -> Iterator[Row | Reject]:
     """All rows of a file. Ids must differ within it; the ids are all that is remembered of earlier rows."""
     seen: set[str] = set()
-    for number, content in _read_contents(path):
+    for number, content in read_contents(path):
         try:
             row = _row(content, f"{split}-{number}", labelled=split != UNLABELLED)
             if row.id in seen:
@@ -71,7 +75,7 @@ def _read_rows(path: Path, split: str) -> Iterator[Row | Reject]:
             yield Reject(str(path), number, str(reason))
 
 
-def _read_contents(path: Path) -> Iterator[tuple[int, Any]]:
+def read_contents(path: Path) -> Iterator[tuple[int, Any]]:
     """(position, object) in an array, else (number, bytes) of lines that are no comments, cut after MAX_LINE + 1."""
     with open(path, "rb") as f:
         begins = f.read(4096)
@@ -91,7 +95,7 @@ def _read_contents(path: Path) -> Iterator[tuple[int, Any]]:
 
 def _row(content: Any, default_id: str, labelled: bool) -> Row:
     """One line (bytes) or one object of an array -> Row, with an empty answer unless `labelled`. Raises ValueError."""
-    data = _parse(content) if isinstance(content, bytes) else content
+    data = parse_line(content) if isinstance(content, bytes) else content
     if not isinstance(data, dict):
         raise ValueError(f"wrong type: expected an object with query and answer, found {_type(data)}")
     query, answer = _query_answer(data, labelled)
@@ -104,7 +108,8 @@ def _row(content: Any, default_id: str, labelled: bool) -> Row:
     return Row(_text("id", str(given)), _text("query", query), answer, group, documents)
 
 
-def _parse(line: bytes) -> Any:
+def parse_line(line: bytes) -> Any:
+    """The JSON value of a line of `read_contents`. Raises ValueError with the reason where there is none."""
     if len(line) > MAX_LINE:
         raise ValueError(f"the line is longer than {MAX_LINE >> 20} MiB")
     try:

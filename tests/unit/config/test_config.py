@@ -194,3 +194,39 @@ def test_a_url_of_storage_with_a_secret_is_refused_without_being_shown(key, url)
 ])  # fmt: skip
 def test_a_url_of_storage_without_a_secret_is_taken(url):
     assert run_file.parse_run_file("name: a", "run.yaml", [f"store={url}"]).store == url
+
+
+@pytest.mark.parametrize(("overrides", "message"), [
+    ({"train.objective": "mixed"}, "learns its labelled turns"),
+    ({"train.gist": 4, "schedule": {"name": "constant", "rate_end": 1.0, "shots": 0}}, "combined with train.gist yet"),
+    ({"train.backend.name": "openai"}, "trains a model whose weights are here"),
+    ({"schedule.shots": 2}, "has no examples yet"),
+    ({"evaluate.shots": 1}, "has no examples yet"),
+    ({"evaluate.knows": True}, "has no single queries"),
+    ({"task.published": "old"}, "cannot follow a changed prompt yet"),
+    ({"prompt.chat": "none"}, "prompt.chat none has no roles"),
+    ({"prompt.query": "Q: {query}"}, "prompt.query would have no effect"),
+    ({"prompt.conversation": False}, "leave it out"),
+    ({"task.unseen": ["x"]}, "leave such rows out"),
+])
+def test_what_does_not_go_with_conversations_is_refused_in_a_sentence(overrides, message):
+    config = RunConfig(name="a", task={"name": "conversations"})
+    with pytest.raises(ValueError, match=message):
+        config.replace(**overrides)
+
+
+def test_conversations_have_no_examples_and_ask_about_no_units():
+    config = RunConfig(name="a", task={"name": "conversations", "tools": "tools.json"})
+    assert config.prompt.conversation and not config.schedule.shots and not config.evaluate.knows
+    assert config.learns_all_turns("train") and not config.learns_all_turns("dev")
+    assert not config.replace(**{"task.learn": "last"}).learns_all_turns("train")
+    assert RunConfig.model_validate(config.model_dump(mode="json")) == config
+
+
+def test_keys_of_conversations_are_refused_elsewhere_and_change_no_other_run():
+    with pytest.raises(ValueError, match="are for rows with messages"):
+        RunConfig(name="a", task={"tools": "tools.json"})
+    with pytest.raises(ValueError, match="set by task conversations alone"):
+        RunConfig(name="a", prompt={"conversation": True})
+    dumped = RunConfig(name="a").model_dump(mode="json")
+    assert not {"tools", "learn"} & set(dumped["task"]) and "conversation" not in dumped["prompt"]

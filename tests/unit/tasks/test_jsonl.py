@@ -145,7 +145,7 @@ def test_a_limit_above_the_number_of_rows_takes_all(tmp_path):
 
 def test_rows_are_streamed_one_line_at_a_time(tmp_path, monkeypatch):
     parsed = []
-    monkeypatch.setattr(jsonl, "_parse", lambda line: parsed.append(line) or json.loads(line))
+    monkeypatch.setattr(jsonl, "parse_line", lambda line: parsed.append(line) or json.loads(line))
     rows = task_of(tmp_path, numbered(100)).rows("train")
     next(rows)
     next(rows)

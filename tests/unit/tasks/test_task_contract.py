@@ -80,7 +80,28 @@ def messages_with_subjects(folder, rows):
     return TaskConfig(name="desk", folder=str(folder), rows=rows)
 
 
+def conversations_with_calls(folder, rows):
+    def line(*messages):
+        return json.dumps({"messages": messages}) + "\n"
+
+    for split in SPLITS:
+        asked = [{"role": "user", "content": f"Where is order {i} of {split}?"} for i in range(2)]
+        call = {"id": "c", "type": "function", "function": {"name": "find", "arguments": f'{{"split": "{split}"}}'}}
+        found = {"role": "tool", "tool_call_id": "c", "content": "on its way"}
+        answers = [{"role": "assistant", "content": None, "tool_calls": [call]}, found,
+                   {"role": "assistant", "content": f"It is on its way, as {split} says."}]
+        (folder / f"{split}.jsonl").write_text("".join(line(question, *answers) for question in asked))
+    queries = [line({"role": "user", "content": f"May I send back order {i}?"}) for i in range(2)]
+    (folder / "queries.jsonl").write_text("".join(queries))
+    (folder / "template.md").write_text("Help.\n\n## Returns\n\nWithin 30 days.")
+    (folder / "tools.json").write_text('[{"type": "function", "function": {"name": "find"}}]')
+    names = {split: str(folder / f"{split}.jsonl") for split in (*SPLITS, "queries")}
+    names |= {"template": str(folder / "template.md"), "tools": str(folder / "tools.json")}
+    return TaskConfig(name="conversations", rows=rows, **names)
+
+
 CONFIGS = {
+    "conversations": conversations_with_calls,
     "desk": messages_with_subjects,
     "jsonl": own_files, "mbpp": problems_with_tests, "nl2bash": parallel_files, "nl2f": tables_with_questions,
     "nl2f-w": queries_with_headers, "opsql": lambda folder, rows: TaskConfig(name="opsql", rows=rows),
