@@ -36,6 +36,7 @@ class Template:
     instruction: str
     documents: tuple[str, ...] = ()
     tools: tuple[str, ...] = ()  # OpenAI tool definitions, each as JSON
+    tool_uses: tuple[int, ...] = ()  # how often the training rows call each of them; () where nobody counted
 
     @property
     def text(self) -> str:

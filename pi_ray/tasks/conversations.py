@@ -10,12 +10,21 @@ text, which may be tool calls.
 """
 
 import json
+from collections import Counter
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from pi_ray.conversation import check_messages, check_tools, content_text, dump_messages, parse_turn, render_turn
+from pi_ray.conversation import (
+    check_messages,
+    check_tools,
+    content_text,
+    dump_messages,
+    load_messages,
+    parse_turn,
+    render_turn,
+)
 from pi_ray.errors import DataError
 from pi_ray.prompt import Template
 from pi_ray.protocols import SPLITS, UNLABELLED, Reject, Row
@@ -30,7 +39,7 @@ class ConversationsTask(JsonlTask):
 
     def template(self) -> Template:
         written = super().template()
-        return Template(written.instruction, written.documents, self.tools)
+        return Template(written.instruction, written.documents, self.tools, self.tool_uses)
 
     @cached_property
     def tools(self) -> tuple[str, ...]:
@@ -48,10 +57,19 @@ class ConversationsTask(JsonlTask):
         return tuple(json.dumps(tool, ensure_ascii=False) for tool in tools)
 
     @cached_property
+    def tool_uses(self) -> tuple[int, ...]:
+        """How often training rows call each tool."""
+        uses: Counter[str] = Counter()
+        for row in self.rows("train") if self.tools else ():
+            if isinstance(row, Row):
+                turns = [*load_messages(row.query), parse_turn(row.answer)]
+                uses.update(call["function"]["name"] for turn in turns for call in turn.get("tool_calls", ()))
+        return tuple(uses[json.loads(tool)["function"]["name"]] for tool in self.tools)
+
+    @cached_property
     def system(self) -> str:
         """The recurrent system message, with its white space collapsed."""
-        written = super().template()
-        return " ".join(written.text.split())
+        return " ".join(super().template().text.split())
 
     def score(self, row: Row, output: str) -> dict[str, float]:
         """Of tool calls white space and the order of keys in their arguments' text do not count."""

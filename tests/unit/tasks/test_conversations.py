@@ -110,6 +110,13 @@ def test_the_template_is_the_system_message_and_the_tools(tmp_path):
     assert template.text.startswith(SYSTEM) and '"name": "find"' in template.text
 
 
+def test_tools_are_counted_by_how_often_training_rows_call_them(tmp_path):
+    other = {"type": "function", "function": {"name": "other"}}
+    task = task_of(tmp_path, [{"messages": TALK}, {"messages": [user("hi"), call()]}, {"messages": [user("hi")]}])
+    (tmp_path / "tools.json").write_text(json.dumps([other, *TOOLS]))
+    assert task.template().tool_uses == (0, 2)
+
+
 @pytest.mark.parametrize("content", ["{", "{}", '[{"name": "find"}]', "[" * 100_000])
 def test_tools_that_are_none_are_refused(tmp_path, content):
     task = task_of(tmp_path, [])
