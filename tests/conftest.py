@@ -7,8 +7,21 @@ from pathlib import Path
 
 import pytest
 
+UNIT = Path(__file__).parent / "unit"
+
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items) -> None:
+    """Give all tests that start Ray, clusters or sandboxes to one of `pytest -n`'s processes, others file by file.
+
+    Two Rays at a time would fight for ports and cores, and tests of a file share fixtures.
+    """
+    for item in items:
+        alone = not item.path.is_relative_to(UNIT) or "ray_local" in item.fixturenames
+        item.add_marker(pytest.mark.xdist_group("ray" if alone else item.path.as_posix()))
 
 
 @pytest.fixture(scope="session")
