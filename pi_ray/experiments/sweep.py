@@ -131,8 +131,9 @@ def share_preparation(runs: Sequence[SweepRun], run: SweepRun) -> None:
     source = next(prepared, None)
     if source is None or run.directory.phases.exists():
         return
-    for name in ("rows", "templates", "phases"):
-        shutil.copytree(getattr(source, name), getattr(run.directory, name), copy_function=_link)
+    for name in ("queries", "rows", "templates", "phases"):
+        if getattr(source, name).exists():
+            shutil.copytree(getattr(source, name), getattr(run.directory, name), copy_function=_link)
     for path in source.root.glob("neighbours.*"):
         _link(path, run.directory.root / path.name)
 
