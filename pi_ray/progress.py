@@ -92,6 +92,8 @@ def training_listener(shown: ProgressLine, costs: Sequence[float]) -> Callable[[
             if saved >= 0.005:
                 speed += f", {saved:.0%} saved by sharing"
             shown.update(done, f"phase {entry['phase']}  loss {entry['loss']:.3f}  {speed}", left)
+        elif entry.get("event") == "teacher":
+            shown.update(entry["step"], f"the teacher has {entry['verb']} {entry['done']} of {entry['total']} rows")
         elif text := _event_text(entry):
             shown.console.print(f"{shown.title}: {text}", highlight=False)
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from itertools import chain, islice
 from typing import Any
@@ -50,34 +50,40 @@ from pi_ray.train.shared_prefix import ordinary_attention
 from pi_ray.train.teacher_rows import TeacherRows, open_teacher_rows
 from pi_ray.units import UnitIndex, find_units
 
-GENERATED_ROWS = 16  # queries answered at once
+GENERATED_ROWS = 64  # queries answered at once
+JUDGED_TIMES = 4  # rows judged at once, in rows of a training batch: without gradients they need less memory
 BATCH_ROWS = 1024  # rows that are Python objects at a time; as columns they take a tenth of the memory
 
 Answers = dict[int, list[int]]  # row number -> label ids
 
 
-def write_teacher_answers(model: Any, config: RunConfig, fingerprint: str, group: WorkerGroup, pack: Pack) -> None:
+def write_teacher_answers(
+    model: Any, config: RunConfig, fingerprint: str, group: WorkerGroup, pack: Pack,
+    tell: Callable[[str, int, int], None] = lambda verb, done, total: None,
+) -> None:
     """Have the teacher answer unlabelled queries and judge the labels, each worker its share of the rows.
 
     The first worker writes all of it as one artifact by SCHEMA, in the order of rows, whose manifest counts answers.
+    `tell` gets how far this worker is: "answered" or "judged", and of how many rows how many are.
     """
     run, distill, started = RunDir(config.root), config.train.distill, time.monotonic()
     labelled, unlabelled = open_teacher_rows(config, "train"), open_teacher_rows(config, UNLABELLED)
-    size = config.train.micro_batch or config.rows_per_worker
+    size = JUDGED_TIMES * (config.train.micro_batch or config.rows_per_worker)
     prefixes = view_prefixes(config)
     model.eval()
     with model.disable_adapter() if distill.teacher == "base" else nullcontext():
         mine = range(group.rank, len(unlabelled), group.world)
         limit, end = longest_answer_tokens(config), load_tokenizer(config.model).eos_token_id
         with ordinary_attention(model.get_base_model()):
-            generated = generate_answers(model, prefixes[0], unlabelled, mine, limit, end)
+            generated = generate_answers(model, prefixes[0], unlabelled, mine, limit, end, tell)
         mine = range(group.rank, len(labelled), group.world)
         labels = {n: label for n, (_, label) in zip(mine, labelled.take(mine), strict=True)}
         scored = chain(
             score_answers(model, pack, prefixes, labelled, labels, distill.top_k, size),
             score_answers(model, pack, prefixes, unlabelled, generated, distill.top_k, size),
         )
-        batches = iter(lambda: list(islice(scored, BATCH_ROWS)), [])
+        told = _tell_judged(scored, len(labels) + len(generated), tell)
+        batches = iter(lambda: list(islice(told, BATCH_ROWS)), [])
         share = pa.Table.from_batches((pa.RecordBatch.from_pylist(rows, SCHEMA) for rows in batches), SCHEMA)
     anchor = _judge_anchor(model, config, pack, size) if distill.anchor and group.rank == 0 else None
     model.train()
@@ -95,6 +101,15 @@ def write_teacher_answers(model: Any, config: RunConfig, fingerprint: str, group
             if anchor is not None:
                 pq.write_table(anchor, tmp / ANCHOR_FILE, compression="zstd")
     group.barrier()
+
+
+def _tell_judged(
+    scored: Iterator[dict[str, Any]], total: int, tell: Callable[[str, int, int], None]
+) -> Iterator[dict[str, Any]]:
+    for done, row in enumerate(scored, start=1):
+        yield row
+        if done % GENERATED_ROWS == 0 or done == total:
+            tell("judged", done, total)
 
 
 def _hold_out(table: pa.Table, config: RunConfig) -> pa.Table:
@@ -130,7 +145,8 @@ def longest_answer_tokens(config: RunConfig) -> int:
 
 
 def generate_answers(
-    model: Any, prefix: list[int], data: PhaseDataset | TeacherRows, numbers: Sequence[int], limit: int, end: int
+    model: Any, prefix: list[int], data: PhaseDataset | TeacherRows, numbers: Sequence[int], limit: int, end: int,
+    tell: Callable[[str, int, int], None],
 ) -> Answers:
     """Greedy answers to these rows behind `prefix`, ending with `end`; those over `limit` tokens are left out."""
     cache, answers = compute_prefix_cache(model, prefix), {}
@@ -139,6 +155,7 @@ def generate_answers(
         prompts = [prompt for prompt, _ in data.take(some)]
         generated = generate_greedy(model, prefix, prompts, limit, end, cache=cache)
         answers.update({n: [*ids, end] for n, ids in zip(some, generated, strict=True) if len(ids) < limit})
+        tell("answered", start + len(some), len(numbers))
     return answers
 
 

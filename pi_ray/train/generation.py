@@ -1,25 +1,34 @@
 """Generation for a batch of rows behind one prefix, whose keys and values are computed once.
 
 Teacher, evaluation and often the student generate greedily, a writer of queries samples. All rows start together and
-leave as they end, with no scheduling or streaming, so a row's answer depends on its batch by rounding alone.
+leave as they end, with no scheduling or streaming, so a row's answer depends on its batch by rounding alone. Models in
+which a layer does not see all tokens get one row at a time.
 """
 
 import copy
 import time
 from collections.abc import Callable, Collection, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from transformers import DynamicCache
 
 from pi_ray.models import last_logits_index
+from pi_ray.train.cached_prefix import CachedPrefix, base_of, cached_prefix_enabled, shares_cached_prefix
+from pi_ray.train.shared_prefix import why_not_all_is_seen
 
 
 def compute_prefix_cache(model: Any, prefix: Sequence[int]) -> DynamicCache:
     """Keys and values of the prefix, batch 1."""
-    cache = DynamicCache()
+    cache = DynamicCache(config=base_of(model).config)
     if prefix:
-        _forward(model, torch.tensor([list(prefix)], device=model.device), None, None, cache)
+        ids = torch.tensor([list(prefix)], device=model.device)
+        keep = last_logits_index(1, ids.device)
+        with torch.inference_mode():
+            model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=keep)
     return cache
 
 
@@ -47,30 +56,31 @@ def generate(
     Rows see of the prefix what the cache holds, such as its gist tokens alone, and keep their positions behind all of
     it. They are padded on the left, between prefix and row, where mask and position ids leave the padding out.
     """
-    cache = copy.deepcopy(compute_prefix_cache(model, prefix) if cache is None else cache)
-    longest, size, cached = max(map(len, rows)), len(rows), cache.get_seq_length()
-    if len(prefix):
-        cache.batch_repeat_interleave(size)
-    ids = torch.tensor([[0] * (longest - len(r)) + list(r) for r in rows], device=model.device)
-    mask = torch.tensor([[1] * cached + [0] * (longest - len(r)) + [1] * len(r) for r in rows], device=model.device)
+    cache = compute_prefix_cache(model, prefix) if cache is None else cache
+    if len(rows) > 1 and _padding_is_seen(model, len(prefix) + max(map(len, rows)) + max_new_tokens):
+        own = [partial(_choose_for, choose, i) for i in range(len(rows))]
+        each = zip(rows, own, strict=True)
+        return [generate(model, prefix, [row], max_new_tokens, end, cache, breaks, mine)[0] for row, mine in each]
+    behind = _RowCache(model, len(prefix), cache, len(rows))
+    ids, mask = _pad_left(rows, model.device)
     answers: list[list[int]] = [[] for _ in rows]
-    alive = list(range(size))
-    for _ in range(max_new_tokens):
-        positions = len(prefix) - cached + (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
-        tokens = choose(_forward(model, ids, mask, positions, cache), alive)
-        for i, token in enumerate(tokens):
-            if token != end:
-                answers[alive[i]].append(token)
-        keep = [i for i, token in enumerate(tokens) if token != end and not _ends_line(answers[alive[i]], breaks)]
-        if not keep:
-            break
-        if len(keep) < len(alive):
-            index = torch.tensor(keep, device=mask.device)
-            cache.batch_select_indices(index)
-            mask = mask[index]
-            alive = [alive[i] for i in keep]
-        ids = torch.tensor([[tokens[i]] for i in keep], device=mask.device)
-        mask = torch.cat([mask, mask.new_ones(len(keep), 1)], -1)
+    alive = list(range(len(rows)))
+    with behind.attention():
+        for _ in range(max_new_tokens):
+            tokens = choose(behind.forward(ids, mask, 1)[:, -1], alive)
+            for i, token in enumerate(tokens):
+                if token != end:
+                    answers[alive[i]].append(token)
+            keep = [i for i, token in enumerate(tokens) if token != end and not _ends_line(answers[alive[i]], breaks)]
+            if not keep:
+                break
+            if len(keep) < len(alive):
+                index = torch.tensor(keep, device=mask.device)
+                behind.own.batch_select_indices(index)
+                mask = mask[index]
+                alive = [alive[i] for i in keep]
+            ids = torch.tensor([[tokens[i]] for i in keep], device=mask.device)
+            mask = torch.cat([mask, mask.new_ones(len(keep), 1)], -1)
     return answers
 
 
@@ -81,18 +91,13 @@ def label_logprobs(
     """For each row (prompt ids, label ids) behind the cached prefix, at each token of its label: the log-probability,
     and whether the model holds it likeliest. `cache` is not changed.
     """
-    cache, cached = copy.deepcopy(cache), cache.get_seq_length()
-    if len(prefix):
-        cache.batch_repeat_interleave(len(rows))
-    fed = [[*prompt, *label[:-1]] for prompt, label in rows]
-    longest, longest_label = max(map(len, fed)), max(len(label) for _, label in rows)
-    ids = torch.tensor([[0] * (longest - len(r)) + r for r in fed], device=model.device)
-    mask = torch.tensor([[1] * cached + [0] * (longest - len(r)) + [1] * len(r) for r in fed], device=model.device)
-    positions = len(prefix) - cached + (mask.cumsum(-1) - 1).clamp(min=0)[:, -longest:]
-    logits = model(
-        input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True,
-        logits_to_keep=last_logits_index(longest_label, ids.device),
-    ).logits
+    longest = len(prefix) + max(len(prompt) + len(label) for prompt, label in rows)
+    if len(rows) > 1 and _padding_is_seen(model, longest):
+        return [found for row in rows for found in label_logprobs(model, prefix, [row], cache)]
+    ids, mask = _pad_left([[*prompt, *label[:-1]] for prompt, label in rows], model.device)
+    behind = _RowCache(model, len(prefix), cache, len(rows))
+    with behind.attention():
+        logits = behind.forward(ids, mask, max(len(label) for _, label in rows))
     found = []
     for row, (_, label) in zip(logits, rows, strict=True):
         logprobs = torch.log_softmax(row[-len(label) :].float(), -1)
@@ -122,10 +127,52 @@ def request_seconds(
     return uncached, time.perf_counter() - started
 
 
-@torch.inference_mode()
-def _forward(model: Any, ids: torch.Tensor, mask: Any, positions: Any, cache: DynamicCache) -> torch.Tensor:
-    """Logits after the last token, (rows, vocabulary)."""
-    return model(
-        input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True,
-        logits_to_keep=last_logits_index(1, ids.device),
-    ).logits[:, -1]
+def _choose_for(choose: Choose, row: int, logits: torch.Tensor, _: Sequence[int]) -> list[int]:
+    return choose(logits, [row])
+
+
+def _padding_is_seen(model: Any, tokens: int) -> bool:
+    """Whether padding takes places of a sliding window, or of a recurrent layer's state: rows then go one by one."""
+    return bool(why_not_all_is_seen(base_of(model), tokens))
+
+
+class _RowCache:
+    """The KV cache of a batch of rows behind a cached prefix, which the model reads once for all rows if it can.
+
+    Where it cannot, each row has a copy of the prefix's keys and values.
+    """
+
+    def __init__(self, model: Any, prefix: int, cache: DynamicCache, rows: int):
+        self.model, self.prefix, self.copied = model, prefix, 0
+        self.shared = cache if shares_cached_prefix(model, cache) else None
+        self.own = DynamicCache()
+        if self.shared is None:
+            self.own, self.copied = copy.deepcopy(cache), cache.get_seq_length()
+            if prefix and rows > 1:
+                self.own.batch_repeat_interleave(rows)
+
+    def attention(self) -> AbstractContextManager[None]:
+        """The context in which `forward` is called."""
+        return nullcontext() if self.shared is None else cached_prefix_enabled(self.model)
+
+    def forward(self, ids: torch.Tensor, mask: torch.Tensor, keep: int) -> torch.Tensor:
+        """Logits (B, keep, V) after the last of the newest tokens `ids` (B, L).
+
+        `mask` (B, T) is 1 at own tokens, the newest among them, and 0 at padding.
+        """
+        positions = self.prefix + (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+        seen: dict[str, Any] = {"attention_mask": F.pad(mask, (self.copied, 0), value=1)}
+        if self.shared is not None:
+            seen = {"cached_prefix": CachedPrefix.build(self.shared, mask, ids.shape[1])}
+        return self.model(
+            input_ids=ids, position_ids=positions, past_key_values=self.own, use_cache=True,
+            logits_to_keep=last_logits_index(keep, ids.device), **seen,
+        ).logits
+
+
+def _pad_left(rows: Sequence[Sequence[int]], device: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids (B, L) and mask (B, L) of rows that end together."""
+    longest = max(map(len, rows))
+    ids = torch.tensor([[0] * (longest - len(row)) + list(row) for row in rows], device=device)
+    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows], device=device)
+    return ids, mask

@@ -116,17 +116,24 @@ def why_prefix_cannot_be_shared(model: Any, longest: float = 0) -> str:
 
     `longest`: tokens of the longest row with its prefix; a sliding window that holds them all is full attention.
     """
-    config = model.config.get_text_config()
     if not model._can_set_attn_implementation():
         return f"{type(model).__name__} has an attention of its own, which cannot be exchanged"
+    if reason := why_not_all_is_seen(model, longest):
+        return reason
+    if getattr(model.config.get_text_config(), "attn_logit_softcapping", None):
+        return "its attention scores are soft-capped"
+    return ""
+
+
+def why_not_all_is_seen(model: Any, longest: float) -> str:
+    """The reason why some layer of a base model does not see all of `longest` tokens; "" where every layer does."""
+    config = model.config.get_text_config()
     window = getattr(config, "use_sliding_window", True) and getattr(config, "sliding_window", None)
     if window and window < longest:
         return f"attention is limited to a sliding window of {window} tokens, and rows have up to {longest:.0f}"
     seen_whole = {"full_attention", "sliding_attention" if window else ""}
     if kinds := set(getattr(config, "layer_types", None) or ()) - seen_whole:
         return f"layers of type {', '.join(sorted(kinds))} do not see the whole prompt"
-    if getattr(config, "attn_logit_softcapping", None):
-        return "its attention scores are soft-capped"
     return ""
 
 

@@ -46,7 +46,11 @@ class Teaching:
                     f"{self.run.teacher_answers}: the teacher's answers are missing or of another run, and the teacher "
                     f"has been trained on since; delete {self.run.checkpoints} to train again"
                 )
-            write_teacher_answers(model, self.config, self.fingerprint, self.group, self.pack)
+
+            def tell(verb: str, done: int, total: int) -> None:
+                self.log.add({"event": "teacher", "step": update.step, "verb": verb, "done": done, "total": total})
+
+            write_teacher_answers(model, self.config, self.fingerprint, self.group, self.pack, tell)
             storage_sync.fetch_updates(self.run.root)
             self.loader.has_answers = True
         if self.loader.distills and begins:

@@ -25,9 +25,9 @@ from pi_ray.run.fingerprint import train_fingerprint
 from pi_ray.run.phases import plain_finetuning_config
 from pi_ray.store.publish import publish_adapter
 from pi_ray.store.verify import verify_adapter
-from pi_ray.train import generation, gist, lora, shared_prefix
+from pi_ray.train import gist, lora, shared_prefix
 from pi_ray.train.batches import packed_batch
-from pi_ray.train.generation import generate_greedy
+from pi_ray.train.generation import generate, generate_greedy
 from pi_ray.train.objectives import sft_loss
 from pi_ray.train.trainer import Trainer, train_worker
 from tests.prepared import TEMPLATE, prepare_by_hand, tiny_config
@@ -189,13 +189,17 @@ def test_a_cache_of_the_gists_alone_answers_as_the_masked_prompt_does(config):
     assert generator(work) == expected, "timing changes nothing"
 
 
-def test_rows_stand_behind_the_whole_prompt_though_the_cache_is_short(model, monkeypatch):
+def test_rows_stand_behind_the_whole_prompt_though_the_cache_is_short(model):
     """Logits of two rows of unequal length, which tell a wrong position where answers would not."""
     model.set_attn_implementation("sdpa")
-    cache, forward, logits = gist.gist_cache(model, PREFIX, model.get_input_embeddings().gist), generation._forward, []
-    monkeypatch.setattr(generation, "_forward", lambda *given: logits.append(forward(*given)) or logits[-1])
+    cache, logits = gist.gist_cache(model, PREFIX, model.get_input_embeddings().gist), []
+
+    def choose(given, rows):
+        logits.append(given)
+        return given.argmax(-1).tolist()
+
     prompts = [prompt for prompt, _ in ROWS[1:]]
-    found = generate_greedy(model, PREFIX, prompts, 3, end=None, cache=cache)
+    found = generate(model, PREFIX, prompts, 3, end=None, cache=cache, choose=choose)
     for row, (prompt, answer) in enumerate(zip(prompts, found, strict=True)):
         expected = masked(model, PREFIX, prompt + answer)
         for step, at in enumerate(logits):

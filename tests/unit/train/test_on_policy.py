@@ -194,7 +194,7 @@ def test_a_student_that_was_trained_on_does_not_write_again(mended, tmp_path, mo
 
 def test_a_base_that_teaches_from_the_start_judges_with_the_whole_prompt(tiny_model, tmp_path, monkeypatch):
     """Its student's only phase has no template, and the teacher reads all of it. The random base ends no answer."""
-    monkeypatch.setattr(distill, "generate_answers", lambda *args: {n: [5, 9, args[-1]] for n in args[3]})
+    monkeypatch.setattr(distill, "generate_answers", lambda *args: {n: [5, 9, args[5]] for n in args[3]})
     keys = {"agreement": "off", "held_out": 0, "on_policy": 0.5, "on_policy_divergence": 1}
     config = taught_from_start(tiny_model, tmp_path, **{f"train.distill.{key}": value for key, value in keys.items()})
     train_worker(settings(config))

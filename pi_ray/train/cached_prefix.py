@@ -1,0 +1,135 @@
+"""Attention of many rows to the cached keys and values of one prefix, of which no row gets a copy.
+
+Generation reads the cache once a step for the whole batch instead of once for every row, so that its memory and time
+hardly grow with the prefix. As in training (shared_prefix.py) only attention differs from an ordinary forward pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.nn.functional as F
+from transformers import AttentionInterface, DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+from pi_ray.train.shared_prefix import why_prefix_cannot_be_shared
+
+NAME = "pi_ray_cached_prefix"
+# A prefix and rows, of ids that any vocabulary has, on which both ways are compared; and the largest difference of
+# logits that is rounding, as a share of their spread. In half precision a mixture of experts may choose other experts.
+PROBE_PREFIX, PROBE_ROWS = [7, 3, 9, 2], [[5, 11, 4, 8], [12, 6]]
+TOLERANCE, HALF_TOLERANCE = 1e-3, 0.2
+
+_proven: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()  # model -> whether it computes the same in this way
+
+
+@dataclass(frozen=True)
+class CachedPrefix:
+    """What the attention of every layer gets beside the rows' own tokens."""
+
+    layers: Sequence[tuple[torch.Tensor, torch.Tensor]]  # of each layer keys and values (1, H_kv, P, D)
+    sees: torch.Tensor  # (B, L, T) bool: which of a row's own T tokens each of its newest L sees
+
+    @classmethod
+    def build(cls, cache: DynamicCache, mask: torch.Tensor, newest: int) -> CachedPrefix:
+        """`mask` (B, T) tells own tokens from padding."""
+        own = mask.bool()[:, None, :].expand(-1, newest, -1)
+        causal = torch.ones(newest, mask.shape[1], dtype=torch.bool, device=mask.device)
+        layers: list[Any] = [(layer.keys, layer.values) for layer in cache.layers]  # type: ignore[union-attr]
+        return cls(layers, own & causal.tril(mask.shape[1] - newest))
+
+
+def cached_prefix_attention(
+    module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: Any, dropout: float = 0.0,
+    scaling: float | None = None, cached_prefix: CachedPrefix | None = None, **_: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attend to the prefix and to own tokens: query (B, H, L, D), key and value (B, H_kv, T, D) -> (B, L, H, D).
+
+    One token a row is multiplied with the prefix as it is, all rows at once. Several are left to SDPA, which needs
+    keys and values of equal batch; that copy of the prefix lasts for one layer.
+    """
+    assert cached_prefix is not None
+    prefix_key, prefix_value = cached_prefix.layers[module.layer_idx]
+    (size, heads, length, depth), groups, cached = query.shape, key.shape[1], prefix_key.shape[2]
+    if length > 1:
+        keys = torch.cat([prefix_key.expand(size, -1, -1, -1), key], 2)
+        values = torch.cat([prefix_value.expand(size, -1, -1, -1), value], 2)
+        sees = F.pad(cached_prefix.sees, (cached, 0), value=True)[:, None]
+        output = F.scaled_dot_product_attention(
+            query, keys, values, sees, scale=scaling, enable_gqa=heads != groups
+        )
+        return output.transpose(1, 2).contiguous(), None
+    grouped = query.view(size, groups, heads // groups, depth) * (scaling or depth**-0.5)
+
+    def times_prefix(rows: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
+        """(B, H_kv, n, X) times (H_kv, X, Y), all rows of a head in one product -> (B, H_kv, n, Y)."""
+        product = rows.transpose(0, 1).reshape(groups, -1, rows.shape[-1]) @ matrix
+        return product.view(groups, size, -1, matrix.shape[-1]).transpose(0, 1)
+
+    far = times_prefix(grouped, prefix_key[0].transpose(1, 2))
+    near = (grouped @ key.transpose(2, 3)).masked_fill(~cached_prefix.sees[:, None], -torch.inf)
+    weights = torch.cat([far, near], -1).softmax(-1, dtype=torch.float32).to(value.dtype)
+    output = times_prefix(weights[..., :cached], prefix_value[0]) + weights[..., cached:] @ value
+    return output.reshape(size, 1, heads, depth), None
+
+
+AttentionInterface.register(NAME, cached_prefix_attention)
+
+
+def base_of(model: Any) -> Any:
+    """The transformers model in a peft model, or the model itself."""
+    return getattr(model, "get_base_model", lambda: model)()
+
+
+@contextmanager
+def cached_prefix_enabled(model: Any) -> Iterator[None]:
+    """A context in which every forward pass of the model gets a `cached_prefix` and attends by it."""
+    inner = base_of(model)
+    attention = inner.config._attn_implementation
+    inner.set_attn_implementation(NAME)
+    try:
+        yield
+    finally:
+        inner.set_attn_implementation(attention)
+
+
+def shares_cached_prefix(model: Any, cache: DynamicCache) -> bool:
+    """Whether the model may attend in this way: full attention in every layer, and proven equal on two short rows."""
+    if not cache.get_seq_length() or any(type(layer) is not DynamicLayer for layer in cache.layers):
+        return False
+    if model not in _proven:
+        _proven[model] = _is_equal(model)
+    return _proven[model]
+
+
+@torch.inference_mode()
+def _is_equal(model: Any) -> bool:
+    if why_prefix_cannot_be_shared(base_of(model)):
+        return False
+    longest, device = max(map(len, PROBE_ROWS)), model.device
+    ids = torch.tensor([[0] * (longest - len(row)) + row for row in PROBE_ROWS], device=device)
+    own = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in PROBE_ROWS], device=device)
+    positions = (own.cumsum(-1) - 1).clamp(min=0) + len(PROBE_PREFIX)
+    prefix = torch.tensor([PROBE_PREFIX], device=device)
+    cache = model(input_ids=prefix, past_key_values=DynamicCache(), use_cache=True).past_key_values
+    found, kept = [], DynamicCache()
+    with cached_prefix_enabled(model):
+        for end in (longest - 1, longest):  # all tokens but the last of each row together, then the last one alone
+            part = slice(kept.get_seq_length(), end)
+            shared = CachedPrefix.build(cache, own[:, :end], end - part.start)
+            found.append(model(
+                input_ids=ids[:, part], position_ids=positions[:, part], past_key_values=kept, use_cache=True,
+                cached_prefix=shared,
+            ).logits)
+    expected = torch.cat([
+        model(input_ids=torch.tensor([PROBE_PREFIX + row], device=device)).logits[0, len(PROBE_PREFIX) :]
+        for row in PROBE_ROWS
+    ]).float()
+    difference = torch.cat(found, 1)[own.bool()].float() - expected
+    tolerance = TOLERANCE if model.dtype == torch.float32 else HALF_TOLERANCE
+    return (difference.norm() / (expected - expected.mean()).norm()).item() < tolerance

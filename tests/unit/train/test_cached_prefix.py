@@ -1,0 +1,124 @@
+"""Rows behind one cached prefix: transformers' own tokens, without a copy of the prefix, or the ordinary way."""
+
+import pytest
+import torch
+import transformers
+from transformers import DynamicCache
+
+from pi_ray.train import cached_prefix
+from pi_ray.train.cached_prefix import shares_cached_prefix
+from pi_ray.train.generation import compute_prefix_cache, generate_greedy, label_logprobs
+
+PREFIX = list(range(50, 70))
+ROWS = [[5, 6, 7], [20, 21, 22, 23, 24], [9]]
+SHAPE = {
+    "vocab_size": 128, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}
+
+
+def random_model(family, **settings):
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{family}Config")(**{**SHAPE, **settings})
+    return getattr(transformers, f"{family}ForCausalLM")(config).eval()
+
+
+def expected_of(model):
+    """What transformers generates for each row alone."""
+    found = []
+    for row in ROWS:
+        ids = torch.tensor([PREFIX + row])
+        out = model.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=False, eos_token_id=-1
+        )
+        found.append(out[0, ids.shape[1] :].tolist())
+    return found
+
+
+@pytest.fixture
+def copies(monkeypatch):
+    """The sizes of batches for which a prefix's cache was copied."""
+    made = []
+    monkeypatch.setattr(DynamicCache, "batch_repeat_interleave", _noting(DynamicCache.batch_repeat_interleave, made))
+    return made
+
+
+def _noting(repeat, made):
+    def noted(self, times):
+        made.append(times)
+        return repeat(self, times)
+
+    return noted
+
+
+@pytest.mark.parametrize("family, settings", [
+    ("Llama", {}),
+    ("Llama", {"num_key_value_heads": 4}),
+    ("Qwen3", {"head_dim": 8}),
+    ("Mixtral", {"num_local_experts": 4, "sliding_window": None}),
+])  # fmt: skip
+def test_full_attention_reads_one_copy_of_the_prefix_and_answers_as_transformers_does(family, settings, copies):
+    model = random_model(family, **settings)
+    cache = compute_prefix_cache(model, PREFIX)
+    assert generate_greedy(model, PREFIX, ROWS, 6, None, cache) == expected_of(model)
+    assert not copies and cache.get_seq_length() == len(PREFIX)
+    assert model.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("family, settings", [
+    ("Mistral", {"sliding_window": 8}),
+    ("Gemma2", {"head_dim": 8, "sliding_window": 8}),
+    ("Qwen3Next", {"head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16,
+        "linear_num_value_heads": 2, "linear_num_key_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
+        "shared_expert_intermediate_size": 16, "layer_types": ["linear_attention", "full_attention"]}),
+])  # fmt: skip
+def test_where_a_layer_does_not_see_all_tokens_rows_are_answered_one_by_one(family, settings, copies):
+    model = random_model(family, **settings)
+    assert generate_greedy(model, PREFIX, ROWS, 6, None) == expected_of(model)
+    rows = [(row, [8, 4]) for row in ROWS]
+    together = label_logprobs(model, PREFIX, rows, compute_prefix_cache(model, PREFIX))
+    for (prompt, label), (logprobs, _) in zip(rows, together, strict=True):
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([PREFIX + prompt + label])).logits[0, -len(label) - 1 : -1]
+        expected = logits.log_softmax(-1).gather(1, torch.tensor(label)[:, None])[:, 0]
+        assert torch.allclose(logprobs, expected, atol=1e-4)
+
+
+def test_soft_capped_scores_get_a_copy_of_the_prefix_for_each_row(copies):
+    model = random_model("Gemma2", head_dim=8, sliding_window=64)
+    assert generate_greedy(model, PREFIX, ROWS, 6, None) == expected_of(model) and 3 in copies
+
+
+def test_a_model_that_computes_something_else_in_this_way_is_found_out_once(copies, monkeypatch):
+    model, tried = random_model("Llama"), []
+    own = cached_prefix.cached_prefix_attention
+
+    def wrong(*args, **kwargs):
+        tried.append(1)
+        return own(*args, **{**kwargs, "scaling": 9.0})
+
+    monkeypatch.setitem(cached_prefix.AttentionInterface._global_mapping, cached_prefix.NAME, wrong)
+    expected = expected_of(model)
+    assert generate_greedy(model, PREFIX, ROWS, 6, None) == expected and copies == [3]
+    seen = len(tried)
+    assert generate_greedy(model, PREFIX, ROWS, 6, None) == expected and len(tried) == seen > 0
+
+
+def test_an_empty_cache_is_not_shared():
+    model = random_model("Llama")
+    assert not shares_cached_prefix(model, DynamicCache()) and shares_cached_prefix(
+        model, compute_prefix_cache(model, PREFIX)
+    )
+
+
+def test_log_probabilities_of_labels_are_those_of_an_ordinary_pass(copies):
+    model, labels = random_model("Llama"), [[8, 4], [3, 9, 7], [6]]
+    rows = list(zip(ROWS, labels, strict=True))
+    found = label_logprobs(model, PREFIX, rows, compute_prefix_cache(model, PREFIX))
+    for (prompt, label), (logprobs, likeliest) in zip(rows, found, strict=True):
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([PREFIX + prompt + label])).logits[0, -len(label) - 1 : -1]
+        expected = logits.log_softmax(-1).gather(1, torch.tensor(label)[:, None])[:, 0]
+        assert torch.allclose(logprobs, expected, atol=1e-4)
+        assert likeliest.tolist() == (logits.argmax(-1) == torch.tensor(label)).tolist()
+    assert not copies
