@@ -1,11 +1,13 @@
 """A teacher of another run (train.distill.teacher_adapter) in place of a first phase, as a refresh has it."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from pi_ray.cluster import storage_sync
 from pi_ray.train.distill import write_teacher_answers
 from pi_ray.train.lora import load_init_adapter, trainable_parameters
+from pi_ray.train.teaching import tell_progress
 from pi_ray.train.updates import Update
 
 
@@ -21,7 +23,8 @@ def adopt_teacher(trainer: Any) -> None:
     folder = Path(config.train.distill.teacher_adapter)
     trainer.restart_optimizer(load_init_adapter(folder, trainer.model, config.model.base, key))
     trainer.end_phase(Update(step=0, phase=0, index=0, epoch=0, lr=0.0))
-    write_teacher_answers(trainer.model, config, trainer.fingerprint, trainer.group, trainer.pack)
+    tell = partial(tell_progress, trainer.log, 0)
+    write_teacher_answers(trainer.model, config, trainer.fingerprint, trainer.group, trainer.pack, tell)
     storage_sync.fetch_updates(trainer.dir.root)
     trainer.dataloader.has_answers = True
     trainer.restart_optimizer(student)

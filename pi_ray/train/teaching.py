@@ -1,5 +1,6 @@
 """Teaching: what the teacher does between updates, and the training log's words for it."""
 
+from functools import partial
 from typing import Any
 
 from pi_ray.cluster import storage_sync
@@ -46,10 +47,7 @@ class Teaching:
                     f"{self.run.teacher_answers}: the teacher's answers are missing or of another run, and the teacher "
                     f"has been trained on since; delete {self.run.checkpoints} to train again"
                 )
-
-            def tell(verb: str, done: int, total: int) -> None:
-                self.log.add({"event": "teacher", "step": update.step, "verb": verb, "done": done, "total": total})
-
+            tell = partial(tell_progress, self.log, update.step)
             write_teacher_answers(model, self.config, self.fingerprint, self.group, self.pack, tell)
             storage_sync.fetch_updates(self.run.root)
             self.loader.has_answers = True
@@ -79,6 +77,11 @@ class Teaching:
             manifest = read_manifest(round_folder(self.run, asked)) or {}
             facts = {key: manifest[key] for key in ROUND_FACTS}
             self.log.add({"event": "student_answers", "step": update.step, "round": asked.number, **facts})
+
+
+def tell_progress(log: TrainLog, step: int, verb: str, done: int, total: int) -> None:
+    """Log how far the teacher is before update `step`: "answered" or "judged", and how many rows of how many."""
+    log.add({"event": "teacher", "step": step, "verb": verb, "done": done, "total": total})
 
 
 def describe_options(config: RunConfig) -> list[str]:

@@ -48,11 +48,14 @@ def test_training_shows_phase_update_loss_and_speed(clock):
         listen({"step": 4, "phase": 1, "loss": 0.5, "tokens": 300, "plain_tokens": 1200, "seconds": 2.0})
         listen({"event": "phase_end", "phase": 1, "step": 4, "dev_loss": 0.25})
         listen({"event": "plain_batches", "reason": "attention is limited to a sliding window of 64 tokens"})
+        clock[0] += 60
+        listen({"event": "teacher", "step": 5, "verb": "judged", "done": 64, "total": 720})
     text = console.file.getvalue()
     assert "5/20" in text and "phase 1" in text and "loss 0.500" in text
     assert "150 tokens/s, 75% saved by sharing" in text
     assert "6 s left" in text  # 15 updates of a fifth of the work of the one that took 2 s
     assert "phase 1 done, dev loss 0.250" in text and "sliding window" in text
+    assert "the teacher has judged 64 of 720 rows" in text
 
 
 @pytest.mark.parametrize("entry, text", [

@@ -160,6 +160,13 @@ def test_a_run_that_dies_at_the_phase_transition_or_after_it_goes_on_to_the_same
     )
 
 
+def test_the_log_says_how_far_the_teacher_is(distilled):
+    told = [(e["step"], e["verb"], e["done"], e["total"]) for e in log_of(distilled) if e.get("event") == "teacher"]
+    answered, judged, manifest = told[0], told[-1], event(distilled)
+    assert answered == (manifest["step"], "answered", manifest["queries"], manifest["queries"])
+    assert judged[:2] == (manifest["step"], "judged") and judged[2] == judged[3] == len(rows_of(distilled))
+
+
 def test_a_teacher_that_was_trained_on_is_not_asked_again(distilled, tmp_path, monkeypatch):
     config = distilled.replace(run_dir=str(tmp_path))
     prepare_by_hand(config)

@@ -3,6 +3,7 @@
 import threading
 
 import pytest
+import torch
 
 from pi_ray.train.dataloader import Prefetcher
 
@@ -51,3 +52,13 @@ def test_an_error_is_raised_where_the_thing_is_asked_for():
     with pytest.raises(IndexError):
         prefetcher[3]
     prefetcher.close()
+
+
+def test_its_thread_computes_alone_and_the_callers_keep_theirs():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        assert Prefetcher(lambda i: torch.get_num_threads(), 1)[0] == 1
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
