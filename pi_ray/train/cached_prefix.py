@@ -55,24 +55,23 @@ def cached_prefix_attention(
     """
     assert cached_prefix is not None
     prefix_key, prefix_value = cached_prefix.layers[module.layer_idx]
+    own = cached_prefix.sees.to(query.device)  # layers may lie on several GPUs
     (size, heads, length, depth), groups, cached = query.shape, key.shape[1], prefix_key.shape[2]
     if length > 1:
         keys = torch.cat([prefix_key.expand(size, -1, -1, -1), key], 2)
         values = torch.cat([prefix_value.expand(size, -1, -1, -1), value], 2)
-        sees = F.pad(cached_prefix.sees, (cached, 0), value=True)[:, None]
-        output = F.scaled_dot_product_attention(
-            query, keys, values, sees, scale=scaling, enable_gqa=heads != groups
-        )
+        sees, grouped = F.pad(own, (cached, 0), value=True)[:, None], heads != groups
+        output = F.scaled_dot_product_attention(query, keys, values, sees, scale=scaling, enable_gqa=grouped)
         return output.transpose(1, 2).contiguous(), None
-    grouped = query.view(size, groups, heads // groups, depth) * (scaling or depth**-0.5)
+    scaled = query.view(size, groups, heads // groups, depth) * (scaling or depth**-0.5)
 
     def times_prefix(rows: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
         """(B, H_kv, n, X) times (H_kv, X, Y), all rows of a head in one product -> (B, H_kv, n, Y)."""
         product = rows.transpose(0, 1).reshape(groups, -1, rows.shape[-1]) @ matrix
         return product.view(groups, size, -1, matrix.shape[-1]).transpose(0, 1)
 
-    far = times_prefix(grouped, prefix_key[0].transpose(1, 2))
-    near = (grouped @ key.transpose(2, 3)).masked_fill(~cached_prefix.sees[:, None], -torch.inf)
+    far = times_prefix(scaled, prefix_key[0].transpose(1, 2))
+    near = (scaled @ key.transpose(2, 3)).masked_fill(~own[:, None], -torch.inf)
     weights = torch.cat([far, near], -1).softmax(-1, dtype=torch.float32).to(value.dtype)
     output = times_prefix(weights[..., :cached], prefix_value[0]) + weights[..., cached:] @ value
     return output.reshape(size, 1, heads, depth), None
