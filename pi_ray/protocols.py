@@ -106,6 +106,7 @@ class GenerationRequest:
     logprobs: int | None = None  # likeliest tokens that come with each token; None: no log-probabilities at all
     adapter_hash: str = ""  # of the folder's manifest: what an engine keeps of an adapter, it keeps under this
     cache_salt: str = ""  # requests of different salts share no cached prefix
+    grammar: str = ""  # that the answer follows, in llguidance's Lark (serve/engine/grammar.py); "": it is free
 
     @property
     def adapter_key(self) -> str:
@@ -131,5 +132,5 @@ class Engine(Protocol):
     def generate(self, request: GenerationRequest) -> AsyncIterator[Token]:
         """Yield tokens up to the end-of-sequence token, `stop` or the limit; closing the iterator ends the sequence.
 
-        Raises AdapterError if the adapter does not fit the base model.
+        It chooses no token that `grammar` forbids. Raises AdapterError if the adapter does not fit the base model.
         """

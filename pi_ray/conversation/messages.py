@@ -1,11 +1,13 @@
 """Messages in OpenAI's form: which conversations are taken, and the reason for which another is not."""
 
 import json
+import re
 from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
 MAX_MESSAGES = 1000
+NO_CHARACTER = re.compile("[\0\ud800-\udfff]")
 DUMPED = '[{"role": "'  # how a dumped conversation begins
 ROLES = ("system", "user", "assistant", "tool")
 # What may follow a message of a role. A tool's result may follow another one's; calls must have been made in any case.
@@ -63,7 +65,7 @@ def content_text(content: Any, name: str = "content") -> str:
         return "".join(content_text(part.get("text"), f"{name}.text") for part in content)
     if not isinstance(content, str):
         raise ValueError(f"{name} must be text")
-    if "\0" in content or any("\ud800" <= c <= "\udfff" for c in content):
+    if NO_CHARACTER.search(content):
         raise ValueError(f"{name} holds a NUL character or half of a surrogate pair, which is not a character")
     return content
 

@@ -37,7 +37,7 @@ def parse_tool_calls(text: str) -> tuple[str, list[dict[str, Any]]]:
     """
     functions, content, at = list[dict[str, Any]](), "", 0
     while (start := text.find(START, at)) >= 0:
-        found, end = _read_call(text, start + len(START))
+        found, end = read_call(text, start + len(START))
         end = end if found else start + len(START)
         content += text[at:start] if found else text[at:end]
         functions += [found] if found else []
@@ -50,7 +50,7 @@ def parse_tool_calls(text: str) -> tuple[str, list[dict[str, Any]]]:
     return content, named
 
 
-def _read_call(text: str, at: int) -> tuple[dict[str, Any] | None, int]:
+def read_call(text: str, at: int) -> tuple[dict[str, Any] | None, int]:
     """The function that is called by the JSON at `at`, and where its end mark ends; (None, ...) for no whole call.
 
     JSON is read first, since an argument's text may hold the end mark.

@@ -13,8 +13,9 @@ from pi_ray.config import RunConfig, run_file
 from pi_ray.errors import AdapterError, ConfigError
 from pi_ray.run.artifact import MANIFEST, digest_file
 from pi_ray.run.directory import RunDir
-from pi_ray.serve.engine.completion import Completer, CompletionRequest
+from pi_ray.serve.engine.completion import Completer
 from pi_ray.serve.engine.refusal import RefusedError
+from pi_ray.serve.engine.request import CompletionRequest
 from pi_ray.store.adapters import Adapter, AdapterStore
 from pi_ray.store.verify import verify_adapter
 

@@ -24,9 +24,10 @@ from pi_ray.errors import AdapterError
 from pi_ray.models import base_name
 from pi_ray.protocols import GenerationRequest
 from pi_ray.serve.engine import completion
-from pi_ray.serve.engine.completion import Completer, CompletionRequest, Events
+from pi_ray.serve.engine.completion import Completer, Events
 from pi_ray.serve.engine.refusal import RefusedError
 from pi_ray.serve.engine.replica_options import DEFAULT_MAX_LORAS, replica_options
+from pi_ray.serve.engine.request import CompletionRequest
 from pi_ray.serve.http.api import create_api
 from pi_ray.serve.http.streaming import StreamCoalescer
 from pi_ray.serve.metrics import Metrics, MetricsMiddleware, Traffic

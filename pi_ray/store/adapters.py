@@ -24,6 +24,7 @@ from pi_ray.errors import AdapterError
 from pi_ray.run.artifact import MANIFEST, digest, digest_file
 from pi_ray.run.object_storage import is_url
 from pi_ray.store.backends import LATEST_FILE, VERSION, LocalStore, RemoteStore, StoreUnavailableError
+from pi_ray.store.conversation_guard import ConversationGuard
 from pi_ray.store.prompt_guard import PROMPT_FILE, PromptGuard
 from pi_ray.store.verify import read_json, validate, verify_adapter
 
@@ -56,7 +57,12 @@ class Adapter:
     path: Path
     hash: str
     card: dict[str, Any] = field(repr=False)
-    guard: PromptGuard | None = field(default=None, repr=False, compare=False)
+    guard: PromptGuard | ConversationGuard | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def is_conversational(self) -> bool:
+        """Whether it was trained on conversations, whose recurrent part is a system message and tools."""
+        return bool(self.card["prompt"].get("conversation"))
 
 
 @dataclass(frozen=True)
@@ -146,7 +152,7 @@ class AdapterStore:
                 del self._refused[next(iter(self._refused))]
             raise AdapterError(message) from error
         file, wording = path / PROMPT_FILE, PromptConfig(**card["prompt"])
-        guard = PromptGuard(read_json(file), wording) if file.is_file() else None
+        guard = _make_guard(read_json(file), wording) if file.is_file() else None
         return Adapter(name, version, path, found, card, guard)
 
     def cold_version(self, spec: str, sticky_key: str = "") -> str:
@@ -186,6 +192,10 @@ class AdapterStore:
         if not isinstance(version, str) or not VERSION.fullmatch(version):
             raise AdapterError(f"adapter '{name}': {LATEST_FILE} names no version")
         return version
+
+
+def _make_guard(prompt: dict[str, Any], wording: PromptConfig) -> PromptGuard | ConversationGuard:
+    return ConversationGuard(prompt) if wording.conversation else PromptGuard(prompt, wording)
 
 
 def check_unchanged(folder: Path | str, manifest_hash: str) -> None:

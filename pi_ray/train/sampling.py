@@ -19,8 +19,13 @@ class Sampler:
         self.random = random.Random(seed)
 
 
-def sample_tokens(logits: torch.Tensor, samplers: Sequence[Sampler]) -> list[Token | None]:
-    """Logits (sequences, vocabulary) -> one token for each sequence; None where the logits are not finite."""
+def sample_tokens(
+    logits: torch.Tensor, samplers: Sequence[Sampler], unmasked: torch.Tensor | None = None
+) -> list[Token | None]:
+    """Logits (sequences, vocabulary) -> one token for each sequence; None where the logits are not finite.
+
+    Where some are masked, log-probabilities are those of the `unmasked` ones, which the model gave.
+    """
     highest, argmax = logits.max(-1)
     ids, finite = argmax.tolist(), torch.isfinite(highest).tolist()
     for nucleus in (False, True):
@@ -31,7 +36,8 @@ def sample_tokens(logits: torch.Tensor, samplers: Sequence[Sampler]) -> list[Tok
     tokens: list[Token | None] = [Token(token) if ok else None for token, ok in zip(ids, finite, strict=True)]
     counts = {i: s.logprobs for i, s in enumerate(samplers) if s.logprobs is not None and finite[i]}
     if rows := list(counts):
-        told = _with_logprobs(logits[rows], [ids[i] for i in rows], list(counts.values()))
+        of_model = logits if unmasked is None else unmasked
+        told = _with_logprobs(of_model[rows], [ids[i] for i in rows], list(counts.values()))
         for i, token in zip(rows, told, strict=True):
             tokens[i] = token
     return tokens

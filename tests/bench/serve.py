@@ -12,7 +12,10 @@ checked. Parts, each with a server of its own:
     query         the query alone, the adapter beside the base model
     merged        the query alone, the adapter in the base weights
     mixed8        the queries over 8 adapters in turn
+    constrained   as query, with answers held to a JSON schema
     overhead      an engine that computes nothing, one request after another
+    guard         the same, for an adapter of conversations: the user's message alone, and behind a system message of
+                  6 kB with 12 kB of tools, which the guard takes away; the difference is what the guard costs
     cold          one query to a server without a replica, which then starts
     peer          `transformers serve` with the merged model, the query alone; with and without --continuous-batching,
                   the faster one at the highest concurrency
@@ -30,6 +33,7 @@ import argparse
 import asyncio
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -72,23 +76,43 @@ class FailedError(Exception):
 @dataclass(frozen=True)
 class Part:
     """What one server is asked. `full`: the template stands before each query; `models`: asked in turn; `serve`:
-    settings of pi-ray's server.
+    settings of pi-ray's server; `body`: further fields of each request.
     """
 
     name: str
     models: tuple[str, ...]
     full: bool = False
     serve: tuple[tuple[str, Any], ...] = (("prefix_cache_mb", 0),)
+    body: tuple[tuple[str, Any], ...] = ()
 
 
+ALERT = {
+    "type": "object", "required": ["metric", "severity", "minutes"], "additionalProperties": False,
+    "properties": {
+        "metric": {"type": "string"}, "severity": {"enum": ["low", "high"]}, "minutes": {"type": "integer"},
+    },
+}
+ALERTS = {"type": "array", "items": ALERT, "minItems": 1000}  # longer than any answer that is asked for
+AS_ALERTS = {"type": "json_schema", "json_schema": {"name": "alerts", "schema": ALERTS, "strict": True}}
 PARTS = (
     Part("full", ("base",), full=True),
     Part("full-cached", ("base",), full=True, serve=(("prefix_cache_mb", 512),)),
     Part("query", ("a0",)),
     Part("merged", ("a0",), serve=(("prefix_cache_mb", 0), ("merge", "a0"))),
     Part("mixed8", tuple(f"a{i}" for i in range(1, ADAPTERS))),
+    Part("constrained", ("a0",), body=(("response_format", AS_ALERTS),)),
 )
-NAMES = (*(p.name for p in PARTS), "peer", "overhead", "cold")
+NAMES = (*(p.name for p in PARTS), "peer", "overhead", "guard", "cold")
+POLICY = "\n".join(f"Rule {i}: an agent says what the tools say about case {i}, and nothing else." for i in range(88))
+TOOLS = [
+    {"type": "function", "function": {
+        "name": f"look_up_{i}", "description": f"Looks up part {i} of a case, and says how it stands and since when.",
+        "parameters": {"type": "object", "required": ["case_id"], "properties": {
+            name: {"type": "string", "description": f"The {name.replace('_', ' ')}, as the customer gave it, if any."}
+            for name in ("case_id", "name", "street", "town", "date_of_birth", "note")
+        }},
+    }} for i in range(16)
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -310,9 +334,11 @@ def _free_port() -> int:
 # Clients
 
 
-async def drive(url: str, asks: Sequence[tuple[str, str]], tokens: int, concurrency: int) -> tuple[float, list[Reply]]:
-    """(model, message) of each request; so many clients, each of which sends its next request when it has its answer ->
-    seconds in all, replies.
+async def drive(
+    url: str, asks: Sequence[tuple[str, str]], tokens: int, concurrency: int, more: dict[str, Any] | None = None
+) -> tuple[float, list[Reply]]:
+    """(model, message) of each request, and `more` fields of all; so many clients, each of which sends its next request
+    when it has its answer -> seconds in all, replies.
     """
     import aiohttp
 
@@ -321,7 +347,7 @@ async def drive(url: str, asks: Sequence[tuple[str, str]], tokens: int, concurre
 
     async def client() -> None:
         while (i := next(places)) < len(asks):
-            replies.append(await ask(session, url, *asks[i], tokens))
+            replies.append(await ask(session, url, *asks[i], tokens, more or {}))
 
     async with aiohttp.ClientSession(
         timeout=aiohttp.ClientTimeout(total=1200), connector=aiohttp.TCPConnector(limit=0)
@@ -331,10 +357,10 @@ async def drive(url: str, asks: Sequence[tuple[str, str]], tokens: int, concurre
         return time.perf_counter() - began, replies
 
 
-async def ask(session: Any, url: str, model: str, message: str, tokens: int) -> Reply:
+async def ask(session: Any, url: str, model: str, message: str, tokens: int, more: dict[str, Any]) -> Reply:
     body = {
         "model": model, "messages": [{"role": "user", "content": message}], "max_tokens": tokens, "temperature": 0,
-        "stream": True, "stream_options": {"include_usage": True},
+        "stream": True, "stream_options": {"include_usage": True}, **more,
     }  # fmt: skip
     began, first, usage = time.perf_counter(), 0.0, None
     async with session.post(f"{url}/v1/chat/completions", json=body) as response:
@@ -358,16 +384,15 @@ async def ask(session: Any, url: str, model: str, message: str, tokens: int) -> 
     return Reply(first or whole, whole, usage["prompt_tokens"], usage["completion_tokens"])
 
 
-async def overhead(url: str, asks: Sequence[tuple[str, str]]) -> list[float]:
+async def overhead(url: str, bodies: Sequence[dict[str, Any]]) -> list[float]:
     """Seconds of requests for one token, not streamed, one after another over one connection."""
     import aiohttp
 
     found = []
     async with aiohttp.ClientSession() as session:
-        for model, message in asks:
-            body = {"model": model, "messages": [{"role": "user", "content": message}], "max_tokens": 1}
+        for body in bodies:
             began = time.perf_counter()
-            async with session.post(f"{url}/v1/chat/completions", json=body) as response:
+            async with session.post(f"{url}/v1/chat/completions", json={**body, "max_tokens": 1}) as response:
                 text = await response.text()
             found.append(time.perf_counter() - began)
             if response.status != 200:
@@ -379,19 +404,22 @@ async def overhead(url: str, asks: Sequence[tuple[str, str]]) -> list[float]:
 
 
 def levels(
-    name: str, url: str, asks: Sequence[tuple[str, str]], tokens: int, concurrencies: Sequence[int]
+    name: str, url: str, asks: Sequence[tuple[str, str]], tokens: int, concurrencies: Sequence[int],
+    more: dict[str, Any] | None = None,
 ) -> list[Level]:
     """The asks at each concurrency, after the last few, which warm up and are not asked again."""
-    asyncio.run(drive(url, asks[-WARM:], tokens, 4))
+    asyncio.run(drive(url, asks[-WARM:], tokens, 4, more))
     found = []
     for concurrency in concurrencies:
-        found.append(Level(name, concurrency, *_timed(url, asks[:-WARM], tokens, concurrency)))
+        found.append(Level(name, concurrency, *_timed(url, asks[:-WARM], tokens, concurrency, more)))
         print(found[-1].row(), flush=True)
     return found
 
 
-def _timed(url: str, asks: Sequence[tuple[str, str]], tokens: int, concurrency: int) -> tuple[float, tuple[Reply, ...]]:
-    seconds, replies = asyncio.run(drive(url, asks, tokens, concurrency))
+def _timed(
+    url: str, asks: Sequence[tuple[str, str]], tokens: int, concurrency: int, more: dict[str, Any] | None = None
+) -> tuple[float, tuple[Reply, ...]]:
+    seconds, replies = asyncio.run(drive(url, asks, tokens, concurrency, more))
     return seconds, tuple(replies)
 
 
@@ -402,7 +430,7 @@ def own(folder: Path, part: Part, args: argparse.Namespace) -> list[Level]:
     found: list[Level] = []
     for concurrencies in [[c] for c in args.concurrency] if dict(part.serve)["prefix_cache_mb"] else [args.concurrency]:
         with pi_ray(folder, part, max(args.concurrency)) as url:
-            found += levels(part.name, url, asks, args.tokens, concurrencies)
+            found += levels(part.name, url, asks, args.tokens, concurrencies, dict(part.body))
     return found
 
 
@@ -428,7 +456,55 @@ def peer(folder: Path, args: argparse.Namespace) -> list[Level]:
         return levels("peer", url, asks, args.tokens, args.concurrency)
 
 
-def figures(found: Sequence[Level], overheads: Sequence[float]) -> dict[str, float]:
+def empty(folder: Path, args: argparse.Namespace) -> float:
+    """Milliseconds (p50) of a request to an engine that computes nothing."""
+    bodies = [{"model": "a0", "messages": _user(query)} for query in queries(args.requests)]
+    with pi_ray(folder, Part("overhead", ("a0",)), max(args.concurrency), engine="empty") as url:
+        asyncio.run(overhead(url, bodies[:20]))
+        found = asyncio.run(overhead(url, bodies))
+    p50, p99 = 1000 * median(found), 1000 * _p99(sorted(found))
+    print(f"  an empty engine: p50 {p50:.1f} ms, p99 {p99:.1f} ms a request", flush=True)
+    return p50
+
+
+def guard(folder: Path, args: argparse.Namespace) -> float:
+    """Milliseconds (p50) that a request takes longer for the system message and the tools that the guard takes away.
+
+    Requests with and without them take turns.
+    """
+    _publish_agent(folder)
+    bare = [{"model": "agent", "messages": _user(query)} for query in queries(args.requests)]
+    policy = {"role": "system", "content": POLICY}
+    full = [{**body, "messages": [policy, *body["messages"]], "tools": TOOLS} for body in bare]
+    mixed = [body for pair in zip(bare, full, strict=True) for body in pair]
+    with pi_ray(folder, Part("guard", ("agent",)), max(args.concurrency), engine="empty") as url:
+        asyncio.run(overhead(url, mixed[:40]))
+        seconds = asyncio.run(overhead(url, mixed))
+    without, with_both = 1000 * median(seconds[::2]), 1000 * median(seconds[1::2])
+    sizes = f"{len(POLICY):,} characters of system message, {len(json.dumps(TOOLS)):,} of tools"
+    print(f"  a message alone: p50 {without:.2f} ms; behind {sizes}: p50 {with_both:.2f} ms", flush=True)
+    return with_both - without
+
+
+def _user(text: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": text}]
+
+
+def _publish_agent(folder: Path) -> None:
+    """The adapter a0 once more, as if it had been trained on conversations."""
+    from pi_ray.conversation import join_tools
+    from pi_ray.store.prompt_guard import prompt_record
+    from tests.lora import card, rewrite
+
+    made = folder / "store" / "agent"
+    shutil.rmtree(made, ignore_errors=True)
+    shutil.copytree(folder / "store" / "a0", made)
+    wording = {"chat": "chatml", "conversation": True}
+    rewrite(made / "v0001", "pi_ray.json", card(folder / "base", prompt=wording, full_prompt_tokens=4000))
+    rewrite(made / "v0001", "prompt.json", prompt_record(join_tools(POLICY, TOOLS), [], []))
+
+
+def figures(found: Sequence[Level], milliseconds: dict[str, float]) -> dict[str, float]:
     """Those of the last line, as far as their parts were run."""
     highest = max((level.concurrency for level in found), default=0)
     best = {level.part: level.rate for level in found if level.concurrency == highest}
@@ -440,9 +516,10 @@ def figures(found: Sequence[Level], overheads: Sequence[float]) -> dict[str, flo
         "over_transformers_serve": (best.get("merged"), best.get("peer")),
         "unmerged_over_transformers_serve": (best.get("query"), best.get("peer")),
         "mixed8_over_one": (best.get("mixed8"), best.get("query")),
+        "constrained_over_free": (best.get("constrained"), best.get("query")),
     }
     ratios = {name: a / b for name, (a, b) in wanted.items() if a and b}
-    return {**ratios, **({"serve_overhead_ms": 1000 * median(overheads)} if overheads else {})}
+    return {**ratios, **milliseconds}
 
 
 def _arguments() -> argparse.Namespace:
@@ -472,10 +549,8 @@ def _arguments() -> argparse.Namespace:
     return args
 
 
-def run(folder: Path, args: argparse.Namespace) -> tuple[list[Level], list[float]]:
-    """Every part that was asked for, on the models in `folder` -> its levels, and the seconds of requests to the empty
-    engine.
-    """
+def run(folder: Path, args: argparse.Namespace) -> tuple[list[Level], dict[str, float]]:
+    """Every part that was asked for, on the models in `folder` -> its levels, and milliseconds of the empty engine."""
     if not (folder / "complete").is_file():
         work = (
             "from pathlib import Path; from tests.bench.serve import make_models; "
@@ -483,22 +558,16 @@ def run(folder: Path, args: argparse.Namespace) -> tuple[list[Level], list[float
         )
         subprocess.run([sys.executable, "-c", work], cwd=REPO, check=True)
     found: list[Level] = []
-    overheads: list[float] = []
+    milliseconds: dict[str, float] = {}
     for part in PARTS:
         if part.name in args.only:
             found += own(folder, part, args)
     if "peer" in args.only:
         found += peer(folder, args)
     if "overhead" in args.only:
-        asks = [("a0", query) for query in queries(args.requests)]
-        with pi_ray(folder, Part("overhead", ("a0",)), max(args.concurrency), engine="empty") as url:
-            asyncio.run(overhead(url, asks[:20]))
-            overheads = asyncio.run(overhead(url, asks))
-        print(
-            f"  an empty engine: p50 {1000 * median(overheads):.1f} ms, p99 {1000 * _p99(sorted(overheads)):.1f} ms a "
-            "request",
-            flush=True,
-        )
+        milliseconds["serve_overhead_ms"] = empty(folder, args)
+    if "guard" in args.only:
+        milliseconds["guard_ms"] = guard(folder, args)
     if "cold" in args.only:
         with pi_ray(folder, Part("cold", ("a0",)), 1, min_replicas=0, downscale_to_zero_delay_s=1) as url:
             _wait_for(lambda: not _replicas())
@@ -507,7 +576,7 @@ def run(folder: Path, args: argparse.Namespace) -> tuple[list[Level], list[float
             f"  cold start: {seconds:.1f} s from a request to a server without a replica until its answer ends",
             flush=True,
         )
-    return found, overheads
+    return found, milliseconds
 
 
 def main() -> None:
@@ -518,12 +587,12 @@ def main() -> None:
     )
     with tempfile.TemporaryDirectory() as temporary:
         try:
-            found, overheads = run((args.folder or Path(temporary)).resolve(), args)
+            found, milliseconds = run((args.folder or Path(temporary)).resolve(), args)
         except FailedError as error:
             raise SystemExit(str(error)) from None
     if args.out:
         args.out.write_text(json.dumps([asdict(level) for level in found], indent=1) + "\n")
-    last_line(**figures(found, overheads))
+    last_line(**figures(found, milliseconds))
 
 
 if __name__ == "__main__":

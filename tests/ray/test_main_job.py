@@ -103,7 +103,7 @@ def test_the_server_sends_exactly_the_ids_that_the_last_phase_trained_on(demo):
     rows = run.read_rows("train")
     assert len(rows) == len(trained) == 16
     for row in rows:
-        assert completer.prompt_ids(row.query, adapter) == prefix + trained[row.id]
+        assert completer.reader.prompt_ids(row.query, adapter) == prefix + trained[row.id]
 
 
 def test_the_printed_serve_command_and_curl_line_work_when_pasted(demo):

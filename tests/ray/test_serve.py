@@ -112,6 +112,26 @@ def test_the_prompt_has_exactly_the_tokens_that_training_used(client, tiny_model
     assert usage.prompt_tokens_saved == 108
 
 
+def test_calls_that_are_required_and_answers_in_a_schema_come_through_the_whole_server(client, tiny_model):
+    city = {"type": "object", "properties": {"city": {"enum": ["Oslo", "Rome"]}}, "required": ["city"],
+            "additionalProperties": False}
+    tool = {"type": "function", "function": {"name": "weather", "parameters": city, "strict": True}}
+    body = {"tools": [tool], "tool_choice": "required", "parallel_tool_calls": False, "max_tokens": 200}
+    [choice] = ask(client, tiny_model.name, **body).choices
+    [call] = choice.message.tool_calls
+    assert choice.finish_reason == "tool_calls" and json.loads(call.function.arguments)["city"] in ("Oslo", "Rome")
+    chunks = [chunk.choices[0] for chunk in ask(client, tiny_model.name, stream=True, **body)]
+    parts = [part for chunk in chunks for part in chunk.delta.tool_calls or ()]
+    assert "".join(part.function.arguments for part in parts) == call.function.arguments
+    assert chunks[-1].finish_reason == "tool_calls"
+    schema = {"type": "json_schema", "json_schema": {"name": "place", "schema": city, "strict": True}}
+    answers = [ask(client, name, response_format=schema, max_tokens=200) for name in ("colours", "shapes")]
+    assert all(json.loads(each.choices[0].message.content)["city"] in ("Oslo", "Rome") for each in answers)
+    refused = {**schema, "json_schema": {"name": "place", "schema": {"not": {}}, "strict": True}}
+    with pytest.raises(openai.BadRequestError, match="not"):
+        ask(client, response_format=refused)
+
+
 @pytest.mark.parametrize(
     "example", [["sh", "serve/curl.sh"], [sys.executable, "serve/client.py"]], ids=["curl", "openai"]
 )

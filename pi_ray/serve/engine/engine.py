@@ -5,6 +5,7 @@ decoding thread touches the model, even to load it: a second one would have Open
 these than cores libgomp stops spinning between operations, which doubles the time of a step.
 """
 
+import asyncio
 import logging
 import threading
 import time
@@ -17,6 +18,7 @@ import torch
 from pi_ray.config import ModelConfig, ServeConfig
 from pi_ray.models import load_model, load_tokenizer
 from pi_ray.protocols import GenerationRequest, Token
+from pi_ray.serve.engine.matcher import MatcherFactory
 from pi_ray.serve.engine.scheduler import GenerationSequence, Scheduler
 
 log = logging.getLogger("ray.serve")
@@ -28,6 +30,7 @@ class TransformersEngine:
 
     def __init__(self, model: ModelConfig, serve: ServeConfig):
         self.tokenizer = load_tokenizer(model)
+        self._matchers = MatcherFactory(self.tokenizer)
         self._lock = threading.Lock()  # of the three that follow
         self._waiting: list[GenerationSequence] = []
         self._stepping = False  # a step runs or is submitted
@@ -49,7 +52,8 @@ class TransformersEngine:
 
     async def generate(self, request: GenerationRequest) -> AsyncIterator[Token]:
         """Tokens as they come. Raises AdapterError where the adapter does not fit. Closing it frees the row."""
-        sequence = GenerationSequence(request)
+        matcher = await asyncio.to_thread(self._matchers.matcher, request.grammar) if request.grammar else None
+        sequence = GenerationSequence(request, matcher)
         with self._lock:
             if self._stopped:
                 raise RuntimeError("the engine was closed")

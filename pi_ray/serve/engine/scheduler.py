@@ -16,6 +16,7 @@ import torch
 from pi_ray.config import ServeConfig
 from pi_ray.protocols import GenerationRequest, Token
 from pi_ray.serve.engine.kv_cache import create_kv_cache, kv_cache_limit
+from pi_ray.serve.engine.matcher import grammar_error, mask_logits
 from pi_ray.serve.engine.multi_lora import BASE_SLOT, MultiLora, NoRoomError
 from pi_ray.serve.engine.onednn_linear import use_onednn_linears
 from pi_ray.serve.engine.prefix_cache import BLOCK_SIZE, Block, PrefixCache
@@ -34,8 +35,8 @@ Output = Token | Exception | None  # an exception ends the request with an error
 class GenerationSequence:
     """A request while the engine generates for it (vLLM's Sequence). Created in the caller's event loop."""
 
-    def __init__(self, request: GenerationRequest):
-        self.request = request
+    def __init__(self, request: GenerationRequest, matcher: Any = None):
+        self.request, self.matcher = request, matcher  # matcher: of request.grammar, None without one
         self.sampler = Sampler(request)
         self.prefix_namespace = f"{request.cache_salt}/{request.adapter_key}"  # within which it shares cached prefixes
         self.output_ids: list[int] = []
@@ -250,10 +251,15 @@ class Scheduler:
         """Sample the next token of the sequences from `first` on, from `logits` (sequences, vocabulary)."""
         sequences = self.running[first : first + len(logits)]
         finished = []
-        tokens = sample_tokens(logits, [seq.sampler for seq in sequences])
+        masked = mask_logits(logits, [seq.matcher for seq in sequences])
+        tokens = sample_tokens(masked, [seq.sampler for seq in sequences], logits)
         for i, (seq, token) in enumerate(zip(sequences, tokens, strict=True), start=first):
             if token is None:
                 self.outputs.put(seq, RuntimeError("the model's output is not a number; other requests go on"))
+                finished.append(i)
+                continue
+            if seq.matcher and not seq.matcher.consume_token(token.id):
+                self.outputs.put(seq, grammar_error(seq.matcher))
                 finished.append(i)
                 continue
             seq.output_ids.append(token.id)

@@ -89,7 +89,8 @@ def llm_config_arguments(config: RunConfig) -> dict[str, Any]:
         "max_num_seqs": limits.max_ongoing_requests, "enable_prefix_caching": limits.prefix_cache_mb > 0,
         # In one batch: one more than there are, so that a new version can answer beside the old one.
         "max_loras": min(max_loras, adapters + 1), "enable_lora": True, "max_cpu_loras": max_loras,
-        "max_lora_rank": rank, **({"revision": model.revision} if model.revision else {}),
+        "max_lora_rank": rank, "structured_outputs_config": {"backend": "guidance"},
+        **({"revision": model.revision} if model.revision else {}),
         **({"quantization": "bitsandbytes"} if model.quantize else {}),
     }
     deployment = replica_options(limits, {}, {})  # no surge: seldom is there a spare GPU
@@ -161,6 +162,7 @@ def completion_fields(request: GenerationRequest) -> dict[str, Any]:
         "logprobs": request.logprobs, "add_special_tokens": False, "return_token_ids": True,
         "return_tokens_as_token_ids": request.logprobs is not None,
         **({"cache_salt": request.cache_salt} if request.cache_salt else {}),
+        **({"structured_outputs": {"grammar": request.grammar}} if request.grammar else {}),
     }
 
 

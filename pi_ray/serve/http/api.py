@@ -1,33 +1,35 @@
 """The FastAPI app: OpenAI's API over any backend that lists models and completes requests, and the page at /."""
 
 import asyncio
-import base64
-import hashlib
 import json
 import logging
-import re
 import time
 import uuid
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections import defaultdict
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import aclosing
 from dataclasses import replace
-from functools import cache, partial
-from importlib.resources import files
+from functools import partial
+from itertools import count
 from typing import Any, Protocol
 
 from fastapi import FastAPI, Request
-from fastapi.responses import HTMLResponse, JSONResponse
+from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from pi_ray.cluster import auth
 from pi_ray.config import ServeConfig
 from pi_ray.errors import PiRayError
-from pi_ray.serve.engine.completion import CompletionRequest, Events
+from pi_ray.serve.engine.completion import Events
 from pi_ray.serve.engine.refusal import RefusedError, as_refused_error
+from pi_ray.serve.engine.request import CompletionRequest
+from pi_ray.serve.http.formats import ChatFormat, CompletionFormat
 from pi_ray.serve.http.keys import UNRESTRICTED, ApiKey, ApiKeys
+from pi_ray.serve.http.page import get_page
 from pi_ray.serve.http.rates import KeyRates
-from pi_ray.serve.http.schemas import ChatBody, ChatFormat, CompletionBody, CompletionFormat, read_body
+from pi_ray.serve.http.schemas import ChatBody, CompletionBody, read_body
 from pi_ray.serve.http.streaming import EventStreamResponse, UsageCounter, merge_streams
+from pi_ray.serve.http.tool_calls import split_tool_calls
 
 log = logging.getLogger("ray.serve")
 PUBLIC_PATHS = {"/healthz", "/readyz", "/"}
@@ -95,25 +97,6 @@ def create_api(backend: CompletionBackend, serve: ServeConfig, digest: str = "")
         return await _respond(backend, serve, rates, request.state.key, body, CompletionFormat())
 
     return api
-
-
-@cache
-def get_page() -> HTMLResponse:
-    """The page at /: a query answered by the adapter, and by the base model with the full prompt, side by side.
-
-    It holds nothing secret and needs no key; its policy lets only its own script run, and talk to this server alone.
-    """
-    html = files("pi_ray.serve.http").joinpath("page.html").read_text(encoding="utf-8")
-    [script] = re.findall(r"<script>(.*?)</script>", html, re.S)
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    policy = (
-        f"default-src 'none'; script-src 'sha256-{digest}'; style-src 'unsafe-inline'; img-src data:; "
-        "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-    )
-    return HTMLResponse(html, headers={
-        "Content-Security-Policy": policy, "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer",
-        "Cache-Control": "no-cache",
-    })
 
 
 class AuthMiddleware:
@@ -206,7 +189,9 @@ async def _respond(
     rates.admit(key, len(requests))
     usage = UsageCounter(body.choices)
     charge = partial(rates.charge, key)
-    events = _guard_events(merge_streams(backend, requests), usage, serve.request_timeout_s, charge)
+    answers = merge_streams(backend, requests)
+    answers = split_tool_calls(answers) if isinstance(body, ChatBody) else answers
+    events = _guard_events(answers, usage, serve.request_timeout_s, charge)
     start = await anext(events)
     head = {"id": request_id, "created": int(time.time()), "model": model, "system_fingerprint": start["fingerprint"]}
     headers = {"X-Request-Id": request_id, "X-Pi-Ray-Prompt": start["prompt"]}
@@ -235,14 +220,16 @@ def _check_permission(key: ApiKey, base: str, request: CompletionRequest) -> Non
 async def _collect_choices(events: Events, requests: Sequence[CompletionRequest], form: Format) -> list[dict[str, Any]]:
     texts, finish = [""] * len(requests), [""] * len(requests)
     logprobs: list[list[dict[str, Any]]] = [[] for _ in requests]
+    calls: list[list[dict[str, Any]]] = [[] for _ in requests]
     async with aclosing(events):
         async for event in events:
             index = event["index"]
             texts[index] += event.get("text", "")
             finish[index] = event.get("finish", finish[index])
             logprobs[index] += event.get("logprobs", [])
+            calls[index] += event.get("tool_calls", [])
     return [
-        form.choice(i, texts[i], finish[i], None if request.logprobs is None else logprobs[i])
+        form.choice(i, texts[i], finish[i], None if request.logprobs is None else logprobs[i], calls[i])
         for i, request in enumerate(requests)
     ]
 
@@ -250,7 +237,11 @@ async def _collect_choices(events: Events, requests: Sequence[CompletionRequest]
 async def _server_sent_events(
     events: Events, first: list[dict[str, Any]], head: dict[str, Any], form: Format, usage: UsageCounter | None
 ) -> AsyncGenerator[str, None]:
-    """One event for each piece of text, finish reason, usage when asked for, and [DONE]. An error ends the stream."""
+    """One event for each piece of text, two for a tool call, then finish reason, usage when asked for, and [DONE].
+
+    An error ends the stream.
+    """
+    places = defaultdict[int, Iterator[int]](count)  # of an answer's tool calls
 
     def chunk(*choices: dict[str, Any], **rest: Any) -> str:
         content = {**head, "object": form.chunk_object, "choices": choices, **rest}
@@ -260,15 +251,22 @@ async def _server_sent_events(
         index = event["index"]
         if "fingerprint" in event:
             return "".join(map(chunk, form.opening(index)))
-        text = chunk(form.delta(index, event["text"], None, event.get("logprobs"))) if "text" in event else ""
-        return text + (chunk(form.delta(index, "", event["finish"])) if "finish" in event else "")
+        deltas = []
+        if "text" in event or "logprobs" in event:
+            deltas.append(form.delta(index, event.get("text", ""), None, event.get("logprobs")))
+        for call in event.get("tool_calls", ()):
+            deltas += form.call_deltas(index, next(places[index]), call)
+        if "finish" in event:
+            deltas.append(form.delta(index, "", event["finish"]))
+        return "".join(map(chunk, deltas))
 
     try:
         async with aclosing(events):
             for event in first:
                 yield chunks(event)
             async for event in events:
-                yield chunks(event)
+                if text := chunks(event):
+                    yield text
     except Exception as error:
         yield f"data: {json.dumps(_error_body(_as_refused(error)))}\n\n"
         return

@@ -1,23 +1,24 @@
-"""OpenAI's schemas: request bodies, validated before anything else happens, and responses, whole and in chunks."""
+"""OpenAI's schemas of request bodies, validated before anything else happens."""
 
 import asyncio
-from collections.abc import Sequence
-from typing import Annotated, Any, Literal, TypeVar
+from dataclasses import replace
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 from fastapi import Request
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
-from pi_ray.serve.engine.completion import CompletionRequest
+from pi_ray.conversation import check_tools
+from pi_ray.serve.engine.grammar import AnswerFormat
 from pi_ray.serve.engine.refusal import RefusedError
+from pi_ray.serve.engine.request import CompletionRequest
 
 History = tuple[tuple[str, str], ...]  # (role, text) of the messages before the query
-Logprobs = Sequence[dict[str, Any]] | None  # entries of LogprobsBuffer; None: they were not asked for
 MAX_CHOICES = 16
 BODY_TIMEOUT_S = 30.0
 MAX_MESSAGES = 256  # of a conversation, and of the parts of a message: each one costs time, however short it is
-ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
+ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
 # Fields that would change the answer and are not supported -> values that change nothing and are let through. Other
-# unknown fields are ignored.
+# unknown fields are ignored. A chat knows tools and response_format.
 UNSUPPORTED_FIELDS: dict[str, tuple[Any, ...]] = {
     "frequency_penalty": (0,), "presence_penalty": (0,), "logit_bias": ({},), "tools": ([],), "functions": ([],),
     "response_format": ({"type": "text"},), "modalities": (["text"],), "audio": (), "web_search_options": (),
@@ -29,17 +30,73 @@ UNSUPPORTED_FIELDS: dict[str, tuple[Any, ...]] = {
 
 
 class TextPart(BaseModel):
-    type: Literal["text"]
+    type: str
     text: str
+
+    @field_validator("type")
+    @classmethod
+    def _check_type(cls, kind: str) -> str:
+        if kind != "text":
+            raise ValueError(f"a part of type {kind[:40]!r}; only text is taken, no images, audio or files")
+        return kind
 
 
 class Message(BaseModel):
     role: str
-    content: str | Annotated[list[TextPart], Field(max_length=MAX_MESSAGES)]
+    content: str | Annotated[list[TextPart], Field(max_length=MAX_MESSAGES)] | None = None
+    tool_calls: Annotated[list[dict[str, Any]], Field(max_length=MAX_MESSAGES)] | None = None
+    tool_call_id: str | None = None
+
+    @model_validator(mode="after")
+    def _check_content(self) -> Self:
+        if self.content is None and not (self.role == "assistant" and self.tool_calls):
+            raise ValueError("content must be text, unless an assistant's message has tool_calls")
+        return self
 
     @property
     def text(self) -> str:
-        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content or ())
+
+    def as_dict(self) -> dict[str, Any]:
+        """The message as conversations have it."""
+        rest = {"tool_calls": self.tool_calls, "tool_call_id": self.tool_call_id}
+        return {"role": ROLES[self.role], "content": self.text, **{k: v for k, v in rest.items() if v}}
+
+
+class FunctionName(BaseModel):
+    name: str
+
+
+class NamedToolChoice(BaseModel):
+    type: Literal["function"]
+    function: FunctionName
+
+
+class TextFormat(BaseModel):
+    type: Literal["text"]
+
+    def answer(self) -> AnswerFormat:
+        return AnswerFormat()
+
+
+class JsonObjectFormat(BaseModel):
+    type: Literal["json_object"]
+
+    def answer(self) -> AnswerFormat:
+        return AnswerFormat({"type": "object"})
+
+
+class NamedSchema(BaseModel):
+    content: dict[str, Any] = Field(alias="schema")
+    strict: bool | None = None
+
+
+class JsonSchemaFormat(BaseModel):
+    type: Literal["json_schema"]
+    json_schema: NamedSchema
+
+    def answer(self) -> AnswerFormat:
+        return AnswerFormat(self.json_schema.content, bool(self.json_schema.strict))
 
 
 class StreamOptions(BaseModel):
@@ -74,9 +131,12 @@ class RequestBody(BaseModel, extra="allow"):
         return self.n or 1
 
     def _requests(
-        self, prompts: list[tuple[History, str]], logprobs: int | None, request_id: str, capacity: int
+        self, prompts: list[tuple[History, str]], logprobs: int | None, request_id: str, capacity: int, **chat: Any
     ) -> list[CompletionRequest]:
-        """One for each choice, choices of one prompt in a row. Raises RefusedError for more than `capacity` at once."""
+        """One for each choice, choices of one prompt in a row. `chat` are further fields.
+
+        Raises RefusedError for more than `capacity` at once.
+        """
         for field, neutral in UNSUPPORTED_FIELDS.items():
             value = (self.model_extra or {}).get(field)
             if value is not None and value not in neutral:
@@ -91,7 +151,7 @@ class RequestBody(BaseModel, extra="allow"):
             CompletionRequest(
                 self.model, query, self.max_completion_tokens or self.max_tokens, self.temperature or 0.0,
                 1.0 if self.top_p is None else self.top_p, self.seed, tuple(stop), history, logprobs, choices=total,
-                sticky_key=self.user or request_id, full_prompt=bool(self.pi_ray and self.pi_ray.full_prompt),
+                sticky_key=self.user or request_id, full_prompt=bool(self.pi_ray and self.pi_ray.full_prompt), **chat,
             )
             for history, query in prompts
         ]
@@ -102,17 +162,39 @@ class ChatBody(RequestBody):
     messages: list[Message] = Field(min_length=1, max_length=MAX_MESSAGES)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedToolChoice | None = None
+    parallel_tool_calls: bool | None = None
+    response_format: TextFormat | JsonObjectFormat | JsonSchemaFormat | None = Field(None, discriminator="type")
+
+    @field_validator("tools")
+    @classmethod
+    def _check_tools(cls, tools: list[dict[str, Any]] | None) -> list[dict[str, Any]] | None:
+        check_tools(tools or [])
+        return tools
 
     def completion_requests(self, request_id: str, capacity: int) -> list[CompletionRequest]:
-        """The last message is the query; an old client may still send template and examples in those before it."""
+        """The last message is the query, or a tool's result; an old client may send template and examples before it."""
         *history, last = self.messages
-        if last.role != "user" or any(m.role not in ROLES for m in history):
-            allowed = "role 'user', and those before it of role 'system', 'user' or 'assistant'"
+        if last.role not in ("user", "tool") or any(m.role not in ROLES for m in history):
+            allowed = "role 'user' or 'tool', and those before it of role 'system', 'user', 'assistant' or 'tool'"
             raise RefusedError(400, f"the last message must be of {allowed}", param="messages")
         if self.top_logprobs and not self.logprobs:
             raise RefusedError(400, "top_logprobs needs logprobs: true", param="top_logprobs")
         prompt = tuple((ROLES[m.role], m.text) for m in history), last.text
-        return self._requests([prompt], (self.top_logprobs or 0) if self.logprobs else None, request_id, capacity)
+        chat = {
+            "messages": tuple(m.as_dict() for m in self.messages), "tools": tuple(self.tools or ()),
+            "answer": self._answer_format(),
+        }
+        logprobs = (self.top_logprobs or 0) if self.logprobs else None
+        return self._requests([prompt], logprobs, request_id, capacity, **chat)
+
+    def _answer_format(self) -> AnswerFormat:
+        answer = self.response_format.answer() if self.response_format else AnswerFormat()
+        choice, parallel = self.tool_choice or "auto", self.parallel_tool_calls is not False
+        if isinstance(choice, NamedToolChoice):
+            return replace(answer, tool_choice="required", function=choice.function.name, parallel_calls=parallel)
+        return replace(answer, tool_choice=choice, parallel_calls=parallel)
 
 
 class CompletionBody(RequestBody):
@@ -153,61 +235,9 @@ async def read_body(request: Request, kind: type[Body], limit: int) -> Body:
     try:
         return kind.model_validate_json(bytes(data))  # refuses a lone surrogate as well, which has no UTF-8
     except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
+        # of a value that fits no alternative, the error that lies deepest says most
+        first = max(error.errors(include_url=False, include_input=False), key=lambda each: len(each["loc"]))
         if first["type"] == "json_invalid":
             raise RefusedError(400, "the body is not JSON in UTF-8", code="invalid_json") from None
         param = ".".join(str(part) for part in first["loc"])
         raise RefusedError(400, f"{param or 'body'}: {first['msg']}", param=param or None) from None
-
-
-class ChatFormat:
-    """The responses of a chat completion: `choice` is an entry of a whole one, `delta` and `opening` of a chunk."""
-
-    id_prefix, object, chunk_object = "chatcmpl-", "chat.completion", "chat.completion.chunk"
-
-    def choice(self, index: int, text: str, finish: str, logprobs: Logprobs) -> dict[str, Any]:
-        message = {"role": "assistant", "content": text}
-        return {"index": index, "message": message, "finish_reason": finish, **self._logprobs(logprobs)}
-
-    def delta(self, index: int, text: str, finish: str | None = None, logprobs: Logprobs = None) -> dict[str, Any]:
-        content = {} if finish else {"content": text}
-        return {"index": index, "delta": content, "finish_reason": finish, **self._logprobs(logprobs)}
-
-    def opening(self, index: int) -> list[dict[str, Any]]:
-        """The role is sent once: clients join the chunks of every field."""
-        return [{"index": index, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}]
-
-    def _logprobs(self, entries: Logprobs) -> dict[str, Any]:
-        if entries is None:
-            return {}
-        content = [{**_token(e), "top_logprobs": [_token(top) for top in e["top"]]} for e in entries]
-        return {"logprobs": {"content": content, "refusal": None}}
-
-
-class CompletionFormat:
-    """The responses of a plain completion, OpenAI's older endpoint."""
-
-    id_prefix, object, chunk_object = "cmpl-", "text_completion", "text_completion"
-
-    def choice(self, index: int, text: str, finish: str | None = None, logprobs: Logprobs = None) -> dict[str, Any]:
-        return {"index": index, "text": text, "finish_reason": finish, "logprobs": self._logprobs(logprobs)}
-
-    delta = choice  # a chunk has the same shape
-
-    def opening(self, index: int) -> list[dict[str, Any]]:
-        return []
-
-    def _logprobs(self, entries: Logprobs) -> dict[str, Any] | None:
-        """The likeliest tokens as a mapping, the token itself always among them."""
-        if entries is None:
-            return None
-        tops = [{top["token"]: top["logprob"] for top in [*e["top"], e]} for e in entries]
-        return {
-            "tokens": [e["token"] for e in entries], "token_logprobs": [e["logprob"] for e in entries],
-            "top_logprobs": tops if any(e["top"] for e in entries) else None,
-            "text_offset": [e["offset"] for e in entries],
-        }
-
-
-def _token(entry: dict[str, Any]) -> dict[str, Any]:
-    return {key: entry[key] for key in ("token", "bytes", "logprob")}

@@ -9,7 +9,8 @@ from typing import Any
 
 from fastapi.responses import StreamingResponse
 
-from pi_ray.serve.engine.completion import CompletionRequest, Events
+from pi_ray.serve.engine.completion import Events
+from pi_ray.serve.engine.request import CompletionRequest
 
 EVENTS_PER_S = 100  # of all answers of a replica together
 MAX_DELAY_S = 0.2  # how long a piece may wait for the next ones

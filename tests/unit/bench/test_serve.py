@@ -3,6 +3,7 @@
 import argparse
 import asyncio
 import json
+import shutil
 
 import pytest
 import torch
@@ -96,14 +97,23 @@ def test_ratios_are_of_requests_a_second_at_the_highest_concurrency():
         level(*x)
         for x in (
             ("full", 16, 10), ("full-cached", 16, 4), ("query", 1, 8), ("query", 16, 2), ("mixed8", 16, 2.5),
-            ("merged", 16, 1), ("peer", 16, 5),
+            ("merged", 16, 1), ("peer", 16, 5), ("constrained", 16, 2.5),
         )
     ]
-    assert bench.figures(found, [0.007, 0.006, 0.1]) == pytest.approx({
+    assert bench.figures(found, {"guard_ms": 7.0}) == pytest.approx({
         "query_over_full": 5, "query_over_full_cached": 2, "c16_over_c1": 4, "over_transformers_serve": 5,
-        "unmerged_over_transformers_serve": 2.5, "mixed8_over_one": 0.8, "serve_overhead_ms": 7,
+        "unmerged_over_transformers_serve": 2.5, "mixed8_over_one": 0.8, "constrained_over_free": 0.8,
+        "guard_ms": 7,
     })  # fmt: skip
-    assert bench.figures(found[:1], []) == {}
+    assert bench.figures(found[:1], {}) == {}
+
+
+def test_the_guard_takes_away_what_its_part_sends(folder, tmp_path):
+    shutil.copytree(folder / "store" / "a0", tmp_path / "store" / "a0")
+    bench._publish_agent(tmp_path)
+    agent = AdapterStore(tmp_path / "store").open("agent")
+    assert agent.is_conversational and agent.guard.inspect(bench.POLICY, bench.TOOLS) == "stripped"
+    assert len(bench.POLICY) > 6_000 and len(json.dumps(bench.TOOLS)) > 12_000
 
 
 def test_an_unknown_part_is_refused(monkeypatch, capsys):

@@ -18,7 +18,9 @@ from pi_ray.run import object_storage
 from pi_ray.run.artifact import write_atomic
 from pi_ray.serve import deployment
 from pi_ray.serve.engine import replica_options
-from pi_ray.serve.engine.completion import Completer, CompletionRequest, RefusedError
+from pi_ray.serve.engine.completion import Completer
+from pi_ray.serve.engine.refusal import RefusedError
+from pi_ray.serve.engine.request import CompletionRequest
 from pi_ray.serve.http.streaming import StreamCoalescer
 from pi_ray.serve.metrics import Metrics, Traffic
 from tests.lora import put_in_store

@@ -10,7 +10,8 @@ import httpx
 import pytest
 
 from pi_ray.config import CostConfig, ServeConfig
-from pi_ray.serve.engine.completion import CompletionRequest, RefusedError
+from pi_ray.serve.engine.refusal import RefusedError
+from pi_ray.serve.engine.request import CompletionRequest
 from pi_ray.serve.http.api import create_api
 from pi_ray.serve.http.keys import key_digest
 from pi_ray.serve.metrics import ENGINE_METRICS, FULL_PROMPTS, METRICS, Metrics, MetricsMiddleware, Traffic

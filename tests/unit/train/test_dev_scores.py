@@ -195,7 +195,7 @@ def test_what_is_evaluated_published_and_sent_by_a_server_is_the_chosen_phases_p
     assert (adapter.card["rate"], adapter.card["fixed_examples"]) == (prompt.rate, 2 - phase)
     tokenizer = load_tokenizer(config.model)
     completer, encoder = Completer(config, None, tokenizer, 512), PromptEncoder(tokenizer, config.prompt)
-    sent = completer.prompt_ids("what is red?", adapter)
+    sent = completer.reader.prompt_ids("what is red?", adapter)
     assert sent == encoder.encode("what is red?", prompt.template)
     assert ("case 0: what is red?\nk4" in tokenizer.decode(sent)) == (phase < 2)
     card = (folder / "README.md").read_text()

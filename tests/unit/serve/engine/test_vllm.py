@@ -43,6 +43,7 @@ def test_the_options_come_from_the_store_and_the_serve_block(store, tiny_model):
     assert found["engine_kwargs"] == {
         "dtype": "bfloat16", "trust_remote_code": False, "max_num_seqs": 32, "enable_prefix_caching": True,
         "enable_lora": True, "max_loras": 3, "max_cpu_loras": 8, "max_lora_rank": 32,
+        "structured_outputs_config": {"backend": "guidance"},
     }  # fmt: skip
     assert found["lora_config"] == {"max_num_adapters_per_replica": 8}
     assert (
@@ -212,3 +213,13 @@ def test_closing_the_iterator_cancels_the_request_and_an_error_event_is_raised()
     assert handle.cancelled
     with pytest.raises(RuntimeError, match="too long"):
         generate(Handle(['data: {"error": {"message": "too long"}}\n\n']), GenerationRequest([1], 9))
+
+
+def test_a_grammar_goes_to_the_library_that_it_was_checked_with(store, tiny_model):
+    grammar = 'start: %json {"type": "object"}\n'
+    assert vllm.completion_fields(GenerationRequest([1], 9, grammar=grammar))["structured_outputs"] == {
+        "grammar": grammar,
+    }
+    assert "structured_outputs" not in vllm.completion_fields(GenerationRequest([1], 9))
+    engine = vllm.llm_config_arguments(config(store, tiny_model))["engine_kwargs"]
+    assert engine["structured_outputs_config"] == {"backend": "guidance"}

@@ -10,7 +10,6 @@ import shutil
 import threading
 import time
 from contextlib import aclosing
-from functools import lru_cache
 
 import httpx
 import openai
@@ -21,14 +20,11 @@ from pi_ray.errors import AdapterError, ConfigError, CorruptArtifactError, Model
 from pi_ray.models import base_name, load_tokenizer
 from pi_ray.prompt import PromptEncoder
 from pi_ray.protocols import Token
-from pi_ray.serve.engine.completion import (
-    COUNT_CHUNK_CHARS,
-    Completer,
-    CompletionRequest,
-    RefusedError,
-    served_models,
-)
+from pi_ray.serve.engine.completion import Completer, served_models
 from pi_ray.serve.engine.detokenizer import IncrementalDetokenizer, token_text
+from pi_ray.serve.engine.prompt_reader import COUNT_CHUNK_CHARS
+from pi_ray.serve.engine.refusal import RefusedError
+from pi_ray.serve.engine.request import CompletionRequest
 from pi_ray.serve.http.api import PUBLIC_PATHS, create_api
 from pi_ray.serve.http.keys import key_digest, keys_file_line
 from pi_ray.serve.http.schemas import MAX_CHOICES
@@ -336,7 +332,7 @@ def test_no_path_of_the_server_reaches_a_client_and_its_own_faults_are_503(
 
 
 def test_prompt_format_that_the_model_forbids_is_422_with_the_cure(backend, tiny_model):
-    backend.completer.config = backend.completer.config.replace(**{"prompt.chat": "model"})
+    backend.completer.reader.config = backend.completer.config.replace(**{"prompt.chat": "model"})
     response = call(backend, body=chat(model=tiny_model.name))
     assert (response.status_code, error_of(response)["code"]) == (422, "model_refused")
     assert "prompt.chat" in response.text
@@ -358,7 +354,7 @@ def test_prompt_format_that_the_model_forbids_is_422_with_the_cure(backend, tiny
     (chat(logprobs=10**9), "logprobs"),
     (chat(frequency_penalty=0.5), "frequency_penalty"),
     (chat(tools=[{"type": "function"}]), "tools"),
-    (chat(response_format={"type": "json_object"}), "response_format"),
+    (chat(response_format={"type": "yaml"}), "response_format"),
     (chat(stop=["a"] * 3000), "stop"),
     ({**chat(), "messages": [{"role": "user", "content": "x"}] * 300}, "messages"),
     ({**chat(), "messages": [{"role": "system", "content": "x"}]}, "messages"),
@@ -437,8 +433,8 @@ def test_half_a_body_is_408_and_is_not_waited_for(backend, monkeypatch):
 def test_prompt_far_beyond_the_context_is_refused_before_full_tokenisation(backend, word):
     """A tokenizer takes many seconds for a megabyte without a space."""
     seen = []
-    real = backend.completer.tokenizer
-    backend.completer.tokenizer = lambda text, **options: seen.append(len(text)) or real(text, **options)
+    real = backend.completer.reader.tokenizer
+    backend.completer.reader.tokenizer = lambda text, **options: seen.append(len(text)) or real(text, **options)
     response = call(backend, body=chat(word * (1_000_000 // len(word))), body_limit_bytes=8 << 20)
     assert (response.status_code, error_of(response)["code"]) == (400, "context_length_exceeded")
     assert sum(seen) < 200_000
@@ -447,11 +443,11 @@ def test_prompt_far_beyond_the_context_is_refused_before_full_tokenisation(backe
 @pytest.fixture
 def tokenised(backend):
     """The lengths of the texts that the tokenizer was given."""
-    lengths, real = [], backend.completer.tokenizer
-    backend.completer.tokenizer = lambda text, **options: lengths.append(len(text)) or real(text, **options)
-    backend.completer._encoder = lru_cache(lambda prompt: PromptEncoder(backend.completer.tokenizer, prompt))
+    reader = backend.completer.reader
+    lengths, real = [], reader.tokenizer
+    reader.tokenizer = lambda text, **options: lengths.append(len(text)) or real(text, **options)
     for name in ("eos_token_id", "bos_token_id", "bos_token", "chat_template", "apply_chat_template", "decode"):
-        setattr(backend.completer.tokenizer, name, getattr(real, name))
+        setattr(reader.tokenizer, name, getattr(real, name))
     return lengths
 
 
@@ -496,8 +492,8 @@ def test_a_request_that_is_given_up_frees_the_thread_that_prepares_it(backend, m
         assert resumed.wait(30)
         return [0] * 10
 
-    monkeypatch.setattr("pi_ray.serve.engine.completion.content_ids", content_ids)
-    backend.completer.context = 100_000
+    monkeypatch.setattr("pi_ray.serve.engine.prompt_reader.content_ids", content_ids)
+    backend.completer.reader.context = 100_000
 
     async def give_up():
         async with aclosing(backend.complete(CompletionRequest("colours", "x" * 10 * COUNT_CHUNK_CHARS))) as events:
@@ -1221,7 +1217,7 @@ def test_merged_server_refuses_other_models_and_names_serve_merge(merged, tiny_m
 
 
 def test_drift_guard_false_switches_the_guard_off(backend):
-    backend.completer.config = backend.completer.config.replace(**{"serve.drift_guard": False})
+    backend.completer.reader.config = backend.completer.config.replace(**{"serve.drift_guard": False})
     assert call(backend, body=drifting(TEMPLATE)).status_code == 400
     assert call(backend, body=drifting(query=f"{TEMPLATE}\nx")).headers["x-pi-ray-prompt"] == "internalised"
 

@@ -13,9 +13,10 @@ import pytest
 import uvicorn
 
 from pi_ray.config import ServeConfig
-from pi_ray.serve.engine.completion import RefusedError
-from pi_ray.serve.http.api import create_api, get_page
+from pi_ray.serve.engine.refusal import RefusedError
+from pi_ray.serve.http.api import create_api
 from pi_ray.serve.http.keys import key_digest
+from pi_ray.serve.http.page import get_page
 from tests.browser import Browser
 
 KEY = "a-secret-key"

@@ -1,0 +1,39 @@
+"""The prompt guard of an adapter that was trained on conversations: it knows their system message and their tools.
+
+- A request that has neither, or either or both as in training or in a compressed form of it, is the adapter's: they are
+  taken away. White space in the system message does not count, nor do the order of the tools and of their keys. A
+  system message that says no more than "You are a helpful assistant." counts as none.
+- A request with another system message or other tools has drifted: the base model reads it as it came.
+"""
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from pi_ray.conversation import split_tools
+from pi_ray.store.prompt_guard import COURTESY, collapse_whitespace
+
+
+class ConversationGuard:
+    """Recognises the recurrent part of one adapter's conversations. `prompt` is the content of its prompt.json."""
+
+    def __init__(self, prompt: dict[str, Any]):
+        self.template: str = prompt["template"]
+        forms = [split_tools(text) for text in (self.template, *(form["text"] for form in prompt["compressed"]))]
+        self.tools = tuple(forms[0][1])
+        self._systems = {collapse_whitespace(system) for system, _ in forms} | {""}
+        self._tools = {_normalise(tools) for _, tools in forms} | {_normalise(())}
+
+    def inspect(self, system: str, tools: Sequence[dict[str, Any]]) -> str:
+        """The kind of a request with this system message, "" for none, and these tools (see GuardResult)."""
+        if not system and not tools:
+            return "internalised"
+        text = collapse_whitespace(system)
+        is_known = text in self._systems or COURTESY.fullmatch(text)
+        return "stripped" if is_known and _normalise(tools) in self._tools else "drifted"
+
+
+def _normalise(tools: Sequence[dict[str, Any]]) -> tuple[str, ...]:
+    """What a model is told of the tools, in any order. `strict` is for the server."""
+    kept = [{k: v for k, v in tool["function"].items() if v is not None and k != "strict"} for tool in tools]
+    return tuple(sorted(json.dumps(function, sort_keys=True) for function in kept))

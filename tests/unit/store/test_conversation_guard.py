@@ -1,0 +1,72 @@
+"""The guard of an adapter that was trained on conversations: which system messages and tools it has taken in."""
+
+import copy
+
+import pytest
+
+from pi_ray.conversation import join_tools
+from pi_ray.store.conversation_guard import ConversationGuard
+from pi_ray.store.prompt_guard import prompt_record
+
+SYSTEM = "You are an agent of an airline.\n\nRefunds take five days.\nBe brief."
+SHORT = "agent of an airline. Refunds five days."
+
+
+def tool(name, description, **parameters):
+    properties = {key: {"type": "string", "description": text} for key, text in parameters.items()}
+    schema = {"type": "object", "properties": properties, "required": list(properties)}
+    return {"type": "function", "function": {"name": name, "description": description, "parameters": schema}}
+
+
+TOOLS = [tool("book", "Books a flight.", flight="its number"), tool("refund", "Refunds a ticket.", ticket="its id")]
+SHORT_TOOLS = [tool("book", "Books.", flight="")]
+
+
+@pytest.fixture(scope="module")
+def guard():
+    compressed = [{"rate": 0.5, "text": join_tools(SHORT, SHORT_TOOLS)}]
+    return ConversationGuard(prompt_record(join_tools(SYSTEM, TOOLS), compressed, []))
+
+
+def changed(**function):
+    tools = copy.deepcopy(TOOLS)
+    tools[0]["function"].update(function)
+    return tools
+
+
+@pytest.mark.parametrize(("system", "tools", "kind"), [
+    ("", [], "internalised"),
+    (SYSTEM, TOOLS, "stripped"),
+    (SYSTEM, [], "stripped"),
+    ("", TOOLS, "stripped"),
+    (SHORT, SHORT_TOOLS, "stripped"),
+    (SYSTEM.replace("\n", "  \n "), TOOLS, "stripped"),
+    ("You are a helpful assistant.", TOOLS, "stripped"),
+    ("You are a helpful assistant.", [], "stripped"),
+    (SYSTEM, TOOLS[::-1], "stripped"),
+    (SYSTEM, changed(strict=True), "stripped"),
+    (SYSTEM, changed(strict=None), "stripped"),
+    (SYSTEM.replace("five", "six"), TOOLS, "drifted"),
+    (SYSTEM + " And polite.", [], "drifted"),
+    ("Translate to Dutch.", [], "drifted"),
+    (SYSTEM, TOOLS[:1], "drifted"),
+    (SYSTEM, [*TOOLS, tool("pay", "Pays.")], "drifted"),
+    (SYSTEM, changed(description="Books a train."), "drifted"),
+    ("", changed(parameters={"type": "object"}), "drifted"),
+])  # fmt: skip
+def test_the_trained_prompt_is_recognised_and_no_other(guard, system, tools, kind):
+    assert guard.inspect(system, tools) == kind
+
+
+def test_the_order_of_keys_does_not_count(guard):
+    turned = [{"function": dict(reversed(t["function"].items())), "type": "function"} for t in TOOLS]
+    assert guard.inspect("", turned) == "stripped"
+
+
+def test_the_tools_that_it_knows_are_those_of_the_template(guard):
+    assert list(guard.tools) == TOOLS and guard.template == join_tools(SYSTEM, TOOLS)
+
+
+def test_a_template_without_tools_knows_none():
+    guard = ConversationGuard(prompt_record(SYSTEM, [], []))
+    assert guard.tools == () and guard.inspect(SYSTEM, []) == "stripped" and guard.inspect(SYSTEM, TOOLS) == "drifted"
