@@ -42,6 +42,12 @@ class MatcherFactory:
         return matcher
 
 
+def take_token(matcher: LLMatcher, token: int) -> RefusedError | None:
+    """Go on by the token that was chosen -> the refusal where the matcher failed, now or in making the mask."""
+    is_taken = matcher.consume_token(token)
+    return None if is_taken and not matcher.is_error() else grammar_error(matcher)
+
+
 def grammar_error(matcher: LLMatcher) -> RefusedError:
     """The refusal of a grammar in which the matcher went past one of LIMITS."""
     reason = matcher.get_error().splitlines()[0]

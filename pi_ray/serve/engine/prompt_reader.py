@@ -92,9 +92,10 @@ class PromptReader:
             kind = "conversation" if request.history or request.uses_tools else "internalised"
             return GuardResult(kind, request.query)
         if request.uses_tools:
-            raise RefusedError(400, f"{QUERY_ONLY_MESSAGE}; nor do tools, their calls or their results", param="tools")
-        recognises = self.config.serve.drift_guard and isinstance(adapter.guard, PromptGuard)
-        guard = adapter.guard if recognises else EMPTY_GUARD
+            param, message = "tools" if request.tools else "messages", f"{QUERY_ONLY_MESSAGE}; it knows no tools either"
+            raise RefusedError(400, message, param=param)
+        known = adapter.guard if self.config.serve.drift_guard else None
+        guard = known if isinstance(known, PromptGuard) else EMPTY_GUARD
         system = "\n\n".join(text for role, text in request.history if role == "system")
         turns = [(role, text) for role, text in request.history if role != "system"]
         guarded = guard.inspect(system, request.query, turns)

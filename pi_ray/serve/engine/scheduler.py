@@ -16,7 +16,7 @@ import torch
 from pi_ray.config import ServeConfig
 from pi_ray.protocols import GenerationRequest, Token
 from pi_ray.serve.engine.kv_cache import create_kv_cache, kv_cache_limit
-from pi_ray.serve.engine.matcher import grammar_error, mask_logits
+from pi_ray.serve.engine.matcher import mask_logits, take_token
 from pi_ray.serve.engine.multi_lora import BASE_SLOT, MultiLora, NoRoomError
 from pi_ray.serve.engine.onednn_linear import use_onednn_linears
 from pi_ray.serve.engine.prefix_cache import BLOCK_SIZE, Block, PrefixCache
@@ -258,8 +258,8 @@ class Scheduler:
                 self.outputs.put(seq, RuntimeError("the model's output is not a number; other requests go on"))
                 finished.append(i)
                 continue
-            if seq.matcher and not seq.matcher.consume_token(token.id):
-                self.outputs.put(seq, grammar_error(seq.matcher))
+            if seq.matcher and (error := take_token(seq.matcher, token.id)):
+                self.outputs.put(seq, error)
                 finished.append(i)
                 continue
             seq.output_ids.append(token.id)

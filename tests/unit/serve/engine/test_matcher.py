@@ -11,7 +11,7 @@ from pi_ray.config import ModelConfig
 from pi_ray.models import load_tokenizer
 from pi_ray.serve.engine import matcher as matchers
 from pi_ray.serve.engine.grammar import AnswerFormat, answer_grammar
-from pi_ray.serve.engine.matcher import CACHED_GRAMMARS, MatcherFactory, grammar_error, mask_logits
+from pi_ray.serve.engine.matcher import CACHED_GRAMMARS, MatcherFactory, mask_logits, take_token
 from pi_ray.serve.engine.refusal import RefusedError
 
 COLOUR = answer_grammar(AnswerFormat({"enum": ["red", "green"]}), ())
@@ -87,7 +87,8 @@ def test_a_grammar_beyond_the_limits_is_refused_when_it_is_compiled_or_followed(
     assert refused.value.status == 400 and "\n" not in refused.value.message
 
 
-def test_a_matcher_that_failed_says_why(factory, tokenizer):
+def test_a_matcher_that_failed_does_not_end_as_if_the_answer_were_whole(factory, tokenizer):
     matcher = factory.matcher(COLOUR)
-    assert not matcher.consume_token(tokenizer("x").input_ids[0])
-    assert grammar_error(matcher).status == 400
+    assert take_token(matcher, tokenizer('"red"').input_ids[0]) is None
+    assert take_token(matcher, tokenizer("x").input_ids[0]).status == 400
+    assert take_token(matcher, tokenizer.eos_token_id).status == 400
