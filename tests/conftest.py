@@ -11,6 +11,8 @@ UNIT = Path(__file__).parent / "unit"
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+if "PYTEST_XDIST_WORKER" in os.environ:  # processes side by side: more threads than cores would wait for each other
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.hookimpl(tryfirst=True)
