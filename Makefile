@@ -10,7 +10,7 @@ demo: $(VENV)/.installed        ## install, then the main job on the bundled tas
 	@$(BIN)/pi-ray demo $(ARGS)
 
 test: lint                      ## install, lint, then every test that needs no GPU
-	@$(BIN)/python -m pytest -v -n 2 --dist loadgroup --durations=20
+	@$(BIN)/python -m pytest -v -n 2 --durations=20
 
 lint: $(VENV)/.installed        ## install, then style (ruff) and types (mypy)
 	@$(BIN)/ruff check pi_ray jobs serve tests docs

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,15 +16,21 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # processes side by side: more threads 
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items) -> None:
-    """Give all tests that start Ray, clusters or sandboxes to one of `pytest -n`'s processes, others file by file.
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log) -> Any:
+    """Give one of `pytest -n`'s processes all tests that start Ray, clusters or sandboxes, and others file by file.
 
-    Two Rays at a time would fight for ports and cores, and tests of a file share fixtures.
+    Two Rays at a time would fight for cores, and tests of a file share fixtures.
     """
-    for item in items:
-        alone = not item.path.is_relative_to(UNIT) or "ray_local" in item.fixturenames
-        item.add_marker(pytest.mark.xdist_group("ray" if alone else item.path.as_posix()))
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            name = nodeid.partition("::")[0]
+            file = config.rootpath / name
+            return name if file.is_relative_to(UNIT) and "ray_local" not in file.read_text() else "ray"
+
+    return ByFile(config, log)
 
 
 @pytest.fixture(scope="session")
