@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pi_ray.conversation import join_tools, load_messages, parse_turn
+from pi_ray.conversation import check_tools, join_tools, load_messages, parse_turn
 from pi_ray.conversation.chat_template import ChatTemplate
 from pi_ray.errors import DataError, ModelError
 
@@ -60,17 +60,29 @@ class Template:
         return cls(instruction, tuple(filter(None, map(str.strip, sections))))
 
     @classmethod
-    def load(cls, path: Path) -> Template:
-        """Read a template file. Raises DataError if it is missing, not UTF-8 or empty."""
+    def load(cls, path: Path, may_be_empty: bool = False) -> Template:
+        """Read a template file. Raises DataError if it is missing, not UTF-8, or empty and may not be."""
         try:
             template = cls.parse(Path(path).read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise DataError(f"{path}: no such template file; `task.template` names it") from None
         except UnicodeDecodeError as error:
             raise DataError(f"{path}: not UTF-8 ({error})") from None
-        if not template.text:
+        if not template.text and not may_be_empty:
             raise DataError(f"{path}: the template is empty; write the instruction, then documents under `## ` lines")
         return template
+
+
+def load_tools(path: Path) -> tuple[str, ...]:
+    """Tool definitions, each as JSON. Raises DataError for a file that is missing or holds none."""
+    try:
+        tools = json.loads(path.read_text(encoding="utf-8-sig"))
+        check_tools(tools)
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file; task.tools names the JSON list of tool definitions") from None
+    except (ValueError, RecursionError) as error:  # ValueError: also where it is not UTF-8, or not JSON
+        raise DataError(f"{path}: no list of OpenAI tool definitions ({error})") from None
+    return tuple(json.dumps(tool, ensure_ascii=False) for tool in tools)
 
 
 def split_sections(text: str) -> list[str]:

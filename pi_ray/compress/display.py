@@ -1,5 +1,6 @@
 """Output of `pi-ray compress`: a text with the words struck through that a rate drops, for tuning a template."""
 
+from contextlib import suppress
 from itertools import groupby
 from pathlib import Path
 
@@ -9,13 +10,14 @@ from rich.text import Text
 from pi_ray.compress import words
 from pi_ray.compress.template import compress_template
 from pi_ray.config import RunConfig
+from pi_ray.errors import DataError
 from pi_ray.models import load_tokenizer
-from pi_ray.prompt import Template
+from pi_ray.prompt import Template, load_tools
 
 
 def show_compression(file: Path, rate: float, config: RunConfig, console: Console) -> None:
-    """Compress a template (or any text) as a run with this config would, and print it."""
-    template = Template.load(file)
+    """Compress a template (or tools, or any text) as a run with this config would, and print it."""
+    template = _load(file)
     found = compress_template(template, rate, load_tokenizer(config.model), config.compress)
     console.print(strike_dropped_words(template.text, found.text, marks=not console.is_terminal))
     console.print(
@@ -23,6 +25,14 @@ def show_compression(file: Path, rate: float, config: RunConfig, console: Consol
         f"{found.full_tokens} tokens of {Path(config.model.base).name}{f'; {found.note}' if found.note else ''}",
         markup=False,
     )
+
+
+def _load(file: Path) -> Template:
+    """The template in a file, or the tools in one that holds tool definitions."""
+    if file.suffix == ".json":
+        with suppress(DataError):
+            return Template("", (), load_tools(file))
+    return Template.load(file)
 
 
 def strike_dropped_words(original: str, compressed: str, marks: bool = False) -> Text:

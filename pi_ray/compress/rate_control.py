@@ -102,7 +102,7 @@ class RateSearch:
         for _ in range(TRIES if minimum.achieved < self.rate else 0):
             slope = 0.5 if stuck else (self.rate - low[1]) / max(high[1] - low[1], 1e-6)
             asked = low[0] + (high[0] - low[0]) * min(max(slope, 0.1), 0.9)
-            outputs = tuple(self.compressor.compress(p.text, asked) for p in self.parts)
+            outputs = self._compress(asked)
             if outputs not in choices:
                 choices[outputs] = self._choose(outputs, level)
             choice = choices[outputs]
@@ -120,11 +120,21 @@ class RateSearch:
             best = min(best, self._draft(self._between(*under, over)), key=self._error)
         return replace(best, note=self._note(best, minimum, numbers))
 
+    def _compress(self, rate: float) -> tuple[str, ...]:
+        """What the compressor leaves of each part."""
+        return tuple(self.compressor.compress(part.text, rate) for part in self.parts)
+
     def _choose(self, outputs: Sequence[str], level: Protection) -> Choice:
         return [p.choose(o, level) for p, o in zip(self.parts, outputs, strict=True)]
 
     def _draft(self, choice: Choice) -> CompressedTemplate:
-        text = "\n\n".join(t for t in (p.render(c) for p, c in zip(self.parts, choice, strict=True)) if t)
+        return self._result("\n\n".join(filter(None, self._texts(choice))))
+
+    def _texts(self, choice: Choice) -> list[str]:
+        """What stays of each part."""
+        return [part.render(chosen) for part, chosen in zip(self.parts, choice, strict=True)]
+
+    def _result(self, text: str) -> CompressedTemplate:
         if text not in self.drafts:
             tokens = count_tokens(self.tokenizer, text)
             achieved = round(tokens / self.full, 4)

@@ -1,7 +1,8 @@
 """Template compression at a measured rate, x~_tmp = C(x_tmp, rate) (paper equation 2), cached by content.
 
 Instruction and documents are compressed separately (paper 4.1): at one common rate by one compressor, or each by its
-own at its own rate where `compress.documents` says so. The tokenizer of the model that reads the text counts the rate.
+own at its own rate where `compress.documents` says so. Tools are documents that stay JSON (tools.py). The tokenizer of
+the model that reads the text counts the rate.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any, NamedTuple
 from pi_ray.compress import cache
 from pi_ray.compress.none import NoCompression
 from pi_ray.compress.rate_control import CompressedTemplate, RateSearch, count_tokens
+from pi_ray.compress.tools import ToolsSearch
 from pi_ray.config import CompressConfig
 from pi_ray.prompt import Template
 from pi_ray.protocols import Compressor
@@ -37,11 +39,11 @@ def compress_template(
     """The template at `rate` (0: nothing, 1: unchanged). What is in the cache needs no compressor."""
     parts = split_template(template, rate, config)
     if len(parts) > 1:
-        made = [compress_template(part, r, tokenizer, own, load) for part, r, own in parts]
-        return combine_parts(template, tokenizer, made)
+        made = [compress_template(part.template, part.rate, tokenizer, part.config, load) for part in parts]
+        return combine_parts(template, tokenizer, parts, made)
     found = cached_template(template, rate, tokenizer, config)
     if found is None:
-        found = RateSearch(load(config), template, rate, tokenizer, config).run()
+        found = _search(load(config), template, rate, tokenizer, config)
         cache.store_result(_cache_key(template, rate, tokenizer, config), asdict(found))
     return found
 
@@ -54,7 +56,7 @@ def cached_template(
         full = count_tokens(tokenizer, template.text)
         return CompressedTemplate(template.text if rate else "", rate, rate, full if rate else 0, full)
     if config.name == "none":
-        return RateSearch(NoCompression(config), template, rate, tokenizer, config).run()
+        return _search(NoCompression(config), template, rate, tokenizer, config)
     stored = cache.load_result(_cache_key(template, rate, tokenizer, config))
     try:
         return CompressedTemplate(**stored) if stored is not None else None
@@ -62,39 +64,60 @@ def cached_template(
         return None
 
 
+def _search(
+    compressor: Compressor, template: Template, rate: float, tokenizer: Any, config: CompressConfig,
+) -> CompressedTemplate:
+    """Compress one part, which has either text or tools."""
+    search = ToolsSearch if template.tools else RateSearch
+    return search(compressor, template, rate, tokenizer, config).run()
+
+
 class TemplatePart(NamedTuple):
-    """A text to compress, its rate and its compressor's settings."""
+    """A text to compress, or tools, with the rate, the compressor's settings and a name for people."""
 
     template: Template
     rate: float
     config: CompressConfig
+    name: str = "template"
 
 
 def split_template(template: Template, rate: float, config: CompressConfig) -> list[TemplatePart]:
-    """The template in one part, or with `compress.documents` the instruction and the documents, each as a template."""
-    if config.documents is None or rate in (0, 1):
+    """What is compressed by itself, each as a template: the text, or with `compress.documents` the instruction and the
+    documents; and the tools, which are documents.
+    """
+    if rate in (0, 1) or not (template.instruction or template.documents):
         return [TemplatePart(template, rate, config)]
-    return [
-        TemplatePart(Template(template.instruction), rate, config.for_instruction),
-        TemplatePart(Template("", template.documents), config.documents.rate_at(rate), config.for_documents),
-    ]
+    parts = [TemplatePart(Template(template.instruction, template.documents), rate, config)]
+    own, documents_rate = config.for_documents, config.documents.rate_at(rate) if config.documents else rate
+    if config.documents:
+        parts = [
+            TemplatePart(Template(template.instruction), rate, config.for_instruction, "instruction"),
+            TemplatePart(Template("", template.documents), documents_rate, own, "documents"),
+        ]
+    if template.tools:
+        tools = Template("", (), template.tools, template.tool_uses)
+        parts.append(TemplatePart(tools, documents_rate, own, "tools"))
+    return parts
 
 
-def combine_parts(template: Template, tokenizer: Any, parts: Sequence[CompressedTemplate]) -> CompressedTemplate:
+def combine_parts(
+    template: Template, tokenizer: Any, parts: Sequence[TemplatePart], made: Sequence[CompressedTemplate],
+) -> CompressedTemplate:
     """The results of `split_template`'s parts as one, whose asked rate is the mean of theirs weighted by tokens."""
-    if len(parts) == 1:
-        return parts[0]
-    text = "\n\n".join(p.text for p in parts if p.text)
+    if len(made) == 1:
+        return made[0]
+    text = "\n\n".join(result.text for result in made if result.text)
     tokens, full = count_tokens(tokenizer, text), count_tokens(tokenizer, template.text)
-    asked = sum(p.asked * p.full_tokens for p in parts) / max(sum(p.full_tokens for p in parts), 1)
-    named = zip(("instruction", "documents"), parts, strict=True)
-    note = "; ".join(f"{name}: {part.note}" for name, part in named if part.note)
+    asked = sum(result.asked * result.full_tokens for result in made) / max(sum(r.full_tokens for r in made), 1)
+    note = "; ".join(f"{part.name}: {result.note}" for part, result in zip(parts, made, strict=True) if result.note)
     return CompressedTemplate(text, round(asked, 4), round(tokens / max(full, 1), 4), tokens, full, note)
 
 
 def _cache_key(template: Template, rate: float, tokenizer: Any, config: CompressConfig) -> str:
     settings = {k: v for k, v in config.model_dump(mode="json").items() if k != "api_key_env"}
-    return digest([ALGORITHM, template.instruction, template.documents, rate, settings, _tokenizer_hash(tokenizer)])
+    tools = [template.tools, template.tool_uses] if template.tools else []
+    texts = [template.instruction, template.documents, *tools]
+    return digest([ALGORITHM, *texts, rate, settings, _tokenizer_hash(tokenizer)])
 
 
 @lru_cache(maxsize=8)

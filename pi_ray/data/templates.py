@@ -44,16 +44,17 @@ def compress_templates(
     made: list[tuple[TemplatePart, CompressedTemplate]] = []
     missing: list[TemplatePart] = []
     for part in (part for some in parts.values() for part in some):
-        found = cached_template(part.template, part.rate, tokenizer, part.config)
-        if found is not None:
-            made.append((part, found))
+        cached = cached_template(part.template, part.rate, tokenizer, part.config)
+        if cached is not None:
+            made.append((part, cached))
         elif part not in missing:
             missing.append(part)
     made += zip(missing, _compress(config, missing, run), strict=True)
     entries = []
     with staged(run.templates, fingerprint=fingerprint) as folder:
         for rate, some in parts.items():
-            result = combine_parts(template, tokenizer, [next(c for p, c in made if p == part) for part in some])
+            found = [next(c for p, c in made if p == part) for part in some]
+            result = combine_parts(template, tokenizer, some, found)
             file = f"rate-{rate_name(rate)}.txt"
             entries.append({"rate": rate, "compressor": config.compress.label, "file": file, **asdict(result)})
             (folder / file).write_text(result.text + "\n", encoding="utf-8")

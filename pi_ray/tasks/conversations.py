@@ -18,15 +18,13 @@ from typing import Any
 
 from pi_ray.conversation import (
     check_messages,
-    check_tools,
     content_text,
     dump_messages,
     load_messages,
     parse_turn,
     render_turn,
 )
-from pi_ray.errors import DataError
-from pi_ray.prompt import Template
+from pi_ray.prompt import Template, load_tools
 from pi_ray.protocols import SPLITS, UNLABELLED, Reject, Row
 from pi_ray.tasks.dataset import exact_match, fingerprint_files
 from pi_ray.tasks.jsonl import JsonlTask, parse_line, read_contents
@@ -38,23 +36,18 @@ class ConversationsTask(JsonlTask):
     """Conversations from `task.train`, `task.dev`, `task.test`; scored by exact match of the turn."""
 
     def template(self) -> Template:
-        written = super().template()
+        written = self.written
         return Template(written.instruction, written.documents, self.tools, self.tool_uses)
+
+    @cached_property
+    def written(self) -> Template:
+        """The template without its tools. Beside these there may be no system message."""
+        return Template.load(Path(self.config.template), may_be_empty=bool(self.tools))
 
     @cached_property
     def tools(self) -> tuple[str, ...]:
         """Tool definitions, each as JSON. Raises DataError for a file that holds none."""
-        path = Path(self.config.tools)
-        if not self.config.tools:
-            return ()
-        try:
-            tools = json.loads(path.read_text(encoding="utf-8-sig"))
-            check_tools(tools)
-        except FileNotFoundError:
-            raise DataError(f"{path}: no such file; task.tools names the JSON list of tool definitions") from None
-        except (ValueError, RecursionError) as error:  # ValueError: also where it is not UTF-8, or not JSON
-            raise DataError(f"{path}: no list of OpenAI tool definitions ({error})") from None
-        return tuple(json.dumps(tool, ensure_ascii=False) for tool in tools)
+        return load_tools(Path(self.config.tools)) if self.config.tools else ()
 
     @cached_property
     def tool_uses(self) -> tuple[int, ...]:
@@ -69,7 +62,7 @@ class ConversationsTask(JsonlTask):
     @cached_property
     def system(self) -> str:
         """The recurrent system message, with its white space collapsed."""
-        return " ".join(super().template().text.split())
+        return " ".join(self.written.text.split())
 
     def score(self, row: Row, output: str) -> dict[str, float]:
         """Of tool calls white space and the order of keys in their arguments' text do not count."""
