@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from difflib import get_close_matches
 
 from pi_ray import __version__
-from pi_ray.cli import bake, cluster, run, serve  # noqa: F401 (they make the verbs)
+from pi_ray.cli import bake, cluster, init, run, serve  # noqa: F401 (they make the verbs)
 from pi_ray.cli.verbs import VERBS
 from pi_ray.cluster import requirements
 from pi_ray.errors import PiRayError

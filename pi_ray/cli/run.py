@@ -1,4 +1,4 @@
-"""Verbs of runs: demo, init, a whole run, its single steps, and looks inside."""
+"""Verbs of runs: demo, a whole run, its single steps, and looks inside."""
 
 from __future__ import annotations
 
@@ -56,30 +56,6 @@ def run_and_tell(settings: RunConfig, args: argparse.Namespace) -> None:
     args.console.print(usage_text(settings, published.parent.name, query), markup=False)
 
 
-@verb("write a commented task to fill in: run.yaml, template.md, rows", argument("folder", type=Path))
-def init(args: argparse.Namespace) -> None:
-    for path in write_task(args.folder):
-        args.console.print(f"wrote {path}", markup=False)
-    args.console.print("Put your prompt into template.md and your rows into the .jsonl files, then:")
-    args.console.print(f"  pi-ray plan {args.folder}/run.yaml\n  pi-ray run {args.folder}/run.yaml", markup=False)
-
-
-def write_task(folder: Path) -> list[Path]:
-    """Copy the small task of new_task/, which runs as it is, into `folder`, and return the paths of its files.
-
-    Raises ConfigError, and writes nothing, if one of them is already there.
-    """
-    from pi_ray.run.artifact import write_atomic
-
-    task = files("pi_ray.cli") / "new_task"
-    contents = {file.name: file.read_text(encoding="utf-8") for file in task.iterdir() if file.is_file()}
-    if folder.exists() and not folder.is_dir():
-        raise ConfigError(f"{folder}: not a folder; give the name of a new or empty one")
-    if existing := ", ".join(sorted(name for name in contents if (folder / name).exists())):
-        raise ConfigError(f"{folder}: {existing} already there, nothing was overwritten; give the name of a new folder")
-    return [write_atomic(folder / name, text) for name, text in contents.items()]
-
-
 @verb("print all keys of a run as it has them", RUN, OVERRIDES)
 def show(args: argparse.Namespace) -> None:
     from pi_ray.config import dump_config
@@ -127,12 +103,12 @@ def refresh(args: argparse.Namespace) -> None:
 
 @verb(
     "show a template at some rate, with the dropped words struck through",
-    argument("file", type=Path, metavar="FILE", help="template.md, or any text"),
+    argument("file", type=Path, metavar="FILE", help="template.md, tools.json, or any text"),
     argument("--rate", type=float, default=0.3, help="share of tokens that stay, 0 to 1; default: %(default)s"),
     OVERRIDES,
 )
 def compress(args: argparse.Namespace) -> None:
-    """Show a template, or any text, at some rate, with the dropped words struck through.
+    """Show a template, tools, or any text, at some rate, with the dropped words struck through.
 
     Overrides are keys of run files, such as compress.name=selective.
     """

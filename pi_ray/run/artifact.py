@@ -96,6 +96,19 @@ def write_atomic(path: Path, content: str | bytes, sync: bool = True) -> Path:
     return path
 
 
+def place_files(made: Path, folder: Path) -> list[Path]:
+    """Sync the files of the folder `made`, on the same disk, and give them their names in `folder`. Returns these."""
+    with translate_disk_errors(folder):
+        placed = [folder / path.name for path in sorted(made.iterdir())]
+        for path in placed:
+            _sync(made / path.name)
+            os.replace(made / path.name, path)
+        _sync(folder)
+    for path in placed:
+        notify_written(path)
+    return placed
+
+
 @contextmanager
 def staged(final: Path, **manifest: Any) -> Iterator[Path]:
     """Yield a temporary folder; on success write its manifest (with `manifest`), sync, and rename it to `final`.

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from pi_ray.cli.run import write_task
+from pi_ray.cli.init import write_task
 from tests.hosts import BIN, TOKEN, environment, local_head
 
 LOCAL = "http://127.0.0.1:8266"

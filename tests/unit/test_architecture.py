@@ -24,7 +24,7 @@ FLOORS = [
     ["train"],
     ["evaluate", "ask"],
     ["report", "store", "answer"],
-    ["plan", "serve.engine"],
+    ["plan", "serve.engine", "request_log"],
     ["serve.http", "cluster.render", "cluster.doctor"],
     ["serve"],
     ["pipeline"],

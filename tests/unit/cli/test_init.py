@@ -5,7 +5,7 @@ from importlib.resources import files
 import pytest
 import yaml
 
-from pi_ray.cli.run import write_task
+from pi_ray.cli.init import write_task
 from pi_ray.config.run_file import load_run_file, parse_run_file
 from pi_ray.errors import ConfigError
 from pi_ray.models import load_tokenizer

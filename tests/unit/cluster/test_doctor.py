@@ -17,7 +17,7 @@ import pytest
 from rich.console import Console
 
 from pi_ray import cli
-from pi_ray.cli.run import write_task
+from pi_ray.cli.init import write_task
 from pi_ray.cluster import doctor, requirements
 from pi_ray.cluster.doctor import machine, remote, run
 from pi_ray.config import run_file

@@ -13,7 +13,7 @@ import pytest
 
 from pi_ray import cli
 from pi_ray.cli import job
-from pi_ray.cli.run import write_task
+from pi_ray.cli.init import write_task
 from pi_ray.cluster import auth
 from pi_ray.cluster.jobs import bundle, entrypoint, submit
 from pi_ray.config import RunConfig, run_file

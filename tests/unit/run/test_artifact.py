@@ -10,6 +10,7 @@ from pi_ray.run.artifact import (
     MANIFEST,
     MANIFEST_HASH,
     is_current,
+    place_files,
     remove_leftovers,
     staged,
     verify_artifact,
@@ -80,6 +81,18 @@ def test_a_full_disk_is_an_error_with_its_cure_from_python_and_from_rust(tmp_pat
     ):
         raise error
     assert not list(tmp_path.iterdir())
+
+
+def test_files_made_elsewhere_get_their_places_and_listeners_hear_of_them(tmp_path, monkeypatch):
+    heard = []
+    monkeypatch.setattr("pi_ray.run.artifact.write_listeners", [heard.append])
+    made, folder = tmp_path / "made", tmp_path / "folder"
+    for path in (made, folder):
+        path.mkdir()
+    for name in "ba":
+        (made / name).write_text(name)
+    assert place_files(made, folder) == heard == [folder / "a", folder / "b"]
+    assert (folder / "b").read_text() == "b" and list(made.iterdir()) == []
 
 
 def test_other_errors_stay_what_they_are(tmp_path):

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from pi_ray.cli.run import write_task
+from pi_ray.cli.init import write_task
 from pi_ray.config import TaskConfig
 from pi_ray.prompt import Template
 from pi_ray.protocols import SPLITS, Row
