@@ -21,6 +21,7 @@ from pi_ray.run.artifact import is_current, staged
 from pi_ray.run.directory import RunDir
 from pi_ray.run.lock import run_lock
 from pi_ray.run.phases import plain_finetuning_config
+from pi_ray.tasks.conversations import conversation_of
 from pi_ray.tasks.dataset import score_rows
 from pi_ray.train.floor import decide_floor
 
@@ -53,10 +54,11 @@ def _evaluate(
     task: Task = tasks[config.task.name](config.task)
     rows, bank = run.read_rows(split), run.read_rows("train")
     lengths = answer_lengths(config, rows, bank)
+    clusters = [conversation_of(row.id) for row in rows] if config.prompt.conversation else None
     answers = answerer.answer(columns, lengths, watch)
     scored = {
         name: ScoredAnswers(
-            rows, a.texts, score_rows(task, rows, a.texts), config.evaluate.bootstrap, config.train.seed,
+            rows, a.texts, score_rows(task, rows, a.texts), config.evaluate.bootstrap, config.train.seed, clusters,
         )
         for name, a in answers.items()
     }

@@ -18,11 +18,13 @@ class ScoredAnswers:
     scores: Sequence[dict[str, float]]
     bootstrap: int  # resamples for the intervals
     seed: int
+    clusters: Sequence[str] | None = None  # of each row, where rows are alike, such as its conversation
 
     def summarise(self) -> dict[str, Any]:
         """Every metric with its 95% bootstrap interval over rows; BLEU on 0..100, the others in 0..1."""
-        found = {m: mean_interval([s[m] for s in self.scores], self.bootstrap, self.seed) for m in self.scores[0]}
-        found["bleu"] = corpus_bleu(self.texts, [r.answer for r in self.rows], self.bootstrap, self.seed)
+        how = (self.bootstrap, self.seed, self.clusters)
+        found = {m: mean_interval([s[m] for s in self.scores], *how) for m in self.scores[0]}
+        found["bleu"] = corpus_bleu(self.texts, [r.answer for r in self.rows], *how)
         values = {metric: value for metric, (value, _, _) in found.items()}
         return {**values, "intervals": {metric: [low, high] for metric, (_, low, high) in found.items()}}
 
@@ -32,18 +34,19 @@ class ScoredAnswers:
         for group, n in groups.items():
             chosen = [i for i, row in enumerate(self.rows) if row.group == group]
             rows, texts = [self.rows[i] for i in chosen], [self.texts[i] for i in chosen]
-            own = replace(self, rows=rows, texts=texts, scores=[self.scores[i] for i in chosen])
+            clusters = self.clusters and [self.clusters[i] for i in chosen]
+            own = replace(self, rows=rows, texts=texts, scores=[self.scores[i] for i in chosen], clusters=clusters)
             found[group] = {"rows": n, **own.summarise()}
         return found
 
     def compare(self, other: Self) -> dict[str, list[float]]:
         """Metric -> [difference, low, high, p] of self minus `other`, which answers the same rows."""
+        how = (self.bootstrap, self.seed, self.clusters)
         found = {
-            m: paired_mean([s[m] for s in self.scores], [s[m] for s in other.scores], self.bootstrap, self.seed)
-            for m in self.scores[0]
+            m: paired_mean([s[m] for s in self.scores], [s[m] for s in other.scores], *how) for m in self.scores[0]
         }
         answers = [r.answer for r in self.rows]
-        found["bleu"] = paired_bleu(self.texts, other.texts, answers, self.bootstrap, self.seed)
+        found["bleu"] = paired_bleu(self.texts, other.texts, answers, *how)
         return {metric: list(values) for metric, values in found.items()}
 
 

@@ -3,6 +3,9 @@
 Two columns answer the same rows, so their difference is resampled row by row (paired), which sees much smaller
 differences than two intervals side by side. `over_seeds` and `gap_recovered` resample the training seeds too.
 
+Where rows come in clusters, such as the turns of one conversation, `clusters` names that of each row: then clusters are
+resampled and change sides as a whole, since their rows are alike (Rao and Scott 1992).
+
 Every function raises DataError where there are no rows, or where what is compared has not the same rows.
 """
 
@@ -22,11 +25,14 @@ NO_ROWS = "there is no row to score; the split is empty"
 Interval = tuple[float, float, float]  # value, low, high
 Difference = tuple[float, float, float, float]  # difference, low, high, p
 Score = Callable[[np.ndarray], float]  # rows of one seed, shape (rows, ...) -> a number
+Clusters = Sequence[str] | None  # of each row; None: every row by itself
 
 
-def corpus_bleu(outputs: Sequence[str], answers: Sequence[str], bootstrap: int, seed: int) -> Interval:
+def corpus_bleu(
+    outputs: Sequence[str], answers: Sequence[str], bootstrap: int, seed: int, clusters: Clusters = None
+) -> Interval:
     """sacrebleu's corpus BLEU (13a, exp smoothing), 0..100; it also scores the summed statistics of each resample."""
-    statistics = bleu_statistics(outputs, answers)
+    statistics = _sum_clusters(bleu_statistics(outputs, answers), clusters)
     resampled = [bleu_of(total) for total in _resampled_sums(statistics, bootstrap, seed)]
     return bleu_of(statistics.sum(axis=0)), *_interval(resampled)
 
@@ -50,14 +56,22 @@ def bleu_of(statistics: np.ndarray) -> float:
     return BLEU.compute_bleu(counts[:4], counts[4:8], counts[8], counts[9], smooth_method="exp").score
 
 
-def mean_interval(values: Sequence[float] | np.ndarray, bootstrap: int, seed: int) -> Interval:
+def mean_interval(
+    values: Sequence[float] | np.ndarray, bootstrap: int, seed: int, clusters: Clusters = None
+) -> Interval:
     """The mean, and the 2.5th and 97.5th percentile of the mean over `bootstrap` resamples."""
     column = np.asarray(values, dtype=np.float64)
-    sums = np.array(list(_resampled_sums(column, bootstrap, seed)))
-    return float(column.mean()), *_interval(sums / len(column))
+    if clusters is None:
+        sums = np.array(list(_resampled_sums(column, bootstrap, seed)))
+        return float(column.mean()), *_interval(sums / len(column))
+    counted = _sum_clusters(np.stack([column, np.ones_like(column)], axis=1), clusters)
+    drawn = np.array(list(_resampled_sums(counted, bootstrap, seed)))  # clusters differ in rows
+    return float(column.mean()), *_interval(drawn[:, 0] / drawn[:, 1])
 
 
-def paired_mean(a: Sequence[float], b: Sequence[float], bootstrap: int, seed: int) -> Difference:
+def paired_mean(
+    a: Sequence[float], b: Sequence[float], bootstrap: int, seed: int, clusters: Clusters = None
+) -> Difference:
     """mean(a) - mean(b), of scores on the same rows in the same order, with the paired bootstrap's interval.
 
     p is two-sided, of the permutation test that flips the sign of a row's difference (Fisher 1935): exact when at most
@@ -66,18 +80,20 @@ def paired_mean(a: Sequence[float], b: Sequence[float], bootstrap: int, seed: in
     if len(a) != len(b):
         raise DataError(f"{len(a)} scores against {len(b)}; paired columns have one for each row")
     differences = np.asarray(a, dtype=np.float64) - np.asarray(b, dtype=np.float64)
-    return *mean_interval(differences, bootstrap, seed), _sign_flip(differences, bootstrap, seed)
+    flipped = _sum_clusters(differences, clusters)
+    return *mean_interval(differences, bootstrap, seed, clusters), _sign_flip(flipped, bootstrap, seed)
 
 
 def paired_bleu(
-    outputs_a: Sequence[str], outputs_b: Sequence[str], answers: Sequence[str], bootstrap: int, seed: int
+    outputs_a: Sequence[str], outputs_b: Sequence[str], answers: Sequence[str], bootstrap: int, seed: int,
+    clusters: Clusters = None,
 ) -> Difference:
     """BLEU(a) - BLEU(b), in points of 0..100, with the paired bootstrap's interval (Koehn 2004).
 
     p is two-sided, by approximate randomisation (Riezler and Maxwell 2005): a row's outputs change sides or stay,
     `bootstrap` times, and p = (k + 1) / (bootstrap + 1).
     """
-    a, b = bleu_statistics(outputs_a, answers), bleu_statistics(outputs_b, answers)
+    a, b = (_sum_clusters(bleu_statistics(texts, answers), clusters) for texts in (outputs_a, outputs_b))
     resampled = [bleu_of(s[:10]) - bleu_of(s[10:]) for s in _resampled_sums(np.hstack([a, b]), bootstrap, seed)]
     ours, theirs = a.sum(axis=0), b.sum(axis=0)
     found = bleu_of(ours) - bleu_of(theirs)
@@ -144,6 +160,16 @@ def _scores_over_seeds(
     picks = (rng.integers(0, rows, (rows,)) for _ in range(bootstrap))
     drawn = [[resampled(a, picked) for a in arrays] for picked in picks]
     return [np.mean([score(of_seed) for of_seed in a]) for a in arrays], np.array(drawn)
+
+
+def _sum_clusters(statistics: np.ndarray, clusters: Clusters) -> np.ndarray:
+    """Sums over the rows of each cluster, in the order in which clusters first occur."""
+    if clusters is None:
+        return statistics
+    place = {name: i for i, name in enumerate(dict.fromkeys(clusters))}
+    sums = np.zeros((len(place), *statistics.shape[1:]))
+    np.add.at(sums, [place[name] for name in clusters], statistics)
+    return sums
 
 
 def _sign_flip(differences: np.ndarray, flips: int, seed: int) -> float:

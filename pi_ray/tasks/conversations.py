@@ -10,6 +10,7 @@ text, which may be tool calls.
 """
 
 import json
+import re
 from collections import Counter
 from collections.abc import Iterator
 from functools import cached_property
@@ -30,6 +31,12 @@ from pi_ray.tasks.dataset import exact_match, fingerprint_files
 from pi_ray.tasks.jsonl import JsonlTask, parse_line, read_contents
 
 CALL, REPLY = "tool call", "reply"  # groups of test rows
+TURN = "#"  # between the id of a conversation and the number of one of its turns
+
+
+def conversation_of(row_id: str) -> str:
+    """The conversation of a row: its id, without the number of a turn."""
+    return re.sub(rf"{TURN}\d+$", "", row_id)
 
 
 class ConversationsTask(JsonlTask):
@@ -65,7 +72,7 @@ class ConversationsTask(JsonlTask):
         return " ".join(self.written.text.split())
 
     def score(self, row: Row, output: str) -> dict[str, float]:
-        """Of tool calls white space and the order of keys in their arguments' text do not count."""
+        """The turn that the output is, against the row's: white space within tool calls does not count."""
         return {"exact_match": exact_match(render_turn(parse_turn(output)), row.answer)}
 
     def fingerprint(self) -> str:
@@ -121,6 +128,5 @@ class ConversationsTask(JsonlTask):
             raise ValueError("the conversation has no assistant turn")
         one = split == "train" or self.config.learn == "last"
         for number, i in list(enumerate(turns, start=1))[-1 if one else 0 :]:
-            kind = CALL if messages[i].get("tool_calls") else REPLY
-            row_id = name if one else f"{name}#{number}"
+            kind, row_id = CALL if messages[i].get("tool_calls") else REPLY, name if one else f"{name}{TURN}{number}"
             yield Row(row_id, dump_messages(messages[:i]), render_turn(messages[i]), group or kind)

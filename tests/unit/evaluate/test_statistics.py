@@ -270,3 +270,31 @@ def test_columns_that_are_no_pair_are_refused():
             over_seeds(nothing, 10, 0)
     with pytest.raises(DataError, match="2, 2, 3 rows"):
         gap_recovered([[[1.0, 1.0]], [[0.0, 0.0]], [[1.0, 1.0, 1.0]]], np.mean, 10, 0)
+
+
+def test_rows_of_one_cluster_are_drawn_together():
+    """Each row three times over tells nothing new, and its interval is that of the rows themselves."""
+    values = [1.0, 0.0, 0.0, 1.0, 1.0, 0.0, 1.0, 0.0, 1.0, 1.0]
+    repeated, clusters = [v for v in values for _ in range(3)], [str(i) for i in range(10) for _ in range(3)]
+    alone = mean_interval(values, 2000, 0)
+    assert mean_interval(repeated, 2000, 0, clusters) == pytest.approx(alone)
+    wide, narrow = alone[2] - alone[1], np.subtract(*mean_interval(repeated, 2000, 0)[:0:-1])
+    assert narrow < 0.7 * wide
+
+
+def test_differences_of_one_cluster_change_sides_together():
+    worse = [0.0] * 10
+    values = [1.0] * 5 + [0.0] * 5
+    repeated, clusters = [v for v in values for _ in range(3)], [str(i) for i in range(10) for _ in range(3)]
+    p = paired_mean(values, worse, 200, 0)[3]
+    assert p == paired_mean(repeated, worse * 3, 200, 0, clusters)[3] == 2 / 2**5
+    assert paired_mean(repeated, worse * 3, 200, 0)[3] < p
+
+
+def test_bleu_of_clusters_is_that_of_their_rows_with_a_wider_interval():
+    clusters = [str(i // 12) for i in range(len(ANSWERS))]
+    alone, together = corpus_bleu(OUTPUTS, ANSWERS, 500, 0), corpus_bleu(OUTPUTS, ANSWERS, 500, 0, clusters)
+    assert together[0] == alone[0]
+    assert paired_bleu(OUTPUTS, WORSE, ANSWERS, 200, 0, clusters)[0] == paired_bleu(OUTPUTS, WORSE, ANSWERS, 200, 0)[0]
+    # clusters of one row each are rows
+    assert corpus_bleu(OUTPUTS, ANSWERS, 500, 0, [str(i) for i in range(len(ANSWERS))]) == alone
