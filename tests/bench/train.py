@@ -3,6 +3,7 @@ all in one run.
 
     python -m tests.bench.train --data NL2BASH_FOLDER [--updates 4] [--model smollm2-135m] [--batch 16] [--dtype
     float32] [--out FILE]
+    python -m tests.bench.train --data TAU_AIRLINE_FOLDER --batch 4 conversations
 
 Two prompts: `template` (480 tokens that all rows share, then query and answer) and `query` (no template, as in the last
 phase). Sides:
@@ -17,6 +18,10 @@ taken. A packed update holds other rows than 16 in a row, so its seconds are sca
 Without CUDA, TRL's loss runs the output layer on all positions, as Trainer's does; with CUDA on the labelled ones, as
 pi-ray's does everywhere. Last line: `over_*` is the peer's seconds over pi-ray's; `peak_memory_over_trl` is pi-ray's
 peak memory over TRL's, each the larger of both prompts, and of TRL the leaner of its two ways.
+
+With `conversations`, rows are tau-bench's (jobs/data/tau_airline.py), of which every assistant turn is learned, behind
+a policy and 14 tools of about 4,100 tokens; both sides use gradient checkpointing, and the peer is Trainer. Last line:
+`of_token_ratio` is the peer's seconds over pi-ray's, as a share of the peer's tokens over pi-ray's.
 """
 
 from __future__ import annotations
@@ -47,13 +52,15 @@ from pi_ray.protocols import Row
 from pi_ray.run.artifact import digest, staged
 from pi_ray.run.directory import RunDir
 from pi_ray.schedule import plan_phases
+from pi_ray.tasks.conversations import ConversationsTask
 from pi_ray.tasks.nl2bash import Nl2BashTask
 from pi_ray.train import lora
-from pi_ray.train.batches import PhaseDataset, packed_batch
+from pi_ray.train.batches import PhaseDataset, fed_ids, packed_batch
 from pi_ray.train.updates import batch_rows, plan_updates
 from tests.bench.report import header, last_line
 
 TEMPLATE_TOKENS, EXAMPLES = 480, 40  # tokens of the shared prefix; rows that fill it up after the task's own template
+SHORTER = 0.75  # share of the conversations that are taken, the shortest: the longest ones do not fit behind the tools
 PROMPTS = {"template": 1.0, "query": 0.0}  # name -> template rate
 QUERY_ROUNDS = 3  # rounds without a template for one with it: they are short, and their ratios near 1
 LOSS_TOLERANCE = 1e-3  # relative, of the losses of two sides at the same update
@@ -106,6 +113,12 @@ class Side:
 # Rows
 
 
+def conversations_folder(given: str) -> str:
+    if not given or not (Path(given) / "conversations.jsonl").is_file():
+        raise SystemExit(f"'{given}' holds no conversations.jsonl: name tau-bench's airline folder with --data FOLDER")
+    return given
+
+
 def data_folder(given: str) -> str:
     folder = given or (os.environ.get("PI_RAY_DATA") and str(Path(os.environ["PI_RAY_DATA"]) / "nl2bash"))
     if not folder or not (Path(folder) / "train.nl").is_file():
@@ -119,11 +132,13 @@ def data_folder(given: str) -> str:
 
 
 def run_config(
-    root: Path, model: str, dtype: str, batch: int, updates: int, rates: Sequence[float], **train: Any
+    root: Path, model: str, dtype: str, batch: int, updates: int, rates: Sequence[float], task: str = "jsonl",
+    **train: Any,
 ) -> RunConfig:
     """A run of `updates` updates at each template rate, with pi-ray's defaults for LoRA and learning rate."""
     return RunConfig.model_validate({
-        "name": "bench", "run_dir": str(root), "model": {"base": model, "dtype": dtype}, "prompt": {"chat": "chatml"},
+        "name": "bench", "run_dir": str(root), "task": {"name": task}, "model": {"base": model, "dtype": dtype},
+        "prompt": {"chat": "chatml"},
         "schedule": {"name": "list", "list": [{"rate": rate, "shots": 0, "steps": updates} for rate in rates]},
         "train": {"workers": 1, "gpu": False, "batch_size": batch, "backend": {"name": "ddp"}, **train},
     })
@@ -136,18 +151,11 @@ def prepare(config: RunConfig, data: str) -> int:
     resolve_base(config.model.base)
     phases = plan_phases(config.schedule)
     need = max(p.steps for p in phases) * config.train.batch_size
-    task = Nl2BashTask(TaskConfig(name="nl2bash", folder=data, rows={"train": need + EXAMPLES}))
-    rows = [row for row in task.rows("train") if isinstance(row, Row)]
-    if len(rows) < need + EXAMPLES:
-        raise SystemExit(f"{data}: {len(rows)} training rows, but {need + EXAMPLES} are needed; take fewer --updates")
     encoder, run = PromptEncoder(load_tokenizer(config.model), config.prompt), RunDir(config.root)
-    full = "\n\n".join([task.template().text, *(f"{row.query}\n{row.answer}" for row in rows[need:])])
-    table = {
-        "id": [r.id for r in rows[:need]], "prompt_ids": [encoder.row(r.query) for r in rows[:need]],
-        "label_ids": [encoder.answer(r.answer) for r in rows[:need]],
-    }
+    full, table = (conversation_rows if config.prompt.conversation else query_rows)(encoder, data, need)
+    tokens = None if config.prompt.conversation else TEMPLATE_TOKENS
     for i, phase in enumerate(phases):
-        prefix = encoder.prefix(full)[:TEMPLATE_TOKENS] if phase.rate else encoder.prefix("")
+        prefix = encoder.prefix(full)[:tokens] if phase.rate else encoder.prefix("")
         _write(run.phase(i), phase.rate, full if phase.rate else "", prefix, table)
     _write(
         run.phase("dev"), phase.rate, full if phase.rate else "", prefix,
@@ -156,7 +164,40 @@ def prepare(config: RunConfig, data: str) -> int:
     longest = max(
         len(prompt) + len(label) for prompt, label in zip(table["prompt_ids"], table["label_ids"], strict=True)
     )
-    return longest + (TEMPLATE_TOKENS if phases[0].rate else len(prefix))
+    return longest + len(encoder.prefix(full)[:tokens] if phases[0].rate else prefix)
+
+
+def query_rows(encoder: PromptEncoder, data: str, need: int) -> tuple[str, dict[str, list[Any]]]:
+    """A template that is filled up with examples, and the token ids of NL2Bash's rows."""
+    task = Nl2BashTask(TaskConfig(name="nl2bash", folder=data, rows={"train": need + EXAMPLES}))
+    rows = [row for row in task.rows("train") if isinstance(row, Row)]
+    if len(rows) < need + EXAMPLES:
+        raise SystemExit(f"{data}: {len(rows)} training rows, but {need + EXAMPLES} are needed; take fewer --updates")
+    full = "\n\n".join([task.template().text, *(f"{row.query}\n{row.answer}" for row in rows[need:])])
+    return full, {
+        "id": [r.id for r in rows[:need]], "prompt_ids": [encoder.row(r.query) for r in rows[:need]],
+        "label_ids": [encoder.answer(r.answer) for r in rows[:need]],
+    }
+
+
+def conversation_rows(encoder: PromptEncoder, data: str, need: int) -> tuple[str, dict[str, list[Any]]]:
+    """The system message with the tools, and the token ids of tau-bench's shorter training conversations."""
+    from jobs.data.tau_airline import convert
+
+    with tempfile.TemporaryDirectory() as folder:
+        made = Path(folder)
+        convert(Path(data), made)
+        paths = {"train": "train.jsonl", "template": "template.md", "tools": "tools.json"}
+        named = {key: str(made / name) for key, name in paths.items()}
+        task = ConversationsTask(TaskConfig(name="conversations", **named))
+        rows = sorted((row for row in task.rows("train") if isinstance(row, Row)), key=lambda row: len(row.query))
+        full = task.template().text
+    rows = rows[: int(SHORTER * len(rows))]
+    if len(rows) < need:
+        raise SystemExit(f"{data}: {len(rows)} conversations, but {need} are needed; take fewer --updates")
+    turns = [encoder.all_turns(row.query, row.answer) for row in rows[-need:]]
+    ids, prompts, labels = ([row.id for row in rows[-need:]], *map(list, zip(*turns, strict=True)))
+    return full, {"id": ids, "prompt_ids": prompts, "label_ids": labels}
 
 
 def _write(folder: Path, rate: float, template: str, prefix: list[int], table: dict[str, list[Any]]) -> None:
@@ -245,6 +286,8 @@ def peer(config: RunConfig, job: Job) -> Run:
     transformers.utils.logging.set_verbosity_error()
     tokenizer, model = load_tokenizer(config.model), load_model(config.model, device())
     model = lora.add_lora(model, config.train.lora, config.train.seed).train()
+    if config.train.gradient_checkpointing:
+        model.enable_input_require_grads()
     start, rows = adapter_hash(model), in_order(config)
     with tempfile.TemporaryDirectory() as folder:
         build = {"hf": hf, "trl": trl, "trl packed": trl_packed}[job.side]
@@ -271,7 +314,9 @@ def arguments(config: RunConfig, micro: int) -> dict[str, Any]:
         "max_steps": sum(p.steps for p in plan_phases(config.schedule)), "per_device_train_batch_size": micro,
         "gradient_accumulation_steps": train.batch_size // micro, "learning_rate": train.lr,
         "weight_decay": train.weight_decay, "max_grad_norm": train.grad_clip, "seed": train.seed,
-        "gradient_checkpointing": False, "bf16": False, "fp16": False, "use_cpu": device() == "cpu",
+        "gradient_checkpointing": train.gradient_checkpointing,
+        "gradient_checkpointing_kwargs": {"use_reentrant": False},
+        "bf16": False, "fp16": False, "use_cpu": device() == "cpu",
         "dataloader_num_workers": 0, "dataloader_pin_memory": False, "logging_steps": 1, "save_strategy": "no",
         "report_to": "none", "disable_tqdm": True,
     }
@@ -284,8 +329,8 @@ def hf(
 
     examples = [
         {
-            "input_ids": prompt + label, "attention_mask": [1] * len(prompt + label),
-            "labels": [-100] * len(prompt) + label,
+            "input_ids": prompt + fed_ids(label), "attention_mask": [1] * len(prompt + label),
+            "labels": [-100] * len(prompt) + [i if i >= 0 else -100 for i in label],
         }
         for prompt, label in flat(rows)
     ]
@@ -439,7 +484,10 @@ def loss_difference(ours: Sequence[float], theirs: Sequence[float]) -> float:
     return float(torch.tensor([abs(a - b) / abs(b) for a, b in zip(ours, theirs, strict=True)]).max())
 
 
-def compare(config: RunConfig, name: str, rounds: int, threads: int, micro: int) -> dict[str, Any]:
+def compare(
+    config: RunConfig, name: str, rounds: int, threads: int, micro: int,
+    peers: Sequence[str] = ("hf", "trl", "trl packed"),
+) -> dict[str, Any]:
     """All sides on one prompt, alternating; prints them and returns what was measured."""
     rows = in_order(config)
     tokens = sum(len(prompt) + len(label) for prompt, label in flat(rows)) / len(rows)
@@ -449,7 +497,7 @@ def compare(config: RunConfig, name: str, rounds: int, threads: int, micro: int)
         f"{rounds} round(s)",
         flush=True,
     )
-    sides = {side: Side() for side in ("pi-ray", "hf", "trl", "trl packed")}
+    sides = {side: Side() for side in ("pi-ray", *peers)}
     for _ in range(rounds):
         for side, found in sides.items():
             if run := run_side(Job(side, config.model_dump_json(), threads, micro)):
@@ -468,17 +516,17 @@ def compare(config: RunConfig, name: str, rounds: int, threads: int, micro: int)
             flush=True,
         )
     ours, differences = sides["pi-ray"].runs[0].losses, {}
-    for side in ("hf", "trl"):
+    for side in (side for side in ("hf", "trl") if side in sides):
         differences[side] = loss_difference(ours, sides[side].runs[0].losses)
         print(
             f"    losses against {side}: largest relative difference {differences[side]:.1e}, "
             f"{'within' if differences[side] < LOSS_TOLERANCE else 'NOT within'} {LOSS_TOLERANCE:g}"
         )
-    fastest = min((side for side in sides if side.startswith("trl")), key=lambda side: seconds[side])
-    over = {"hf": seconds["hf"] / seconds["pi-ray"], "trl": seconds[fastest] / seconds["pi-ray"]}
-    print(
-        f"    pi-ray is {over['hf']:.2f} times as fast as hf, {over['trl']:.2f} times as fast as {fastest}", flush=True
-    )
+    fastest = min((side for side in sides if side.startswith("trl")), key=lambda side: seconds[side], default="")
+    named = {"hf": "hf", **({"trl": fastest} if fastest else {})}
+    over = {peer: seconds[side] / seconds["pi-ray"] for peer, side in named.items()}
+    said = ", ".join(f"{over[peer]:.2f} times as fast as {side}" for peer, side in named.items())
+    print(f"    pi-ray is {said}", flush=True)
     return {
         "prompt": name, "tokens": tokens, "seconds": seconds, "over": over, "trl_peer": fastest,
         "loss_difference": differences, "peak": {side: found.peak for side, found in sides.items()},
@@ -508,6 +556,12 @@ def figures(results: Sequence[dict[str, Any]]) -> dict[str, float]:
     leanest = min(peak for side, peak in peaks.items() if side.startswith("trl"))
     order = ("over_hf_template", "over_trl_template", "over_hf_query", "over_trl_query")
     return {**{key: over[key] for key in order}, "peak_memory_over_trl": peaks["pi-ray"] / leanest}
+
+
+def conversation_figures(result: dict[str, Any]) -> dict[str, float]:
+    fed = {side: sum(runs[0]["fed"]) for side, runs in result["runs"].items()}
+    ratio = fed["hf"] / fed["pi-ray"]
+    return {"over_hf": result["over"]["hf"], "token_ratio": ratio, "of_token_ratio": result["over"]["hf"] / ratio}
 
 
 def environment(threads: int) -> dict[str, str]:
@@ -541,6 +595,7 @@ def cores() -> int:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("rows", nargs="?", choices=["queries", "conversations"], default="queries")
     parser.add_argument("--data", default="", help="NL2Bash folder; default: nl2bash in $PI_RAY_DATA")
     parser.add_argument("--updates", type=int, default=4, help="of each side in each round; the first one warms up")
     parser.add_argument(
@@ -561,15 +616,17 @@ def _arguments() -> argparse.Namespace:
         parser.error("--updates must be at least 2: the first one only warms up")
     if args.micro and args.batch % args.micro:
         parser.error("--micro must divide --batch")
-    if not find_spec("trl"):
+    if args.rows == "queries" and not find_spec("trl"):
         raise SystemExit("the peer TRL is not installed: pip install trl")
     return args
 
 
 def main() -> None:
     args = _arguments()
-    data = data_folder(args.data)
     os.environ.update(environment(args.threads))
+    if args.rows == "conversations":
+        return compare_conversations(args, conversations_folder(args.data))
+    data = data_folder(args.data)
     header(
         f"training of {args.model}, LoRA, {args.dtype}, {args.threads} thread(s), against Hugging Face Trainer and TRL"
     )
@@ -586,6 +643,20 @@ def main() -> None:
         args.out.write_text(json.dumps(results, indent=1) + "\n")
     require_equal_losses(results)
     last_line(**figures(results))
+
+
+def compare_conversations(args: argparse.Namespace, data: str) -> None:
+    """pi-ray and Trainer on conversations behind the whole template, one forward pass of Trainer a row."""
+    header(f"training of {args.model} on conversations, LoRA, {args.dtype}, {args.threads} thread(s), against Trainer")
+    with tempfile.TemporaryDirectory() as folder:
+        options = {"task": "conversations", "gradient_checkpointing": True}
+        config = run_config(Path(folder), args.model, args.dtype, args.batch, args.updates, [1.0], **options)
+        in_fresh_process(prepare, config, data)
+        result = compare(config, "conversations", args.rounds, args.threads, args.micro or 1, ("hf",))
+    if args.out:
+        args.out.write_text(json.dumps([result], indent=1) + "\n")
+    require_equal_losses([result])
+    last_line(**conversation_figures(result))
 
 
 def _fitting(config: RunConfig, row_tokens: int) -> int:

@@ -2,6 +2,7 @@
 alone.
 """
 
+import json
 import sys
 from types import SimpleNamespace
 
@@ -60,6 +61,27 @@ def test_peers_get_the_rows_of_every_update_in_our_order(prepared):
         (data.prefix + prompt, label) for update in numbers for prompt, label in data.take(update)
     ]
     assert sorted(n for update in numbers for n in update) == list(range(8))
+
+
+def test_conversations_are_prepared_behind_system_message_and_tools(tiny_model, tmp_path):
+    roles = ("system", "user", "assistant", "user", "assistant")
+    messages = [{"role": role, "content": f"Say {role}."} for role in roles]
+    lines = [json.dumps({"id": f"task-{i}-trial-0", "reward": 1, "messages": messages}) for i in range(20)]
+    (tmp_path / "conversations.jsonl").write_text("\n".join(lines) + "\n")
+    (tmp_path / "tools.json").write_text('[{"type": "function", "function": {"name": "find"}}]')
+    config = run_config(tmp_path / "run", str(tiny_model), "float32", 4, 2, [1.0], task="conversations")
+    assert prepare(config, str(tmp_path)) > 100
+    data = PhaseDataset(RunDir(config.root).phase(0))
+    assert len(data) == 8 and len(data.prefix) > 100
+    _, label = data.take([0])[0]
+    assert sum(i < 0 for i in label) > 4 and sum(i >= 0 for i in label) > 4
+    with pytest.raises(SystemExit, match="holds no conversations"):
+        train.conversations_folder(str(tmp_path / "run"))
+
+
+def test_the_figure_of_conversations_is_the_speed_as_a_share_of_the_tokens_that_are_spared():
+    result = {"over": {"hf": 1.8}, "runs": {"hf": [{"fed": [200, 200]}], "pi-ray": [{"fed": [100, 100]}]}}
+    assert train.conversation_figures(result) == {"over_hf": 1.8, "token_ratio": 2.0, "of_token_ratio": 0.9}
 
 
 def test_too_few_rows_say_so(prepared):
