@@ -24,11 +24,11 @@ CHATML_TEMPLATE = (
 BREAK = "\ufdd0"  # no character: it splits special tokens that a user spells out, until they can be read as text
 MARK = "\ufdd1"  # no character either: it stands for the first message's text
 CURE = "set prompt.chat to 'chatml'"
-PROBE_TOOL = {"type": "function", "function": {
+PROBE_TOOL: dict[str, Any] = {"type": "function", "function": {
     "name": "probe_tool", "description": "Probes.",
     "parameters": {"type": "object", "properties": {"key": {"type": "string", "description": "A key."}}},
 }}
-PROBE = [
+PROBE: list[dict[str, Any]] = [
     {"role": "user", "content": MARK},
     {"role": "assistant", "content": "", "tool_calls": [{
         "id": "callprobe", "type": "function", "function": {"name": "probe_tool", "arguments": '{"key": "probe_key"}'},
@@ -58,8 +58,9 @@ class ChatTemplate:
         if chat == "none":
             raise ModelError(f"prompt.chat none has no roles, by which turns of a conversation are told apart; {CURE}")
         self.tokenizer, self.encode, self.template = tokenizer, encode, CHATML_TEMPLATE if chat == "chatml" else None
-        special = {i: token for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-        self._ids, space = {token.content: i for i, token in special.items()}, r"\s*"
+        tokens = sorted(tokenizer.added_tokens_decoder.items(), key=lambda item: -len(item[1].content))
+        special, space = {i: token for i, token in tokens if token.special}, r"\s*"
+        self._ids = {token.content: i for i, token in special.items()}
         patterns = [f"{space * t.lstrip}({re.escape(t.content)}){space * t.rstrip}" for t in special.values()]
         self._special = re.compile("|".join(patterns) or r"(?!)")
         self._marks = re.compile("|".join(map(re.escape, self._ids)) or r"(?!)")
@@ -71,8 +72,9 @@ class ChatTemplate:
 
     def prefix(self, template: str) -> str:
         """The text before the first user's: chat head, and system message and tools of `template`."""
+        template = template.replace(MARK, "")
         system, tools = split_tools(template) if self.has_tools else (template, [])
-        head, found, _ = self._render([*_system(system.replace(MARK, "")), *PROBE[:1]], tools).partition(MARK)
+        head, found, _ = self._render([*_system(system), *PROBE[:1]], tools).partition(MARK)
         if not found:
             raise ModelError(f"the chat template leaves out the first message of a conversation; {CURE}")
         return head
@@ -174,7 +176,7 @@ class ChatTemplate:
         """The head of an answer, by which answers are found in the text of a conversation."""
         without, head = (self._render(PROBE[:1], generates=generates) for generates in (False, True))
         found = head.removeprefix(without)
-        if not head.startswith(without) or not found:
+        if not head.startswith(without) or not found.strip():
             raise ModelError(f"the chat template marks no beginning of an answer; {CURE}")
         return found
 

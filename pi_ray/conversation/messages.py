@@ -4,9 +4,11 @@ import json
 import re
 from collections.abc import Sequence
 from contextlib import suppress
+from itertools import chain
 from typing import Any
 
 MAX_MESSAGES = 1000
+MAX_NESTING = 64  # levels of a JSON value
 NO_CHARACTER = re.compile("[\0\ud800-\udfff]")
 DUMPED = '[{"role": "'  # how a dumped conversation begins
 ROLES = ("system", "user", "assistant", "tool")
@@ -78,9 +80,18 @@ def read_arguments(text: Any, name: str = "arguments") -> dict[str, Any]:
         found = json.loads(content_text(text, name), parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{name} is not JSON: {error}") from None
-    if not isinstance(found, dict):
-        raise ValueError(f"{name} must be a JSON object, not {text[:40]!r}")
+    if not isinstance(found, dict) or is_deep(found):
+        raise ValueError(f"{name} must be a JSON object of at most {MAX_NESTING} levels, not {text[:40]!r}")
     return found
+
+
+def is_deep(value: Any) -> bool:
+    """Whether a JSON value is nested deeper than MAX_NESTING."""
+    level = [value]
+    for _ in range(MAX_NESTING):
+        inner = (v.values() if isinstance(v, dict) else v for v in level if isinstance(v, (dict, list)))
+        level = list(chain.from_iterable(inner))
+    return bool(level)
 
 
 def _refuse_constant(name: str) -> None:

@@ -5,6 +5,8 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from pi_ray.conversation.messages import is_deep
+
 MAX_TOOLS = 512
 # The words of Qwen 2.5's chat template, whose models and Hermes' know them.
 BEFORE = (
@@ -16,7 +18,7 @@ AFTER = (
     "<tool_call></tool_call> XML tags:\n<tool_call>\n"
     '{"name": <function-name>, "arguments": <args-json-object>}\n</tool_call>'
 )
-_TOOLS = re.compile(rf"(?:\A|\n\n){re.escape(BEFORE)}((?:.|\n)*){re.escape(AFTER)}\Z")
+_TOOLS = re.compile(rf"(?:\A|\n\n){re.escape(BEFORE)}(.*){re.escape(AFTER)}\Z", re.DOTALL)
 
 
 def check_tools(tools: Any) -> None:
@@ -30,8 +32,8 @@ def check_tools(tools: Any) -> None:
             raise ValueError(f'tools[{i}] must be {{"type": "function", "function": {{"name": ...}}}}')
         if name in names:
             raise ValueError(f"tools[{i}]: there is a function '{name}' already")
-        if not isinstance(function.get("parameters", {}), dict):
-            raise ValueError(f"tools[{i}].function.parameters must be a JSON schema, an object")
+        if not isinstance(function.get("parameters", {}), dict) or is_deep(tool):
+            raise ValueError(f"tools[{i}].function.parameters must be a JSON schema, an object that is not too deep")
         names.add(name)
 
 

@@ -17,6 +17,7 @@ from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 from pi_ray.config import TaskConfig
+from pi_ray.data.context import ConversationContext
 from pi_ray.errors import DataError
 from pi_ray.protocols import SPLITS, UNLABELLED, Reject, Row, Task
 from pi_ray.retrieve.neighbours import normalised
@@ -42,9 +43,10 @@ Splits = dict[str, list[Any]]  # split -> its rows, or their keys
 
 def ingest(
     task: Task, config: TaskConfig, run: RunDir, fingerprint: str, progress: Callable[[str], None],
-    names: Sequence[str] = SPLITS,
+    names: Sequence[str] = SPLITS, context: ConversationContext | None = None,
 ) -> None:
-    """Write the rows artifact: the splits in `names`. rejects.jsonl is written in any case.
+    """Write the rows artifact: the splits in `names`, conversations as `context` cuts them. rejects.jsonl is written in
+    any case.
 
     Raises DataError when the rows cannot be used, StorageError when the disk does not take them.
     """
@@ -53,9 +55,9 @@ def ingest(
         for left in run.root.glob(".rows-*.read"):
             shutil.rmtree(left, ignore_errors=True)  # a run was killed
         with TemporaryDirectory(prefix=".rows-", suffix=".read", dir=run.root, ignore_cleanup_errors=True) as folder:
-            keys, rejects, documents = _store(task, config, run, names, Path(folder))
+            keys, rejects, documents = _store(task, config, run, names, Path(folder), context)
             write_atomic(run.rejects, "".join(json.dumps(asdict(r), ensure_ascii=False) + "\n" for r in rejects))
-            notes = check_splits(keys, rejects, config, run)
+            notes = check_splits(keys, rejects, config, run) + (context.notes() if context else [])
             counts = {split: len(kept) for split, kept in keys.items()}
             facts = {"rows": counts, "rejected": len(rejects), "notes": notes, "documents": documents}
             with staged(run.rows, fingerprint=fingerprint, **facts) as made:
@@ -67,7 +69,8 @@ def ingest(
 
 
 def _store(
-    task: Task, config: TaskConfig, run: RunDir, names: Sequence[str], folder: Path
+    task: Task, config: TaskConfig, run: RunDir, names: Sequence[str], folder: Path,
+    context: ConversationContext | None,
 ) -> tuple[dict[str, list[RowKey]], list[Reject], int]:
     """Write all rows of each split, in the task's order; return their keys, the rejects and the number of documents."""
     keys: dict[str, list[RowKey]] = {split: [] for split in names}
@@ -77,7 +80,7 @@ def _store(
     def keyed(split: str) -> Iterator[Row]:
         nonlocal documents
         generates = split == UNLABELLED and config.generate
-        own = _accepted(task, split, rejects) if config.queries or not generates else ()
+        own = _accepted(task, split, rejects, context) if config.queries or not generates else ()
         for row in chain(own, generated_rows(run) if generates else ()):
             keys[split].append(_key(row))
             documents += len(row.documents)
@@ -88,9 +91,11 @@ def _store(
     return keys, rejects, documents
 
 
-def _accepted(task: Task, split: str, rejects: list[Reject]) -> Iterator[Row]:
-    """The rows of a split; its rejects are added to `rejects`."""
-    for row in task.rows(split):
+def _accepted(
+    task: Task, split: str, rejects: list[Reject], context: ConversationContext | None = None
+) -> Iterator[Row]:
+    """The rows of a split, as they fit into `context`; its rejects are added to `rejects`."""
+    for row in map(context.fit, task.rows(split)) if context else task.rows(split):
         if isinstance(row, Reject):
             rejects.append(row)
         else:
@@ -116,10 +121,12 @@ def _write_kept(split: str, kept: Sequence[RowKey], folder: Path, final: Path) -
     write_rows(final, (row for row in source if row.id in wanted))
 
 
-def read_splits(task: Task, names: Sequence[str] = SPLITS) -> tuple[dict[str, list[Row]], list[Reject]]:
+def read_splits(
+    task: Task, names: Sequence[str] = SPLITS, context: ConversationContext | None = None
+) -> tuple[dict[str, list[Row]], list[Reject]]:
     """All rows of each split, held in memory, and all rejects, in the task's order."""
     rejects: list[Reject] = []
-    return {split: list(_accepted(task, split, rejects)) for split in names}, rejects
+    return {split: list(_accepted(task, split, rejects, context)) for split in names}, rejects
 
 
 def check_splits(splits: Splits, rejects: Sequence[Reject], config: TaskConfig, run: RunDir) -> list[str]:

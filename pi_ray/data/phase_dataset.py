@@ -9,9 +9,11 @@ import re
 import shutil
 from collections.abc import Iterator, Mapping
 from functools import lru_cache
+from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -42,8 +44,9 @@ class TokeniseRows:
     """Inside a Ray worker: a range of rows -> for each dataset of its split a table of `SCHEMA`.
 
     prompt_ids are the row's documents, examples, query and chat tail; label_ids the answer and the end of sequence, or
-    nothing for an unlabelled query. The template is in the manifest. Documents and examples are read from the run
-    directory.
+    nothing for an unlabelled query. Where all turns of a conversation are learned, label_ids go from the first
+    assistant's turn to the last one, and an id below 0 is the complement of one that is fed and not learned. The
+    template is in the manifest. Documents and examples are read from the run directory.
     """
 
     def __init__(self, config: RunConfig, fingerprint: str, datasets: list[PhaseData]):
@@ -51,9 +54,14 @@ class TokeniseRows:
 
     def __call__(self, table: pa.Table, rows: RowRange) -> dict[str, pa.Table]:
         encoder, plain = _encoder(self.config.model, self.config.prompt), to_rows(table)
-        labels = pa.array([encoder.answer(r.answer) if r.answer else [] for r in plain], SCHEMA.field("label_ids").type)
         has_documents = any(r.documents for r in plain)
         prompts: dict[tuple[float, int], pa.Array] = {}  # phases whose rows have the same prompts share them
+        if self.config.learns_all_turns(rows.split):
+            turns = [encoder.all_turns(r.query, r.answer) for r in plain]
+            prompts[0.0, 0], learned = _ids([prompt for prompt, _ in turns]), [label for _, label in turns]
+        else:
+            learned = [encoder.answer(r.answer) if r.answer else [] for r in plain]
+        labels = _ids(learned)
         tables = {}
         for data in self.datasets:
             if data.split != rows.split:
@@ -70,8 +78,11 @@ class TokeniseRows:
         shots = run.read_shots(data.split, bank, data.shots, rows.begin, rows.end)
         if data.rate < 1 and any(r.documents for r in plain):
             plain = run.read_rows(data.split, data.rate, rows.begin, rows.end)
-        ids = [encoder.row(r.query, shots.get(r.id, ()), r.documents) for r in plain]
-        return pa.array(ids, SCHEMA.field("prompt_ids").type)
+        return _ids([encoder.row(r.query, shots.get(r.id, ()), r.documents) for r in plain])
+
+
+def _ids(rows: list[list[int]]) -> pa.Array:
+    return pa.array(rows, SCHEMA.field("prompt_ids").type)
 
 
 def publish_phase(folder: Path, final: Path, prefix_ids: list[int], **manifest: Any) -> dict[str, Any]:
@@ -83,21 +94,46 @@ def publish_phase(folder: Path, final: Path, prefix_ids: list[int], **manifest: 
         left.unlink()  # a worker was killed while it wrote
     if not any(folder.glob("part-*.parquet")):
         write_piece(folder / "part-00000.parquet", SCHEMA.empty_table())
-    lengths = [_lengths(path) for path in sorted(folder.glob("part-*.parquet"))]
-    prompts, labels = (pa.chunked_array([part[i] for part in lengths]) for i in (0, 1))
+    lengths = zip(*(_lengths(path) for path in sorted(folder.glob("part-*.parquet"))), strict=True)
+    fed, learned, before, longest = map(np.concatenate, lengths)
     tokens = {
         "prefix": len(prefix_ids),
-        "row_mean": round(pc.mean(prompts).as_py() or 0, 1), "row_max": pc.max(prompts).as_py() or 0,
-        "label_mean": round(pc.mean(labels).as_py() or 0, 1), "label_max": pc.max(labels).as_py() or 0,
+        "row_mean": _rounded_mean(fed), "row_max": int(before.max(initial=0)),
+        "label_mean": _rounded_mean(learned), "label_max": int(longest.max(initial=0)),
     }
-    body = seal_folder(folder, prefix_ids=prefix_ids, rows=len(prompts), tokens=tokens, **manifest)
+    body = seal_folder(folder, prefix_ids=prefix_ids, rows=len(fed), tokens=tokens, **manifest)
     commit_folder(folder, final)
     return body
 
 
-def _lengths(path: Path) -> tuple[pa.Array, ...]:
+class Lengths(NamedTuple):
+    """Tokens of each row: those that are fed alone and those that are learned, then those before and in its longest
+    answer. Without turns that are fed between learned ones, both pairs are the prompt and the label.
+    """
+
+    fed: np.ndarray
+    learned: np.ndarray
+    before: np.ndarray
+    longest: np.ndarray
+
+
+def _lengths(path: Path) -> Lengths:
     table = pq.read_table(path, columns=["prompt_ids", "label_ids"]).combine_chunks()
-    return tuple(pc.list_value_length(table[name]).combine_chunks() for name in ("prompt_ids", "label_ids"))
+    prompts, labels = (pc.list_value_length(table[name]).to_numpy() for name in ("prompt_ids", "label_ids"))
+    if (pc.min(pc.list_flatten(table["label_ids"])).as_py() or 0) >= 0:
+        return Lengths(prompts, labels, prompts, labels)
+    runs = [_learned_runs(ids) for ids in table["label_ids"].to_pylist()]
+    learned, longest = np.array([sum(lengths) for lengths in runs]), np.array([max(lengths) for lengths in runs])
+    return Lengths(prompts + labels - learned, learned, prompts + labels - longest, longest)
+
+
+def _learned_runs(label: list[int]) -> list[int]:
+    """The lengths of the answers in a label, an end of sequence included."""
+    return [len(list(run)) for is_learned, run in groupby(label, lambda i: i >= 0) if is_learned]
+
+
+def _rounded_mean(lengths: np.ndarray) -> float:
+    return round(float(lengths.mean()), 1) if len(lengths) else 0
 
 
 def remove_stale(phases: Path, keep: set[str], fingerprint: str) -> None:

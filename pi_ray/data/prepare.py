@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 from pi_ray.config import RunConfig
 from pi_ray.data import phase_dataset
+from pi_ray.data.context import ConversationContext
 from pi_ray.data.find_neighbours import find_neighbours, has_neighbours
 from pi_ray.data.ingest import ingest
 from pi_ray.data.phase_dataset import PhaseData
@@ -53,7 +54,8 @@ def _prepare(config: RunConfig, progress: Progress) -> str:
     encoder = PromptEncoder(tokenizer, config.prompt)
     template = task.template()
     if not is_current(run.rows, fingerprint):
-        ingest(task, config.task, run, fingerprint, progress, _splits(config))
+        context = ConversationContext(config, encoder, template) if config.prompt.conversation else None
+        ingest(task, config.task, run, fingerprint, progress, _splits(config), context)
     if not is_current(run.templates, fingerprint):
         compress_templates(config, template, tokenizer, run, fingerprint, progress)
     if not has_documents(run, fingerprint, wanted_documents(config)):

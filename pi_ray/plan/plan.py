@@ -4,9 +4,7 @@ It reads rows and tokenizer, loads no weights and starts no Ray. A template that
 tokens. Time and money are estimates (estimate.py, report/cost.py).
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from statistics import fmean
+from dataclasses import replace
 
 from rich import box
 from rich.console import Console
@@ -18,24 +16,24 @@ from pi_ray.ask.ask import queries_fingerprint
 from pi_ray.ask.sources import Sources, task_sources
 from pi_ray.cluster import placement
 from pi_ray.config import RunConfig
+from pi_ray.data.context import ConversationContext
 from pi_ray.data.ingest import check_splits, read_splits
-from pi_ray.models import base_digest, load_tokenizer
+from pi_ray.models import load_tokenizer
 from pi_ray.plan import estimate
 from pi_ray.plan.asking import plan_asking
 from pi_ray.plan.figures import PhasePlan, Plan
 from pi_ray.plan.scale import print_scale
+from pi_ray.plan.token_counts import count_row_tokens
 from pi_ray.progress import format_money
-from pi_ray.prompt import Example, PromptEncoder
+from pi_ray.prompt import PromptEncoder
 from pi_ray.protocols import SPLITS, UNLABELLED, Reject, Row, Task
 from pi_ray.registry import tasks
 from pi_ray.report import cost
-from pi_ray.report.loss_plot import read_template_entries
 from pi_ray.run.answered import answered_config, answered_facts, require_queries
 from pi_ray.run.artifact import is_current
 from pi_ray.run.directory import RunDir
-from pi_ray.run.fingerprint import prepare_fingerprint, wants_unlabelled
+from pi_ray.run.fingerprint import wants_unlabelled
 from pi_ray.run.phases import first_taught_phase, plain_finetuning_config
-from pi_ray.run.queries import queries_digest
 from pi_ray.schedule import Phase, plan_phases
 from pi_ray.train.anchor import AnchorRows
 from pi_ray.train.drills import describe_drills
@@ -47,27 +45,6 @@ from pi_ray.train.updates import updates_in_phase
 # Tokens of training that one new token costs to generate, about: one at a time, a model mostly waits for memory.
 TOKENS_PER_NEW_TOKEN = 5
 LABEL_TOKENS = 32  # of an answer that no teacher has written yet
-SAMPLE = 256  # training rows whose tokens are counted
-
-
-@dataclass(frozen=True)
-class TokenCounts:
-    """Mean token counts over a sample of training rows, and the template's."""
-
-    head: int  # of the prompt around an empty template
-    template: int  # of the whole prefix
-    query: float
-    shot: float
-    heading: float  # of what stands once before any examples
-    label: float
-    achieved: dict[float, float]  # asked rate -> achieved one, of templates that are compressed
-    documents: float  # of a row, uncompressed
-    above: float  # tokens that the longest row has above the mean
-
-    def shape(self, rate: float, shots: int) -> estimate.Shape:
-        kept = self.achieved.get(rate, rate) * (self.template - self.head)
-        row = self.query + rate * self.documents + (self.heading + shots * self.shot if shots else 0)
-        return estimate.Shape(self.head + kept, row, self.label)
 
 
 def plan_run(config: RunConfig) -> Plan:
@@ -87,10 +64,12 @@ def plan_run(config: RunConfig) -> Plan:
         config = answered_config(config)
         task = tasks[config.task.name](config.task)
         logged = wants_unlabelled(config) and (config.task.queries or not config.task.generate)
-        splits, rejects = read_splits(task, (*SPLITS, UNLABELLED) if logged else SPLITS)
-        notes = check_splits(splits, rejects, config.task, RunDir(config.root))
+        context = _conversation_context(task, config)
+        splits, rejects = read_splits(task, (*SPLITS, UNLABELLED) if logged else SPLITS, context)
+        notes = check_splits(splits, rejects, config.task, RunDir(config.root)) + (context.notes() if context else [])
     rows = {split: len(found) for split, found in splits.items()}
-    counts, schedule = _token_counts(task, splits["train"], config), plan_phases(config.schedule)
+    counts = count_row_tokens(task, splits["train"], config, config.learns_all_turns("train"))
+    schedule = plan_phases(config.schedule)
     if unanswered:
         counts = replace(counts, label=LABEL_TOKENS)
     shapes = [counts.shape(p.rate, p.shots) for p in schedule]
@@ -114,8 +93,11 @@ def plan_run(config: RunConfig) -> Plan:
     distill, teaches, taught = config.train.distill, wants_unlabelled(config), first_taught_phase(config)
     phases = [planned(p, distill.anchor if teaches and i >= taught else 0.0) for i, p in enumerate(schedule)]
     plain = plan_phases(plain_finetuning_config(config).schedule) if config.evaluate.baseline else []
-    full = counts.shape(1.0, config.evaluate.shots or schedule[0].shots)
-    query = replace(shapes[-1], prefix=config.train.gist) if config.train.gist else shapes[-1]
+    # a training conversation is many requests, and a test row is one of them
+    asked_counts = count_row_tokens(task, splits["test"], config) if config.prompt.conversation else counts
+    full = asked_counts.shape(1.0, config.evaluate.shots or schedule[0].shots)
+    query = asked_counts.shape(schedule[-1].rate, schedule[-1].shots)
+    query = replace(query, prefix=config.train.gist) if config.train.gist else query
     asked_first = sum(rows.values()) if unanswered and config.train.distill.teacher == "base" else 0
 
     def answering_seconds(shape: estimate.Shape, count: int) -> float:
@@ -156,32 +138,17 @@ def _stand_ins(config: RunConfig, sources: Sources) -> list[Row]:
     return [Row(f"ask-{i}", f"{units[i % len(units)].text} {i}", "") for i in range(config.ask.queries)]
 
 
+def _conversation_context(task: Task, config: RunConfig) -> ConversationContext | None:
+    if not config.prompt.conversation:
+        return None
+    return ConversationContext(config, PromptEncoder(load_tokenizer(config.model), config.prompt), task.template())
+
+
 def _with_anchor(shape: estimate.Shape, share: float, config: RunConfig) -> estimate.Shape:
     """A phase's mean row where some of the rows are the anchor's."""
     anchor = AnchorRows(config)
     row, label = (float(lengths.mean()) for lengths in (anchor.prompt_lengths, anchor.label_lengths))
     return replace(shape, row=(1 - share) * shape.row + share * row, label=(1 - share) * shape.label + share * label)
-
-
-def _token_counts(task: Task, rows: Sequence[Row], config: RunConfig) -> TokenCounts:
-    """Count over rows that are evenly spread over the file, because files are often sorted."""
-    encoder = PromptEncoder(load_tokenizer(config.model), config.prompt)
-    sample = rows[:: max(1, len(rows) // SAMPLE)][:SAMPLE]
-    examples = [Example(r.query, r.answer) for r in sample]
-    others = [*examples[1:], examples[0]]
-    queries, labels = [len(encoder.row(r.query)) for r in sample], [len(encoder.answer(r.answer)) for r in sample]
-    whole = [len(encoder.row(r.query, (), r.documents)) for r in sample]
-    pairs = list(zip(sample, others, strict=True))
-    one, two = (fmean(len(encoder.row(r.query, [other] * n)) for r, other in pairs) for n in (1, 2))
-    run = RunDir(config.root)
-    prepared = prepare_fingerprint(config, task.fingerprint(), queries_digest(run), base_digest(config.model))
-    made = is_current(run.templates, prepared)  # from exactly this config
-    return TokenCounts(
-        head=len(encoder.prefix("")), template=len(encoder.prefix(task.template().text)), query=fmean(queries),
-        shot=two - one, heading=one - fmean(queries) - (two - one), label=fmean(labels),
-        achieved={t["rate"]: t["achieved"] for t in read_template_entries(run)} if made else {},
-        documents=fmean(whole) - fmean(queries), above=max(whole) - fmean(whole) + max(labels) - fmean(labels),
-    )
 
 
 def print_plan(plan: Plan, console: Console, scale: bool = False) -> None:
@@ -197,6 +164,8 @@ def print_plan(plan: Plan, console: Console, scale: bool = False) -> None:
     console.print(_phases_table(plan))
     if any(not p.measured for p in plan.phases):
         say("~ template counted as rate x tokens; measured once it is compressed", "dim")
+    if config.prompt.conversation:
+        say(_conversations(plan))
     where = f"{plan.speed.name} ({plan.speed.note}; give or take a factor of two, when nothing else runs there)"
     plain = _duration(sum(p.seconds for p in plan.plain))
     baseline = f", and {plain} for plain fine-tuning as baseline," if plan.plain else ""
@@ -249,6 +218,12 @@ def _phases_table(plan: Plan) -> Table:
             end_section=p is plan.phases[-1],
         )
     return table
+
+
+def _conversations(plan: Plan) -> str:
+    every = plan.config.task.learn == "all"
+    learned = "every assistant turn of a conversation is learned, in one pass" if every else "the last turn is learned"
+    return f"Conversations: {learned}; a dev or test row is one assistant turn behind the conversation before it"
 
 
 def _teacher(plan: Plan) -> str:

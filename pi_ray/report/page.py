@@ -15,6 +15,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from pi_ray import __version__, progress
 from pi_ray.config import RunConfig, dump_config
+from pi_ray.conversation import last_messages
 from pi_ray.data.find_neighbours import read_facts, summarise_facts
 from pi_ray.errors import CorruptArtifactError, DataError
 from pi_ray.evaluate.columns import LABELS
@@ -147,7 +148,8 @@ def _samples(run: RunDir, found: dict[str, Any], most: int) -> Iterator[dict[str
     for sample in islice(read_log(run.evaluation / "samples.jsonl"), most):
         texts = [(numbers.column_label(n, c), sample["outputs"].get(n, "")) for n, c in found.items()]
         outputs = [(label, _short(text), text.strip() == sample["answer"].strip()) for label, text in texts]
-        shown = {"query": _short(sample["query"]), "answer": _short(sample["answer"]), "outputs": outputs}
+        query, answer = _short(last_messages(sample["query"])), _short(sample["answer"])
+        shown = {"query": query, "answer": answer, "outputs": outputs}
         yield {"id": sample["id"], "group": sample.get("group", ""), **shown}
 
 

@@ -100,9 +100,10 @@ def _prompt_record(run: RunDir, card: dict[str, Any]) -> dict[str, Any] | None:
     if card.get("full_template_sha256") not in {digest(t["text"]) for t in templates} or len(full) > MAX_TEMPLATE:
         return None
     compressed = [{k: t[k] for k in ("rate", "achieved", "text")} for t in templates if 0 < t["rate"] < 1]
-    wording = PromptConfig(**card["prompt"]).example
-    rows = run.read_rows("train") if (run.rows / "train.parquet").is_file() else []
-    return prompt_record(full, compressed, [format_example(wording, row.query, row.answer) for row in rows])
+    wording = PromptConfig(**card["prompt"])
+    has_examples = not wording.conversation and (run.rows / "train.parquet").is_file()
+    rows = run.read_rows("train") if has_examples else []
+    return prompt_record(full, compressed, [format_example(wording.example, row.query, row.answer) for row in rows])
 
 
 def _knowledge(run: RunDir, adapter: str) -> str:

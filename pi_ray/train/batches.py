@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
@@ -37,7 +38,9 @@ class Batch:
     plain_tokens: int  # tokens of the same rows with a copy of the prefix each
 
 
-TokenRow = tuple[list[int], list[int]]  # prompt ids (without the prefix), label ids
+# Prompt ids (without the prefix), and label ids: those to learn, and between them the complements, below 0, of ids that
+# are fed alone, such as a user's turns between an assistant's.
+TokenRow = tuple[list[int], list[int]]
 Pack = Callable[[list[int], Sequence[TokenRow]], Batch]  # (prefix, rows) -> batch
 
 
@@ -67,6 +70,8 @@ class PhaseDataset:
         files, columns = sorted(f for f in manifest["files"] if f.endswith(".parquet")), ["prompt_ids", "label_ids"]
         self._table = pa.concat_tables(read_range(Path(folder) / f, columns=columns, memory_map=True) for f in files)
         self.prompt_lengths, self.label_lengths = (pc.list_value_length(self._table[c]).to_numpy() for c in columns)
+        fed = count_fed(self._table["label_ids"])
+        self.prompt_lengths, self.label_lengths = self.prompt_lengths + fed, self.label_lengths - fed
 
     def __len__(self) -> int:
         return self._table.num_rows
@@ -74,6 +79,21 @@ class PhaseDataset:
     def take(self, numbers: Sequence[int]) -> list[TokenRow]:
         rows = self._table.take(pa.array(numbers, pa.int64()))
         return list(zip(rows["prompt_ids"].to_pylist(), rows["label_ids"].to_pylist(), strict=True))
+
+
+def count_fed(labels: pa.ChunkedArray) -> np.ndarray:
+    """How many ids of each label are fed and not learned."""
+    counts = [np.zeros(0, np.int64)]
+    for chunk in labels.chunks:
+        is_fed = pc.less(pc.list_flatten(chunk), 0)
+        rows = pc.list_parent_indices(chunk).filter(is_fed) if pc.any(is_fed).as_py() else np.zeros(0, np.int64)
+        counts.append(np.bincount(rows, minlength=len(chunk)))
+    return np.concatenate(counts)
+
+
+def fed_ids(label: Sequence[int]) -> list[int]:
+    """The ids of a label as they are fed."""
+    return [i if i >= 0 else ~i for i in label]
 
 
 def packed_batch(prefix: list[int], rows: Sequence[TokenRow]) -> Batch:
@@ -85,10 +105,10 @@ def packed_batch(prefix: list[int], rows: Sequence[TokenRow]) -> Batch:
     lengths, keep, labels = list[int](), list[int](), list[int]()
     for prompt, label in rows:
         lengths.append(len(prompt) + len(label) - 1)
-        ids += prompt + label[:-1]
+        ids += prompt + fed_ids(label[:-1])
         positions += range(len(prefix), len(prefix) + lengths[-1])
-        keep += range(len(ids) - len(label), len(ids))
-        labels += label
+        keep += [place for place, i in enumerate(label, start=len(ids) - len(label)) if i >= 0]
+        labels += [i for i in label if i >= 0]
     inputs = {
         "input_ids": torch.tensor([ids]), "position_ids": torch.tensor([positions]),
         "logits_to_keep": torch.tensor(keep), "use_cache": False,
@@ -99,7 +119,7 @@ def packed_batch(prefix: list[int], rows: Sequence[TokenRow]) -> Batch:
 
 def plain_batch(prefix: list[int], rows: Sequence[TokenRow]) -> Batch:
     """B rows of prefix + prompt + label, padded on the left: labels end together, so the last K logits suffice."""
-    fed = [prefix + prompt + label[:-1] for prompt, label in rows]
+    fed = [prefix + prompt + fed_ids(label[:-1]) for prompt, label in rows]
     longest, longest_label = max(map(len, fed)), max(len(label) for _, label in rows)
     ids = torch.zeros(len(rows), longest, dtype=torch.long)
     mask = torch.zeros_like(ids)
@@ -107,7 +127,7 @@ def plain_batch(prefix: list[int], rows: Sequence[TokenRow]) -> Batch:
     for i, (row, (_, label)) in enumerate(zip(fed, rows, strict=True)):
         ids[i, longest - len(row) :] = torch.tensor(row)
         mask[i, longest - len(row) :] = 1
-        labels[i, longest_label - len(label) :] = torch.tensor(label)
+        labels[i, longest_label - len(label) :] = torch.tensor([i if i >= 0 else -100 for i in label])
     inputs = {
         "input_ids": ids, "attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0),
         "logits_to_keep": last_logits_index(longest_label), "use_cache": False,

@@ -10,7 +10,7 @@ from pi_ray.cluster import auth
 from pi_ray.cluster.doctor.finding import Finding, fail, note, ok
 from pi_ray.cluster.doctor.machine import GIB, ROOM, free_memory
 from pi_ray.compress.generation import GenerationCompressor
-from pi_ray.config import Block, CompressConfig, RunConfig
+from pi_ray.config import OWN_ROWS, Block, CompressConfig, RunConfig
 from pi_ray.errors import ConfigError, MissingExtraError, ModelError, PiRayError
 from pi_ray.hosted import is_hosted
 from pi_ray.hosted.client import Service
@@ -31,19 +31,19 @@ def check_data(config: RunConfig) -> Finding:
     """Check that the template and the first row of train and test can be read, or of queries that are answered first.
     """
     splits = ([UNLABELLED] if config.task.queries else []) if config.answers_first else ["train", "test"]
+    fields = '"messages": ...' if config.prompt.conversation else '"query": ..., "answer": ...'
     try:
         task = tasks[config.task.name](config.task)
         template = task.template()
         first = {split: next(iter(task.rows(split)), None) for split in splits}
     except (PiRayError, OSError) as error:
-        own = f"; task.folder names the data of {config.task.name}" if config.task.name != "jsonl" else ""
+        own = f"; task.folder names the data of {config.task.name}" if config.task.name not in OWN_ROWS else ""
         return fail("data", str(error), f"check the task block: paths start from the run file's folder{own}")
     for split, row in first.items():
         if row is None or isinstance(row, Reject):
             message = f"{row.source}:{row.line}: {row.reason}" if row else f"the {split} split is empty"
-            key, answer = ("queries", "") if split == UNLABELLED else (split, ', "answer": ...')
-            cure = f'mend the first row of task.{key}; each line is {{"query": ...{answer}}}'
-            return fail("data", message, cure)
+            key, fields = ("queries", '"query": ...') if split == UNLABELLED else (split, fields)
+            return fail("data", message, f"mend the first row of task.{key}; each line is {{{fields}}}")
     length = f"template of {len(template.text):,} characters"
     rows = f"first rows of {' and '.join(splits)} can be read" if splits else "its queries are generated"
     return ok("data", f"{config.task.name}: {length}, {rows}")

@@ -1,5 +1,7 @@
 """Tool definitions as text beside a system message, and back."""
 
+import json
+
 import pytest
 
 from pi_ray.conversation import check_tools, join_tools, split_tools
@@ -34,6 +36,7 @@ def test_a_text_that_only_resembles_tools_has_none():
     ([{"type": "function", "function": {"name": " "}}], r"tools\[0\] must be"),
     ([STOP, STOP], "a function 'stop' already"),
     ([{"type": "function", "function": {"name": "f", "parameters": []}}], "must be a JSON schema"),
+    ([{"type": "function", "function": {"name": "f", "parameters": {"a": json.loads("[" * 100 + "]" * 100)}}}], "deep"),
 ])
 def test_bad_tools_are_refused_with_the_reason(tools, reason):
     with pytest.raises(ValueError, match=reason):

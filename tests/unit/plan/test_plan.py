@@ -112,6 +112,36 @@ def test_a_prepared_template_replaces_the_estimate(config):
     )
 
 
+@pytest.fixture
+def conversations(config, tmp_path):
+    """The same with conversations of two answers, of which one is longer than the model's context."""
+    for split, n in (("train", 12), ("dev", 2), ("test", 3)):
+        talks = [
+            [f"{split} {i}", f"Which {i}?", "late " * (2000 if split == "train" and not i else 1), f"Alert {i}."]
+            for i in range(n)
+        ]
+        messages = [[{"role": "ua"[k % 2].replace("u", "user").replace("a", "assistant"), "content": text}
+                     for k, text in enumerate(talk)] for talk in talks]
+        (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps({"messages": m}) + "\n" for m in messages))
+    task = {**config.task.model_dump(mode="json"), "name": "conversations"}
+    return RunConfig(name="tiny", run_dir=str(tmp_path / "run"), task=task, model=config.model,
+                     prompt={"chat": "chatml"}, train={"batch_size": 4})
+
+
+def test_a_plan_of_conversations_says_what_is_learned_and_counts_single_turns_at_inference(conversations):
+    made = plan_run(conversations.replace(**{"task.max_bad_rows": 1}))
+    assert made.rows == {"train": 11, "dev": 4, "test": 6} and made.rejects == 1
+    encoder = PromptEncoder(load_tokenizer(conversations.model), conversations.prompt)
+    prompt, label = encoder.all_turns(*[(r.query, r.answer) for r in tasks["conversations"](
+        conversations.task).rows("train")][1])
+    assert made.phases[-1].shape.label == pytest.approx(sum(i >= 0 for i in label), rel=0.1)
+    assert made.phases[-1].shape.row == pytest.approx(len(prompt) + sum(i < 0 for i in label), rel=0.1)
+    assert made.query.row < made.phases[-1].shape.row + made.phases[-1].shape.label
+    shown = io.StringIO()
+    print_plan(made, Console(file=shown, width=200))
+    assert "Conversations: every assistant turn of a conversation is learned, in one pass" in shown.getvalue()
+
+
 def test_row_limits_hold(config):
     limited = config.replace(**{"task.rows": {"train": 16, "dev": 0, "test": 3}})
     assert plan_run(limited).rows == {"train": 16, "dev": 6, "test": 3}

@@ -46,6 +46,26 @@ def test_gradients_equal_those_of_plain_batches(model, prefix, checkpointing):
     assert (found - expected).norm() / expected.norm() < 1e-3
 
 
+@pytest.mark.parametrize("pack", [packed_batch, plain_batch])
+def test_all_turns_of_a_conversation_are_learned_in_one_pass_as_each_by_itself(model, pack):
+    model.set_attn_implementation("sdpa")
+    prefix, asked, first, between, second = [3, 4, 5], [6, 7], [8, 9], [10, 11, 12], [13, 14]
+    turns = [(asked, first), (asked + first + between, second)]
+    whole = (asked, first + [~i for i in between] + second)
+    if pack is packed_batch:
+        shared_prefix.enable_shared_prefix(model)
+    loss, found = gradients(model, pack(prefix, [whole, ROWS[0]]))
+    expected_loss, expected = gradients(model, pack(prefix, [*turns, ROWS[0]]))
+    assert loss == pytest.approx(expected_loss, rel=1e-5)
+    assert (found - expected).norm() / expected.norm() < 1e-3
+
+
+def test_only_learned_tokens_have_logits_in_packed_rows():
+    batch = packed_batch([3], [([6, 7], [8, ~9, ~10, 11])])
+    assert batch.inputs["input_ids"].tolist() == [[3, 6, 7, 8, 9, 10]]
+    assert batch.inputs["logits_to_keep"].tolist() == [2, 5] and batch.labels.tolist() == [8, 11]
+
+
 def test_a_row_does_not_see_its_neighbours(model):
     shared_prefix.enable_shared_prefix(model)
     alone = sft_loss(model, packed_batch([1, 2, 3], ROWS[:1])).item()

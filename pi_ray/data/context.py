@@ -1,0 +1,64 @@
+"""Conversations within the model's context: a longer one loses its oldest turns, those after the first user's message.
+
+The whole template stands before every conversation, as in the first phase, so that all phases and columns see the same
+rows. A turn of which nothing is left but the first user's message and the latest exchange is rejected if that is still
+too long.
+"""
+
+from bisect import bisect_left
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from pi_ray.config import RunConfig
+from pi_ray.conversation import dump_messages, load_messages
+from pi_ray.errors import DataError
+from pi_ray.models import context_length
+from pi_ray.prompt import PromptEncoder, Template
+from pi_ray.protocols import Reject, Row
+
+
+class ConversationContext:
+    """Cuts conversations to the tokens that are left behind a template, and counts what it cut.
+
+    Raises DataError where the template leaves no tokens.
+    """
+
+    def __init__(self, config: RunConfig, encoder: PromptEncoder, template: Template):
+        self.encoder, self.context = encoder, context_length(config.model)
+        self.template = len(encoder.prefix(template.text))
+        self.room = self.context - self.template
+        self.rows = self.cut = self.messages = 0
+        if self.room <= 0:
+            raise DataError(f"system message and tools have {self.template:,} tokens, and the model's context is "
+                            f"{self.context:,}; take a model with a longer one, or shorten them")
+
+    def fit(self, row: Row | Reject) -> Row | Reject:
+        """The row with as many of its conversation's messages as fit with its answer; a Reject where too few do."""
+        if isinstance(row, Reject):
+            return row
+        self.rows += 1
+        if len(row.query.encode()) + len(row.answer.encode()) <= self.room:  # a token is at least a byte
+            return row
+        messages, answer = load_messages(row.query), len(self.encoder.answer(row.answer))
+
+        def is_short(kept: Sequence[dict[str, Any]]) -> bool:
+            return len(self.encoder.row(dump_messages(kept))) + answer <= self.room
+
+        if is_short(messages):
+            return row
+        starts = [i for i, message in enumerate(messages) if i > 1 and message["role"] == "assistant"]
+        place = bisect_left(starts, True, key=lambda i: is_short([messages[0], *messages[i:]]))
+        if place == len(starts):
+            self.rows -= 1
+            return Reject(row.id, 0, f"even its first message and its latest exchange alone are longer than the "
+                          f"{self.room:,} tokens that the template leaves of the model's context of {self.context:,}")
+        self.cut, self.messages = self.cut + 1, self.messages + starts[place] - 1
+        return replace(row, query=dump_messages([messages[0], *messages[starts[place] :]]))
+
+    def notes(self) -> list[str]:
+        """What was cut, in words."""
+        if not self.cut:
+            return []
+        return [f"{self.cut} of {self.rows} rows cut to the {self.room:,} tokens that the template leaves of "
+                f"the model's context: {self.messages:,} messages left out, the oldest after the first one"]

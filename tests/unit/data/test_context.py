@@ -1,0 +1,72 @@
+"""Conversations that are longer than the context lose their oldest turns, and are counted."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from pi_ray.config import RunConfig
+from pi_ray.conversation import dump_messages, load_messages
+from pi_ray.data import context as module
+from pi_ray.data.context import ConversationContext
+from pi_ray.errors import DataError
+from pi_ray.prompt import Template
+from pi_ray.protocols import Reject, Row
+
+WORDS = 10  # tokens of the template
+
+
+@pytest.fixture
+def make(monkeypatch):
+    """Tokens of the context -> a ConversationContext whose tokens are words."""
+    monkeypatch.setattr(module, "context_length", lambda model: make.tokens)
+    encoder = SimpleNamespace(
+        prefix=lambda text: text.split(), answer=lambda text: text.split(),
+        row=lambda query: [word for m in load_messages(query) for word in m["content"].split()],
+    )
+
+    def make(tokens):
+        make.tokens = tokens
+        return ConversationContext(RunConfig(name="a"), encoder, Template(" ".join(["word"] * WORDS)))
+
+    return make
+
+
+def talk(*texts):
+    """A row whose last text is the answer."""
+    roles = ("user", "assistant")
+    messages = [{"role": roles[i % 2], "content": text} for i, text in enumerate(texts[:-1])]
+    return Row("a", dump_messages(messages), texts[-1])
+
+
+def texts(row):
+    return [m["content"] for m in load_messages(row.query)]
+
+
+def test_the_oldest_turns_after_the_first_users_go_first(make):
+    context = make(WORDS + 9)
+    row = context.fit(talk("u1 u1 u1", "a1 a1 a1", "u2", "a2 a2", "u3", "a3 a3"))  # 12 tokens
+    assert texts(row) == ["u1 u1 u1", "a2 a2", "u3"] and row.answer == "a3 a3"
+    assert [m["role"] for m in load_messages(row.query)] == ["user", "assistant", "user"]
+    assert context.notes() == [
+        "1 of 1 rows cut to the 9 tokens that the template leaves of the model's context: 2 messages left "
+        "out, the oldest after the first one"
+    ]
+
+
+def test_what_fits_stays_as_it_is_and_is_not_mentioned(make):
+    context, row = make(WORDS + 12), talk("u1 u1 u1", "a1 a1 a1", "u2", "a2 a2", "u3", "a3 a3")
+    assert context.fit(row) is row and context.notes() == []
+
+
+def test_a_turn_that_cannot_fit_is_a_reject(make):
+    context = make(WORDS + 5)
+    for row in (talk("u1 u1 u1", "a1"), talk("u1", "a1", "u2 u2 u2 u2 u2", "a2")):
+        assert isinstance(context.fit(row), Row if row.query.count("role") == 1 else Reject)
+    assert "latest exchange alone are longer than the 5 tokens" in context.fit(talk("u1 u1 u1 u1 u1", "a1")).reason
+    given = Reject("f", 3, "bad")
+    assert context.fit(given) is given
+
+
+def test_a_template_that_fills_the_context_is_refused(make):
+    with pytest.raises(DataError, match="have 10 tokens, and the model's context is 10"):
+        make(WORDS)
