@@ -84,8 +84,10 @@ def answer(config: RunConfig, console: Console) -> dict[str, Any]:
 def prepare(config: RunConfig, console: Console) -> None:
     """Asks first where queries are generated, and then has a teacher answer where its answers are the rows."""
     from pi_ray.data import prepare as step
+    from pi_ray.evaluate.judge import judges_of
 
     require_queries(config)
+    judges_of(config)
     if config.task.generate:
         ask(config, console)
     if config.answers_first:

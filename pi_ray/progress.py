@@ -105,17 +105,17 @@ def _event_text(entry: dict[str, Any]) -> str:
     step, dev_loss = entry.get("step", 0), f"dev loss {entry.get('dev_loss', 0):.3f}"
     match entry.get("event"):
         case "dev":
-            return f"update {step + 1}, {dev_loss}, dev accuracy {entry['dev_accuracy']:.1%}"
+            return f"update {step + 1}, {dev_loss}, dev accuracy {entry['dev_accuracy']:.1%}{_dev_scores(entry)}"
         case "phase_end":
             early, best_step = " early, no more gain" if entry.get("early") else "", entry.get("best_step", step)
             best = f", as it was after update {best_step + 1}" if best_step != step else ""
-            scores = [f"{name.replace('_', ' ')} {mean:.1%}" for name, mean in entry.get("scores", {}).items()]
-            own = f"; as it would be served, on dev rows: {', '.join(scores)}" if scores else ""
-            return f"phase {entry['phase']} done{early}, {dev_loss}; adapter written{best}{own}"
+            return f"phase {entry['phase']} done{early}, {dev_loss}; adapter written{best}{_dev_scores(entry)}"
         case "best" if "floor" in entry:
             return entry["floor"]["sentence"]
         case "best":
             right = f"{entry['dev_accuracy']:.1%} of their tokens right"
+            if "metric" in entry:
+                right = f"{entry['metric'].replace('_', ' ')} {entry['score']:.1%}, {right}"
             return f"the best adapter on dev rows is that of phase {entry['phase']} ({right})"
         case "teacher_answers" if not entry["queries"]:
             mean = f", averaged over {entry['views']} orders of the prompt" if entry["views"] > 1 else ""
@@ -138,6 +138,12 @@ def _event_text(entry: dict[str, Any]) -> str:
         case "warning":
             return f"warning: {entry['text']}"
     return ""
+
+
+def _dev_scores(entry: dict[str, Any]) -> str:
+    """The scores of answers to dev rows at the end of a line, where there are any."""
+    scores = [f"{name.replace('_', ' ')} {mean:.1%}" for name, mean in entry.get("scores", {}).items()]
+    return f"; its answers to dev rows: {', '.join(scores)}" if scores else ""
 
 
 def format_money(amount: float, currency: str) -> str:

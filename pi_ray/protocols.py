@@ -1,4 +1,4 @@
-"""The six Protocols that people extend, and the types that they exchange. registry.py finds parts by name."""
+"""The seven Protocols that people extend, and the types that they exchange. registry.py finds parts by name."""
 
 from __future__ import annotations
 
@@ -46,10 +46,23 @@ class Task(Protocol):
     def template(self) -> Template: ...
 
     def score(self, row: Row, output: str) -> dict[str, float]:
-        """Metrics of one row in [0, 1], "exact_match" among them. evaluate/ adds corpus BLEU for every task."""
+        """Metrics of one row in [0, 1]: those of `task.metric`, or "exact_match" and more, beside which evaluate/ sets
+        corpus BLEU.
+        """
 
     def fingerprint(self) -> str:
         """A hash of everything that rows and template are made from."""
+
+
+class Metric(Protocol):
+    """A score of answers to a user's own rows (`task.metric`). Constructed with a MetricConfig and the TaskConfig.
+
+    Optional methods: check(row) says why a row's answer cannot be scored against, or ""; score_all(rows, outputs) takes
+    all rows at once where scoring is work.
+    """
+
+    def score(self, row: Row, output: str) -> float | dict[str, float]:
+        """A number from 0 to 1, or several by name, the deciding one first. Raises DataError for an unfit row."""
 
 
 class Compressor(Protocol):

@@ -1,4 +1,4 @@
-"""Registries: name -> implementation, for the six kinds of part in protocols.py, imported when it is looked up.
+"""Registries: name -> implementation, for the seven kinds of part in protocols.py, imported when it is looked up.
 
 A part is a line `"name": "module:attribute"` below, or an entry point in the group `pi_ray.<kind>` of an installed
 package.
@@ -24,13 +24,18 @@ class Registry:
     def names(self) -> list[str]:
         return sorted(self._all())
 
+    def why_unknown(self, name: str) -> str:
+        """Why there is no such part, with the closest name; "" where there is one."""
+        if name in self._parts or name in (parts := self._all()):
+            return ""
+        close = get_close_matches(name, parts, n=1)
+        hint = f"did you mean '{close[0]}'?" if close else f"there are: {', '.join(sorted(parts))}"
+        return f"no {self.kind} named '{name}'; {hint}"
+
     def __getitem__(self, name: str) -> Any:
-        parts = self._all()
-        if name not in parts:
-            close = get_close_matches(name, parts, n=1)
-            hint = f"did you mean '{close[0]}'?" if close else f"there are: {', '.join(sorted(parts))}"
-            raise ConfigError(f"no {self.kind} named '{name}'; {hint}")
-        module, _, attribute = parts[name].partition(":")
+        if reason := self.why_unknown(name):
+            raise ConfigError(reason)
+        module, _, attribute = self._all()[name].partition(":")
         return getattr(import_module(module), attribute)
 
 
@@ -43,6 +48,21 @@ tasks = Registry("task", {
     "nl2f": "pi_ray.tasks.nl2f:Nl2fTask",
     "nl2f-w": "pi_ray.tasks.nl2f_w:Nl2fWTask",
     "desk": "pi_ray.tasks.desk:DeskTask",
+})
+metrics = Registry("metric", {
+    "exact_match": "pi_ray.metrics.exact_match:ExactMatch",
+    "normalized": "pi_ray.metrics.normalized:Normalized",
+    "contains": "pi_ray.metrics.contains:Contains",
+    "regex": "pi_ray.metrics.regex:RegexMatch",
+    "number": "pi_ray.metrics.number:NumberMatch",
+    "choice": "pi_ray.metrics.choice:ChoiceMatch",
+    "f1": "pi_ray.metrics.f1:WordF1",
+    "bleu": "pi_ray.metrics.bleu:SentenceBleu",
+    "rouge_l": "pi_ray.metrics.rouge_l:RougeL",
+    "json": "pi_ray.metrics.json_fields:JsonFields",
+    "tool_call": "pi_ray.metrics.tool_call:ToolCallMatch",
+    "python": "pi_ray.metrics.python:ScoreFile",
+    "judge": "pi_ray.metrics.judge:JudgeRubric",
 })
 compressors = Registry("compressor", {
     "llmlingua": "pi_ray.compress.llmlingua:LLMLingua",
@@ -71,4 +91,4 @@ engines = Registry("engine", {
     "transformers": "pi_ray.serve.engine.engine:TransformersEngine",
     "vllm": "pi_ray.serve.engine.vllm:VllmEngine",
 })
-KINDS = {r.kind: r for r in (tasks, compressors, encoders, schedules, backends, engines)}
+KINDS = {r.kind: r for r in (tasks, metrics, compressors, encoders, schedules, backends, engines)}

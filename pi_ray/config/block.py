@@ -59,10 +59,20 @@ def check_storage_url(url: str, key: str) -> None:
 
 
 def set_key(data: dict[str, Any], key: str, value: Any) -> None:
-    """Set a dotted key, such as "train.lr", in nested blocks. Raises ConfigError if the key leads through a value."""
+    """Set a dotted key, such as "train.lr" or "task.metric.0.file", in nested blocks and lists.
+
+    Raises ConfigError if the key leads through a value or past the end of a list.
+    """
     *blocks, last = key.split(".")
+    place: Any = data
     for block in blocks:
-        data = data.setdefault(block, {})
-        if not isinstance(data, dict):
+        place = place[_position(place, block, key)] if isinstance(place, list) else place.setdefault(block, {})
+        if not isinstance(place, (dict, list)):
             raise ConfigError(f"'{key}': '{block}' is a value, not a block")
-    data[last] = value
+    place[_position(place, last, key) if isinstance(place, list) else last] = value
+
+
+def _position(place: list[Any], name: str, key: str) -> int:
+    if not name.isdecimal() or int(name) >= len(place):
+        raise ConfigError(f"'{key}': '{name}' is no position in a list of {len(place)}")
+    return int(name)

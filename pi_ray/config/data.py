@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from pi_ray.config.block import (
     Block,
@@ -15,6 +15,7 @@ from pi_ray.config.block import (
     omit_default,
     refuse,
 )
+from pi_ray.config.metric import MetricConfig, MetricEntries, as_metrics, check_metrics
 
 INPUTS = ("train", "dev", "test", "queries", "template", "tools", "folder", "docs")  # keys of `task` that name files
 GENERATE = "generate"  # in task.queries: queries that a writer makes from the template
@@ -61,11 +62,19 @@ class TaskConfig(Block):
     hidden: Count = omit_default(0, "subjects of a desk whose codes no labelled row has")
     allow_code_execution: bool = doc(False, "run generated programs, in a sandbox, to score them by their tests (mbpp)")
     unsafe_local_execution: bool = doc(False, "also where no sandbox can be: with your own rights, on your own files")
+    metric: tuple[MetricConfig, ...] = omit_default((), "how answers to your own rows are scored: exact_match, "
+        "normalized, contains, regex, number, choice, f1, bleu, rouge_l, json, tool_call, python or judge, by name or "
+        "with its settings; of several the first decides. Default: exact match, and BLEU beside it")
     published: str = omit_default("", "folder with the template that labels still follow, since the template was "
         "changed after publishing: rows about the change and an anchor are trained on; 'pi-ray refresh' sets it")
     rows: RowsConfig = RowsConfig()
     max_bad_rows: Count = doc(0, "stop when more rows than this are rejected")
     overlap: Literal["error", "drop"] = doc("error", "a training query also in dev or test: stop, or train without it")
+
+    @field_validator("metric", mode="before", json_schema_input_type=MetricEntries)
+    @classmethod
+    def _list_metrics(cls, value: Any) -> Any:
+        return as_metrics(value)
 
     @model_validator(mode="before")
     @classmethod
@@ -79,6 +88,11 @@ class TaskConfig(Block):
     def model_post_init(self, context: Any) -> None:
         for key in INPUTS:
             check_storage_url(getattr(self, key), f"task.{key}")
+        for metric in self.metric:
+            check_storage_url(metric.file, "task.metric.file")
+        check_metrics(self.metric)
+        refuse(self.metric and self.name not in OWN_ROWS,
+            f"task.metric is for rows of your own (task {' or '.join(OWN_ROWS)}); {self.name} brings its own")
         if self.unseen:
             refuse(self.name in OWN_ROWS, "task.unseen: leave such rows out of train.jsonl yourself")
             refuse(self.name == "opsql", "task.unseen: opsql has such rows already, its group 'template only'")
@@ -89,6 +103,12 @@ class TaskConfig(Block):
             "task.tools and task.learn are for rows with messages; set task.name conversations")
         elsewhere = self.name != "desk"
         refuse((self.subjects or self.hidden) and elsewhere, "task.subjects and task.hidden are for task desk")
+
+    @property
+    def inputs(self) -> dict[str, str]:
+        """Key below `task` -> each file or folder that is named, or may be: those of INPUTS, and of metrics."""
+        files = {f"metric.{i}.file": metric.file for i, metric in enumerate(self.metric) if metric.file}
+        return {**{key: getattr(self, key) for key in INPUTS}, **files} if self.name != "opsql" else {}
 
 
 class DocumentsConfig(Block):

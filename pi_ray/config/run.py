@@ -22,6 +22,7 @@ from pi_ray.config.block import (
 )
 from pi_ray.config.cluster import ClusterConfig
 from pi_ray.config.data import CompressConfig, RetrieveConfig, TaskConfig
+from pi_ray.config.metric import MetricConfig
 from pi_ray.config.serve import ServeConfig
 from pi_ray.config.train import PromptConfig, ScheduleConfig, TrainConfig
 from pi_ray.schedule import plan_phases
@@ -247,6 +248,18 @@ class RunConfig(Block):
     def learns_all_turns(self, split: str) -> bool:
         """Whether rows of the split are conversations of which every assistant turn is learned."""
         return self.prompt.conversation and self.task.learn == "all" and split == "train"
+
+    @property
+    def training_metric(self) -> MetricConfig | None:
+        """The metric by which training chooses a phase and stops early: the first of task.metric that costs no money.
+
+        None: the share of the dev answers' tokens that are right decides. So it is without task.metric, where no worker
+        can generate answers (ZeRO stage 3, gist tokens), and where one phase runs to its end.
+        """
+        train = self.train
+        chooses = len(plan_phases(self.schedule)) > 1 or train.early_stop
+        generates = not (train.gist or train.backend.shards_weights or train.backend.name == "openai")
+        return next((m for m in self.task.metric if not m.asks_service), None) if chooses and generates else None
 
     @property
     def rows_per_worker(self) -> int:

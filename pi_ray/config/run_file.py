@@ -81,8 +81,9 @@ def make_paths_absolute(config: RunConfig, folder: Path) -> RunConfig:
 
     task, here = config.task, Path.cwd()
     paths = {key: resolve(folder, getattr(task, key)) for key in INPUTS} if task.name != "opsql" else {}
+    metric = tuple(m.model_copy(update={"file": resolve(folder, m.file)}) for m in task.metric)
     return config.model_copy(update={
-        "task": task.model_copy(update=paths),
+        "task": task.model_copy(update={**paths, "metric": metric}),
         "run_dir": resolve(here, config.run_dir or f"runs/{config.name}"),
         "store": resolve(here, config.store or "store"),
         "serve": config.serve.model_copy(update={
@@ -123,6 +124,8 @@ def _line_numbers(node: yaml.Node, path: tuple[str, ...] = ()) -> dict[tuple[str
 def _explain(error: Mapping[str, Any], source: str, places: dict[tuple[str, ...], str], model: type[BaseModel]) -> str:
     """One of pydantic's mistakes in words; for an unknown key also the closest one, else all keys of its block."""
     path = whole = tuple(str(part) for part in error["loc"])
+    if (unnumbered := tuple(part for part in path if not part.isdecimal())) in places:  # a list's only entry, alone
+        path = unnumbered
     while len(path) > 1 and path not in places:  # pydantic appends union branches to the location
         path = path[:-1]
     where, key = places.get(path, source), ".".join(path) or "run.yaml"

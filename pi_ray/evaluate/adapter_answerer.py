@@ -39,7 +39,7 @@ class AdapterAnswerer:
         """Hash all that answers and their evaluation depend on. Raises CorruptArtifactError for a damaged adapter."""
         prepared = self.run.prepared_fingerprint()
         found = [(c.name, verify_artifact(Path(c.adapter))["fingerprint"] if c.adapter else prepared) for c in columns]
-        if self.config.schedule.floor:  # the adapters of all phases have the same fingerprint
+        if self.config.schedule.floor or self.config.training_metric:  # all phases' adapters have the same fingerprint
             found += [(c.name, Path(c.adapter).name) for c in columns if c.adapter]
         return evaluate_fingerprint(self.config, found)
 
@@ -79,7 +79,7 @@ class AdapterAnswerer:
         texts = {name: [encoder.decode(ids) for ids in found] for name, found in outputs.items()}
         answers, knowledge = {}, dict[str, Knowledge]()
         if trained and questions:
-            knowledge[trained.name] = questions.knowledge(texts[QUESTIONS], trained.adapter)
+            knowledge[trained.name] = questions.knowledge(texts[QUESTIONS], trained.adapter, self.config.task)
         for c in columns:
             prefix, rows = prompts[c.name]
             sent = c.gist or len(prefix)  # gist tokens are sent in place of the template

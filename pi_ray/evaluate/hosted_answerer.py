@@ -18,6 +18,7 @@ from pi_ray.models import load_tokenizer
 from pi_ray.prompt import PromptEncoder, render_prompt
 from pi_ray.run.artifact import digest
 from pi_ray.run.directory import RunDir
+from pi_ray.run.fingerprint import metric_fingerprints
 from pi_ray.run.phases import ColumnPrompt
 
 
@@ -38,7 +39,8 @@ class HostedAnswerer:
         """Raises TrainingError where nothing was prepared."""
         asked = [(c.name, c.adapter or self.model, c.template, c.shots) for c in columns]
         settings = self.config.evaluate.model_dump(mode="json")
-        return digest([self.config.closed.base_url, asked, self.run.prepared_fingerprint(), settings])
+        prepared, metrics = self.run.prepared_fingerprint(), metric_fingerprints(self.config)
+        return digest([self.config.closed.base_url, asked, prepared, settings, *metrics])
 
     def answer(self, columns: Sequence[Column], lengths: AnswerLengths, watch: RowWatch) -> dict[str, Answers]:
         """Raises TrainingError when the cost is declined or the service cannot be reached."""

@@ -19,12 +19,14 @@ class ScoredAnswers:
     bootstrap: int  # resamples for the intervals
     seed: int
     clusters: Sequence[str] | None = None  # of each row, where rows are alike, such as its conversation
+    has_bleu: bool = True  # whether BLEU over all rows is one of the metrics
 
     def summarise(self) -> dict[str, Any]:
         """Every metric with its 95% bootstrap interval over rows; BLEU on 0..100, the others in 0..1."""
         how = (self.bootstrap, self.seed, self.clusters)
         found = {m: mean_interval([s[m] for s in self.scores], *how) for m in self.scores[0]}
-        found["bleu"] = corpus_bleu(self.texts, [r.answer for r in self.rows], *how)
+        if self.has_bleu:  # in place of the mean of sentences, where metrics have one
+            found["bleu"] = corpus_bleu(self.texts, [r.answer for r in self.rows], *how)
         values = {metric: value for metric, (value, _, _) in found.items()}
         return {**values, "intervals": {metric: [low, high] for metric, (_, low, high) in found.items()}}
 
@@ -45,8 +47,9 @@ class ScoredAnswers:
         found = {
             m: paired_mean([s[m] for s in self.scores], [s[m] for s in other.scores], *how) for m in self.scores[0]
         }
-        answers = [r.answer for r in self.rows]
-        found["bleu"] = paired_bleu(self.texts, other.texts, answers, *how)
+        if self.has_bleu:
+            answers = [r.answer for r in self.rows]
+            found["bleu"] = paired_bleu(self.texts, other.texts, answers, *how)
         return {metric: list(values) for metric, values in found.items()}
 
 

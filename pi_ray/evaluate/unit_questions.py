@@ -9,23 +9,25 @@ from typing import Literal
 
 import pyarrow.compute as pc
 
-from pi_ray.config import RunConfig
+from pi_ray.config import RunConfig, TaskConfig
+from pi_ray.errors import DataError
 from pi_ray.evaluate.columns import Column
 from pi_ray.evaluate.knowledge import MAX_TEXT, AnsweredQuestion, Knowledge, UnitKnowledge
+from pi_ray.metrics import RowScorer, exact_match
 from pi_ray.models import load_tokenizer
 from pi_ray.prompt import PromptEncoder
-from pi_ray.protocols import UNLABELLED
+from pi_ray.protocols import UNLABELLED, Row
 from pi_ray.run.artifact import MANIFEST_HASH, verify_artifact
 from pi_ray.run.directory import RunDir
 from pi_ray.run.fingerprint import wants_unlabelled
 from pi_ray.run.row_store import read_range
-from pi_ray.tasks.dataset import exact_match
 from pi_ray.train import distilled_rows
 from pi_ray.units import UnitIndex, find_units
 
 MOST_TEXTS = 10_000  # rows, and queries, among which those about a unit are counted
 DEV_ROWS_OF_UNIT = 4  # dev rows are asked until a unit has so many questions
 EXAMPLES = 3
+FULL = 1 - 1e-9  # a score from which an answer is right
 
 
 @dataclass(frozen=True)
@@ -61,12 +63,13 @@ class UnitQuestions:
             prompts.append(encoder.row(row.query, shots.get(row.id, ()), row.documents))
         return prompts
 
-    def knowledge(self, answers: Sequence[str], adapter: str) -> Knowledge:
-        """What the adapter of that folder knows, by its answers to the questions."""
+    def knowledge(self, answers: Sequence[str], adapter: str, task: TaskConfig) -> Knowledge:
+        """What the adapter of that folder knows, by its answers to the questions and the metrics of `task`."""
         asked: dict[int, list[AnsweredQuestion]] = {}
-        for q, answer in zip(self.questions, answers, strict=True):
+        rows = [Row(str(i), q.query, q.expected) for i, q in enumerate(self.questions)]
+        marks = _mark_answers(RowScorer(task), rows, answers)
+        for q, answer, right in zip(self.questions, answers, marks, strict=True):
             query, expected, given = map(_shorten, (q.query, q.expected, answer))
-            right = bool(exact_match(answer, q.expected))
             for unit in q.units:
                 asked.setdefault(unit, []).append(
                     AnsweredQuestion(query=query, expected=expected, source=q.source, answer=given, right=right)
@@ -81,6 +84,20 @@ class UnitQuestions:
             for i, unit in enumerate(self.index.units)
         ]
         return Knowledge(adapter_sha256=verify_artifact(Path(adapter))[MANIFEST_HASH], units=tuple(units))
+
+
+def _mark_answers(scorer: RowScorer, rows: Sequence[Row], answers: Sequence[str]) -> list[bool]:
+    """Whether each answer has a full score by the first metric, or by exact match where no metric fits the row.
+
+    A teacher may have given an expected answer that no metric can score, since nobody has looked at it.
+    """
+    scores: list[float] = []
+    for row, answer in zip(rows, answers, strict=True):
+        try:
+            scores.append(next(iter(scorer.score(row, answer).values())))
+        except DataError:
+            scores.append(exact_match(answer, row.answer))
+    return [score >= FULL for score in scores]
 
 
 def _shorten(text: str) -> str:

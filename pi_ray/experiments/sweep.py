@@ -46,7 +46,8 @@ class SweepConfig(Block):
     title: str
     run: str = Field(description="run file that all columns start from, relative to this file")
     set: dict[str, Any] = Field({}, description="dotted keys of run.yaml that all columns share")
-    metric: str = Field("exact_match", description="the metric of the table: exact_match, bleu, pass_at_1, ...")
+    metric: str = Field("", description="the metric of the table: exact_match, bleu, pass_at_1, ...; default: the "
+        "first of the run file's task.metric, else exact_match")
     seeds: Annotated[tuple[int, ...], Field(min_length=1)] = (0, 1)
     columns: dict[str, ColumnConfig]
     mine: str = Field("promptintern", description="the column that the others are compared with")
@@ -100,7 +101,20 @@ def load_sweep(path: Path, overrides: Sequence[str] = ()) -> Sweep:
     typed = {o.partition("=")[0] for o in overrides}
     shared = {key: value for key, value in {"evaluate.baseline": False, **config.set}.items() if key not in typed}
     base = _replace_keys(base, shared, f"{path}: set")
+    config = config.model_copy(update={"metric": _table_metric(config.metric, base, path)})
     return Sweep(config, base, tuple(_sweep_runs(config, base, path)), path)
+
+
+def _table_metric(named: str, base: RunConfig, path: Path) -> str:
+    """The metric by which columns are compared. Raises ConfigError for one that the runs do not have, and where only a
+    score file knows its name.
+    """
+    keys = [metric.key for metric in base.task.metric] or ["exact_match"]
+    if not (named or keys[0]):
+        raise ConfigError(f"{path}: metric is missing; task.metric is a score file, so name the number that it gives")
+    if named and base.task.metric and named not in keys and "" not in keys:
+        raise ConfigError(f"{path}: metric '{named}' is none of the run's task.metric, which has {', '.join(keys)}")
+    return named or keys[0]
 
 
 def _sweep_runs(config: SweepConfig, base: RunConfig, path: Path) -> Iterator[SweepRun]:

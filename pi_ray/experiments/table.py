@@ -18,8 +18,9 @@ from rich.table import Table
 from pi_ray.evaluate import statistics
 from pi_ray.evaluate.generation_workers import KINDS
 from pi_ray.experiments.sweep import Sweep, SweepRun
+from pi_ray.metrics.names import metric_name
 from pi_ray.report import cost
-from pi_ray.report.summary import format_metric, format_seconds, metric_name, terminal_table
+from pi_ray.report.summary import format_metric, format_seconds, terminal_table
 from pi_ray.run.artifact import write_atomic
 
 Latencies = dict[str, dict[str, float]]  # column -> median seconds of each of KINDS, all on one engine

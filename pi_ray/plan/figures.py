@@ -39,7 +39,7 @@ class Plan:
     query: estimate.Shape  # of a request to the adapter
     money: cost.Economics
     teaching: float = 0.0  # seconds in which a teacher answers queries
-    answering: float = 0.0  # seconds in which phases answer dev rows, for a quality floor
+    answering: float = 0.0  # seconds in which phases answer dev rows, for a quality floor or task.metric
     scored: int = 0  # those dev rows
     asking: AskingPlan | None = None  # where queries are generated
     drills: str = ""  # what reading drills exchange, or why there are none

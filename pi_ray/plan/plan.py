@@ -38,7 +38,8 @@ from pi_ray.schedule import Phase, plan_phases
 from pi_ray.train.anchor import AnchorRows
 from pi_ray.train.drills import describe_drills
 from pi_ray.train.facts import find_facts
-from pi_ray.train.floor import FEW_ROWS, scored_rows
+from pi_ray.train.floor import FEW_ROWS
+from pi_ray.train.phase_scores import scored_rows
 from pi_ray.train.teaching import describe_options
 from pi_ray.train.updates import updates_in_phase
 
@@ -111,7 +112,7 @@ def plan_run(config: RunConfig) -> Plan:
         written = round(distill.on_policy * phases[-1].updates) * others  # in updates' worth of rows
         reading = written * estimate.update_seconds(size, full, config, speed) / 2
         teaching += reading + answering_seconds(shapes[-1], round(written * config.train.batch_size))
-    scored = len(scored_rows(splits["dev"])) if config.schedule.floor else 0
+    scored = len(scored_rows(splits["dev"])) if config.schedule.floor or config.training_metric else 0
     answering = sum(answering_seconds(shape, scored) for shape in shapes)
     answers, words = ((r.query, r.answer) for r in splits["train"]), config.train.drills
     drills = describe_drills(config, find_facts(task.template().text, answers, words.words, words.ignore))
@@ -180,8 +181,8 @@ def print_plan(plan: Plan, console: Console, scale: bool = False) -> None:
     elif wants_unlabelled(config):
         say(_teacher(plan))
         say(f"Reading drills: {plan.drills}")
-    if config.schedule.floor:
-        say(_floor(plan))
+    if plan.scored:
+        say(_dev_answers(plan))
     parts = f"about {_parts(plan.memory)}, besides Python and its libraries"
     say(f"Memory per worker{', on its GPU' if plan.host else ''}: {parts}")
     if plan.host:
@@ -245,15 +246,17 @@ def _first_teacher(plan: Plan) -> str:
     return f"Teacher: {who} answers the queries with the whole prompt before anything is trained{time}"
 
 
-def _floor(plan: Plan) -> str:
+def _dev_answers(plan: Plan) -> str:
     schedule, sharded = plan.config.schedule, plan.config.train.backend.shards_weights
+    time = f"about {_duration(plan.answering)} of that"
+    if not schedule.floor:
+        return f"Metric: after each phase {plan.scored:,} dev rows are answered, {time}; task.metric chooses by them"
     how = "judged by their tokens, since ZeRO stage 3 cannot generate," if sharded else "answered"
     few = f" ({plan.scored} rows are few, so that chance decides with them)" if plan.scored < FEW_ROWS else ""
     rows = f"after each phase {plan.scored:,} dev rows are {how} under its prompt{few}"
     keeps = f"that keeps {schedule.floor:.4g} of the first phase's score"
     shots = any(p.phase.shots for p in plan.phases)
     fixed = "; examples are then fixed ones, which a server can send" if shots else ""
-    time = f"about {_duration(plan.answering)} of that"
     return f"Quality floor: {rows}, {time}; the run ends at the shortest prompt {keeps}{fixed}"
 
 

@@ -12,6 +12,7 @@ from itertools import islice
 from statistics import fmean
 from typing import Any
 
+from pi_ray.metrics.names import metric_name
 from pi_ray.report import summary as numbers
 from pi_ray.schedule import Phase
 
@@ -133,7 +134,7 @@ def quality_chart(summary: dict[str, Any], metric: str) -> str:
             parts.append(_text(panel.left - 12, y + 4, label, "end", INK, bold=name == "promptintern"))
             parts += _dot(panel, y, _colour(name), column, metric)
             y += step
-    return _svg(height + 30, f"{numbers.metric_name(metric)} with 95% intervals", parts)
+    return _svg(height + 30, f"{metric_name(metric)} with 95% intervals", parts)
 
 
 def _dot(panel: Panel, y: float, colour: str, column: dict[str, Any], metric: str) -> Iterator[str]:

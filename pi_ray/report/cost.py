@@ -8,6 +8,7 @@ import math
 from typing import Any, NamedTuple
 
 from pi_ray.config import CostConfig
+from pi_ray.metrics.names import metric_in_sentence
 from pi_ray.progress import format_money
 from pi_ray.report import summary as numbers
 from pi_ray.report.reference import is_own_teacher
@@ -72,7 +73,7 @@ def summary_economics(summary: dict[str, Any], cost: CostConfig) -> Economics:
 def verdict(summary: dict[str, Any], cost: CostConfig) -> str:
     """One sentence or two on whether to keep the prompt: first by quality, then by money against the cached prompt."""
     mine, full, metric = summary["promptintern"], summary["base_full_prompt"], numbers.main_metric(summary)
-    name = numbers.metric_in_sentence(metric)
+    name = metric_in_sentence(metric)
     ours, theirs = (numbers.format_metric(metric, c[metric]) for c in (mine, full))
     weak = mine[metric] < (WEAK_BLEU if metric == "bleu" else numbers.WEAK)
     if is_own_teacher(summary) and not weak:

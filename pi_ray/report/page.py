@@ -20,6 +20,7 @@ from pi_ray.data.find_neighbours import read_facts, summarise_facts
 from pi_ray.errors import CorruptArtifactError, DataError
 from pi_ray.evaluate.columns import LABELS
 from pi_ray.evaluate.knowledge import read_knowledge
+from pi_ray.metrics.names import metric_in_sentence, metric_name
 from pi_ray.report import charts, cost
 from pi_ray.report import summary as numbers
 from pi_ray.report.knowledge import page_knowledge
@@ -67,7 +68,7 @@ def _context(run: RunDir, config: RunConfig, summary: dict[str, Any]) -> dict[st
         "findings": list(numbers.findings(summary)), "caveats": list(numbers.caveats(summary)),
         "tiles": _tiles(summary, config, metric),
         "lines": numbers.table_lines(summary), "group_lines": numbers.group_lines(summary, metric),
-        "metric": numbers.metric_name(metric), "knows": page_knowledge(read_knowledge(run.evaluation)),
+        "metric": metric_name(metric), "knows": page_knowledge(read_knowledge(run.evaluation)),
         "cost": _cost(summary, config),
         "phases": _phase_lines(run, spans),
         "neighbours": summarise_facts(facts, config.retrieve.by) if "method" in facts else "",
@@ -91,7 +92,7 @@ def _tiles(summary: dict[str, Any], config: RunConfig, metric: str) -> list[tupl
     tokens = f"{mine['input_tokens']:,.0f} instead of {full['input_tokens']:,.0f}"
     return [
         (numbers.format_percent(fewer), "fewer input tokens per request", tokens),
-        (numbers.format_metric(metric, mine[metric]), numbers.metric_in_sentence(metric), against),
+        (numbers.format_metric(metric, mine[metric]), metric_in_sentence(metric), against),
         (numbers.format_seconds(mine.get("latency_s")), "per request", f"full prompt {took}, cached {took_cached}"),
         (paid, "requests until training is paid back", "against the full prompt with a cached prefix"),
     ]

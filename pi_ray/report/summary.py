@@ -11,11 +11,12 @@ from rich.table import Table
 from rich.text import Text
 
 from pi_ray.evaluate.columns import LABELS
+from pi_ray.metrics.names import metric_in_sentence, metric_name
+from pi_ray.report.judge import judge_sentences
 from pi_ray.report.reference import answered_sentence, is_own_teacher, name_teacher, teacher_caveats
 from pi_ray.run.answered import reference_teacher
 from pi_ray.schedule import Phase
 
-METRIC_NAMES = {"exact_match": "Exact match", "bleu": "BLEU", "execution": "Execution match"}
 WRITERS = {  # of queries
     "adapter": "an adapter of the base model, trained on the labelled rows, wrote them",
     "prompt": "the base model wrote them", "few-shot": "the base model wrote them",
@@ -26,7 +27,7 @@ WEAK = 0.1  # a metric below this in every column tells them apart badly
 
 def summary_columns(summary: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Name -> column, in the order of the tables; a name that LABELS lacks comes before PromptIntern."""
-    found = {k: v for k, v in summary.items() if isinstance(v, dict) and "exact_match" in v}
+    found = {k: v for k, v in summary.items() if isinstance(v, dict) and "input_tokens" in v}
     order = list(dict.fromkeys(k for k in (*LABELS, *found) if k != "promptintern"))
     return {k: found[k] for k in (*order, "promptintern") if k in found}
 
@@ -36,13 +37,20 @@ def column_label(name: str, column: dict[str, Any]) -> str:
 
 
 def metrics_of(summary: dict[str, Any]) -> list[str]:
-    """Metrics of the tables: exact match, BLEU, then the task's own (those with an interval)."""
+    """Metrics of the tables: those of task.metric, else exact match, BLEU, then the task's own with an interval."""
+    if named := summary.get("metrics"):
+        return named
     own = {m for c in summary_columns(summary).values() for m in c.get("intervals", {})}
     return ["exact_match", "bleu", *sorted(own - {"exact_match", "bleu"})]
 
 
 def main_metric(summary: dict[str, Any]) -> str:
-    """The metric of headlines and verdicts: exact match, else the task's own, else BLEU, skipping those near 0."""
+    """The metric of headlines and verdicts: the first of task.metric, whatever it says.
+
+    Without it exact match, else the task's own, else BLEU, skipping those near 0.
+    """
+    if named := summary.get("metrics"):
+        return named[0]
     exact, bleu, *own = metrics_of(summary)
     found = summary_columns(summary).values()
     return next((m for m in (exact, *own) if any(c.get(m, 0) >= WEAK for c in found)), bleu)
@@ -58,14 +66,6 @@ def compare_intervals(one: dict[str, Any], other: dict[str, Any], metric: str) -
     """How `one` compares to `other`: "better" or "worse" where the 95% intervals are apart, else "level"."""
     (low, high), (other_low, other_high) = metric_interval(one, metric), metric_interval(other, metric)
     return "better" if low > other_high else "worse" if high < other_low else "level"
-
-
-def metric_name(metric: str) -> str:
-    return METRIC_NAMES.get(metric, metric.replace("_", " ").capitalize())
-
-
-def metric_in_sentence(metric: str) -> str:
-    return metric_name(metric) if metric == "bleu" else metric_name(metric).lower()
 
 
 def format_percent(share: float) -> str:
@@ -228,6 +228,7 @@ def findings(summary: dict[str, Any]) -> Iterator[str]:
         yield f"{written}; the teacher replaced {replaced} of their tokens."
     if facts.get("facts"):
         yield f"Reading drills in the first phase exchanged {'; '.join(facts['facts'])}."
+    yield from judge_sentences(mine)
     yield from _probe_sentences(mine, summary.get("base", {}))
     if mine.get("latency_s") is not None and full.get("latency_cached_s") is not None:
         took, uncached, cached = map(format_seconds, (mine["latency_s"], full["latency_s"], full["latency_cached_s"]))

@@ -36,7 +36,7 @@ class RunDir:
         self.student_answers = self.root / "student_answers"  # artifacts round-0000, ...: on_policy.py
         self.checkpoints = self.root / "checkpoints"
         self.adapters = self.root / "adapters"
-        self.best = self.adapters / "best"  # link to the phase adapter of the highest dev accuracy, or the floor
+        self.best = self.adapters / "best"  # link to the phase adapter that dev rows, or the floor, choose
         self.train_log = self.root / "train.jsonl"
         self.evaluation = self.root / "eval"
         self.report = self.root / "report.html"

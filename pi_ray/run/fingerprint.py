@@ -3,13 +3,14 @@
 Preparation has one for all its outputs: a change of `retrieve` makes templates again too, from the compression cache.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 from pi_ray import __version__
-from pi_ray.config import INPUTS, RunConfig
+from pi_ray.config import INPUTS, MetricConfig, RunConfig
 from pi_ray.protocols import UNLABELLED
-from pi_ray.run.artifact import digest
+from pi_ray.run.artifact import digest, digest_file
 from pi_ray.run.phases import max_shots
 from pi_ray.schedule import plan_phases
 
@@ -49,17 +50,26 @@ def train_fingerprint(config: RunConfig, prepare: str, base: str = "") -> str:
     """The fingerprint of all adapters, from that of the prepared rows and the base model's present content."""
     phases = [(p.rate, p.shots, p.epochs, p.steps) for p in plan_phases(config.schedule)]
     floor = "floor" if config.schedule.floor else ""  # its value decides after training
-    return digest([prepare, _learned(config), phases, *filter(None, [base, floor])])
+    return digest([prepare, _learned(config), phases, *filter(None, [base, floor]), *_metric_marks(config)])
 
 
 def evaluate_fingerprint(config: RunConfig, columns: list[tuple[str, str]]) -> str:
     """`columns` are (name, fingerprint of the adapter, or of the rows for the bare base)."""
-    return digest([columns, _dump(config, "evaluate")])
+    return digest([columns, _dump(config, "evaluate"), *metric_fingerprints(config)])
+
+
+def metric_fingerprints(config: RunConfig) -> list[Any]:
+    """What the scores of an evaluation depend on, of task.metric; nothing where it is not set."""
+    metric = config.task.metric
+    judge = [config.closed.base_url, config.closed.model] if any(m.asks_service for m in metric) else []
+    return [_metric_settings(metric), judge] if metric else []
 
 
 def learning_settings(config: RunConfig, base: str = "") -> dict[str, Any]:
     """Dotted key -> value of every setting on which an adapter depends, to say which of them has changed."""
-    content = {"the base model's content": base} if base else {}
+    content: dict[str, Any] = {"the base model's content": base} if base else {}
+    if config.training_metric and config.train.early_stop:
+        content["task.metric, the first"] = training_metric_settings(config)
     return {**_flatten({**_dump(config, *PREPARED, "schedule"), "train": _learned(config)}), **content}
 
 
@@ -69,6 +79,28 @@ def _learned(config: RunConfig) -> dict[str, Any]:
     return config.train.model_dump(mode="json", exclude=NOT_LEARNED | {key for key, used in unused.items() if not used})
 
 
+def training_metric_settings(config: RunConfig) -> dict[str, Any]:
+    """The settings of the metric by which training decides; {} where it decides by none."""
+    return _metric_settings([config.training_metric])[0] if config.training_metric else {}
+
+
+def _metric_marks(config: RunConfig) -> list[Any]:
+    """What adapters depend on, of task.metric: that dev answers are kept, and with early stop by which metric it stops.
+    """
+    if not config.training_metric:
+        return []
+    return ["dev answers", *([training_metric_settings(config)] if config.train.early_stop else [])]
+
+
+def _metric_settings(metrics: Iterable[MetricConfig]) -> list[dict[str, Any]]:
+    """Metrics with the hashes of their files in place of the paths."""
+    found = []
+    for metric in metrics:
+        content = digest_file(Path(metric.file)) if metric.file and Path(metric.file).is_file() else ""
+        found.append({**metric.model_dump(mode="json", exclude={"file", "sandbox"}), "content": content})
+    return found
+
+
 def _flatten(value: Any, key: str = "") -> dict[str, Any]:
     if not isinstance(value, dict):
         return {key: value}
@@ -76,5 +108,9 @@ def _flatten(value: Any, key: str = "") -> dict[str, Any]:
 
 
 def _dump(config: RunConfig, *blocks: str) -> dict[str, Any]:
-    """Blocks without the paths of rows and template, which may be moved: the task's fingerprint has their content."""
-    return {b: getattr(config, b).model_dump(mode="json", exclude=set(INPUTS) if b == "task" else None) for b in blocks}
+    """Blocks without the paths of rows and template, which may be moved: the task's fingerprint has their content.
+
+    Nor do metrics count here: rows do not depend on them.
+    """
+    left_out = {"task": {*INPUTS, "metric"}}
+    return {b: getattr(config, b).model_dump(mode="json", exclude=left_out.get(b)) for b in blocks}

@@ -9,6 +9,7 @@ from typing import Any
 from pi_ray.config import PromptConfig, RunConfig
 from pi_ray.errors import AdapterError
 from pi_ray.evaluate.knowledge import KNOWLEDGE_FILE, read_knowledge
+from pi_ray.metrics.names import metric_in_sentence
 from pi_ray.models import PACKAGED, base_name
 from pi_ray.run.answered import reference_teacher
 from pi_ray.run.artifact import MANIFEST_HASH, digest, seal_folder, verify_artifact, write_atomic
@@ -131,4 +132,5 @@ def model_card(
         teacher=reference_teacher(scores).get("teacher", ""),
         verdict=scores.get("floor", {}).get("sentence", ""),
         columns=[(label, scores[key]) for key, label in COLUMNS.items() if isinstance(scores.get(key), dict)],
+        metrics=[(metric, metric_in_sentence(metric)) for metric in scores.get("metrics", ("exact_match", "bleu"))],
     )

@@ -12,7 +12,7 @@ text, which may be tool calls.
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from pi_ray.conversation import (
 )
 from pi_ray.prompt import Template, load_tools
 from pi_ray.protocols import SPLITS, UNLABELLED, Reject, Row
-from pi_ray.tasks.dataset import exact_match, fingerprint_files
+from pi_ray.tasks.dataset import fingerprint_files
 from pi_ray.tasks.jsonl import JsonlTask, parse_line, read_contents
 
 CALL, REPLY = "tool call", "reply"  # groups of test rows
@@ -40,7 +40,7 @@ def conversation_of(row_id: str) -> str:
 
 
 class ConversationsTask(JsonlTask):
-    """Conversations from `task.train`, `task.dev`, `task.test`; scored by exact match of the turn."""
+    """Conversations from `task.train`, `task.dev`, `task.test`; scored by `task.metric`."""
 
     def template(self) -> Template:
         written = self.written
@@ -71,9 +71,9 @@ class ConversationsTask(JsonlTask):
         """The recurrent system message, with its white space collapsed."""
         return " ".join(self.written.text.split())
 
-    def score(self, row: Row, output: str) -> dict[str, float]:
-        """The turn that the output is, against the row's: white space within tool calls does not count."""
-        return {"exact_match": exact_match(render_turn(parse_turn(output)), row.answer)}
+    def score_all(self, rows: Sequence[Row], outputs: Sequence[str]) -> list[dict[str, float]]:
+        """The turns that the outputs are, against the rows': white space within tool calls does not count."""
+        return super().score_all(rows, [_rewrite_turn(output) for output in outputs])
 
     def fingerprint(self) -> str:
         paths = [Path(getattr(self.config, name)) for name in (*SPLITS, "queries", "template", "tools")]
@@ -130,3 +130,11 @@ class ConversationsTask(JsonlTask):
         for number, i in list(enumerate(turns, start=1))[-1 if one else 0 :]:
             kind, row_id = CALL if messages[i].get("tool_calls") else REPLY, name if one else f"{name}{TURN}{number}"
             yield Row(row_id, dump_messages(messages[:i]), render_turn(messages[i]), group or kind)
+
+
+def _rewrite_turn(output: str) -> str:
+    """A generated turn with its calls written as answers have them; as it is where it holds what no turn can."""
+    try:
+        return render_turn(parse_turn(output))
+    except ValueError:  # NaN among the arguments, or a NUL character
+        return output

@@ -1,4 +1,4 @@
-"""Shared parts of tasks: base class over published data sets, scores of answers, a stable choice of n rows, hashes."""
+"""Shared parts of tasks: base class over published data sets, scores of all rows, a stable choice of n rows, hashes."""
 
 import hashlib
 import json
@@ -13,6 +13,7 @@ from typing import Any
 
 from pi_ray.config import TaskConfig
 from pi_ray.errors import DataError
+from pi_ray.metrics import exact_match
 from pi_ray.prompt import Template
 from pi_ray.protocols import UNLABELLED, Reject, Row, Task
 from pi_ray.run.artifact import digest, digest_file
@@ -120,11 +121,6 @@ class DatasetTask:
         if not counts:
             raise DataError(f"task.docs '{self.config.docs}' {cure}")
         return sorted(counts, key=lambda name: (-counts[name], name))[: self.config.docs_count]
-
-
-def exact_match(output: str, answer: str) -> float:
-    """1.0 when both are equal up to runs of white space, else 0.0."""
-    return float(output.split() == answer.split())
 
 
 def score_rows(task: Task, rows: Sequence[Row], texts: Sequence[str]) -> list[dict[str, float]]:

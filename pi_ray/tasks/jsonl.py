@@ -12,16 +12,17 @@ texts or of {"title", "text"}. Blank lines and lines that begin with `//` or `#`
 
 import json
 from codecs import BOM_UTF8
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import count
 from pathlib import Path
 from typing import Any
 
 from pi_ray.config import TaskConfig
 from pi_ray.errors import DataError
+from pi_ray.metrics import RowScorer
 from pi_ray.prompt import Template
 from pi_ray.protocols import SPLITS, UNLABELLED, Reject, Row
-from pi_ray.tasks.dataset import exact_match, fingerprint_files, limit_rows, read_array
+from pi_ray.tasks.dataset import fingerprint_files, limit_rows, read_array
 
 MAX_FIELD = 1 << 20  # bytes of one field
 MAX_LINE = 8 << 20  # bytes of one line; a longer one is skipped without being held in memory
@@ -31,20 +32,32 @@ TYPES = {dict: "an object", list: "a list", str: "text", bool: "true or false", 
 
 
 class JsonlTask:
-    """Rows from `task.train`, `task.dev`, `task.test`; template from `task.template`; scored by exact match."""
+    """Rows from `task.train`, `task.dev`, `task.test`; template from `task.template`; scored by `task.metric`.
+
+    Raises ConfigError for a metric that cannot work with its settings.
+    """
 
     def __init__(self, config: TaskConfig):
-        self.config = config
+        self.config, self.scorer = config, RowScorer(config)
 
     def rows(self, split: str) -> Iterator[Row | Reject]:
-        """Raises DataError when a named training or test file is missing; dev rows and queries may be missing."""
+        """Raises DataError for a dev or test row that a metric cannot score, and when a named training or test file is
+        missing; dev rows and queries may be missing.
+        """
         named = self.config.queries if split == UNLABELLED else getattr(self.config, split)
         path = Path(named)
         if path.is_file():
-            yield from limit_rows(lambda: self.read_file(path, split), getattr(self.config.rows, split))
+            yield from limit_rows(lambda: self._checked(path, split), getattr(self.config.rows, split))
         elif named and split not in ("dev", UNLABELLED):
             other = f"name another file with task.{split} ('pi-ray init FOLDER' writes a sample)"
             raise DataError(f"{path}: no such file; put the {split} rows there, or {other}")
+
+    def _checked(self, path: Path, split: str) -> Iterator[Row | Reject]:
+        is_scored = split in ("dev", "test") or (split == "train" and not Path(self.config.dev).is_file())
+        for row in self.read_file(path, split):  # training rows serve as dev rows where there are none
+            if is_scored and isinstance(row, Row) and (reason := self.scorer.check(row)):
+                raise DataError(f"{path}: row '{row.id}': {reason}")
+            yield row
 
     def read_file(self, path: Path, split: str) -> Iterator[Row | Reject]:
         """The rows of one file, as they come."""
@@ -54,7 +67,10 @@ class JsonlTask:
         return Template.load(Path(self.config.template))
 
     def score(self, row: Row, output: str) -> dict[str, float]:
-        return {"exact_match": exact_match(output, row.answer)}
+        return self.score_all([row], [output])[0]
+
+    def score_all(self, rows: Sequence[Row], outputs: Sequence[str]) -> list[dict[str, float]]:
+        return self.scorer.score_all(rows, outputs)
 
     def fingerprint(self) -> str:
         paths = [Path(getattr(self.config, name)) for name in (*SPLITS, "queries", "template")]

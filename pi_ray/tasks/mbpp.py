@@ -9,8 +9,9 @@ from functools import cached_property
 from typing import Any
 
 from pi_ray.errors import DataError
+from pi_ray.metrics import exact_match
 from pi_ray.protocols import Reject, Row
-from pi_ray.tasks.dataset import DatasetTask, exact_match
+from pi_ray.tasks.dataset import DatasetTask
 from pi_ray.tasks.sandbox.judge import split_tests
 from pi_ray.tasks.sandbox.runner import Limits, Program, Sandbox
 

@@ -1,7 +1,8 @@
-"""Dev scores of a phase: its answers to dev rows under the prompt that a server would send, by the task's own metrics.
+"""Dev scores: a phase's answers to dev rows, generated and scored by the task's own metrics.
 
-A server finds no examples for a request, so that a phase with shots is scored, and would be served, with that many
-training rows at the end of its template, the same for every query.
+For a floor (`schedule.floor`) they are under the prompt that a server would send. A server finds no examples for a
+request, so that a phase with shots is scored, and would be served, with that many training rows at the end of its
+template, the same for every query. For `task.metric` they are under the prompts that are prepared for dev rows.
 """
 
 import math
@@ -23,10 +24,11 @@ from pi_ray.registry import tasks
 from pi_ray.run.directory import RunDir
 from pi_ray.schedule import plan_phases
 from pi_ray.tasks.dataset import score_rows
-from pi_ray.train.batches import Pack, TokenRow, answer_logits, dataset_manifest, packed_batch, to_device
+from pi_ray.train.batches import Pack, PhaseDataset, TokenRow, answer_logits, dataset_manifest, packed_batch, to_device
 from pi_ray.train.distributed import WorkerGroup
-from pi_ray.train.floor import SENTENCE_BLEU, TOKEN_ACCURACY, scored_rows
+from pi_ray.train.floor import SENTENCE_BLEU, TOKEN_ACCURACY
 from pi_ray.train.generation import compute_prefix_cache, generate_greedy
+from pi_ray.train.phase_scores import scored_rows
 from pi_ray.train.shared_prefix import ordinary_attention
 
 BATCH_ROWS = 16  # rows answered at once
@@ -41,20 +43,27 @@ class ServedPrompt(NamedTuple):
 
 
 class DevScores(NamedTuple):
-    """A phase's metrics of each dev row (name -> values in [0, 1]), and the card's facts of the prompt they are under.
+    """A phase's metrics of each dev row (name -> values in [0, 1], the deciding one first where task.metric has one),
+    and the card's facts of the prompt they are under, where it is not the last phase's.
     """
 
     metrics: dict[str, list[float]]
     card: dict[str, Any]
+    answers: tuple[str, ...] = ()  # kept where task.metric decides, for another one to choose again
 
     @property
     def means(self) -> dict[str, dict[str, float]]:
         """What the training log says of them."""
         return {"scores": {name: round(fmean(values), 6) for name, values in self.metrics.items()}}
 
+    @property
+    def first(self) -> float:
+        """The mean of the first metric."""
+        return fmean(next(iter(self.metrics.values())))
+
 
 class DevScorer:
-    """Scores each phase of a run. All workers call `score_phase` together."""
+    """Scores each phase of a run. All workers call `score_phase`, or `score_answers`, together."""
 
     def __init__(self, config: RunConfig):
         self.config, self.run = config, RunDir(config.root)
@@ -71,6 +80,30 @@ class DevScorer:
         template = dataset_manifest(self.run.phase(phase))["template"]
         examples = [Example(r.query, r.answer) for r in rows]
         return ServedPrompt(template_with_examples(self.config.prompt, template, examples), plan.rate, plan.shots)
+
+    @cached_property
+    def task(self) -> Task:
+        return tasks[self.config.task.name](self.config.task)
+
+    @torch.no_grad()
+    def score_answers(self, model: Any, pack: Pack, group: WorkerGroup, dev: PhaseDataset) -> DevScores:
+        """The scores, on every worker, of answers to the prepared prompts of `dev`, by the metrics of task.metric.
+
+        The answers themselves are on the first worker alone.
+        """
+        rows = self.run.read_rows("dev")
+        numbers = scored_rows([*range(len(rows))])
+        tokens = dev.take(numbers)
+        limit = self.config.evaluate.max_new_tokens or math.ceil(1.25 * dev.tokens["label_max"])
+        mine = range(group.rank, len(numbers), group.world)
+        model.eval()
+        prompts = [tokens[n][0] for n in mine]
+        texts = self._answers(getattr(model, "module", model), pack, dev.prefix, prompts, limit)
+        model.train()
+        shares = group.gather_to_rank0(list(zip(mine, texts, strict=True)))
+        answers = tuple(text for _, text in sorted(chain(*shares)))
+        metrics = self._metrics([rows[n] for n in numbers], answers) if shares else {}
+        return DevScores(group.broadcast_from_rank0(metrics), {}, answers)
 
     @torch.no_grad()
     def score_phase(self, model: Any, pack: Pack, group: WorkerGroup, phase: int) -> DevScores | None:
@@ -101,7 +134,8 @@ class DevScorer:
         values = [value for _, value in sorted(chain(*shares))]
         sent = len(prefix) + fmean(len(ids) for ids, _ in tokens)
         facts = {**prompt._asdict(), "shots": 0, "query_prompt_tokens": round(sent)}
-        return DevScores({TOKEN_ACCURACY: values} if sharded else self._metrics(rows, values), facts)
+        answers = tuple(values) if self.config.training_metric else ()
+        return DevScores({TOKEN_ACCURACY: values} if sharded else self._metrics(rows, values), facts, answers)
 
     def _longest_answer(self, tokens: Sequence[TokenRow]) -> int:
         in_training = dataset_manifest(self.run.phase(0))["tokens"]["label_max"]
@@ -119,11 +153,14 @@ class DevScorer:
         return texts
 
     def _metrics(self, rows: Sequence[Row], texts: Sequence[str]) -> dict[str, list[float]]:
-        """The task's metrics of each row, and sentence BLEU from 0 to 1."""
-        task: Task = tasks[self.config.task.name](self.config.task)
-        scores, bleu = score_rows(task, rows, texts), BLEU(effective_order=True)
+        """The task's metrics of each row, and without task.metric sentence BLEU from 0 to 1."""
+        scores = score_rows(self.task, rows, texts)
+        found = {name: [s[name] for s in scores] for name in scores[0]}
+        if self.config.training_metric:
+            return found
+        bleu = BLEU(effective_order=True)
         similar = [bleu.sentence_score(text, [r.answer]).score / 100 for r, text in zip(rows, texts, strict=True)]
-        return {**{name: [s[name] for s in scores] for name in scores[0]}, SENTENCE_BLEU: similar}
+        return {**found, SENTENCE_BLEU: similar}
 
 
 def token_accuracies(

@@ -12,7 +12,7 @@ class EarlyStop:
     """The best dev score of the present phase, the state that had it, and how many later scores were no better."""
 
     patience: int  # 0: nothing is kept and nothing stops
-    best: Sequence[float] | None = None  # (accuracy, loss): the higher accuracy wins, of equal ones the lower loss
+    best: Sequence[float] | None = None  # (score, loss): the higher score wins, of equal ones the lower loss
     step: int = -1  # the update after which `best` was scored
     adam_updates: int = 0  # updates that Adam's moments in `state` have seen
     scores_without_gain: int = 0

@@ -4,26 +4,22 @@ Training goes through all phases, whatever the floor: what an adapter misses und
 under the next, so that a phase below the floor ends nothing. The choice comes last.
 """
 
-import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 
 from pi_ray.config import RunConfig
-from pi_ray.protocols import Row
-from pi_ray.run.directory import RunDir
 from pi_ray.schedule import plan_phases
+from pi_ray.train.phase_scores import read_phase_scores
 
-DEV_SCORES = "dev_scores.json"  # of an adapter folder: metric -> its value for each dev row, in their order
 TOKEN_ACCURACY, SENTENCE_BLEU = "token_accuracy", "sentence_bleu"
-MOST_ROWS = 500  # dev rows that are scored: more would cost more than they tell
 FEW_ROWS = 50  # dev rows below which the sentence says that the comparison is noisy
 WEAK = 0.1  # a mean below this tells phases apart badly
 RESAMPLES = 2000
-NAMES = {TOKEN_ACCURACY: "share of answer tokens right", SENTENCE_BLEU: "sentence BLEU"}
+NAMES = {TOKEN_ACCURACY: "share of answer tokens right", SENTENCE_BLEU: "sentence BLEU", "bleu": "sentence BLEU"}
 
 
 @dataclass(frozen=True)
@@ -98,9 +94,8 @@ def decide_floor(config: RunConfig) -> FloorVerdict:
     """The verdict on a run whose phases all have their adapters: of those that hold the floor the one with the smallest
     template rate, of these with the fewest shots, of equal prompts with the best score.
     """
-    run, floor, plan = RunDir(config.root), config.schedule.floor, plan_phases(config.schedule)
-    scores = [json.loads((run.adapter(i) / DEV_SCORES).read_bytes()) for i in range(len(plan))]
-    metric = main_dev_metric(scores[0])
+    floor, plan, scores = config.schedule.floor, plan_phases(config.schedule), read_phase_scores(config)
+    metric = next(iter(scores[0])) if config.training_metric else main_dev_metric(scores[0])
     values = np.array([s[metric] for s in scores])
     shares, intervals = _shares(values, config.train.seed)
     phases = tuple(
@@ -109,11 +104,6 @@ def decide_floor(config: RunConfig) -> FloorVerdict:
     )
     chosen = min((p for p in phases if p.holds), key=lambda p: (*p.prompt, -p.score, -p.phase))
     return FloorVerdict(floor, metric, values.shape[1], phases, chosen.phase)
-
-
-def scored_rows(rows: Sequence[Row]) -> Sequence[Row]:
-    """At most MOST_ROWS dev rows, evenly spread over the split, because files are often sorted."""
-    return rows[:: math.ceil(len(rows) / MOST_ROWS)]
 
 
 def main_dev_metric(scores: Mapping[str, list[float]]) -> str:

@@ -21,6 +21,7 @@ from pi_ray.run.lock import run_lock
 from pi_ray.schedule import plan_phases
 from pi_ray.train import trackers
 from pi_ray.train.floor import decide_floor
+from pi_ray.train.phase_scores import best_by_metric
 from pi_ray.train.train_log import TrainLog, read_entries
 
 
@@ -34,10 +35,15 @@ def fingerprint_of(config: RunConfig) -> str:
 
 
 def is_trained(config: RunConfig) -> bool:
-    """Whether every phase has its adapter, and the best one is linked: with another `schedule.floor` it may be another.
+    """Whether every phase has its adapter, and the best one is linked, which depends on `schedule.floor` and
+    `task.metric`.
     """
+    if not _has_all_adapters(config):
+        return False
     linked = RunDir(config.root).best.resolve().name
-    return _has_all_adapters(config) and (not config.schedule.floor or linked == f"phase-{decide_floor(config).chosen}")
+    if config.schedule.floor:
+        return linked == f"phase-{decide_floor(config).chosen}"
+    return not config.training_metric or linked == f"phase-{best_by_metric(config).phase}"
 
 
 def _has_all_adapters(config: RunConfig) -> bool:
@@ -135,7 +141,7 @@ def _describe_kept(run: RunDir) -> str:
 
 
 def _choose_again(config: RunConfig, watch: Callable[[dict[str, Any]], None]) -> None:
-    """Link the adapter that another `schedule.floor` chooses, without training."""
+    """Link the adapter that another `schedule.floor` or `task.metric` chooses, without training."""
     from pi_ray.train.lora import link_best_adapter
 
     run, sync = RunDir(config.root), storage_sync.sync_for(config.root)

@@ -21,7 +21,8 @@ from pi_ray.run.directory import RunDir
 from pi_ray.schedule import plan_phases
 from pi_ray.train import gist
 from pi_ray.train.dev_scores import DevScores
-from pi_ray.train.floor import DEV_SCORES, decide_floor
+from pi_ray.train.floor import decide_floor
+from pi_ray.train.phase_scores import DEV_ANSWERS, DEV_SCORES, best_by_metric
 
 CARD = "pi_ray.json"
 # Keys of adapter_config.json by which equal matrices mean the same: their scale, and the base weights beside them.
@@ -130,7 +131,8 @@ def save_adapter(
     folder: Path, model: Any, weights: dict[str, torch.Tensor], card: dict[str, Any], pissa: dict[str, torch.Tensor],
     scores: DevScores | None = None,
 ) -> None:
-    """Write an artifact: peft's folder (safetensors), pi_ray.json, gist embeddings and dev scores if there are any.
+    """Write an artifact: peft's folder (safetensors), pi_ray.json, gist embeddings, dev scores or answers if there are
+    any.
 
     `weights` are full fp32 tensors by parameter name. Of PiSSA the difference to `pissa`, its start, is saved, which
     fits the unchanged base model.
@@ -151,7 +153,8 @@ def save_adapter(
         gist.save_gist(tmp, weights)
         (tmp / "README.md").unlink(missing_ok=True)  # peft's empty model card
         if scores:
-            write_atomic(tmp / DEV_SCORES, json.dumps(scores.metrics) + "\n")
+            name, content = (DEV_ANSWERS, scores.answers) if scores.answers else (DEV_SCORES, scores.metrics)
+            write_atomic(tmp / name, json.dumps(content) + "\n")
         write_atomic(tmp / CARD, json.dumps(card, indent=1, sort_keys=True, ensure_ascii=False) + "\n")
 
 
@@ -186,8 +189,10 @@ def load_init_adapter(
 
 
 def link_best_adapter(config: RunConfig) -> dict[str, Any]:
-    """Link `best` to the phase adapter that the floor chooses, or without one to that with the highest dev accuracy, of
-    equals the later. Returns what the log says of it.
+    """Link `best` to a phase's adapter, and return what the log says of it.
+
+    The floor chooses it; without one the highest mean of the first metric of task.metric on dev rows, and without that
+    the highest dev accuracy; of equals the later.
 
     The loss does not decide: an adapter that has learned more is also surer of answers that it cannot know, and a few
     of these outweigh all others.
@@ -199,8 +204,12 @@ def link_best_adapter(config: RunConfig) -> dict[str, Any]:
         best, facts = verdict.chosen, {"floor": verdict.facts()}
     else:
         accuracies = [json.loads((run.adapter(i) / CARD).read_text())["dev_accuracy"] for i in phases]
-        best = max(phases, key=lambda i: (accuracies[i], i))
-        facts = {"dev_accuracy": round(accuracies[best], 6)}
+        if config.training_metric:
+            best, metric, score = best_by_metric(config)
+            facts = {"metric": metric, "score": round(score, 6)}
+        else:
+            best, facts = max(phases, key=lambda i: (accuracies[i], i)), {}
+        facts["dev_accuracy"] = round(accuracies[best], 6)
     link = run.adapters / ".best.tmp"
     link.unlink(missing_ok=True)
     link.symlink_to(run.adapter(best).name)

@@ -44,9 +44,14 @@ class Tracker:
                 "train/tokens_saved": 1 - entry["tokens"] / entry["plain_tokens"],
             }, step)
         elif "dev_loss" in entry:
-            self.scalars({"dev/loss": entry["dev_loss"], "dev/accuracy": entry["dev_accuracy"]}, step)
+            scores = {f"dev/{name}": mean for name, mean in entry.get("scores", {}).items()}
+            self.scalars({"dev/loss": entry["dev_loss"], "dev/accuracy": entry["dev_accuracy"], **scores}, step)
         elif entry.get("event") == "best":
-            why = entry["floor"]["sentence"] if "floor" in entry else f"dev accuracy {entry['dev_accuracy']:.4f}"
+            if "floor" in entry:
+                why = entry["floor"]["sentence"]
+            else:
+                score = f"dev {entry['metric']} {entry['score']:.4f}, " if "metric" in entry else ""
+                why = f"{score}dev accuracy {entry['dev_accuracy']:.4f}"
             self.note("best", f"phase {entry['phase']}, {why}", step)
 
 

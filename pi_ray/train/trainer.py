@@ -24,7 +24,7 @@ from pi_ray.train import batches, checkpoint, distill, gist, lora, shared_prefix
 from pi_ray.train.backends import MOMENTS
 from pi_ray.train.batches import Batch, Pack, PhaseDataset, to_device
 from pi_ray.train.dataloader import TrainDataLoader, UpdateBatches
-from pi_ray.train.dev_scores import DevScorer
+from pi_ray.train.dev_scores import DevScorer, DevScores
 from pi_ray.train.distilled_rows import Targets
 from pi_ray.train.distributed import WorkerGroup
 from pi_ray.train.early_stopping import EarlyStop
@@ -191,10 +191,13 @@ class Trainer:
         if done < end and not (train.dev_every and (update.index + 1) % train.dev_every == 0):
             return done
         if done < end or train.early_stop:
-            loss, accuracy = self.evaluate_dev(self.phase_dev[update.phase])
-            stops = self.early.add_score((accuracy, loss), update.step, self.adam_updates, self.finite_state)
+            dev = self.phase_dev[update.phase]
+            loss, accuracy = self.evaluate_dev(dev)
+            by_metric = self.score_answers(dev) if train.early_stop else None
+            score = by_metric.first if by_metric else accuracy
+            stops = self.early.add_score((score, loss), update.step, self.adam_updates, self.finite_state)
             if done < end:
-                self.log_dev("dev", update, loss, accuracy)
+                self.log_dev("dev", update, loss, accuracy, **(by_metric.means if by_metric else {}))
                 if not stops:
                     return done
         self.end_phase(update)
@@ -216,6 +219,12 @@ class Trainer:
         loss, accuracy = (self.group.all_reduce_sum(total) / dev.label_lengths.sum()).tolist()
         return loss, accuracy
 
+    def score_answers(self, dev: PhaseDataset) -> DevScores | None:
+        """The scores of answers to `dev` by task.metric, on every worker; None where it does not decide in training."""
+        if not self.config.training_metric:
+            return None
+        return self.scorer.score_answers(self.backend.model, self.pack, self.group, dev)
+
     def end_phase(self, update: Update) -> None:
         """Save the adapter from which the next phase goes on: the present one, or with early stop the best one.
 
@@ -229,7 +238,10 @@ class Trainer:
             best = {"best_step": self.early.step, "early": update.step + 1 < self.ends[update.phase]}
             self.early = EarlyStop(self.config.train.early_stop)
         loss, accuracy = self.evaluate_dev(self.dev)
-        scores = self.scorer.score_phase(self.backend.model, self.pack, self.group, update.phase)
+        if self.config.schedule.floor:
+            scores = self.scorer.score_phase(self.backend.model, self.pack, self.group, update.phase)
+        else:
+            scores = self.score_answers(self.dev)
         weights = {name: value for name, value in self.finite_state().items() if "/" not in name}
         if self.rank == 0:
             facts = {"fingerprint": self.fingerprint, "phase": update.phase, "dev_loss": loss, "dev_accuracy": accuracy}

@@ -20,6 +20,8 @@ import pytest
 
 from pi_ray.config import TaskConfig
 from pi_ray.errors import ConfigError, DataError
+from pi_ray.metrics import RowScorer
+from pi_ray.protocols import Row
 from pi_ray.tasks.mbpp import FILE, MbppTask
 from pi_ray.tasks.sandbox import jail
 from pi_ray.tasks.sandbox.runner import Limits, Program, Sandbox
@@ -307,3 +309,30 @@ def test_verdicts_are_the_same_three_times_and_in_parallel(mbpp, sandbox):
 def _renamed(problem, other):
     mine, its = (re.search(r"assert \(?(\w+)\(", p.tests[0])[1] for p in (problem, other))
     return re.sub(rf"\b{its}\b", mine, other.code)
+
+
+def test_values_come_out_until_one_cannot_be_had(sandbox):
+    code = "def f(x):\n    if x == 3:\n        raise KeyError(x)\n    return {'x': x / 2, 'text': 'é\\ud800'}\n"
+    assert sandbox.values(code, ["f(1)", "f(2)"]) == ([{"x": n / 2, "text": "é\ud800"} for n in (1, 2)], "")
+    assert sandbox.values(code, ["f(1)", "f(3)", "f(2)"]) == ([{"x": 0.5, "text": "é\ud800"}], "raised KeyError")
+    assert sandbox.values("import os\nos._exit(0)", ["1"]) == ([], "gave no answer")
+    assert sandbox.values("while True: pass", ["1"]) == ([], "took more than 2 s")
+
+
+def test_a_score_file_of_a_job_scores_and_reaches_nothing(tmp_path, host):
+    path = tmp_path / "score.py"
+    path.write_text(host(
+        "def score(row, output):\n"
+        "    found = row['answer'] == output\n"
+        "    try:\n        open('CANARY').read()\n"
+        "    except OSError:\n        return {'right': found}\n"
+        "    return {'right': 1.0}\n"
+    ))
+    metric = {"name": "python", "file": str(path), "sandbox": True}
+    rows = [Row(f"r{i}", "q", "it's é") for i in range(60)]
+    scorer = RowScorer(TaskConfig(metric=metric))
+    assert scorer.check(rows[0]) == ""
+    assert [s["right"] for s in scorer.score_all(rows, ["it's é"] * 59 + [""])] == [1.0] * 59 + [0.0]
+    path.write_text("import torch\ndef score(row, output):\n    return {'right': 1}\n")
+    with pytest.raises(DataError, match="raised ModuleNotFoundError on row 'r0' in the sandbox"):
+        RowScorer(TaskConfig(metric=metric)).check(rows[0])

@@ -77,7 +77,7 @@ def test_training_shows_phase_update_loss_and_speed(clock):
     ),
     (
         {"event": "phase_end", "phase": 1, "step": 9, "dev_loss": 0.5, "scores": {"exact_match": 0.75}},
-        "phase 1 done, dev loss 0.500; adapter written; as it would be served, on dev rows: exact match 75.0%",
+        "phase 1 done, dev loss 0.500; adapter written; its answers to dev rows: exact match 75.0%",
     ),
     ({"event": "best", "phase": 1, "floor": {"sentence": "Keep the whole prompt."}}, "Keep the whole prompt."),
     (

@@ -9,7 +9,7 @@ from rich.text import Text
 from pi_ray.cluster import auth, requirements
 from pi_ray.cluster.doctor import machine, remote
 from pi_ray.cluster.doctor.finding import Finding, note
-from pi_ray.config import INPUTS, RunConfig
+from pi_ray.config import RunConfig
 from pi_ray.run.object_storage import is_url
 
 STYLES = {"ok": ("ok  ", "green"), "note": ("note", "yellow"), "fail": ("FAIL", "bold red")}
@@ -41,7 +41,7 @@ def _elsewhere(config: RunConfig, folder: Path | None) -> Iterator[str]:
     """Keys of inputs that neither travel with a job nor lie here: URLs, and paths that the cluster's nodes may see."""
     from pi_ray.cluster.doctor.run import other_models
 
-    inputs = {} if config.task.name == "opsql" else {f"task.{key}": getattr(config.task, key) for key in INPUTS}
+    inputs = {f"task.{key}": value for key, value in config.task.inputs.items()}
     for key, value in {"model.base": config.model.base, **other_models(config), **inputs}.items():
         path = Path(value).expanduser()
         travels = folder and path.is_relative_to(folder.resolve())

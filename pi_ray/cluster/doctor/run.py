@@ -105,7 +105,7 @@ def check_extras(config: RunConfig) -> Iterator[Finding]:
     services: list[tuple[Callable[[Any], object], Block]] = [
         (GenerationCompressor, own) for own in _compressors(config).values() if own.name == "generation"
     ]
-    if is_hosted(config):
+    if is_hosted(config) or any(metric.asks_service for metric in config.task.metric):
         services.append((Service, config.closed))
     for service, settings in services:
         try:

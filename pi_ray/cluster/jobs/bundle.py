@@ -8,7 +8,7 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
-from pi_ray.config import INPUTS, RunConfig, dump_config
+from pi_ray.config import RunConfig, dump_config
 from pi_ray.errors import ConfigError
 from pi_ray.models import PACKAGED
 from pi_ray.run.artifact import digest, digest_file
@@ -31,8 +31,7 @@ def gather_inputs(config: RunConfig, folder: Path) -> tuple[RunConfig, dict[str,
     """
     names: dict[str, str] = {}
     found: dict[str, Path] = {}
-    for key in INPUTS if config.task.name != "opsql" else ():
-        value = getattr(config.task, key)
+    for key, value in config.task.inputs.items():
         path = Path(value).expanduser()
         if value and not path.is_absolute() and (source := folder / path).exists():
             _refuse_links(source, folder)

@@ -14,7 +14,7 @@ from pathlib import Path
 from pi_ray.cluster import requirements
 from pi_ray.cluster.jobs import bundle
 from pi_ray.cluster.storage_sync import StorageSync
-from pi_ray.config import INPUTS, RunConfig, dump_config, run_file
+from pi_ray.config import RunConfig, dump_config, run_file
 from pi_ray.errors import PiRayError, StorageError
 from pi_ray.run.artifact import is_current, staged, write_atomic
 from pi_ray.run.object_storage import ObjectStorage, is_url, open_file_system
@@ -55,7 +55,9 @@ def settle(path: Path, overrides: Sequence[str], refreshes: bool = False) -> Run
     store, place = config.store or "store", config.cluster.storage_path
     if not is_url(store) and not Path(store).expanduser().is_absolute():
         store = f"{place.rstrip('/')}/{store}" if is_url(place) else str(home / store)
-    config = config.replace(run_dir=str(root), store=store)
+    # A score file is its submitter's program on a machine that others use.
+    walled = {f"task.metric.{i}.sandbox": True for i, m in enumerate(config.task.metric) if m.name == "python"}
+    config = config.replace(run_dir=str(root), store=store, **walled)
     found: dict[str, Path] = {}
     if folder.is_relative_to(Path.cwd()):  # it came with the job
         config, found = bundle.gather_inputs(config, folder)
@@ -88,7 +90,7 @@ def _copy_inputs(config: RunConfig, found: dict[str, Path]) -> RunConfig:
     """Copy `found` inputs and those named by URL into the run directory, where the config then names them all."""
     from pyarrow.fs import FileType, copy_files
 
-    urls = {key: url.rstrip("/") for key in INPUTS if is_url(url := getattr(config.task, key))}
+    urls = {key: url.rstrip("/") for key, url in config.task.inputs.items() if is_url(url)}
     names = {key: f"{key}{Path(url).suffix}" for key, url in urls.items()}
     with tempfile.TemporaryDirectory() as scratch:
         for key, url in urls.items():

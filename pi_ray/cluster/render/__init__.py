@@ -114,13 +114,18 @@ def _as_the_cluster_sees_it(config: RunConfig, folder: Path, root: str) -> RunCo
     here = str(folder)
     task = {
         f"task.{key}": f"{root}/inputs/{config.name}{value[len(here):]}"
-        for key, value in config.task.model_dump().items()
-        if isinstance(value, str) and (value == here or value.startswith(f"{here}/"))
+        for key, value in _task_texts(config).items()
+        if value == here or value.startswith(f"{here}/")
     }
     # Beside a bucket each node has a run directory of its own.
     run_dir = f"runs/{config.name}" if is_url(root) else f"{root}/runs/{config.name}"
     own = {"run_dir": run_dir, "store": f"{root}/store", "train.gpu": config.train.gpu is not False}
     return config.replace(**own, **task, **{"cluster.storage_path": root})
+
+
+def _task_texts(config: RunConfig) -> dict[str, str]:
+    """Key below `task` -> text, of those that may be paths."""
+    return {**{k: v for k, v in config.task.model_dump().items() if isinstance(v, str)}, **config.task.inputs}
 
 
 def _nodes(config: RunConfig, size: estimate.ModelSize) -> Nodes:
@@ -178,7 +183,7 @@ def _launcher(config: RunConfig) -> dict[str, Any]:
 def _notes(config: RunConfig, nodes: Nodes, folder: Path) -> list[str]:
     """Notes on what a person must still do, and on what cannot work with these files."""
     root, notes = config.cluster.storage_path, []
-    texts = {k: v for k, v in config.task.model_dump().items() if isinstance(v, str)}
+    texts = _task_texts(config)
     if config.task.name != "opsql" and any(v.startswith(f"{root}/inputs/") for v in texts.values()):
         notes.append(f"copy {folder} to {root}/inputs/{config.name}: the run reads its rows and template there")
     elsewhere = [k for k, v in texts.items() if v.startswith("/") and not v.startswith(f"{root}/")]

@@ -5,10 +5,10 @@ from importlib.resources import files
 from itertools import islice
 
 from pi_ray.config import TaskConfig
+from pi_ray.metrics import exact_match
 from pi_ray.prompt import Template
 from pi_ray.protocols import SPLITS, UNLABELLED, Row
 from pi_ray.run.artifact import digest
-from pi_ray.tasks.dataset import exact_match
 from pi_ray.tasks.opsql.generate import generate_rows
 from pi_ray.tasks.opsql.language import OpsqlError, execute_statement, parse_statement
 

@@ -64,6 +64,16 @@ def judge_answer(steps: Sequence[Step], line: bytes) -> str:
         return "failed: no readable answer"
 
 
+def read_values(line: bytes) -> tuple[list[Any], str]:
+    """(the values of the steps that ran, what ended them or ""). `line` is as for `judge_answer`."""
+    try:
+        error, values = json.loads(line)
+        found, name = [_decode(value) for value in values], _decode(error)
+    except (ValueError, TypeError, AttributeError, LookupError, ArithmeticError, RecursionError):
+        return [], "gave no readable answer"
+    return found, f"raised {name[:80] if name.isidentifier() else 'an exception'}" if name else ""
+
+
 def _decode(data: list[Any]) -> Any:
     """The inverse of harness.encode_value; other data becomes an object that equals nothing. Raises ValueError etc."""
     kind, content, *rest = data

@@ -16,16 +16,16 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from importlib.resources import files
-from typing import IO
+from typing import IO, Any
 
 from pi_ray.errors import ConfigError
 from pi_ray.tasks.sandbox.jail import PROBE, SEARCH, Jail, ResourceLimits, describe_limits, interpreter, user_id
-from pi_ray.tasks.sandbox.judge import judge_answer, split_tests
+from pi_ray.tasks.sandbox.judge import Step, judge_answer, read_values, split_tests
 
 READY = b"ready\n"
 ENVIRONMENT = {"PATH": SEARCH, "HOME": "/tmp", "LANG": "C.UTF-8", "PYTHONHASHSEED": "0"}  # sets in the same order
@@ -99,9 +99,27 @@ class Sandbox:
 
     def run(self, program: Program) -> Verdict:
         """Raises DataError when the tests are unusable, ConfigError when the sandbox itself no longer starts."""
+        with self._user() as user:
+            return self._run(program, user)
+
+    def values(self, code: str, expressions: Sequence[str]) -> tuple[list[Any], str]:
+        """(values of expressions after `code`, "" or why there are not all of them), computed in one process.
+
+        The values are plain data that the code may have made up. Raises ConfigError as `run`.
+        """
+        steps = [Step("value", expression) for expression in expressions]
+        with self._user() as user:
+            answer, reason = self._answer((code,), steps, self.limits, user)
+        if not answer:
+            return [], f"took more than {self.limits.seconds:g} s" if reason == "timeout" else f"gave {reason}"
+        found, ended = read_values(answer)
+        return found, ended or ("" if len(found) == len(steps) else "gave no readable answer")
+
+    @contextmanager
+    def _user(self) -> Iterator[int]:
         user = self._users.get()
         try:
-            return self._run(program, user)
+            yield user
         except OSError as error:
             raise ConfigError(f"the sandbox did not start: {error}. {CURE}") from None
         finally:
@@ -112,7 +130,13 @@ class Sandbox:
             return list(pool.map(self.run, programs))
 
     def _run(self, program: Program, user: int) -> Verdict:
-        steps, limits = split_tests(program.tests), program.limits or self.limits
+        steps, started = split_tests(program.tests), time.monotonic()
+        answer, reason = self._answer((program.code, program.setup), steps, program.limits or self.limits, user)
+        reason = judge_answer(steps, answer) if answer else reason
+        return Verdict(reason == "passed", reason, time.monotonic() - started)
+
+    def _answer(self, sources: Sequence[str], steps: Sequence[Step], limits: Limits, user: int) -> tuple[bytes, str]:
+        """(the harness's output, or nothing and the reason)."""
         started = time.monotonic()
         deadline = started + limits.seconds
         with ExitStack() as stack:
@@ -120,9 +144,10 @@ class Sandbox:
             if not self._jail:
                 folder = stack.enter_context(tempfile.TemporaryDirectory(ignore_cleanup_errors=True))
             request = stack.enter_context(tempfile.TemporaryFile())
-            sources, sent = (program.code, program.setup), [(step.kind, step.source) for step in steps]
+            sent = [(step.kind, step.source) for step in steps]
             syscall_filter = self._jail.syscall_filter if self._jail else b""
-            marshal.dump((_resource_limits(limits, bool(self._jail)), syscall_filter, folder, sources, sent), request)
+            resources = _resource_limits(limits, bool(self._jail))
+            marshal.dump((resources, syscall_filter, folder, tuple(sources), sent), request)
             request.seek(0)
             process = stack.enter_context(self._popen(limits, user, request))
             assert process.stdout and process.stderr
@@ -130,16 +155,14 @@ class Sandbox:
             process.stdout.close()
             self._end(process, deadline)
             complaint = process.stderr.read(4096).decode(errors="replace").strip()
-        seconds = time.monotonic() - started
-        if seconds >= limits.seconds:
-            return Verdict(False, "timeout", seconds)
+        if time.monotonic() - started >= limits.seconds:
+            return b"", "timeout"
         if not answer.startswith(READY):
             raise OSError(complaint or f"its command ended with {process.returncode} without a message")
         answer = answer.removeprefix(READY)
         if len(answer) > limits.output_kib << 10:
-            return Verdict(False, "too much output", seconds)
-        reason = judge_answer(steps, answer) if answer else "no answer"
-        return Verdict(reason == "passed", reason, seconds)
+            return b"", "too much output"
+        return answer, "" if answer else "no answer"
 
     def _popen(self, limits: Limits, user: int, request: IO[bytes]) -> subprocess.Popen[bytes]:
         command = [str(interpreter()[0]), "-s", "-S", "-P", "-B", "-X", "utf8", "-c", self._harness]

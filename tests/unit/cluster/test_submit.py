@@ -80,6 +80,15 @@ def test_absolute_paths_are_the_clusters_own_and_stay(task, tmp_path):
     assert "folder/in/a.json" in found and "folder/.gitignore" not in found
 
 
+def test_a_metrics_files_travel_too(task, tmp_path):
+    (task / "score.py").write_text("def score(row, output):\n    return {'right': 1}\n")
+    settings = unresolved(task, "task.metric=[f1,{name: python, file: score.py}]")
+    bundle.write_bundle(settings, task, tmp_path / "out")
+    sent = run_file.load_run_file(tmp_path / "out" / "run.yaml")
+    assert sent.task.metric[1].file == str(tmp_path / "out" / "inputs" / "metric.1.file.py")
+    assert Path(sent.task.metric[1].file).read_text() == (task / "score.py").read_text()
+
+
 def test_equal_runs_have_equal_hashes_and_a_changed_row_another(task, tmp_path):
     first, again = (bundle.write_bundle(unresolved(task), task, tmp_path / name) for name in "ab")
     with open(task / "train.jsonl", "a") as rows:
@@ -425,6 +434,16 @@ def test_a_job_keeps_its_inputs_in_the_run_directory_under_paths_that_stay(task,
     assert (root / "inputs" / "train.jsonl").read_bytes() == (task / "train.jsonl").read_bytes()
 
 
+def test_a_score_file_runs_in_the_sandbox_of_a_job_whatever_the_run_file_says(task, tmp_path, monkeypatch):
+    monkeypatch.setenv("PI_RAY_STORAGE", str(tmp_path / "storage"))
+    (task / "score.py").write_text("def score(row, output):\n    return {'right': 1}\n")
+    bundle.write_bundle(unresolved(task, "task.metric=[{name: python, file: score.py}]"), task, tmp_path / "sent")
+    monkeypatch.chdir(tmp_path / "sent")
+    config = entrypoint.settle(Path("run.yaml"), ["task.metric.0.sandbox=false"])
+    (metric,) = run_file.load_run_file(config.root / "run.yaml").task.metric
+    assert metric.sandbox and metric.file == str(config.root / "inputs" / "metric.0.file.py")
+
+
 def test_changed_rows_replace_the_inputs(task, tmp_path, monkeypatch):
     monkeypatch.setenv("PI_RAY_STORAGE", str(tmp_path / "storage"))
     monkeypatch.chdir(task)
@@ -459,7 +478,7 @@ def test_inputs_on_object_storage_are_fetched_and_those_that_are_not_there_are_m
         [
             f"task.{key}={place}/{name}"
             for key, name in (("train", "train.jsonl"), ("queries", "none.jsonl"), ("folder", "extra"))
-        ],
+        ] + [f"task.metric={{name: python, file: '{place}/extra/deep/a.txt'}}"],
     )
     inputs = tmp_path / "node" / "runs" / "my-task" / "inputs"
     assert (inputs / "train.jsonl").read_bytes() == (task / "train.jsonl").read_bytes() and (
@@ -468,6 +487,7 @@ def test_inputs_on_object_storage_are_fetched_and_those_that_are_not_there_are_m
     assert (config.task.train, config.task.folder, config.task.queries) == (
         str(inputs / "train.jsonl"), str(inputs / "folder"), str(inputs / "queries.jsonl"),
     )
+    assert config.task.metric[0].file == str(inputs / "metric.0.file.txt") and config.task.metric[0].sandbox
     assert not (inputs / "queries.jsonl").exists() and run_file.load_run_file(inputs.parent / "run.yaml") == config
 
 

@@ -244,7 +244,7 @@ def test_python_blocks_run(block, i):
 
 
 def test_the_parts_of_the_extending_page_work():
-    from pi_ray.config import CompressConfig, ScheduleConfig, TaskConfig
+    from pi_ray.config import CompressConfig, MetricConfig, ScheduleConfig, TaskConfig
 
     names: dict[str, object] = {"__name__": "page"}
     for block in code_blocks("docs/extending.md", "python"):
@@ -255,6 +255,8 @@ def test_the_parts_of_the_extending_page_work():
     assert task.score(rows[0], "Paris")["exact_match"] == 1.0 and task.fingerprint()
     compressed = names["EveryOther"](CompressConfig()).compress("one two three four five six", 0.5)
     assert len(compressed.split()) == 3
+    metric = names["SameLength"](MetricConfig(name="number", tolerance=1), TaskConfig())
+    assert [metric.score(rows[0], output) for output in ("Rome", "Oslo !")] == [1.0, 1.0]
     phases = names["two_steps"](ScheduleConfig(shots=3))
     assert [(p.rate, p.shots) for p in phases] == [(1.0, 3), (0.0, 0)]
 

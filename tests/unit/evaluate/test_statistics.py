@@ -21,7 +21,7 @@ from pi_ray.evaluate.statistics import (
     paired_bleu,
     paired_mean,
 )
-from pi_ray.tasks.dataset import exact_match
+from pi_ray.metrics import exact_match
 
 ANSWERS = [f"find . -name '*.{i}' -type f | xargs grep -l word{i % 7}" for i in range(60)]
 WORSE = [a.replace("find", "ls").replace("xargs", "cat") for a in ANSWERS]

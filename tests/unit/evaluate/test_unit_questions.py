@@ -63,7 +63,7 @@ def test_rows_and_queries_are_counted_by_unit(config):
 def test_the_answers_say_what_is_known(config):
     found, run = plan_questions(config), RunDir(config.root)
     answers = [" k4 ", "b8", "k4", "r1", "k4"]
-    knowledge = found.knowledge(answers, str(run.adapter(0)))
+    knowledge = found.knowledge(answers, str(run.adapter(0)), config.task)
     assert knowledge.adapter_sha256 == verify_artifact(run.adapter(0))[MANIFEST_HASH]
     units = {unit.name: unit for unit in knowledge.units}
     assert (units["red"].asked, units["red"].agreed, units["red"].verdict) == (4, 3, "known")
@@ -84,3 +84,15 @@ def test_questions_are_asked_with_the_columns_prompt(config):
 def test_without_a_teacher_dev_rows_alone_are_asked(config):
     asked = plan_questions(config.replace(**{"train.objective": "sft"}))
     assert {q.split for q in asked.questions} == {"dev"} and not asked.queries
+
+
+def test_answers_are_marked_by_the_first_metric_and_by_exact_match_where_it_cannot(config):
+    found, run = plan_questions(config), RunDir(config.root)
+    answers = ["K4!", "B 7", "nothing", "K4", "k4"]
+    by_words = config.replace(**{"task.metric": ["normalized"]}).task
+    knowledge = found.knowledge(answers, str(run.adapter(0)), by_words)
+    units = {unit.name: unit for unit in knowledge.units}
+    assert (units["red"].asked, units["red"].agreed) == (4, 3) and units["black"].agreed == 0
+    by_json = config.replace(**{"task.metric": ["json"]}).task
+    strict = {u.name: u.agreed for u in found.knowledge(answers, str(run.adapter(0)), by_json).units}
+    assert strict["red"] == 1, "the expected answers are no JSON"

@@ -210,3 +210,16 @@ def test_the_tables_that_ship_load_and_their_paper_columns_are_there(path):
     paper = found.config.paper
     assert {c.paper for c in found.config.columns.values()} - {""} <= set(paper.columns)
     assert all(len(cells) == len(paper.columns) for cells in paper.rows.values())
+
+
+def test_a_table_is_about_the_runs_first_metric_unless_it_names_another(tmp_path):
+    path = table_file(tmp_path)
+    assert sweep.load_sweep(path).config.metric == "exact_match"
+    (tmp_path / "run.yaml").write_text("name: small\ntask: {metric: [{name: f1, label: words}, number]}\n")
+    assert sweep.load_sweep(path).config.metric == "words"
+    assert sweep.load_sweep(path, ["table.metric=number"]).config.metric == "number"
+    with pytest.raises(ConfigError, match=r"metric 'bleu' is none of the run's task\.metric, which has words, number"):
+        sweep.load_sweep(path, ["table.metric=bleu"])
+    (tmp_path / "run.yaml").write_text("name: small\ntask: {metric: {name: python, file: s.py}}\n")
+    with pytest.raises(ConfigError, match="name the number that it gives"):
+        sweep.load_sweep(path)

@@ -503,6 +503,14 @@ def test_a_plan_with_a_quality_floor_counts_the_dev_rows_that_are_answered(tiny_
     assert "ends at the shortest prompt that keeps 0.95 of the first phase's score; examples are then fixed" in said
 
 
+def test_a_plan_with_a_metric_counts_the_dev_rows_that_are_answered(config):
+    without, made = plan_run(config), plan_run(config.replace(**{"task.metric": ["f1"]}))
+    assert made.scored == made.rows["dev"] and made.seconds == pytest.approx(without.seconds + made.answering)
+    console = Console(file=io.StringIO(), width=400)
+    print_plan(made, console)
+    assert f"after each phase {made.scored} dev rows are answered, about" in console.file.getvalue()
+
+
 def test_a_run_without_labelled_rows_is_planned_before_its_queries_are_generated(config):
     codes = "\n".join(f"request {i}: alert {i}" for i in range(9))
     Path(config.task.template).write_text(f"Alerts.\n\n## Codes\n\n{codes}\n")

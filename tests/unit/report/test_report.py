@@ -219,3 +219,35 @@ def test_a_teacher_is_named_with_what_it_answered(tmp_path):
     said = words(page_of(tmp_path, summary(**{"train.promptintern": facts | options | own})))
     assert "How it learned from the teacher: labelled rows have at least 50% of each batch; the teacher sees." in said
     assert "The student wrote 300 answers itself in the last updates; the teacher replaced 3% of their tokens." in said
+
+
+def by_metric(*names, **changes):
+    """A summary whose columns have these metrics, the first as exact match was."""
+    made = summary(metrics=list(names), **changes)
+    for column in (made[name] for name in ("base", "base_full_prompt", "plain", "promptintern")):
+        for block in (column, *column["groups"].values()):
+            value, interval = block.pop("exact_match"), block["intervals"]["exact_match"]
+            block.pop("bleu"), block.pop("execution")
+            block["intervals"] = dict.fromkeys(names, interval)
+            block.update(dict.fromkeys(names, value))
+    return made
+
+
+def test_with_task_metric_its_first_number_decides_and_no_other_is_shown(tmp_path):
+    made = by_metric("tool_call", "rouge_l", **{"promptintern.judge": 0.5})
+    assert numbers.main_metric(made) == "tool_call" and numbers.metrics_of(made) == ["tool_call", "rouge_l"]
+    said = words(page_of(tmp_path, made))
+    assert "Its tool-call match is 70%, against 6%" in said and "ROUGE-L" in said
+    assert "Exact match" not in said and "BLEU" not in said
+
+
+def test_a_first_metric_near_zero_still_decides(tmp_path):
+    low = {f"{c}.exact_match": 0.01 for c in ("base", "base_full_prompt", "plain", "promptintern")}
+    assert numbers.main_metric(by_metric("f1", "number", **low)) == "f1"
+    assert "Its F1 is 1%" in words(page_of(tmp_path, by_metric("f1", "number", **low)))
+
+
+def test_the_page_says_how_steady_a_judge_is(tmp_path):
+    facts = {"judge_agreement": 0.87, "judge_second_pass": 100, "judge_unread": 3}
+    said = words(page_of(tmp_path, by_metric("judge", **{f"promptintern.{k}": v for k, v in facts.items()})))
+    assert "asked again about 100 of the adapter's answers" in said and "to 87%. 3 of its replies had no grade" in said

@@ -253,3 +253,11 @@ def test_an_adapter_that_serving_would_refuse_is_not_published(run, config, tiny
         publish_adapter(run, config)
     folder = Path(config.store) / "colours"
     assert [p.name for p in folder.iterdir() if p.name != ".lock"] == []
+
+
+def test_the_card_has_the_metrics_of_the_run(run, config):
+    scores = {name: {"tool_call": 0.5, "bleu": 12.0, "input_tokens": 9, "latency_s": 0.1} for name in SUMMARY}
+    write_atomic(run.evaluation / "summary.json", json.dumps({"metrics": ["tool_call", "bleu"], **scores}))
+    card = (publish_adapter(run, config) / "README.md").read_text()
+    assert "| | tool-call match | BLEU | input tokens | latency (s) |\n|---|---|---|---|---|\n" in card
+    assert "| 50.0% | 12.0 | 9 | 0.10 |" in card

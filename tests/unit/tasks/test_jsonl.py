@@ -199,3 +199,20 @@ def test_a_project_that_is_moved_has_the_fingerprint_it_had_and_one_whose_rows_c
     assert made_from(there) == before
     (there / "train.jsonl").write_bytes(GOOD + b"\n" + GOOD)
     assert made_from(there)[0] != before[0]
+
+
+def test_the_scores_are_those_of_task_metric(tmp_path):
+    task = task_of(tmp_path, GOOD, metric=["number", "f1"])
+    assert task.score(Row("1", "q", "a 5"), "b 5.0") == {"number": 1.0, "f1": 0.0}
+    assert task.score_all([Row("1", "q", "5")] * 2, ["5", ""]) == [{"number": 1.0, "f1": 1.0}, {"number": 0, "f1": 0}]
+
+
+def test_a_dev_or_test_row_that_a_metric_cannot_score_stops_the_run_with_its_line(tmp_path):
+    lines = b'{"query": "q", "answer": "5"}\n\n{"query": "r", "answer": "five"}\n'
+    task = task_of(tmp_path, lines, name="test.jsonl", metric="number")
+    with pytest.raises(DataError, match="row 'train-3'"):
+        list(task.rows("train"))  # without dev rows some of these serve as such
+    (tmp_path / "dev.jsonl").write_bytes(lines[:30])
+    assert len(list(task.rows("train"))) == 2, "what is only learned from need not be scored"
+    with pytest.raises(DataError, match=r"test\.jsonl: row 'test-3': its answer has no number"):
+        list(task.rows("test"))

@@ -21,9 +21,9 @@ from pi_ray.train import launch
 from pi_ray.train.batches import packed_batch, plain_batch
 from pi_ray.train.dev_scores import DevScorer
 from pi_ray.train.distributed import WorkerGroup
-from pi_ray.train.floor import DEV_SCORES
 from pi_ray.train.generation import generate_greedy
 from pi_ray.train.objectives import loss_and_correct
+from pi_ray.train.phase_scores import DEV_SCORES
 from pi_ray.train.shared_prefix import enable_shared_prefix
 from pi_ray.train.trainer import train_worker
 from tests.prepared import TEMPLATE, prepare_by_hand, tiny_config

@@ -8,7 +8,8 @@ from pydantic import ValidationError
 from pi_ray.protocols import Row
 from pi_ray.run.artifact import write_atomic
 from pi_ray.run.directory import RunDir
-from pi_ray.train.floor import DEV_SCORES, MOST_ROWS, decide_floor, main_dev_metric, scored_rows
+from pi_ray.train.floor import decide_floor, main_dev_metric
+from pi_ray.train.phase_scores import DEV_SCORES, MOST_ROWS, scored_rows
 from tests.prepared import tiny_config
 
 LIST = [{"rate": 1.0, "shots": 2}, {"rate": 0.5, "shots": 0}, {"rate": 0.0, "shots": 1}, {"rate": 0.0, "shots": 0}]
