@@ -145,11 +145,16 @@ def share_preparation(runs: Sequence[SweepRun], run: SweepRun) -> None:
     source = next(prepared, None)
     if source is None or run.directory.phases.exists():
         return
-    for name in ("queries", "rows", "templates", "phases"):
-        if getattr(source, name).exists():
-            shutil.copytree(getattr(source, name), getattr(run.directory, name), copy_function=_link)
+    run.directory.root.mkdir(parents=True, exist_ok=True)
     for path in source.root.glob("neighbours.*"):
-        _link(path, run.directory.root / path.name)
+        target = run.directory.root / path.name
+        target.unlink(missing_ok=True)
+        _link(path, target)
+    for name in ("queries", "rows", "templates", "phases"):  # phases last: where they are, all is
+        target = getattr(run.directory, name)
+        shutil.rmtree(target, ignore_errors=True)  # of a copy that was cut short
+        if getattr(source, name).exists():
+            shutil.copytree(getattr(source, name), target, copy_function=_link)
 
 
 def _link(source: Path | str, target: Path | str) -> None:

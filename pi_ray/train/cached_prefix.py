@@ -24,6 +24,7 @@ NAME = "pi_ray_cached_prefix"
 # logits that is rounding, as a share of their spread. In half precision a mixture of experts may choose other experts.
 PROBE_PREFIX, PROBE_ROWS = [7, 3, 9, 2], [[5, 11, 4, 8], [12, 6]]
 TOLERANCE, HALF_TOLERANCE = 1e-3, 0.2
+OTHER_SCORES = {"s_aux", "softcap", "position_bias"}  # arguments of attention that would be left out here
 
 _proven: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()  # model -> whether it computes the same in this way
 
@@ -46,14 +47,15 @@ class CachedPrefix:
 
 def cached_prefix_attention(
     module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: Any, dropout: float = 0.0,
-    scaling: float | None = None, cached_prefix: CachedPrefix | None = None, **_: Any,
+    scaling: float | None = None, cached_prefix: CachedPrefix | None = None, **more: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attend to the prefix and to own tokens: query (B, H, L, D), key and value (B, H_kv, T, D) -> (B, L, H, D).
 
     One token a row is multiplied with the prefix as it is, all rows at once. Several are left to SDPA, which needs
     keys and values of equal batch; that copy of the prefix lasts for one layer.
     """
-    assert cached_prefix is not None
+    if cached_prefix is None or OTHER_SCORES & {name for name, value in more.items() if value is not None}:
+        raise NotImplementedError(f"{type(module).__name__} computes its scores in a way of its own")
     prefix_key, prefix_value = cached_prefix.layers[module.layer_idx]
     own = cached_prefix.sees.to(query.device)  # layers may lie on several GPUs
     (size, heads, length, depth), groups, cached = query.shape, key.shape[1], prefix_key.shape[2]
@@ -74,7 +76,7 @@ def cached_prefix_attention(
     near = (scaled @ key.transpose(2, 3)).masked_fill(~own[:, None], -torch.inf)
     weights = torch.cat([far, near], -1).softmax(-1, dtype=torch.float32).to(value.dtype)
     output = times_prefix(weights[..., :cached], prefix_value[0]) + weights[..., cached:] @ value
-    return output.reshape(size, 1, heads, depth), None
+    return output.reshape(size, 1, heads, -1), None
 
 
 AttentionInterface.register(NAME, cached_prefix_attention)
@@ -102,14 +104,17 @@ def shares_cached_prefix(model: Any, cache: DynamicCache) -> bool:
     if not cache.get_seq_length() or any(type(layer) is not DynamicLayer for layer in cache.layers):
         return False
     if model not in _proven:
-        _proven[model] = _is_equal(model)
+        try:
+            _proven[model] = not why_prefix_cannot_be_shared(base_of(model)) and _is_equal(model)
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, TypeError, AttributeError, IndexError):  # such as keys that are cached compressed
+            _proven[model] = False
     return _proven[model]
 
 
 @torch.inference_mode()
 def _is_equal(model: Any) -> bool:
-    if why_prefix_cannot_be_shared(base_of(model)):
-        return False
     longest, device = max(map(len, PROBE_ROWS)), model.device
     ids = torch.tensor([[0] * (longest - len(row)) + row for row in PROBE_ROWS], device=device)
     own = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in PROBE_ROWS], device=device)

@@ -44,14 +44,14 @@ from pi_ray.train.batches import (
 from pi_ray.train.distilled_rows import ANCHOR_FILE, FILE, SCHEMA, choose_kept
 from pi_ray.train.distributed import WorkerGroup
 from pi_ray.train.drills import find_run_facts, template_views, whole_template
-from pi_ray.train.generation import compute_prefix_cache, generate_greedy
+from pi_ray.train.generation import compute_prefix_cache, generate_greedy, rows_at_once
 from pi_ray.train.held_out import MOST_TEXTS, choose_held_out
 from pi_ray.train.shared_prefix import ordinary_attention
 from pi_ray.train.teacher_rows import TeacherRows, open_teacher_rows
 from pi_ray.units import UnitIndex, find_units
 
-GENERATED_ROWS = 64  # queries answered at once
-JUDGED_TIMES = 4  # rows judged at once, in rows of a training batch: without gradients they need less memory
+TOLD_ROWS = 64  # judged rows after which it is said how far the teacher is
+JUDGED_TIMES = 4  # rows judged at once, in batches of training: without gradients they need less memory
 BATCH_ROWS = 1024  # rows that are Python objects at a time; as columns they take a tenth of the memory
 
 Answers = dict[int, list[int]]  # row number -> label ids
@@ -68,7 +68,7 @@ def write_teacher_answers(
     """
     run, distill, started = RunDir(config.root), config.train.distill, time.monotonic()
     labelled, unlabelled = open_teacher_rows(config, "train"), open_teacher_rows(config, UNLABELLED)
-    size = JUDGED_TIMES * (config.train.micro_batch or config.rows_per_worker)
+    size = config.train.micro_batch or JUDGED_TIMES * config.rows_per_worker
     prefixes = view_prefixes(config)
     model.eval()
     with model.disable_adapter() if distill.teacher == "base" else nullcontext():
@@ -108,7 +108,7 @@ def _tell_judged(
 ) -> Iterator[dict[str, Any]]:
     for done, row in enumerate(scored, start=1):
         yield row
-        if done % GENERATED_ROWS == 0 or done == total:
+        if done % TOLD_ROWS == 0 or done == total:
             tell("judged", done, total)
 
 
@@ -150,8 +150,9 @@ def generate_answers(
 ) -> Answers:
     """Greedy answers to these rows behind `prefix`, ending with `end`; those over `limit` tokens are left out."""
     cache, answers = compute_prefix_cache(model, prefix), {}
-    for start in range(0, len(numbers), GENERATED_ROWS):
-        some = numbers[start : start + GENERATED_ROWS]
+    size = rows_at_once(model, cache)
+    for start in range(0, len(numbers), size):
+        some = numbers[start : start + size]
         prompts = [prompt for prompt, _ in data.take(some)]
         generated = generate_greedy(model, prefix, prompts, limit, end, cache=cache)
         answers.update({n: [*ids, end] for n, ids in zip(some, generated, strict=True) if len(ids) < limit})

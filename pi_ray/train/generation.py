@@ -20,6 +20,8 @@ from pi_ray.models import last_logits_index
 from pi_ray.train.cached_prefix import CachedPrefix, base_of, cached_prefix_enabled, shares_cached_prefix
 from pi_ray.train.shared_prefix import why_not_all_is_seen
 
+SHARING_ROWS, COPYING_ROWS = 64, 16
+
 
 def compute_prefix_cache(model: Any, prefix: Sequence[int]) -> DynamicCache:
     """Keys and values of the prefix, batch 1."""
@@ -57,11 +59,12 @@ def generate(
     it. They are padded on the left, between prefix and row, where mask and position ids leave the padding out.
     """
     cache = compute_prefix_cache(model, prefix) if cache is None else cache
-    if len(rows) > 1 and _padding_is_seen(model, len(prefix) + max(map(len, rows)) + max_new_tokens):
+    limited = _is_limited(model, len(prefix) + max(map(len, rows)) + max_new_tokens)
+    if len(rows) > 1 and limited:
         own = [partial(_choose_for, choose, i) for i in range(len(rows))]
         each = zip(rows, own, strict=True)
         return [generate(model, prefix, [row], max_new_tokens, end, cache, breaks, mine)[0] for row, mine in each]
-    behind = _RowCache(model, len(prefix), cache, len(rows))
+    behind = _RowCache(model, len(prefix), cache, len(rows), limited)
     ids, mask = _pad_left(rows, model.device)
     answers: list[list[int]] = [[] for _ in rows]
     alive = list(range(len(rows)))
@@ -91,11 +94,11 @@ def label_logprobs(
     """For each row (prompt ids, label ids) behind the cached prefix, at each token of its label: the log-probability,
     and whether the model holds it likeliest. `cache` is not changed.
     """
-    longest = len(prefix) + max(len(prompt) + len(label) for prompt, label in rows)
-    if len(rows) > 1 and _padding_is_seen(model, longest):
+    limited = _is_limited(model, len(prefix) + max(len(prompt) + len(label) for prompt, label in rows))
+    if len(rows) > 1 and limited:
         return [found for row in rows for found in label_logprobs(model, prefix, [row], cache)]
     ids, mask = _pad_left([[*prompt, *label[:-1]] for prompt, label in rows], model.device)
-    behind = _RowCache(model, len(prefix), cache, len(rows))
+    behind = _RowCache(model, len(prefix), cache, len(rows), limited)
     with behind.attention():
         logits = behind.forward(ids, mask, max(len(label) for _, label in rows))
     found = []
@@ -131,8 +134,14 @@ def _choose_for(choose: Choose, row: int, logits: torch.Tensor, _: Sequence[int]
     return choose(logits, [row])
 
 
-def _padding_is_seen(model: Any, tokens: int) -> bool:
-    """Whether padding takes places of a sliding window, or of a recurrent layer's state: rows then go one by one."""
+def rows_at_once(model: Any, cache: DynamicCache) -> int:
+    """Rows that are answered together: fewer where each of them needs a copy of the prefix's cache."""
+    return SHARING_ROWS if shares_cached_prefix(model, cache) else COPYING_ROWS
+
+
+def _is_limited(model: Any, tokens: int) -> bool:
+    """Whether some layer does not see all tokens: padding takes places of its window or state, so rows go one by one.
+    """
     return bool(why_not_all_is_seen(base_of(model), tokens))
 
 
@@ -142,9 +151,9 @@ class _RowCache:
     Where it cannot, each row has a copy of the prefix's keys and values.
     """
 
-    def __init__(self, model: Any, prefix: int, cache: DynamicCache, rows: int):
+    def __init__(self, model: Any, prefix: int, cache: DynamicCache, rows: int, limited: bool):
         self.model, self.prefix, self.copied = model, prefix, 0
-        self.shared = cache if shares_cached_prefix(model, cache) else None
+        self.shared = None if limited or not shares_cached_prefix(model, cache) else cache
         self.own = DynamicCache()
         if self.shared is None:
             self.own, self.copied = copy.deepcopy(cache), cache.get_seq_length()

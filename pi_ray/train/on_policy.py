@@ -28,10 +28,10 @@ from pi_ray.protocols import UNLABELLED, GenerationRequest
 from pi_ray.run.artifact import digest, is_current, staged
 from pi_ray.run.directory import RunDir
 from pi_ray.train.batches import Pack, answer_logits, to_device
-from pi_ray.train.distill import GENERATED_ROWS, longest_answer_tokens, view_prefixes
+from pi_ray.train.distill import longest_answer_tokens, view_prefixes
 from pi_ray.train.distilled_rows import ROUND_FILE, SCHEMA, DistilledRows, round_folder
 from pi_ray.train.distributed import WorkerGroup
-from pi_ray.train.generation import compute_prefix_cache, generate
+from pi_ray.train.generation import compute_prefix_cache, generate, rows_at_once
 from pi_ray.train.lora import lent_weights, load_init_adapter
 from pi_ray.train.sampling import Sampler, choose_sampled
 from pi_ray.train.shared_prefix import ordinary_attention
@@ -112,8 +112,9 @@ class StudentWriter:
         answers, numbers, temperature = {}, list(fixed), self.distill.on_policy_temperature
         with ordinary_attention(model.get_base_model()):
             cache = compute_prefix_cache(model, data.prefix)
-            for start in range(0, len(numbers), GENERATED_ROWS):
-                some = numbers[start : start + GENERATED_ROWS]
+            size = rows_at_once(model, cache)
+            for start in range(0, len(numbers), size):
+                some = numbers[start : start + size]
                 prompts = [prompt + fixed[n] for n, (prompt, _) in zip(some, data.take(some), strict=True)]
                 seeds = [int(digest(f"{key} {n}")[:15], 16) for n in some]
                 samplers = [Sampler(GenerationRequest([], 0, temperature=temperature, seed=seed)) for seed in seeds]

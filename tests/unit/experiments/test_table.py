@@ -118,11 +118,15 @@ def test_a_mistake_is_named(tmp_path, changes, says):
 def test_another_seed_takes_over_the_preparation(tmp_path):
     found = sweep.load_sweep(table_file(tmp_path))
     first, second = found.runs_of("full")
-    for name in ("rows", "templates", "phases"):
+    for name in ("queries", "rows", "templates", "phases"):
         (first.directory.root / name).mkdir(parents=True)
         (first.directory.root / name / "a.txt").write_text(name)
     first.directory.neighbours.write_text("n")
+    second.directory.rows.mkdir(parents=True)  # of a copy that was cut short
+    (second.directory.rows / "half.txt").write_text("")
+    second.directory.neighbours.write_text("")
     sweep.share_preparation(found.runs, second)
+    assert (second.directory.queries / "a.txt").exists() and not (second.directory.rows / "half.txt").exists()
     assert (
         second.directory.phases / "a.txt"
     ).read_text() == "phases" and second.directory.neighbours.read_text() == "n"

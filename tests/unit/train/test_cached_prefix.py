@@ -89,6 +89,23 @@ def test_soft_capped_scores_get_a_copy_of_the_prefix_for_each_row(copies):
     assert generate_greedy(model, PREFIX, ROWS, 6, None) == expected_of(model) and 3 in copies
 
 
+def test_a_cache_of_compressed_keys_is_found_out_and_copied(copies):
+    model = random_model(
+        "DeepseekV3", kv_lora_rank=8, q_lora_rank=8, qk_rope_head_dim=4, qk_nope_head_dim=8, v_head_dim=6,
+        num_key_value_heads=4, n_routed_experts=4, num_experts_per_tok=2, n_group=1, topk_group=1,
+        moe_intermediate_size=16, first_k_dense_replace=1,
+    )
+    assert generate_greedy(model, PREFIX, ROWS, 6, None) == expected_of(model)
+
+
+def test_scores_with_something_more_are_copied_too(copies, monkeypatch):
+    model = random_model("Llama")
+    own = cached_prefix.cached_prefix_attention
+    with_sinks = lambda *args, **kwargs: own(*args, **kwargs, s_aux=torch.zeros(4))  # noqa: E731
+    monkeypatch.setitem(cached_prefix.AttentionInterface._global_mapping, cached_prefix.NAME, with_sinks)
+    assert generate_greedy(model, PREFIX, ROWS, 6, None) == expected_of(model) and copies == [3]
+
+
 def test_a_model_that_computes_something_else_in_this_way_is_found_out_once(copies, monkeypatch):
     model, tried = random_model("Llama"), []
     own = cached_prefix.cached_prefix_attention
