@@ -33,6 +33,8 @@ def check_messages(messages: Any) -> None:
         if not isinstance(message, dict) or message.get("role") not in ROLES:
             raise ValueError(f"{name} must be an object with a role of {', '.join(ROLES)}")
         role, text = message["role"], content_text(message.get("content"), f"{name}.content")
+        if role != "assistant" and message.get("tool_calls"):
+            raise ValueError(f"{name} is of role {role} and has tool_calls, which only an assistant's message may have")
         if role == "system":
             if i:
                 raise ValueError(f"roles out of order: {name} is a system message, which can only be the first one")

@@ -1,7 +1,6 @@
 """Tool definitions: what is taken, and the text that stands for them where a chat template has none of its own."""
 
 import json
-import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,7 +17,6 @@ AFTER = (
     "<tool_call></tool_call> XML tags:\n<tool_call>\n"
     '{"name": <function-name>, "arguments": <args-json-object>}\n</tool_call>'
 )
-_TOOLS = re.compile(rf"(?:\A|\n\n){re.escape(BEFORE)}(.*){re.escape(AFTER)}\Z", re.DOTALL)
 
 
 def check_tools(tools: Any) -> None:
@@ -47,10 +45,13 @@ def join_tools(system: str, tools: Sequence[dict[str, Any]]) -> str:
 
 def split_tools(text: str) -> tuple[str, list[dict[str, Any]]]:
     """The system message and the tools of a text that `join_tools` made; any other text has no tools."""
-    found = _TOOLS.search(text)
-    if not found:
+    begin = 0 if text.startswith(BEFORE) else text.find(f"\n\n{BEFORE}")
+    if begin < 0 or not text.endswith(AFTER):
         return text, []
     try:
-        return text[: found.start()], [json.loads(line) for line in found[1].split("\n")]
-    except ValueError:
+        lines = text[begin:].lstrip("\n").removeprefix(BEFORE).removesuffix(AFTER)
+        tools = [json.loads(line) for line in lines.split("\n")]
+        check_tools(tools)
+    except (ValueError, RecursionError):
         return text, []
+    return text[:begin], tools

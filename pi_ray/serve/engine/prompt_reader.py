@@ -62,7 +62,9 @@ class PromptReader:
             cure = "send the query alone, or the prompt that the adapter was trained with"
             message = f"this key may not use the base model, which answers a changed prompt; {cure}"
             raise RefusedError(403, message, code="model_not_allowed", param="messages")
-        text, limit = request.full_text if guarded.kind == "conversation" else guarded.text, 2 * self.context
+        keeps_system = guarded.kind == "drifted" and adapter is not None and adapter.is_conversational
+        text = request.full_text if keeps_system or guarded.kind == "conversation" else guarded.text
+        limit = 2 * self.context
         if len(text) > COUNT_CHUNK_CHARS and (tokens := self._count_up_to(given_up, limit, text)) > limit:
             raise self._too_long(f"more than {tokens - 1}", 1)
         return guarded
@@ -86,14 +88,14 @@ class PromptReader:
     def _guard(self, request: CompletionRequest, adapter: Adapter | None) -> GuardResult:
         if adapter and adapter.is_conversational:
             return self._guard_conversation(request, adapter)
+        if adapter and request.uses_tools:
+            param, message = "tools" if request.tools else "messages", f"{QUERY_ONLY_MESSAGE}; it knows no tools either"
+            raise RefusedError(400, message, param=param)
         if request.full_prompt:
             return GuardResult("full", request.query)
         if adapter is None:
             kind = "conversation" if request.history or request.uses_tools else "internalised"
             return GuardResult(kind, request.query)
-        if request.uses_tools:
-            param, message = "tools" if request.tools else "messages", f"{QUERY_ONLY_MESSAGE}; it knows no tools either"
-            raise RefusedError(400, message, param=param)
         known = adapter.guard if self.config.serve.drift_guard else None
         guard = known if isinstance(known, PromptGuard) else EMPTY_GUARD
         system = "\n\n".join(text for role, text in request.history if role == "system")

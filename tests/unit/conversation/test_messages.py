@@ -66,6 +66,8 @@ def test_a_conversation_is_taken(messages):
     ([user(), call(arguments='{"a": ' + "[" * 100 + "]" * 100 + "}")], "a JSON object of at most 64 levels"),
     ([user(), call(name="")], "with the name of a function"),
     ([user(), {"role": "assistant", "content": None, "tool_calls": 7}], "must be a list"),
+    ([{**user(), "tool_calls": call()["tool_calls"]}], "of role user and has tool_calls, which only an assistant's"),
+    ([user(), call(), {**result(), "tool_calls": call()["tool_calls"]}], "of role tool and has tool_calls"),
     ([user(), {"role": "assistant", "content": None, "function_call": {"name": "f"}}], "empty assistant turn"),
     ([user(), answer(" \n")], "an empty assistant turn"),
     ([user(" "), answer()], r"messages\[0\].content is empty"),

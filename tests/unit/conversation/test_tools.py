@@ -1,10 +1,12 @@
 """Tool definitions as text beside a system message, and back."""
 
 import json
+import time
 
 import pytest
 
 from pi_ray.conversation import check_tools, join_tools, split_tools
+from pi_ray.conversation.tools import AFTER, BEFORE
 
 FIND = {"type": "function", "function": {
     "name": "find", "description": "Finds an order.\nBy <id>.", "parameters": {"type": "object", "properties": {}},
@@ -25,9 +27,15 @@ def test_the_text_is_what_qwen_and_hermes_models_know():
     assert '<tools>\n{"type": "function", "function": {"name": "stop"}}\n</tools>' in text
 
 
-def test_a_text_that_only_resembles_tools_has_none():
-    text = join_tools("", [STOP]).replace('{"type"', '{"type')
+@pytest.mark.parametrize("lines", ['{"type": "function', "1", "{}", '{"type": "function"}', "", "[" * 100_000])
+def test_a_text_that_only_resembles_tools_has_none(lines):
+    text = f"Be brief.\n\n{BEFORE}{lines}{AFTER}"
     assert split_tools(text) == (text, [])
+
+
+def test_a_text_that_begins_tools_again_and_again_is_read_once():
+    text, begin = f"\n\n{BEFORE}" * 10_000, time.perf_counter()
+    assert split_tools(text) == (text, []) and time.perf_counter() - begin < 1
 
 
 @pytest.mark.parametrize(("tools", "reason"), [

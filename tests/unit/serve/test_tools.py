@@ -12,11 +12,13 @@ import openai
 import pytest
 from pydantic import BaseModel, Field
 
+from pi_ray import prompt
 from pi_ray.config import ModelConfig, PromptConfig, RunConfig, ServeConfig
 from pi_ray.conversation import dump_messages, join_tools, render_tool_calls
 from pi_ray.models import load_tokenizer
-from pi_ray.prompt import PromptEncoder
+from pi_ray.prompt import PromptEncoder, content_ids
 from pi_ray.protocols import Token
+from pi_ray.serve.engine import prompt_reader
 from pi_ray.serve.engine.completion import Completer
 from pi_ray.serve.engine.engine import TransformersEngine
 from pi_ray.serve.http.api import create_api
@@ -336,6 +338,8 @@ STRANGE = {"type": "object", "not": {}}
     ([QUESTION, CALL, QUESTION], {}, "messages", "has no result"),
     ([QUESTION, {"role": "assistant", "content": ""}, *CONVERSATION], {"tools": TOOLS}, "messages", "empty assistant"),
     ([CALL, CONVERSATION[2]], {}, "messages", "roles out of order"),
+    ([{**QUESTION, "tool_calls": CALL["tool_calls"]}], {}, "messages", "of role user and has tool_calls"),
+    ([QUESTION, CALL, {**CONVERSATION[2], "tool_calls": [{"id": "x"}]}], {}, "messages", "of role tool and has"),
     ([QUESTION] * 10_000, {}, "messages", "at most 256"),
     ([{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}], {}, "messages", "no images"),
     ([{"role": "user", "content": None}], {}, "messages", "content must be text"),
@@ -359,8 +363,26 @@ def test_bad_conversations_tools_and_formats_are_400_with_the_reason(ask, model,
 
 @pytest.mark.fault
 def test_an_adapter_of_queries_takes_no_tools_and_calls_need_some(ask):
-    for messages, rest in (([QUESTION], {"tools": TOOLS}), (CONVERSATION, {})):
+    full = {"pi_ray": {"full_prompt": True}}
+    for messages, rest in (([QUESTION], {"tools": TOOLS}), (CONVERSATION, {}), (CONVERSATION, full)):
         response, _ = ask(messages, "queries", "ok", **rest)
         assert response.status_code == 400 and "trained on that" in response.json()["error"]["message"]
     response, _ = ask(model="base", says="ok", tool_choice="required")
     assert response.status_code == 400 and response.json()["error"]["param"] == "tool_choice"
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize(("model", "messages", "rest"), [
+    ("agent", [{"role": "system", "content": "é" * 120_000}, QUESTION], {}),
+    ("agent", [QUESTION], {"tools": [tool("x" * 120_000)]}),
+    ("base", [QUESTION], {"tools": [tool("x" * 120_000)]}),
+])  # fmt: skip
+def test_a_system_message_or_tools_far_beyond_the_context_are_refused_before_full_tokenisation(
+    ask, monkeypatch, model, messages, rest
+):
+    lengths = []
+    monkeypatch.setattr(prompt_reader, "content_ids", lambda _, text: lengths.append(len(text)) or content_ids(_, text))
+    monkeypatch.setattr(prompt, "content_ids", lambda *_, **__: pytest.fail("the whole prompt was tokenised"))
+    response, _ = ask(messages, model, "ok", **rest)
+    assert (response.status_code, response.json()["error"]["code"]) == (400, "context_length_exceeded")
+    assert 0 < sum(lengths) <= 120_100
