@@ -211,13 +211,18 @@ class PromptEncoder:
         return [*self._content(answer), self.tokenizer.eos_token_id]
 
     def all_turns(self, query: str, answer: str) -> tuple[list[int], list[int]]:
-        """Ids before the first assistant's turn of a conversation, and from there to the end of its last one, `answer`.
+        """Ids before a conversation's first learned turn, and from there to the end of its last one, `answer`. An
+        assistant's turn is learned unless its weight is 0.
 
-        An id of the second that no assistant's turn has is fed, not learned, and stands as its complement, -1 - id.
+        An id of the second that no learned turn has is fed, not learned, and stands as its complement, -1 - id.
         """
         assert self.chat
-        prompt, *parts = self.chat.turns([*load_messages(query), parse_turn(answer)])
-        return prompt.ids, [i if part.is_answer else ~i for part in parts for i in part.ids]
+        turns, ids = [*load_messages(query), parse_turn(answer)], list[int]()
+        weights = iter([turn.get("weight", 1) for turn in turns if turn["role"] == "assistant"])
+        for part in self.chat.turns(turns):
+            ids += part.ids if part.is_answer and next(weights) else [~i for i in part.ids]
+        begin = next(place for place, i in enumerate(ids) if i >= 0)
+        return [~i for i in ids[:begin]], ids[begin:]
 
     def decode(self, ids: Sequence[int]) -> str:
         """Generated ids -> text, up to the first end-of-sequence token."""

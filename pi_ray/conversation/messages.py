@@ -84,7 +84,17 @@ def read_arguments(text: Any, name: str = "arguments") -> dict[str, Any]:
         raise ValueError(f"{name} is not JSON: {error}") from None
     if not isinstance(found, dict) or is_deep(found):
         raise ValueError(f"{name} must be a JSON object of at most {MAX_NESTING} levels, not {text[:40]!r}")
+    check_json(found, name)
     return found
+
+
+def check_json(value: Any, name: str) -> None:
+    """Raise ValueError where a JSON value holds half of a surrogate pair, also as an escape, or no finite number."""
+    try:
+        text = json.dumps(value, ensure_ascii=False, allow_nan=False)
+    except ValueError as error:
+        raise ValueError(f"{name} holds a number beyond the largest one of JSON: {error}") from None
+    content_text(text, name)
 
 
 def is_deep(value: Any) -> bool:
@@ -166,4 +176,6 @@ def _plain_message(message: dict[str, Any]) -> dict[str, Any]:
             {"id": c["id"], "type": "function", "function": {k: c["function"][k] for k in ("name", "arguments")}}
             for c in calls
         ]
+    if message["role"] == "assistant" and message.get("weight") == 0:  # OpenAI's mark of a turn that is not learned
+        kept["weight"] = 0
     return kept | ({"tool_call_id": message["tool_call_id"]} if message["role"] == "tool" else {})

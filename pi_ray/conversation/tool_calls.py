@@ -29,11 +29,11 @@ def _call_json(function: dict[str, Any]) -> str:
     return json.dumps({"name": function["name"], "arguments": arguments}, ensure_ascii=False)
 
 
-def parse_tool_calls(text: str) -> tuple[str, list[dict[str, Any]]]:
+def parse_tool_calls(text: str, bare: bool = True) -> tuple[str, list[dict[str, Any]]]:
     """Generated text -> (content, OpenAI tool calls), which have the ids call_0, call_1...
 
-    What only resembles a call stays content. An answer that is nothing but JSON of one call, or of a list of them, with
-    "arguments" or Llama's "parameters", is taken as well: some chat templates have calls without marks.
+    What only resembles a call stays content. With `bare`, an answer that is nothing but JSON of one call, or of a list
+    of them, with "arguments" or Llama's "parameters", is taken as well: some chat templates have calls without marks.
     """
     functions, content, at = list[dict[str, Any]](), "", 0
     while (start := text.find(START, at)) >= 0:
@@ -43,7 +43,7 @@ def parse_tool_calls(text: str) -> tuple[str, list[dict[str, Any]]]:
         functions += [found] if found else []
         at = end
     content = (content + text[at:]).strip()
-    if not functions and content[:1] in ("{", "["):
+    if bare and not functions and content[:1] in ("{", "["):
         functions = _bare_calls(content)
         content = "" if functions else content
     named = [{"id": f"call_{i}", "type": "function", "function": function} for i, function in enumerate(functions)]
@@ -85,7 +85,13 @@ def _as_function(value: Any) -> dict[str, Any] | None:
     arguments = value.get("arguments", value.get("parameters"))
     if not isinstance(arguments, dict):
         return None
-    return {"name": name, "arguments": json.dumps(arguments, ensure_ascii=False)}
+    written = json.dumps(arguments, ensure_ascii=False)
+    try:
+        content_text(name)
+        read_arguments(written)
+    except ValueError:
+        return None
+    return {"name": name, "arguments": written}
 
 
 def render_turn(message: dict[str, Any]) -> str:
@@ -94,7 +100,7 @@ def render_turn(message: dict[str, Any]) -> str:
     return "\n".join(filter(None, [text, render_tool_calls(message.get("tool_calls") or ())]))
 
 
-def parse_turn(text: str) -> dict[str, Any]:
-    """The assistant's message of which `text` is the turn."""
-    content, calls = parse_tool_calls(text)
+def parse_turn(text: str, bare: bool = False) -> dict[str, Any]:
+    """The assistant's message of which `text` is the turn; `bare` as of parse_tool_calls, for a generated one."""
+    content, calls = parse_tool_calls(text, bare)
     return {"role": "assistant", "content": content or None, **({"tool_calls": calls} if calls else {})}

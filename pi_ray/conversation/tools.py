@@ -4,7 +4,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from pi_ray.conversation.messages import is_deep
+from pi_ray.conversation.messages import check_json, is_deep
 
 MAX_TOOLS = 512
 # The words of Qwen 2.5's chat template, whose models and Hermes' know them.
@@ -32,6 +32,7 @@ def check_tools(tools: Any) -> None:
             raise ValueError(f"tools[{i}]: there is a function '{name}' already")
         if not isinstance(function.get("parameters", {}), dict) or is_deep(tool):
             raise ValueError(f"tools[{i}].function.parameters must be a JSON schema, an object that is not too deep")
+        check_json(tool, f"tools[{i}]")
         names.add(name)
 
 

@@ -1,8 +1,8 @@
 """Conversations within the model's context: a longer one loses its oldest turns, those after the first user's message.
 
 The whole template stands before every conversation, as in the first phase, so that all phases and columns see the same
-rows. A turn of which nothing is left but the first user's message and the latest exchange is rejected if that is still
-too long.
+rows. The first turn that is kept answers what was cut, so it is fed and not learned (weight 0). A turn of which nothing
+is left but the first user's message and the latest exchange is rejected if that is still too long.
 """
 
 from bisect import bisect_left
@@ -54,7 +54,8 @@ class ConversationContext:
             return Reject(row.id, 0, f"even its first message and its latest exchange alone are longer than the "
                           f"{self.room:,} tokens that the template leaves of the model's context of {self.context:,}")
         self.cut, self.messages = self.cut + 1, self.messages + starts[place] - 1
-        return replace(row, query=dump_messages([messages[0], *messages[starts[place] :]]))
+        first, *rest = messages[starts[place] :]
+        return replace(row, query=dump_messages([messages[0], {**first, "weight": 0}, *rest]))
 
     def notes(self) -> list[str]:
         """What was cut, in words."""

@@ -14,7 +14,7 @@ from pi_ray.evaluate.columns import LABELS, Column, RowWatch, answer_lengths, co
 from pi_ray.evaluate.hosted_answerer import HostedAnswerer
 from pi_ray.evaluate.judge import add_judgements, confirm_judging, judges_of
 from pi_ray.evaluate.knowledge import KNOWLEDGE_FILE
-from pi_ray.evaluate.scoring import ScoredAnswers, output_lines
+from pi_ray.evaluate.scoring import ScoredAnswers, clusters_of, output_lines
 from pi_ray.protocols import Task
 from pi_ray.registry import tasks
 from pi_ray.run.answered import answered_facts
@@ -22,7 +22,6 @@ from pi_ray.run.artifact import is_current, staged
 from pi_ray.run.directory import RunDir
 from pi_ray.run.lock import run_lock
 from pi_ray.run.phases import plain_finetuning_config
-from pi_ray.tasks.conversations import conversation_of
 from pi_ray.tasks.dataset import score_rows
 from pi_ray.train.floor import decide_floor
 
@@ -56,7 +55,7 @@ def _evaluate(
     task: Task = tasks[config.task.name](config.task)
     rows, bank = run.read_rows(split), run.read_rows("train")
     lengths, metric = answer_lengths(config, rows, bank), config.task.metric
-    clusters = [conversation_of(row.id) for row in rows] if config.prompt.conversation else None
+    clusters = clusters_of(config, [row.id for row in rows])
     judges = judges_of(config)
     confirm_judging(config, judges, rows, len(columns), lengths.limit, confirm)
     answers = answerer.answer(columns, lengths, watch)

@@ -5,8 +5,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
+from pi_ray.config import RunConfig
 from pi_ray.evaluate.statistics import corpus_bleu, mean_interval, paired_bleu, paired_mean
 from pi_ray.protocols import Row
+from pi_ray.tasks.conversations import conversation_of
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,12 @@ class ScoredAnswers:
             answers = [r.answer for r in self.rows]
             found["bleu"] = paired_bleu(self.texts, other.texts, answers, *how)
         return {metric: list(values) for metric, values in found.items()}
+
+
+def clusters_of(config: RunConfig, ids: Sequence[str]) -> list[str] | None:
+    """The conversation of each row, where every turn of a test conversation is a row; None where rows stand alone."""
+    every_turn = config.prompt.conversation and config.task.learn == "all"
+    return [conversation_of(i) for i in ids] if every_turn else None
 
 
 def output_lines(rows: Sequence[Row], columns: Mapping[str, ScoredAnswers]) -> Iterator[str]:

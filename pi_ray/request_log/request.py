@@ -100,12 +100,23 @@ def _message(given: Message) -> Message:
     return {"role": given["role"], "content": text if text or not kept.get("tool_calls") else None, **kept}
 
 
+def _is_body(text: str) -> bool:
+    """Whether a response is an API's as JSON text; other JSON is the answer itself."""
+    try:
+        found = _body(text, "the response")
+    except ValueError:
+        return False
+    message, error = found.get("message", found), found.get("error")
+    is_message = isinstance(message, dict) and message.get("role") == "assistant"
+    return "choices" in found or is_message or (isinstance(error, dict) and "message" in error)
+
+
 def _answer(data: dict[str, Any]) -> Message | None:
     """The response's message; None where there is no response, or none that could be learned from."""
     found = next((data[name] for name in RESPONSES if data.get(name)), data if "choices" in data else None)
     if found is None:
         return None
-    if isinstance(found, str) and not found.lstrip().startswith("{"):
+    if isinstance(found, str) and not _is_body(found):
         return {"role": "assistant", "content": found}
     found = _body(found, "the response")
     if found.get("error"):

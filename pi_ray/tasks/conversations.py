@@ -73,7 +73,8 @@ class ConversationsTask(JsonlTask):
 
     def score_all(self, rows: Sequence[Row], outputs: Sequence[str]) -> list[dict[str, float]]:
         """The turns that the outputs are, against the rows': white space within tool calls does not count."""
-        return super().score_all(rows, [_rewrite_turn(output) for output in outputs])
+        turns = [o if o == row.answer else _rewrite_turn(o) for row, o in zip(rows, outputs, strict=True)]
+        return super().score_all(rows, turns)
 
     def fingerprint(self) -> str:
         paths = [Path(getattr(self.config, name)) for name in (*SPLITS, "queries", "template", "tools")]
@@ -104,6 +105,7 @@ class ConversationsTask(JsonlTask):
             raise ValueError("wrong type: 'id' must be text or a whole number")
         if not isinstance(group, str):
             raise ValueError("wrong type: 'group' must be text")
+        content_text(group, "group")
         if data.get("tools") and data["tools"] != [json.loads(tool) for tool in self.tools]:
             raise ValueError("its tools are not those of task.tools, which every conversation must share")
         messages = [{**m, "role": "system"} if isinstance(m, dict) and m.get("role") == "developer" else m
@@ -119,13 +121,13 @@ class ConversationsTask(JsonlTask):
 
     def _rows(self, name: str, messages: list[dict[str, Any]], split: str, group: str) -> Iterator[Row]:
         """The rows of one conversation. Raises ValueError where no assistant turn could be learned."""
-        turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+        turns = [i for i, m in enumerate(messages) if m["role"] == "assistant" and m.get("weight") != 0]
         if split == UNLABELLED:
             asked = messages[:-1] if messages[-1]["role"] == "assistant" else messages
             yield Row(name, dump_messages(asked), "", group)
             return
         if not turns:
-            raise ValueError("the conversation has no assistant turn")
+            raise ValueError("the conversation has no assistant turn to learn")
         one = split == "train" or self.config.learn == "last"
         for number, i in list(enumerate(turns, start=1))[-1 if one else 0 :]:
             kind, row_id = CALL if messages[i].get("tool_calls") else REPLY, name if one else f"{name}{TURN}{number}"
@@ -135,6 +137,6 @@ class ConversationsTask(JsonlTask):
 def _rewrite_turn(output: str) -> str:
     """A generated turn with its calls written as answers have them; as it is where it holds what no turn can."""
     try:
-        return render_turn(parse_turn(output))
-    except ValueError:  # NaN among the arguments, or a NUL character
+        return render_turn(parse_turn(output, bare=True))
+    except ValueError:  # a NUL character
         return output

@@ -76,6 +76,15 @@ def test_a_long_conversation_is_cut_and_the_preparation_says_so(done):
     assert len(load_messages(rows["train-8"].query)) == 3 and len(load_messages(rows["train-7"].query)) == 5
 
 
+def test_the_turn_behind_the_gap_is_read_and_not_learned(done):
+    config, _ = done
+    run, encoder = RunDir(config.root), PromptEncoder(load_tokenizer(config.model), config.prompt)
+    tables = (pq.read_table(path).to_pylist() for path in run.phase(1).glob("part-*.parquet"))
+    cut = next(row for table in tables for row in table if row["id"] == "train-8")
+    row = next(row for row in run.rows_of("train") if row.id == "train-8")
+    assert (cut["prompt_ids"], cut["label_ids"]) == (encoder.row(row.query), encoder.answer(row.answer))
+
+
 def test_the_prefix_is_system_message_and_tools_and_at_rate_0_the_chat_head(done):
     config, _ = done
     tokenizer, run = load_tokenizer(config.model), RunDir(config.root)

@@ -80,6 +80,24 @@ def test_the_assistants_turns_alone_are_learned_each_with_its_end(encoder):
     assert "lost" in text and "Thanks." in text and "I note it." not in text
 
 
+@pytest.mark.parametrize("fed", [[0], [1], [0, 2]])
+def test_turns_of_weight_0_are_fed_and_not_learned(encoder, fed):
+    turns = [i for i, message in enumerate(TALK) if message["role"] == "assistant"]
+    marked = [{**m, "weight": 0} if i in [turns[k] for k in fed] else m for i, m in enumerate(TALK)]
+    prompt, label = encoder.all_turns(dump_messages(marked[:-1]), render_turn(TALK[-1]))
+    whole, every = learned(encoder)
+    assert prompt + [i if i >= 0 else ~i for i in label] == whole + [i if i >= 0 else ~i for i in every]
+    kept = [encoder.answer(render_turn(TALK[i])) for k, i in enumerate(turns) if k not in fed]
+    assert label[0] >= 0 and [i for i in label if i >= 0] == [i for answer in kept for i in answer]
+
+
+@pytest.mark.parametrize("text", ['{"name": "Ann", "parameters": {"a": 1}}', '[{"name": "Ann", "arguments": {}}]'])
+def test_a_reply_that_is_json_is_trained_as_it_is(encoder, text):
+    ids = encoder.answer(text)
+    assert encoder.decode(ids) == text
+    assert encoder.all_turns(dump_messages(TALK[:1]), text) == (encoder.row(dump_messages(TALK[:1])), ids)
+
+
 def test_the_ids_are_those_of_the_chat_templates_text(encoder):
     tokenizer, prompt = encoder.tokenizer, encoder.prefix(join_tools("Be brief.", TOOLS))
     text = tokenizer.decode(prompt + encoder.row(dump_messages(TALK[:1])))

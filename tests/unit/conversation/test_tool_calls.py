@@ -48,6 +48,9 @@ def test_an_argument_may_hold_the_marks_themselves():
     '<tool_call>\n{"name": "find"}\n</tool_call>',
     '<tool_call>\n{"name": "find", "arguments": [7]}\n</tool_call>',
     "<tool_call>\nfind(7)\n</tool_call>",
+    '<tool_call>\n{"name": "find", "arguments": {"id": NaN}}\n</tool_call>',
+    '<tool_call>\n{"name": "find", "arguments": {"id": 1e999}}\n</tool_call>',
+    '<tool_call>\n{"name": "find", "arguments": {"id": "\\ud83d"}}\n</tool_call>',
     '{"name": "Ada", "age": 36}',
     '[{"name": "find", "arguments": {}}, 7]',
     "{", "<tool_call>" * 50, "<tool_call>" + "[" * 100_000,
@@ -67,5 +70,7 @@ def test_calls_in_other_forms_are_read(text):
 
 
 def test_a_turn_without_calls_has_no_tool_calls():
+    bare = '{"name": "find", "parameters": {}}'
+    assert parse_turn(bare)["content"] == bare and parse_turn(bare, bare=True)["tool_calls"]
     assert parse_turn("Hello.") == {"role": "assistant", "content": "Hello."}
     assert parse_turn(render_tool_calls([call("stop")]))["content"] is None

@@ -43,6 +43,8 @@ def test_a_text_that_begins_tools_again_and_again_is_read_once():
     ([{"name": "f"}], r"tools\[0\] must be"),
     ([{"type": "function", "function": {"name": " "}}], r"tools\[0\] must be"),
     ([STOP, STOP], "a function 'stop' already"),
+    ([{"type": "function", "function": {"name": "f", "description": "\ud83d"}}], "surrogate"),
+    ([{"type": "function", "function": {"name": "f", "parameters": {"maximum": float("inf")}}}], "beyond the larg"),
     ([{"type": "function", "function": {"name": "f", "parameters": []}}], "must be a JSON schema"),
     ([{"type": "function", "function": {"name": "f", "parameters": {"a": json.loads("[" * 100 + "]" * 100)}}}], "deep"),
 ])

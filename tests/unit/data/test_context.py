@@ -47,6 +47,7 @@ def test_the_oldest_turns_after_the_first_users_go_first(make):
     row = context.fit(talk("u1 u1 u1", "a1 a1 a1", "u2", "a2 a2", "u3", "a3 a3"))  # 12 tokens
     assert texts(row) == ["u1 u1 u1", "a2 a2", "u3"] and row.answer == "a3 a3"
     assert [m["role"] for m in load_messages(row.query)] == ["user", "assistant", "user"]
+    assert [m.get("weight") for m in load_messages(row.query)] == [None, 0, None]  # it answers what was cut
     assert context.notes() == [
         "1 of 1 rows cut to the 9 tokens that the template leaves of the model's context: 2 messages left "
         "out, the oldest after the first one"

@@ -36,6 +36,20 @@ def test_every_form_of_a_log_gives_the_same_request(line):
     assert found.asked == (USER,)
 
 
+@pytest.mark.parametrize("text", ['{"label": "spam"}', '{"body": 7}', "{x}", '{"error": "none"}', '{"message": "hi"}'])
+def test_an_answer_that_is_json_stays_the_answer(text):
+    assert parse_request({**BODY, "output": text}).turns[-1] == {"role": "assistant", "content": text}
+
+
+@pytest.mark.parametrize("body", [ANSWER, {"message": ANSWER}, {"body": COMPLETION}])
+def test_a_response_may_be_the_text_of_its_body(body):
+    assert parse_request({**BODY, "response": json.dumps(body)}).turns[-1] == ANSWER
+
+
+def test_a_response_that_is_the_text_of_an_error_is_no_answer():
+    assert parse_request({**BODY, "response": json.dumps({"error": {"message": "m"}})}).turns == (USER,)
+
+
 def test_tools_come_with_the_request_or_stand_beside_it():
     calling = {"messages": [USER], "response": {"role": "assistant", "content": None, "tool_calls": [CALL]}}
     for line in ({**calling, "tools": [TOOL]}, {"request": {"messages": [USER], "tools": [TOOL]}, **calling}):

@@ -87,6 +87,8 @@ def test_a_row_that_repeats_the_system_message_and_the_tools_is_spared_of_them(t
     ({"messages": [user("hi")]}, "no assistant turn"),
     ({"messages": TALK, "id": ["a"]}, "'id' must be text or a whole number"),
     ({"messages": TALK, "group": 7}, "'group' must be text"),
+    ({"messages": TALK, "group": "\ud83d"}, "half of a surrogate pair"),
+    ({"messages": [user("hi"), answer("x") | {"weight": 0}]}, "no assistant turn to learn"),
     ([TALK], "missing field"),
 ])
 def test_a_bad_row_is_a_reject_with_its_line_and_the_reason(tmp_path, line, reason):
@@ -133,6 +135,23 @@ def test_arguments_are_compared_without_their_white_space(tmp_path):
     row = next(iter(task.rows("test")))
     assert task.score(row, '<tool_call>{"name":"find","arguments":{"id":7}}</tool_call>') == {"exact_match": 1.0}
     assert task.score(row, row.answer.replace("7", "8")) == {"exact_match": 0.0}
+
+
+def test_a_reply_that_is_json_is_no_call_and_scores_as_it_is(tmp_path):
+    reply = '{"name": "Ann", "parameters": {"a": 1}}'
+    task = task_of(tmp_path, [{"messages": [user("Who?"), answer(reply)]}], "test")
+    [row] = task.rows("test")
+    assert row.answer == reply and task.score(row, reply) == {"exact_match": 1.0}
+    asked = task_of(tmp_path, [{"messages": TALK}], "test")
+    called = asked.score(next(iter(asked.rows("test"))), '{"name": "find", "parameters": {"id": 7}}')
+    assert called == {"exact_match": 1.0}
+
+
+def test_turns_of_weight_0_are_neither_scored_nor_the_last_one_of_training(tmp_path):
+    fed = [user("a"), answer("b") | {"weight": 0}, user("c"), answer("d"), user("e"), answer("f") | {"weight": 0}]
+    [row] = read(tmp_path, [{"messages": fed}])
+    assert row.answer == "d" and load_messages(row.query)[1]["weight"] == 0
+    assert [row.answer for row in read(tmp_path, [{"messages": fed}], "test")] == ["d"]
 
 
 def test_a_change_of_the_tools_changes_the_fingerprint(tmp_path):
