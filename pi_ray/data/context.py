@@ -2,7 +2,7 @@
 
 The whole template stands before every conversation, as in the first phase, so that all phases and columns see the same
 rows. The first turn that is kept answers what was cut, so it is fed and not learned (weight 0). A turn of which nothing
-is left but the first user's message and the latest exchange is rejected if that is still too long.
+is left but the first user's message and the latest exchange is left out if that is still too long.
 """
 
 from bisect import bisect_left
@@ -12,7 +12,7 @@ from typing import Any
 
 from pi_ray.config import RunConfig
 from pi_ray.conversation import dump_messages, load_messages
-from pi_ray.errors import DataError
+from pi_ray.errors import DataError, ModelError
 from pi_ray.models import context_length
 from pi_ray.prompt import PromptEncoder, Template
 from pi_ray.protocols import Reject, Row
@@ -28,16 +28,37 @@ class ConversationContext:
         self.encoder, self.context = encoder, context_length(config.model)
         self.template = len(encoder.prefix(template.text))
         self.room = self.context - self.template
-        self.rows = self.cut = self.messages = 0
+        self.is_own_template, self.all_turns = config.prompt.chat == "model", config.task.learn == "all"
+        self.rows = self.cut = self.messages = self.left_out = 0
         if self.room <= 0:
             raise DataError(f"system message and tools have {self.template:,} tokens, and the model's context is "
                             f"{self.context:,}; take a model with a longer one, or shorten them")
 
-    def fit(self, row: Row | Reject) -> Row | Reject:
-        """The row with as many of its conversation's messages as fit with its answer; a Reject where too few do."""
+    def fit(self, row: Row | Reject) -> Row | Reject | None:
+        """The row with as many of its conversation's messages as fit with its answer; None where too few do. A Reject
+        where the chat template does not take it.
+        """
         if isinstance(row, Reject):
             return row
-        self.rows += 1
+        try:
+            fitted = self._cut(row)
+            if fitted and self.is_own_template:
+                self._check(fitted)
+        except ModelError as error:
+            return Reject(row.id, 0, str(error))
+        self.rows, self.left_out = self.rows + 1, self.left_out + (fitted is None)
+        return fitted
+
+    def _check(self, row: Row) -> None:
+        """Raise ModelError unless the row's ids can be made."""
+        if self.all_turns and row.answer:
+            self.encoder.all_turns(row.query, row.answer)
+            return
+        self.encoder.row(row.query)
+        if row.answer:
+            self.encoder.answer(row.answer)
+
+    def _cut(self, row: Row) -> Row | None:
         if len(row.query.encode()) + len(row.answer.encode()) <= self.room:  # a token is at least a byte
             return row
         messages, answer = load_messages(row.query), len(self.encoder.answer(row.answer))
@@ -50,16 +71,16 @@ class ConversationContext:
         starts = [i for i, message in enumerate(messages) if i > 1 and message["role"] == "assistant"]
         place = bisect_left(starts, True, key=lambda i: is_short([messages[0], *messages[i:]]))
         if place == len(starts):
-            self.rows -= 1
-            return Reject(row.id, 0, f"even its first message and its latest exchange alone are longer than the "
-                          f"{self.room:,} tokens that the template leaves of the model's context of {self.context:,}")
+            return None
         self.cut, self.messages = self.cut + 1, self.messages + starts[place] - 1
         first, *rest = messages[starts[place] :]
         return replace(row, query=dump_messages([messages[0], {**first, "weight": 0}, *rest]))
 
     def notes(self) -> list[str]:
         """What was cut, in words."""
-        if not self.cut:
-            return []
-        return [f"{self.cut} of {self.rows} rows cut to the {self.room:,} tokens that the template leaves of "
-                f"the model's context: {self.messages:,} messages left out, the oldest after the first one"]
+        room = f"{self.room:,} tokens that the template leaves of the model's context"
+        cut = (f"{self.cut} of {self.rows} rows cut to the {room}: {self.messages:,} messages left out, the oldest "
+               "after the first one")
+        too_long = (f"{self.left_out} of {self.rows} rows left out, because even their first message and their latest "
+                    f"exchange alone are longer than the {room}")
+        return [cut] * bool(self.cut) + [too_long] * bool(self.left_out)

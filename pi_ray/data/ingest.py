@@ -98,7 +98,7 @@ def _accepted(
     for row in map(context.fit, task.rows(split)) if context else task.rows(split):
         if isinstance(row, Reject):
             rejects.append(row)
-        else:
+        elif row:  # None: left out
             yield row
 
 

@@ -32,7 +32,7 @@ def corpus_bleu(
     outputs: Sequence[str], answers: Sequence[str], bootstrap: int, seed: int, clusters: Clusters = None
 ) -> Interval:
     """sacrebleu's corpus BLEU (13a, exp smoothing), 0..100; it also scores the summed statistics of each resample."""
-    statistics = _sum_clusters(bleu_statistics(outputs, answers), clusters)
+    statistics = sum_clusters(bleu_statistics(outputs, answers), clusters)
     resampled = [bleu_of(total) for total in _resampled_sums(statistics, bootstrap, seed)]
     return bleu_of(statistics.sum(axis=0)), *_interval(resampled)
 
@@ -64,7 +64,7 @@ def mean_interval(
     if clusters is None:
         sums = np.array(list(_resampled_sums(column, bootstrap, seed)))
         return float(column.mean()), *_interval(sums / len(column))
-    counted = _sum_clusters(np.stack([column, np.ones_like(column)], axis=1), clusters)
+    counted = sum_clusters(np.stack([column, np.ones_like(column)], axis=1), clusters)
     drawn = np.array(list(_resampled_sums(counted, bootstrap, seed)))  # clusters differ in rows
     return float(column.mean()), *_interval(drawn[:, 0] / drawn[:, 1])
 
@@ -80,7 +80,7 @@ def paired_mean(
     if len(a) != len(b):
         raise DataError(f"{len(a)} scores against {len(b)}; paired columns have one for each row")
     differences = np.asarray(a, dtype=np.float64) - np.asarray(b, dtype=np.float64)
-    flipped = _sum_clusters(differences, clusters)
+    flipped = sum_clusters(differences, clusters)
     return *mean_interval(differences, bootstrap, seed, clusters), _sign_flip(flipped, bootstrap, seed)
 
 
@@ -93,7 +93,7 @@ def paired_bleu(
     p is two-sided, by approximate randomisation (Riezler and Maxwell 2005): a row's outputs change sides or stay,
     `bootstrap` times, and p = (k + 1) / (bootstrap + 1).
     """
-    a, b = (_sum_clusters(bleu_statistics(texts, answers), clusters) for texts in (outputs_a, outputs_b))
+    a, b = (sum_clusters(bleu_statistics(texts, answers), clusters) for texts in (outputs_a, outputs_b))
     resampled = [bleu_of(s[:10]) - bleu_of(s[10:]) for s in _resampled_sums(np.hstack([a, b]), bootstrap, seed)]
     ours, theirs = a.sum(axis=0), b.sum(axis=0)
     found = bleu_of(ours) - bleu_of(theirs)
@@ -162,7 +162,7 @@ def _scores_over_seeds(
     return [np.mean([score(of_seed) for of_seed in a]) for a in arrays], np.array(drawn)
 
 
-def _sum_clusters(statistics: np.ndarray, clusters: Clusters) -> np.ndarray:
+def sum_clusters(statistics: np.ndarray, clusters: Clusters) -> np.ndarray:
     """Sums over the rows of each cluster, in the order in which clusters first occur."""
     if clusters is None:
         return statistics

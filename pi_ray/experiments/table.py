@@ -17,6 +17,7 @@ from rich.table import Table
 
 from pi_ray.evaluate import statistics
 from pi_ray.evaluate.generation_workers import KINDS
+from pi_ray.evaluate.scoring import clusters_of
 from pi_ray.experiments.sweep import Sweep, SweepRun
 from pi_ray.metrics.names import metric_name
 from pi_ray.report import cost
@@ -39,6 +40,7 @@ class ColumnResults:
     answers: list[list[str]]
     outputs: list[list[str]]
     scores: list[list[float]]
+    clusters: list[str] | None = None  # of each row, where rows are turns of conversations
 
     @property
     def bootstrap(self) -> tuple[int, int]:
@@ -47,10 +49,12 @@ class ColumnResults:
 
     @cached_property
     def statistics(self) -> list[np.ndarray]:
-        """One array a seed, (rows, ...), of which `score_function` makes the metric."""
+        """One array a seed, (rows or their clusters, ...), of which `score_function` makes the metric."""
         if self.metric == "bleu":
-            return list(map(statistics.bleu_statistics, self.outputs, self.answers))
-        return list(map(np.array, self.scores))
+            counted = list(map(statistics.bleu_statistics, self.outputs, self.answers))
+        else:
+            counted = [np.stack([scores, np.ones(len(scores))], axis=1) for scores in self.scores]
+        return [statistics.sum_clusters(of_seed, self.clusters) for of_seed in counted]
 
     @cached_property
     def measured(self) -> tuple[float, float, float]:
@@ -62,7 +66,9 @@ class ColumnResults:
 
 
 def score_function(metric: str) -> Any:
-    return (lambda rows: statistics.bleu_of(rows.sum(axis=0))) if metric == "bleu" else np.mean
+    """The metric of an array of ColumnResults.statistics: BLEU, or the mean out of sums and counts."""
+    score = statistics.bleu_of if metric == "bleu" else lambda sums: sums[0] / sums[1]
+    return lambda rows: score(rows.sum(axis=0))
 
 
 def read_results(sweep: Sweep) -> list[ColumnResults]:
@@ -80,6 +86,7 @@ def read_results(sweep: Sweep) -> list[ColumnResults]:
             answers=[[r["answer"] for r in of_seed] for of_seed in rows],
             outputs=[[r["outputs"][key] for r in of_seed] for of_seed in rows],
             scores=[[r["scores"][key].get(metric) for r in of_seed] for of_seed in rows],
+            clusters=clusters_of(runs[0].config, [r["id"] for r in rows[0]]),
         ))
     return found
 
@@ -128,13 +135,13 @@ def _difference_cells(mine: ColumnResults | None, other: ColumnResults) -> list[
     scale, score = 1 if mine.metric == "bleu" else 100, score_function(mine.metric)
     found = statistics.difference_over_seeds(mine.statistics, other.statistics, *mine.bootstrap, score=score)
     difference, low, high = (scale * v for v in found)
-    p_values = []
+    p_values, how = [], (*mine.bootstrap, mine.clusters)
     for i, run in enumerate(mine.runs):
         j = next((j for j, r in enumerate(other.runs) if r.seed == run.seed), 0)
         if mine.metric == "bleu":
-            *_, p = statistics.paired_bleu(mine.outputs[i], other.outputs[j], mine.answers[i], *mine.bootstrap)
+            *_, p = statistics.paired_bleu(mine.outputs[i], other.outputs[j], mine.answers[i], *how)
         else:
-            *_, p = statistics.paired_mean(mine.scores[i], other.scores[j], *mine.bootstrap)
+            *_, p = statistics.paired_mean(mine.scores[i], other.scores[j], *how)
         p_values.append(f"{p:.3f}" if p >= 0.001 else "<0.001")
     return [f"{difference:+.1f} ({low:+.1f} to {high:+.1f})", ", ".join(p_values)]
 

@@ -8,7 +8,7 @@ from pi_ray.config import RunConfig
 from pi_ray.conversation import dump_messages, load_messages
 from pi_ray.data import context as module
 from pi_ray.data.context import ConversationContext
-from pi_ray.errors import DataError
+from pi_ray.errors import DataError, ModelError
 from pi_ray.prompt import Template
 from pi_ray.protocols import Reject, Row
 
@@ -59,13 +59,26 @@ def test_what_fits_stays_as_it_is_and_is_not_mentioned(make):
     assert context.fit(row) is row and context.notes() == []
 
 
-def test_a_turn_that_cannot_fit_is_a_reject(make):
+def test_a_turn_that_cannot_fit_is_left_out_and_counted(make):
     context = make(WORDS + 5)
-    for row in (talk("u1 u1 u1", "a1"), talk("u1", "a1", "u2 u2 u2 u2 u2", "a2")):
-        assert isinstance(context.fit(row), Row if row.query.count("role") == 1 else Reject)
-    assert "latest exchange alone are longer than the 5 tokens" in context.fit(talk("u1 u1 u1 u1 u1", "a1")).reason
+    assert context.fit(talk("u1 u1 u1", "a1"))
+    assert context.fit(talk("u1", "a1", "u2 u2 u2 u2 u2", "a2")) is context.fit(talk("u1 u1 u1 u1 u1", "a1")) is None
+    [note] = context.notes()
+    assert note.startswith("2 of 3 rows left out") and "exchange alone are longer than the 5 tokens" in note
     given = Reject("f", 3, "bad")
     assert context.fit(given) is given
+
+
+def test_what_the_chat_template_does_not_take_is_a_reject_and_the_rest_goes_on(make):
+    def all_turns(query, answer):
+        if answer == "two calls":
+            raise ModelError("the chat template does not take this conversation")
+
+    context = make(WORDS + 9)
+    context.is_own_template, context.encoder.all_turns = True, all_turns
+    good, bad = talk("u1", "a1"), talk("u1", "two calls")
+    assert context.fit(good) is good
+    assert context.fit(bad) == Reject("a", 0, "the chat template does not take this conversation")
 
 
 def test_a_template_that_fills_the_context_is_refused(make):

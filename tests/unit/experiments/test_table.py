@@ -1,6 +1,7 @@
 """Sweeps and their tables: which runs there are, what they share, and what is printed and kept."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -227,3 +228,18 @@ def test_a_table_is_about_the_runs_first_metric_unless_it_names_another(tmp_path
     (tmp_path / "run.yaml").write_text("name: small\ntask: {metric: {name: python, file: s.py}}\n")
     with pytest.raises(ConfigError, match="name the number that it gives"):
         sweep.load_sweep(path)
+
+
+@pytest.mark.parametrize("metric", ["exact_match", "bleu"])
+def test_turns_of_a_conversation_are_resampled_together(done, metric):
+    mine, full = (next(c for c in table.read_results(done) if c.name == name) for name in ("mine", "full"))
+    mine, full = replace(mine, metric=metric), replace(full, metric=metric)
+    talks = [str(i // 10) for i in range(40)]  # the first turns are right, and so whole conversations
+    apart, together = (replace(mine, clusters=clusters) for clusters in (None, talks))
+    assert together.measured[0] == pytest.approx(apart.measured[0])
+    assert together.measured[2] - together.measured[1] > 1.5 * (apart.measured[2] - apart.measured[1])
+    p_apart, p_together = (
+        float(table._difference_cells(column, replace(full, clusters=column.clusters))[1].split(", ")[0].strip("<"))
+        for column in (apart, together)
+    )
+    assert p_together > 2 * p_apart  # 4 conversations instead of 40 rows

@@ -140,6 +140,12 @@ def test_a_missing_log_and_an_existing_file_are_errors(tmp_path, capsys):
     assert "no such file" in (told := capsys.readouterr().err) and "tools.json already there" in told
 
 
+def test_a_name_of_digits_stays_text(tmp_path):
+    log = write_log(tmp_path / "log.jsonl", [single_turn(i) for i in range(30)])
+    assert cli.main(["init", str(tmp_path / "2026"), "--from", str(log)]) == 0
+    assert load_run_file(tmp_path / "2026" / "run.yaml").name == "2026"
+
+
 def test_the_command_tells_what_it_wrote_and_what_comes_next(tmp_path, capsys):
     log = write_log(tmp_path / "log.jsonl", [single_turn(i) for i in range(30)])
     assert cli.main(["init", str(tmp_path / "Mail Desk"), "--from", str(log)]) == 0
