@@ -26,7 +26,7 @@ def make(monkeypatch):
 
     def make(tokens):
         make.tokens = tokens
-        return ConversationContext(RunConfig(name="a"), encoder, Template(" ".join(["word"] * WORDS)))
+        return ConversationContext(RunConfig(name="a", prompt={"chat": "chatml"}), encoder, Template(" ".join(["word"] * WORDS)))
 
     return make
 

@@ -230,10 +230,16 @@ def test_a_table_is_about_the_runs_first_metric_unless_it_names_another(tmp_path
         sweep.load_sweep(path)
 
 
+def lengthened(texts):
+    return [[f"{text} of five words or more" for text in of_seed] for of_seed in texts]
+
+
 @pytest.mark.parametrize("metric", ["exact_match", "bleu"])
 def test_turns_of_a_conversation_are_resampled_together(done, metric):
     mine, full = (next(c for c in table.read_results(done) if c.name == name) for name in ("mine", "full"))
-    mine, full = replace(mine, metric=metric), replace(full, metric=metric)
+    mine, full = (
+        replace(c, metric=metric, answers=lengthened(c.answers), outputs=lengthened(c.outputs)) for c in (mine, full)
+    )
     talks = [str(i // 10) for i in range(40)]  # the first turns are right, and so whole conversations
     apart, together = (replace(mine, clusters=clusters) for clusters in (None, talks))
     assert together.measured[0] == pytest.approx(apart.measured[0])
