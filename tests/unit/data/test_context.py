@@ -26,7 +26,8 @@ def make(monkeypatch):
 
     def make(tokens):
         make.tokens = tokens
-        return ConversationContext(RunConfig(name="a", prompt={"chat": "chatml"}), encoder, Template(" ".join(["word"] * WORDS)))
+        config = RunConfig(name="a", prompt={"chat": "chatml"})
+        return ConversationContext(config, encoder, Template(" ".join(["word"] * WORDS)))
 
     return make
 
