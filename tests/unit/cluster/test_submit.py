@@ -133,7 +133,7 @@ def test_a_parcel_that_is_too_large_names_the_largest_file_and_the_cure(task, mo
     "override",
     [
         "api_key=abc", "serve.api_key=abc", "hub.token=x", "model.base=hf_abcdefghijklmnopqrst",
-        "closed.suffix=sk-abcdefghijklmnopqrstu", f"closed.suffix={new_key()}",
+        "closed.suffix=sk-abcdefghijklmnopqrstu", pytest.param(f"closed.suffix={new_key()}", id="a key of pi-ray"),
     ],
 )
 def test_overrides_that_look_like_secrets_are_refused_without_being_shown(override):
