@@ -64,11 +64,13 @@ class Completer:
         self.merged = adapter
 
     async def complete(self, request: CompletionRequest) -> Events:
-        """First {"model", "fingerprint", "adapter", "prompt", "prompt_tokens", "saved", "may_call"}, then {"text"}
-        pieces, each with the "tokens" since the one before, last {"finish", "completion_tokens"}. Raises RefusedError.
+        """First {"model", "fingerprint", "adapter", "prompt", "prompt_tokens", "saved", "may_call", "functions",
+        "bare_calls"}, then {"text"} pieces, each with the "tokens" since the one before, last {"finish",
+        "completion_tokens"}. Raises RefusedError.
 
         "fingerprint" is the model that answers, "adapter" the one that was asked for or "", "prompt" a GuardResult's
-        kind, "full" or "base"; "may_call" says whether the text may hold tool calls. Pieces have "logprobs", entries of
+        kind, "full" or "base"; "may_call" says whether the text may hold tool calls, "functions" of which (None:
+        any), "bare_calls" whether also without marks, which no grammar allows. Pieces have "logprobs", entries of
         LogprobsBuffer, when asked for.
         """
         given_up = threading.Event()  # by its caller: the thread that prepares it need not go on
@@ -133,7 +135,7 @@ class Completer:
         start = {
             "model": request.model, "fingerprint": requested if answering else base_name(self.config.model.base),
             "adapter": requested, "prompt": guarded.kind if adapter else "base", "prompt_tokens": len(read.ids),
-            "saved": read.saved, "may_call": read.may_call,
+            "saved": read.saved, "may_call": read.may_call, "functions": read.functions, "bare_calls": not read.grammar,
         }
         folder, found = (str(answering.path), answering.hash) if answering else ("", "")
         return start, GenerationRequest(

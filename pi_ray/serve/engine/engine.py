@@ -31,6 +31,7 @@ class TransformersEngine:
     def __init__(self, model: ModelConfig, serve: ServeConfig):
         self.tokenizer = load_tokenizer(model)
         self._matchers = MatcherFactory(self.tokenizer)
+        self._grammar_thread = ThreadPoolExecutor(1, "grammar")
         self._lock = threading.Lock()  # of the three that follow
         self._waiting: list[GenerationSequence] = []
         self._stepping = False  # a step runs or is submitted
@@ -52,7 +53,10 @@ class TransformersEngine:
 
     async def generate(self, request: GenerationRequest) -> AsyncIterator[Token]:
         """Tokens as they come. Raises AdapterError where the adapter does not fit. Closing it frees the row."""
-        matcher = await asyncio.to_thread(self._matchers.matcher, request.grammar) if request.grammar else None
+        matcher = None
+        if request.grammar:
+            in_thread = asyncio.get_running_loop().run_in_executor
+            matcher = await in_thread(self._grammar_thread, self._matchers.matcher, request.grammar)
         sequence = GenerationSequence(request, matcher)
         with self._lock:
             if self._stopped:
@@ -95,6 +99,7 @@ class TransformersEngine:
         """Stop decoding; requests under way end with an error."""
         with self._lock:
             self._stopped = True
+        self._grammar_thread.shutdown(wait=False, cancel_futures=True)
         self._thread.shutdown()
 
     def _call(self, work: Callable[..., Any], *arguments: Any) -> Any:

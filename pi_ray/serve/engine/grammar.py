@@ -9,6 +9,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from types import MappingProxyType
 from typing import Any
 
 from llguidance import LLMatcher, LLParserLimits
@@ -26,6 +27,8 @@ ANSWER_SPACE = {"whitespace_pattern": r"\n?[ \t]{0,32}"}
 CALL_SPACE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 LENIENT = {"lenient": True, "coerce_one_of": True}  # keywords that are not supported do not count
 TEXT = r"/(.|\n)*/"
+TEXT_WITHOUT_CALL = rf"{TEXT} & ~/(.|\n)*{START}(.|\n)*/"
+NO_TOKENS: Mapping[str, int] = MappingProxyType({})
 ERROR_FRAME = re.compile(r"\Aat \d+\(\d+\): (failed to [^:]*: )?|\n +\d+ \| .*", re.DOTALL)  # about the grammar's text
 
 
@@ -43,28 +46,39 @@ class AnswerFormat:
 FREE_ANSWER = AnswerFormat()
 
 
-def answer_grammar(answer: AnswerFormat, tools: Sequence[Mapping[str, Any]]) -> str:
+def answer_grammar(
+    answer: AnswerFormat, tools: Sequence[Mapping[str, Any]], added_tokens: Mapping[str, int] = NO_TOKENS
+) -> str:
     """The grammar of an answer; "" where it is free. Raises RefusedError for a schema that cannot be followed.
 
+    `added_tokens` (text -> id) are those of the tokenizer that are not special. Quoted text never matches one of form
+    <...>, so a mark of calls that is an added token stands in the grammar by its name, others of free text by their id.
     Where the model may choose between text and calls it is free, unless one of the tools is strict or it may call once.
     """
     functions = [tool["function"] for tool in tools if answer.function in ("", tool["function"]["name"])]
     held = not answer.parallel_calls or any(function.get("strict") for function in functions)
+    first, last = (mark if mark in added_tokens else _quote(mark) for mark in (START, END))
+    others = ",".join(str(token) for text, token in added_tokens.items() if text not in (START, END))
+    between = f"(TEXT <[{others}]>)*" if others else ""  # free text up to the last of such tokens
     rules: dict[str, str] = {}
     if answer.schema is not None and answer.tool_choice != "required":
         options = ANSWER_SPACE if answer.strict else {**ANSWER_SPACE, **LENIENT}
         rules = {"start": "json", "json": _json_rule(answer.schema, options, "response_format")}
     if functions and answer.tool_choice == "none":
-        rules = rules or {"start": "TEXT", "TEXT": rf"{TEXT} & ~/(.|\n)*{START}(.|\n)*/"}
+        rules = rules or {"start": f"{between} TEXT", "TEXT": TEXT_WITHOUT_CALL}
     elif functions and (rules or answer.tool_choice == "required"):
         several = answer.parallel_calls and not answer.function
         calls = rf'call ("\n" call){{0,{MAX_CALLS - 1}}}' if several else "call"
-        rules |= {"start": "json | calls" if rules else "calls", "calls": calls, "call": f"{_quote(START)} body"}
-        rules |= _function_rules(functions)
+        rules |= {"start": "json | calls" if rules else "calls", "calls": calls, "call": f"{first} body"}
+        rules |= _function_rules(functions, last)
     elif functions and held:
-        start = "call* TEXT" if answer.parallel_calls else "call | TEXT"
-        rules = {"start": start, "call": "mark body", "mark[lazy]": f"TEXT {_quote(START)}", "TEXT": TEXT}
-        rules |= _function_rules(functions)
+        start = "call* text" if answer.parallel_calls else "call | text"
+        rules = {"start": start, "text": f"{between} TEXT", "call": f"{between} mark body"}
+        if START in added_tokens:
+            rules |= {"mark": f"TEXT {first}", "TEXT": TEXT_WITHOUT_CALL}
+        else:
+            rules |= {"mark[lazy]": f"TEXT {first}", "TEXT": TEXT}
+        rules |= _function_rules(functions, last)
     grammar = "".join(f"{name}: {rule}\n" for name, rule in rules.items())
     if len(grammar) > MAX_GRAMMAR:
         size = f"JSON schemas of {len(grammar)} characters together; at most {MAX_GRAMMAR} can be followed"
@@ -72,15 +86,20 @@ def answer_grammar(answer: AnswerFormat, tools: Sequence[Mapping[str, Any]]) -> 
     return grammar
 
 
-def _function_rules(functions: Sequence[Mapping[str, Any]]) -> dict[str, str]:
-    """`body`: a call behind its first mark, as conversation.render_tool_calls writes it."""
+def _function_rules(functions: Sequence[Mapping[str, Any]], last: str) -> dict[str, str]:
+    """`body`: a call behind its first mark and up to the `last`, as conversation.render_tool_calls writes it."""
     rules = {}
     for i, function in enumerate(functions):
-        parameters = {"type": "object", **(function.get("parameters") or {"additionalProperties": False})}
+        parameters = function.get("parameters") or {"additionalProperties": False}
+        kind = parameters.get("type", "object")
+        if kind != "object" and not (isinstance(kind, list) and "object" in kind):
+            message = f"the parameters of {function['name']} must be a JSON schema of type object"
+            raise RefusedError(400, message, code="invalid_json_schema", param="tools")
         options = CALL_SPACE if function.get("strict") else {**CALL_SPACE, **LENIENT}
-        arguments = _json_rule(parameters, options, "tools", f"the parameters of {function['name']}: ")
+        place = f"the parameters of {function['name']}: "
+        arguments = _json_rule({**parameters, "type": "object"}, options, "tools", place)
         rules[f"function_{i}"] = f"{_quote(_quote(function['name']) + ', ' + _quote('arguments') + ': ')} {arguments}"
-    start, end = _quote('\n{"name": '), _quote(f"}}\n{END}")
+    start, end = _quote('\n{"name": '), _quote("}\n") + f" {last}"
     return {"body": f"{start} ({' | '.join(rules)}) {end}", **rules}
 
 

@@ -17,9 +17,9 @@ CACHED_GRAMMARS = 64  # of a replica, the most recently used ones
 
 
 class MatcherFactory:
-    """Makes the matcher of each sequence; grammars are compiled once. Called in threads that do not decode.
+    """Makes the matcher of each sequence; grammars are compiled once, bad ones too. Called in a thread of its own.
 
-    The tokenizer is read with the first grammar, which takes a second.
+    A grammar can take seconds, and the first one a second for the tokenizer: one thread holds up other grammars alone.
     """
 
     def __init__(self, tokenizer: Any):
@@ -29,16 +29,17 @@ class MatcherFactory:
 
     def matcher(self, grammar: str) -> LLMatcher:
         """At the beginning of an answer. Raises RefusedError for a grammar that is too complex."""
-        return self._compiled(grammar).deep_copy()
+        with self._lock:  # those who wait for the same grammar find it compiled
+            compiled = self._compiled(grammar)
+            if compiled.is_error():
+                raise grammar_error(compiled)
+            return compiled.deep_copy()
 
     def _compile(self, grammar: str) -> LLMatcher:
-        with self._lock:
-            if self._vocabulary is None:
-                self._vocabulary = from_tokenizer(self._tokenizer)
+        if self._vocabulary is None:
+            self._vocabulary = from_tokenizer(self._tokenizer)
         matcher = LLMatcher(self._vocabulary, grammar, log_level=0, limits=LIMITS)
         matcher.compute_bitmask()  # the first one takes milliseconds, and copies keep what it found
-        if matcher.is_error():
-            raise grammar_error(matcher)
         return matcher
 
 

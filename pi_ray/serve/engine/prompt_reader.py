@@ -36,6 +36,7 @@ class ReadPrompt(NamedTuple):
     saved: int  # tokens that the model need not read, because the guard took them away or the client did not send them
     grammar: str  # that the answer follows; "": it is free
     may_call: bool  # whether the answer may hold tool calls
+    functions: Sequence[str] | None  # that it may call; None: any, since nobody knows its tools
 
 
 class PromptReader:
@@ -43,6 +44,8 @@ class PromptReader:
 
     def __init__(self, config: RunConfig, tokenizer: Any, context: int):
         self.config, self.tokenizer, self.context = config, tokenizer, context
+        added = tokenizer.added_tokens_decoder.items()
+        self._added_tokens = {token.content: i for i, token in added if not token.special}
         self._encoder = lru_cache(maxsize=64)(lambda prompt: PromptEncoder(self.tokenizer, prompt))
 
     def prompt_ids(self, query: str, adapter: Adapter | None) -> list[int]:
@@ -74,16 +77,17 @@ class PromptReader:
     ) -> ReadPrompt:
         """Tokenise what the guard left. Raises RefusedError for what the model or the answer's format does not take."""
         trained_to_call = adapter is not None and adapter.is_conversational and guarded.kind != "drifted"
-        known = adapter.guard.tools if adapter and isinstance(adapter.guard, ConversationGuard) else ()
-        tools = request.tools or (known if trained_to_call else ())
+        known = adapter.guard.tools if adapter and isinstance(adapter.guard, ConversationGuard) else None
+        tools = request.tools or (known if trained_to_call else ()) or ()
         if request.answer.tool_choice == "required":
             _check_tool_choice(request.answer.function, tools)
-        grammar = answer_grammar(request.answer, tools)
+        grammar = answer_grammar(request.answer, tools, self._added_tokens)
         ids = self._encode(request, guarded, adapter)
         limit = self._max_new_tokens(request, adapter, len(ids))
         saved = self._saved_tokens(request, adapter, guarded.kind, len(ids), given_up)
-        may_call = bool(tools or trained_to_call) and request.answer.tool_choice != "none"
-        return ReadPrompt(ids, limit, saved, grammar, may_call)
+        functions = None if trained_to_call and known is None else [tool["function"]["name"] for tool in tools]
+        may_call = functions != [] and request.answer.tool_choice != "none"
+        return ReadPrompt(ids, limit, saved, grammar, may_call, functions)
 
     def _guard(self, request: CompletionRequest, adapter: Adapter | None) -> GuardResult:
         if adapter and adapter.is_conversational:

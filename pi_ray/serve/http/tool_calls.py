@@ -1,11 +1,12 @@
 """Tool calls in the text that a model generates, found while it is streamed."""
 
 import uuid
+from collections.abc import Collection
 from contextlib import aclosing
 from typing import Any
 
 from pi_ray.conversation import parse_tool_calls
-from pi_ray.conversation.tool_calls import END, START, read_call
+from pi_ray.conversation.tool_calls import END, START, is_broken_call, read_call
 from pi_ray.serve.engine.completion import Events
 
 
@@ -15,7 +16,8 @@ class ToolCallReader:
     What may be a call is held back until it is one; what has not become one by the end is content.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, bare: bool = True, known: Collection[str] | None = None):
+        self._bare, self._known = bare, known  # as parse_tool_calls has them
         self._held = ""  # text that is neither content nor a call yet
         self._space = ""  # at the end of the content so far
         self.has_calls = self._has_content = False
@@ -26,7 +28,10 @@ class ToolCallReader:
         content, functions = "", list[dict[str, Any]]()
         while (start := self._held.find(START)) >= 0 and not self._may_be_bare():
             content += self._release(start)
-            function, end = read_call(self._held, len(START)) if END in self._held else (None, 0)
+            function, end = read_call(self._held, len(START), self._known) if END in self._held else (None, 0)
+            if not function and END in self._held and is_broken_call(self._held, len(START)):
+                content += self._release(len(START))
+                continue
             if not function:
                 return content, _with_ids(functions)
             functions.append(function)
@@ -38,13 +43,14 @@ class ToolCallReader:
 
     def finish(self) -> tuple[str, list[dict[str, Any]]]:
         """The same once no more text comes."""
-        content, calls = parse_tool_calls(self._held)
+        content, calls = parse_tool_calls(self._held, self._bare, self._known)
         self._held, self.has_calls = content, self.has_calls or bool(calls)
         return self._release(len(content)), _with_ids([call["function"] for call in calls])
 
     def _may_be_bare(self) -> bool:
         """Whether all of the answer may be a call without marks."""
-        return not (self._has_content or self.has_calls) and self._held.lstrip()[:1] in ("{", "[")
+        is_first = not (self._has_content or self.has_calls)
+        return self._bare and is_first and self._held.lstrip()[:1] in ("{", "[")
 
     def _release(self, end: int) -> str:
         """Content up to `end` of the held text. White space at its end waits for more content."""
@@ -69,7 +75,7 @@ async def split_tool_calls(events: Events) -> Events:
     async with aclosing(events):
         async for event in events:
             if event.get("may_call"):
-                readers[event["index"]] = ToolCallReader()
+                readers[event["index"]] = ToolCallReader(event["bare_calls"], event["functions"])
             elif reader := readers.get(event["index"]):
                 event = _split_event(event, reader)
             yield event

@@ -83,6 +83,8 @@ def config(tiny_model, tmp_path_factory):
     )
     rewrite(agent, "prompt.json", prompt_record(join_tools(SYSTEM, TOOLS), [], []))
     put_in_store(store, "unguarded", tiny_model, 2, prompt=WORDING)
+    toolless = put_in_store(store, "toolless", tiny_model, 2, prompt=WORDING)
+    rewrite(toolless, "prompt.json", prompt_record(SYSTEM, [], []))
     return RunConfig(
         name="t", store=str(store), model=ModelConfig(base=str(tiny_model)), prompt=PromptConfig(chat="chatml"),
         serve=ServeConfig(max_new_tokens=1000),
@@ -250,6 +252,31 @@ def test_without_tools_in_sight_a_call_is_text(ask):
     for model, rest in (("queries", {}), ("base", {}), ("agent", {"tool_choice": "none"})):
         message = ask(model=model, says=said, max_tokens=60, **rest)[0].json()["choices"][0]["message"]
         assert message == {"role": "assistant", "content": said}
+
+
+def test_an_answer_in_a_schema_is_content_though_it_looks_like_a_call(ask):
+    said, schema = '{"name": "add", "parameters": {}}', {"type": "json_object"}
+    for model, rest in (("agent", {}), ("base", {"tools": TOOLS}), ("agent", {"tools": TOOLS})):
+        message = ask(model=model, says=said, max_tokens=60, response_format=schema, **rest)[0].json()["choices"][0]
+        assert (message["message"], message["finish_reason"]) == ({"role": "assistant", "content": said}, "stop")
+
+
+def test_strict_tools_and_single_calls_are_read_from_marks_alone(ask):
+    """The grammar holds only marked calls: bare ones would get past it."""
+    loose = [{**each, "function": {**each["function"], "strict": False}} for each in TOOLS]
+    for tools, rest, count in ((TOOLS, {}, 0), (loose, {"parallel_tool_calls": False}, 0), (loose, {}, 1)):
+        said = '{"name": "add", "arguments": {"a": "not a number"}}'
+        message = ask(model="base", says=said, max_tokens=60, tools=tools, **rest)[0].json()["choices"][0]["message"]
+        assert len(message.get("tool_calls", ())) == count and message["content"] == (None if count else said)
+
+
+def test_a_call_of_a_function_that_nobody_offered_is_text(ask):
+    said = render_tool_calls([{"function": {"name": "gone", "arguments": "{}"}}])
+    for model, rest, count in (
+        ("base", {"tools": TOOLS}, 0), ("agent", {}, 0), ("toolless", {}, 0), ("unguarded", {}, 1),
+    ):
+        message = ask(model=model, says=said, max_tokens=60, **rest)[0].json()["choices"][0]["message"]
+        assert len(message.get("tool_calls", ())) == count, model
 
 
 def test_each_of_several_answers_has_calls_of_its_own(ask):

@@ -5,6 +5,7 @@ import copy
 import pytest
 
 from pi_ray.conversation import join_tools
+from pi_ray.conversation.tools import AFTER, BEFORE
 from pi_ray.store.conversation_guard import ConversationGuard
 from pi_ray.store.prompt_guard import prompt_record
 
@@ -65,6 +66,13 @@ def test_the_order_of_keys_does_not_count(guard):
 
 def test_the_tools_that_it_knows_are_those_of_the_template(guard):
     assert list(guard.tools) == TOOLS and guard.template == join_tools(SYSTEM, TOOLS)
+
+
+@pytest.mark.parametrize("lines", ["1", "{}", '{"function": 1}', "[" * 100_000])
+def test_tools_that_are_none_are_text_of_the_system_message(lines):
+    text = f"{SYSTEM}\n\n{BEFORE}{lines}{AFTER}"
+    guard = ConversationGuard(prompt_record(text, [], []))
+    assert guard.tools == () and guard.inspect(text, []) == "stripped" and guard.inspect(SYSTEM, []) == "drifted"
 
 
 def test_a_template_without_tools_knows_none():

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import threading
 
 import jsonschema
 import pytest
@@ -90,6 +91,13 @@ def test_grammars_are_compiled_before_a_request_waits_and_a_bad_one_harms_no_oth
     good, bad = together(engine, request(), request(grammar="start: %json {"))
     assert isinstance(bad, RefusedError) and bad.status == 400
     assert isinstance(good, list) and engine.stats()["active"] == engine.stats()["waiting"] == 0
+
+
+def test_grammars_are_compiled_in_one_thread_of_their_own(engine, monkeypatch):
+    threads, real = [], engine._matchers.matcher
+    monkeypatch.setattr(engine._matchers, "matcher", lambda g: threads.append(threading.current_thread()) or real(g))
+    together(engine, *(request(max_new_tokens=1) for _ in range(8)))
+    assert len(threads) == 8 and len(set(threads)) == 1 and threads[0].name.startswith("grammar")
 
 
 @pytest.mark.fault

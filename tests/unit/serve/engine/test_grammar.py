@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from transformers import AddedToken
 
 from pi_ray.config import ModelConfig
 from pi_ray.conversation import render_tool_calls
@@ -130,6 +131,48 @@ def test_arguments_are_an_object_also_where_their_schema_does_not_say_so(may_say
     assert not may_say(call(city="Oslo").replace('{"city": "Oslo"}', '"Oslo"'), REQUIRED, untyped)
 
 
+def test_arguments_are_never_null_and_parameters_of_another_type_are_refused(may_say):
+    nullable = tool(parameters={**SCHEMA, "type": ["object", "null"]})
+    assert may_say(call(city="Oslo"), REQUIRED, nullable)
+    assert not may_say(call(city="Oslo").replace('{"city": "Oslo"}', "null"), REQUIRED, nullable)
+    for kind in ("string", ["null", "array"], None):
+        with pytest.raises(RefusedError, match="parameters of weather must be a JSON schema of type object") as refused:
+            answer_grammar(REQUIRED, [tool(parameters={"type": kind})])
+        assert (refused.value.status, refused.value.param) == (400, "tools")
+
+
+MARKS = ("<tool_call>", "</tool_call>")
+THOUGHT = "<think>Is it warm?</think> "
+
+
+@pytest.mark.parametrize("added", [MARKS, (*MARKS, "<think>", "</think>"), ("<think>", "</think>")], ids=str)
+def test_marks_and_thoughts_that_the_tokenizer_has_as_tokens_can_be_said(added):
+    tokenizer = load_tokenizer(ModelConfig())
+    tokenizer.add_tokens([AddedToken(text, special=False) for text in added])
+    matchers, tools = MatcherFactory(tokenizer), (tool(strict=True), tool("time", None))
+    ids = {text: tokenizer.convert_tokens_to_ids(text) for text in added}
+
+    def may_say(text, answer):
+        matcher, tokens = matchers.matcher(answer_grammar(answer, tools, ids)), tokenizer(text).input_ids
+        return matcher.try_consume_tokens(tokens) == len(tokens) and matcher.is_accepting()
+
+    several = call(city="Oslo") + "\n" + call("time")
+    one, none = AnswerFormat(parallel_calls=False), AnswerFormat(tool_choice="none")
+    before = THOUGHT if "<think>" in added else "Well. "
+    assert may_say(call(city="Oslo"), REQUIRED) and may_say(several, REQUIRED)
+    assert not may_say(call(city="Paris"), REQUIRED) and not may_say(call("other"), REQUIRED)
+    for text in ("It is warm.", before + "Warm.", before + call(city="Oslo"), before + several + " Now?", "a < b"):
+        assert may_say(text, FREE_ANSWER), text
+    for text in (call(city="Paris"), before + call("other"), before + several + call(city="Paris")):
+        assert not may_say(text, FREE_ANSWER), text
+    assert may_say(before + call(city="Oslo"), one) and may_say(before, one) and not may_say(several, one)
+    assert may_say(before + "Warm.", none) and not may_say(before + call("time"), none)
+    if MARKS[0] in added:
+        spelled = [i for piece in ("<tool", "_call", ">", "{") for i in tokenizer(piece).input_ids]
+        matcher = matchers.matcher(answer_grammar(FREE_ANSWER, tools, ids))
+        assert matcher.try_consume_tokens(spelled) < len(spelled), "the mark as text would be a call too"
+
+
 def test_names_and_references_stay_within_their_own_tool(may_say):
     def place(name):
         return {"type": "object", "properties": {"at": {"$ref": "#/$defs/place"}}, "required": ["at"],
@@ -156,9 +199,11 @@ def test_a_schema_that_cannot_be_followed_is_refused_with_the_reason(schema, say
     assert (refused.value.status, refused.value.param) == (400, "response_format")
     assert says in refused.value.message and "%json" not in refused.value.message
     with pytest.raises(RefusedError) as refused:
-        answer_grammar(FREE_ANSWER, [tool(), tool("paint", schema, strict=True)])
+        parameters = {"type": "object", "properties": {"colour": schema}, "required": ["colour"]}
+        answer_grammar(FREE_ANSWER, [tool(), tool("paint", parameters, strict=True)])
     assert (refused.value.status, refused.value.param) == (400, "tools")
-    assert says in refused.value.message and "paint" in refused.value.message
+    assert "paint" in refused.value.message
+    assert says in refused.value.message or "'colour' is unsatisfiable" in refused.value.message
 
 
 def test_what_is_not_strict_is_followed_as_far_as_it_can_be(may_say):

@@ -69,13 +69,20 @@ def test_each_sequence_has_a_matcher_of_its_own_and_a_grammar_is_compiled_once(t
         factory.matcher(answer_grammar(AnswerFormat({"const": i}), ()))
     factory.matcher(COLOUR)
     assert len(compiled) == 2 + CACHED_GRAMMARS, "the one that was used least recently had to go"
+    for _ in range(3):
+        with pytest.raises(RefusedError):
+            factory.matcher("start: %json {")
+    assert len(compiled) == 3 + CACHED_GRAMMARS, "a bad one is compiled once as well"
 
 
-def test_grammars_are_compiled_by_many_threads_at_once(tokenizer):
+def test_grammars_that_many_threads_want_at_once_are_compiled_once(tokenizer, monkeypatch):
+    compiled, real = [], matchers.LLMatcher
+    monkeypatch.setattr(matchers, "LLMatcher", lambda *a, **k: compiled.append(a) or real(*a, **k))
     factory = MatcherFactory(tokenizer)
     grammars = [answer_grammar(AnswerFormat({"const": f"colour {i % 3}"}), ()) for i in range(24)]
     with ThreadPoolExecutor(8) as threads:
         made = list(threads.map(factory.matcher, grammars))
+    assert len(compiled) == 3
     for i, matcher in enumerate(made):
         assert matcher.consume_tokens(tokenizer(f'"colour {i % 3}"').input_ids) and matcher.is_accepting()
 
