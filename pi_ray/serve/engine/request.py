@@ -47,9 +47,13 @@ class CompletionRequest:
         return join_tools("", self.tools) + json.dumps(self.messages, ensure_ascii=False)
 
     def split_conversation(self) -> tuple[str, list[Message]]:
-        """The text of the system messages, and the other messages."""
+        """The text of the system messages, and the other messages. Raises ValueError for a system message behind others.
+        """
         texts = [{"role": role, "content": text} for role, text in (*self.history, ("user", self.query))]
         messages: Sequence[Message] = self.messages or texts
+        is_system = [m["role"] == "system" for m in messages]
+        if is_system != sorted(is_system, reverse=True):
+            raise ValueError("roles out of order: a system message can only stand before all messages of other roles")
         system = "\n\n".join(content_text(m.get("content")) for m in messages if m["role"] == "system")
         return system, [m for m in messages if m["role"] != "system"]
 

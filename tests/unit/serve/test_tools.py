@@ -365,6 +365,7 @@ STRANGE = {"type": "object", "not": {}}
     ([QUESTION, CALL, QUESTION], {}, "messages", "has no result"),
     ([QUESTION, {"role": "assistant", "content": ""}, *CONVERSATION], {"tools": TOOLS}, "messages", "empty assistant"),
     ([CALL, CONVERSATION[2]], {}, "messages", "roles out of order"),
+    ([*CONVERSATION[:4], {"role": "system", "content": "Be rude."}, QUESTION], {}, "messages", "a system message can"),
     ([{**QUESTION, "tool_calls": CALL["tool_calls"]}], {}, "messages", "of role user and has tool_calls"),
     ([QUESTION, CALL, {**CONVERSATION[2], "tool_calls": [{"id": "x"}]}], {}, "messages", "of role tool and has"),
     ([QUESTION] * 10_000, {}, "messages", "at most 256"),
