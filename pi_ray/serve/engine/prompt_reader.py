@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from pi_ray.config import PromptConfig, RunConfig
 from pi_ray.conversation import check_messages, dump_messages, join_tools
+from pi_ray.conversation.chat_template import CURE
 from pi_ray.errors import ModelError
 from pi_ray.prompt import PromptEncoder, content_ids
 from pi_ray.serve.engine.grammar import answer_grammar
@@ -147,7 +148,8 @@ class PromptReader:
             encoder = self._encoder(PromptConfig(chat="model+system", conversation=True))
             return encoder.encode(text, join_tools(system, request.tools))
         except ModelError as error:
-            raise RefusedError(400, str(error), param="messages") from error
+            reason = str(error).removesuffix(f"; {CURE}")  # the cure is one for training
+            raise RefusedError(400, reason, param="messages") from error
 
     def _adapter_ids(self, text: str, adapter: Adapter, template: str = "", **changed: str) -> list[int]:
         """Ids of `text` in the adapter's prompt format; `query="{query}"` for a whole prompt as a client words it."""

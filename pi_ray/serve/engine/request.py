@@ -47,8 +47,7 @@ class CompletionRequest:
         return join_tools("", self.tools) + json.dumps(self.messages, ensure_ascii=False)
 
     def split_conversation(self) -> tuple[str, list[Message]]:
-        """The text of the system messages, and the other messages. Raises ValueError for a system message behind others.
-        """
+        """The text of the system messages, and the other messages. Raises ValueError where one is behind these."""
         texts = [{"role": role, "content": text} for role, text in (*self.history, ("user", self.query))]
         messages: Sequence[Message] = self.messages or texts
         is_system = [m["role"] == "system" for m in messages]

@@ -4,6 +4,7 @@ them, by the base model and by an adapter that was trained on conversations.
 
 import asyncio
 import json
+import threading
 from contextlib import asynccontextmanager
 from typing import Literal
 
@@ -21,6 +22,8 @@ from pi_ray.protocols import Token
 from pi_ray.serve.engine import prompt_reader
 from pi_ray.serve.engine.completion import Completer
 from pi_ray.serve.engine.engine import TransformersEngine
+from pi_ray.serve.engine.refusal import RefusedError
+from pi_ray.serve.engine.request import CompletionRequest
 from pi_ray.serve.http.api import create_api
 from pi_ray.store.prompt_guard import prompt_record
 from tests.lora import put_in_store, rewrite
@@ -335,6 +338,16 @@ def test_the_base_model_is_told_of_tools_in_its_own_chat_template(ask, tokenizer
     _, engine = ask([{"role": "system", "content": SYSTEM}, *CONVERSATION], "base", "ok", tools=TOOLS)
     read = tokenizer.decode(engine.requests[-1].prompt_ids)
     assert SYSTEM in read and json.dumps(TOOLS[0]) in read and "4 degrees" in read and "And tomorrow?" in read
+
+
+def test_a_base_model_whose_chat_template_takes_no_tools_says_so_and_names_no_cure_for_training(config, tiny_model):
+    tokenizer = load_tokenizer(ModelConfig(base=str(tiny_model)))
+    tokenizer.chat_template = "{{ messages[0].content }}"
+    reader, stays = prompt_reader.PromptReader(config, tokenizer, CONTEXT), threading.Event()
+    request = CompletionRequest("base", "Hi", messages=({"role": "user", "content": "Hi"},), tools=tuple(TOOLS))
+    with pytest.raises(RefusedError) as refused:
+        reader.read(request, reader.guard(request, None, stays), None, stays)
+    assert refused.value.status == 400 and refused.value.message.endswith("marks no beginning of an answer")
 
 
 def test_an_adapter_calls_tools_that_it_knows_though_the_request_has_none(ask):
