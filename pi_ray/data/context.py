@@ -5,9 +5,11 @@ rows. The first turn that is kept answers what was cut, so it is fed and not lea
 is left but the first user's message and the latest exchange is left out if that is still too long.
 """
 
+import json
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import replace
+from hashlib import blake2b
 from typing import Any
 
 from pi_ray.config import RunConfig
@@ -16,10 +18,12 @@ from pi_ray.errors import DataError, ModelError
 from pi_ray.models import context_length
 from pi_ray.prompt import PromptEncoder, Template
 from pi_ray.protocols import Reject, Row
+from pi_ray.retrieve.neighbours import normalised
 
 
 class ConversationContext:
-    """Cuts conversations to the tokens that are left behind a template, and counts what it cut.
+    """Cuts conversations to the tokens that are left behind a template, and counts what it cut, and which turns are both
+    trained and evaluated.
 
     Raises DataError where the template leaves no tokens.
     """
@@ -30,6 +34,7 @@ class ConversationContext:
         self.room = self.context - self.template
         self.is_own_template, self.all_turns = config.prompt.chat == "model", config.task.learn == "all"
         self.rows = self.cut = self.messages = self.left_out = 0
+        self.trained, self.evaluated = set[bytes](), list[bytes]()  # digests of what stands before turns
         if self.room <= 0:
             raise DataError(f"system message and tools have {self.template:,} tokens, and the model's context is "
                             f"{self.context:,}; take a model with a longer one, or shorten them")
@@ -76,11 +81,35 @@ class ConversationContext:
         first, *rest = messages[starts[place] :]
         return replace(row, query=dump_messages([messages[0], {**first, "weight": 0}, *rest]))
 
+    def remember(self, row: Row | Reject, split: str) -> None:
+        """Take note of the turns of a row that is used, as it was before it was cut."""
+        if isinstance(row, Reject):
+            return
+        *earlier, last = _asked(row.query)
+        if split == "train":
+            self.trained.update([last, *earlier] if self.all_turns else [last])
+        elif split in ("dev", "test"):
+            self.evaluated.append(last)
+
     def notes(self) -> list[str]:
-        """What was cut, in words."""
+        """What was cut and what is trained though it is evaluated, in words."""
+        repeated = sum(asked in self.trained for asked in self.evaluated)
+        alike = (f"{repeated} of {len(self.evaluated)} turns of dev and test follow the same messages as one of train, "
+                 "so their scores may measure memory")
         room = f"{self.room:,} tokens that the template leaves of the model's context"
         cut = (f"{self.cut} of {self.rows} rows cut to the {room}: {self.messages:,} messages left out, the oldest "
                "after the first one")
         too_long = (f"{self.left_out} of {self.rows} rows left out, because even their first message and their latest "
                     f"exchange alone are longer than the {room}")
-        return [cut] * bool(self.cut) + [too_long] * bool(self.left_out)
+        return [cut] * bool(self.cut) + [too_long] * bool(self.left_out) + [alike] * bool(repeated)
+
+
+def _asked(query: str) -> list[bytes]:
+    """A digest of the messages before each learned turn of a conversation, the answer's last; without ids of calls."""
+    digest, found = blake2b(digest_size=16), []
+    for message in load_messages(query):
+        if message["role"] == "assistant" and message.get("weight") != 0:
+            found.append(digest.digest())
+        functions = [call["function"] for call in message.get("tool_calls") or ()]
+        digest.update(normalised(json.dumps([message["role"], message.get("content"), functions])).encode())
+    return [*found, digest.digest()]

@@ -95,11 +95,14 @@ def _accepted(
     task: Task, split: str, rejects: list[Reject], context: ConversationContext | None = None
 ) -> Iterator[Row]:
     """The rows of a split, as they fit into `context`; its rejects are added to `rejects`."""
-    for row in map(context.fit, task.rows(split)) if context else task.rows(split):
-        if isinstance(row, Reject):
-            rejects.append(row)
-        elif row:  # None: left out
-            yield row
+    for row in task.rows(split):
+        fitted = context.fit(row) if context else row
+        if isinstance(fitted, Reject):
+            rejects.append(fitted)
+        elif fitted:  # None: left out
+            if context:
+                context.remember(row, split)
+            yield fitted
 
 
 def _key(row: Row) -> RowKey:

@@ -82,6 +82,30 @@ def test_what_the_chat_template_does_not_take_is_a_reject_and_the_rest_goes_on(m
     assert context.fit(bad) == Reject("a", 0, "the chat template does not take this conversation")
 
 
+def called(number, *texts):
+    """A conversation with a tool call whose id is a number."""
+    function = {"name": "find", "arguments": '{"id": 7}'}
+    call = {"id": f"c{number}", "type": "function", "function": function}
+    return Row("a", dump_messages([
+        {"role": "user", "content": "Where?"}, {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": f"c{number}", "content": "here"},
+        *({"role": ("assistant", "user")[i % 2], "content": text} for i, text in enumerate(texts)),
+    ]), "Bye.")
+
+
+@pytest.mark.parametrize(("all_turns", "repeated"), [(True, 3), (False, 1)])
+def test_turns_that_are_trained_and_evaluated_are_counted_whatever_their_ids(make, all_turns, repeated):
+    context = make(WORDS + 99)
+    context.all_turns = all_turns
+    context.remember(called(1, "It is here.", "Thanks."), "train")
+    repeats = (talk("where?", "a"), called(2), called(3, "It is here.", "Thanks."))
+    for row in (*repeats, called(4, "No.", "Oh."), talk("b", "a")):
+        context.remember(row, "test")
+    context.remember(Reject("f", 3, "bad"), "test")
+    [note] = context.notes()
+    assert note.startswith(f"{repeated} of 5 turns of dev and test follow the same messages as one of train")
+
+
 def test_a_template_that_fills_the_context_is_refused(make):
     with pytest.raises(DataError, match="have 10 tokens, and the model's context is 10"):
         make(WORDS)
