@@ -22,8 +22,8 @@ from pi_ray.retrieve.neighbours import normalised
 
 
 class ConversationContext:
-    """Cuts conversations to the tokens that are left behind a template, and counts what it cut, and which turns are both
-    trained and evaluated.
+    """Cuts conversations to the tokens that are left behind a template, and counts what it cut. Counts too which
+    turns are both trained and evaluated.
 
     Raises DataError where the template leaves no tokens.
     """
