@@ -6,6 +6,7 @@ vLLM does by the same library, which names the keywords of a schema that it does
 
 import json
 import re
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -105,10 +106,15 @@ def _function_rules(functions: Sequence[Mapping[str, Any]], last: str) -> dict[s
 
 def _json_rule(schema: Mapping[str, Any], options: Mapping[str, Any], param: str, place: str = "") -> str:
     rule = f"%json {json.dumps({**schema, 'x-guidance': options})}"
-    if len(rule) <= MAX_GRAMMAR and (error := _schema_error(rule)):
+    with _check_lock:  # choices of one request wait for the same schema, and find it checked
+        error = _schema_error(rule) if len(rule) <= MAX_GRAMMAR else ""
+    if error:
         message = f"{place}this JSON schema cannot be followed: {error}"
         raise RefusedError(400, message, code="invalid_json_schema", param=param)
     return rule
+
+
+_check_lock = threading.Lock()
 
 
 @lru_cache(CHECKED_SCHEMAS)

@@ -1,6 +1,8 @@
 """Grammars of constrained decoding: what an answer may be, in a request's words, and which schemas are refused."""
 
 import json
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from transformers import AddedToken
@@ -204,6 +206,22 @@ def test_a_schema_that_cannot_be_followed_is_refused_with_the_reason(schema, say
     assert (refused.value.status, refused.value.param) == (400, "tools")
     assert "paint" in refused.value.message
     assert says in refused.value.message or "'colour' is unsatisfiable" in refused.value.message
+
+
+def test_a_schema_that_many_threads_ask_for_at_once_is_checked_once(monkeypatch):
+    checked, real = [], grammar.LLMatcher.validate_grammar_with_warnings
+
+    class Counting:
+        @staticmethod
+        def validate_grammar_with_warnings(text, limits):
+            checked.append(text)
+            time.sleep(0.05)
+            return real(text, limits=limits)
+
+    monkeypatch.setattr(grammar, "LLMatcher", Counting)
+    with ThreadPoolExecutor(8) as threads:
+        list(threads.map(lambda _: answer_grammar(AnswerFormat({"const": "asked at once"}), ()), range(8)))
+    assert len(checked) == 1
 
 
 def test_what_is_not_strict_is_followed_as_far_as_it_can_be(may_say):
