@@ -21,7 +21,7 @@ PERSONAL = (
 def describe_logged_task(task: LoggedTask, log: Path) -> Iterator[str]:
     """Sentences for people, one a line."""
     rows = ", ".join(f"{task.split.rows[name]:,} {name}" for name in (*SPLITS, QUERIES) if name in task.split.rows)
-    yield f"{log}: {task.requests:,} requests, {task.rejected:,} lines that cannot be used"
+    yield f"{log}: {task.requests:,} requests; lines that cannot be used: {task.rejected:,}"
     for reject in task.rejects:
         yield f"  line {reject.line}: {reject.reason}"
     if task.rejected > len(task.rejects):

@@ -204,6 +204,7 @@ RUN_HERE = {
     "pi-ray refresh", "pi-ray refresh my-task/run.yaml",  # unit/store/test_refresh.py
     "pi-ray chat my-task",  # unit/serve/test_chat.py
     "pi-ray bake prompt.md",  # test_bake.py
+    "pi-ray init my-task/ --from requests.jsonl",  # unit/request_log/test_task.py
 }  # fmt: skip
 
 
