@@ -43,7 +43,7 @@ def _matrix(manifest: Mapping[str, Any], queries: Sequence[Asked]) -> Table:
 
 
 def summarise_asking(manifest: Mapping[str, Any]) -> list[str]:
-    """What was written, kept and left out, and which units have no query, in sentences."""
+    """Say in sentences what was written, kept and left out, and which units have no query."""
     kept, matrix = manifest["queries"], manifest["coverage"]["matrix"]
     reasons = {name: n for name, n in manifest["filters"].items() if name != "kept"}
     more = {"more than ask.queries": manifest["filters"]["kept"] - kept}

@@ -1,4 +1,4 @@
-"""What is known before anything is asked: the template, and the queries that there are."""
+"""Sources of asking: the template, and the queries that there are already."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

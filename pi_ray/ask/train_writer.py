@@ -47,7 +47,7 @@ def prompt_format(config: RunConfig) -> dict[str, Any]:
 
 
 def writer_pairs(rows: Sequence[Row], needed: Sequence[Sequence[int]], units: Sequence[Unit]) -> list[Pair]:
-    """What the adapter learns from: each of the two most telling units of each row, and both, with its query."""
+    """Pairs that the adapter learns from: each of a row's two most telling units, and both, with the row's query."""
     pairs = []
     for row, places in zip(rows, needed, strict=True):
         one, other = places[:1], places[1:TAUGHT]

@@ -121,7 +121,7 @@ class RateSearch:
         return replace(best, note=self._note(best, minimum, numbers))
 
     def _compress(self, rate: float) -> tuple[str, ...]:
-        """What the compressor leaves of each part."""
+        """The text that the compressor leaves of each part."""
         return tuple(self.compressor.compress(part.text, rate) for part in self.parts)
 
     def _choose(self, outputs: Sequence[str], level: Protection) -> Choice:
@@ -131,7 +131,7 @@ class RateSearch:
         return self._result("\n\n".join(filter(None, self._texts(choice))))
 
     def _texts(self, choice: Choice) -> list[str]:
-        """What stays of each part."""
+        """The text that stays of each part."""
         return [part.render(chosen) for part, chosen in zip(self.parts, choice, strict=True)]
 
     def _result(self, text: str) -> CompressedTemplate:

@@ -124,7 +124,7 @@ class Prefetcher(Generic[T]):
 
     What `make` raises is raised where the item is asked for. Only the present and the next item are kept. The thread
     computes alone: with a second team of OpenMP threads there were more threads than cores, and libgomp would let
-    training's own sleep between operations instead of spinning, which made an update half as long again on two cores.
+    training's own sleep between operations instead of spinning, which slows each update.
     Threads that begin after it and do not set their number of OpenMP threads get one too.
     """
 

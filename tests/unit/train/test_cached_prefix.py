@@ -8,6 +8,7 @@ from transformers import DynamicCache
 from pi_ray.train import cached_prefix
 from pi_ray.train.cached_prefix import shares_cached_prefix
 from pi_ray.train.generation import compute_prefix_cache, generate_greedy, label_logprobs
+from tests.generated import generate_alone, label_logprobs_alone
 
 PREFIX = list(range(50, 70))
 ROWS = [[5, 6, 7], [20, 21, 22, 23, 24], [9]]
@@ -25,14 +26,7 @@ def random_model(family, **settings):
 
 def expected_of(model):
     """What transformers generates for each row alone."""
-    found = []
-    for row in ROWS:
-        ids = torch.tensor([PREFIX + row])
-        out = model.generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=False, eos_token_id=-1
-        )
-        found.append(out[0, ids.shape[1] :].tolist())
-    return found
+    return generate_alone(model, PREFIX, ROWS, 6)
 
 
 @pytest.fixture
@@ -78,10 +72,7 @@ def test_where_a_layer_does_not_see_all_tokens_rows_are_answered_one_by_one(fami
     rows = [(row, [8, 4]) for row in ROWS]
     together = label_logprobs(model, PREFIX, rows, compute_prefix_cache(model, PREFIX))
     for (prompt, label), (logprobs, _) in zip(rows, together, strict=True):
-        with torch.no_grad():
-            logits = model(input_ids=torch.tensor([PREFIX + prompt + label])).logits[0, -len(label) - 1 : -1]
-        expected = logits.log_softmax(-1).gather(1, torch.tensor(label)[:, None])[:, 0]
-        assert torch.allclose(logprobs, expected, atol=1e-4)
+        assert torch.allclose(logprobs, label_logprobs_alone(model, PREFIX, prompt, label)[0], atol=1e-4)
 
 
 def test_soft_capped_scores_get_a_copy_of_the_prefix_for_each_row(copies):
@@ -95,7 +86,7 @@ def test_a_cache_of_compressed_keys_is_found_out_and_copied(copies):
         num_key_value_heads=4, n_routed_experts=4, num_experts_per_tok=2, n_group=1, topk_group=1,
         moe_intermediate_size=16, first_k_dense_replace=1,
     )
-    assert generate_greedy(model, PREFIX, ROWS, 6, None) == expected_of(model)
+    assert generate_greedy(model, PREFIX, ROWS, 6, None) == expected_of(model) and copies == [3]
 
 
 def test_scores_with_something_more_are_copied_too(copies, monkeypatch):
@@ -133,9 +124,6 @@ def test_log_probabilities_of_labels_are_those_of_an_ordinary_pass(copies):
     rows = list(zip(ROWS, labels, strict=True))
     found = label_logprobs(model, PREFIX, rows, compute_prefix_cache(model, PREFIX))
     for (prompt, label), (logprobs, likeliest) in zip(rows, found, strict=True):
-        with torch.no_grad():
-            logits = model(input_ids=torch.tensor([PREFIX + prompt + label])).logits[0, -len(label) - 1 : -1]
-        expected = logits.log_softmax(-1).gather(1, torch.tensor(label)[:, None])[:, 0]
-        assert torch.allclose(logprobs, expected, atol=1e-4)
-        assert likeliest.tolist() == (logits.argmax(-1) == torch.tensor(label)).tolist()
+        expected, best = label_logprobs_alone(model, PREFIX, prompt, label)
+        assert torch.allclose(logprobs, expected, atol=1e-4) and likeliest.tolist() == best
     assert not copies

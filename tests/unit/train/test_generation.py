@@ -1,12 +1,12 @@
 """Greedy generation with a shared prefix equals transformers' own, row by row, in any batch."""
 
 import pytest
-import torch
 
 from pi_ray.config import ModelConfig
 from pi_ray.models import load_model
 from pi_ray.train.batches import plain_batch
 from pi_ray.train.generation import compute_prefix_cache, generate_greedy, request_seconds
+from tests.generated import generate_alone
 
 PREFIX = list(range(100, 130))
 ROWS = [[5, 6, 7], [200, 201, 202, 203, 204], [9]]
@@ -19,14 +19,7 @@ def model(tiny_model):
 
 @pytest.fixture(scope="module")
 def expected(model):
-    found = []
-    for row in ROWS:
-        ids = torch.tensor([PREFIX + row])
-        out = model.generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False, eos_token_id=-1
-        )
-        found.append(out[0, ids.shape[1] :].tolist())
-    return found
+    return generate_alone(model, PREFIX, ROWS, 8)
 
 
 def test_each_row_of_a_batch_gets_what_transformers_generates_for_it_alone(model, expected):
