@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
 import inspect
 import os
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 # Tokens of context where a config names none: recurrent models have no end, but were trained on some thousand tokens.
 NO_LIMIT = 8192
 SMALLEST_BFLOAT16 = 256  # hidden size from which a CPU is faster in bfloat16
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, LARGEST_KEPT = -1, -3, 32 << 20  # of malloc.h, with the most that glibc takes
 LARGE_FILE, SHA256_DIGITS = 64 << 20, 64  # bytes from which a file's sha256 is kept; characters of one
 MODEL_FILES = {".safetensors", ".bin", ".json", ".txt", ".model", ".jinja"}  # endings of weights, settings, tokenizers
 # name -> (Python package that carries the weights, file or folder inside it, hub id of the same model)
@@ -166,10 +168,24 @@ def load_model(config: ModelConfig, device: str = "cpu", **options: Any) -> Any:
     """The base model in eval mode on `device`. Raises ModelError; for quantisation ConfigError or MissingExtraError."""
     from transformers import AutoModelForCausalLM
 
+    if device == "cpu":
+        keep_freed_memory()
     dtype = model_dtype(config, device)
     options |= _four_bit(device, dtype) if config.quantize else {}
     model = _from_pretrained(AutoModelForCausalLM, config, dtype=dtype, **options)
     return (model if config.quantize else model.to(device)).eval()
+
+
+@cache
+def keep_freed_memory() -> None:
+    """Have glibc keep up to 2 GiB of what this process has freed, for the tensors of the next forward pass.
+
+    Otherwise it goes back to the system after each one and comes again page by page, zeroed: of an update on a CPU
+    that is a tenth. Other C libraries are left as they are.
+    """
+    if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):
+        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+        mallopt(M_MMAP_THRESHOLD, LARGEST_KEPT)
 
 
 @cache

@@ -123,8 +123,8 @@ class DistillConfig(Block):
     share: Rate = doc(0.5, "objective mixed: weight of the teacher's distribution against cross-entropy on the answer")
     tail: bool = omit_default(False, "all tokens but the top_k count as one with the probability that the teacher "
         "leaves them; false: the top_k's probabilities are made to sum to 1")
-    label_weight: Rate = omit_default(0.0, "objective distill: weight of cross-entropy on the label, in labelled rows, "
-        "against the teacher's distribution; 0: the label is only what the teacher judges")
+    label_weight: Rate = doc(1.0, "objective distill: weight of cross-entropy on the label, in labelled rows, against "
+        "the teacher's distribution along it; 1: the label alone, which the teacher then need not judge")
     labelled: Annotated[float, Field(gt=0, le=1)] | None = omit_default(None, "least share of each batch that labelled "
         "rows have where the teacher's answers are learned as well; null: as rows come")
     show_labels: bool = omit_default(False, "the teacher judges the answer of a labelled row with that row among the "
@@ -198,11 +198,20 @@ class TrainConfig(Block):
     def model_post_init(self, context: Any) -> None:
         refuse(self.early_stop and not self.dev_every,
             "train.early_stop needs train.dev_every: say after how many updates a dev score is taken")
-        refuse(self.objective == "mixed" and self.distill.label_weight,
-            "train.distill.label_weight goes with objective distill; in mixed share says what the label weighs")
+        if self.objective == "mixed":
+            why = "it goes with objective distill; in mixed, share says what the label weighs"
+            forbid_unused(self.distill, ("label_weight",), "train.distill", why)
+        refuse(self.objective == "distill" and self.distill.label_weight == 1 and self.distill.show_labels,
+            "train.distill.show_labels would have no effect: in labelled rows the label weighs all; "
+            "set label_weight below 1")
         if self.attention == "flex" and not self.share_prefix:
             why = "it is for batches that share their prefix, and share_prefix is false"
             forbid_unused(self, ("attention",), "train", why)
+
+    @property
+    def judges_labels(self) -> bool:
+        """Whether anything is learned from a teacher's distribution along the labels."""
+        return self.objective == "mixed" or self.distill.label_weight < 1
 
     @property
     def adopts_teacher(self) -> bool:

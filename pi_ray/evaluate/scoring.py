@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Self
 
 from pi_ray.config import RunConfig
-from pi_ray.evaluate.statistics import corpus_bleu, mean_interval, paired_bleu, paired_mean
+from pi_ray.evaluate.statistics import corpus_bleu, paired_bleu, paired_mean, score_interval
 from pi_ray.protocols import Row
 from pi_ray.tasks.conversations import conversation_of
 
@@ -26,7 +26,7 @@ class ScoredAnswers:
     def summarise(self) -> dict[str, Any]:
         """Every metric with its 95% bootstrap interval over rows; BLEU on 0..100, the others in 0..1."""
         how = (self.bootstrap, self.seed, self.clusters)
-        found = {m: mean_interval([s[m] for s in self.scores], *how) for m in self.scores[0]}
+        found = {m: score_interval([s[m] for s in self.scores], *how) for m in self.scores[0]}
         if self.has_bleu:  # in place of the mean of sentences, where metrics have one
             found["bleu"] = corpus_bleu(self.texts, [r.answer for r in self.rows], *how)
         values = {metric: value for metric, (value, _, _) in found.items()}

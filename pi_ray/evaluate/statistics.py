@@ -69,6 +69,19 @@ def mean_interval(
     return float(column.mean()), *_interval(drawn[:, 0] / drawn[:, 1])
 
 
+def score_interval(
+    values: Sequence[float] | np.ndarray, bootstrap: int, seed: int, clusters: Clusters = None
+) -> Interval:
+    """As `mean_interval`, of scores from 0 to 1. Where all rows have 0, or all 1, every resample is the same.
+
+    Then the other end is the exact binomial one for so many rows, or clusters (Clopper and Pearson 1934).
+    """
+    mean, low, high = mean_interval(values, bootstrap, seed, clusters)
+    draws, (least, most) = len(values if clusters is None else set(clusters)), (np.min(values), np.max(values))
+    bound = 0.025 ** (1 / draws)
+    return mean, (bound if least == 1 else low), (1 - bound if most == 0 else high)
+
+
 def paired_mean(
     a: Sequence[float], b: Sequence[float], bootstrap: int, seed: int, clusters: Clusters = None
 ) -> Difference:

@@ -2,10 +2,11 @@
 
 The teacher is the adapter after the full-prompt phase, which has learned to read the prompt, or the base model. Once,
 at the first phase transition, it answers the unlabelled queries greedily, and its likeliest tokens are stored at each
-place of every answer, labelled or its own. It judges them under several views of the prompt, which differ in the order
-of its lists: a line that is misread is misread otherwise in another order, so that an answer is kept where all views
-agree. Later phases learn from both kinds, so that facts which only the template tells reach an adapter that sees the
-query alone. The paper trains on labels only; this goes beyond it.
+place of every answer. Labels stand as they are, since it may misread what a label says; with a smaller `label_weight`
+its tokens are stored along them too. It judges under several views of the prompt, which differ in the order of its
+lists: a line that is misread is misread otherwise in another order, so that an answer is kept where all views agree.
+Later phases learn from both kinds, so that facts which only the template tells reach an adapter that sees the query
+alone. The paper trains on labels only; this goes beyond it.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ def write_teacher_answers(
     model: Any, config: RunConfig, fingerprint: str, group: WorkerGroup, pack: Pack,
     tell: Callable[[str, int, int], None] = lambda verb, done, total: None,
 ) -> None:
-    """Have the teacher answer unlabelled queries and judge the labels, each worker its share of the rows.
+    """Have the teacher answer unlabelled queries, and judge labels that do not weigh all; each worker has its share.
 
     The first worker writes all of it as one artifact by SCHEMA, in the order of rows, whose manifest counts answers.
     `tell` gets how far this worker is: "answered" or "judged", and of how many rows how many are.
@@ -78,12 +79,11 @@ def write_teacher_answers(
             generated = generate_answers(model, prefixes[0], unlabelled, mine, limit, end, tell)
         mine = range(group.rank, len(labelled), group.world)
         labels = {n: label for n, (_, label) in zip(mine, labelled.take(mine), strict=True)}
-        scored = chain(
-            score_answers(model, pack, prefixes, labelled, labels, distill.top_k, size),
-            score_answers(model, pack, prefixes, unlabelled, generated, distill.top_k, size),
-        )
-        told = _tell_judged(scored, len(labels) + len(generated), tell)
-        batches = iter(lambda: list(islice(told, BATCH_ROWS)), [])
+        asked = [(labelled, labels), (unlabelled, generated)][not config.train.judges_labels :]
+        scored = (score_answers(model, pack, prefixes, *some, distill.top_k, size) for some in asked)
+        told = _tell_judged(chain.from_iterable(scored), sum(len(answers) for _, answers in asked), tell)
+        all_rows = told if config.train.judges_labels else chain(as_certain(labels, distill.top_k), told)
+        batches = iter(lambda: list(islice(all_rows, BATCH_ROWS)), [])
         share = pa.Table.from_batches((pa.RecordBatch.from_pylist(rows, SCHEMA) for rows in batches), SCHEMA)
     anchor = _judge_anchor(model, config, pack, size) if distill.anchor and group.rank == 0 else None
     model.train()
@@ -178,6 +178,16 @@ def longest_row_tokens(config: RunConfig) -> int:
     if not wants_unlabelled(config) or first_taught_phase(config):
         return longest
     return longest + max(map(len, view_prefixes(config)))
+
+
+def as_certain(labels: Answers, top_k: int) -> Iterator[dict[str, Any]]:
+    """Rows of SCHEMA for labels that no teacher judges: each token of a label has all of the probability."""
+    for number, label in labels.items():
+        yield {
+            "labelled": True, "number": number, "label_ids": label, "confidence": 0.0, "agreement": 1.0,
+            "top_ids": [i for i in label for _ in range(top_k)],
+            "top_logprobs": [-math.log(top_k)] * (top_k * len(label)),
+        }
 
 
 @torch.inference_mode()

@@ -4,7 +4,8 @@ All rows of a phase have the same template, so its tokens go through the model o
 Only attention differs from an ordinary forward pass: in every transformers decoder that dispatches to
 `ALL_ATTENTION_FUNCTIONS`, with gradient checkpointing and with ZeRO-3. It is SDPA row by row, without padding or an
 (S, S) mask, or on GPUs flex attention, one kernel over the packed sequence that skips blocks in which nothing is seen.
-Flex attention's mask and outputs are tested on CPUs, its speed is not measured yet.
+Flex attention's mask and outputs are tested on CPUs, its speed is not measured yet. On CPUs in bfloat16 SDPA has a
+backward pass of our own (cpu_attention.py).
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from torch.nn.attention import flex_attention
 from transformers import AttentionInterface
 
 from pi_ray.errors import TrainingError
+from pi_ray.train import cpu_attention
 
 NAME, FLEX = "pi_ray_shared_prefix", "pi_ray_shared_prefix_flex"
 BLOCK = 128  # tokens of a block of flex attention
@@ -74,24 +76,36 @@ def shared_prefix_attention(
 
     query (1, H, S, D), key and value (1, H_kv, S, D) -> output (1, S, H, D). Dropout and tiny heads are left to SDPA.
     """
-    grouped = query.shape[1] != key.shape[1]
-    attend = partial(F.scaled_dot_product_attention, dropout_p=dropout, scale=scaling, enable_gqa=grouped)
+    attend = partial(_sdpa, dropout=dropout, scale=query.shape[-1] ** -0.5 if scaling is None else scaling)
     if layout is None:
-        output = attend(query, key, value, is_causal=True)
+        output = attend(query, key, value)
     elif flex and not dropout and query.shape[-1] >= SMALLEST_HEAD:
-        kernel = _flex_attention(compiled=query.is_cuda)
+        kernel, grouped = _flex_attention(compiled=query.is_cuda), query.shape[1] != key.shape[1]
         output = kernel(query, key, value, block_mask=layout.block_mask(), scale=scaling, enable_gqa=grouped)
     else:
         p, v = layout.prefix, layout.visible
         splits = (x.split([p, *layout.lengths], dim=2) for x in (query, key, value))
         (head, *queries), (head_key, *keys), (head_value, *values) = splits
         seen_key, seen_value = head_key[:, :, p - v :], head_value[:, :, p - v :]
-        outputs = [attend(head, head_key, head_value, is_causal=True)] if p else []
+        outputs = [attend(head, head_key, head_value)] if p else []
         for n, q, k, w in zip(layout.lengths, queries, keys, values, strict=True):
-            mask: dict[str, Any] = {"attn_mask": layout.mask[:n, : v + n]} if v else {"is_causal": True}
-            outputs.append(attend(q, torch.cat([seen_key, k], 2), torch.cat([seen_value, w], 2), **mask))
+            sees = layout.mask[:n, : v + n] if v else None
+            outputs.append(attend(q, torch.cat([seen_key, k], 2), torch.cat([seen_value, w], 2), sees))
         output = torch.cat(outputs, 2)
     return output.transpose(1, 2).contiguous(), None
+
+
+def _sdpa(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, sees: torch.Tensor | None = None, *,
+    dropout: float, scale: float,
+) -> torch.Tensor:
+    """SDPA where queries see what `sees` (N, M) says, or what a causal mask does."""
+    if cpu_attention.takes_matrix_products(query, key, dropout):
+        return cpu_attention.attend(query, key, value, scale, sees)
+    return F.scaled_dot_product_attention(
+        query, key, value, sees, dropout, is_causal=sees is None, scale=scale,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
 
 
 @cache

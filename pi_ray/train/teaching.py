@@ -89,7 +89,7 @@ def describe_options(config: RunConfig) -> list[str]:
     distill, said = config.train.distill, list[str]()
     if distill.tail:
         said.append(f"all tokens but the teacher's {distill.top_k} likeliest count as one")
-    if distill.label_weight:
+    if config.train.objective == "distill" and distill.label_weight < 1:
         said.append(f"in labelled rows the label itself weighs {distill.label_weight:g}")
     if distill.labelled is not None:
         said.append(f"labelled rows have at least {distill.labelled:.0%} of each batch")

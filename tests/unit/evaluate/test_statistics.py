@@ -20,6 +20,7 @@ from pi_ray.evaluate.statistics import (
     over_seeds,
     paired_bleu,
     paired_mean,
+    score_interval,
 )
 from pi_ray.metrics import exact_match
 
@@ -63,6 +64,18 @@ def test_bleu_interval_agrees_with_scoring_the_resampled_rows_themselves():
 def test_perfect_and_hopeless_outputs_have_tight_intervals():
     assert corpus_bleu(ANSWERS, ANSWERS, 50, 0) == pytest.approx((100, 100, 100))
     assert corpus_bleu([""] * len(ANSWERS), ANSWERS, 50, 0) == (0, 0, 0)
+
+
+def test_scores_that_are_all_alike_have_the_exact_binomial_interval():
+    """As the upper bound p of no success in n rows has it: (1 - p)^n = 2.5%."""
+    mean, low, high = score_interval([0.0] * 120, 100, seed=0)
+    assert (mean, low) == (0, 0) and (1 - high) ** 120 == pytest.approx(0.025)
+    assert score_interval([1.0] * 120, 100, seed=0) == pytest.approx((1, 1 - high, 1))
+    clusters = [str(i // 10) for i in range(120)]
+    assert score_interval([1.0] * 120, 100, 0, clusters)[1] ** 12 == pytest.approx(0.025)
+    assert score_interval([0.5] * 9, 100, seed=0) == (0.5, 0.5, 0.5)
+    mixed = [0.0, 1.0, 1.0, 1.0]
+    assert score_interval(mixed, 100, seed=0) == mean_interval(mixed, 100, seed=0)
 
 
 def test_mean_interval_matches_the_binomial_one():

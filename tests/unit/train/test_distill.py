@@ -29,6 +29,7 @@ from tests.unit.train.test_train import adapter_hash, dies_and_goes_on, log_of, 
 def distilled(tiny_model, tmp_path_factory):
     changes = {
         "schedule.epochs": 2, "train.objective": "distill", "train.distill.top_k": 4, "train.distill.held_out": 0,
+        "train.distill.label_weight": 0.0,  # so that the teacher judges labels too
     }
     config = tiny_config(tiny_model, tmp_path_factory.mktemp("distilled"), **changes)
     prepare_by_hand(config)
@@ -206,7 +207,8 @@ def test_mixed_learns_from_the_teacher_by_its_share_and_from_the_labels_by_the_r
     first = []
     for share in (1.0, 0.25, 0.0):
         config = trained_with(
-            distilled, tmp_path / str(share), **{"train.objective": "mixed", "train.distill.share": share}
+            distilled, tmp_path / str(share),
+            **{"train.objective": "mixed", "train.distill.share": share, "train.distill.label_weight": 1.0},
         )
         assert (adapter_hash(config) == adapter_hash(distilled)) == (share == 1)
         first.append(next(e["loss"] for e in log_of(config) if e.get("phase") == 1 and "loss" in e))
@@ -233,8 +235,28 @@ def test_a_teacher_that_sees_the_labels_judges_them_otherwise_and_its_own_answer
     told, untold = ([{**row, "labelled": None} for row in rows_of(c)] for c in (seeing, blind))
     assert told[12:] == untold[12:] and len(told) > 12
     assert all(a["top_logprobs"] != b["top_logprobs"] for a, b in zip(told[:12], untold[:12], strict=True))
-    assert event(seeing)["options"] == ["the teacher sees the answer of a labelled row that it judges"]
-    assert "options" not in event(blind)
+    weighs = "in labelled rows the label itself weighs 0"
+    assert event(seeing)["options"] == [weighs, "the teacher sees the answer of a labelled row that it judges"]
+    assert event(blind)["options"] == [weighs]
+
+
+def test_labels_that_weigh_all_are_not_judged_and_are_learned_as_they_are(distilled, tmp_path):
+    config = trained_with(distilled, tmp_path, **{"train.distill.label_weight": 1.0})
+    made, judged = rows_of(config), [e for e in log_of(config) if e.get("verb") == "judged"]
+    labelled, answered = made[:12], made[12:]
+    assert judged[-1]["total"] == len(answered) > 0 and "options" not in event(config)
+    labels = labels_of(PhaseDataset(RunDir(config.root).phase(0)))
+    assert [row["label_ids"] for row in labelled] == list(labels.values())
+    assert all(row["labelled"] and row["agreement"] == 1 and row["confidence"] == 0 for row in labelled)
+    assert answered == rows_of(distilled)[12:]  # which the teacher answers and judges as ever
+    run = RunDir(config.root)
+    phases = PhaseDataset(run.phase(2)), PhaseDataset(run.phase("unlabelled-2"))
+    for tail in (False, True):
+        train = TrainConfig(objective="distill", distill={"tail": tail})
+        targets, own = DistilledRows(run.teacher_answers, *phases, train).targets([0]), labelled[0]["label_ids"]
+        assert targets.ids.tolist() == [[token] * 4 for token in own] and targets.shares.tolist() == [0.0] * len(own)
+        assert torch.allclose(targets.probs.sum(1), torch.ones(len(own)))
+        assert not tail or torch.allclose(targets.tail, torch.zeros(len(own)), atol=1e-6)
 
 
 def test_the_tail_is_what_the_teacher_leaves_to_other_tokens(distilled):
@@ -248,11 +270,11 @@ def test_the_tail_is_what_the_teacher_leaves_to_other_tokens(distilled):
 
 
 def test_options_that_are_not_used_leave_the_fingerprint_as_it_is(distilled):
-    used = {"tail": True, "label_weight": 0.5, "labelled": 0.5, "show_labels": True}
+    used = {"tail": True, "labelled": 0.5, "show_labels": True}
     distill_block = distilled.train.distill.model_dump(mode="json")
     assert not set(used) & set(distill_block)
     made = [train_fingerprint(distilled.replace(**{f"train.distill.{key}": value}), "p") for key, value in used.items()]
-    assert len({train_fingerprint(distilled, "p"), *made}) == 5
+    assert len({train_fingerprint(distilled, "p"), *made}) == 4
 
 
 @pytest.mark.parametrize("changes", [{"train.distill.labelled": 0.75, "train.distill.tail": True}])
@@ -263,7 +285,8 @@ def test_a_run_with_options_that_dies_goes_on_to_the_same_adapter(distilled, tmp
     dies_and_goes_on(config, 13, monkeypatch)
     assert adapter_hash(config) == adapter_hash(quiet) != adapter_hash(distilled)
     assert event(quiet)["options"] == [
-        "all tokens but the teacher's 4 likeliest count as one", "labelled rows have at least 75% of each batch",
+        "all tokens but the teacher's 4 likeliest count as one", "in labelled rows the label itself weighs 0",
+        "labelled rows have at least 75% of each batch",
     ]
 
 
@@ -282,7 +305,8 @@ def test_what_a_teacher_would_do_does_not_retrain_a_run_without_one(distilled):
     [
         ("name: a\ntrain: {objective: distill, backend: {zero_stage: 3}}", "zero_stage 2 or less"),
         ("name: a\ntrain: {objective: mixed}\nschedule: {phases: 1}", "needs a phase after the first"),
-        ("name: a\ntrain: {objective: mixed, distill: {label_weight: 0.5}}", "in mixed share says"),
+        ("name: a\ntrain: {objective: mixed, distill: {label_weight: 0.5}}", "in mixed, share says"),
+        ("name: a\ntrain: {objective: distill, distill: {show_labels: true}}", "set label_weight below 1"),
         ("name: a\ntrain: {objective: distill, distill: {labelled: 0}}", "labelled"),
         (
             "name: a\ntrain: {objective: distill}\nschedule: {name: list, list: [{rate: 1, shots: 0}]}",
