@@ -29,7 +29,7 @@ def attend(
 ) -> torch.Tensor:
     """query (1, H, N, D), key and value (1, H_kv, M, D), `sees` (N, M) bool or None for causal -> (1, H, N, D)."""
     bias = None if sees is None else _bias(sees, query.dtype)
-    return _Attention.apply(query, key, value, bias, scale)  # type: ignore[no-untyped-call]
+    return _Attention.apply(query, key, value, bias, scale)
 
 
 def _bias(sees: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -23,7 +23,10 @@ from tests.unit.train.test_train import dies_and_goes_on, log_of, settings
 
 
 def prepared(model, root, **changes):
-    teacher = {"train.objective": "distill", "train.distill.teacher": "base", "train.distill.label_weight": 0.0, "train.distill.top_k": 4}
+    teacher = {
+        "train.objective": "distill", "train.distill.teacher": "base", "train.distill.top_k": 4,
+        "train.distill.label_weight": 0.0,  # so that the base judges labels too
+    }
     config = tiny_config(model, root, **{"schedule": {"phases": 1, "epochs": 2}, **teacher, **changes})
     prepare_by_hand(config, whole=LISTED)
     with staged(RunDir(root).templates, fingerprint="by-hand") as folder:
