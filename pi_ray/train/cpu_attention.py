@@ -1,9 +1,9 @@
 """Attention of training on CPUs in bfloat16: SDPA's forward pass with a backward pass of matrix products.
 
-torch's own backward pass of SDPA takes half of the time of attention's updates there and is two times as slow. The
-weights that forward saw are computed again, as exp(scores - logsumexp). The difference is taken inside the product,
-whose sums are fp32, so that what is rounded to bfloat16 is small wherever a weight is large. Scores that are rounded
-before it would be wrong by whole units, since the first token's are in the hundreds.
+torch's own backward pass of SDPA is slow there (`python -m tests.bench.prefix --dtype bfloat16`). Here the weights that
+the forward pass saw are computed again, as exp(scores - logsumexp). The difference is taken inside the product, whose
+sums are fp32, so that what is rounded to bfloat16 is small wherever a weight is large. Scores that are rounded before
+it would be wrong by whole units, since the first token's are in the hundreds.
 """
 
 from __future__ import annotations

@@ -1,10 +1,11 @@
 """Shared-prefix batches against plain padded batches: the same rows, model, loss and gradients.
 
-    python -m tests.bench.prefix [--model smollm2-135m] [--rounds 5]
+    python -m tests.bench.prefix [--model smollm2-135m] [--rounds 5] [--dtype bfloat16]
 
 The peer is the padded batch that trainers commonly use, given the same advantages: SDPA attention and logits at the
 answer's tokens alone. Both are timed alternately, forward and backward, and the median is taken. `token_ratio` is the
-tokens that each row with a prefix of its own would have over those that pass through the model.
+tokens that each row with a prefix of its own would have over those that pass through the model. In bfloat16 on a CPU
+the shared side is timed with torch's backward pass of SDPA too, in place of pi-ray's own: `backward_speedup`.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import torch
 
 from pi_ray.config import LoraConfig, ModelConfig
 from pi_ray.models import load_model
-from pi_ray.train import lora, shared_prefix
+from pi_ray.train import cpu_attention, lora, shared_prefix
 from pi_ray.train.batches import Batch, packed_batch, plain_batch, to_device
 from pi_ray.train.objectives import sft_loss
 from tests.bench.report import header, last_line
@@ -37,7 +38,19 @@ def step(model: torch.nn.Module, batch: Batch) -> tuple[float, float, torch.Tens
     return seconds, loss.item(), torch.cat([p.grad.flatten() for p in lora.trainable_parameters(model).values()])
 
 
-def measure(model: torch.nn.Module, case: tuple[str, int, int, int, int], rounds: int) -> tuple[float, float, float]:
+def torchs_backward_step(model: torch.nn.Module, batch: Batch) -> float:
+    """Seconds of `step` without pi-ray's own backward pass of attention."""
+    most, cpu_attention.MOST = cpu_attention.MOST, 0
+    try:
+        return step(model, batch)[0]
+    finally:
+        cpu_attention.MOST = most
+
+
+def measure(
+    model: torch.nn.Module, case: tuple[str, int, int, int, int], rounds: int
+) -> tuple[float, float, float, float]:
+    """(speedup, token ratio, relative difference of gradients, speedup by the own backward pass) of a case."""
     name, rows, prefix, query, answer = case
     rng = random.Random(0)
 
@@ -48,42 +61,51 @@ def measure(model: torch.nn.Module, case: tuple[str, int, int, int, int], rounds
         ids(prefix), [(ids(query + rng.randrange(-5, 6)), ids(answer + rng.randrange(-2, 3))) for _ in range(rows)],
     )
     shared, padded = (to_device(pack(head, data), str(model.device)) for pack in (packed_batch, plain_batch))
-    times: dict[str, list[float]] = {"shared": [], "plain": []}
+    times: dict[str, list[float]] = {"shared": [], "plain": [], "torch's backward": []}
     for i in range(rounds + 1):
         model.set_attn_implementation("sdpa")
         plain_s, plain_loss, expected = step(model, padded)
         shared_prefix.enable_shared_prefix(model)
         shared_s, shared_loss, found = step(model, shared)
+        torchs_s = torchs_backward_step(model, shared)
         if i:  # the first round warms up
+            times["torch's backward"].append(torchs_s)
             times["plain"].append(plain_s)
             times["shared"].append(shared_s)
     speedup, ratio = median(times["plain"]) / median(times["shared"]), shared.plain_tokens / shared.tokens
-    difference = float((found - expected).norm() / expected.norm())
+    backward = median(times["torch's backward"]) / median(times["shared"])
+    difference = float((found.float() - expected.float()).norm() / expected.float().norm())
     print(f"  {name}: {rows} rows of {prefix} + {query} + {answer} tokens")
     print(f"    plain   median {median(times['plain']):7.2f} s  loss {plain_loss:.6f}  {padded.plain_tokens} tokens")
     print(f"    shared  median {median(times['shared']):7.2f} s  loss {shared_loss:.6f}  {shared.tokens} tokens")
+    if model.dtype == torch.bfloat16 and model.device.type == "cpu":
+        spread = f"{min(times['shared']):.2f} to {max(times['shared']):.2f}"
+        print(f"    shared with torch's backward pass {backward:.2f} times as long (shared alone took {spread} s)")
     print(
         f"    speedup {speedup:.2f}, token ratio {ratio:.2f}, gradients differ by {difference:.1e} (relative)",
         flush=True,
     )
-    return speedup, ratio, difference
+    return speedup, ratio, difference, backward
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     args = parser.parse_args()
-    header(f"shared prefix against plain batches, {args.model}, LoRA rank 32, forward and backward")
+    header(f"shared prefix against plain batches, {args.model}, {args.dtype}, LoRA rank 32, forward and backward")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = lora.add_lora(load_model(ModelConfig(base=args.model), device), LoraConfig(), seed=0).train()
+    base = load_model(ModelConfig(base=args.model, dtype=args.dtype), device)
+    model = lora.add_lora(base, LoraConfig(), seed=0).train()
     for name, p in model.named_parameters():
         if "lora_B" in name:  # zero at the start, which would leave half of the gradients zero
             torch.nn.init.normal_(p, std=0.01)
     results = [measure(model, case, args.rounds) for case in CASES]
     # the case that stands worst against its token ratio is the one reported
     worst = min(results, key=lambda r: r[0] / r[1])
-    last_line(speedup=worst[0], token_ratio=worst[1], grad_rel_diff=max(r[2] for r in results))
+    own = {"backward_speedup": min(r[3] for r in results)} if args.dtype == "bfloat16" and device == "cpu" else {}
+    last_line(speedup=worst[0], token_ratio=worst[1], grad_rel_diff=max(r[2] for r in results), **own)
 
 
 if __name__ == "__main__":
