@@ -51,8 +51,9 @@ def cached_prefix_attention(
 ) -> tuple[torch.Tensor, None]:
     """Attend to the prefix and to own tokens: query (B, H, L, D), key and value (B, H_kv, T, D) -> (B, L, H, D).
 
-    One token a row is multiplied with the prefix as it is, all rows at once. Several are left to SDPA, which needs
-    keys and values of equal batch; that copy of the prefix lasts for one layer.
+    One token a row is multiplied with the prefix as it is, all rows at once, in fp32 up to the softmax as SDPA does:
+    the first token's scores are in the hundreds, where bfloat16 has whole numbers only. Several are left to SDPA, which
+    needs keys and values of equal batch; that copy of the prefix lasts for one layer.
     """
     if cached_prefix is None or OTHER_SCORES & {name for name, value in more.items() if value is not None}:
         raise NotImplementedError(f"{type(module).__name__} computes its scores in a way of its own")
@@ -65,18 +66,18 @@ def cached_prefix_attention(
         sees, grouped = F.pad(own, (cached, 0), value=True)[:, None], heads != groups
         output = F.scaled_dot_product_attention(query, keys, values, sees, scale=scaling, enable_gqa=grouped)
         return output.transpose(1, 2).contiguous(), None
-    scaled = query.view(size, groups, heads // groups, depth) * (scaling or depth**-0.5)
+    scaled = query.float().view(size, groups, heads // groups, depth) * (scaling or depth**-0.5)
 
     def times_prefix(rows: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
         """(B, H_kv, n, X) times (H_kv, X, Y), all rows of a head in one product -> (B, H_kv, n, Y)."""
         product = rows.transpose(0, 1).reshape(groups, -1, rows.shape[-1]) @ matrix
         return product.view(groups, size, -1, matrix.shape[-1]).transpose(0, 1)
 
-    far = times_prefix(scaled, prefix_key[0].transpose(1, 2))
-    near = (scaled @ key.transpose(2, 3)).masked_fill(~own[:, None], -torch.inf)
-    weights = torch.cat([far, near], -1).softmax(-1, dtype=torch.float32).to(value.dtype)
-    output = times_prefix(weights[..., :cached], prefix_value[0]) + weights[..., cached:] @ value
-    return output.reshape(size, 1, heads, -1), None
+    far = times_prefix(scaled, prefix_key[0].float().transpose(1, 2))
+    near = (scaled @ key.float().transpose(2, 3)).masked_fill(~own[:, None], -torch.inf)
+    weights = torch.cat([far, near], -1).softmax(-1)
+    output = times_prefix(weights[..., :cached], prefix_value[0].float()) + weights[..., cached:] @ value.float()
+    return output.to(query.dtype).reshape(size, 1, heads, -1), None
 
 
 AttentionInterface.register(NAME, cached_prefix_attention)

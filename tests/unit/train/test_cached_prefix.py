@@ -1,12 +1,15 @@
 """Rows behind one cached prefix: transformers' own tokens, without a copy of the prefix, or the ordinary way."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
+import torch.nn.functional as F
 import transformers
 from transformers import DynamicCache
 
 from pi_ray.train import cached_prefix
-from pi_ray.train.cached_prefix import shares_cached_prefix
+from pi_ray.train.cached_prefix import CachedPrefix, cached_prefix_attention, shares_cached_prefix
 from pi_ray.train.generation import compute_prefix_cache, generate_greedy, label_logprobs
 from tests.generated import generate_alone, label_logprobs_alone
 
@@ -43,6 +46,25 @@ def _noting(repeat, made):
         return repeat(self, times)
 
     return noted
+
+
+def test_scores_in_the_hundreds_keep_their_fractions_in_half_precision():
+    """As a first token's are in real models; of numbers above 256, bfloat16 knows every second one."""
+    torch.manual_seed(0)
+    rows, heads, groups, depth, cached, own = 3, 6, 2, 32, 12, 4
+    query, key, value = (torch.randn(rows, h, n, depth) for h, n in ((heads, 1), (groups, own), (groups, own)))
+    far_key, far_value = (torch.randn(1, groups, cached, depth) for _ in range(2))
+    query[..., 0], far_key[:, :, :3, 0], key[:, :, -1, 0] = 40.0, 40.0, 40.0
+    query, key, value, far_key, far_value = (x.bfloat16() for x in (query, key, value, far_key, far_value))
+    shared = CachedPrefix([(far_key, far_value)], torch.ones(rows, 1, own, dtype=torch.bool))
+    output, _ = cached_prefix_attention(SimpleNamespace(layer_idx=0), query, key, value, None, cached_prefix=shared)
+    keys, values = (
+        torch.cat([far.float().expand(rows, -1, -1, -1), near.float()], 2)
+        for far, near in ((far_key, key), (far_value, value))
+    )
+    expected = F.scaled_dot_product_attention(query.float(), keys, values, enable_gqa=True).transpose(1, 2)
+    assert output.dtype == torch.bfloat16
+    assert ((output.float() - expected).norm() / expected.norm()).item() < 0.01
 
 
 @pytest.mark.parametrize("family, settings", [
