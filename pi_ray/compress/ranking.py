@@ -40,6 +40,7 @@ class RankingCompressor:
         self.ranking = lru_cache(CACHED_TEXTS)(self.rank)
 
     def rank(self, text: str) -> Ranking:
+        """The pieces of a text by how much they tell."""
         raise NotImplementedError
 
     def compress(self, text: str, rate: float) -> str:

@@ -82,8 +82,9 @@ class TemplatePart(NamedTuple):
 
 
 def split_template(template: Template, rate: float, config: CompressConfig) -> list[TemplatePart]:
-    """What is compressed by itself, each as a template: the text, or with `compress.documents` the instruction and the
-    documents; and the tools, which are documents.
+    """Split a template into the parts that are compressed by themselves, each a template of its own.
+
+    These are the text, or with `compress.documents` the instruction and the documents; and the tools, as documents.
     """
     if rate in (0, 1) or not (template.instruction or template.documents):
         return [TemplatePart(template, rate, config)]

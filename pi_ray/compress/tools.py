@@ -75,8 +75,10 @@ class ToolsSearch(RateSearch):
         self.gone = set(self.least_used[: max(0, steps - len(self.optional))])
 
     def _compress(self, rate: float) -> tuple[str, ...]:
-        """What the compressor leaves of each description. Those of a function are one text, so that it knows more; one
-        that would go as a whole is compressed by itself.
+        """The text that the compressor leaves of each description.
+
+        Descriptions of a function are one text, so that it knows more; one that would go as a whole is compressed by
+        itself.
         """
         outputs = list[str]()
         for function in range(len(self.template.tools)):

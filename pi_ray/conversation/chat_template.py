@@ -116,14 +116,14 @@ class ChatTemplate:
         return self.encode(text) if text else []
 
     def _row_text(self, messages: Sequence[dict[str, Any]]) -> str:
-        """What follows the chat head. The head of an answer is the last of it."""
+        """The text of a row after the chat head, up to and with the head of an answer."""
         text = self._render(messages, generates=True)
         if not text.startswith(self.head):
             raise ModelError(f"the chat template begins a conversation in more than one way; {CURE}")
         return text[len(self.head) :]
 
     def _parts(self, messages: Sequence[dict[str, Any]]) -> list[Part]:
-        """What stands before the first answer, that answer, what stands before the second, and so on."""
+        """The parts of a row in turn: the text before the first answer, that answer, the text before the second, ..."""
         first, *following, last = self._row_text(messages).split(self.generation_prompt)
         turns = [message for message in messages if message["role"] == "assistant"]
         if last or len(following) != len(turns):

@@ -12,7 +12,7 @@ MAX_NESTING = 64  # levels of a JSON value
 NO_CHARACTER = re.compile("[\0\ud800-\udfff]")
 DUMPED = '[{"role": "'  # how a dumped conversation begins
 ROLES = ("system", "user", "assistant", "tool")
-# What may follow a message of a role. A tool's result may follow another one's; calls must have been made in any case.
+# role -> roles that may follow. A tool's result may follow another one's; calls must have been made in any case.
 FOLLOWS = {"": ("user",), "user": ("assistant",), "assistant": ("user", "tool"), "tool": ("assistant", "tool")}
 
 

@@ -92,7 +92,7 @@ class ConversationContext:
             self.evaluated.append(last)
 
     def notes(self) -> list[str]:
-        """What was cut and what is trained though it is evaluated, in words."""
+        """Say what was cut, and what is trained though it is evaluated."""
         repeated = sum(asked in self.trained for asked in self.evaluated)
         alike = (f"{repeated} of {len(self.evaluated)} turns of dev and test follow the same messages as one of train, "
                  "so their scores may measure memory")

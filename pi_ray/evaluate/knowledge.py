@@ -1,4 +1,4 @@
-"""What an adapter knows of its prompt, unit by unit: knows.json, written by the evaluation and published with it.
+"""Knowledge of an adapter of its prompt, unit by unit: knows.json, written by the evaluation and published with it.
 
 It quotes the prompt, so who can read it can read the prompt. Files of it may come from elsewhere: they are validated.
 """
@@ -60,7 +60,7 @@ class UnitKnowledge(BaseModel):
 
     @property
     def name(self) -> str:
-        """What stands before the first colon or cell of an item, else the first words."""
+        """The text before the first colon or cell of an item, else the first words."""
         if self.kind == "item":
             first = self.text.split(":")[0].split("|")[0].strip()
             if first and len(first.split()) <= NAME_WORDS:
@@ -83,7 +83,7 @@ class Knowledge(BaseModel):
 
     @property
     def sentence(self) -> str:
-        """What is known and what to ask again for, such as "37 of 40 facts are known; ask again for: ads, feeds."."""
+        """Say what is known and what to ask for, such as "37 of 40 facts are known; ask again for: ads, feeds."."""
         unknown = [u.name for u in self.worst_first if u.verdict in ("not known", "teacher unsure")]
         known = sum(u.verdict == "known" for u in self.units)
         left = len(self.units) - known - len(unknown)

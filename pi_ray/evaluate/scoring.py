@@ -24,7 +24,7 @@ class ScoredAnswers:
     has_bleu: bool = True  # whether BLEU over all rows is one of the metrics
 
     def summarise(self) -> dict[str, Any]:
-        """Every metric with its 95% bootstrap interval over rows; BLEU on 0..100, the others in 0..1."""
+        """Every metric with its 95% interval over rows; BLEU on 0..100, the others in 0..1."""
         how = (self.bootstrap, self.seed, self.clusters)
         found = {m: score_interval([s[m] for s in self.scores], *how) for m in self.scores[0]}
         if self.has_bleu:  # in place of the mean of sentences, where metrics have one

@@ -64,7 +64,7 @@ class UnitQuestions:
         return prompts
 
     def knowledge(self, answers: Sequence[str], adapter: str, task: TaskConfig) -> Knowledge:
-        """What the adapter of that folder knows, by its answers to the questions and the metrics of `task`."""
+        """The knowledge of the adapter in that folder, by its answers to the questions and the metrics of `task`."""
         asked: dict[int, list[AnsweredQuestion]] = {}
         rows = [Row(str(i), q.query, q.expected) for i, q in enumerate(self.questions)]
         marks = _mark_answers(RowScorer(task), rows, answers)

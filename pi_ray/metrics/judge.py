@@ -22,7 +22,7 @@ class JudgeRubric:
         self.rubric = config.rubric.strip()
 
     def question(self, row: Row, output: str, swapped: bool = False) -> str:
-        """What the judge is asked; with `swapped` the answer to judge stands before the reference answer."""
+        """The question to the judge; with `swapped` the answer to judge stands before the reference answer."""
         reference = f"A reference answer: {_quote(row.answer)}"
         parts = [reference, f"The answer to judge: {_quote(output)}"]
         shown = [f"The request: {_quote(row.query)}", *(parts[::-1] if swapped else parts)]

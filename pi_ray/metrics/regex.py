@@ -40,7 +40,7 @@ class RegexMatch:
         return float(found == (row.answer.strip() if wanted is None else wanted))
 
     def _find(self, text: str) -> str | None:
-        """What the pattern finds, without white space around it; None for nothing, or nothing in time."""
+        """The text that the pattern finds, without white space around it; None for nothing, or nothing in time."""
         limit = SECONDS if self.given_up < PATIENCE else SECONDS / 10
         try:
             match = self.pattern.search(text, timeout=limit)

@@ -1,4 +1,4 @@
-"""What asking takes, for `pi-ray plan`: who writes how many queries about how many units, and in what time."""
+"""Cost of asking, for `pi-ray plan`: who writes how many queries about how many units, and in what time."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

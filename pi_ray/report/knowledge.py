@@ -1,4 +1,4 @@
-"""What an adapter knows, as people read it: a line for each unit of the prompt, on the page and on the terminal."""
+"""Knowledge of an adapter as people read it: a line for each unit of the prompt, on the page and on the terminal."""
 
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple

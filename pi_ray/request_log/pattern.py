@@ -22,7 +22,7 @@ GLUE = re.compile(r"(?:is|are|was|the|an?|of|to|at|on|in|for|by|with|your|you|th
 
 
 class Likeness(NamedTuple):
-    """What texts must share to have one pattern: a share of the shortest one's characters, and so many in one part."""
+    """The least that texts of one pattern share: a part of the shortest one's characters, and so many in one part."""
 
     share: float
     characters: int

@@ -38,7 +38,7 @@ class StrippedRequest(NamedTuple):
 
 @dataclass(frozen=True)
 class Prompt:
-    """What recurs in the requests of one application."""
+    """The recurrent parts of one application's requests."""
 
     system: Pattern
     tools: str  # JSON as sent; "" for none
@@ -118,7 +118,7 @@ class Prompt:
         return Template.parse(self.template).text.split() != self.text.split()
 
     def describe(self) -> str:
-        """What it is made of, for people."""
+        """Its parts in words."""
         slots = ", ".join(f"{{{name}}}" for name in self.value_names)
         tools = len(json.loads(self.tools)) if self.tools else 0
         head = self.user.constant if self.user else 0
@@ -139,7 +139,7 @@ class Prompt:
 
 @lru_cache(maxsize=64)
 def tools_key(tools: str) -> str:
-    """What tools are compared by: their definitions, in any order."""
+    """The key by which tools are compared: their definitions, in any order."""
     return json.dumps(sorted(json.dumps(tool, sort_keys=True) for tool in json.loads(tools))) if tools else ""
 
 

@@ -1,4 +1,4 @@
-"""What `pi-ray init --from` tells: what was found, what recurs and what that would save, and what was left out."""
+"""Summary of `pi-ray init --from`: what was found, what recurs and what that would save, and what was left out."""
 
 from __future__ import annotations
 

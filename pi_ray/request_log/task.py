@@ -158,7 +158,7 @@ class _Reading:
                     file.write(json.dumps(asdict(row), ensure_ascii=False) + "\n")
 
     def _strip(self, request: Request, log: Path) -> StrippedRequest | Reject | None:
-        """What is left of a request of the prompt, or the reason why nothing is; None for one of another prompt."""
+        """The rest of a request of the prompt, or the reason why there is none; None for one of another prompt."""
         place = next((i for i, prompt in enumerate(self.prompts) if prompt.find_values(request)), FOREIGN)
         self.counts[place] += 1
         try:

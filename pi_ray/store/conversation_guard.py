@@ -34,6 +34,6 @@ class ConversationGuard:
 
 
 def _normalise(tools: Sequence[dict[str, Any]]) -> tuple[str, ...]:
-    """What a model is told of the tools, in any order. `strict` is for the server."""
+    """The tools as a model is told of them, in any order. `strict` is for the server."""
     kept = [{k: v for k, v in tool["function"].items() if v is not None and k != "strict"} for tool in tools]
     return tuple(sorted(json.dumps(function, sort_keys=True) for function in kept))

@@ -23,7 +23,7 @@ FEWEST_ANCHORS = 96
 
 @dataclass
 class ChangeCounts:
-    """What became of the rows of all splits, and how many labelled rows and queries are trained on."""
+    """Changes to the rows of all splits, and how many labelled rows and queries are trained on."""
 
     exchanged: int = 0
     dropped: int = 0

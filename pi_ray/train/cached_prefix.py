@@ -31,7 +31,7 @@ _proven: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()  # model -> whether 
 
 @dataclass(frozen=True)
 class CachedPrefix:
-    """What the attention of every layer gets beside the rows' own tokens."""
+    """The prefix that the attention of every layer gets beside the rows' own tokens."""
 
     layers: Sequence[tuple[torch.Tensor, torch.Tensor]]  # of each layer keys and values (1, H_kv, P, D)
     sees: torch.Tensor  # (B, L, T) bool: which of a row's own T tokens each of its newest L sees

@@ -17,9 +17,13 @@ import torch
 FEWEST, MOST = 1 << 16, 1 << 25
 
 
-def takes_matrix_products(query: torch.Tensor, key: torch.Tensor, dropout: float) -> bool:
-    """Whether `attend` is for this call: query (1, H, N, D) and key (1, H_kv, M, D) of a training update on a CPU."""
+def takes_matrix_products(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, dropout: float) -> bool:
+    """Whether `attend` is for this call: query (1, H, N, D) and key (1, H_kv, M, D) of a training update on a CPU.
+
+    Values of another width, as in multi-head latent attention, are left to SDPA.
+    """
     fits = query.device.type == "cpu" and query.dtype == torch.bfloat16 and query.shape[0] == 1
+    fits = fits and key.shape == value.shape
     learns = torch.is_grad_enabled() and not dropout
     return fits and learns and FEWEST <= query.shape[1] * query.shape[2] * key.shape[2] <= MOST
 

@@ -35,7 +35,7 @@ BATCH_ROWS = 16  # rows answered at once
 
 
 class ServedPrompt(NamedTuple):
-    """What a server sends with each query after a phase: a template that ends with `fixed_examples` examples."""
+    """The prompt that a server sends with each query after a phase: a template with `fixed_examples` at its end."""
 
     template: str
     rate: float
@@ -53,7 +53,7 @@ class DevScores(NamedTuple):
 
     @property
     def means(self) -> dict[str, dict[str, float]]:
-        """What the training log says of them."""
+        """The scores as the training log has them."""
         return {"scores": {name: round(fmean(values), 6) for name, values in self.metrics.items()}}
 
     @property

@@ -79,7 +79,9 @@ def write_teacher_answers(
             generated = generate_answers(model, prefixes[0], unlabelled, mine, limit, end, tell)
         mine = range(group.rank, len(labelled), group.world)
         labels = {n: label for n, (_, label) in zip(mine, labelled.take(mine), strict=True)}
-        asked = [(labelled, labels), (unlabelled, generated)][not config.train.judges_labels :]
+        asked = [(unlabelled, generated)]
+        if config.train.judges_labels:
+            asked = [(labelled, labels), *asked]
         scored = (score_answers(model, pack, prefixes, *some, distill.top_k, size) for some in asked)
         told = _tell_judged(chain.from_iterable(scored), sum(len(answers) for _, answers in asked), tell)
         all_rows = told if config.train.judges_labels else chain(as_certain(labels, distill.top_k), told)

@@ -164,6 +164,6 @@ def round_folder(run: RunDir, asked: Round) -> Path:
 
 
 def read_round(run: RunDir, asked: Round) -> pa.Table:
-    """What the student wrote for a round, in the columns of SCHEMA; `number` is the row's own in its DistilledRows."""
+    """The student's answers of a round, in the columns of SCHEMA; `number` is the row's own in its DistilledRows."""
     verify_artifact(round_folder(run, asked))
     return read_range(round_folder(run, asked) / ROUND_FILE)

@@ -46,7 +46,7 @@ class PhaseShare:
 
 @dataclass(frozen=True)
 class FloorVerdict:
-    """What the floor decides: the phase at which the run ends."""
+    """The decision of the floor: the phase at which the run ends."""
 
     floor: float
     metric: str

@@ -132,7 +132,7 @@ def _train(config: RunConfig, fingerprint: str, watch: Callable[[dict[str, Any]]
 
 
 def _describe_kept(run: RunDir) -> str:
-    """What an interrupted training leaves for the next one."""
+    """The state that an interrupted training leaves for the next one."""
     from pi_ray.train import checkpoint
 
     if found := checkpoint.list_checkpoints(run.checkpoints):

@@ -100,7 +100,7 @@ def _sdpa(
     dropout: float, scale: float,
 ) -> torch.Tensor:
     """SDPA where queries see what `sees` (N, M) says, or what a causal mask does."""
-    if cpu_attention.takes_matrix_products(query, key, dropout):
+    if cpu_attention.takes_matrix_products(query, key, value, dropout):
         return cpu_attention.attend(query, key, value, scale, sees)
     return F.scaled_dot_product_attention(
         query, key, value, sees, dropout, is_causal=sees is None, scale=scale,

@@ -1,6 +1,8 @@
 """Base models: how long a text each can read, whatever its config calls that, and in which dtype it trains."""
 
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -102,3 +104,30 @@ def test_the_digest_of_a_large_file_is_kept_until_the_file_changes(tmp_path, mon
     assert hashed == ["weights", "small", "small"]
     weights.write_bytes(b"other file")
     assert models.file_digest(weights) != first[0]
+
+
+FAULTS = """
+import resource, sys, torch
+from pi_ray.models import keep_freed_memory
+
+def pass_over():
+    kept = [torch.zeros(5_000_000) for _ in range(12)]  # 20 MB each, as the activations of a forward pass
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+
+if sys.argv[1] == "keep":
+    keep_freed_memory()
+pass_over()
+before = pass_over()
+print(pass_over() - before)
+"""
+
+
+def test_freed_memory_is_kept_for_the_next_pass():
+    """Page faults of a pass that frees as much as the pass before it needed."""
+    faults = {
+        choice: int(subprocess.run(
+            [sys.executable, "-c", FAULTS, choice], check=True, capture_output=True, text=True
+        ).stdout)
+        for choice in ("keep", "default")
+    }  # fmt: skip
+    assert faults["keep"] * 10 < faults["default"]

@@ -35,7 +35,7 @@ ERROR_FRAME = re.compile(r"\Aat \d+\(\d+\): (failed to [^:]*: )?|\n +\d+ \| .*",
 
 @dataclass(frozen=True)
 class AnswerFormat:
-    """What an answer must be. Without `schema` it is text or calls of the request's tools."""
+    """The form that an answer must have. Without `schema` it is text or calls of the request's tools."""
 
     schema: Mapping[str, Any] | None = None  # of an answer in JSON
     strict: bool = True  # False: `schema` is followed as far as its keywords are supported

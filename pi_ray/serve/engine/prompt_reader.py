@@ -30,7 +30,7 @@ MAX_CHARS_PER_TOKEN = 32  # by which a request's text is bounded before anything
 
 
 class ReadPrompt(NamedTuple):
-    """What a request becomes for the model that answers it."""
+    """A request as the model that answers it gets it."""
 
     ids: list[int]
     max_new_tokens: int

@@ -22,7 +22,7 @@ MINUTE_S, DAY_S = 60.0, 86_400
 
 @dataclass
 class Bucket:
-    """What is left of a limit; below zero after a request took more than there was."""
+    """The rest of a limit; below zero after a request took more than there was."""
 
     left: float
     at: float  # when that was so
@@ -107,5 +107,5 @@ class KeyRates:
 
 
 def _size(limit: float) -> float:
-    """What a bucket holds: a minute's worth, and one request where a replica's share of the limit is less."""
+    """Size of a bucket: a minute's worth, and one request where a replica's share of the limit is less."""
     return max(limit, 1.0)

@@ -66,15 +66,26 @@ def test_packed_rows_have_the_gradients_of_fp32(monkeypatch):
 
 
 def test_it_is_for_training_on_cpus_in_bfloat16(monkeypatch):
-    query, key, *_ = tensors(8, 8)
+    query, key, value, _ = tensors(8, 8)
     takes = cpu_attention.takes_matrix_products
-    assert not takes(query, key, 0.0)  # which are few
+    assert not takes(query, key, value, 0.0)  # which are few
     monkeypatch.setattr(cpu_attention, "FEWEST", HEADS * 8 * 8)
-    assert takes(query, key, 0.0)
-    assert not takes(query, key, 0.1) and not takes(query.float(), key.float(), 0.0)
-    assert not takes(query.to("meta"), key.to("meta"), 0.0)
+    assert takes(query, key, value, 0.0)
+    assert not takes(query, key, value, 0.1) and not takes(query.float(), key.float(), value.float(), 0.0)
+    assert not takes(query.to("meta"), key.to("meta"), value.to("meta"), 0.0)
     with torch.no_grad():
-        assert not takes(query, key, 0.0)
+        assert not takes(query, key, value, 0.0)
     monkeypatch.setattr(cpu_attention, "MOST", HEADS * 8 * 8 - 1)
-    assert not takes(query, key, 0.0)
+    assert not takes(query, key, value, 0.0)
     assert shared_prefix_attention(None, query, key, key, None)[0].shape == (1, 8, HEADS, WIDTH)
+
+
+def test_values_of_another_width_are_left_to_sdpa(monkeypatch):
+    """As in multi-head latent attention."""
+    monkeypatch.setattr(cpu_attention, "FEWEST", 1)
+    query, key, value, grad = tensors(24, 24)
+    value, grad, layout = value[..., :8], grad[..., :8].transpose(1, 2), Layout.build(11, [5, 8])
+    attend = lambda q, k, v: shared_prefix_attention(None, q, k, v, None, layout=layout)[0]  # noqa: E731
+    output, found = gradients(attend, query, key, value, grad)
+    right_output, right = gradients(attend, query.float(), key.float(), value.float(), grad)
+    assert error(output, right_output) < 0.01 and all(error(a, b) < 0.02 for a, b in zip(found, right, strict=True))
