@@ -56,11 +56,14 @@ class AdapterAnswerer:
             prompts[QUESTIONS] = prompts[trained.name][0], questions.prompts(self.config, trained, encoder)
             generated.append(replace(trained, name=QUESTIONS))
         total = {name: len(rows) for name, (_, rows) in prompts.items()}
-        starts = [(c, i) for c in generated for i in range(0, total[c.name], size)]
-        work = [work_item(c, prompts, range(i, min(i + size, total[c.name]))) for c, i in starts]
-        work += [work_item(c, prompts, [i], timed=True) for c in columns for i in range(few)]
-        if settings.probe and template:
-            work += [work_item(c, prompts, [], probe=template) for c in columns]
+        work = []
+        for c in generated:  # all of a column in a row, since the actor keeps the cache of one prefix
+            parts = (range(i, min(i + size, total[c.name])) for i in range(0, total[c.name], size))
+            work += [work_item(c, prompts, part) for part in parts]
+            if c.name != QUESTIONS:
+                work.append(work_item(c, prompts, range(few), timed=True))
+            if c.name != QUESTIONS and settings.probe and template:
+                work.append(work_item(c, prompts, [], probe=template))
         outputs: dict[str, list[Any]] = {name: [None] * n for name, n in total.items()}  # ids of each row
         seconds: dict[str, list[Any]] = {name: [] for name in total}  # of the first rows, one by one
         probes: dict[str, dict[str, Any]] = {name: {} for name in total}
@@ -69,7 +72,7 @@ class AdapterAnswerer:
             if "probe" in work[place]:
                 probes[name] = result
             elif "timed" in work[place]:
-                seconds[name].append(result)
+                seconds[name] += result
                 watch(f"{name}, latency", len(seconds[name]), few)
             else:
                 for i, ids in zip(work[place]["rows"], result, strict=True):

@@ -78,7 +78,7 @@ def compare_latencies(
     work = [work_item(c, prompts, [i], timed=True) for i in rows for c in named]
     seconds: dict[str, list[Sequence[float]]] = {c.name: [] for c in named}
     for n, (place, timed) in enumerate(run_work(first, named, work, lengths, actors=1), start=1):
-        seconds[work[place]["column"]].append(timed)
+        seconds[work[place]["column"]] += timed
         watch(n)
     return {name: median_latencies(timed) for name, timed in seconds.items()}
 
@@ -145,26 +145,31 @@ class Generator:
         self._prefix: tuple[str, Any] = ("", None)  # the column whose prefix is cached, and its KV cache
 
     def __call__(self, work: dict[str, Any]) -> Any:
-        """The output ids of each prompt; with "timed", seconds of the first one for each of KINDS.
+        """The output ids of each prompt; with "timed", seconds of a request for each, of KINDS.
 
         With "probe" (a template), perplexity on other text, and how much of that template is recited when asked.
         """
         self.loaded.activate(work["adapter"])
         model, prefix, gists = self.loaded.model, work["prefix"], self.gists.get(work["adapter"])
         fill = None if gists is None else partial(gist_cache, model, prefix, gists)
-        if work.get("timed"):
-            timed = (prefix, work["prompts"][0], self.lengths.typical, fill)
-            seconds = list(request_seconds(model, *timed))
-            if work["adapter"]:
-                with self.loaded.merged():
-                    seconds.append(request_seconds(model, *timed)[0])
-            return seconds
         if self._prefix[0] != work["column"]:
             self._prefix = (work["column"], fill() if fill else compute_prefix_cache(model, prefix))
+        if work.get("timed"):
+            return self._time(work, fill)
         if "probe" in work:
             return self._probe(model, prefix, work["probe"])
         limit, cache = self.lengths.limit, self._prefix[1]
         return generate_greedy(model, prefix, work["prompts"], limit, self.end, cache, self.breaks)
+
+    def _time(self, work: dict[str, Any], fill: Callable[[], Any] | None) -> list[tuple[float, ...]]:
+        prefix, prompts, cache = work["prefix"], work["prompts"], self._prefix[1]
+        time = partial(request_seconds, self.loaded.model, prefix, new_tokens=self.lengths.typical)
+        kinds = [[time(row, fill=fill) for row in prompts]]
+        kinds.append([time(row, cache=cache) for row in prompts] if prefix else kinds[0])
+        if work["adapter"]:
+            with self.loaded.merged():
+                kinds.append([time(row, fill=fill) for row in prompts])
+        return list(zip(*kinds, strict=True))
 
     def _probe(self, model: Any, prefix: list[int], template: str) -> dict[str, Any]:
         def answer(queries: list[str]) -> list[str]:

@@ -5,6 +5,7 @@ at the first phase transition, it answers the unlabelled queries greedily, and i
 place of every answer. Labels stand as they are, since it may misread what a label says; with a smaller `label_weight`
 its tokens are stored along them too. It judges under several views of the prompt, which differ in the order of its
 lists: a line that is misread is misread otherwise in another order, so that an answer is kept where all views agree.
+The first view judges while it generates; each other one takes a forward pass over the answer.
 Later phases learn from both kinds, so that facts which only the template tells reach an adapter that sees the query
 alone. The paper trains on labels only; this goes beyond it.
 """
@@ -13,8 +14,10 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
 from itertools import chain, islice
 from typing import Any
 
@@ -45,7 +48,7 @@ from pi_ray.train.batches import (
 from pi_ray.train.distilled_rows import ANCHOR_FILE, FILE, SCHEMA, choose_kept
 from pi_ray.train.distributed import WorkerGroup
 from pi_ray.train.drills import find_run_facts, template_views, whole_template
-from pi_ray.train.generation import compute_prefix_cache, generate_greedy, rows_at_once
+from pi_ray.train.generation import compute_prefix_cache, generate, rows_at_once
 from pi_ray.train.held_out import MOST_TEXTS, choose_held_out
 from pi_ray.train.shared_prefix import ordinary_attention
 from pi_ray.train.teacher_rows import TeacherRows, open_teacher_rows
@@ -54,8 +57,24 @@ from pi_ray.units import UnitIndex, find_units
 TOLD_ROWS = 64  # judged rows after which it is said how far the teacher is
 JUDGED_TIMES = 4  # rows judged at once, in batches of training: without gradients they need less memory
 BATCH_ROWS = 1024  # rows that are Python objects at a time; as columns they take a tenth of the memory
+LEAST_NOTED, NOTED_TIMES = 64, 4  # tokens noted at each place of an answer as it is generated: these times top_k
 
-Answers = dict[int, list[int]]  # row number -> label ids
+Answers = Mapping[int, list[int]]  # row number -> label ids
+
+
+@dataclass(frozen=True)
+class Likeliest:
+    """The likeliest tokens at each of L places of an answer, by the view that generated it."""
+
+    ids: torch.Tensor  # (L, M) on the CPU
+    logprobs: torch.Tensor  # (L, M)
+    vocabulary: int  # V
+
+    def spread(self, device: Any) -> torch.Tensor:
+        """Log-probabilities (L, V): what M tokens leave of the probability is the same for each of the others."""
+        values, others = self.logprobs.to(device), max(1, self.vocabulary - self.ids.shape[1])
+        rest = ((1 - values.exp().sum(-1, keepdim=True)).clamp(min=1e-12) / others).log()
+        return rest.expand(-1, self.vocabulary).scatter(1, self.ids.to(device), values)
 
 
 def write_teacher_answers(
@@ -73,18 +92,14 @@ def write_teacher_answers(
     prefixes = view_prefixes(config)
     model.eval()
     with model.disable_adapter() if distill.teacher == "base" else nullcontext():
-        mine = range(group.rank, len(unlabelled), group.world)
-        limit, end = longest_answer_tokens(config), load_tokenizer(config.model).eos_token_id
-        with ordinary_attention(model.get_base_model()):
-            generated = generate_answers(model, prefixes[0], unlabelled, mine, limit, end, tell)
         mine = range(group.rank, len(labelled), group.world)
         labels = {n: label for n, (_, label) in zip(mine, labelled.take(mine), strict=True)}
-        asked = [(unlabelled, generated)]
+        rows = as_certain(labels, distill.top_k)
         if config.train.judges_labels:
-            asked = [(labelled, labels), *asked]
-        scored = (score_answers(model, pack, prefixes, *some, distill.top_k, size) for some in asked)
-        told = _tell_judged(chain.from_iterable(scored), sum(len(answers) for _, answers in asked), tell)
-        all_rows = told if config.train.judges_labels else chain(as_certain(labels, distill.top_k), told)
+            rows = score_answers(model, pack, prefixes, labelled, labels, distill.top_k, size)
+            rows = _tell_judged(rows, 0, len(labels), len(labels), tell)
+        mine = range(group.rank, len(unlabelled), group.world)
+        all_rows = chain(rows, _answer_and_judge(model, config, pack, prefixes, unlabelled, mine, size, tell))
         batches = iter(lambda: list(islice(all_rows, BATCH_ROWS)), [])
         share = pa.Table.from_batches((pa.RecordBatch.from_pylist(rows, SCHEMA) for rows in batches), SCHEMA)
     anchor = _judge_anchor(model, config, pack, size) if distill.anchor and group.rank == 0 else None
@@ -105,13 +120,40 @@ def write_teacher_answers(
     group.barrier()
 
 
-def _tell_judged(
-    scored: Iterator[dict[str, Any]], total: int, tell: Callable[[str, int, int], None]
+def _answer_and_judge(
+    model: Any, config: RunConfig, pack: Pack, prefixes: Sequence[list[int]], data: PhaseDataset | TeacherRows,
+    numbers: Sequence[int], size: int, tell: Callable[[str, int, int], None],
 ) -> Iterator[dict[str, Any]]:
-    for done, row in enumerate(scored, start=1):
+    """Rows of SCHEMA for these unlabelled queries, BATCH_ROWS of them at a time."""
+    limit, end = longest_answer_tokens(config), load_tokenizer(config.model).eos_token_id
+    top_k, total = config.train.distill.top_k, len(numbers)
+    with ordinary_attention(model.get_base_model()):
+        cache = compute_prefix_cache(model, prefixes[0])
+    for start in range(0, total, BATCH_ROWS):
+        some = numbers[start : start + BATCH_ROWS]
+        told = partial(_tell_answered, tell, start, total)
+        with ordinary_attention(model.get_base_model()):
+            written = generate_answers(model, prefixes[0], cache, data, some, limit, end, top_k, told)
+        answers = {n: label for n, (label, _) in written.items()}
+        noted = {n: likeliest for n, (_, likeliest) in written.items()}
+        scored = score_answers(model, pack, prefixes, data, answers, top_k, size, noted)
+        yield from _tell_judged(scored, start, start + len(some), total, tell)
+
+
+def _tell_answered(tell: Callable[[str, int, int], None], before: int, total: int, done: int) -> None:
+    tell("answered", before + done, total)
+
+
+def _tell_judged(
+    scored: Iterator[dict[str, Any]], before: int, after: int, total: int, tell: Callable[[str, int, int], None]
+) -> Iterator[dict[str, Any]]:
+    """The rows as they come; of rows `before` to `after` some may have no answer."""
+    for done, row in enumerate(scored, start=before + 1):
         yield row
-        if done % TOLD_ROWS == 0 or done == total:
+        if done % TOLD_ROWS == 0 and done < after:
             tell("judged", done, total)
+    if after > before:
+        tell("judged", after, total)
 
 
 def _hold_out(table: pa.Table, config: RunConfig) -> pa.Table:
@@ -147,19 +189,43 @@ def longest_answer_tokens(config: RunConfig) -> int:
 
 
 def generate_answers(
-    model: Any, prefix: list[int], data: PhaseDataset | TeacherRows, numbers: Sequence[int], limit: int, end: int,
-    tell: Callable[[str, int, int], None],
-) -> Answers:
-    """Greedy answers to these rows behind `prefix`, ending with `end`; those over `limit` tokens are left out."""
-    cache, answers = compute_prefix_cache(model, prefix), {}
-    size = rows_at_once(model, cache)
+    model: Any, prefix: list[int], cache: Any, data: PhaseDataset | TeacherRows, numbers: Sequence[int], limit: int,
+    end: int, top_k: int, told: Callable[[int], None],
+) -> dict[int, tuple[list[int], Likeliest]]:
+    """Greedy answers to these rows behind the cached `prefix`, with `end`, and the likeliest tokens along them.
+
+    Answers of more than `limit` tokens are left out. `told` gets the number of rows that are done.
+    """
+    answers, size = {}, rows_at_once(model, cache)
     for start in range(0, len(numbers), size):
         some = numbers[start : start + size]
+        notes = _Notes(max(LEAST_NOTED, NOTED_TIMES * top_k), len(some))
         prompts = [prompt for prompt, _ in data.take(some)]
-        generated = generate_greedy(model, prefix, prompts, limit, end, cache=cache)
-        answers.update({n: [*ids, end] for n, ids in zip(some, generated, strict=True) if len(ids) < limit})
-        tell("answered", start + len(some), len(numbers))
+        generated = generate(model, prefix, prompts, limit, end, cache, choose=notes.choose)
+        for row, (n, ids) in enumerate(zip(some, generated, strict=True)):
+            if len(ids) < limit:
+                answers[n] = [*ids, end], notes.likeliest(row)
+        told(start + len(some))
     return answers
+
+
+class _Notes:
+    """Chooses the likeliest token, as greedy generation does, and notes the `most` likeliest ones of each row."""
+
+    def __init__(self, most: int, rows: int):
+        self.most, self.vocabulary = most, 0
+        self.rows: list[list[tuple[torch.Tensor, torch.Tensor]]] = [[] for _ in range(rows)]
+
+    def choose(self, logits: torch.Tensor, rows: Sequence[int]) -> list[int]:
+        self.vocabulary = logits.shape[-1]
+        found = torch.log_softmax(logits.float(), -1).topk(min(self.most, self.vocabulary))
+        for row, ids, values in zip(rows, found.indices.int().cpu(), found.values.cpu(), strict=True):
+            self.rows[row].append((ids, values))
+        return found.indices[:, 0].tolist()
+
+    def likeliest(self, row: int) -> Likeliest:
+        ids, values = zip(*self.rows[row], strict=True)
+        return Likeliest(torch.stack(ids).long(), torch.stack(values), self.vocabulary)
 
 
 def view_prefixes(config: RunConfig) -> list[list[int]]:
@@ -195,25 +261,29 @@ def as_certain(labels: Answers, top_k: int) -> Iterator[dict[str, Any]]:
 @torch.inference_mode()
 def score_answers(
     model: Any, pack: Pack, prefixes: Sequence[list[int]], data: PhaseDataset | TeacherRows | AnchorRows,
-    answers: Answers, top_k: int, size: int,
+    answers: Answers, top_k: int, size: int, noted: Mapping[int, Likeliest] | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Rows of SCHEMA by the mean of the views' distributions: the log-probability of an answer's least sure token, the
     share of views that give this answer, and the `top_k` likeliest tokens at each place.
 
     A view gives the answer if each token of it is the likeliest there, as greedy generation takes them: one forward
-    pass over an answer, instead of generating it again.
+    pass over an answer, instead of generating it again. With `noted` the first view has generated the answers, and its
+    distributions are those that it noted.
     """
     numbers = list(answers)
     for start in range(0, len(numbers), size):
         some = numbers[start : start + size]
         rows = [(prompt, answers[n]) for n, (prompt, _) in zip(some, data.take(some), strict=True)]
-        batches = [to_device(pack(prefix, rows), model.device) for prefix in prefixes]
-        labels = batches[0].labels[batches[0].labels != -100]
+        labels = torch.tensor([i for _, label in rows for i in label], device=model.device)
         gives, logprobs = [], torch.tensor(-math.inf, device=labels.device)
-        for batch in batches:  # one view's (N, V) at a time, since vocabularies are large
-            seen = torch.log_softmax(answer_logits(model, batch).float(), -1)
+        for view, prefix in enumerate(prefixes):  # one view's (N, V) at a time, since vocabularies are large
+            if view == 0 and noted is not None:
+                seen = torch.cat([noted[n].spread(labels.device) for n in some])
+            else:
+                batch = to_device(pack(prefix, rows), model.device)
+                seen = torch.log_softmax(answer_logits(model, batch).float(), -1)
             gives.append(seen.argmax(-1) == labels)
-            logprobs = torch.logaddexp(logprobs, seen - math.log(len(batches)))
+            logprobs = torch.logaddexp(logprobs, seen - math.log(len(prefixes)))
         label_logprobs = logprobs.gather(1, labels[:, None])[:, 0]
         values, ids = logprobs.topk(top_k)
         at = 0

@@ -114,20 +114,20 @@ def _ends_line(answer: Sequence[int], breaks: Collection[int]) -> bool:
 
 
 def request_seconds(
-    model: Any, prefix: Sequence[int], row: Sequence[int], new_tokens: int,
+    model: Any, prefix: Sequence[int], row: Sequence[int], new_tokens: int, cache: DynamicCache | None = None,
     fill: Callable[[], DynamicCache] | None = None,
-) -> tuple[float, float]:
-    """Seconds of one request of `new_tokens` tokens: (prefix computed, prefix cached). `fill` computes a gist cache."""
+) -> float:
+    """Seconds of one request of `new_tokens` tokens. Without the prefix's cache all of it is computed in this time, a
+    gist cache by `fill`.
+    """
     started = time.perf_counter()
-    if fill:
-        generate_greedy(model, prefix, [row], new_tokens, None, fill())
-    else:
+    if fill and cache is None:
+        cache = fill()
+    if cache is None:
         generate_greedy(model, [], [[*prefix, *row]], new_tokens, None)
-    uncached = time.perf_counter() - started
-    cache = fill() if fill else compute_prefix_cache(model, prefix)
-    started = time.perf_counter()
-    generate_greedy(model, prefix, [row], new_tokens, None, cache)
-    return uncached, time.perf_counter() - started
+    else:
+        generate_greedy(model, prefix, [row], new_tokens, None, cache)
+    return time.perf_counter() - started
 
 
 def _choose_for(choose: Choose, row: int, logits: torch.Tensor, _: Sequence[int]) -> list[int]:

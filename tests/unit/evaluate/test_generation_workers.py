@@ -38,9 +38,9 @@ def test_a_column_is_answered_timed_and_probed_with_its_own_adapter_and_prefix(t
     base, mine = (generator(work_item(c, prompts, [0, 1])) for c in columns)
     assert len(base) == len(mine) == 2 and all(len(ids) <= 4 for ids in base + mine)
     assert base != mine
-    assert [len(generator(work_item(c, prompts, [0], timed=True))) for c in columns] == [2, 3], (
-        "merging is timed where there is an adapter"
-    )
+    base_seconds, own_seconds = (generator(work_item(c, prompts, [0, 1], timed=True)) for c in columns)
+    assert [len(row) for row in base_seconds + own_seconds] == [2, 2, 3, 3], "an adapter is timed merged too"
+    assert all(row[0] == row[1] for row in own_seconds), "without a prefix there is nothing to cache"
     assert generator(work_item(columns[0], prompts, [0, 1])) == base, "timing changes nothing"
     probes = [generator(work_item(c, prompts, [], probe=TEMPLATE)) for c in columns]
     assert probes[0].keys() == {"off_task_perplexity", "recited", "longest_run"}

@@ -18,6 +18,7 @@ from pi_ray.run.phases import plain_finetuning_config
 from pi_ray.train import distill, shared_prefix
 from pi_ray.train.batches import PhaseDataset, packed_batch, plain_batch
 from pi_ray.train.distilled_rows import FILE, DistilledRows, Targets
+from pi_ray.train.generation import compute_prefix_cache
 from pi_ray.train.objectives import distill_loss, sft_loss
 from pi_ray.train.teacher_rows import open_teacher_rows
 from pi_ray.train.trainer import Trainer, train_worker
@@ -69,6 +70,45 @@ def test_the_teacher_is_the_adapter_as_the_first_phase_leaves_it(distilled):
     assert [e["confidence"] for e in again] == pytest.approx(
         [r["confidence"] for r in rows_of(distilled) if r["labelled"]], abs=1e-3
     )
+
+
+@pytest.mark.parametrize("views", [1, 2])
+def test_the_first_view_judges_while_it_writes(distilled, views):
+    """The rows are those of one more forward pass of the first view over its answers."""
+    from peft import PeftModel
+
+    run, end = RunDir(distilled.root), load_tokenizer(distilled.model).eos_token_id
+    model = PeftModel.from_pretrained(load_model(distilled.model, "cpu"), run.adapter(0)).eval()
+    data = open_teacher_rows(distilled, "unlabelled")
+    prefixes, told = [data.prefix, data.prefix[::-1]][:views], []
+    cache = compute_prefix_cache(model, data.prefix)
+    written = distill.generate_answers(model, data.prefix, cache, data, range(12), 40, end, 4, told.append)
+    answers = {n: label for n, (label, _) in written.items()}
+    noted = {n: likeliest for n, (_, likeliest) in written.items()}
+    assert len(answers) == event(distilled)["answered"] > 0 and told == [12]
+    found = list(distill.score_answers(model, plain_batch, prefixes, data, answers, 4, 5, noted))
+    again = list(distill.score_answers(model, plain_batch, prefixes, data, answers, 4, 5))
+    assert len(found) == len(again) == len(answers)
+    for row, expected in zip(found, again, strict=True):
+        assert row["top_logprobs"] == pytest.approx(expected["top_logprobs"], abs=1e-3)
+        assert row["confidence"] == pytest.approx(expected["confidence"], abs=1e-3)
+        assert row["agreement"] == expected["agreement"] and row["top_ids"] == expected["top_ids"]
+
+
+def test_what_is_not_noted_of_a_distribution_is_spread_evenly():
+    few = distill.Likeliest(torch.tensor([[3, 1]]), torch.tensor([[0.5, 0.2]]).log(), vocabulary=5)
+    assert few.spread("cpu").exp().tolist() == [pytest.approx([0.1, 0.2, 0.1, 0.5, 0.1])]
+    whole = distill.Likeliest(torch.tensor([[1, 0]]), torch.tensor([[0.75, 0.25]]).log(), vocabulary=2)
+    assert whole.spread("cpu").exp().tolist() == [pytest.approx([0.25, 0.75])]
+
+
+def test_many_queries_are_answered_and_judged_a_part_at_a_time(distilled, tmp_path, monkeypatch):
+    monkeypatch.setattr(distill, "BATCH_ROWS", 5)
+    config = trained_with(distilled, tmp_path)
+    exact = ("number", "labelled", "label_ids", "agreement")
+    for row, expected in zip(rows_of(config), rows_of(distilled), strict=True):
+        assert [row[name] for name in exact] == [expected[name] for name in exact]
+        assert row["top_logprobs"] == pytest.approx(expected["top_logprobs"], abs=1e-3)
 
 
 def test_every_objective_has_the_same_number_of_updates(distilled):
@@ -163,9 +203,10 @@ def test_a_run_that_dies_at_the_phase_transition_or_after_it_goes_on_to_the_same
 
 def test_the_log_says_how_far_the_teacher_is(distilled):
     told = [(e["step"], e["verb"], e["done"], e["total"]) for e in log_of(distilled) if e.get("event") == "teacher"]
-    answered, judged, manifest = told[0], told[-1], event(distilled)
-    assert answered == (manifest["step"], "answered", manifest["queries"], manifest["queries"])
-    assert judged[:2] == (manifest["step"], "judged") and judged[2] == judged[3] == len(rows_of(distilled))
+    manifest = event(distilled)
+    labels = sum(row["labelled"] for row in rows_of(distilled))
+    whole = [("judged", labels), ("answered", manifest["queries"]), ("judged", manifest["queries"])]
+    assert told == [(manifest["step"], verb, total, total) for verb, total in whole]
 
 
 def test_a_teacher_that_was_trained_on_is_not_asked_again(distilled, tmp_path, monkeypatch):

@@ -45,8 +45,12 @@ def test_no_prefix_is_a_prefix_too(model, expected):
 
 
 def test_latency_gives_seconds_with_and_without_the_cache(model):
-    whole, cached = request_seconds(model, PREFIX, ROWS[0], 3)
-    assert whole > 0 and cached > 0
+    assert request_seconds(model, PREFIX, ROWS[0], 3) > 0
+    cache, filled = compute_prefix_cache(model, PREFIX), []
+    assert request_seconds(model, PREFIX, ROWS[0], 3, cache, fill=lambda: filled.append(cache) or cache) > 0
+    assert not filled, "a known cache is not computed again"
+    assert request_seconds(model, PREFIX, ROWS[0], 3, fill=lambda: filled.append(cache) or cache) > 0
+    assert len(filled) == 1 and cache.get_seq_length() == len(PREFIX)
 
 
 def test_the_output_layer_gets_rows_that_lie_together(model):

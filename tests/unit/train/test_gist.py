@@ -185,7 +185,7 @@ def test_a_cache_of_the_gists_alone_answers_as_the_masked_prompt_does(config):
     generator.end = None
     work = {"column": "gist", "adapter": column.adapter, "prefix": prefix, "rows": [0, 1], "prompts": rows}
     assert generator(work) == expected
-    assert len(generator({**work, "timed": True})) == 3
+    assert [len(row) for row in generator({**work, "timed": True})] == [3, 3]
     assert generator(work) == expected, "timing changes nothing"
 
 

@@ -2,6 +2,8 @@
 same answers.
 """
 
+import math
+
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -194,7 +196,12 @@ def test_a_student_that_was_trained_on_does_not_write_again(mended, tmp_path, mo
 
 def test_a_base_that_teaches_from_the_start_judges_with_the_whole_prompt(tiny_model, tmp_path, monkeypatch):
     """Its student's only phase has no template, and the teacher reads all of it. The random base ends no answer."""
-    monkeypatch.setattr(distill, "generate_answers", lambda *args: {n: [5, 9, args[5]] for n in args[3]})
+    def generate_answers(model, prefix, cache, data, numbers, limit, end, *_):
+        size = model.get_base_model().config.vocab_size
+        even = distill.Likeliest(torch.arange(8).expand(3, -1), torch.full((3, 8), -math.log(size)), size)
+        return {n: ([5, 9, end], even) for n in numbers}
+
+    monkeypatch.setattr(distill, "generate_answers", generate_answers)
     keys = {"agreement": "off", "held_out": 0, "on_policy": 0.5, "on_policy_divergence": 1}
     config = taught_from_start(tiny_model, tmp_path, **{f"train.distill.{key}": value for key, value in keys.items()})
     train_worker(settings(config))
