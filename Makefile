@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo test nightly lint clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed        ## install, then the main job on the bundled task and model
@@ -11,6 +11,10 @@ demo: $(VENV)/.installed        ## install, then the main job on the bundled tas
 
 test: lint                      ## install, lint, then every test that needs no GPU
 	@$(BIN)/python -m pytest -v -n 2 --durations=20
+
+nightly: lint                   ## 10,000 random inputs for each parser, and a death at every change of the disk
+	@$(BIN)/python -m pytest -v -n 2 tests/unit/property --hypothesis-profile=nightly
+	@$(BIN)/python -m tests.bench.crash
 
 lint: $(VENV)/.installed        ## install, then style (ruff) and types (mypy)
 	@$(BIN)/ruff check pi_ray jobs serve tests docs

@@ -124,7 +124,8 @@ def _line_numbers(node: yaml.Node, path: tuple[str, ...] = ()) -> dict[tuple[str
 def _explain(error: Mapping[str, Any], source: str, places: dict[tuple[str, ...], str], model: type[BaseModel]) -> str:
     """One of pydantic's mistakes in words; for an unknown key also the closest one, else all keys of its block."""
     path = whole = tuple(str(part) for part in error["loc"])
-    if (unnumbered := tuple(part for part in path if not part.isdecimal())) in places:  # a list's only entry, alone
+    unnumbered = tuple(part for part in path if not part.isdecimal())
+    if unnumbered and unnumbered in places:  # a list's only entry, alone
         path = unnumbered
     while len(path) > 1 and path not in places:  # pydantic appends union branches to the location
         path = path[:-1]

@@ -71,8 +71,8 @@ class Shape:
         return self.row + self.label - 1
 
 
-def model_size(model: ModelConfig, lora: LoraConfig, longest: float = 0) -> ModelSize:
-    """Count weights on the meta device. `longest`: tokens of the longest row with its prefix.
+def model_size(model: ModelConfig, lora: LoraConfig) -> ModelSize:
+    """Count weights on the meta device.
 
     Raises ModelError for an unknown model, ConfigError for LoRA targets that it does not have.
     """
@@ -90,7 +90,7 @@ def model_size(model: ModelConfig, lora: LoraConfig, longest: float = 0) -> Mode
         reason = str(error).strip().splitlines()[0].rstrip(".")
         cure = "A folder with its config.json is enough: model.base=FOLDER"
         raise ModelError(f"model '{model.base}' cannot be measured: {reason}. {cure}") from error
-    shape, plain_batch_reason = shape.get_text_config(), why_prefix_cannot_be_shared(net, longest)
+    shape, plain_batch_reason = shape.get_text_config(), why_prefix_cannot_be_shared(net)
     heads = getattr(shape, "num_attention_heads", None) or 1  # recurrent models have none
     width = getattr(shape, "head_dim", None) or shape.hidden_size // heads
     inner = getattr(shape, "moe_intermediate_size", None) or getattr(shape, "intermediate_size", None)
@@ -195,10 +195,8 @@ def update_tokens(size: ModelSize, shape: Shape, config: RunConfig) -> tuple[flo
 
 def tokens_of_updates(config: RunConfig) -> list[float]:
     """The mean tokens of each update of a prepared run, in order: the work by which time left is foretold."""
-    from pi_ray.train.batches import prepared_row_tokens
-
     run, tokens_by_update = RunDir(config.root), list[float]()
-    size = model_size(config.model, config.train.lora, prepared_row_tokens(run.phases))
+    size = model_size(config.model, config.train.lora)
     for i, phase in enumerate(plan_phases(config.schedule)):
         manifest = read_manifest(run.phase(i)) or {}
         shape = Shape(*(manifest["tokens"][key] for key in ("prefix", "row_mean", "label_mean")))

@@ -74,8 +74,7 @@ def plan_run(config: RunConfig) -> Plan:
     if unanswered:
         counts = replace(counts, label=LABEL_TOKENS)
     shapes = [counts.shape(p.rate, p.shots) for p in schedule]
-    longest = max(s.prefix + s.row + s.label for s in shapes) + counts.above
-    size, speed = estimate.model_size(config.model, config.train.lora, longest), estimate.measure_speed(config)
+    size, speed = estimate.model_size(config.model, config.train.lora), estimate.measure_speed(config)
 
     asking = None
     if config.task.generate and sources:

@@ -30,7 +30,6 @@ class TokenCounts:
     label: float
     achieved: dict[float, float]  # asked rate -> achieved one, of templates that are compressed
     documents: float  # of a row, uncompressed
-    above: float  # tokens that the longest row has above the mean
 
     def shape(self, rate: float, shots: int) -> estimate.Shape:
         kept = self.achieved.get(rate, rate) * (self.template - self.head)
@@ -62,5 +61,5 @@ def count_row_tokens(task: Task, rows: Sequence[Row], config: RunConfig, all_tur
         head=len(encoder.prefix("")), template=len(encoder.prefix(task.template().text)), query=fmean(queries),
         shot=two - one, heading=one - fmean(queries) - (two - one), label=fmean(labels),
         achieved={t["rate"]: t["achieved"] for t in read_template_entries(run)} if made else {},
-        documents=fmean(whole) - fmean(queries), above=max(whole) - fmean(whole) + max(labels) - fmean(labels),
+        documents=fmean(whole) - fmean(queries),
     )

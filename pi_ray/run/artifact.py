@@ -163,15 +163,17 @@ def seal_folder(folder: Path, **manifest: Any) -> dict[str, Any]:
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
-    """The manifest of `folder`, or None when there is none. Raises CorruptArtifactError when it is not JSON."""
-    path = Path(folder) / MANIFEST
+    """The manifest of `folder`, or None when there is none. Raises CorruptArtifactError when it is no JSON object."""
+    path, cure = Path(folder) / MANIFEST, "delete the folder to make it again"
     try:
-        return json.loads(path.read_bytes())
+        manifest = json.loads(path.read_bytes())
     except FileNotFoundError:
         return None
-    except ValueError as error:
-        cure = "delete the folder to make it again"
+    except (ValueError, RecursionError) as error:
         raise CorruptArtifactError(f"{path}: not readable as JSON ({error}); {cure}") from error
+    if not isinstance(manifest, dict):
+        raise CorruptArtifactError(f"{path}: it is no JSON object; {cure}")
+    return manifest
 
 
 def verify_artifact(folder: Path) -> dict[str, Any]:
@@ -179,7 +181,7 @@ def verify_artifact(folder: Path) -> dict[str, Any]:
     path, manifest = Path(folder) / MANIFEST, read_manifest(folder)
     if manifest is None:
         raise CorruptArtifactError(f"{folder}: no {MANIFEST}; it is incomplete or not a pi-ray artifact")
-    if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict):
+    if not isinstance(manifest.get("files"), dict):
         raise CorruptArtifactError(f"{path}: it lists no files")
     found = digest({k: v for k, v in manifest.items() if k != MANIFEST_HASH})
     if (recorded := manifest.get(MANIFEST_HASH, found)) != found:

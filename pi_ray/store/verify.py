@@ -38,7 +38,7 @@ CHUNK = 16_384  # elements: torch takes fewer than 32,768 in the calling thread;
 KNOWN_SETTINGS = {
     "r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora", "peft_type", "task_type", "bias",
     "inference_mode", "init_lora_weights", "base_model_name_or_path", "revision", "peft_version", "megatron_core",
-    "qalora_group_size",
+    "qalora_group_size", "fan_in_fan_out",  # the last one tells of GPT-2's layers, which serving knows by themselves
 }
 ONLY_LORA = "only plain LoRA and rsLoRA on linear layers can be published and served (others can be evaluated)"
 T = TypeVar("T")

@@ -141,20 +141,30 @@ def to_device(batch: Batch, device: str) -> Batch:
 
 
 @torch.no_grad()
-def packing_error(model: Any, device: str, flex: bool) -> str:
-    """Switch `model` to packed batches, unless their logits differ from a plain batch's; returns how much, or ""."""
+def packing_error(model: Any, device: str, flex: bool, longest: int = 0) -> str:
+    """Switch `model` to packed batches, unless their logits differ from a plain batch's; returns how much, or "".
+
+    `longest`: tokens of the longest row with its prefix. What is compared crosses a sliding window that is shorter.
+    """
     inner = getattr(model, "module", model)
     attention = inner.config._attn_implementation
     model.eval()
-    expected = answer_logits(model, to_device(plain_batch(PROBE_PREFIX, PROBE_ROWS), device))
+    prefix = _probe_prefix(inner.config.get_text_config(), longest)
+    expected = answer_logits(model, to_device(plain_batch(prefix, PROBE_ROWS), device))
     shared_prefix.enable_shared_prefix(inner, flex)
-    difference = answer_logits(model, to_device(packed_batch(PROBE_PREFIX, PROBE_ROWS), device)) - expected
+    difference = answer_logits(model, to_device(packed_batch(prefix, PROBE_ROWS), device)) - expected
     model.train()
     share = (difference.float().norm() / (expected - expected.mean()).float().norm()).item()
     if share < (TOLERANCE if expected.dtype == torch.float32 else HALF_TOLERANCE):
         return ""
     inner.set_attn_implementation(attention)
     return f"in packed rows it computes something else (logits {share:.2g} of their spread apart)"
+
+
+def _probe_prefix(config: Any, longest: int) -> list[int]:
+    window = shared_prefix.window_of(config)
+    more = window - len(PROBE_PREFIX) + 2 if 0 < window < longest else 0
+    return [*PROBE_PREFIX, *(2 + (i * i) % 13 for i in range(more))]
 
 
 def answer_logits(model: Any, batch: Batch) -> torch.Tensor:

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from transformers import AttentionInterface, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+from pi_ray.models import cache_argument
 from pi_ray.train.shared_prefix import why_prefix_cannot_be_shared
 
 NAME = "pi_ray_cached_prefix"
@@ -27,6 +28,7 @@ TOLERANCE, HALF_TOLERANCE = 1e-3, 0.2
 OTHER_SCORES = {"s_aux", "softcap", "position_bias"}  # arguments of attention that would be left out here
 
 _proven: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()  # model -> whether it computes the same in this way
+_continues: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()  # model -> whether it reads on behind a cache
 
 
 @dataclass(frozen=True)
@@ -102,7 +104,7 @@ def cached_prefix_enabled(model: Any) -> Iterator[None]:
 
 def shares_cached_prefix(model: Any, cache: DynamicCache) -> bool:
     """Whether the model may attend in this way: full attention in every layer, and proven equal on two short rows."""
-    if not cache.get_seq_length() or any(type(layer) is not DynamicLayer for layer in cache.layers):
+    if any(type(layer) is not DynamicLayer for layer in cache.layers) or not cache.get_seq_length():
         return False
     if model not in _proven:
         try:
@@ -115,26 +117,52 @@ def shares_cached_prefix(model: Any, cache: DynamicCache) -> bool:
 
 
 @torch.inference_mode()
+def continues_cache(model: Any) -> bool:
+    """Whether a row that is read behind the cache of a prefix computes what both compute in one piece.
+
+    Some recurrent layers read several tokens at once only at the start.
+    """
+    if model not in _continues:
+        prefix, row = (torch.tensor([ids], device=model.device) for ids in (PROBE_PREFIX, PROBE_ROWS[0]))
+        try:
+            cache = {cache_argument(base_of(model).__class__): DynamicCache(config=base_of(model).config)}
+            model(input_ids=prefix, use_cache=True, **cache)
+            positions = torch.arange(len(PROBE_PREFIX), len(PROBE_PREFIX) + row.shape[1], device=model.device)[None]
+            found = model(input_ids=row, use_cache=True, position_ids=positions, **cache).logits[0]
+            whole = model(input_ids=torch.cat([prefix, row], 1), use_cache=False).logits[0, len(PROBE_PREFIX) :]
+            _continues[model] = _is_rounding(model, found, whole)
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, TypeError, ValueError, AttributeError, IndexError):
+            _continues[model] = False
+    return _continues[model]
+
+
+def _is_rounding(model: Any, found: torch.Tensor, expected: torch.Tensor) -> bool:
+    """Whether logits differ by rounding alone."""
+    expected, tolerance = expected.float(), TOLERANCE if model.dtype == torch.float32 else HALF_TOLERANCE
+    return ((found.float() - expected).norm() / (expected - expected.mean()).norm()).item() < tolerance
+
+
+@torch.inference_mode()
 def _is_equal(model: Any) -> bool:
     longest, device = max(map(len, PROBE_ROWS)), model.device
     ids = torch.tensor([[0] * (longest - len(row)) + row for row in PROBE_ROWS], device=device)
     own = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in PROBE_ROWS], device=device)
     positions = (own.cumsum(-1) - 1).clamp(min=0) + len(PROBE_PREFIX)
-    prefix = torch.tensor([PROBE_PREFIX], device=device)
-    cache = model(input_ids=prefix, past_key_values=DynamicCache(), use_cache=True).past_key_values
-    found, kept = [], DynamicCache()
+    prefix, argument = torch.tensor([PROBE_PREFIX], device=device), cache_argument(base_of(model).__class__)
+    cache, found, kept = DynamicCache(), [], DynamicCache()
+    model(input_ids=prefix, use_cache=True, **{argument: cache})
     with cached_prefix_enabled(model):
         for end in (longest - 1, longest):  # all tokens but the last of each row together, then the last one alone
             part = slice(kept.get_seq_length(), end)
             shared = CachedPrefix.build(cache, own[:, :end], end - part.start)
             found.append(model(
-                input_ids=ids[:, part], position_ids=positions[:, part], past_key_values=kept, use_cache=True,
-                cached_prefix=shared,
+                input_ids=ids[:, part], position_ids=positions[:, part], use_cache=True, cached_prefix=shared,
+                **{argument: kept},
             ).logits)
     expected = torch.cat([
         model(input_ids=torch.tensor([PROBE_PREFIX + row], device=device)).logits[0, len(PROBE_PREFIX) :]
         for row in PROBE_ROWS
-    ]).float()
-    difference = torch.cat(found, 1)[own.bool()].float() - expected
-    tolerance = TOLERANCE if model.dtype == torch.float32 else HALF_TOLERANCE
-    return (difference.norm() / (expected - expected.mean()).norm()).item() < tolerance
+    ])
+    return _is_rounding(model, torch.cat(found, 1)[own.bool()], expected)

@@ -66,7 +66,7 @@ Answers = Mapping[int, list[int]]  # row number -> label ids
 class Likeliest:
     """The likeliest tokens at each of L places of an answer, by the view that generated it."""
 
-    ids: torch.Tensor  # (L, M) on the CPU
+    ids: torch.Tensor  # (L, M) int32 on the CPU
     logprobs: torch.Tensor  # (L, M)
     vocabulary: int  # V
 
@@ -74,7 +74,7 @@ class Likeliest:
         """Log-probabilities (L, V): what M tokens leave of the probability is the same for each of the others."""
         values, others = self.logprobs.to(device), max(1, self.vocabulary - self.ids.shape[1])
         rest = ((1 - values.exp().sum(-1, keepdim=True)).clamp(min=1e-12) / others).log()
-        return rest.expand(-1, self.vocabulary).scatter(1, self.ids.to(device), values)
+        return rest.expand(-1, self.vocabulary).scatter(1, self.ids.to(device).long(), values)
 
 
 def write_teacher_answers(
@@ -225,7 +225,7 @@ class _Notes:
 
     def likeliest(self, row: int) -> Likeliest:
         ids, values = zip(*self.rows[row], strict=True)
-        return Likeliest(torch.stack(ids).long(), torch.stack(values), self.vocabulary)
+        return Likeliest(torch.stack(ids), torch.stack(values), self.vocabulary)
 
 
 def view_prefixes(config: RunConfig) -> list[list[int]]:

@@ -16,8 +16,14 @@ import torch
 import torch.nn.functional as F
 from transformers import DynamicCache
 
-from pi_ray.models import last_logits_index
-from pi_ray.train.cached_prefix import CachedPrefix, base_of, cached_prefix_enabled, shares_cached_prefix
+from pi_ray.models import cache_argument, last_logits_index
+from pi_ray.train.cached_prefix import (
+    CachedPrefix,
+    base_of,
+    cached_prefix_enabled,
+    continues_cache,
+    shares_cached_prefix,
+)
 from pi_ray.train.shared_prefix import why_not_all_is_seen
 
 SHARING_ROWS, COPYING_ROWS = 64, 16
@@ -28,9 +34,9 @@ def compute_prefix_cache(model: Any, prefix: Sequence[int]) -> DynamicCache:
     cache = DynamicCache(config=base_of(model).config)
     if prefix:
         ids = torch.tensor([list(prefix)], device=model.device)
-        keep = last_logits_index(1, ids.device)
+        keep, argument = last_logits_index(1, ids.device), cache_argument(base_of(model).__class__)
         with torch.inference_mode():
-            model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=keep)
+            model(input_ids=ids, use_cache=True, logits_to_keep=keep, **{argument: cache})
     return cache
 
 
@@ -64,6 +70,8 @@ def generate(
         own = [partial(_choose_for, choose, i) for i in range(len(rows))]
         each = zip(rows, own, strict=True)
         return [generate(model, prefix, [row], max_new_tokens, end, cache, breaks, mine)[0] for row, mine in each]
+    if limited and prefix and not continues_cache(model):
+        rows, prefix, cache = [[*prefix, *rows[0]]], [], compute_prefix_cache(model, [])
     behind = _RowCache(model, len(prefix), cache, len(rows), limited)
     ids, mask = _pad_left(rows, model.device)
     answers: list[list[int]] = [[] for _ in rows]
@@ -97,7 +105,10 @@ def label_logprobs(
     limited = _is_limited(model, len(prefix) + max(len(prompt) + len(label) for prompt, label in rows))
     if len(rows) > 1 and limited:
         return [found for row in rows for found in label_logprobs(model, prefix, [row], cache)]
-    ids, mask = _pad_left([[*prompt, *label[:-1]] for prompt, label in rows], model.device)
+    fed = [[*prompt, *label[:-1]] for prompt, label in rows]
+    if limited and prefix and not continues_cache(model):
+        fed, prefix, cache = [[*prefix, *fed[0]]], [], compute_prefix_cache(model, [])
+    ids, mask = _pad_left(fed, model.device)
     behind = _RowCache(model, len(prefix), cache, len(rows), limited)
     with behind.attention():
         logits = behind.forward(ids, mask, max(len(label) for _, label in rows))
@@ -152,11 +163,13 @@ class _RowCache:
     """
 
     def __init__(self, model: Any, prefix: int, cache: DynamicCache, rows: int, limited: bool):
-        self.model, self.prefix, self.copied = model, prefix, 0
+        self.model, self.prefix, self.copied, self.limited = model, prefix, 0, limited
         self.shared = None if limited or not shares_cached_prefix(model, cache) else cache
         self.own = DynamicCache()
         if self.shared is None:
-            self.own, self.copied = copy.deepcopy(cache), cache.get_seq_length()
+            self.own = copy.deepcopy(cache)
+            if rows > 1 or not limited:
+                self.copied = cache.get_seq_length()
             if prefix and rows > 1:
                 self.own.batch_repeat_interleave(rows)
 
@@ -170,12 +183,14 @@ class _RowCache:
         `mask` (B, T) is 1 at own tokens, the newest among them, and 0 at padding.
         """
         positions = self.prefix + (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
-        seen: dict[str, Any] = {"attention_mask": F.pad(mask, (self.copied, 0), value=1)}
+        seen: dict[str, Any] = {}
+        if len(mask) > 1 or not self.limited:  # a row alone has no padding, and a recurrent layer knows no mask of more
+            seen = {"attention_mask": F.pad(mask, (self.copied, 0), value=1)}
         if self.shared is not None:
             seen = {"cached_prefix": CachedPrefix.build(self.shared, mask, ids.shape[1])}
         return self.model(
-            input_ids=ids, position_ids=positions, past_key_values=self.own, use_cache=True,
-            logits_to_keep=last_logits_index(keep, ids.device), **seen,
+            input_ids=ids, position_ids=positions, use_cache=True, logits_to_keep=last_logits_index(keep, ids.device),
+            **{cache_argument(base_of(self.model).__class__): self.own}, **seen,
         ).logits
 
 

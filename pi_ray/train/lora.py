@@ -27,6 +27,9 @@ from pi_ray.train.phase_scores import DEV_ANSWERS, DEV_SCORES, best_by_metric
 CARD = "pi_ray.json"
 # Keys of adapter_config.json by which equal matrices mean the same: their scale, and the base weights beside them.
 SCALE_KEYS = ("lora_alpha", "use_rslora", "init_lora_weights")
+# Model types with Mamba's kernels, which read the weights of some layers past any adapter; peft refuses two of them.
+MAMBAS = {"bamba", "falcon_h1", "falcon_mamba", "jamba", "mamba", "mamba2", "nemotron_h", "zamba", "zamba2"}
+READ_BY_KERNELS = {"conv1d", "dt_proj", "out_proj"}
 PACKAGES = ("ray", "torch", "transformers", "peft", "deepspeed", "llmlingua", "faiss-cpu", "sacrebleu")
 
 
@@ -49,9 +52,11 @@ def peft_config(model: Any, config: LoraConfig) -> Any:
     if config.method == "ia3":
         chosen = {} if targets == "all-linear" else {"target_modules": targets, "feedforward_modules": []}
         return peft.IA3Config(**chosen, task_type="CAUSAL_LM")
+    parts = [name.split(".") for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
     if targets == "all-linear" and moe_blocks(model):  # attention alone: peft would take experts and router too
-        parts = [name.split(".") for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
         targets = sorted({".".join(p[-2:]) for p in parts if len(p) > 1 and "att" in p[-2]})
+    elif targets == "all-linear" and model.config.model_type in MAMBAS:
+        targets = sorted({p[-1] for p in parts if len(p) > 1} - READ_BY_KERNELS)
     return peft.LoraConfig(
         r=config.rank, lora_alpha=config.alpha, lora_dropout=config.dropout, task_type="CAUSAL_LM",
         target_modules=targets, target_parameters=_expert_weights(model) if config.experts else None,

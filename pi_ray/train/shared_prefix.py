@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from typing import Any
 
@@ -36,60 +36,87 @@ class Layout:
     prefix: int  # P
     visible: int  # V: rows see the last V tokens of the prefix, all P or gist tokens alone
     lengths: tuple[int, ...]  # L_b
-    mask: torch.Tensor  # (L, V + L) bool: the longest row's; a row of L_b tokens takes the corner (L_b, V + L_b)
     segment: torch.Tensor  # (S,) int32: each token's row number, -1 in the prefix
-    blocks: Any = None  # flex attention's block mask, once a forward pass needs it
+    made: dict[Any, Any] = field(default_factory=dict)  # masks by window, once a forward pass needs them
 
     @classmethod
     def build(cls, prefix: int, lengths: Sequence[int], visible: int | None = None) -> Layout:
-        visible, longest = prefix if visible is None else visible, max(lengths)
-        mask = torch.ones(longest, visible + longest, dtype=torch.bool).tril(visible)
         segment = torch.repeat_interleave(torch.arange(-1, len(lengths)), torch.tensor([prefix, *lengths])).int()
-        return cls(prefix, visible, tuple(lengths), mask, segment)
+        return cls(prefix, prefix if visible is None else visible, tuple(lengths), segment)
 
     def to(self, device: torch.device | str) -> Layout:
-        return replace(self, mask=self.mask.to(device), segment=self.segment.to(device), blocks=None)
+        return replace(self, segment=self.segment.to(device), made={})
 
-    def mask_mod(self) -> Callable[..., torch.Tensor]:
-        """Flex attention's mask_mod: whether the token at position `query` sees the one at `key`."""
-        begin, end = self.prefix - self.visible, self.prefix
-        segment = F.pad(self.segment, (0, -len(self.segment) % BLOCK), value=-2)  # kernels go over whole blocks
+    def visible_to(self, window: int | None) -> int:
+        """Tokens at the end of the prefix of which a row sees any: with a sliding window no more than it reaches."""
+        return self.visible if window is None else min(self.visible, window - 1)
+
+    def row_mask(self, window: int | None) -> torch.Tensor:
+        """(L, V' + L) bool of the longest row, V' = visible_to(window); a row of L_b tokens takes (L_b, V' + L_b)."""
+        visible, longest = self.visible_to(window), max(self.lengths)
+        return self._mask(("row", window), longest, visible + longest, visible, window)
+
+    def prefix_mask(self, window: int | None) -> torch.Tensor | None:
+        """(P, P) bool where a window is shorter than the prefix; None: a causal mask."""
+        if window is None or window >= self.prefix:
+            return None
+        return self._mask(("prefix", window), self.prefix, self.prefix, 0, window)
+
+    def _mask(self, key: Any, rows: int, columns: int, ahead: int, window: int | None) -> torch.Tensor:
+        """Row i sees the columns up to i + ahead, the last `window` of them."""
+        if key not in self.made:
+            mask = torch.ones(rows, columns, dtype=torch.bool, device=self.segment.device).tril(ahead)
+            self.made[key] = mask if window is None else mask.triu(ahead - window + 1)
+        return self.made[key]
+
+    def mask_mod(self, window: int | None = None) -> Callable[..., torch.Tensor]:
+        """Flex attention's mask_mod: whether the token at place `query` of the sequence sees the one at `key`."""
+        begin, end, padding = self.prefix - self.visible, self.prefix, (0, -len(self.segment) % BLOCK)
+        segment = F.pad(self.segment, padding, value=-2)  # kernels go over whole blocks
+        own = torch.cat([torch.arange(n, device=segment.device) for n in self.lengths])
+        position = F.pad(torch.cat([torch.arange(end, device=segment.device), own + end]), padding)
 
         def sees(batch: Any, head: Any, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
-            return (key <= query) & ((segment[query] == segment[key]) | ((key >= begin) & (key < end)))
+            near = (key <= query) & ((segment[query] == segment[key]) | ((key >= begin) & (key < end)))
+            return near if window is None else near & (position[query] - position[key] < window)
 
         return sees
 
-    def block_mask(self) -> Any:
-        """Flex attention's mask, made once for a batch and used by all layers."""
-        if self.blocks is None:
+    def block_mask(self, window: int | None = None) -> Any:
+        """Flex attention's mask, made once for a batch and used by all layers of this window."""
+        if ("blocks", window) not in self.made:
             size, device = len(self.segment), str(self.segment.device)
-            self.blocks = flex_attention.create_block_mask(self.mask_mod(), None, None, size, size, device=device)
-        return self.blocks
+            mask = flex_attention.create_block_mask(self.mask_mod(window), None, None, size, size, device=device)
+            self.made["blocks", window] = mask
+        return self.made["blocks", window]
 
 
 def shared_prefix_attention(
     module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: Any, dropout: float = 0.0,
-    scaling: float | None = None, layout: Layout | None = None, flex: bool = False, **_: Any,
+    scaling: float | None = None, layout: Layout | None = None, flex: bool = False, sliding_window: int | None = None,
+    **_: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attend by SDPA, row by row, or with `flex` by flex attention; without a layout it is ordinary causal attention.
 
     query (1, H, S, D), key and value (1, H_kv, S, D) -> output (1, S, H, D). Dropout and tiny heads are left to SDPA.
+    A layer with a sliding window sees the last `sliding_window` tokens by their positions.
     """
     attend = partial(_sdpa, dropout=dropout, scale=query.shape[-1] ** -0.5 if scaling is None else scaling)
     if layout is None:
-        output = attend(query, key, value)
+        alone = Layout.build(query.shape[2], [0]).to(query.device) if sliding_window else None
+        output = attend(query, key, value, alone.prefix_mask(sliding_window) if alone else None)
     elif flex and not dropout and query.shape[-1] >= SMALLEST_HEAD:
         kernel, grouped = _flex_attention(compiled=query.is_cuda), query.shape[1] != key.shape[1]
-        output = kernel(query, key, value, block_mask=layout.block_mask(), scale=scaling, enable_gqa=grouped)
+        blocks = layout.block_mask(sliding_window)
+        output = kernel(query, key, value, block_mask=blocks, scale=scaling, enable_gqa=grouped)
     else:
-        p, v = layout.prefix, layout.visible
+        p, v, mask = layout.prefix, layout.visible_to(sliding_window), layout.row_mask(sliding_window)
         splits = (x.split([p, *layout.lengths], dim=2) for x in (query, key, value))
         (head, *queries), (head_key, *keys), (head_value, *values) = splits
         seen_key, seen_value = head_key[:, :, p - v :], head_value[:, :, p - v :]
-        outputs = [attend(head, head_key, head_value)] if p else []
+        outputs = [attend(head, head_key, head_value, layout.prefix_mask(sliding_window))] if p else []
         for n, q, k, w in zip(layout.lengths, queries, keys, values, strict=True):
-            sees = layout.mask[:n, : v + n] if v else None
+            sees = mask[:n, : v + n] if v or sliding_window else None
             outputs.append(attend(q, torch.cat([seen_key, k], 2), torch.cat([seen_value, w], 2), sees))
         output = torch.cat(outputs, 2)
     return output.transpose(1, 2).contiguous(), None
@@ -125,14 +152,14 @@ def uses_flex_attention(choice: str, device: str) -> bool:
     return gpu and choice != "sdpa"
 
 
-def why_prefix_cannot_be_shared(model: Any, longest: float = 0) -> str:
+def why_prefix_cannot_be_shared(model: Any) -> str:
     """The reason why a base model's class or config rules out packed batches; "" leaves it to `batches.packing_error`.
 
-    `longest`: tokens of the longest row with its prefix; a sliding window that holds them all is full attention.
+    Every layer must see the whole prompt or the last tokens of it.
     """
     if not model._can_set_attn_implementation():
         return f"{type(model).__name__} has an attention of its own, which cannot be exchanged"
-    if reason := why_not_all_is_seen(model, longest):
+    if reason := why_not_all_is_seen(model, 0):
         return reason
     if getattr(model.config.get_text_config(), "attn_logit_softcapping", None):
         return "its attention scores are soft-capped"
@@ -142,13 +169,23 @@ def why_prefix_cannot_be_shared(model: Any, longest: float = 0) -> str:
 def why_not_all_is_seen(model: Any, longest: float) -> str:
     """The reason why some layer of a base model does not see all of `longest` tokens; "" where every layer does."""
     config = model.config.get_text_config()
-    window = getattr(config, "use_sliding_window", True) and getattr(config, "sliding_window", None)
+    window = window_of(config)
     if window and window < longest:
         return f"attention is limited to a sliding window of {window} tokens, and rows have up to {longest:.0f}"
-    seen_whole = {"full_attention", "sliding_attention" if window else ""}
-    if kinds := set(getattr(config, "layer_types", None) or ()) - seen_whole:
+    seen_whole, types = {"full_attention", "sliding_attention" if window else ""}, getattr(config, "layer_types", None)
+    if kinds := set(types or ()) - seen_whole:
         return f"layers of type {', '.join(sorted(kinds))} do not see the whole prompt"
-    return ""
+    return "its layers keep a state in place of what they saw" if not types and _keeps_state(model) else ""
+
+
+def window_of(config: Any) -> int:
+    """Tokens that a layer with a sliding window sees; 0 where the model has none."""
+    return (getattr(config, "use_sliding_window", True) and getattr(config, "sliding_window", None)) or 0
+
+
+def _keeps_state(model: Any) -> bool:
+    """Whether transformers calls a base model stateful, as recurrent ones are."""
+    return bool(getattr(model, "_is_stateful", False))
 
 
 @contextmanager

@@ -106,8 +106,10 @@ class Trainer:
         """The base model with a fresh adapter, ready to train; called by the backend, which may shard it."""
         train = self.config.train
         model = models.load_model(self.config.model, self.device)
-        longest_row = distill.longest_row_tokens(self.config) + train.gist
-        self.plain_batch_reason = shared_prefix.why_prefix_cannot_be_shared(model, longest_row)
+        self.longest_row = distill.longest_row_tokens(self.config) + train.gist
+        self.plain_batch_reason = shared_prefix.why_prefix_cannot_be_shared(model)
+        if train.gist and not self.plain_batch_reason:  # rows see the gists alone, however far before them these stand
+            self.plain_batch_reason = shared_prefix.why_not_all_is_seen(model, self.longest_row)
         model = lora.add_lora(model, train.lora, train.seed)
         self.pissa_start = lora.pissa_start(model, train.lora)
         if train.gist:
@@ -124,7 +126,7 @@ class Trainer:
             return batches.plain_batch
         flex = shared_prefix.uses_flex_attention(train.attention, self.device)
         reason = self.group.broadcast_from_rank0(
-            self.plain_batch_reason or batches.packing_error(self.backend.model, self.device, flex)
+            self.plain_batch_reason or batches.packing_error(self.backend.model, self.device, flex, self.longest_row)
         )
         if not reason:
             return batches.packed_batch

@@ -21,6 +21,7 @@ from pi_ray.serve.engine.multi_lora import BASE_SLOT, MultiLora
 from pi_ray.serve.engine.prefix_cache import Block
 
 log = logging.getLogger("ray.serve")
+CROSSED = {"cpu": 1024, "cuda": 8192}  # longest window or chunk that the trial at start is long enough to cross
 CAPACITY_STEP = 64  # positions by which the capacity grows, at least
 # Largest rounding difference between two ways to compute the same logits, as a part of their standard deviation.
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.1}
@@ -238,15 +239,27 @@ def _last_logits(model: Any, cache: Cache, **inputs: torch.Tensor) -> torch.Tens
 
 
 def _attention_mask(config: Any, positions: torch.Tensor, width: int, dtype: torch.dtype) -> Any:
-    """`positions` (rows, tokens) -> additive mask (rows, 1, tokens, width), or one for each of several layer types."""
-    types = set(getattr(config, "layer_types", None) or [])
-    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+    """`positions` (rows, tokens) -> additive mask (rows, 1, tokens, width), or one for each of several layer types.
+
+    Raises ValueError for a type that is not known here.
+    """
+    window, chunk = _reaches(config)
     columns, positions = torch.arange(width, device=positions.device), positions[:, None, :, None]
     causal = columns <= positions  # a token sees itself and those before it
     near = causal & (columns > positions - window) if window else causal
-    if len(types) > 1:
-        return {kind: _additive(near if kind == "sliding_attention" else causal, dtype) for kind in types}
-    return _additive(causal if types == {"full_attention"} else near, dtype)
+    same = causal & (columns // chunk == positions // chunk) if chunk else causal
+    seen = {"full_attention": causal, "sliding_attention": near, "chunked_attention": same}
+    types = set(getattr(config, "layer_types", None) or ["sliding_attention"])  # which is full without a window
+    if unknown := types - seen.keys():
+        raise ValueError(f"it has layers of type {', '.join(sorted(unknown))}")
+    masks = {kind: _additive(seen[kind], dtype) for kind in types}
+    return masks if len(masks) > 1 else next(iter(masks.values()))
+
+
+def _reaches(config: Any) -> tuple[int, int]:
+    """Tokens of a sliding window and of a chunk of attention; 0 where the model has none."""
+    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+    return window or 0, getattr(config, "attention_chunk_size", None) or 0
 
 
 def _additive(visible: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -287,8 +300,10 @@ def _batched_cache(model: Any, multi_lora: MultiLora) -> KVCache:
 
 def _logits_difference(unbatched: UnbatchedCache, batched: KVCache) -> float:
     """Largest difference of the logits after two prompts, one read in two pieces, over their standard deviation."""
-    size = unbatched.model.config.get_text_config().vocab_size
-    long, short = ([(start + 7 * i) % size for i in range(n)] for start, n in ((11, 7), (5, 3)))
+    config, device = unbatched.model.config.get_text_config(), unbatched.model.device.type
+    crossed = [reach for reach in _reaches(config) if 0 < reach <= CROSSED.get(device, CROSSED["cpu"])]
+    longest = max([7, *(reach + 5 for reach in crossed)])
+    long, short = ([(start + 7 * i) % config.vocab_size for i in range(n)] for start, n in ((11, longest), (5, 3)))
     logits = []
     for cache in (unbatched, batched):
         cache.add_rows(2)

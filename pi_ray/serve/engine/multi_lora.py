@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from transformers.pytorch_utils import Conv1D  # GPT-2's linear layers, whose weight is (in, out)
 
 from pi_ray.errors import AdapterError
 from pi_ray.serve.engine.onednn_linear import get_weight, set_weight
@@ -42,9 +43,10 @@ class NoRoomError(Exception):
 class MultiLoraLayer:
     """Stacked weights of one linear layer: `a` (slots, rank, in), `b` (slots, rank, out), padded with zeros."""
 
-    def __init__(self, linear: torch.nn.Linear, slots: int, rank: int, like: dict[str, Any], multi_lora: "MultiLora"):
-        self.a = torch.zeros(slots, rank, linear.in_features, **like)
-        self.b = torch.zeros(slots, rank, linear.out_features, **like)
+    def __init__(self, linear: Any, slots: int, rank: int, like: dict[str, Any], multi_lora: "MultiLora"):
+        in_features, out_features = _features(linear)
+        self.a = torch.zeros(slots, rank, in_features, **like)
+        self.b = torch.zeros(slots, rank, out_features, **like)
         self._multi_lora = multi_lora
         self.remove = linear.register_forward_hook(self._hook).remove
 
@@ -81,7 +83,7 @@ class MultiLora:
         self.add_lora: AddLora | None = None  # how the next forward pass adds adapters; None: no row has one
         self.merged = ""
         self.hits = self.misses = self.evictions = 0
-        self._linears = {name: m for name, m in base.named_modules() if isinstance(m, torch.nn.Linear)}
+        self._linears = {name: m for name, m in base.named_modules() if isinstance(m, torch.nn.Linear | Conv1D)}
         self._like = {"dtype": base.dtype, "device": base.device}
         self._loaded: OrderedDict[str, LoadedAdapter] = OrderedDict()  # by key, least recently used first
         self._layers: dict[str, MultiLoraLayer] = {}
@@ -144,7 +146,9 @@ class MultiLora:
         for name, (a, b) in pairs.items():
             linear = self._linears[name]
             weight = get_weight(linear)
-            set_weight(linear, (weight.float() + b.to(weight.device) @ a.to(weight.device)).to(weight.dtype))
+            added = b.to(weight.device) @ a.to(weight.device)
+            added = added.T if isinstance(linear, Conv1D) else added
+            set_weight(linear, (weight.float() + added).to(weight.dtype))
         self.merged = folder
 
     def _read(self, folder: str, check_limits: Callable[[int, Collection[str]], None] | None = None) -> LoraPairs:
@@ -193,8 +197,8 @@ class MultiLora:
     def _bytes_beside(self, others: Collection[LoadedAdapter], rank: int, layers: Collection[str]) -> int:
         """Bytes of all stacks when an adapter joins `others`."""
         slots, ranks = self._layout([*others, LoadedAdapter(self._free_slot(others), rank, layers)])
-        sizes = ((self._linears[name], rank) for name, rank in ranks.items())
-        return slots * self._like["dtype"].itemsize * sum((m.in_features + m.out_features) * r for m, r in sizes)
+        sizes = ((sum(_features(self._linears[name])), rank) for name, rank in ranks.items())
+        return slots * self._like["dtype"].itemsize * sum(size * rank for size, rank in sizes)
 
     def _free_slot(self, others: Collection[LoadedAdapter]) -> int:
         return min(set(range(self.max_loras)) - {adapter.slot for adapter in others})
@@ -248,15 +252,22 @@ class MultiLora:
         return _in_turn(slots)
 
 
-def _check_fit(module: str, side: str, shape: Sequence[int], layers: dict[str, torch.nn.Linear]) -> None:
+def _features(layer: Any) -> tuple[int, int]:
+    """(in, out) of a linear layer."""
+    if isinstance(layer, Conv1D):
+        return layer.weight.shape[0], layer.weight.shape[1]
+    return layer.in_features, layer.out_features
+
+
+def _check_fit(module: str, side: str, shape: Sequence[int], layers: dict[str, Any]) -> None:
     """Raise AdapterError where a matrix, `side` A or B, is for a layer that does not exist or has another size."""
     if module not in layers:
         raise AdapterError(f"it adapts {module!r}, which the base model does not have as a linear layer")
     if EXPERT_LAYER in module:
         limit = "adapters of single experts can be evaluated but not served"
         raise AdapterError(f"it adapts {module!r}, one expert of several; {limit}")
-    layer = layers[module]
-    expected, found = (layer.in_features, shape[1]) if side == "A" else (layer.out_features, shape[0])
+    in_features, out_features = _features(layers[module])
+    expected, found = (in_features, shape[1]) if side == "A" else (out_features, shape[0])
     if expected != found:
         raise AdapterError(f"its matrix {side} for {module!r} has size {found}, the base model's layer has {expected}")
 

@@ -54,13 +54,13 @@ def _pack(layer: torch.nn.Linear, weight: torch.Tensor) -> None:
     layer.weight = torch.nn.Parameter(torch.empty(0), requires_grad=False)
 
 
-def get_weight(layer: torch.nn.Linear) -> torch.Tensor:
+def get_weight(layer: Any) -> torch.Tensor:
     """The plain weight of a layer, (out, in), in whatever layout it is held."""
     forward = vars(layer).get("forward")
     return forward.weight.to_dense() if forward else layer.weight
 
 
-def set_weight(layer: torch.nn.Linear, weight: torch.Tensor) -> None:
+def set_weight(layer: Any, weight: torch.Tensor) -> None:
     """Replace the weight of a layer by a tensor of its own, even where it was tied to the embeddings."""
     if "forward" in vars(layer):
         _pack(layer, weight)

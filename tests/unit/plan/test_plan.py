@@ -220,34 +220,30 @@ def test_a_model_that_cannot_share_its_prefix_is_counted_with_a_copy_for_every_r
     shape = AutoConfig.from_pretrained(config.model.base).to_dict()
     folder = tmp_path / "model"
     shutil.copytree(config.model.base, folder)
-    narrow, wide, made = 64, 4096, {}
+    capped, uncapped, made = 50.0, None, {}
     config = config.replace(**{"cluster.gpus_per_node": 1})
-    for window in (narrow, wide):
-        (folder / "config.json").write_text(
-            json.dumps(
-                {**shape, "model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": window}
-            )
-        )
-        made[window] = plan_run(config.replace(**{"model.base": str(folder)}))
+    for cap in (capped, uncapped):
+        own = {"model_type": "gemma2", "architectures": ["Gemma2ForCausalLM"], "attn_logit_softcapping": cap}
+        (folder / "config.json").write_text(json.dumps({**shape, **own}))
+        made[cap] = plan_run(config.replace(**{"model.base": str(folder)}))
     plain = plan_run(config.replace(**{"model.base": str(folder), "train.share_prefix": False}))
     assert (
-        f"sliding window of {narrow} tokens" in made[narrow].size.plain_batch_reason
-        and made[wide].size.plain_batch_reason == ""
+        "soft-capped" in made[capped].size.plain_batch_reason and made[uncapped].size.plain_batch_reason == ""
     )
     assert (
-        made[narrow].memory == plain.memory
-        and made[narrow].memory["activations"] > 1.5 * made[wide].memory["activations"]
+        made[capped].memory == plain.memory
+        and made[capped].memory["activations"] > 1.5 * made[uncapped].memory["activations"]
     )
-    assert made[narrow].seconds == plain.seconds > made[wide].seconds
-    tokens = [scale.grid(p, (1,))[0].tokens for p in (made[narrow], plain, made[wide])]
+    assert made[capped].seconds == plain.seconds > made[uncapped].seconds
+    tokens = [scale.grid(p, (1,))[0].tokens for p in (made[capped], plain, made[uncapped])]
     assert tokens[0] == tokens[1] > tokens[2]
-    said = {window: Console(width=200, file=io.StringIO()) for window in made}
-    for window, console in said.items():
-        print_plan(made[window], console)
+    said = {cap: Console(width=200, file=io.StringIO()) for cap in made}
+    for cap, console in said.items():
+        print_plan(made[cap], console)
         assert (
-            "Plain batches, in which every row brings its own copy of the template: attention is limited"
+            "Plain batches, in which every row brings its own copy of the template: its attention scores"
             in console.file.getvalue()
-        ) == (window == narrow)
+        ) == (cap == capped)
 
 
 def test_nested_configs_and_models_without_attention_heads_can_be_measured(tmp_path):
@@ -279,12 +275,12 @@ def test_nested_configs_and_models_without_attention_heads_can_be_measured(tmp_p
     found = {}
     for name, shape in shapes.items():
         shape.save_pretrained(tmp_path / name)
-        found[name] = estimate.model_size(ModelConfig(base=str(tmp_path / name)), LoraConfig(rank=2), longest=100)
+        found[name] = estimate.model_size(ModelConfig(base=str(tmp_path / name)), LoraConfig(rank=2))
     assert (found["gemma"].hidden, found["gemma"].layers, found["gemma"].key_value) == (
         16,
         1,
         8,
-    ) and "sliding window" in found["gemma"].plain_batch_reason
+    ) and not found["gemma"].plain_batch_reason, "rows share their prefix behind a sliding window too"
     assert found["rwkv"].hidden == 16 and "attention of its own" in found["rwkv"].plain_batch_reason
 
 

@@ -271,7 +271,7 @@ def test_what_cannot_have_gists_is_refused_when_the_config_is_read(tiny_model, t
 
 def test_a_model_that_does_not_see_the_whole_prompt_is_refused_before_training(config, tmp_path, monkeypatch):
     monkeypatch.setattr(
-        shared_prefix, "why_prefix_cannot_be_shared",
+        shared_prefix, "why_not_all_is_seen",
         lambda model, longest: "attention is limited to a sliding window of 64 tokens",
     )
     other = config.replace(run_dir=str(tmp_path))

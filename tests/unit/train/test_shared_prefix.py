@@ -90,10 +90,9 @@ def test_only_answer_tokens_are_labels():
 
 
 @pytest.mark.parametrize("config, reason", [
-    ({"sliding_window": 99}, "sliding window of 99 tokens, and rows have up to 100"),
-    ({"sliding_window": 99, "layer_types": ["full_attention", "sliding_attention"]}, "sliding window"),
-    ({"sliding_window": 100, "layer_types": ["full_attention", "sliding_attention"]}, ""),
-    ({"sliding_window": 100, "layer_types": ["full_attention", "chunked_attention"]}, "chunked_attention"),
+    ({"sliding_window": 99, "layer_types": ["full_attention", "sliding_attention"]}, ""),
+    ({"sliding_window": 99, "layer_types": ["full_attention", "chunked_attention"]}, "chunked_attention"),
+    ({"layer_types": ["full_attention", "sliding_attention"]}, "sliding_attention"),
     ({"layer_types": ["full_attention", "linear_attention"]}, "linear_attention"),
     ({"sliding_window": 99, "use_sliding_window": False}, ""),
     ({}, ""),
@@ -103,8 +102,15 @@ def test_models_without_full_attention_say_why_they_get_plain_batches(config, re
     model = SimpleNamespace(
         config=SimpleNamespace(get_text_config=lambda: inner), _can_set_attn_implementation=lambda: True
     )
-    found = shared_prefix.why_prefix_cannot_be_shared(model, 100)
+    found = shared_prefix.why_prefix_cannot_be_shared(model)
     assert (reason in found) if reason else found == ""
+
+
+def test_a_window_that_holds_the_longest_row_is_full_attention():
+    windowed = SimpleNamespace(sliding_window=99)
+    model = SimpleNamespace(config=SimpleNamespace(get_text_config=lambda: windowed))
+    assert shared_prefix.why_not_all_is_seen(model, 99) == ""
+    assert "sliding window of 99 tokens, and rows have up to 100" in shared_prefix.why_not_all_is_seen(model, 100)
 
 
 SMALL = {
@@ -116,16 +122,16 @@ MIXED = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24
 
 @pytest.mark.parametrize("family, own", [
     ("Mistral", {"sliding_window": None}), ("Mixtral", {"num_local_experts": 4}), ("Qwen2", {}),
-    ("Qwen3", {"head_dim": 8}), ("Qwen3Moe", {"head_dim": 8, **MIXED}),
+    ("Qwen3", {"head_dim": 8}), ("Qwen3Moe", {"head_dim": 8, **MIXED}), ("Mistral", {"sliding_window": 6}),
+    ("Gemma3", {"head_dim": 8, "sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"]}),
 ])  # fmt: skip
 def test_other_decoders_with_full_attention_take_them_too_with_gradient_checkpointing(family, own):
     import transformers
 
     torch.manual_seed(0)
-    base = getattr(transformers, f"{family}ForCausalLM")(
-        getattr(transformers, f"{family}Config")(**SMALL, **own)
-    ).eval()
-    assert shared_prefix.why_prefix_cannot_be_shared(base, 99) == ""
+    config = getattr(transformers, f"{family}TextConfig", None) or getattr(transformers, f"{family}Config")
+    base = getattr(transformers, f"{family}ForCausalLM")(config(**SMALL, **own)).eval()
+    assert shared_prefix.why_prefix_cannot_be_shared(base) == ""
     model = lora.add_lora(base, LoraConfig(rank=4), seed=0)
     for name, p in model.named_parameters():
         if "lora_B" in name:
@@ -163,7 +169,7 @@ def test_an_attention_that_cannot_be_exchanged_gets_plain_batches_and_without_lo
     name, own
 ):
     model = family(name, **own)
-    assert f"{name}ForCausalLM has an attention of its own" in shared_prefix.why_prefix_cannot_be_shared(model, 99)
+    assert f"{name}ForCausalLM has an attention of its own" in shared_prefix.why_prefix_cannot_be_shared(model)
     before = model.config._attn_implementation
     assert "computes something else" in packing_error(model, "cpu", False)
     assert model.config._attn_implementation == before and model.training
@@ -176,7 +182,7 @@ def test_what_a_config_does_not_tell_is_found_by_computing():
     sinks = family(
         "GptOss", **{**SMALL, "head_dim": 8, "num_local_experts": 2, "num_experts_per_tok": 1, "sliding_window": 128}
     )
-    assert shared_prefix.why_prefix_cannot_be_shared(sinks, 99) == "" != packing_error(sinks, "cpu", False)
+    assert shared_prefix.why_prefix_cannot_be_shared(sinks) == "" != packing_error(sinks, "cpu", False)
     llama = family("Llama", **SMALL)
     assert (
         packing_error(llama, "cpu", False) == ""
@@ -185,37 +191,47 @@ def test_what_a_config_does_not_tell_is_found_by_computing():
     )
 
 
-def dense(prefix, visible, lengths):
+def dense(prefix, visible, lengths, window=None):
     """(S, S): what each token of a packed row may see, place by place."""
     segment = [-1] * prefix + [row for row, n in enumerate(lengths) for _ in range(n)]
-    sees = lambda q, k: k <= q and (segment[k] == segment[q] or prefix - visible <= k < prefix)  # noqa: E731
+    position = [*range(prefix), *(prefix + i for n in lengths for i in range(n))]
+
+    def sees(q, k):
+        inside = segment[k] == segment[q] or prefix - visible <= k < prefix
+        return k <= q and inside and (window is None or position[q] - position[k] < window)
+
     return torch.tensor([[sees(q, k) for k in range(len(segment))] for q in range(len(segment))])
 
 
-@pytest.mark.parametrize(
-    "prefix, visible, lengths", [(0, 0, [3, 1, 5]), (7, 7, [4, 6]), (150, 3, [40, 90, 1])],
-    ids=["no prefix", "prefix", "gist tokens, several blocks"],
-)
-def test_flex_attentions_mask_is_the_layouts(prefix, visible, lengths):
+LAYOUTS = [
+    (0, 0, [3, 1, 5], None), (7, 7, [4, 6], None), (150, 3, [40, 90, 1], None), (7, 7, [4, 6], 5), (0, 0, [3, 9], 2),
+    (150, 150, [40, 90, 1], 130), (9, 9, [2, 3], 1), (9, 9, [2, 3], 40),
+]
+
+
+@pytest.mark.parametrize("prefix, visible, lengths, window", LAYOUTS)
+def test_flex_attentions_mask_is_the_layouts(prefix, visible, lengths, window):
     from torch.nn.attention.flex_attention import create_mask
 
     layout = shared_prefix.Layout.build(prefix, lengths, visible)
     size = prefix + sum(lengths)
-    assert torch.equal(
-        create_mask(layout.mask_mod(), 1, 1, size, size, device="cpu")[0, 0], dense(prefix, visible, lengths)
-    )
+    found = create_mask(layout.mask_mod(window), 1, 1, size, size, device="cpu")[0, 0]
+    assert torch.equal(found, dense(prefix, visible, lengths, window))
 
 
-@pytest.mark.parametrize("prefix, visible, lengths", [(0, 0, [3, 5]), (7, 7, [4, 6]), (150, 3, [40, 1])])
-def test_flex_attention_gives_what_sdpa_gives(prefix, visible, lengths):
+@pytest.mark.parametrize("prefix, visible, lengths, window", LAYOUTS)
+def test_both_kinds_of_attention_see_what_the_layout_says(prefix, visible, lengths, window):
     torch.manual_seed(0)
     layout = shared_prefix.Layout.build(prefix, lengths, visible)
     query, key, value = (torch.randn(1, heads, prefix + sum(lengths), 16) for heads in (4, 2, 2))
-    sdpa, flex = (
-        shared_prefix.shared_prefix_attention(None, query, key, value, None, scaling=0.3, layout=layout, flex=flex)[0]
-        for flex in (False, True)
-    )
-    assert torch.allclose(sdpa, flex, atol=1e-5) and layout.blocks is not None
+    sees = dense(prefix, visible, lengths, window)
+    expected = torch.nn.functional.scaled_dot_product_attention(query, key, value, sees, scale=0.3, enable_gqa=True)
+    for flex in (False, True):
+        found = shared_prefix.shared_prefix_attention(
+            None, query, key, value, None, scaling=0.3, layout=layout, flex=flex, sliding_window=window
+        )[0]
+        assert torch.allclose(found.transpose(1, 2), expected, atol=1e-5)
+    assert ("blocks", window) in layout.made
 
 
 def test_a_model_answers_the_same_through_flex_attention():
@@ -228,7 +244,7 @@ def test_a_model_answers_the_same_through_flex_attention():
         shared_prefix.enable_shared_prefix(base, flex)
         with torch.no_grad():
             found.append(base(**batch.inputs).logits)
-    assert batch.inputs["layout"].blocks is not None, "flex attention was used"
+    assert ("blocks", None) in batch.inputs["layout"].made, "flex attention was used"
     assert torch.allclose(*found, atol=1e-5)
 
 
