@@ -133,6 +133,8 @@ def _event_text(entry: dict[str, Any]) -> str:
             return f"the student answered {entry['answers']} queries, the teacher replaced {mended}; {far}"
         case "drills":
             return f"reading drills in the first phase: {'; '.join(entry['facts'])}"
+        case "suffix_batches":
+            return f"rows go on from their prefix's cache, which is computed once a batch, since {entry['reason']}"
         case "plain_batches":
             return f"plain batches, since {entry['reason']}"
         case "warning":

@@ -44,7 +44,7 @@ class ModelSize:
     hidden: int
     inner: int  # width of the chosen experts together
     key_value: int
-    plain_batch_reason: str = ""  # why rows cannot share their prefix, "" where they can
+    plain_batch_reason: str = ""  # why rows cannot share their prefix in packed batches, "" where they can
 
 
 @dataclass(frozen=True)
@@ -179,7 +179,7 @@ def _matmul_speed(device: str, dtype: Any, size: int, budget: float = 0.5) -> fl
 
 def shares_prefix(size: ModelSize, config: RunConfig) -> bool:
     """Whether training computes the template once for each pass, and not with every row."""
-    return config.train.share_prefix and not size.plain_batch_reason
+    return config.train.share_prefix and not (size.plain_batch_reason and config.train.why_no_suffix_batches)
 
 
 def rows_per_pass(config: RunConfig) -> int:

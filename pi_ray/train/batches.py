@@ -1,6 +1,7 @@
-"""Collation: rows of a phase become the tensors of one forward pass, packed behind a shared prefix or padded.
+"""Collation: rows of a phase become the tensors of one forward pass, packed behind a shared prefix or padded, or of two
+passes, of which the second goes on from the prefix's cache.
 
-Both kinds of batch give logits at the answers' tokens only, and equal losses and gradients.
+Every kind of batch gives logits at the answers' tokens only (batch_logits.py), and equal losses and gradients.
 """
 
 import math
@@ -18,14 +19,8 @@ from pi_ray.errors import CorruptArtifactError
 from pi_ray.models import last_logits_index
 from pi_ray.run.artifact import CORRUPT, read_manifest, verify_artifact
 from pi_ray.run.row_store import read_range
-from pi_ray.train import gist, shared_prefix
+from pi_ray.train import gist
 from pi_ray.train.shared_prefix import Layout
-
-# A prefix and two rows, of ids that any vocabulary has, on which packed and plain batches are compared.
-PROBE_PREFIX, PROBE_ROWS = [7, 3, 9, 2], [([5, 11, 4, 8, 13, 6], [10, 3]), ([12, 6, 9], [4, 14, 7, 2, 11])]
-# Largest difference of logits that is rounding, as a share of their spread. In half precision a mixture of experts
-# may choose other experts.
-TOLERANCE, HALF_TOLERANCE = 1e-3, 0.2
 
 
 @dataclass(frozen=True)
@@ -37,6 +32,8 @@ class Batch:
     tokens: int  # tokens that pass through the model
     plain_tokens: int  # tokens of the same rows with a copy of the prefix each
 
+
+LEAST_SUFFIX = 2  # tokens of a row behind a cache: one alone is taken for generation, which changes the cache in place
 
 # Prompt ids (without the prefix), and label ids: those to learn, and between them the complements, below 0, of ids that
 # are fed alone, such as a user's turns between an assistant's.
@@ -135,38 +132,27 @@ def plain_batch(prefix: list[int], rows: Sequence[TokenRow]) -> Batch:
     return Batch(inputs, labels.flatten(), ids.numel(), sum(map(len, fed)))
 
 
+def suffix_batch(prefix: list[int], rows: Sequence[TokenRow]) -> Batch:
+    """The prefix by itself, and B rows of prompt + label behind it, padded on the right, where nothing is learned."""
+    if not all(prompt for prompt, _ in rows):  # a label's first token is predicted at the token before it
+        prefix, rows = prefix[:-1], [([*prefix[-1:], *prompt], label) for prompt, label in rows]
+    fed = [prompt + fed_ids(label[:-1]) for prompt, label in rows]
+    longest = max(LEAST_SUFFIX, *map(len, fed))
+    starts = [len(prompt) - 1 for prompt, _ in rows]  # of the token after which a label begins
+    ids = torch.zeros(len(rows), longest, dtype=torch.long)
+    labels = torch.full((len(rows), longest), -100)
+    for i, (row, start, (_, label)) in enumerate(zip(fed, starts, rows, strict=True)):
+        ids[i, : len(row)] = torch.tensor(row)
+        labels[i, start : start + len(label)] = torch.tensor([i if i >= 0 else -100 for i in label])
+    inputs = {
+        "prefix_ids": torch.tensor([prefix], dtype=torch.long), "input_ids": ids,
+        "position_ids": torch.arange(len(prefix), len(prefix) + longest).expand(len(rows), -1),
+        "logits_to_keep": torch.arange(min(starts), longest),
+    }
+    tokens, plain_tokens = len(prefix) + ids.numel(), len(rows) * len(prefix) + sum(map(len, fed))
+    return Batch(inputs, labels[:, min(starts) :].flatten(), tokens, plain_tokens)
+
+
 def to_device(batch: Batch, device: str) -> Batch:
     moved = {k: v.to(device) if hasattr(v, "to") else v for k, v in batch.inputs.items()}
     return replace(batch, inputs=moved, labels=batch.labels.to(device))
-
-
-@torch.no_grad()
-def packing_error(model: Any, device: str, flex: bool, longest: int = 0) -> str:
-    """Switch `model` to packed batches, unless their logits differ from a plain batch's; returns how much, or "".
-
-    `longest`: tokens of the longest row with its prefix. What is compared crosses a sliding window that is shorter.
-    """
-    inner = getattr(model, "module", model)
-    attention = inner.config._attn_implementation
-    model.eval()
-    prefix = _probe_prefix(inner.config.get_text_config(), longest)
-    expected = answer_logits(model, to_device(plain_batch(prefix, PROBE_ROWS), device))
-    shared_prefix.enable_shared_prefix(inner, flex)
-    difference = answer_logits(model, to_device(packed_batch(prefix, PROBE_ROWS), device)) - expected
-    model.train()
-    share = (difference.float().norm() / (expected - expected.mean()).float().norm()).item()
-    if share < (TOLERANCE if expected.dtype == torch.float32 else HALF_TOLERANCE):
-        return ""
-    inner.set_attn_implementation(attention)
-    return f"in packed rows it computes something else (logits {share:.2g} of their spread apart)"
-
-
-def _probe_prefix(config: Any, longest: int) -> list[int]:
-    window = shared_prefix.window_of(config)
-    more = window - len(PROBE_PREFIX) + 2 if 0 < window < longest else 0
-    return [*PROBE_PREFIX, *(2 + (i * i) % 13 for i in range(more))]
-
-
-def answer_logits(model: Any, batch: Batch) -> torch.Tensor:
-    """(N, V) at the answer tokens of a batch, row by row."""
-    return model(**batch.inputs).logits.flatten(0, -2)[batch.labels != -100]

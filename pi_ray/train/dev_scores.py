@@ -24,7 +24,8 @@ from pi_ray.registry import tasks
 from pi_ray.run.directory import RunDir
 from pi_ray.schedule import plan_phases
 from pi_ray.tasks.dataset import score_rows
-from pi_ray.train.batches import Pack, PhaseDataset, TokenRow, answer_logits, dataset_manifest, packed_batch, to_device
+from pi_ray.train.batch_logits import answer_logits
+from pi_ray.train.batches import Pack, PhaseDataset, TokenRow, dataset_manifest, packed_batch, to_device
 from pi_ray.train.distributed import WorkerGroup
 from pi_ray.train.floor import SENTENCE_BLEU, TOKEN_ACCURACY
 from pi_ray.train.generation import compute_prefix_cache, generate_greedy

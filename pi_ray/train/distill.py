@@ -37,10 +37,10 @@ from pi_ray.run.fingerprint import wants_unlabelled
 from pi_ray.run.phases import first_taught_phase
 from pi_ray.run.row_store import read_range
 from pi_ray.train.anchor import AnchorRows
+from pi_ray.train.batch_logits import answer_logits
 from pi_ray.train.batches import (
     Pack,
     PhaseDataset,
-    answer_logits,
     dataset_manifest,
     prepared_row_tokens,
     to_device,

@@ -6,19 +6,20 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from pi_ray.train.batches import Batch, answer_logits
+from pi_ray.train.batch_logits import answer_logits, run_batch
+from pi_ray.train.batches import Batch
 from pi_ray.train.distilled_rows import Targets
 
 
 def sft_loss(model: Any, batch: Batch) -> torch.Tensor:
     """Summed cross-entropy (nats) over the answer tokens of the batch; the caller divides by those of the update."""
-    logits = model(**batch.inputs).logits
+    logits = run_batch(model, batch)
     return F.cross_entropy(logits.flatten(0, -2).float(), batch.labels, ignore_index=-100, reduction="sum")
 
 
 def loss_and_correct(model: Any, batch: Batch) -> tuple[float, float]:
     """(summed cross-entropy, number of answer tokens that the model holds likeliest)."""
-    logits = model(**batch.inputs).logits.flatten(0, -2).float()
+    logits = run_batch(model, batch).flatten(0, -2).float()
     loss = F.cross_entropy(logits, batch.labels, ignore_index=-100, reduction="sum")
     return loss.item(), (logits.argmax(-1) == batch.labels).sum().item()
 

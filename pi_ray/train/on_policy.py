@@ -27,7 +27,8 @@ from pi_ray.models import load_tokenizer
 from pi_ray.protocols import UNLABELLED, GenerationRequest
 from pi_ray.run.artifact import digest, is_current, staged
 from pi_ray.run.directory import RunDir
-from pi_ray.train.batches import Pack, answer_logits, to_device
+from pi_ray.train.batch_logits import answer_logits
+from pi_ray.train.batches import Pack, to_device
 from pi_ray.train.distill import longest_answer_tokens, view_prefixes
 from pi_ray.train.distilled_rows import ROUND_FILE, SCHEMA, DistilledRows, round_folder
 from pi_ray.train.distributed import WorkerGroup

@@ -153,7 +153,7 @@ def uses_flex_attention(choice: str, device: str) -> bool:
 
 
 def why_prefix_cannot_be_shared(model: Any) -> str:
-    """The reason why a base model's class or config rules out packed batches; "" leaves it to `batches.packing_error`.
+    """The reason why a base model's class or config rules out packed batches; "" leaves it to `packing_error`.
 
     Every layer must see the whole prompt or the last tokens of it.
     """

@@ -20,7 +20,7 @@ from pi_ray.run.artifact import digest, remove_leftovers
 from pi_ray.run.directory import RunDir
 from pi_ray.run.fingerprint import learning_settings
 from pi_ray.schedule import plan_phases
-from pi_ray.train import batches, checkpoint, distill, gist, lora, shared_prefix, trackers
+from pi_ray.train import batch_logits, batches, checkpoint, distill, gist, lora, shared_prefix, trackers
 from pi_ray.train.backends import MOMENTS
 from pi_ray.train.batches import Batch, Pack, PhaseDataset, to_device
 from pi_ray.train.dataloader import TrainDataLoader, UpdateBatches
@@ -120,13 +120,16 @@ class Trainer:
         return model.train()
 
     def choose_packing(self) -> Pack:
-        """Packed rows behind one copy of their prefix where the model can, else plain batches and a log line why."""
+        """Packed rows behind their prefix where the model can, else rows behind its cache, else plain ones, with a log
+        line why.
+        """
         train = self.config.train
         if not train.share_prefix:
             return batches.plain_batch
+        model, longest = self.backend.model, self.longest_row
         flex = shared_prefix.uses_flex_attention(train.attention, self.device)
         reason = self.group.broadcast_from_rank0(
-            self.plain_batch_reason or batches.packing_error(self.backend.model, self.device, flex, self.longest_row)
+            self.plain_batch_reason or batch_logits.packing_error(model, self.device, flex, longest)
         )
         if not reason:
             return batches.packed_batch
@@ -135,7 +138,13 @@ class Trainer:
                 "model.base cannot be trained with gist tokens (train.gist), which need full attention in every layer: "
                 f"{reason}"
             )
-        self.log.add({"event": "plain_batches", "reason": reason})
+        why_plain = self.group.broadcast_from_rank0(
+            train.why_no_suffix_batches or batch_logits.suffix_error(model, self.device, longest)
+        )
+        if not why_plain:
+            self.log.add({"event": "suffix_batches", "reason": reason})
+            return batches.suffix_batch
+        self.log.add({"event": "plain_batches", "reason": f"{reason}, and {why_plain}"})
         return batches.plain_batch
 
     def phase_transition(self, update: Update) -> None:

@@ -1,11 +1,12 @@
 """Shared-prefix batches against plain padded batches: the same rows, model, loss and gradients.
 
-    python -m tests.bench.prefix [--model smollm2-135m] [--rounds 5] [--dtype bfloat16]
+    python -m tests.bench.prefix [--model smollm2-135m|sliding|hybrid] [--rounds 5] [--dtype bfloat16]
 
 The peer is the padded batch that trainers commonly use, given the same advantages: SDPA attention and logits at the
 answer's tokens alone. Both are timed alternately, forward and backward, and the median is taken. `token_ratio` is the
-tokens that each row with a prefix of its own would have over those that pass through the model. In bfloat16 on a CPU
-the shared side is timed with torch's backward pass of SDPA too, in place of pi-ray's own: `backward_speedup`.
+tokens that each row with a prefix of its own would have over those that pass through the model. `sliding` and `hybrid`
+are random models of Gemma 3's and Qwen3.5's kind, whose rows are packed, and go on from the prefix's cache. In bfloat16
+on a CPU packed rows are timed with torch's backward pass of SDPA too, in place of pi-ray's own: `backward_speedup`.
 """
 
 from __future__ import annotations
@@ -14,18 +15,37 @@ import argparse
 import random
 import time
 from statistics import median
+from typing import Any
 
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from pi_ray.config import LoraConfig, ModelConfig
 from pi_ray.models import load_model
 from pi_ray.train import cpu_attention, lora, shared_prefix
-from pi_ray.train.batches import Batch, packed_batch, plain_batch, to_device
+from pi_ray.train.batch_logits import packing_error, suffix_error
+from pi_ray.train.batches import Batch, Pack, packed_batch, plain_batch, suffix_batch, to_device
 from pi_ray.train.objectives import sft_loss
 from tests.bench.report import header, last_line
 
 # name, rows, prefix, query, answer
-CASES = [("shots and template", 8, 200, 45, 15), ("long template", 8, 550, 100, 18), ("short rows", 16, 480, 25, 18)]
+CASES = [
+    ("shots and template", 8, 200, 45, 15), ("long template", 8, 550, 100, 18), ("short rows", 16, 480, 25, 18),
+    ("many rows", 16, 480, 40, 18),
+]
+SHAPE: dict[str, Any] = {
+    "vocab_size": 49_152, "hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 12, "head_dim": 64,
+    "num_attention_heads": 8, "num_key_value_heads": 2,
+}
+MADE: dict[str, tuple[str, dict[str, Any]]] = {  # name -> model type and settings of a random model
+    "sliding": ("gemma3_text", {
+        "sliding_window": 128, "layer_types": (["sliding_attention"] * 5 + ["full_attention"]) * 2,
+    }),
+    "hybrid": ("qwen3_5_text", {
+        "layer_types": (["linear_attention"] * 3 + ["full_attention"]) * 3, "linear_num_key_heads": 8,
+        "linear_num_value_heads": 8, "linear_key_head_dim": 64, "linear_value_head_dim": 64,
+    }),
+}
 
 
 def step(model: torch.nn.Module, batch: Batch) -> tuple[float, float, torch.Tensor]:
@@ -47,8 +67,18 @@ def torchs_backward_step(model: torch.nn.Module, batch: Batch) -> float:
         cpu_attention.MOST = most
 
 
+def load(name: str, dtype: str, device: str) -> Any:
+    """A model by name, or a random one of MADE."""
+    if name not in MADE:
+        return load_model(ModelConfig(base=name, dtype=dtype), device)
+    model_type, settings = MADE[name]
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **{**SHAPE, **settings}))
+    return model.to(device, getattr(torch, dtype)).requires_grad_(False)
+
+
 def measure(
-    model: torch.nn.Module, case: tuple[str, int, int, int, int], rounds: int
+    model: torch.nn.Module, case: tuple[str, int, int, int, int], rounds: int, pack: Pack
 ) -> tuple[float, float, float, float]:
     """(speedup, token ratio, relative difference of gradients, speedup by the own backward pass) of a case."""
     name, rows, prefix, query, answer = case
@@ -60,14 +90,16 @@ def measure(
     head, data = (
         ids(prefix), [(ids(query + rng.randrange(-5, 6)), ids(answer + rng.randrange(-2, 3))) for _ in range(rows)],
     )
-    shared, padded = (to_device(pack(head, data), str(model.device)) for pack in (packed_batch, plain_batch))
+    shared, padded = (to_device(make(head, data), str(model.device)) for make in (pack, plain_batch))
+    packed = pack is packed_batch
     times: dict[str, list[float]] = {"shared": [], "plain": [], "torch's backward": []}
     for i in range(rounds + 1):
         model.set_attn_implementation("sdpa")
         plain_s, plain_loss, expected = step(model, padded)
-        shared_prefix.enable_shared_prefix(model)
+        if packed:
+            shared_prefix.enable_shared_prefix(model)
         shared_s, shared_loss, found = step(model, shared)
-        torchs_s = torchs_backward_step(model, shared)
+        torchs_s = torchs_backward_step(model, shared) if packed else shared_s
         if i:  # the first round warms up
             times["torch's backward"].append(torchs_s)
             times["plain"].append(plain_s)
@@ -78,7 +110,7 @@ def measure(
     print(f"  {name}: {rows} rows of {prefix} + {query} + {answer} tokens")
     print(f"    plain   median {median(times['plain']):7.2f} s  loss {plain_loss:.6f}  {padded.plain_tokens} tokens")
     print(f"    shared  median {median(times['shared']):7.2f} s  loss {shared_loss:.6f}  {shared.tokens} tokens")
-    if model.dtype == torch.bfloat16 and model.device.type == "cpu":
+    if packed and model.dtype == torch.bfloat16 and model.device.type == "cpu":
         spread = f"{min(times['shared']):.2f} to {max(times['shared']):.2f}"
         print(f"    shared with torch's backward pass {backward:.2f} times as long (shared alone took {spread} s)")
     print(
@@ -96,15 +128,22 @@ def main() -> None:
     args = parser.parse_args()
     header(f"shared prefix against plain batches, {args.model}, {args.dtype}, LoRA rank 32, forward and backward")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    base = load_model(ModelConfig(base=args.model, dtype=args.dtype), device)
-    model = lora.add_lora(base, LoraConfig(), seed=0).train()
+    model = lora.add_lora(load(args.model, args.dtype, device), LoraConfig(), seed=0).train()
     for name, p in model.named_parameters():
         if "lora_B" in name:  # zero at the start, which would leave half of the gradients zero
             torch.nn.init.normal_(p, std=0.01)
-    results = [measure(model, case, args.rounds) for case in CASES]
+    pack: Pack = packed_batch
+    if reason := shared_prefix.why_prefix_cannot_be_shared(model.get_base_model()) or packing_error(
+        model, device, flex=False, longest=640
+    ):
+        why = suffix_error(model, device, longest=640)
+        print(f"  plain batches: {why}" if why else f"  rows go on from the prefix's cache, since {reason}", flush=True)
+        pack = suffix_batch
+    results = [measure(model, case, args.rounds, pack) for case in CASES]
     # the case that stands worst against its token ratio is the one reported
     worst = min(results, key=lambda r: r[0] / r[1])
-    own = {"backward_speedup": min(r[3] for r in results)} if args.dtype == "bfloat16" and device == "cpu" else {}
+    timed = pack is packed_batch and args.dtype == "bfloat16" and device == "cpu"
+    own = {"backward_speedup": min(r[3] for r in results)} if timed else {}
     last_line(speedup=worst[0], token_ratio=worst[1], grad_rel_diff=max(r[2] for r in results), **own)
 
 

@@ -9,7 +9,8 @@ from pi_ray.config import LoraConfig, ModelConfig
 from pi_ray.errors import TrainingError
 from pi_ray.models import load_model
 from pi_ray.train import lora, shared_prefix
-from pi_ray.train.batches import packed_batch, packing_error, plain_batch
+from pi_ray.train.batch_logits import packing_error
+from pi_ray.train.batches import packed_batch, plain_batch
 from pi_ray.train.objectives import sft_loss
 
 ROWS = [([5, 6, 7, 8], [9, 10]), ([11, 12], [13, 14, 15]), ([16] * 7, [17])]
