@@ -94,21 +94,22 @@ class LocalStore:
             return ""
 
     def stage_version(self, name: str, version: str, fingerprint: str) -> AbstractContextManager[Path]:
-        """A temporary folder that becomes the version when all went well. Only under `lock`, since it removes what
-        killed publications have left.
-        """
-        remove_leftovers(self.root / name)
+        """A temporary folder that becomes the version when all went well. Only under `lock`."""
         return staged(self.root / name / version, fingerprint=fingerprint, adapter=name, version=version)
 
     @contextmanager
     def lock(self, name: str) -> Iterator[None]:
-        """Let one process write an adapter at a time, so that two do not take the same version number."""
+        """Let one process write an adapter at a time, so that two do not take the same version number.
+
+        What killed ones have left is removed.
+        """
         folder = self.root / name
         with translate_disk_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
             lock = open(folder / ".lock", "w")  # noqa: SIM115 (closed below, where errors are the caller's)
         with lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
+            remove_leftovers(folder)
             yield
 
     def _path(self, name: str, part: str) -> Path:
