@@ -20,7 +20,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from pi_ray.config import LoraConfig
 from pi_ray.run.artifact import staged
-from pi_ray.serve.engine.kv_cache import KVCache, create_kv_cache
+from pi_ray.serve.engine.cache_choice import create_kv_cache
+from pi_ray.serve.engine.kv_cache import KVCache
 from pi_ray.serve.engine.multi_lora import MultiLora
 from pi_ray.store.verify import verify_adapter
 from pi_ray.train import batch_logits, batches, lora, shared_prefix
@@ -162,6 +163,10 @@ def alone(model: Any, prompt: Sequence[int]) -> list[int]:
     return ids[len(prompt) :]
 
 
+def until(row: list[int], end: int) -> list[int]:
+    return row[: row.index(end)] if end in row else row
+
+
 @torch.inference_mode()
 def together(cache: Any, slot: int) -> list[list[int]]:
     """Greedy tokens of all prompts in one running batch."""
@@ -188,8 +193,11 @@ def examine(family: str, folder: Path) -> Findings:
     shared = train(model, len(PREFIX) + max(len(prompt) + len(label) for prompt, label in ROWS))
     model.get_base_model().set_attn_implementation("sdpa" if base.config._attn_implementation == "sdpa" else "eager")
     expected = [alone(model, prompt) for prompt in PROMPTS]
-    generated = generate_greedy(model, PROMPTS[0][:10], [PROMPTS[0][10:], [7, 8, 9]], NEW_TOKENS, end=None)
-    assert generated == [expected[0], alone(model, [*PROMPTS[0][:10], 7, 8, 9])], "evaluation answers otherwise"
+    head, rows = PROMPTS[0][:10], [PROMPTS[0][10:], [7, 8, 9], [60, 61, 62], [9, 8, 7]]  # some of equal length
+    generated = generate_greedy(model, head, rows, NEW_TOKENS, end=None)
+    assert generated == [alone(model, [*head, *row]) for row in rows], "evaluation answers otherwise"
+    stopped = generate_greedy(model, head, rows, NEW_TOKENS, end=generated[2][1])
+    assert stopped == [until(row, generated[2][1]) for row in generated], "rows that end early change others"
     with staged(folder / "adapter", fingerprint="x") as tmp:
         model.save_pretrained(tmp)
         (tmp / "README.md").unlink(missing_ok=True)

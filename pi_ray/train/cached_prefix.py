@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from transformers import AttentionInterface, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+from pi_ray.errors import ModelError
 from pi_ray.models import cache_argument
 from pi_ray.train.shared_prefix import why_prefix_cannot_be_shared
 
@@ -29,6 +30,7 @@ OTHER_SCORES = {"s_aux", "softcap", "position_bias"}  # arguments of attention t
 
 _proven: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()  # model -> whether it computes the same in this way
 _continues: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()  # model -> whether it reads on behind a cache
+_decodes: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()  # model -> whether it reads one token behind a cache
 
 
 @dataclass(frozen=True)
@@ -116,26 +118,41 @@ def shares_cached_prefix(model: Any, cache: DynamicCache) -> bool:
     return _proven[model]
 
 
-@torch.inference_mode()
 def continues_cache(model: Any) -> bool:
     """Whether a row that is read behind the cache of a prefix computes what both compute in one piece.
 
     Some recurrent layers read several tokens at once only at the start.
     """
     if model not in _continues:
-        prefix, row = (torch.tensor([ids], device=model.device) for ids in (PROBE_PREFIX, PROBE_ROWS[0]))
-        try:
-            cache = {cache_argument(base_of(model).__class__): DynamicCache(config=base_of(model).config)}
-            model(input_ids=prefix, use_cache=True, **cache)
-            positions = torch.arange(len(PROBE_PREFIX), len(PROBE_PREFIX) + row.shape[1], device=model.device)[None]
-            found = model(input_ids=row, use_cache=True, position_ids=positions, **cache).logits[0]
-            whole = model(input_ids=torch.cat([prefix, row], 1), use_cache=False).logits[0, len(PROBE_PREFIX) :]
-            _continues[model] = _is_rounding(model, found, whole)
-        except torch.OutOfMemoryError:
-            raise
-        except (RuntimeError, TypeError, ValueError, AttributeError, IndexError):
-            _continues[model] = False
+        _continues[model] = _is_right_behind_cache(model, PROBE_ROWS[0])
     return _continues[model]
+
+
+def check_decoding(model: Any) -> None:
+    """Raise ModelError for a model that does not even read one token behind its cache."""
+    if model not in _decodes:
+        _decodes[model] = continues_cache(model) or _is_right_behind_cache(model, PROBE_ROWS[0][:1])
+    if not _decodes[model]:
+        name = type(base_of(model)).__name__
+        raise ModelError(f"{name} cannot generate: with its cache it computes something else; take another model.base")
+
+
+@torch.inference_mode()
+def _is_right_behind_cache(model: Any, tokens: Sequence[int]) -> bool:
+    """Whether these tokens, read at once behind the cache of PROBE_PREFIX, have the logits that they have without it.
+    """
+    prefix, row = (torch.tensor([list(ids)], device=model.device) for ids in (PROBE_PREFIX, tokens))
+    try:
+        cache = {cache_argument(base_of(model).__class__): DynamicCache(config=base_of(model).config)}
+        model(input_ids=prefix, use_cache=True, **cache)
+        positions = torch.arange(len(PROBE_PREFIX), len(PROBE_PREFIX) + row.shape[1], device=model.device)[None]
+        found = model(input_ids=row, use_cache=True, position_ids=positions, **cache).logits[0]
+        whole = model(input_ids=torch.cat([prefix, row], 1), use_cache=False).logits[0, len(PROBE_PREFIX) :]
+        return _is_rounding(model, found, whole)
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, TypeError, ValueError, AttributeError, IndexError):
+        return False
 
 
 def _is_rounding(model: Any, found: torch.Tensor, expected: torch.Tensor) -> bool:

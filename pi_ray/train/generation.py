@@ -2,7 +2,7 @@
 
 Teacher, evaluation and often the student generate greedily, a writer of queries samples. All rows start together and
 leave as they end, with no scheduling or streaming, so a row's answer depends on its batch by rounding alone. Models in
-which a layer does not see all tokens get one row at a time.
+which a layer does not see all tokens get rows of equal length together, which need no padding.
 """
 
 import copy
@@ -21,6 +21,7 @@ from pi_ray.train.cached_prefix import (
     CachedPrefix,
     base_of,
     cached_prefix_enabled,
+    check_decoding,
     continues_cache,
     shares_cached_prefix,
 )
@@ -66,12 +67,18 @@ def generate(
     """
     cache = compute_prefix_cache(model, prefix) if cache is None else cache
     limited = _is_limited(model, len(prefix) + max(map(len, rows)) + max_new_tokens)
-    if len(rows) > 1 and limited:
-        own = [partial(_choose_for, choose, i) for i in range(len(rows))]
-        each = zip(rows, own, strict=True)
-        return [generate(model, prefix, [row], max_new_tokens, end, cache, breaks, mine)[0] for row, mine in each]
+    if limited:
+        check_decoding(model)
+    if limited and len(groups := _equally_long(rows)) > 1:
+        found: list[list[int]] = [[] for _ in rows]
+        for group in groups:
+            own, mine = [rows[i] for i in group], partial(_choose_for, choose, group)
+            written = generate(model, prefix, own, max_new_tokens, end, cache, breaks, mine)
+            for i, answer in zip(group, written, strict=True):
+                found[i] = answer
+        return found
     if limited and prefix and not continues_cache(model):
-        rows, prefix, cache = [[*prefix, *rows[0]]], [], compute_prefix_cache(model, [])
+        rows, prefix, cache = [[*prefix, *row] for row in rows], [], compute_prefix_cache(model, [])
     behind = _RowCache(model, len(prefix), cache, len(rows), limited)
     ids, mask = _pad_left(rows, model.device)
     answers: list[list[int]] = [[] for _ in rows]
@@ -87,7 +94,7 @@ def generate(
                 break
             if len(keep) < len(alive):
                 index = torch.tensor(keep, device=mask.device)
-                behind.own.batch_select_indices(index)
+                _select_rows(behind.own, index)
                 mask = mask[index]
                 alive = [alive[i] for i in keep]
             ids = torch.tensor([[tokens[i]] for i in keep], device=mask.device)
@@ -103,11 +110,15 @@ def label_logprobs(
     and whether the model holds it likeliest. `cache` is not changed.
     """
     limited = _is_limited(model, len(prefix) + max(len(prompt) + len(label) for prompt, label in rows))
-    if len(rows) > 1 and limited:
-        return [found for row in rows for found in label_logprobs(model, prefix, [row], cache)]
     fed = [[*prompt, *label[:-1]] for prompt, label in rows]
+    if limited and len(groups := _equally_long(fed)) > 1:
+        known: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        for group in groups:
+            each = label_logprobs(model, prefix, [rows[i] for i in group], cache)
+            known.update(zip(group, each, strict=True))
+        return [known[i] for i in range(len(rows))]
     if limited and prefix and not continues_cache(model):
-        fed, prefix, cache = [[*prefix, *fed[0]]], [], compute_prefix_cache(model, [])
+        fed, prefix, cache = [[*prefix, *ids] for ids in fed], [], compute_prefix_cache(model, [])
     ids, mask = _pad_left(fed, model.device)
     behind = _RowCache(model, len(prefix), cache, len(rows), limited)
     with behind.attention():
@@ -141,8 +152,22 @@ def request_seconds(
     return time.perf_counter() - started
 
 
-def _choose_for(choose: Choose, row: int, logits: torch.Tensor, _: Sequence[int]) -> list[int]:
-    return choose(logits, [row])
+def _choose_for(choose: Choose, numbers: Sequence[int], logits: torch.Tensor, rows: Sequence[int]) -> list[int]:
+    return choose(logits, [numbers[row] for row in rows])
+
+
+def _equally_long(rows: Sequence[Sequence[int]]) -> list[list[int]]:
+    """The numbers of rows of each length."""
+    groups: dict[int, list[int]] = {}
+    for i, row in enumerate(rows):
+        groups.setdefault(len(row), []).append(i)
+    return list(groups.values())
+
+
+def _select_rows(cache: DynamicCache, index: Any) -> None:
+    """Keep these rows of a cache, or repeat some; layers that keep a state have this method alone."""
+    for layer in cache.layers:
+        layer.reorder_cache(index)
 
 
 def rows_at_once(model: Any, cache: DynamicCache) -> int:
@@ -151,8 +176,7 @@ def rows_at_once(model: Any, cache: DynamicCache) -> int:
 
 
 def _is_limited(model: Any, tokens: int) -> bool:
-    """Whether some layer does not see all tokens: padding takes places of its window or state, so rows go one by one.
-    """
+    """Whether some layer does not see all tokens: padding would take places of its window or change its state."""
     return bool(why_not_all_is_seen(base_of(model), tokens))
 
 
@@ -167,11 +191,9 @@ class _RowCache:
         self.shared = None if limited or not shares_cached_prefix(model, cache) else cache
         self.own = DynamicCache()
         if self.shared is None:
-            self.own = copy.deepcopy(cache)
-            if rows > 1 or not limited:
-                self.copied = cache.get_seq_length()
+            self.own, self.copied = copy.deepcopy(cache), 0 if limited else cache.get_seq_length()
             if prefix and rows > 1:
-                self.own.batch_repeat_interleave(rows)
+                _select_rows(self.own, torch.zeros(rows, dtype=torch.long, device=model.device))
 
     def attention(self) -> AbstractContextManager[None]:
         """The context in which `forward` is called."""
@@ -184,7 +206,7 @@ class _RowCache:
         """
         positions = self.prefix + (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
         seen: dict[str, Any] = {}
-        if len(mask) > 1 or not self.limited:  # a row alone has no padding, and a recurrent layer knows no mask of more
+        if not self.limited:  # else there is no padding
             seen = {"attention_mask": F.pad(mask, (self.copied, 0), value=1)}
         if self.shared is not None:
             seen = {"cached_prefix": CachedPrefix.build(self.shared, mask, ids.shape[1])}

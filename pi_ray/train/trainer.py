@@ -289,8 +289,8 @@ class Trainer:
         """Load the newest whole checkpoint, or else `train.init_adapter`; returns how many updates are done."""
         found = None
         if self.rank == 0:
-            for folder in (self.dir.root, self.dir.checkpoints, self.dir.adapters):
-                remove_leftovers(folder)
+            for written in (self.dir.root, self.dir.checkpoints, self.dir.adapters):
+                remove_leftovers(written)
             learned_from = learning_settings(self.config, models.base_digest(self.config.model))
             found = checkpoint.newest_checkpoint(self.dir.checkpoints, self.fingerprint, learned_from, self.log.warn)
         found = self.group.broadcast_from_rank0(found)

@@ -3,28 +3,23 @@
     keys, values   (layers, rows, heads, capacity, dim); each row from position 0 on, zeros behind its end
 
 The model needs attention over keys and values in every layer; a sliding window becomes part of the mask.
-`create_kv_cache` finds out by computing with a model whether it is such a one, and else makes an UnbatchedCache.
+cache_choice.py finds out by computing with a model which cache it takes.
 """
 
-import logging
 from collections.abc import Sequence
 from typing import Any
 
 import psutil
 import torch
 from transformers import DynamicCache
-from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import Cache
 
 from pi_ray.config import ServeConfig
 from pi_ray.models import cache_argument, last_logits_index
-from pi_ray.serve.engine.multi_lora import BASE_SLOT, MultiLora
+from pi_ray.serve.engine.multi_lora import MultiLora
 from pi_ray.serve.engine.prefix_cache import Block
 
-log = logging.getLogger("ray.serve")
-CROSSED = {"cpu": 1024, "cuda": 8192}  # longest window or chunk that the trial at start is long enough to cross
 CAPACITY_STEP = 64  # positions by which the capacity grows, at least
-# Largest rounding difference between two ways to compute the same logits, as a part of their standard deviation.
-TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.1}
 
 
 def kv_cache_limit(serve: ServeConfig, device: torch.device) -> int:
@@ -43,6 +38,7 @@ class KVCache(Cache):
     """
 
     chunked_prefill = True  # a prompt may be read in pieces
+    keeps_blocks = True  # blocks of a row can be copied, for the prefix cache
 
     def __init__(self, model: Any, multi_lora: MultiLora, keys: Sequence[torch.Tensor], values: Sequence[torch.Tensor]):
         """`keys`, `values`: one tensor a layer as the model makes them, (1, heads, any, dim)."""
@@ -95,7 +91,7 @@ class KVCache(Cache):
         positions = start + (steps + size) % width  # the padding wraps around to behind the row's end
         self._set_write_positions(first, positions, max(starts) + width)
         self.multi_lora.set_active_slots(adapter_slots, width)
-        mask = _attention_mask(self._config, positions, max(starts) + width, self._like["dtype"])
+        mask = self._masks(positions, max(starts) + width)
         positions = positions.where(real, 0)
         logits = _last_logits(self.model, self, input_ids=ids, attention_mask=mask, position_ids=positions)
         for i, chunk in enumerate(chunks):
@@ -138,6 +134,17 @@ class KVCache(Cache):
         for store, parts in zip((self.keys, self.values), zip(*blocks, strict=True), strict=True):
             store[:, row, :, :stop] = torch.cat(parts, 2)
         self.lengths[row] = stop
+
+    def _masks(self, positions: torch.Tensor, width: int) -> Any:
+        """`positions` (rows, tokens) -> the model's attention mask: one, or one for each of its types of layers.
+
+        Raises ValueError for a type that is not known here.
+        """
+        masks = additive_masks(self._config, positions, width, self._like["dtype"])
+        types = set(getattr(self._config, "layer_types", None) or ["sliding_attention"])  # full without a window
+        if unknown := types - masks.keys():
+            raise ValueError(f"it has layers of type {', '.join(sorted(unknown))}")
+        return {kind: masks[kind] for kind in types} if len(types) > 1 else masks[types.pop()]
 
     def _set_write_positions(self, first: int, positions: torch.Tensor, width: int) -> None:
         """Set where the next pass writes, as indices into (rows * heads * capacity), and what it sees."""
@@ -189,7 +196,7 @@ class UnbatchedCache:
     state. Several sequences take as long as one after the other.
     """
 
-    chunked_prefill = False  # a recurrent layer reads more than one token only at the start
+    chunked_prefill = keeps_blocks = False  # a recurrent layer reads more than one token only at the start
     nbytes = planned = 0
 
     def __init__(self, model: Any, multi_lora: MultiLora):
@@ -238,25 +245,21 @@ def _last_logits(model: Any, cache: Cache, **inputs: torch.Tensor) -> torch.Tens
     return out.logits[:, -1]
 
 
-def _attention_mask(config: Any, positions: torch.Tensor, width: int, dtype: torch.dtype) -> Any:
-    """`positions` (rows, tokens) -> additive mask (rows, 1, tokens, width), or one for each of several layer types.
-
-    Raises ValueError for a type that is not known here.
-    """
-    window, chunk = _reaches(config)
+def additive_masks(config: Any, positions: torch.Tensor, width: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """`positions` (rows, tokens) -> an additive mask (rows, 1, tokens, width) for each known type of attention."""
+    window, chunk = reaches(config)
     columns, positions = torch.arange(width, device=positions.device), positions[:, None, :, None]
     causal = columns <= positions  # a token sees itself and those before it
     near = causal & (columns > positions - window) if window else causal
     same = causal & (columns // chunk == positions // chunk) if chunk else causal
-    seen = {"full_attention": causal, "sliding_attention": near, "chunked_attention": same}
-    types = set(getattr(config, "layer_types", None) or ["sliding_attention"])  # which is full without a window
-    if unknown := types - seen.keys():
-        raise ValueError(f"it has layers of type {', '.join(sorted(unknown))}")
-    masks = {kind: _additive(seen[kind], dtype) for kind in types}
-    return masks if len(masks) > 1 else next(iter(masks.values()))
+    full = _additive(causal, dtype)
+    return {
+        "full_attention": full, "sliding_attention": _additive(near, dtype) if window else full,
+        "chunked_attention": _additive(same, dtype) if chunk else full,
+    }
 
 
-def _reaches(config: Any) -> tuple[int, int]:
+def reaches(config: Any) -> tuple[int, int]:
     """Tokens of a sliding window and of a chunk of attention; 0 where the model has none."""
     window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
     return window or 0, getattr(config, "attention_chunk_size", None) or 0
@@ -264,52 +267,3 @@ def _reaches(config: Any) -> tuple[int, int]:
 
 def _additive(visible: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(~visible, torch.finfo(dtype).min)
-
-
-@torch.inference_mode()
-def create_kv_cache(model: Any, multi_lora: MultiLora) -> KVCache | UnbatchedCache:
-    """A KVCache where the model computes with it what it computes by itself, else an UnbatchedCache."""
-    unbatched = UnbatchedCache(model, multi_lora)
-    try:
-        batched = _batched_cache(model, multi_lora)
-        difference = _logits_difference(unbatched, batched)
-        if difference < TOLERANCE.get(model.dtype, 0.1):
-            return batched
-        reason = f"logits differ by {difference:.2g} of their spread"
-    except Exception as error:
-        reason = str(error)
-    effect = "its answers are computed one after the other, without a prefix cache"
-    log.warning("this model cannot be batched token by token (%s): %s", reason, effect)
-    return unbatched
-
-
-def _batched_cache(model: Any, multi_lora: MultiLora) -> KVCache:
-    """Raises ValueError for a model that keeps something else than keys and values of one shape."""
-    cache = DynamicCache(config=model.config)
-    multi_lora.set_active_slots([BASE_SLOT], 1)
-    ids = torch.ones(1, 1, dtype=torch.long, device=model.device)
-    model(input_ids=ids, use_cache=True, **{cache_argument(model.__class__): cache})
-    plain = (DynamicLayer, DynamicSlidingWindowLayer)
-    if other := {type(layer).__name__ for layer in cache.layers if type(layer) not in plain}:
-        raise ValueError(f"it has layers that keep something else than keys and values: {', '.join(sorted(other))}")
-    keys, values = ([getattr(layer, name) for layer in cache.layers] for name in ("keys", "values"))
-    if len({(k.shape, v.shape) for k, v in zip(keys, values, strict=True)}) != 1:
-        raise ValueError("its layers have keys of several shapes")
-    return KVCache(model, multi_lora, keys, values)
-
-
-def _logits_difference(unbatched: UnbatchedCache, batched: KVCache) -> float:
-    """Largest difference of the logits after two prompts, one read in two pieces, over their standard deviation."""
-    config, device = unbatched.model.config.get_text_config(), unbatched.model.device.type
-    crossed = [reach for reach in _reaches(config) if 0 < reach <= CROSSED.get(device, CROSSED["cpu"])]
-    longest = max([7, *(reach + 5 for reach in crossed)])
-    long, short = ([(start + 7 * i) % config.vocab_size for i in range(n)] for start, n in ((11, longest), (5, 3)))
-    logits = []
-    for cache in (unbatched, batched):
-        cache.add_rows(2)
-        if cache.chunked_prefill:
-            cache.forward(0, [long[:2]], [BASE_SLOT])
-        logits.append(cache.forward(0, [long[cache.lengths[0] :], short], [BASE_SLOT, BASE_SLOT]).float())
-        cache.pop_row()
-        cache.pop_row()
-    return ((logits[0] - logits[1]).abs().max() / logits[0].std()).item()

@@ -3,9 +3,11 @@
 import pytest
 
 from pi_ray.config import ModelConfig
+from pi_ray.errors import ModelError
 from pi_ray.models import load_model
 from pi_ray.train.batches import plain_batch
 from pi_ray.train.generation import compute_prefix_cache, generate_greedy, request_seconds
+from tests.families import tiny_model as tiny_random_model
 from tests.generated import generate_alone
 
 PREFIX = list(range(100, 130))
@@ -75,3 +77,9 @@ def test_an_answer_that_has_begun_ends_at_a_line_break(model, expected):
     assert made[1:] == others
     # breaks before anything else do not end it
     assert generate_greedy(model, PREFIX, ROWS[:1], 8, end=None, breaks=set(answer)) == [answer]
+
+
+def test_a_model_that_does_not_go_on_from_a_cache_is_refused():
+    rwkv = tiny_random_model("rwkv", {"attention_hidden_size": 32})
+    with pytest.raises(ModelError, match="RwkvForCausalLM cannot generate: with its cache it computes something else"):
+        generate_greedy(rwkv, PREFIX, ROWS, 3, end=None)

@@ -4,8 +4,11 @@ import pytest
 import torch
 import transformers
 
+from pi_ray.errors import ModelError
 from pi_ray.models import cache_argument
-from pi_ray.serve.engine.kv_cache import KVCache, UnbatchedCache, create_kv_cache
+from pi_ray.serve.engine.cache_choice import create_kv_cache
+from pi_ray.serve.engine.hybrid_cache import HybridKVCache
+from pi_ray.serve.engine.kv_cache import KVCache, UnbatchedCache
 from pi_ray.serve.engine.multi_lora import BASE_SLOT, MultiLora
 
 SIZES = {
@@ -19,10 +22,18 @@ BATCHED = [
     ("Mistral", {"sliding_window": WINDOW}),
     ("Gemma2", {"head_dim": 8, "sliding_window": WINDOW}),
     ("GptOss", {"sliding_window": WINDOW, "num_local_experts": 4, "head_dim": 8}),
+    ("Llama4", {
+        "attention_chunk_size": WINDOW, "layer_types": ["chunked_attention", "full_attention"], "head_dim": 8,
+        "intermediate_size_mlp": 48, "num_local_experts": 4, "interleave_moe_layer_step": 2,
+    }),
 ]  # fmt: skip
+HYBRID = [
+    ("Qwen3Next", {"num_experts": 4, "num_experts_per_tok": 2, "layer_types": ["linear_attention", "full_attention"]}),
+    ("FalconH1", {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_n_groups": 1, "mamba_d_ssm": 64}),
+    ("Lfm2", {"layer_types": ["conv", "full_attention"], "conv_L_cache": 3}),
+]
 UNBATCHED = [
     ("Bloom", {"n_layer": 2, "n_head": 4}), ("Mamba", {"state_size": 4}),
-    ("Qwen3Next", {"num_experts": 4, "num_experts_per_tok": 2, "layer_types": ["linear_attention", "full_attention"]}),
 ]
 PROMPTS = [list(range(20, 42)), [7, 8, 9], list(range(100, 113))]
 STEPS = 10
@@ -30,7 +41,8 @@ STEPS = 10
 
 def tiny(family, settings):
     torch.manual_seed(0)
-    config = getattr(transformers, f"{family}Config")(**{**SIZES, **settings})
+    kind = getattr(transformers, f"{family}TextConfig", None) or getattr(transformers, f"{family}Config")
+    config = kind(**{**SIZES, **settings})
     return getattr(transformers, f"{family}ForCausalLM")(config).eval()
 
 
@@ -82,11 +94,11 @@ def together(model, cache):
     return [torch.stack(found[i][:STEPS]) for i in range(3)]
 
 
-@pytest.mark.parametrize("family, settings", BATCHED, ids=[f for f, _ in BATCHED])
+@pytest.mark.parametrize("family, settings", [*BATCHED, *HYBRID], ids=[f for f, _ in (*BATCHED, *HYBRID)])
 def test_rows_that_join_and_leave_the_batch_have_the_logits_that_they_have_alone(family, settings):
     model = tiny(family, settings)
     cache = create_kv_cache(model, MultiLora(model, 1))
-    assert isinstance(cache, KVCache)
+    assert isinstance(cache, HybridKVCache if (family, settings) in HYBRID else KVCache)
     for found, prompt in zip(together(model, cache), PROMPTS, strict=True):
         torch.testing.assert_close(found, alone(model, prompt), atol=1e-4, rtol=1e-4)
     assert cache.nbytes == 0, "no memory without rows"
@@ -99,6 +111,14 @@ def test_a_model_with_other_state_or_position_codes_gets_an_unbatched_cache(fami
     assert isinstance(cache, UnbatchedCache) and "cannot be batched token by token" in caplog.text
     for found, prompt in zip(together(model, cache), PROMPTS, strict=True):
         torch.testing.assert_close(found, alone(model, prompt), atol=1e-4, rtol=1e-4)
+
+
+def test_a_model_that_does_not_go_on_from_a_cache_is_refused():
+    """transformers' RWKV takes its state in an argument of its own; every token would be answered without the others.
+    """
+    model = tiny("Rwkv", {"attention_hidden_size": 32})
+    with pytest.raises(ModelError, match="RwkvForCausalLM cannot be served: with its cache it computes something else"):
+        create_kv_cache(model, MultiLora(model, 1))
 
 
 @pytest.fixture
@@ -170,3 +190,24 @@ def test_the_argument_for_the_cache_has_the_name_that_the_model_knows(kv_cache):
     assert cache_argument(type(kv_cache.model)) in ("cache", "past_key_values")
     old = type("Old", (), {"forward": lambda self, input_ids, past_key_values=None: None})
     assert cache_argument(old) == "past_key_values"
+
+
+@torch.inference_mode()
+def test_a_hybrids_states_are_counted_and_freed_and_its_rows_have_no_blocks():
+    model = tiny(*HYBRID[0])
+    cache = create_kv_cache(model, MultiLora(model, 1))
+    assert not cache.keeps_blocks and cache.nbytes == 0
+    cache.planned = 64
+    expected = cache.bytes_for(4, 64)
+    cache.add_rows(3)
+    cache.forward(0, PROMPTS, [BASE_SLOT] * 3)
+    assert cache.nbytes == expected > 0
+    with pytest.raises(NotImplementedError):
+        cache.copy_block(0, 0, 8)
+    first = cache.forward(0, [[5], [6], [7]], [BASE_SLOT] * 3)[0]
+    for _ in range(2):
+        cache.pop_row()
+    cache.compact()
+    assert cache.nbytes < expected and torch.isfinite(first).all()
+    cache.pop_row()
+    assert cache.nbytes == 0
