@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.families import BEGIN, END, FAMILIES, PAGE, examine, table
+from tests.bench.families import BEGIN, END, FAMILIES, PAGE, examine, table
 
 
 @pytest.fixture(scope="module")
@@ -14,7 +14,7 @@ def rows():
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_family_is_trained_and_served_as_the_page_says(family, rows, tmp_path):
-    assert table([examine(family, tmp_path)]).splitlines()[2] == rows[family], "python -m tests.families --write"
+    assert table([examine(family, tmp_path)]).splitlines()[2] == rows[family], "python -m tests.bench.families --write"
 
 
 def test_the_page_has_every_family_and_no_other(rows):

@@ -7,7 +7,7 @@ from pi_ray.errors import ModelError
 from pi_ray.models import load_model
 from pi_ray.train.batches import plain_batch
 from pi_ray.train.generation import compute_prefix_cache, generate_greedy, request_seconds
-from tests.families import tiny_model as tiny_random_model
+from tests.bench.families import tiny_model as tiny_random_model
 from tests.generated import generate_alone
 
 PREFIX = list(range(100, 130))

@@ -12,8 +12,8 @@ from pi_ray.train.batches import plain_batch, suffix_batch
 from pi_ray.train.objectives import loss_and_correct, sft_loss
 from pi_ray.train.trainer import train_worker
 from tests import workers
+from tests.bench.families import FAMILIES, PREFIX, ROWS, gradients, tiny_model
 from tests.conftest import tiny
-from tests.families import FAMILIES, PREFIX, ROWS, gradients, tiny_model
 from tests.prepared import prepare_by_hand, tiny_config
 from tests.unit.train.test_gist import KEPT
 from tests.unit.train.test_train import adapter_hash, dies_and_goes_on, log_of, settings
@@ -48,7 +48,7 @@ def test_a_row_without_a_prompt_begins_with_the_last_token_of_the_prefix():
 @pytest.mark.parametrize("family", ["Qwen3.5", "Falcon-H1", "LFM2", "gpt-oss", "Llama 3"])
 @pytest.mark.parametrize("prefix", [PREFIX, []], ids=["prefix", "no prefix"])
 def test_losses_and_gradients_equal_those_of_plain_rows(family, prefix, monkeypatch):
-    monkeypatch.setattr("tests.families.PREFIX", prefix)
+    monkeypatch.setattr("tests.bench.families.PREFIX", prefix)
     model = lora.add_lora(tiny_model(*FAMILIES[family]), TrainConfig().lora, seed=0)
     for name, p in model.named_parameters():
         if "lora_B" in name:

@@ -1,7 +1,7 @@
 """What pi-ray does with each family of open models: tiny random ones of every family, trained, published and served.
 
-    python -m tests.families            print the table of docs/models.md
-    python -m tests.families --write    write it there
+    python -m tests.bench.families            print the table of docs/models.md
+    python -m tests.bench.families --write    write it there
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from pi_ray.train.generation import generate_greedy
 from pi_ray.train.objectives import sft_loss
 from tests.lora import card, rewrite
 
-PAGE = Path(__file__).parents[1] / "docs" / "models.md"
+PAGE = Path(__file__).parents[2] / "docs" / "models.md"
 BEGIN, END = "<!-- families -->", "<!-- end of families -->"
 SIZES: dict[str, Any] = {
     "vocab_size": 200, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -107,7 +107,7 @@ class Findings:
 
     family: str
     shared: str
-    batched: bool
+    served: str
     layers: tuple[str, ...]
 
 
@@ -212,16 +212,17 @@ def examine(family: str, folder: Path) -> Findings:
     MultiLora(merged, 1).merge(str(folder / "adapter"))
     assert [alone(merged, prompt) for prompt in PROMPTS] == expected, "merged into the base it answers otherwise"
     names = {name.rpartition(".")[2] for name, module in model.named_modules() if hasattr(module, "lora_A")}
-    return Findings(family, shared, isinstance(cache, KVCache), tuple(sorted(names)))
+    batched = "in batches, with a prefix cache" if cache.keeps_blocks else "in batches"
+    served = batched if isinstance(cache, KVCache) else "row by row"
+    return Findings(family, shared, served, tuple(sorted(names)))
 
 
 def table(found: Sequence[Findings]) -> str:
     """The Markdown table of docs/models.md."""
     lines = ["| Family | Rows share their prefix in training | Served | LoRA on |", "| --- | --- | --- | --- |"]
     for each in found:
-        served = "in batches, with a prefix cache" if each.batched else "row by row"
         shared = re.sub(r" \([^)]*apart\)", "", each.shared)  # a number that machines round in other ways
-        lines.append(f"| {each.family} | {shared} | {served} | {', '.join(each.layers)} |")
+        lines.append(f"| {each.family} | {shared} | {each.served} | {', '.join(each.layers)} |")
     return "\n".join(lines) + "\n"
 
 
