@@ -14,7 +14,7 @@ from pi_ray.models import base_name
 from pi_ray.protocols import GenerationRequest
 from pi_ray.serve.engine.detokenizer import IncrementalDetokenizer, LogprobsBuffer
 from pi_ray.serve.engine.prompt_reader import PromptReader
-from pi_ray.serve.engine.refusal import as_refused_error
+from pi_ray.serve.engine.refusal import RefusedError, as_refused_error
 from pi_ray.serve.engine.request import CompletionRequest
 from pi_ray.store.adapters import Adapter, AdapterStore, check_unchanged
 
@@ -55,6 +55,8 @@ class Completer:
         self._reported_version = ""
         self._cold_threads = ThreadPoolExecutor(COLD_THREADS, "open")
         self._opening: dict[str, asyncio.Future[PiRayError | None]] = {}  # name@version -> its first opening, under way
+        self._waiting = 0  # requests for adapters that are being opened; half of a replica's places are for others
+        self._most_waiting = max(1, config.serve.max_ongoing_requests // 2)
 
     def merge(self, spec: str) -> None:
         """Before the first request: merge this adapter into the base. It alone is served from then on."""
@@ -77,10 +79,7 @@ class Completer:
         try:
             start, generation = await asyncio.to_thread(self._prepare, request, given_up)
         except ColdAdapterError as cold:
-            if cold.spec not in self._opening:
-                self._opening[cold.spec] = asyncio.ensure_future(self._open_cold(cold.spec))
-            if error := await asyncio.shield(self._opening[cold.spec]):
-                raise as_refused_error(error) from error
+            await self._wait_for_cold(cold.spec)
             start, generation = await asyncio.to_thread(self._prepare, request, given_up, is_open=True)
         finally:
             given_up.set()
@@ -100,6 +99,20 @@ class Completer:
             yield _text_event(piece, text, logprobs)
         full = text.count >= generation.max_new_tokens and not text.stopped
         yield {"finish": "length" if full else "stop", "completion_tokens": text.count}
+
+    async def _wait_for_cold(self, spec: str) -> None:
+        """Wait until an adapter is open. Raises RefusedError: what is wrong with it, or that too many wait already."""
+        if self._waiting >= self._most_waiting:
+            message = f"the adapter {spec} is being loaded, and {self._waiting} requests wait for such adapters already"
+            raise RefusedError(429, message, "rate_limit_error", "adapter_loading", "model")
+        self._waiting += 1
+        try:
+            if spec not in self._opening:
+                self._opening[spec] = asyncio.ensure_future(self._open_cold(spec))
+            if error := await asyncio.shield(self._opening[spec]):
+                raise as_refused_error(error) from error
+        finally:
+            self._waiting -= 1
 
     async def _open_cold(self, spec: str) -> PiRayError | None:
         """Open an adapter for the first time, in threads that no warm one needs -> the error of all who wait for it."""

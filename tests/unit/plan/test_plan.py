@@ -221,7 +221,7 @@ def test_a_model_that_cannot_share_its_prefix_is_counted_with_a_copy_for_every_r
     folder = tmp_path / "model"
     shutil.copytree(config.model.base, folder)
     capped, uncapped, made = 50.0, None, {}
-    config = config.replace(**{"cluster.gpus_per_node": 1})
+    config = config.replace(**{"cluster.gpus_per_node": 1, "train.gradient_checkpointing": True})
     for cap in (capped, uncapped):
         own = {"model_type": "gemma2", "architectures": ["Gemma2ForCausalLM"], "attn_logit_softcapping": cap}
         (folder / "config.json").write_text(json.dumps({**shape, **own}))
@@ -244,6 +244,12 @@ def test_a_model_that_cannot_share_its_prefix_is_counted_with_a_copy_for_every_r
             "Plain batches, in which every row brings its own copy of the template: its attention scores"
             in console.file.getvalue()
         ) == (cap == capped)
+    other = {**shape, "model_type": "gemma2", "architectures": ["Gemma2ForCausalLM"], "attn_logit_softcapping": capped}
+    (folder / "config.json").write_text(json.dumps(other))
+    by_cache = plan_run(config.replace(**{"model.base": str(folder), "train.gradient_checkpointing": False}))
+    print_plan(by_cache, console := Console(width=200, file=io.StringIO()))
+    assert "Rows share the template by its cache, computed once a batch: its attention sc" in console.file.getvalue()
+    assert scale.grid(by_cache, (1,))[0].tokens == tokens[2]
 
 
 def test_nested_configs_and_models_without_attention_heads_can_be_measured(tmp_path):

@@ -247,7 +247,10 @@ def test_adapter_that_fails_verification_is_422_with_the_reason(backend, store, 
 
 
 def test_cold_adapters_that_take_long_to_open_leave_warm_ones_alone(backend, monkeypatch):
-    """More requests wait for cold adapters than the event loop has threads for all requests."""
+    """More requests wait for cold adapters than the event loop has threads for all requests. What would take more than
+    half of the places comes back later.
+    """
+    most = backend.completer.config.serve.max_ongoing_requests // 2
     assert call(backend, body=chat()).status_code == 200
     opened, arrived, real = [], threading.Event(), backend.completer.store.open
 
@@ -272,7 +275,11 @@ def test_cold_adapters_that_take_long_to_open_leave_warm_ones_alone(backend, mon
 
     warm, firsts, cold = asyncio.run(use())
     assert firsts == ["guarded@v0001", "short@v0001"], "each is opened once for all who wait for it"
-    assert {response.status_code for response in (warm, *cold)} == {200}
+    assert warm.status_code == 200
+    refused = [response for response in cold if response.status_code != 200]
+    assert len(refused) == 80 - most > 0 and {error_of(response)["code"] for response in refused} == {"adapter_loading"}
+    assert {(response.status_code, response.headers["retry-after"]) for response in refused} == {(429, "1")}
+    assert call(backend, body=chat(model="short")).status_code == 200, "once it is open"
 
 
 def test_a_cold_adapter_that_cannot_be_opened_is_tried_once_for_all_who_wait(backend, monkeypatch):
@@ -289,11 +296,11 @@ def test_a_cold_adapter_that_cannot_be_opened_is_tried_once_for_all_who_wait(bac
 
     async def use():
         async with client(backend) as http:
-            asked = [http.post("/v1/chat/completions", json=chat(model="short")) for _ in range(10)]
+            asked = [http.post("/v1/chat/completions", json=chat(model="short")) for _ in range(4)]
             return await asyncio.gather(*asked)
 
     assert {error_of(response)["code"] for response in asyncio.run(use())} == {"adapter_refused"}
-    assert len(opened) < 5
+    assert len(opened) < 4
 
 
 def test_unreachable_store_is_503_with_retry_after(backend, monkeypatch):
