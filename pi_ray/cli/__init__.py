@@ -18,7 +18,7 @@ GROUPS = {  # as `pi-ray --help` lists the verbs
     "try it": ("demo", "init", "bake"),
     "make an adapter": ("plan", "run", "ask", "prepare", "train", "evaluate", "report", "publish", "refresh", "table"),
     "look inside": ("show", "schema", "compress", "neighbours", "knows"),
-    "serve adapters": ("serve", "chat", "release", "key"),
+    "serve adapters": ("serve", "chat", "release", "export", "key"),
     "work on a cluster": ("doctor", "render", "submit", "status", "logs", "stop"),
 }
 ON_RAY = {"demo", "bake", "run", "ask", "prepare", "train", "evaluate", "refresh", "table", "serve"}  # may start it

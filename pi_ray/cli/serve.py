@@ -47,6 +47,32 @@ def positive(text: str) -> int:
 
 
 @verb(
+    "write an adapter for other tools: a PEFT folder, or the base with the adapter in its weights",
+    argument("name", metavar="NAME", help="the adapter: NAME, NAME@VERSION or NAME@ALIAS"),
+    argument("--to", default="merged", metavar="KIND", help="peft or merged; default: %(default)s"),
+    argument("--out", default="", metavar="FOLDER", help="default: NAME-KIND under the current folder"),
+    argument("--no-check", action="store_true", help="do not load the result and compare its logits, which takes the "
+        "memory of the base model twice"),
+    argument("--store", default="store", help="folder or URL; default: store under the current folder"),
+)
+def export(args: argparse.Namespace) -> None:
+    """Write a published adapter for other tools.
+
+      pi-ray export NAME --to peft      for vLLM, LoRAX and peft, beside the base model that they have
+      pi-ray export NAME --to merged    a model of its own in the transformers layout, file by file
+    """
+    from pathlib import Path
+
+    from pi_ray.store.adapters import AdapterStore
+    from pi_ray.store.export import export_adapter
+
+    adapter = AdapterStore(args.store).open(args.name)
+    folder = Path(args.out or f"{adapter.name}-{args.to}")
+    export_adapter(adapter, args.to, folder, lambda line: args.console.print(line, markup=False), not args.no_check)
+    args.console.print(f"[bold]Exported[/]  {folder}; its README.md says what to send", highlight=False)
+
+
+@verb(
     "make an API key for a client of the server",
     argument("name", metavar="NAME", help="whose key it is"),
     argument("--adapters", nargs="+", default=[], metavar="ADAPTER", help="adapters that it may use; default: all"),

@@ -44,6 +44,7 @@ TESTED_BY = {  # verb -> test file that runs it, which must hold this text
     "demo": ("tests/ray/test_main_job.py", "pi-ray demo"),
     "ask": ("tests/ray/test_ask.py", 'main(["ask"'),
     "knows": ("tests/unit/store/test_publish.py", 'main(["knows"'),
+    "export": ("tests/unit/store/test_export.py", 'main(["export"'),
     "bake": ("tests/ray/test_bake.py", 'main(["bake"'),
     "run": ("tests/ray/test_main_job.py", "pi-ray run my-task/run.yaml"),
     "prepare": ("tests/ray/test_main_job.py", "pi-ray prepare my-task/run.yaml"),
