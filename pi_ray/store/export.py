@@ -26,6 +26,7 @@ from pi_ray.models import PACKAGED, load_model, load_tokenizer, resolve_base
 from pi_ray.prompt import PromptEncoder
 from pi_ray.run.artifact import staged, write_atomic
 from pi_ray.store.adapters import Adapter
+from pi_ray.store.prompt_guard import PROMPT_FILE
 from pi_ray.store.verify import CONFIG_FILE, LORA_TENSOR, WEIGHTS_FILE, open_weights, read_json
 
 KINDS = ("peft", "merged")
@@ -51,7 +52,7 @@ def export_adapter(adapter: Adapter, kind: str, folder: Path, say: Callable[[str
             _write_peft(adapter, tmp)
         else:
             _write_merged(adapter, model, tmp, say)
-        write_atomic(tmp / "README.md", _read_me(adapter, kind))
+        write_atomic(tmp / "README.md", _read_me(adapter, kind, model))
         if check:
             say(f"checked: logits differ from those of base and adapter by {_check(adapter, model, kind, tmp):.1e} of "
                 "their spread")
@@ -193,11 +194,21 @@ def _stored_dtype(folder: Path) -> torch.dtype:
     return torch.bfloat16 if "BF16" in found else torch.float16 if "F16" in found else torch.float32
 
 
-def _read_me(adapter: Adapter, kind: str) -> str:
-    """What a client sends, in the words of the published model card, and what this folder is."""
-    card = (adapter.path / "README.md").read_text(encoding="utf-8") if (adapter.path / "README.md").is_file() else ""
-    sent = card.partition("## Prompt\n")[2].partition("\n## ")[0].strip()
-    sent = sent or f"Send the query alone, worded as {adapter.card['prompt'].get('query', '{query}')!r}."
+def _read_me(adapter: Adapter, kind: str, model: ModelConfig) -> str:
+    """What a client sends, in the words of the published model card and as the text of one request."""
+    file, wording = adapter.path / "README.md", PromptConfig(**adapter.card["prompt"])
+    card = file.read_text(encoding="utf-8") if file.is_file() else ""
+    sent = card.partition("## Prompt\n")[2].partition("\n## ")[0].strip().splitlines()
+    sent = [line for line in sent if PROMPT_FILE not in line] or [f"Send the query, worded as {wording.query!r}."]
     what = "A PEFT adapter" if kind == "peft" else "The base model with the adapter in its weights"
-    name, base = f"{adapter.name} {adapter.version}", adapter.card["base"]
-    return f"# {name}\n\n{what}, of the base model {base}; exported by pi-ray.\n\n## Prompt\n\n{sent}\n"
+    parts = [
+        f"# {adapter.name} {adapter.version}",
+        f"{what}, of the base model {adapter.card['base']}; exported by pi-ray.",
+        "## Prompt\n\n" + "\n".join(sent),
+    ]
+    if not wording.conversation:
+        encoder = PromptEncoder(load_tokenizer(model), wording)
+        text = encoder.tokenizer.decode(encoder.encode(QUERIES[0], adapter.card["template"]))
+        how = f"What the model reads for the query {QUERIES[0]!r}, with no chat frame of another tool around it:"
+        parts.append(f"## The text of one request\n\n{how}\n\n```text\n{text}\n```")
+    return "\n\n".join(parts) + "\n"

@@ -59,7 +59,8 @@ def test_a_merged_model_answers_as_base_and_adapter(tmp_path, kind):
     assert (files > 1) == (kind != "one file")
     assert said[:files] == [f"weights: file {i} of {files}" for i in range(1, files + 1)]
     assert "logits differ from those of base and adapter" in said[-1]
-    assert "Q: {query}" in (out / "README.md").read_text()
+    read_me = (out / "README.md").read_text()
+    assert "Q: {query}" in read_me and "<|im_start|>user\nQ: What is the status?<|im_end|>" in read_me
 
 
 def test_a_peft_folder_is_loaded_by_peft(tmp_path, tiny_model):
