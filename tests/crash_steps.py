@@ -44,14 +44,11 @@ def publish(root: Path) -> None:
 
 
 def release(root: Path) -> None:
-    """A canary of version 2, then version 2 for everyone, then back."""
+    """Version 2, which was a canary, for everyone."""
     from pi_ray.store.adapters import AdapterStore
     from pi_ray.store.release import release_version
 
-    store = AdapterStore(config_of(root).store)
-    release_version(store, "tiny", version="v0001")
-    release_version(store, "tiny", version="v0002", canary=10)
-    release_version(store, "tiny", version="v0002")
+    release_version(AdapterStore(config_of(root).store), "tiny", version="v0002")
 
 
 STEPS: dict[str, Callable[[Path], None]] = {"train": train, "publish": publish, "release": release}
@@ -59,6 +56,9 @@ STEPS: dict[str, Callable[[Path], None]] = {"train": train, "publish": publish, 
 
 def make_ready(folder: Path, model: Path) -> dict[str, Path]:
     """A root at the beginning of each step, made once; copies of them are what a death is tried on."""
+    from pi_ray.store.adapters import AdapterStore
+    from pi_ray.store.release import release_version
+
     roots = {name: folder / name for name in STEPS}
     config = tiny_config(model, roots["train"] / "run", store=str(roots["train"] / "store"), **SETTINGS)
     prepare_by_hand(config)
@@ -71,6 +71,9 @@ def make_ready(folder: Path, model: Path) -> dict[str, Path]:
     publish(roots["release"])
     second = roots["release"] / "store" / "tiny" / "v0002"
     shutil.copytree(second.with_name("v0001"), second)
+    store = AdapterStore(roots["release"] / "store")
+    release_version(store, "tiny", version="v0001")
+    release_version(store, "tiny", version="v0002", canary=10)
     return roots
 
 
