@@ -20,6 +20,7 @@ from pi_ray.store.adapters import Adapter, AdapterStore, check_unchanged
 
 log = logging.getLogger("ray.serve")
 COLD_THREADS = 4  # in which adapters are opened for the first time
+COLD_PATIENCE_S = 2.0  # after which a request for such an adapter gives its place to others, where many wait
 Events = AsyncGenerator[dict[str, Any], None]  # of one answer, see Completer.complete
 
 
@@ -101,15 +102,19 @@ class Completer:
         yield {"finish": "length" if full else "stop", "completion_tokens": text.count}
 
     async def _wait_for_cold(self, spec: str) -> None:
-        """Wait until an adapter is open. Raises RefusedError: what is wrong with it, or that too many wait already."""
-        if self._waiting >= self._most_waiting:
-            message = f"the adapter {spec} is being loaded, and {self._waiting} requests wait for such adapters already"
-            raise RefusedError(429, message, "rate_limit_error", "adapter_loading", "model")
+        """Wait until an adapter is open. Raises RefusedError: what is wrong with it, or that it takes long and others
+        need the place.
+        """
+        if spec not in self._opening:
+            self._opening[spec] = asyncio.ensure_future(self._open_cold(spec))
+        opening = self._opening[spec]
         self._waiting += 1
         try:
-            if spec not in self._opening:
-                self._opening[spec] = asyncio.ensure_future(self._open_cold(spec))
-            if error := await asyncio.shield(self._opening[spec]):
+            done, _ = await asyncio.wait({opening}, timeout=COLD_PATIENCE_S)
+            if not done and self._waiting > self._most_waiting:
+                message = f"the adapter {spec} takes long to load, and {self._waiting} requests wait for such adapters"
+                raise RefusedError(429, message, "rate_limit_error", "adapter_loading", "model")
+            if error := await asyncio.shield(opening):
                 raise as_refused_error(error) from error
         finally:
             self._waiting -= 1
