@@ -5,7 +5,7 @@
 A point is a file opened for writing, a rename, a sync, a removal, a folder made or removed, below the run directory or
 the store. At a sync the file is also cut in half, as a power cut may leave it. After each death the step runs again and
 must end with the same bits as an undisturbed one, with nothing half made left over. Last line JSON; exit status 1 when
-one did not. CI tries a sample of the points (tests/faults/test_crash_points.py).
+one did not. CI tries a sample of the points (tests/unit/test_crash_points.py).
 """
 
 from __future__ import annotations
