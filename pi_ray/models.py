@@ -75,7 +75,7 @@ def _gguf_file(base: str) -> Path | None:
 
 
 def base_digest(config: ModelConfig) -> str:
-    """What the base model is made of, whatever it is called: the sha256 of its files, or its commit on the hub.
+    """A hash of the base model's files, whatever it is called: of their sha256, or its commit on the hub.
 
     "" for a hub id without a model, which a closed one's tokenizer may have. Raises ModelError for a missing folder.
     """

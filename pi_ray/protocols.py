@@ -123,7 +123,7 @@ class GenerationRequest:
 
     @property
     def adapter_key(self) -> str:
-        """What tells adapters apart, also two that had the same folder one after the other; "": the base model."""
+        """The key that tells adapters apart, also two that had one folder in turn; "": the base model."""
         return self.adapter_hash or self.adapter
 
 

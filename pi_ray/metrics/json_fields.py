@@ -49,7 +49,7 @@ def find_leaves(value: Any) -> Leaves:
 
 
 class JsonFields:
-    """Of `fields` each counts as one; without any, each leaf of output and answer does, so that inventing costs too."""
+    """Each of `fields` counts as one; without any, each leaf of output and answer does, so that inventing costs too."""
 
     def __init__(self, config: MetricConfig, task: TaskConfig):
         self.fields = [tuple(field.split(".")) for field in config.fields]

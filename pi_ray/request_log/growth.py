@@ -43,7 +43,7 @@ class Growth:
 
 
 def longest(requests: Iterable[tuple[Request, Sequence[str]]]) -> list[Request]:
-    """Of requests with their values that vary, one of each conversation: that with the most turns."""
+    """The request with the most turns of each conversation; requests come with their values that vary."""
     growth = Growth()
     keyed = [(growth.add(request, values), request) for request, values in requests]
     return list({key.asked: request for key, request in keyed if not growth.goes_on(key)}.values())

@@ -59,7 +59,7 @@ def evaluate_fingerprint(config: RunConfig, columns: list[tuple[str, str]]) -> s
 
 
 def metric_fingerprints(config: RunConfig) -> list[Any]:
-    """What the scores of an evaluation depend on, of task.metric; nothing where it is not set."""
+    """The parts of task.metric on which the scores of an evaluation depend; nothing where it is not set."""
     metric = config.task.metric
     judge = [config.closed.base_url, config.closed.model] if any(m.asks_service for m in metric) else []
     return [_metric_settings(metric), judge] if metric else []

@@ -14,7 +14,6 @@ from itertools import count
 from typing import Any, Protocol
 
 from fastapi import FastAPI, Request
-from fastapi.openapi.utils import get_openapi
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
@@ -27,16 +26,16 @@ from pi_ray.serve.engine.refusal import RefusedError, as_refused_error
 from pi_ray.serve.engine.request import CompletionRequest
 from pi_ray.serve.http.formats import ChatFormat, CompletionFormat
 from pi_ray.serve.http.keys import UNRESTRICTED, ApiKey, ApiKeys
+from pi_ray.serve.http.openapi import body_of, describe_api
 from pi_ray.serve.http.page import get_page
 from pi_ray.serve.http.rates import KeyRates
-from pi_ray.serve.http.schemas import ChatBody, CompletionBody, RequestBody, read_body
+from pi_ray.serve.http.schemas import ChatBody, CompletionBody, read_body
 from pi_ray.serve.http.streaming import EventStreamResponse, UsageCounter, merge_streams
 from pi_ray.serve.http.tool_calls import split_tool_calls
 
 log = logging.getLogger("ray.serve")
 PUBLIC_PATHS = {"/healthz", "/readyz", "/"}
 STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # nginx would hold a stream back
-SCHEMAS = "#/components/schemas/{model}"  # where OpenAPI's documents have a schema
 UNCANCELLABLE = b"x-request-disconnect-disabled"  # by it Serve would go on with a request whose client has left
 Format = ChatFormat | CompletionFormat
 
@@ -89,34 +88,18 @@ def create_api(backend: CompletionBackend, serve: ServeConfig, digest: str = "")
             raise RefusedError(404, f"no model {name[:80]!r}", code="model_not_found", param="model")
         return _model(name, backend.base)
 
-    @api.post("/v1/chat/completions", openapi_extra=_body_of(ChatBody))
+    @api.post("/v1/chat/completions", openapi_extra=body_of(ChatBody))
     async def chat_completions(request: Request) -> Any:
         body = await read_body(request, ChatBody, serve.body_limit_bytes)
         return await _respond(backend, serve, rates, request.state.key, body, ChatFormat())
 
-    @api.post("/v1/completions", openapi_extra=_body_of(CompletionBody))
+    @api.post("/v1/completions", openapi_extra=body_of(CompletionBody))
     async def completions(request: Request) -> Any:
         body = await read_body(request, CompletionBody, serve.body_limit_bytes)
         return await _respond(backend, serve, rates, request.state.key, body, CompletionFormat())
 
-    api.openapi = partial(_describe, api)  # type: ignore[method-assign]
+    api.openapi = partial(describe_api, api)  # type: ignore[method-assign]
     return api
-
-
-def _body_of(kind: type[RequestBody]) -> dict[str, Any]:
-    """What /openapi.json says of a request's body, which is read here and not by FastAPI."""
-    schema = {"$ref": SCHEMAS.format(model=kind.__name__)}
-    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
-
-
-def _describe(api: FastAPI) -> dict[str, Any]:
-    """The content of /openapi.json."""
-    content = get_openapi(title=api.title, version=api.version, routes=api.routes)
-    schemas = content.setdefault("components", {}).setdefault("schemas", {})
-    for kind in (ChatBody, CompletionBody):
-        schema = kind.model_json_schema(ref_template=SCHEMAS)
-        schemas |= {**schema.pop("$defs", {}), kind.__name__: schema}
-    return content
 
 
 class AuthMiddleware:
