@@ -9,6 +9,7 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 NO_LIMIT = 8192
 SMALLEST_BFLOAT16 = 256  # hidden size from which a CPU is faster in bfloat16
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, LARGEST_KEPT = -1, -3, 32 << 20  # of malloc.h, with the most that glibc takes
+FOUR_BIT = 0.516  # bytes of a weight in NF4 with doubly quantised scales (Dettmers et al. 2023: 0.127 bits a weight)
 LARGE_FILE, SHA256_DIGITS = 64 << 20, 64  # bytes from which a file's sha256 is kept; characters of one
 MODEL_FILES = {".safetensors", ".bin", ".json", ".txt", ".model", ".jinja"}  # endings of weights, settings, tokenizers
 # name -> (Python package that carries the weights, file or folder inside it, hub id of the same model)
@@ -134,14 +136,40 @@ def context_length(config: ModelConfig) -> int:
     return next((length for name in names if (length := getattr(found, name, None))), NO_LIMIT)
 
 
-def count_weights(config: ModelConfig) -> int:
-    """Weights of the base model by its config; none are loaded. Raises ModelError for an unknown model."""
+@dataclass(frozen=True)
+class BaseSize:
+    """Counts of a base model by its config."""
+
+    weights: int
+    linear: int  # of them in linear layers, without the output layer: those that can be quantised
+    cached: int  # numbers that the KV cache holds for each token
+
+    def weight_bytes(self, config: ModelConfig, width: int) -> float:
+        """Bytes of the weights where one has `width` bytes, or in four bits where `model.quantize` says so."""
+        quantised = self.linear if config.quantize else 0
+        return quantised * FOUR_BIT + (self.weights - quantised) * width
+
+
+def base_size(config: ModelConfig) -> BaseSize:
+    """Counted on the meta device; no weights are loaded. Raises ModelError for an unknown model."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
     shape = _from_pretrained(AutoConfig, config)
     with torch.device("meta"):
-        return sum(p.numel() for p in AutoModelForCausalLM.from_config(shape).parameters())
+        net = AutoModelForCausalLM.from_config(shape)
+    head = net.get_output_embeddings()
+    linear = sum(m.weight.numel() for m in net.modules() if isinstance(m, torch.nn.Linear) and m is not head)
+    text = shape.get_text_config()
+    cached = 2 * key_value_width(text) * text.num_hidden_layers
+    return BaseSize(sum(p.numel() for p in net.parameters()), linear, cached)
+
+
+def key_value_width(shape: Any) -> int:
+    """Numbers of the keys of one token in one layer, by a config; recurrent models, which name no heads, have some."""
+    heads = getattr(shape, "num_attention_heads", None) or 1
+    width = getattr(shape, "head_dim", None) or shape.hidden_size // heads
+    return (getattr(shape, "num_key_value_heads", None) or heads) * width
 
 
 def model_dtype(config: ModelConfig, device: str = "cpu") -> Any:
@@ -164,16 +192,20 @@ def _gains_by_bfloat16(config: ModelConfig) -> bool:
     return getattr(_from_pretrained(AutoConfig, config).get_text_config(), "hidden_size", 0) >= SMALLEST_BFLOAT16
 
 
-def load_model(config: ModelConfig, device: str = "cpu", **options: Any) -> Any:
-    """The base model in eval mode on `device`. Raises ModelError; for quantisation ConfigError or MissingExtraError."""
+def load_model(config: ModelConfig, device: str = "cpu", spread: bool = False, **options: Any) -> Any:
+    """The base model in eval mode on `device`, or with `spread` over all GPUs of this process, some layers on each.
+
+    Raises ModelError; for quantisation ConfigError or MissingExtraError.
+    """
     from transformers import AutoModelForCausalLM
 
     if device == "cpu":
         keep_freed_memory()
     dtype = model_dtype(config, device)
     options |= _four_bit(device, dtype) if config.quantize else {}
+    options |= {"device_map": "balanced"} if spread else {}
     model = _from_pretrained(AutoModelForCausalLM, config, dtype=dtype, **options)
-    return (model if config.quantize else model.to(device)).eval()
+    return (model if config.quantize or spread else model.to(device)).eval()
 
 
 @cache

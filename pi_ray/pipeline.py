@@ -26,13 +26,18 @@ from pi_ray.run.phases import plain_finetuning_config
 from pi_ray.store.publish import publish_adapter
 from pi_ray.train import launch
 from pi_ray.train.floor import decide_floor
+from pi_ray.train.replicas import check_replica
 
 if TYPE_CHECKING:
     from pi_ray.evaluate.columns import Column
 
 
 def run(config: RunConfig, console: Console) -> Path:
-    """All steps in a row. Returns the published adapter's folder, or the report where there is none to publish."""
+    """All steps in a row. Returns the published adapter's folder, or the report where there is none to publish.
+
+    Raises ConfigError before the first step for a base model that no node holds in the last ones.
+    """
+    check_replica(config)
     prepare(config, console)
     train(config, console)
     evaluate(config, console)

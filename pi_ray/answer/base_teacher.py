@@ -6,7 +6,6 @@ the same. The keys and values of each view's prompt are computed once for each a
 
 import json
 import math
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -17,13 +16,14 @@ import torch
 from pi_ray.cluster import placement, session, storage_sync
 from pi_ray.config import ModelConfig, PromptConfig, RunConfig
 from pi_ray.data.ray_map import stream
-from pi_ray.models import base_digest, load_model, load_tokenizer
+from pi_ray.models import base_digest, load_tokenizer
 from pi_ray.prompt import PromptEncoder
 from pi_ray.protocols import Row
 from pi_ray.run.artifact import digest, notify_written
 from pi_ray.run.directory import RunDir
 from pi_ray.train.drills import template_views
 from pi_ray.train.generation import compute_prefix_cache, generate_greedy, label_logprobs
+from pi_ray.train.replicas import generation_workers, load_for_generation
 
 AT_ONCE = 16  # queries of one batch
 NOTIFY_EVERY = 16  # batches after which their answers are sent to object storage
@@ -77,17 +77,14 @@ def answer_by_base(
 
 
 def _run(config: RunConfig, items: list[dict[str, Any]], views: list[str], limit: int) -> Iterator[tuple[int, Any]]:
-    """(place of the item, its answers) as they are done; one actor for each GPU, or one with all CPUs."""
+    """(place of the item, its answers) as they are done."""
     if not items:
         return
     session.connect()
-    nodes = placement.cluster_nodes()
-    gpus = int(sum(node.get("GPU", 0) for node in nodes))
-    cpus = max(1, int(max(node.get("CPU", 0) for node in nodes)) - 1)
-    resources = {} if config.cluster.evaluate_resources else {"num_gpus": 1} if gpus else {"num_cpus": cpus}
+    actors, options = generation_workers(config, placement.cluster_nodes())
     yield from stream(
-        items, BaseTeacher, config.model, config.prompt, views, limit, actors=gpus or 1,
-        sync=storage_sync.sync_for(config.root), **resources, **placement.worker_options(config, "evaluate"),
+        items, BaseTeacher, config.model, config.prompt, views, limit, actors=actors,
+        sync=storage_sync.sync_for(config.root), **options,
     )
 
 
@@ -95,11 +92,8 @@ class BaseTeacher:
     """Inside an actor: the base model with the cached prompt of each view."""
 
     def __init__(self, settings: ModelConfig, prompt: PromptConfig, views: Sequence[str], limit: int):
-        gpu = torch.cuda.is_available()
-        if not gpu:
-            torch.set_num_threads(os.cpu_count() or 1)  # Ray leaves an actor one; nothing else runs in this step
         self.encoder, self.limit = PromptEncoder(load_tokenizer(settings), prompt), limit
-        self.model = load_model(settings, "cuda" if gpu else "cpu")
+        self.model = load_for_generation(settings)
         prefixes = [self.encoder.prefix(view) for view in views]
         self.views = [(prefix, compute_prefix_cache(self.model, prefix)) for prefix in prefixes]
 

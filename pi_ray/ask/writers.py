@@ -11,7 +11,7 @@ from pi_ray.ask.train_writer import Pair, prompt_format, train_writer
 from pi_ray.ask.writing_workers import write_locally
 from pi_ray.config import ADAPTER_KINDS, AskKind, PromptConfig, RunConfig
 from pi_ray.errors import DataError
-from pi_ray.models import count_weights, load_tokenizer
+from pi_ray.models import base_size, load_tokenizer
 from pi_ray.prompt import PromptEncoder
 
 FEW_KINDS: dict[str, tuple[AskKind, ...]] = {"adapter": ADAPTER_KINDS, "few-shot": ("direct",)}  # others write all
@@ -42,8 +42,8 @@ def choose_writer(config: RunConfig, labelled: int) -> Name:
     """
     name: Name | Literal["auto"] = config.ask.writer
     if name == "auto":
-        name = "prompt" if count_weights(config.model) >= LARGE else "adapter"
-    elif name == "prompt" and count_weights(config.model) < LARGE:
+        name = "prompt" if base_size(config.model).weights >= LARGE else "adapter"
+    elif name == "prompt" and base_size(config.model).weights < LARGE:
         name = "few-shot"
     if name == "adapter" and labelled < 2:
         cure = "set ask.writer: prompt (for an instructed base) or endpoint, or let 'pi-ray bake' do all of it"

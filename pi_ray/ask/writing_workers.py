@@ -1,20 +1,18 @@
 """Writing on this cluster: Ray Data actors that load the base once, with the writer's adapter, and sample replies."""
 
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
-
-import torch
 
 from pi_ray.ask.requests import WriteRequest
 from pi_ray.cluster import placement, session, storage_sync
 from pi_ray.config import ModelConfig, PromptConfig, RunConfig
 from pi_ray.data.ray_map import stream
-from pi_ray.models import line_break_ids, load_model, load_tokenizer
+from pi_ray.models import line_break_ids, load_tokenizer
 from pi_ray.prompt import PromptEncoder
 from pi_ray.protocols import GenerationRequest
 from pi_ray.train.generation import compute_prefix_cache, generate
+from pi_ray.train.replicas import generation_workers, load_for_generation
 from pi_ray.train.sampling import Sampler, choose_sampled
 
 BATCH_ROWS = 32  # replies written at once
@@ -27,14 +25,10 @@ def write_locally(
     """Yield (place in `requests`, reply) as they are written, each of `limit` tokens for each of its queries.
 
     `prefix` is a text that stands before every prompt; `adapter` a folder, or "" for the base alone; with `one_line` a
-    reply goes on where the prompt ends, and is one line. One actor for each
-    GPU, or one with a node's cores.
+    reply goes on where the prompt ends, and is one line.
     """
     session.connect()
-    nodes = placement.cluster_nodes()
-    gpus = int(sum(node.get("GPU", 0) for node in nodes))
-    cpus = max(1, int(max(node.get("CPU", 0) for node in nodes)) - 1)
-    resources = {} if config.cluster.evaluate_resources else {"num_gpus": 1} if gpus else {"num_cpus": cpus}
+    actors, options = generation_workers(config, placement.cluster_nodes())
     batches = [range(len(requests))[i : i + BATCH_ROWS] for i in range(0, len(requests), BATCH_ROWS)]
     items = [{
         "prompts": [requests[i].prompt for i in batch], "seeds": [requests[i].seed for i in batch],
@@ -42,8 +36,7 @@ def write_locally(
     } for batch in batches]
     for place, replies in stream(
         items, WritingWorker, config.model, prompt, prefix, adapter, config.ask.temperature, config.ask.top_p,
-        one_line, actors=gpus or 1, sync=storage_sync.sync_for(config.root),
-        **resources, **placement.worker_options(config, "evaluate"),
+        one_line, actors=actors, sync=storage_sync.sync_for(config.root), **options,
     ):
         yield from zip(batches[place], replies, strict=True)
 
@@ -55,12 +48,9 @@ class WritingWorker:
         self, settings: ModelConfig, prompt: PromptConfig, prefix: str, adapter: str, temperature: float, top_p: float,
         one_line: bool = False,
     ):
-        gpu = torch.cuda.is_available()
-        if not gpu:
-            torch.set_num_threads(os.cpu_count() or 1)  # Ray leaves an actor one; nothing else runs in this step
         self.encoder = PromptEncoder(load_tokenizer(settings), prompt)
         self.request = GenerationRequest([], 0, temperature=temperature, top_p=top_p)
-        self.model = load_model(settings, "cuda" if gpu else "cpu")
+        self.model = load_for_generation(settings)
         if adapter:
             from peft import PeftModel
 

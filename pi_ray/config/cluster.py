@@ -68,6 +68,8 @@ class ClusterConfig(Block):
     image: Word = doc("pi-ray:cuda", "container image, made from cluster/Dockerfile")
     gpus_per_node: Positive = 8
     gpu_memory_gib: Positive = doc(80, "memory of one GPU: 80, or 40 for the smaller A100")
+    gpus_per_replica: Literal["auto"] | Positive = doc("auto", "GPUs of a node over which one copy of the base model "
+        "is spread in evaluation, as a teacher and in serving; auto: as few as hold it")
     gpu_node_cpus: Positive = doc(88, "CPUs of a GPU node that Ray may use")
     gpu_node_memory_gib: Count = doc(0, "host memory of a GPU node that Ray may use; 0: what the model needs")
     gpu_node_labels: dict[Word, Word] = doc({}, "Kubernetes labels of GPU nodes, such as "

@@ -1,6 +1,5 @@
 """Generation for evaluation: Ray Data actors that load the base model once, with every column's adapter beside it."""
 
-import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -9,18 +8,17 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import torch
-
 from pi_ray.cluster import placement, session, storage_sync
 from pi_ray.config import ModelConfig, PromptConfig, RunConfig
 from pi_ray.data.ray_map import stream
 from pi_ray.evaluate import forgetting
 from pi_ray.evaluate.columns import AnswerLengths, Column, answer_lengths
-from pi_ray.models import line_break_ids, load_model, load_tokenizer
+from pi_ray.models import line_break_ids, load_tokenizer
 from pi_ray.prompt import PromptEncoder
 from pi_ray.run.directory import RunDir
 from pi_ray.train.generation import compute_prefix_cache, generate_greedy, request_seconds
 from pi_ray.train.gist import gist_cache, gist_ids, load_gist
+from pi_ray.train.replicas import generation_workers, load_for_generation
 
 Prompts = tuple[list[int], list[list[int]]]  # prefix ids, and the ids of each row
 PROBE_TOKENS = 64  # of an answer to a question for the hidden template
@@ -44,17 +42,13 @@ def work_item(column: Column, prompts: dict[str, Prompts], indices: Iterable[int
 def run_work(
     config: RunConfig, columns: Sequence[Column], work: list[dict[str, Any]], lengths: AnswerLengths, actors: int = 0
 ) -> Iterator[tuple[int, Any]]:
-    """Yield (place in `work`, result of Generator). One actor for each GPU unless `actors` says how many."""
+    """Yield (place in `work`, result of Generator). As many actors as there is room for, or `actors`."""
     session.connect()
-    nodes = placement.cluster_nodes()
-    gpus = int(sum(node.get("GPU", 0) for node in nodes))
-    cpus = max(1, int(max(node.get("CPU", 0) for node in nodes)) - 1)
-    resources = {} if config.cluster.evaluate_resources else {"num_gpus": 1} if gpus else {"num_cpus": cpus}
+    actors, options = generation_workers(config, placement.cluster_nodes(), actors)
     adapters = list(dict.fromkeys(c.adapter for c in columns if c.adapter))
     yield from stream(
         work, Generator, config.model, config.prompt, adapters, lengths,
-        actors=actors or gpus or 1, sync=storage_sync.sync_for(config.root),
-        **resources, **placement.worker_options(config, "evaluate"),
+        actors=actors, sync=storage_sync.sync_for(config.root), **options,
     )
 
 
@@ -133,12 +127,9 @@ class Generator:
     """A Ray Data actor: the base model with every column's adapter beside it. Called with one `work_item` at a time."""
 
     def __init__(self, settings: ModelConfig, prompt: PromptConfig, adapters: list[str], lengths: AnswerLengths):
-        gpu = torch.cuda.is_available()
-        if not gpu:
-            torch.set_num_threads(os.cpu_count() or 1)  # Ray leaves an actor one; nothing else runs in this step
         self.encoder = PromptEncoder(load_tokenizer(settings), prompt)
         self.end = self.encoder.tokenizer.eos_token_id
-        self.loaded = LoadedAdapters(load_model(settings, "cuda" if gpu else "cpu"), adapters)
+        self.loaded = LoadedAdapters(load_for_generation(settings), adapters)
         self.gists = {folder: load_gist(Path(folder)) for folder in adapters}
         self.lengths = lengths
         self.breaks = line_break_ids(self.encoder.tokenizer) if lengths.one_line else frozenset()

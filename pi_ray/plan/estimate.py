@@ -13,7 +13,7 @@ from typing import Any
 
 from pi_ray.config import LoraConfig, ModelConfig, RunConfig
 from pi_ray.errors import ConfigError, ModelError
-from pi_ray.models import model_dtype, resolve_base
+from pi_ray.models import FOUR_BIT, key_value_width, model_dtype, resolve_base
 from pi_ray.run.artifact import read_manifest
 from pi_ray.run.directory import RunDir
 from pi_ray.schedule import plan_phases
@@ -24,7 +24,6 @@ REACHED = {"cpu": 0.65, "gpu": 0.3}
 LAUNCH = 0.003  # seconds that a GPU needs for one layer forward and backward, however little it computes
 REFERENCE_GPU = ("A100", 312e12)  # for plans made on a machine without a GPU, for a cluster that has them
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-FOUR_BIT = 0.516  # bytes of a weight in NF4 with doubly quantised scales (Dettmers et al. 2023: 0.127 bits a weight)
 # Bytes of a GPU worker's process besides the model: Python, its libraries, the CUDA context (a rule of thumb).
 PROCESS = 6 * 2**30
 LIVE = 10**9  # weights that ZeRO-3 keeps gathered on a worker (DeepSpeed's stage3_max_live_parameters)
@@ -91,8 +90,6 @@ def model_size(model: ModelConfig, lora: LoraConfig) -> ModelSize:
         cure = "A folder with its config.json is enough: model.base=FOLDER"
         raise ModelError(f"model '{model.base}' cannot be measured: {reason}. {cure}") from error
     shape, plain_batch_reason = shape.get_text_config(), why_prefix_cannot_be_shared(net)
-    heads = getattr(shape, "num_attention_heads", None) or 1  # recurrent models have none
-    width = getattr(shape, "head_dim", None) or shape.hidden_size // heads
     inner = getattr(shape, "moe_intermediate_size", None) or getattr(shape, "intermediate_size", None)
     experts = getattr(shape, "num_experts_per_tok", None) or 1
     head, table = net.get_output_embeddings().weight, net.get_input_embeddings().weight
@@ -103,7 +100,7 @@ def model_size(model: ModelConfig, lora: LoraConfig) -> ModelSize:
         linear=sum(m.weight.numel() for m in net.modules() if isinstance(m, torch.nn.Linear) and m.weight is not head),
         lora=_lora_weights(net, lora), layers=shape.num_hidden_layers, hidden=shape.hidden_size,
         inner=(inner or 4 * shape.hidden_size) * experts,
-        key_value=(getattr(shape, "num_key_value_heads", None) or heads) * width, plain_batch_reason=plain_batch_reason,
+        key_value=key_value_width(shape), plain_batch_reason=plain_batch_reason,
     )
 
 

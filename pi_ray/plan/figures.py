@@ -35,6 +35,7 @@ class Plan:
     plain: list[PhasePlan]  # of plain fine-tuning, empty without that baseline
     memory: dict[str, float]  # bytes per worker in the phase that needs most, by what holds them
     host: dict[str, float]  # bytes of the host likewise
+    replica: dict[str, float]  # bytes of one copy of the base that generates, likewise; empty on CPUs
     full: estimate.Shape  # of a request with the full prompt
     query: estimate.Shape  # of a request to the adapter
     money: cost.Economics

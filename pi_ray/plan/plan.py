@@ -40,6 +40,7 @@ from pi_ray.train.drills import describe_drills
 from pi_ray.train.facts import find_facts
 from pi_ray.train.floor import FEW_ROWS
 from pi_ray.train.phase_scores import scored_rows
+from pi_ray.train.replicas import check_replica, replica_bytes, replica_gpus
 from pi_ray.train.teaching import describe_options
 from pi_ray.train.updates import updates_in_phase
 
@@ -51,8 +52,10 @@ LABEL_TOKENS = 32  # of an answer that no teacher has written yet
 def plan_run(config: RunConfig) -> Plan:
     """Count rows and tokens, and estimate time, memory and money.
 
-    Raises DataError for rows that preparation would refuse, and what the task and the model raise.
+    Raises DataError for rows that preparation would refuse, ConfigError for a base model that no node holds, and what
+    the task and the model raise.
     """
+    check_replica(config)
     task: Task = tasks[config.task.name](config.task)
     require_queries(config)
     sources = task_sources(config) if config.task.generate else None
@@ -123,7 +126,8 @@ def plan_run(config: RunConfig) -> Plan:
         config=config, rows=rows, rejects=len(rejects), notes=notes, size=size, speed=speed, phases=phases,
         plain=[planned(p) for p in plain],
         memory=max((estimate.device_memory(size, s, config) for s in shapes), key=lambda m: sum(m.values())),
-        host=estimate.host_memory(size, config), full=full, query=query,
+        host=estimate.host_memory(size, config),
+        replica=replica_bytes(config) if speed.device == "gpu" else {}, full=full, query=query,
         money=cost.economics(training, prices), teaching=teaching, answering=answering, scored=scored,
         asking=asking, drills=drills,
     )
@@ -186,6 +190,8 @@ def print_plan(plan: Plan, console: Console, scale: bool = False) -> None:
     say(f"Memory per worker{', on its GPU' if plan.host else ''}: {parts}")
     if plan.host:
         say(f"Host memory per worker: at most about {_parts(plan.host)}")
+    if plan.replica:
+        say(_replica(plan))
     cores = "a share of the CPU cores, so that more workers on one machine are not faster"
     each = "one GPU" if plan.speed.device == "gpu" else cores
     batch = f"a batch of {train.batch_size} rows gives {config.rows_per_worker} to each"
@@ -260,6 +266,14 @@ def _dev_answers(plan: Plan) -> str:
     shots = any(p.phase.shots for p in plan.phases)
     fixed = "; examples are then fixed ones, which a server can send" if shots else ""
     return f"Quality floor: {rows}, {time}; the run ends at the shortest prompt {keeps}{fixed}"
+
+
+def _replica(plan: Plan) -> str:
+    """Where a copy of the base that generates goes."""
+    gpus, gib = replica_gpus(plan.config), plan.config.cluster.gpu_memory_gib
+    where = f"on one GPU of {gib} GiB" if gpus == 1 else f"over {gpus} GPUs of {gib} GiB of one node"
+    how = "" if gpus == 1 else " (by layers, or with serve.engine: vllm by tensor parallelism)"
+    return f"Each copy that evaluates, teaches or serves: about {_parts(plan.replica)}, {where}{how}"
 
 
 def _duration(seconds: float) -> str:

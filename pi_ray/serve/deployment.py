@@ -20,7 +20,7 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
 from pi_ray.cluster import placement
 from pi_ray.config import RunConfig
-from pi_ray.errors import AdapterError
+from pi_ray.errors import AdapterError, ConfigError
 from pi_ray.models import base_name
 from pi_ray.protocols import GenerationRequest
 from pi_ray.serve.engine import completion
@@ -32,6 +32,7 @@ from pi_ray.serve.http.api import create_api
 from pi_ray.serve.http.streaming import StreamCoalescer
 from pi_ray.serve.metrics import Metrics, MetricsMiddleware, Traffic
 from pi_ray.store.adapters import AdapterStore
+from pi_ray.train.replicas import replica_gpus
 
 log = logging.getLogger("ray.serve")
 API_REQUESTS = 1024  # open HTTP requests at the ingress; the queue before the model is the limit that clients meet
@@ -183,7 +184,8 @@ class HandleBackend:
 def build_application(config: RunConfig, digest: str = "") -> serve.Application:
     """The Serve application of `config`. `digest` is keys.key_digest of the bearer key.
 
-    The version of serve.merge is fixed here, so that replicas that start later merge the same one. Raises AdapterError.
+    The version of serve.merge is fixed here, so that replicas that start later merge the same one. Raises AdapterError,
+    and ConfigError for a base model that the engine does not hold.
     """
     from pi_ray.registry import engines
 
@@ -198,6 +200,11 @@ def build_application(config: RunConfig, digest: str = "") -> serve.Application:
         model = serve.deployment(**options, num_replicas=1)(Model).bind(config, engine_deployment(config))
     else:
         cluster = ray.cluster_resources() if ray.is_initialized() else {}
+        if cluster.get("GPU") and (gpus := replica_gpus(config)) > 1:
+            raise ConfigError(
+                f"{config.model.base} takes {gpus} GPUs (cluster.gpus_per_replica), and serve.engine transformers has "
+                "one: take serve.engine vllm, which splits each layer over them"
+            )
         options = replica_options(config.serve, cluster, placement.worker_options(config, "serve"))
         model = serve.deployment(**options)(Model).bind(config)
 

@@ -13,27 +13,33 @@ from typing import Any
 
 import torch
 
-# Attention weights of one call: with fewer SDPA is as fast; more would take memory, since backward holds all at once.
+# Attention weights: with fewer in a call SDPA is as fast; more at once take memory, since backward holds them all.
 FEWEST, MOST = 1 << 16, 1 << 25
 
 
 def takes_matrix_products(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, dropout: float) -> bool:
-    """Whether `attend` is for this call: query (1, H, N, D) and key (1, H_kv, M, D) of a training update on a CPU.
+    """Whether `attend` is for this call: query (B, H, N, D) and key (B, H_kv, M, D) of a training update on a CPU.
 
     Values of another width, as in multi-head latent attention, are left to SDPA.
     """
-    fits = query.device.type == "cpu" and query.dtype == torch.bfloat16 and query.shape[0] == 1
-    fits = fits and key.shape == value.shape
-    learns = torch.is_grad_enabled() and not dropout
-    return fits and learns and FEWEST <= query.shape[1] * query.shape[2] * key.shape[2] <= MOST
+    fits = query.device.type == "cpu" and query.dtype == torch.bfloat16 and key.shape == value.shape
+    learns, weights = torch.is_grad_enabled() and not dropout, _weights_of_row(query, key)
+    return fits and learns and len(query) * weights >= FEWEST and weights <= MOST
 
 
 def attend(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, sees: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """query (1, H, N, D), key and value (1, H_kv, M, D), `sees` (N, M) bool or None for causal -> (1, H, N, D)."""
+    """query (B, H, N, D), key and value (B, H_kv, M, D), `sees` (N, M) bool or None for causal -> (B, H, N, D)."""
     bias = None if sees is None else _bias(sees, query.dtype)
-    return _Attention.apply(query, key, value, bias, scale)
+    at_once = max(1, MOST // _weights_of_row(query, key))
+    parts = zip(*(x.split(at_once) for x in (query, key, value)), strict=True)
+    return torch.cat([_Attention.apply(*part, bias, scale) for part in parts])
+
+
+def _weights_of_row(query: torch.Tensor, key: torch.Tensor) -> int:
+    """H * N * M"""
+    return query.shape[1] * query.shape[2] * key.shape[2]
 
 
 def _bias(sees: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -56,23 +62,24 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         query, key, value, output, logsumexp, bias = ctx.saved_tensors
-        (_, heads, n, _), (_, groups, m, _) = query.shape, key.shape
+        (rows, heads, n, _), (_, kv_heads, m, _) = query.shape, key.shape
+        groups = rows * kv_heads  # queries with the same keys
 
         def fold(x: torch.Tensor) -> torch.Tensor:
-            """(1, H, N, X) -> (H_kv, H / H_kv * N, X): heads with the same keys one after another."""
-            return x.reshape(groups, heads // groups * n, x.shape[-1])
+            """(B, H, N, X) -> (B * H_kv, H / H_kv * N, X): heads with the same keys one after another."""
+            return x.reshape(groups, heads // kv_heads * n, x.shape[-1])
 
         if bias is None:
             bias = _bias(torch.ones(n, m, dtype=torch.bool).tril(), query.dtype)
-        grad, query, key, value = fold(grads[0]), fold(query), key[0], value[0]
+        grad, query, key, value = fold(grads[0]), fold(query), key.flatten(0, 1), value.flatten(0, 1)
         scores = _product_less(query, key, fold(logsumexp[..., None]) / ctx.scale)
         weights = torch.add(bias, scores.view(groups, -1, n, m), alpha=ctx.scale).exp_().view(scores.shape)
         grad_value = weights.transpose(1, 2) @ grad
         mean = (grad.float() * fold(output)).sum(-1, keepdim=True)
         grad_scores = _product_less(grad, value, mean).mul_(weights)
-        grad_query = (grad_scores @ key).mul_(ctx.scale).view(1, heads, n, -1)
-        grad_key = (grad_scores.transpose(1, 2) @ query).mul_(ctx.scale)
-        return grad_query, grad_key[None], grad_value[None], None, None
+        grad_query = (grad_scores @ key).mul_(ctx.scale).view(rows, heads, n, -1)
+        grad_key = (grad_scores.transpose(1, 2) @ query).mul_(ctx.scale).view(rows, kv_heads, m, -1)
+        return grad_query, grad_key, grad_value.view(grad_key.shape), None, None
 
 
 def _product_less(rows: torch.Tensor, columns: torch.Tensor, less: torch.Tensor) -> torch.Tensor:

@@ -2,8 +2,9 @@
 
 All rows of a phase have the same template, so its tokens go through the model once per batch instead of once per row.
 Only attention differs from an ordinary forward pass: in every transformers decoder that dispatches to
-`ALL_ATTENTION_FUNCTIONS`, with gradient checkpointing and with ZeRO-3. It is SDPA row by row, without padding or an
-(S, S) mask, or on GPUs flex attention, one kernel over the packed sequence that skips blocks in which nothing is seen.
+`ALL_ATTENTION_FUNCTIONS`, with gradient checkpointing and with ZeRO-3. It is SDPA over the prefix, then over rows of
+like lengths as padded batches, without an (S, S) mask, or on GPUs flex attention, one kernel over the packed sequence
+that skips blocks in which nothing is seen.
 Flex attention's mask and outputs are tested on CPUs, its speed is not measured yet. On CPUs in bfloat16 SDPA has a
 backward pass of our own (cpu_attention.py).
 """
@@ -23,6 +24,7 @@ from transformers import AttentionInterface
 
 from pi_ray.errors import TrainingError
 from pi_ray.train import cpu_attention
+from pi_ray.train.row_batch import RowBatch, row_batches
 
 NAME, FLEX = "pi_ray_shared_prefix", "pi_ray_shared_prefix_flex"
 BLOCK = 128  # tokens of a block of flex attention
@@ -37,7 +39,7 @@ class Layout:
     visible: int  # V: rows see the last V tokens of the prefix, all P or gist tokens alone
     lengths: tuple[int, ...]  # L_b
     segment: torch.Tensor  # (S,) int32: each token's row number, -1 in the prefix
-    made: dict[Any, Any] = field(default_factory=dict)  # masks by window, once a forward pass needs them
+    made: dict[Any, Any] = field(default_factory=dict)  # masks and row batches, once a forward pass needs them
 
     @classmethod
     def build(cls, prefix: int, lengths: Sequence[int], visible: int | None = None) -> Layout:
@@ -50,6 +52,11 @@ class Layout:
     def visible_to(self, window: int | None) -> int:
         """Tokens at the end of the prefix of which a row sees any: with a sliding window no more than it reaches."""
         return self.visible if window is None else min(self.visible, window - 1)
+
+    def row_batches(self) -> list[RowBatch]:
+        if "batches" not in self.made:
+            self.made["batches"] = row_batches(self.lengths, self.segment.device)
+        return self.made["batches"]
 
     def row_mask(self, window: int | None) -> torch.Tensor:
         """(L, V' + L) bool of the longest row, V' = visible_to(window); a row of L_b tokens takes (L_b, V' + L_b)."""
@@ -96,7 +103,7 @@ def shared_prefix_attention(
     scaling: float | None = None, layout: Layout | None = None, flex: bool = False, sliding_window: int | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attend by SDPA, row by row, or with `flex` by flex attention; without a layout it is ordinary causal attention.
+    """Attend by SDPA, prefix and rows apart, or with `flex` by flex attention; without a layout by a causal mask.
 
     query (1, H, S, D), key and value (1, H_kv, S, D) -> output (1, S, H, D). Dropout and tiny heads are left to SDPA.
     A layer with a sliding window sees the last `sliding_window` tokens by their positions.
@@ -111,13 +118,16 @@ def shared_prefix_attention(
         output = kernel(query, key, value, block_mask=blocks, scale=scaling, enable_gqa=grouped)
     else:
         p, v, mask = layout.prefix, layout.visible_to(sliding_window), layout.row_mask(sliding_window)
-        splits = (x.split([p, *layout.lengths], dim=2) for x in (query, key, value))
+        batches = layout.row_batches()
+        splits = (x.split([p, *(len(batch.place) for batch in batches)], dim=2) for x in (query, key, value))
         (head, *queries), (head_key, *keys), (head_value, *values) = splits
         seen_key, seen_value = head_key[:, :, p - v :], head_value[:, :, p - v :]
         outputs = [attend(head, head_key, head_value, layout.prefix_mask(sliding_window))] if p else []
-        for n, q, k, w in zip(layout.lengths, queries, keys, values, strict=True):
+        for batch, q, k, w in zip(batches, queries, keys, values, strict=True):
+            n = batch.longest
             sees = mask[:n, : v + n] if v or sliding_window else None
-            outputs.append(attend(q, torch.cat([seen_key, k], 2), torch.cat([seen_value, w], 2), sees))
+            k, w = batch.pad(k, behind=seen_key), batch.pad(w, behind=seen_value)
+            outputs.append(batch.unpad(attend(batch.pad(q), k, w, sees)))
         output = torch.cat(outputs, 2)
     return output.transpose(1, 2).contiguous(), None
 

@@ -26,6 +26,7 @@ from pi_ray.cluster.jobs import bundle
 from pi_ray.config import RunConfig, run_file
 from pi_ray.errors import ClusterError
 from pi_ray.progress import LogProgress
+from pi_ray.train.replicas import check_replica
 
 if TYPE_CHECKING:
     from ray.job_submission import JobDetails
@@ -47,6 +48,7 @@ def submit_run(path: Path, overrides: Sequence[str], step: str, address: str, co
     config = run_file.validate_yaml(RunConfig, run_file.read_run_file(path), str(path), overrides)
     bundle.refuse_secrets((), config)
     bundle.refuse_local_models(config)
+    check_replica(config)
     jobs = Jobs(address, config.cluster.address)
     if jobs.address.startswith("http://") and not auth.is_loopback(jobs.address):
         advice = "where the network is not yours, take https or a tunnel (ssh -L, kubectl port-forward)"

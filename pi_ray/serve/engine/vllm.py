@@ -24,6 +24,7 @@ from pi_ray.protocols import GenerationRequest, Token
 from pi_ray.serve.engine.replica_options import DEFAULT_MAX_LORAS, replica_options
 from pi_ray.store.adapters import AdapterStore, check_unchanged
 from pi_ray.store.verify import CONFIG_FILE, read_json
+from pi_ray.train.replicas import replica_gpus
 
 DEPLOYMENT_NAME = "Vllm"
 BASE_ID = "base"  # the base model's name within the deployment
@@ -90,6 +91,7 @@ def llm_config_arguments(config: RunConfig) -> dict[str, Any]:
         # In one batch: one more than there are, so that a new version can answer beside the old one.
         "max_loras": min(max_loras, adapters + 1), "enable_lora": True, "max_cpu_loras": max_loras,
         "max_lora_rank": rank, "structured_outputs_config": {"backend": "guidance"},
+        "tensor_parallel_size": replica_gpus(config),
         **({"revision": model.revision} if model.revision else {}),
         **({"quantization": "bitsandbytes"} if model.quantize else {}),
     }

@@ -12,7 +12,7 @@ from pi_ray.ask.train_writer import train_writer, writer_config, writer_pairs
 from pi_ray.ask.writers import PromptedWriter, choose_writer, query_tokens
 from pi_ray.ask.writing_workers import WritingWorker
 from pi_ray.config import PromptConfig, RunConfig
-from pi_ray.models import load_tokenizer
+from pi_ray.models import BaseSize, load_tokenizer
 from pi_ray.prompt import PromptEncoder
 from pi_ray.protocols import Row
 from pi_ray.train.batches import PhaseDataset
@@ -87,7 +87,7 @@ def test_a_prefix_is_computed_once_and_stands_before_each_prompt(tiny_model):
 
 def test_auto_is_an_adapter_on_small_bases_and_prompts_on_large_ones(config, monkeypatch):
     assert choose_writer(config, 2) == "adapter"
-    monkeypatch.setattr(writers, "count_weights", lambda model: 3_000_000_000)
+    monkeypatch.setattr(writers, "base_size", lambda model: BaseSize(3_000_000_000, 0, 0))
     assert choose_writer(config, 0) == "prompt"
     assert choose_writer(config.replace(**{"ask.writer": "adapter"}), 2) == "adapter"
 

@@ -30,8 +30,8 @@ def plan_of(rows=8000, size=MIXTRAL, **changes):
     config = load_run_file(RUN).replace(**changes)
     phases = [PhasePlan(p, rows, s, 0, 0.0, True) for p, s in zip(plan_phases(config.schedule), SHAPES, strict=True)]
     return Plan(
-        config, {"train": rows}, 0, [], size, estimate.Speed("gpu", "A100", 1.0, ""), phases, [], {}, {}, SHAPES[0],
-        SHAPES[-1], None,
+        config, {"train": rows}, 0, [], size, estimate.Speed("gpu", "A100", 1.0, ""), phases, [], {}, {}, {},
+        SHAPES[0], SHAPES[-1], None,
     )
 
 

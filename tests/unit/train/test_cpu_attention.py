@@ -52,17 +52,28 @@ def test_gradients_are_as_near_to_fp32_as_torchs(sees, scale, sink):
 
 
 def test_packed_rows_have_the_gradients_of_fp32(monkeypatch):
-    layout, calls = Layout.build(11, [5, 8]), []
+    layout, calls = Layout.build(11, [3, 3, 2, 5]), []
     own = cpu_attention.attend
     monkeypatch.setattr(cpu_attention, "FEWEST", 1)
     monkeypatch.setattr(cpu_attention, "attend", lambda *args: calls.append(args) or own(*args))
     *given, grad = tensors(24, 24)
     attend = lambda q, k, v: shared_prefix_attention(None, q, k, v, None, layout=layout)[0]  # noqa: E731
     output, found = gradients(attend, *given, grad.transpose(1, 2))
-    assert len(calls) == 3  # the prefix and two rows
+    assert [len(call[0]) for call in calls] == [1, 3, 1]  # the prefix, a batch of three rows, a long row
     right_output, right = gradients(attend, *(x.float() for x in given), grad.transpose(1, 2))
-    assert len(calls) == 3  # fp32 is torch's own
+    assert len(calls) == 3  # and no more: fp32 is torch's own
     assert error(output, right_output) < 0.01 and all(error(a, b) < 0.02 for a, b in zip(found, right, strict=True))
+
+
+def test_a_batch_that_would_take_much_memory_goes_in_parts(monkeypatch):
+    """Of as many rows as `MOST` attention weights are; a part is a row at least."""
+    queries, keys, values, grads = (torch.cat(parts) for parts in zip(*(tensors(9, 9) for _ in range(5)), strict=True))
+    attend = lambda q, k, v: cpu_attention.attend(q, k, v, 0.2)  # noqa: E731
+    whole, right = gradients(attend, queries, keys, values, grads)
+    for rows in (2.5, 0.5):
+        monkeypatch.setattr(cpu_attention, "MOST", int(rows * HEADS * 9 * 9))
+        output, found = gradients(attend, queries, keys, values, grads)
+        assert torch.equal(output, whole) and all(torch.equal(a, b) for a, b in zip(found, right, strict=True))
 
 
 def test_it_is_for_training_on_cpus_in_bfloat16(monkeypatch):

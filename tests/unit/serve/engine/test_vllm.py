@@ -42,7 +42,7 @@ def test_the_options_come_from_the_store_and_the_serve_block(store, tiny_model):
     )
     assert found["engine_kwargs"] == {
         "dtype": "bfloat16", "trust_remote_code": False, "max_num_seqs": 32, "enable_prefix_caching": True,
-        "enable_lora": True, "max_loras": 3, "max_cpu_loras": 8, "max_lora_rank": 32,
+        "enable_lora": True, "max_loras": 3, "max_cpu_loras": 8, "max_lora_rank": 32, "tensor_parallel_size": 1,
         "structured_outputs_config": {"backend": "guidance"},
     }  # fmt: skip
     assert found["lora_config"] == {"max_num_adapters_per_replica": 8}
@@ -53,6 +53,11 @@ def test_the_options_come_from_the_store_and_the_serve_block(store, tiny_model):
     assert found["deployment_config"]["autoscaling_config"]["max_replicas"] == 3
     assert found["runtime_env"]["env_vars"]["VLLM_NO_USAGE_STATS"] == "1"
     assert found["model_loading_config"]["model_source"] == str(tiny_model)
+
+
+def test_a_base_of_several_gpus_is_split_over_them(store, tiny_model):
+    run = config(store, tiny_model).replace(**{"cluster.gpus_per_replica": 4})
+    assert vllm.llm_config_arguments(run)["engine_kwargs"]["tensor_parallel_size"] == 4
 
 
 def test_the_options_are_those_that_the_installed_ray_knows(store, tiny_model):

@@ -1,0 +1,34 @@
+"""Rows of a packed sequence as padded batches."""
+
+import pytest
+import torch
+
+from pi_ray.train import row_batch
+from pi_ray.train.row_batch import RowBatch, row_batches
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("lengths, batches", [
+    ([5, 5, 5], [3]),
+    ([8, 9, 10, 9], [4]),
+    ([2, 2, 90, 2, 2], [2, 1, 2]),  # one long row between short ones makes nobody wait
+    ([7], [1]),
+    ([1, 100, 1, 100], [1, 1, 1, 1]),
+])
+def test_neighbours_of_like_lengths_share_a_batch(lengths, batches):
+    made = row_batches(lengths, CPU)
+    assert [batch.rows for batch in made] == batches
+    assert sum(len(batch.place) for batch in made) == sum(lengths)  # every token, in the same order
+    assert all(b.rows * b.longest <= row_batch.MOST_PADDED * len(b.place) for b in made)
+
+
+def test_a_padded_batch_has_each_row_behind_the_prefix_and_zeros_after_it():
+    batch, heads, width = RowBatch.build([2, 3], CPU), 2, 4
+    x, prefix = torch.randn(1, heads, 5, width), torch.randn(1, heads, 6, width)
+    padded = batch.pad(x, behind=prefix)
+    assert padded.shape == (2, heads, 9, width)
+    assert torch.equal(padded[:, :, :6], prefix.expand(2, -1, -1, -1))
+    assert torch.equal(padded[0, :, 6:8], x[0, :, :2]) and not padded[0, :, 8:].any()
+    assert torch.equal(padded[1, :, 6:], x[0, :, 2:])
+    assert torch.equal(batch.unpad(batch.pad(x)), x)
