@@ -137,9 +137,9 @@ class RunConfig(Block):
         train, lora, sharded = self.train, self.train.lora, self.train.backend.shards_weights
         refuse(train.batch_size % train.workers,
             f"train.batch_size {train.batch_size} cannot be shared by train.workers {train.workers}; take a multiple")
-        refuse(train.objective != "sft" and sharded,
-            f"train.objective {train.objective} needs whole weights on each worker to let the teacher answer; "
-            "take train.backend.zero_stage 2 or less")
+        refuse(train.objective != "sft" and sharded and (train.distill.on_policy or train.distill.actors is False),
+            "ZeRO stage 3 leaves no training worker whole weights to answer with: leave out train.distill.on_policy "
+            "and train.distill.actors: false, or take train.backend.zero_stage 2 or less")
         refuse(train.micro_batch and self.rows_per_worker % train.micro_batch,
             f"train.micro_batch {train.micro_batch} does not divide the {self.rows_per_worker} rows "
             "that each worker has of a batch")

@@ -135,6 +135,8 @@ class DistillConfig(Block):
     on_policy_temperature: Amount = omit_default(0.0, "temperature at which the student answers; 0: greedily")
     on_policy_divergence: Rate = omit_default(0.3, "Jensen-Shannon divergence of student and teacher, in bits, above "
         "which the teacher's token stands in place of the student's")
+    actors: bool | Literal["auto"] = omit_default("auto", "the teacher answers in actors as evaluation has them, while "
+        "the training workers are gone, and not on these; auto: where ZeRO stage 3 shards the base model")
     anchor: Annotated[float, Field(ge=0, lt=1)] = omit_default(0.0, "share of each batch that keeps the base model's "
         "answers to bundled everyday questions, against forgetting")
 
@@ -212,6 +214,12 @@ class TrainConfig(Block):
     def judges_labels(self) -> bool:
         """Whether anything is learned from a teacher's distribution along the labels."""
         return self.objective == "mixed" or self.distill.label_weight < 1
+
+    @property
+    def actors_answer(self) -> bool:
+        """Whether a teacher answers outside the training workers."""
+        distills = self.objective != "sft" and self.distill.teacher != "endpoint"
+        return distills and (self.backend.shards_weights if self.distill.actors == "auto" else self.distill.actors)
 
     @property
     def why_no_suffix_batches(self) -> str:

@@ -242,7 +242,8 @@ def _teacher(plan: Plan) -> str:
         return f"Teacher: no unlabelled queries, so it teaches on labelled rows alone{how}; {cure}"
     adapter = plan.config.train.distill.teacher == "adapter"
     who = "the adapter as phase 0 leaves it" if adapter else "the base model"
-    work = f"answers {queries:,} unlabelled queries with the prompt of phase 0"
+    where = " in actors, while training waits with its checkpoint" if plan.config.train.actors_answer else ""
+    work = f"answers {queries:,} unlabelled queries with the prompt of phase 0{where}"
     return f"Teacher: {who} {work}, about {_duration(plan.teaching)} of that{how}"
 
 

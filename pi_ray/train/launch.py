@@ -75,11 +75,7 @@ def _train(config: RunConfig, fingerprint: str, watch: Callable[[dict[str, Any]]
             "take bfloat16, or auto"
         )
 
-    from ray.train import FailureConfig, ScalingConfig
-    from ray.train import RunConfig as RayRunConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
-
-    from pi_ray.train import checkpoint
+    from pi_ray.train import checkpoint, teacher_workers
 
     run = RunDir(config.root)
     trackers.require_tracker(config.train.tracker)
@@ -88,6 +84,26 @@ def _train(config: RunConfig, fingerprint: str, watch: Callable[[dict[str, Any]]
         run.checkpoints, fingerprint, learning_settings(config, base_digest(config.model)),
         lambda text: watch({"event": "warning", "text": text}),
     )
+    told = 0  # bytes of the log that `watch` has had
+    while not _has_all_adapters(config):
+        if teacher_workers.is_due(config, fingerprint):
+            found = checkpoint.list_checkpoints(run.checkpoints)
+            step = int(found[0].name.removeprefix("step-")) if found else 0
+            teacher_workers.answer_in_actors(config, fingerprint, step, watch)
+        _fit(config, fingerprint, watch, told)
+        told = run.train_log.stat().st_size if run.train_log.exists() else 0
+        if not (_has_all_adapters(config) or teacher_workers.is_due(config, fingerprint)):
+            raise TrainingError("training ended before its last update; the same command goes on from the checkpoint")
+    return fingerprint
+
+
+def _fit(config: RunConfig, fingerprint: str, watch: Callable[[dict[str, Any]], None], told: int) -> None:
+    """One group of training workers, to the last update or to where a teacher has to answer outside of it."""
+    from ray.train import FailureConfig, ScalingConfig
+    from ray.train import RunConfig as RayRunConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    run = RunDir(config.root)
     scaling, sync = placement.training_scaling(config, placement.cluster_nodes()), storage_sync.sync_for(run.root)
     _remove_best_link(run, sync)
     collectives = TorchConfig("nccl" if scaling["use_gpu"] else "gloo", timeout_s=config.train.collective_timeout_s)
@@ -103,7 +119,7 @@ def _train(config: RunConfig, fingerprint: str, watch: Callable[[dict[str, Any]]
         ),
     )
     stop, on_interrupt = threading.Event(), signal.getsignal(signal.SIGINT)
-    follower = threading.Thread(target=_follow, args=(run.train_log, watch, stop), daemon=True)
+    follower = threading.Thread(target=_follow, args=(run.train_log, watch, stop, told), daemon=True)
     follower.start()
     try:
         with _ray_timeouts(config.train.collective_timeout_s):
@@ -128,7 +144,6 @@ def _train(config: RunConfig, fingerprint: str, watch: Callable[[dict[str, Any]]
         sync.pull()
         sync.delete("ray")
     shutil.rmtree(run.root / "ray", ignore_errors=True)
-    return fingerprint
 
 
 def _describe_kept(run: RunDir) -> str:
@@ -202,9 +217,10 @@ def _ray_timeouts(seconds: int) -> Iterator[None]:
             del os.environ[key]
 
 
-def _follow(log: Path, watch: Callable[[dict[str, Any]], None], stop: threading.Event) -> None:
-    """Pass every complete line that is added to the log to `watch`. Workers elsewhere write it to shared storage."""
-    offset, last = 0, False
+def _follow(log: Path, watch: Callable[[dict[str, Any]], None], stop: threading.Event, offset: int) -> None:
+    """Pass every complete line of the log after so many bytes to `watch`. Workers elsewhere write it to shared storage.
+    """
+    last = False
     while not last:
         last = stop.wait(0.5)
         size = log.stat().st_size if log.exists() else 0

@@ -78,8 +78,8 @@ def generation_workers(
     options = placement.worker_options(config, "evaluate")
     gpus = [int(node.get("GPU", 0)) for node in nodes]
     if asked := config.cluster.evaluate_resources:
-        copies = sum(count // asked["GPU"] for count in gpus) if asked.get("GPU") else 1
-        return actors or int(copies) or 1, options
+        fitting = int(sum(count // asked["GPU"] for count in gpus)) if asked.get("GPU") else 1
+        return actors or max(1, fitting), options
     if not any(gpus):
         cpus = max(1, int(max(node.get("CPU", 0) for node in nodes)) - 1)
         return actors or 1, {"num_cpus": cpus, **options}

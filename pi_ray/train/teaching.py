@@ -33,6 +33,11 @@ class Teaching:
         self.loader, self.log, self.run = loader, log, RunDir(config.root)
         self.writer: StudentWriter | None = None  # once the student is to write
 
+    def awaits_actors(self, update: Update) -> bool:
+        """Whether this update learns from answers that actors outside training have yet to give."""
+        begins = (update.phase, update.index) == (self.loader.first_taught, 0)
+        return self.config.train.actors_answer and begins and not self.loader.has_answers
+
     def prepare(self, update: Update, model: Any) -> None:
         """Before an update of a phase that learns from the teacher: have it answer, where it has not.
 

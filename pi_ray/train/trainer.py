@@ -20,15 +20,16 @@ from pi_ray.run.artifact import digest, remove_leftovers
 from pi_ray.run.directory import RunDir
 from pi_ray.run.fingerprint import learning_settings
 from pi_ray.schedule import plan_phases
-from pi_ray.train import batch_logits, batches, checkpoint, distill, gist, lora, shared_prefix, trackers
+from pi_ray.train import batches, checkpoint, distill, gist, lora, shared_prefix, trackers
 from pi_ray.train.backends import MOMENTS
-from pi_ray.train.batches import Batch, Pack, PhaseDataset, to_device
+from pi_ray.train.batches import Batch, PhaseDataset, to_device
 from pi_ray.train.dataloader import TrainDataLoader, UpdateBatches
 from pi_ray.train.dev_scores import DevScorer, DevScores
 from pi_ray.train.distilled_rows import Targets
 from pi_ray.train.distributed import WorkerGroup
 from pi_ray.train.early_stopping import EarlyStop
 from pi_ray.train.objectives import distill_loss, loss_and_correct, sft_loss
+from pi_ray.train.packing import choose_packing
 from pi_ray.train.teacher_adapter import adopt_teacher
 from pi_ray.train.teaching import Teaching
 from pi_ray.train.train_log import TrainLog
@@ -70,7 +71,12 @@ class Trainer:
         micro_batches = config.rows_per_worker // (config.train.micro_batch or config.rows_per_worker)
         bf16 = models.model_dtype(config.model, device) == torch.bfloat16
         self.backend = backends[config.train.backend.name](self.build_model, config.train, micro_batches, bf16)
-        self.pack = self.choose_packing()
+        self.pack, why_not_packed = choose_packing(
+            self.backend.model, config.train, device, self.longest_row, self.plain_batch_reason,
+            self.group.broadcast_from_rank0,
+        )
+        if why_not_packed:
+            self.log.add(why_not_packed)
         self.dataloader = TrainDataLoader(config, fingerprint, self.updates, self.pack, self.rank, self.world)
         self.teaching = Teaching(config, fingerprint, self.group, self.pack, self.dataloader, self.log)
 
@@ -80,17 +86,19 @@ class Trainer:
         return getattr(self.backend.model, "module", self.backend.model)
 
     def train(self) -> None:
-        """Go on after the newest checkpoint, through all updates that are left."""
+        """Go on after the newest checkpoint, through all updates that are left, or to where others have to answer."""
         done = self.resume()
         self.log.trim(done)
         if self.dataloader.drills and not done:
             groups = self.dataloader.drills.groups
             self.log.add({"event": "drills", "step": 0, "facts": [str(group) for group in groups]})
-        if self.config.train.adopts_teacher and not done and not self.dataloader.has_answers:
+        if self.config.train.adopts_teacher and not done:
             adopt_teacher(self)
         self.log.follow(lambda: trackers.open_tracker(self.config, self.dir, done))
         while done < len(self.updates):
             update = self.updates[done]
+            if self.teaching.awaits_actors(update):
+                return self.save_checkpoint(update, done)  # training goes on from it once they have answered
             self.phase_transition(update)
             self.train_step(update)
             done = self.evaluate(update)
@@ -118,34 +126,6 @@ class Trainer:
             model.enable_input_require_grads()
             model.gradient_checkpointing_enable({"use_reentrant": False})
         return model.train()
-
-    def choose_packing(self) -> Pack:
-        """Packed rows behind their prefix where the model can, else rows behind its cache, else plain ones, with a log
-        line why.
-        """
-        train = self.config.train
-        if not train.share_prefix:
-            return batches.plain_batch
-        model, longest = self.backend.model, self.longest_row
-        flex = shared_prefix.uses_flex_attention(train.attention, self.device)
-        reason = self.group.broadcast_from_rank0(
-            self.plain_batch_reason or batch_logits.packing_error(model, self.device, flex, longest)
-        )
-        if not reason:
-            return batches.packed_batch
-        if train.gist:
-            raise TrainingError(
-                "model.base cannot be trained with gist tokens (train.gist), which need full attention in every layer: "
-                f"{reason}"
-            )
-        why_plain = self.group.broadcast_from_rank0(
-            train.why_no_suffix_batches or batch_logits.suffix_error(model, self.device, longest)
-        )
-        if not why_plain:
-            self.log.add({"event": "suffix_batches", "reason": reason})
-            return batches.suffix_batch
-        self.log.add({"event": "plain_batches", "reason": f"{reason}, and {why_plain}"})
-        return batches.plain_batch
 
     def phase_transition(self, update: Update) -> None:
         """Before an update: reset the optimiser, and have the teacher answer, where due."""

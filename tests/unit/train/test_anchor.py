@@ -13,7 +13,7 @@ from pi_ray.models import load_model, load_tokenizer
 from pi_ray.prompt import PromptEncoder
 from pi_ray.run.directory import RunDir
 from pi_ray.schedule import plan_phases
-from pi_ray.train import anchor, distill
+from pi_ray.train import anchor, answer_scores
 from pi_ray.train.anchor import AnchorRows
 from pi_ray.train.batches import PhaseDataset, packed_batch, plain_batch
 from pi_ray.train.dataloader import TrainDataLoader
@@ -85,7 +85,7 @@ def test_the_base_model_judges_them(anchored):
     made = pq.read_table(RunDir(anchored.root).teacher_answers / ANCHOR_FILE).to_pylist()
     rows, bare = AnchorRows(anchored), load_model(anchored.model, "cpu").eval()
     labels = {n: label for n, (_, label) in enumerate(rows.take(range(2)))}
-    again = distill.score_answers(bare, plain_batch, [rows.prefix], rows, labels, 4, 2)
+    again = answer_scores.score_answers(bare, plain_batch, [rows.prefix], rows, labels, 4, 2)
     for row, expected in zip(made, again, strict=True):
         assert row["label_ids"] == expected["label_ids"]
         assert row["top_logprobs"] == pytest.approx(expected["top_logprobs"], abs=1e-4)

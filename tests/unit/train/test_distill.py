@@ -15,7 +15,7 @@ from pi_ray.run.artifact import verify_artifact
 from pi_ray.run.directory import RunDir
 from pi_ray.run.fingerprint import train_fingerprint
 from pi_ray.run.phases import plain_finetuning_config
-from pi_ray.train import distill, shared_prefix
+from pi_ray.train import answer_scores, distill, shared_prefix
 from pi_ray.train.batches import PhaseDataset, packed_batch, plain_batch
 from pi_ray.train.distilled_rows import FILE, DistilledRows, Targets
 from pi_ray.train.generation import compute_prefix_cache
@@ -66,7 +66,7 @@ def test_the_teacher_is_the_adapter_as_the_first_phase_leaves_it(distilled):
     run = RunDir(distilled.root)
     model = PeftModel.from_pretrained(load_model(distilled.model, "cpu"), run.adapter(0)).eval()
     data = PhaseDataset(run.phase(0))
-    again = distill.score_answers(model, plain_batch, [data.prefix], data, labels_of(data), 4, 5)
+    again = answer_scores.score_answers(model, plain_batch, [data.prefix], data, labels_of(data), 4, 5)
     assert [e["confidence"] for e in again] == pytest.approx(
         [r["confidence"] for r in rows_of(distilled) if r["labelled"]], abs=1e-3
     )
@@ -82,12 +82,12 @@ def test_the_first_view_judges_while_it_writes(distilled, views):
     data = open_teacher_rows(distilled, "unlabelled")
     prefixes, told = [data.prefix, data.prefix[::-1]][:views], []
     cache = compute_prefix_cache(model, data.prefix)
-    written = distill.generate_answers(model, data.prefix, cache, data, range(12), 40, end, 4, told.append)
+    written = answer_scores.generate_answers(model, data.prefix, cache, data, range(12), 40, end, 4, told.append)
     answers = {n: label for n, (label, _) in written.items()}
     noted = {n: likeliest for n, (_, likeliest) in written.items()}
     assert len(answers) == event(distilled)["answered"] > 0 and told == [12]
-    found = list(distill.score_answers(model, plain_batch, prefixes, data, answers, 4, 5, noted))
-    again = list(distill.score_answers(model, plain_batch, prefixes, data, answers, 4, 5))
+    found = list(answer_scores.score_answers(model, plain_batch, prefixes, data, answers, 4, 5, noted))
+    again = list(answer_scores.score_answers(model, plain_batch, prefixes, data, answers, 4, 5))
     assert len(found) == len(again) == len(answers)
     for row, expected in zip(found, again, strict=True):
         assert row["top_logprobs"] == pytest.approx(expected["top_logprobs"], abs=1e-3)
@@ -96,9 +96,9 @@ def test_the_first_view_judges_while_it_writes(distilled, views):
 
 
 def test_what_is_not_noted_of_a_distribution_is_spread_evenly():
-    few = distill.Likeliest(torch.tensor([[3, 1]]), torch.tensor([[0.5, 0.2]]).log(), vocabulary=5)
+    few = answer_scores.Likeliest(torch.tensor([[3, 1]]), torch.tensor([[0.5, 0.2]]).log(), vocabulary=5)
     assert few.spread("cpu").exp().tolist() == [pytest.approx([0.1, 0.2, 0.1, 0.5, 0.1])]
-    whole = distill.Likeliest(torch.tensor([[1, 0]]), torch.tensor([[0.75, 0.25]]).log(), vocabulary=2)
+    whole = answer_scores.Likeliest(torch.tensor([[1, 0]]), torch.tensor([[0.75, 0.25]]).log(), vocabulary=2)
     assert whole.spread("cpu").exp().tolist() == [pytest.approx([0.25, 0.75])]
 
 
@@ -238,7 +238,7 @@ def test_in_plain_batches_the_teacher_says_the_same(distilled, tmp_path):
 def test_the_base_as_teacher_is_the_base_without_its_adapter(distilled, tmp_path):
     config = trained_with(distilled, tmp_path, **{"train.distill.teacher": "base"})
     data, bare = PhaseDataset(RunDir(config.root).phase(0)), load_model(config.model, "cpu").eval()
-    again = distill.score_answers(bare, plain_batch, [data.prefix], data, labels_of(data), 4, 5)
+    again = answer_scores.score_answers(bare, plain_batch, [data.prefix], data, labels_of(data), 4, 5)
     found = [r["confidence"] for r in rows_of(config) if r["labelled"]]
     assert found == pytest.approx([e["confidence"] for e in again], abs=1e-3)
     assert found != pytest.approx([r["confidence"] for r in rows_of(distilled) if r["labelled"]], abs=1e-1)
@@ -344,7 +344,7 @@ def test_what_a_teacher_would_do_does_not_retrain_a_run_without_one(distilled):
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("name: a\ntrain: {objective: distill, backend: {zero_stage: 3}}", "zero_stage 2 or less"),
+        ("name: a\ntrain: {objective: distill, distill: {on_policy: 0.1}, backend: {zero_stage: 3}}", "2 or less"),
         ("name: a\ntrain: {objective: mixed}\nschedule: {phases: 1}", "needs a phase after the first"),
         ("name: a\ntrain: {objective: mixed, distill: {label_weight: 0.5}}", "in mixed, share says"),
         ("name: a\ntrain: {objective: distill, distill: {show_labels: true}}", "set label_weight below 1"),

@@ -13,7 +13,7 @@ from pi_ray.models import load_tokenizer
 from pi_ray.run.artifact import staged
 from pi_ray.run.directory import RunDir
 from pi_ray.schedule import plan_phases
-from pi_ray.train import distill
+from pi_ray.train import answer_scores
 from pi_ray.train.batches import PhaseDataset, packed_batch
 from pi_ray.train.dataloader import TrainDataLoader
 from pi_ray.train.distill import view_prefixes
@@ -182,13 +182,14 @@ class Reader(torch.nn.Module):
 
 def test_distributions_are_averaged_over_views_and_agreement_is_the_share_that_gives_the_answer(drilled):
     data = PhaseDataset(RunDir(drilled.root).phase(0))
-    rows = list(distill.score_answers(Reader(), packed_batch, [[5], [9]], data, {0: [5], 1: [9], 2: [5, 5]}, 2, 2))
+    answers = {0: [5], 1: [9], 2: [5, 5]}
+    rows = list(answer_scores.score_answers(Reader(), packed_batch, [[5], [9]], data, answers, 2, 2))
     assert [row["agreement"] for row in rows] == [0.5, 0.5, 0.5]
     both = [torch.log_softmax(torch.nn.functional.one_hot(torch.tensor(t), 30) * 4.0, -1)[5] for t in (5, 9)]
     expected = torch.stack(both).exp().mean().log().item()
     assert [row["confidence"] for row in rows] == pytest.approx([expected] * 3, abs=1e-5)
     assert set(rows[0]["top_ids"]) == {5, 9}
-    (sure,) = distill.score_answers(Reader(), packed_batch, [[5], [5]], data, {0: [5]}, 2, 2)
+    (sure,) = answer_scores.score_answers(Reader(), packed_batch, [[5], [5]], data, {0: [5]}, 2, 2)
     assert sure["agreement"] == 1.0
 
 

@@ -16,7 +16,7 @@ from pi_ray.models import load_model, load_tokenizer
 from pi_ray.run.artifact import verify_artifact
 from pi_ray.run.directory import RunDir
 from pi_ray.schedule import Phase
-from pi_ray.train import distill
+from pi_ray.train import answer_scores, distill
 from pi_ray.train.batches import PhaseDataset, plain_batch
 from pi_ray.train.distilled_rows import ROUND_FILE, DistilledRows
 from pi_ray.train.generation import generate_greedy
@@ -95,7 +95,7 @@ def test_the_teacher_judges_each_token_with_the_whole_prompt(untouched):
     data, made = rows_of_phase(untouched), written(untouched)
     queries = PhaseDataset(RunDir(untouched.root).phase("unlabelled-0"))
     answers = {data.number_in_phase(row["number"]): row["label_ids"] for row in made}
-    again = distill.score_answers(adapted(untouched, 0), plain_batch, [queries.prefix], queries, answers, 4, 5)
+    again = answer_scores.score_answers(adapted(untouched, 0), plain_batch, [queries.prefix], queries, answers, 4, 5)
     for row, expected in zip(made, again, strict=True):
         assert row["top_logprobs"] == pytest.approx(expected["top_logprobs"], abs=1e-3)
 
@@ -198,7 +198,7 @@ def test_a_base_that_teaches_from_the_start_judges_with_the_whole_prompt(tiny_mo
     """Its student's only phase has no template, and the teacher reads all of it. The random base ends no answer."""
     def generate_answers(model, prefix, cache, data, numbers, limit, end, *_):
         size = model.get_base_model().config.vocab_size
-        even = distill.Likeliest(torch.arange(8).expand(3, -1), torch.full((3, 8), -math.log(size)), size)
+        even = answer_scores.Likeliest(torch.arange(8).expand(3, -1), torch.full((3, 8), -math.log(size)), size)
         return {n: ([5, 9, end], even) for n in numbers}
 
     monkeypatch.setattr(distill, "generate_answers", generate_answers)
@@ -209,7 +209,8 @@ def test_a_base_that_teaches_from_the_start_judges_with_the_whole_prompt(tiny_mo
     queries = PhaseDataset(run.phase("unlabelled-0"))
     rows = DistilledRows(run.teacher_answers, PhaseDataset(run.phase(0)), queries, config.train)
     answers = {rows.number_in_phase(row["number"]): row["label_ids"] for row in made}
-    again = list(distill.score_answers(bare, plain_batch, distill.view_prefixes(config)[:1], queries, answers, 4, 5))
+    views = distill.view_prefixes(config)[:1]
+    again = list(answer_scores.score_answers(bare, plain_batch, views, queries, answers, 4, 5))
     assert made and len(made) == len(again)
     for row, expected in zip(made, again, strict=True):
         assert row["top_logprobs"] == pytest.approx(expected["top_logprobs"], abs=1e-3)

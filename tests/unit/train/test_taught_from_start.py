@@ -12,7 +12,7 @@ from pi_ray.prompt import PromptEncoder
 from pi_ray.run.artifact import staged
 from pi_ray.run.directory import RunDir
 from pi_ray.run.row_store import write_rows
-from pi_ray.train import distill
+from pi_ray.train import answer_scores, distill
 from pi_ray.train.batches import PhaseDataset, plain_batch
 from pi_ray.train.drills import why_not_drilled
 from pi_ray.train.teacher_rows import open_teacher_rows
@@ -55,7 +55,7 @@ def test_the_base_reads_the_whole_prompt_where_the_student_sees_the_query_alone(
     assert data.prefix == encoder.prefix("")
     views = distill.view_prefixes(taught)
     assert views[0] == encoder.prefix(LISTED) and len(views) == 2
-    again = distill.score_answers(bare, plain_batch, views, data, labels_of(data), 4, 5)
+    again = answer_scores.score_answers(bare, plain_batch, views, data, labels_of(data), 4, 5)
     found = [row["confidence"] for row in rows_of(taught) if row["labelled"]]
     assert found == pytest.approx([row["confidence"] for row in again], abs=1e-3)
 

@@ -1,0 +1,115 @@
+"""A teacher that answers outside training: in actors with whole weights, while the training workers are gone.
+
+Where ZeRO stage 3 shards the base model, no training worker can generate. Training then ends with a checkpoint before
+the first update that learns from the teacher; these actors load base and adapter as evaluation does; training goes on.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from pi_ray.cluster import placement, session, storage_sync
+from pi_ray.config import RunConfig
+from pi_ray.data.ray_map import stream
+from pi_ray.protocols import UNLABELLED
+from pi_ray.run.artifact import is_current
+from pi_ray.run.directory import RunDir
+from pi_ray.run.fingerprint import wants_unlabelled
+from pi_ray.train.distill import Teacher, longest_row_tokens, write_answers
+from pi_ray.train.distilled_rows import SCHEMA
+from pi_ray.train.packing import choose_packing
+from pi_ray.train.replicas import generation_workers, load_for_generation
+from pi_ray.train.shared_prefix import why_prefix_cannot_be_shared
+from pi_ray.train.teacher_rows import open_teacher_rows
+
+log = logging.getLogger("pi_ray")
+PART_ROWS = 256  # rows of one call: after each it is said how far the teacher is
+
+
+def is_due(config: RunConfig, fingerprint: str) -> bool:
+    """Whether actors have to answer now: the teacher is there, and its answers are not."""
+    run = RunDir(config.root)
+    if not (config.train.actors_answer and wants_unlabelled(config)) or is_current(run.teacher_answers, fingerprint):
+        return False
+    folder = teacher_folder(config)
+    return not folder or folder != run.adapter(0) or is_current(folder, fingerprint)
+
+
+def teacher_folder(config: RunConfig) -> Path | None:
+    """The adapter that teaches: the first phase's, or another run's; None where the base does."""
+    distill = config.train.distill
+    if distill.teacher == "base":
+        return None
+    return Path(distill.teacher_adapter) if distill.teacher_adapter else RunDir(config.root).adapter(0)
+
+
+def answer_in_actors(
+    config: RunConfig, fingerprint: str, step: int, watch: Callable[[dict[str, Any]], None]
+) -> None:
+    """Write the teacher's answers, the same artifact that training workers write, before update `step`.
+
+    `watch` gets entries as a training log has them.
+    """
+    started, sync = time.monotonic(), storage_sync.sync_for(config.root)
+    session.connect()
+    actors, options = generation_workers(config, placement.cluster_nodes())
+    counts = {"labels": len(open_teacher_rows(config, "train")), "queries": len(open_teacher_rows(config, UNLABELLED))}
+    parts: list[dict[str, Any]] = [
+        {"kind": kind, "begin": begin, "end": min(begin + PART_ROWS, count)}
+        for kind, count in counts.items() for begin in range(0, count, PART_ROWS)
+    ]
+    parts += [{"kind": "anchor", "begin": 0, "end": 0}] if config.train.distill.anchor else []
+    folder, done = teacher_folder(config), 0
+    tables: dict[str, list[pa.Table]] = {kind: [] for kind in ("labels", "queries", "anchor")}
+    for place, rows in stream(
+        parts, TeacherWorker, config.model_dump(mode="json"), str(folder or ""), actors=actors,
+        sync=sync, **options,
+    ):
+        kind = parts[place]["kind"]
+        tables[kind].append(pa.Table.from_pylist(rows, SCHEMA))
+        if kind == "queries":
+            done += parts[place]["end"] - parts[place]["begin"]
+            watch({"event": "teacher", "step": step, "verb": "answered", "done": done, "total": counts["queries"]})
+    empty = SCHEMA.empty_table()
+    table = pa.concat_tables([empty, *tables["labels"], *tables["queries"]])
+    anchor = pa.concat_tables([empty, *tables["anchor"]]) if config.train.distill.anchor else None
+    write_answers(config, fingerprint, table, anchor, time.monotonic() - started)
+    if sync:
+        sync.push_changes()
+
+
+class TeacherWorker:
+    """A Ray Data actor: base and adapter, which answer and judge part after part of the rows."""
+
+    def __init__(self, config: dict[str, Any], folder: str):
+        from peft import PeftModel
+
+        self.config = RunConfig.model_validate(config)
+        base = load_for_generation(self.config.model).requires_grad_(False)
+        spread = len(set(getattr(base, "hf_device_map", {}).values())) > 1
+        reason = "it lies on several GPUs" if spread else why_prefix_cannot_be_shared(base)
+        model = PeftModel.from_pretrained(base, folder) if folder else base
+        longest, device = longest_row_tokens(self.config), str(base.device)
+        pack, why_not_packed = choose_packing(model, self.config.train, device, longest, reason)
+        if why_not_packed:
+            log.info("the teacher reads rows one by one with the prompt: %s", why_not_packed["reason"])
+        self.teacher = Teacher(model, self.config, pack)
+
+    def __call__(self, part: dict[str, Any]) -> list[dict[str, Any]]:
+        """Rows of SCHEMA as JSON values."""
+        numbers = range(part["begin"], part["end"])
+        if part["kind"] == "anchor":
+            return self.teacher.judge_anchor().to_pylist()
+        if part["kind"] == "labels":
+            return list(self.teacher.judge_labels(numbers, _tell_nobody))
+        return list(self.teacher.answer(numbers, _tell_nobody))
+
+
+def _tell_nobody(verb: str, done: int, total: int) -> None:
+    """The driver counts parts instead."""
