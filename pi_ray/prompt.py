@@ -175,6 +175,18 @@ class PromptEncoder:
             return [i for part in self.chat.prompt(load_messages(query)) for i in part.ids]
         return self._content(_render_row(self.config, query, shots, documents)) + self.tail_ids
 
+    def fitted_row(
+        self, query: str, shots: Sequence[Example], documents: Sequence[str], room: int
+    ) -> tuple[list[int], int]:
+        """(the row's ids with as many of its examples as `room` tokens hold, how many are left out), the least similar
+        first. Without any it may still be longer.
+        """
+        for left_out in range(len(shots) + 1):
+            ids = self.row(query, shots[left_out:], documents)
+            if len(ids) <= room:
+                break
+        return ids, left_out
+
     def encode(
         self, query: str, template: str = "", shots: Sequence[Example] = (), documents: Sequence[str] = ()
     ) -> list[int]:

@@ -14,6 +14,9 @@ class PromptConfig(Block):
     query: str = doc("{query}", "how a query is worded")
     example: str = doc("{query}\n{answer}", "how an example is worded")
     examples_heading: str = doc("Examples:", "line before the examples; empty for none")
+    context: Count = omit_default(0, "tokens that prompt and answer may have together: a longer row leaves out its "
+        "least similar examples, a longer conversation its oldest turns; 0: all examples stay, and conversations fit "
+        "the base model")
     conversation: bool = omit_default(False, "what task conversations sets: a query is a whole conversation")
 
     def model_post_init(self, context: Any) -> None:

@@ -29,7 +29,8 @@ class ConversationContext:
     """
 
     def __init__(self, config: RunConfig, encoder: PromptEncoder, template: Template):
-        self.encoder, self.context = encoder, context_length(config.model)
+        self.encoder, own = encoder, context_length(config.model)
+        self.context = min(own, config.prompt.context or own)
         self.template = len(encoder.prefix(template.text))
         self.room = self.context - self.template
         self.is_own_template, self.all_turns = config.prompt.chat == "model", config.task.learn == "all"

@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 
 from pi_ray.config import ModelConfig, PromptConfig, RunConfig
 from pi_ray.data.pieces import RowRange
+from pi_ray.errors import DataError
 from pi_ray.models import load_tokenizer
 from pi_ray.prompt import Example, PromptEncoder
 from pi_ray.protocols import UNLABELLED, Row
@@ -28,7 +29,10 @@ from pi_ray.run.directory import RunDir
 from pi_ray.run.row_store import read_range, to_rows, write_piece
 
 PIECE_ROWS = 512
-SCHEMA = pa.schema({"id": pa.string(), "prompt_ids": pa.list_(pa.int32()), "label_ids": pa.list_(pa.int32())})
+SCHEMA = pa.schema({
+    "id": pa.string(), "prompt_ids": pa.list_(pa.int32()), "label_ids": pa.list_(pa.int32()),
+    "left_out": pa.int32(),  # examples, where all of them would not fit into prompt.context
+})
 
 
 class PhaseData(NamedTuple):
@@ -46,7 +50,8 @@ class TokeniseRows:
     prompt_ids are the row's documents, examples, query and chat tail; label_ids the answer and the end of sequence, or
     nothing for an unlabelled query. Where all turns of a conversation are learned, label_ids go from the first
     assistant's turn to the last one, and an id below 0 is the complement of one that is fed and not learned. The
-    template is in the manifest. Documents and examples are read from the run directory.
+    template is in the manifest. Documents and examples are read from the run directory. Raises DataError for a row that
+    is longer than prompt.context without any example.
     """
 
     def __init__(self, config: RunConfig, fingerprint: str, datasets: list[PhaseData]):
@@ -55,10 +60,12 @@ class TokeniseRows:
     def __call__(self, table: pa.Table, rows: RowRange) -> dict[str, pa.Table]:
         encoder, plain = _encoder(self.config.model, self.config.prompt), to_rows(table)
         has_documents = any(r.documents for r in plain)
-        prompts: dict[tuple[float, int], pa.Array] = {}  # phases whose rows have the same prompts share them
+        # phases whose rows have the same prompts share them
+        prompts: dict[tuple[float, ...], tuple[pa.Array, pa.Array]] = {}
         if self.config.learns_all_turns(rows.split):
             turns = [encoder.all_turns(r.query, r.answer) for r in plain]
-            prompts[0.0, 0], learned = _ids([prompt for prompt, _ in turns]), [label for _, label in turns]
+            prompts[0.0, 0, 0.0] = _ids([prompt for prompt, _ in turns]), pa.array([0] * len(turns), pa.int32())
+            learned = [label for _, label in turns]
         else:
             learned = [encoder.answer(r.answer) if r.answer else [] for r in plain]
         labels = _ids(learned)
@@ -66,19 +73,37 @@ class TokeniseRows:
         for data in self.datasets:
             if data.split != rows.split:
                 continue
-            key = (data.rate if has_documents else 0.0, data.shots)
+            limited = self.config.prompt.context and not self.config.prompt.conversation
+            key = (data.rate if has_documents else 0.0, data.shots, data.rate if limited else 0.0)
             if key not in prompts:
-                prompts[key] = self._prompts(encoder, plain, data, rows)
-            tables[data.name] = pa.table([table["id"], prompts[key], labels], schema=SCHEMA)
+                prompts[key] = self._prompts(encoder, plain, data, rows, learned if limited else [])
+            ids, left_out = prompts[key]
+            tables[data.name] = pa.table([table["id"], ids, labels, left_out], schema=SCHEMA)
         return tables
 
-    def _prompts(self, encoder: PromptEncoder, plain: list[Row], data: PhaseData, rows: RowRange) -> pa.Array:
+    def _prompts(
+        self, encoder: PromptEncoder, plain: list[Row], data: PhaseData, rows: RowRange, learned: list[list[int]]
+    ) -> tuple[pa.Array, pa.Array]:
+        """(prompt_ids, left_out); with labels `learned` as prompt.context allows."""
         run = RunDir(self.config.run_dir)
         bank = _bank(self.config.run_dir, self.fingerprint) if data.shots else {}
         shots = run.read_shots(data.split, bank, data.shots, rows.begin, rows.end)
         if data.rate < 1 and any(r.documents for r in plain):
             plain = run.read_rows(data.split, data.rate, rows.begin, rows.end)
-        return _ids([encoder.row(r.query, shots.get(r.id, ()), r.documents) for r in plain])
+        if not learned:
+            ids = [encoder.row(r.query, shots.get(r.id, ()), r.documents) for r in plain]
+            return _ids(ids), pa.array([0] * len(plain), pa.int32())
+        room = self.config.prompt.context - len(encoder.prefix(run.read_templates()[data.rate]))
+        found = []
+        for row, label in zip(plain, learned, strict=True):
+            found.append(encoder.fitted_row(row.query, shots.get(row.id, ()), row.documents, room - len(label)))
+            if (more := len(found[-1][0]) + len(label) - room) > 0:
+                raise DataError(
+                    f"row {row.id} of {data.split} is {more} tokens longer than prompt.context "
+                    f"({self.config.prompt.context}) allows behind the template, without any example; shorten it, or "
+                    "raise prompt.context"
+                )
+        return _ids([ids for ids, _ in found]), pa.array([left_out for _, left_out in found], pa.int32())
 
 
 def _ids(rows: list[list[int]]) -> pa.Array:
@@ -101,6 +126,9 @@ def publish_phase(folder: Path, final: Path, prefix_ids: list[int], **manifest: 
         "row_mean": _rounded_mean(fed), "row_max": int(before.max(initial=0)),
         "label_mean": _rounded_mean(learned), "label_max": int(longest.max(initial=0)),
     }
+    cut = sum(_rows_cut(path) for path in folder.glob("part-*.parquet"))
+    if cut:
+        manifest["cut_rows"] = cut  # that left out examples
     body = seal_folder(folder, prefix_ids=prefix_ids, rows=len(fed), tokens=tokens, **manifest)
     commit_folder(folder, final)
     return body
@@ -125,6 +153,10 @@ def _lengths(path: Path) -> Lengths:
     runs = [_learned_runs(ids) for ids in table["label_ids"].to_pylist()]
     learned, longest = np.array([sum(lengths) for lengths in runs]), np.array([max(lengths) for lengths in runs])
     return Lengths(prompts + labels - learned, learned, prompts + labels - longest, longest)
+
+
+def _rows_cut(path: Path) -> int:
+    return pc.sum(pc.greater(pq.read_table(path, columns=["left_out"])["left_out"], 0)).as_py() or 0
 
 
 def _learned_runs(label: list[int]) -> list[int]:

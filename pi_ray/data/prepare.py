@@ -125,4 +125,6 @@ def _tokenise_phases(
             continue
         tokens = made["tokens"]
         counts = f"{made['rows']} rows, {tokens['prefix']} + {tokens['row_mean']:.0f} tokens a row"
+        if cut := made.get("cut_rows"):
+            counts += f"; {cut} left out examples to fit into {config.prompt.context} tokens"
         progress(f"phase {name}: rate {rate:g}, {shots} shots, {counts}")

@@ -46,7 +46,7 @@ class AdapterAnswerer:
     def answer(self, columns: Sequence[Column], lengths: AnswerLengths, watch: RowWatch) -> dict[str, Answers]:
         """Column -> its answers to all rows."""
         settings, encoder = self.config.evaluate, PromptEncoder(load_tokenizer(self.config.model), self.config.prompt)
-        prompts = {c.name: column_prompts(c, self.run, encoder, settings.split) for c in columns}
+        prompts = {c.name: column_prompts(c, self.run, encoder, settings.split, lengths.limit) for c in columns}
         few, size = min(settings.latency_rows, *(len(rows) for _, rows in prompts.values())), settings.batch_size
         template = self.run.read_templates()[1.0] if settings.knows or settings.probe else ""
         generated = list(columns)

@@ -25,11 +25,15 @@ PROBE_TOKENS = 64  # of an answer to a question for the hidden template
 KINDS = ("latency_s", "latency_cached_s", "latency_merged_s")  # as one request is timed, the last with an adapter alone
 
 
-def column_prompts(column: Column, run: RunDir, encoder: PromptEncoder, split: str) -> Prompts:
+def column_prompts(column: Column, run: RunDir, encoder: PromptEncoder, split: str, answer: int) -> Prompts:
+    """Prefix and rows as a column's model is asked; with examples as prompt.context allows beside `answer` tokens."""
     bank = {r.id: r for r in run.read_rows("train")}
     shots, rows = run.read_shots(split, bank, column.shots), run.read_rows(split, column.rate)
     prefix = encoder.prefix(column.template) + gist_ids(column.gist)
-    return prefix, [encoder.row(r.query, shots.get(r.id, ()), r.documents) for r in rows]
+    if not encoder.config.context or encoder.config.conversation:
+        return prefix, [encoder.row(r.query, shots.get(r.id, ()), r.documents) for r in rows]
+    room = encoder.config.context - len(prefix) - answer
+    return prefix, [encoder.fitted_row(r.query, shots.get(r.id, ()), r.documents, room)[0] for r in rows]
 
 
 def work_item(column: Column, prompts: dict[str, Prompts], indices: Iterable[int], **kind: Any) -> dict[str, Any]:
@@ -66,8 +70,10 @@ def compare_latencies(
     """
     first, named = columns[0][1], [column for column, _ in columns]
     split, encoder = first.evaluate.split, PromptEncoder(load_tokenizer(first.model), first.prompt)
-    prompts = {column.name: column_prompts(column, RunDir(c.root), encoder, split) for column, c in columns}
     lengths = answer_lengths(first, RunDir(first.root).read_rows(split))
+    prompts = {
+        column.name: column_prompts(column, RunDir(c.root), encoder, split, lengths.limit) for column, c in columns
+    }
     rows = range(min(first.evaluate.latency_rows, *(len(ids) for _, ids in prompts.values())))
     work = [work_item(c, prompts, [i], timed=True) for i in rows for c in named]
     seconds: dict[str, list[Sequence[float]]] = {c.name: [] for c in named}
