@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 import inspect
+import json
 import os
 import re
 from collections.abc import Iterator
@@ -81,8 +82,6 @@ def base_digest(config: ModelConfig) -> str:
 
     "" for a hub id without a model, which a closed one's tokenizer may have. Raises ModelError for a missing folder.
     """
-    from transformers import AutoConfig
-
     if gguf := _gguf_file(config.base):
         return file_digest(gguf)
     folder = Path(resolve_base(config.base))
@@ -90,7 +89,7 @@ def base_digest(config: ModelConfig) -> str:
         files = sorted(path for path in folder.iterdir() if path.suffix in MODEL_FILES)
         return digest({path.name: file_digest(path) for path in files})
     with suppress(ModelError):
-        return getattr(_from_pretrained(AutoConfig, config), "_commit_hash", None) or ""
+        return getattr(load_model_config(config), "_commit_hash", None) or ""
     return ""
 
 
@@ -127,11 +126,16 @@ def line_break_ids(tokenizer: Any) -> frozenset[int]:
     return frozenset(i for i, text in enumerate(texts) if "\n" in text)
 
 
-def context_length(config: ModelConfig) -> int:
-    """Tokens that the base model can attend to; NO_LIMIT where its config does not say."""
+def load_model_config(config: ModelConfig) -> Any:
+    """The base model's transformers config. Raises ModelError if it cannot be loaded."""
     from transformers import AutoConfig
 
-    found = _from_pretrained(AutoConfig, config).get_text_config()
+    return _from_pretrained(AutoConfig, config)
+
+
+def context_length(config: ModelConfig) -> int:
+    """Tokens that the base model can attend to; NO_LIMIT where its config does not say."""
+    found = load_model_config(config).get_text_config()
     names = ("max_position_embeddings", "seq_length", "max_seq_len")
     return next((length for name in names if (length := getattr(found, name, None))), NO_LIMIT)
 
@@ -152,10 +156,18 @@ class BaseSize:
 
 def base_size(config: ModelConfig) -> BaseSize:
     """Counted on the meta device; no weights are loaded. Raises ModelError for an unknown model."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    shape = load_model_config(config)
+    kind: Any = type(shape)
+    return _size_of(kind, shape.to_json_string())
 
-    shape = _from_pretrained(AutoConfig, config)
+
+@cache
+def _size_of(kind: Any, settings: str) -> BaseSize:
+    """Of a class of transformers' configs, and its settings as JSON."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    shape = kind.from_dict(json.loads(settings))
     with torch.device("meta"):
         net = AutoModelForCausalLM.from_config(shape)
     head = net.get_output_embeddings()
@@ -184,12 +196,11 @@ def model_dtype(config: ModelConfig, device: str = "cpu") -> Any:
 def _gains_by_bfloat16(config: ModelConfig) -> bool:
     """Whether a CPU has instructions for bfloat16 and the model is large enough for them to matter."""
     import torch
-    from transformers import AutoConfig
 
     capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # older versions of torch do not tell
     if not any(capabilities.get(name) for name in ("amx_bf16", "avx512_bf16")):
         return False
-    return getattr(_from_pretrained(AutoConfig, config).get_text_config(), "hidden_size", 0) >= SMALLEST_BFLOAT16
+    return getattr(load_model_config(config).get_text_config(), "hidden_size", 0) >= SMALLEST_BFLOAT16
 
 
 def load_model(config: ModelConfig, device: str = "cpu", spread: bool = False, **options: Any) -> Any:

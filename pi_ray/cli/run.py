@@ -12,7 +12,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pi_ray.cli.verbs import OVERRIDES, RUN, VERBS, Verb, argument, load_config, verb
+from pi_ray.cli.verbs import OVERRIDES, RUN, VERBS, Verb, argument, load_config, run_file_of, verb
 from pi_ray.errors import ConfigError
 from pi_ray.protocols import SPLITS, UNLABELLED
 
@@ -34,10 +34,18 @@ def demo(args: argparse.Namespace) -> None:
     run_and_tell(parse_run_file(text, "demo.yaml", args.overrides), args)
 
 
-@verb("all steps in a row; steps that are done are skipped", RUN, OVERRIDES)
+DRY = argument("--dry", action="store_true", help="every step on 3 rows and a tiny random model of the same "
+    "architecture, on CPUs, in a temporary folder: what would break later breaks now")
+
+
+@verb("all steps in a row; steps that are done are skipped", RUN, DRY, OVERRIDES)
 def run(args: argparse.Namespace) -> None:
     """Prepare, train, evaluate, report and publish. Steps that are done are skipped, and a stopped one goes on."""
-    run_and_tell(load_config(args), args)
+    if not args.dry:
+        return run_and_tell(load_config(args), args)
+    from pi_ray.experiments.dry import dry_run
+
+    return dry_run(load_config(args), args.console)
 
 
 def run_and_tell(settings: RunConfig, args: argparse.Namespace) -> None:
@@ -77,8 +85,14 @@ def schema(args: argparse.Namespace) -> None:
         "with up to 100 million rows"),
 )
 def plan(args: argparse.Namespace) -> None:
+    """What a run will do, take and save. Of a table file: what each column takes on one node of GPUs and on two."""
+    from pi_ray.experiments.plan_table import print_table_plan
+    from pi_ray.experiments.sweep import is_table, load_sweep
     from pi_ray.plan import plan as step
 
+    if is_table(run_file_of(args)):
+        print_table_plan(load_sweep(args.config, args.overrides), args.console)
+        return
     step.print_plan(step.plan_run(load_config(args)), args.console, scale=args.scale)
 
 
@@ -178,17 +192,21 @@ VERBS.update({name: Verb(help, (RUN, OVERRIDES), step) for name, help in {
 }.items()})
 
 
-@verb("run a table of runs and print it in the paper's layout", RUN, OVERRIDES)
+@verb("run a table of runs and print it in the paper's layout", RUN, DRY, OVERRIDES)
 def table(args: argparse.Namespace) -> None:
     """Run all columns and seeds of a table file, such as jobs/paper/table4.yaml, and print the table.
 
     A stopped table goes on. Overrides that begin with `table.` are for the table file, others for the runs.
     """
+    from pi_ray.experiments.dry import dry_table
     from pi_ray.experiments.run_table import run_table
     from pi_ray.experiments.sweep import load_sweep
 
+    if args.dry:
+        return dry_table(load_sweep(args.config, args.overrides), args.console)
     command = f"pi-ray table {' '.join([str(args.config), *args.overrides])}"
     run_table(load_sweep(args.config, args.overrides), args.console, command)
+    return None
 
 
 @verb(

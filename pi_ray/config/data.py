@@ -58,6 +58,8 @@ class TaskConfig(Block):
     docs_examples: Count = doc(2, "examples kept of each document")
     unseen: tuple[str, ...] = omit_default((), "names, such as a function's, that no labelled training answer may use, "
         "so that only the template tells of them (tasks over published data sets)")
+    split: Literal["upstream", "paper"] = omit_default("upstream", "mbpp: upstream's 374 training, 90 dev and 500 test "
+        "rows, or about the paper's: 842, 30 and 102")
     subjects: Count = omit_default(0, "subjects of a desk (task desk); 0: all of the data set's")
     hidden: Count = omit_default(0, "subjects of a desk whose codes no labelled row has")
     allow_code_execution: bool = doc(False, "run generated programs, in a sandbox, to score them by their tests (mbpp)")

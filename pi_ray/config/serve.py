@@ -1,6 +1,6 @@
 """Block `serve`: how adapters are served."""
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -32,7 +32,8 @@ class ServeConfig(Block):
     merge: str = doc("", "adapter of the store, merged into the base weights: faster, and no other one is served")
     kv_cache_mb: Count = doc(0, "per replica, for keys and values of requests under way: others wait for room, and one "
         "that needs more alone is refused; 0: half of the memory that is free once the model is loaded")
-    prefix_cache_mb: Count = doc(512, "per replica, for keys and values of prompts that begin alike; 0: none")
+    prefix_cache_mb: Count | Literal["auto"] = doc("auto", "per replica, for keys and values of prompts that begin "
+        "alike; auto: an eighth of the memory that is free once the model is loaded, at least 512; 0: none")
     share_prefix_cache: bool = doc(False, "among clients of different keys: faster where prompts begin alike, but the "
         "time to a first token can tell what others sent; false: each key has its own")
     prefill_tokens: Count = doc(0, "prompt tokens read between two decoding steps; 0: 256 on a CPU, 2048 on a GPU")

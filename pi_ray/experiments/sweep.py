@@ -5,8 +5,9 @@ one cache of compressed templates and, seed to seed, their preparation.
 """
 
 import os
+import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, Self
 
@@ -27,6 +28,7 @@ class ColumnConfig(Block):
     paper: str = Field("", description="the paper's column that it stands for, as named under `paper`")
     trained: bool = Field(True, description="false: the base model with the prompt of the last phase")
     set: dict[str, Any] = Field({}, description="dotted keys of run.yaml: values")
+    tasks: dict[str, dict[str, Any]] = Field({}, description="task -> keys that it has in place of those of `set`")
 
 
 class PaperConfig(Block):
@@ -44,7 +46,12 @@ class SweepConfig(Block):
 
     table: str = Field(description="the name of the table, such as 4")
     title: str
-    run: str = Field(description="run file that all columns start from, relative to this file")
+    run: str | dict[str, str] = Field(description="run file that all columns start from, relative to this file; or "
+        "one for each task, of which table.task=NAME takes another than the first")
+    task: str = ""
+    models: str = Field("", description="file of base models, relative to this one: under `models` the dotted keys of "
+        "run.yaml for each name; table.model=NAME takes another than the first")
+    model: str = ""
     set: dict[str, Any] = Field({}, description="dotted keys of run.yaml that all columns share")
     metric: str = Field("", description="the metric of the table: exact_match, bleu, pass_at_1, ...; default: the "
         "first of the run file's task.metric, else exact_match")
@@ -57,6 +64,17 @@ class SweepConfig(Block):
     only: tuple[str, ...] = Field((), description="run these columns alone")
     results: str = Field("results.json", description="file that the numbers are merged into, relative to this file")
     paper: PaperConfig = PaperConfig()
+    papers: dict[str, PaperConfig] = Field({}, description="task -> the paper's rows, where run has several tasks")
+
+    @property
+    def chosen_task(self) -> str:
+        """The task by its name in `run`, "" where there is one run file. Raises ConfigError for one that is not there.
+        """
+        return "" if isinstance(self.run, str) else _choose("table.task", self.task, self.run)
+
+    @property
+    def run_file(self) -> str:
+        return self.run if isinstance(self.run, str) else self.run[self.chosen_task]
 
     @model_validator(mode="after")
     def _names(self) -> Self:
@@ -65,6 +83,12 @@ class SweepConfig(Block):
             if name and name not in self.columns:
                 raise ValueError(f"{key}: there is no column '{name}'; there are {', '.join(self.columns)}")
         return self
+
+
+class ModelsConfig(Block):
+    """A file of base models."""
+
+    models: dict[str, dict[str, Any]]
 
 
 class SweepRun(NamedTuple):
@@ -93,16 +117,59 @@ class Sweep(NamedTuple):
         return [r for r in self.runs if r.column == column]
 
 
+def is_table(path: Path) -> bool:
+    """Whether a file is a table file, not a run file. Raises ConfigError for one that cannot be read."""
+    return bool(re.search(r"^columns:", run_file.read_run_file(path), re.M))
+
+
 def load_sweep(path: Path, overrides: Sequence[str] = ()) -> Sweep:
     """Read a table file and the run file that it names. Raises ConfigError for mistakes in either, and in columns."""
     own = [o.removeprefix(PREFIX) for o in overrides if o.startswith(PREFIX)]
     config = run_file.validate_yaml(SweepConfig, run_file.read_run_file(path), str(path), own)
-    base = run_file.load_run_file(path.parent / config.run, [o for o in overrides if not o.startswith(PREFIX)])
-    typed = {o.partition("=")[0] for o in overrides}
-    shared = {key: value for key, value in {"evaluate.baseline": False, **config.set}.items() if key not in typed}
-    base = _replace_keys(base, shared, f"{path}: set")
-    config = config.model_copy(update={"metric": _table_metric(config.metric, base, path)})
+    base = run_file.load_run_file(path.parent / config.run_file, [o for o in overrides if not o.startswith(PREFIX)])
+    typed = {o.partition("=")[0] for o in overrides if not o.startswith(PREFIX)}
+    model, of_model = _model_keys(config, path)
+    every = {"evaluate.baseline": False, **config.set, **of_model}
+    base = _replace_keys(base, {key: value for key, value in every.items() if key not in typed}, f"{path}: set")
+    base = base.replace(run_dir=str(base.root / model)) if model and "run_dir" not in typed else base
+    _refuse_hidden(config, typed, path)
+    config = config.model_copy(update={
+        "metric": _table_metric(config.metric, base, path),
+        "paper": config.papers.get(config.chosen_task, config.paper),
+    })
     return Sweep(config, base, tuple(_sweep_runs(config, base, path)), path)
+
+
+def _choose(key: str, name: str, named: Mapping[str, Any]) -> str:
+    """`name`, or the first where it is empty. Raises ConfigError for one that is not there."""
+    if name and name not in named:
+        raise ConfigError(f"{key}: there is no '{name}'; there are {', '.join(named)}")
+    return name or next(iter(named))
+
+
+def _model_keys(config: SweepConfig, path: Path) -> tuple[str, dict[str, Any]]:
+    """(name of the base model, the keys of its runs); nothing where a table has no choice of models."""
+    if not config.models:
+        if config.model:
+            raise ConfigError(f"{path}: table.model would have no effect: the table names no file of models")
+        return "", {}
+    file = path.parent / config.models
+    found = run_file.validate_yaml(ModelsConfig, run_file.read_run_file(file), str(file))
+    name = _choose("table.model", config.model, found.models)
+    return name, found.models[name]
+
+
+def _refuse_hidden(config: SweepConfig, typed: Iterable[str], path: Path) -> None:
+    """Raise ConfigError for an override that a column's own keys would hide."""
+    for name, column in config.columns.items():
+        for key in typed:
+            keys = {*column.set, *column.tasks.get(config.chosen_task, ())}
+            hidden = [own for own in keys if f"{own}.".startswith(f"{key}.") or f"{key}.".startswith(f"{own}.")]
+            if hidden and (not config.only or name in config.only):
+                raise ConfigError(
+                    f"{path}: {key} would have no effect on column {name}, which sets {hidden[0]} itself; change it in "
+                    "the file, or name other columns with table.only=[...]"
+                )
 
 
 def _table_metric(named: str, base: RunConfig, path: Path) -> str:
@@ -124,7 +191,8 @@ def _sweep_runs(config: SweepConfig, base: RunConfig, path: Path) -> Iterator[Sw
                 continue
             if not column.trained and seed != config.seeds[0]:
                 continue  # the base model has no seed
-            own = _replace_keys(base, column.set, f"{path}: columns.{name}.set")
+            changes = column.tasks.get(config.chosen_task, column.set)
+            own = _replace_keys(base, changes, f"{path}: columns.{name}.set")
             shared = {key: True for key in ("run_dir", "name", "evaluate", "serve", "cost", "store", "cluster")}
             settings = digest(own.model_dump(mode="json", exclude={**shared, "task": set(INPUTS)}))[:8]
             folder = base.root / "columns" / f"{name}-{settings}" / f"seed-{seed}"

@@ -128,7 +128,8 @@ class DeepSpeedBackend:
 def deepspeed_config(config: TrainConfig, world: int, micro_batches: int, bf16: bool) -> dict[str, Any]:
     """DeepSpeed's configuration, for `world` workers that each sum `micro_batches` of an update."""
     backend, host = config.backend, {"device": "cpu", "pin_memory": True}
-    zero: dict[str, Any] = {"stage": backend.zero_stage, "contiguous_gradients": True, "overlap_comm": False}
+    zero: dict[str, Any] = {"stage": backend.zero_stage, "contiguous_gradients": True}
+    zero["overlap_comm"] = torch.cuda.is_available()  # sums gradients beside computing; CPUs have no streams
     if backend.offload_optimizer:
         zero["offload_optimizer"] = host
     if backend.offload_params:

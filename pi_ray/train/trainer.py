@@ -161,14 +161,15 @@ class Trainer:
 
     def forward_backward(self, update: UpdateBatches) -> torch.Tensor:
         """This worker's part of an update: its gradients, and (loss, tokens, plain tokens) as (3,) float64."""
-        totals = torch.zeros(3, dtype=torch.float64)
+        found: list[torch.Tensor] = []  # left on the device until the end: a micro-batch does not wait for the last one
+        batches = [batch for part in update.parts for batch, _ in part]
         for i, part in enumerate(update.parts):
             losses = [self.summed_loss(to_device(batch, self.device), targets) for batch, targets in part]
             loss = sum(losses[1:], losses[0]) / update.answer_tokens
-            counts = (sum(batch.tokens for batch, _ in part), sum(batch.plain_tokens for batch, _ in part))
-            totals += torch.tensor([float(loss.detach()), *counts], dtype=torch.float64)
+            found.append(loss.detach())
             self.backend.backward(loss, last=i + 1 == len(update.parts))
-        return totals
+        counts = (sum(batch.tokens for batch in batches), sum(batch.plain_tokens for batch in batches))
+        return torch.tensor([sum(map(float, found)), *counts], dtype=torch.float64)
 
     def summed_loss(self, batch: Batch, targets: Targets | None) -> torch.Tensor:
         """The loss of one forward pass by `train.objective`, summed over answer tokens."""

@@ -20,15 +20,26 @@ from pi_ray.serve.engine.multi_lora import MultiLora
 from pi_ray.serve.engine.prefix_cache import Block
 
 CAPACITY_STEP = 64  # positions by which the capacity grows, at least
+LEAST_PREFIX_CACHE = 512 << 20  # bytes: a prompt of 1,024 tokens of Llama-2-7B
 
 
 def kv_cache_limit(serve: ServeConfig, device: torch.device) -> int:
     """Bytes for the cache of one replica; call it after the model is loaded. Growing takes old and new at once."""
-    if serve.kv_cache_mb:
-        return serve.kv_cache_mb << 20
+    return serve.kv_cache_mb << 20 if serve.kv_cache_mb else _free_bytes(serve, device) // 2
+
+
+def prefix_cache_limit(serve: ServeConfig, device: torch.device) -> int:
+    """Bytes for prompts that begin alike, of one replica; call it after the model is loaded."""
+    if serve.prefix_cache_mb != "auto":
+        return serve.prefix_cache_mb << 20
+    return max(LEAST_PREFIX_CACHE, _free_bytes(serve, device) // 8)
+
+
+def _free_bytes(serve: ServeConfig, device: torch.device) -> int:
+    """Of the GPU, or a replica's share of the host's memory."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0] // 2
-    return psutil.virtual_memory().available // (2 * serve.max_replicas)
+        return torch.cuda.mem_get_info(device)[0]
+    return psutil.virtual_memory().available // serve.max_replicas
 
 
 class KVCache(Cache):

@@ -16,7 +16,7 @@ import torch
 from pi_ray.config import ServeConfig
 from pi_ray.protocols import GenerationRequest, Token
 from pi_ray.serve.engine.cache_choice import create_kv_cache
-from pi_ray.serve.engine.kv_cache import kv_cache_limit
+from pi_ray.serve.engine.kv_cache import kv_cache_limit, prefix_cache_limit
 from pi_ray.serve.engine.matcher import mask_logits, take_token
 from pi_ray.serve.engine.multi_lora import BASE_SLOT, MultiLora, NoRoomError
 from pi_ray.serve.engine.onednn_linear import use_onednn_linears
@@ -90,7 +90,7 @@ class Scheduler:
         use_onednn_linears(base)
         self.kv_cache_limit = kv_cache_limit(serve, base.device)  # bytes
         log.info("the KV cache may take %s MiB (serve.kv_cache_mb)", f"{self.kv_cache_limit / 2**20:,.1f}")
-        self.prefix_cache = PrefixCache(serve.prefix_cache_mb << 20 if self.kv_cache.keeps_blocks else 0)
+        self.prefix_cache = PrefixCache(prefix_cache_limit(serve, base.device) if self.kv_cache.keeps_blocks else 0)
         self.running: list[GenerationSequence] = []
         self.num_decoding = 0
         self.failures = 0  # forward passes in a row that failed by the engine's own fault

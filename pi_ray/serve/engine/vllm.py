@@ -87,7 +87,7 @@ def llm_config_arguments(config: RunConfig) -> dict[str, Any]:
     adapters, rank = _adapters_and_rank(AdapterStore(config.store, model), trained, limits.max_lora_rank)
     engine = {
         "dtype": "bfloat16" if model.dtype == "auto" else model.dtype, "trust_remote_code": False,
-        "max_num_seqs": limits.max_ongoing_requests, "enable_prefix_caching": limits.prefix_cache_mb > 0,
+        "max_num_seqs": limits.max_ongoing_requests, "enable_prefix_caching": limits.prefix_cache_mb != 0,
         # In one batch: one more than there are, so that a new version can answer beside the old one.
         "max_loras": min(max_loras, adapters + 1), "enable_lora": True, "max_cpu_loras": max_loras,
         "max_lora_rank": rank, "structured_outputs_config": {"backend": "guidance"},

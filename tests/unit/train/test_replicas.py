@@ -54,7 +54,7 @@ def test_a_base_that_no_node_holds_is_refused_with_the_smallest_cluster_that_wou
     for words in ("takes 91 GiB", "8 GPUs of 24 GiB", "a node has 2", "a node of 8 such GPUs", "model.quantize: 4bit"):
         assert words in str(error.value)
     check_replica(small.replace(**{"train.gpu": False}))
-    check_replica(small.replace(**{"model.base": "nobody/knows-this"}))  # its size is known on the cluster alone
+    check_replica(small.replace(**{"model.base": "/elsewhere"}))  # its size is known on the cluster alone
 
 
 @pytest.mark.parametrize("nodes, workers", [
