@@ -173,7 +173,7 @@ def test_commands_are_parsed_and_their_run_files_read(folder, monkeypatch, page,
         return  # a verb that the text talks about
     monkeypatch.chdir(folder)
     args = cli.parse_arguments(words)
-    if words[0] == "table":
+    if words[0] == "table" or (words[0] == "plan" and sweep.is_table(args.config)):
         sweep.load_sweep(args.config, args.overrides)
     elif words[0] == "demo":
         text = (REPO / "pi_ray" / "cli" / "demo.yaml").read_text()
