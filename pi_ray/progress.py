@@ -104,6 +104,8 @@ def _event_text(entry: dict[str, Any]) -> str:
     """An event of the training log in words; "" for one that is not shown."""
     step, dev_loss = entry.get("step", 0), f"dev loss {entry.get('dev_loss', 0):.3f}"
     match entry.get("event"):
+        case "workers":
+            return f"{entry['workers']} training workers, from update {entry['step']} on"
         case "dev":
             return f"update {step + 1}, {dev_loss}, dev accuracy {entry['dev_accuracy']:.1%}{_dev_scores(entry)}"
         case "phase_end":

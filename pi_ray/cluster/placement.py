@@ -35,15 +35,19 @@ def training_scaling(config: RunConfig, nodes: Sequence[Mapping[str, float]]) ->
     """
     asked, workers, gpu = dict(config.cluster.train_resources), config.train.workers, config.train.gpu
     if gpu == "auto":
-        gpu = asked.get("GPU", 0) > 0 or sum(node.get("GPU", 0) for node in nodes) >= workers
+        gpu = asked.get("GPU", 0) > 0 or sum(n.get("GPU", 0) for n in nodes) >= (config.train.min_workers or workers)
     if asked.setdefault("GPU", 1 if gpu else 0) != (1 if gpu else 0):
         allowed = "a training worker has one GPU, or with train.gpu: false none"
         raise ConfigError(f"cluster.train_resources: {allowed}; {asked['GPU']:g} was asked for")
     asked = {name: amount for name, amount in asked.items() if amount}
     asked.setdefault("CPU", _cpus_per_worker([(n.get("CPU", 0), _capacity(n, asked, workers)) for n in nodes], workers))
     labels = config.cluster.labels.get("train")
+    count: dict[str, Any] = {"num_workers": workers}
+    if least := config.train.min_workers:
+        every = config.train.resize_every_s
+        count = {"num_workers": (least, workers), "elastic_resize_monitor_interval_s": every}
     return {
-        "num_workers": workers, "use_gpu": bool(gpu), "resources_per_worker": asked, "placement_strategy": PACK,
+        **count, "use_gpu": bool(gpu), "resources_per_worker": asked, "placement_strategy": PACK,
         **({"label_selector": labels} if labels else {}),
     }
 
@@ -72,7 +76,8 @@ def describe_placement(config: RunConfig) -> str:
     }
     others = "; ".join(f"{step} on {_nodes_of(config, step, where)}" for step, where in usual.items())
     gang = f"all or none (a placement group, {PACK}: on as few nodes as possible)"
-    return f"{config.train.workers} training worker(s) start together, {gang}, on {train}; {others}."
+    least, most = config.train.min_workers, config.train.workers
+    return f"{f'{least} to {most}' if least else most} training worker(s) start together, {gang}, on {train}; {others}."
 
 
 def _nodes_of(config: RunConfig, step: Step, usual: str) -> str:

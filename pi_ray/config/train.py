@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from pi_ray.config.block import Amount, Block, Count, Positive, Rate, doc, forbid_unused, omit_default, refuse
 
@@ -166,7 +166,10 @@ class DrillsConfig(Block):
 
 
 class TrainConfig(Block):
-    workers: Positive = doc(2, "training processes; one for each GPU")
+    workers: Positive = doc(2, "training processes; one for each GPU. [least, most]: as many as the cluster has, fewer "
+        "while a node is lost")
+    min_workers: Count = omit_default(0, "what train.workers: [least, most] sets")
+    resize_every_s: Amount = omit_default(60.0, "with [least, most]: how often it is looked whether more workers fit")
     gpu: bool | Literal["auto"] = doc("auto", "auto: use GPUs when the cluster has them")
     backend: BackendConfig = BackendConfig()
     lora: LoraConfig = LoraConfig()
@@ -200,7 +203,18 @@ class TrainConfig(Block):
     tracker: Literal["", "tensorboard", "wandb", "mlflow"] = omit_default("", "also gets losses, dev scores and phases")
     seed: Count = 0
 
+    @model_validator(mode="before")
+    @classmethod
+    def _split_workers(cls, data: Any) -> Any:
+        """`workers: [2, 8]` becomes `workers: 8` and `min_workers: 2`."""
+        workers = data.get("workers") if isinstance(data, dict) else None
+        if isinstance(workers, list | tuple) and len(workers) == 2:
+            return {**data, "min_workers": workers[0], "workers": workers[1]}
+        return data
+
     def model_post_init(self, context: Any) -> None:
+        refuse(self.min_workers > self.workers,
+            f"train.workers [{self.min_workers}, {self.workers}]: the least comes first")
         refuse(self.early_stop and not self.dev_every,
             "train.early_stop needs train.dev_every: say after how many updates a dev score is taken")
         if self.objective == "mixed":
@@ -212,6 +226,10 @@ class TrainConfig(Block):
         if self.attention == "flex" and not self.share_prefix:
             why = "it is for batches that share their prefix, and share_prefix is false"
             forbid_unused(self, ("attention",), "train", why)
+
+    def rows_of_worker(self, workers: int) -> int:
+        """Rows of an update on one of so many workers, or on the first ones where they cannot be shared evenly."""
+        return -(-self.batch_size // workers)
 
     @property
     def judges_labels(self) -> bool:

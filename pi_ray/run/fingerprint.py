@@ -19,7 +19,7 @@ PREPARED = ("task", "model", "prompt", "compress", "retrieve")  # the blocks tha
 # changes rounding alone: a run may go on with others.
 NOT_LEARNED = {
     "max_failures", "keep_checkpoints", "checkpoint_every", "collective_timeout_s", "tracker", "attention", "workers",
-    "micro_batch",
+    "min_workers", "resize_every_s", "micro_batch",
 }
 
 

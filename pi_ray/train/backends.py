@@ -136,7 +136,7 @@ def deepspeed_config(config: TrainConfig, world: int, micro_batches: int, bf16: 
         zero["offload_param"] = host
     adam = {"lr": config.lr, "betas": BETAS, "eps": EPS, "weight_decay": config.weight_decay}
     return {
-        "train_micro_batch_size_per_gpu": config.batch_size // (world * micro_batches),
+        "train_micro_batch_size_per_gpu": max(1, config.batch_size // (world * micro_batches)),
         "gradient_accumulation_steps": micro_batches, "zero_optimization": zero,
         # torch's AdamW, even where the optimiser is offloaded: workers need no compiler
         "optimizer": {"type": "AdamW", "params": {**adam, "torch_adam": True}},

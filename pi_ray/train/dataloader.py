@@ -6,7 +6,7 @@ phase's dataset is opened and verified while the present phase trains, so that n
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Generic, TypeVar
 
 import torch
@@ -99,24 +99,38 @@ class TrainDataLoader:
             rows = mixed_batch_rows(update, data.kinds, train)
             groups = [data.by_prefix(numbers) for numbers in self._split(rows, data)]
             parts: list[Part] = [
-                [(self.pack(prefix, data.take(some)), data.targets(some)) for prefix, some in part] for part in groups
+                [(self.pack(prefix, data.take(some)), data.targets(some)) for prefix, some in part]
+                if part else self._idle_part(*data.by_prefix(rows[:1])[0], data)
+                for part in groups
             ]
             return UpdateBatches(parts, float(data.token_counts[rows].sum()))
         rows, prefix = batch_rows(update, len(data), train), data.prefix + gist.gist_ids(train.gist)
         labels: dict[int, list[int]] = {}
         if self.drills and not update.phase and (variant := self.drills.variant(step)):
             prefix, labels = self.drills.encode(variant, rows)
-        taken = [zip(numbers, data.take(numbers), strict=True) for numbers in self._split(rows, data)]
-        batches = [self.pack(prefix, [(prompt, labels.get(n, own)) for n, (prompt, own) in part]) for part in taken]
+        batches: list[Part] = []
+        for numbers in self._split(rows, data):
+            taken = zip(numbers, data.take(numbers), strict=True)
+            mine = [(prompt, labels.get(n, own)) for n, (prompt, own) in taken]
+            batches.append([(self.pack(prefix, mine), None)] if mine else self._idle_part(prefix, rows[:1], data))
         answer_tokens = sum(map(len, labels.values())) if labels else int(data.label_lengths[rows].sum())
-        return UpdateBatches([[(batch, None)] for batch in batches], answer_tokens)
+        return UpdateBatches(batches, answer_tokens)
+
+    def _idle_part(self, prefix: list[int], rows: list[int], data: PhaseDataset | DistilledRows) -> Part:
+        """A part in which nothing is learned, for a worker without rows: sharded models need all workers in each pass.
+        """
+        batch = self.pack(prefix, data.take(rows))
+        return [(replace(batch, labels=torch.full_like(batch.labels, -100), tokens=0, plain_tokens=0), None)]
 
     def _split(self, rows: list[int], data: PhaseDataset | DistilledRows) -> list[list[int]]:
-        """This worker's share of an update's rows, one list for each backward pass."""
+        """This worker's share of an update's rows, one list for each backward pass, as many on every worker: where they
+        cannot be shared evenly, the last one may be empty.
+        """
         if self.pack is plain_batch:  # rows of about one length in a batch need little padding
             rows = sorted(rows, key=lambda n: data.prompt_lengths[n] + data.label_lengths[n])
-        mine, size = rows[self.rank :: self.world], self.config.train.micro_batch or self.config.rows_per_worker
-        return [mine[i : i + size] for i in range(0, len(mine), size)]
+        mine, most = rows[self.rank :: self.world], self.config.train.rows_of_worker(self.world)
+        size = self.config.train.micro_batch or most
+        return [mine[i : i + size] for i in range(0, most, size)]
 
 
 class Prefetcher(Generic[T]):

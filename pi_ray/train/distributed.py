@@ -1,9 +1,14 @@
 """Collectives of the workers that train together. One worker alone needs no network."""
 
+import socket
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
 import torch.distributed as dist
+
+from pi_ray.errors import TrainingError
 
 
 class WorkerGroup:
@@ -36,6 +41,26 @@ class WorkerGroup:
         dist.broadcast_object_list(values, device=torch.device(self.device))
         return values[0]
 
+    def refuse_other_versions(self, packages: Sequence[str]) -> None:
+        """Raise TrainingError, on every worker, where a host has another version of pi-ray or of these packages than
+        the first worker's: what they compute together would be neither's.
+        """
+        own = {package: _version(package) for package in ("pi-ray", *packages)}
+        (host, first), *others = self.gather_to_rank0((socket.gethostname(), own)) or [("", own)]
+        told = ""
+        for name, found in others:
+            differ = [f"{p} {found[p]} (not {first[p]})" for p in own if found[p] != first[p]]
+            told = told or (f"{name} has {', '.join(differ)}, as {host} has" if differ else "")
+        if told := self.broadcast_from_rank0(told):
+            raise TrainingError(f"{told}; install the same versions on every host, or use one image")
+
     def barrier(self) -> None:
         if self.world > 1:
             dist.barrier()
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "none"

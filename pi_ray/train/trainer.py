@@ -56,6 +56,7 @@ class Trainer:
         self.report = report or (lambda metrics: None)
         self.dir, self.group = RunDir(config.root), WorkerGroup(device)
         self.rank, self.world = self.group.rank, self.group.world
+        self.group.refuse_other_versions(lora.PACKAGES)
         self.log = TrainLog(self.dir.train_log, writes=self.rank == 0)
         phases = plan_phases(config.schedule)
         self.manifests = [batches.dataset_manifest(self.dir.phase(i)) for i in range(len(phases))]
@@ -68,7 +69,8 @@ class Trainer:
         self.adam_updates = 0  # updates that Adam's moments have seen
         self.early = EarlyStop(config.train.early_stop)
         self.scorer = DevScorer(config)
-        micro_batches = config.rows_per_worker // (config.train.micro_batch or config.rows_per_worker)
+        rows = config.train.rows_of_worker(self.world)
+        micro_batches = -(-rows // (config.train.micro_batch or rows))
         bf16 = models.model_dtype(config.model, device) == torch.bfloat16
         self.backend = backends[config.train.backend.name](self.build_model, config.train, micro_batches, bf16)
         self.pack, why_not_packed = choose_packing(
@@ -89,6 +91,8 @@ class Trainer:
         """Go on after the newest checkpoint, through all updates that are left, or to where others have to answer."""
         done = self.resume()
         self.log.trim(done)
+        if self.config.train.min_workers:
+            self.log.add({"event": "workers", "step": done, "workers": self.world})
         if self.dataloader.drills and not done:
             groups = self.dataloader.drills.groups
             self.log.add({"event": "drills", "step": 0, "facts": [str(group) for group in groups]})

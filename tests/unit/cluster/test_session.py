@@ -4,6 +4,7 @@ import os
 from contextlib import nullcontext
 
 import pytest
+from pydantic import ValidationError
 
 from pi_ray.cluster import session
 from pi_ray.cluster.placement import describe_placement, training_scaling, worker_options
@@ -129,6 +130,19 @@ def test_one_worker_has_one_gpu_and_its_share_of_that_nodes_cpus():
     )
     assert per_worker(settings(16), head, gpu, gpu) == {"GPU": 1, "CPU": 4}
     assert per_worker(settings(9), head, cpu, gpu) == {"CPU": 10}, "too few GPUs: auto takes CPUs"
+
+
+def test_a_range_of_workers_is_rays_elastic_group():
+    config = RunConfig.model_validate({
+        "name": "a", "train": {"workers": [4, 16], "batch_size": 128, "resize_every_s": 5},
+    })
+    assert (config.train.min_workers, config.train.workers) == (4, 16)
+    made = training_scaling(config, [{"CPU": 32, "GPU": 8}])
+    assert made["num_workers"] == (4, 16) and made["elastic_resize_monitor_interval_s"] == 5
+    assert made["use_gpu"], "as many GPUs as the least workers take"
+    assert "4 to 16 training worker(s)" in describe_placement(config)
+    with pytest.raises(ValidationError, match="the least comes first"):
+        RunConfig.model_validate({"name": "a", "train": {"workers": [4, 2], "batch_size": 128}})
 
 
 def test_a_cluster_that_is_still_to_grow_gets_gpus_where_run_yaml_asks_for_them():

@@ -128,6 +128,17 @@ def test_twenty_updates_have_the_losses_of_one_process_without_deepspeed(
         verify.verify_adapter(folder, config.model)
 
 
+@pytest.mark.parametrize("family, setting", [
+    ("tiny_mixtral", zero_of(3, 4)), ("tiny_model", {"train.workers": 4, "train.backend": {"name": "ddp"}}),
+], ids=["mixtral, stage 3", "llama, data parallelism"])  # fmt: skip
+def test_so_many_workers_as_are_left_share_rows_that_do_not_divide(request, alone, tmp_path, family, setting):
+    """Four rows of an update on three workers, one row a pass: two of them have none in the second."""
+    model = request.getfixturevalue(family)
+    config = config_of(model, tmp_path, setting, {"train.min_workers": 2, "train.micro_batch": 1})
+    workers.run(3, train_one, config)
+    assert losses(config) == pytest.approx(alone(model), abs=1e-4)
+
+
 @pytest.mark.parametrize("family, change, within", [
     ("tiny_mixtral", {"model.dtype": "bfloat16"}, 0.02), ("tiny_model", {"train.lora.method": "dora"}, 1e-4),
     ("tiny_model", {"train.lora.method": "pissa"}, 1e-4),
