@@ -87,7 +87,7 @@ def _write_dataset(final: Path, pairs: Sequence[Pair], encoder: PromptEncoder, f
     folder = temporary_path(final)
     columns = {
         "id": [str(i) for i in range(len(pairs))], "prompt_ids": [encoder.row(prompt) for prompt, _ in pairs],
-        "label_ids": [encoder.answer(query) for _, query in pairs],
+        "label_ids": [encoder.answer(query) for _, query in pairs], "left_out": [0] * len(pairs),
     }
     try:
         folder.mkdir(parents=True)
