@@ -5,12 +5,10 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 import inspect
-import json
 import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,7 +25,6 @@ if TYPE_CHECKING:
 NO_LIMIT = 8192
 SMALLEST_BFLOAT16 = 256  # hidden size from which a CPU is faster in bfloat16
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, LARGEST_KEPT = -1, -3, 32 << 20  # of malloc.h, with the most that glibc takes
-FOUR_BIT = 0.516  # bytes of a weight in NF4 with doubly quantised scales (Dettmers et al. 2023: 0.127 bits a weight)
 LARGE_FILE, SHA256_DIGITS = 64 << 20, 64  # bytes from which a file's sha256 is kept; characters of one
 MODEL_FILES = {".safetensors", ".bin", ".json", ".txt", ".model", ".jinja"}  # endings of weights, settings, tokenizers
 # name -> (Python package that carries the weights, file or folder inside it, hub id of the same model)
@@ -138,50 +135,6 @@ def context_length(config: ModelConfig) -> int:
     found = load_model_config(config).get_text_config()
     names = ("max_position_embeddings", "seq_length", "max_seq_len")
     return next((length for name in names if (length := getattr(found, name, None))), NO_LIMIT)
-
-
-@dataclass(frozen=True)
-class BaseSize:
-    """Counts of a base model by its config."""
-
-    weights: int
-    linear: int  # of them in linear layers, without the output layer: those that can be quantised
-    cached: int  # numbers that the KV cache holds for each token
-
-    def weight_bytes(self, config: ModelConfig, width: int) -> float:
-        """Bytes of the weights where one has `width` bytes, or in four bits where `model.quantize` says so."""
-        quantised = self.linear if config.quantize else 0
-        return quantised * FOUR_BIT + (self.weights - quantised) * width
-
-
-def base_size(config: ModelConfig) -> BaseSize:
-    """Counted on the meta device; no weights are loaded. Raises ModelError for an unknown model."""
-    shape = load_model_config(config)
-    kind: Any = type(shape)
-    return _size_of(kind, shape.to_json_string())
-
-
-@cache
-def _size_of(kind: Any, settings: str) -> BaseSize:
-    """Of a class of transformers' configs, and its settings as JSON."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    shape = kind.from_dict(json.loads(settings))
-    with torch.device("meta"):
-        net = AutoModelForCausalLM.from_config(shape)
-    head = net.get_output_embeddings()
-    linear = sum(m.weight.numel() for m in net.modules() if isinstance(m, torch.nn.Linear) and m is not head)
-    text = shape.get_text_config()
-    cached = 2 * key_value_width(text) * text.num_hidden_layers
-    return BaseSize(sum(p.numel() for p in net.parameters()), linear, cached)
-
-
-def key_value_width(shape: Any) -> int:
-    """Numbers of the keys of one token in one layer, by a config; recurrent models, which name no heads, have some."""
-    heads = getattr(shape, "num_attention_heads", None) or 1
-    width = getattr(shape, "head_dim", None) or shape.hidden_size // heads
-    return (getattr(shape, "num_key_value_heads", None) or heads) * width
 
 
 def model_dtype(config: ModelConfig, device: str = "cpu") -> Any:

@@ -11,8 +11,9 @@ from pi_ray.ask.train_writer import Pair, prompt_format, train_writer
 from pi_ray.ask.writing_workers import write_locally
 from pi_ray.config import ADAPTER_KINDS, AskKind, PromptConfig, RunConfig
 from pi_ray.errors import DataError
-from pi_ray.models import base_size, load_tokenizer
+from pi_ray.models import load_tokenizer
 from pi_ray.prompt import PromptEncoder
+from pi_ray.train.base_size import base_size
 
 FEW_KINDS: dict[str, tuple[AskKind, ...]] = {"adapter": ADAPTER_KINDS, "few-shot": ("direct",)}  # others write all
 LARGE = 3_000_000_000  # weights from which a base writes as it is told

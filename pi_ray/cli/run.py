@@ -41,11 +41,12 @@ DRY = argument("--dry", action="store_true", help="every step on 3 rows and a ti
 @verb("all steps in a row; steps that are done are skipped", RUN, DRY, OVERRIDES)
 def run(args: argparse.Namespace) -> None:
     """Prepare, train, evaluate, report and publish. Steps that are done are skipped, and a stopped one goes on."""
-    if not args.dry:
-        return run_and_tell(load_config(args), args)
     from pi_ray.experiments.dry import dry_run
 
-    return dry_run(load_config(args), args.console)
+    if args.dry:
+        dry_run(load_config(args), args.console)
+    else:
+        run_and_tell(load_config(args), args)
 
 
 def run_and_tell(settings: RunConfig, args: argparse.Namespace) -> None:
@@ -85,7 +86,7 @@ def schema(args: argparse.Namespace) -> None:
         "with up to 100 million rows"),
 )
 def plan(args: argparse.Namespace) -> None:
-    """What a run will do, take and save. Of a table file: what each column takes on one node of GPUs and on two."""
+    """Print what a run will do, take and save; of a table file, what each column takes on one node and on two."""
     from pi_ray.experiments.plan_table import print_table_plan
     from pi_ray.experiments.sweep import is_table, load_sweep
     from pi_ray.plan import plan as step
@@ -202,11 +203,11 @@ def table(args: argparse.Namespace) -> None:
     from pi_ray.experiments.run_table import run_table
     from pi_ray.experiments.sweep import load_sweep
 
+    sweep = load_sweep(args.config, args.overrides)
     if args.dry:
-        return dry_table(load_sweep(args.config, args.overrides), args.console)
-    command = f"pi-ray table {' '.join([str(args.config), *args.overrides])}"
-    run_table(load_sweep(args.config, args.overrides), args.console, command)
-    return None
+        dry_table(sweep, args.console)
+    else:
+        run_table(sweep, args.console, f"pi-ray table {' '.join([str(args.config), *args.overrides])}")
 
 
 @verb(

@@ -72,7 +72,8 @@ def describe_placement(config: RunConfig) -> str:
     gpus = "GPU nodes, one worker a GPU" if certain else "GPUs if there are enough, one worker each, else CPUs"
     train = _nodes_of(config, "train", gpus if config.train.gpu is not False else "CPU nodes")
     usual: dict[Step, str] = {
-        "prepare": "CPU nodes", "evaluate": "a GPU each, or a node's CPUs", "serve": "its replicas' nodes",
+        "prepare": "CPU nodes", "evaluate": "as many GPUs as a copy of the base takes, or a node's CPUs",
+        "serve": "its replicas' nodes",
     }
     others = "; ".join(f"{step} on {_nodes_of(config, step, where)}" for step, where in usual.items())
     gang = f"all or none (a placement group, {PACK}: on as few nodes as possible)"

@@ -13,10 +13,11 @@ from typing import Any
 
 from pi_ray.config import LoraConfig, ModelConfig, RunConfig
 from pi_ray.errors import ConfigError, ModelError
-from pi_ray.models import FOUR_BIT, key_value_width, model_dtype, resolve_base
+from pi_ray.models import model_dtype, resolve_base
 from pi_ray.run.artifact import read_manifest
 from pi_ray.run.directory import RunDir
 from pi_ray.schedule import plan_phases
+from pi_ray.train.base_size import FOUR_BIT, key_value_width
 from pi_ray.train.updates import updates_in_phase
 
 # Share of a large matrix product's speed that an update reaches. cpu: measured on the demo; gpu: a guess.

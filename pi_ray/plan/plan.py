@@ -40,7 +40,7 @@ from pi_ray.train.drills import describe_drills
 from pi_ray.train.facts import find_facts
 from pi_ray.train.floor import FEW_ROWS
 from pi_ray.train.phase_scores import scored_rows
-from pi_ray.train.replicas import check_replica, replica_bytes, replica_gpus
+from pi_ray.train.replicas import check_replica, gpu_gib, replica_bytes, replica_gpus
 from pi_ray.train.teaching import describe_options
 from pi_ray.train.updates import updates_in_phase
 
@@ -271,7 +271,7 @@ def _dev_answers(plan: Plan) -> str:
 
 def _replica(plan: Plan) -> str:
     """Where a copy of the base that generates goes."""
-    gpus, gib = replica_gpus(plan.config), plan.config.cluster.gpu_memory_gib
+    gpus, gib = replica_gpus(plan.config), f"{gpu_gib(plan.config):.0f}"
     where = f"on one GPU of {gib} GiB" if gpus == 1 else f"over {gpus} GPUs of {gib} GiB of one node"
     how = "" if gpus == 1 else " (by layers, or with serve.engine: vllm by tensor parallelism)"
     return f"Each copy that evaluates, teaches or serves: about {_parts(plan.replica)}, {where}{how}"

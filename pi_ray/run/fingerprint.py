@@ -85,7 +85,7 @@ def training_metric_settings(config: RunConfig) -> dict[str, Any]:
 
 
 def _metric_marks(config: RunConfig) -> list[Any]:
-    """What adapters depend on, of task.metric: that dev answers are kept, and with early stop by which metric it stops.
+    """List what adapters depend on of task.metric: that dev answers are kept, and by which metric early stop decides.
     """
     if not config.training_metric:
         return []

@@ -18,11 +18,13 @@ from pi_ray.tasks.sandbox.runner import Limits, Program, Sandbox
 FILE = "mbpp.jsonl"
 HUB = "google-research-datasets/mbpp"
 # upstream's split by task_id; 1 to 10 are for few-shot prompts
-UPSTREAM = {"test": range(11, 511), "dev": range(511, 601), "train": range(601, 975)}
+Ids = dict[str, Container[int]]  # split -> task_ids
+UPSTREAM: Ids = {"test": range(11, 511), "dev": range(511, 601), "train": range(601, 975)}
 # The PromptIntern paper (A.1) has 974 training and 102 test rows of the 974 that there are. Here the test rows are as
 # many, a few are for choosing, and all others train.
-PAPER = {"test": range(11, 113), "dev": range(571, 601), "train": {*range(1, 11), *range(113, 571), *range(601, 975)}}
-SPLITS: dict[str, dict[str, Container[int]]] = {"upstream": {**UPSTREAM}, "paper": {**PAPER}}
+PAPER: Ids = {
+    "test": range(11, 113), "dev": range(571, 601), "train": {*range(1, 11), *range(113, 571), *range(601, 975)},
+}
 SLOW = {123: 90.0}  # seconds; its reference solution takes 7 to more than 20, by the machine
 FENCE = re.compile(r"```(?:python|py)?[ \t]*\r?\n(.*?)(?:```|\Z)", re.S | re.I)
 
@@ -65,11 +67,12 @@ class MbppTask(DatasetTask):
         return sandbox
 
     def read_split(self, split: str) -> Iterator[Row | Reject]:
+        ids = PAPER if self.config.split == "paper" else UPSTREAM
         for found in self._problems.values():
             if isinstance(found, Reject):
                 if split == "train":
                     yield found
-            elif int(found[0].id) in SPLITS[self.config.split].get(split, ()):
+            elif int(found[0].id) in ids.get(split, ()):
                 yield found[0]
 
     @cached_property

@@ -17,7 +17,8 @@ from typing import Any
 from pi_ray.cluster import placement
 from pi_ray.config import ModelConfig, RunConfig
 from pi_ray.errors import ConfigError, ModelError
-from pi_ray.models import base_size, load_model, model_dtype
+from pi_ray.models import load_model, model_dtype
+from pi_ray.train.base_size import base_size
 
 log = logging.getLogger("pi_ray")
 GIB = 2**30
@@ -42,17 +43,26 @@ def replica_gpus(config: RunConfig) -> int:
     A power of two, as tensor parallelism needs. Raises ConfigError where a node has too few, ModelError.
     """
     asked, cluster = config.cluster.gpus_per_replica, config.cluster
-    each = USABLE * cluster.gpu_memory_gib * GIB - WORKSPACE
+    gib = gpu_gib(config)
+    each = max(GIB, USABLE * gib * GIB - WORKSPACE)
     needed = sum(replica_bytes(config).values())
     found = asked if asked != "auto" else 1 << max(0, math.ceil(math.log2(needed / each)))
     if found > cluster.gpus_per_node:
         where = f"one copy of {config.model.base} takes {needed / GIB:.0f} GiB"
         raise ConfigError(
-            f"{where}, so {found} GPUs of {cluster.gpu_memory_gib} GiB, and a node has {cluster.gpus_per_node} "
+            f"{where}, so {found} GPUs of {gib:.0f} GiB, and a node has {cluster.gpus_per_node} "
             f"(cluster.gpus_per_node): the smallest cluster that would do has a node of {found} such GPUs; or give "
             "cluster.gpu_memory_gib, or take model.quantize: 4bit or a smaller model.base"
         )
     return found
+
+
+def gpu_gib(config: RunConfig) -> float:
+    """GiB of one GPU: `cluster.gpu_memory_gib`, or less where this machine has smaller ones."""
+    import torch
+
+    here = [torch.cuda.get_device_properties(i).total_memory / GIB for i in range(torch.cuda.device_count())]
+    return min([config.cluster.gpu_memory_gib, *here])
 
 
 def check_replica(config: RunConfig) -> None:

@@ -18,7 +18,8 @@ from pi_ray.errors import ModelError
 from pi_ray.models import cache_argument, last_logits_index
 from pi_ray.serve.engine.hybrid_cache import CONV, RECURRENT, HybridKVCache, Key
 from pi_ray.serve.engine.kv_cache import KVCache, UnbatchedCache, reaches
-from pi_ray.serve.engine.multi_lora import BASE_SLOT, MultiLora
+from pi_ray.serve.engine.multi_lora import MultiLora
+from pi_ray.serve.engine.multi_lora_layer import BASE_SLOT
 
 log = logging.getLogger("ray.serve")
 KNOWN_LAYERS = {

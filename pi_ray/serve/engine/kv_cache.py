@@ -36,7 +36,7 @@ def prefix_cache_limit(serve: ServeConfig, device: torch.device) -> int:
 
 
 def _free_bytes(serve: ServeConfig, device: torch.device) -> int:
-    """Of the GPU, or a replica's share of the host's memory."""
+    """Ask how much memory the GPU has free, or the host for each replica."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     return psutil.virtual_memory().available // serve.max_replicas

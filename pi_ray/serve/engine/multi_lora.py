@@ -1,31 +1,29 @@
-"""Several LoRA adapters in one batch: every adapted linear layer holds them stacked, and each row has its own.
-
-A decoding step takes two batched matrix products a layer, however many adapters take part: the rows of each adapter,
-padded to the largest group, times the stacked A, times the stacked B (Punica, Chen 2023; S-LoRA, Sheng 2023).
-"""
+"""Several LoRA adapters in one batch: every adapted linear layer holds them stacked, and each row has its own."""
 
 import math
 import sys
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Sequence
 from functools import partial
-from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from transformers.pytorch_utils import Conv1D  # GPT-2's linear layers, whose weight is (in, out)
 
 from pi_ray.errors import AdapterError
+from pi_ray.serve.engine.multi_lora_layer import (
+    BASE_SLOT,
+    AddLora,
+    MultiLoraLayer,
+    choose_add_lora,
+    linear_features,
+)
 from pi_ray.serve.engine.onednn_linear import get_weight, set_weight
 from pi_ray.store.adapters import check_unchanged
 from pi_ray.store.verify import CONFIG_FILE, LORA_TENSOR, MAX_RANK, WEIGHTS_FILE, open_weights, read_json
 
-BASE_SLOT = -1  # the slot of rows without an adapter
-MAX_PADDING = 4  # padded places for each row, up to which one batched product is faster than adapters in turn
 EXPERT_LAYER = ".experts."  # single experts see tokens of many rows, in an order of their own
-AddLora = Callable[["MultiLoraLayer", torch.Tensor, torch.Tensor], Any]  # (layer, input, output): adds to the output
 # Module name -> A (rank, in) and B (out, rank) of one adapter, with the scaling in B, float32 on the CPU.
 LoraPairs = dict[str, tuple[torch.Tensor, torch.Tensor]]
 
@@ -38,37 +36,6 @@ class LoadedAdapter(NamedTuple):
 
 class NoRoomError(Exception):
     """There is no memory for an adapter beside those in use; `has_room_for` tells when there is."""
-
-
-class MultiLoraLayer:
-    """Stacked weights of one linear layer: `a` (slots, rank, in), `b` (slots, rank, out), padded with zeros."""
-
-    def __init__(self, linear: Any, slots: int, rank: int, like: dict[str, Any], multi_lora: "MultiLora"):
-        in_features, out_features = _features(linear)
-        self.a = torch.zeros(slots, rank, in_features, **like)
-        self.b = torch.zeros(slots, rank, out_features, **like)
-        self._multi_lora = multi_lora
-        self.remove = linear.register_forward_hook(self._hook).remove
-
-    def _hook(self, module: Any, inputs: tuple[torch.Tensor], output: torch.Tensor) -> None:
-        if add_lora := self._multi_lora.add_lora:
-            add_lora(self, inputs[0].reshape(-1, self.a.shape[2]), output.view(-1, self.b.shape[2]))
-
-    def set_slot(self, slot: int, pair: tuple[torch.Tensor, torch.Tensor] | None) -> None:
-        self.a[slot].zero_()
-        self.b[slot].zero_()
-        if pair:
-            a, b = pair
-            self.a[slot, : len(a)].copy_(a)
-            self.b[slot, : len(a)].copy_(b.T)
-
-    def resize(self, slots: int, rank: int) -> None:
-        if self.a.shape[:2] == (slots, rank):
-            return
-        s, r = min(slots, self.a.shape[0]), min(rank, self.a.shape[1])
-        a, b = (old.new_zeros(slots, rank, old.shape[2]) for old in (self.a, self.b))
-        a[:s, :r], b[:s, :r] = self.a[:s, :r], self.b[:s, :r]
-        self.a, self.b = a, b  # both or, without memory for one of them, neither
 
 
 class MultiLora:
@@ -134,7 +101,7 @@ class MultiLora:
         """Row i of the next forward pass, of `tokens` tokens, has the adapter in `slots[i]` (or BASE_SLOT)."""
         active = (tuple(slots), tokens)
         if active != self._active:
-            self.add_lora, self._active = self._choose(slots, tokens), active
+            self.add_lora, self._active = choose_add_lora(slots, tokens, self._like["device"]), active
 
     @torch.no_grad()
     def merge(self, folder: str) -> None:
@@ -197,7 +164,7 @@ class MultiLora:
     def _bytes_beside(self, others: Collection[LoadedAdapter], rank: int, layers: Collection[str]) -> int:
         """Bytes of all stacks when an adapter joins `others`."""
         slots, ranks = self._layout([*others, LoadedAdapter(self._free_slot(others), rank, layers)])
-        sizes = ((sum(_features(self._linears[name])), rank) for name, rank in ranks.items())
+        sizes = ((sum(linear_features(self._linears[name])), rank) for name, rank in ranks.items())
         return slots * self._like["dtype"].itemsize * sum(size * rank for size, rank in sizes)
 
     def _free_slot(self, others: Collection[LoadedAdapter]) -> int:
@@ -223,7 +190,8 @@ class MultiLora:
             for name, layer in self._layers.items():
                 layer.resize(slots, ranks[name])
             for name in pairs.keys() - self._layers.keys():
-                self._layers[name] = MultiLoraLayer(self._linears[name], slots, ranks[name], self._like, self)
+                linear, active = self._linears[name], lambda: self.add_lora
+                self._layers[name] = MultiLoraLayer(linear, slots, ranks[name], self._like, active)
             for name, layer in self._layers.items():
                 layer.set_slot(slot, pairs.get(name))
         except BaseException:  # such as no memory: the next request must not meet a part of the adapter
@@ -235,30 +203,6 @@ class MultiLora:
         for name in self._layers.keys() - {name for adapter in self._loaded.values() for name in adapter.layers}:
             self._layers.pop(name).remove()
 
-    def _choose(self, slots: Sequence[int], tokens: int) -> AddLora | None:
-        """The fastest way to add the adapters of these rows; None where no row has one."""
-        used = set(slots) - {BASE_SLOT}
-        if not used:
-            return None
-        if len(set(slots)) == 1:
-            slot = slots[0]
-            return lambda layer, x, out: out.addmm_(F.linear(x, layer.a[slot]), layer.b[slot])
-        if tokens > 1:
-            return _in_turn(slots)
-        low, high = min(used), max(used) + 1
-        groups = [[row for row, own in enumerate(slots) if own == slot] for slot in range(low, high)]
-        if len(groups) * max(map(len, groups)) <= MAX_PADDING * len(slots):
-            return _batched(groups, low, self._like["device"])
-        return _in_turn(slots)
-
-
-def _features(layer: Any) -> tuple[int, int]:
-    """(in, out) of a linear layer."""
-    if isinstance(layer, Conv1D):
-        return layer.weight.shape[0], layer.weight.shape[1]
-    return layer.in_features, layer.out_features
-
-
 def _check_fit(module: str, side: str, shape: Sequence[int], layers: dict[str, Any]) -> None:
     """Raise AdapterError where a matrix, `side` A or B, is for a layer that does not exist or has another size."""
     if module not in layers:
@@ -266,44 +210,7 @@ def _check_fit(module: str, side: str, shape: Sequence[int], layers: dict[str, A
     if EXPERT_LAYER in module:
         limit = "adapters of single experts can be evaluated but not served"
         raise AdapterError(f"it adapts {module!r}, one expert of several; {limit}")
-    in_features, out_features = _features(layers[module])
+    in_features, out_features = linear_features(layers[module])
     expected, found = (in_features, shape[1]) if side == "A" else (out_features, shape[0])
     if expected != found:
         raise AdapterError(f"its matrix {side} for {module!r} has size {found}, the base model's layer has {expected}")
-
-
-def _in_turn(slots: Sequence[int]) -> AddLora:
-    """One run of rows with the same adapter after the other; for prompts: sorted rows of many tokens."""
-    runs, end = [], 0  # (slot, first row, end)
-    for slot, rows in groupby(slots):
-        start, end = end, end + len(list(rows))
-        if slot != BASE_SLOT:
-            runs.append((slot, start, end))
-
-    def add_lora(layer: MultiLoraLayer, x: torch.Tensor, out: torch.Tensor) -> None:
-        tokens = len(x) // len(slots)  # of a row; the output layer sees one
-        for slot, start, end in runs:
-            part = slice(start * tokens, end * tokens)
-            out[part].addmm_(F.linear(x[part], layer.a[slot]), layer.b[slot])
-
-    return add_lora
-
-
-def _batched(groups: Sequence[Sequence[int]], low: int, device: Any) -> AddLora:
-    """One batched product; `groups[i]` are the rows of slot low + i, of one token each, padded with row 0."""
-    size, high = max(map(len, groups)), low + len(groups)
-    padded = torch.tensor([[*group, *[0] * (size - len(group))] for group in groups]).flatten().to(device)
-    pairs = sorted((row, i * size + j) for i, group in enumerate(groups) for j, row in enumerate(group))
-    rows, places = torch.tensor(pairs).T.contiguous().to(device)
-    contiguous = len(rows) == rows[-1] - rows[0] + 1
-    block = slice(int(rows[0]), int(rows[-1]) + 1) if contiguous else None  # neighbours are added at once
-
-    def add_lora(layer: MultiLoraLayer, x: torch.Tensor, out: torch.Tensor) -> None:
-        inner = torch.bmm(x.index_select(0, padded).view(len(groups), size, -1), layer.a[low:high].transpose(1, 2))
-        products = torch.bmm(inner, layer.b[low:high]).flatten(0, 1).index_select(0, places)
-        if block:
-            out[block].add_(products)
-        else:
-            out.index_add_(0, rows, products)
-
-    return add_lora

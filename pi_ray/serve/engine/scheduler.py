@@ -18,7 +18,8 @@ from pi_ray.protocols import GenerationRequest, Token
 from pi_ray.serve.engine.cache_choice import create_kv_cache
 from pi_ray.serve.engine.kv_cache import kv_cache_limit, prefix_cache_limit
 from pi_ray.serve.engine.matcher import mask_logits, take_token
-from pi_ray.serve.engine.multi_lora import BASE_SLOT, MultiLora, NoRoomError
+from pi_ray.serve.engine.multi_lora import MultiLora, NoRoomError
+from pi_ray.serve.engine.multi_lora_layer import BASE_SLOT
 from pi_ray.serve.engine.onednn_linear import use_onednn_linears
 from pi_ray.serve.engine.prefix_cache import BLOCK_SIZE, Block, PrefixCache
 from pi_ray.serve.engine.refusal import RefusedError

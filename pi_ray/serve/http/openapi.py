@@ -11,7 +11,7 @@ SCHEMAS = "#/components/schemas/{model}"  # where OpenAPI's documents have a sch
 
 
 def body_of(kind: type[RequestBody]) -> dict[str, Any]:
-    """What /openapi.json says of a request's body, which is read here and not by FastAPI."""
+    """Describe a request's body for /openapi.json, since FastAPI does not read it."""
     schema = {"$ref": SCHEMAS.format(model=kind.__name__)}
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
 

@@ -12,9 +12,10 @@ from pi_ray.ask.train_writer import train_writer, writer_config, writer_pairs
 from pi_ray.ask.writers import PromptedWriter, choose_writer, query_tokens
 from pi_ray.ask.writing_workers import WritingWorker
 from pi_ray.config import PromptConfig, RunConfig
-from pi_ray.models import BaseSize, load_tokenizer
+from pi_ray.models import load_tokenizer
 from pi_ray.prompt import PromptEncoder
 from pi_ray.protocols import Row
+from pi_ray.train.base_size import BaseSize
 from pi_ray.train.batches import PhaseDataset
 from pi_ray.units import UnitIndex, find_units
 from tests.lora import write_adapter

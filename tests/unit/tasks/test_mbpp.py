@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -54,6 +55,13 @@ def test_the_split_is_upstreams_and_the_first_ten_are_left_out(tmp_path):
     assert {split: [row.id for row in task.rows(split)] for split in ("train", "dev", "test", "unlabelled")} == {
         "train": ["601", "974"], "dev": ["511", "600"], "test": ["11", "510"], "unlabelled": [],
     }  # fmt: skip
+
+
+def test_the_papers_split_has_its_102_test_rows_and_trains_on_all_but_30_others(tmp_path):
+    task = task_of(written(tmp_path, *({**ADD, "task_id": n} for n in range(1, 975))), split="paper")
+    ids = {split: [int(row.id) for row in task.rows(split)] for split in ("train", "dev", "test")}
+    assert {split: len(found) for split, found in ids.items()} == {"train": 842, "dev": 30, "test": 102}
+    assert sorted(chain(*ids.values())) == list(range(1, 975)), "no row is on two sides"
 
 
 @pytest.mark.parametrize(

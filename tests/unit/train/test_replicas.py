@@ -1,12 +1,15 @@
 """Copies of the base model that generate: how many GPUs each takes, and Ray's options of its actor."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from pi_ray.config import RunConfig
 from pi_ray.errors import ConfigError
-from pi_ray.models import base_size, load_model
+from pi_ray.models import load_model
 from pi_ray.train import replicas
+from pi_ray.train.base_size import base_size
 from pi_ray.train.replicas import check_replica, generation_workers, load_for_generation, replica_bytes, replica_gpus
 
 
@@ -45,6 +48,13 @@ def test_four_bits_leave_what_is_not_a_linear_layer(mixtral):
 
 def test_a_number_in_the_run_file_comes_first(mixtral):
     assert replica_gpus(mixtral(**{"cluster.gpus_per_replica": 8})) == 8
+
+
+def test_a_smaller_gpu_of_this_machine_counts(mixtral, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda i: SimpleNamespace(total_memory=(48 - i) << 30))
+    assert replicas.gpu_gib(mixtral()) == 47 and replica_gpus(mixtral()) == 4
+    assert replicas.gpu_gib(mixtral(**{"cluster.gpu_memory_gib": 24})) == 24
 
 
 def test_a_base_that_no_node_holds_is_refused_with_the_smallest_cluster_that_would_do(mixtral):

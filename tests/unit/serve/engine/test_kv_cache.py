@@ -9,7 +9,8 @@ from pi_ray.models import cache_argument
 from pi_ray.serve.engine.cache_choice import create_kv_cache
 from pi_ray.serve.engine.hybrid_cache import HybridKVCache
 from pi_ray.serve.engine.kv_cache import KVCache, UnbatchedCache
-from pi_ray.serve.engine.multi_lora import BASE_SLOT, MultiLora
+from pi_ray.serve.engine.multi_lora import MultiLora
+from pi_ray.serve.engine.multi_lora_layer import BASE_SLOT
 
 SIZES = {
     "vocab_size": 200, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,

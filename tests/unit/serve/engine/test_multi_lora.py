@@ -15,7 +15,9 @@ from pi_ray.config import ModelConfig
 from pi_ray.errors import AdapterError
 from pi_ray.models import load_model
 from pi_ray.serve.engine import multi_lora as module
-from pi_ray.serve.engine.multi_lora import BASE_SLOT, MultiLora, NoRoomError
+from pi_ray.serve.engine import multi_lora_layer
+from pi_ray.serve.engine.multi_lora import MultiLora, NoRoomError
+from pi_ray.serve.engine.multi_lora_layer import BASE_SLOT
 from tests.lora import write_adapter
 
 LAYER = "model.layers.0.self_attn.q_proj"
@@ -82,7 +84,7 @@ def variant(folder, target, edit=lambda tensors: None, **settings):
     "rows", [[0, 0, 0, 0, 0], [0, 1, 2, 1, 0], [3, 0, 3, 3, 1], [3, 3, 3, 3, 3], [1, 1, 3, 2, 2]], ids=str
 )
 def test_each_row_has_the_logits_of_its_own_adapter(base, folders, expected, monkeypatch, rows, padding):
-    monkeypatch.setattr(module, "MAX_PADDING", padding)
+    monkeypatch.setattr(multi_lora_layer, "MAX_PADDING", padding)
     multi_lora = MultiLora(base, 3)
     slots = [*(multi_lora.load(folder, folders) for folder in folders), BASE_SLOT]
     for tokens in (3, 1):
@@ -300,7 +302,7 @@ def test_an_adapter_that_is_refused_evicts_none(base, folders, tmp_path):
 @pytest.mark.fault
 @pytest.mark.parametrize("padding", [0, 10**6], ids=["in turn", "at once"])
 def test_a_row_that_computes_nan_does_not_reach_its_neighbours(base, folders, expected, tmp_path, monkeypatch, padding):
-    monkeypatch.setattr(module, "MAX_PADDING", padding)
+    monkeypatch.setattr(multi_lora_layer, "MAX_PADDING", padding)
     wild = variant(folders[0], tmp_path / "wild", lambda t: [x.mul_(1e30) for x in t.values()])
     multi_lora = MultiLora(base, 3)
     slots = [multi_lora.load(wild), multi_lora.load(folders[0]), multi_lora.load(folders[2])]
