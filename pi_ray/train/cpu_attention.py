@@ -9,12 +9,14 @@ it would be wrong by whole units, since the first token's are in the hundreds.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 # Attention weights: with fewer in a call SDPA is as fast; more at once take memory, since backward holds them all.
 FEWEST, MOST = 1 << 16, 1 << 25
+CAUSAL_BLOCK = 160  # queries of a causal mask whose gradients are computed at once
 
 
 def takes_matrix_products(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, dropout: float) -> bool:
@@ -50,10 +52,8 @@ def _bias(sees: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: Any, key: Any, value: Any, bias: Any, scale: float) -> torch.Tensor:
-        shared = query.shape[1] // key.shape[1]  # heads that have the same keys
-        keys, values = (x.repeat_interleave(shared, 1) for x in (key, value))
         output, logsumexp = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            query, keys, values, 0.0, bias is None, attn_mask=bias, scale=scale
+            query, key, value, 0.0, bias is None, attn_mask=bias, scale=scale
         )
         ctx.save_for_backward(query, key, value, output, logsumexp, bias)
         ctx.scale = scale
@@ -62,24 +62,40 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         query, key, value, output, logsumexp, bias = ctx.saved_tensors
-        (rows, heads, n, _), (_, kv_heads, m, _) = query.shape, key.shape
-        groups = rows * kv_heads  # queries with the same keys
+        grad, subtracted = grads[0], logsumexp[..., None] / ctx.scale
+        if bias is not None:
+            return *_gradients((query, subtracted, output, grad), key, value, bias, ctx.scale), None, None
+        grad_query, grad_key, grad_value = query.new_empty(query.shape), torch.zeros_like(key), torch.zeros_like(value)
+        for begin in range(0, query.shape[2], CAUSAL_BLOCK):  # nothing is computed of most that a causal mask hides
+            end = min(begin + CAUSAL_BLOCK, query.shape[2])
+            rows = [x[:, :, begin:end] for x in (query, subtracted, output, grad)]
+            sees = _bias(torch.ones(end - begin, end, dtype=torch.bool).tril(begin), query.dtype)
+            found = _gradients(rows, key[:, :, :end], value[:, :, :end], sees, ctx.scale)
+            grad_query[:, :, begin:end] = found[0]
+            grad_key[:, :, :end] += found[1]
+            grad_value[:, :, :end] += found[2]
+        return grad_query, grad_key, grad_value, None, None
 
-        def fold(x: torch.Tensor) -> torch.Tensor:
-            """(B, H, N, X) -> (B * H_kv, H / H_kv * N, X): heads with the same keys one after another."""
-            return x.reshape(groups, heads // kv_heads * n, x.shape[-1])
 
-        if bias is None:
-            bias = _bias(torch.ones(n, m, dtype=torch.bool).tril(), query.dtype)
-        grad, query, key, value = fold(grads[0]), fold(query), key.flatten(0, 1), value.flatten(0, 1)
-        scores = _product_less(query, key, fold(logsumexp[..., None]) / ctx.scale)
-        weights = torch.add(bias, scores.view(groups, -1, n, m), alpha=ctx.scale).exp_().view(scores.shape)
-        grad_value = weights.transpose(1, 2) @ grad
-        mean = (grad.float() * fold(output)).sum(-1, keepdim=True)
-        grad_scores = _product_less(grad, value, mean).mul_(weights)
-        grad_query = (grad_scores @ key).mul_(ctx.scale).view(rows, heads, n, -1)
-        grad_key = (grad_scores.transpose(1, 2) @ query).mul_(ctx.scale).view(rows, kv_heads, m, -1)
-        return grad_query, grad_key, grad_value.view(grad_key.shape), None, None
+def _gradients(rows: Sequence[torch.Tensor], key: Any, value: Any, bias: torch.Tensor, scale: float) -> Any:
+    """Gradients of query, key (B, H_kv, M, D) and value, from `rows` (B, H, N, ...): query, logsumexp / scale, output
+    and its gradient."""
+    (batch, heads, n, _), (kv_heads, m) = rows[0].shape, key.shape[1:3]
+    groups = batch * kv_heads  # queries with the same keys
+
+    def fold(x: torch.Tensor) -> torch.Tensor:
+        """(B, H, N, X) -> (B * H_kv, H / H_kv * N, X): heads with the same keys one after another."""
+        return x.reshape(groups, heads // kv_heads * n, x.shape[-1])
+
+    (query, subtracted, output, grad), key, value = map(fold, rows), key.flatten(0, 1), value.flatten(0, 1)
+    scores = _product_less(query, key, subtracted)
+    weights = torch.add(bias, scores.view(groups, -1, n, m), alpha=scale).exp_().view(scores.shape)
+    grad_value = weights.transpose(1, 2) @ grad
+    mean = (grad.float() * output).sum(-1, keepdim=True)
+    grad_scores = _product_less(grad, value, mean).mul_(weights)
+    grad_query = (grad_scores @ key).mul_(scale).view(batch, heads, n, -1)
+    grad_key = (grad_scores.transpose(1, 2) @ query).mul_(scale).view(batch, kv_heads, m, -1)
+    return grad_query, grad_key, grad_value.view(grad_key.shape)
 
 
 def _product_less(rows: torch.Tensor, columns: torch.Tensor, less: torch.Tensor) -> torch.Tensor:

@@ -22,6 +22,7 @@ from pi_ray.schedule import plan_phases
 from pi_ray.train import gist
 from pi_ray.train.dev_scores import DevScores
 from pi_ray.train.floor import decide_floor
+from pi_ray.train.lora_linear import fuse_lora
 from pi_ray.train.phase_scores import DEV_ANSWERS, DEV_SCORES, best_by_metric
 
 CARD = "pi_ray.json"
@@ -41,7 +42,9 @@ def add_lora(model: Any, config: LoraConfig, seed: int) -> Any:
     with warnings.catch_warnings():
         # peft warns of patterns that it made itself, for fused experts that are not adapted
         warnings.filterwarnings("ignore", "The following (rank|alpha)_pattern keys", RuntimeWarning)
-        return peft.get_peft_model(model, peft_config(model, config))
+        wrapped = peft.get_peft_model(model, peft_config(model, config))
+    fuse_lora(wrapped)
+    return wrapped
 
 
 def peft_config(model: Any, config: LoraConfig) -> Any:
