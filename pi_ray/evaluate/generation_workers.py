@@ -18,6 +18,7 @@ from pi_ray.prompt import PromptEncoder
 from pi_ray.run.directory import RunDir
 from pi_ray.train.generation import compute_prefix_cache, generate_greedy, request_seconds
 from pi_ray.train.gist import gist_cache, gist_ids, load_gist
+from pi_ray.train.lora_linear import fuse_lora
 from pi_ray.train.replicas import generation_workers, load_for_generation
 
 Prompts = tuple[list[int], list[list[int]]]  # prefix ids, and the ids of each row
@@ -97,6 +98,7 @@ class LoadedAdapters:
                 self.model = PeftModel.from_pretrained(base, folder, adapter_name=name)
             else:
                 self.model.load_adapter(folder, adapter_name=name)
+        fuse_lora(self.model)
         self.model.eval()
 
     def activate(self, folder: str) -> None:

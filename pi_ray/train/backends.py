@@ -24,7 +24,7 @@ class DdpBackend:
         self.model, self.config = build(), config
         self.params = trainable_parameters(self.model)
         self.optimizer = torch.optim.AdamW(
-            self.params.values(), lr=config.lr, betas=BETAS, eps=EPS, weight_decay=config.weight_decay
+            self.params.values(), lr=config.lr, betas=BETAS, eps=EPS, weight_decay=config.weight_decay, fused=True
         )
 
     def backward(self, loss: torch.Tensor, last: bool) -> None:
@@ -48,7 +48,8 @@ class DdpBackend:
         for name, p in self.params.items():
             p.data.copy_(state[name])
             moments = {key: state[f"{key}/{name}"].to(p.device).clone() for key in MOMENTS}
-            self.optimizer.state[p] = {"step": torch.tensor(float(updates)), **moments}
+            step = torch.tensor(float(updates), device=p.device)
+            self.optimizer.state[p] = {"step": step, **moments}
 
 
 class DeepSpeedBackend:

@@ -21,10 +21,14 @@ def fuse_lora(model: Any) -> int:
 
 
 def _fits(module: Any) -> bool:
-    """Whether peft's own plain layer stands on torch's. ZeRO stage 3 gathers weights before a module's call alone."""
+    """Whether peft's plain layer stands on torch's, whose weight is there without calling it.
+
+    ZeRO stage 3 (ds_id) and accelerate's offloading (_hf_hook) bring a weight when its module is called.
+    """
     if type(module) is not Linear or type(module.base_layer) is not torch.nn.Linear or module.lora_variant:
         return False
-    return not module.fan_in_fan_out and not hasattr(module.base_layer.weight, "ds_id")
+    comes_late = hasattr(module.base_layer.weight, "ds_id") or hasattr(module.base_layer, "_hf_hook")
+    return not comes_late and not module.fan_in_fan_out
 
 
 class LoraLinear(Linear):

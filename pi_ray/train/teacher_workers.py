@@ -23,6 +23,7 @@ from pi_ray.run.directory import RunDir
 from pi_ray.run.fingerprint import wants_unlabelled
 from pi_ray.train.distill import Teacher, longest_row_tokens, write_answers
 from pi_ray.train.distilled_rows import SCHEMA
+from pi_ray.train.lora_linear import fuse_lora
 from pi_ray.train.packing import choose_packing
 from pi_ray.train.replicas import generation_workers, load_for_generation
 from pi_ray.train.shared_prefix import why_prefix_cannot_be_shared
@@ -95,6 +96,7 @@ class TeacherWorker:
         spread = len(set(getattr(base, "hf_device_map", {}).values())) > 1
         reason = "it lies on several GPUs" if spread else why_prefix_cannot_be_shared(base)
         model = PeftModel.from_pretrained(base, folder) if folder else base
+        fuse_lora(model)
         longest, device = longest_row_tokens(self.config), str(base.device)
         pack, why_not_packed = choose_packing(model, self.config.train, device, longest, reason)
         if why_not_packed:
