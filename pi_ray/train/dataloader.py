@@ -106,7 +106,7 @@ class TrainDataLoader:
             return UpdateBatches(parts, float(data.token_counts[rows].sum()))
         rows, prefix = batch_rows(update, len(data), train), data.prefix + gist.gist_ids(train.gist)
         labels: dict[int, list[int]] = {}
-        if self.drills and not update.phase and (variant := self.drills.variant(step)):
+        if self.drills and not update.phase and (variant := self.drills.variant(step, rows)):
             prefix, labels = self.drills.encode(variant, rows)
         batches: list[Part] = []
         for numbers in self._split(rows, data):

@@ -2,8 +2,8 @@
 
 Labels that repeat let a model learn facts by heart in the first phase; then nothing rewards reading, and it misreads
 what no label repeats. In a drilled update the codes of each fact group are exchanged for fresh ones of the same shape,
-in template and labels alike, and the lines that hold them are shuffled. The other updates keep the real prompt, since
-drills alone would take the facts out of the adapter.
+in template and labels alike, the lines that hold them are shuffled, and lines that no row of the update needs may be
+left out. The other updates keep the real prompt, since drills alone would take the facts out of the adapter.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import math
 import random
 import re
 import string
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,12 +66,14 @@ class Drills:
         labels = {n: self.encoder.answer(variant.apply(str(self.answers[n]))) for n in rows}
         return self.encoder.prefix(variant.text), labels
 
-    def variant(self, step: int) -> Variant | None:
-        """The variant of an update; None where it keeps the real prompt."""
+    def variant(self, step: int, rows: Sequence[int] = ()) -> Variant | None:
+        """The variant of an update, which has these rows; None where it keeps the real prompt."""
         rng = random.Random(f"drill {self.seed} {step}")
         if rng.random() >= self.config.share:
             return None
         text, words = self.template, {}
+        if "part" in self.config.kinds:
+            text = keep_part(text, self.groups, {w for n in rows for w in WORD.findall(str(self.answers[n]))}, rng)
         if "order" in self.config.kinds:
             text = shuffle_lists(text, self.groups, rng)
         if "facts" in self.config.kinds:
@@ -159,6 +161,23 @@ def shuffle_lists(template: str, groups: Sequence[FactGroup], rng: random.Random
             for place, line in zip(places, moved, strict=True):
                 lines[place] = line
         sections.append("\n".join(lines))
+    return "".join(sections).removesuffix("\n")
+
+
+def keep_part(template: str, groups: Sequence[FactGroup], needed: Collection[str], rng: random.Random) -> str:
+    """The template without some of the lines that hold facts. Those with a word of `needed` stay.
+
+    The share of the others that stays is drawn as well, so that there are short lists, which are easy to read, and
+    long ones.
+    """
+    sections, share = [], rng.random()
+    for section in split_sections(template):
+        lines = section.split("\n")
+        left_out = {
+            place for places in _fact_lines(lines, groups) for place in places
+            if rng.random() >= share and not set(needed).intersection(WORD.findall(lines[place]))
+        }
+        sections.append("\n".join(line for place, line in enumerate(lines) if place not in left_out))
     return "".join(sections).removesuffix("\n")
 
 

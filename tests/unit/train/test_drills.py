@@ -18,10 +18,10 @@ from pi_ray.train.batches import PhaseDataset, packed_batch
 from pi_ray.train.dataloader import TrainDataLoader
 from pi_ray.train.distill import view_prefixes
 from pi_ray.train.distilled_rows import FILE, SCHEMA, DistilledRows
-from pi_ray.train.drills import Drills, exchange_words, make_drills, shuffle_lists, template_views
+from pi_ray.train.drills import Drills, exchange_words, keep_part, make_drills, shuffle_lists, template_views
 from pi_ray.train.facts import find_facts, shape_of
 from pi_ray.train.trainer import train_worker
-from pi_ray.train.updates import plan_updates
+from pi_ray.train.updates import batch_rows, plan_updates
 from tests.prepared import COLOURS, LISTED, prepare_by_hand, tiny_config
 from tests.unit.train.test_facts import DESK, ROWS
 from tests.unit.train.test_train import adapter_hash, dies_and_goes_on, log_of, settings
@@ -51,6 +51,20 @@ def test_the_lines_that_hold_the_codes_are_shuffled_and_nothing_else():
     (order_only,) = {Drills(DESK, FACTS, DrillsConfig(share=1, kinds=("order",)), 0).variant(1).text}
     assert sorted(queues(order_only)) == sorted(queues(DESK)) and queues(order_only) != queues(DESK)
     assert re.sub(r"- .*", "", order_only).strip() == re.sub(r"- .*", "", DESK).strip()
+
+
+def test_lines_that_no_row_needs_are_left_out_as_chance_has_it():
+    answers = [f"queue {word}" for word in FACTS[0].words]
+    drills = Drills(DESK, FACTS, DrillsConfig(share=1, kinds=("part",)), 0, answers=answers)
+    kept = [queues(variant.text) for step in range(60) if (variant := drills.variant(step, [1]))]
+    needed = next(line for line in queues(DESK) if FACTS[0].words[1] in line)
+    assert all(needed in lines for lines in kept)
+    assert {len(lines) for lines in kept} == set(range(1, len(FACTS[0].words) + 1))
+    assert all([line for line in queues(DESK) if line in lines] == lines for lines in kept)  # in their order
+    assert set().union(*kept) == set(queues(DESK))
+    fewest = next(v.text for step in range(60) if len(queues((v := drills.variant(step, [1])).text)) == 1)
+    assert re.sub(r"- .*\n", "", fewest) == re.sub(r"- .*\n", "", DESK)  # nothing else is left out
+    assert keep_part("Answer politely.", [], [], random.Random(0)) == "Answer politely."
 
 
 def test_variants_are_a_function_of_seed_and_update():
@@ -123,7 +137,7 @@ def test_a_drilled_update_has_the_variant_before_its_rows_and_its_codes_as_label
     tokenizer, drills = load_tokenizer(drilled.model), make_drills(drilled)
     kinds = set()
     for update in updates[: sum(update.phase == 0 for update in updates)]:
-        made, variant = loader[update], drills.variant(update.step)
+        made, variant = loader[update], drills.variant(update.step, batch_rows(update, len(plain), drilled.train))
         (((batch, targets),),) = made.parts
         assert targets is None and made.answer_tokens == len(batch.labels)
         text, labels = tokenizer.decode(batch.inputs["input_ids"][0]), tokenizer.decode(batch.labels)
@@ -136,6 +150,21 @@ def test_a_drilled_update_has_the_variant_before_its_rows_and_its_codes_as_label
             assert any(code in labels for code in COLOURS.values())
     loader.close()
     assert kinds == {True, False}
+
+
+def test_a_drilled_update_keeps_the_lines_that_its_rows_need(drilled):
+    config = drilled.replace(**{"train.drills": {"share": 1, "kinds": ["part"]}})
+    phases = plan_phases(config.schedule)
+    updates = plan_updates([12] * len(phases), phases, config.train)
+    loader, tokenizer, sizes = TrainDataLoader(config, "by-hand", updates, packed_batch), load_tokenizer(config.model), []
+    for update in updates[: sum(update.phase == 0 for update in updates)]:
+        (((batch, _),),) = loader[update].parts
+        ids, labels = batch.inputs["input_ids"][0], tokenizer.decode(batch.labels)
+        prefix = tokenizer.decode(ids[: batch.inputs["layout"].prefix])
+        assert all(code in prefix for code in COLOURS.values() if code in labels)
+        sizes.append(sum(code in prefix for code in COLOURS.values()))
+    loader.close()
+    assert min(sizes) < len(COLOURS)
 
 
 def test_a_drilled_run_that_dies_ends_with_the_same_adapter_and_without_drills_with_another(
