@@ -35,12 +35,11 @@ class RowBatch:
         own = [torch.arange(n) + i * max(lengths) for i, n in enumerate(lengths)]
         return cls(len(lengths), max(lengths), torch.cat(own).to(device))
 
-    def pad(self, x: torch.Tensor, behind: torch.Tensor | None = None) -> torch.Tensor:
-        """x (1, H, T, D), `behind` (1, H, P, D) -> (B, H, P + L, D), zeros after the end of a row."""
+    def pad(self, x: torch.Tensor) -> torch.Tensor:
+        """x (1, H, T, D) -> (B, H, L, D), zeros after the end of a row."""
         _, heads, _, width = x.shape
         padded = x.new_zeros(1, heads, self.rows * self.longest, width).index_copy(2, self.place, x)
-        batch = padded.view(heads, self.rows, self.longest, width).transpose(0, 1)
-        return batch if behind is None else torch.cat([behind.expand(self.rows, -1, -1, -1), batch], 2)
+        return padded.view(heads, self.rows, self.longest, width).transpose(0, 1)
 
     def unpad(self, x: torch.Tensor) -> torch.Tensor:
         """(B, H, L, D) -> (1, H, T, D)"""

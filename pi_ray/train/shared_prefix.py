@@ -108,7 +108,8 @@ def shared_prefix_attention(
     query (1, H, S, D), key and value (1, H_kv, S, D) -> output (1, S, H, D). Dropout and tiny heads are left to SDPA.
     A layer with a sliding window sees the last `sliding_window` tokens by their positions.
     """
-    attend = partial(_sdpa, dropout=dropout, scale=query.shape[-1] ** -0.5 if scaling is None else scaling)
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    attend = partial(_sdpa, dropout=dropout, scale=scale)
     if layout is None:
         alone = Layout.build(query.shape[2], [0]).to(query.device) if sliding_window else None
         output = attend(query, key, value, alone.prefix_mask(sliding_window) if alone else None)
@@ -124,10 +125,14 @@ def shared_prefix_attention(
         seen_key, seen_value = head_key[:, :, p - v :], head_value[:, :, p - v :]
         outputs = [attend(head, head_key, head_value, layout.prefix_mask(sliding_window))] if p else []
         for batch, q, k, w in zip(batches, queries, keys, values, strict=True):
-            n = batch.longest
-            sees = mask[:n, : v + n] if v or sliding_window else None
-            k, w = batch.pad(k, behind=seen_key), batch.pad(w, behind=seen_value)
-            outputs.append(batch.unpad(attend(batch.pad(q), k, w, sees)))
+            n, (q, k, w) = batch.longest, map(batch.pad, (q, k, w))
+            if v and not sliding_window and cpu_attention.takes_matrix_products(q, k, w, dropout, behind=v):
+                found = cpu_attention.attend_behind(q, k, w, seen_key, seen_value, scale)
+            else:
+                sees = mask[:n, : v + n] if v or sliding_window else None
+                k, w = (torch.cat([x.expand(len(q), -1, -1, -1), y], 2) for x, y in ((seen_key, k), (seen_value, w)))
+                found = attend(q, k, w, sees)
+            outputs.append(batch.unpad(found))
         output = torch.cat(outputs, 2)
     return output.transpose(1, 2).contiguous(), None
 

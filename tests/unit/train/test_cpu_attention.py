@@ -52,18 +52,36 @@ def test_gradients_are_as_near_to_fp32_as_torchs(sees, scale, sink, monkeypatch)
         assert error(mine, true) < max(0.01, 2 * error(its, true))
 
 
-def test_packed_rows_have_the_gradients_of_fp32(monkeypatch):
-    layout, calls = Layout.build(11, [3, 3, 2, 5]), []
-    own = cpu_attention.attend
+@pytest.mark.parametrize("most", [1 << 25, 300])  # attention weights at once: all rows, or one
+@pytest.mark.parametrize("visible", [11, 4, 0])
+@pytest.mark.parametrize("sink", [0.0, 60.0])
+def test_packed_rows_have_the_gradients_of_fp32(sink, visible, most, monkeypatch):
+    layout, calls = Layout.build(11, [3, 3, 2, 5], visible), []
     monkeypatch.setattr(cpu_attention, "FEWEST", 1)
-    monkeypatch.setattr(cpu_attention, "attend", lambda *args: calls.append(args) or own(*args))
-    *given, grad = tensors(24, 24)
+    for name in ("attend", "attend_behind"):
+        own = getattr(cpu_attention, name)
+        noted = lambda *args, name=name, own=own: calls.append((name, len(args[0]))) or own(*args)  # noqa: E731
+        monkeypatch.setattr(cpu_attention, name, noted)
+    *given, grad = tensors(24, 24, sink=sink)
     attend = lambda q, k, v: shared_prefix_attention(None, q, k, v, None, layout=layout)[0]  # noqa: E731
+    monkeypatch.setattr(cpu_attention, "MOST", max(most, HEADS * 11 * 11))
     output, found = gradients(attend, *given, grad.transpose(1, 2))
-    assert [len(call[0]) for call in calls] == [1, 3, 1]  # the prefix, a batch of three rows, a long row
+    rows = "attend_behind" if visible else "attend"
+    assert calls == [("attend", 1), (rows, 3), (rows, 1)]  # the prefix, a batch of three rows, a long row
     right_output, right = gradients(attend, *(x.float() for x in given), grad.transpose(1, 2))
+    _, half = gradients(lambda *qkv: attend(*(x.bfloat16().float() for x in qkv)), *given, grad.transpose(1, 2))
     assert len(calls) == 3  # and no more: fp32 is torch's own
-    assert error(output, right_output) < 0.01 and all(error(a, b) < 0.02 for a, b in zip(found, right, strict=True))
+    assert error(output, right_output) < 0.01
+    for mine, its, true in zip(found, half, right, strict=True):
+        assert error(mine, true) < max(0.02, 2 * error(its, true))
+
+
+def test_a_prefix_of_which_a_row_sees_the_end_alone_has_the_gradients_of_what_is_seen(monkeypatch):
+    monkeypatch.setattr(cpu_attention, "FEWEST", 1)
+    layout, (*given, grad) = Layout.build(11, [3, 5], visible=4), tensors(19, 19)
+    attend = lambda q, k, v: shared_prefix_attention(None, q, k, v, None, layout=layout)[0][:, 11:]  # noqa: E731
+    _, (_, key, value) = gradients(attend, *given, grad.transpose(1, 2)[:, 11:])
+    assert not key[:, :, :7].any() and not value[:, :, :7].any() and key[:, :, 7:11].all() and value[:, :, 7:11].all()
 
 
 def test_a_batch_that_would_take_much_memory_goes_in_parts(monkeypatch):

@@ -156,7 +156,8 @@ def test_a_drilled_update_keeps_the_lines_that_its_rows_need(drilled):
     config = drilled.replace(**{"train.drills": {"share": 1, "kinds": ["part"]}})
     phases = plan_phases(config.schedule)
     updates = plan_updates([12] * len(phases), phases, config.train)
-    loader, tokenizer, sizes = TrainDataLoader(config, "by-hand", updates, packed_batch), load_tokenizer(config.model), []
+    loader, tokenizer = TrainDataLoader(config, "by-hand", updates, packed_batch), load_tokenizer(config.model)
+    sizes = []
     for update in updates[: sum(update.phase == 0 for update in updates)]:
         (((batch, _),),) = loader[update].parts
         ids, labels = batch.inputs["input_ids"][0], tokenizer.decode(batch.labels)

@@ -23,12 +23,11 @@ def test_neighbours_of_like_lengths_share_a_batch(lengths, batches):
     assert all(b.rows * b.longest <= row_batch.MOST_PADDED * len(b.place) for b in made)
 
 
-def test_a_padded_batch_has_each_row_behind_the_prefix_and_zeros_after_it():
+def test_a_padded_batch_has_zeros_after_each_row():
     batch, heads, width = RowBatch.build([2, 3], CPU), 2, 4
-    x, prefix = torch.randn(1, heads, 5, width), torch.randn(1, heads, 6, width)
-    padded = batch.pad(x, behind=prefix)
-    assert padded.shape == (2, heads, 9, width)
-    assert torch.equal(padded[:, :, :6], prefix.expand(2, -1, -1, -1))
-    assert torch.equal(padded[0, :, 6:8], x[0, :, :2]) and not padded[0, :, 8:].any()
-    assert torch.equal(padded[1, :, 6:], x[0, :, 2:])
-    assert torch.equal(batch.unpad(batch.pad(x)), x)
+    x = torch.randn(1, heads, 5, width)
+    padded = batch.pad(x)
+    assert padded.shape == (2, heads, 3, width)
+    assert torch.equal(padded[0, :, :2], x[0, :, :2]) and not padded[0, :, 2:].any()
+    assert torch.equal(padded[1], x[0, :, 2:])
+    assert torch.equal(batch.unpad(padded), x)
