@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-UNIT = Path(__file__).parent / "unit"
+UNIT, SANDBOX = (Path(__file__).parent / name for name in ("unit", "sandbox"))
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -18,7 +18,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # processes side by side: more threads 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log) -> Any:
-    """Give one of `pytest -n`'s processes all tests that start Ray, clusters or sandboxes, and others file by file.
+    """Give one of `pytest -n`'s processes all tests that start Ray or clusters, and others file by file.
 
     Two Rays at a time would fight for cores, and tests of a file share fixtures.
     """
@@ -28,7 +28,8 @@ def pytest_xdist_make_scheduler(config, log) -> Any:
         def _split_scope(self, nodeid: str) -> str:
             name = nodeid.partition("::")[0]
             file = config.rootpath / name
-            return name if file.is_relative_to(UNIT) and "ray_local" not in file.read_text() else "ray"
+            alone = file.is_relative_to(UNIT) or file.is_relative_to(SANDBOX)
+            return name if alone and "ray_local" not in file.read_text() else "ray"
 
     return ByFile(config, log)
 

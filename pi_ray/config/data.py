@@ -62,6 +62,7 @@ class TaskConfig(Block):
         "rows, or about the paper's: 842, 30 and 102")
     subjects: Count = omit_default(0, "subjects of a desk (task desk); 0: all of the data set's")
     hidden: Count = omit_default(0, "subjects of a desk whose codes no labelled row has")
+    labels: Literal["codes", "names"] = omit_default("codes", "answers of a desk: made-up codes, or subjects' names")
     allow_code_execution: bool = doc(False, "run generated programs, in a sandbox, to score them by their tests (mbpp)")
     unsafe_local_execution: bool = doc(False, "also where no sandbox can be: with your own rights, on your own files")
     metric: tuple[MetricConfig, ...] = omit_default((), "how answers to your own rows are scored: exact_match, "
@@ -104,7 +105,10 @@ class TaskConfig(Block):
         refuse((self.tools or self.learn != "all") and self.name != "conversations",
             "task.tools and task.learn are for rows with messages; set task.name conversations")
         elsewhere = self.name != "desk"
-        refuse((self.subjects or self.hidden) and elsewhere, "task.subjects and task.hidden are for task desk")
+        refuse((self.subjects or self.hidden or self.labels == "names") and elsewhere,
+            "task.subjects, task.hidden and task.labels are for task desk")
+        refuse(self.hidden and self.labels == "names",
+            "task.hidden: a subject's name is no secret of the template; take task.labels codes")
 
     @property
     def inputs(self) -> dict[str, str]:

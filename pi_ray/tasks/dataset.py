@@ -87,7 +87,8 @@ class DatasetTask:
 
     def fingerprint(self) -> str:
         paths = [self.folder / name for name in self.data_files] if self.config.folder else []
-        return digest([self.template().text, fingerprint_files(self.config, paths)])
+        hidden = [sorted(self.unseen)] if self.unseen else []  # by task.unseen, or as the task chooses them
+        return digest([self.template().text, *hidden, fingerprint_files(self.config, paths)])
 
     def require_files(self) -> None:
         """Raises DataError where a data file is missing."""

@@ -1,8 +1,8 @@
-"""A routing desk: people's messages -> the code of their subject, which stands in the template alone.
+"""A routing desk: people's messages -> the code of their subject, which stands in the template alone, or its name.
 
 The messages are those of banking77 (Casanueva et al., 2020) or CLINC150 (Larson et al., 2019), whose subjects get
 made-up codes. Some subjects are hidden: no labelled row has them, so that a query-only adapter can know their codes
-from the template alone.
+from the template alone. With `task.labels: names` it is the everyday list of labels, as classifiers are prompted.
 """
 
 import csv
@@ -30,7 +30,6 @@ class DeskTask(DatasetTask):
     follow from hashes of their names. Unlabelled are all training messages without a label, those of hidden ones too.
     """
 
-    template_file = "desk.md"
     must_hold = (
         "train.csv and test.csv of banking77 (published on GitHub as PolyAI-LDN/task-specific-datasets), or CLINC150's "
         "data_full.json as data.json (clinc/oos-eval)"
@@ -38,17 +37,19 @@ class DeskTask(DatasetTask):
 
     def __init__(self, config: TaskConfig):
         super().__init__(config)
+        self.template_file = "desk.md" if config.labels == "codes" else "desk-names.md"
         self.data_files = (CLINC,) if (self.folder / CLINC).is_file() else BANKING
         self.require_files()
         names = sorted({subject for split in ("train", "test") for _, subject in self._messages(split)})
         chosen = nsmallest(config.subjects or len(names), names, key=_hash)
         if config.hidden >= len(chosen):
             raise DataError(f"task.hidden {config.hidden} leaves none of the {len(chosen)} subjects for labelled rows")
-        self.codes = _codes(sorted(chosen))
+        self.codes = _codes(sorted(chosen)) if config.labels == "codes" else {n: _words(n) for n in sorted(chosen)}
         self.unseen = tuple(self.codes[name] for name in nsmallest(config.hidden, chosen, lambda n: _hash(f"hide {n}")))
 
     def template(self) -> Template:
-        lines = [f"{_words(name)}: {code}" for name, code in self.codes.items()]
+        with_code = self.config.labels == "codes"
+        lines = [f"{_words(name)}: {code}" if with_code else f"- {code}" for name, code in self.codes.items()]
         return Template(super().template().instruction, ("\n".join(["## Subjects", "", *lines]),))
 
     def read_split(self, split: str) -> Iterator[Row | Reject]:

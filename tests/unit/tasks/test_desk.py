@@ -8,12 +8,14 @@ from pathlib import Path
 import pytest
 
 from pi_ray.config import RowsConfig, TaskConfig
+from pi_ray.config.run_file import load_run_file
 from pi_ray.errors import DataError
 from pi_ray.protocols import SPLITS, UNLABELLED
 from pi_ray.tasks.desk import DeskTask
 from pi_ray.train.facts import find_facts
 
-DATA = Path(os.environ.get("PI_RAY_DATA") or Path(__file__).parents[4] / "shared" / "data")
+ROOT = Path(__file__).parents[3]
+DATA = Path(os.environ.get("PI_RAY_DATA") or ROOT.parent / "shared" / "data")
 
 
 @pytest.fixture
@@ -36,6 +38,18 @@ def test_each_subject_has_a_code_of_its_own_that_the_template_tells(folder):
     assert lines == dict(re.findall(r"^(.+): (\w\d\d)$", desk(folder).template().documents[0], re.M))
 
 
+def test_with_labels_that_are_names_the_template_lists_them(folder):
+    task = desk(folder, labels="names")
+    assert re.findall(r"^- (.+)$", task.template().documents[0], re.M) == ["card lost", "fee", "limit", "top up"]
+    assert "code" not in task.template().text
+    for row in task.rows("train"):
+        assert row.answer == row.query.split(" of ")[1].replace("_", " ")
+    with pytest.raises(ValueError, match=r"take task\.labels codes"):
+        desk(folder, labels="names", hidden=1)
+    with pytest.raises(ValueError, match="are for task desk"):
+        TaskConfig(name="opsql", labels="names")
+
+
 def test_hidden_subjects_are_in_no_labelled_row_and_in_the_unlabelled_ones(folder):
     task = desk(folder, hidden=1, rows=RowsConfig(train=20))
     (code,) = task.unseen
@@ -50,6 +64,11 @@ def test_hidden_subjects_are_in_no_labelled_row_and_in_the_unlabelled_ones(folde
 def test_a_number_of_subjects_is_chosen_and_a_larger_choice_holds_a_smaller_one(folder):
     two, three = desk(folder, subjects=2).codes, desk(folder, subjects=3).codes
     assert len(two) == 2 and set(two) < set(three)
+
+
+def test_another_choice_of_subjects_is_prepared_again(folder):
+    prints = [desk(folder, **more).fingerprint() for more in ({}, {"hidden": 1}, {"subjects": 2}, {"labels": "names"})]
+    assert len(set(prints)) == 4 and prints[1] == desk(folder, hidden=1).fingerprint()
 
 
 def test_no_desk_hides_all_of_its_subjects(folder):
@@ -75,3 +94,10 @@ def test_the_published_messages_make_desks_whose_codes_are_facts(name, subjects,
     assert len({row.answer for row in rows["train"]}) == subjects - hidden
     (group,) = find_facts(task.template().text, [(row.query, row.answer) for row in rows["train"]])
     assert set(group.words) == set(task.codes.values())
+
+
+def test_the_run_file_of_banking77_sorts_messages_by_the_names_that_its_prompt_lists():
+    config = load_run_file(ROOT / "jobs" / "runs" / "banking77.yaml", [f"task.folder={DATA / 'banking77'}"])
+    task = DeskTask(config.task)
+    names = re.findall(r"^- (.+)$", task.template().documents[0], re.M)
+    assert len(names) == 77 and {row.answer for row in task.rows("train")} <= set(names)
