@@ -5,9 +5,10 @@ Detected for each row:
     Alpaca    {"instruction", "input", "output"}          query: instruction, and input on the next line
     ShareGPT  {"conversations": [{"from", "value"}, ...]}
     OpenAI    {"messages": [{"role", "content"}, ...]}
-A conversation's last user turn is the query and the turn after it the answer. The template takes the place of the
-system message and earlier turns. "documents", such as passages retrieved for the row, stand before its query: a list of
-texts or of {"title", "text"}. Blank lines and lines that begin with `//` or `#` are comments.
+A conversation's last user turn is the query and the turn after it the answer, as text or as parts of text. The template
+takes the place of the system message and earlier turns. "documents", such as passages retrieved for the row, stand
+before its query: a list of texts or of {"title", "text"}. Blank lines and lines that begin with `//` or `#` are
+comments.
 """
 
 import json
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from pi_ray.config import TaskConfig
+from pi_ray.conversation import content_text
 from pi_ray.errors import DataError
 from pi_ray.metrics import RowScorer
 from pi_ray.prompt import Template
@@ -160,7 +162,14 @@ def _last_turns(field: str, turns: Any, role: str, text: str, labelled: bool) ->
         raise ValueError(f"missing field: '{field}' has no user's turn")
     if last is None or (labelled and not [t for t in turns[last + 1 : last + 2] if t.get(role) in ASSISTANT]):
         raise ValueError(f"missing field: '{field}' must end with a user's turn and its answer")
-    return _field(turns[last], text), _field(turns[last + 1], text) if labelled else ""
+    answer = _turn_text(field, turns, last + 1, text) if labelled else ""
+    return _turn_text(field, turns, last, text), answer
+
+
+def _turn_text(field: str, turns: Any, i: int, text: str) -> Any:
+    """The text of a turn, of which OpenAI's messages may have several parts. Raises ValueError for an image."""
+    value = _field(turns[i], text)
+    return content_text(value, f"{field}[{i}].{text}") if isinstance(value, list) else value
 
 
 def _documents(given: Any) -> Iterator[str]:

@@ -21,6 +21,7 @@ from pi_ray.config import ModelConfig, RunConfig, ServeConfig
 from pi_ray.errors import AdapterError, ConfigError, MissingExtraError
 from pi_ray.models import resolve_base
 from pi_ray.protocols import GenerationRequest, Token
+from pi_ray.serve.engine.refusal import RefusedError
 from pi_ray.serve.engine.replica_options import DEFAULT_MAX_LORAS, replica_options
 from pi_ray.store.adapters import AdapterStore, check_unchanged
 from pi_ray.store.verify import CONFIG_FILE, read_json
@@ -169,19 +170,27 @@ def completion_fields(request: GenerationRequest) -> dict[str, Any]:
 
 
 def parse_tokens(event: Any, top: int | None) -> Iterator[Token]:
-    """Tokens of vLLM's server-sent events, the `top` likeliest beside each. Raises RuntimeError for an error event."""
+    """Tokens of vLLM's server-sent events, the `top` likeliest beside each. Raises the error of an error event."""
     if not isinstance(event, str):
-        raise RuntimeError(f"vLLM: {getattr(getattr(event, 'error', event), 'message', event)}")
+        error = getattr(event, "error", event)
+        raise _as_error(getattr(error, "message", error), getattr(error, "code", None))
     for data in (part.removeprefix("data: ") for part in event.split("\n\n")):
         if not data.strip() or data.strip() == "[DONE]":
             continue
         content = json.loads(data)
         if "error" in content:
-            raise RuntimeError(f"vLLM: {content['error'].get('message')}")
+            raise _as_error(content["error"].get("message"), content["error"].get("code"))
         for choice in content["choices"]:
             logprobs = choice.get("logprobs") or {}
             for place, token in enumerate(choice.get("token_ids") or []):
                 yield Token(token) if top is None else _with_logprobs(token, logprobs, place, top)
+
+
+def _as_error(message: Any, status: Any) -> Exception:
+    """What vLLM says is wrong with a request, such as a grammar that it does not take, is the client's to know."""
+    if isinstance(status, int) and 400 <= status < 500:
+        return RefusedError(400, str(message))
+    return RuntimeError(f"vLLM: {message}")
 
 
 def _with_logprobs(token: int, logprobs: dict[str, Any], place: int, top: int) -> Token:

@@ -44,6 +44,12 @@ def read(folder, content, **options):
                 for r, c in [("user", "old"), ("assistant", "older"), ("user", "ask"), ("assistant", "say")]
             ]
         },
+        {
+            "messages": [
+                {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "sk"}]},
+                {"role": "assistant", "content": [{"type": "text", "text": "say"}]},
+            ]
+        },
     ],
 )
 def test_each_layout_gives_the_same_row(tmp_path, row):
@@ -95,6 +101,8 @@ BAD = {
     "must end with a user's turn": b'{"messages": [{"role": "user", "content": "q"}]}',
     "list of objects": b'{"messages": ["q", "a"]}',
     "missing field 'value'": b'{"conversations": [{"from": "human"}, {"from": "gpt", "value": "a"}]}',
+    "messages[0].content has a part of type 'image_url'": b'{"messages": [{"role": "user", "content": '
+    b'[{"type": "image_url"}]}, {"role": "assistant", "content": "a"}]}',
     "'content' must be": b'{"messages": 3}',
     "not valid JSON": b'{"query": ' + b"[" * 100_000,
     "two objects": GOOD + GOOD,

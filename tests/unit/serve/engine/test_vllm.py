@@ -9,6 +9,7 @@ import importlib.util
 import json
 from contextlib import aclosing
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 
@@ -17,6 +18,7 @@ from pi_ray.errors import AdapterError, ConfigError, MissingExtraError
 from pi_ray.protocols import GenerationRequest, Token
 from pi_ray.registry import engines
 from pi_ray.serve.engine import vllm
+from pi_ray.serve.engine.refusal import RefusedError
 from pi_ray.store.adapters import AdapterStore, StoreUnavailableError
 from tests.lora import put_in_store, rewrite
 
@@ -210,6 +212,16 @@ def test_log_probabilities_are_read_with_token_ids_likeliest_first():
     }
     handle = Handle(event([5], logprobs=marks))
     assert generate(handle, GenerationRequest([1], 9, logprobs=2)) == [Token(5, -0.5, ((9, -0.1), (5, -0.5)))]
+
+
+@pytest.mark.parametrize(("status", "kind"), [(400, RefusedError), (422, RefusedError), (500, RuntimeError),
+                                               (None, RuntimeError)])
+def test_what_is_wrong_with_a_request_is_a_refusal_and_anything_else_the_servers_fault(status, kind):
+    error = {"message": "the grammar is too large", "code": status}
+    for event in (f"data: {json.dumps({'error': error})}\n\n", SimpleNamespace(error=SimpleNamespace(**error))):
+        with pytest.raises(kind, match="the grammar is too large") as found:
+            generate(Handle([event]), GenerationRequest([1], 9))
+        assert getattr(found.value, "status", 400) == 400
 
 
 def test_closing_the_iterator_cancels_the_request_and_an_error_event_is_raised():
