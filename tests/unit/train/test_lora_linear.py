@@ -8,7 +8,7 @@ from peft.tuners.lora.layer import Linear
 from pi_ray.config import LoraConfig, ModelConfig
 from pi_ray.models import load_model
 from pi_ray.train.lora import add_lora, trainable_parameters
-from pi_ray.train.lora_linear import LoraLinear, fuse_lora
+from pi_ray.train.lora_linear import FEW_ROWS, LoraLinear, fuse_lora
 
 
 class Net(torch.nn.Module):
@@ -75,6 +75,20 @@ def test_in_bfloat16_matrices_and_their_gradients_stay_fp32_and_differ_by_roundi
     for name, grad in grads.items():
         assert grad.dtype == torch.float32
         assert ((grad - expected_grads[name]).norm() / expected_grads[name].norm()).item() < 0.02, name
+
+
+@pytest.mark.parametrize("rows", [1, FEW_ROWS - 1, FEW_ROWS])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_without_gradients_few_rows_and_many_have_the_outputs_of_peft(dtype, rows):
+    net, x = wrapped(dtype), torch.randn(rows, 1, 24, generator=torch.Generator().manual_seed(1)).to(dtype)
+    with torch.inference_mode():
+        expected = net(x)
+        fuse_lora(net)
+        output = net(x)
+    assert output.dtype == dtype and output.shape == expected.shape
+    assert ((output - expected).float().norm() / expected.float().norm()).item() < (
+        1e-5 if dtype == torch.float32 else 0.01
+    )
 
 
 @pytest.mark.parametrize("settings", [{"use_dora": True}, {"lora_bias": True, "bias": "none"}, {"lora_dropout": 0.5}],
