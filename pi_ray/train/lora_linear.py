@@ -42,7 +42,8 @@ class LoraLinear(Linear):
         if args or kwargs or self.disable_adapters or self.merged or len(names) != 1 or self._is_special(names[0]):
             return super().forward(x, *args, **kwargs)
         (name,), base = names, self.base_layer
-        a, b = self.lora_A[name].weight, self.lora_B[name].weight
+        a: Any = self.lora_A[name].weight
+        b: Any = self.lora_B[name].weight
         if not torch.is_grad_enabled() and x.numel() < FEW_ROWS * x.shape[-1]:
             added = F.linear(F.linear(x.to(a.dtype), a), b)
             return base(x).add_(added, alpha=self.scaling[name])
