@@ -195,7 +195,7 @@ def _stored_dtype(folder: Path) -> torch.dtype:
 
 
 def _read_me(adapter: Adapter, kind: str, model: ModelConfig) -> str:
-    """What a client sends, in the words of the published model card and as the text of one request."""
+    """The export's README: the published model card, and the text of one request as a client sends it."""
     file, wording = adapter.path / "README.md", PromptConfig(**adapter.card["prompt"])
     card = file.read_text(encoding="utf-8") if file.is_file() else ""
     sent = card.partition("## Prompt\n")[2].partition("\n## ")[0].strip().splitlines()

@@ -11,7 +11,7 @@ from pi_ray.store.adapters import AdapterStore
 
 
 def find_knowledge(target: str, overrides: Sequence[str]) -> Knowledge:
-    """Of a run file or run directory, or of an adapter's name in the store.
+    """What the adapter of a run file, a run directory or a name in the store knows.
 
     Raises DataError where the run was not evaluated, AdapterError where the adapter was published without knows.json.
     """

@@ -12,7 +12,7 @@ import math
 import random
 import re
 import string
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -164,7 +164,7 @@ def shuffle_lists(template: str, groups: Sequence[FactGroup], rng: random.Random
     return "".join(sections).removesuffix("\n")
 
 
-def keep_part(template: str, groups: Sequence[FactGroup], needed: Collection[str], rng: random.Random) -> str:
+def keep_part(template: str, groups: Sequence[FactGroup], needed: set[str], rng: random.Random) -> str:
     """The template without some of the lines that hold facts. Those with a word of `needed` stay.
 
     The share of the others that stays is drawn as well, so that there are short lists, which are easy to read, and
@@ -175,7 +175,7 @@ def keep_part(template: str, groups: Sequence[FactGroup], needed: Collection[str
         lines = section.split("\n")
         left_out = {
             place for places in _fact_lines(lines, groups) for place in places
-            if rng.random() >= share and not set(needed).intersection(WORD.findall(lines[place]))
+            if rng.random() >= share and needed.isdisjoint(WORD.findall(lines[place]))
         }
         sections.append("\n".join(line for place, line in enumerate(lines) if place not in left_out))
     return "".join(sections).removesuffix("\n")

@@ -23,14 +23,15 @@ def fuse_lora(model: Any) -> int:
 
 
 def _fits(module: Any) -> bool:
-    """Whether peft's plain layer stands on torch's, whose weight is there without calling it.
+    """Whether peft's plain layer stands on a frozen one of torch's, whose weight is there without calling it.
 
     ZeRO stage 3 (ds_id) and accelerate's offloading (_hf_hook) bring a weight when its module is called.
     """
     if type(module) is not Linear or type(module.base_layer) is not torch.nn.Linear or module.lora_variant:
         return False
-    comes_late = hasattr(module.base_layer.weight, "ds_id") or hasattr(module.base_layer, "_hf_hook")
-    return not comes_late and not module.fan_in_fan_out
+    base, weights = module.base_layer, list(module.base_layer.parameters())
+    comes_late = hasattr(base.weight, "ds_id") or hasattr(base, "_hf_hook")
+    return not (comes_late or module.fan_in_fan_out or any(p.requires_grad for p in weights))
 
 
 class LoraLinear(Linear):

@@ -17,9 +17,9 @@ from pi_ray.train.on_policy import StudentWriter
 from pi_ray.train.train_log import TrainLog
 from pi_ray.train.updates import Round, Update
 
-# Of the manifest of the teacher's answers, for the log.
+# Keys that the log takes from the manifest of the teacher's answers.
 TEACHER_FACTS = ("queries", "answered", "kept", "held_out", "views", "seconds_teaching")
-ROUND_FACTS = ("answers", "tokens", "replaced", "divergence", "seconds_writing")  # of a round's manifest
+ROUND_FACTS = ("answers", "tokens", "replaced", "divergence", "seconds_writing")  # those of a round's manifest
 
 
 class Teaching:

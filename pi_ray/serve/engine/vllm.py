@@ -187,7 +187,7 @@ def parse_tokens(event: Any, top: int | None) -> Iterator[Token]:
 
 
 def _as_error(message: Any, status: Any) -> Exception:
-    """What vLLM says is wrong with a request, such as a grammar that it does not take, is the client's to know."""
+    """A refusal (400) where vLLM blames the request, such as a grammar that it does not take; else RuntimeError."""
     if isinstance(status, int) and 400 <= status < 500:
         return RefusedError(400, str(message))
     return RuntimeError(f"vLLM: {message}")

@@ -128,6 +128,14 @@ def test_adapters_are_switched_disabled_and_merged_as_before():
     assert not torch.allclose(net(x), found["other"], atol=0.01)
 
 
+def test_a_base_layer_that_is_trained_too_keeps_its_gradient():
+    net = wrapped()
+    net.base_model.model.first.base_layer.bias.requires_grad_()
+    assert fuse_lora(net) == 1 and is_fused(net) == [False, True]
+    net(torch.ones(2, 24)).sum().backward()
+    assert net.base_model.model.first.base_layer.bias.grad.any()
+
+
 def test_layers_of_other_kinds_and_sharded_weights_are_left_alone(tiny_mixtral):
     net = wrapped()
     net.base_model.model.first.base_layer.weight.ds_id = 1  # as ZeRO stage 3 marks what it shards
