@@ -15,6 +15,7 @@ from pi_ray.store.publish import publish_adapter
 from pi_ray.store.verify import verify_adapter
 from pi_ray.train import lora
 from pi_ray.train.batches import PhaseDataset, plain_batch
+from pi_ray.train.lora_linear import LoraLinear
 from pi_ray.train.objectives import sft_loss
 from pi_ray.train.trainer import train_worker
 from tests.prepared import prepare_by_hand, tiny_config
@@ -86,6 +87,8 @@ def test_an_adapter_of_each_method_does_on_the_untouched_base_what_it_did_in_tra
     with torch.no_grad():
         bare = loss(base)
         loaded = LoadedAdapters(base, [folder])
+        kinds = [type(module) for module in loaded.model.modules()]
+        assert LoraLinear in kinds or settings.get("method") not in (None, "lora", "rslora", "pissa")
         loaded.activate(folder)
         found = loss(loaded.model)
         with loaded.merged():
