@@ -7,7 +7,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 from pi_ray.cluster import placement, storage_sync
@@ -22,7 +21,7 @@ from pi_ray.schedule import plan_phases
 from pi_ray.train import trackers
 from pi_ray.train.floor import decide_floor
 from pi_ray.train.phase_scores import best_by_metric
-from pi_ray.train.train_log import TrainLog, read_entries
+from pi_ray.train.train_log import LogFollower, TrainLog
 
 
 def fingerprint_of(config: RunConfig) -> str:
@@ -84,20 +83,19 @@ def _train(config: RunConfig, fingerprint: str, watch: Callable[[dict[str, Any]]
         run.checkpoints, fingerprint, learning_settings(config, base_digest(config.model)),
         lambda text: watch({"event": "warning", "text": text}),
     )
-    told = 0  # bytes of the log that `watch` has had
+    log = LogFollower(run.train_log)
     while not _has_all_adapters(config):
         if teacher_workers.is_due(config, fingerprint):
             found = checkpoint.list_checkpoints(run.checkpoints)
             step = int(found[0].name.removeprefix("step-")) if found else 0
             teacher_workers.answer_in_actors(config, fingerprint, step, watch)
-        _fit(config, fingerprint, watch, told)
-        told = run.train_log.stat().st_size if run.train_log.exists() else 0
+        _fit(config, fingerprint, watch, log)
         if not (_has_all_adapters(config) or teacher_workers.is_due(config, fingerprint)):
             raise TrainingError("training ended before its last update; the same command goes on from the checkpoint")
     return fingerprint
 
 
-def _fit(config: RunConfig, fingerprint: str, watch: Callable[[dict[str, Any]], None], told: int) -> None:
+def _fit(config: RunConfig, fingerprint: str, watch: Callable[[dict[str, Any]], None], log: LogFollower) -> None:
     """One group of training workers, to the last update or to where a teacher has to answer outside of it."""
     from ray.train import FailureConfig, ScalingConfig
     from ray.train import RunConfig as RayRunConfig
@@ -119,7 +117,7 @@ def _fit(config: RunConfig, fingerprint: str, watch: Callable[[dict[str, Any]], 
         ),
     )
     stop, on_interrupt = threading.Event(), signal.getsignal(signal.SIGINT)
-    follower = threading.Thread(target=_follow, args=(run.train_log, watch, stop, told), daemon=True)
+    follower = threading.Thread(target=_follow, args=(log, watch, stop), daemon=True)
     follower.start()
     try:
         with _ray_timeouts(config.train.collective_timeout_s):
@@ -217,23 +215,13 @@ def _ray_timeouts(seconds: int) -> Iterator[None]:
             del os.environ[key]
 
 
-def _follow(log: Path, watch: Callable[[dict[str, Any]], None], stop: threading.Event, offset: int) -> None:
-    """Pass every complete line of the log after so many bytes to `watch`. Workers elsewhere write it to shared storage.
-    """
+def _follow(log: LogFollower, watch: Callable[[dict[str, Any]], None], stop: threading.Event) -> None:
+    """Pass entries of the log to `watch` as they come. Workers elsewhere write it to shared storage."""
     last = False
     while not last:
         last = stop.wait(0.5)
-        size = log.stat().st_size if log.exists() else 0
-        if size < offset:  # trimmed on a resume
-            offset = 0
-        if size > offset:
-            with open(log, "rb") as f:
-                f.seek(offset)
-                data = f.read()
-            whole = data[: data.rfind(b"\n") + 1]
-            offset += len(whole)
-            for entry in read_entries(whole):
-                watch(entry)
+        for entry in log.new_entries():
+            watch(entry)
 
 
 def _root_cause(error: BaseException) -> BaseException:

@@ -4,6 +4,7 @@ import json
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,40 @@ class TrainLog:
         except Exception as error:
             self.tracker = None
             self.warn(f"train.tracker gets no more, training goes on: {type(error).__name__}: {error}")
+
+
+class LogFollower:
+    """Tells each entry of a growing log once, also where a resume trims the log and other lines take their place."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.told: list[bytes] = []  # lines of the file as it was at the last look, all of which were told
+        self.offset = 0  # of the first byte after them
+
+    def new_entries(self) -> Iterator[dict[str, Any]]:
+        """Entries of the whole lines that came since the last call. After a trim these begin behind the lines kept."""
+        if not self.path.exists():
+            return
+        with open(self.path, "rb") as f:
+            last = self.told[-1] if self.told else b""
+            f.seek(self.offset - len(last))
+            data = f.read()
+            if data.startswith(last):
+                data = data[len(last) :]
+            else:
+                f.seek(0)
+                data = self._forget_trimmed(f.read())
+        lines = data[: data.rfind(b"\n") + 1].splitlines(keepends=True)
+        self.told += lines
+        self.offset += sum(map(len, lines))
+        yield from read_entries(b"".join(lines))
+
+    def _forget_trimmed(self, data: bytes) -> bytes:
+        """The part of the file after those lines that it still has as they were told."""
+        same = takewhile(lambda pair: pair[0] == pair[1], zip(self.told, data.splitlines(keepends=True), strict=False))
+        self.told = [line for line, _ in same]
+        self.offset = sum(map(len, self.told))
+        return data[self.offset :]
 
 
 def read_entries(data: bytes) -> Iterator[dict[str, Any]]:
