@@ -13,16 +13,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
-from pi_ray.errors import CorruptArtifactError, TrainingError
+from pi_ray.cluster.storage_lease import StorageLease
+from pi_ray.errors import CorruptArtifactError
 from pi_ray.run import artifact
 from pi_ray.run.artifact import CORRUPT, MANIFEST, digest, digest_file, temporary_path
 from pi_ray.run.lock import LOCK
 from pi_ray.run.object_storage import ObjectStorage, is_temporary
 
 HASH, LINK = ".sha256", ".link"
+LEASE = "train.owner"
 ATTEMPTS = 3  # an artifact may be replaced while it is fetched
 STATE = ".mirror.json"  # key -> hash of what is the same here and on storage; its lock serves the processes of a node
-LOCAL_ONLY = {"ray", STATE, LOCK}  # names that stay on this node, or are Ray's
+LOCAL_ONLY = {"ray", STATE, LOCK, LEASE}  # names that stay on this node, are Ray's, or are written in another way
 ADVICE = "what was sent before is whole, and the same command goes on from it"
 
 
@@ -31,7 +33,7 @@ class StorageSync:
 
     def __init__(self, local: Path, storage: ObjectStorage):
         self.local, self.storage = local, storage
-        self.lease = ("", "")  # key and content of the lease that this process holds
+        self.lease: StorageLease | None = None  # that of the group of workers which this process belongs to
         self.known: set[str] = set()  # keys seen here: only these are removed on storage when they are gone here
 
     @contextmanager
@@ -67,7 +69,8 @@ class StorageSync:
         if is_temporary(key) or LOCAL_ONLY & set(parts) or any(part.endswith(CORRUPT) for part in parts):
             return
         with self._locked_state() as synced:
-            self._check_lease()
+            if self.lease:
+                self.lease.renew()
             if not path.is_dir():
                 synced[key] = self._push_object(key, path)
                 return
@@ -77,13 +80,6 @@ class StorageSync:
                     synced[self._key(log)] = self._push_object(self._key(log), log)
             if path.parent.name == "checkpoints":
                 self._prune(self._key(path.parent))
-
-    def _check_lease(self) -> None:
-        """Raise TrainingError where another group of workers, on whatever node, has written its lease since."""
-        lease, holder = self.lease
-        if holder and self.storage.read(lease) not in (holder.encode(), None):
-            taken = "another group of workers has taken this run over, as after a lost connection"
-            raise TrainingError(f"{self.storage.url}/{lease}: {taken}; this one stops, and sends nothing more")
 
     def push_changes(self) -> None:
         """Send what changed without a listener's call (the log, the best adapter's link); remove what is gone here."""
@@ -243,13 +239,15 @@ def sync_for(root: Path) -> StorageSync | None:
 
 
 def take_lease(lease: Path, holder: str) -> None:
-    """In a worker: write `holder` into the file `lease`, and send nothing more once storage has another one there."""
-    syncs = [sync for sync in _worker_syncs.values() if lease.is_relative_to(sync.local)]
-    for sync in syncs:
-        sync.lease = ("", "")  # an earlier one's of this process
+    """In a worker: write `holder` into the file `lease`, and send nothing more once storage has another one there.
+
+    Raises TrainingError where another group takes it at the same moment.
+    """
     artifact.write_atomic(lease, holder)
-    for sync in syncs:
-        sync.lease = (lease.relative_to(sync.local).as_posix(), holder)
+    for sync in _worker_syncs.values():
+        if lease.is_relative_to(sync.local):
+            with sync.storage.explain_errors(ADVICE):
+                sync.lease = StorageLease(sync.storage, lease.relative_to(sync.local).as_posix(), holder)
 
 
 def fetch_updates(root: Path) -> None:

@@ -111,7 +111,7 @@ class ObjectStorage:
         With `atomic=False` a part may stay there: for what no manifest names yet, or the provider replaces as a whole.
         A disk (file://) never does.
         """
-        atomic = atomic or getattr(self._opened, "type_name", "") == "local"
+        atomic = atomic or self.provider == "local"
         final = PurePosixPath(self._path(key))
         target = artifact.temporary_path(final) if atomic else final
         self._files.create_dir(str(final.parent), recursive=True)
@@ -126,6 +126,11 @@ class ObjectStorage:
                 with suppress(OSError):
                     self._files.delete_file(str(target))
             raise
+
+    @property
+    def provider(self) -> str:
+        """Whose storage it is, by pyarrow's name: "s3", "gcs", "local", "py::fsspec+hf"."""
+        return getattr(self._opened, "type_name", "")
 
     @property
     def _files(self) -> Any:

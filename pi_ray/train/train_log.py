@@ -25,7 +25,7 @@ class TrainLog:
     def __init__(self, path: Path, writes: bool = True):
         self.path, self.writes = path, writes
         self.tracker: Tracker | None = None
-        self.lease, self.holder = path.with_suffix(".owner"), uuid.uuid4().hex
+        self.lease, self.holder = path.with_name(storage_sync.LEASE), uuid.uuid4().hex
         if writes:
             storage_sync.take_lease(self.lease, self.holder)
         if writes and path.exists() and (data := path.read_bytes()) and not data.endswith(b"\n"):

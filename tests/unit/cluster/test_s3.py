@@ -20,26 +20,7 @@ from tests.lora import put_in_store
 BUCKET = "s3://bucket"
 
 
-@pytest.fixture(scope="module", autouse=True)
-def server():
-    from moto.server import ThreadedMotoServer
-    from pyarrow.fs import FileType, S3FileSystem
-
-    server = ThreadedMotoServer(port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in {
-            "AWS_ENDPOINT_URL": f"http://{host}:{port}", "AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret",
-            "AWS_REGION": "us-east-1",
-            "AWS_EC2_METADATA_DISABLED": "true",
-        }.items():  # fmt: skip
-            patch.setenv(name, value)
-        s3 = S3FileSystem(endpoint_override=f"http://{host}:{port}", allow_bucket_creation=True)
-        s3.create_dir("bucket")
-        assert s3.get_file_info("bucket").type == FileType.Directory
-        yield
-    server.stop()
+pytestmark = pytest.mark.usefixtures("s3_server")
 
 
 def test_a_node_fetches_the_files_of_another_one_and_finds_damage(tmp_path):
