@@ -42,7 +42,7 @@ def resolve_base(base: str) -> str:
 
     Raises MissingExtraError for a packaged model that is not installed, ModelError for an unfit folder or file.
     """
-    if gguf := _gguf_file(base):
+    if gguf := gguf_file(base):
         return str(_dequantised(gguf, cache_dir() / "models" / f"{gguf.stem}-{file_digest(gguf)[:16]}"))
     path = Path(base).expanduser()
     if path.is_dir():
@@ -55,7 +55,7 @@ def resolve_base(base: str) -> str:
     return base
 
 
-def _gguf_file(base: str) -> Path | None:
+def gguf_file(base: str) -> Path | None:
     """The GGUF file of a packaged model or a path; None for another kind of base."""
     path = Path(base).expanduser()
     if base in PACKAGED:
@@ -79,7 +79,7 @@ def base_digest(config: ModelConfig) -> str:
 
     "" for a hub id without a model, which a closed one's tokenizer may have. Raises ModelError for a missing folder.
     """
-    if gguf := _gguf_file(config.base):
+    if gguf := gguf_file(config.base):
         return file_digest(gguf)
     folder = Path(resolve_base(config.base))
     if folder.is_dir():

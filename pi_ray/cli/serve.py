@@ -47,9 +47,10 @@ def positive(text: str) -> int:
 
 
 @verb(
-    "write an adapter for other tools: a PEFT folder, or the base with the adapter in its weights",
+    "write an adapter for other tools: peft, vLLM, transformers, llama.cpp, Ollama, mlx-lm",
     argument("name", metavar="NAME", help="the adapter: NAME, NAME@VERSION or NAME@ALIAS"),
-    argument("--to", default="merged", metavar="KIND", help="peft or merged; default: %(default)s"),
+    argument("--to", default="merged", metavar="KIND",
+             help="peft, vllm, merged, gguf, ollama or mlx; default: %(default)s"),
     argument("--out", default="", metavar="FOLDER", help="default: NAME-KIND under the current folder"),
     argument("--no-check", action="store_true", help="do not load the result and compare its logits, which takes the "
         "memory of the base model twice"),
@@ -58,8 +59,12 @@ def positive(text: str) -> int:
 def export(args: argparse.Namespace) -> None:
     """Write a published adapter for other tools.
 
-      pi-ray export NAME --to peft      for vLLM, LoRAX and peft, beside the base model that they have
+      pi-ray export NAME --to peft      for peft and LoRAX, beside the base model that they have
+      pi-ray export NAME --to vllm      the same, and the command that serves it
       pi-ray export NAME --to merged    a model of its own in the transformers layout, file by file
+      pi-ray export NAME --to gguf      the adapter alone for llama.cpp
+      pi-ray export NAME --to ollama    a Modelfile, with the text around a request, and the weights
+      pi-ray export NAME --to mlx       the adapter alone for mlx-lm
     """
     from pathlib import Path
 

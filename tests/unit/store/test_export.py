@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from pi_ray import cli
 from pi_ray.errors import AdapterError, ConfigError, ModelError, StorageError
 from pi_ray.run.artifact import verify_artifact
-from pi_ray.store import export
+from pi_ray.store import merged_model
 from pi_ray.store.adapters import AdapterStore
 from pi_ray.store.export import export_adapter
 from tests.bench.families import tiny_model as tiny_random_model
@@ -79,16 +79,16 @@ def test_a_peft_folder_is_loaded_by_peft(tmp_path, tiny_model):
 
 def test_what_cannot_be_exported_is_said_and_nothing_is_left(tmp_path, tiny_model, monkeypatch):
     adapter = adapter_of(tmp_path / "store", tiny_model)
-    with pytest.raises(ConfigError, match="--to gguf: take one of peft, merged"):
-        export_adapter(adapter, "gguf", tmp_path / "out", print)
+    with pytest.raises(ConfigError, match="--to onnx: take one of peft, vllm, merged, gguf, ollama, mlx"):
+        export_adapter(adapter, "onnx", tmp_path / "out", print)
     (tmp_path / "there").mkdir()
     with pytest.raises(StorageError, match="there is something already; name another folder with --out"):
         export_adapter(adapter, "peft", tmp_path / "there", print)
     with monkeypatch.context() as patch:
-        patch.setattr(export, "_places", lambda names, modules: {})
+        patch.setattr(merged_model, "_places", lambda names, modules: {})
         with pytest.raises(ModelError, match=r"under other names .* export with --to peft"):
             export_adapter(adapter, "merged", tmp_path / "out", print)
-    monkeypatch.setattr(export, "_added", lambda weight, *_: weight)
+    monkeypatch.setattr(merged_model, "_added", lambda weight, *_: weight)
     with pytest.raises(AdapterError, match="the export computes something else than base and adapter"):
         export_adapter(adapter, "merged", tmp_path / "out", lambda line: None)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["store", "there"]
