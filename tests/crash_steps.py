@@ -1,4 +1,4 @@
-"""The steps of a run that must survive a death at any point, on a tiny model: train, publish and release.
+"""The steps of a run that must survive a death at any point, on a tiny model: prepare, train, publish and release.
 
 Each works in a root that holds run/ and store/. `make_ready` brings a root to where a step begins, `outcome` is what
 must be the same after a death and another try as without it.
@@ -15,7 +15,7 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from pi_ray.config import RunConfig
-from pi_ray.run.artifact import TEMPORARY, digest, digest_file, verify_artifact
+from pi_ray.run.artifact import MANIFEST, TEMPORARY, digest, digest_file, verify_artifact
 from pi_ray.run.directory import RunDir
 from tests.prepared import prepare_by_hand, tiny_config
 
@@ -51,11 +51,36 @@ def release(root: Path) -> None:
     release_version(AdapterStore(config_of(root).store), "tiny", version="v0002")
 
 
+def prepare(root: Path) -> None:
+    """Preparation's driver on the Ray cluster that RAY_ADDRESS names, whose workers outlive it."""
+    from pi_ray.cluster import session
+    from pi_ray.data.prepare import prepare
+
+    session.connect()
+    prepare(config_of(root))
+
+
 STEPS: dict[str, Callable[[Path], None]] = {"train": train, "publish": publish, "release": release}
 
 
+def make_ready_to_prepare(root: Path) -> Path:
+    """A root with a task of its own, at the beginning of a run."""
+    (root / "task").mkdir(parents=True)
+    for split, count in (("train", 12), ("dev", 4), ("test", 4)):
+        rows = [{"query": f"{split} {i}: which code?", "answer": f"code k{i % 5} | {i}"} for i in range(count)]
+        (root / "task" / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (root / "task" / "template.md").write_text("# Instruction\n\nAnswer with one code of k0 to k4.\n")
+    config = {
+        "name": "tiny", "task": {"folder": str(root / "task")}, "prompt": {"chat": "chatml"},
+        "compress": {"name": "none"}, "schedule": {"phases": 2, "shots": 1},
+    }
+    (root / "config.json").write_text(json.dumps(config))
+    _move(root)
+    return root
+
+
 def make_ready(folder: Path, model: Path) -> dict[str, Path]:
-    """A root at the beginning of each step, made once; copies of them are what a death is tried on."""
+    """A root at the beginning of each step after preparation, made once; a death is tried on copies of them."""
     from pi_ray.store.adapters import AdapterStore
     from pi_ray.store.release import release_version
 
@@ -94,6 +119,8 @@ def outcome(root: Path) -> dict[str, Any]:
     """Weights, answers, losses, versions and aliases, and whether anything half made is left."""
     run, store = RunDir(root / "run"), root / "store"
     found: dict[str, Any] = {}
+    for folder in sorted(path.parent for path in run.root.rglob(MANIFEST)) if (root / "task").is_dir() else []:
+        found[folder.relative_to(run.root).as_posix()] = verify_artifact(folder)["files"]
     for folder in sorted(run.adapters.glob("phase-*")) if run.adapters.is_dir() else []:
         found[folder.name] = verify_artifact(folder)["files"]["adapter_model.safetensors"]["sha256"]
     if (run.root / "best").is_symlink():
