@@ -70,9 +70,10 @@ def make_ready_to_prepare(root: Path) -> Path:
         rows = [{"query": f"{split} {i}: which code?", "answer": f"code k{i % 5} | {i}"} for i in range(count)]
         (root / "task" / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (root / "task" / "template.md").write_text("# Instruction\n\nAnswer with one code of k0 to k4.\n")
+    files = {name: str(root / "task" / f"{name}.jsonl") for name in ("train", "dev", "test")}
     config = {
-        "name": "tiny", "task": {"folder": str(root / "task")}, "prompt": {"chat": "chatml"},
-        "compress": {"name": "none"}, "schedule": {"phases": 2, "shots": 1},
+        "name": "tiny", "task": {**files, "template": str(root / "task" / "template.md")},
+        "prompt": {"chat": "chatml"}, "compress": {"name": "none"}, "schedule": {"phases": 2, "shots": 1},
     }
     (root / "config.json").write_text(json.dumps(config))
     _move(root)
