@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from pi_ray.errors import StorageError
-from pi_ray.run.artifact import translate_disk_errors
+from pi_ray.run.artifact import remove_leftovers, translate_disk_errors
 
 LOCK = ".lock"
 NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}  # a network disk that has none; then there is no protection
@@ -22,7 +22,7 @@ NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}  # a network disk that
 def run_lock(folder: Path, step: str) -> Iterator[None]:
     """Hold the lock of `folder` while `step` ("is preparing this run") goes on there; the file says so.
 
-    Raises StorageError, with the other's step, when another process holds it, on this node or another one.
+    What killed processes left half written in `folder` itself is removed first. Raises StorageError, with the other's step, when another process holds it, on this node or another one.
     """
     with translate_disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -37,6 +37,9 @@ def run_lock(folder: Path, step: str) -> Iterator[None]:
         except OSError as error:
             if error.errno not in NO_LOCKS:
                 raise
+        else:
+            with translate_disk_errors(folder):
+                remove_leftovers(folder)
         with suppress(OSError):  # a full disk
             os.truncate(lock.fileno(), 0)
             os.write(lock.fileno(), step.encode())

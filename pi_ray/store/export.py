@@ -19,11 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig
 
 from pi_ray.config import ModelConfig, PromptConfig
 from pi_ray.errors import ConfigError, StorageError
-from pi_ray.models import PACKAGED, gguf_file, load_tokenizer, resolve_base
+from pi_ray.models import PACKAGED, gguf_file, load_model_config, load_tokenizer
 from pi_ray.prompt import PromptEncoder
 from pi_ray.run.artifact import staged, write_atomic
 from pi_ray.store.adapters import Adapter
@@ -82,21 +81,15 @@ def _write(adapter: Adapter, model: ModelConfig, kind: str, folder: Path, say: C
     if kind == "merged" or (kind == "ollama" and not gguf_base):
         write_merged(model, scale, pairs, folder, say)
     elif kind == "mlx":
-        write_mlx_adapter(_base_config(model), _hub_id(model.base), scale, pairs, folder)
+        write_mlx_adapter(load_model_config(model), _hub_id(model.base), scale, pairs, folder)
     else:
-        write_gguf_adapter(_base_config(model), scale, pairs, folder / GGUF_ADAPTER)
+        write_gguf_adapter(load_model_config(model), scale, pairs, folder / GGUF_ADAPTER)
     if kind == "ollama":
         encoder = PromptEncoder(load_tokenizer(model), PromptConfig(**adapter.card["prompt"]))
         files = (f"./{GGUF_BASE}", f"./{GGUF_ADAPTER}") if gguf_base else (".",)
         write_atomic(folder / "Modelfile", modelfile_text(adapter, encoder, *files))
         if gguf_base:
             shutil.copyfile(gguf_base, folder / GGUF_BASE)
-
-
-def _base_config(model: ModelConfig) -> Any:
-    return AutoConfig.from_pretrained(
-        resolve_base(model.base), revision=model.revision or "main", trust_remote_code=False
-    )
 
 
 def _hub_id(base: str) -> str:

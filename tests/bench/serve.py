@@ -19,6 +19,7 @@ checked. Parts, each with a server of its own:
     cold          one query to a server without a replica, which then starts
     peer          `transformers serve` with the merged model, the query alone; with and without --continuous-batching,
                   the faster one at the highest concurrency
+    llama.cpp     its server with the merged model in F16 and in Q8_0, the query alone
 
 Only `full-cached` has a prefix cache, and a new server for each concurrency, so that the cache holds the template and
 none of the queries. Ratios are of requests a second at the highest concurrency. `over_transformers_serve` is `merged`
@@ -52,6 +53,7 @@ from typing import Any
 from pi_ray.config import ModelConfig, RunConfig, ServeConfig, TaskConfig
 from pi_ray.protocols import GenerationRequest, Token
 from pi_ray.tasks.opsql.task import OpsqlTask
+from tests.bench.llama_server import KINDS as LLAMA_KINDS
 from tests.bench.report import header, last_line
 
 REPO = Path(__file__).parents[2]
@@ -102,7 +104,7 @@ PARTS = (
     Part("mixed8", tuple(f"a{i}" for i in range(1, ADAPTERS))),
     Part("constrained", ("a0",), body=(("response_format", AS_ALERTS),)),
 )
-NAMES = (*(p.name for p in PARTS), "peer", "overhead", "guard", "cold")
+NAMES = (*(p.name for p in PARTS), "peer", "llama.cpp", "overhead", "guard", "cold")
 POLICY = "\n".join(f"Rule {i}: an agent says what the tools say about case {i}, and nothing else." for i in range(88))
 TOOLS = [
     {"type": "function", "function": {
@@ -267,6 +269,21 @@ def transformers_serve(folder: Path, batching: bool) -> Iterator[str]:
     ]
     command += ["--continuous-batching"] * batching
     with _process(list(map(str, command)), {}, folder / f"peer-{batching}.log", port, "/health"):
+        yield f"http://127.0.0.1:{port}"
+
+
+@contextmanager
+def llama_server(folder: Path, kind: str, parallel: int) -> Iterator[str]:
+    model, port = folder / f"merged-{kind}.gguf", _free_port()
+    if not model.is_file():
+        work = (
+            "from pathlib import Path; from tests.bench.llama_server import write_gguf; "
+            f"write_gguf(Path({str(folder / 'merged')!r}), {CHAT!r}, {kind!r}, Path({str(model) + '.tmp'!r}))"
+        )
+        subprocess.run([sys.executable, "-c", work], cwd=REPO, check=True)
+        Path(f"{model}.tmp").rename(model)
+    command = [sys.executable, "-m", "tests.bench.llama_server", model, "--port", port, "--parallel", parallel]
+    with _process(list(map(str, command)), {}, folder / f"llama-{kind}.log", port, "/health"):
         yield f"http://127.0.0.1:{port}"
 
 
@@ -456,6 +473,16 @@ def peer(folder: Path, args: argparse.Namespace) -> list[Level]:
         return levels("peer", url, asks, args.tokens, args.concurrency)
 
 
+def llama(folder: Path, args: argparse.Namespace) -> list[Level]:
+    """The merged weights by llama.cpp's server, which is told to go on at the end tokens that it finds by itself."""
+    asks = [("merged", QUERY.replace("{query}", q)) for q in queries(args.requests + WARM)]
+    found: list[Level] = []
+    for kind in LLAMA_KINDS:
+        with llama_server(folder, kind, max(args.concurrency)) as url:
+            found += levels(f"llama.cpp {kind}", url, asks, args.tokens, args.concurrency, {"ignore_eos": True})
+    return found
+
+
 def empty(folder: Path, args: argparse.Namespace) -> float:
     """Milliseconds (p50) of a request to an engine that computes nothing."""
     bodies = [{"model": "a0", "messages": _user(query)} for query in queries(args.requests)]
@@ -515,6 +542,10 @@ def figures(found: Sequence[Level], milliseconds: dict[str, float]) -> dict[str,
         f"c{highest}_over_c1": (best.get("query"), single.get("query")),
         "over_transformers_serve": (best.get("merged"), best.get("peer")),
         "unmerged_over_transformers_serve": (best.get("query"), best.get("peer")),
+        "over_llama_cpp_f16": (best.get("merged"), best.get("llama.cpp F16")),
+        "over_llama_cpp_q8_0": (best.get("merged"), best.get("llama.cpp Q8_0")),
+        "one_over_llama_cpp_f16": (single.get("merged"), single.get("llama.cpp F16")),
+        "one_over_llama_cpp_q8_0": (single.get("merged"), single.get("llama.cpp Q8_0")),
         "mixed8_over_one": (best.get("mixed8"), best.get("query")),
         "constrained_over_free": (best.get("constrained"), best.get("query")),
     }
@@ -564,6 +595,8 @@ def run(folder: Path, args: argparse.Namespace) -> tuple[list[Level], dict[str, 
             found += own(folder, part, args)
     if "peer" in args.only:
         found += peer(folder, args)
+    if "llama.cpp" in args.only:
+        found += llama(folder, args)
     if "overhead" in args.only:
         milliseconds["serve_overhead_ms"] = empty(folder, args)
     if "guard" in args.only:

@@ -5,15 +5,18 @@ import asyncio
 import json
 import shutil
 
+import gguf
 import pytest
 import torch
 
 from pi_ray.config import ModelConfig, PromptConfig
-from pi_ray.models import load_model, load_tokenizer
+from pi_ray.models import load_model, load_tokenizer, resolve_base
 from pi_ray.prompt import PromptEncoder
 from pi_ray.serve.engine.multi_lora import MultiLora
 from pi_ray.store.adapters import AdapterStore
+from pi_ray.store.llama_cpp import next_token_logprobs
 from tests.bench import serve as bench
+from tests.bench.llama_server import KINDS, write_gguf
 
 
 @pytest.fixture(scope="module")
@@ -125,3 +128,18 @@ def test_an_unknown_part_is_refused(monkeypatch, capsys):
     assert isinstance(args := bench._arguments(), argparse.Namespace) and (args.only, args.concurrency) == (
         ["query"], [1, 4],
     )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_llama_cpp_gets_the_weights_template_and_end_token_of_the_other_sides(tmp_path, kind):
+    folder = resolve_base("smollm2-135m")
+    path = write_gguf(folder, bench.CHAT, kind, tmp_path / "model.gguf")
+    row = [1, 4093, 198, 314, 260]
+    [found] = next_token_logprobs(path, None, [row])
+    with torch.inference_mode():
+        logits = load_model(ModelConfig(base=folder, dtype="float32"))(input_ids=torch.tensor([row])).logits[0, -1]
+    expected = logits.log_softmax(-1)
+    assert max(abs(value - float(expected[token])) for token, value in found.items()) < {"F16": 0.02, "Q8_0": 0.1}[kind]
+    fields = gguf.GGUFReader(path).fields
+    assert fields["tokenizer.chat_template"].contents() == bench.CHAT
+    assert fields["tokenizer.ggml.eos_token_id"].contents() == load_tokenizer(ModelConfig(base=folder)).eos_token_id

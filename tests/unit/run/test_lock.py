@@ -10,6 +10,7 @@ from pi_ray.data import prepare
 from pi_ray.errors import StorageError
 from pi_ray.evaluate import evaluate
 from pi_ray.run import lock
+from pi_ray.run.artifact import temporary_path
 from pi_ray.run.lock import run_lock
 from pi_ray.train import launch
 from tests.prepared import tiny_config
@@ -68,3 +69,19 @@ def test_on_a_disk_without_locks_work_goes_on(tmp_path, monkeypatch):
     monkeypatch.setattr(lock.fcntl, "flock", flock)
     with run_lock(tmp_path, "x"):
         pass
+
+
+@pytest.mark.fault
+def test_what_a_killed_process_left_half_written_is_removed_by_the_next_one_and_nothing_before(other, tmp_path):
+    half = temporary_path(tmp_path / "rows")
+    half.mkdir()
+    (half / "train.parquet").write_bytes(b"half")
+    temporary_path(tmp_path / "rejects.jsonl").write_text("half")
+    (tmp_path / "rows").mkdir()
+    with pytest.raises(StorageError), run_lock(tmp_path, "is training this run"):
+        pass
+    assert len(list(tmp_path.iterdir())) == 4, "it may be work in progress of the process that has the lock"
+    other.kill()
+    other.wait()
+    with run_lock(tmp_path, "is training this run"):
+        assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", "rows"]
