@@ -22,7 +22,8 @@ NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}  # a network disk that
 def run_lock(folder: Path, step: str) -> Iterator[None]:
     """Hold the lock of `folder` while `step` ("is preparing this run") goes on there; the file says so.
 
-    What killed processes left half written in `folder` itself is removed first. Raises StorageError, with the other's step, when another process holds it, on this node or another one.
+    What killed processes left half written in `folder` itself is removed first. Raises StorageError, with the other's
+    step, when another process holds it, on this node or another one.
     """
     with translate_disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
