@@ -366,9 +366,9 @@ async def drive(
         while (i := next(places)) < len(asks):
             replies.append(await ask(session, url, *asks[i], tokens, more or {}))
 
-    async with aiohttp.ClientSession(
-        timeout=aiohttp.ClientTimeout(total=1200), connector=aiohttp.TCPConnector(limit=0)
-    ) as session:
+    # a connection for each request: llama.cpp's server closes one that a client would use again
+    connector = aiohttp.TCPConnector(limit=0, force_close=True)
+    async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=1200), connector=connector) as session:
         began = time.perf_counter()
         await asyncio.gather(*(client() for _ in range(concurrency)))
         return time.perf_counter() - began, replies
