@@ -2,11 +2,12 @@
 
 Lost hosts and drivers that were started twice work on without knowing of each other. So a group takes the lease, one
 small object, before its first update and renews it before each upload. Both are conditional writes (If-Match) where the
-provider has them, S3 and Google Cloud Storage: of two groups that start at the same moment one gets an error, and one
-whose lease is gone cannot take its renewal for a success.
+provider has them, S3 and Google Cloud Storage: of two groups that start at the same moment one gets an error, and the
+renewal of a lease that another group has taken fails.
 """
 
 import logging
+import os
 from datetime import timedelta
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
@@ -96,7 +97,7 @@ class StorageLease:
 
 
 def _version_of(answer: Any) -> dict[str, str]:
-    """What identifies the state of an object: its ETag, or its generation."""
+    """The ETag or the generation of an object, by which a conditional write names its state."""
     return {name: answer[name] for name in ("e_tag", "version") if answer.get(name)}
 
 
@@ -119,7 +120,9 @@ def _open_conditional(storage: ObjectStorage) -> Any:
 
 
 def open_client(storage: ObjectStorage) -> Any:
-    """obstore's client for storage on S3 or Google Cloud, with the settings that pyarrow takes from the URL."""
+    """obstore's client for storage on S3 or Google Cloud, with the settings that pyarrow takes from the URL, and the
+    region that pyarrow has found for a bucket. Plain HTTP only to an endpoint that says so.
+    """
     from obstore.store import from_url
 
     parts = urlsplit(storage.url)
@@ -127,8 +130,10 @@ def open_client(storage: ObjectStorage) -> Any:
     endpoint = options.get("endpoint_override", "")
     if endpoint and "://" not in endpoint:
         endpoint = f"{options.get('scheme', 'https')}://{endpoint}"
-    settings: dict[str, Any] = {"client_options": {"allow_http": True, **TIMEOUTS}, "retry_config": PATIENCE}
+    endpoint = endpoint or os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL", "")
+    client = {"allow_http": endpoint.startswith("http://"), **TIMEOUTS}
+    settings: dict[str, Any] = {"client_options": client, "retry_config": PATIENCE}
     if storage.provider == "s3":
-        given = {"endpoint": endpoint, "region": options.get("region", "")}
+        given = {"endpoint": endpoint, "region": storage.region}
         settings["config"] = {name: value for name, value in given.items() if value}
     return from_url(f"{parts.scheme.replace('gcs', 'gs')}://{parts.netloc}{parts.path}", **settings)

@@ -129,8 +129,13 @@ class ObjectStorage:
 
     @property
     def provider(self) -> str:
-        """Whose storage it is, by pyarrow's name: "s3", "gcs", "local", "py::fsspec+hf"."""
+        """pyarrow's name for the kind of storage: "s3", "gcs", "local", "py::fsspec+hf"."""
         return getattr(self._opened, "type_name", "")
+
+    @property
+    def region(self) -> str:
+        """The region of a bucket on S3, which pyarrow finds where the URL does not name it; "" for others."""
+        return getattr(self._opened, "region", "")
 
     @property
     def _files(self) -> Any:

@@ -11,7 +11,7 @@ from pi_ray.store.adapters import AdapterStore
 
 
 def find_knowledge(target: str, overrides: Sequence[str]) -> Knowledge:
-    """What the adapter of a run file, a run directory or a name in the store knows.
+    """Return the knowledge of an adapter that a run file, a run directory or a name in the store points to.
 
     Raises DataError where the run was not evaluated, AdapterError where the adapter was published without knows.json.
     """

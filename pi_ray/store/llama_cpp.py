@@ -1,4 +1,4 @@
-"""What llama.cpp says of an exported adapter, by its Python package xllamacpp: to compare it with base and adapter."""
+"""llama.cpp, through its Python package xllamacpp, reads an exported adapter, so that its answers can be compared."""
 
 from __future__ import annotations
 

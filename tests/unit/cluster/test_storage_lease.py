@@ -122,3 +122,15 @@ def test_where_the_second_client_does_not_get_in_the_lease_is_written_without_it
     with caplog.at_level(logging.WARNING, "pi_ray"):
         StorageLease(storage, KEY, "one").renew()
     assert "the lease is not written conditionally" in caplog.text and storage.read(KEY) == b"one"
+
+
+def test_the_second_client_has_pyarrows_region_and_speaks_plain_http_only_where_the_endpoint_does(monkeypatch):
+    asked = {}
+    monkeypatch.setattr("obstore.store.from_url", lambda url, **settings: asked.update(settings, url=url))
+    monkeypatch.delenv("AWS_ENDPOINT_URL", raising=False)
+    storage_lease.open_client(ObjectStorage("s3://bucket/run?region=eu-west-3"))
+    assert asked["url"] == "s3://bucket/run" and asked["config"] == {"region": "eu-west-3"}
+    assert asked["client_options"]["allow_http"] is False
+    storage_lease.open_client(ObjectStorage("s3://bucket/run?region=x&scheme=http&endpoint_override=minio:9000"))
+    assert asked["config"] == {"region": "x", "endpoint": "http://minio:9000"}
+    assert asked["client_options"]["allow_http"] is True
