@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-UNIT, SANDBOX = (Path(__file__).parent / name for name in ("unit", "sandbox"))
+UNIT, SANDBOX, CLUSTER = (Path(__file__).parent / name for name in ("unit", "sandbox", "cluster"))
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -18,9 +18,11 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # processes side by side: more threads 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log) -> Any:
-    """Give one of `pytest -n`'s processes all tests that start Ray or clusters, and others file by file.
+    """Give tests to `pytest -n`'s processes: those that start Ray or clusters in two groups, each of which one process
+    runs in turn, and others file by file, since tests of a file share fixtures.
 
-    Two Rays at a time would fight for cores, and tests of a file share fixtures.
+    Two Rays keep two cores busy, which wait much of their time; more of them would fight. Tests whose servers have
+    times to keep are in one group, so that they are never beside each other. These groups come first, being long.
     """
     from xdist.scheduler import LoadScopeScheduling
 
@@ -29,8 +31,11 @@ def pytest_xdist_make_scheduler(config, log) -> Any:
             name = nodeid.partition("::")[0]
             file = config.rootpath / name
             alone = file.is_relative_to(UNIT) or file.is_relative_to(SANDBOX)
-            return name if alone and "ray_local" not in file.read_text() else "ray"
+            if alone and "ray_local" not in file.read_text():
+                return name
+            return "clusters and servers" if file.is_relative_to(CLUSTER) or "serve" in file.name else "pipelines"
 
+    config.option.loadscopereorder = False  # but as "testpaths" has them
     return ByFile(config, log)
 
 

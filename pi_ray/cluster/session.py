@@ -23,6 +23,9 @@ SERVE = {
     "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "pi_ray.serve.http.connections:limit_connections",
 }
 
+# A machine of one's own is not taken back at short notice; the process that would watch for it is spared.
+TRAIN = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}
+
 
 def connect() -> None:
     """Start or join Ray, quietly, unless it is up.
@@ -44,7 +47,8 @@ def connect() -> None:
     if os.environ.get("RAY_ADDRESS", "") in ("", "local"):
         # Without an address Ray would join, or wait for, whatever cluster was last started on this machine.
         local, address = {"address": "local", "include_dashboard": False}, _on_loopback()
-        os.environ.update({**SERVE, "RAY_BACKEND_LOG_LEVEL": "fatal", **os.environ})  # its C++ logs are for its makers
+        # its C++ logs are for its makers
+        os.environ.update({**SERVE, **TRAIN, "RAY_BACKEND_LOG_LEVEL": "fatal", **os.environ})
     with address, _muted("Set ray log level"):
         ray.init(log_to_driver=False, logging_level=logging.ERROR, **local)
     from ray.data import DataContext

@@ -22,7 +22,7 @@ from tests.lora import put_in_store
 
 pytestmark = [pytest.mark.ray, pytest.mark.fault]
 ONGOING, QUEUE, TIMEOUT_S = 2, 4, 15
-LONG = 120  # seconds; more than enough on a busy machine
+LONG = 300  # seconds; more than enough on a busy machine
 BUSY = 4
 REFUSED_S, FREED_S, RECOVERED_S, MALFORMED_S = 0.5 * BUSY, 1 * BUSY, 15 * BUSY, 1 * BUSY
 
@@ -34,7 +34,7 @@ def service(tiny_model, tmp_path_factory):
         put_in_store(folder / "store", name, tiny_model, seed)
     limits = ServeConfig(
         port=free_port(), engine="scripted", max_ongoing_requests=ONGOING, max_queued_requests=QUEUE,
-        request_timeout_s=TIMEOUT_S,
+        request_timeout_s=LONG,
     )
     config = RunConfig(
         name="t", store=str(folder / "store"), model=ModelConfig(base=str(tiny_model)),
@@ -151,6 +151,9 @@ def freed(service, count=0):
 
 
 def test_s2_a_generation_beyond_the_time_limit_is_408_and_cancelled(service):
+    old = service.replicas()
+    assert "deployed" in service.deploy(**{"serve.request_timeout_s": TIMEOUT_S})
+    service.wait(LONG, lambda: service.replicas() and not set(old) & set(service.replicas()))
     (service.folder / "hold").touch()
     assert service.ask("hold for ever").status_code == 408
     assert freed(service) < FREED_S
@@ -174,7 +177,7 @@ def test_s2_clients_that_leave_in_the_middle_free_their_slots(service):
             await asyncio.gather(*tasks, return_exceptions=True)
 
     asyncio.run(leave())
-    assert freed(service) < FREED_S < TIMEOUT_S
+    assert freed(service) < FREED_S
     assert answers(service)
 
 
@@ -189,7 +192,7 @@ def test_s2_a_client_that_leaves_before_its_whole_answer_frees_its_slot(service)
             await asyncio.gather(task, return_exceptions=True)
 
     asyncio.run(leave())
-    assert freed(service) < FREED_S < TIMEOUT_S
+    assert freed(service) < FREED_S
     assert answers(service)
 
 
@@ -309,9 +312,7 @@ def test_the_last_replica_goes_when_nobody_asks_and_the_next_request_waits_for_a
 
 
 def test_another_replica_comes_when_there_are_too_many_requests_for_one(service):
-    assert "deployed" in service.deploy(
-        **{"serve.max_replicas": 2, "serve.upscale_delay_s": 0, "serve.request_timeout_s": LONG}
-    )
+    assert "deployed" in service.deploy(**{"serve.max_replicas": 2, "serve.upscale_delay_s": 0})
     service.wait(LONG, lambda: len(service.replicas()) == 1 and answers(service))
     (service.folder / "hold").touch()
 
