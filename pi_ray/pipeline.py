@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from pi_ray import hosted
-from pi_ray.cluster import session
 from pi_ray.config import RunConfig, dump_config
 from pi_ray.hosted.tuning import COLUMNS
 from pi_ray.plan.estimate import tokens_of_updates
@@ -173,13 +172,14 @@ def shortest_path(path: Path) -> Path:
 
 
 def _begin(config: RunConfig, console: Console, step: str, text: str) -> None:
-    """Print the step, keep the configuration in the run directory, and join Ray."""
+    """Print the step, and keep the configuration in the run directory. Who needs Ray joins it: a step that is done does
+    not.
+    """
     console.print(f"[bold]{step}[/]  {text}", highlight=False)
     path = RunDir(config.root).config
     content = dump_config(config.replace(**{"closed.confirmed": False}))  # a yes to spending is for one command
     if not path.exists() or path.read_text() != content:
         write_atomic(path, content)
-    session.connect()
 
 
 def _print_line(console: Console, name: str, line: str | dict[str, Any]) -> None:

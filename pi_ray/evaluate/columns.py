@@ -16,10 +16,9 @@ from pi_ray.evaluate.knowledge import Knowledge
 from pi_ray.models import load_tokenizer
 from pi_ray.prompt import PromptEncoder
 from pi_ray.protocols import Row
-from pi_ray.run.directory import RunDir
+from pi_ray.run.directory import CARD_FILE, RunDir
 from pi_ray.run.fingerprint import wants_unlabelled
 from pi_ray.run.phases import plain_finetuning_config, prompts_of_columns
-from pi_ray.train.lora import CARD
 
 LABELS = {
     "base": "Base, query alone", "base_full_prompt": "Base, full prompt", "plain": "Plain fine-tuning",
@@ -62,7 +61,7 @@ def trained_column(config: RunConfig) -> Column:
             raise TrainingError(f"{config.root}: no model was tuned with these settings; {cure}")
         return Column("promptintern", model, *prompts_of_columns(config)["promptintern"])
     best = RunDir(config.root).best.resolve()
-    card = json.loads((best / CARD).read_text())
+    card = json.loads((best / CARD_FILE).read_text())
     return Column("promptintern", str(best), card["template"], card["shots"], card["rate"], card.get("gist", 0))
 
 

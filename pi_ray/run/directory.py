@@ -16,6 +16,8 @@ from pi_ray.run.artifact import read_manifest
 if TYPE_CHECKING:
     from pi_ray.run.row_store import StoredRows
 
+CARD_FILE = "pi_ray.json"  # of an adapter: what it was trained on, and with which prompt
+
 
 class RunDir:
     """Paths and small readers of one run directory."""

@@ -14,11 +14,11 @@ from pi_ray.config import RunConfig
 from pi_ray.protocols import SPLITS, UNLABELLED, Row
 from pi_ray.run.answered import has_labelled
 from pi_ray.run.artifact import digest, read_manifest, staged
-from pi_ray.run.directory import RunDir
+from pi_ray.run.directory import CARD_FILE, RunDir
 from pi_ray.run.fingerprint import wants_unlabelled
 from pi_ray.schedule import plan_phases
 from pi_ray.store.prompt_guard import PROMPT_FILE
-from pi_ray.store.verify import CARD_FILE, WEIGHTS_FILE, read_json
+from pi_ray.store.verify import WEIGHTS_FILE, read_json
 from pi_ray.tasks.changed_prompt import QUERIES_FILE, TEMPLATE_FILE, ChangedPromptTask, open_task
 from pi_ray.tasks.prompt_change import LabelCorrection, compare_prompts
 

@@ -19,10 +19,11 @@ from pi_ray.config import ModelConfig, PromptConfig
 from pi_ray.errors import AdapterError, CorruptArtifactError
 from pi_ray.evaluate.knowledge import KNOWLEDGE_FILE, Knowledge
 from pi_ray.run.artifact import MANIFEST, verify_artifact
+from pi_ray.run.directory import CARD_FILE
 from pi_ray.store.prompt_guard import PROMPT_FILE, PromptRecord
 
 LORA_TENSOR = re.compile(r"base_model\.model\.([\w.]+)\.lora_([AB])\.weight", re.ASCII)
-WEIGHTS_FILE, CONFIG_FILE, CARD_FILE = "adapter_model.safetensors", "adapter_config.json", "pi_ray.json"
+WEIGHTS_FILE, CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"
 SUFFIXES = {".safetensors", ".json", ".md"}
 MODULE = re.compile(r"[\w.]{1,256}", re.ASCII)  # a module's name, or its end
 FLOAT_TYPES = ("F32", "F16", "BF16")

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from pi_ray.cluster import placement, storage_sync
+from pi_ray.cluster import placement, session, storage_sync
 from pi_ray.config import RunConfig
 from pi_ray.errors import ConfigError, PiRayError, TrainingError
 from pi_ray.models import base_digest
@@ -51,7 +51,7 @@ def _has_all_adapters(config: RunConfig) -> bool:
 
 
 def train(config: RunConfig, watch: Callable[[dict[str, Any]], None] = lambda entry: None) -> str:
-    """Train on the Ray cluster that the caller has joined, unless it is done; returns the train fingerprint.
+    """Train on the Ray cluster, unless it is done; returns the train fingerprint.
 
     `watch` gets each log entry as it is written. Raises TrainingError when the worker group fails for good, and
     pi-ray's own errors in a worker (data, settings, disk) at once, since another try would end the same, and
@@ -76,6 +76,7 @@ def _train(config: RunConfig, fingerprint: str, watch: Callable[[dict[str, Any]]
 
     from pi_ray.train import checkpoint, teacher_workers
 
+    session.connect()
     run = RunDir(config.root)
     trackers.require_tracker(config.train.tracker)
     # before a worker starts, so that a refused or damaged checkpoint is reported at once

@@ -17,7 +17,7 @@ from pi_ray.errors import ConfigError, TrainingError
 from pi_ray.models import base_digest, load_tokenizer
 from pi_ray.prompt import PromptEncoder
 from pi_ray.run.artifact import digest, staged, verify_artifact, write_atomic
-from pi_ray.run.directory import RunDir
+from pi_ray.run.directory import CARD_FILE, RunDir
 from pi_ray.schedule import plan_phases
 from pi_ray.train import gist
 from pi_ray.train.dev_scores import DevScores
@@ -25,7 +25,6 @@ from pi_ray.train.floor import decide_floor
 from pi_ray.train.lora_linear import fuse_lora
 from pi_ray.train.phase_scores import DEV_ANSWERS, DEV_SCORES, best_by_metric
 
-CARD = "pi_ray.json"
 # Keys of adapter_config.json by which equal matrices mean the same: their scale, and the base weights beside them.
 SCALE_KEYS = ("lora_alpha", "use_rslora", "init_lora_weights")
 # Model types with Mamba's kernels, which read the weights of some layers past any adapter; peft refuses two of them.
@@ -163,7 +162,7 @@ def save_adapter(
         if scores:
             name, content = (DEV_ANSWERS, scores.answers) if scores.answers else (DEV_SCORES, scores.metrics)
             write_atomic(tmp / name, json.dumps(content) + "\n")
-        write_atomic(tmp / CARD, json.dumps(card, indent=1, sort_keys=True, ensure_ascii=False) + "\n")
+        write_atomic(tmp / CARD_FILE, json.dumps(card, indent=1, sort_keys=True, ensure_ascii=False) + "\n")
 
 
 def _difference(name: str, value: torch.Tensor, start: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -181,7 +180,7 @@ def load_init_adapter(
     Raises CorruptArtifactError, or TrainingError when its base model, shape or scale is another.
     """
     verify_artifact(folder)
-    card = json.loads((folder / CARD).read_text())
+    card = json.loads((folder / CARD_FILE).read_text())
     if card["base"] != base:
         raise TrainingError(f"{key}: {folder} was trained on {card['base']}, and model.base is {base}")
     saved = load_file(folder / "adapter_model.safetensors")
@@ -211,7 +210,7 @@ def link_best_adapter(config: RunConfig) -> dict[str, Any]:
         verdict = decide_floor(config)
         best, facts = verdict.chosen, {"floor": verdict.facts()}
     else:
-        accuracies = [json.loads((run.adapter(i) / CARD).read_text())["dev_accuracy"] for i in phases]
+        accuracies = [json.loads((run.adapter(i) / CARD_FILE).read_text())["dev_accuracy"] for i in phases]
         if config.training_metric:
             best, metric, score = best_by_metric(config)
             facts = {"metric": metric, "score": round(score, 6)}

@@ -10,7 +10,7 @@ from pi_ray.config import LoraConfig, ModelConfig, RunConfig
 from pi_ray.errors import AdapterError, ConfigError, TrainingError
 from pi_ray.evaluate.generation_workers import LoadedAdapters
 from pi_ray.models import load_model
-from pi_ray.run.directory import RunDir
+from pi_ray.run.directory import CARD_FILE, RunDir
 from pi_ray.store.publish import publish_adapter
 from pi_ray.store.verify import verify_adapter
 from pi_ray.train import lora
@@ -96,7 +96,7 @@ def test_an_adapter_of_each_method_does_on_the_untouched_base_what_it_did_in_tra
         assert loss(loaded.model) == found
         loaded.activate("")
         assert loss(loaded.model) == bare
-    assert found == pytest.approx(json.loads((run.adapter(1) / lora.CARD).read_text())["dev_loss"], abs=1e-5)
+    assert found == pytest.approx(json.loads((run.adapter(1) / CARD_FILE).read_text())["dev_loss"], abs=1e-5)
     assert abs(found - bare) > 1e-4
 
 
