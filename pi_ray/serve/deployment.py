@@ -197,6 +197,7 @@ def build_application(config: RunConfig, digest: str = "") -> serve.Application:
         options, ongoing = replica_options(config.serve, {}, {}), config.serve.max_ongoing_requests
         del options["autoscaling_config"]
         options |= {"max_ongoing_requests": ongoing * config.serve.max_replicas, "max_surge_percent": 100}
+        options["ray_actor_options"] = {"num_cpus": 0}
         model = serve.deployment(**options, num_replicas=1)(Model).bind(config, engine_deployment(config))
     else:
         cluster = ray.cluster_resources() if ray.is_initialized() else {}

@@ -16,10 +16,13 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import psutil
+
 from pi_ray.cluster import placement
 from pi_ray.config import ModelConfig, RunConfig, ServeConfig
 from pi_ray.errors import AdapterError, ConfigError, MissingExtraError
-from pi_ray.models import resolve_base
+from pi_ray.models import model_dtype
+from pi_ray.models.base_files import resolve_base
 from pi_ray.protocols import GenerationRequest, Token
 from pi_ray.serve.engine.refusal import RefusedError
 from pi_ray.serve.engine.replica_options import DEFAULT_MAX_LORAS, replica_options
@@ -28,9 +31,11 @@ from pi_ray.store.verify import CONFIG_FILE, read_json
 from pi_ray.train.replicas import replica_gpus
 
 DEPLOYMENT_NAME = "Vllm"
+LOADED_MEANWHILE = "has already been loaded"  # in the error of vLLM that Ray passes on, before any token
 BASE_ID = "base"  # the base model's name within the deployment
 SUPPORTED_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # ranks that vLLM has kernels for
 NO_TELEMETRY = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "VLLM_DO_NOT_TRACK": "1"}
+UNBOUND_THREADS = {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}  # Ray places replicas; bound ones would share their cores
 
 
 class VllmEngine:
@@ -45,24 +50,38 @@ class VllmEngine:
 
     @staticmethod
     def deployment(config: RunConfig) -> Any:
-        """Ray's LLM deployment, to be bound beside Model. Raises MissingExtraError or, without a GPU, ConfigError."""
+        """Ray's LLM deployment, to be bound beside Model. Raises MissingExtraError, or ConfigError without a GPU, which
+        only vLLM's build for CPUs can do without.
+        """
         import ray
 
         try:
             from ray.serve.llm import LLMConfig, build_llm_deployment
+            from vllm.platforms import current_platform
         except ImportError as error:
             cure = f"pip install 'pi-ray[vllm]', on a machine with a GPU ({str(error).splitlines()[0]})"
             raise MissingExtraError(f"serve.engine vllm needs vLLM: {cure}") from error
-        if ray.is_initialized() and not ray.cluster_resources().get("GPU"):
-            needs = "needs a GPU, and the Ray cluster has none; take serve.engine transformers"
+        on_cpus = current_platform.is_cpu()
+        if not on_cpus and ray.is_initialized() and not ray.cluster_resources().get("GPU"):
+            needs = "needs a GPU, and the cluster has none; take serve.engine transformers, or vLLM's build for CPUs"
             raise ConfigError(f"serve.engine vllm {needs}")
         rank = config.serve.max_lora_rank
         bound = {"model_downloader": partial(VerifiedDownloader, config.store, config.model, rank)}
-        options, arguments = {"name": DEPLOYMENT_NAME}, LLMConfig(**llm_config_arguments(config))
+        options, arguments = {"name": DEPLOYMENT_NAME}, LLMConfig(**llm_config_arguments(config, on_cpus))
         return build_llm_deployment(arguments, bind_kwargs=bound, override_serve_options=options)
 
     async def generate(self, request: GenerationRequest) -> AsyncIterator[Token]:
         """Closing the iterator aborts the request in vLLM."""
+        try:
+            async for token in self._generate(request):
+                yield token
+        except ValueError as error:  # of an adapter's first requests at the same time Ray's server lets one load it
+            if LOADED_MEANWHILE not in str(error):
+                raise
+            async for token in self._generate(request):
+                yield token
+
+    async def _generate(self, request: GenerationRequest) -> AsyncIterator[Token]:
         adapter = adapter_id(request)
         handle = self._handle.options(stream=True, multiplexed_model_id=adapter)
         body = self._completion_request(model=adapter or BASE_ID, **completion_fields(request))
@@ -77,8 +96,11 @@ class VllmEngine:
             raise
 
 
-def llm_config_arguments(config: RunConfig) -> dict[str, Any]:
-    """Arguments of ray.serve.llm.LLMConfig: the model, what the store's adapters need, and the serve block's limits."""
+def llm_config_arguments(config: RunConfig, on_cpus: bool = False) -> dict[str, Any]:
+    """Arguments of ray.serve.llm.LLMConfig: the model, what the store's adapters need, and the serve block's limits.
+
+    `on_cpus`: vLLM is its build for CPUs.
+    """
     model, limits = config.model, config.serve
     if limits.merge:
         cure = "leave it out, or take serve.engine transformers"
@@ -87,12 +109,14 @@ def llm_config_arguments(config: RunConfig) -> dict[str, Any]:
     trained = min(config.train.lora.rank, limits.max_lora_rank)
     adapters, rank = _adapters_and_rank(AdapterStore(config.store, model), trained, limits.max_lora_rank)
     engine = {
-        "dtype": "bfloat16" if model.dtype == "auto" else model.dtype, "trust_remote_code": False,
+        "dtype": str(model_dtype(model, "cpu" if on_cpus else "cuda")).removeprefix("torch."),
+        "trust_remote_code": False,
         "max_num_seqs": limits.max_ongoing_requests, "enable_prefix_caching": limits.prefix_cache_mb != 0,
         # In one batch: one more than there are, so that a new version can answer beside the old one.
         "max_loras": min(max_loras, adapters + 1), "enable_lora": True, "max_cpu_loras": max_loras,
         "max_lora_rank": rank, "structured_outputs_config": {"backend": "guidance"},
         "tensor_parallel_size": replica_gpus(config),
+        **({"kv_cache_memory_bytes": cache} if (cache := _kv_cache_bytes(limits, on_cpus)) else {}),
         **({"revision": model.revision} if model.revision else {}),
         **({"quantization": "bitsandbytes"} if model.quantize else {}),
     }
@@ -100,14 +124,24 @@ def llm_config_arguments(config: RunConfig) -> dict[str, Any]:
     options = placement.worker_options(config, "serve")
     kept = ("num_cpus", "memory", "resources")  # no GPUs, which vLLM's workers take
     deployment["ray_actor_options"] = {key: value for key, value in options.items() if key in kept}
+    if on_cpus:  # the one that Ray counts for the engine's worker is the replica's
+        deployment["ray_actor_options"].setdefault("num_cpus", 0)
     del deployment["max_queued_requests"]  # the queue before Model is the bound
     return {
         "model_loading_config": {"model_id": BASE_ID, "model_source": resolve_base(model.base)},
         "engine_kwargs": engine,
         "lora_config": {"max_num_adapters_per_replica": max_loras},
         "deployment_config": deployment,
-        "runtime_env": {"env_vars": NO_TELEMETRY},
+        "runtime_env": {"env_vars": NO_TELEMETRY | (UNBOUND_THREADS if on_cpus else {})},
+        **({"accelerator_config": {"kind": "cpu"}} if on_cpus else {}),
     }
+
+
+def _kv_cache_bytes(limits: ServeConfig, on_cpus: bool) -> int:
+    """Bytes of vLLM's cache of keys and values; 0: its own choice, which on CPUs would be nearly all of the memory."""
+    if limits.kv_cache_mb:
+        return limits.kv_cache_mb << 20
+    return psutil.virtual_memory().available // (4 * limits.max_replicas) if on_cpus else 0
 
 
 def _adapters_and_rank(store: AdapterStore, trained: int, limit: int) -> tuple[int, int]:

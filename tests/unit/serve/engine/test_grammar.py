@@ -20,6 +20,7 @@ SCHEMA = {
     "required": ["city"], "additionalProperties": False,
 }
 REQUIRED = AnswerFormat(tool_choice="required")
+INDENTS = grammar.ANSWER_SPACE != grammar.CALL_SPACE  # from llguidance 1.8 on
 
 
 def tool(name="weather", parameters=SCHEMA, **rest):
@@ -49,8 +50,8 @@ def test_an_answer_is_free_unless_the_request_says_otherwise():
 
 @pytest.mark.parametrize(("text", "fits"), [
     ('{"city": "Oslo", "days": 3}', True),
-    ('{"city":"Rome"}', True),
-    ('{\n  "city": "Rome"\n}', True),
+    ('{"city":"Rome"}', INDENTS),
+    ('{\n  "city": "Rome"\n}', INDENTS),
     ('{"city": "Rome"', False),
     ('{"city": "Paris"}', False),
     ('{"days": 3}', False),
@@ -67,6 +68,7 @@ def test_any_json_object_is_one_whatever_it_nests(may_say):
     assert not may_say("[1]", AnswerFormat({"type": "object"}))
 
 
+@pytest.mark.skipif(not INDENTS, reason="this llguidance knows no bound, so that there is no such space")
 def test_white_space_of_a_json_answer_has_an_end(may_say):
     assert may_say('{"city":\n' + " " * 32 + '"Rome"}', AnswerFormat(SCHEMA))
     assert not may_say('{"city":\n' + " " * 33 + '"Rome"}', AnswerFormat(SCHEMA))

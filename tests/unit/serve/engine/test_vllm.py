@@ -11,6 +11,7 @@ from contextlib import aclosing
 from functools import partial
 from types import SimpleNamespace
 
+import psutil
 import pytest
 
 from pi_ray.config import ModelConfig, RunConfig, ServeConfig
@@ -57,6 +58,17 @@ def test_the_options_come_from_the_store_and_the_serve_block(store, tiny_model):
     assert found["model_loading_config"]["model_source"] == str(tiny_model)
 
 
+def test_on_cpus_it_asks_for_the_cpu_of_its_worker_alone_and_binds_no_thread(store, tiny_model):
+    found = vllm.llm_config_arguments(config(store, tiny_model), on_cpus=True)
+    assert found["accelerator_config"] == {"kind": "cpu"}
+    assert found["deployment_config"]["ray_actor_options"] == {"num_cpus": 0}
+    assert found["runtime_env"]["env_vars"]["VLLM_CPU_OMP_THREADS_BIND"] == "nobind"
+    assert found["engine_kwargs"]["dtype"] == "float32"  # as all models of this width
+    assert 0 < found["engine_kwargs"]["kv_cache_memory_bytes"] <= psutil.virtual_memory().total / 4
+    asked = config(store, tiny_model).replace(**{"cluster.serve_resources": {"CPU": 4}})
+    assert vllm.llm_config_arguments(asked, on_cpus=True)["deployment_config"]["ray_actor_options"] == {"num_cpus": 4}
+
+
 def test_a_base_of_several_gpus_is_split_over_them(store, tiny_model):
     run = config(store, tiny_model).replace(**{"cluster.gpus_per_replica": 4})
     assert vllm.llm_config_arguments(run)["engine_kwargs"]["tensor_parallel_size"] == 4
@@ -93,6 +105,12 @@ def test_the_deployment_itself_asks_for_no_gpu(store, tiny_model):
     assert vllm.llm_config_arguments(run)["deployment_config"]["ray_actor_options"] == {
         "num_cpus": 4, "resources": {"server": 1},
     }
+
+
+def test_the_room_for_keys_and_values_is_passed_on(store, tiny_model):
+    for on_cpus in (False, True):
+        found = vllm.llm_config_arguments(config(store, tiny_model, kv_cache_mb=300), on_cpus)
+        assert found["engine_kwargs"]["kv_cache_memory_bytes"] == 300 << 20
 
 
 def test_merge_is_refused_and_quantisation_revision_and_prefix_cache_are_passed_on(store, tiny_model):
@@ -195,6 +213,30 @@ def generate(handle, request, stop_after=None):
 
     asyncio.run(use())
     return found
+
+
+class LoadsOnce(Handle):
+    """The first request for an adapter comes while another one has it loaded."""
+
+    def remote(self, body):
+        self.answers = self.answers if hasattr(self, "body") else (ValueError(f"LoRA 'a' {vllm.LOADED_MEANWHILE}."),)
+        return super().remote(body)
+
+    async def __aiter__(self):
+        for answer in self.answers:
+            if isinstance(answer, Exception):
+                self.answers = (event([1, 2]),)
+                raise answer
+            yield answer
+
+
+def test_an_adapter_that_two_first_requests_load_at_once_is_asked_again():
+    assert generate(LoadsOnce(), GenerationRequest([7], 5)) == [Token(1), Token(2)]
+    broken = LoadsOnce()
+    broken.remote = lambda body: Handle.remote(broken, body)
+    broken.answers = (ValueError("no such adapter"),)
+    with pytest.raises(ValueError, match="no such adapter"):
+        generate(broken, GenerationRequest([7], 5))
 
 
 def test_tokens_are_read_from_batches_of_events():
