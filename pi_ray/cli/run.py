@@ -20,7 +20,11 @@ if TYPE_CHECKING:
     from pi_ray.config import RunConfig
 
 
-@verb("train, evaluate and publish an adapter on a bundled task and model", OVERRIDES)
+MODEL = argument("--model", default="", metavar="BASE", help="another base than smollm2-135m, as model.base takes it; "
+    "gemma3-270m is carried by a package too")
+
+
+@verb("train, evaluate and publish an adapter on a bundled task and model", MODEL, OVERRIDES)
 def demo(args: argparse.Namespace) -> None:
     """Run all steps on a bundled task and model: prepare, train, evaluate, report, publish.
 
@@ -31,7 +35,8 @@ def demo(args: argparse.Namespace) -> None:
     from pi_ray.config.run_file import parse_run_file
 
     text = files("pi_ray.cli").joinpath("demo.yaml").read_text(encoding="utf-8")
-    run_and_tell(parse_run_file(text, "demo.yaml", args.overrides), args)
+    overrides = [*([f"model.base={args.model}"] if args.model else []), *args.overrides]
+    run_and_tell(parse_run_file(text, "demo.yaml", overrides), args)
 
 
 DRY = argument("--dry", action="store_true", help="every step on 3 rows and a tiny random model of the same "

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from pi_ray import models
+from pi_ray.models import base_files
 from pi_ray.run.artifact import digest, write_atomic
 
 
@@ -24,4 +24,4 @@ def store_result(key: str, result: Any) -> None:
 
 
 def _path(key: str) -> Path:
-    return models.cache_dir() / "compress" / f"{key}.json"
+    return base_files.cache_dir() / "compress" / f"{key}.json"

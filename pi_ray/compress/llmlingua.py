@@ -16,6 +16,7 @@ from pi_ray import models
 from pi_ray.compress import words
 from pi_ray.compress.ranking import CACHED_TEXTS
 from pi_ray.config import CompressConfig
+from pi_ray.models import base_files
 
 WINDOW = 200  # tokens compressed in one step, the package's default
 BLOCK = 1024  # tokens of one forward pass, so that the logits of a long text need not fit in memory
@@ -27,7 +28,7 @@ class LLMLingua(PromptCompressor):
     def __init__(self, config: CompressConfig):
         # in place of the package's constructor, which fetches an encoding from the network
         with models.name_load_errors(f"compress.model '{config.model}'"):
-            self.load_model(models.resolve_base(config.model), "cpu", {"trust_remote_code": False})
+            self.load_model(base_files.resolve_base(config.model), "cpu", {"trust_remote_code": False})
         self.model.eval()
         self.use_llmlingua2, self.cache_bos_num = False, 10  # the package's defaults
         self.oai_tokenizer = self.tokenizer  # counts for the package's report, which is not used

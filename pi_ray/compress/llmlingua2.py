@@ -15,6 +15,7 @@ from pi_ray.compress import words
 from pi_ray.compress.ranking import Ranking, RankingCompressor
 from pi_ray.config import COMPRESS_MODELS, CompressConfig
 from pi_ray.errors import ModelError
+from pi_ray.models import base_files
 
 PRESERVE = 1  # the label
 LENGTH = 512  # tokens of a chunk with its special tokens, as the model was trained
@@ -28,7 +29,7 @@ class LLMLingua2(RankingCompressor):
     def __init__(self, config: CompressConfig):
         super().__init__()
         with models.name_load_errors(f"compress.model '{config.model}'"):
-            name = models.resolve_base(config.model)
+            name = base_files.resolve_base(config.model)
             architectures = AutoConfig.from_pretrained(name, trust_remote_code=False).architectures or []
             if not any("ForTokenClassification" in a for a in architectures):
                 found = f"compress.model '{config.model}' is no token classifier, which llmlingua2 needs"

@@ -27,6 +27,8 @@ from pi_ray.config.serve import ServeConfig
 from pi_ray.config.train import PromptConfig, ScheduleConfig, TrainConfig
 from pi_ray.schedule import plan_phases
 
+LICENCES = {"gemma3-270m": ("gemma", "https://ai.google.dev/gemma/terms")}  # base -> its licence, and where that is
+
 
 class ModelConfig(Block):
     base: str = doc("smollm2-135m", "packaged name, hub id, local folder, or .gguf file")
@@ -35,6 +37,8 @@ class ModelConfig(Block):
     revision: str = doc("", "hub revision, pinned")
     quantize: Literal["", "4bit"] = omit_default("", "4bit: the frozen base's linear layers in bitsandbytes' NF4, "
         "computed in bfloat16; on GPUs only")
+    accept_licence: str = omit_default("", "name of the licence that you have read and accept, for a base that comes "
+        "under one of its own: gemma, for gemma3-270m")
 
 
 class EvaluateConfig(Block):
@@ -134,6 +138,11 @@ class RunConfig(Block):
 
     def model_post_init(self, context: Any) -> None:
         check_storage_url(self.store, "store")
+        for key, name in (("model.base", self.model.base), ("compress.model", self.compress.model)):
+            licence, terms = LICENCES.get(name, ("", ""))
+            refuse(licence and self.model.accept_licence != licence,
+                f"{key}: {name} comes under terms of its own; read them at {terms}, and accept them with "
+                f"model.accept_licence: {licence}")
         train, lora, sharded = self.train, self.train.lora, self.train.backend.shards_weights
         refuse(train.batch_size % train.workers,
             f"train.batch_size {train.batch_size} cannot be shared by train.workers {train.workers}; take a multiple")

@@ -13,7 +13,8 @@ from typing import Any
 
 from pi_ray.config import LoraConfig, ModelConfig, RunConfig
 from pi_ray.errors import ConfigError, ModelError
-from pi_ray.models import model_dtype, resolve_base
+from pi_ray.models import model_dtype
+from pi_ray.models.base_files import resolve_base
 from pi_ray.run.artifact import read_manifest
 from pi_ray.run.directory import RunDir
 from pi_ray.schedule import plan_phases

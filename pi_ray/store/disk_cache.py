@@ -7,7 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from pi_ray.errors import ConfigError
-from pi_ray.models import cache_dir
+from pi_ray.models.base_files import cache_dir
 from pi_ray.run.artifact import TEMPORARY, temporary_path
 
 VARIABLE, DEFAULT_GIB = "PI_RAY_CACHE_GIB", 20.0

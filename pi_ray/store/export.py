@@ -22,7 +22,8 @@ import torch
 
 from pi_ray.config import ModelConfig, PromptConfig
 from pi_ray.errors import ConfigError, StorageError
-from pi_ray.models import PACKAGED, gguf_file, load_model_config, load_tokenizer
+from pi_ray.models import load_model_config, load_tokenizer
+from pi_ray.models.base_files import PACKAGED, gguf_file
 from pi_ray.prompt import PromptEncoder
 from pi_ray.run.artifact import staged, write_atomic
 from pi_ray.store.adapters import Adapter
@@ -94,7 +95,7 @@ def _write(adapter: Adapter, model: ModelConfig, kind: str, folder: Path, say: C
 
 def _hub_id(base: str) -> str:
     """The base's name as other tools know it: of a packaged one its hub id."""
-    return PACKAGED[base][2] if base in PACKAGED else base
+    return PACKAGED[base].hub_id if base in PACKAGED else base
 
 
 def _write_peft(adapter: Adapter, folder: Path) -> None:

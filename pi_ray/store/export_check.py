@@ -11,7 +11,8 @@ from safetensors import safe_open
 
 from pi_ray.config import ModelConfig, PromptConfig
 from pi_ray.errors import AdapterError
-from pi_ray.models import gguf_file, load_model, load_tokenizer, resolve_base
+from pi_ray.models import load_model, load_tokenizer
+from pi_ray.models.base_files import gguf_file, resolve_base
 from pi_ray.prompt import PromptEncoder
 from pi_ray.store.adapters import Adapter
 from pi_ray.store.gguf_adapter import GGUF_ADAPTER

@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from pi_ray.config import ModelConfig
 from pi_ray.errors import ModelError
-from pi_ray.models import resolve_base
+from pi_ray.models.base_files import resolve_base
 
 COPIED = {".json", ".model", ".txt", ".jinja", ".tiktoken"}  # endings of settings and tokenizers
 MOST_LEFT_OUT = 2  # names of modules at the beginning that a checkpoint may leave out

@@ -10,14 +10,15 @@ from pi_ray.config import PromptConfig, RunConfig
 from pi_ray.errors import AdapterError
 from pi_ray.evaluate.knowledge import KNOWLEDGE_FILE, read_knowledge
 from pi_ray.metrics.names import metric_in_sentence
-from pi_ray.models import PACKAGED, base_name
+from pi_ray.models import base_name
+from pi_ray.models.base_files import PACKAGED
 from pi_ray.run.answered import reference_teacher
 from pi_ray.run.artifact import MANIFEST_HASH, digest, seal_folder, verify_artifact, write_atomic
-from pi_ray.run.directory import RunDir
+from pi_ray.run.directory import CARD_FILE, RunDir
 from pi_ray.store.adapters import NAME, AdapterStore
 from pi_ray.store.backends import LATEST_FILE, LocalStore, RemoteStore
 from pi_ray.store.prompt_guard import MAX_TEMPLATE, PROMPT_FILE, format_example, prompt_record
-from pi_ray.store.verify import CARD_FILE, CONFIG_FILE, MAX_JSON_BYTES, WEIGHTS_FILE, read_json, verify_adapter
+from pi_ray.store.verify import CONFIG_FILE, MAX_JSON_BYTES, WEIGHTS_FILE, read_json, verify_adapter
 
 log = logging.getLogger(__name__)
 COLUMNS = {
@@ -73,7 +74,7 @@ def _add(
     card = verify_adapter(source)
     base = card["base"]  # training may have written the path of a cache folder instead of the model's public name
     config = read_json(source / CONFIG_FILE)
-    config["base_model_name_or_path"] = PACKAGED[base][2] if base in PACKAGED else base_name(base)
+    config["base_model_name_or_path"] = PACKAGED[base].hub_id if base in PACKAGED else base_name(base)
     summary = run.evaluation / "summary.json"
     scores = read_json(summary) if summary.is_file() else {}
     version = f"v{int(next(reversed(backend.versions(name)), 'v0')[1:]) + 1:04d}"

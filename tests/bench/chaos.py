@@ -29,7 +29,7 @@ from pathlib import Path
 import httpx
 
 from pi_ray.config import ModelConfig, PromptConfig, RunConfig, ServeConfig
-from pi_ray.models import resolve_base
+from pi_ray.models.base_files import resolve_base
 from tests.bench.report import header
 from tests.conftest import tiny
 from tests.faults.service import Answer, Service, free_port

@@ -36,7 +36,8 @@ from typing import Any
 import torch
 
 from pi_ray.config import LoraConfig, ModelConfig, ServeConfig
-from pi_ray.models import load_model, load_tokenizer, resolve_base
+from pi_ray.models import load_model, load_tokenizer
+from pi_ray.models.base_files import resolve_base
 from tests.bench.report import header, last_line
 
 SECONDS = 90  # of a part, at most; all parts together stay below 8 minutes

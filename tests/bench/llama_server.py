@@ -23,7 +23,7 @@ def write_gguf(model: Path, chat_template: str, kind: str, path: Path) -> Path:
     import numpy as np
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from pi_ray.models import gguf_file
+    from pi_ray.models.base_files import gguf_file
     from pi_ray.store.gguf_adapter import interleave_halves
 
     loaded, tokenizer = AutoModelForCausalLM.from_pretrained(model), AutoTokenizer.from_pretrained(model)

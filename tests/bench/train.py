@@ -46,7 +46,8 @@ from typing import Any
 import torch
 
 from pi_ray.config import RunConfig, TaskConfig
-from pi_ray.models import load_model, load_tokenizer, resolve_base
+from pi_ray.models import load_model, load_tokenizer
+from pi_ray.models.base_files import resolve_base
 from pi_ray.prompt import PromptEncoder
 from pi_ray.protocols import Row
 from pi_ray.run.artifact import digest, staged

@@ -14,7 +14,8 @@ from pi_ray.config import OWN_ROWS, Block, CompressConfig, RunConfig
 from pi_ray.errors import ConfigError, MissingExtraError, ModelError, PiRayError
 from pi_ray.hosted import is_hosted
 from pi_ray.hosted.client import Service
-from pi_ray.models import load_tokenizer, resolve_base
+from pi_ray.models import load_tokenizer
+from pi_ray.models.base_files import resolve_base
 from pi_ray.plan import estimate, plan
 from pi_ray.protocols import UNLABELLED, Reject
 from pi_ray.registry import tasks

@@ -10,7 +10,7 @@ from typing import Any
 
 from pi_ray.config import RunConfig, dump_config
 from pi_ray.errors import ConfigError
-from pi_ray.models import PACKAGED
+from pi_ray.models.base_files import PACKAGED
 from pi_ray.run.artifact import digest, digest_file
 
 FOLDER = "inputs"

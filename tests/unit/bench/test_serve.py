@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from pi_ray.config import ModelConfig, PromptConfig
-from pi_ray.models import load_model, load_tokenizer, resolve_base
+from pi_ray.models import load_model, load_tokenizer
+from pi_ray.models.base_files import resolve_base
 from pi_ray.prompt import PromptEncoder
 from pi_ray.serve.engine.multi_lora import MultiLora
 from pi_ray.store.adapters import AdapterStore

@@ -5,6 +5,7 @@ from importlib.resources import files
 import pytest
 import yaml
 
+from pi_ray.cli import main
 from pi_ray.cli.init import write_task
 from pi_ray.config.run_file import load_run_file, parse_run_file
 from pi_ray.errors import ConfigError
@@ -56,6 +57,15 @@ def test_a_file_in_place_of_the_folder_is_an_error_with_a_cure(tmp_path):
 def test_the_written_paths_are_returned(tmp_path):
     written = sorted(p.name for p in write_task(tmp_path / "a" / "b"))
     assert written == ["dev.jsonl", "run.yaml", "template.md", "test.jsonl", "train.jsonl"]
+
+
+def test_the_demo_takes_another_base(monkeypatch):
+    started = []
+    monkeypatch.setattr("pi_ray.cli.run.run_and_tell", lambda config, args: started.append(config.model))
+    assert main(["demo", "--model", "gemma3-270m", "model.accept_licence=gemma"]) == 0
+    assert (started[0].base, started[0].accept_licence) == ("gemma3-270m", "gemma")
+    assert main(["demo"]) == 0 and started[1].base == "smollm2-135m"
+    assert main(["demo", "--model", "gemma3-270m"]) == 2 and len(started) == 2
 
 
 def test_the_demo_run_loads():

@@ -10,6 +10,7 @@ from pi_ray.compress.none import NoCompression
 from pi_ray.compress.protection import Protection, split_spans
 from pi_ray.compress.template import cached_template, compress_template
 from pi_ray.config import CompressConfig, ModelConfig
+from pi_ray.models import base_files
 from pi_ray.prompt import Template
 
 CONFIG = CompressConfig(name="every", protect=("Golden Rule",))
@@ -49,7 +50,7 @@ def tokenizer():
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(models, "cache_dir", lambda: tmp_path)
+    monkeypatch.setattr(base_files, "cache_dir", lambda: tmp_path)
 
 
 def is_subsequence(part, whole):

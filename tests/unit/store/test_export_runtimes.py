@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM
 
 from pi_ray.config import ModelConfig
 from pi_ray.errors import AdapterError
-from pi_ray.models import gguf_file, load_model, resolve_base
+from pi_ray.models import load_model
+from pi_ray.models.base_files import gguf_file, resolve_base
 from pi_ray.run.artifact import staged, verify_artifact, write_atomic
 from pi_ray.store import export_check, gguf_adapter, mlx_adapter
 from pi_ray.store.adapters import AdapterStore

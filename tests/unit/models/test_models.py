@@ -3,18 +3,14 @@
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from pi_ray import models
 from pi_ray.config import ModelConfig
-from pi_ray.models import NO_LIMIT, base_digest, context_length, model_dtype, resolve_base
-from pi_ray.run import artifact
-from pi_ray.run.artifact import staged
+from pi_ray.models import NO_LIMIT, base_digest, context_length, model_dtype
 
 
 @pytest.mark.parametrize(("family", "settings", "length"), [
@@ -52,31 +48,6 @@ def test_a_torch_that_does_not_tell_what_the_cpu_can_trains_in_float32(tmp_path,
     assert model_dtype(ModelConfig(base=str(tmp_path))) == torch.float32
 
 
-@pytest.fixture
-def made(monkeypatch, tmp_path):
-    """The GGUF files that were dequantised, each into a folder that holds what the file held."""
-    found = []
-
-    def dequantise(gguf: Path, folder: Path) -> Path:
-        if not folder.is_dir():
-            found.append(gguf.read_bytes())
-            with staged(folder, source_sha256="x") as tmp:
-                (tmp / "weights").write_bytes(gguf.read_bytes())
-        return folder
-
-    monkeypatch.setenv("PI_RAY_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(models, "_dequantised", dequantise)
-    return found
-
-
-def test_a_gguf_file_of_the_same_name_and_size_with_other_weights_is_dequantised_anew(made, tmp_path):
-    gguf = tmp_path / "model.gguf"
-    for content in (b"weights A", b"weights B", b"weights A"):
-        gguf.write_bytes(content)
-        assert (Path(resolve_base(str(gguf))) / "weights").read_bytes() == content
-    assert made == [b"weights A", b"weights B"], "each once"
-
-
 def test_the_content_of_a_base_is_known_by_its_files_and_not_by_its_place(tiny_model, tmp_path):
     first, second = tmp_path / "first", tmp_path / "second"
     shutil.copytree(tiny_model, first)
@@ -88,22 +59,6 @@ def test_the_content_of_a_base_is_known_by_its_files_and_not_by_its_place(tiny_m
     name = next(iter(weights))
     save_file({**weights, name: weights[name] + 1}, second / "model.safetensors", {"format": "pt"})
     assert base_digest(ModelConfig(base=str(second))) != digests[0]
-
-
-def test_the_digest_of_a_large_file_is_kept_until_the_file_changes(tmp_path, monkeypatch):
-    hashed = []
-    monkeypatch.setenv("PI_RAY_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(models, "LARGE_FILE", 4)
-    monkeypatch.setattr(models, "digest_file", lambda path: hashed.append(path.name) or artifact.digest_file(path))
-    weights, small = tmp_path / "weights", tmp_path / "small"
-    weights.write_bytes(b"large file")
-    small.write_bytes(b"abc")
-    first = models.file_digest(weights), models.file_digest(small)
-    models._digest_of.cache_clear()  # as in another process
-    assert (models.file_digest(weights), models.file_digest(small)) == first
-    assert hashed == ["weights", "small", "small"]
-    weights.write_bytes(b"other file")
-    assert models.file_digest(weights) != first[0]
 
 
 FAULTS = """

