@@ -177,6 +177,29 @@ def together(cache: Any, slot: int) -> list[list[int]]:
         logits = cache.forward(0, [[row[-1]] for row in found], [slot] * len(PROMPTS))
         for row, after in zip(found, logits, strict=True):
             row.append(int(after.argmax()))
+    for _ in PROMPTS:
+        cache.pop_row()
+    return found
+
+
+@torch.inference_mode()
+def resumed(cache: Any, slot: int) -> list[list[int]]:
+    """The same of one prompt after the other, each read but for two tokens, gone, and taken from a copy again, as by
+    the prefix cache.
+    """
+    found = []
+    for prompt in PROMPTS:
+        cache.add_rows(1)
+        cache.forward(0, [prompt[:-2]], [slot])
+        block, states = cache.copy_block(0, 0, len(prompt) - 2), cache.copy_states(0)
+        cache.pop_row()
+        cache.add_rows(1)
+        cache.load_blocks(0, [block], states)
+        row = [int(cache.forward(0, [prompt[-2:]], [slot])[0].argmax())]
+        while len(row) < NEW_TOKENS:
+            row.append(int(cache.forward(0, [row[-1:]], [slot])[0].argmax()))
+        cache.pop_row()
+        found.append(row)
     return found
 
 
@@ -208,6 +231,7 @@ def examine(family: str, folder: Path) -> Findings:
     cache = create_kv_cache(base, served)
     found = together(cache, slot)
     assert found == expected, f"served {found}, and by itself it is {expected}"
+    assert not cache.keeps_blocks or resumed(cache, slot) == expected, "behind a cached prefix it answers otherwise"
     merged = tiny_model(model_type, settings)
     MultiLora(merged, 1).merge(str(folder / "adapter"))
     assert [alone(merged, prompt) for prompt in PROMPTS] == expected, "merged into the base it answers otherwise"

@@ -122,13 +122,12 @@ def test_the_prompt_has_exactly_the_tokens_that_training_used(client, tiny_model
 
 
 def test_answers_are_those_of_transformers_with_the_same_adapter(client, config, tiny_model):
-    tokenizer = load_tokenizer(config.model)
-    prompt = PromptEncoder(tokenizer, PromptConfig(chat="chatml", query="Q: {query}")).encode(QUERY)
+    encoder = PromptEncoder(load_tokenizer(config.model), PromptConfig(chat="chatml", query="Q: {query}"))
     for name in ("colours", "shapes"):
         base = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
         model = PeftModel.from_pretrained(base, Path(config.store) / name / "v0001").eval()
-        [expected] = generate_greedy(model, [], [prompt], 6, tokenizer.eos_token_id)
-        assert ask(client, name, max_tokens=6).choices[0].message.content == tokenizer.decode(expected)
+        [expected] = generate_greedy(model, [], [encoder.encode(QUERY)], 6, encoder.tokenizer.eos_token_id)
+        assert ask(client, name, max_tokens=6).choices[0].message.content == encoder.decode(expected)
 
 
 def test_calls_that_are_required_and_answers_in_a_schema_come_through_the_whole_server(client, tiny_model):

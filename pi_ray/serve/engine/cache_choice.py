@@ -106,12 +106,20 @@ def _logits_without_cache(model: Any, multi_lora: MultiLora, trial: tuple[list[i
 
 
 def _logits(cache: KVCache | UnbatchedCache, trial: tuple[list[int], list[int]]) -> torch.Tensor:
-    """The same with a cache that has both rows; where it may, it reads the first prompt in two pieces."""
+    """The same with a cache that has both rows; where it may, it reads the first prompt in two pieces, and in between
+    the row leaves and begins again, as by the prefix cache.
+    """
     long, short = trial
     slots = [BASE_SLOT, BASE_SLOT]
     cache.add_rows(2)
     if cache.chunked_prefill:
         cache.forward(0, [long[:2]], slots[:1])
+        if cache.keeps_blocks:
+            block, states = cache.copy_block(0, 0, 2), cache.copy_states(0)
+            for _ in slots:
+                cache.pop_row()
+            cache.add_rows(2)
+            cache.load_blocks(0, [block], states)
     prompts = cache.forward(0, [long[cache.lengths[0] :], short], slots)
     more = cache.forward(0, [[prompt[1]] for prompt in trial], slots)
     for _ in slots:

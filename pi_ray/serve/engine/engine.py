@@ -19,7 +19,8 @@ from pi_ray.config import ModelConfig, ServeConfig
 from pi_ray.models import load_model, load_tokenizer
 from pi_ray.protocols import GenerationRequest, Token
 from pi_ray.serve.engine.matcher import MatcherFactory
-from pi_ray.serve.engine.scheduler import GenerationSequence, Scheduler
+from pi_ray.serve.engine.scheduler import Scheduler
+from pi_ray.serve.engine.sequence import GenerationSequence
 
 log = logging.getLogger("ray.serve")
 MAX_FAILURES = 3  # faults of the engine itself in a row, after which check() raises and Serve replaces the replica

@@ -2,8 +2,7 @@
 
 Such layers are gated delta nets, Mamba's and short convolutions. A step of decoding takes all rows at once: a layer
 finds the states of these rows side by side, and leaves the new ones there. A prompt is read by itself, whole or in
-pieces, since padding would change a state. There is no prefix cache: a state is of one position, and not of every block
-border.
+pieces, since padding would change a state. A row that begins with cached blocks takes the states behind them too.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ import torch
 
 from pi_ray.serve.engine.kv_cache import KVCache, additive_masks
 from pi_ray.serve.engine.multi_lora import MultiLora
-from pi_ray.serve.engine.prefix_cache import Block
+from pi_ray.serve.engine.prefix_cache import Block, States
 
 CONV, RECURRENT = "conv", "recurrent"
 Key = tuple[int, str, int]  # layer, CONV or RECURRENT, number of the state in its layer
@@ -24,7 +23,7 @@ Key = tuple[int, str, int]  # layer, CONV or RECURRENT, number of the state in i
 class HybridKVCache(KVCache):
     """A KVCache that has the states of the rows too. `states`: one row of each, as the model makes them."""
 
-    keeps_blocks = False
+    needs_states = True
 
     def __init__(
         self, model: Any, multi_lora: MultiLora, keys: dict[int, torch.Tensor], values: dict[int, torch.Tensor],
@@ -96,11 +95,16 @@ class HybridKVCache(KVCache):
         for state in self._states.values():
             state[last : last + 1].zero_()
 
-    def copy_block(self, *_: Any) -> Block:
-        raise NotImplementedError("a state is not of one block")
+    def copy_states(self, row: int) -> States:
+        return {key: state[row].clone() for key, state in self._states.items()}
 
-    def load_blocks(self, *_: Any) -> None:
-        raise NotImplementedError("a state is not of one block")
+    def load_blocks(self, row: int, blocks: Sequence[Block], states: States | None = None) -> None:
+        """Raises ValueError without `states`."""
+        if states is None:
+            raise ValueError("blocks without the states behind them")
+        super().load_blocks(row, blocks)
+        for key, state in states.items():
+            self._states[key][row] = state
 
     def _seen_state(self, key: Key) -> torch.Tensor | None:
         """The states of the rows that are computed now, None at their beginning."""

@@ -17,7 +17,7 @@ from transformers.cache_utils import Cache
 from pi_ray.config import ServeConfig
 from pi_ray.models import cache_argument, last_logits_index
 from pi_ray.serve.engine.multi_lora import MultiLora
-from pi_ray.serve.engine.prefix_cache import Block
+from pi_ray.serve.engine.prefix_cache import Block, States
 
 CAPACITY_STEP = 64  # positions by which the capacity grows, at least
 LEAST_PREFIX_CACHE = 512 << 20  # bytes: a prompt of 1,024 tokens of Llama-2-7B
@@ -50,6 +50,7 @@ class KVCache(Cache):
 
     chunked_prefill = True  # a prompt may be read in pieces
     keeps_blocks = True  # blocks of a row can be copied, for the prefix cache
+    needs_states = False  # a row that begins with blocks needs the states behind them too
 
     def __init__(self, model: Any, multi_lora: MultiLora, keys: Sequence[torch.Tensor], values: Sequence[torch.Tensor]):
         """`keys`, `values`: one tensor a layer as the model makes them, (1, heads, any, dim)."""
@@ -138,8 +139,13 @@ class KVCache(Cache):
         """Keys and values of some positions of a row, (layers, heads, stop - start, dim) each."""
         return self.keys[:, row, :, start:stop].clone(), self.values[:, row, :, start:stop].clone()
 
-    def load_blocks(self, row: int, blocks: Sequence[Block]) -> None:
-        """Let an empty row begin with blocks from `copy_block`, in order."""
+    def copy_states(self, row: int) -> States | None:
+        """The states of a row's layers at its end; None where all keep keys and values."""
+        return None
+
+    def load_blocks(self, row: int, blocks: Sequence[Block], states: States | None = None) -> None:
+        """Let an empty row begin with blocks from `copy_block`, in order, and `states` from `copy_states` behind them.
+        """
         stop = sum(keys.shape[2] for keys, _ in blocks)
         self._reserve(len(self.lengths), stop)
         for store, parts in zip((self.keys, self.values), zip(*blocks, strict=True), strict=True):
@@ -208,6 +214,7 @@ class UnbatchedCache:
     """
 
     chunked_prefill = keeps_blocks = False  # a recurrent layer reads more than one token only at the start
+    needs_states = False
     nbytes = planned = 0
 
     def __init__(self, model: Any, multi_lora: MultiLora):
@@ -246,7 +253,7 @@ class UnbatchedCache:
     def copy_block(self, *_: Any) -> Block:
         raise NotImplementedError("the prefix cache is off for this model")
 
-    load_blocks = copy_block
+    copy_states = load_blocks = copy_block
 
 
 def _last_logits(model: Any, cache: Cache, **inputs: torch.Tensor) -> torch.Tensor:

@@ -5,7 +5,6 @@
 Only the engine's decoding thread calls it.
 """
 
-import asyncio
 import logging
 from collections.abc import Sequence
 from functools import partial
@@ -14,66 +13,22 @@ from typing import Any
 import torch
 
 from pi_ray.config import ServeConfig
-from pi_ray.protocols import GenerationRequest, Token
 from pi_ray.serve.engine.cache_choice import create_kv_cache
 from pi_ray.serve.engine.kv_cache import kv_cache_limit, prefix_cache_limit
 from pi_ray.serve.engine.matcher import mask_logits, take_token
 from pi_ray.serve.engine.multi_lora import MultiLora, NoRoomError
 from pi_ray.serve.engine.multi_lora_layer import BASE_SLOT
 from pi_ray.serve.engine.onednn_linear import use_onednn_linears
-from pi_ray.serve.engine.prefix_cache import BLOCK_SIZE, Block, PrefixCache
+from pi_ray.serve.engine.prefix_cache import BLOCK_SIZE, Prefix, PrefixCache
 from pi_ray.serve.engine.refusal import RefusedError
 from pi_ray.serve.engine.replica_options import DEFAULT_MAX_LORAS
-from pi_ray.train.sampling import Sampler, sample_tokens
+from pi_ray.serve.engine.sequence import GenerationSequence, OutputQueue
+from pi_ray.train.sampling import sample_tokens
 
 log = logging.getLogger("ray.serve")
 DEFAULT_PREFILL_TOKENS = {"cpu": 256}  # prompt tokens between two decoding steps, when serve.prefill_tokens is not set
 IDLE_PREFILL_TOKENS = 2048  # the same on a GPU, and while no sequence decodes
 MAX_SKIPPED_STEPS = 32  # how often later requests may go first while there is no adapter slot or memory for a request
-
-Output = Token | Exception | None  # an exception ends the request with an error, None ends it
-
-
-class GenerationSequence:
-    """A request while the engine generates for it (vLLM's Sequence). Created in the caller's event loop."""
-
-    def __init__(self, request: GenerationRequest, matcher: Any = None):
-        self.request, self.matcher = request, matcher  # matcher: of request.grammar, None without one
-        self.sampler = Sampler(request)
-        self.prefix_namespace = f"{request.cache_salt}/{request.adapter_key}"  # within which it shares cached prefixes
-        self.output_ids: list[int] = []
-        self.max_length = len(request.prompt_ids) + request.max_new_tokens
-        self.adapter_slot = 0  # in MultiLora
-        self.cached_blocks: list[Block] = []  # the blocks of its prompt that the prefix cache has
-        self.skipped_steps = 0  # how often later requests went first, since there was no adapter slot or memory for it
-        self.prefill_alone = False  # a prefill of several sequences, this one among them, failed
-        self.closed = False  # the caller went away; the decoding thread drops the sequence before its next step
-        self.loop = asyncio.get_running_loop()
-        self.queue: asyncio.Queue[Output] = asyncio.Queue()
-
-
-class OutputQueue:
-    """Carries tokens from the decoding thread to the callers, with one call into each event loop a step."""
-
-    def __init__(self) -> None:
-        self._outputs: dict[Any, list[tuple[GenerationSequence, Output]]] = {}
-
-    def put(self, sequence: GenerationSequence, output: Output) -> None:
-        self._outputs.setdefault(sequence.loop, []).append((sequence, output))
-
-    def flush(self) -> None:
-        for loop, outputs in self._outputs.items():
-            try:
-                loop.call_soon_threadsafe(_deliver, outputs)
-            except RuntimeError:  # the callers' event loop is closed
-                for sequence, _ in outputs:
-                    sequence.closed = True
-        self._outputs = {}
-
-
-def _deliver(outputs: Sequence[tuple[GenerationSequence, Output]]) -> None:
-    for sequence, output in outputs:
-        sequence.queue.put_nowait(output)
 
 
 class Scheduler:
@@ -91,7 +46,8 @@ class Scheduler:
         use_onednn_linears(base)
         self.kv_cache_limit = kv_cache_limit(serve, base.device)  # bytes
         log.info("the KV cache may take %s MiB (serve.kv_cache_mb)", f"{self.kv_cache_limit / 2**20:,.1f}")
-        self.prefix_cache = PrefixCache(prefix_cache_limit(serve, base.device) if self.kv_cache.keeps_blocks else 0)
+        limit = prefix_cache_limit(serve, base.device) if self.kv_cache.keeps_blocks else 0
+        self.prefix_cache = PrefixCache(limit, self.kv_cache.needs_states)
         self.running: list[GenerationSequence] = []
         self.num_decoding = 0
         self.failures = 0  # forward passes in a row that failed by the engine's own fault
@@ -121,7 +77,7 @@ class Scheduler:
                 if self._is_overdue(seq):
                     break
                 continue
-            seq.cached_blocks = self.prefix_cache.find(seq.prefix_namespace, seq.request.prompt_ids)
+            self._find_prefix(seq)
             if admitted and not self._fit_in_one_pass([*admitted, seq]):
                 break
             try:
@@ -171,9 +127,10 @@ class Scheduler:
         """Whether the uncached parts of these prompts, padded to the longest, fit in the token budget, and behind the
         longest cached part in the planned positions.
         """
-        cached = [BLOCK_SIZE * len(seq.cached_blocks) for seq in admitted]
+        cached = [BLOCK_SIZE * len(seq.prefix.blocks) for seq in admitted]
         longest = max(len(seq.request.prompt_ids) - length for seq, length in zip(admitted, cached, strict=True))
-        if longest * len(admitted) > self._token_budget() or any(seq.prefill_alone for seq in admitted):
+        alone = any(seq.prefill_alone or seq.states_at for seq in admitted)
+        if alone or longest * len(admitted) > self._token_budget():
             return False
         return max(cached) + longest <= max(self.kv_cache.planned, *(seq.max_length for seq in admitted))
 
@@ -187,22 +144,25 @@ class Scheduler:
         self.running += admitted
         for row, seq in enumerate(admitted, start=first):
             self.counts["prompt_tokens"] += len(seq.request.prompt_ids)
-            if seq.cached_blocks:
-                self.kv_cache.load_blocks(row, seq.cached_blocks)
-                self.counts["prefix_hit_tokens"] += BLOCK_SIZE * len(seq.cached_blocks)
-                seq.cached_blocks = []
+            if seq.prefix.blocks:
+                self.kv_cache.load_blocks(row, seq.prefix.blocks, seq.prefix.states)
+                self.counts["prefix_hit_tokens"] += BLOCK_SIZE * len(seq.prefix.blocks)
+            seq.prefix = Prefix()
 
     def _prefill(self) -> list[GenerationSequence]:
         first, sequences = self.num_decoding, self.running[self.num_decoding :]
         lengths = self.kv_cache.lengths[first:]
         rest = [seq.request.prompt_ids[length:] for seq, length in zip(sequences, lengths, strict=True)]
         chunks = [ids[: self._token_budget()] for ids in rest] if self.kv_cache.chunked_prefill else rest
+        if (before := sequences[0].states_at - lengths[0]) > 0:  # alone
+            chunks = [chunks[0][:before]]
         try:
             logits = self.kv_cache.forward(first, chunks, [seq.adapter_slot for seq in sequences])
             self.failures = 0
         except Exception as error:
             return self._fail_prefill(sequences, error)
         if len(chunks[0]) < len(rest[0]):  # only a sequence that was admitted alone is read in chunks
+            self._cache_states(first, sequences[0])
             return []
         self.num_decoding = len(self.running)
         for row, seq in enumerate(sequences, start=first):
@@ -210,6 +170,18 @@ class Scheduler:
             self.prefix_cache.add(seq.prefix_namespace, seq.request.prompt_ids, copy_block)
         self._append_tokens(first, logits)
         return []
+
+    def _find_prefix(self, seq: GenerationSequence) -> None:
+        seq.prefix = self.prefix_cache.find(seq.prefix_namespace, seq.request.prompt_ids)
+        usable = BLOCK_SIZE * len(seq.prefix.blocks)
+        seq.states_at = seq.prefix.known if seq.prefix.known > usable else 0
+
+    def _cache_states(self, row: int, seq: GenerationSequence) -> None:
+        """Cache the states of a prompt that was read so far, where its layers keep some and a block ends."""
+        length = self.kv_cache.lengths[row]
+        if self.prefix_cache.needs_states and length % BLOCK_SIZE == 0:
+            copy_block, states = partial(self.kv_cache.copy_block, row), self.kv_cache.copy_states(row)
+            self.prefix_cache.add(seq.prefix_namespace, seq.request.prompt_ids[:length], copy_block, states)
 
     def _fail_prefill(self, sequences: Sequence[GenerationSequence], error: Exception) -> list[GenerationSequence]:
         """One of several prompts may be the cause: each is tried again alone. One that was alone fails."""

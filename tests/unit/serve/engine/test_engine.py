@@ -18,6 +18,7 @@ from pi_ray.protocols import GenerationRequest
 from pi_ray.serve.engine.engine import TransformersEngine
 from pi_ray.serve.engine.refusal import RefusedError
 from pi_ray.store.adapters import AdapterStore, StoreUnavailableError
+from tests.conftest import tiny
 from tests.lora import put_in_store, rewrite
 
 PROMPTS = [list(range(100, 110)), [7, 8, 9], list(range(500, 540))]
@@ -178,6 +179,42 @@ def test_cached_prompt_blocks_are_not_read_again_and_change_no_token(fresh, fold
     # the first prompt finds nothing, and the first with 30 fives the shared beginning alone
     first = again - (3 + 4 - 3)
     assert engine.stats()["prefix_hit_tokens"] == 16 * (2 * first + again)
+
+
+@pytest.fixture(scope="module", params=[
+    ("Lfm2", {"layer_types": ["conv", "full_attention"], "conv_L_cache": 3}),
+    ("Qwen3Next", {
+        "num_experts": 4, "num_experts_per_tok": 2, "layer_types": ["linear_attention", "full_attention"],
+        "linear_num_key_heads": 2, "linear_num_value_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
+    }),
+], ids=["convolution", "gated delta net"])  # fmt: skip
+def hybrid(request, tmp_path_factory):
+    family, settings = request.param
+    return tiny(tmp_path_factory.mktemp(family), family, **settings)
+
+
+def test_a_hybrids_states_are_cached_where_two_prompts_part_and_change_no_token(hybrid):
+    shared = list(range(300, 340))
+    prompts = [[*shared, *own] for own in ([1, 2, 3], [4], [5] * 30, [6] * 7, [5] * 30)]
+
+    def engine(**settings):
+        return TransformersEngine(ModelConfig(base=str(hybrid)), ServeConfig(**settings))
+
+    async def answers(engine):
+        found, hits = [], []
+        for prompt in prompts:
+            found.append(await tokens(engine, prompt, max_new_tokens=4))
+            hits.append(engine.stats()["prefix_hit_tokens"] - sum(hits))
+        return [*found, *await asyncio.gather(*(tokens(engine, p, max_new_tokens=4) for p in prompts))], hits
+
+    cached, without, pieces = engine(), engine(prefix_cache_mb=0), engine(prefill_tokens=16)
+    expected, none = asyncio.run(answers(without))
+    assert none == [0] * 5 and without.stats()["prefix_cache_bytes"] == 0
+    # the first leaves blocks, the second states where it parts, from which the others go on
+    assert asyncio.run(answers(cached)) == (expected, [0, 0, 32, 32, 32])
+    assert asyncio.run(answers(pieces))[0] == expected
+    for each in (cached, without, pieces):
+        each.close()
 
 
 def test_mamba_is_answered_right_at_any_concurrency(tiny_model, tmp_path):

@@ -194,17 +194,17 @@ def test_the_argument_for_the_cache_has_the_name_that_the_model_knows(kv_cache):
 
 
 @torch.inference_mode()
-def test_a_hybrids_states_are_counted_and_freed_and_its_rows_have_no_blocks():
+def test_a_hybrids_states_are_counted_and_freed_and_no_block_is_loaded_without_them():
     model = tiny(*HYBRID[0])
     cache = create_kv_cache(model, MultiLora(model, 1))
-    assert not cache.keeps_blocks and cache.nbytes == 0
+    assert cache.needs_states and cache.nbytes == 0
     cache.planned = 64
     expected = cache.bytes_for(4, 64)
     cache.add_rows(3)
     cache.forward(0, PROMPTS, [BASE_SLOT] * 3)
     assert cache.nbytes == expected > 0
-    with pytest.raises(NotImplementedError):
-        cache.copy_block(0, 0, 8)
+    with pytest.raises(ValueError, match="states"):
+        cache.load_blocks(0, [cache.copy_block(0, 0, 8)])
     first = cache.forward(0, [[5], [6], [7]], [BASE_SLOT] * 3)[0]
     for _ in range(2):
         cache.pop_row()

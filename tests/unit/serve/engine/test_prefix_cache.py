@@ -19,7 +19,7 @@ def prompt(*blocks, rest=1):
 
 
 def known(cache, ids, adapter=""):
-    return len(cache.find(adapter, ids))
+    return len(cache.find(adapter, ids).blocks)
 
 
 def test_the_longest_common_prefix_is_found_in_whole_blocks():
@@ -28,7 +28,7 @@ def test_the_longest_common_prefix_is_found_in_whole_blocks():
     assert [
         known(cache, p) for p in (prompt(1, 2, 3), prompt(1, 2, 9), prompt(1), prompt(2), prompt(1, 2, 3, 4, rest=5))
     ] == [3, 2, 1, 0, 3]
-    keys = torch.cat([k for k, _ in cache.find("", prompt(1, 2, 3))], 2)
+    keys = torch.cat([k for k, _ in cache.find("", prompt(1, 2, 3)).blocks], 2)
     assert keys.flatten().tolist() == list(range(3 * BLOCK_SIZE))
 
 
@@ -76,3 +76,30 @@ def test_a_limit_of_zero_caches_nothing():
     cache = PrefixCache(0)
     cache.add("", prompt(1, 2), lambda *_: 1 / 0)
     assert known(cache, prompt(1, 2)) == 0 and not cache._blocks
+
+
+def states(number):
+    return {"layer 0": torch.tensor([float(number)])}
+
+
+def test_blocks_of_layers_that_keep_a_state_are_used_up_to_one_with_states_behind_it():
+    cache = PrefixCache(1 << 20, needs_states=True)
+    cache.add("", prompt(1, 2, 3, rest=0), copy)
+    found = cache.find("", prompt(1, 2, 9))
+    assert not found.blocks and found.states is None and found.known == 2 * BLOCK_SIZE
+    cache.add("", prompt(1, 2, rest=0), copy, states(2))
+    found = cache.find("", prompt(1, 2, 3, 4))
+    assert len(found.blocks) == 2 and found.states["layer 0"].item() == 2 and found.known == 3 * BLOCK_SIZE
+    assert cache.nbytes == 3 * SIZE + 4
+    cache.add("", prompt(1, 2, rest=0), copy, states(7))
+    assert cache.find("", prompt(1, 2, 9)).states["layer 0"].item() == 2, "what is there stays"
+    assert cache.nbytes == 3 * SIZE + 4
+
+
+def test_states_are_counted_and_go_with_their_block():
+    cache = PrefixCache(2 * SIZE + 4, needs_states=True)
+    cache.add("", prompt(1, rest=0), copy, states(1))
+    cache.add("", prompt(2, rest=0), copy)
+    assert cache.nbytes == 2 * SIZE + 4
+    cache.add("", prompt(2, 3, rest=0), copy)
+    assert cache.nbytes == 2 * SIZE and cache.find("", prompt(1)).known == 0
