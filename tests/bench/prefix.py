@@ -7,13 +7,17 @@ answer's tokens alone. Both are timed alternately, forward and backward, and the
 tokens that each row with a prefix of its own would have over those that pass through the model. `sliding` and `hybrid`
 are random models of Gemma 3's and Qwen3.5's kind, whose rows are packed, and go on from the prefix's cache. In bfloat16
 on a CPU packed rows are timed with torch's backward pass of SDPA too, in place of pi-ray's own: `backward_speedup`.
+Memory is what an update takes beyond model and optimiser: how far the process, or the GPU, grows at most.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import random
+import re
 import time
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -67,6 +71,26 @@ def torchs_backward_step(model: torch.nn.Module, batch: Batch) -> float:
         cpu_attention.MOST = most
 
 
+def memory_of(model: torch.nn.Module, batch: Batch) -> float:
+    """MiB that a `step` takes at its peak, beyond what was there before."""
+    if batch.labels.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step(model, batch)
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
+    model.zero_grad(set_to_none=True)
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    before = _status("VmRSS")
+    step(model, batch)
+    return (_status("VmHWM") - before) / 2**10
+
+
+def _status(name: str) -> int:
+    """KiB that the kernel counts for this process."""
+    return int(re.search(rf"^{name}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)[1])
+
+
 def load(name: str, dtype: str, device: str) -> Any:
     """A model by name, or a random one of MADE."""
     if name not in MADE:
@@ -79,8 +103,10 @@ def load(name: str, dtype: str, device: str) -> Any:
 
 def measure(
     model: torch.nn.Module, case: tuple[str, int, int, int, int], rounds: int, pack: Pack
-) -> tuple[float, float, float, float]:
-    """(speedup, token ratio, relative difference of gradients, speedup by the own backward pass) of a case."""
+) -> tuple[float, float, float, float, float]:
+    """(speedup, token ratio, relative difference of gradients, speedup by the own backward pass, plain memory over
+    shared memory) of a case.
+    """
     name, rows, prefix, query, answer = case
     rng = random.Random(0)
 
@@ -104,12 +130,16 @@ def measure(
             times["torch's backward"].append(torchs_s)
             times["plain"].append(plain_s)
             times["shared"].append(shared_s)
+    memory = {"shared": memory_of(model, shared)}
+    model.set_attn_implementation("sdpa")
+    memory["plain"] = memory_of(model, padded)
     speedup, ratio = median(times["plain"]) / median(times["shared"]), shared.plain_tokens / shared.tokens
     backward = median(times["torch's backward"]) / median(times["shared"])
     difference = float((found.float() - expected.float()).norm() / expected.float().norm())
     print(f"  {name}: {rows} rows of {prefix} + {query} + {answer} tokens")
-    print(f"    plain   median {median(times['plain']):7.2f} s  loss {plain_loss:.6f}  {padded.plain_tokens} tokens")
-    print(f"    shared  median {median(times['shared']):7.2f} s  loss {shared_loss:.6f}  {shared.tokens} tokens")
+    for side, loss, tokens in (("plain", plain_loss, padded.plain_tokens), ("shared", shared_loss, shared.tokens)):
+        taken = f"{median(times[side]):7.2f} s  {memory[side]:6,.0f} MiB"
+        print(f"    {side:7} median {taken}  loss {loss:.6f}  {tokens} tokens")
     if packed and model.dtype == torch.bfloat16 and model.device.type == "cpu":
         spread = f"{min(times['shared']):.2f} to {max(times['shared']):.2f}"
         print(f"    shared with torch's backward pass {backward:.2f} times as long (shared alone took {spread} s)")
@@ -117,7 +147,7 @@ def measure(
         f"    speedup {speedup:.2f}, token ratio {ratio:.2f}, gradients differ by {difference:.1e} (relative)",
         flush=True,
     )
-    return speedup, ratio, difference, backward
+    return speedup, ratio, difference, backward, memory["plain"] / memory["shared"]
 
 
 def main() -> None:
@@ -144,7 +174,10 @@ def main() -> None:
     worst = min(results, key=lambda r: r[0] / r[1])
     timed = pack is packed_batch and args.dtype == "bfloat16" and device == "cpu"
     own = {"backward_speedup": min(r[3] for r in results)} if timed else {}
-    last_line(speedup=worst[0], token_ratio=worst[1], grad_rel_diff=max(r[2] for r in results), **own)
+    last_line(
+        speedup=worst[0], token_ratio=worst[1], grad_rel_diff=max(r[2] for r in results),
+        memory_ratio=min(r[4] for r in results), **own,
+    )
 
 
 if __name__ == "__main__":
