@@ -19,9 +19,9 @@ import torch
 
 from pi_ray.serve.engine.cache_choice import create_kv_cache
 from pi_ray.serve.engine.hybrid_cache import HybridKVCache
-from pi_ray.serve.engine.kv_cache import UnbatchedCache
 from pi_ray.serve.engine.multi_lora import MultiLora
 from pi_ray.serve.engine.multi_lora_layer import BASE_SLOT
+from pi_ray.serve.engine.unbatched_cache import UnbatchedCache
 from tests.bench.prefix import load
 from tests.bench.report import header, last_line
 

@@ -17,9 +17,10 @@ from transformers.cache_utils import (
 from pi_ray.errors import ModelError
 from pi_ray.models import cache_argument, last_logits_index
 from pi_ray.serve.engine.hybrid_cache import CONV, RECURRENT, HybridKVCache, Key
-from pi_ray.serve.engine.kv_cache import KVCache, UnbatchedCache, reaches
+from pi_ray.serve.engine.kv_cache import KVCache, reaches
 from pi_ray.serve.engine.multi_lora import MultiLora
 from pi_ray.serve.engine.multi_lora_layer import BASE_SLOT
+from pi_ray.serve.engine.unbatched_cache import UnbatchedCache
 
 log = logging.getLogger("ray.serve")
 KNOWN_LAYERS = {
@@ -59,7 +60,7 @@ def create_kv_cache(model: Any, multi_lora: MultiLora) -> KVCache | UnbatchedCac
 
 
 def _batched_cache(model: Any, multi_lora: MultiLora) -> KVCache:
-    """Raises ValueError for a model that keeps something else than keys and values of one shape, and states."""
+    """Raises ValueError for a model that keeps something else than keys and values, and states."""
     cache = DynamicCache(config=model.config)
     multi_lora.set_active_slots([BASE_SLOT], 1)
     ids = torch.ones(1, 1, dtype=torch.long, device=model.device)
@@ -68,8 +69,8 @@ def _batched_cache(model: Any, multi_lora: MultiLora) -> KVCache:
         raise ValueError(f"it has layers that keep something else than keys and values: {', '.join(sorted(other))}")
     attending = {i: layer for i, layer in enumerate(cache.layers) if isinstance(layer, DynamicLayer)}
     keys, values = ({i: getattr(layer, name) for i, layer in attending.items()} for name in ("keys", "values"))
-    if len({(k.shape, v.shape) for k, v in zip(keys.values(), values.values(), strict=True)}) != 1:
-        raise ValueError("its layers have keys of several shapes, or none")
+    if not keys:
+        raise ValueError("none of its layers keeps keys and values")
     if (states := _states_of(cache)) or len(attending) < len(cache.layers):
         return HybridKVCache(model, multi_lora, keys, values, states)
     return KVCache(model, multi_lora, list(keys.values()), list(values.values()))

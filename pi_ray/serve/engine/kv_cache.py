@@ -1,17 +1,17 @@
 """The KV cache of the running batch: each row has one sequence at its own length, so these come and go at any step.
 
-    keys, values   (layers, rows, heads, capacity, dim); each row from position 0 on, zeros behind its end
+    stores   keys, then values, (layers, rows, heads, capacity, dim); each row from position 0 on, zeros behind its end
 
-The model needs attention over keys and values in every layer; a sliding window becomes part of the mask.
-cache_choice.py finds out by computing with a model which cache it takes.
+Layers of another shape have stores of their own. Every layer attends to keys and values; a sliding window becomes part
+of the mask. cache_choice.py finds out by computing with a model which cache it takes.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import psutil
 import torch
-from transformers import DynamicCache
 from transformers.cache_utils import Cache
 
 from pi_ray.config import ServeConfig
@@ -55,23 +55,31 @@ class KVCache(Cache):
     def __init__(self, model: Any, multi_lora: MultiLora, keys: Sequence[torch.Tensor], values: Sequence[torch.Tensor]):
         """`keys`, `values`: one tensor a layer as the model makes them, (1, heads, any, dim)."""
         super().__init__(layers=[])
+        shapes = [(k.shape[1], k.shape[3], v.shape[3]) for k, v in zip(keys, values, strict=True)]
+        groups = list(dict.fromkeys(shapes))
+        # layer -> (its first store, its place there)
+        self._store_of = [(2 * groups.index(shape), shapes[:i].count(shape)) for i, shape in enumerate(shapes)]
+        # (layers, heads, dim) of each store
+        self._dims = [(shapes.count(shape), shape[0], dim) for shape in groups for dim in shape[1:]]
         self.model, self.multi_lora = model, multi_lora
         self.lengths: list[int] = []
         self.planned = 0  # positions that the longest sequence under way may reach; the capacity grows no further
-        self.num_layers = len(keys)
-        self.heads = keys[0].shape[1]
         self._like: dict[str, Any] = {"dtype": keys[0].dtype, "device": keys[0].device}
         self._config = model.config.get_text_config()
-        self._dims = keys[0].shape[3], values[0].shape[3]
         self._release()
 
     @property
     def nbytes(self) -> int:
-        return self.keys.nbytes + self.values.nbytes
+        return sum(store.nbytes for store in self.stores)
+
+    @property
+    def reserved(self) -> tuple[int, int]:
+        """(rows, positions of each)."""
+        return self.stores[0].shape[1], self.stores[0].shape[3]
 
     def bytes_for(self, rows: int, positions: int, compacted: bool = False) -> int:
         """The size for `rows` rows whose longest, or a planned one, has `positions`; `compacted`: after `compact`."""
-        old = self._compact_shape() if compacted else (self.keys.shape[1], self.keys.shape[3])
+        old = self._compact_shape() if compacted else self.reserved
         return self._bytes(*self._shape(rows, max(positions, self.planned), old))
 
     def bytes_alone(self, positions: int) -> int:
@@ -105,7 +113,7 @@ class KVCache(Cache):
         self.multi_lora.set_active_slots(adapter_slots, width)
         mask = self._masks(positions, max(starts) + width)
         positions = positions.where(real, 0)
-        logits = _last_logits(self.model, self, input_ids=ids, attention_mask=mask, position_ids=positions)
+        logits = last_logits(self.model, self, input_ids=ids, attention_mask=mask, position_ids=positions)
         for i, chunk in enumerate(chunks):
             self.lengths[first + i] += len(chunk)
         return logits
@@ -114,30 +122,31 @@ class KVCache(Cache):
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *_: Any, **__: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Write (rows, heads, tokens, dim) at the write positions -> all that the rows attend to, (..., width, dim)."""
-        rows, width = self._visible
-        visible = []
-        for store, new in ((self.keys[layer_idx], key_states), (self.values[layer_idx], value_states)):
-            store.view(-1, store.shape[-1]).index_copy_(0, self._write_index, new.reshape(-1, store.shape[-1]))
-            visible.append(store[rows, :, :width])
+        (first, place), (rows, width) = self._store_of[layer_idx], self._visible
+        index, visible = self._write_index[key_states.shape[1]], []
+        for store, new in ((self.stores[first], key_states), (self.stores[first + 1], value_states)):
+            store[place].view(-1, store.shape[-1]).index_copy_(0, index, new.reshape(-1, store.shape[-1]))
+            visible.append(store[place, rows, :, :width])
         return visible[0], visible[1]
 
     def move_row(self, source: int, target: int) -> None:
         """Copy row `source` over row `target`."""
-        self.keys[:, target], self.values[:, target] = self.keys[:, source], self.values[:, source]
+        for store in self.stores:
+            store[:, target] = store[:, source]
         self.lengths[target] = self.lengths[source]
 
     def pop_row(self) -> None:
         """Drop the last row and zero it: a NaN left there would reach the next sequence even through the mask."""
         self.lengths.pop()
         last = len(self.lengths)
-        self.keys[:, last].zero_()
-        self.values[:, last].zero_()
+        for store in self.stores:
+            store[:, last].zero_()
         if not self.lengths:
             self._release()
 
     def copy_block(self, row: int, start: int, stop: int) -> Block:
-        """Keys and values of some positions of a row, (layers, heads, stop - start, dim) each."""
-        return self.keys[:, row, :, start:stop].clone(), self.values[:, row, :, start:stop].clone()
+        """What the stores have for some positions of a row, (layers, heads, stop - start, dim) each."""
+        return tuple(store[:, row, :, start:stop].clone() for store in self.stores)
 
     def copy_states(self, row: int) -> States | None:
         """The states of a row's layers at its end; None where all keep keys and values."""
@@ -146,9 +155,9 @@ class KVCache(Cache):
     def load_blocks(self, row: int, blocks: Sequence[Block], states: States | None = None) -> None:
         """Let an empty row begin with blocks from `copy_block`, in order, and `states` from `copy_states` behind them.
         """
-        stop = sum(keys.shape[2] for keys, _ in blocks)
+        stop = sum(block[0].shape[2] for block in blocks)
         self._reserve(len(self.lengths), stop)
-        for store, parts in zip((self.keys, self.values), zip(*blocks, strict=True), strict=True):
+        for store, parts in zip(self.stores, zip(*blocks, strict=True), strict=True):
             store[:, row, :, :stop] = torch.cat(parts, 2)
         self.lengths[row] = stop
 
@@ -164,11 +173,15 @@ class KVCache(Cache):
         return {kind: masks[kind] for kind in types} if len(types) > 1 else masks[types.pop()]
 
     def _set_write_positions(self, first: int, positions: torch.Tensor, width: int) -> None:
-        """Set where the next pass writes, as indices into (rows * heads * capacity), and what it sees."""
+        """Set where the next pass writes, as indices into (rows * heads * capacity) for each number of heads, and what
+        it sees.
+        """
         rows, device = len(positions), positions.device
         row_index = torch.arange(first, first + rows, device=device)[:, None]
-        offsets = (row_index * self.heads + torch.arange(self.heads, device=device)) * self.keys.shape[3]
-        self._write_index = (offsets[..., None] + positions[:, None]).flatten()
+        self._write_index: dict[int, torch.Tensor] = {}
+        for heads in {heads for _, heads, _ in self._dims}:
+            offsets = (row_index * heads + torch.arange(heads, device=device)) * self.reserved[1]
+            self._write_index[heads] = (offsets[..., None] + positions[:, None]).flatten()
         self._visible = slice(first, first + rows), width
 
     def _shape(self, rows: int, capacity: int, old: tuple[int, int]) -> tuple[int, int]:
@@ -185,78 +198,29 @@ class KVCache(Cache):
         """(rows, capacity) that the rows in use, doubled from one, and the planned positions need."""
         used = 1 << (len(self.lengths) - 1).bit_length() if self.lengths else 0
         planned = -(-self.planned // CAPACITY_STEP) * CAPACITY_STEP
-        return min(used, self.keys.shape[1]), min(planned, self.keys.shape[3])
+        return min(used, self.reserved[0]), min(planned, self.reserved[1])
 
     def _bytes(self, rows: int, positions: int) -> int:
-        return self.num_layers * rows * self.heads * positions * sum(self._dims) * self._like["dtype"].itemsize
+        return sum(map(math.prod, self._dims)) * rows * positions * self._like["dtype"].itemsize
 
     def _reserve(self, rows: int, capacity: int) -> None:
-        old = self.keys.shape[1], self.keys.shape[3]
+        old = self.reserved
         if rows > old[0] or capacity > old[1]:
             self._resize(*self._shape(rows, capacity, old))
 
     def _resize(self, rows: int, capacity: int) -> None:
-        r, c = min(rows, self.keys.shape[1]), min(capacity, self.keys.shape[3])
-        for name, dim in zip(("keys", "values"), self._dims, strict=True):
-            new = torch.zeros(self.num_layers, rows, self.heads, capacity, dim, **self._like)
-            new[:, :r, :, :c] = getattr(self, name)[:, :r, :, :c]
-            setattr(self, name, new)
+        r, c = min(rows, self.reserved[0]), min(capacity, self.reserved[1])
+        for i, (layers, heads, dim) in enumerate(self._dims):
+            new = torch.zeros(layers, rows, heads, capacity, dim, **self._like)
+            new[:, :r, :, :c] = self.stores[i][:, :r, :, :c]
+            self.stores[i] = new
 
     def _release(self) -> None:
         self.planned = 0
-        empty = (self.num_layers, 0, self.heads, 0)
-        self.keys, self.values = (torch.zeros(*empty, dim, **self._like) for dim in self._dims)
+        self.stores = [torch.zeros(layers, 0, heads, 0, dim, **self._like) for layers, heads, dim in self._dims]
 
 
-class UnbatchedCache:
-    """KVCache's interface without blocks: a cache of the model's own kind for each sequence, for models that keep other
-    state. Several sequences take as long as one after the other.
-    """
-
-    chunked_prefill = keeps_blocks = False  # a recurrent layer reads more than one token only at the start
-    needs_states = False
-    nbytes = planned = 0
-
-    def __init__(self, model: Any, multi_lora: MultiLora):
-        self.model, self.multi_lora = model, multi_lora
-        self.lengths: list[int] = []
-        self._caches: list[Cache] = []
-
-    def bytes_for(self, *_: Any) -> int:
-        """Not known here: such models keep little for a sequence."""
-        return 0
-
-    bytes_alone = compact = bytes_for
-
-    def add_rows(self, rows: int) -> None:
-        self.lengths += [0] * rows
-        self._caches += [DynamicCache(config=self.model.config) for _ in range(rows)]
-
-    def forward(self, first: int, chunks: Sequence[Sequence[int]], adapter_slots: Sequence[int]) -> torch.Tensor:
-        """Append `chunks[i]` to row first + i -> the logits after it, (rows, vocabulary)."""
-        logits = []
-        for row, (chunk, slot) in enumerate(zip(chunks, adapter_slots, strict=True), start=first):
-            self.multi_lora.set_active_slots([slot], len(chunk))
-            ids = torch.tensor([list(chunk)], device=self.model.device)
-            start, self.lengths[row] = self.lengths[row], self.lengths[row] + len(chunk)
-            positions = torch.arange(start, self.lengths[row], device=self.model.device)[None]
-            logits.append(_last_logits(self.model, self._caches[row], input_ids=ids, position_ids=positions))
-        return torch.cat(logits)
-
-    def move_row(self, source: int, target: int) -> None:
-        self._caches[target], self.lengths[target] = self._caches[source], self.lengths[source]
-
-    def pop_row(self) -> None:
-        self.lengths.pop()
-        self._caches.pop()
-
-    def copy_block(self, *_: Any) -> Block:
-        raise NotImplementedError("the prefix cache is off for this model")
-
-    copy_states = load_blocks = copy_block
-
-
-def _last_logits(model: Any, cache: Cache, **inputs: torch.Tensor) -> torch.Tensor:
+def last_logits(model: Any, cache: Cache, **inputs: torch.Tensor) -> torch.Tensor:
     """The logits after the last token of each row, (rows, vocabulary)."""
     index = last_logits_index(1, inputs["input_ids"].device)
     out = model(**inputs, use_cache=True, logits_to_keep=index, **{cache_argument(model.__class__): cache})

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 
 BLOCK_SIZE = 16  # tokens
-Block = tuple[torch.Tensor, torch.Tensor]  # keys and values, (layers, heads, BLOCK_SIZE, dim) each
+Block = tuple[torch.Tensor, ...]  # keys and values, (layers, heads, BLOCK_SIZE, dim) each; of layers of a shape
 States = Mapping[Any, torch.Tensor]  # of one row at one position, by layer and kind
 # (namespace of a first block or number of the block before, the block's tokens); tokens are compared, not their hashes
 BlockKey = tuple[str | int, tuple[int, ...]]

@@ -292,7 +292,7 @@ def test_requests_wait_for_kv_cache_memory_and_one_that_is_too_large_alone_is_re
     def watched(*shape):
         reserve(*shape)
         sizes.append(scheduler.kv_cache.nbytes)
-        rows.append(scheduler.kv_cache.keys.shape[1])
+        rows.append(scheduler.kv_cache.reserved[0])
 
     scheduler.kv_cache._reserve = watched
 
@@ -350,7 +350,7 @@ def test_a_prompt_with_a_cached_part_and_a_longer_one_reserve_no_more_than_was_p
     long = [list(range(3 + i, 163 + i)) for i in range(2)]
     asyncio.run(tokens(engine, long[0], max_new_tokens=1))
     reserve = cache._reserve
-    cache._reserve = lambda *shape: (reserve(*shape), peak.append(cache.keys.shape[3]))
+    cache._reserve = lambda *shape: (reserve(*shape), peak.append(cache.reserved[1]))
 
     async def both():
         await asyncio.gather(*(tokens(engine, prompt, max_new_tokens=1) for prompt in long))

@@ -8,9 +8,10 @@ from pi_ray.errors import ModelError
 from pi_ray.models import cache_argument
 from pi_ray.serve.engine.cache_choice import create_kv_cache
 from pi_ray.serve.engine.hybrid_cache import HybridKVCache
-from pi_ray.serve.engine.kv_cache import KVCache, UnbatchedCache
+from pi_ray.serve.engine.kv_cache import KVCache
 from pi_ray.serve.engine.multi_lora import MultiLora
 from pi_ray.serve.engine.multi_lora_layer import BASE_SLOT
+from pi_ray.serve.engine.unbatched_cache import UnbatchedCache
 
 SIZES = {
     "vocab_size": 200, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -22,6 +23,8 @@ BATCHED = [
     ("Llama", {}), ("Mixtral", {"num_local_experts": 4}), ("Qwen3", {"head_dim": 8}),
     ("Mistral", {"sliding_window": WINDOW}),
     ("Gemma2", {"head_dim": 8, "sliding_window": WINDOW}),
+    ("Gemma4", {"head_dim": 8, "global_head_dim": 16, "sliding_window": WINDOW, "num_global_key_value_heads": 1,
+        "layer_types": ["sliding_attention", "full_attention"]}),
     ("GptOss", {"sliding_window": WINDOW, "num_local_experts": 4, "head_dim": 8}),
     ("Llama4", {
         "attention_chunk_size": WINDOW, "layer_types": ["chunked_attention", "full_attention"], "head_dim": 8,
@@ -175,7 +178,7 @@ def test_infinite_keys_of_a_dropped_row_do_not_reach_the_next_sequence_in_it(kv_
     """Keys of a hostile adapter may be so large that even a masked one would make NaN."""
     kv_cache.add_rows(3)
     kv_cache.forward(0, [PROMPTS[0], PROMPTS[2], PROMPTS[0]], [BASE_SLOT] * 3)
-    for store in (kv_cache.keys, kv_cache.values):
+    for store in kv_cache.stores:
         store[:, [0, 2]] = torch.inf
     kv_cache.pop_row()
     kv_cache.move_row(1, 0)
