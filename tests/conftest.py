@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-UNIT, SANDBOX, CLUSTER = (Path(__file__).parent / name for name in ("unit", "sandbox", "cluster"))
+UNIT, CLUSTER = (Path(__file__).parent / name for name in ("unit", "cluster"))
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -18,11 +18,10 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # processes side by side: more threads 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log) -> Any:
-    """Give tests to `pytest -n`'s processes: those that start Ray or clusters in two groups, each of which one process
-    runs in turn, and others file by file, since tests of a file share fixtures.
+    """Give tests to `pytest -n 2`'s processes file by file, since tests of a file share fixtures, in the order of
+    "testpaths": those that start Ray come last, when no other test of their process wants to be without it.
 
-    Two Rays keep two cores busy, which wait much of their time; more of them would fight. Tests whose servers have
-    times to keep are in one group, so that they are never beside each other. These groups come first, being long.
+    Clusters and servers have ports and times to keep, so that one process has all of these.
     """
     from xdist.scheduler import LoadScopeScheduling
 
@@ -30,12 +29,10 @@ def pytest_xdist_make_scheduler(config, log) -> Any:
         def _split_scope(self, nodeid: str) -> str:
             name = nodeid.partition("::")[0]
             file = config.rootpath / name
-            alone = file.is_relative_to(UNIT) or file.is_relative_to(SANDBOX)
-            if alone and "ray_local" not in file.read_text():
-                return name
-            return "clusters and servers" if file.is_relative_to(CLUSTER) or "serve" in file.name else "pipelines"
+            serves = "serve" in file.name and not file.is_relative_to(UNIT)
+            return "clusters and servers" if serves or file.is_relative_to(CLUSTER) else name
 
-    config.option.loadscopereorder = False  # but as "testpaths" has them
+    config.option.loadscopereorder = False  # by size
     return ByFile(config, log)
 
 

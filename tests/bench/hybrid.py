@@ -5,7 +5,8 @@
 A random model of Qwen3.5's kind (12 layers, three of four with a gated delta net, width 512), the same prompts and
 greedy tokens on both sides, which take turns; the first round warms up. Prompts are read one by one on both sides.
 Last line: `speedup` is the median seconds of the unbatched side over the batched one's, for whole answers, `decoding`
-for the tokens after the first.
+for the tokens after the first. `prefix` is the median seconds to the first token of a prompt of 480 and 40 tokens over
+those of the same prompt when keys, values and states behind its first 480 are cached.
 """
 
 from __future__ import annotations
@@ -42,6 +43,28 @@ def answer(cache: HybridKVCache | UnbatchedCache, prompts: list[list[int]], toke
     return ended - started, ended - first, found
 
 
+@torch.inference_mode()
+def first_token(cache: HybridKVCache, head: list[int], rest: list[int], rounds: int) -> dict[str, list[float]]:
+    """Seconds to the first token of a prompt that is read whole, and behind a cached beginning."""
+    cache.add_rows(1)
+    cache.forward(0, [head], [BASE_SLOT])
+    block, states = cache.copy_block(0, 0, len(head)), cache.copy_states(0)
+    cache.pop_row()
+    seconds, said = {"whole": list[float](), "cached": list[float]()}, {}
+    for i in range(rounds + 1):
+        for name, times in seconds.items():
+            started = time.perf_counter()
+            cache.add_rows(1)
+            if name == "cached":
+                cache.load_blocks(0, [block], states)
+            said[name] = int(cache.forward(0, [rest if name == "cached" else head + rest], [BASE_SLOT])[0].argmax())
+            cache.pop_row()
+            if i:  # the first round warms up
+                times.append(time.perf_counter() - started)
+    assert said["whole"] == said["cached"], "the cached beginning changes the token"
+    return seconds
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=16)
@@ -68,7 +91,13 @@ def main() -> None:
         print(f"  {name:9} median {median(whole[name]):.2f} s ({spread}), decoding {median(decoding[name]):.2f} s")
     pairs = zip(*said.values(), strict=True)
     same = sum(a == b for pair in pairs for a, b in zip(*pair, strict=True)) / (args.rows * args.tokens)
+    head, rest = ([rng.randrange(100, 40_000) for _ in range(n)] for n in (480, 40))
+    first = first_token(batched, head, rest, args.rounds)
+    for name, seconds in first.items():
+        spread = f"{min(seconds):.3f} to {max(seconds):.3f}"
+        print(f"  first token, prompt {name:6} median {median(seconds):.3f} s ({spread})")
     last_line(
+        prefix=median(first["whole"]) / median(first["cached"]),
         speedup=median(whole["unbatched"]) / median(whole["batched"]),
         decoding=median(decoding["unbatched"]) / median(decoding["batched"]), same_tokens=same,
     )
