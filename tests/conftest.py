@@ -19,7 +19,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # processes side by side: more threads 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log) -> Any:
     """Give tests to `pytest -n 2`'s processes file by file, since tests of a file share fixtures, in the order of
-    "testpaths": those that start Ray come last, when no other test of their process wants to be without it.
+    "testpaths": those that start Ray come last, since it stays in their process, and some unit tests want none.
 
     Clusters and servers have ports and times to keep, so that one process has all of these.
     """

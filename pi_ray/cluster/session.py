@@ -47,7 +47,7 @@ def connect() -> None:
     if os.environ.get("RAY_ADDRESS", "") in ("", "local"):
         # Without an address Ray would join, or wait for, whatever cluster was last started on this machine.
         local, address = {"address": "local", "include_dashboard": False}, _on_loopback()
-        # its C++ logs are for its makers
+        # the log level is of Ray's C++ code, whose logs are for its makers
         os.environ.update({**SERVE, **TRAIN, "RAY_BACKEND_LOG_LEVEL": "fatal", **os.environ})
     with address, _muted("Set ray log level"):
         ray.init(log_to_driver=False, logging_level=logging.ERROR, **local)

@@ -83,7 +83,7 @@ def _packaged_gguf(base: str) -> Path:
     Raises MissingExtraError, and ModelError where the parts make another file than the known one.
     """
     packaged = PACKAGED[base]
-    folders = [_package_folder(name) for name in packaged.packages]
+    folders = [package_folder(name) for name in packaged.packages]
     if None in folders:
         raise MissingExtraError(
             f"model '{base}' is carried by a package that is not installed: pip install {packaged.install}, or set "
@@ -104,7 +104,7 @@ def _packaged_gguf(base: str) -> Path:
     return whole
 
 
-def _package_folder(name: str) -> Path | None:
+def package_folder(name: str) -> Path | None:
     """Where a package lies; None where it is not installed."""
     spec = importlib.util.find_spec(name)
     return Path(spec.submodule_search_locations[0]) if spec and spec.submodule_search_locations else None

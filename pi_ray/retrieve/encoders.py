@@ -1,9 +1,7 @@
 """Text -> unit vectors, by which FAISS proposes candidates: hashed n-grams or a sentence-transformers model."""
 
-import importlib.util
 from collections.abc import Sequence
 from functools import cached_property
-from pathlib import Path
 from zlib import crc32
 
 import numpy as np
@@ -11,6 +9,7 @@ import numpy as np
 from pi_ray.config import RetrieveConfig
 from pi_ray.errors import MissingExtraError
 from pi_ray.models import name_load_errors
+from pi_ray.models.base_files import package_folder
 from pi_ray.protocols import Encoder
 from pi_ray.registry import encoders
 from pi_ray.retrieve.ngrams import ORDER, number_words, words_13a
@@ -95,8 +94,7 @@ def _resolve(name: str) -> str:
     if name not in PACKAGED:
         return name
     package, folder, hub_id = PACKAGED[name]
-    spec = importlib.util.find_spec(package)  # found, not imported
-    if spec is None or not spec.submodule_search_locations:
+    if not (found := package_folder(package)):
         cure = f"pip install {package.replace('_', '-')}, or set retrieve.encoder_model to the hub id {hub_id}"
         raise MissingExtraError(f"encoder model '{name}' is carried by a package that is not installed: {cure}")
-    return str(Path(spec.submodule_search_locations[0]) / folder)
+    return str(found / folder)

@@ -177,7 +177,7 @@ def test_s2_clients_that_leave_in_the_middle_free_their_slots(service):
             await asyncio.gather(*tasks, return_exceptions=True)
 
     asyncio.run(leave())
-    assert freed(service) < FREED_S
+    assert freed(service) < FREED_S < TIMEOUT_S
     assert answers(service)
 
 
@@ -192,7 +192,7 @@ def test_s2_a_client_that_leaves_before_its_whole_answer_frees_its_slot(service)
             await asyncio.gather(task, return_exceptions=True)
 
     asyncio.run(leave())
-    assert freed(service) < FREED_S
+    assert freed(service) < FREED_S < TIMEOUT_S
     assert answers(service)
 
 

@@ -10,13 +10,12 @@ import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from importlib.metadata import version
 from types import MappingProxyType
 from typing import Any
 
 from llguidance import LLMatcher, LLParserLimits
-from packaging.version import Version
 
+from pi_ray.cluster.requirements import installed_version, is_older
 from pi_ray.conversation.tool_calls import END, START
 from pi_ray.serve.engine.refusal import RefusedError
 
@@ -26,11 +25,9 @@ CHECKED_SCHEMAS = 256  # whose errors are remembered
 LIMITS = LLParserLimits(step_lexer_fuel=100_000, step_max_items=20_000, max_lexer_states=50_000, verbose_errors=False)
 # Calls are as json.dumps writes them. A JSON answer may be indented as the model likes, but a weak one never ends white
 # space; below 1.8 llguidance repeats the pattern without end, so that there it is as json.dumps writes it too.
-BOUNDED_SPACE = Version("1.8")
 CALL_SPACE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
-ANSWER_SPACE = (
-    CALL_SPACE if Version(version("llguidance")) < BOUNDED_SPACE else {"whitespace_pattern": r"\n?[ \t]{0,32}"}
-)
+ENDLESS_SPACE = is_older(installed_version("llguidance"), "1.8")
+ANSWER_SPACE = CALL_SPACE if ENDLESS_SPACE else {"whitespace_pattern": r"\n?[ \t]{0,32}"}
 LENIENT = {"lenient": True, "coerce_one_of": True}  # keywords that are not supported do not count
 TEXT = r"/(.|\n)*/"
 TEXT_WITHOUT_CALL = rf"{TEXT} & ~/(.|\n)*{START}(.|\n)*/"

@@ -145,7 +145,7 @@ class KVCache(Cache):
             self._release()
 
     def copy_block(self, row: int, start: int, stop: int) -> Block:
-        """What the stores have for some positions of a row, (layers, heads, stop - start, dim) each."""
+        """Keys and values of some positions of a row, (layers, heads, stop - start, dim) from each store."""
         return tuple(store[:, row, :, start:stop].clone() for store in self.stores)
 
     def copy_states(self, row: int) -> States | None:

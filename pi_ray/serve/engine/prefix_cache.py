@@ -21,7 +21,7 @@ BlockKey = tuple[str | int, tuple[int, ...]]
 
 
 class Prefix(NamedTuple):
-    """What is cached of a prompt's beginning, without its last token, which gives the logits."""
+    """The cached beginning of a prompt, at most up to its last token, which gives the logits."""
 
     blocks: Sequence[Block] = ()  # with which a row can begin
     states: States | None = None  # behind them, where layers keep some

@@ -179,7 +179,7 @@ class Scheduler:
     def _cache_states(self, row: int, seq: GenerationSequence) -> None:
         """Cache the states of a prompt that was read so far, where its layers keep some and a block ends."""
         length = self.kv_cache.lengths[row]
-        if self.prefix_cache.needs_states and length % BLOCK_SIZE == 0:
+        if self.prefix_cache.limit and self.prefix_cache.needs_states and length % BLOCK_SIZE == 0:
             copy_block, states = partial(self.kv_cache.copy_block, row), self.kv_cache.copy_states(row)
             self.prefix_cache.add(seq.prefix_namespace, seq.request.prompt_ids[:length], copy_block, states)
 

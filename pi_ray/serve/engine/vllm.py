@@ -9,7 +9,8 @@ ids out, and `VerifiedDownloader` gives it adapter folders that passed our check
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from contextlib import aclosing
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -72,16 +73,17 @@ class VllmEngine:
 
     async def generate(self, request: GenerationRequest) -> AsyncIterator[Token]:
         """Closing the iterator aborts the request in vLLM."""
-        try:
-            async for token in self._generate(request):
-                yield token
-        except ValueError as error:  # of an adapter's first requests at the same time Ray's server lets one load it
-            if LOADED_MEANWHILE not in str(error):
-                raise
-            async for token in self._generate(request):
-                yield token
+        for again in (False, True):  # of an adapter's first requests at the same time Ray's server lets one load it
+            try:
+                async with aclosing(self._generate(request)) as tokens:
+                    async for token in tokens:
+                        yield token
+                return
+            except ValueError as error:
+                if again or LOADED_MEANWHILE not in str(error):
+                    raise
 
-    async def _generate(self, request: GenerationRequest) -> AsyncIterator[Token]:
+    async def _generate(self, request: GenerationRequest) -> AsyncGenerator[Token]:
         adapter = adapter_id(request)
         handle = self._handle.options(stream=True, multiplexed_model_id=adapter)
         body = self._completion_request(model=adapter or BASE_ID, **completion_fields(request))
