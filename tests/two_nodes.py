@@ -58,10 +58,9 @@ class WaitingTokeniser(phase_dataset.TokeniseRows):
 
 
 class CountedSink(pieces.PieceSink):
-    """Notes each phase's file that it has written in `written`. With a file `hold`, it waits for ever after four.
+    """Notes each phase's file that it has written in FOLDER/written."""
 
-    Held sinks write one piece at a time, so that no piece is written and not yet noted when the four are.
-    """
+    is_held = False
 
     def write(self, blocks: Iterable[Any], ctx: Any) -> None:
         blocks = list(blocks)
@@ -69,16 +68,25 @@ class CountedSink(pieces.PieceSink):
         if "phases" not in paths[0].parts:
             return super().write(blocks, ctx)
         folder = paths[0].parents[3]  # FOLDER/run/phases/.NAME.partial/part-N.parquet
-        written, is_held = folder / "written", (folder / "hold").exists()
+        written = folder / "written"
         with open(folder / "turn", "w") as turn:
-            if is_held:
+            if self.is_held:
                 fcntl.flock(turn, fcntl.LOCK_EX)
-            while is_held and written.exists() and len(written.read_text().split()) >= 4:
+            while self.is_held and written.exists() and len(written.read_text().split()) >= 4:
                 time.sleep(0.01)
             super().write(blocks, ctx)
             with open(written, "a") as f:
                 f.writelines(f"{path.parent.name}/{path.name}\n" for path in paths)
         return None
+
+
+class HeldSink(CountedSink):
+    """Waits for ever after four files, so that what is left of a killed run's Ray writes nothing more.
+
+    Held sinks write one piece at a time: no piece is written and not yet noted when the four are.
+    """
+
+    is_held = True
 
 
 def prepare_and_lose(folder: Path) -> None:
@@ -118,7 +126,7 @@ def prepare_held(folder: Path) -> None:
     """Prepare on a Ray of its own, counting files; killed by the test."""
     from pi_ray.data.prepare import prepare
 
-    phase_dataset.PIECE_ROWS, pieces.PieceSink = 10, CountedSink  # type: ignore[misc]
+    phase_dataset.PIECE_ROWS, pieces.PieceSink = 10, HeldSink  # type: ignore[misc]
     prepare(RunConfig.model_validate_json((folder / "config.json").read_text()), lambda line: None)
 
 

@@ -214,7 +214,6 @@ def test_d2_killed_half_way_the_same_command_writes_no_file_twice_and_ends_the_s
     clean = config.replace(run_dir=str(tmp_path / "clean" / "run"))
     prepare(clean, lambda line: None)
     (tmp_path / "config.json").write_text(config.model_dump_json())
-    (tmp_path / "hold").touch()
     first = subprocess.Popen(
         [sys.executable, "-m", "tests.two_nodes", "held", str(tmp_path)], start_new_session=True, env=outside()
     )
@@ -224,7 +223,6 @@ def test_d2_killed_half_way_the_same_command_writes_no_file_twice_and_ends_the_s
         time.sleep(0.01)
     os.killpg(first.pid, signal.SIGKILL)
     first.wait()
-    (tmp_path / "hold").unlink()
     monkeypatch.setattr(pieces, "PieceSink", two_nodes.CountedSink)
     prepare(config, lambda line: None)
     done = written.read_text().split()
