@@ -20,18 +20,24 @@ def card(base_model: Path | str, **changes) -> dict:
     }  # fmt: skip
 
 
-def write_adapter(folder: Path, base: Path, seed: int = 1, rank: int = 4, facts: dict | None = None) -> Path:
+def write_adapter(
+    folder: Path, base: Path, seed: int = 1, rank: int = 4, facts: dict | None = None, experts: bool = False
+) -> Path:
     """peft's two files and pi_ray.json, without a manifest. The weights are large enough to change the greedy
-    answer.
+    answer. With `experts` it is as pi-ray trains one with train.lora.experts.
     """
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
-    model = get_peft_model(
-        AutoModelForCausalLM.from_pretrained(base),
-        LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM"),
-    )
+    from pi_ray.config import LoraConfig as LoraSettings
+    from pi_ray.train.lora import peft_config
+
+    base_model = AutoModelForCausalLM.from_pretrained(base)
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
+    if experts:
+        config = peft_config(base_model, LoraSettings(rank=rank, alpha=2 * rank, experts=True))
+    model = get_peft_model(base_model, config)
     torch.manual_seed(seed)
     with torch.no_grad():
         for name, weight in model.named_parameters():
@@ -43,10 +49,12 @@ def write_adapter(folder: Path, base: Path, seed: int = 1, rank: int = 4, facts:
     return folder
 
 
-def put_in_store(store: Path, name: str, base: Path, seed: int = 1, version: str = "v0001", **facts) -> Path:
+def put_in_store(
+    store: Path, name: str, base: Path, seed: int = 1, version: str = "v0001", experts: bool = False, **facts
+) -> Path:
     """A published adapter without `publish`."""
     with staged(store / name / version, fingerprint=str(seed)) as tmp:
-        write_adapter(tmp, base, seed, facts=card(base, **facts))
+        write_adapter(tmp, base, seed, facts=card(base, **facts), experts=experts)
     write_atomic(store / name / "latest.json", json.dumps({"version": version}))
     return store / name / version
 

@@ -75,7 +75,7 @@ class LoraConfig(Block):
         "layer but the output; in a mixture of experts only attention's, since the experts are fused tensors and the "
         "router stays as it is; with ia3 peft's own choice")
     experts: bool = omit_default(False, "also LoRA for each fused expert of a mixture of experts (peft's "
-        "target_parameters); can be evaluated, but not published")
+        "target_parameters); such an adapter is served merged into its base (serve.merge)")
 
     def model_post_init(self, context: Any) -> None:
         refuse(self.experts and (self.dropout or self.method not in ("lora", "rslora")),

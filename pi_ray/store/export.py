@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from pi_ray.config import ModelConfig, PromptConfig
-from pi_ray.errors import ConfigError, StorageError
+from pi_ray.errors import AdapterError, ConfigError, StorageError
 from pi_ray.models import load_model_config, load_tokenizer
 from pi_ray.models.base_files import PACKAGED, gguf_file
 from pi_ray.prompt import PromptEncoder
@@ -74,13 +74,17 @@ def export_adapter(adapter: Adapter, kind: str, folder: Path, say: Callable[[str
 
 
 def _write(adapter: Adapter, model: ModelConfig, kind: str, folder: Path, say: Callable[[str], Any]) -> None:
+    settings = read_json(adapter.path / CONFIG_FILE)
+    targets = settings.get("target_parameters") or []
+    if targets and kind in ("vllm", "gguf", "mlx"):
+        raise AdapterError(f"--to {kind}: it adapts fused experts, for which that has no layout; take --to merged")
     if kind in ("peft", "vllm"):
-        _write_peft(adapter, folder)
+        _write_peft(adapter, settings, folder)
         return
-    scale, pairs = _read_pairs(adapter)
-    gguf_base = gguf_file(model.base) if kind == "ollama" else None
+    scale, pairs = _read_pairs(adapter, settings)
+    gguf_base = gguf_file(model.base) if kind == "ollama" and not targets else None
     if kind == "merged" or (kind == "ollama" and not gguf_base):
-        write_merged(model, scale, pairs, folder, say)
+        write_merged(model, scale, pairs, targets, folder, say)
     elif kind == "mlx":
         write_mlx_adapter(load_model_config(model), _hub_id(model.base), scale, pairs, folder)
     else:
@@ -98,16 +102,17 @@ def _hub_id(base: str) -> str:
     return PACKAGED[base].hub_id if base in PACKAGED else base
 
 
-def _write_peft(adapter: Adapter, folder: Path) -> None:
+def _write_peft(adapter: Adapter, settings: dict[str, Any], folder: Path) -> None:
     """peft's two files; a packaged base is named by its hub id."""
     shutil.copyfile(adapter.path / WEIGHTS_FILE, folder / WEIGHTS_FILE)
-    settings = read_json(adapter.path / CONFIG_FILE) | {"base_model_name_or_path": _hub_id(adapter.card["base"])}
+    settings = settings | {"base_model_name_or_path": _hub_id(adapter.card["base"])}
     write_atomic(folder / CONFIG_FILE, json.dumps(settings, indent=1) + "\n")
 
 
-def _read_pairs(adapter: Adapter) -> tuple[float, dict[tuple[str, str], torch.Tensor]]:
+def _read_pairs(
+    adapter: Adapter, settings: dict[str, Any]
+) -> tuple[float, dict[tuple[str, str], torch.Tensor]]:
     """(scale, (module, "A" or "B") -> matrix) of a verified adapter."""
-    settings = read_json(adapter.path / CONFIG_FILE)
     scale = settings["lora_alpha"] / (math.sqrt(settings["r"]) if settings.get("use_rslora") else settings["r"])
     pairs = {}
     with open_weights(adapter.path / WEIGHTS_FILE) as weights:

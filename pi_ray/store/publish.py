@@ -60,6 +60,8 @@ def publish_adapter(run: RunDir, config: RunConfig, name: str = "") -> Path:
         knowledge = _knowledge(run, manifest.get(MANIFEST_HASH, "")) if quotes else ""
         version = same or _add(backend, name, source, fingerprint, run, prompt, knowledge)
         backend.write(name, LATEST_FILE, json.dumps({"version": version}) + "\n")
+    if read_json(source / CONFIG_FILE).get("target_parameters"):
+        log.warning("'%s' adapts experts: serve it alone with serve.merge=%s, or export it --to merged", name, name)
     folder = backend.version_folder(name, version)
     if folder is None:
         raise AdapterError(f"{config.store}: '{name}@{version}' was removed while it was published")

@@ -18,6 +18,7 @@ from pydantic import BaseModel, Field, TypeAdapter, ValidationError
 from pi_ray.config import ModelConfig, PromptConfig
 from pi_ray.errors import AdapterError, CorruptArtifactError
 from pi_ray.evaluate.knowledge import KNOWLEDGE_FILE, Knowledge
+from pi_ray.models.fused_experts import is_of_experts
 from pi_ray.run.artifact import MANIFEST, verify_artifact
 from pi_ray.run.directory import CARD_FILE
 from pi_ray.store.prompt_guard import PROMPT_FILE, PromptRecord
@@ -39,18 +40,20 @@ CHUNK = 16_384  # elements: torch takes fewer than 32,768 in the calling thread;
 KNOWN_SETTINGS = {
     "r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora", "peft_type", "task_type", "bias",
     "inference_mode", "init_lora_weights", "base_model_name_or_path", "revision", "peft_version", "megatron_core",
-    "qalora_group_size", "fan_in_fan_out",  # the last one tells of GPT-2's layers, which serving knows by themselves
+    "qalora_group_size", "target_parameters",
+    "fan_in_fan_out",  # the last one tells of GPT-2's layers, which serving knows by themselves
 }
-ONLY_LORA = "only plain LoRA and rsLoRA on linear layers can be published and served (others can be evaluated)"
+ONLY_LORA = "only plain LoRA and rsLoRA can be published and served (others can be evaluated)"
 T = TypeVar("T")
 Tokens = Annotated[float, Field(ge=0, lt=MAX_TOKENS, strict=True)]
 
 
 class LoraSettings(BaseModel):
-    """The numbers in adapter_config.json."""
+    """Fields of adapter_config.json."""
 
     r: Annotated[int, Field(ge=1, le=MAX_RANK, strict=True)]
     lora_alpha: Annotated[float, Field(allow_inf_nan=False, strict=True)]
+    target_parameters: list[str] | None = None  # the weights of fused experts
 
 
 class AdapterCard(BaseModel):
@@ -77,14 +80,14 @@ def verify_adapter(path: Path, base: ModelConfig | None = None) -> dict[str, Any
         verify_artifact(path)
     except (CorruptArtifactError, RecursionError) as error:
         raise AdapterError(str(error).removeprefix(f"{path}/")) from error
-    rank = _check_config(read_json(path / CONFIG_FILE))
+    settings = _check_config(read_json(path / CONFIG_FILE))
     card = read_json(path / CARD_FILE)
     _check_card(card, base)
     if PROMPT_FILE in names:
         validate(TypeAdapter(PromptRecord), read_json(path / PROMPT_FILE), PROMPT_FILE)
     if KNOWLEDGE_FILE in names:
         validate(TypeAdapter(Knowledge), read_json(path / KNOWLEDGE_FILE), KNOWLEDGE_FILE)
-    _check_weights(path / WEIGHTS_FILE, rank)
+    _check_weights(path / WEIGHTS_FILE, settings)
     return card
 
 
@@ -106,19 +109,20 @@ def _check_listing(path: Path) -> list[str]:
     return names
 
 
-def _check_config(config: dict[str, Any]) -> int:
-    """Refuse everything that peft would do beyond plain LoRA. Returns the rank."""
+def _check_config(config: dict[str, Any]) -> LoraSettings:
+    """Refuse everything that peft would do beyond plain LoRA."""
     if config.get("peft_type") != "LORA":
         raise AdapterError(f"{CONFIG_FILE}: peft_type is {config.get('peft_type')!r}; {ONLY_LORA}")
     wanted = {"bias": "none", "init_lora_weights": True, "task_type": "CAUSAL_LM"}
     refused = [k for k, v in config.items() if (v and k not in KNOWN_SETTINGS) or (k in wanted and v != wanted[k])]
     if refused:
         raise AdapterError(f"{CONFIG_FILE}: {', '.join(sorted(refused)[:8])} set; {ONLY_LORA}")
-    modules = config.get("target_modules")
-    if not isinstance(modules, list) or not all(isinstance(m, str) and MODULE.fullmatch(m) for m in modules):
-        problem = "peft would run anything else as a regular expression over module names; train again"
-        raise AdapterError(f"{CONFIG_FILE}: target_modules must be a list of names; {problem}")
-    return validate(TypeAdapter(LoraSettings), config, CONFIG_FILE).r
+    for key in ("target_modules", "target_parameters"):
+        names = [] if config.get(key) is None and key == "target_parameters" else config.get(key)
+        if not isinstance(names, list) or not all(isinstance(name, str) and MODULE.fullmatch(name) for name in names):
+            problem = "peft would run anything else as a regular expression over module names; train again"
+            raise AdapterError(f"{CONFIG_FILE}: {key} must be a list of names; {problem}")
+    return validate(TypeAdapter(LoraSettings), config, CONFIG_FILE)
 
 
 def _check_card(card: dict[str, Any], base: ModelConfig | None) -> None:
@@ -151,11 +155,15 @@ def open_weights(path: Path) -> Iterator[Any]:
         raise AdapterError(f"{path.name}: not readable as safetensors ({error})") from error
 
 
-def _check_weights(path: Path, rank: int) -> None:
-    """Check that the tensors are finite LoRA matrices in pairs: A of shape (rank, in), B of shape (out, rank)."""
+def _check_weights(path: Path, settings: LoraSettings) -> None:
+    """Check that the tensors are finite LoRA matrices in pairs: A of shape (rank, in), B of shape (out, rank).
+
+    Those of fused experts have the rank once for each expert.
+    """
     import torch
 
-    pairs: dict[str, set[str]] = {}
+    targets = settings.target_parameters or []
+    pairs: dict[str, dict[str, int]] = {}
     with open_weights(path) as weights:
         for name in weights.keys():  # noqa: SIM118 (not a dict)
             where, match, tensor = f"{path.name}: {name[:80]!r}", LORA_TENSOR.fullmatch(name), weights.get_slice(name)
@@ -167,12 +175,12 @@ def _check_weights(path: Path, rank: int) -> None:
             if len(shape) != 2 or 0 in shape:
                 raise AdapterError(f"{where} is not a matrix")
             found = shape[0 if match[2] == "A" else 1]
-            if found != rank:
-                raise AdapterError(f"{where} has rank {found}, {CONFIG_FILE} says {rank}")
+            if found != settings.r and (found % settings.r or not is_of_experts(match[1], targets)):
+                raise AdapterError(f"{where} has rank {found}, {CONFIG_FILE} says {settings.r}")
             if not all(torch.isfinite(chunk).all() for chunk in weights.get_tensor(name).flatten().split(CHUNK)):
                 raise AdapterError(f"{where} holds NaN or Inf")
-            pairs.setdefault(match[1], set()).add(match[2])
-    if not pairs or any(pair != {"A", "B"} for pair in pairs.values()):
+            pairs.setdefault(match[1], {})[match[2]] = found
+    if not pairs or any(pair.keys() != {"A", "B"} or len({*pair.values()}) > 1 for pair in pairs.values()):
         raise AdapterError(f"{WEIGHTS_FILE}: LoRA matrices do not come in pairs of A and B")
 
 

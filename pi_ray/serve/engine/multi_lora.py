@@ -12,6 +12,7 @@ import torch
 from transformers.pytorch_utils import Conv1D  # GPT-2's linear layers, whose weight is (in, out)
 
 from pi_ray.errors import AdapterError
+from pi_ray.models.fused_experts import FusedExperts, find_fused_experts
 from pi_ray.serve.engine.multi_lora_layer import (
     BASE_SLOT,
     AddLora,
@@ -23,8 +24,12 @@ from pi_ray.serve.engine.onednn_linear import get_weight, set_weight
 from pi_ray.store.adapters import check_unchanged
 from pi_ray.store.verify import CONFIG_FILE, LORA_TENSOR, MAX_RANK, WEIGHTS_FILE, open_weights, read_json
 
-EXPERT_LAYER = ".experts."  # single experts see tokens of many rows, in an order of their own
-# Module name -> A (rank, in) and B (out, rank) of one adapter, with the scaling in B, float32 on the CPU.
+EXPERT_LAYER = ".experts."
+EXPERTS_ALONE = (  # experts see tokens of many rows, in an order of their own
+    "an adapter of experts is not served beside others; merge it (serve.merge), or 'pi-ray export NAME --to merged'"
+)
+# Module name -> A (rank, in) and B (out, rank) of one adapter, with the scaling in B, float32 on the CPU. Those of
+# fused experts have the rank once for each of them.
 LoraPairs = dict[str, tuple[torch.Tensor, torch.Tensor]]
 
 
@@ -50,6 +55,7 @@ class MultiLora:
         self.add_lora: AddLora | None = None  # how the next forward pass adds adapters; None: no row has one
         self.merged = ""
         self.hits = self.misses = self.evictions = 0
+        self._base = base
         self._linears = {name: m for name, m in base.named_modules() if isinstance(m, torch.nn.Linear | Conv1D)}
         self._like = {"dtype": base.dtype, "device": base.device}
         self._loaded: OrderedDict[str, LoadedAdapter] = OrderedDict()  # by key, least recently used first
@@ -106,17 +112,24 @@ class MultiLora:
     @torch.no_grad()
     def merge(self, folder: str) -> None:
         """Add `folder` into the base weights for good; it alone is served then. May raise AdapterError."""
-        pairs = self._read(folder)
-        if not all(self._linears[name].weight.is_floating_point() for name in pairs):
+        pairs, experts = self._read(folder), self._experts_of(folder)
+        weights = {n: self._base.get_parameter(experts[n].parameter) for n in pairs if n in experts}
+        linears = {n: self._linears[n] for n in pairs if n not in experts}
+        if not all(w.is_floating_point() for w in (*weights.values(), *(m.weight for m in linears.values()))):
             cure = "leave serve.merge or model.quantize out"
             raise AdapterError(f"an adapter cannot be merged into quantised weights; {cure}")
-        for name, (a, b) in pairs.items():
-            linear = self._linears[name]
+        for name, linear in linears.items():
             weight = get_weight(linear)
-            added = b.to(weight.device) @ a.to(weight.device)
-            added = added.T if isinstance(linear, Conv1D) else added
+            a, b = (matrix.to(weight.device) for matrix in pairs[name])
+            added = (b @ a).T if isinstance(linear, Conv1D) else b @ a
             set_weight(linear, (weight.float() + added).to(weight.dtype))
+        for name, weight in weights.items():
+            a, b = (matrix.to(weight.device) for matrix in pairs[name])
+            weight.copy_(weight.float() + experts[name].product(a, b))
         self.merged = folder
+
+    def _experts_of(self, folder: str) -> dict[str, FusedExperts]:
+        return find_fused_experts(self._base, read_json(Path(folder, CONFIG_FILE)).get("target_parameters") or [])
 
     def _read(self, folder: str, check_limits: Callable[[int, Collection[str]], None] | None = None) -> LoraPairs:
         """Read a verified adapter by name and shape: of its config only rank and scaling have an effect.
@@ -124,16 +137,18 @@ class MultiLora:
         Raises AdapterError, before a tensor is read, when one does not fit its layer, and for an overflow. Before that
         `check_limits` is called with rank and layers.
         """
-        saved = read_json(Path(folder, CONFIG_FILE))
+        saved, experts = read_json(Path(folder, CONFIG_FILE)), self._experts_of(folder)
         scale = saved["lora_alpha"] / (math.sqrt(saved["r"]) if saved.get("use_rslora") else saved["r"])
         names: dict[str, dict[str, str]] = {}
         with open_weights(Path(folder, WEIGHTS_FILE)) as file:
             for name in file.keys():  # noqa: SIM118 (not a dict)
                 match = LORA_TENSOR.fullmatch(name)
                 assert match, "verification lets no other names through"
-                _check_fit(match[1], match[2], file.get_slice(name).get_shape(), self._linears)
+                _check_fit(match[1], match[2], file.get_slice(name).get_shape(), saved["r"], self._linears, experts)
                 names.setdefault(match[1], {})[match[2]] = name
             if check_limits:
+                if experts.keys() & names.keys() or any(EXPERT_LAYER in name for name in names):
+                    raise AdapterError(EXPERTS_ALONE)
                 check_limits(saved["r"], names.keys())
             pairs = {
                 module: (file.get_tensor(pair["A"]).float(), file.get_tensor(pair["B"]).float() * scale)
@@ -203,14 +218,19 @@ class MultiLora:
         for name in self._layers.keys() - {name for adapter in self._loaded.values() for name in adapter.layers}:
             self._layers.pop(name).remove()
 
-def _check_fit(module: str, side: str, shape: Sequence[int], layers: dict[str, Any]) -> None:
+
+def _check_fit(
+    module: str, side: str, shape: Sequence[int], rank: int, linears: dict[str, Any], experts: dict[str, FusedExperts],
+) -> None:
     """Raise AdapterError where a matrix, `side` A or B, is for a layer that does not exist or has another size."""
-    if module not in layers:
+    if module in experts:
+        fused, features = experts[module], experts[module][2:4]
+        rank *= fused.experts
+    elif module in linears:
+        features = linear_features(linears[module])
+    else:
         raise AdapterError(f"it adapts {module!r}, which the base model does not have as a linear layer")
-    if EXPERT_LAYER in module:
-        limit = "adapters of single experts can be evaluated but not served"
-        raise AdapterError(f"it adapts {module!r}, one expert of several; {limit}")
-    in_features, out_features = linear_features(layers[module])
-    expected, found = (in_features, shape[1]) if side == "A" else (out_features, shape[0])
-    if expected != found:
-        raise AdapterError(f"its matrix {side} for {module!r} has size {found}, the base model's layer has {expected}")
+    expected = (rank, features[0]) if side == "A" else (features[1], rank)
+    if tuple(shape) != expected:
+        found, has = (" x ".join(map(str, size)) for size in (shape, expected))
+        raise AdapterError(f"its matrix {side} for {module!r} has size {found}, the base model's layer has {has}")

@@ -182,8 +182,12 @@ class VerifiedDownloader:
         """The folder of the adapter that `adapter_id` names, with the fields of Ray's DiskMultiplexConfig."""
         spec, _, manifest_hash = lora_model_id.partition("#")
         adapter = await asyncio.to_thread(self._store.open, spec)
-        rank = read_json(adapter.path / CONFIG_FILE)["r"]
+        settings = read_json(adapter.path / CONFIG_FILE)
         check_unchanged(adapter.path, manifest_hash)
+        if settings.get("target_parameters"):
+            cure = "'pi-ray export NAME --to merged' makes a base of it"
+            raise AdapterError(f"{spec} adapts fused experts, which serve.engine vllm does not; {cure}")
+        rank = settings["r"]
         if rank > self._max_rank:
             limit = f"this server takes up to {self._max_rank} (serve.max_lora_rank)"
             raise AdapterError(f"{spec} has rank {rank}; {limit}")

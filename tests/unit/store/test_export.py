@@ -85,7 +85,7 @@ def test_what_cannot_be_exported_is_said_and_nothing_is_left(tmp_path, tiny_mode
     with pytest.raises(StorageError, match="there is something already; name another folder with --out"):
         export_adapter(adapter, "peft", tmp_path / "there", print)
     with monkeypatch.context() as patch:
-        patch.setattr(merged_model, "_places", lambda names, modules: {})
+        patch.setattr(merged_model.AddedWeights, "stored", lambda self, tensors, names: {})
         with pytest.raises(ModelError, match=r"under other names .* export with --to peft"):
             export_adapter(adapter, "merged", tmp_path / "out", print)
     monkeypatch.setattr(merged_model, "_added", lambda weight, *_: weight)
