@@ -4,7 +4,6 @@ An answer is what the model writes behind the prompt's own order; each other ord
 the same. The keys and values of each view's prompt are computed once for each actor.
 """
 
-import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -19,14 +18,15 @@ from pi_ray.data.ray_map import stream
 from pi_ray.models import base_digest, load_tokenizer
 from pi_ray.prompt import PromptEncoder
 from pi_ray.protocols import Row
-from pi_ray.run.artifact import digest, notify_written
+from pi_ray.run.artifact import digest
 from pi_ray.run.directory import RunDir
+from pi_ray.run.result_log import ResultLog
 from pi_ray.train.drills import template_views
 from pi_ray.train.generation import compute_prefix_cache, generate_greedy, label_logprobs
 from pi_ray.train.replicas import generation_workers, load_for_generation
 
 AT_ONCE = 16  # queries of one batch
-NOTIFY_EVERY = 16  # batches after which their answers are sent to object storage
+NOTIFY_EVERY = 256  # answers after which they are sent to object storage
 JUDGED_TOKENS = 1024  # answer tokens of a batch whose logits are held at once
 
 
@@ -54,25 +54,18 @@ def answer_by_base(
     model, prompt = config.model.model_dump(mode="json"), config.prompt.model_dump(mode="json")
     settings = [model, base_digest(config.model), prompt, views, config.train.distill.max_tokens]
     keys = [digest([settings, row.query, row.documents]) for row in rows]
-    log = RunDir(config.root).answer_log
-    known = _read_log(log, limit)
+    log = ResultLog(RunDir(config.root).answer_log, notify_every=NOTIFY_EVERY)
+    known = _read_answers(log, limit)
     todo = list({key: row for key, row in zip(keys, rows, strict=True) if key not in known}.items())
     watch(len(rows) - len(todo), len(rows))
     batches = [todo[i : i + AT_ONCE] for i in range(0, len(todo), AT_ONCE)]
     items = [{"rows": [[row.query, row.documents] for _, row in batch]} for batch in batches]
-    try:
-        with open(log, "a", encoding="utf-8") as file:
-            file.write("\n" if file.tell() else "")  # ends the half line that a kill left
-            for done, (place, answers) in enumerate(_run(config, items, views, limit), start=1):
-                for (key, _), answer in zip(batches[place], answers, strict=True):
-                    known[key] = TeacherAnswer(**answer)
-                    file.write(json.dumps({"key": key, "limit": limit, **answer}, ensure_ascii=False) + "\n")
-                file.flush()
-                watch(sum(key in known for key in keys), len(rows))
-                if done % NOTIFY_EVERY == 0:
-                    notify_written(log)
-    finally:
-        notify_written(log)
+    with log:
+        for place, answers in _run(config, items, views, limit):
+            for (key, _), answer in zip(batches[place], answers, strict=True):
+                known[key] = TeacherAnswer(**answer)
+                log.add(key, {"limit": limit, **answer})
+            watch(sum(key in known for key in keys), len(rows))
     return [known[key] for key in keys], len(views)
 
 
@@ -122,14 +115,12 @@ class BaseTeacher:
             answers[i] = TeacherAnswer(answers[i].text, True, agreement, min(0.0, least))
 
 
-def _read_log(log: Any, limit: int) -> dict[str, TeacherAnswer]:
-    """Key -> answer, of those that no smaller limit cut off; half a line, which a kill leaves, is passed over."""
+def _read_answers(log: ResultLog, limit: int) -> dict[str, TeacherAnswer]:
+    """Key -> answer, of those that no smaller limit cut off."""
     found = {}
-    for line in log.read_text(encoding="utf-8", errors="replace").split("\n") if log.exists() else ():
-        with suppress(ValueError, KeyError, TypeError):
-            entry = json.loads(line)
-            key, allowed = entry.pop("key"), entry.pop("limit", limit)
-            answer = TeacherAnswer(**entry)
-            if answer.ended or allowed >= limit:
+    for key, value in log.results.items():
+        with suppress(KeyError, TypeError, AttributeError):
+            answer = TeacherAnswer(**{name: fact for name, fact in value.items() if name != "limit"})
+            if answer.ended or value["limit"] >= limit:
                 found[key] = answer
     return found

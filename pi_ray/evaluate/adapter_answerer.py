@@ -15,7 +15,7 @@ import torch
 from pi_ray import __version__
 from pi_ray.config import RunConfig
 from pi_ray.evaluate.columns import AnswerLengths, Answers, Column, RowWatch
-from pi_ray.evaluate.generation_workers import column_prompts, median_latencies, run_work, work_item
+from pi_ray.evaluate.generation_workers import column_prompts, median_latencies, resume_work, work_item
 from pi_ray.evaluate.knowledge import Knowledge
 from pi_ray.evaluate.unit_questions import plan_questions
 from pi_ray.models import load_tokenizer
@@ -67,7 +67,7 @@ class AdapterAnswerer:
         outputs: dict[str, list[Any]] = {name: [None] * n for name, n in total.items()}  # ids of each row
         seconds: dict[str, list[Any]] = {name: [] for name in total}  # of the first rows, one by one
         probes: dict[str, dict[str, Any]] = {name: {} for name in total}
-        for place, result in run_work(self.config, columns, work, lengths):
+        for place, result in resume_work(self.config, columns, work, lengths):
             name = work[place]["column"]
             if "probe" in work[place]:
                 probes[name] = result

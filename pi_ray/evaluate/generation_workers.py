@@ -4,20 +4,25 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+from pi_ray import __version__
 from pi_ray.cluster import placement, session, storage_sync
 from pi_ray.config import ModelConfig, PromptConfig, RunConfig
 from pi_ray.data.ray_map import stream
 from pi_ray.evaluate import forgetting
 from pi_ray.evaluate.columns import AnswerLengths, Column, answer_lengths
-from pi_ray.models import line_break_ids, load_tokenizer
+from pi_ray.models import base_digest, line_break_ids, load_tokenizer
 from pi_ray.prompt import PromptEncoder
+from pi_ray.run.artifact import MANIFEST_HASH, digest, read_manifest
 from pi_ray.run.directory import RunDir
+from pi_ray.run.result_log import ResultLog
 from pi_ray.train.generation import compute_prefix_cache, generate_greedy, request_seconds
 from pi_ray.train.gist import gist_cache, gist_ids, load_gist
+from pi_ray.train.lora import PACKAGES
 from pi_ray.train.lora_linear import fuse_lora
 from pi_ray.train.replicas import generation_workers, load_for_generation
 
@@ -48,6 +53,8 @@ def run_work(
     config: RunConfig, columns: Sequence[Column], work: list[dict[str, Any]], lengths: AnswerLengths, actors: int = 0
 ) -> Iterator[tuple[int, Any]]:
     """Yield (place in `work`, result of Generator). As many actors as there is room for, or `actors`."""
+    if not work:
+        return
     session.connect()
     actors, options = generation_workers(config, placement.cluster_nodes(), actors)
     adapters = list(dict.fromkeys(c.adapter for c in columns if c.adapter))
@@ -55,6 +62,30 @@ def run_work(
         work, Generator, config.model, config.prompt, adapters, lengths,
         actors=actors, sync=storage_sync.sync_for(config.root), **options,
     )
+
+
+def resume_work(
+    config: RunConfig, columns: Sequence[Column], work: list[dict[str, Any]], lengths: AnswerLengths
+) -> Iterator[tuple[int, Any]]:
+    """As `run_work`, but what a former evaluation of these adapters generated for these prompts is not made again.
+
+    Seconds of requests are measured anew. In the end the log holds what this evaluation needs.
+    """
+    adapters = {c.adapter: (read_manifest(Path(c.adapter)) or {}).get(MANIFEST_HASH, "") for c in columns if c.adapter}
+    model, versions = config.model.model_dump(mode="json"), [__version__, *map(version, PACKAGES)]
+    settings = [model, base_digest(config.model), config.prompt.model_dump(mode="json"), lengths, versions]
+    keys = [
+        "" if item.get("timed") else digest([settings, adapters.get(item["adapter"]), {**item, "adapter": ""}])
+        for item in work
+    ]
+    with ResultLog(RunDir(config.root).generation_log) as log:
+        yield from ((place, log.results[key]) for place, key in enumerate(keys) if key in log.results)
+        todo = [place for place, key in enumerate(keys) if key not in log.results]
+        for i, result in run_work(config, columns, [work[place] for place in todo], lengths):
+            if key := keys[todo[i]]:
+                log.add(key, result)
+            yield todo[i], result
+    log.keep(set(keys))
 
 
 def median_latencies(seconds: Sequence[Sequence[float]]) -> dict[str, float]:

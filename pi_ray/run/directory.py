@@ -35,12 +35,14 @@ class RunDir:
         self.neighbours = self.root / "neighbours.parquet"  # id, split, neighbours and their scores, best first
         self.phases = self.root / "phases"  # an artifact for each phase, and "dev": dev rows with the last one's prompt
         self.teacher_answers = self.root / "teacher_answers"  # artifact: its answers, and how sure it was (distill.py)
+        self.teaching_log = self.root / "teacher_answers.jsonl"  # what actors answered so far of the one above
         self.student_answers = self.root / "student_answers"  # artifacts round-0000, ...: on_policy.py
         self.checkpoints = self.root / "checkpoints"
         self.adapters = self.root / "adapters"
         self.best = self.adapters / "best"  # link to the phase adapter that dev rows, or the floor, choose
         self.train_log = self.root / "train.jsonl"
         self.evaluation = self.root / "eval"
+        self.generation_log = self.root / "generated.jsonl"  # what evaluation generated, so that none of it is again
         self.report = self.root / "report.html"
 
     def phase(self, index: int | str) -> Path:

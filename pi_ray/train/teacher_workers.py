@@ -18,9 +18,10 @@ from pi_ray.cluster import placement, session, storage_sync
 from pi_ray.config import RunConfig
 from pi_ray.data.ray_map import stream
 from pi_ray.protocols import UNLABELLED
-from pi_ray.run.artifact import is_current
+from pi_ray.run.artifact import MANIFEST_HASH, digest, is_current, read_manifest
 from pi_ray.run.directory import RunDir
 from pi_ray.run.fingerprint import wants_unlabelled
+from pi_ray.run.result_log import ResultLog
 from pi_ray.train.distill import Teacher, longest_row_tokens, write_answers
 from pi_ray.train.distilled_rows import SCHEMA
 from pi_ray.train.lora_linear import fuse_lora
@@ -55,9 +56,10 @@ def answer_in_actors(
 ) -> None:
     """Write the teacher's answers, the same artifact that training workers write, before update `step`.
 
-    `watch` gets entries as a training log has them.
+    `watch` gets entries as a training log has them. Parts are kept as they come: after a kill only the others are
+    answered.
     """
-    started, sync = time.monotonic(), storage_sync.sync_for(config.root)
+    run, sync = RunDir(config.root), storage_sync.sync_for(config.root)
     session.connect()
     actors, options = generation_workers(config, placement.cluster_nodes())
     counts = {"labels": len(open_teacher_rows(config, "train")), "queries": len(open_teacher_rows(config, UNLABELLED))}
@@ -66,21 +68,35 @@ def answer_in_actors(
         for kind, count in counts.items() for begin in range(0, count, PART_ROWS)
     ]
     parts += [{"kind": "anchor", "begin": 0, "end": 0}] if config.train.distill.anchor else []
-    folder, done = teacher_folder(config), 0
-    tables: dict[str, list[pa.Table]] = {kind: [] for kind in ("labels", "queries", "anchor")}
-    for place, rows in stream(
-        parts, TeacherWorker, config.model_dump(mode="json"), str(folder or ""), actors=actors,
-        sync=sync, **options,
-    ):
-        kind = parts[place]["kind"]
-        tables[kind].append(pa.Table.from_pylist(rows, SCHEMA))
-        if kind == "queries":
-            done += parts[place]["end"] - parts[place]["begin"]
-            watch({"event": "teacher", "step": step, "verb": "answered", "done": done, "total": counts["queries"]})
-    empty = SCHEMA.empty_table()
-    table = pa.concat_tables([empty, *tables["labels"], *tables["queries"]])
-    anchor = pa.concat_tables([empty, *tables["anchor"]]) if config.train.distill.anchor else None
-    write_answers(config, fingerprint, table, anchor, time.monotonic() - started)
+    folder = teacher_folder(config)
+    settings = [fingerprint, (read_manifest(folder) or {}).get(MANIFEST_HASH, "") if folder else ""]
+    keys = [digest([settings, part]) for part in parts]
+
+    def tell() -> None:
+        answered = (p for p, key in zip(parts, keys, strict=True) if p["kind"] == "queries" and key in kept.results)
+        done = sum(part["end"] - part["begin"] for part in answered)
+        watch({"event": "teacher", "step": step, "verb": "answered", "done": done, "total": counts["queries"]})
+
+    with ResultLog(run.teaching_log, notify_every=1) as kept:
+        todo = [place for place, key in enumerate(keys) if key not in kept.results]
+        if len(todo) < len(parts):
+            tell()
+        last = time.monotonic()
+        for i, rows in stream(
+            [parts[place] for place in todo], TeacherWorker, config.model_dump(mode="json"), str(folder or ""),
+            actors=actors, sync=sync, **options,
+        ):
+            now = time.monotonic()
+            kept.add(keys[todo[i]], {"rows": rows, "seconds": now - last})
+            last = now
+            if parts[todo[i]]["kind"] == "queries":
+                tell()
+    found = [kept.results[key] for key in keys]
+    tables = [pa.Table.from_pylist(result["rows"], SCHEMA) for result in found]
+    anchor = tables.pop() if config.train.distill.anchor else None
+    table = pa.concat_tables([SCHEMA.empty_table(), *tables])
+    write_answers(config, fingerprint, table, anchor, sum(result["seconds"] for result in found))
+    run.teaching_log.unlink(missing_ok=True)
     if sync:
         sync.push_changes()
 

@@ -10,6 +10,7 @@ from pi_ray.answer.base_teacher import AT_ONCE, BaseTeacher, TeacherAnswer, answ
 from pi_ray.config import ModelConfig, PromptConfig
 from pi_ray.models import load_model
 from pi_ray.protocols import Row
+from pi_ray.run import result_log
 from pi_ray.run.directory import RunDir
 from pi_ray.train.generation import compute_prefix_cache, label_logprobs
 from tests.answering import ANSWER, QUERIES, TEMPLATE, write_answering_model
@@ -105,7 +106,7 @@ def test_answers_go_to_object_storage_while_others_are_written_and_a_cut_off_one
     monkeypatch.setattr(base_teacher, "_run", run)
     monkeypatch.setattr(base_teacher, "NOTIFY_EVERY", 1)
     log = RunDir(tmp_path).answer_log
-    monkeypatch.setattr(base_teacher, "notify_written", lambda path: sent.append((path, len(log.read_text().split()))))
+    monkeypatch.setattr(result_log, "notify_written", lambda path: sent.append((path, len(log.read_text().split()))))
     config = tiny_config(tiny_model, tmp_path)
     answer_by_base(config, ROWS, TEMPLATE, 8, lambda *_: None)
     assert {path for path, _ in sent} == {log} and sent[0][1] < sent[-1][1], "not only when all is done"

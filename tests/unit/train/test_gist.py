@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from pi_ray.config import LoraConfig, ModelConfig
 from pi_ray.errors import AdapterError, TrainingError
-from pi_ray.evaluate import adapter_answerer, generation_workers
+from pi_ray.evaluate import generation_workers
 from pi_ray.evaluate.columns import AnswerLengths, trained_column
 from pi_ray.evaluate.evaluate import evaluate_run
 from pi_ray.evaluate.generation_workers import LoadedAdapters
@@ -229,7 +229,7 @@ def test_evaluation_counts_the_gists_and_not_the_template(config, tmp_path, monk
             yield place, done
 
     said = []
-    monkeypatch.setattr(adapter_answerer, "run_work", answered)
+    monkeypatch.setattr(generation_workers, "run_work", answered)
     quick = config.replace(
         **{
             "evaluate.probe": False, "evaluate.knows": False, "evaluate.bootstrap": 10, "evaluate.latency_rows": 1,

@@ -1,6 +1,7 @@
 """A teacher that answers outside training: training stops before it, goes on after it, and ends as it would have."""
 
 import json
+from itertools import islice
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from safetensors.torch import load_file
 
 from pi_ray.config.run_file import parse_run_file
 from pi_ray.errors import ConfigError
+from pi_ray.run.artifact import read_manifest
 from pi_ray.run.directory import RunDir
 from pi_ray.train import replicas, teacher_workers
 from pi_ray.train.launch import fingerprint_of, is_trained
@@ -79,6 +81,30 @@ def test_training_stops_for_the_actors_and_ends_as_if_its_workers_had_answered(t
     moved = (adapter(inside, 2) - adapter(inside, 0)).norm()
     assert (adapter(outside, 2) - adapter(inside, 2)).norm() < 1e-3 * moved, "other batches round otherwise"
     assert sum(e.get("event") == "teacher_answers" for e in log_of(outside)) == 1
+
+
+def test_parts_that_were_answered_before_a_kill_are_not_answered_again(tiny_model, tmp_path, actors, monkeypatch):
+    whole, killed = (made(tiny_model, tmp_path / name, **{"train.distill.actors": True}) for name in ("a", "b"))
+    for config in (whole, killed):
+        train_worker(settings(config))
+    answer_in_actors(whole, fingerprint_of(whole), 6, lambda entry: None)
+    stream, told = teacher_workers.stream, []
+
+    def dies(*args, **options):
+        yield from islice(stream(*args, **options), 3)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(teacher_workers, "stream", dies)
+        answer_in_actors(killed, fingerprint_of(killed), 6, told.append)
+    assert [e["done"] for e in told] == [2, 7], "the anchor came first"
+    answer_in_actors(killed, fingerprint_of(killed), 6, told.append)
+    assert actors[-1][0] == 4 and [e["done"] for e in told[2:]] == [7, 12]
+    assert rows_of(killed) == rows_of(whole) and not RunDir(killed.root).teaching_log.exists()
+    manifests = [read_manifest(RunDir(config.root).teacher_answers) for config in (whole, killed)]
+    assert manifests[0]["kept"] == manifests[1]["kept"] and manifests[1]["seconds_teaching"] > 0
+    answer_in_actors(killed, "another training", 6, told.append)
+    assert actors[-1][0] == 7
 
 
 def test_the_base_answers_before_anything_is_trained(tiny_model, tmp_path, actors):
