@@ -18,7 +18,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, TypeVar
 
-from pi_ray.config import ClosedConfig, RunConfig
+from pi_ray.config import ClosedConfig, RunConfig, TrainConfig
 from pi_ray.errors import ConfigError, MissingExtraError, PiRayError, TrainingError
 from pi_ray.run.artifact import digest, notify_written
 
@@ -103,9 +103,13 @@ class Service:
         """The job that trains on this file and has not ended badly."""
         return self._tried("listing fine-tuning jobs", lambda: self._job_on(file))
 
-    def create_job(self, file: str, model: str, suffix: str, seed: int, hyperparameters: Any) -> Any:
+    def create_job(self, file: str, model: str, suffix: str, epochs: int, train: TrainConfig) -> Any:
         """A fine-tuning job, never two of one file: each try looks first, since a lost connection may have made one."""
-        settings: dict[str, Any] = {"suffix": suffix, "seed": seed, "hyperparameters": hyperparameters}
+        chosen = {
+            "batch_size": self.settings.batch_size, "learning_rate_multiplier": self.settings.lr_multiplier,
+        }
+        hyperparameters: Any = {"n_epochs": epochs, **{name: value for name, value in chosen.items() if value}}
+        settings: dict[str, Any] = {"suffix": suffix, "seed": train.seed, "hyperparameters": hyperparameters}
         create = partial(self.client.fine_tuning.jobs.create, model=model, training_file=file, **settings)
         return self._tried(f"fine-tuning {model}", lambda: self._job_on(file) or create())
 

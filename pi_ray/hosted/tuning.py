@@ -14,6 +14,7 @@ from pi_ray.config import RunConfig
 from pi_ray.errors import ConfigError, CorruptArtifactError, TrainingError
 from pi_ray.hosted import price
 from pi_ray.hosted.client import ENDED_BADLY, Service, UnknownError
+from pi_ray.hosted.together import TogetherService
 from pi_ray.prompt import render_prompt
 from pi_ray.run.artifact import digest, is_current, staged, verify_artifact, write_atomic
 from pi_ray.run.directory import RunDir
@@ -28,6 +29,7 @@ SLOWEST = 6  # times poll_s, while nothing happens
 FILE_CHECKS = 30  # looks at an uploaded file before the job is created in any case
 UNREAD = ("uploaded", "pending", "running", "processing")  # a file that the service has not read yet
 
+SERVICES = {"openai": Service, "together": TogetherService}
 Listener = Callable[[dict[str, Any]], None]
 
 
@@ -89,7 +91,7 @@ def tuning_stages(config: RunConfig) -> list[Stage]:
     folder, closed = write_training_files(RunDir(config.root), config), config.closed
     files, earlier, stages = verify_artifact(folder)["files"], digest([closed.base_url, closed.model]), []
     for i, phase in enumerate(plan_phases(config.schedule)):
-        settings = [phase.epochs, closed.batch_size, closed.lr_multiplier, config.train.seed]
+        settings = [phase.epochs, closed.batch_size, closed.lr_multiplier or closed.lr, config.train.seed]
         earlier = digest([earlier, files[FILE.format(i)]["sha256"], *settings])
         stages.append(Stage(i, phase.epochs, folder / FILE.format(i), earlier))
     return stages
@@ -116,7 +118,7 @@ def tune(
     with run_lock(config.root / "closed", "is tuning this run"):  # two would create its jobs twice
         state = read_state(config.root)
         if not (model := state.get(stages[-1].fingerprint, {}).get("model")):
-            service = Service(config.closed, wait)
+            service = SERVICES[config.closed.jobs](config.closed, wait)
             phases = [_Phase(config, service, state, stage, watch) for stage in stages]
             for phase in phases:
                 phase.recover()
@@ -160,11 +162,9 @@ class _Phase:
         return self.known["model"]
 
     def _create_job(self, model: str) -> None:
-        stage, closed = self.stage, self.config.closed
-        chosen = {"batch_size": closed.batch_size, "learning_rate_multiplier": closed.lr_multiplier}
-        hyperparameters = {"n_epochs": stage.epochs, **{name: value for name, value in chosen.items() if value}}
-        suffix = f"{closed.suffix}-p{stage.index}-{stage.fingerprint[:8]}"
-        job = self.service.create_job(self._upload(), model, suffix, self.config.train.seed, hyperparameters)
+        stage = self.stage
+        suffix = f"{self.config.closed.suffix}-p{stage.index}-{stage.fingerprint[:8]}"
+        job = self.service.create_job(self._upload(), model, suffix, stage.epochs, self.config.train)
         self._put(phase=stage.index, base=model, job=job.id, status=job.status)
         self.tell(f"job {job.id} fine-tunes {model}, {stage.epochs} passes over {stage.file.name}", status=job.status)
 
@@ -223,7 +223,8 @@ class _Phase:
             raise TrainingError(f"phase {self.stage.index}: job {job.id} succeeded, but the service names no model")
         self._log(losses)
         tokens = job.trained_tokens or price.phase_tokens(self.config, self.stage.index, self.stage.epochs)
-        seconds, updates = job.finished_at - job.created_at if job.finished_at else 0, max(losses, default=0)
+        seconds = round(job.finished_at - job.created_at) if job.finished_at else 0
+        updates = max(losses, default=0)
         self._put(status=job.status, model=job.fine_tuned_model, tokens=tokens, seconds=seconds, updates=updates)
         self.tell(f"done, {tokens:,} tokens trained: {job.fine_tuned_model}", status=job.status)
 
