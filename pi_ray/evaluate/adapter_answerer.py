@@ -19,6 +19,7 @@ from pi_ray.evaluate.generation_workers import column_prompts, median_latencies,
 from pi_ray.evaluate.knowledge import Knowledge
 from pi_ray.evaluate.unit_questions import plan_questions
 from pi_ray.models import load_tokenizer
+from pi_ray.models.device import best_device
 from pi_ray.prompt import PromptEncoder
 from pi_ray.run.artifact import read_manifest, verify_artifact
 from pi_ray.run.directory import RunDir
@@ -122,6 +123,7 @@ class AdapterAnswerer:
 def _hardware() -> str:
     if torch.cuda.is_available():
         return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
+    own = "Apple's GPU, " if best_device() == "mps" else ""
     facts = Path("/proc/cpuinfo")
     name = re.search(r"^model name\s*: (.*)$", facts.read_text(), re.M) if facts.exists() else None
-    return f"{os.cpu_count()} CPU cores ({name[1] if name else platform.processor()})"
+    return f"{own}{os.cpu_count()} CPU cores ({name[1] if name else platform.processor()})"

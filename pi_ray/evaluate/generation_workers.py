@@ -194,7 +194,7 @@ class Generator:
     def _time(self, work: dict[str, Any], fill: Callable[[], Any] | None) -> list[tuple[float, ...]]:
         prefix, prompts, cache = work["prefix"], work["prompts"], self._prefix[1]
         time = partial(request_seconds, self.loaded.model, prefix, new_tokens=self.lengths.typical)
-        if self.loaded.model.device.type == "cuda":
+        if self.loaded.model.device.type != "cpu":
             time(prompts[0], fill=fill)  # the first request of a kind picks its kernels
         kinds = [[time(row, fill=fill) for row in prompts]]
         kinds.append([time(row, cache=cache) for row in prompts] if prefix else kinds[0])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 import inspect
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from pi_ray.errors import ConfigError, MissingExtraError, ModelError
 from pi_ray.models.base_files import PACKAGED, file_digest, gguf_file, resolve_base
+from pi_ray.models.device import has_bfloat16
 from pi_ray.run.artifact import digest
 
 if TYPE_CHECKING:
@@ -71,12 +73,18 @@ def context_length(config: ModelConfig) -> int:
 
 
 def model_dtype(config: ModelConfig, device: str = "cpu") -> Any:
-    """The torch dtype of the base model's weights, unless set: bfloat16 on GPUs, and on CPUs that multiply in it."""
+    """The torch dtype of the base model's weights, unless set: bfloat16 on GPUs and CPUs that multiply in it.
+
+    Raises ConfigError for bfloat16 on a GPU that does not.
+    """
     import torch
 
+    if config.dtype == "bfloat16" and not has_bfloat16(device):
+        raise ConfigError("model.dtype: bfloat16 needs macOS 14 on Apple's GPUs; take float32, or auto")
     if config.dtype != "auto":
         return getattr(torch, config.dtype)
-    return torch.bfloat16 if device != "cpu" or _gains_by_bfloat16(config) else torch.float32
+    gains = _gains_by_bfloat16(config) if device == "cpu" else has_bfloat16(device)
+    return torch.bfloat16 if gains else torch.float32
 
 
 def _gains_by_bfloat16(config: ModelConfig) -> bool:
@@ -112,7 +120,7 @@ def keep_freed_memory() -> None:
     Otherwise it goes back to the system after each one and comes again page by page, zeroed: of an update on a CPU
     that is a tenth. Other C libraries are left as they are.
     """
-    if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):
+    if os.name == "posix" and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)):
         mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
         mallopt(M_MMAP_THRESHOLD, LARGEST_KEPT)
 
@@ -136,8 +144,8 @@ def last_logits_index(count: int, device: Any = "cpu") -> torch.Tensor:
 
 def _four_bit(device: str, dtype: Any) -> dict[str, Any]:
     """QLoRA's setting (Dettmers et al. 2023): NF4 with double quantisation, computed in `dtype`."""
-    if device == "cpu":
-        raise ConfigError("model.quantize: 4bit needs a GPU, and there is none here; leave it out on a CPU")
+    if device in ("cpu", "mps"):
+        raise ConfigError("model.quantize: 4bit needs a GPU with CUDA, and there is none here; leave it out")
     if importlib.util.find_spec("bitsandbytes") is None:
         raise MissingExtraError("model.quantize: 4bit needs bitsandbytes: pip install 'pi-ray[quantize]'")
     from transformers import BitsAndBytesConfig

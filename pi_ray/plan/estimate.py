@@ -9,12 +9,14 @@ import math
 import time
 import warnings
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from pi_ray.config import LoraConfig, ModelConfig, RunConfig
 from pi_ray.errors import ConfigError, ModelError
 from pi_ray.models import model_dtype
 from pi_ray.models.base_files import resolve_base
+from pi_ray.models.device import best_device, synchronize
 from pi_ray.run.artifact import read_manifest
 from pi_ray.run.directory import RunDir
 from pi_ray.schedule import plan_phases
@@ -150,6 +152,9 @@ def measure_speed(config: RunConfig) -> Speed:
     import torch
 
     if device_of(config) == "cpu":
+        if best_device() == "mps" and config.train.gpu is not False:
+            peak = _matmul_speed("mps", torch.float32, 2048)
+            return Speed("cpu", "Apple's GPU", REACHED["cpu"] * peak, "measured here")
         peak = _matmul_speed("cpu", torch.float32, 1024)
         return Speed("cpu", f"this CPU, {torch.get_num_threads()} threads", REACHED["cpu"] * peak, "measured here")
     if not torch.cuda.is_available():
@@ -164,7 +169,7 @@ def _matmul_speed(device: str, dtype: Any, size: int, budget: float = 0.5) -> fl
     import torch
 
     a = torch.ones(size, size, device=device, dtype=dtype)
-    wait = torch.cuda.synchronize if device == "cuda" else (lambda: None)
+    wait = partial(synchronize, a.device)
     for _ in range(2):  # the first products start threads and libraries
         a @ a
     wait()

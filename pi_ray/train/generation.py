@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from transformers import DynamicCache
 
 from pi_ray.models import cache_argument, last_logits_index
+from pi_ray.models.device import synchronize
 from pi_ray.train.cached_prefix import (
     CachedPrefix,
     base_of,
@@ -142,8 +143,7 @@ def request_seconds(
     """Seconds of one request of `new_tokens` tokens. Without the prefix's cache all of it is computed in this time, a
     gist cache by `fill`. A GPU ends before what it had to do; the request ends with a token on the host.
     """
-    if model.device.type == "cuda":
-        torch.cuda.synchronize(model.device)
+    synchronize(model.device)
     started = time.perf_counter()
     if fill and cache is None:
         cache = fill()

@@ -178,10 +178,13 @@ def _ray_worker(settings: dict[str, Any]) -> None:
     import ray.train
     import torch
 
+    from pi_ray.models.device import training_device
     from pi_ray.train.trainer import train_worker
 
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or 1))
-    device, sync = str(ray.train.torch.get_device()), settings.pop("sync")
+    sync, train = settings.pop("sync"), RunConfig.model_validate(settings["config"]).train
+    world, given = ray.train.get_context().get_world_size(), str(ray.train.torch.get_device())
+    device = training_device(given, world, train.backend.name, train.gpu)
     if sync:
         sync.attach_worker()
     train_worker({**settings, "device": device, "report": ray.train.report})

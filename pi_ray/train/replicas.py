@@ -18,6 +18,7 @@ from pi_ray.cluster import placement
 from pi_ray.config import ModelConfig, RunConfig
 from pi_ray.errors import ConfigError, ModelError
 from pi_ray.models import load_model, model_dtype
+from pi_ray.models.device import best_device
 from pi_ray.train.base_size import base_size
 
 log = logging.getLogger("pi_ray")
@@ -109,9 +110,9 @@ def load_for_generation(settings: ModelConfig) -> Any:
     """
     import torch
 
-    if not torch.cuda.is_available():
+    if (device := best_device()) != "cuda":
         torch.set_num_threads(os.cpu_count() or 1)  # Ray leaves an actor one; nothing else runs in this step
-        return load_model(settings)
+        return load_model(settings, device)
     if (gpus := torch.cuda.device_count()) > 1:
         log.info("%s is spread by layers over %d GPUs (transformers, balanced)", settings.base, gpus)
         return load_model(settings, "cuda", spread=True)

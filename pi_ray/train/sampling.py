@@ -54,6 +54,8 @@ def choose_sampled(samplers: Sequence[Sampler], end: int) -> Callable[[torch.Ten
 
 def _draw(logits: torch.Tensor, samplers: Sequence[Sampler], nucleus: bool) -> list[int]:
     """One id for each row, found where its random number falls among the cumulated probabilities."""
+    if logits.device.type == "mps":  # which has no float64
+        logits = logits.cpu()
     settings = torch.tensor([[s.temperature, s.top_p, s.random.random()] for s in samplers], dtype=torch.float64)
     temperature, top_p, number = settings.to(logits.device).T[..., None]
     logits = logits.float()

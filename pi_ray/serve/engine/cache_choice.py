@@ -27,7 +27,8 @@ KNOWN_LAYERS = {
     DummyLayer, DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer, LinearAttentionAndFullAttentionLayer,
     LinearAttentionAndSlidingWindowAttentionLayer,
 }
-CROSSED = {"cpu": 1024, "cuda": 8192}  # longest window or chunk that the trial at start is long enough to cross
+# Longest window or chunk that the trial at start is long enough to cross.
+CROSSED = {"cpu": 1024, "mps": 1024, "cuda": 8192}
 # Largest rounding difference between two ways to compute the same logits, as a part of their standard deviation.
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.1}
 

@@ -17,6 +17,7 @@ import torch
 
 from pi_ray.config import ModelConfig, ServeConfig
 from pi_ray.models import load_model, load_tokenizer
+from pi_ray.models.device import best_device
 from pi_ray.protocols import GenerationRequest, Token
 from pi_ray.serve.engine.matcher import MatcherFactory
 from pi_ray.serve.engine.scheduler import Scheduler
@@ -41,7 +42,7 @@ class TransformersEngine:
         # OpenMP keeps its number of threads by thread, and this is a new one.
         self._thread = ThreadPoolExecutor(1, "decode", torch.set_num_threads, (torch.get_num_threads(),))
         def load_scheduler() -> Scheduler:
-            device = "cuda" if torch.cuda.is_available() else "cpu"
+            device = best_device()
             # oneDNN's packed layers, which decode fastest on CPUs, are float32
             dtype = "float32" if device == "cpu" and model.dtype == "auto" else model.dtype
             return Scheduler(load_model(model.model_copy(update={"dtype": dtype}), device), self.tokenizer, serve)

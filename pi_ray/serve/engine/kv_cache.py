@@ -16,6 +16,7 @@ from transformers.cache_utils import Cache
 
 from pi_ray.config import ServeConfig
 from pi_ray.models import cache_argument, last_logits_index
+from pi_ray.models.device import free_bytes
 from pi_ray.serve.engine.multi_lora import MultiLora
 from pi_ray.serve.engine.prefix_cache import Block, States
 
@@ -37,8 +38,8 @@ def prefix_cache_limit(serve: ServeConfig, device: torch.device) -> int:
 
 def _free_bytes(serve: ServeConfig, device: torch.device) -> int:
     """Ask how much memory the GPU has free, or the host for each replica."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+    if (free := free_bytes(device)) is not None:
+        return free
     return psutil.virtual_memory().available // serve.max_replicas
 
 
