@@ -158,10 +158,11 @@ class DrillsConfig(Block):
 
     mode: Literal["auto", "off"] = doc("auto", "auto: where a teacher is made and labels copy codes of the template "
         "that no query has")
-    kinds: tuple[Literal["facts", "order", "part"], ...] = doc(("facts", "order"), "facts: codes are exchanged for "
-        "fresh ones; order: the lines that hold them are shuffled; part: some lines that no row of the update needs "
-        "are left out")
-    share: Annotated[float, Field(gt=0, le=1)] = doc(0.5, "share of the first phase's updates")
+    kinds: tuple[Literal["facts", "order", "part", "unused"], ...] = doc(("facts", "order"), "facts: codes are "
+        "exchanged for fresh ones; order: the lines that hold them are shuffled; part: some lines that no row of the "
+        "update needs are left out; unused: lines whose codes no label has are left out of the whole phase, since as "
+        "lines that are never right they would be learned to be passed over")
+    share: Annotated[float, Field(gt=0, le=1)] = doc(0.5, "share of the first phase's updates that are drilled")
     words: tuple[str, ...] = doc((), "more words that are facts, whatever they look like")
     ignore: tuple[str, ...] = doc((), "words that are no facts, nor those that are listed with them")
 

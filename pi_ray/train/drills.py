@@ -4,6 +4,9 @@ Labels that repeat let a model learn facts by heart in the first phase; then not
 what no label repeats. In a drilled update the codes of each fact group are exchanged for fresh ones of the same shape,
 in template and labels alike, the lines that hold them are shuffled, and lines that no row of the update needs may be
 left out. The other updates keep the real prompt, since drills alone would take the facts out of the adapter.
+
+Lines that no label needs are of another kind: all through the phase they are wrong answers, so that a model learns to
+pass them over, whatever a query says. With the kind `unused` the whole phase is without them.
 """
 
 from __future__ import annotations
@@ -12,7 +15,7 @@ import math
 import random
 import re
 import string
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,6 +62,8 @@ class Drills:
         self.template, self.groups, self.config, self.seed = template, groups, config, seed
         self.encoder, self.answers = encoder, answers
         self.taken = set(WORD.findall(template))
+        used = {word for group in groups for word in group.used}
+        self.shown = leave_out_lines(template, groups, used.isdisjoint) if "unused" in config.kinds else template
 
     def encode(self, variant: Variant, rows: Sequence[int]) -> tuple[list[int], dict[int, list[int]]]:
         """The variant's prefix ids, and row number -> the label ids that it asks for."""
@@ -69,9 +74,9 @@ class Drills:
     def variant(self, step: int, rows: Sequence[int] = ()) -> Variant | None:
         """The variant of an update, which has these rows; None where it keeps the real prompt."""
         rng = random.Random(f"drill {self.seed} {step}")
+        text, words = self.shown, {}
         if rng.random() >= self.config.share:
-            return None
-        text, words = self.template, {}
+            return None if text == self.template else Variant(text, words)
         if "part" in self.config.kinds:
             text = keep_part(text, self.groups, {w for n in rows for w in WORD.findall(str(self.answers[n]))}, rng)
         if "order" in self.config.kinds:
@@ -170,12 +175,20 @@ def keep_part(template: str, groups: Sequence[FactGroup], needed: set[str], rng:
     The share of the others that stays is drawn as well, so that there are short lists, which are easy to read, and
     long ones.
     """
-    sections, share = [], rng.random()
+    share = rng.random()
+    return leave_out_lines(template, groups, lambda words: rng.random() >= share and needed.isdisjoint(words))
+
+
+def leave_out_lines(
+    template: str, groups: Sequence[FactGroup], is_left_out: Callable[[Iterable[str]], bool]
+) -> str:
+    """The template without the lines that hold facts of which, by their words, `is_left_out` says so."""
+    sections = []
     for section in split_sections(template):
         lines = section.split("\n")
         left_out = {
             place for places in _fact_lines(lines, groups) for place in places
-            if rng.random() >= share and needed.isdisjoint(WORD.findall(lines[place]))
+            if is_left_out(WORD.findall(lines[place]))
         }
         sections.append("\n".join(line for place, line in enumerate(lines) if place not in left_out))
     return "".join(sections).removesuffix("\n")

@@ -67,6 +67,26 @@ def test_lines_that_no_row_needs_are_left_out_as_chance_has_it():
     assert keep_part("Answer politely.", [], set(), random.Random(0)) == "Answer politely."
 
 
+@pytest.mark.parametrize("kinds", [("unused",), ("facts", "order", "part", "unused")])
+def test_lines_whose_codes_no_label_has_are_left_out_of_drilled_and_other_updates(kinds):
+    used, unused = (set(words) for words in (FACTS[0].used, set(FACTS[0].words) - set(FACTS[0].used)))
+    assert used and unused
+    answers = [f"queue {word}" for word in FACTS[0].used]
+    for share in (0.5, 1):
+        drills = Drills(DESK, FACTS, DrillsConfig(share=share, kinds=kinds), 0, answers=answers)
+        variants = [drills.variant(step, [0]) for step in range(40)]
+        assert all(variants), "an update that keeps the real codes has a variant too"
+        real = [variant for variant in variants if not variant.words]
+        assert bool(real) == (share < 1 or "facts" not in kinds)
+        for variant in variants:
+            shown = queues(variant.text)
+            assert 0 < len(shown) <= len(used)
+            names = {line.split(": ")[0] for line in queues(DESK) if unused.intersection(line.split())}
+            assert names and not names & {line.split(": ")[0] for line in shown}
+        for variant in real:
+            assert set(queues(variant.text)) <= {line for line in queues(DESK) if not unused & set(line.split())}
+
+
 def test_variants_are_a_function_of_seed_and_update():
     def texts(seed):
         return [v.text for step in range(6) if (v := Drills(DESK, FACTS, ALWAYS, seed).variant(step))]
