@@ -1,5 +1,6 @@
 """Reading run files and table files: overrides, checks, paths. A mistake is named with file, line, key and cure."""
 
+import re
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ from pydantic import BaseModel, ValidationError
 from pi_ray.config import INPUTS, RunConfig, set_key
 from pi_ray.errors import ConfigError
 
+DOTTED_KEY = re.compile(r"[a-z_]+(?:\.[a-z_]+)+")
 MAX_KEYS = 10_000  # of a run file, aliases resolved
 M = TypeVar("M", bound=BaseModel)
 RENAMED_KEYS = {"train.border": "train.phase_transition", "train.start": "train.init_adapter"}  # old -> new
@@ -139,6 +141,10 @@ def _explain(error: Mapping[str, Any], source: str, places: dict[tuple[str, ...]
         return f"{where}: unknown key '{key}'; {hint}"
     message, value = error["msg"].removeprefix("Value error, "), error.get("input")
     given = "" if isinstance(value, dict) or error["type"] == "value_error" else f" (given: {value!r})"
+    if not path:  # of keys in several blocks: at the first one that is named and set
+        named = (tuple(word.split(".")) for word in DOTTED_KEY.findall(message))
+        where = next((places[keys] for keys in named if keys in places), source)
+        return f"{where}: {message}"
     return f"{where}: {key}: {message}{given}"
 
 

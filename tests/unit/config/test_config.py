@@ -18,7 +18,8 @@ from pi_ray.experiments import sweep
     ("name: a\ntrain:\n  workers: 0", "t.yaml:3: train.workers: Input should be greater than or equal to 1"),
     ("name: ../a", "t.yaml:1: name: String should match pattern"),
     ("task: {}", "key 'name' is missing"),
-    ("name: a\ntrain: {batch_size: 7}", "train.batch_size 7 cannot be shared by train.workers 2"),
+    ("name: a\ntrain:\n  batch_size: 7", "t.yaml:3: train.batch_size 7 cannot be shared by train.workers 2"),
+    ("# a demo\nname: a\nmodel: {base: gemma3-270m}", "t.yaml:3: model.base: gemma3-270m comes under terms of its own"),
     ("name: a\nschedule: {rate_start: 0.2, rate_end: 0.5}", "the template must shrink"),
     ("name: a\nprompt: {query: hello}", "prompt.query must contain {query}"),
     ("name: a\nserve: {min_replicas: 3}", "serve.min_replicas 3 is above"),
@@ -63,6 +64,8 @@ def test_overrides_reach_into_blocks_and_their_mistakes_name_the_command_line():
     assert run_file.parse_run_file("name: a", "t.yaml", ["train.lr=0.1", "task.rows={train: 5}"]).task.rows.train == 5
     with pytest.raises(ConfigError, match=r"command line: unknown key 'train\.lrr'"):
         run_file.parse_run_file("name: a", "t.yaml", ["train.lrr=0.1"])
+    with pytest.raises(ConfigError, match=r"^command line: train\.batch_size 7 cannot be shared"):
+        run_file.parse_run_file("name: a", "t.yaml", ["train.batch_size=7"])
     with pytest.raises(ConfigError, match=r"section\.key=value"):
         run_file.parse_run_file("name: a", "t.yaml", ["train.lr"])
 
