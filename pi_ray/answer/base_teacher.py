@@ -118,8 +118,9 @@ class BaseTeacher:
 def _read_answers(log: ResultLog, limit: int) -> dict[str, TeacherAnswer]:
     """Key -> answer, of those that no smaller limit cut off."""
     found = {}
-    for key, value in log.results.items():
+    for key in log:
         with suppress(KeyError, TypeError, AttributeError):
+            value = log[key]
             answer = TeacherAnswer(**{name: fact for name, fact in value.items() if name != "limit"})
             if answer.ended or value["limit"] >= limit:
                 found[key] = answer

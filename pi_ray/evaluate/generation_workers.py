@@ -79,8 +79,8 @@ def resume_work(
         for item in work
     ]
     with ResultLog(RunDir(config.root).generation_log) as log:
-        yield from ((place, log.results[key]) for place, key in enumerate(keys) if key in log.results)
-        todo = [place for place, key in enumerate(keys) if key not in log.results]
+        todo = [place for place, key in enumerate(keys) if key not in log]
+        yield from ((place, log[key]) for place, key in enumerate(keys) if key in log)
         for i, result in run_work(config, columns, [work[place] for place in todo], lengths):
             if key := keys[todo[i]]:
                 log.add(key, result)

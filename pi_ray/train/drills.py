@@ -74,7 +74,7 @@ class Drills:
     def variant(self, step: int, rows: Sequence[int] = ()) -> Variant | None:
         """The variant of an update, which has these rows; None where it keeps the real prompt."""
         rng = random.Random(f"drill {self.seed} {step}")
-        text, words = self.shown, {}
+        text, words = self.shown, dict[str, str]()
         if rng.random() >= self.config.share:
             return None if text == self.template else Variant(text, words)
         if "part" in self.config.kinds:

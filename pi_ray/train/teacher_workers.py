@@ -73,12 +73,12 @@ def answer_in_actors(
     keys = [digest([settings, part]) for part in parts]
 
     def tell() -> None:
-        answered = (p for p, key in zip(parts, keys, strict=True) if p["kind"] == "queries" and key in kept.results)
+        answered = (p for p, key in zip(parts, keys, strict=True) if p["kind"] == "queries" and key in kept)
         done = sum(part["end"] - part["begin"] for part in answered)
         watch({"event": "teacher", "step": step, "verb": "answered", "done": done, "total": counts["queries"]})
 
     with ResultLog(run.teaching_log, notify_every=1) as kept:
-        todo = [place for place, key in enumerate(keys) if key not in kept.results]
+        todo = [place for place, key in enumerate(keys) if key not in kept]
         if len(todo) < len(parts):
             tell()
         last = time.monotonic()
@@ -91,11 +91,13 @@ def answer_in_actors(
             last = now
             if parts[todo[i]]["kind"] == "queries":
                 tell()
-    found = [kept.results[key] for key in keys]
-    tables = [pa.Table.from_pylist(result["rows"], SCHEMA) for result in found]
+    tables, seconds = [], 0.0
+    for key in keys:
+        result = kept[key]
+        tables.append(pa.Table.from_pylist(result["rows"], SCHEMA))
+        seconds += result["seconds"]
     anchor = tables.pop() if config.train.distill.anchor else None
-    table = pa.concat_tables([SCHEMA.empty_table(), *tables])
-    write_answers(config, fingerprint, table, anchor, sum(result["seconds"] for result in found))
+    write_answers(config, fingerprint, pa.concat_tables([SCHEMA.empty_table(), *tables]), anchor, seconds)
     run.teaching_log.unlink(missing_ok=True)
     if sync:
         sync.push_changes()
