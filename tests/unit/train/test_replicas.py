@@ -99,7 +99,7 @@ def test_an_actor_with_several_gpus_spreads_the_base_over_them(monkeypatch):
         monkeypatch.setattr(torch.cuda, "is_available", lambda gpus=gpus: gpus > 0)
         monkeypatch.setattr(torch.cuda, "device_count", lambda gpus=gpus: gpus)
         load_for_generation(RunConfig(name="large").model)
-    assert calls == [((), {}), (("cuda",), {}), (("cuda",), {"spread": True})]
+    assert calls == [(("cpu",), {}), (("cuda",), {}), (("cuda",), {"spread": True})]
 
 
 def test_a_base_that_is_spread_stays_where_accelerate_put_it(monkeypatch, tiny_model):
