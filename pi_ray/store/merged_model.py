@@ -70,7 +70,7 @@ def write_merged(
 
 
 class AddedWeights:
-    """What an adapter adds to its base model's weights, layer by layer: a linear layer, or the experts of a block."""
+    """The products of an adapter's matrices, layer by layer: of a linear layer, or of the experts of a block."""
 
     def __init__(
         self, folder: Path, scale: float, pairs: dict[tuple[str, str], torch.Tensor], targets: Sequence[str]
@@ -99,7 +99,7 @@ class AddedWeights:
         return found
 
     def products(self, layer: str) -> dict[str, torch.Tensor]:
-        """What is added to each parameter of the model in `layer`."""
+        """Compute what is added to each parameter of the model in `layer`."""
         return {self._parameter(module): self._product(module) for module in self._modules[layer]}
 
     def stored(self, tensors: dict[str, torch.Tensor], names: set[str]) -> dict[str, torch.Tensor]:

@@ -33,6 +33,7 @@ MAX_FILES = 16  # of an adapter
 FILE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 MAX_RANK, MAX_TOKENS = 4096, 1 << 30
 MAX_WORDING = 100_000  # characters of the prompt block
+MAX_TARGETS = 64  # target_parameters, with each of which every tensor's name is compared
 MAX_REPEATS = 4  # of the query or the answer in the wording of a prompt
 CHUNK = 16_384  # elements: torch takes fewer than 32,768 in the calling thread; its others would slow decoding
 # Settings of adapter_config.json that serving understands; any other one must be empty, since peft would act on it
@@ -53,7 +54,7 @@ class LoraSettings(BaseModel):
 
     r: Annotated[int, Field(ge=1, le=MAX_RANK, strict=True)]
     lora_alpha: Annotated[float, Field(allow_inf_nan=False, strict=True)]
-    target_parameters: list[str] | None = None  # the weights of fused experts
+    target_parameters: Annotated[list[str], Field(max_length=MAX_TARGETS)] | None = None  # weights of fused experts
 
 
 class AdapterCard(BaseModel):

@@ -296,14 +296,19 @@ def test_a_lost_connection_or_a_busy_service_is_tried_again_and_makes_no_second_
     assert not any(service.faults.values())
 
 
-@pytest.mark.fault
-def test_a_file_that_the_service_has_lost_is_uploaded_again(config, service, monkeypatch):
+def tune_after_a_loss(config, service, monkeypatch):
+    """Tune a run that was killed behind its first job, whose service then lost files and jobs."""
     killed_when(monkeypatch, '"job": "ftjob-0"')
     with pytest.raises(KeyboardInterrupt):
         tune(config)
     service.jobs.clear()
     service.files.clear()
     tune(config)
+
+
+@pytest.mark.fault
+def test_a_file_that_the_service_has_lost_is_uploaded_again(config, service, monkeypatch):
+    tune_after_a_loss(config, service, monkeypatch)
     assert len(service.jobs) == len(service.files) == 3
 
 

@@ -19,6 +19,7 @@ from tests.unit.hosted.test_hosted import (  # noqa: F401 (fixtures)
     prepared,
     tokenizer,
     tune,
+    tune_after_a_loss,
 )
 
 
@@ -89,13 +90,7 @@ def test_a_job_that_fails_is_said_in_the_services_words_and_created_anew(config,
 
 @pytest.mark.fault
 def test_a_file_and_a_job_that_the_service_has_lost_are_made_again(config, service, monkeypatch):
-    own = settings(config, service)
-    killed_when(monkeypatch, '"job": "ftjob-0"')
-    with pytest.raises(KeyboardInterrupt):
-        tune(own)
-    service.jobs.clear()
-    service.files.clear()
-    tune(own)
+    tune_after_a_loss(settings(config, service), service, monkeypatch)
     assert len(service.jobs) == len(service.files) == 3
 
 

@@ -119,6 +119,7 @@ def test_ranks_are_whole_for_each_expert_and_only_for_modules_with_target_parame
         ({"target_parameters": None}, "has rank 16, adapter_config.json says 4"),
         ({"target_parameters": ["mlp.other"]}, "has rank 16, adapter_config.json says 4"),
         ({"target_parameters": ["(a+)+$"]}, "target_parameters must be a list of names"),
+        ({"target_parameters": ["experts.down_proj"] * 65}, "List should have at most 64 items"),
         ({"target_parameters": "experts.down_proj"}, "target_parameters must be a list of names"),
         ({"r": 3}, "has rank"),
     ):
