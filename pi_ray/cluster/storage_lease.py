@@ -16,7 +16,10 @@ from pi_ray.errors import TrainingError
 from pi_ray.run.object_storage import ObjectStorage
 
 log = logging.getLogger("pi_ray")
-CONDITIONAL = ("s3", "gcs")  # providers with conditional writes
+ENDPOINTS = {  # of providers with conditional writes: where pyarrow reads that another server is meant
+    "s3": ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL"),
+    "gcs": ("CLOUD_STORAGE_EMULATOR_ENDPOINT",),
+}
 ATTEMPTS = 5  # the holder that is being replaced may renew its lease meanwhile
 PATIENCE = {"max_retries": 3, "retry_timeout": timedelta(seconds=30)}
 TIMEOUTS = {"connect_timeout": timedelta(seconds=5), "timeout": timedelta(seconds=20)}
@@ -104,7 +107,7 @@ def _version_of(answer: Any) -> dict[str, str]:
 def _open_conditional(storage: ObjectStorage) -> Any:
     """The same storage by a client with conditional writes; None where the provider has none, or refuses this client.
     """
-    if storage.provider not in CONDITIONAL:
+    if storage.provider not in ENDPOINTS:
         return None
     import obstore
     from obstore.exceptions import BaseError
@@ -130,10 +133,11 @@ def open_client(storage: ObjectStorage) -> Any:
     endpoint = options.get("endpoint_override", "")
     if endpoint and "://" not in endpoint:
         endpoint = f"{options.get('scheme', 'https')}://{endpoint}"
-    endpoint = endpoint or os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL", "")
+    names = ENDPOINTS[storage.provider]
+    endpoint = endpoint or next((os.environ[name] for name in names if os.environ.get(name)), "")
     client = {"allow_http": endpoint.startswith("http://"), **TIMEOUTS}
     settings: dict[str, Any] = {"client_options": client, "retry_config": PATIENCE}
-    if storage.provider == "s3":
-        given = {"endpoint": endpoint, "region": storage.region}
-        settings["config"] = {name: value for name, value in given.items() if value}
-    return from_url(f"{parts.scheme.replace('gcs', 'gs')}://{parts.netloc}{parts.path}", **settings)
+    given = {"endpoint": endpoint, "region": storage.region} if storage.provider == "s3" else {"base_url": endpoint}
+    settings["config"] = {name: value for name, value in given.items() if value}
+    bucket = parts.netloc.rpartition("@")[2]  # pyarrow's gs://anonymous@bucket
+    return from_url(f"{parts.scheme.replace('gcs', 'gs')}://{bucket}{parts.path}", **settings)

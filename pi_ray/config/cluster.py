@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from pi_ray.config.block import Amount, Block, Count, Positive, check_plain_url, doc, refuse
+from pi_ray.config.block import Amount, Block, Count, Positive, check_plain_url, check_storage_url, doc, refuse
 
 Resources = dict[str, Amount]  # as Ray counts them: CPU, GPU, or any custom name
 Step = Literal["prepare", "train", "evaluate", "serve"]
@@ -88,7 +88,8 @@ class ClusterConfig(Block):
         token_goes = "the token belongs in RAY_AUTH_TOKEN or a file that RAY_AUTH_TOKEN_PATH names"
         check_plain_url(self.address, "cluster.address", token_goes)
         image = self.image.replace("@sha256:", "")
-        values = {"storage_path": self.storage_path, "kubernetes.redis": self.kubernetes.redis, "image": image}
+        check_storage_url(self.storage_path, "cluster.storage_path")
+        values = {"kubernetes.redis": self.kubernetes.redis, "image": image}
         for key, value in values.items():
             refuse("@" in value, f"cluster.{key} may not hold a user or a password; "
                 "credentials belong in the environment or in a Kubernetes Secret")

@@ -1,6 +1,5 @@
 """Answers from adapters on this cluster: generated in batches, timed one by one, probed for forgetting and leaks."""
 
-import os
 import platform
 import re
 from collections.abc import Sequence
@@ -10,6 +9,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import joblib
 import torch
 
 from pi_ray import __version__
@@ -126,4 +126,4 @@ def _hardware() -> str:
     own = "Apple's GPU, " if best_device() == "mps" else ""
     facts = Path("/proc/cpuinfo")
     name = re.search(r"^model name\s*: (.*)$", facts.read_text(), re.M) if facts.exists() else None
-    return f"{own}{os.cpu_count()} CPU cores ({name[1] if name else platform.processor()})"
+    return f"{own}{joblib.cpu_count()} CPU cores ({name[1] if name else platform.processor()})"

@@ -56,7 +56,12 @@ class ObjectStorage:
 
     def list_folders(self, inside: str = "", pattern: str = "*", holding: str = "") -> list[str]:
         """Names of the folders directly in `inside` that fit `pattern` and hold an object of the name `holding`."""
-        names = [i.base_name for i in self._list(inside) if not i.is_file and fnmatchcase(i.base_name, pattern)]
+        if self.provider == "gcs":  # pyarrow sees a folder there only where an object of its name stands for it
+            below = (info.path.removeprefix(f"{self._path(inside)}/") for info in self._list(inside, recursive=True))
+            found = sorted({path.split("/")[0] for path in below if "/" in path})
+        else:
+            found = [info.base_name for info in self._list(inside) if not info.is_file]
+        names = [name for name in found if fnmatchcase(name, pattern)]
         if not holding or not names:
             return names
         infos = self._files.get_file_info([f"{self._path(inside)}/{name}/{holding}" for name in names])
@@ -114,7 +119,8 @@ class ObjectStorage:
         atomic = atomic or self.provider == "local"
         final = PurePosixPath(self._path(key))
         target = artifact.temporary_path(final) if atomic else final
-        self._files.create_dir(str(final.parent), recursive=True)
+        if self.provider != "gcs":  # its objects need no folder, and a bucket that is not there would be made
+            self._files.create_dir(str(final.parent), recursive=True)
         source = io.BytesIO(content) if isinstance(content, bytes) else open(content, "rb")  # noqa: SIM115 (closed below)
         try:
             with source, self._files.open_output_stream(str(target)) as out:

@@ -8,7 +8,6 @@ A request prefers a replica that has its adapter: the handle names it, and repli
 
 import asyncio
 import logging
-import os
 import sys
 import time
 from contextlib import aclosing
@@ -48,6 +47,7 @@ class Model:
     """
 
     def __init__(self, config: RunConfig, engine_deployment: Any = None):
+        import joblib
         import torch
 
         from pi_ray.models import context_length, load_tokenizer
@@ -56,7 +56,7 @@ class Model:
         began = time.monotonic()
         sys.setswitchinterval(SWITCH_INTERVAL_S)
         if not torch.cuda.is_available():  # Ray gives an actor one thread; a CPU replica needs its share of the machine
-            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // config.serve.max_replicas))
+            torch.set_num_threads(max(1, joblib.cpu_count() // config.serve.max_replicas))
         self.engine = engines[config.serve.engine](config.model, config.serve)
         self.completer = Completer(config, self.engine, load_tokenizer(config.model), context_length(config.model))
         if config.serve.merge:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any
@@ -108,10 +107,11 @@ def load_for_generation(settings: ModelConfig) -> Any:
     """The base model in this actor, which has the machine's CPUs or the GPUs that Ray gave it: over all of them where
     they are several.
     """
+    import joblib
     import torch
 
     if (device := best_device()) != "cuda":
-        torch.set_num_threads(os.cpu_count() or 1)  # Ray leaves an actor one; nothing else runs in this step
+        torch.set_num_threads(joblib.cpu_count())  # Ray leaves an actor one; nothing else runs in this step
         return load_model(settings, device)
     if (gpus := torch.cuda.device_count()) > 1:
         log.info("%s is spread by layers over %d GPUs (transformers, balanced)", settings.base, gpus)

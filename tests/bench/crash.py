@@ -1,10 +1,11 @@
 """Deaths at every change of the disk: prepare, train, publish and release, killed once at each of their points.
 
-    python -m tests.bench.crash [--every 1] [--only prepare,train,publish,release]
+    python -m tests.bench.crash [--every 1] [--first 1] [--only prepare,train,publish,release]
 
 A point is a file opened for writing, a rename, a sync, a removal, a folder made or removed, below the run directory or
 the store. At a sync the file is also cut in half, as a power cut may leave it. After each death the step runs again and
-must end with the same bits as an undisturbed one, with nothing half made left over. Of preparation it is the driver
+must end with the same bits as an undisturbed one, with nothing half made left over; each result is printed as it comes,
+and `--first` goes on with a bench that was stopped. Of preparation it is the driver
 that dies; the Ray cluster stays. The model is tiny. Last line JSON; exit status 1 when a step did not end so. CI tries
 a sample of the points (tests/unit/test_crash_points.py).
 """
@@ -32,32 +33,40 @@ from tests.hosts import wait
 
 
 def try_step(
-    name: str, step: Callable[[Path], None], source: Path, folder: Path, every: int
-) -> tuple[int, list[str]]:
-    """(deaths, what went wrong after some of them) of one step."""
+    name: str, step: Callable[[Path], None], source: Path, folder: Path, every: int, first: int
+) -> tuple[int, int]:
+    """(deaths, how many of them went wrong) of one step, from its death numbered `first` on."""
     undisturbed = copy_root(source, folder / "undisturbed")
     changes = run_step(step, undisturbed) or []
-    expected, wrong, deaths = outcome(undisturbed), [], 0
-    for at, change in enumerate(changes, start=1):
-        for torn in (False, True) if change.startswith("fsync") else (False,):
-            if deaths % every == 0:
-                root = copy_root(source, folder / "died")
-                try:
-                    if run_step(step, root, at, torn) is not None:
-                        wrong.append(f"{change}: it did not die there")
-                    run_step(step, root)
-                    if outcome(root) != expected:
-                        wrong.append(f"{change}{', torn' if torn else ''}: another outcome")
-                except Exception as error:
-                    wrong.append(f"{change}{', torn' if torn else ''}: {error}")
-                shutil.rmtree(root)
-            deaths += 1
-        if sys.stdout.isatty():
-            print(f"\r  {name}: {at} of {len(changes)} points", end="", flush=True)
-    print(f"\r  {name}: {len(changes)} changes of the disk, {-(-deaths // every)} deaths, {len(wrong)} gone wrong")
-    for line in wrong:
-        print(f"    {line}")
-    return -(-deaths // every), wrong
+    expected, wrong = outcome(undisturbed), 0
+    deaths = [(at, torn) for at, change in enumerate(changes, start=1) for torn in kinds_of_death(change)]
+    tried = range(first - 1, len(deaths), every)
+    for number in tried:
+        at, torn = deaths[number]
+        reason = try_death(step, copy_root(source, folder / "died"), at, torn, expected)
+        wrong += bool(reason)
+        told = f"{changes[at - 1]}{', torn' if torn else ''}: {reason or 'as undisturbed'}"
+        print(f"  {name}: death {number + 1} of {len(deaths)}, {told}", flush=True)
+    print(f"  {name}: {len(changes)} changes of the disk, {len(tried)} deaths, {wrong} gone wrong", flush=True)
+    return len(tried), wrong
+
+
+def kinds_of_death(change: str) -> tuple[bool, ...]:
+    """Whether the file is torn: at a sync it is once whole and once not."""
+    return (False, True) if change.startswith("fsync") else (False,)
+
+
+def try_death(step: Callable[[Path], None], root: Path, at: int, torn: bool, expected: object) -> str:
+    """Kill a step at a point, run it again, and say what is wrong with its outcome; "" where nothing is."""
+    try:
+        if run_step(step, root, at, torn) is not None:
+            return "it did not die there"
+        run_step(step, root)
+        return "" if outcome(root) == expected else "another outcome"
+    except Exception as error:
+        return str(error)
+    finally:
+        shutil.rmtree(root)
 
 
 @contextmanager
@@ -90,6 +99,7 @@ def is_open(port: int) -> bool:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--every", type=int, default=1, help="try only every so many points")
+    parser.add_argument("--first", type=int, default=1, help="the death to begin with, of each step")
     parser.add_argument("--only", default="prepare,train,publish,release", help="the steps, with commas between")
     args = parser.parse_args()
     header("deaths at every change of the disk")
@@ -99,13 +109,14 @@ def main() -> None:
         if "prepare" in steps:
             with ray_cluster(folder / "ray"):
                 root = make_ready_to_prepare(folder / "roots" / "prepare")
-                tried["prepare"] = try_step("prepare", prepare, root, folder / "prepare", args.every)
+                tried["prepare"] = try_step("prepare", prepare, root, folder / "prepare", args.every, args.first)
         if later := [name for name in STEPS if name in steps]:
             roots = make_ready(folder / "roots", tiny(folder / "model", "Llama"))
-            tried |= {name: try_step(name, STEPS[name], roots[name], folder / name, args.every) for name in later}
+            for name in later:
+                tried[name] = try_step(name, STEPS[name], roots[name], folder / name, args.every, args.first)
     last_line(
         **{f"{name}_deaths": deaths for name, (deaths, _) in tried.items()},
-        gone_wrong=sum(len(wrong) for _, wrong in tried.values()),
+        gone_wrong=sum(wrong for _, wrong in tried.values()),
     )
     if any(wrong for _, wrong in tried.values()):
         sys.exit(1)

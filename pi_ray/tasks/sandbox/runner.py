@@ -23,6 +23,8 @@ from dataclasses import dataclass, replace
 from importlib.resources import files
 from typing import IO, Any
 
+import joblib
+
 from pi_ray.errors import ConfigError
 from pi_ray.tasks.sandbox.jail import PROBE, SEARCH, Jail, ResourceLimits, describe_limits, interpreter, user_id
 from pi_ray.tasks.sandbox.judge import Step, judge_answer, read_values, split_tests
@@ -76,8 +78,7 @@ class Sandbox:
 
     def __init__(self, limits: Limits = Limits(), parallel: int = 0, unsafe_local: bool = False):
         self.limits = limits
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        self.parallel = parallel or cores or 1
+        self.parallel = parallel or joblib.cpu_count()
         self._harness = files("pi_ray.tasks.sandbox").joinpath("harness.py").read_text(encoding="utf-8")
         self._users: queue.SimpleQueue[int] = queue.SimpleQueue()
         for _ in range(self.parallel):

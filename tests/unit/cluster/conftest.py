@@ -24,3 +24,21 @@ def s3_server():
         assert s3.get_file_info("bucket").type == FileType.Directory
         yield
     server.stop()
+
+
+@pytest.fixture(scope="module")
+def gcs_server():
+    """Google Cloud Storage on this machine, with a bucket `bucket`; clients find it by their environment."""
+    from tests.unit.cluster.gcs_emulator import gcs_emulator
+
+    with gcs_emulator("bucket") as url, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CLOUD_STORAGE_EMULATOR_ENDPOINT", url)
+        patch.setenv("GOOGLE_BEARER_TOKEN", "anyone's")  # obstore's; pyarrow is told by the URL
+        yield
+
+
+@pytest.fixture(scope="module", params=["S3", "Google Cloud"])
+def bucket(request):
+    """The URL of a bucket on each provider that has conditional writes."""
+    request.getfixturevalue("s3_server" if request.param == "S3" else "gcs_server")
+    return "s3://bucket" if request.param == "S3" else "gs://anonymous@bucket"

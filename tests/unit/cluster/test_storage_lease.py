@@ -1,4 +1,4 @@
-"""Leases by conditional writes on S3 (moto), and on storage that has none."""
+"""Leases by conditional writes, on S3 and Google Cloud Storage of this machine, and on storage that has none."""
 
 import logging
 import threading
@@ -12,17 +12,21 @@ from pi_ray.errors import TrainingError
 from pi_ray.run.object_storage import ObjectStorage
 
 KEY = "train.owner"
+ENDPOINTS = ("AWS_ENDPOINT_URL", "CLOUD_STORAGE_EMULATOR_ENDPOINT")  # read anew by each client that is made
 
 
-@pytest.fixture(params=["S3", "storage without conditional writes"])
-def storage(request, s3_server, tmp_path):
-    if request.param == "S3":
-        return ObjectStorage(f"s3://bucket/{tmp_path.name}")
-    return ObjectStorage("s3://bucket/run", SubTreeFileSystem(str(tmp_path), LocalFileSystem()), "run")
+@pytest.fixture
+def storage(bucket, tmp_path):
+    return ObjectStorage(f"{bucket}/{tmp_path.name}")
 
 
 @pytest.mark.fault
-def test_the_group_that_started_last_has_it_and_the_one_before_is_told_at_its_next_renewal(storage):
+@pytest.mark.parametrize("conditional", [True, False], ids=["conditional writes", "plain writes"])
+def test_the_group_that_started_last_has_it_and_the_one_before_is_told_at_its_next_renewal(
+    storage, tmp_path, conditional
+):
+    if not conditional:
+        storage = ObjectStorage("s3://bucket/run", SubTreeFileSystem(str(tmp_path), LocalFileSystem()), "run")
     first = StorageLease(storage, KEY, "first")
     first.renew()
     second = StorageLease(storage, KEY, "second")
@@ -47,8 +51,7 @@ def between(monkeypatch, lease_of, happens):
 
 @pytest.mark.fault
 @pytest.mark.parametrize("held", [False, True], ids=["a new run", "a run that was held"])
-def test_of_two_groups_that_start_at_the_same_moment_one_stops_at_once(s3_server, tmp_path, monkeypatch, held):
-    storage = ObjectStorage(f"s3://bucket/{tmp_path.name}")
+def test_of_two_groups_that_start_at_the_same_moment_one_stops_at_once(storage, monkeypatch, held):
     if held:
         StorageLease(storage, KEY, "before")
     made = []
@@ -60,8 +63,8 @@ def test_of_two_groups_that_start_at_the_same_moment_one_stops_at_once(s3_server
 
 
 @pytest.mark.fault
-def test_of_many_groups_at_once_one_has_the_lease(s3_server, tmp_path):
-    storage, taken, ready = ObjectStorage(f"s3://bucket/{tmp_path.name}"), [], threading.Barrier(8)
+def test_of_many_groups_at_once_one_has_the_lease(storage):
+    taken, ready = [], threading.Barrier(8)
 
     def start(name):
         ready.wait()
@@ -86,8 +89,7 @@ def test_of_many_groups_at_once_one_has_the_lease(s3_server, tmp_path):
 
 
 @pytest.mark.fault
-def test_a_holder_that_renews_while_it_is_replaced_does_not_stop_the_new_one(s3_server, tmp_path, monkeypatch):
-    storage = ObjectStorage(f"s3://bucket/{tmp_path.name}")
+def test_a_holder_that_renews_while_it_is_replaced_does_not_stop_the_new_one(storage, monkeypatch):
     before = StorageLease(storage, KEY, "before")
     between(monkeypatch, "after", {"once": before.renew})
     StorageLease(storage, KEY, "after").renew()
@@ -96,29 +98,30 @@ def test_a_holder_that_renews_while_it_is_replaced_does_not_stop_the_new_one(s3_
 
 
 @pytest.mark.fault
-def test_a_renewal_whose_confirmation_was_lost_counts(s3_server, tmp_path):
-    lease = StorageLease(ObjectStorage(f"s3://bucket/{tmp_path.name}"), KEY, "one")
-    lease._version = {"e_tag": '"of an earlier state"'}
+def test_a_renewal_whose_confirmation_was_lost_counts(storage):
+    lease = StorageLease(storage, KEY, "one")
+    lease._version = {"e_tag": '"of an earlier state"', "version": "7"}
     lease.renew()
     lease.renew()
 
 
 @pytest.mark.fault
-def test_storage_that_does_not_answer_is_an_error_of_the_disk_and_no_lost_lease(s3_server, tmp_path, monkeypatch):
-    lease = StorageLease(ObjectStorage(f"s3://bucket/{tmp_path.name}"), KEY, "one")
+def test_storage_that_does_not_answer_is_an_error_of_the_disk_and_no_lost_lease(storage, monkeypatch):
+    lease = StorageLease(storage, KEY, "one")
     monkeypatch.setattr(storage_lease, "PATIENCE", {"max_retries": 0})
-    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
+    for name in ENDPOINTS:
+        monkeypatch.setenv(name, "http://127.0.0.1:1")
     lease._objects = storage_lease.open_client(lease.storage)
     with pytest.raises(OSError, match=r"127\.0\.0\.1"):
         lease.renew()
 
 
 def test_where_the_second_client_does_not_get_in_the_lease_is_written_without_it_and_the_log_says_so(
-    s3_server, tmp_path, monkeypatch, caplog
+    storage, monkeypatch, caplog
 ):
-    storage = ObjectStorage(f"s3://bucket/{tmp_path.name}")
     monkeypatch.setattr(storage_lease, "PATIENCE", {"max_retries": 0})
-    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
+    for name in ENDPOINTS:
+        monkeypatch.setenv(name, "http://127.0.0.1:1")
     with caplog.at_level(logging.WARNING, "pi_ray"):
         StorageLease(storage, KEY, "one").renew()
     assert "the lease is not written conditionally" in caplog.text and storage.read(KEY) == b"one"
@@ -134,3 +137,6 @@ def test_the_second_client_has_pyarrows_region_and_speaks_plain_http_only_where_
     storage_lease.open_client(ObjectStorage("s3://bucket/run?region=x&scheme=http&endpoint_override=minio:9000"))
     assert asked["config"] == {"region": "x", "endpoint": "http://minio:9000"}
     assert asked["client_options"]["allow_http"] is True
+    monkeypatch.delenv("CLOUD_STORAGE_EMULATOR_ENDPOINT", raising=False)
+    storage_lease.open_client(ObjectStorage("gs://anonymous@bucket/run"))
+    assert asked["url"] == "gs://bucket/run" and asked["client_options"]["allow_http"] is False

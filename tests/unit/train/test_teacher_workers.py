@@ -3,6 +3,7 @@
 import json
 from itertools import islice
 
+import joblib
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -11,7 +12,7 @@ from pi_ray.config.run_file import parse_run_file
 from pi_ray.errors import ConfigError
 from pi_ray.run.artifact import read_manifest
 from pi_ray.run.directory import RunDir
-from pi_ray.train import replicas, teacher_workers
+from pi_ray.train import teacher_workers
 from pi_ray.train.launch import fingerprint_of, is_trained
 from pi_ray.train.teacher_workers import answer_in_actors, is_due
 from pi_ray.train.trainer import train_worker
@@ -42,7 +43,7 @@ def actors(monkeypatch):
     monkeypatch.setattr(teacher_workers, "PART_ROWS", 5)
     monkeypatch.setattr(teacher_workers.session, "connect", lambda: None)
     monkeypatch.setattr(teacher_workers.placement, "cluster_nodes", lambda: [{"CPU": 4.0}])
-    monkeypatch.setattr(replicas.os, "cpu_count", lambda: 1)
+    monkeypatch.setattr(joblib, "cpu_count", lambda: 1)
     return asked
 
 

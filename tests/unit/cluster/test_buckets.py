@@ -1,4 +1,4 @@
-"""Run directories, stores and inputs on S3, through pyarrow's client, against moto's server on this machine."""
+"""Run directories, stores and inputs in buckets, through pyarrow's clients, against servers on this machine."""
 
 import os
 import shutil
@@ -17,14 +17,9 @@ from pi_ray.run.object_storage import ObjectStorage
 from pi_ray.store.adapters import AdapterStore
 from tests.lora import put_in_store
 
-BUCKET = "s3://bucket"
 
-
-pytestmark = pytest.mark.usefixtures("s3_server")
-
-
-def test_a_node_fetches_the_files_of_another_one_and_finds_damage(tmp_path):
-    there = ObjectStorage(f"{BUCKET}/runs/a")
+def test_a_node_fetches_the_files_of_another_one_and_finds_damage(bucket, tmp_path):
+    there = ObjectStorage(f"{bucket}/runs/a")
     with StorageSync(tmp_path / "one", there).attach_driver():
         write_atomic(tmp_path / "one" / "run.yaml", "name: a\n")
         with staged(tmp_path / "one" / "rows", fingerprint="x") as tmp:
@@ -39,17 +34,17 @@ def test_a_node_fetches_the_files_of_another_one_and_finds_damage(tmp_path):
         StorageSync(tmp_path / "three", ObjectStorage(there.url)).pull()
 
 
-def test_a_job_beside_a_bucket_takes_its_inputs_from_it_and_leaves_its_run_there(tmp_path, monkeypatch):
-    inputs = ObjectStorage(f"{BUCKET}/inputs")
+def test_a_job_beside_a_bucket_takes_its_inputs_from_it_and_leaves_its_run_there(bucket, tmp_path, monkeypatch):
+    inputs = ObjectStorage(f"{bucket}/inputs")
     for name in ("train", "dev", "test"):
         inputs.upload(b'{"query": "q", "answer": "a"}\n', f"{name}.jsonl")
     inputs.upload(b"# Instruction\n\nDo it.\n", "template.md")
-    lines = [f"  {key}: {BUCKET}/inputs/{key}.jsonl" for key in ("train", "dev", "test")]
+    lines = [f"  {key}: {bucket}/inputs/{key}.jsonl" for key in ("train", "dev", "test")]
     (tmp_path / "run.yaml").write_text(
         "\n".join(
             [
-                "name: far", "cluster: {storage_path: s3://bucket/pi-ray}", "task:", *lines,
-                f"  template: {BUCKET}/inputs/template.md",
+                "name: far", f"cluster: {{storage_path: {bucket}/pi-ray}}", "task:", *lines,
+                f"  template: {bucket}/inputs/template.md",
             ]
         )
         + "\n"
@@ -76,42 +71,42 @@ def test_a_job_beside_a_bucket_takes_its_inputs_from_it_and_leaves_its_run_there
         shutil.rmtree(tmp_path / "pod")
     row = '{"query": "q", "answer": "a"}\n'
     assert seen == [
-        ("s3://bucket/pi-ray/store", row, ["inputs"]), ("s3://bucket/pi-ray/store", row, ["inputs", "rows"]),
+        (f"{bucket}/pi-ray/store", row, ["inputs"]), (f"{bucket}/pi-ray/store", row, ["inputs", "rows"]),
     ]
     assert (
-        ObjectStorage("s3://bucket/pi-ray").list_folders(pattern="r*") == ["runs"]
-        and ObjectStorage("s3://bucket/pi-ray/runs/far").read("rows/train") == b"prepared"
+        ObjectStorage(f"{bucket}/pi-ray").list_folders(pattern="r*") == ["runs"]
+        and ObjectStorage(f"{bucket}/pi-ray/runs/far").read("rows/train") == b"prepared"
     )
 
 
-def test_an_adapter_is_served_from_a_bucket(tiny_model, tmp_path):
+def test_an_adapter_is_served_from_a_bucket(bucket, tiny_model, tmp_path):
     put_in_store(tmp_path / "store", "shop", tiny_model)
-    there = ObjectStorage(f"{BUCKET}/store")
+    there = ObjectStorage(f"{bucket}/store")
     for path in (p for p in (tmp_path / "store").rglob("*") if p.is_file()):
         there.upload(path, path.relative_to(tmp_path / "store").as_posix())
-    store = AdapterStore(f"{BUCKET}/store", ModelConfig(base=str(tiny_model)))
+    store = AdapterStore(f"{bucket}/store", ModelConfig(base=str(tiny_model)))
     assert store.names() == ["shop"]
     assert (store.open("shop").path / "adapter_model.safetensors").read_bytes() == (
         tmp_path / "store" / "shop" / "v0001" / "adapter_model.safetensors"
     ).read_bytes()
 
 
-def test_a_missing_bucket_is_one_sentence(tmp_path):
+def test_a_missing_bucket_is_one_sentence(bucket, tmp_path):
     with (
         pytest.raises(StorageError, match="storage does not answer, or refuses"),
-        StorageSync(tmp_path / "run", ObjectStorage("s3://no-such-bucket/run")).attach_driver(),
+        StorageSync(tmp_path / "run", ObjectStorage(f"{bucket}-that-is-not-there/run")).attach_driver(),
     ):
         write_atomic(tmp_path / "run" / "run.yaml", "name: a\n")
 
 
 @pytest.mark.parametrize("key", ["../evil", "rows/../../../evil", "rows//evil", "/evil", "./evil"])
-def test_a_key_that_leads_out_of_the_copy_is_refused_before_any_file_is_written(tmp_path, key):
+def test_a_key_that_leads_out_of_the_copy_is_refused_before_any_file_is_written(s3_server, tmp_path, key):
     import boto3
 
-    there, copy = ObjectStorage(f"{BUCKET}/runs/{digest(key)[:8]}"), tmp_path / "a" / "b"
+    there, copy = ObjectStorage(f"s3://bucket/runs/{digest(key)[:8]}"), tmp_path / "a" / "b"
     put = boto3.client("s3", endpoint_url=os.environ["AWS_ENDPOINT_URL"]).put_object
     for ending, content in (("", b"x"), (".sha256", digest(b"x").encode())):
-        put(Bucket="bucket", Key=f"{there.url.removeprefix(BUCKET + '/')}/{key}{ending}", Body=content)
+        put(Bucket="bucket", Key=f"{there.url.removeprefix('s3://bucket/')}/{key}{ending}", Body=content)
     with pytest.raises(CorruptArtifactError, match="leads out of"):
         StorageSync(copy, ObjectStorage(there.url)).pull()
     assert [p.name for p in tmp_path.rglob("*") if p.is_file()] == [".mirror.json"]
