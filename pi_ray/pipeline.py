@@ -26,6 +26,7 @@ from pi_ray.store.publish import publish_adapter
 from pi_ray.train import launch
 from pi_ray.train.floor import decide_floor
 from pi_ray.train.replicas import check_replica
+from pi_ray.train.vllm_batches import choose_engine
 
 if TYPE_CHECKING:
     from pi_ray.evaluate.columns import Column
@@ -34,9 +35,12 @@ if TYPE_CHECKING:
 def run(config: RunConfig, console: Console) -> Path:
     """All steps in a row. Returns the published adapter's folder, or the report where there is none to publish.
 
-    Raises ConfigError before the first step for a base model that no node holds in the last ones.
+    Raises ConfigError before the first step for a base model that no node holds in the last ones, and for an engine of
+    evaluation that is not installed.
     """
     check_replica(config)
+    if config.evaluate.engine == "vllm":
+        choose_engine(config, [])
     prepare(config, console)
     train(config, console)
     evaluate(config, console)

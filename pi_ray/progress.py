@@ -81,19 +81,32 @@ def training_listener(shown: ProgressLine, costs: Sequence[float]) -> Callable[[
     """A listener of the training log that shows it as it grows; `costs[i]` is the work of update i, in any unit."""
     remaining = [0.0, *accumulate(reversed(costs))][::-1]  # remaining[i]: the work of update i and all later ones
     recent: deque[tuple[float, float]] = deque(maxlen=10)
+    taught: list[tuple[str, int, float]] = []  # (verb, rows, when) of the teacher, since it began with this verb
+
+    def updates_left(done: int) -> float:
+        return remaining[done] * sum(s for _, s in recent) / sum(c for c, _ in recent) if recent else 0.0
+
+    def teaching_left(verb: str, done: int, total: int) -> float:
+        if taught and (taught[-1][0] != verb or done < taught[-1][1]):
+            taught.clear()
+        taught.append((verb, done, time.monotonic()))
+        _, first, began = taught[0]
+        return (total - done) * (taught[-1][2] - began) / (done - first) if done > first else 0.0
 
     def listen(entry: dict[str, Any]) -> None:
         if "loss" in entry:
             done = entry["step"] + 1
             recent.append((costs[entry["step"]], entry["seconds"]))
-            left = remaining[done] * sum(s for _, s in recent) / sum(c for c, _ in recent)
+            left = updates_left(done)
             speed = f"{entry['tokens'] / entry['seconds']:.0f} tokens/s"
             saved = 1 - entry["tokens"] / entry["plain_tokens"]  # by rows of a batch that share their prefix
             if saved >= 0.005:
                 speed += f", {saved:.0%} saved by sharing"
             shown.update(done, f"phase {entry['phase']}  loss {entry['loss']:.3f}  {speed}", left)
         elif entry.get("event") == "teacher":
-            shown.update(entry["step"], f"the teacher has {entry['verb']} {entry['done']} of {entry['total']} rows")
+            text = f"the teacher has {entry['verb']} {entry['done']} of {entry['total']} rows"
+            left = updates_left(entry["step"]) + teaching_left(entry["verb"], entry["done"], entry["total"])
+            shown.update(entry["step"], text, left or None)
         elif text := _event_text(entry):
             shown.console.print(f"{shown.title}: {text}", highlight=False)
 

@@ -44,6 +44,8 @@ class ModelConfig(Block):
 class EvaluateConfig(Block):
     split: Literal["test", "dev"] = doc("test", "rows that are scored; dev for choosing settings")
     baseline: bool = doc(True, "also train and evaluate plain fine-tuning without a prompt")
+    engine: Literal["auto", "transformers", "vllm"] = omit_default("auto", "what generates answers, and those of a "
+        "teacher in actors; auto: vllm where it is installed and can, else transformers, which always measures latency")
     batch_size: Positive = 16
     max_new_tokens: Count = doc(0, "0: the longest answer of the data, plus a quarter")
     shots: Count = doc(0, "examples in the base model's full prompt; 0: as the first phase")
@@ -144,6 +146,9 @@ class RunConfig(Block):
         refuse(adapter_teaches and train.distill.on_policy and lora.method in ("pissa", "ia3"),
             f"train.distill.on_policy puts the first phase's adapter back into the model, which train.lora.method "
             f"{lora.method} does not allow; take lora, rslora or dora")
+        refuse(self.evaluate.engine == "vllm" and (train.gist or lora.experts or lora.method in ("dora", "ia3")),
+            "evaluate.engine: vllm answers with LoRA of linear layers alone, not with gist tokens, fused experts, DoRA "
+            "or IA3; take transformers, or auto")
         refuse(self.task.generate and train.objective == "sft",
             "task.queries generate needs a teacher to answer the queries: set train.objective distill or mixed")
         refuse(self.ask != AskConfig() and not self.task.generate,
@@ -174,7 +179,7 @@ class RunConfig(Block):
         refuse(distill.teacher == "endpoint" and self.task.name != "jsonl",
             f"train.distill.teacher endpoint answers queries of your own (task.name jsonl), not of {self.task.name}")
         if distill.teacher == "endpoint":
-            keys = ("tail", "label_weight", "labelled", "show_labels", "on_policy", "anchor")
+            keys = ("tail", "label_weight", "labelled", "known_confidence", "show_labels", "on_policy", "anchor")
             forbid_unused(distill, keys, "train.distill", "an endpoint's answers are learned as labels are")
         if not self.task.train and distill.teacher == "base":
             refuse(self.task.name != "jsonl", "task.train is empty: the base answers queries of your own (task.name "

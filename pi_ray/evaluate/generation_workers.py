@@ -15,6 +15,7 @@ from pi_ray.config import ModelConfig, PromptConfig, RunConfig
 from pi_ray.data.ray_map import stream
 from pi_ray.evaluate import forgetting
 from pi_ray.evaluate.columns import AnswerLengths, Column, answer_lengths
+from pi_ray.evaluate.vllm_answers import answer_by_vllm, choose_engine
 from pi_ray.models import base_digest, line_break_ids, load_tokenizer
 from pi_ray.prompt import PromptEncoder
 from pi_ray.run.artifact import MANIFEST_HASH, digest, read_manifest
@@ -50,18 +51,28 @@ def work_item(column: Column, prompts: dict[str, Prompts], indices: Iterable[int
 
 
 def run_work(
-    config: RunConfig, columns: Sequence[Column], work: list[dict[str, Any]], lengths: AnswerLengths, actors: int = 0
+    config: RunConfig, columns: Sequence[Column], work: list[dict[str, Any]], lengths: AnswerLengths, actors: int = 0,
+    engine: str = "transformers",
 ) -> Iterator[tuple[int, Any]]:
-    """Yield (place in `work`, result of Generator). As many actors as there is room for, or `actors`."""
+    """Yield (place in `work`, result of Generator). As many actors as there is room for, or `actors`.
+
+    The engine vllm answers before actors come that time and probe, so that the two never share a GPU.
+    """
     if not work:
         return
     session.connect()
-    actors, options = generation_workers(config, placement.cluster_nodes(), actors)
+    nodes = placement.cluster_nodes()
+    answered = [i for i, item in enumerate(work) if not {"timed", "probe"} & set(item)] if engine == "vllm" else []
+    found = answer_by_vllm(config, [work[i] for i in answered], lengths, nodes, actors) if answered else ()
+    yield from ((answered[i], outputs) for i, outputs in found)
+    others = [i for i in range(len(work)) if i not in set(answered)]
+    actors, options = generation_workers(config, nodes, actors)
     adapters = list(dict.fromkeys(c.adapter for c in columns if c.adapter))
-    yield from stream(
-        work, Generator, config.model, config.prompt, adapters, lengths,
+    for i, result in stream(
+        [work[i] for i in others], Generator, config.model, config.prompt, adapters, lengths,
         actors=actors, sync=storage_sync.sync_for(config.root), **options,
-    )
+    ):
+        yield others[i], result
 
 
 def resume_work(
@@ -73,6 +84,8 @@ def resume_work(
     """
     adapters = {c.adapter: (read_manifest(Path(c.adapter)) or {}).get(MANIFEST_HASH, "") for c in columns if c.adapter}
     model, versions = config.model.model_dump(mode="json"), [__version__, *map(version, PACKAGES)]
+    engine = choose_engine(config, columns)
+    versions += [f"vllm {version('vllm')}"] if engine == "vllm" else []
     settings = [model, base_digest(config.model), config.prompt.model_dump(mode="json"), lengths, versions]
     keys = [
         "" if item.get("timed") else digest([settings, adapters.get(item["adapter"]), {**item, "adapter": ""}])
@@ -81,7 +94,7 @@ def resume_work(
     with ResultLog(RunDir(config.root).generation_log) as log:
         todo = [place for place, key in enumerate(keys) if key not in log]
         yield from ((place, log[key]) for place, key in enumerate(keys) if key in log)
-        for i, result in run_work(config, columns, [work[place] for place in todo], lengths):
+        for i, result in run_work(config, columns, [work[place] for place in todo], lengths, engine=engine):
             if key := keys[todo[i]]:
                 log.add(key, result)
             yield todo[i], result

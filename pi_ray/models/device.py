@@ -1,13 +1,20 @@
-"""The device that this process computes on: a GPU of NVIDIA or AMD ("cuda"), Apple's ("mps"), or the CPU."""
+"""The device that this process computes on, a GPU of NVIDIA or AMD ("cuda"), Apple's ("mps") or the CPU, and the memory
+that is left there.
+"""
 
 from __future__ import annotations
 
 from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import torch
 
+CGROUPS = (  # of versions 2 and 1: (folder, file of the limit, file of what is used, cached files that can be let go)
+    (Path("/sys/fs/cgroup"), "memory.max", "memory.current", "inactive_file"),
+    (Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+)
 BFLOAT16_MACOS = (14, 0)  # Apple's GPUs compute in bfloat16 from this macOS on
 
 
@@ -58,3 +65,16 @@ def free_bytes(device: torch.device) -> int | None:
     if device.type == "mps":
         return max(0, torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory())
     return None
+
+
+def free_host_bytes() -> int:
+    """Bytes of memory that this process may still take: what the machine has available, or less in a container."""
+    import psutil
+
+    free = psutil.virtual_memory().available
+    for folder, limit, used, reclaimed in CGROUPS:
+        limit_file, used_file = folder / limit, folder / used
+        if limit_file.is_file() and used_file.is_file() and (bound := limit_file.read_text().strip()).isdigit():
+            stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+            free = min(free, int(bound) - int(used_file.read_text()) + int(stat.get(reclaimed, 0)))
+    return max(0, free)

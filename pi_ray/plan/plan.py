@@ -273,7 +273,7 @@ def _replica(plan: Plan) -> str:
     """Where a copy of the base that generates goes."""
     gpus, gib = replica_gpus(plan.config), f"{gpu_gib(plan.config):.0f}"
     where = f"on one GPU of {gib} GiB" if gpus == 1 else f"over {gpus} GPUs of {gib} GiB of one node"
-    how = "" if gpus == 1 else " (by layers, or with serve.engine: vllm by tensor parallelism)"
+    how = "" if gpus == 1 else " (by tensor parallelism with vLLM, else by layers)"
     return f"Each copy that evaluates, teaches or serves: about {_parts(plan.replica)}, {where}{how}"
 
 

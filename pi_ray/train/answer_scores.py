@@ -46,7 +46,7 @@ def generate_answers(
     answers, size = {}, rows_at_once(model, cache)
     for start in range(0, len(numbers), size):
         some = numbers[start : start + size]
-        notes = _Notes(max(LEAST_NOTED, NOTED_TIMES * top_k), len(some))
+        notes = _Notes(noted_tokens(top_k), len(some))
         prompts = [prompt for prompt, _ in data.take(some)]
         generated = generate(model, prefix, prompts, limit, end, cache, choose=notes.choose)
         for row, (n, ids) in enumerate(zip(some, generated, strict=True)):
@@ -54,6 +54,11 @@ def generate_answers(
                 answers[n] = [*ids, end], notes.likeliest(row)
         told(start + len(some))
     return answers
+
+
+def noted_tokens(top_k: int) -> int:
+    """Likeliest tokens that are noted at each place of an answer."""
+    return max(LEAST_NOTED, NOTED_TIMES * top_k)
 
 
 class _Notes:
@@ -101,24 +106,52 @@ def score_answers(
     for start in range(0, len(numbers), size):
         some = numbers[start : start + size]
         rows = [(prompt, answers[n]) for n, (prompt, _) in zip(some, data.take(some), strict=True)]
-        labels = torch.tensor([i for _, label in rows for i in label], device=model.device)
-        gives, logprobs = [], torch.tensor(-math.inf, device=labels.device)
-        for view, prefix in enumerate(prefixes):  # one view's (N, V) at a time, since vocabularies are large
+        mean = _ViewMean({n: answers[n] for n in some}, len(prefixes), model.device)
+        for view, prefix in enumerate(prefixes):
             if view == 0 and noted is not None:
-                seen = torch.cat([noted[n].spread(labels.device) for n in some])
+                mean.add(torch.cat([noted[n].spread(model.device) for n in some]))
             else:
                 batch = to_device(pack(prefix, rows), model.device)
-                seen = torch.log_softmax(answer_logits(model, batch).float(), -1)
-            gives.append(seen.argmax(-1) == labels)
-            logprobs = torch.logaddexp(logprobs, seen - math.log(len(prefixes)))
-        label_logprobs = logprobs.gather(1, labels[:, None])[:, 0]
-        values, ids = logprobs.topk(top_k)
+                mean.add(torch.log_softmax(answer_logits(model, batch).float(), -1))
+        yield from mean.rows(data, top_k)
+
+
+def score_noted(
+    views: Sequence[Mapping[int, Likeliest]], data: PhaseDataset | TeacherRows | AnchorRows, answers: Answers,
+    top_k: int,
+) -> Iterator[dict[str, Any]]:
+    """As `score_answers`, where another engine has noted each view's distributions along each answer."""
+    for number, label in answers.items():
+        mean = _ViewMean({number: label}, len(views), "cpu")
+        for view in views:
+            mean.add(view[number].spread("cpu"))
+        yield from mean.rows(data, top_k)
+
+
+class _ViewMean:
+    """The mean of so many views' distributions along answers, one view after another since vocabularies are large."""
+
+    def __init__(self, answers: Answers, views: int, device: Any):
+        self.answers, self.views = answers, views
+        self.labels = torch.tensor([i for label in answers.values() for i in label], device=device)
+        self.gives: list[torch.Tensor] = []  # for each view (N,): whether it gives this token
+        self.logprobs = torch.tensor(-math.inf, device=device)
+
+    def add(self, seen: torch.Tensor) -> None:
+        """One view's log-probabilities (N, V)."""
+        self.gives.append(seen.argmax(-1) == self.labels)
+        self.logprobs = torch.logaddexp(self.logprobs, seen - math.log(self.views))
+
+    def rows(self, data: PhaseDataset | TeacherRows | AnchorRows, top_k: int) -> Iterator[dict[str, Any]]:
+        """Rows of SCHEMA."""
+        label_logprobs = self.logprobs.gather(1, self.labels[:, None])[:, 0]
+        values, ids = self.logprobs.topk(top_k)
         at = 0
-        for number, (_, label) in zip(some, rows, strict=True):
+        for number, label in self.answers.items():
             part = slice(at, at := at + len(label))
             yield {
                 "labelled": bool(data.label_lengths[number]), "number": number, "label_ids": label,
                 "confidence": label_logprobs[part].min().item(),
-                "agreement": sum(bool(view[part].all()) for view in gives) / len(gives),
+                "agreement": sum(bool(view[part].all()) for view in self.gives) / len(self.gives),
                 "top_ids": ids[part].flatten().tolist(), "top_logprobs": values[part].flatten().tolist(),
             }

@@ -46,6 +46,7 @@ from pi_ray.train.cached_prefix import base_of
 from pi_ray.train.distilled_rows import ANCHOR_FILE, FILE, SCHEMA, choose_kept
 from pi_ray.train.distributed import WorkerGroup
 from pi_ray.train.drills import find_run_facts, template_views, whole_template
+from pi_ray.train.facts import WORD
 from pi_ray.train.generation import compute_prefix_cache
 from pi_ray.train.held_out import MOST_TEXTS, choose_held_out
 from pi_ray.train.shared_prefix import ordinary_attention
@@ -82,7 +83,8 @@ def write_answers(
 ) -> None:
     """Write rows of SCHEMA as one artifact, in the order of rows; its manifest counts answers."""
     distill, run = config.train.distill, RunDir(config.root)
-    table = _hold_out(table.sort_by([("labelled", "descending"), ("number", "ascending")]), config)
+    table = _mark_novel(table.sort_by([("labelled", "descending"), ("number", "ascending")]), config)
+    table = _hold_out(table, config)
     own = table.filter(pc.invert(table["labelled"]))
     with staged(
         run.teacher_answers, fingerprint=fingerprint, top_k=distill.top_k,
@@ -182,6 +184,20 @@ def _tell_judged(
         tell("judged", after, total)
 
 
+def _mark_novel(table: pa.Table, config: RunConfig) -> pa.Table:
+    """The rows with column `novel`: answers with a fact that no label has, and all where no facts are found."""
+    encoder = PromptEncoder(load_tokenizer(config.model), config.prompt)
+    facts = find_run_facts(config)
+    unused = {word for group in facts for word in group.words} - {word for group in facts for word in group.used}
+    answers = map(encoder.decode, table["label_ids"].to_pylist())
+    novel = [not facts or not unused.isdisjoint(WORD.findall(answer)) for answer in answers]
+    return _set_flags(table, "novel", novel)
+
+
+def _set_flags(table: pa.Table, name: str, values: Sequence[bool] | np.ndarray) -> pa.Table:
+    return table.set_column(table.column_names.index(name), SCHEMA.field(name), pa.array(values, pa.bool_()))
+
+
 def _hold_out(table: pa.Table, config: RunConfig) -> pa.Table:
     """The rows with column `held_out`: queries whose answer all views give, chosen by the units of the template."""
     run, share = RunDir(config.root), config.train.distill.held_out
@@ -196,8 +212,7 @@ def _hold_out(table: pa.Table, config: RunConfig) -> pa.Table:
         units = UnitIndex(find_units(whole_template(config)))
         texts = [f"{query}\n{answer}" for query, answer in zip(asked, answers, strict=True)]
         held_out[sure[choose_held_out(units, texts, share)]] = True
-    place = table.column_names.index("held_out")
-    return table.set_column(place, SCHEMA.field("held_out"), pa.array(held_out))
+    return _set_flags(table, "held_out", held_out)
 
 
 def longest_answer_tokens(config: RunConfig) -> int:

@@ -23,9 +23,9 @@ from pi_ray.train.updates import Round, RowKinds
 
 SCHEMA = pa.schema({
     "labelled": pa.bool_(), "number": pa.int32(), "label_ids": pa.list_(pa.int32()), "confidence": pa.float32(),
-    "agreement": pa.float32(), "held_out": pa.bool_(),
+    "agreement": pa.float32(), "held_out": pa.bool_(), "novel": pa.bool_(),
     "top_ids": pa.list_(pa.int32()), "top_logprobs": pa.list_(pa.float32()),
-})  # top_*: top_k for each token of label_ids, one after another
+})  # novel: it may say a fact that no label says; top_*: top_k for each token of label_ids, one after another
 FILE, ANCHOR_FILE, ROUND_FILE = "teacher_answers.parquet", "anchor.parquet", "student_answers.parquet"
 
 
@@ -51,6 +51,8 @@ class Targets:
 def choose_kept(table: pa.Table, config: DistillConfig) -> pa.ChunkedArray:
     """Which rows of SCHEMA are learned from: those with labels, and answers that are sure enough and not held out."""
     sure = pc.greater_equal(table["confidence"], -math.inf if config.confidence is None else config.confidence)
+    if config.known_confidence is not None:
+        sure = pc.and_(sure, pc.or_(table["novel"], pc.greater_equal(table["confidence"], config.known_confidence)))
     if config.agreement == "filter":
         sure = pc.and_(sure, pc.equal(table["agreement"], 1.0))
     return pc.or_(table["labelled"], pc.and_(sure, pc.invert(table["held_out"])))

@@ -132,6 +132,18 @@ def label_logprobs(
     return found
 
 
+def cut_answer(ids: Sequence[int], end: int | None, breaks: Collection[int]) -> list[int]:
+    """The answer that `generate` gives where another engine wrote `ids`: it ends where `generate` stops."""
+    answer: list[int] = []
+    for token in ids:
+        if token == end:
+            break
+        answer.append(token)
+        if _ends_line(answer, breaks):
+            break
+    return answer
+
+
 def _ends_line(answer: Sequence[int], breaks: Collection[int]) -> bool:
     return answer[-1] in breaks and any(token not in breaks for token in answer)
 

@@ -103,7 +103,7 @@ class StudentWriter:
         divergence = math.fsum(row["divergence"][: len(ids)])
         return {
             **row, "label_ids": ids, "top_ids": row["top_ids"][:top], "top_logprobs": row["top_logprobs"][:top],
-            "divergence": divergence, "replaced": replaced, "labelled": False, "held_out": False,
+            "divergence": divergence, "replaced": replaced, "labelled": False, "held_out": False, "novel": True,
         }
 
     def _continue(

@@ -24,10 +24,10 @@ from transformers import AttentionInterface
 
 from pi_ray.errors import TrainingError
 from pi_ray.train import cpu_attention
+from pi_ray.train.block_mask import BLOCK, make_block_mask
 from pi_ray.train.row_batch import RowBatch, row_batches
 
 NAME, FLEX = "pi_ray_shared_prefix", "pi_ray_shared_prefix_flex"
-BLOCK = 128  # tokens of a block of flex attention
 SMALLEST_HEAD = 16  # dimensions of a head that flex attention's kernels take
 
 
@@ -92,9 +92,8 @@ class Layout:
     def block_mask(self, window: int | None = None) -> Any:
         """Flex attention's mask, made once for a batch and used by all layers of this window."""
         if ("blocks", window) not in self.made:
-            size, device = len(self.segment), str(self.segment.device)
-            mask = flex_attention.create_block_mask(self.mask_mod(window), None, None, size, size, device=device)
-            self.made["blocks", window] = mask
+            places = (self.prefix, self.visible, self.lengths, window)
+            self.made["blocks", window] = make_block_mask(*places, self.mask_mod(window), self.segment.device)
         return self.made["blocks", window]
 
 

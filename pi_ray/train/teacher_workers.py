@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,8 @@ from pi_ray.train.packing import choose_packing
 from pi_ray.train.replicas import generation_workers, load_for_generation
 from pi_ray.train.shared_prefix import why_prefix_cannot_be_shared
 from pi_ray.train.teacher_rows import open_teacher_rows
+from pi_ray.train.vllm_batches import choose_engine
+from pi_ray.train.vllm_teacher import VllmTeacher
 
 log = logging.getLogger("pi_ray")
 PART_ROWS = 256  # rows of one call: after each it is said how far the teacher is
@@ -61,7 +63,6 @@ def answer_in_actors(
     """
     run, sync = RunDir(config.root), storage_sync.sync_for(config.root)
     session.connect()
-    actors, options = generation_workers(config, placement.cluster_nodes())
     counts = {"labels": len(open_teacher_rows(config, "train")), "queries": len(open_teacher_rows(config, UNLABELLED))}
     parts: list[dict[str, Any]] = [
         {"kind": kind, "begin": begin, "end": min(begin + PART_ROWS, count)}
@@ -69,7 +70,8 @@ def answer_in_actors(
     ]
     parts += [{"kind": "anchor", "begin": 0, "end": 0}] if config.train.distill.anchor else []
     folder = teacher_folder(config)
-    settings = [fingerprint, (read_manifest(folder) or {}).get(MANIFEST_HASH, "") if folder else ""]
+    engine = choose_engine(config, [str(folder)] if folder else [])
+    settings = [fingerprint, (read_manifest(folder) or {}).get(MANIFEST_HASH, "") if folder else "", engine]
     keys = [digest([settings, part]) for part in parts]
 
     def tell() -> None:
@@ -82,10 +84,7 @@ def answer_in_actors(
         if len(todo) < len(parts):
             tell()
         last = time.monotonic()
-        for i, rows in stream(
-            [parts[place] for place in todo], TeacherWorker, config.model_dump(mode="json"), str(folder or ""),
-            actors=actors, sync=sync, **options,
-        ):
+        for i, rows in _answer_parts(config, engine, str(folder or ""), [parts[place] for place in todo]):
             now = time.monotonic()
             kept.add(keys[todo[i]], {"rows": rows, "seconds": now - last})
             last = now
@@ -101,6 +100,18 @@ def answer_in_actors(
     run.teaching_log.unlink(missing_ok=True)
     if sync:
         sync.push_changes()
+
+
+def _answer_parts(
+    config: RunConfig, engine: str, folder: str, parts: Sequence[dict[str, Any]]
+) -> Iterator[tuple[int, list[dict[str, Any]]]]:
+    """Yield (place in `parts`, rows of SCHEMA as JSON values)."""
+    nodes = placement.cluster_nodes()
+    if engine == "vllm":
+        return VllmTeacher(config, folder, nodes).answer_parts(parts)
+    actors, options = generation_workers(config, nodes)
+    sync = storage_sync.sync_for(config.root)
+    return stream(parts, TeacherWorker, config.model_dump(mode="json"), folder, actors=actors, sync=sync, **options)
 
 
 class TeacherWorker:

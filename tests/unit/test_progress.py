@@ -58,6 +58,18 @@ def test_training_shows_phase_update_loss_and_speed(clock):
     assert "the teacher has judged 64 of 720 rows" in text
 
 
+def test_while_the_teacher_answers_the_time_left_is_its_own_and_that_of_later_updates(clock):
+    console = Console(file=io.StringIO(), width=120)
+    with ProgressLine(console, "update", 20) as shown:
+        listen = training_listener(shown, [1] * 20)
+        listen({"step": 9, "phase": 0, "loss": 0.5, "tokens": 300, "plain_tokens": 1200, "seconds": 3.0})
+        for verb, done in (("answered", 64), ("answered", 128), ("answered", 192), ("judged", 64), ("judged", 128)):
+            clock[0] += 20
+            listen({"event": "teacher", "step": 10, "verb": verb, "done": done, "total": 256})
+    left = [line.split("  ")[-1] for line in lines(console)[1:]]
+    assert left == ["30 s left", "70 s left", "50 s left", "30 s left", "70 s left"], "30 s are the updates'"
+
+
 @pytest.mark.parametrize("entry, text", [
     (
         {"event": "dev", "phase": 0, "step": 9, "dev_loss": 0.5, "dev_accuracy": 0.25},

@@ -18,7 +18,6 @@ GIB = 2**30
 ROOM = 2 * GIB  # for rows, templates, evaluation and the report
 PROBE = Path("pi-ray-doctor")  # a file that is written to see whether that works
 RAY_PORTS = {6379: "ray start --head", 8265: "its dashboard"}
-CGROUP = Path("/sys/fs/cgroup/memory.max")
 
 
 def check_versions() -> Iterator[Finding]:
@@ -135,11 +134,3 @@ def gpus_here() -> list[tuple[str, float]]:
 
     properties = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
     return [(p.name, float(p.total_memory)) for p in properties]
-
-
-def free_memory() -> float:
-    """Bytes of memory that this process may still take: the machine's available memory, or the container's limit."""
-    import psutil
-
-    limit = CGROUP.read_text().strip() if CGROUP.is_file() else "max"
-    return min(psutil.virtual_memory().available, float(limit) if limit.isdigit() else float("inf"))

@@ -8,7 +8,7 @@ from typing import Any
 
 from pi_ray.cluster import auth
 from pi_ray.cluster.doctor.finding import Finding, fail, note, ok
-from pi_ray.cluster.doctor.machine import GIB, ROOM, free_memory
+from pi_ray.cluster.doctor.machine import GIB, ROOM
 from pi_ray.compress.generation import GenerationCompressor
 from pi_ray.config import OWN_ROWS, Block, CompressConfig, RunConfig
 from pi_ray.errors import ConfigError, MissingExtraError, ModelError, PiRayError
@@ -16,6 +16,7 @@ from pi_ray.hosted import is_hosted
 from pi_ray.hosted.client import Service
 from pi_ray.models import load_tokenizer
 from pi_ray.models.base_files import resolve_base
+from pi_ray.models.device import free_host_bytes
 from pi_ray.plan import estimate, plan
 from pi_ray.protocols import UNLABELLED, Reject
 from pi_ray.registry import tasks
@@ -98,6 +99,7 @@ def check_extras(config: RunConfig) -> Iterator[Finding]:
         "retrieve.encoder_model": encoder if _loads_encoder(config) else "",
         "train.tracker": trackers.PACKAGES.get(config.train.tracker, ""),
         "serve.engine": "vllm" if config.serve.engine == "vllm" else "",
+        "evaluate.engine": "vllm" if config.evaluate.engine == "vllm" else "",
     }
     for key, package in packages.items():
         if package and find_spec(package) is None:
@@ -194,7 +196,7 @@ def check_plan(config: RunConfig, gpus: list[tuple[str, float]]) -> Iterator[Fin
         yield fail("plan", str(error), "mend that; 'pi-ray plan' then shows the run before it runs")
         return
     host = estimate.node_memory(made.size, config, min(len(gpus), config.train.workers))
-    yield from check_memory(config, made.memory, host, gpus, free_memory())
+    yield from check_memory(config, made.memory, host, gpus, free_host_bytes())
 
 
 def check_memory(

@@ -10,13 +10,12 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-import psutil
 import torch
 from transformers.cache_utils import Cache
 
 from pi_ray.config import ServeConfig
 from pi_ray.models import cache_argument, last_logits_index
-from pi_ray.models.device import free_bytes
+from pi_ray.models.device import free_bytes, free_host_bytes
 from pi_ray.serve.engine.multi_lora import MultiLora
 from pi_ray.serve.engine.prefix_cache import Block, States
 
@@ -40,7 +39,7 @@ def _free_bytes(serve: ServeConfig, device: torch.device) -> int:
     """Ask how much memory the GPU has free, or the host for each replica."""
     if (free := free_bytes(device)) is not None:
         return free
-    return psutil.virtual_memory().available // serve.max_replicas
+    return free_host_bytes() // serve.max_replicas
 
 
 class KVCache(Cache):

@@ -17,26 +17,20 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import psutil
-
 from pi_ray.cluster import placement
 from pi_ray.config import ModelConfig, RunConfig, ServeConfig
 from pi_ray.errors import AdapterError, ConfigError, MissingExtraError
-from pi_ray.models import model_dtype
 from pi_ray.models.base_files import resolve_base
 from pi_ray.protocols import GenerationRequest, Token
 from pi_ray.serve.engine.refusal import RefusedError
 from pi_ray.serve.engine.replica_options import DEFAULT_MAX_LORAS, replica_options
 from pi_ray.store.adapters import AdapterStore, check_unchanged
 from pi_ray.store.verify import CONFIG_FILE, read_json
-from pi_ray.train.replicas import replica_gpus
+from pi_ray.train import vllm_options
 
 DEPLOYMENT_NAME = "Vllm"
 LOADED_MEANWHILE = "has already been loaded"  # in the error of vLLM that Ray passes on, before any token
 BASE_ID = "base"  # the base model's name within the deployment
-SUPPORTED_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # ranks that vLLM has kernels for
-NO_TELEMETRY = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "VLLM_DO_NOT_TRACK": "1"}
-UNBOUND_THREADS = {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}  # Ray places replicas; bound ones would share their cores
 
 
 class VllmEngine:
@@ -58,11 +52,11 @@ class VllmEngine:
 
         try:
             from ray.serve.llm import LLMConfig, build_llm_deployment
-            from vllm.platforms import current_platform
+
+            on_cpus = vllm_options.is_for_cpus()
         except ImportError as error:
             cure = f"pip install 'pi-ray[vllm]', on a machine with a GPU ({str(error).splitlines()[0]})"
             raise MissingExtraError(f"serve.engine vllm needs vLLM: {cure}") from error
-        on_cpus = current_platform.is_cpu()
         if not on_cpus and ray.is_initialized() and not ray.cluster_resources().get("GPU"):
             needs = "needs a GPU, and the cluster has none; take serve.engine transformers, or vLLM's build for CPUs"
             raise ConfigError(f"serve.engine vllm {needs}")
@@ -110,17 +104,14 @@ def llm_config_arguments(config: RunConfig, on_cpus: bool = False) -> dict[str, 
     max_loras = limits.max_loras or DEFAULT_MAX_LORAS
     trained = min(config.train.lora.rank, limits.max_lora_rank)
     adapters, rank = _adapters_and_rank(AdapterStore(config.store, model), trained, limits.max_lora_rank)
+    # In one batch: one more than there are, so that a new version can answer beside the old one.
+    places = vllm_options.adapter_places(min(max_loras, adapters + 1), on_cpus)
     engine = {
-        "dtype": str(model_dtype(model, "cpu" if on_cpus else "cuda")).removeprefix("torch."),
-        "trust_remote_code": False,
+        **vllm_options.engine_options(config, on_cpus),
         "max_num_seqs": limits.max_ongoing_requests, "enable_prefix_caching": limits.prefix_cache_mb != 0,
-        # In one batch: one more than there are, so that a new version can answer beside the old one.
-        "max_loras": min(max_loras, adapters + 1), "enable_lora": True, "max_cpu_loras": max_loras,
+        "max_loras": places, "max_cpu_loras": max(max_loras, places),
         "max_lora_rank": rank, "structured_outputs_config": {"backend": "guidance"},
-        "tensor_parallel_size": replica_gpus(config),
         **({"kv_cache_memory_bytes": cache} if (cache := _kv_cache_bytes(limits, on_cpus)) else {}),
-        **({"revision": model.revision} if model.revision else {}),
-        **({"quantization": "bitsandbytes"} if model.quantize else {}),
     }
     deployment = replica_options(limits, {}, {})  # no surge: seldom is there a spare GPU
     options = placement.worker_options(config, "serve")
@@ -134,7 +125,7 @@ def llm_config_arguments(config: RunConfig, on_cpus: bool = False) -> dict[str, 
         "engine_kwargs": engine,
         "lora_config": {"max_num_adapters_per_replica": max_loras},
         "deployment_config": deployment,
-        "runtime_env": {"env_vars": NO_TELEMETRY | (UNBOUND_THREADS if on_cpus else {})},
+        "runtime_env": {"env_vars": vllm_options.environment(on_cpus)},
         **({"accelerator_config": {"kind": "cpu"}} if on_cpus else {}),
     }
 
@@ -143,7 +134,7 @@ def _kv_cache_bytes(limits: ServeConfig, on_cpus: bool) -> int:
     """Bytes of vLLM's cache of keys and values; 0: its own choice, which on CPUs would be nearly all of the memory."""
     if limits.kv_cache_mb:
         return limits.kv_cache_mb << 20
-    return psutil.virtual_memory().available // (4 * limits.max_replicas) if on_cpus else 0
+    return vllm_options.cpu_cache_bytes(limits.max_replicas) if on_cpus else 0
 
 
 def _adapters_and_rank(store: AdapterStore, trained: int, limit: int) -> tuple[int, int]:
@@ -154,10 +145,11 @@ def _adapters_and_rank(store: AdapterStore, trained: int, limit: int) -> tuple[i
             ranks.append(read_json(store.open(spec).path / CONFIG_FILE)["r"])
         except AdapterError:
             continue
-    highest = max(rank for rank in ranks if rank <= limit)
-    rank = next((rank for rank in SUPPORTED_RANKS if rank >= highest), None)
+    allowed = [rank for rank in ranks if rank <= limit]
+    rank = vllm_options.supported_rank(allowed)
     if rank is None:
-        problem = f"serves adapters up to rank {SUPPORTED_RANKS[-1]}, and there is one of rank {highest}"
+        most = vllm_options.SUPPORTED_RANKS[-1]
+        problem = f"serves adapters up to rank {most}, and there is one of rank {max(allowed)}"
         raise ConfigError(f"serve.engine vllm {problem}; lower serve.max_lora_rank, or take serve.engine transformers")
     return len(names), rank
 

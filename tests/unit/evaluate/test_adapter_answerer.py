@@ -37,7 +37,7 @@ def config(tiny_model, tmp_path, monkeypatch):
         write_adapter(tmp, tiny_model, facts=card(tiny_model))
     write_atomic(run.train_log, "")
 
-    def run_here(config, columns, work, lengths, actors=0):
+    def run_here(config, columns, work, lengths, actors=0, engine="transformers"):
         adapters = [c.adapter for c in columns if c.adapter]
         generator = Generator(config.model, config.prompt, adapters, AnswerLengths(6, 2))
         for place, item in enumerate(work):

@@ -124,3 +124,21 @@ def test_the_plan_measures_apples_gpu(apple, tiny_model, tmp_path):
         speed = estimate.measure_speed(config)
     assert speed.device == "cpu" and speed.name == "Apple's GPU" and math.isfinite(speed.operations)
     assert estimate.measure_speed(config.replace(**{"train.gpu": False})).name.startswith("this CPU")
+
+
+@pytest.mark.parametrize(("limit", "used", "reclaimed"), [
+    ("memory.max", "memory.current", "inactive_file"),
+    ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+])
+def test_a_containers_limit_bounds_the_memory_that_is_left(tmp_path, monkeypatch, limit, used, reclaimed):
+    monkeypatch.setattr(device, "CGROUPS", [(tmp_path, limit, used, reclaimed)])
+    machine = device.free_host_bytes()
+    assert machine > 1 << 20, "no container"
+    (tmp_path / limit).write_text("1000000\n")
+    (tmp_path / used).write_text("700000\n")
+    (tmp_path / "memory.stat").write_text(f"anon 500000\n{reclaimed} 200000\n")
+    assert device.free_host_bytes() == 500_000
+    (tmp_path / used).write_text("1300000\n")
+    assert device.free_host_bytes() == 0
+    (tmp_path / limit).write_text("max\n" if limit == "memory.max" else f"{1 << 62}\n")
+    assert device.free_host_bytes() > 1 << 20

@@ -2,11 +2,12 @@
 them.
 """
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
 
-from pi_ray.config import TrainConfig
+from pi_ray.config import DistillConfig, TrainConfig
 from pi_ray.config.run_file import parse_run_file
 from pi_ray.errors import ConfigError, TrainingError
 from pi_ray.models import load_model, load_tokenizer
@@ -17,7 +18,8 @@ from pi_ray.run.fingerprint import train_fingerprint
 from pi_ray.run.phases import plain_finetuning_config
 from pi_ray.train import answer_scores, distill, shared_prefix
 from pi_ray.train.batches import PhaseDataset, packed_batch, plain_batch
-from pi_ray.train.distilled_rows import FILE, DistilledRows, Targets
+from pi_ray.train.distilled_rows import FILE, SCHEMA, DistilledRows, Targets, choose_kept
+from pi_ray.train.facts import FactGroup
 from pi_ray.train.generation import compute_prefix_cache
 from pi_ray.train.objectives import distill_loss, sft_loss
 from pi_ray.train.teacher_rows import open_teacher_rows
@@ -128,6 +130,30 @@ def test_an_answer_that_is_not_sure_enough_is_not_learned_from(distilled):
         for confidence in (None, sure[-1], 0.0)
     ]
     assert [len(d) for d in data] == [12 + len(sure), 12 + sure.count(sure[-1]), 12]
+
+
+def test_an_answer_whose_facts_labels_have_too_must_be_surer_than_one_that_tells_something_new(distilled):
+    rows = [
+        {"labelled": own, "confidence": sure, "agreement": 1.0, "held_out": False, "novel": novel}
+        for own, sure, novel in [(True, -9.0, False), (False, -0.05, False), (False, -0.5, False), (False, -0.5, True)]
+    ]
+    table = pa.Table.from_pylist([{name: row.get(name) for name in SCHEMA.names} for row in rows], SCHEMA)
+    for known, kept in ((None, [True] * 4), (-0.1, [True, True, False, True]), (0.0, [True, False, False, True])):
+        config = DistillConfig(known_confidence=known)
+        assert choose_kept(table, config).to_pylist() == kept
+    assert choose_kept(table, DistillConfig(known_confidence=-0.1, confidence=-0.2)).to_pylist()[3] is False
+
+
+def test_an_answer_tells_something_new_where_it_has_a_fact_that_no_label_has(distilled, monkeypatch):
+    encoder = PromptEncoder(load_tokenizer(distilled.model), distilled.prompt)
+    answers = ["k4", "b7", "k4 b7", "none"]
+    rows = [{"label_ids": encoder.answer(text), "novel": None} for text in answers]
+    table = pa.Table.from_pylist([{name: row.get(name) for name in SCHEMA.names} for row in rows], SCHEMA)
+    facts = [FactGroup("", "a0", ("k4", "z9", "q1", "b7"), ("k4", "z9", "q1"))]
+    monkeypatch.setattr(distill, "find_run_facts", lambda config: facts)
+    assert distill._mark_novel(table, distilled)["novel"].to_pylist() == [False, True, True, False]
+    monkeypatch.setattr(distill, "find_run_facts", lambda config: [])
+    assert distill._mark_novel(table, distilled)["novel"].to_pylist() == [True] * 4, "nothing tells the two apart"
 
 
 def test_a_held_out_query_is_answered_and_never_learned_from(distilled, tmp_path):

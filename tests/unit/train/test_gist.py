@@ -221,7 +221,7 @@ def test_evaluation_counts_the_gists_and_not_the_template(config, tmp_path, monk
     }
     pq.write_table(pa.table(neighbours), run.neighbours)
 
-    def answered(config, columns, work, lengths):
+    def answered(config, columns, work, lengths, engine):
         generator = generation_workers.Generator(config.model, config.prompt, [c.adapter for c in columns], lengths)
         for place, item in enumerate(work):
             done = generator(item)

@@ -1,0 +1,67 @@
+"""vLLM itself behind Ray Data, with its build for CPUs (`make test-vllm`): answers of an evaluation and of a teacher
+are those of transformers. Elsewhere the skip says what is missing.
+"""
+
+import importlib.util
+
+import pytest
+
+from pi_ray.config import RunConfig
+from pi_ray.evaluate.columns import AnswerLengths, Column
+from pi_ray.evaluate.generation_workers import run_work, work_item
+from pi_ray.evaluate.vllm_answers import choose_engine
+from pi_ray.models import load_tokenizer
+from pi_ray.prompt import PromptEncoder
+from pi_ray.train.launch import fingerprint_of, is_trained
+from pi_ray.train.teacher_workers import answer_in_actors
+from pi_ray.train.trainer import train_worker
+from tests.conftest import tiny
+from tests.lora import TEMPLATE, write_adapter
+from tests.unit.train.test_distill import rows_of
+from tests.unit.train.test_teacher_workers import made
+from tests.unit.train.test_train import settings
+
+pytestmark = [
+    pytest.mark.ray,
+    pytest.mark.skipif(
+        importlib.util.find_spec("vllm") is None, reason="vLLM did not answer: make test-vllm has it do so, on CPUs"
+    ),
+]
+PROMPT = {"chat": "none", "query": "Q: {query}\nA:"}
+COLOURS = ("red", "dark blue", "what is green?", "a grey one", "yellow or white", "the violet")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A tiny model with heads of a width that vLLM has attention for on CPUs."""
+    return tiny(tmp_path_factory.mktemp("tiny-llama"), "Llama", head_dim=32)
+
+
+def test_an_evaluation_gets_the_answers_of_transformers(model, tmp_path, ray_local):
+    config = RunConfig(
+        name="t", model={"base": str(model)}, prompt=PROMPT, run_dir=str(tmp_path / "run"), evaluate={"engine": "vllm"}
+    )
+    adapters = [str(write_adapter(tmp_path / name, model, seed, rank)) for seed, (name, rank) in enumerate(
+        [("a", 4), ("b", 12)])]
+    columns = [Column("base", "", TEMPLATE, 0), *(Column(a, a, "", 0) for a in adapters)]
+    encoder = PromptEncoder(load_tokenizer(config.model), config.prompt)
+    prompts = {c.name: (encoder.prefix(c.template), [encoder.row(q) for q in COLOURS]) for c in columns}
+    work = [work_item(c, prompts, rows) for c in columns for rows in (range(4), range(4, 6))]
+    assert choose_engine(config, columns) == "vllm"
+    lengths = AnswerLengths(8, 2)
+    mine, theirs = (dict(run_work(config, columns, work, lengths, engine=e)) for e in ("vllm", "transformers"))
+    assert mine == theirs, "greedy, in float32, each column with its own adapter"
+    assert len({str(mine[i]) for i in (0, 2, 4)}) == 3
+
+
+def test_a_teachers_answers_are_those_of_the_training_workers(model, tmp_path, ray_local):
+    inside = made(model, tmp_path / "in")
+    outside = made(model, tmp_path / "out", **{"train.distill.actors": True, "evaluate.engine": "vllm"})
+    for config in (inside, outside):
+        train_worker(settings(config))
+    answer_in_actors(outside, fingerprint_of(outside), 6, lambda entry: None)
+    for a, b in zip(rows_of(outside), rows_of(inside), strict=True):
+        assert (a["labelled"], a["number"], a["label_ids"]) == (b["labelled"], b["number"], b["label_ids"])
+        assert a["confidence"] == pytest.approx(b["confidence"], abs=0.3), "64 tokens of a flat distribution are noted"
+    train_worker(settings(outside))
+    assert is_trained(outside)
