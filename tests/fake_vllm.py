@@ -33,22 +33,18 @@ def answer_prompt(model, prompt, tokenizer):
     """Greedy, with vLLM's fields: at each place the likeliest tokens, and the one that stands there as one more."""
     ids, wanted, written, noted = list(prompt.ids), dict(prompt.sampling), [], []
     assert wanted.pop("temperature") == 0 and wanted.pop("detokenize") is False
-    most, of_prompt = wanted.pop("logprobs", None), wanted.pop("prompt_logprobs", None)
+    most = wanted.pop("logprobs", None)
     ends, limit = wanted.pop("stop_token_ids", []), wanted.pop("max_tokens")
     if not wanted.pop("ignore_eos", False):
         ends = [*ends, tokenizer.eos_token_id]
     assert not wanted, f"vLLM's SamplingParams may not have {wanted}"
-    seen = torch.log_softmax(model(input_ids=torch.tensor([ids])).logits[0].float(), -1)
-    answer = {}
-    if of_prompt:
-        answer["prompt_logprobs"] = [None, *(likeliest(seen[i], ids[i + 1], of_prompt) for i in range(len(ids) - 1))]
     while len(written) < limit:
         row = torch.log_softmax(model(input_ids=torch.tensor([ids + written])).logits[0, -1].float(), -1)
         written.append(row.argmax().item())
         noted.append(likeliest(row, written[-1], most) if most else None)
         if written[-1] in ends:
             break
-    return {**answer, "generated_tokens": written, **({"logprobs": noted} if most else {})}
+    return {"generated_tokens": written, **({"logprobs": noted} if most else {})}
 
 
 def likeliest(row, token, most):

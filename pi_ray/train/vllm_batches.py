@@ -78,7 +78,7 @@ def answer_prompts(
 ) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yield (place in `prompts`, vLLM's answer) as they are done. `nodes` are the cluster's resources, node by node.
 
-    An answer has `generated_tokens`, and `logprobs` and `prompt_logprobs` where the prompt's sampling asks for them.
+    An answer has `generated_tokens`, and `logprobs` of each of them where the prompt's sampling asks for these.
     Raises ConfigError where no node has the GPUs of one copy, ModelError where vLLM fails.
     """
     session.connect()
@@ -120,9 +120,9 @@ def processor_arguments(
     adapters = sorted({p.adapter for p in prompts if p.adapter})
     ranks = [adapter_settings(folder)["r"] for folder in adapters]
     longest = max(len(p.ids) + p.sampling["max_tokens"] for p in prompts)
-    logprobs = [p.sampling.get(name) or 0 for p in prompts for name in ("logprobs", "prompt_logprobs")]
     engine |= {
-        "enable_prefix_caching": True, "max_model_len": longest, "max_logprobs": max(*logprobs, 1),
+        "enable_prefix_caching": True, "max_model_len": longest,
+        "max_logprobs": max(p.sampling.get("logprobs", 1) for p in prompts),
         **({"kv_cache_memory_bytes": vllm_options.cpu_cache_bytes(actors)} if on_cpus else {}),
     }
     if adapters:

@@ -67,10 +67,7 @@ class VllmTeacher:
         """Row number -> (its answer, with the end; the likeliest tokens along it), of answers that end in time."""
         if not numbers:
             return {}
-        sampling = {
-            "temperature": 0.0, "max_tokens": longest_answer_tokens(self.config), "stop_token_ids": [self.end],
-            "ignore_eos": True, "detokenize": False, "logprobs": noted_tokens(self.top_k),
-        }
+        sampling = self._sampling(longest_answer_tokens(self.config))
         prompts = [VllmPrompt([*self.prefixes[0], *ids], self.folder, sampling) for ids, _ in data.take(numbers)]
         written = {}
         for place, answer in answer_prompts(self.config, prompts, self.nodes):
@@ -82,25 +79,40 @@ class VllmTeacher:
     def _judge(
         self, todo: Sequence[tuple[str, list[int], str]], rows: Mapping[str, Rows], answers: Mapping[str, Answers]
     ) -> list[dict[int, Likeliest]]:
-        """For each (kind of rows, prefix, adapter) the likeliest tokens along the answers of that kind."""
-        sampling = {
-            "temperature": 0.0, "max_tokens": 1, "detokenize": False, "prompt_logprobs": noted_tokens(self.top_k),
-        }
+        """For each (kind of rows, prefix, adapter) the likeliest tokens along the answers of that kind.
+
+        A place of an answer is a prompt of its own, of which vLLM writes one token: all but its end is in the cache.
+        vLLM's log-probabilities of a prompt would need every token computed anew, and fail beside LoRA on CPUs.
+        """
+        sampling = self._sampling(1)
         found: list[dict[int, Likeliest]] = [{} for _ in todo]
         places, prompts = [], []
         for view, (kind, prefix, adapter) in enumerate(todo):
             taken = rows[kind].take(list(answers[kind]))
             for (n, label), (ids, _) in zip(answers[kind].items(), taken, strict=True):
-                places.append((view, n, len(label)))
-                prompts.append(VllmPrompt([*prefix, *ids, *label], adapter, sampling))
+                places += [(view, n, at) for at in range(len(label))]
+                prompts += [
+                    VllmPrompt([*prefix, *ids, *label[:at]], adapter, sampling) for at in range(len(label))
+                ]
+        noted: dict[tuple[int, int], dict[int, Any]] = {}
         for place, answer in answer_prompts(self.config, prompts, self.nodes) if prompts else ():
-            view, n, length = places[place]
-            found[view][n] = self._likeliest(answer["prompt_logprobs"][-length:])
+            view, n, at = places[place]
+            along = noted.setdefault((view, n), {})
+            along[at] = answer["logprobs"][0]
+            if len(along) == len(answers[todo[view][0]][n]):
+                found[view][n] = self._likeliest([along[i] for i in sorted(along)])
+                del noted[view, n]
         return found
 
+    def _sampling(self, max_tokens: int) -> dict[str, Any]:
+        """The likeliest token at each place, and those that are noted."""
+        return {
+            "temperature": 0.0, "max_tokens": max_tokens, "stop_token_ids": [self.end], "ignore_eos": True,
+            "detokenize": False, "logprobs": noted_tokens(self.top_k),
+        }
+
     def _likeliest(self, logprobs: Sequence[Mapping[Any, Mapping[str, Any]]]) -> Likeliest:
-        """What vLLM says of each place, by the same number of tokens: the token that stands there may come as one more.
-        """
+        """What vLLM says of each place, by the same number of tokens: the one that it chose may come as one more."""
         most = noted_tokens(self.top_k)
         ranked = [sorted(((v["logprob"], int(k)) for k, v in p.items()), reverse=True)[:most] for p in logprobs]
         ids = torch.tensor([[token for _, token in place] for place in ranked], dtype=torch.int32)

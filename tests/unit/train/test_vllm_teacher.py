@@ -54,4 +54,4 @@ def test_it_asks_with_the_adapter_and_the_anchor_without(tiny_model, tmp_path, v
     written, judged = vllm.asked
     assert len(written) == 12 and {p.adapter for p in written} == {str(teacher_workers.teacher_folder(config))}
     assert {p.adapter for p in judged} == {str(teacher_workers.teacher_folder(config)), ""}
-    assert all(p.sampling["max_tokens"] == 1 and p.sampling["prompt_logprobs"] == 64 for p in judged)
+    assert all(p.sampling["max_tokens"] == 1 and p.sampling["logprobs"] == 64 for p in judged)
