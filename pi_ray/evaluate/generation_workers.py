@@ -15,7 +15,7 @@ from pi_ray.config import ModelConfig, PromptConfig, RunConfig
 from pi_ray.data.ray_map import stream
 from pi_ray.evaluate import forgetting
 from pi_ray.evaluate.columns import AnswerLengths, Column, answer_lengths
-from pi_ray.evaluate.vllm_answers import answer_by_vllm, choose_engine
+from pi_ray.evaluate.vllm_answers import answer_by_vllm, engine_of_columns
 from pi_ray.models import base_digest, line_break_ids, load_tokenizer
 from pi_ray.prompt import PromptEncoder
 from pi_ray.run.artifact import MANIFEST_HASH, digest, read_manifest
@@ -84,7 +84,7 @@ def resume_work(
     """
     adapters = {c.adapter: (read_manifest(Path(c.adapter)) or {}).get(MANIFEST_HASH, "") for c in columns if c.adapter}
     model, versions = config.model.model_dump(mode="json"), [__version__, *map(version, PACKAGES)]
-    engine = choose_engine(config, columns)
+    engine = engine_of_columns(config, columns)
     versions += [f"vllm {version('vllm')}"] if engine == "vllm" else []
     settings = [model, base_digest(config.model), config.prompt.model_dump(mode="json"), lengths, versions]
     keys = [

@@ -11,7 +11,7 @@ from pi_ray.train.generation import cut_answer
 from pi_ray.train.vllm_batches import VllmPrompt
 
 
-def choose_engine(config: RunConfig, columns: Sequence[Column]) -> str:
+def engine_of_columns(config: RunConfig, columns: Sequence[Column]) -> str:
     """The engine that answers these columns: "vllm" or "transformers". Raises ConfigError for a vllm that cannot."""
     gist = any(c.gist for c in columns)
     reason = "gist tokens stand for a template, and vLLM has no place for their keys and values" if gist else ""

@@ -113,10 +113,12 @@ def processor_arguments(
     on_cpus = not any(node.get("GPU") for node in nodes)
     actors, placed = generation_workers(config, nodes, actors)
     engine = vllm_options.engine_options(config, on_cpus)
-    if placed.get("num_gpus", engine["tensor_parallel_size"]) != engine["tensor_parallel_size"]:
+    gpus = engine["tensor_parallel_size"]
+    if placed.get("num_gpus", gpus) != gpus:
         key = "cluster.evaluate_resources.GPU is not cluster.gpus_per_replica"
         raise ConfigError(f"vLLM takes the GPUs of one copy for each actor, and {key}; leave out one of them")
-    bundle = {"CPU": placed.get("num_cpus", 1) if on_cpus else 1, **({} if on_cpus else {"GPU": 1})}
+    share = {name: amount / gpus for name, amount in config.cluster.evaluate_resources.items()}
+    bundle = {"CPU": placed.get("num_cpus", 1) if on_cpus else 1, **share, **({} if on_cpus else {"GPU": 1})}
     adapters = sorted({p.adapter for p in prompts if p.adapter})
     ranks = [adapter_settings(folder)["r"] for folder in adapters]
     longest = max(len(p.ids) + p.sampling["max_tokens"] for p in prompts)

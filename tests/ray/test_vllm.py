@@ -9,7 +9,7 @@ import pytest
 from pi_ray.config import RunConfig
 from pi_ray.evaluate.columns import AnswerLengths, Column
 from pi_ray.evaluate.generation_workers import run_work, work_item
-from pi_ray.evaluate.vllm_answers import choose_engine
+from pi_ray.evaluate.vllm_answers import engine_of_columns
 from pi_ray.models import load_tokenizer
 from pi_ray.prompt import PromptEncoder
 from pi_ray.train.launch import fingerprint_of, is_trained
@@ -47,7 +47,7 @@ def test_an_evaluation_gets_the_answers_of_transformers(model, tmp_path, ray_loc
     encoder = PromptEncoder(load_tokenizer(config.model), config.prompt)
     prompts = {c.name: (encoder.prefix(c.template), [encoder.row(q) for q in COLOURS]) for c in columns}
     work = [work_item(c, prompts, rows) for c in columns for rows in (range(4), range(4, 6))]
-    assert choose_engine(config, columns) == "vllm"
+    assert engine_of_columns(config, columns) == "vllm"
     lengths = AnswerLengths(8, 2)
     mine, theirs = (dict(run_work(config, columns, work, lengths, engine=e)) for e in ("vllm", "transformers"))
     assert mine == theirs, "greedy, in float32, each column with its own adapter"

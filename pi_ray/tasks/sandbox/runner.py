@@ -23,8 +23,6 @@ from dataclasses import dataclass, replace
 from importlib.resources import files
 from typing import IO, Any
 
-import joblib
-
 from pi_ray.errors import ConfigError
 from pi_ray.tasks.sandbox.jail import PROBE, SEARCH, Jail, ResourceLimits, describe_limits, interpreter, user_id
 from pi_ray.tasks.sandbox.judge import Step, judge_answer, read_values, split_tests
@@ -78,7 +76,11 @@ class Sandbox:
 
     def __init__(self, limits: Limits = Limits(), parallel: int = 0, unsafe_local: bool = False):
         self.limits = limits
-        self.parallel = parallel or joblib.cpu_count()
+        if not parallel:
+            import joblib
+
+            parallel = joblib.cpu_count()
+        self.parallel = parallel
         self._harness = files("pi_ray.tasks.sandbox").joinpath("harness.py").read_text(encoding="utf-8")
         self._users: queue.SimpleQueue[int] = queue.SimpleQueue()
         for _ in range(self.parallel):

@@ -6,7 +6,7 @@ from pi_ray.config import RunConfig
 from pi_ray.evaluate import generation_workers, vllm_answers
 from pi_ray.evaluate.columns import AnswerLengths, Column
 from pi_ray.evaluate.generation_workers import Generator, run_work, work_item
-from pi_ray.evaluate.vllm_answers import answer_by_vllm, choose_engine
+from pi_ray.evaluate.vllm_answers import answer_by_vllm, engine_of_columns
 from pi_ray.train.generation import cut_answer
 from tests.fake_vllm import FakeVllm
 from tests.lora import TEMPLATE, write_adapter
@@ -55,7 +55,7 @@ def test_vllm_answers_first_and_actors_time_and_probe(run, monkeypatch):
 def test_a_template_in_gist_tokens_needs_transformers(run, monkeypatch):
     config, columns, _, _ = run
     monkeypatch.setattr(vllm_answers.vllm_batches.vllm_options, "is_installed", lambda: True)
-    assert choose_engine(config, [Column("gist", columns[1].adapter, "", 0, gist=4)]) == "transformers"
+    assert engine_of_columns(config, [Column("gist", columns[1].adapter, "", 0, gist=4)]) == "transformers"
 
 
 def test_an_answer_ends_where_that_of_transformers_does():

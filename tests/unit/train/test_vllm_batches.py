@@ -90,6 +90,9 @@ def test_rays_processor_is_told_of_adapters_gpus_and_lengths(tiny_model, adapter
     assert found["runtime_env"]["env_vars"]["VLLM_NO_USAGE_STATS"] == "1"
     made = vLLMEngineProcessorConfig(**found)
     assert made.placement_group_config["bundle_per_worker"] == {"GPU": 1, "CPU": 1}
+    asked = {"GPU": 2, "CPU": 8, "memory": 64, "rack": 1}
+    own = processor_arguments(spread.replace(**{"cluster.evaluate_resources": asked}), prompts, GPUS)
+    assert own["placement_group_config"]["bundle_per_worker"] == {"GPU": 1, "CPU": 4, "memory": 32, "rack": 0.5}
     assert set(found) <= set(vLLMEngineProcessorConfig.model_fields), "no key that Ray would ignore"
     alone = processor_arguments(config(tiny_model), prompts[2:], CPUS)
     assert alone["engine_kwargs"]["enable_lora"] is False and "max_loras" not in alone["engine_kwargs"]
