@@ -121,8 +121,8 @@ class DistillConfig(Block):
     max_tokens: Positive = omit_default(256, "tokens of an answer, where no labelled row says how long answers are")
     confidence: Annotated[float, Field(le=0)] | None = doc(None, "lowest log-probability of a token in an answer that "
         "is kept; null: any")
-    known_confidence: Annotated[float, Field(le=0)] | None = omit_default(None, "the same for an answer all of whose "
-        "facts stand in labels too, which teach them more surely; null: no other than confidence")
+    known_confidence: Annotated[float, Field(le=0)] | None = omit_default(None, "as confidence, for an answer all of "
+        "whose facts stand in labels too, which teach them more surely; null: no bound of its own")
     held_out: Annotated[float, Field(ge=0, le=0.5)] = doc(0.1, "largest share of the answered queries that is kept "
         "from the student, to ask it what it knows of each unit of the template; 0: none")
     share: Rate = doc(0.5, "objective mixed: weight of the teacher's distribution against cross-entropy on the answer")
