@@ -1,4 +1,4 @@
-"""What vLLM is told of a base model and its adapters, whether it serves them or answers with them offline."""
+"""Settings of vLLM for a base model and its adapters, the same for a server and for many prompts at once."""
 
 from collections.abc import Iterable
 from importlib.util import find_spec

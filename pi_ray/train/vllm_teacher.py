@@ -112,7 +112,7 @@ class VllmTeacher:
         }
 
     def _likeliest(self, logprobs: Sequence[Mapping[Any, Mapping[str, Any]]]) -> Likeliest:
-        """What vLLM says of each place, by the same number of tokens: the one that it chose may come as one more."""
+        """Take the same number of tokens from each place of vLLM's answer, which may add the token that it chose."""
         most = noted_tokens(self.top_k)
         ranked = [sorted(((v["logprob"], int(k)) for k, v in p.items()), reverse=True)[:most] for p in logprobs]
         ids = torch.tensor([[token for _, token in place] for place in ranked], dtype=torch.int32)
