@@ -118,7 +118,7 @@ def _event_text(entry: dict[str, Any]) -> str:
     step, dev_loss = entry.get("step", 0), f"dev loss {entry.get('dev_loss', 0):.3f}"
     match entry.get("event"):
         case "workers":
-            return f"{entry['workers']} training workers, from update {entry['step']} on"
+            return f"{entry['workers']} training worker{'s' * (entry['workers'] > 1)}, from update {entry['step']} on"
         case "dev":
             return f"update {step + 1}, {dev_loss}, dev accuracy {entry['dev_accuracy']:.1%}{_dev_scores(entry)}"
         case "phase_end":

@@ -31,7 +31,7 @@ def with_adapter(config, folder):
 @torch.inference_mode()
 def answer_prompt(model, prompt, tokenizer):
     """Greedy, with vLLM's fields: at each place the likeliest tokens, and the one that stands there as one more."""
-    ids, wanted, written, noted = list(prompt.ids), dict(prompt.sampling), [], []
+    ids, wanted, written, noted = [*prompt.prefix, *prompt.ids], dict(prompt.sampling), [], []
     assert wanted.pop("temperature") == 0 and wanted.pop("detokenize") is False
     most = wanted.pop("logprobs", None)
     ends, limit = wanted.pop("stop_token_ids", []), wanted.pop("max_tokens")

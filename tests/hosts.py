@@ -31,6 +31,8 @@ FAST = {  # a dead host is noticed in seconds, not in Ray's half a minute
     "RAY_health_check_timeout_ms": "1000", "RAY_health_check_failure_threshold": "5",
     "RAY_gcs_rpc_server_reconnect_timeout_s": "5",
 }  # fmt: skip
+# of a node, none of them tested: no process that carries workers' prints to a driver, few bytes for objects
+SPARE = ("--num-gpus=0", "--object-store-memory=80000000", "--disable-usage-stats", "--include-log-monitor=false")
 
 
 def environment(home: Path, **own: str) -> dict[str, str]:
@@ -87,8 +89,7 @@ def local_head(url: str, port: int, resources: dict[str, float], variables: dict
         **{f"{name}-port": free_port() for name in ("ray-client-server", "dashboard-agent-listen", "metrics-export")},
     }
     command = [
-        BIN / "ray", "start", "--head", "--block", "--num-cpus=2", "--num-gpus=0",
-        f"--resources={json.dumps(resources)}", "--object-store-memory=80000000", "--disable-usage-stats",
+        BIN / "ray", "start", "--head", "--block", "--num-cpus=2", *SPARE, f"--resources={json.dumps(resources)}",
         f"--temp-dir={folder / 'ray'}", *(f"--{name}={number}" for name, number in ports.items()),
     ]  # fmt: skip
     with open(folder / "log", "wb") as log:
@@ -117,8 +118,7 @@ class Host:
         join = "--head --port=6379 --dashboard-host=0.0.0.0" if head else f"--address={SUBNET}.1:6379"
         start = (
             f"{BIN}/ray start {join} --block --node-ip-address={self.address} --temp-dir={folder / name} "
-            f"--num-cpus={cpus} --num-gpus=0 "
-            f"--object-store-memory=80000000 --resources='{json.dumps(resources)}' --disable-usage-stats"
+            f"--num-cpus={cpus} {' '.join(SPARE)} --resources='{json.dumps(resources)}'"
         )
         self.command = f"while :; do {start}; sleep 1; done"
         self.folder, self.environment = folder, environment(folder / f"{name}-home", **FAST, **variables)

@@ -49,6 +49,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         args.console = Console(highlight=False, soft_wrap=True)
         VERBS[args.verb].function(args)
+        sys.stdout.flush()
+    except BrokenPipeError:  # what reads the output, such as head, has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 141  # as of a program that SIGPIPE ended
     except PiRayError as error:
         print(f"pi-ray: {error}", file=sys.stderr)
         return error.exit_code

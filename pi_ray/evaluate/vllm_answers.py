@@ -31,7 +31,7 @@ def answer_by_vllm(
     }
     places = [(i, n) for i, item in enumerate(work) for n in range(len(item["prompts"]))]
     prompts = [
-        VllmPrompt([*work[i]["prefix"], *work[i]["prompts"][n]], work[i]["adapter"], sampling) for i, n in places
+        VllmPrompt(work[i]["prefix"], work[i]["prompts"][n], work[i]["adapter"], sampling) for i, n in places
     ]
     missing = [len(item["prompts"]) for item in work]
     outputs: list[list[list[int]]] = [[[]] * count for count in missing]

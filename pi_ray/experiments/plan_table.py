@@ -6,6 +6,7 @@ from rich.text import Text
 
 from pi_ray.experiments.sweep import Sweep
 from pi_ray.plan import estimate, scale
+from pi_ray.plan.inputs import PlanInputs
 from pi_ray.plan.plan import plan_run
 from pi_ray.report.summary import terminal_table
 from pi_ray.train.replicas import replica_gpus
@@ -17,8 +18,9 @@ def print_table_plan(sweep: Sweep, console: Console) -> bool:
     """Print the plan of every trained column, for all seeds together; returns whether all fit into their GPUs."""
     rows, fits, total = [], True, [[0.0, 0.0] for _ in NODES]
     trained = [run for run in sweep.runs if run.trained and run.seed == sweep.config.seeds[0]]
+    inputs = PlanInputs()
     for run in trained:
-        made, cluster = plan_run(run.config), run.config.cluster
+        made, cluster = plan_run(run.config, inputs), run.config.cluster
         seeds = len(sweep.runs_of(run.column))
         cells = [sweep.config.columns[run.column].label, f"{sum(p.updates for p in made.phases):,}"]
         for point, sums in zip(scale.grid(made, NODES), total, strict=True):

@@ -17,11 +17,12 @@ from pi_ray.ask.sources import Sources, task_sources
 from pi_ray.cluster import placement
 from pi_ray.config import RunConfig
 from pi_ray.data.context import ConversationContext
-from pi_ray.data.ingest import check_splits, read_splits
+from pi_ray.data.ingest import check_splits
 from pi_ray.models import load_tokenizer
 from pi_ray.plan import estimate
 from pi_ray.plan.asking import plan_asking
 from pi_ray.plan.figures import PhasePlan, Plan
+from pi_ray.plan.inputs import PlanInputs
 from pi_ray.plan.scale import print_scale
 from pi_ray.plan.token_counts import count_row_tokens
 from pi_ray.progress import format_money
@@ -49,13 +50,14 @@ TOKENS_PER_NEW_TOKEN = 5
 LABEL_TOKENS = 32  # of an answer that no teacher has written yet
 
 
-def plan_run(config: RunConfig) -> Plan:
-    """Count rows and tokens, and estimate time, memory and money.
+def plan_run(config: RunConfig, inputs: PlanInputs | None = None) -> Plan:
+    """Count rows and tokens, and estimate time, memory and money. Plans of several runs may share their `inputs`.
 
     Raises DataError for rows that preparation would refuse, ConfigError for a base model that no node holds, and what
     the task and the model raise.
     """
     check_replica(config)
+    inputs = inputs or PlanInputs()
     task: Task = tasks[config.task.name](config.task)
     require_queries(config)
     sources = task_sources(config) if config.task.generate else None
@@ -69,7 +71,7 @@ def plan_run(config: RunConfig) -> Plan:
         task = tasks[config.task.name](config.task)
         logged = wants_unlabelled(config) and (config.task.queries or not config.task.generate)
         context = _conversation_context(task, config)
-        splits, rejects = read_splits(task, (*SPLITS, UNLABELLED) if logged else SPLITS, context)
+        splits, rejects = inputs.splits(task, (*SPLITS, UNLABELLED) if logged else SPLITS, context)
         notes = check_splits(splits, rejects, config.task, RunDir(config.root)) + (context.notes() if context else [])
     rows = {split: len(found) for split, found in splits.items()}
     counts = count_row_tokens(task, splits["train"], config, config.learns_all_turns("train"))
@@ -77,7 +79,7 @@ def plan_run(config: RunConfig) -> Plan:
     if unanswered:
         counts = replace(counts, label=LABEL_TOKENS)
     shapes = [counts.shape(p.rate, p.shots) for p in schedule]
-    size, speed = estimate.model_size(config.model, config.train.lora), estimate.measure_speed(config)
+    size, speed = inputs.model_size(config.model, config.train.lora), estimate.measure_speed(config)
 
     asking = None
     if config.task.generate and sources:

@@ -25,8 +25,12 @@ BATCH = 64  # prompts that travel together; the engine mixes those of all batche
 
 @dataclass(frozen=True)
 class VllmPrompt:
-    """Token ids for the base with the adapter in this folder, "" for the base alone."""
+    """Token ids behind a prefix, for the base with the adapter in this folder, "" for the base alone.
 
+    Prompts that have the same list for a prefix, not an equal one, send it to the nodes once.
+    """
+
+    prefix: Sequence[int]
     ids: Sequence[int]
     adapter: str
     sampling: Mapping[str, Any]  # vLLM's SamplingParams
@@ -87,19 +91,25 @@ def answer_prompts(
     from ray.exceptions import RayError
 
     options = processor_arguments(config, prompts, nodes, actors)
+    prefixes = {id(p.prefix): list(p.prefix) for p in prompts}
     rows = [
         {
-            "place": i, "tokenized_prompt": list(p.ids), "sampling_params": dict(p.sampling),
+            "place": i, "prefix": id(p.prefix), "ids": list(p.ids), "sampling_params": dict(p.sampling),
             "model": p.adapter or options["model_source"],
         }
         for i, p in enumerate(prompts)
     ]
+
+    def join(row: dict[str, Any]) -> dict[str, Any]:
+        return {"tokenized_prompt": [*prefixes[row["prefix"]], *row["ids"]]}
+
     gpus = options["engine_kwargs"]["tensor_parallel_size"]
     log.info("vLLM answers %d prompts%s", len(rows), f", each copy on {gpus} GPUs" if gpus > 1 else "")
     with quiet_context(ray):
         dataset = ray.data.from_items(rows, override_num_blocks=-(-len(rows) // BATCH))
         try:
-            for answer in build_processor(vLLMEngineProcessorConfig(**options))(dataset).iter_rows():
+            process = build_processor(vLLMEngineProcessorConfig(**options), preprocess=join)
+            for answer in process(dataset).iter_rows():
                 yield answer["place"], answer
         except RayError as error:
             reason = str(error).strip().splitlines()[-1]
@@ -121,7 +131,7 @@ def processor_arguments(
     bundle = {"CPU": placed.get("num_cpus", 1) if on_cpus else 1, **share, **({} if on_cpus else {"GPU": 1})}
     adapters = sorted({p.adapter for p in prompts if p.adapter})
     ranks = [adapter_settings(folder)["r"] for folder in adapters]
-    longest = max(len(p.ids) + p.sampling["max_tokens"] for p in prompts)
+    longest = max(len(p.prefix) + len(p.ids) + p.sampling["max_tokens"] for p in prompts)
     engine |= {
         "enable_prefix_caching": True, "max_model_len": longest,
         "max_logprobs": max(p.sampling.get("logprobs", 1) for p in prompts),

@@ -68,7 +68,7 @@ class VllmTeacher:
         if not numbers:
             return {}
         sampling = self._sampling(longest_answer_tokens(self.config))
-        prompts = [VllmPrompt([*self.prefixes[0], *ids], self.folder, sampling) for ids, _ in data.take(numbers)]
+        prompts = [VllmPrompt(self.prefixes[0], ids, self.folder, sampling) for ids, _ in data.take(numbers)]
         written = {}
         for place, answer in answer_prompts(self.config, prompts, self.nodes):
             label = list(map(int, answer["generated_tokens"]))
@@ -91,9 +91,7 @@ class VllmTeacher:
             taken = rows[kind].take(list(answers[kind]))
             for (n, label), (ids, _) in zip(answers[kind].items(), taken, strict=True):
                 places += [(view, n, at) for at in range(len(label))]
-                prompts += [
-                    VllmPrompt([*prefix, *ids, *label[:at]], adapter, sampling) for at in range(len(label))
-                ]
+                prompts += [VllmPrompt(prefix, [*ids, *label[:at]], adapter, sampling) for at in range(len(label))]
         noted: dict[tuple[int, int], dict[int, Any]] = {}
         for place, answer in answer_prompts(self.config, prompts, self.nodes) if prompts else ():
             view, n, at = places[place]

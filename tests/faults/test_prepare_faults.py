@@ -46,12 +46,16 @@ def write_rows(folder, train=40):
     }
 
 
+def config_in(folder):
+    return RunConfig.model_validate({
+        "name": "tiny", "run_dir": str(folder / "run"), "prompt": {"chat": "chatml"}, "compress": {"name": "none"},
+        "task": write_rows(folder), "schedule": {"phases": 2, "shots": 1},
+    })  # fmt: skip
+
+
 @pytest.fixture
 def config(tmp_path):
-    return RunConfig.model_validate({
-        "name": "tiny", "run_dir": str(tmp_path / "run"), "prompt": {"chat": "chatml"}, "compress": {"name": "none"},
-        "task": write_rows(tmp_path), "schedule": {"phases": 2, "shots": 1},
-    })  # fmt: skip
+    return config_in(tmp_path)
 
 
 def phases(config):
@@ -206,13 +210,21 @@ def test_f6_a_piece_that_does_not_fit_leaves_the_finished_ones_and_no_debris(tin
 # D2, F3: a killed driver, a lost node
 
 
+@pytest.fixture(scope="module")
+def clean(tmp_path_factory, ray_local):
+    """A run that was prepared without faults."""
+    folder = tmp_path_factory.mktemp("clean")
+    config = config_in(folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(phase_dataset, "PIECE_ROWS", 10)
+        prepare(config, lambda line: None)
+    return config
+
+
 @pytest.mark.ray
-def test_d2_killed_half_way_the_same_command_writes_no_file_twice_and_ends_the_same(
-    config, tmp_path, ray_local, monkeypatch
-):
+def test_d2_killed_half_way_the_same_command_writes_no_file_twice_and_ends_the_same(clean, tmp_path, monkeypatch):
+    config = clean.replace(run_dir=str(tmp_path / "run"))
     monkeypatch.setattr(phase_dataset, "PIECE_ROWS", 10)
-    clean = config.replace(run_dir=str(tmp_path / "clean" / "run"))
-    prepare(clean, lambda line: None)
     (tmp_path / "config.json").write_text(config.model_dump_json())
     first = subprocess.Popen(
         [sys.executable, "-m", "tests.two_nodes", "held", str(tmp_path)], start_new_session=True, env=outside()
@@ -231,10 +243,8 @@ def test_d2_killed_half_way_the_same_command_writes_no_file_twice_and_ends_the_s
 
 
 @pytest.mark.ray
-def test_f3_a_node_that_is_lost_in_preparation_changes_no_byte(config, tmp_path, ray_local, monkeypatch):
-    monkeypatch.setattr(phase_dataset, "PIECE_ROWS", 10)
-    clean = config.replace(run_dir=str(tmp_path / "clean" / "run"))
-    prepare(clean, lambda line: None)
+def test_f3_a_node_that_is_lost_in_preparation_changes_no_byte(clean, tmp_path):
+    config = clean.replace(run_dir=str(tmp_path / "run"))
     (tmp_path / "config.json").write_text(config.model_dump_json())
     apart("prepare", str(tmp_path))
     assert (tmp_path / "killed").exists() and phases(config) == phases(clean)

@@ -355,14 +355,25 @@ def on_ray(ray_local, monkeypatch):
 
 
 @pytest.mark.ray
-def test_f1_killed_in_a_phase_in_a_checkpoint_and_between_phases_it_ends_with_the_same_adapters(pair, tmp_path, on_ray):
-    config = again(pair, tmp_path, **{"train.max_failures": 3})
-    dying.plant(tmp_path, Fault("update", 6, rank=1), Fault("checkpoint", 16, rank=0), Fault("phase", 1, rank=1))
-    launch.train(config)
-    assert dying.fired(tmp_path) == 3
+def test_f1_f4_f8_after_more_kills_than_max_failures_the_same_command_survives_others_and_a_worker_that_hangs(
+    pair, tmp_path, on_ray
+):
+    """In a phase, in a checkpoint and between phases; it ends with the same adapters."""
+    config = again(pair, tmp_path, **{"train.max_failures": 1, "train.collective_timeout_s": 15})
+    dying.plant(
+        tmp_path, Fault("update", 6, rank=1), Fault("update", 10, rank=0), Fault("checkpoint", 16, rank=0),
+        Fault("phase", 1, rank=1), Fault("update", 22, rank=1, signal=signal.SIGSTOP),
+    )
+    with pytest.raises(TrainingError, match="the same command goes on") as stopped:
+        launch.train(config)
+    assert stopped.value.exit_code and dying.fired(tmp_path) == 2 and not launch.is_trained(config)
+    found = checkpoint.newest_checkpoint(RunDir(tmp_path).checkpoints, launch.fingerprint_of(config))
+    assert found.name == "step-00000008", "it is whole"
+    launch.train(config.replace(**{"train.max_failures": 3}))
+    assert dying.fired(tmp_path) == 5
     assert adapters(config) == adapters(pair) and steps(config) == list(range(UPDATES))
-    assert len(dying.forwards(tmp_path)) <= UPDATES + 3 * 2 * 4, (
-        "each kill costs two intervals between checkpoints at most"
+    assert len(dying.forwards(tmp_path)) <= UPDATES + 5 * 2 * 4, (
+        "each fault costs two intervals between checkpoints at most"
     )
     assert not leftovers(tmp_path) and not RunDir(tmp_path).checkpoints.exists()
 
@@ -382,27 +393,6 @@ def test_f1_killed_after_its_last_adapter_a_run_over_an_older_one_is_not_taken_f
         launch.is_trained(config)
         and not RunDir(tmp_path).checkpoints.exists()
         and log_of(config)[-1]["event"] == "best"
-    )
-
-
-@pytest.mark.ray
-def test_f8_a_worker_that_hangs_is_noticed_within_the_timeout_and_the_group_started_again(pair, tmp_path, on_ray):
-    config = again(pair, tmp_path, **{"train.max_failures": 1, "train.collective_timeout_s": 15})
-    dying.plant(tmp_path, Fault("update", 13, rank=1, signal=signal.SIGSTOP))
-    launch.train(config)
-    assert dying.fired(tmp_path) == 1 and adapters(config) == adapters(pair)
-
-
-@pytest.mark.ray
-def test_f4_more_kills_than_max_failures_end_the_run_with_its_newest_checkpoint_whole(pair, tmp_path, on_ray):
-    config = again(pair, tmp_path, **{"train.max_failures": 1})
-    dying.plant(tmp_path, Fault("update", 6, rank=1), Fault("update", 10, rank=0))
-    with pytest.raises(TrainingError, match="the same command goes on") as stopped:
-        launch.train(config)
-    assert stopped.value.exit_code and dying.fired(tmp_path) == 2 and not launch.is_trained(config)
-    assert (
-        checkpoint.newest_checkpoint(RunDir(tmp_path).checkpoints, launch.fingerprint_of(config)).name
-        == "step-00000008"
     )
 
 
@@ -427,15 +417,15 @@ PROGRAM = (
 
 
 @pytest.mark.ray
-def test_f2_after_the_driver_was_killed_the_same_command_ends_with_the_same_adapters(pair, tmp_path):
+def test_f2_after_the_driver_was_killed_the_same_command_ends_with_the_same_adapters(pair, tmp_path, ray_local):
     """SIGKILL to the driver and its whole process group while the last phase runs; half of a snapshot of Ray's lies
     about as well.
     """
     config = again(pair, tmp_path / "run", **{"train.max_failures": 0})
     (tmp_path / "config.json").write_text(config.model_dump_json())
-    command = [sys.executable, "-c", PROGRAM, str(tmp_path / "config.json")]
     log = RunDir(config.root).train_log
-    first = subprocess.Popen(command, start_new_session=True, env=outside())
+    first = subprocess.Popen(
+        [sys.executable, "-c", PROGRAM, str(tmp_path / "config.json")], start_new_session=True, env=outside())
     deadline = time.monotonic() + 120
     while not (
         log.exists() and sum('"phase": 2' in line and '"loss"' in line for line in log.read_text().splitlines()) >= 2
@@ -448,6 +438,6 @@ def test_f2_after_the_driver_was_killed_the_same_command_ends_with_the_same_adap
     for name in {p.name for p in (config.root / "ray").iterdir()} | {"tiny"}:
         (config.root / "ray" / name).mkdir(exist_ok=True)
         (config.root / "ray" / name / "checkpoint_manager_snapshot.json").write_text('{"checkpoint_results": [')
-    subprocess.run(command, check=True, env=outside(), timeout=180)
+    launch.train(config)
     assert adapters(config) == adapters(pair) and steps(config) == list(range(UPDATES))
     assert [p.name for p in tmp_path.iterdir() if p.is_dir()] == ["run"] and not (config.root / "ray").exists()

@@ -12,7 +12,7 @@ from tests.unit.experiments.test_full_tables import data
 pytestmark = pytest.mark.ray
 
 
-def test_every_step_of_a_mixtral_run_works_in_small(tmp_path, tiny_model):
+def test_every_step_of_a_mixtral_run_works_in_small(tmp_path, tiny_model, joining):
     from transformers import MixtralConfig
 
     MixtralConfig(sliding_window=None).save_pretrained(tmp_path / "mixtral")
@@ -23,7 +23,7 @@ def test_every_step_of_a_mixtral_run_works_in_small(tmp_path, tiny_model):
         "evaluate.baseline=false",
     ]
     run = REPO / "jobs" / "paper" / "full" / "nl2bash.yaml"
-    out = shell(f"pi-ray run {run} --dry {' '.join(map(shlex.quote, overrides))}", tmp_path, timeout=600)
+    out = shell(f"pi-ray run {run} --dry {' '.join(map(shlex.quote, overrides))}", tmp_path, timeout=600, **joining)
     assert "a tiny random model like" in out and "selective in place of llmlingua2" in out
     assert "phase 2 done" in out and "Published" in out
     assert out.rstrip().endswith("every step works")

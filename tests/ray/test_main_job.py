@@ -33,9 +33,10 @@ SMALL = (
 )
 
 
-def shell(command: str, folder: Path, timeout: int = 400) -> str:
+def shell(command: str, folder: Path, timeout: int = 400, **variables: str) -> str:
     """Run `command` as pasted into a shell whose PATH has this environment's programs first."""
-    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "COLUMNS": "160"}
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    environment = {**os.environ, "PATH": path, "COLUMNS": "160", **variables}
     done = subprocess.run(
         ["bash", "-c", command], cwd=folder, env=environment, capture_output=True, text=True, timeout=timeout
     )
@@ -145,7 +146,7 @@ def wait_for(url: str, server: subprocess.Popen, seconds: int = 120) -> None:
 
 def test_your_own_prompt_in_the_steps_of_the_quickstart(small, tmp_path):
     shell("pi-ray init my-task/", tmp_path)
-    assert "train.lr" in shell("pi-ray schema", tmp_path) or "lr" in shell("pi-ray schema", tmp_path)
+    assert '"train"' in shell("pi-ray schema", tmp_path)
     assert "rank: 32" in shell("pi-ray show my-task/run.yaml", tmp_path)
     tiny = f"{small} train.workers=1 train.batch_size=2"
     assert "phase" in shell(f"pi-ray plan my-task/run.yaml {tiny}", tmp_path).lower()
@@ -164,12 +165,12 @@ def test_your_own_prompt_in_the_steps_of_the_quickstart(small, tmp_path):
         assert answer["model"] == "my-task" and answer["usage"]["prompt_tokens_saved"] > 100
 
 
-def test_nl2bash_runs_through_the_same_path(small, tmp_path):
+def test_nl2bash_runs_through_the_same_path(small, tmp_path, joining):
     data = Path(os.environ.get("PI_RAY_DATA") or REPO.parent / "shared" / "data") / "nl2bash"
     assert (data / "train.nl").is_file(), f"NL2Bash is not at {data}; set PI_RAY_DATA to the folder that holds nl2bash/"
     out = shell(
         f"pi-ray run {REPO}/jobs/runs/nl2bash.yaml task.folder={data} {small} evaluate.baseline=false train.workers=1",
-        tmp_path,
+        tmp_path, **joining,
     )
     assert "phase 0: rate 1, 3 shots" in out
     assert (tmp_path / "runs" / "nl2bash" / "report.html").is_file()

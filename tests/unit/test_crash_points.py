@@ -8,7 +8,7 @@ from tests.crash_steps import STEPS, copy_root, make_ready, outcome
 from tests.crashing import run_step
 
 pytestmark = pytest.mark.fault
-SAMPLE = {"train": 29, "publish": 4, "release": 2}  # every so many points
+SAMPLE = {"train": 47, "publish": 4, "release": 2}  # every so many points
 
 
 @pytest.fixture(scope="module")

@@ -82,3 +82,11 @@ def test_verbs_without_ray_work_whatever_cluster_is_named(verb, monkeypatch):
         "render": ["k8s", "a"]}
     monkeypatch.setattr(cli.requirements, "check_requirements", lambda: None)
     assert cli.main([verb, *words.get(verb, [] if verb in ("doctor", "status", "schema") else ["a"])]) == 0
+
+
+def test_a_reader_that_has_read_enough_is_no_error():
+    command = [sys.executable, "-m", "pi_ray.cli", "schema"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as printing:
+        assert printing.stdout.readline() == "{\n"
+        printing.stdout.close()
+        assert printing.stderr.read() == "" and printing.wait() == 141

@@ -1,7 +1,7 @@
 """The paper's tables at the paper's size: every file, task and model can be planned, and has the paper's settings."""
 
 import os
-from functools import cache
+import shutil
 from io import StringIO
 from pathlib import Path
 
@@ -14,7 +14,6 @@ from pi_ray.experiments import dry
 from pi_ray.experiments.plan_table import print_table_plan
 from pi_ray.experiments.sweep import is_table, load_sweep
 from pi_ray.models import load_tokenizer
-from pi_ray.plan import estimate
 from pi_ray.schedule import plan_phases
 
 ROOT = Path(__file__).parents[3]
@@ -96,8 +95,7 @@ def planned():
 
 
 @pytest.mark.parametrize("table, task, model", planned())
-def test_every_column_is_planned_and_fits_on_one_node_and_on_two(table, task, model, shapes, monkeypatch):
-    monkeypatch.setattr(estimate, "model_size", _model_size)
+def test_every_column_is_planned_and_fits_on_one_node_and_on_two(table, task, model, shapes):
     sweep = load_sweep(table, [
         *chosen(table, task, model), f"model.base={shapes / model}", f"task.folder={data(task)}",
         "task.rows={train: 64, dev: 8, test: 8}",
@@ -108,21 +106,6 @@ def test_every_column_is_planned_and_fits_on_one_node_and_on_two(table, task, mo
     assert "all fit into GPUs of 80 GiB" in text and "NOT" not in text
     assert ("takes 2 GPUs" if model == "mixtral-8x7b" else "takes one GPU") in text
     assert all(sweep.config.columns[run.column].label[:20] in text for run in sweep.runs if run.trained)
-
-
-@cache
-def _size_of(base, targets):
-    from pi_ray.config import LoraConfig
-
-    return MEASURE(ModelConfig(base=base), LoraConfig(targets=targets))
-
-
-MEASURE = estimate.model_size
-
-
-def _model_size(model, lora):
-    """Counted once for each model, which takes seconds."""
-    return _size_of(model.base, lora.targets)
 
 
 def test_gist_tokens_and_zero_3_are_refused_by_name():
@@ -146,8 +129,26 @@ def test_an_override_reaches_columns_that_do_not_hide_it():
     assert {max(p.shots for p in plan_phases(run.config.schedule)) for run in sweep.runs} == {3}
 
 
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory):
+    return tmp_path_factory.mktemp("kept") / "model"
+
+
+@pytest.fixture
+def written_once(kept, monkeypatch):
+    """All columns have one base, so that its tiny model is made once."""
+    write = dry._write_tiny_model
+
+    def once(config, folder):
+        if not kept.exists():
+            write(config, kept)
+        shutil.copytree(kept, folder)
+
+    monkeypatch.setattr(dry, "_write_tiny_model", once)
+
+
 @pytest.mark.parametrize("table, task", cases())
-def test_every_column_has_a_dry_run(table, task, shapes):
+def test_every_column_has_a_dry_run(table, task, shapes, written_once):
     """That its config in small is valid; `pi-ray table TABLE --dry` runs it, and tests/ray/test_dry.py a run file."""
     sweep = load_sweep(table, [f"table.task={task}", f"model.base={shapes / 'llama-2-7b'}"])
     for run in (run for run in sweep.runs if run.seed == 0):

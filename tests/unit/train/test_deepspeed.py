@@ -38,7 +38,7 @@ def zero_of(stage, world, **own):
     return {"train.workers": world, "train.backend": {"name": "deepspeed", "zero_stage": stage, **own}}
 
 
-def config_of(model, root, *changes, steps=10):
+def config_of(model, root, *changes, steps=5):
     """Two phases of `steps` updates each, prepared."""
     merged = {"schedule.phases": 2, "schedule.steps": steps, "train.checkpoint_every": 4}
     for change in changes:
@@ -94,7 +94,7 @@ def alone(tiny_model, tiny_mixtral, tmp_path_factory):
             config = config_of(model, tmp_path_factory.mktemp("alone"), PLAIN, changes)
             train(config)
             made[key] = losses(config)
-            assert len(made[key]) == 22 and made[key][-1] < made[key][0] - 0.1
+            assert len(made[key]) == 12 and made[key][-1] < made[key][0] - 0.1
         return made[key]
 
     return losses_of
@@ -105,17 +105,17 @@ CHECKPOINTING = {"train.gradient_checkpointing": True, "train.micro_batch": 1}
 
 
 @pytest.mark.parametrize("family, setting, changes", [
-    ("tiny_mixtral", zero_of(3, 4), {}), ("tiny_mixtral", zero_of(3, 2), EXPERTS),
+    ("tiny_mixtral", zero_of(3, 2), {}), ("tiny_mixtral", zero_of(3, 2), EXPERTS),
     ("tiny_mixtral", zero_of(3, 2), CHECKPOINTING), ("tiny_mixtral", zero_of(2, 2), {}),
-    ("tiny_model", zero_of(3, 4, **OFFLOAD), {}), ("tiny_model", zero_of(1, 2), CHECKPOINTING),
+    ("tiny_model", zero_of(3, 2, **OFFLOAD), {}), ("tiny_model", zero_of(1, 2), CHECKPOINTING),
     ("tiny_model", zero_of(0, 2), {}),
     ("tiny_model", zero_of(2, 2, offload_optimizer=True), {"train.share_prefix": False}),
-], ids=["mixtral, stage 3, 4 workers", "mixtral with experts, stage 3, 2 workers",
+], ids=["mixtral, stage 3, 2 workers", "mixtral with experts, stage 3, 2 workers",
         "mixtral with checkpointing, stage 3, 2 workers", "mixtral, stage 2, 2 workers",
-        "llama offloaded, stage 3, 4 workers", "llama with checkpointing, stage 1, 2 workers",
+        "llama offloaded, stage 3, 2 workers", "llama with checkpointing, stage 1, 2 workers",
         "llama, stage 0, 2 workers",
         "llama in plain batches, offloaded, stage 2, 2 workers"])  # fmt: skip
-def test_twenty_updates_have_the_losses_of_one_process_without_deepspeed(
+def test_ten_updates_have_the_losses_of_one_process_without_deepspeed(
     request, alone, tmp_path, family, setting, changes
 ):
     model = request.getfixturevalue(family)

@@ -75,8 +75,8 @@ def test_rays_processor_is_told_of_adapters_gpus_and_lengths(tiny_model, adapter
 
     other = changed(adapter, tmp_path / "other", r=20)
     prompts = [
-        VllmPrompt([1] * 30, adapter, {"max_tokens": 5, "logprobs": 64}), VllmPrompt([1] * 9, other, {"max_tokens": 6}),
-        VllmPrompt([1], "", {"max_tokens": 6}),
+        VllmPrompt([1] * 10, [1] * 20, adapter, {"max_tokens": 5, "logprobs": 64}),
+        VllmPrompt([1] * 10, [1], other, {"max_tokens": 6}), VllmPrompt([], [1], "", {"max_tokens": 6}),
     ]
     spread = config(tiny_model, **{"cluster.gpus_per_replica": 2})
     found = processor_arguments(spread, prompts, GPUS)
@@ -103,5 +103,5 @@ def test_rays_processor_is_told_of_adapters_gpus_and_lengths(tiny_model, adapter
 def test_gpus_of_an_actor_that_are_not_those_of_a_copy_are_refused(tiny_model, installed):
     run = config(tiny_model, **{"cluster.evaluate_resources": {"GPU": 2}, "cluster.gpus_per_replica": 1})
     with pytest.raises(ConfigError, match="gpus_per_replica"):
-        processor_arguments(run, [VllmPrompt([1], "", {"max_tokens": 1})], GPUS)
+        processor_arguments(run, [VllmPrompt([], [1], "", {"max_tokens": 1})], GPUS)
     assert replicas.replica_gpus(run) == 1

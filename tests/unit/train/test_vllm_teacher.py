@@ -7,13 +7,16 @@ from pi_ray.train.launch import fingerprint_of, is_trained
 from pi_ray.train.teacher_workers import answer_in_actors
 from pi_ray.train.trainer import train_worker
 from tests.fake_vllm import FakeVllm
+from tests.unit.train.test_anchor import use_pairs
 from tests.unit.train.test_distill import rows_of
 from tests.unit.train.test_teacher_workers import made
 from tests.unit.train.test_train import settings
 
 
 @pytest.fixture
-def vllm(monkeypatch):
+def vllm(monkeypatch, tmp_path):
+    """With few rows in the anchor, since the stand-in computes every place of an answer by itself."""
+    use_pairs(tmp_path, monkeypatch)
     fake = FakeVllm()
     monkeypatch.setattr(vllm_teacher, "answer_prompts", fake)
     monkeypatch.setattr(teacher_workers, "choose_engine", lambda config, adapters: "vllm")
