@@ -1,4 +1,4 @@
-"""The base model as teacher: Ray Data actors answer queries behind the whole prompt, in each order of its lists.
+"""The base model as teacher: Ray Data actors, or vLLM, answer queries behind the whole prompt, in each of its orders.
 
 An answer is what the model writes behind the prompt's own order; each other order (a view) says whether it would write
 the same. The keys and values of each view's prompt are computed once for each actor.
@@ -7,11 +7,13 @@ the same. The keys and values of each view's prompt are computed once for each a
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 import torch
 
+from pi_ray.answer.teacher_answer import TeacherAnswer
+from pi_ray.answer.vllm_base import answer_items
 from pi_ray.cluster import placement, session, storage_sync
 from pi_ray.config import ModelConfig, PromptConfig, RunConfig
 from pi_ray.data.ray_map import stream
@@ -24,22 +26,11 @@ from pi_ray.run.result_log import ResultLog
 from pi_ray.train.drills import template_views
 from pi_ray.train.generation import compute_prefix_cache, generate_greedy, label_logprobs
 from pi_ray.train.replicas import generation_workers, load_for_generation
+from pi_ray.train.vllm_batches import choose_engine
 
 AT_ONCE = 16  # queries of one batch
 NOTIFY_EVERY = 256  # answers after which they are sent to object storage
 JUDGED_TOKENS = 1024  # answer tokens of a batch whose logits are held at once
-
-
-@dataclass(frozen=True)
-class TeacherAnswer:
-    """An answer, whether it ended within the limit, the share of views that give it, and the log-probability of its
-    least sure token by the views' mean.
-    """
-
-    text: str
-    ended: bool = True
-    agreement: float = 1.0
-    confidence: float = 0.0
 
 
 def answer_by_base(
@@ -74,7 +65,11 @@ def _run(config: RunConfig, items: list[dict[str, Any]], views: list[str], limit
     if not items:
         return
     session.connect()
-    actors, options = generation_workers(config, placement.cluster_nodes())
+    nodes = placement.cluster_nodes()
+    if choose_engine(config, []) == "vllm":
+        yield from answer_items(config, items, views, limit, nodes)
+        return
+    actors, options = generation_workers(config, nodes)
     yield from stream(
         items, BaseTeacher, config.model, config.prompt, views, limit, actors=actors,
         sync=storage_sync.sync_for(config.root), **options,

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 
-from pi_ray.answer.base_teacher import TeacherAnswer
+from pi_ray.answer.teacher_answer import TeacherAnswer
 from pi_ray.config import RunConfig
 from pi_ray.hosted.client import Reply, Service, replies, unpaid_places
 from pi_ray.hosted.price import require_consent

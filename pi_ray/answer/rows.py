@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from pi_ray import __version__
-from pi_ray.answer.base_teacher import TeacherAnswer, answer_by_base
+from pi_ray.answer.base_teacher import answer_by_base
 from pi_ray.answer.endpoint import answer_by_endpoint, confirm_answers
 from pi_ray.answer.split import draw_splits, split_queries
+from pi_ray.answer.teacher_answer import TeacherAnswer
 from pi_ray.config import RunConfig
 from pi_ray.data.ingest import read_splits, require_unique_ids, separate_splits
 from pi_ray.errors import DataError

@@ -128,6 +128,17 @@ def score_noted(
         yield from mean.rows(data, top_k)
 
 
+def score_views(views: Sequence[Mapping[int, Likeliest]], answers: Answers) -> dict[int, tuple[float, float]]:
+    """Number -> (agreement, confidence) of each answer, as `score_answers` has them, by each view's noted tokens."""
+    found = {}
+    for number, label in answers.items():
+        mean = _ViewMean({number: label}, len(views), "cpu")
+        for view in views:
+            mean.add(view[number].spread("cpu"))
+        found[number] = mean.agreement(slice(None)), mean.label_logprobs().min().item()
+    return found
+
+
 class _ViewMean:
     """The mean of so many views' distributions along answers, one view after another since vocabularies are large."""
 
@@ -142,9 +153,17 @@ class _ViewMean:
         self.gives.append(seen.argmax(-1) == self.labels)
         self.logprobs = torch.logaddexp(self.logprobs, seen - math.log(self.views))
 
+    def label_logprobs(self) -> torch.Tensor:
+        """The mean's log-probability (N,) of each token of the labels."""
+        return self.logprobs.gather(1, self.labels[:, None])[:, 0]
+
+    def agreement(self, part: slice) -> float:
+        """The share of views that give each token of this part of the labels."""
+        return sum(bool(view[part].all()) for view in self.gives) / len(self.gives)
+
     def rows(self, data: PhaseDataset | TeacherRows | AnchorRows, top_k: int) -> Iterator[dict[str, Any]]:
         """Rows of SCHEMA."""
-        label_logprobs = self.logprobs.gather(1, self.labels[:, None])[:, 0]
+        label_logprobs = self.label_logprobs()
         values, ids = self.logprobs.topk(top_k)
         at = 0
         for number, label in self.answers.items():
@@ -152,6 +171,6 @@ class _ViewMean:
             yield {
                 "labelled": bool(data.label_lengths[number]), "number": number, "label_ids": label,
                 "confidence": label_logprobs[part].min().item(),
-                "agreement": sum(bool(view[part].all()) for view in self.gives) / len(self.gives),
+                "agreement": self.agreement(part),
                 "top_ids": ids[part].flatten().tolist(), "top_logprobs": values[part].flatten().tolist(),
             }

@@ -59,7 +59,7 @@ def why_not_vllm(config: RunConfig, adapters: Sequence[str], nodes: Sequence[Map
         return "vLLM is not installed (pip install 'pi-ray[vllm]')"
     if not vllm_options.is_for_cpus() and not any(node.get("GPU") for node in nodes):
         return "the cluster has no GPU, and this vLLM is not its build for CPUs"
-    if storage_sync.sync_for(config.root):
+    if adapters and storage_sync.sync_for(config.root):
         return "the run directory is on object storage, where vLLM does not find adapters"
     if config.cluster.labels.get("evaluate"):
         return "cluster.labels chooses the nodes of evaluation, which Ray Data's processor for LLMs cannot"

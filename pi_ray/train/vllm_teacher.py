@@ -1,23 +1,19 @@
 """A teacher's answers by vLLM: generated in the first view of the prompt, then judged in the others.
 
-As pi_ray/train/distill.py has it, but every view notes its likeliest tokens along an answer (`noted_tokens`), since no
-process here sees a whole distribution; what they leave of the probability is spread over the other tokens.
+As pi_ray/train/distill.py has it, but of every view the likeliest tokens along an answer are known alone (VllmReader).
 """
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import torch
-
 from pi_ray.config import RunConfig
-from pi_ray.models import load_model_config, load_tokenizer
 from pi_ray.protocols import UNLABELLED
 from pi_ray.train.anchor import AnchorRows
-from pi_ray.train.answer_scores import Answers, Likeliest, as_certain, noted_tokens, score_noted
+from pi_ray.train.answer_scores import Answers, Likeliest, as_certain, score_noted
 from pi_ray.train.batches import PhaseDataset
 from pi_ray.train.distill import longest_answer_tokens, view_prefixes
 from pi_ray.train.teacher_rows import TeacherRows, open_teacher_rows
-from pi_ray.train.vllm_batches import VllmPrompt, answer_prompts
+from pi_ray.train.vllm_reader import GivenAnswer, VllmReader
 
 Rows = PhaseDataset | TeacherRows | AnchorRows
 
@@ -26,9 +22,7 @@ class VllmTeacher:
     """The base with the adapter in `folder`, "" for the base alone, on `nodes` with these resources."""
 
     def __init__(self, config: RunConfig, folder: str, nodes: Sequence[Mapping[str, float]]):
-        self.config, self.folder, self.nodes = config, folder, nodes
-        self.end = load_tokenizer(config.model).eos_token_id
-        self.vocabulary = load_model_config(config.model).get_text_config().vocab_size
+        self.config, self.folder, self.reader = config, folder, VllmReader(config, nodes)
         self.top_k = config.train.distill.top_k
         self.prefixes = view_prefixes(config)
 
@@ -65,53 +59,23 @@ class VllmTeacher:
 
     def _write(self, data: Rows, numbers: Sequence[int]) -> dict[int, tuple[list[int], Likeliest]]:
         """Row number -> (its answer, with the end; the likeliest tokens along it), of answers that end in time."""
-        if not numbers:
-            return {}
-        sampling = self._sampling(longest_answer_tokens(self.config))
-        prompts = [VllmPrompt(self.prefixes[0], ids, self.folder, sampling) for ids, _ in data.take(numbers)]
-        written = {}
-        for place, answer in answer_prompts(self.config, prompts, self.nodes):
-            label = list(map(int, answer["generated_tokens"]))
-            if label and label[-1] == self.end:
-                written[numbers[place]] = label, self._likeliest(answer["logprobs"])
-        return {n: written[n] for n in numbers if n in written}
+        prompts = [ids for ids, _ in data.take(numbers)]
+        answers = self.reader.write(self.prefixes[0], prompts, self.folder, longest_answer_tokens(self.config))
+        written = {numbers[place]: (label, along) for place, label, along in answers}
+        return {n: written[n] for n in numbers if written[n][0][-1:] == [self.reader.end]}
 
     def _judge(
         self, todo: Sequence[tuple[str, list[int], str]], rows: Mapping[str, Rows], answers: Mapping[str, Answers]
     ) -> list[dict[int, Likeliest]]:
-        """For each (kind of rows, prefix, adapter) the likeliest tokens along the answers of that kind.
-
-        A place of an answer is a prompt of its own, of which vLLM writes one token: all but its end is in the cache.
-        vLLM's log-probabilities of a prompt would need every token computed anew, and fail beside LoRA on CPUs.
-        """
-        sampling = self._sampling(1)
+        """For each (kind of rows, prefix, adapter) the likeliest tokens along the answers of that kind."""
         found: list[dict[int, Likeliest]] = [{} for _ in todo]
-        places, prompts = [], []
+        places, given = [], []
         for view, (kind, prefix, adapter) in enumerate(todo):
             taken = rows[kind].take(list(answers[kind]))
             for (n, label), (ids, _) in zip(answers[kind].items(), taken, strict=True):
-                places += [(view, n, at) for at in range(len(label))]
-                prompts += [VllmPrompt(prefix, [*ids, *label[:at]], adapter, sampling) for at in range(len(label))]
-        noted: dict[tuple[int, int], dict[int, Any]] = {}
-        for place, answer in answer_prompts(self.config, prompts, self.nodes) if prompts else ():
-            view, n, at = places[place]
-            along = noted.setdefault((view, n), {})
-            along[at] = answer["logprobs"][0]
-            if len(along) == len(answers[todo[view][0]][n]):
-                found[view][n] = self._likeliest([along[i] for i in sorted(along)])
-                del noted[view, n]
+                places.append((view, n))
+                given.append(GivenAnswer(prefix, ids, adapter, label))
+        for place, along in self.reader.judge(given):
+            view, n = places[place]
+            found[view][n] = along
         return found
-
-    def _sampling(self, max_tokens: int) -> dict[str, Any]:
-        """The likeliest token at each place, and those that are noted."""
-        return {
-            "temperature": 0.0, "max_tokens": max_tokens, "stop_token_ids": [self.end], "ignore_eos": True,
-            "detokenize": False, "logprobs": noted_tokens(self.top_k),
-        }
-
-    def _likeliest(self, logprobs: Sequence[Mapping[Any, Mapping[str, Any]]]) -> Likeliest:
-        """Take the same number of tokens from each place of vLLM's answer, which may add the token that it chose."""
-        most = noted_tokens(self.top_k)
-        ranked = [sorted(((v["logprob"], int(k)) for k, v in p.items()), reverse=True)[:most] for p in logprobs]
-        ids = torch.tensor([[token for _, token in place] for place in ranked], dtype=torch.int32)
-        return Likeliest(ids, torch.tensor([[value for value, _ in place] for place in ranked]), self.vocabulary)

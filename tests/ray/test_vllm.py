@@ -1,11 +1,14 @@
-"""vLLM itself behind Ray Data, with its build for CPUs (`make test-vllm`): answers of an evaluation and of a teacher
-are those of transformers. Elsewhere the skip says what is missing.
+"""vLLM itself behind Ray Data, with its build for CPUs (`make test-vllm`): answers of an evaluation, of a teacher and
+of the base are those of transformers. Elsewhere the skip says what is missing.
 """
 
 import importlib.util
 
 import pytest
 
+from pi_ray.answer.base_teacher import BaseTeacher
+from pi_ray.answer.vllm_base import answer_items
+from pi_ray.cluster.placement import cluster_nodes
 from pi_ray.config import RunConfig
 from pi_ray.evaluate.columns import AnswerLengths, Column
 from pi_ray.evaluate.generation_workers import run_work, work_item
@@ -15,8 +18,11 @@ from pi_ray.prompt import PromptEncoder
 from pi_ray.train.launch import fingerprint_of, is_trained
 from pi_ray.train.teacher_workers import answer_in_actors
 from pi_ray.train.trainer import train_worker
+from tests.answering import ANSWER, write_answering_model
 from tests.conftest import tiny
 from tests.lora import TEMPLATE, write_adapter
+from tests.prepared import tiny_config
+from tests.unit.answer.test_vllm_base import VIEWS
 from tests.unit.train.test_distill import rows_of
 from tests.unit.train.test_teacher_workers import made
 from tests.unit.train.test_train import settings
@@ -65,3 +71,15 @@ def test_a_teachers_answers_are_those_of_the_training_workers(model, tmp_path, r
         assert a["confidence"] == pytest.approx(b["confidence"], abs=0.3), "64 tokens of a flat distribution are noted"
     train_worker(settings(outside))
     assert is_trained(outside)
+
+
+def test_a_bases_answers_are_those_of_an_actor(model, tmp_path, ray_local):
+    config = tiny_config(model, tmp_path, **{"prompt.chat": "chatml", "model.dtype": "float32"})
+    items = [{"rows": [[query, []] for query in some]} for some in (COLOURS[:4], COLOURS[4:])]
+    mine = dict(answer_items(config, items, VIEWS, 6, cluster_nodes()))
+    actor = BaseTeacher(config.model, config.prompt, VIEWS, 6)
+    assert mine == {place: actor(item) for place, item in enumerate(items)}, "random weights: none of them ends"
+    answering = tiny_config(write_answering_model(tmp_path / "answering", model), tmp_path, **{"prompt.chat": "chatml"})
+    ((_, found),) = answer_items(answering, items[:1], VIEWS, 8, cluster_nodes())
+    assert [(answer["text"], answer["ended"], answer["agreement"]) for answer in found] == [(ANSWER, True, 1.0)] * 4
+    assert all(-5 < answer["confidence"] < 0 for answer in found)

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from pi_ray.answer import base_teacher
-from pi_ray.answer.base_teacher import AT_ONCE, BaseTeacher, TeacherAnswer, answer_by_base
+from pi_ray.answer.base_teacher import AT_ONCE, BaseTeacher, answer_by_base
+from pi_ray.answer.teacher_answer import TeacherAnswer
 from pi_ray.config import ModelConfig, PromptConfig
 from pi_ray.models import load_model
 from pi_ray.protocols import Row

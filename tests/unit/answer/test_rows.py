@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from pi_ray.answer import rows as step
-from pi_ray.answer.base_teacher import TeacherAnswer
 from pi_ray.answer.endpoint import require_endpoint
 from pi_ray.answer.rows import answer_limit, is_answered, make_answered_rows, planned_splits, read_queries_to_answer
+from pi_ray.answer.teacher_answer import TeacherAnswer
 from pi_ray.ask.sources import task_sources
 from pi_ray.config import RunConfig
 from pi_ray.config.run_file import parse_run_file

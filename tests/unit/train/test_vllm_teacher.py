@@ -2,7 +2,7 @@
 
 import pytest
 
-from pi_ray.train import teacher_workers, vllm_teacher
+from pi_ray.train import teacher_workers, vllm_reader
 from pi_ray.train.launch import fingerprint_of, is_trained
 from pi_ray.train.teacher_workers import answer_in_actors
 from pi_ray.train.trainer import train_worker
@@ -18,7 +18,7 @@ def vllm(monkeypatch, tmp_path):
     """With few rows in the anchor, since the stand-in computes every place of an answer by itself."""
     use_pairs(tmp_path, monkeypatch)
     fake = FakeVllm()
-    monkeypatch.setattr(vllm_teacher, "answer_prompts", fake)
+    monkeypatch.setattr(vllm_reader, "answer_prompts", fake)
     monkeypatch.setattr(teacher_workers, "choose_engine", lambda config, adapters: "vllm")
     monkeypatch.setattr(teacher_workers, "PART_ROWS", 5)
     monkeypatch.setattr(teacher_workers.session, "connect", lambda: None)
