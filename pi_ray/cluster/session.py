@@ -3,11 +3,12 @@
 import ipaddress
 import logging
 import os
+import socket
 import sys
 import tempfile
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import Any
 
 from pi_ray.cluster import auth, requirements
@@ -43,12 +44,15 @@ def connect() -> None:
     if ray.is_initialized():
         return
     local: dict[str, Any] = {}
-    address: Any = nullcontext()
-    if os.environ.get("RAY_ADDRESS", "") in ("", "local"):
+    named = os.environ.get("RAY_ADDRESS", "")
+    address: AbstractContextManager[None] = nullcontext()
+    if named in ("", "local"):
         # Without an address Ray would join, or wait for, whatever cluster was last started on this machine.
         local, address = {"address": "local", "include_dashboard": False}, _on_loopback()
         # the log level is of Ray's C++ code, whose logs are for its makers
         os.environ.update({**SERVE, **TRAIN, "RAY_BACKEND_LOG_LEVEL": "fatal", **os.environ})
+    elif _is_on_loopback_alone(named):
+        address = _on_loopback()
     with address, _muted("Set ray log level"):
         ray.init(log_to_driver=False, logging_level=logging.ERROR, **local)
     from ray.data import DataContext
@@ -58,9 +62,27 @@ def connect() -> None:
     logging.getLogger("ray.train").setLevel(logging.WARNING)
 
 
+def _is_on_loopback_alone(address: str) -> bool:
+    """Whether HOST:PORT answers at this machine's loopback address and nowhere else, as a node of `_on_loopback` does.
+
+    Ray takes 127.0.0.1 for the machine's address on the network, where it would wait for such a head in vain.
+    """
+    import ray
+
+    host, _, port = address.rpartition(":")
+    if not (port.isdecimal() and auth.is_loopback(f"ray://{address}")):
+        return False
+    with suppress(OSError), socket.create_connection((host, int(port)), timeout=1):
+        with suppress(OSError), socket.create_connection((ray.util.get_node_ip_address(), int(port)), timeout=1):
+            return False
+        return True
+    return False
+
+
 @contextmanager
 def _on_loopback() -> Iterator[None]:
-    """Let a node that `ray.init` starts have the loopback address, so that its metrics are not shown to the network.
+    """Let a node that `ray.init` starts have the loopback address, so that its metrics are not shown to the network;
+    and let it join such a node.
 
     Ray has this switch for desktops, where it is on, and reads its environment variable when it is imported. It is no
     part of Ray's interface, so what it did is checked. Raises ClusterError where it is gone or did nothing.

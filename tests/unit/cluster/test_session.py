@@ -1,6 +1,7 @@
 """Joining Ray quietly: one known line is left out, everything else is heard. And which nodes do what."""
 
 import os
+import socket
 from contextlib import nullcontext
 
 import pytest
@@ -83,6 +84,17 @@ def test_a_ray_of_this_process_has_the_loopback_address(rays_token, monkeypatch,
     before = ray_constants.ENABLE_RAY_CLUSTER
     session.connect()
     assert found == ["127.0.0.1" if on_loopback else "192.0.2.7"] and before == ray_constants.ENABLE_RAY_CLUSTER
+
+
+@pytest.mark.parametrize("bound, alone", [("127.0.0.1", True), ("0.0.0.0", False)])
+def test_a_head_that_answers_at_the_loopback_address_alone_is_told_from_others(monkeypatch, bound, alone):
+    monkeypatch.setattr("ray.util.get_node_ip_address", lambda: "127.0.0.2")  # stands for that on the network
+    with socket.create_server((bound, 0)) as server:
+        port = server.getsockname()[1]
+        assert session._is_on_loopback_alone(f"127.0.0.1:{port}") is alone
+        assert not session._is_on_loopback_alone(f"ray://127.0.0.1:{port}")
+        assert not session._is_on_loopback_alone(f"10.1.2.3:{port}") and not session._is_on_loopback_alone("auto")
+    assert not session._is_on_loopback_alone(f"127.0.0.1:{port}"), "nobody answers there"
 
 
 @pytest.mark.parametrize("gone", [True, False])
