@@ -57,8 +57,11 @@ def why_not_vllm(config: RunConfig, adapters: Sequence[str], nodes: Sequence[Map
     """Say why vLLM cannot answer with these adapters on `nodes`, which have these resources; "" where it can."""
     if not vllm_options.is_installed():
         return "vLLM is not installed (pip install 'pi-ray[vllm]')"
-    if not vllm_options.is_for_cpus() and not any(node.get("GPU") for node in nodes):
+    for_cpus, gpus = vllm_options.is_for_cpus(), any(node.get("GPU") for node in nodes)
+    if not for_cpus and not gpus:
         return "the cluster has no GPU, and this vLLM is not its build for CPUs"
+    if for_cpus and gpus:
+        return "the cluster has GPUs, and this vLLM is its build for CPUs"
     if adapters and storage_sync.sync_for(config.root):
         return "the run directory is on object storage, where vLLM does not find adapters"
     if config.cluster.labels.get("evaluate"):

@@ -61,6 +61,8 @@ def test_each_reason_against_vllm_is_said(tiny_model, adapter, installed, tmp_pa
     assert "no GPU" in why_not_vllm(run, [adapter], CPUS)
     installed.cpus = True
     assert why_not_vllm(run, [adapter], CPUS) == ""
+    assert "build for CPUs" in why_not_vllm(run, [adapter], GPUS), "GPUs would be idle"
+    installed.cpus = False
     for i, settings in enumerate(({"use_dora": True}, {"peft_type": "IA3"}, {"target_parameters": ["experts.up"]})):
         assert "no DoRA, IA3 or fused" in why_not_vllm(run, [changed(adapter, tmp_path / str(i), **settings)], GPUS)
     assert "an adapter has 600" in why_not_vllm(run, [changed(adapter, tmp_path / "r", r=600)], GPUS)
@@ -68,6 +70,7 @@ def test_each_reason_against_vllm_is_said(tiny_model, adapter, installed, tmp_pa
     assert "cluster.labels" in why_not_vllm(labelled, [adapter], GPUS)
     monkeypatch.setattr(vllm_batches.storage_sync, "sync_for", lambda root: object())
     assert "object storage" in why_not_vllm(run, [adapter], GPUS)
+    assert why_not_vllm(run, [], GPUS) == "", "the base alone needs no adapter's folder"
 
 
 def test_rays_processor_is_told_of_adapters_gpus_and_lengths(tiny_model, adapter, installed, tmp_path):
