@@ -1,4 +1,4 @@
-"""What a teacher that is not trained says to one query."""
+"""The answer of a base model or a service to one query, before it becomes a row."""
 
 from dataclasses import dataclass
 

@@ -1,4 +1,4 @@
-"""What plans are made from, read once for all columns of a table: rows of the task, and the size of the model."""
+"""Rows of the task and the size of the model, read once for the plans of all columns of a table."""
 
 from collections.abc import Sequence
 from typing import Any

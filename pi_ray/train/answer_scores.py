@@ -121,22 +121,25 @@ def score_noted(
     top_k: int,
 ) -> Iterator[dict[str, Any]]:
     """As `score_answers`, where another engine has noted each view's distributions along each answer."""
-    for number, label in answers.items():
-        mean = _ViewMean({number: label}, len(views), "cpu")
-        for view in views:
-            mean.add(view[number].spread("cpu"))
+    for _, mean in _noted_means(views, answers):
         yield from mean.rows(data, top_k)
 
 
 def score_views(views: Sequence[Mapping[int, Likeliest]], answers: Answers) -> dict[int, tuple[float, float]]:
     """Number -> (agreement, confidence) of each answer, as `score_answers` has them, by each view's noted tokens."""
-    found = {}
+    means = _noted_means(views, answers)
+    return {number: (mean.agreement(slice(None)), mean.label_logprobs().min().item()) for number, mean in means}
+
+
+def _noted_means(
+    views: Sequence[Mapping[int, Likeliest]], answers: Answers
+) -> Iterator[tuple[int, _ViewMean]]:
+    """One answer's mean at a time, since it holds a distribution over the vocabulary for each token."""
     for number, label in answers.items():
         mean = _ViewMean({number: label}, len(views), "cpu")
         for view in views:
             mean.add(view[number].spread("cpu"))
-        found[number] = mean.agreement(slice(None)), mean.label_logprobs().min().item()
-    return found
+        yield number, mean
 
 
 class _ViewMean:

@@ -1,4 +1,4 @@
-"""What vLLM writes behind prompts, or says of given answers, with the likeliest tokens at each place of them.
+"""vLLM writes answers behind prompts or judges given ones, and notes the likeliest tokens at each place of them.
 
 No process here sees a whole distribution, so that `noted_tokens` of each are taken; what they leave of the probability
 is spread over the other tokens.
@@ -40,7 +40,7 @@ class VllmReader:
     ) -> Iterator[tuple[int, list[int], Likeliest]]:
         """Yield (place in `prompts`, the greedy answer, the likeliest tokens along it) as they are done.
 
-        An answer of at most `limit` tokens has its end as the last of them.
+        Its last token is the end, but where `limit` tokens were too few.
         """
         sampling = self._sampling(limit)
         asked = [VllmPrompt(prefix, ids, adapter, sampling) for ids in prompts]

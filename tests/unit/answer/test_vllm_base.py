@@ -33,20 +33,14 @@ def test_answers_are_those_of_an_actor(tiny_model, tmp_path, vllm, monkeypatch):
     items = items_of(QUERIES[:8])
     mine = dict(answer_items(config, items, VIEWS, 8, []))
     actor = BaseTeacher(ModelConfig(base=str(model), dtype="float32"), config.prompt, VIEWS, 8)
-    assert [len(asked) for asked in vllm.asked[:2]] == [6, 6 * len(config_label(config))], "it writes, and judges"
+    label = actor.encoder.answer(ANSWER)
+    assert [len(asked) for asked in vllm.asked[:2]] == [6, 6 * len(label)], "it writes, and judges in the other view"
     assert len(vllm.asked) == 4, "twice for every two items"
     for place, item in enumerate(items):
         for a, b in zip(mine[place], actor(item), strict=True):
             assert (a["text"], a["ended"], a["agreement"]) == (b["text"], b["ended"], b["agreement"])
             assert (a["text"], a["agreement"]) == (ANSWER, 1.0)
             assert a["confidence"] == pytest.approx(b["confidence"], abs=1e-3)
-
-
-def config_label(config):
-    from pi_ray.models import load_tokenizer
-    from pi_ray.prompt import PromptEncoder
-
-    return PromptEncoder(load_tokenizer(config.model), config.prompt).answer(ANSWER)
 
 
 def test_an_answer_over_the_limit_is_not_judged(tiny_model, tmp_path, vllm):
