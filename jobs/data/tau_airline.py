@@ -8,15 +8,16 @@ Conversations that solved their task are kept. All trials of a task go to one sp
 of their numbers, the fourth goes to dev and the fifth to test.
 """
 
+import argparse
 import json
 import re
 import shutil
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 TARGET = Path(__file__).parents[1] / "runs" / "data" / "tau-airline"
+FILES = ("conversations.jsonl", "tools.json")
 SPLITS = ("train", "train", "train", "dev", "test")  # of every five tasks
 
 
@@ -37,7 +38,12 @@ def split_by_task(conversations: Iterable[dict[str, Any]]) -> dict[str, list[dic
 
 
 def convert(folder: Path, target: Path) -> dict[str, int]:
-    """Write template.md, tools.json and a file for each split into `target`; returns the conversations of each."""
+    """Write template.md, tools.json and a file for each split into `target`; returns the conversations of each.
+
+    Raises ValueError where `folder` lacks one of its two files.
+    """
+    if missing := [name for name in FILES if not (folder / name).is_file()]:
+        raise ValueError(f"{folder} has no {' and no '.join(missing)}")
     lines = (folder / "conversations.jsonl").read_text(encoding="utf-8").splitlines()
     conversations = [json.loads(line) for line in lines]
     target.mkdir(parents=True, exist_ok=True)
@@ -51,5 +57,13 @@ def convert(folder: Path, target: Path) -> dict[str, int]:
 
 
 if __name__ == "__main__":
-    source, *rest = map(Path, sys.argv[1:])
-    print(convert(source, rest[0] if rest else TARGET))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, metavar="FOLDER")
+    parser.add_argument("target", type=Path, metavar="TARGET", nargs="?", default=TARGET, help=f"default: {TARGET}")
+    args = parser.parse_args()
+    try:
+        counts = convert(args.folder, args.target)
+    except ValueError as error:
+        parser.error(str(error))
+    written = ", ".join(f"{count} {split}" for split, count in counts.items())
+    print(f"{written} conversations, template.md and tools.json are in {args.target}")

@@ -9,9 +9,10 @@ from typing import Any
 
 MAX_MESSAGES = 1000
 MAX_NESTING = 64  # levels of a JSON value
-NO_CHARACTER = re.compile("[\0\ud800-\udfff]")
+NO_CHARACTER = re.compile("[\ud800-\udfff]")
 DUMPED = '[{"role": "'  # how a dumped conversation begins
 ROLES = ("system", "user", "assistant", "tool")
+encode_json = json.JSONEncoder(ensure_ascii=False, allow_nan=False).encode  # json.dumps makes one for each value
 # role -> roles that may follow. A tool's result may follow another one's; calls must have been made in any case.
 FOLLOWS = {"": ("user",), "user": ("assistant",), "assistant": ("user", "tool"), "tool": ("assistant", "tool")}
 
@@ -69,7 +70,7 @@ def content_text(content: Any, name: str = "content") -> str:
         return "".join(content_text(part.get("text"), f"{name}.text") for part in content)
     if not isinstance(content, str):
         raise ValueError(f"{name} must be text")
-    if NO_CHARACTER.search(content):
+    if "\0" in content or (not content.isascii() and NO_CHARACTER.search(content)):
         raise ValueError(f"{name} holds a NUL character or half of a surrogate pair, which is not a character")
     return content
 
@@ -82,28 +83,37 @@ def read_arguments(text: Any, name: str = "arguments") -> dict[str, Any]:
         found = json.loads(content_text(text, name), parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{name} is not JSON: {error}") from None
-    if not isinstance(found, dict) or is_deep(found):
-        raise ValueError(f"{name} must be a JSON object of at most {MAX_NESTING} levels, not {text[:40]!r}")
+    if not isinstance(found, dict):
+        raise ValueError(f"{name} must be a JSON object, not {text[:40]!r}")
     check_json(found, name)
     return found
 
 
 def check_json(value: Any, name: str) -> None:
-    """Raise ValueError where a JSON value holds half of a surrogate pair, also as an escape, or no finite number."""
+    """Raise ValueError where a JSON value holds half of a surrogate pair, also as an escape, or no finite number, or
+    is nested deeper than MAX_NESTING.
+    """
     try:
-        text = json.dumps(value, ensure_ascii=False, allow_nan=False)
+        text = encode_json(value)
+        is_nested = text.count("{") + text.count("[") > MAX_NESTING and _is_deep(value)
+    except RecursionError:
+        is_nested = True
     except ValueError as error:
         raise ValueError(f"{name} holds a number beyond the largest one of JSON: {error}") from None
+    if is_nested:
+        raise ValueError(f"{name} is too deep: JSON of at most {MAX_NESTING} levels is taken")
     content_text(text, name)
 
 
-def is_deep(value: Any) -> bool:
+def _is_deep(value: Any) -> bool:
     """Whether a JSON value is nested deeper than MAX_NESTING."""
-    level = [value]
-    for _ in range(MAX_NESTING):
-        inner = (v.values() if isinstance(v, dict) else v for v in level if isinstance(v, (dict, list)))
-        level = list(chain.from_iterable(inner))
-    return bool(level)
+    level: list[Any] = [[value]]
+    for _ in range(MAX_NESTING + 1):
+        values = chain.from_iterable(inner.values() if isinstance(inner, dict) else inner for inner in level)
+        level = [inner for inner in values if isinstance(inner, (dict, list))]
+        if not level:
+            return False
+    return True
 
 
 def _refuse_constant(name: str) -> None:

@@ -4,7 +4,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from pi_ray.conversation.messages import check_json, is_deep
+from pi_ray.conversation.messages import check_json, encode_json
 
 MAX_TOOLS = 512
 # The words of Qwen 2.5's chat template, whose models and Hermes' know them.
@@ -30,8 +30,8 @@ def check_tools(tools: Any) -> None:
             raise ValueError(f'tools[{i}] must be {{"type": "function", "function": {{"name": ...}}}}')
         if name in names:
             raise ValueError(f"tools[{i}]: there is a function '{name}' already")
-        if not isinstance(function.get("parameters", {}), dict) or is_deep(tool):
-            raise ValueError(f"tools[{i}].function.parameters must be a JSON schema, an object that is not too deep")
+        if not isinstance(function.get("parameters", {}), dict):
+            raise ValueError(f"tools[{i}].function.parameters must be a JSON schema, an object")
         check_json(tool, f"tools[{i}]")
         names.add(name)
 
@@ -40,7 +40,7 @@ def join_tools(system: str, tools: Sequence[dict[str, Any]]) -> str:
     """System message and tools as one text, each definition as JSON on a line of its own; `system` without tools."""
     if not tools:
         return system
-    lines = "\n".join(json.dumps(tool, ensure_ascii=False) for tool in tools)
+    lines = "\n".join(map(encode_json, tools))
     return "\n\n".join(filter(None, [system, BEFORE + lines + AFTER]))
 
 

@@ -8,6 +8,7 @@
 
 import json
 from collections.abc import Sequence
+from operator import itemgetter
 from typing import Any
 
 from pi_ray.conversation import split_tools
@@ -33,7 +34,7 @@ class ConversationGuard:
         return "stripped" if is_known and _normalise(tools) in self._tools else "drifted"
 
 
-def _normalise(tools: Sequence[dict[str, Any]]) -> tuple[str, ...]:
+def _normalise(tools: Sequence[dict[str, Any]]) -> str:
     """The tools as a model is told of them, in any order. `strict` is for the server."""
     kept = [{k: v for k, v in tool["function"].items() if v is not None and k != "strict"} for tool in tools]
-    return tuple(sorted(json.dumps(function, sort_keys=True) for function in kept))
+    return json.dumps(sorted(kept, key=itemgetter("name")), sort_keys=True)

@@ -66,7 +66,7 @@ def test_a_conversation_is_taken(messages):
     ([user(), call(arguments="[7]")], "must be a JSON object"),
     ([user(), call(arguments={"id": 7})], "must be text that holds a JSON object"),
     ([user(), call(arguments="[" * 100_000)], "is not JSON"),
-    ([user(), call(arguments='{"a": ' + "[" * 100 + "]" * 100 + "}")], "a JSON object of at most 64 levels"),
+    ([user(), call(arguments='{"a": ' + "[" * 100 + "]" * 100 + "}")], "JSON of at most 64 levels"),
     ([user(), call(name="")], "with the name of a function"),
     ([user(), {"role": "assistant", "content": None, "tool_calls": 7}], "must be a list"),
     ([{**user(), "tool_calls": call()["tool_calls"]}], "of role user and has tool_calls, which only an assistant's"),

@@ -6,6 +6,7 @@ import time
 import pytest
 
 from pi_ray.conversation import check_tools, join_tools, split_tools
+from pi_ray.conversation.messages import MAX_NESTING
 from pi_ray.conversation.tools import AFTER, BEFORE
 
 FIND = {"type": "function", "function": {
@@ -51,3 +52,15 @@ def test_a_text_that_begins_tools_again_and_again_is_read_once():
 def test_bad_tools_are_refused_with_the_reason(tools, reason):
     with pytest.raises(ValueError, match=reason):
         check_tools(tools)
+
+
+def test_as_many_levels_as_are_allowed_are_taken():
+    def tool(levels):
+        parameters: dict = {}
+        for _ in range(levels - 3):  # beside the tool itself, its function and the parameters
+            parameters = {"properties": parameters}
+        return {"type": "function", "function": {"name": "f", "parameters": parameters}}
+
+    check_tools([tool(MAX_NESTING)])
+    with pytest.raises(ValueError, match="deep"):
+        check_tools([tool(MAX_NESTING + 1)])
