@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import Any
 
-from pi_ray.cluster import auth, requirements
+from pi_ray.cluster import auth, haproxy, requirements
 from pi_ray.errors import ClusterError
 
 # Ray Serve's settings that take a quarter off a request's overhead: replicas call each other by gRPC, with one event
@@ -50,7 +50,8 @@ def connect() -> None:
         # Without an address Ray would join, or wait for, whatever cluster was last started on this machine.
         local, address = {"address": "local", "include_dashboard": False}, _on_loopback()
         # the log level is of Ray's C++ code, whose logs are for its makers
-        os.environ.update({**SERVE, **TRAIN, "RAY_BACKEND_LOG_LEVEL": "fatal", **os.environ})
+        quiet = {"RAY_BACKEND_LOG_LEVEL": "fatal"}
+        os.environ.update({**SERVE, **TRAIN, **quiet, **haproxy.private_files(), **os.environ})
     elif _is_on_loopback_alone(named):
         address = _on_loopback()
     with address, _muted("Set ray log level"):

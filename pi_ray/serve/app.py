@@ -13,7 +13,7 @@ from pathlib import Path
 import ray
 from ray import serve
 
-from pi_ray.cluster import auth, session
+from pi_ray.cluster import auth, haproxy, session
 from pi_ray.config import RunConfig, run_file
 from pi_ray.errors import ConfigError
 from pi_ray.serve.deployment import build_application
@@ -72,6 +72,8 @@ def run_server(config: RunConfig, blocking: bool = True) -> str:
     session.connect()
     check_callback()
     log.setLevel(logging.WARNING)
+    if warning := haproxy.describe_ports():
+        log.warning(warning)
     try:
         _start_proxies(config)
         serve.run(build_application(config, key_digest(key)), name=APP_NAME, route_prefix="/", blocking=False)

@@ -13,7 +13,8 @@ checked. Parts, each with a server of its own:
     merged        the query alone, the adapter in the base weights
     mixed8        the queries over 8 adapters in turn
     constrained   as query, with answers held to a JSON schema
-    overhead      an engine that computes nothing, one request after another
+    overhead      an engine that computes nothing, one request after another and at the highest concurrency
+    haproxy       the same where Ray Serve has HAProxy in front of it (RAY_SERVE_ENABLE_HA_PROXY=1)
     guard         the same, for an adapter of conversations: the user's message alone, and behind a system message of
                   6 kB with 12 kB of tools, which the guard takes away; the difference is what these cost, and that to
                   a request with as many bytes in a field that is ignored is what the guard costs
@@ -105,7 +106,7 @@ PARTS = (
     Part("mixed8", tuple(f"a{i}" for i in range(1, ADAPTERS))),
     Part("constrained", ("a0",), body=(("response_format", AS_ALERTS),)),
 )
-NAMES = (*(p.name for p in PARTS), "peer", "llama.cpp", "overhead", "guard", "cold")
+NAMES = (*(p.name for p in PARTS), "peer", "llama.cpp", "overhead", "haproxy", "guard", "cold")
 POLICY = "\n".join(f"Rule {i}: an agent says what the tools say about case {i}, and nothing else." for i in range(88))
 TOOLS = [
     {"type": "function", "function": {
@@ -233,7 +234,7 @@ def queries(n: int) -> list[str]:
 
 
 @contextmanager
-def pi_ray(folder: Path, part: Part, concurrency: int, **serve: Any) -> Iterator[str]:
+def pi_ray(folder: Path, part: Part, concurrency: int, haproxy: bool = False, **serve: Any) -> Iterator[str]:
     """`pi-ray serve`, in a process and a Ray of its own -> its URL."""
     port = _free_port()
     limits = {
@@ -254,6 +255,7 @@ def pi_ray(folder: Path, part: Part, concurrency: int, **serve: Any) -> Iterator
         (plugin / name).parent.mkdir(parents=True, exist_ok=True)
         (plugin / name).write_text(text)
     environment = {"PYTHONPATH": f"{plugin}:{REPO}", "RAY_ADDRESS": "", "PI_RAY_API_KEY": ""}
+    environment["RAY_SERVE_ENABLE_HA_PROXY"] = str(int(haproxy))
     with _process(
         [sys.executable, "-m", "pi_ray.cli", "serve", str(path)], environment, folder / f"{part.name}.log", port,
         "/healthz",
@@ -402,19 +404,24 @@ async def ask(session: Any, url: str, model: str, message: str, tokens: int, mor
     return Reply(first or whole, whole, usage["prompt_tokens"], usage["completion_tokens"])
 
 
-async def overhead(url: str, bodies: Sequence[dict[str, Any]]) -> list[float]:
-    """Seconds of requests for one token, not streamed, one after another over one connection."""
+async def overhead(url: str, bodies: Sequence[dict[str, Any]], concurrency: int = 1) -> list[float]:
+    """Seconds of requests for one token, not streamed, of which `concurrency` are under way at once."""
     import aiohttp
 
-    found = []
-    async with aiohttp.ClientSession() as session:
-        for body in bodies:
+    found: list[float] = []
+    waiting = iter(bodies)
+
+    async def client() -> None:
+        for body in waiting:
             began = time.perf_counter()
             async with session.post(f"{url}/v1/chat/completions", json={**body, "max_tokens": 1}) as response:
                 text = await response.text()
             found.append(time.perf_counter() - began)
             if response.status != 200:
                 raise FailedError(f"HTTP {response.status}: {text[:500]}")
+
+    async with aiohttp.ClientSession() as session:
+        await asyncio.gather(*(client() for _ in range(concurrency)))
     return found
 
 
@@ -484,15 +491,22 @@ def llama(folder: Path, args: argparse.Namespace) -> list[Level]:
     return found
 
 
-def empty(folder: Path, args: argparse.Namespace) -> float:
-    """Milliseconds (p50) of a request to an engine that computes nothing."""
+def empty(folder: Path, args: argparse.Namespace, haproxy: bool = False) -> dict[str, float]:
+    """An engine that computes nothing: milliseconds (p50) of a request, and requests a second at the highest
+    concurrency.
+    """
     bodies = [{"model": "a0", "messages": _user(query)} for query in queries(args.requests)]
-    with pi_ray(folder, Part("overhead", ("a0",)), max(args.concurrency), engine="empty") as url:
+    name, most = "haproxy" if haproxy else "overhead", max(args.concurrency)
+    with pi_ray(folder, Part(name, ("a0",)), most, haproxy, engine="empty") as url:
         asyncio.run(overhead(url, bodies[:20]))
         found = asyncio.run(overhead(url, bodies))
+        began = time.perf_counter()
+        asyncio.run(overhead(url, bodies, most))
+        rate = len(bodies) / (time.perf_counter() - began)
     p50, p99 = 1000 * median(found), 1000 * _p99(sorted(found))
-    print(f"  an empty engine: p50 {p50:.1f} ms, p99 {p99:.1f} ms a request", flush=True)
-    return p50
+    where = "behind HAProxy" if haproxy else "behind Serve's own proxy"
+    print(f"  an empty engine {where}: p50 {p50:.1f} ms, p99 {p99:.1f} ms a request; {rate:.1f} requests/s", flush=True)
+    return {"ms": p50, "rate": rate}
 
 
 def guard(folder: Path, args: argparse.Namespace) -> dict[str, float]:
@@ -602,7 +616,14 @@ def run(folder: Path, args: argparse.Namespace) -> tuple[list[Level], dict[str, 
     if "llama.cpp" in args.only:
         found += llama(folder, args)
     if "overhead" in args.only:
-        milliseconds["serve_overhead_ms"] = empty(folder, args)
+        own_proxy = empty(folder, args)
+        milliseconds["serve_overhead_ms"] = own_proxy["ms"]
+    if "haproxy" in args.only:
+        behind = empty(folder, args, haproxy=True)
+        milliseconds["haproxy_overhead_ms"] = behind["ms"]
+        if "overhead" in args.only:
+            milliseconds["overhead_over_haproxy"] = own_proxy["ms"] / behind["ms"]
+            milliseconds["haproxy_rate_over_proxy"] = behind["rate"] / own_proxy["rate"]
     if "guard" in args.only:
         milliseconds |= guard(folder, args)
     if "cold" in args.only:

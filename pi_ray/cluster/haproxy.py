@@ -1,0 +1,48 @@
+"""HAProxy in front of Ray Serve, where RAY_SERVE_ENABLE_HA_PROXY=1 asks for it.
+
+Ray brings it, and it takes a request to a replica with less of the processor than Serve's own proxy does. It is no
+default: it does not always see that a client has left, bounds no client's connections, and Ray gives it two ports on
+all interfaces, without a token.
+"""
+
+import atexit
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+SWITCH = "RAY_SERVE_ENABLE_HA_PROXY"
+# Its files, by the variables that move them. By default they lie under /tmp, where every user of the machine may write
+# to the socket that administers it.
+FILES = {
+    "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": "haproxy.cfg",
+    "RAY_SERVE_HAPROXY_SOCKET_PATH": "a.sock",
+    "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": "m.sock",
+    "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": "",
+    "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": "server-state",
+}
+PORTS = {"RAY_SERVE_HAPROXY_STATS_PORT": "8404", "RAY_SERVE_HAPROXY_METRICS_PORT": "9101"}
+
+
+def is_wanted() -> bool:
+    return os.environ.get(SWITCH) == "1"
+
+
+def private_files() -> dict[str, str]:
+    """Variables that keep HAProxy's files in a folder of this user alone, which goes when this process ends."""
+    if not is_wanted():
+        return {}
+    # Short names: HAProxy takes 97 characters for a socket's path, of which Ray adds 57 for the node.
+    folder = Path(tempfile.mkdtemp(prefix="pi-ray-ha-", dir="/tmp"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return {name: str(folder / file) for name, file in FILES.items()}
+
+
+def describe_ports() -> str:
+    """What its two ports show to the network; "" where HAProxy is not wanted."""
+    if not is_wanted():
+        return ""
+    ports = " and ".join(os.environ.get(name, default) for name, default in PORTS.items())
+    shown = "replicas' addresses and counts of requests, to whoever reaches this machine"
+    clients = "bounds no client's connections, and may keep the slot of a client that left until its time is over"
+    return f"HAProxy shows its statistics ({shown}) on the ports {ports}, {clients}"
