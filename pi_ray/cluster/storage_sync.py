@@ -10,11 +10,12 @@ import fcntl
 import json
 import os
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
 from pi_ray.cluster.storage_lease import StorageLease
-from pi_ray.errors import CorruptArtifactError
+from pi_ray.errors import CorruptArtifactError, StorageError
 from pi_ray.run import artifact
 from pi_ray.run.artifact import CORRUPT, MANIFEST, digest, digest_file, temporary_path
 from pi_ray.run.lock import LOCK
@@ -35,6 +36,7 @@ class StorageSync:
         self.local, self.storage = local, storage
         self.lease: StorageLease | None = None  # that of the group of workers which this process belongs to
         self.known: set[str] = set()  # keys seen here: only these are removed on storage when they are gone here
+        self._sending: Future[None] | None = None  # a checkpoint's way to storage, under way or not asked about since
 
     @contextmanager
     def attach_driver(self) -> Iterator[None]:
@@ -58,16 +60,41 @@ class StorageSync:
             _started_work.add(work)
         if self.storage.url not in _worker_syncs:
             _worker_syncs[self.storage.url] = self
-            artifact.write_listeners.append(self.push)
+            artifact.write_listeners.append(self.push_beside)
+
+    def push_beside(self, path: Path) -> None:
+        """Send a checkpoint in a thread while training goes on, and any other artifact or file at once, as `push` does.
+
+        One is under way at a time, and what was written first is sent first. What went wrong with a checkpoint is
+        raised here when the next thing is sent, or by `push_changes`.
+        """
+        if not self._belongs_there(path):
+            return
+        self._wait()
+        if path.parent.name != "checkpoints":
+            return self.push(path)
+        thread = ThreadPoolExecutor(1, "upload")
+        self._sending = thread.submit(self._push_unless_removed, path)
+        thread.shutdown(wait=False)
+
+    def _push_unless_removed(self, path: Path) -> None:
+        """Send a checkpoint. One that training removes meanwhile, since its run is over, is not missed."""
+        try:
+            self.push(path)
+        except (FileNotFoundError, StorageError):
+            if path.exists():
+                raise
+
+    def _wait(self) -> None:
+        sending, self._sending = self._sending, None
+        if sending:
+            sending.result()
 
     def push(self, path: Path) -> None:
         """Send one artifact or file of the run directory, and ignore a path outside it. Raises StorageError."""
-        if not path.is_relative_to(self.local):
+        if not self._belongs_there(path):
             return
         key = self._key(path)
-        parts = PurePosixPath(key).parts
-        if is_temporary(key) or LOCAL_ONLY & set(parts) or any(part.endswith(CORRUPT) for part in parts):
-            return
         with self._locked_state() as synced:
             if self.lease:
                 self.lease.renew()
@@ -83,6 +110,7 @@ class StorageSync:
 
     def push_changes(self) -> None:
         """Send what changed without a listener's call (the log, the best adapter's link); remove what is gone here."""
+        self._wait()
         for path in self._local_items():
             self.push(path)
         with self._locked_state():
@@ -138,10 +166,10 @@ class StorageSync:
         files = {f"{key}/{path.relative_to(folder).as_posix()}": path for path in paths}
         for stale in set(self.storage.list_keys(key)) - set(files):
             self.storage.delete(stale)
+        self.known.update(files, [f"{key}/{MANIFEST}"])
         for name, path in files.items():
             self.storage.upload(path, name, atomic=False)
         self.storage.upload(folder / MANIFEST, f"{key}/{MANIFEST}")
-        self.known.update(files, [f"{key}/{MANIFEST}"])
         return digest(manifest)
 
     def _pull_folder(self, key: str, synced: dict[str, str]) -> None:
@@ -213,6 +241,14 @@ class StorageSync:
     def _is_here(self, key: str) -> bool:
         path = self.local / key.removesuffix(HASH).removesuffix(LINK)
         return path.exists() or path.is_symlink()
+
+    def _belongs_there(self, path: Path) -> bool:
+        """Whether storage has what is written at `path`: all of the run directory that is whole and not this node's."""
+        if not path.is_relative_to(self.local):
+            return False
+        key = self._key(path)
+        parts = PurePosixPath(key).parts
+        return not (is_temporary(key) or LOCAL_ONLY & set(parts) or any(part.endswith(CORRUPT) for part in parts))
 
     def _key(self, path: Path) -> str:
         return path.relative_to(self.local).as_posix()

@@ -4,6 +4,7 @@ import json
 import shutil
 from itertools import pairwise
 from pathlib import Path
+from threading import Event, Timer
 
 import pytest
 from pyarrow.fs import LocalFileSystem, SubTreeFileSystem
@@ -258,6 +259,74 @@ def test_a_worker_on_a_node_without_the_run_directory_fetches_it_and_sends_its_f
         assert (node / "later").read_text() == "l"
         sync_for(driver).pull()
         assert (driver / "part").read_text() == "atrain!"
+
+
+class SlowBucket(Bucket):
+    """A file system whose uploads wait until they may go on."""
+
+    def __init__(self, files):
+        super().__init__(files)
+        self.open = Event()
+
+    def __getattr__(self, name):
+        if name == "open_output_stream":
+            assert self.open.wait(60)
+        return super().__getattr__(name)
+
+
+@pytest.fixture
+def worker(bucket, tmp_path, monkeypatch):
+    """A training worker's sync on a slow bucket, and the names of the checkpoints on it."""
+    monkeypatch.setattr("pi_ray.run.artifact.write_listeners", [])
+    monkeypatch.setattr("pi_ray.cluster.storage_sync._worker_syncs", {})
+    slow = SlowBucket(bucket)
+    sync = sync_of(tmp_path / "node", slow)
+    sync.attach_worker()
+    manifests = (tmp_path / "bucket" / "run" / "checkpoints").glob
+    yield sync, slow, lambda: sorted(path.parent.name for path in manifests("*/manifest.json"))
+    slow.open.set()
+
+
+def test_training_goes_on_while_a_checkpoint_is_sent_and_the_next_one_waits_for_it(worker):
+    sync, slow, sent = worker
+    checkpoints = sync.local / "checkpoints"
+    write(checkpoints / "step-1", "a", "state")
+    assert sent() == [], "it is under way, and training is not held up"
+    Timer(0.2, slow.open.set).start()
+    write(checkpoints / "step-2", "b", "state")
+    assert "step-1" in sent(), "one is under way at a time, in their order"
+    sync.push_changes()
+    assert sent() == ["step-1", "step-2"]
+
+
+def test_an_adapter_is_sent_at_once_and_behind_the_checkpoint_before_it(worker, tmp_path):
+    sync, slow, sent = worker
+    write(sync.local / "checkpoints" / "step-1", "a", "state")
+    Timer(0.2, slow.open.set).start()
+    write(sync.local / "adapters" / "phase-0", "b", "weights")
+    assert sent() == ["step-1"] and (tmp_path / "bucket" / "run" / "adapters" / "phase-0" / "manifest.json").is_file()
+
+
+def test_a_checkpoint_that_could_not_be_sent_is_an_error_of_the_next_thing_that_is(worker):
+    sync, slow, _ = worker
+    slow.fails_at = slow.done + 5
+    slow.open.set()
+    write(sync.local / "checkpoints" / "step-1", "a", "state")
+    with pytest.raises(StorageError, match="connection lost"):
+        write(sync.local / "adapters" / "phase-0", "b", "weights")
+    slow.fails_at = None
+    sync.push_changes()
+    sent = seen(slow.files, sync.local.parent / "there")
+    assert {"checkpoints/step-1/state", "adapters/phase-0/weights"} <= set(sent)
+
+
+def test_checkpoints_that_a_finished_run_removes_while_they_are_sent_leave_nothing_behind(worker, tmp_path):
+    sync, slow, _ = worker
+    write(sync.local / "checkpoints" / "step-1", "a", "state", "best")
+    shutil.rmtree(sync.local / "checkpoints")
+    slow.open.set()
+    sync.push_changes()
+    assert [path for path in (tmp_path / "bucket" / "run").rglob("*") if path.is_file()] == []
 
 
 class OneActor:
