@@ -48,3 +48,10 @@ def test_the_rows_are_those_of_the_run_file(script, tmp_path):
 def test_an_id_of_another_form_is_refused(script):
     with pytest.raises(ValueError, match="does not name task and trial"):
         script.split_by_task([{**trajectory(1, 0), "id": "talk-1"}])
+
+
+def test_a_folder_that_lacks_a_file_is_refused_by_name(script, tmp_path):
+    (tmp_path / "tools.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"has no conversations.jsonl$"):
+        script.convert(tmp_path, tmp_path / "made")
+    assert not (tmp_path / "made").exists()
