@@ -34,6 +34,7 @@ def service(tiny_model, tmp_path_factory):
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(haproxy.SWITCH, "1")
+        patch.setenv("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "60")  # 5 s are few for HAProxy on a busy machine
         ports = {name: str(free_port()) for name in haproxy.PORTS}
         for name, port in ports.items():
             patch.setenv(name, port)

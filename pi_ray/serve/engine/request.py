@@ -3,7 +3,6 @@
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Any, Self
 
 from pi_ray.conversation import content_text, join_tools
@@ -45,12 +44,7 @@ class CompletionRequest:
         """All text that the client sent."""
         if not self.uses_tools:
             return "\n\n".join(text for text in (*(text for _, text in self.history), self.query) if text)
-        return self.tools_text + json.dumps(self.messages, ensure_ascii=False)
-
-    @cached_property
-    def tools_text(self) -> str:
-        """The tools as `join_tools` writes them; "" for none."""
-        return join_tools("", self.tools)
+        return join_tools("", self.tools) + json.dumps(self.messages, ensure_ascii=False)
 
     def split_conversation(self) -> tuple[str, list[Message]]:
         """The text of the system messages, and the other messages. Raises ValueError where one is behind these."""
