@@ -38,8 +38,8 @@ def private_files() -> dict[str, str]:
     return {name: str(folder / file) for name, file in FILES.items()}
 
 
-def describe_ports() -> str:
-    """What its two ports show to the network; "" where HAProxy is not wanted."""
+def describe_risks() -> str:
+    """Say what HAProxy shows to the network and does not bound; "" where it is not wanted."""
     if not is_wanted():
         return ""
     ports = " and ".join(os.environ.get(name, default) for name, default in PORTS.items())

@@ -72,7 +72,7 @@ def run_server(config: RunConfig, blocking: bool = True) -> str:
     session.connect()
     check_callback()
     log.setLevel(logging.WARNING)
-    if warning := haproxy.describe_ports():
+    if warning := haproxy.describe_risks():
         log.warning(warning)
     try:
         _start_proxies(config)

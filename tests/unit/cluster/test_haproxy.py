@@ -18,7 +18,7 @@ def test_nothing_is_set_where_it_is_not_wanted(monkeypatch, value):
     unset(monkeypatch, haproxy.SWITCH)
     if value:
         monkeypatch.setenv(haproxy.SWITCH, value)
-    assert haproxy.private_files() == {} and haproxy.describe_ports() == ""
+    assert haproxy.private_files() == {} and haproxy.describe_risks() == ""
 
 
 def test_its_files_are_this_users_alone_and_go_with_the_process():
@@ -40,7 +40,7 @@ def test_its_files_are_this_users_alone_and_go_with_the_process():
 def test_the_ports_that_it_opens_are_named(monkeypatch):
     monkeypatch.setenv(haproxy.SWITCH, "1")
     monkeypatch.setenv("RAY_SERVE_HAPROXY_STATS_PORT", "18404")
-    assert "18404 and 9101" in haproxy.describe_ports()
+    assert "18404 and 9101" in haproxy.describe_risks()
 
 
 def test_this_ray_serve_has_the_variables():
