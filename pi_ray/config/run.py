@@ -33,7 +33,8 @@ LICENCES = {"gemma3-270m": ("gemma", "https://ai.google.dev/gemma/terms")}  # ba
 class ModelConfig(Block):
     base: str = doc("smollm2-135m", "packaged name, hub id, local folder, or .gguf file")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = doc("auto", "auto: bfloat16 on GPUs, and on CPUs with "
-        "AMX or avx512_bf16, where it trains faster; float32 on others, and for serving and compression on CPUs")
+        "AMX, or AMD's with avx512_bf16, where it trains faster; float32 on others, and for serving and compression "
+        "on CPUs")
     revision: str = doc("", "hub revision, pinned")
     quantize: Literal["", "4bit"] = omit_default("", "4bit: the frozen base's linear layers in bitsandbytes' NF4, "
         "computed in bfloat16; on GPUs only")

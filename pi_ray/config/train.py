@@ -121,8 +121,8 @@ class DistillConfig(Block):
     max_tokens: Positive = omit_default(256, "tokens of an answer, where no labelled row says how long answers are")
     confidence: Annotated[float, Field(le=0)] | None = doc(None, "lowest log-probability of a token in an answer that "
         "is kept; null: any")
-    known_confidence: Annotated[float, Field(le=0)] | None = omit_default(None, "as confidence, for an answer all of "
-        "whose facts stand in labels too, which teach them more surely; null: no bound of its own")
+    known_confidence: Annotated[float, Field(le=0)] | None = doc(-0.1, "as confidence, for an answer all of whose "
+        "facts stand in labels too, which teach them more surely; null: no bound of its own")
     held_out: Annotated[float, Field(ge=0, le=0.5)] = doc(0.1, "largest share of the answered queries that is kept "
         "from the student, to ask it what it knows of each unit of the template; 0: none")
     share: Rate = doc(0.5, "objective mixed: weight of the teacher's distribution against cross-entropy on the answer")
@@ -160,11 +160,11 @@ class DrillsConfig(Block):
 
     mode: Literal["auto", "off"] = doc("auto", "auto: where a teacher is made and labels copy codes of the template "
         "that no query has")
-    kinds: tuple[Literal["facts", "order", "part", "unused"], ...] = doc(("facts", "order"), "facts: codes are "
-        "exchanged for fresh ones; order: the lines that hold them are shuffled; part: some lines that no row of the "
-        "update needs are left out; unused: lines whose codes no label has are left out of the whole phase, since as "
-        "lines that are never right they would be learned to be passed over")
-    share: Annotated[float, Field(gt=0, le=1)] = doc(0.5, "share of the first phase's updates that are drilled")
+    kinds: tuple[Literal["facts", "order", "part", "unused"], ...] = doc(("facts", "order", "part", "unused"), "facts: "
+        "codes are exchanged for fresh ones; order: the lines that hold them are shuffled; part: some lines that no "
+        "row of the update needs are left out; unused: lines whose codes no label has are left out of the whole "
+        "phase, since as lines that are never right they would be learned to be passed over")
+    share: Annotated[float, Field(gt=0, le=1)] = doc(1.0, "share of the first phase's updates that are drilled")
     words: tuple[str, ...] = doc((), "more words that are facts, whatever they look like")
     ignore: tuple[str, ...] = doc((), "words that are no facts, nor those that are listed with them")
 

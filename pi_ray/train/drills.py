@@ -3,7 +3,7 @@
 Labels that repeat let a model learn facts by heart in the first phase; then nothing rewards reading, and it misreads
 what no label repeats. In a drilled update the codes of each fact group are exchanged for fresh ones of the same shape,
 in template and labels alike, the lines that hold them are shuffled, and lines that no row of the update needs may be
-left out. The other updates keep the real prompt, since drills alone would take the facts out of the adapter.
+left out. Later phases have the real prompt, and teach its codes.
 
 Lines that no label needs are of another kind: all through the phase they are wrong answers, so that a model learns to
 pass them over, whatever a query says. With the kind `unused` the whole phase is without them.

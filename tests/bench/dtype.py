@@ -2,8 +2,9 @@
 
     python -m tests.bench.dtype [--updates 60] [--seeds 2] [--model smollm2-135m]
 
-Why `model.dtype: auto` takes bfloat16 on CPUs with AMX or avx512_bf16. Both sides start from the same adapter and take
-turns, an update each; weights and moments of the adapter are float32 on both. Each side then scores the dev rows.
+Why `model.dtype: auto` takes bfloat16 on CPUs with AMX, and on AMD's with avx512_bf16, and float32 on Intel's without
+AMX. Both sides start from the same adapter and take turns, an update each; weights and moments of the adapter are
+float32 on both. Each side then scores the dev rows.
 Last line: `speedup` is the median seconds of a float32 update over those of a bfloat16 one, `dev_loss_*` the mean loss
 in nats a token over the seeds.
 """

@@ -28,10 +28,12 @@ def test_the_context_is_found_under_each_familys_own_name(family, settings, leng
 
 
 @pytest.mark.parametrize(("instructions", "hidden", "device", "dtype"), [
-    ({"avx512_bf16": True}, 576, "cpu", torch.bfloat16),
-    ({"amx_bf16": True, "avx512_bf16": False}, 576, "cpu", torch.bfloat16),
-    ({"avx512_bf16": True}, 64, "cpu", torch.float32),
-    ({"avx512_bf16": False}, 576, "cpu", torch.float32),
+    ({"avx512_bf16": True, "cpu_name": "AMD EPYC"}, 576, "cpu", torch.bfloat16),
+    ({"avx512_bf16": True, "cpu_name": "Intel Xeon"}, 576, "cpu", torch.float32),
+    ({"avx512_bf16": True}, 576, "cpu", torch.float32),
+    ({"amx_bf16": True, "avx512_bf16": True, "cpu_name": "Intel Xeon"}, 576, "cpu", torch.bfloat16),
+    ({"amx_bf16": True, "avx512_bf16": True, "cpu_name": "Intel Xeon"}, 64, "cpu", torch.float32),
+    ({"avx512_bf16": False, "cpu_name": "AMD EPYC"}, 576, "cpu", torch.float32),
     ({}, 576, "cpu", torch.float32),
     ({}, 64, "cuda", torch.bfloat16),
 ])  # fmt: skip

@@ -467,7 +467,7 @@ def test_a_plan_with_a_teacher_counts_its_queries_and_time(tiny_model, tmp_path,
     print_plan(mended, console)
     assert "student's own answers, which the teacher mends" in console.file.getvalue()
     read = plan_run(config.replace(**{"train.objective": "distill", "schedule.shots": 0}))
-    assert read.drills.startswith("50% of phase 0's updates: 40 codes under '## Services' (r9, r5, f9, x4, ...), ")
+    assert read.drills.startswith("100% of phase 0's updates: 40 codes under '## Services' (r9, r5, f9, x4, ...), ")
 
 
 def test_a_plan_without_labelled_rows_counts_queries_and_the_time_to_answer_them(tiny_model, tmp_path, monkeypatch):

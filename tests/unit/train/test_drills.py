@@ -27,7 +27,7 @@ from tests.unit.train.test_facts import DESK, ROWS
 from tests.unit.train.test_train import adapter_hash, dies_and_goes_on, log_of, settings
 
 FACTS = find_facts(DESK, ROWS)
-ALWAYS = DrillsConfig(share=1)
+ALWAYS = DrillsConfig(share=1, kinds=("facts", "order"))
 
 
 def queues(text):
@@ -96,7 +96,7 @@ def test_variants_are_a_function_of_seed_and_update():
 
 @pytest.mark.parametrize("share", [0.25, 0.5, 1])
 def test_the_share_of_drilled_updates_is_the_one_asked_for(share):
-    drills = Drills(DESK, FACTS, DrillsConfig(share=share), 0)
+    drills = Drills(DESK, FACTS, DrillsConfig(share=share, kinds=("facts", "order")), 0)
     drilled = sum(drills.variant(step) is not None for step in range(400))
     assert abs(drilled / 400 - share) < 0.08
 
@@ -137,7 +137,8 @@ def test_a_template_without_lists_has_one_view():
 @pytest.fixture(scope="module")
 def drilled(tiny_model, tmp_path_factory):
     changes = {"train.objective": "distill", "schedule.shots": 0, "schedule.epochs": 2}
-    config = tiny_config(tiny_model, tmp_path_factory.mktemp("drilled"), **changes)
+    half = {"train.drills": {"kinds": ["facts", "order"], "share": 0.5}, "train.distill.known_confidence": None}
+    config = tiny_config(tiny_model, tmp_path_factory.mktemp("drilled"), **changes, **half)
     prepare_by_hand(config, whole=LISTED)
     train_worker(settings(config))
     return config
