@@ -202,7 +202,7 @@ def test_a_base_that_teaches_from_the_start_judges_with_the_whole_prompt(tiny_mo
         return {n: ([5, 9, end], even) for n in numbers}
 
     monkeypatch.setattr(distill, "generate_answers", generate_answers)
-    keys = {"agreement": "off", "held_out": 0, "on_policy": 0.5, "on_policy_divergence": 1}
+    keys = {"agreement": "off", "known_confidence": None, "held_out": 0, "on_policy": 0.5, "on_policy_divergence": 1}
     config = taught_from_start(tiny_model, tmp_path, **{f"train.distill.{key}": value for key, value in keys.items()})
     train_worker(settings(config))
     run, bare, made = RunDir(config.root), load_model(config.model, "cpu").eval(), written(config)
