@@ -8,7 +8,10 @@ import signal
 import socket
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
 import ray
 from ray import serve
@@ -74,9 +77,14 @@ def run_server(config: RunConfig, blocking: bool = True) -> str:
     log.setLevel(logging.WARNING)
     if warning := haproxy.describe_risks():
         log.warning(warning)
+    done = threading.Event()
     try:
+        if blocking:  # also where a shell that starts it in the background has SIGINT ignored
+            _on_stop(signal.default_int_handler)
         _start_proxies(config)
         serve.run(build_application(config, key_digest(key)), name=APP_NAME, route_prefix="/", blocking=False)
+        if blocking:
+            _on_stop(lambda *_: done.set())
     except BaseException as error:
         if starts_ray:
             _shutdown(starts_ray)
@@ -88,14 +96,17 @@ def run_server(config: RunConfig, blocking: bool = True) -> str:
         names = ", ".join(served_models(config, AdapterStore(config.store)))
         print(f"serving at {url}, with a page to try it   models: {names}   Ctrl-C stops\n", flush=True)
         print(f"{usage_text(config)}\n\n{_metrics_text()}", flush=True)
-        done = threading.Event()
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, lambda *_: done.set())
         while not done.wait(1):  # in steps: a signal that another thread takes does not end a wait
             pass
         print("shutting down: requests under way are finished first", flush=True)
         _shutdown(starts_ray)
     return url
+
+
+def _on_stop(handler: Callable[[int, FrameType | None], Any]) -> None:
+    """Call `handler` when this process is asked to end."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, handler)
 
 
 def _check_port(config: RunConfig) -> None:

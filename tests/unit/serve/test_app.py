@@ -1,7 +1,11 @@
 """What is decided before Serve starts: who needs a key, which address, what is printed."""
 
+import os
 import pickle
+import signal
 import socket
+import threading
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -94,6 +98,46 @@ def test_taken_port_raises_config_error_before_ray_starts():
         taken.listen()
         with pytest.raises(ConfigError, match=r"serve\.port"):
             app.run_server(config(port=taken.getsockname()[1]))
+
+
+class Impatient(threading.Event):
+    """An event that must have come before it is waited for."""
+
+    def wait(self, timeout=None):
+        assert self.is_set()
+        return True
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("before", [True, False], ids=["while it starts", "once it serves"])
+def test_a_signal_stops_the_server_also_where_the_shell_has_it_ignored(number, before, monkeypatch, capsys):
+    """As a shell has SIGINT for what it starts in the background."""
+    stopped, handlers = [], {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
+
+    def run(*_, **__):
+        if before:
+            os.kill(os.getpid(), number)
+            time.sleep(1)
+            raise AssertionError("the signal was ignored")
+        else:
+            monkeypatch.setattr(app, "_metrics_text", lambda: os.kill(os.getpid(), number) or "")
+
+    monkeypatch.setattr(app.threading, "Event", Impatient)
+    monkeypatch.setattr(app, "_check_port", lambda config: None)
+    monkeypatch.setattr(app.session, "connect", lambda: None)
+    monkeypatch.setattr(app, "_start_proxies", lambda config: None)
+    monkeypatch.setattr(app, "build_application", lambda *_: None)
+    monkeypatch.setattr(app.serve, "run", run)
+    monkeypatch.setattr(app, "_shutdown", stopped.append)
+    monkeypatch.setattr(app.ray, "is_initialized", lambda: False)
+    signal.signal(number, signal.SIG_IGN)
+    try:
+        app.run_server(config())
+    finally:
+        for n, handler in handlers.items():
+            signal.signal(n, handler)
+    assert stopped == [True]
+    assert ("shutting down" in capsys.readouterr().out) != before
 
 
 def test_usage_text_names_the_key_variable_and_never_the_key(monkeypatch):
