@@ -59,8 +59,9 @@ class AdapterAnswerer:
         total = {name: len(rows) for name, (_, rows) in prompts.items()}
         work = []
         for c in generated:  # all of a column in a row, since the actor keeps the cache of one prefix
-            parts = (range(i, min(i + size, total[c.name])) for i in range(0, total[c.name], size))
-            work += [work_item(c, prompts, part) for part in parts]
+            rows = prompts[c.name][1]
+            alike = sorted(range(len(rows)), key=lambda i: -len(rows[i]))  # a batch is padded to its longest row
+            work += [work_item(c, prompts, alike[i : i + size]) for i in range(0, len(alike), size)]
             if c.name != QUESTIONS:
                 work.append(work_item(c, prompts, range(few), timed=True))
             if c.name != QUESTIONS and settings.probe and template:

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from pi_ray.evaluate import generation_workers
-from pi_ray.evaluate.adapter_answerer import QUESTIONS
+from pi_ray.evaluate.adapter_answerer import QUESTIONS, AdapterAnswerer
 from pi_ray.evaluate.columns import AnswerLengths, Column
 from pi_ray.evaluate.evaluate import evaluate_run
 from pi_ray.evaluate.generation_workers import Generator
@@ -118,3 +118,19 @@ def test_another_adapter_or_prompt_is_asked_anew(config, tiny_model):
     assert [name for name, _ in generated()] == ["base_full_prompt"]
     evaluate_run(config.replace(**{"evaluate.max_new_tokens": 3}), columns=other)
     assert [name for name, _ in generated()] == ["base", "promptintern", "base_full_prompt", QUESTIONS]
+
+
+def test_rows_of_like_length_are_answered_together_and_keep_their_answers(config):
+    columns, lengths = columns_of(config)[:1], AnswerLengths(6, 2)
+    rows = [Row(f"test-{i}", "red? " * times, "k4") for i, times in enumerate((2, 5, 1, 3))]
+    write_rows(RunDir(config.root).rows / "test.parquet", rows)
+    texts = {}
+    for size in (2, 3):
+        DONE.clear()
+        sized = config.replace(**{"evaluate.batch_size": size})
+        texts[size] = AdapterAnswerer(sized).answer(columns, lengths, lambda *_: None)["base"].texts
+        batches = [[len(ids) for ids in item["prompts"]] for item in DONE if "timed" not in item]
+        flat = [length for batch in batches for length in batch]
+        assert list(map(len, batches)) == {2: [2, 2], 3: [3, 1]}[size]
+        assert flat == sorted(flat, reverse=True) and len(set(flat)) == 4
+    assert texts[2] == texts[3] and len(set(texts[2])) > 1
