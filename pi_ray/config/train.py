@@ -156,7 +156,7 @@ class DistillConfig(Block):
 
 
 class DrillsConfig(Block):
-    """Reading drills: some updates of the first phase have other codes in template and labels, in another order."""
+    """Reading drills: updates of the first phase have other codes in template and labels, in another order."""
 
     mode: Literal["auto", "off"] = doc("auto", "auto: where a teacher is made and labels copy codes of the template "
         "that no query has")

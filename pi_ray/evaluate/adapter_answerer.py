@@ -60,7 +60,8 @@ class AdapterAnswerer:
         work = []
         for c in generated:  # all of a column in a row, since the actor keeps the cache of one prefix
             rows = prompts[c.name][1]
-            alike = sorted(range(len(rows)), key=lambda i: -len(rows[i]))  # a batch is padded to its longest row
+            # a batch is padded to its longest row; what takes most memory comes first
+            alike = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
             work += [work_item(c, prompts, alike[i : i + size]) for i in range(0, len(alike), size)]
             if c.name != QUESTIONS:
                 work.append(work_item(c, prompts, range(few), timed=True))

@@ -90,8 +90,8 @@ def model_dtype(config: ModelConfig, device: str = "cpu") -> Any:
 def _gains_by_bfloat16(config: ModelConfig) -> bool:
     """Whether a CPU multiplies faster in bfloat16, and the model is large enough for that to matter.
 
-    Intel's CPUs do so by AMX alone: their avx512_bf16 does no more products a cycle than float32, AMD's does twice as
-    many (`python -m tests.bench.dtype`). A guest of a virtual machine may have the one without the other.
+    On an Intel with avx512_bf16 and without AMX, as guests of virtual machines may see it, updates take 1.5 times as
+    long as in float32 (`python -m tests.bench.dtype`).
     """
     import torch
 

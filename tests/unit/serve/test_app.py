@@ -119,10 +119,9 @@ def test_a_signal_stops_the_server_also_where_the_shell_has_it_ignored(number, b
             os.kill(os.getpid(), number)
             time.sleep(1)
             raise AssertionError("the signal was ignored")
-        else:
-            monkeypatch.setattr(app, "_metrics_text", lambda: os.kill(os.getpid(), number) or "")
+        monkeypatch.setattr(app, "_metrics_text", lambda: os.kill(os.getpid(), number) or "")
 
-    monkeypatch.setattr(app.threading, "Event", Impatient)
+    monkeypatch.setattr(app, "threading", SimpleNamespace(Event=Impatient))
     monkeypatch.setattr(app, "_check_port", lambda config: None)
     monkeypatch.setattr(app.session, "connect", lambda: None)
     monkeypatch.setattr(app, "_start_proxies", lambda config: None)
