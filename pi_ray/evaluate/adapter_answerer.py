@@ -25,6 +25,7 @@ from pi_ray.run.artifact import read_manifest, verify_artifact
 from pi_ray.run.directory import RunDir
 from pi_ray.run.fingerprint import evaluate_fingerprint
 from pi_ray.train.lora import PACKAGES
+from pi_ray.train.row_chains import chain_batches
 from pi_ray.train.train_log import read_entries
 
 QUESTIONS = "questions about units"  # beside the columns: what the trained one is asked of its prompt
@@ -59,10 +60,7 @@ class AdapterAnswerer:
         total = {name: len(rows) for name, (_, rows) in prompts.items()}
         work = []
         for c in generated:  # all of a column in a row, since the actor keeps the cache of one prefix
-            rows = prompts[c.name][1]
-            # a batch is padded to its longest row; what takes most memory comes first
-            alike = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
-            work += [work_item(c, prompts, alike[i : i + size]) for i in range(0, len(alike), size)]
+            work += [work_item(c, prompts, rows) for rows in chain_batches(prompts[c.name][1], size)]
             if c.name != QUESTIONS:
                 work.append(work_item(c, prompts, range(few), timed=True))
             if c.name != QUESTIONS and settings.probe and template:

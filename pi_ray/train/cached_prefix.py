@@ -28,6 +28,8 @@ PROBE_PREFIX, PROBE_ROWS = [7, 3, 9, 2], [[5, 11, 4, 8], [12, 6]]
 TOLERANCE, HALF_TOLERANCE = 1e-3, 0.2
 OTHER_SCORES = {"s_aux", "softcap", "position_bias"}  # arguments of attention that would be left out here
 
+KeysValues = tuple[torch.Tensor, torch.Tensor]  # of one layer, each (1, H_kv, tokens, D)
+
 _proven: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()  # model -> whether it computes the same in this way
 _continues: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()  # model -> whether it reads on behind a cache
 _decodes: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()  # model -> whether it reads one token behind a cache
@@ -37,16 +39,24 @@ _decodes: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()  # model -> whether
 class CachedPrefix:
     """The prefix that the attention of every layer gets beside the rows' own tokens."""
 
-    layers: Sequence[tuple[torch.Tensor, torch.Tensor]]  # of each layer keys and values (1, H_kv, P, D)
+    layers: Sequence[KeysValues]  # of each layer, of the prefix's P tokens
     sees: torch.Tensor  # (B, L, T) bool: which of a row's own T tokens each of its newest L sees
+    seen: torch.Tensor | None = None  # (B, P) bool: which of the prefix's tokens each row sees; None: all
 
     @classmethod
-    def build(cls, cache: DynamicCache, mask: torch.Tensor, newest: int) -> CachedPrefix:
+    def build(
+        cls, layers: Sequence[KeysValues], mask: torch.Tensor, newest: int, seen: torch.Tensor | None = None
+    ) -> CachedPrefix:
         """`mask` (B, T) tells own tokens from padding."""
         own = mask.bool()[:, None, :].expand(-1, newest, -1)
         causal = torch.ones(newest, mask.shape[1], dtype=torch.bool, device=mask.device)
-        layers: list[Any] = [(layer.keys, layer.values) for layer in cache.layers]  # type: ignore[union-attr]
-        return cls(layers, own & causal.tril(mask.shape[1] - newest))
+        return cls(layers, own & causal.tril(mask.shape[1] - newest), seen)
+
+
+def keys_and_values(cache: DynamicCache) -> list[KeysValues]:
+    """Of each layer; none where nothing was read yet."""
+    layers: list[Any] = list(cache.layers)
+    return [(layer.keys, layer.values) for layer in layers if layer.is_initialized]
 
 
 def cached_prefix_attention(
@@ -67,8 +77,10 @@ def cached_prefix_attention(
     if length > 1:
         keys = torch.cat([prefix_key.expand(size, -1, -1, -1), key], 2)
         values = torch.cat([prefix_value.expand(size, -1, -1, -1), value], 2)
-        sees, grouped = F.pad(own, (cached, 0), value=True)[:, None], heads != groups
-        output = F.scaled_dot_product_attention(query, keys, values, sees, scale=scaling, enable_gqa=grouped)
+        sees, grouped = F.pad(own, (cached, 0), value=True), heads != groups
+        if cached_prefix.seen is not None:
+            sees[..., :cached] = cached_prefix.seen.to(query.device)[:, None]
+        output = F.scaled_dot_product_attention(query, keys, values, sees[:, None], scale=scaling, enable_gqa=grouped)
         return output.transpose(1, 2).contiguous(), None
     scaled = query.float().view(size, groups, heads // groups, depth) * (scaling or depth**-0.5)
 
@@ -78,6 +90,8 @@ def cached_prefix_attention(
         return product.view(groups, size, -1, matrix.shape[-1]).transpose(0, 1)
 
     far = times_prefix(scaled, prefix_key[0].float().transpose(1, 2))
+    if cached_prefix.seen is not None:
+        far = far.masked_fill(~cached_prefix.seen.to(query.device)[:, None, None], -torch.inf)
     near = (scaled @ key.float().transpose(2, 3)).masked_fill(~own[:, None], -torch.inf)
     weights = torch.cat([far, near], -1).softmax(-1)
     output = times_prefix(weights[..., :cached], prefix_value[0].float()) + weights[..., cached:] @ value.float()
@@ -105,8 +119,16 @@ def cached_prefix_enabled(model: Any) -> Iterator[None]:
 
 
 def shares_cached_prefix(model: Any, cache: DynamicCache) -> bool:
-    """Whether the model may attend in this way: full attention in every layer, and proven equal on two short rows."""
-    if any(type(layer) is not DynamicLayer for layer in cache.layers) or not cache.get_seq_length():
+    """Whether rows of the model share this cache, which is not empty."""
+    return bool(cache.get_seq_length()) and attends_to_cached_prefix(model, cache)
+
+
+def attends_to_cached_prefix(model: Any, cache: DynamicCache) -> bool:
+    """Whether the model may attend in this way: full attention in every layer, and proven equal on two short rows.
+
+    `cache` is one that the model has filled, or will.
+    """
+    if any(type(layer) is not DynamicLayer for layer in cache.layers):
         return False
     if model not in _proven:
         try:
@@ -173,7 +195,7 @@ def _is_equal(model: Any) -> bool:
     with cached_prefix_enabled(model):
         for end in (longest - 1, longest):  # all tokens but the last of each row together, then the last one alone
             part = slice(kept.get_seq_length(), end)
-            shared = CachedPrefix.build(cache, own[:, :end], end - part.start)
+            shared = CachedPrefix.build(keys_and_values(cache), own[:, :end], end - part.start)
             found.append(model(
                 input_ids=ids[:, part], position_ids=positions[:, part], use_cache=True, cached_prefix=shared,
                 **{argument: kept},

@@ -30,6 +30,7 @@ from pi_ray.train.distributed import WorkerGroup
 from pi_ray.train.floor import SENTENCE_BLEU, TOKEN_ACCURACY
 from pi_ray.train.generation import compute_prefix_cache, generate_greedy
 from pi_ray.train.phase_scores import scored_rows
+from pi_ray.train.row_chains import chain_batches
 from pi_ray.train.shared_prefix import ordinary_attention
 
 BATCH_ROWS = 16  # rows answered at once
@@ -145,13 +146,13 @@ class DevScorer:
     def _answers(
         self, model: Any, pack: Pack, prefix: list[int], prompts: Sequence[list[int]], limit: int
     ) -> list[str]:
-        end, texts = self.encoder.tokenizer.eos_token_id, []
+        end, texts = self.encoder.tokenizer.eos_token_id, dict[int, str]()
         with ordinary_attention(model.get_base_model()) if pack is packed_batch else nullcontext():
             cache = compute_prefix_cache(model, prefix)
-            for start in range(0, len(prompts), BATCH_ROWS):
-                ids = generate_greedy(model, prefix, prompts[start : start + BATCH_ROWS], limit, end, cache=cache)
-                texts += [self.encoder.decode(answer) for answer in ids]
-        return texts
+            for rows in chain_batches(prompts, BATCH_ROWS):
+                answers = generate_greedy(model, prefix, [prompts[i] for i in rows], limit, end, cache=cache)
+                texts |= zip(rows, map(self.encoder.decode, answers), strict=True)
+        return [texts[i] for i in range(len(prompts))]
 
     def _metrics(self, rows: Sequence[Row], texts: Sequence[str]) -> dict[str, list[float]]:
         """The task's metrics of each row, and without task.metric sentence BLEU from 0 to 1."""

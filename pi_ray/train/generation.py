@@ -5,6 +5,8 @@ leave as they end, with no scheduling or streaming, so a row's answer depends on
 which a layer does not see all tokens get rows of equal length together, which need no padding.
 """
 
+from __future__ import annotations
+
 import copy
 import time
 from collections.abc import Callable, Collection, Sequence
@@ -20,12 +22,16 @@ from pi_ray.models import cache_argument, last_logits_index
 from pi_ray.models.device import synchronize
 from pi_ray.train.cached_prefix import (
     CachedPrefix,
+    KeysValues,
+    attends_to_cached_prefix,
     base_of,
     cached_prefix_enabled,
     check_decoding,
     continues_cache,
+    keys_and_values,
     shares_cached_prefix,
 )
+from pi_ray.train.row_chains import Chain, chains_pay, find_chains, read_chains
 from pi_ray.train.shared_prefix import why_not_all_is_seen
 
 SHARING_ROWS, COPYING_ROWS = 64, 16
@@ -64,7 +70,8 @@ def generate(
     An answer that has begun also ends with a token of `breaks`.
 
     Rows see of the prefix what the cache holds, such as its gist tokens alone, and keep their positions behind all of
-    it. They are padded on the left, between prefix and row, where mask and position ids leave the padding out.
+    it. They are padded on the left, between prefix and row, where mask and position ids leave the padding out. What
+    the turns of one conversation have in common is read once too (row_chains.py).
     """
     cache = compute_prefix_cache(model, prefix) if cache is None else cache
     limited = _is_limited(model, len(prefix) + max(map(len, rows)) + max_new_tokens)
@@ -80,7 +87,10 @@ def generate(
         return found
     if limited and prefix and not continues_cache(model):
         rows, prefix, cache = [[*prefix, *row] for row in rows], [], compute_prefix_cache(model, [])
-    behind = _RowCache(model, len(prefix), cache, len(rows), limited)
+    if not limited and chains_pay(rows, chains := find_chains(rows)) and attends_to_cached_prefix(model, cache):
+        behind, rows = _RowCache.behind_chains(model, len(prefix), cache, rows, chains)
+    else:
+        behind = _RowCache(model, len(prefix), cache, len(rows), limited)
     ids, mask = _pad_left(rows, model.device)
     answers: list[list[int]] = [[] for _ in rows]
     alive = list(range(len(rows)))
@@ -95,7 +105,7 @@ def generate(
                 break
             if len(keep) < len(alive):
                 index = torch.tensor(keep, device=mask.device)
-                _select_rows(behind.own, index)
+                behind.keep_rows(index)
                 mask = mask[index]
                 alive = [alive[i] for i in keep]
             ids = torch.tensor([[tokens[i]] for i in keep], device=mask.device)
@@ -201,29 +211,56 @@ class _RowCache:
     """
 
     def __init__(self, model: Any, prefix: int, cache: DynamicCache, rows: int, limited: bool):
-        self.model, self.prefix, self.copied, self.limited = model, prefix, 0, limited
-        self.shared = None if limited or not shares_cached_prefix(model, cache) else cache
+        self.model, self.copied, self.limited = model, 0, limited
+        self.places = torch.full((rows, 1), prefix, device=model.device)  # of each row's first own token
+        self.shared = list[KeysValues]()
+        self.seen: torch.Tensor | None = None  # (B, P) bool: what each row sees of the shared tokens; None: all
         self.own = DynamicCache()
-        if self.shared is None:
+        if not limited and shares_cached_prefix(model, cache):
+            self.shared = keys_and_values(cache)
+        else:
             self.own, self.copied = copy.deepcopy(cache), 0 if limited else cache.get_seq_length()
             if prefix and rows > 1:
                 _select_rows(self.own, torch.zeros(rows, dtype=torch.long, device=model.device))
 
+    @classmethod
+    def behind_chains(
+        cls, model: Any, prefix: int, cache: DynamicCache, rows: Sequence[Sequence[int]], chains: Sequence[Chain]
+    ) -> tuple[_RowCache, list[Sequence[int]]]:
+        """The cache of rows that lie in chains, and what is still to be read of each of them."""
+
+        def read(ids: Sequence[int]) -> list[KeysValues]:
+            alone = cls(model, prefix, cache, 1, limited=False)
+            with alone.attention():
+                alone.forward(*_pad_left([ids], model.device), 1)
+            return keys_and_values(alone.own)
+
+        found = read_chains(rows, chains, keys_and_values(cache), read)
+        behind = cls(model, prefix, cache, len(rows), limited=False)
+        behind.shared, behind.seen = found.layers, found.seen
+        behind.places += torch.tensor(found.skipped, device=model.device)[:, None]
+        return behind, [row[n:] for row, n in zip(rows, found.skipped, strict=True)]
+
     def attention(self) -> AbstractContextManager[None]:
         """The context in which `forward` is called."""
-        return nullcontext() if self.shared is None else cached_prefix_enabled(self.model)
+        return cached_prefix_enabled(self.model) if self.shared else nullcontext()
+
+    def keep_rows(self, index: torch.Tensor) -> None:
+        _select_rows(self.own, index)
+        self.places = self.places[index]
+        self.seen = None if self.seen is None else self.seen[index]
 
     def forward(self, ids: torch.Tensor, mask: torch.Tensor, keep: int) -> torch.Tensor:
         """Logits (B, keep, V) after the last of the newest tokens `ids` (B, L).
 
         `mask` (B, T) is 1 at own tokens, the newest among them, and 0 at padding.
         """
-        positions = self.prefix + (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+        positions = self.places + (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
         seen: dict[str, Any] = {}
         if not self.limited:  # else there is no padding
             seen = {"attention_mask": F.pad(mask, (self.copied, 0), value=1)}
-        if self.shared is not None:
-            seen = {"cached_prefix": CachedPrefix.build(self.shared, mask, ids.shape[1])}
+        if self.shared:
+            seen = {"cached_prefix": CachedPrefix.build(self.shared, mask, ids.shape[1], self.seen)}
         return self.model(
             input_ids=ids, position_ids=positions, use_cache=True, logits_to_keep=last_logits_index(keep, ids.device),
             **{cache_argument(base_of(self.model).__class__): self.own}, **seen,

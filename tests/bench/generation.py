@@ -1,16 +1,18 @@
 """Greedy answers to many queries behind one long prompt: the teacher's and evaluation's work, against transformers.
 
     python -m tests.bench.generation [--rows 64] [--tokens 24] [--rounds 3] [--model smollm2-135m]
+    python -m tests.bench.generation --conversations 4 [--turns 8]   (rows: all turns of so many conversations)
 
 The same model, rank-32 adapter, token ids and number of new tokens on all sides, which take turns; medians of all
 rounds. Sides:
 
-    pi-ray          one copy of the prompt's keys and values for all rows
+    pi-ray          one copy of the prompt's keys and values for all rows, and a conversation is read once
     transformers    `generate` with left-padded whole prompts
     with its cache  `generate` with a prefilled cache of the prompt, repeated for every row, as its documentation does
 
-Each peer answers 16 and 64 rows at once and the faster counts. Last line: `over_*` is the peer's seconds over pi-ray's;
-`same_tokens` is the share of new tokens in which pi-ray agrees with the peer, up to each row's first difference.
+Each side answers 16 and 64 rows at once, of like length together, and the faster counts. Last line: `over_*` is the
+peer's seconds over pi-ray's; `same_tokens` is the share of new tokens in which pi-ray agrees with the peer, up to each
+row's first difference.
 """
 
 from __future__ import annotations
@@ -30,18 +32,22 @@ from pi_ray.config import LoraConfig, ModelConfig
 from pi_ray.models import load_model
 from pi_ray.train import lora
 from pi_ray.train.generation import compute_prefix_cache, generate_greedy
+from pi_ray.train.row_chains import chain_batches
 from tests.bench.report import header, last_line
 
 PREFIX, SHORTEST, LONGEST = 550, 20, 40
 BATCHES = (16, 64)
+SHORTEST_TURN, LONGEST_TURN = 60, 240  # tokens that a turn adds to its conversation
 
 Answers = list[list[int]]
 
 
 def ours(model: Any, prefix: list[int], rows: Answers, tokens: int, batch: int) -> Answers:
-    cache = compute_prefix_cache(model, prefix)
-    parts = [rows[i : i + batch] for i in range(0, len(rows), batch)]
-    return [answer for part in parts for answer in generate_greedy(model, prefix, part, tokens, None, cache)]
+    cache, answers = compute_prefix_cache(model, prefix), dict[int, list[int]]()
+    for part in chain_batches(rows, batch):
+        written = generate_greedy(model, prefix, [rows[i] for i in part], tokens, None, cache)
+        answers |= zip(part, written, strict=True)
+    return [answers[i] for i in range(len(rows))]
 
 
 def transformers_alone(model: Any, prefix: list[int], rows: Answers, tokens: int, batch: int) -> Answers:
@@ -82,6 +88,17 @@ def _peer(
     return found
 
 
+def conversations(rng: random.Random, count: int, turns: int, size: int) -> Answers:
+    """The prompts of all turns, each of which begins as the turn before it."""
+    found: Answers = []
+    for _ in range(count):
+        past: list[int] = []
+        for _ in range(turns):
+            past = past + [rng.randrange(100, size) for _ in range(rng.randint(SHORTEST_TURN, LONGEST_TURN))]
+            found.append(past)
+    return found
+
+
 def agreement(mine: Answers, theirs: Answers) -> float:
     """Share of tokens up to each row's first difference."""
     same = sum(next((i for i, (a, b) in enumerate(zip(x, y, strict=True)) if a != b), len(x))
@@ -92,6 +109,8 @@ def agreement(mine: Answers, theirs: Answers) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=64)
+    parser.add_argument("--conversations", type=int, default=0)
+    parser.add_argument("--turns", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=24)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--model", default="smollm2-135m")
@@ -102,8 +121,12 @@ def main() -> None:
     rng, size = random.Random(0), model.config.vocab_size
     prefix = [rng.randrange(100, size) for _ in range(PREFIX)]
     rows = [[rng.randrange(100, size) for _ in range(rng.randint(SHORTEST, LONGEST))] for _ in range(args.rows)]
+    if args.conversations:
+        rows = conversations(rng, args.conversations, args.turns, size)
+    rows.sort(key=len, reverse=True)
     sides = {"pi-ray": ours, "transformers": transformers_alone, "with its cache": transformers_with_cache}
-    print(f"  {args.rows} rows of {PREFIX} + {SHORTEST} to {LONGEST} tokens, {args.tokens} new ones, {model.dtype}")
+    tokens = f"{PREFIX} + {len(rows[-1])} to {len(rows[0])} tokens, {args.tokens} new ones"
+    print(f"  {len(rows)} rows of {tokens}, {model.dtype}")
     seconds: dict[tuple[str, int], list[float]] = {(name, b): [] for name in sides for b in BATCHES}
     answers: dict[str, Answers] = {}
     for _ in range(args.rounds):
