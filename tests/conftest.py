@@ -59,11 +59,12 @@ def tiny(folder: Path, family: str, **settings) -> Path:
 
     tokenizer = load_tokenizer(ModelConfig())
     torch.manual_seed(0)
-    config = getattr(transformers, f"{family}Config")(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, **settings,
-    )
+    shape = {
+        "vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id,
+    }
+    config = getattr(transformers, f"{family}Config")(**{**shape, **settings})
     getattr(transformers, f"{family}ForCausalLM")(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder

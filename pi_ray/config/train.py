@@ -247,13 +247,6 @@ class TrainConfig(Block):
         return distills and (self.backend.shards_weights if self.distill.actors == "auto" else self.distill.actors)
 
     @property
-    def why_no_suffix_batches(self) -> str:
-        """Why rows cannot go on from their prefix's cache, whatever the base model; "" where they may."""
-        if self.gradient_checkpointing:
-            return "with train.gradient_checkpointing a forward pass leaves no cache"
-        return "ZeRO stage 3 knows one pass for each batch" if self.backend.shards_weights else ""
-
-    @property
     def adopts_teacher(self) -> bool:
         """Whether another run's adapter teaches, so that the first phase has no updates."""
         return self.objective != "sft" and bool(self.distill.teacher_adapter)

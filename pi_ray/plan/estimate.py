@@ -181,11 +181,6 @@ def _matmul_speed(device: str, dtype: Any, size: int, budget: float = 0.5) -> fl
     return 2 * size**3 / fastest
 
 
-def shares_prefix(size: ModelSize, config: RunConfig) -> bool:
-    """Whether training computes the template once for each pass, and not with every row."""
-    return config.train.share_prefix and not (size.plain_batch_reason and config.train.why_no_suffix_batches)
-
-
 def rows_per_pass(config: RunConfig) -> int:
     """Rows that a worker sends through the model at once."""
     return config.train.micro_batch or config.rows_per_worker
@@ -194,7 +189,7 @@ def rows_per_pass(config: RunConfig) -> int:
 def update_tokens(size: ModelSize, shape: Shape, config: RunConfig) -> tuple[float, float]:
     """Tokens that pass through the model in one update, over all workers: of prefixes, of rows with their labels."""
     batch = config.train.batch_size
-    return (batch / rows_per_pass(config) if shares_prefix(size, config) else batch) * shape.prefix, batch * shape.fed
+    return (batch / rows_per_pass(config) if config.train.share_prefix else batch) * shape.prefix, batch * shape.fed
 
 
 def tokens_of_updates(config: RunConfig) -> list[float]:
@@ -237,7 +232,7 @@ def device_memory(size: ModelSize, shape: Shape, config: RunConfig) -> dict[str,
     train, (weights_over, gradients_over, adam_over) = config.train, _shards(config)
     width, vocabulary = BYTES[dtype_name(config)], size.head / size.hidden
     rows = rows_per_pass(config)
-    tokens = (shape.prefix if shares_prefix(size, config) else rows * shape.prefix) + rows * shape.fed
+    tokens = (shape.prefix if train.share_prefix else rows * shape.prefix) + rows * shape.fed
     keys_and_values = 2 * size.key_value * (tokens + rows * (shape.prefix + shape.fed))
     one_layer = tokens * (8 * size.hidden + 4 * size.inner) + keys_and_values
     kept = size.layers * tokens * size.hidden + one_layer if train.gradient_checkpointing else size.layers * one_layer

@@ -199,10 +199,7 @@ def print_plan(plan: Plan, console: Console, scale: bool = False) -> None:
     batch = f"a batch of {train.batch_size} rows gives {config.rows_per_worker} to each"
     say(f"Workers: {train.workers} training processes, each with {each}; {batch}.")
     if train.share_prefix and (reason := size.plain_batch_reason):
-        if why := train.why_no_suffix_batches:
-            say(f"Plain batches, in which every row brings its own copy of the template: {reason}, and {why}")
-        else:
-            say(f"Rows share the template by its cache, computed once a batch: {reason}")
+        say(f"Rows share the template by its cache, computed once a batch: {reason}")
     if plan.speed.device == "gpu" or scale:
         say(f"Placement: {placement.describe_placement(config)}")
     full, query = plan.full.prefix + plan.full.row, plan.query.prefix + plan.query.row

@@ -3,24 +3,21 @@
 A packed batch (shared_prefix.py) takes one pass. A suffix batch takes two: the prefix goes through the model once and
 leaves its cache, behind which every row goes on. That is for models whose layers cannot look at packed rows: recurrent
 layers and convolutions, which leave a state, chunked attention, and attentions that cannot be exchanged. Keys, values
-and states of the prefix stay in the graph, so that one backward pass reaches it from all rows. transformers' caches
-write states in place, which gradients do not survive; here they are assigned.
+and states of the prefix stay in the graph, so that one backward pass reaches it from all rows (gradient_cache.py).
 """
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from transformers import DynamicCache
-from transformers.cache_utils import LinearAttentionLayer
 
 from pi_ray.models import cache_argument, last_logits_index
 from pi_ray.train import shared_prefix
 from pi_ray.train.batches import Batch, packed_batch, plain_batch, suffix_batch, to_device
 from pi_ray.train.cached_prefix import base_of
+from pi_ray.train.gradient_cache import GradientCache
 
 # A prefix and two rows, of ids that any vocabulary has, on which packed and plain batches are compared.
 PROBE_PREFIX, PROBE_ROWS = [7, 3, 9, 2], [([5, 11, 4, 8, 13, 6], [10, 3]), ([12, 6, 9], [4, 14, 7, 2, 11])]
@@ -36,11 +33,11 @@ def run_batch(model: Any, batch: Batch) -> torch.Tensor:
     if "prefix_ids" not in rows:
         return model(**rows).logits
     base, prefix = base_of(getattr(model, "module", model)), rows.pop("prefix_ids")
-    cache, argument = _cache_with_gradients(base.config), cache_argument(base.__class__)
+    cache, argument = GradientCache(base.config), cache_argument(base.__class__)
     if prefix.numel():
         keep = last_logits_index(1, prefix.device)
         model(input_ids=prefix, use_cache=True, logits_to_keep=keep, **{argument: cache})
-        _expand(cache, len(rows["input_ids"]))
+        cache.expand(len(rows["input_ids"]))
     return model(**rows, use_cache=True, **{argument: cache}).logits
 
 
@@ -109,46 +106,3 @@ def _logits_and_gradient(model: Any, batch: Batch) -> tuple[torch.Tensor, torch.
     grads = torch.autograd.grad(F.cross_entropy(logits, labels), weights, allow_unused=True)
     flat = [torch.zeros_like(p) if g is None else g for p, g in zip(weights, grads, strict=True)]
     return logits.detach(), torch.cat([grad.float().flatten() for grad in flat])
-
-
-def _cache_with_gradients(config: Any) -> DynamicCache:
-    cache = DynamicCache(config=config)
-    for layer in cache.layers:
-        if isinstance(layer, LinearAttentionLayer):
-            vars(layer)["update_conv_state"] = partial(_assign_conv_state, layer)
-            vars(layer)["update_recurrent_state"] = partial(_assign_recurrent_state, layer)
-    return cache
-
-
-def _assign_conv_state(
-    layer: Any, conv_states: torch.Tensor, state_idx: int = 0, conv_kernel_size: int | None = None, **_: Any
-) -> torch.Tensor:
-    """Keep the last inputs of a convolution; returns the new ones (B, D, tokens) behind those that were kept."""
-    if not layer.is_conv_states_initialized[state_idx]:
-        sizes: dict[str, Any] = {"state_idx": state_idx, "conv_kernel_size": conv_kernel_size}
-        layer.lazy_initialization(conv_states=conv_states, **sizes)
-    size, whole = layer.conv_kernel_size[state_idx], conv_states
-    if layer.has_previous_state[state_idx]:
-        whole = torch.cat([layer.conv_states[state_idx], conv_states], -1)
-    elif conv_states.shape[-1] < size:
-        whole = F.pad(conv_states, (size - conv_states.shape[-1], 0))
-    layer.has_previous_state[state_idx] = True
-    layer.conv_states[state_idx] = whole[..., -size:]
-    return whole
-
-
-def _assign_recurrent_state(layer: Any, recurrent_states: torch.Tensor, state_idx: int = 0, **_: Any) -> torch.Tensor:
-    layer.is_recurrent_states_initialized[state_idx] = True
-    layer.recurrent_states[state_idx] = recurrent_states
-    return recurrent_states
-
-
-def _expand(cache: DynamicCache, rows: int) -> None:
-    """Let every one of `rows` rows begin with the prefix's keys, values and states, which none of them copies."""
-    for layer in cache.layers:
-        kept: Any = layer  # of one kind or another
-        for states in (getattr(layer, "conv_states", {}), getattr(layer, "recurrent_states", {})):
-            for i, state in states.items():
-                states[i] = None if state is None else state.expand(rows, *state.shape[1:])
-        if getattr(kept, "keys", None) is not None:
-            kept.keys, kept.values = (x.expand(rows, *x.shape[1:]) for x in (kept.keys, kept.values))

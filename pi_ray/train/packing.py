@@ -7,6 +7,7 @@ from pi_ray.config import TrainConfig
 from pi_ray.errors import TrainingError
 from pi_ray.train import batch_logits, batches, shared_prefix
 from pi_ray.train.batches import Pack
+from pi_ray.train.gradient_cache import checkpoint_layers
 
 Entry = dict[str, Any]  # of the training log
 
@@ -31,7 +32,9 @@ def choose_packing(
             "model.base cannot be trained with gist tokens (train.gist), which need full attention in every layer: "
             f"{reason}"
         )
-    why_plain = agree(train.why_no_suffix_batches or batch_logits.suffix_error(model, device, longest))
+    undo = checkpoint_layers(model) if train.gradient_checkpointing else lambda: None
+    why_plain = agree(batch_logits.suffix_error(model, device, longest))
     if not why_plain:
         return batches.suffix_batch, {"event": "suffix_batches", "reason": reason}
+    undo()
     return batches.plain_batch, {"event": "plain_batches", "reason": f"{reason}, and {why_plain}"}

@@ -5,16 +5,19 @@ keep a state.
 import pytest
 import torch
 
-from pi_ray.config import TrainConfig
+from pi_ray.config import LoraConfig, ModelConfig, TrainConfig
 from pi_ray.errors import TrainingError
+from pi_ray.models import load_model
 from pi_ray.train import batch_logits, lora
 from pi_ray.train.batches import plain_batch, suffix_batch
+from pi_ray.train.gradient_cache import checkpoint_layers
 from pi_ray.train.objectives import loss_and_correct, sft_loss
+from pi_ray.train.packing import choose_packing
 from pi_ray.train.trainer import train_worker
-from tests import workers
 from tests.bench.families import FAMILIES, PREFIX, ROWS, gradients, tiny_model
 from tests.conftest import tiny
 from tests.prepared import prepare_by_hand, tiny_config
+from tests.unit.train.test_deepspeed import train
 from tests.unit.train.test_gist import KEPT
 from tests.unit.train.test_train import adapter_hash, dies_and_goes_on, log_of, settings
 
@@ -67,21 +70,29 @@ def test_a_model_that_computes_something_else_behind_a_cache_says_so():
     assert "it cannot go on from a cache" in batch_logits.suffix_error(rwkv, "cpu")
 
 
+def gradients_with_dropout(model, prefix):
+    model.train().zero_grad(set_to_none=True)
+    torch.manual_seed(0)
+    loss = sft_loss(model, suffix_batch(prefix, ROWS))
+    loss.backward()
+    return loss.item(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
 def losses(config):
     return [entry["loss"] for entry in log_of(config) if "loss" in entry]
 
 
-@pytest.mark.parametrize("backend, world", [("ddp", 1), ("deepspeed", 2)])
-def test_a_hybrid_trains_through_all_phases_as_with_plain_rows(hybrid, tmp_path, backend, world):
+@pytest.mark.parametrize("backend, world, checkpointing", [
+    ({"name": "ddp"}, 1, False), ({"name": "deepspeed"}, 2, False), ({"name": "deepspeed", "zero_stage": 3}, 2, True),
+])  # fmt: skip
+def test_a_hybrid_trains_through_all_phases_as_with_plain_rows(hybrid, tmp_path, backend, world, checkpointing):
     runs = []
     for share in (True, False):
-        changes = {"train.share_prefix": share, "train.micro_batch": 2, "train.backend": {"name": backend}}
+        changes = {"train.share_prefix": share, "train.micro_batch": 2, "train.batch_size": 8, "train.backend": backend}
+        changes["train.gradient_checkpointing"] = checkpointing
         config = tiny_config(hybrid, tmp_path / str(share), **changes, **{"train.workers": world})
         prepare_by_hand(config)
-        if world == 1:
-            train_worker(settings(config))
-        else:
-            workers.run(world, train_worker, settings(config))
+        train(config)
         runs.append(config)
     (said,) = [entry for entry in log_of(runs[0]) if entry.get("event") == "suffix_batches"]
     assert "linear_attention" in said["reason"]
@@ -100,16 +111,69 @@ def test_a_hybrid_that_was_killed_goes_on_bit_for_bit(hybrid, tmp_path, monkeypa
     assert adapter_hash(other) == adapter_hash(config) and losses(other) == losses(config)
 
 
-def test_gradient_checkpointing_gets_plain_batches_and_gists_are_refused(hybrid, tmp_path):
-    config = tiny_config(hybrid, tmp_path / "checkpointing", **{"train.gradient_checkpointing": True})
-    prepare_by_hand(config)
-    train_worker(settings(config))
-    (said,) = [entry for entry in log_of(config) if entry.get("event") == "plain_batches"]
-    assert "with train.gradient_checkpointing a forward pass leaves no cache" in said["reason"]
+@pytest.mark.parametrize("family", ["Qwen3.5", "Falcon-H1", "LFM2", "Granite 4", "gpt-oss", "Llama 3"])
+@pytest.mark.parametrize("prefix", [PREFIX, []], ids=["prefix", "no prefix"])
+def test_checkpointed_layers_find_the_cache_again_that_they_found_first(family, prefix):
+    model = lora.add_lora(tiny_model(*FAMILIES[family]), LoraConfig(dropout=0.2), seed=0)
+    for name, p in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(p, std=0.1)
+    loss, expected = gradients_with_dropout(model, prefix)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    undo = checkpoint_layers(model)
+    again, found = gradients_with_dropout(model, prefix)
+    assert again == pytest.approx(loss) and found.keys() == expected.keys() and expected
+    assert all(torch.allclose(found[name], grad, rtol=1e-3, atol=1e-6) for name, grad in expected.items())
+    undo()
+    assert model.is_gradient_checkpointing
+
+
+def test_layers_that_are_checkpointed_run_twice_and_keep_little(hybrid):
+    model = load_model(ModelConfig(base=str(hybrid))).train()
+    model.enable_input_require_grads()
+    calls, kept = [], []
+    for layer in model.model.layers:
+        layer.mlp.register_forward_pre_hook(lambda *_: calls.append(1))
+
+    def count_kept():
+        kept.append(0)
+        with torch.autograd.graph.saved_tensors_hooks(note_size, lambda tensor: tensor):
+            loss = sft_loss(model, suffix_batch([3] * 200, [([5] * 50, [6])] * 4))
+        loss.backward()
+
+    def note_size(tensor):
+        kept[-1] += tensor.numel()
+        return tensor
+
+    count_kept()
+    assert len(calls) == 2 * 2  # two layers, two passes
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    checkpoint_layers(model)
+    count_kept()
+    assert len(calls) == 2 * 2 + 2 * 4 and kept[1] < 0.5 * kept[0]
+
+
+def test_gradient_checkpointing_changes_no_loss_and_gists_are_refused(hybrid, tmp_path):
+    plain, config = (
+        tiny_config(hybrid, tmp_path / str(on), **{"train.gradient_checkpointing": on}) for on in (False, True)
+    )
+    for each in (plain, config):
+        prepare_by_hand(each)
+        train_worker(settings(each))
+        assert [entry for entry in log_of(each) if entry.get("event") == "suffix_batches"]
+    assert losses(config) == pytest.approx(losses(plain), rel=1e-4)
     gists = tiny_config(hybrid, tmp_path / "gist", **KEPT)
     prepare_by_hand(gists)
     with pytest.raises(TrainingError, match="cannot be trained with gist tokens"):
         train_worker(settings(gists))
+
+
+def test_a_model_that_cannot_go_on_from_a_cache_keeps_transformers_own_checkpoints():
+    model = lora.add_lora(tiny_model(*FAMILIES["Mamba"]), TrainConfig().lora, seed=0)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    pack, entry = choose_packing(model, TrainConfig(gradient_checkpointing=True), "cpu", 64, "it is recurrent")
+    assert pack is plain_batch and "behind a cache it computes something else" in entry["reason"]
+    assert model.is_gradient_checkpointing and "forward" not in vars(model.base_model.model.backbone.layers[0])
 
 
 def test_the_loss_of_a_batch_is_a_sum():

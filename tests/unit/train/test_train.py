@@ -270,7 +270,7 @@ def test_a_base_with_dropout_of_its_own_goes_on_to_the_same_adapter(tmp_path, mo
     assert adapter_hash(again) == adapter_hash(config)
 
 
-def test_a_model_with_an_attention_of_its_own_shares_by_its_cache_or_not_at_all_and_the_log_says_why(tmp_path):
+def test_a_model_with_an_attention_of_its_own_shares_by_its_cache_and_the_log_says_why(tmp_path):
     wanted = tiny_config(tiny(tmp_path / "model", "Bloom"), tmp_path / "wanted", **{"train.lr": 0.001})
     plain = wanted.replace(**{"run_dir": str(tmp_path / "plain"), "train.share_prefix": False})
     spared = wanted.replace(**{"run_dir": str(tmp_path / "spared"), "train.gradient_checkpointing": True})
@@ -283,11 +283,10 @@ def test_a_model_with_an_attention_of_its_own_shares_by_its_cache_or_not_at_all_
     assert losses["wanted"] == pytest.approx(losses["plain"], rel=1e-3)
     assert losses["spared"] == pytest.approx(losses["plain"], rel=1e-3)
     reason = "BloomForCausalLM has an attention of its own, which cannot be exchanged"
-    assert [(e["event"], e["reason"]) for e in said["wanted"]] == [("suffix_batches", reason)] and not said["plain"]
-    (spared_said,) = said["spared"]
-    assert spared_said["event"] == "plain_batches"
-    assert spared_said["reason"].startswith(f"{reason}, and with train.gradient_checkpointing")
-    assert tokens_of_updates(wanted)[0] < tokens_of_updates(plain)[0] == tokens_of_updates(spared)[0]
+    for name in ("wanted", "spared"):
+        assert [(e["event"], e["reason"]) for e in said[name]] == [("suffix_batches", reason)]
+    assert not said["plain"]
+    assert tokens_of_updates(wanted)[0] == tokens_of_updates(spared)[0] < tokens_of_updates(plain)[0]
 
 
 def test_the_progress_of_shared_prefixes_counts_them_once(trained):
