@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from pi_ray.config import RunConfig
-from pi_ray.config.block import Block
+from pi_ray.config.block import LARGEST, Block
 
 DOCS = Path(__file__).parents[1]
 REPO = DOCS.parent
@@ -97,7 +97,7 @@ def _type(schema: dict[str, Any], whole: dict[str, Any]) -> str:
         return "{" + ", ".join(schema["properties"]) + "}"
     if kind == "object":
         return f"name: {_type(schema.get('additionalProperties') or {}, whole)}"
-    limits = [f"{word} {schema[key]:g}" for key, word in LIMITS.items() if key in schema]
+    limits = [f"{word} {schema[key]:g}" for key, word in LIMITS.items() if schema.get(key, LARGEST) != LARGEST]
     return " ".join([WORDS.get(str(kind), "any value"), *limits])
 
 

@@ -8,8 +8,9 @@ from pydantic import BaseModel, ConfigDict, Field
 from pi_ray.errors import ConfigError
 
 Rate = Annotated[float, Field(ge=0, le=1)]
-Count = Annotated[int, Field(ge=0)]
-Positive = Annotated[int, Field(ge=1)]
+LARGEST = 10**15  # number of anything: more is a slip, and what no float tells apart
+Count = Annotated[int, Field(ge=0, le=LARGEST)]
+Positive = Annotated[int, Field(ge=1, le=LARGEST)]
 Amount = Annotated[float, Field(ge=0)]  # of money, seconds, or a Ray resource
 CREDENTIALS = re.compile(  # user or password before the host, or a query such as ?secret_key=
     r"://(?!anonymous@)([^/@]*@|[^/@]*:[^@]*@)|[?&][^=&]*(key|token|secret|sig|passw|credential)[^=&]*=", re.I

@@ -41,7 +41,7 @@ class ScheduleConfig(Block):
     """Phases: template rate and shots fall to nothing (paper 4.1, 4.2)."""
 
     name: str = doc("linear", "linear, exp, inverse-exp, constant, list")
-    phases: Positive = 3
+    phases: Annotated[int, Field(ge=1, le=1000)] = 3
     rate_start: Rate = 1.0
     rate_end: Rate = doc(0.0, "above 0: that much template is still sent at inference")
     shots: Count = doc(2, "examples in the first phase")

@@ -14,7 +14,7 @@ import shutil
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path, PurePath
+from pathlib import Path, PurePath, PurePosixPath
 from typing import Any, TypeVar
 
 from pi_ray.errors import CorruptArtifactError, StorageError
@@ -176,6 +176,11 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     return manifest
 
 
+def leads_out(name: str) -> bool:
+    """Whether a name that a manifest has for a file is of one outside its folder."""
+    return PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts
+
+
 def verify_artifact(folder: Path) -> dict[str, Any]:
     """The manifest of `folder`, after a check of every file's hash. Raises CorruptArtifactError with both hashes."""
     path, manifest = Path(folder) / MANIFEST, read_manifest(folder)
@@ -187,6 +192,8 @@ def verify_artifact(folder: Path) -> dict[str, Any]:
     if (recorded := manifest.get(MANIFEST_HASH, found)) != found:
         raise CorruptArtifactError(f"{path}: sha256 {found} of its content differs from the recorded {recorded}")
     for name, recorded in manifest["files"].items():
+        if leads_out(name):
+            raise CorruptArtifactError(f"{Path(folder) / MANIFEST}: it names a file outside its folder, {name[:80]!r}")
         path = Path(folder) / name
         if not path.is_file():
             raise CorruptArtifactError(f"{path}: missing (manifest names it)")

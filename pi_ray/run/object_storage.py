@@ -90,7 +90,7 @@ class ObjectStorage:
             try:
                 (tmp / artifact.MANIFEST).write_bytes(manifest)
                 for name, recorded in (artifact.read_manifest(tmp) or {})["files"].items():
-                    if not (tmp / name).resolve().is_relative_to(tmp.resolve()):
+                    if artifact.leads_out(name):
                         raise CorruptArtifactError("its manifest names a file outside it")
                     (tmp / name).parent.mkdir(parents=True, exist_ok=True)
                     if not self.fetch(f"{key}/{name}", tmp / name, recorded["bytes"]):

@@ -13,6 +13,7 @@ from pi_ray.errors import ConfigError
 from tests.unit.property.strategies import changed, json_values, texts
 
 DEMO = yaml.safe_load(files("pi_ray.cli").joinpath("demo.yaml").read_text(encoding="utf-8"))
+TEXT = yaml.safe_dump(DEMO)
 KEYS = [f"{block}.{key}" for block, keys in DEMO.items() if isinstance(keys, dict) for key in keys]
 
 
@@ -43,18 +44,21 @@ def test_any_text_is_read_or_refused(text):
 
 @given(st.lists(st.tuples(st.sampled_from(KEYS) | texts, texts).map("=".join) | texts, max_size=3))
 @example(["0=x"])
+@example([f"schedule.shots={10**400}"])
+@example([f"schedule.phases={10**9}"])
+@example([f"serve.max_new_tokens={10**400}"])
 def test_any_override_is_read_or_refused(overrides):
-    parse_or_refuse(yaml.safe_dump(DEMO), overrides)
+    parse_or_refuse(TEXT, overrides)
 
 
 @given(st.sampled_from(KEYS), json_values(4))
 def test_a_config_is_the_same_when_it_is_read_again(key, value):
-    config = parse_or_refuse(yaml.safe_dump(DEMO), [f"{key}={yaml.safe_dump(value)}"])
+    config = parse_or_refuse(TEXT, [f"{key}={yaml.safe_dump(value)}"])
     if config is not None:
         assert parse_run_file(yaml.safe_dump(config.model_dump(mode="json")), "again.yaml") == config
 
 
 def test_a_run_file_that_is_right_is_read():
-    assert parse_or_refuse(yaml.safe_dump(DEMO)).name == "demo"
+    assert parse_or_refuse(TEXT).name == "demo"
     with pytest.raises(ConfigError, match="did you mean"):
         parse_run_file(yaml.safe_dump({**DEMO, "trian": {}}), "run.yaml")

@@ -9,6 +9,7 @@ from pi_ray.errors import CorruptArtifactError, StorageError
 from pi_ray.run.artifact import (
     MANIFEST,
     MANIFEST_HASH,
+    digest_file,
     is_current,
     place_files,
     remove_leftovers,
@@ -50,6 +51,17 @@ def test_damage_is_named_with_the_file(tmp_path, damage):
         file.write_text("contenT" if damage == "flip" else "con")
     with pytest.raises(CorruptArtifactError, match=r"a\.txt"):
         verify_artifact(tmp_path / "x")
+
+
+@pytest.mark.parametrize("name", ["/", "/etc/hostname", "../beside.txt", "a/../../beside.txt"])
+def test_a_manifest_that_names_a_file_outside_its_folder_is_refused_and_the_file_is_not_read(tmp_path, name):
+    folder = tmp_path / "x"
+    folder.mkdir()
+    (tmp_path / "beside.txt").write_text("not its own")
+    known = {"bytes": 11, "sha256": digest_file(tmp_path / "beside.txt")}
+    (folder / MANIFEST).write_text(json.dumps({"files": {name: known}}))
+    with pytest.raises(CorruptArtifactError, match=r"x/manifest.json: it names a file outside its folder, '"):
+        verify_artifact(folder)
 
 
 def test_half_a_manifest_is_an_error_not_a_crash(tmp_path):
