@@ -12,6 +12,7 @@ from pi_ray.models import line_break_ids, load_tokenizer
 from pi_ray.prompt import PromptEncoder
 from pi_ray.protocols import GenerationRequest
 from pi_ray.train.generation import compute_prefix_cache, generate
+from pi_ray.train.lora import load_adapter
 from pi_ray.train.replicas import generation_workers, load_for_generation
 from pi_ray.train.sampling import Sampler, choose_sampled
 
@@ -52,9 +53,7 @@ class WritingWorker:
         self.request = GenerationRequest([], 0, temperature=temperature, top_p=top_p)
         self.model = load_for_generation(settings)
         if adapter:
-            from peft import PeftModel
-
-            self.model = PeftModel.from_pretrained(self.model, adapter).eval()
+            self.model = load_adapter(self.model, adapter).eval()
             if not settings.quantize:  # merged, it takes no time of its own
                 self.model = self.model.merge_and_unload()
         self.breaks = line_break_ids(self.encoder.tokenizer) if one_line else frozenset()

@@ -18,7 +18,7 @@ from pi_ray.evaluate.columns import AnswerLengths, Answers, Column, RowWatch
 from pi_ray.evaluate.generation_workers import column_prompts, median_latencies, resume_work, work_item
 from pi_ray.evaluate.knowledge import Knowledge
 from pi_ray.evaluate.unit_questions import plan_questions
-from pi_ray.models import load_tokenizer
+from pi_ray.models import base_digest, load_tokenizer
 from pi_ray.models.device import best_device
 from pi_ray.prompt import PromptEncoder
 from pi_ray.run.artifact import read_manifest, verify_artifact
@@ -41,6 +41,7 @@ class AdapterAnswerer:
         """Hash all that answers and their evaluation depend on. Raises CorruptArtifactError for a damaged adapter."""
         prepared = self.run.prepared_fingerprint()
         found = [(c.name, verify_artifact(Path(c.adapter))["fingerprint"] if c.adapter else prepared) for c in columns]
+        found.append(("the base", base_digest(self.config.model)))
         if self.config.schedule.floor or self.config.training_metric:  # all phases' adapters have the same fingerprint
             found += [(c.name, Path(c.adapter).name) for c in columns if c.adapter]
         return evaluate_fingerprint(self.config, found)

@@ -23,7 +23,7 @@ from pi_ray.run.directory import RunDir
 from pi_ray.run.result_log import ResultLog
 from pi_ray.train.generation import compute_prefix_cache, generate_greedy, request_seconds
 from pi_ray.train.gist import gist_cache, gist_ids, load_gist
-from pi_ray.train.lora import PACKAGES
+from pi_ray.train.lora import PACKAGES, load_adapter
 from pi_ray.train.lora_linear import fuse_lora
 from pi_ray.train.replicas import generation_workers, load_for_generation
 
@@ -132,16 +132,11 @@ class LoadedAdapters:
     """Loads adapter folders beside `base` and switches between them. `model` is what to call."""
 
     def __init__(self, base: Any, folders: Sequence[str]):
-        from peft import PeftModel
-
         self.base = self.model = base
         self._names = {folder: f"adapter{i}" for i, folder in enumerate(folders)}  # that peft knows them by
         self._active: str | None = None
         for folder, name in self._names.items():
-            if self.model is base:
-                self.model = PeftModel.from_pretrained(base, folder, adapter_name=name)
-            else:
-                self.model.load_adapter(folder, adapter_name=name)
+            self.model = load_adapter(self.model, folder, name)
         fuse_lora(self.model)
         self.model.eval()
 

@@ -133,9 +133,10 @@ def _digest_of(path: Path, size: int, *state: int) -> str:
 @cache
 def _dequantised(gguf: Path, folder: Path) -> Path:
     """Fill `folder` with a GGUF file's weights as safetensors and its tokenizer (20 s); one that is whole is kept."""
+    source = file_digest(gguf)
     with suppress(CorruptArtifactError):  # missing or damaged: made below
-        verify_artifact(folder)
-        return folder
+        if verify_artifact(folder).get("source_sha256") == source:
+            return folder
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
@@ -146,7 +147,7 @@ def _dequantised(gguf: Path, folder: Path) -> Path:
     model.hf_quantizer = None  # transformers refuses to save while it believes the weights quantised
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
-    with staged(folder, source=gguf.name, source_sha256=file_digest(gguf)) as tmp:
+    with staged(folder, source=gguf.name, source_sha256=source) as tmp:
         model.save_pretrained(tmp)
         AutoTokenizer.from_pretrained(gguf.parent, **options).save_pretrained(tmp)
     return folder

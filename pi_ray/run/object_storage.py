@@ -82,6 +82,15 @@ class ObjectStorage:
                 max_bytes -= out.write(data)
             return not stream.read(1)
 
+    def fetch_all(self, path: Path) -> None:
+        """Copy the object that the URL names, or all whole ones below it, to `path`; nothing where there is none."""
+        if self._files.get_file_info(self._root).is_file:
+            self.fetch("", path)
+            return
+        for key in self.list_keys():
+            (path / key).parent.mkdir(parents=True, exist_ok=True)
+            self.fetch(key, path / key)
+
     def fetch_folder(self, key: str, manifest: bytes, folder: Path) -> None:
         """Copy an artifact beside `folder`, verify it, then give it that name. FileNotFoundError: a part is missing."""
         tmp = artifact.temporary_path(folder)
@@ -109,6 +118,13 @@ class ObjectStorage:
     def delete(self, key: str) -> None:
         with suppress(FileNotFoundError):
             self._files.delete_file(self._path(key))
+
+    def remove_leftovers(self, inside: str) -> None:
+        """Remove what killed writers have left under the folder `inside`: objects that nobody reads by their names."""
+        for info in self._list(inside, recursive=True):
+            if info.is_file and is_temporary(info.path.removeprefix(f"{self._root}/")):
+                with suppress(FileNotFoundError):
+                    self._files.delete_file(info.path)
 
     def upload(self, content: Path | bytes, key: str, atomic: bool = True) -> None:
         """Copy a file, or bytes, to `key`, whole or not at all: it is sent under another name, then moved.

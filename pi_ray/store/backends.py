@@ -216,8 +216,13 @@ class RemoteStore:
 
     @contextmanager
     def lock(self, name: str) -> Iterator[None]:
-        """Object storage has no locks: publish and release an adapter from one place at a time."""
+        """Object storage has no locks: publish and release an adapter from one place at a time.
+
+        What killed ones have left under another name is removed.
+        """
         self._answers.clear()
+        with self._translate_errors():
+            self._storage.remove_leftovers(name)
         yield
 
     def _recent(self, question: tuple[str, ...], ask: Callable[[], Any]) -> Any:

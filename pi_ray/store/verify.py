@@ -18,15 +18,16 @@ from pydantic import BaseModel, Field, TypeAdapter, ValidationError
 from pi_ray.config import ModelConfig, PromptConfig
 from pi_ray.errors import AdapterError, CorruptArtifactError
 from pi_ray.evaluate.knowledge import KNOWLEDGE_FILE, Knowledge
+from pi_ray.models import base_digest
 from pi_ray.models.fused_experts import is_of_experts
 from pi_ray.run.artifact import MANIFEST, verify_artifact
 from pi_ray.run.directory import CARD_FILE
 from pi_ray.store.prompt_guard import PROMPT_FILE, PromptRecord
+from pi_ray.train.lora import MODULE
 
 LORA_TENSOR = re.compile(r"base_model\.model\.([\w.]+)\.lora_([AB])\.weight", re.ASCII)
 WEIGHTS_FILE, CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"
 SUFFIXES = {".safetensors", ".json", ".md"}
-MODULE = re.compile(r"[\w.]{1,256}", re.ASCII)  # a module's name, or its end
 FLOAT_TYPES = ("F32", "F16", "BF16")
 MAX_JSON_BYTES, MAX_WEIGHT_BYTES = 8 << 20, 8 << 30
 MAX_FILES = 16  # of an adapter
@@ -138,6 +139,9 @@ def _check_card(card: dict[str, Any], base: ModelConfig | None) -> None:
     if base and (card["base"], card.get("revision", "")) != (base.base, base.revision):
         name = Path(card["base"]).name[:64]
         raise AdapterError(f"it was trained for another base model ({name}) than the served one")
+    content = card.get("base_content")
+    if base and content and content != base_digest(base):
+        raise AdapterError("it was trained on other weights of its base model, which were replaced since; train again")
 
 
 @contextmanager

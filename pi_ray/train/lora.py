@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -13,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from pi_ray.config import LoraConfig, RunConfig
-from pi_ray.errors import ConfigError, TrainingError
+from pi_ray.errors import ConfigError, CorruptArtifactError, TrainingError
 from pi_ray.models import base_digest, load_tokenizer
 from pi_ray.prompt import PromptEncoder
 from pi_ray.run.artifact import digest, staged, verify_artifact, write_atomic
@@ -30,6 +31,9 @@ SCALE_KEYS = ("lora_alpha", "use_rslora", "init_lora_weights")
 # Model types with Mamba's kernels, which read the weights of some layers past any adapter; peft refuses two of them.
 MAMBAS = {"bamba", "falcon_h1", "falcon_mamba", "jamba", "mamba", "mamba2", "nemotron_h", "zamba", "zamba2"}
 READ_BY_KERNELS = {"conv1d", "dt_proj", "out_proj"}
+MODULE = re.compile(r"[\w.]{1,256}", re.ASCII)  # a module's name, or its end
+NAMES = {"target_modules", "feedforward_modules", "target_parameters", "exclude_modules", "modules_to_save"}
+ACTED_ON = ("megatron_config", "auto_mapping", "layer_replication")  # settings by which peft would do other things
 PACKAGES = ("ray", "torch", "transformers", "peft", "deepspeed", "llmlingua", "faiss-cpu", "sacrebleu")
 
 
@@ -47,10 +51,10 @@ def add_lora(model: Any, config: LoraConfig, seed: int) -> Any:
 
 
 def peft_config(model: Any, config: LoraConfig) -> Any:
-    """peft's configuration of `train.lora` for this base model. Raises ConfigError for experts it does not have."""
+    """peft's configuration of `train.lora` for this base model. Raises ConfigError for layers it does not have."""
     import peft
 
-    targets: Any = config.targets if isinstance(config.targets, str) else list(config.targets)
+    targets = _targets(model, config)
     if config.method == "ia3":
         chosen = {} if targets == "all-linear" else {"target_modules": targets, "feedforward_modules": []}
         return peft.IA3Config(**chosen, task_type="CAUSAL_LM")
@@ -65,6 +69,26 @@ def peft_config(model: Any, config: LoraConfig) -> Any:
         use_rslora=config.method == "rslora", use_dora=config.method == "dora",
         init_lora_weights="pissa" if config.method == "pissa" else True,
     )
+
+
+def _targets(model: Any, config: LoraConfig) -> Any:
+    """What `train.lora.targets` names: "all-linear" or module names, of which a pattern's are those that it fits whole.
+
+    An adapter names its layers, since whoever loads a pattern would have to run it.
+    """
+    if config.targets == "all-linear" or not isinstance(config.targets, str):
+        return config.targets if isinstance(config.targets, str) else list(config.targets)
+    try:
+        found = [name for name, _ in model.named_modules() if re.fullmatch(config.targets, name)]
+    except re.error as error:
+        raise ConfigError(f"train.lora.targets {config.targets!r} is no pattern ({error})") from error
+    if not found:
+        raise ConfigError(f"train.lora.targets {config.targets!r} fits no layer's name, such as {_some_layer(model)!r}")
+    return found
+
+
+def _some_layer(model: Any) -> str:
+    return next((name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)), "")
 
 
 def moe_blocks(model: Any) -> list[Any]:
@@ -132,6 +156,30 @@ def adapter_card(config: RunConfig, phases: Sequence[dict[str, Any]], **facts: A
         "query_prompt_tokens": round((gists or last["tokens"]["prefix"]) + last["tokens"]["row_mean"]),
         "max_answer_tokens": int(last["tokens"]["label_max"]), **({"gist": gists} if gists else {}), **facts,
     }
+
+
+def load_adapter(model: Any, folder: str | Path, name: str = "default") -> Any:
+    """The peft model of a base model, or of one that has adapters, with that of a run directory by `name`.
+
+    Raises CorruptArtifactError, before peft acts on it, for a config that pi-ray does not write: text in place of a
+    list of names is a regular expression to peft, and Megatron's settings name modules to import. A run directory may
+    lie on storage that others can write.
+    """
+    from peft import PeftModel
+
+    settings = json.loads((Path(folder) / "adapter_config.json").read_text(encoding="utf-8"))
+    odd = [key for key, value in settings.items() if key in NAMES and not (value is None or _are_names(value))]
+    odd += [key for key in ACTED_ON if settings.get(key)]
+    if odd:
+        raise CorruptArtifactError(f"{folder}: {', '.join(odd)} in adapter_config.json is not pi-ray's; train again")
+    if isinstance(model, PeftModel):
+        model.load_adapter(str(folder), adapter_name=name)
+        return model
+    return PeftModel.from_pretrained(model, str(folder), adapter_name=name)
+
+
+def _are_names(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(name, str) and MODULE.fullmatch(name) for name in value)
 
 
 def save_adapter(

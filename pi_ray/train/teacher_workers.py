@@ -24,6 +24,7 @@ from pi_ray.run.fingerprint import wants_unlabelled
 from pi_ray.run.result_log import ResultLog
 from pi_ray.train.distill import Teacher, longest_row_tokens, write_answers
 from pi_ray.train.distilled_rows import SCHEMA
+from pi_ray.train.lora import load_adapter
 from pi_ray.train.lora_linear import fuse_lora
 from pi_ray.train.packing import choose_packing
 from pi_ray.train.replicas import generation_workers, load_for_generation
@@ -118,13 +119,11 @@ class TeacherWorker:
     """A Ray Data actor: base and adapter, which answer and judge part after part of the rows."""
 
     def __init__(self, config: dict[str, Any], folder: str):
-        from peft import PeftModel
-
         self.config = RunConfig.model_validate(config)
         base = load_for_generation(self.config.model).requires_grad_(False)
         spread = len(set(getattr(base, "hf_device_map", {}).values())) > 1
         reason = "it lies on several GPUs" if spread else why_prefix_cannot_be_shared(base)
-        model = PeftModel.from_pretrained(base, folder) if folder else base
+        model = load_adapter(base, folder) if folder else base
         fuse_lora(model)
         longest, device = longest_row_tokens(self.config), str(base.device)
         pack, why_not_packed = choose_packing(model, self.config.train, device, longest, reason)

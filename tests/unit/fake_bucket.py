@@ -34,6 +34,10 @@ class Bucket:
         self._check()
         self.inner.create_dir(path, recursive=recursive)
 
+    def delete_file(self, path):
+        self._check()
+        self.inner.delete_file(path)
+
 
 class Clock:
     now = 0.0

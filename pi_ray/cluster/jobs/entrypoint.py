@@ -17,7 +17,7 @@ from pi_ray.cluster.storage_sync import StorageSync
 from pi_ray.config import RunConfig, dump_config, run_file
 from pi_ray.errors import PiRayError, StorageError
 from pi_ray.run.artifact import is_current, staged, write_atomic
-from pi_ray.run.object_storage import ObjectStorage, is_url, open_file_system
+from pi_ray.run.object_storage import ObjectStorage, is_url
 from pi_ray.store import refresh
 from pi_ray.store.follow_prompt import tell_stale_labels
 
@@ -88,16 +88,13 @@ def _url_of(config: RunConfig) -> str:
 
 def _copy_inputs(config: RunConfig, found: dict[str, Path]) -> RunConfig:
     """Copy `found` inputs and those named by URL into the run directory, where the config then names them all."""
-    from pyarrow.fs import FileType, copy_files
-
     urls = {key: url.rstrip("/") for key, url in config.task.inputs.items() if is_url(url)}
     names = {key: f"{key}{Path(url).suffix}" for key, url in urls.items()}
     with tempfile.TemporaryDirectory() as scratch:
         for key, url in urls.items():
-            source, (there, path) = Path(scratch) / names[key], open_file_system(url)
+            source = Path(scratch) / names[key]
             try:
-                if there.get_file_info(path).type != FileType.NotFound:
-                    copy_files(path, str(source), source_filesystem=there)
+                ObjectStorage(url).fetch_all(source)
             except OSError as error:
                 raise StorageError(f"task.{key}: {url} cannot be read ({error}); may this node read it?") from error
             found |= bundle.files_of(names[key], source)

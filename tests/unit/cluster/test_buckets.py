@@ -110,3 +110,39 @@ def test_a_key_that_leads_out_of_the_copy_is_refused_before_any_file_is_written(
     with pytest.raises(CorruptArtifactError, match="leads out of"):
         StorageSync(copy, ObjectStorage(there.url)).pull()
     assert [p.name for p in tmp_path.rglob("*") if p.is_file()] == [".mirror.json"]
+
+
+def test_inputs_of_a_job_come_whole_from_a_bucket_and_no_key_leads_out_of_their_folder(s3_server, tmp_path):
+    import boto3
+
+    put = boto3.client("s3", endpoint_url=os.environ["AWS_ENDPOINT_URL"]).put_object
+    task = ObjectStorage("s3://bucket/tasks/mine")
+    for key, content in (("train.jsonl", b"rows"), ("docs/one.md", b"a page")):
+        task.upload(content, key)
+    task.fetch_all(tmp_path / "task")
+    assert (tmp_path / "task" / "train.jsonl").read_bytes() == b"rows"
+    assert (tmp_path / "task" / "docs" / "one.md").read_bytes() == b"a page"
+    ObjectStorage("s3://bucket/tasks/mine/train.jsonl").fetch_all(tmp_path / "rows.jsonl")
+    assert (tmp_path / "rows.jsonl").read_bytes() == b"rows"
+    ObjectStorage("s3://bucket/tasks/none").fetch_all(tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+    put(Bucket="bucket", Key="tasks/mine/../../evil", Body=b"x")
+    with pytest.raises(CorruptArtifactError, match="leads out of"):
+        ObjectStorage(task.url).fetch_all(tmp_path / "a" / "b" / "task")
+    assert not list((tmp_path / "a").rglob("*")) and not (tmp_path / "evil").exists()
+
+
+@pytest.mark.parametrize("key", ["task.folder", "task.train"])
+def test_a_job_refuses_inputs_whose_keys_lead_out_of_their_folder(s3_server, tmp_path, monkeypatch, capsys, key):
+    import boto3
+
+    client = boto3.client("s3", endpoint_url=os.environ["AWS_ENDPOINT_URL"])
+    for name in ("../../evil", "train.jsonl"):
+        client.put_object(Bucket="bucket", Key=f"jobs/{key}/inputs/{name}", Body=b"{}")
+    (tmp_path / "run.yaml").write_text("name: far\ntask: {name: nl2bash}\n")
+    monkeypatch.setenv("PI_RAY_STORAGE", str(tmp_path / "pod"))
+    monkeypatch.chdir(tmp_path / "..")
+    monkeypatch.setattr(cli, "main", lambda command: 0)
+    assert job.main("prepare", [str(tmp_path / "run.yaml"), f"{key}=s3://bucket/jobs/{key}/inputs"]) != 0
+    assert "leads out of its folder" in capsys.readouterr().err
+    assert not [path for path in (tmp_path / "pod").rglob("*") if path.is_file()]

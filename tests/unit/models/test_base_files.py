@@ -14,6 +14,8 @@ from pi_ray.models.base_files import PACKAGED, Packaged, gguf_file, resolve_base
 from pi_ray.run import artifact
 from pi_ray.run.artifact import staged
 
+DEQUANTISE = base_files._dequantised
+
 
 @pytest.fixture
 def made(monkeypatch, tmp_path):
@@ -38,6 +40,27 @@ def test_a_gguf_file_of_the_same_name_and_size_with_other_weights_is_dequantised
         gguf.write_bytes(content)
         assert (Path(resolve_base(str(gguf))) / "weights").read_bytes() == content
     assert made == [b"weights A", b"weights B"], "each once"
+
+
+def test_a_copy_of_another_gguf_file_is_not_taken_whatever_its_folder_is_called(tmp_path, monkeypatch):
+    import transformers
+
+    class Loaded(Exception):
+        pass
+
+    def load(*args, **options):
+        raise Loaded
+
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", load)
+    gguf, folder = tmp_path / "model.gguf", tmp_path / "copy"
+    gguf.write_bytes(b"weights")
+    with staged(folder, source="model.gguf", source_sha256="0" * 64) as tmp:
+        (tmp / "weights").write_bytes(b"others")
+    with pytest.raises(Loaded):
+        DEQUANTISE.__wrapped__(gguf, folder)
+    with staged(folder, source="model.gguf", source_sha256=base_files.file_digest(gguf)) as tmp:
+        (tmp / "weights").write_bytes(b"its own")
+    assert DEQUANTISE.__wrapped__(gguf, folder) == folder
 
 
 def test_the_digest_of_a_large_file_is_kept_until_the_file_changes(tmp_path, monkeypatch):

@@ -96,7 +96,6 @@ def test_the_document_describes_what_the_server_answers(api):
 
 
 def fuzz(operation):
-    @settings(max_examples=100)
     @given(operation.as_strategy() | operation.as_strategy(generation_mode=schemathesis.GenerationMode.NEGATIVE))
     def run(case):
         response = case.call(headers=KEY)

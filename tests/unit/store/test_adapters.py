@@ -301,6 +301,7 @@ def test_a_config_that_asks_for_more_than_lora_is_refused(store, folder, changes
     ({"prompt": {"example": "{query}" + "{answer}" * 1000}}, "multiplies the query"),
     ({"prompt": {"examples_heading": "x" * 200_000}}, "multiplies the query"),
     ({"gist": 4}, "gist tokens"),
+    ({"base_content": "0" * 64}, "other weights of its base model, which were replaced since"),
 ])  # fmt: skip
 def test_a_card_that_does_not_fit_is_refused(store, folder, tiny_model, changes, reason):
     rewrite(folder, "pi_ray.json", card(tiny_model, **changes))

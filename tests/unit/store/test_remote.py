@@ -396,6 +396,16 @@ def test_uploads_of_killed_publications_are_removed_after_a_day(store):
     assert [folder.name for folder in uploads.iterdir()] == ["going-on"]
 
 
+def test_what_a_killed_publication_has_left_in_a_store_on_a_disk_is_removed_by_the_next_one(store, root):
+    version = root / "colours" / "v0001"
+    left = [version / f".adapter_model.safetensors.{'a' * 32}.tmp", root / "colours" / f".latest.json.{'b' * 32}.tmp"]
+    for path in left:
+        path.write_bytes(b"half")
+    before = {path for path in root.rglob("*") if path not in left}
+    with store.backend.lock("colours"):
+        assert {*root.rglob("*")} == before
+
+
 def test_a_url_with_a_secret_is_refused_without_being_shown():
     with pytest.raises(ConfigError, match="may not hold a user, a password or a key") as refused:
         AdapterStore("s3://AKIAKEY:secret@bucket/store")

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from pi_ray.config import LoraConfig, ModelConfig, RunConfig
-from pi_ray.errors import AdapterError, ConfigError, TrainingError
+from pi_ray.errors import AdapterError, ConfigError, CorruptArtifactError, TrainingError
 from pi_ray.evaluate.generation_workers import LoadedAdapters
 from pi_ray.models import load_model
 from pi_ray.run.directory import CARD_FILE, RunDir
@@ -150,6 +150,32 @@ def test_matrices_are_not_started_from_where_they_would_count_for_something_else
 def test_combinations_that_cannot_work_are_refused(settings, reason):
     with pytest.raises(ValueError, match=reason):
         RunConfig.model_validate({"name": "a", **settings})
+
+
+def test_a_pattern_names_the_layers_that_it_fits_and_the_adapter_holds_their_names(tiny_model):
+    base = load_model(ModelConfig(base=str(tiny_model)))
+    found = lora.peft_config(base, LoraConfig(targets=r".*layers\.1.*\.(q|v)_proj")).target_modules
+    assert found == {"model.layers.1.self_attn.q_proj", "model.layers.1.self_attn.v_proj"}
+    with pytest.raises(ConfigError, match=r"fits no layer's name, such as 'model.layers.0.self_attn.q_proj'"):
+        lora.peft_config(base, LoraConfig(targets="q_proj"))
+    with pytest.raises(ConfigError, match="is no pattern"):
+        lora.peft_config(base, LoraConfig(targets="(q_proj"))
+
+
+@pytest.mark.parametrize("changes", [
+    {"target_modules": "(a+)+b"}, {"target_modules": [["q_proj"]]}, {"exclude_modules": "(a+)+b"},
+    {"feedforward_modules": ".*"}, {"target_modules": ["q_proj("]}, {"megatron_config": {"a": 1}},
+    {"auto_mapping": {"parent_library": "os"}}, {"layer_replication": [[0, 1]]},
+])  # fmt: skip
+def test_an_adapter_of_a_run_directory_that_pi_ray_did_not_write_is_not_handed_to_peft(tiny_model, tmp_path, changes):
+    base = load_model(ModelConfig(base=str(tiny_model)))
+    lora.add_lora(base, LoraConfig(), seed=0).save_pretrained(tmp_path)
+    base, path = load_model(ModelConfig(base=str(tiny_model))), tmp_path / "adapter_config.json"
+    both = lora.load_adapter(lora.load_adapter(base, tmp_path, "one"), str(tmp_path), "two")
+    assert set(both.peft_config) == {"one", "two"}
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    with pytest.raises(CorruptArtifactError, match=f"{next(iter(changes))} in adapter_config.json is not pi-ray's"):
+        lora.load_adapter(load_model(ModelConfig(base=str(tiny_model))), tmp_path)
 
 
 def test_four_bits_on_a_cpu_are_refused(tiny_model):

@@ -14,8 +14,10 @@ from safetensors.torch import load_file, save_file
 from pi_ray import cli
 from pi_ray.cli.verbs import VERBS
 from pi_ray.cluster.storage_sync import StorageSync
-from pi_ray.config import RunConfig, TrainConfig
-from pi_ray.errors import ConfigError, TrainingError
+from pi_ray.config import ModelConfig, RunConfig, TrainConfig
+from pi_ray.errors import AdapterError, ConfigError, TrainingError
+from pi_ray.evaluate.adapter_answerer import AdapterAnswerer
+from pi_ray.evaluate.columns import Column
 from pi_ray.models import base_digest
 from pi_ray.plan.estimate import tokens_of_updates
 from pi_ray.run.artifact import digest, verify_artifact
@@ -23,11 +25,13 @@ from pi_ray.run.directory import RunDir
 from pi_ray.run.fingerprint import learning_settings, train_fingerprint
 from pi_ray.run.object_storage import ObjectStorage
 from pi_ray.schedule import Phase, plan_phases
+from pi_ray.store.verify import verify_adapter
 from pi_ray.train import checkpoint, launch
 from pi_ray.train.launch import fingerprint_of, is_trained
 from pi_ray.train.trainer import Trainer, train_worker
 from pi_ray.train.updates import batch_rows, plan_updates
 from tests.conftest import tiny
+from tests.lora import rewrite
 from tests.prepared import prepare_by_hand, tiny_config
 
 
@@ -146,6 +150,23 @@ def test_a_run_does_not_go_on_from_a_checkpoint_when_the_weights_of_its_base_wer
     assert launch.fingerprint_of(config) != before
     with pytest.raises(TrainingError, match=r"the base model's content was '[0-9a-f]{64}', now"):
         launch.train(config)
+
+
+def test_the_card_knows_the_content_of_the_base_and_serving_refuses_another_one(trained, tiny_model, tmp_path):
+    adapter = RunDir(trained.root).adapter(0)
+    assert json.loads((adapter / "pi_ray.json").read_text())["base_content"] == base_digest(trained.model)
+    base = tmp_path / tiny_model.name
+    shutil.copytree(tiny_model, base)
+    answerer, columns = AdapterAnswerer(trained), [Column("base", "", "", 0)]
+    before = answerer.fingerprint(columns)
+    moved = AdapterAnswerer(trained.replace(**{"model.base": str(base)}))
+    weights = load_file(base / "model.safetensors")
+    save_file({name: value + 1 for name, value in weights.items()}, base / "model.safetensors", {"format": "pt"})
+    assert answerer.fingerprint(columns) == before != moved.fingerprint(columns)
+    copied = shutil.copytree(adapter, tmp_path / "adapter")
+    rewrite(copied, "pi_ray.json", {**json.loads((adapter / "pi_ray.json").read_text()), "base": str(base)})
+    with pytest.raises(AdapterError, match="other weights of its base model, which were replaced since"):
+        verify_adapter(copied, ModelConfig(base=str(base)))
 
 
 def test_a_loss_that_is_not_a_number_stops_training_and_says_where(tiny_model, tmp_path, monkeypatch):
