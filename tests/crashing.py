@@ -19,7 +19,7 @@ from typing import Any
 
 KILLED = 137
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
-CHANGES = {"open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.symlink", "os.truncate"}
+CHANGES = {"open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.symlink", "os.link", "os.truncate"}
 PRELOADED = ["pi_ray.train.trainer", "pi_ray.store.publish", "pi_ray.store.release", "peft", "tests.crashing"]
 
 
@@ -46,7 +46,7 @@ class Injector:
             return
         if event == "open" and not (isinstance(arguments[2], int) and arguments[2] & WRITES):
             return
-        for path in arguments[: 2 if event in ("os.rename", "os.symlink") else 1]:
+        for path in arguments[: 2 if event in ("os.rename", "os.symlink", "os.link") else 1]:
             if isinstance(path, str | bytes | os.PathLike):
                 self.note(event.removeprefix("os."), os.fsdecode(path))
                 return

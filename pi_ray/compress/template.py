@@ -10,13 +10,16 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import lru_cache
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from pi_ray.compress import cache
 from pi_ray.compress.none import NoCompression
 from pi_ray.compress.rate_control import CompressedTemplate, RateSearch, count_tokens
 from pi_ray.compress.tools import ToolsSearch
-from pi_ray.config import CompressConfig
+from pi_ray.config import CompressConfig, ModelConfig
+from pi_ray.models import base_digest
+from pi_ray.models.base_files import gguf_file
 from pi_ray.prompt import Template
 from pi_ray.protocols import Compressor
 from pi_ray.run.artifact import digest
@@ -118,7 +121,12 @@ def _cache_key(template: Template, rate: float, tokenizer: Any, config: Compress
     settings = {k: v for k, v in config.model_dump(mode="json").items() if k != "api_key_env"}
     tools = [template.tools, template.tool_uses] if template.tools else []
     texts = [template.instruction, template.documents, *tools]
-    return digest([ALGORITHM, *texts, rate, settings, _tokenizer_hash(tokenizer)])
+    return digest([ALGORITHM, *texts, rate, settings, _model_content(config.model), _tokenizer_hash(tokenizer)])
+
+
+def _model_content(model: str) -> str:
+    """A hash of a model whose files are on this machine, where they may be replaced by others; "" for another one."""
+    return base_digest(ModelConfig(base=model)) if Path(model).expanduser().is_dir() or gguf_file(model) else ""
 
 
 @lru_cache(maxsize=8)

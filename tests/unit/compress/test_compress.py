@@ -172,6 +172,18 @@ def test_results_are_cached_by_content_and_a_damaged_file_is_made_again(tokenize
     assert compress_template(template, 0.6, tokenizer, CONFIG, lambda _: compressor) == first
 
 
+def test_a_model_whose_files_were_replaced_compresses_anew(tokenizer, cache, tmp_path):
+    compressor, model, calls = Every(), tmp_path / "model", []
+    model.mkdir()
+    (model / "config.json").write_text("{}")
+    config = CONFIG.model_copy(update={"model": str(model)})
+    for content in (b"weights", b"others", b"weights"):
+        (model / "model.safetensors").write_bytes(content)
+        compress_template(Template(TEXT), 0.6, tokenizer, config, lambda _: compressor)
+        calls.append(compressor.calls)
+    assert calls == [calls[0], 2 * calls[0], 2 * calls[0]]
+
+
 def test_joining_keeps_line_breaks_and_closes_gaps_with_one_space():
     text = "one  two three\n\nfour five"
     spans = words.word_spans(text)

@@ -21,6 +21,13 @@ from tests.unit.property.strategies import changed, deep, json_values, texts
 shared_folder = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 TEMPLATE = "Answer with one code. " + " ".join(f"The code of colour {i} is k{i}." for i in range(40))
 FORMS = [{"rate": 0.5, "text": " ".join(f"code colour {i} k{i}." for i in range(40))}]
+ALIAS = {"version": "v0001", "canary": "v0001", "percent": 10.0, "before": ["v0001"]}
+QUESTION = {"query": "what is red?", "expected": "k4", "source": "label", "answer": "k4", "right": True}
+UNIT = {
+    "section": "", "text": "The code of red is k4.", "kind": "rule", "rows": 3, "queries": 2, "sure": 1, "asked": 1,
+    "agreed": 1, "examples": [QUESTION],
+}
+KNOWLEDGE = {"format": 1, "adapter_sha256": "0" * 64, "units": [UNIT]}
 RECORD = prompt_record(TEMPLATE, FORMS, ["what is red?\nk4"])
 
 
@@ -28,6 +35,7 @@ RECORD = prompt_record(TEMPLATE, FORMS, ["what is red?\nk4"])
 def adapter(tiny_model, tmp_path_factory):
     folder = put_in_store(tmp_path_factory.mktemp("store"), "colours", tiny_model)
     rewrite(folder, "prompt.json", RECORD)
+    rewrite(folder, "knows.json", KNOWLEDGE)
     verify_adapter(folder)
     return folder
 
@@ -43,12 +51,32 @@ def with_file(adapter, folder, name, content):
 @shared_folder
 @given(st.data())
 def test_a_changed_file_of_an_adapter_is_taken_or_refused_by_name(adapter, tmp_path, data):
-    name = data.draw(st.sampled_from(("pi_ray.json", "adapter_config.json", "prompt.json")))
+    name = data.draw(st.sampled_from(("pi_ray.json", "adapter_config.json", "prompt.json", "knows.json")))
     content = data.draw(changed(json.loads((adapter / name).read_bytes())) | st.binary(max_size=40))
     try:
         verify_adapter(with_file(adapter, tmp_path / "a", name, content))
     except AdapterError as error:
         assert str(error)
+
+
+@shared_folder
+@given(st.data())
+def test_a_changed_file_of_a_store_is_followed_or_refused(adapter, tmp_path, data):
+    store = tmp_path / "store"
+    shutil.rmtree(store, ignore_errors=True)
+    shutil.copytree(adapter, store / "colours" / "v0001")
+    valid = {"latest.json": {"version": "v0001"}, "aliases.json": {"prod": ALIAS, "stable": ALIAS}}
+    for name, content in valid.items():
+        found = data.draw(st.just(content) | changed(content))
+        written = data.draw(st.just(json.dumps(found).encode()) | st.binary(max_size=30))
+        (store / "colours" / name).write_bytes(written)
+    opened, there = AdapterStore(store), set(tmp_path.rglob("*"))
+    for ask in ("colours", "colours@stable", "colours@v0001", "colours@latest"):
+        try:
+            assert opened.open(ask).name == "colours"
+        except AdapterError as error:
+            assert str(error)
+    assert set(tmp_path.rglob("*")) == there
 
 
 @shared_folder
