@@ -6,7 +6,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 from pi_ray.errors import MissingExtraError
 
-FLOORS = {"ray": "2.60", "torch": "2.9", "transformers": "5.24", "peft": "0.20", "deepspeed": "0.18"}
+FLOORS = {"ray": "2.60", "torch": "2.9", "transformers": "5.24", "peft": "0.21", "deepspeed": "0.19.4"}
 
 
 def check_requirements() -> None:

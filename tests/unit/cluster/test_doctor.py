@@ -53,7 +53,7 @@ def failing(findings):
 def test_old_and_missing_packages_are_named_with_the_command_that_mends_them(monkeypatch):
     monkeypatch.setattr(
         requirements, "installed_version",
-        {"ray": "2.54.9", "torch": "2.9.0+cpu", "transformers": "", "peft": "1.0", "deepspeed": "0.18"}.get,
+        {"ray": "2.54.9", "torch": "2.9.0+cpu", "transformers": "", "peft": "1.0", "deepspeed": "0.19.4"}.get,
     )
     found = failing(machine.check_versions())
     assert [f.message for f in found] == [
