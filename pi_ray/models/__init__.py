@@ -40,6 +40,12 @@ def base_digest(config: ModelConfig) -> str:
     if folder.is_dir():
         files = sorted(path for path in folder.iterdir() if path.suffix in MODEL_FILES)
         return digest({path.name: file_digest(path) for path in files})
+    return _hub_commit(config)
+
+
+@cache
+def _hub_commit(config: ModelConfig) -> str:
+    """The commit of a model on the hub, which is asked once in a process; "" where there is none."""
     with suppress(ModelError):
         return getattr(load_model_config(config), "_commit_hash", None) or ""
     return ""
