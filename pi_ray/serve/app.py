@@ -26,6 +26,7 @@ from pi_ray.serve.http.keys import key_digest, load_keys
 from pi_ray.store.adapters import AdapterStore
 
 APP_NAME = "pi-ray"
+KEEP_ALIVE_S = 30  # after which an idle connection is closed; serve/app.yaml and RayService say the same
 log = logging.getLogger("ray.serve")
 
 
@@ -121,7 +122,7 @@ def _check_port(config: RunConfig) -> None:
 def _start_proxies(config: RunConfig) -> None:
     """Start Serve's proxies. Raises ConfigError when Serve already runs on another address, which it would keep."""
     host, port, limit = config.serve.host, config.serve.port, config.serve.request_timeout_s + 5
-    options = {"host": host, "port": port, "keep_alive_timeout_s": 30, "request_timeout_s": limit}
+    options = {"host": host, "port": port, "keep_alive_timeout_s": KEEP_ALIVE_S, "request_timeout_s": limit}
     logging_config = {"log_level": "WARNING", "enable_access_log": False}
     serve.start(proxy_location="EveryNode", http_options=options, logging_config=logging_config)
     client = serve.context._get_global_client()

@@ -6,9 +6,11 @@ import signal
 import socket
 import threading
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import yaml
 
 from pi_ray import config as configuration
 from pi_ray.config import RunConfig, ServeConfig
@@ -23,6 +25,14 @@ KEY = "a-secret-key"
 def no_key(monkeypatch):
     monkeypatch.delenv("PI_RAY_API_KEY", raising=False)
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
+
+
+def test_idle_connections_are_closed_as_soon_in_every_way_of_serving():
+    root = Path(__file__).parents[3]
+    deployed = yaml.safe_load((root / "serve" / "app.yaml").read_text())
+    (service,) = yaml.safe_load_all((root / "cluster" / "k8s" / "rayservice.yaml").read_text())
+    for found in (deployed, yaml.safe_load(service["spec"]["serveConfigV2"])):
+        assert found["http_options"]["keep_alive_timeout_s"] == app.KEEP_ALIVE_S
 
 
 def config(**limits):
