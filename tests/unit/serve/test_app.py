@@ -30,7 +30,8 @@ def no_key(monkeypatch):
 def test_idle_connections_are_closed_as_soon_in_every_way_of_serving():
     root = Path(__file__).parents[3]
     deployed = yaml.safe_load((root / "serve" / "app.yaml").read_text())
-    (service,) = yaml.safe_load_all((root / "cluster" / "k8s" / "rayservice.yaml").read_text())
+    files = yaml.safe_load_all((root / "cluster" / "k8s" / "rayservice.yaml").read_text())
+    (service,) = (file for file in files if file["kind"] == "RayService")
     for found in (deployed, yaml.safe_load(service["spec"]["serveConfigV2"])):
         assert found["http_options"]["keep_alive_timeout_s"] == app.KEEP_ALIVE_S
 
