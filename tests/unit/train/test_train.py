@@ -152,7 +152,10 @@ def test_a_run_does_not_go_on_from_a_checkpoint_when_the_weights_of_its_base_wer
         launch.train(config)
 
 
-def test_the_card_knows_the_content_of_the_base_and_serving_refuses_another_one(trained, tiny_model, tmp_path):
+def test_the_card_knows_the_content_of_the_base_and_serving_refuses_another_one(
+    trained, tiny_model, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(RunDir, "prepared_fingerprint", lambda self: "prepared")
     adapter = RunDir(trained.root).adapter(0)
     assert json.loads((adapter / "pi_ray.json").read_text())["base_content"] == base_digest(trained.model)
     base = tmp_path / tiny_model.name
