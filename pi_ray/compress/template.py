@@ -126,7 +126,8 @@ def _cache_key(template: Template, rate: float, tokenizer: Any, config: Compress
 
 def _model_content(model: str) -> str:
     """A hash of a model whose files are on this machine, where they may be replaced by others; "" for another one."""
-    return base_digest(ModelConfig(base=model)) if Path(model).expanduser().is_dir() or gguf_file(model) else ""
+    is_here = bool(model) and (Path(model).expanduser().is_dir() or gguf_file(model))
+    return base_digest(ModelConfig(base=model)) if is_here else ""
 
 
 @lru_cache(maxsize=8)

@@ -54,7 +54,7 @@ class CachedPrefix:
 
 
 def keys_and_values(cache: DynamicCache) -> list[KeysValues]:
-    """Of each layer; none where nothing was read yet."""
+    """Keys and values of each layer of a cache; an empty list where nothing was read yet."""
     layers: list[Any] = list(cache.layers)
     return [(layer.keys, layer.values) for layer in layers if layer.is_initialized]
 

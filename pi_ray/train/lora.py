@@ -72,12 +72,14 @@ def peft_config(model: Any, config: LoraConfig) -> Any:
 
 
 def _targets(model: Any, config: LoraConfig) -> Any:
-    """What `train.lora.targets` names: "all-linear" or module names, of which a pattern's are those that it fits whole.
+    """Return "all-linear" or the names of modules, as `train.lora.targets` says; a pattern's are those it fits whole.
 
-    An adapter names its layers, since whoever loads a pattern would have to run it.
+    An adapter names its layers, since whoever loads a pattern would have to run it. Raises ConfigError.
     """
-    if config.targets == "all-linear" or not isinstance(config.targets, str):
-        return config.targets if isinstance(config.targets, str) else list(config.targets)
+    if not isinstance(config.targets, str):
+        return list(config.targets)
+    if config.targets == "all-linear":
+        return config.targets
     try:
         found = [name for name, _ in model.named_modules() if re.fullmatch(config.targets, name)]
     except re.error as error:
