@@ -4,6 +4,7 @@ import json
 import os
 import random
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -60,18 +61,46 @@ def host(tmp_path, monkeypatch):
 
 
 def leftovers() -> list[str]:
-    """Processes of sandboxes: by their command line, which forks keep, or by their user."""
+    """Processes of sandboxes: by their command line, which forks keep, or by their user.
+
+    Those of tests that run beside this one, and still have a parent there, are not counted.
+    """
     found = []
     for process in Path("/proc").glob("[0-9]*"):
         try:
-            ours = (
+            sandboxed = (
                 b"side of the sandbox" in (process / "cmdline").read_bytes()
                 or jail.USERS[0] <= process.stat().st_uid < jail.USERS[1]
             )
-            found += [process.name] if ours else []
+            found += [process.name] if sandboxed and not beside(int(process.name)) else []
         except OSError:
             pass
     return found
+
+
+def beside(process: int) -> bool:
+    """Whether `process` descends from the parent of this test's process, but not from this test's process."""
+    while process > 1 and process != os.getpid():
+        process = int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1])
+        if process == os.getppid():
+            return True
+    return False
+
+
+def test_what_runs_here_or_has_no_parent_is_left_over_and_what_runs_beside_is_not():
+    python = sys.executable
+    said = "import time; time.sleep(60)  # side of the sandbox"
+    start = f"import subprocess as s; print(s.Popen([{python!r}, '-c', {said!r}], stdout=-3).pid, flush=True); input()"
+    with subprocess.Popen([python, "-c", start], stdin=-1, stdout=-1, text=True) as parent:
+        process = parent.stdout.readline().strip()
+        look = f"from tests.sandbox.test_sandbox import leftovers; print({process!r} in leftovers())"
+        look_beside = subprocess.run([python, "-c", look], stdout=-1, text=True, cwd=ROOT, check=True).stdout
+        assert look_beside == "False\n" and process in leftovers()
+        parent.communicate("\n")
+    try:
+        assert process in leftovers(), "its parent has ended"
+    finally:
+        os.kill(int(process), signal.SIGKILL)
 
 
 def marks() -> list[str]:
