@@ -124,8 +124,8 @@ def outcome(root: Path) -> dict[str, Any]:
         found[folder.relative_to(run.root).as_posix()] = verify_artifact(folder)["files"]
     for folder in sorted(run.adapters.glob("phase-*")) if run.adapters.is_dir() else []:
         found[folder.name] = verify_artifact(folder)["files"]["adapter_model.safetensors"]["sha256"]
-    if (run.root / "best").is_symlink():
-        found["best"] = (run.root / "best").resolve().name
+    if run.best.is_dir():
+        found["best"] = run.best.name
     if run.teacher_answers.is_dir():
         verify_artifact(run.teacher_answers)
         tables = (pq.read_table(path).to_pylist() for path in sorted(run.teacher_answers.glob("*.parquet")))

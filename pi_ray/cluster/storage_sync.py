@@ -3,7 +3,7 @@
 Files that are written into the copy are uploaded under the same name, and what others have uploaded is fetched before
 work starts; a file that was written here and could not be uploaded is kept. A reader never has half of anything:
     an artifact (a folder with a manifest)   its old manifest is removed, its files are sent, its new manifest last
-    a file, or the link adapters/best        sent under another name and moved, and then its hash (NAME.sha256)
+    a file                                   sent under another name and moved, and then its hash (NAME.sha256)
 """
 
 import fcntl
@@ -21,7 +21,7 @@ from pi_ray.run.artifact import CORRUPT, MANIFEST, digest, digest_file, temporar
 from pi_ray.run.lock import LOCK
 from pi_ray.run.object_storage import ObjectStorage, is_temporary
 
-HASH, LINK = ".sha256", ".link"
+HASH = ".sha256"
 LEASE = "train.owner"
 ATTEMPTS = 3  # an artifact may be replaced while it is fetched
 STATE = ".mirror.json"  # key -> hash of what is the same here and on storage; its lock serves the processes of a node
@@ -109,14 +109,11 @@ class StorageSync:
                 self._prune(self._key(path.parent))
 
     def push_changes(self) -> None:
-        """Send what changed without a listener's call (the log, the best adapter's link); remove what is gone here."""
+        """Send what changed without a listener's call, as the log does; remove what is gone here."""
         self._wait()
         for path in self._local_items():
             self.push(path)
         with self._locked_state():
-            for link in self.local.rglob("adapters/best"):
-                if link.is_symlink():
-                    self._push_object(self._key(link) + LINK, os.readlink(link).encode())
             self._prune("")
 
     def pull(self, unfinished: bool = True) -> None:
@@ -199,9 +196,8 @@ class StorageSync:
         return found
 
     def _pull_file(self, key: str, synced: dict[str, str]) -> None:
-        recorded, is_link = (self.storage.read(key + HASH) or b"").decode(), key.endswith(LINK)
-        path = self.local / key.removesuffix(LINK)
-        here = digest_file(path) if path.is_file() and not is_link else ""
+        recorded, path = (self.storage.read(key + HASH) or b"").decode(), self.local / key
+        here = digest_file(path) if path.is_file() else ""
         if not self._is_to_fetch(key, here, recorded, synced):
             return
         tmp = temporary_path(path)
@@ -210,12 +206,6 @@ class StorageSync:
             self.storage.fetch(key, tmp)
             if digest_file(tmp) != recorded:
                 return  # it is being replaced: its hash comes last, and the next pull finds both
-            if is_link:
-                name = PurePosixPath(tmp.read_text()).name
-                if name in ("", ".."):
-                    raise CorruptArtifactError(f"{self.storage.url}/{key} links to no folder beside it; remove it")
-                tmp.unlink()
-                tmp.symlink_to(name)
             os.replace(tmp, path)
             synced[key] = recorded
         except FileNotFoundError:
@@ -239,8 +229,7 @@ class StorageSync:
             self.storage.delete(key)
 
     def _is_here(self, key: str) -> bool:
-        path = self.local / key.removesuffix(HASH).removesuffix(LINK)
-        return path.exists() or path.is_symlink()
+        return (self.local / key.removesuffix(HASH)).exists()
 
     def _belongs_there(self, path: Path) -> bool:
         """Whether storage has what is written at `path`: all of the run directory that is whole and not this node's."""

@@ -60,7 +60,7 @@ def trained_column(config: RunConfig) -> Column:
             cure = "run 'pi-ray train' (or 'pi-ray run') with this run.yaml first"
             raise TrainingError(f"{config.root}: no model was tuned with these settings; {cure}")
         return Column("promptintern", model, *prompts_of_columns(config)["promptintern"])
-    best = RunDir(config.root).best.resolve()
+    best = RunDir(config.root).best
     card = json.loads((best / CARD_FILE).read_text())
     return Column("promptintern", str(best), card["template"], card["shots"], card["rate"], card.get("gist", 0))
 
@@ -76,7 +76,7 @@ def _plain_adapter(config: RunConfig) -> str:
     if not config.evaluate.baseline:
         return ""
     if not hosted.is_hosted(config):
-        return str(RunDir(plain.root).best.resolve())
+        return str(RunDir(plain.root).best)
     return hosted.tuned_phases(plain)[-1].get("model", "") if RunDir(plain.root).rows.exists() else ""
 
 

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pi_ray.errors import TrainingError
+from pi_ray.errors import CorruptArtifactError, TrainingError
 from pi_ray.prompt import Example
 from pi_ray.protocols import SPLITS, UNLABELLED, Row
-from pi_ray.run.artifact import read_manifest
+from pi_ray.run.artifact import read_manifest, write_atomic
 
 if TYPE_CHECKING:
     from pi_ray.run.row_store import StoredRows
 
+PHASE_ADAPTER = re.compile(r"phase-\d+", re.ASCII)
 CARD_FILE = "pi_ray.json"  # of an adapter: what it was trained on, and with which prompt
 
 
@@ -39,11 +41,31 @@ class RunDir:
         self.student_answers = self.root / "student_answers"  # artifacts round-0000, ...: on_policy.py
         self.checkpoints = self.root / "checkpoints"
         self.adapters = self.root / "adapters"
-        self.best = self.adapters / "best"  # link to the phase adapter that dev rows, or the floor, choose
+        self.best_file = self.adapters / "best.json"  # names the phase adapter that dev rows, or the floor, chose
         self.train_log = self.root / "train.jsonl"
         self.evaluation = self.root / "eval"
         self.generation_log = self.root / "generated.jsonl"  # what evaluation generated, so that none of it is again
         self.report = self.root / "report.html"
+
+    @property
+    def best(self) -> Path:
+        """The folder of the adapter that was chosen; before one is, a path where nothing is.
+
+        Raises CorruptArtifactError for a file that names no phase's adapter.
+        """
+        try:
+            chosen = json.loads(self.best_file.read_bytes())["adapter"]
+            if PHASE_ADAPTER.fullmatch(chosen):
+                return self.adapters / chosen
+        except FileNotFoundError:
+            return self.best_file
+        except (ValueError, TypeError, KeyError):
+            pass
+        raise CorruptArtifactError(f"{self.best_file}: names no adapter of a phase; delete it, and train again")
+
+    def choose_best(self, phase: int) -> None:
+        """Have `best` be the adapter of this phase."""
+        write_atomic(self.best_file, json.dumps({"adapter": self.adapter(phase).name}))
 
     def phase(self, index: int | str) -> Path:
         return self.phases / str(index)

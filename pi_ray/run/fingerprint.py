@@ -10,7 +10,7 @@ from typing import Any
 from pi_ray import __version__
 from pi_ray.config import INPUTS, MetricConfig, RunConfig
 from pi_ray.protocols import UNLABELLED
-from pi_ray.run.artifact import digest, digest_file
+from pi_ray.run.artifact import digest, digest_file, read_manifest
 from pi_ray.run.phases import max_shots
 from pi_ray.schedule import plan_phases
 
@@ -76,7 +76,18 @@ def learning_settings(config: RunConfig, base: str = "") -> dict[str, Any]:
 def _learned(config: RunConfig) -> dict[str, Any]:
     teaches = wants_unlabelled(config)
     unused = {"distill": teaches, "drills": teaches, "dev_every": bool(config.train.early_stop)}
-    return config.train.model_dump(mode="json", exclude=NOT_LEARNED | {key for key, used in unused.items() if not used})
+    left_out = NOT_LEARNED | {key for key, used in unused.items() if not used}
+    learned = config.train.model_dump(mode="json", exclude=left_out)
+    for block, key in ((learned, "init_adapter"), (learned.get("distill", {}), "teacher_adapter")):
+        if key in block:
+            block[key] = _adapter_content(block[key])
+    return learned
+
+
+def _adapter_content(folder: str) -> str:
+    """The hash of an adapter's weights, wherever its folder lies; the folder's path where none is there."""
+    files = (read_manifest(Path(folder)) or {}).get("files", {})
+    return files.get("adapter_model.safetensors", {}).get("sha256", folder)
 
 
 def training_metric_settings(config: RunConfig) -> dict[str, Any]:

@@ -29,7 +29,7 @@ def resolve_target(target: str, overrides: Sequence[str]) -> tuple[RunConfig, Ad
     """
     run = Path(target)
     if (run / "run.yaml").is_file():
-        config, best = run_file.load_run_file(run / "run.yaml", overrides), RunDir(run).best.resolve()
+        config, best = run_file.load_run_file(run / "run.yaml", overrides), RunDir(run).best
         if not best.is_dir():
             raise AdapterError(f"{run}: no trained adapter; 'pi-ray train {run}' makes one")
         card = verify_adapter(best, config.model)

@@ -99,7 +99,7 @@ def _published_run(config: RunConfig, first: Path, template: str) -> RunDir | No
     weights = (read_manifest(Path(config.train.init_adapter)) or {})["files"][WEIGHTS_FILE]["sha256"]
     for folder in [first, *sorted(first.parent.glob(f"{first.name}-????-??-??*"), reverse=True)]:
         run = RunDir(folder)
-        found = (read_manifest(run.best.resolve()) or {}).get("files", {}).get(WEIGHTS_FILE, {}).get("sha256")
+        found = (read_manifest(run.best) or {}).get("files", {}).get(WEIGHTS_FILE, {}).get("sha256")
         if found == weights and read_manifest(run.adapter(0)) and digest(run.read_templates()[1.0]) == template:
             return run
     return None

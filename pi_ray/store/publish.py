@@ -38,8 +38,8 @@ def publish_adapter(run: RunDir, config: RunConfig, name: str = "") -> Path:
         allowed = "1 to 64 of a-z, 0-9, '.', '_' and '-', starting with a letter or digit"
         raise AdapterError(f"'{name}' cannot name an adapter; take {allowed}")
     if not run.best.is_dir():
-        raise AdapterError(f"{run.best}: no trained adapter; 'pi-ray train' makes one")
-    source = run.best.resolve()
+        raise AdapterError(f"{run.root}: no trained adapter; 'pi-ray train' makes one")
+    source = run.best
     manifest = verify_artifact(source)
     files = manifest["files"]
     if missing := {WEIGHTS_FILE, CONFIG_FILE, CARD_FILE} - set(files):

@@ -34,15 +34,15 @@ def fingerprint_of(config: RunConfig) -> str:
 
 
 def is_trained(config: RunConfig) -> bool:
-    """Whether every phase has its adapter, and the best one is linked, which depends on `schedule.floor` and
+    """Whether every phase has its adapter, and the best one is chosen, which depends on `schedule.floor` and
     `task.metric`.
     """
     if not _has_all_adapters(config):
         return False
-    linked = RunDir(config.root).best.resolve().name
+    chosen = RunDir(config.root).best.name
     if config.schedule.floor:
-        return linked == f"phase-{decide_floor(config).chosen}"
-    return not config.training_metric or linked == f"phase-{best_by_metric(config).phase}"
+        return chosen == f"phase-{decide_floor(config).chosen}"
+    return not config.training_metric or chosen == f"phase-{best_by_metric(config).phase}"
 
 
 def _has_all_adapters(config: RunConfig) -> bool:
@@ -104,7 +104,7 @@ def _fit(config: RunConfig, fingerprint: str, watch: Callable[[dict[str, Any]], 
 
     run = RunDir(config.root)
     scaling, sync = placement.training_scaling(config, placement.cluster_nodes()), storage_sync.sync_for(run.root)
-    _remove_best_link(run, sync)
+    _forget_best(run, sync)
     collectives = TorchConfig("nccl" if scaling["use_gpu"] else "gloo", timeout_s=config.train.collective_timeout_s)
     trainer = TorchTrainer(
         _ray_worker, torch_config=collectives, scaling_config=ScalingConfig(**scaling),
@@ -155,21 +155,21 @@ def _describe_kept(run: RunDir) -> str:
 
 
 def _choose_again(config: RunConfig, watch: Callable[[dict[str, Any]], None]) -> None:
-    """Link the adapter that another `schedule.floor` or `task.metric` chooses, without training."""
-    from pi_ray.train.lora import link_best_adapter
+    """Choose the adapter that another `schedule.floor` or `task.metric` chooses, without training."""
+    from pi_ray.train.lora import choose_best_adapter
 
     run, sync = RunDir(config.root), storage_sync.sync_for(config.root)
-    entry = {"event": "best", **link_best_adapter(config)}
+    entry = {"event": "best", **choose_best_adapter(config)}
     TrainLog(run.train_log).add(entry)
     watch(entry)
     if sync:
         sync.push_changes()
 
 
-def _remove_best_link(run: RunDir, sync: storage_sync.StorageSync | None) -> None:
-    """Remove the link of an earlier training, by which `is_trained` would take this one for done too early."""
-    if run.best.is_symlink():
-        run.best.unlink()
+def _forget_best(run: RunDir, sync: storage_sync.StorageSync | None) -> None:
+    """Remove the choice of an earlier training, by which `is_trained` would take this one for done too early."""
+    if run.best_file.exists():
+        run.best_file.unlink()
         if sync:
             sync.push_changes()
 

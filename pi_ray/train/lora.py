@@ -1,7 +1,6 @@
 """Adapters: LoRA (paper A.2: rank 32) or another of peft's methods, and adapter folders that carry their prompt."""
 
 import json
-import os
 import re
 import warnings
 from collections.abc import Iterator, Sequence
@@ -245,8 +244,8 @@ def load_init_adapter(
     return weights
 
 
-def link_best_adapter(config: RunConfig) -> dict[str, Any]:
-    """Link `best` to a phase's adapter, and return what the log says of it.
+def choose_best_adapter(config: RunConfig) -> dict[str, Any]:
+    """Choose the best of the phases' adapters, and return what the log says of it.
 
     The floor chooses it; without one the highest mean of the first metric of task.metric on dev rows, and without that
     the highest dev accuracy; of equals the later.
@@ -267,8 +266,5 @@ def link_best_adapter(config: RunConfig) -> dict[str, Any]:
         else:
             best, facts = max(phases, key=lambda i: (accuracies[i], i)), {}
         facts["dev_accuracy"] = round(accuracies[best], 6)
-    link = run.adapters / ".best.tmp"
-    link.unlink(missing_ok=True)
-    link.symlink_to(run.adapter(best).name)
-    os.replace(link, run.best)
+    run.choose_best(best)
     return {"phase": best, **facts}

@@ -1,13 +1,14 @@
 """Deaths at every change of the disk: prepare, train, publish and release, killed once at each of their points.
 
-    python -m tests.bench.crash [--every 1] [--first 1] [--only prepare,train,publish,release]
+    python -m tests.bench.crash [--every 1] [--first 1] [--only prepare,workers,train,publish,release]
 
 A point is a file opened for writing, a rename, a sync, a removal, a folder made or removed, below the run directory or
 the store. At a sync the file is also cut in half, as a power cut may leave it. After each death the step runs again and
 must end with the same bits as an undisturbed one, with nothing half made left over; each result is printed as it comes,
-and `--first` goes on with a bench that was stopped. Of preparation it is the driver
-that dies; the Ray cluster stays. The model is tiny. Last line JSON; exit status 1 when a step did not end so. CI tries
-a sample of the points (tests/unit/test_crash_points.py).
+and `--first` goes on with a bench that was stopped. Of `prepare` it is the driver that dies, and the Ray cluster stays;
+of `workers` it is the cluster's worker that makes the change, and the same command goes on to its end. The model is
+tiny. Last line JSON; exit status 1 when a step did not end so. CI tries a sample of the points
+(tests/unit/test_crash_points.py, tests/faults/test_prepare_faults.py).
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from pathlib import Path
 from tests.bench.report import header, last_line
 from tests.conftest import tiny
 from tests.crash_steps import STEPS, copy_root, make_ready, make_ready_to_prepare, outcome, prepare
-from tests.crashing import run_step
+from tests.crashing import changes_of_workers, give_orders, obey, run_step
 from tests.faults.service import free_port
 from tests.hosts import wait
 
@@ -69,10 +70,45 @@ def try_death(step: Callable[[Path], None], root: Path, at: int, torn: bool, exp
         shutil.rmtree(root)
 
 
+def try_workers(source: Path, folder: Path, orders: Path, every: int, first: int) -> tuple[int, int]:
+    """(deaths, how many went wrong) of preparation's workers, each within one run of it."""
+    undisturbed = copy_root(source, folder / "undisturbed")
+    give_orders(orders, undisturbed)
+    run_step(prepare, undisturbed)
+    changes, expected, wrong = changes_of_workers(orders), outcome(undisturbed), 0
+    deaths = [(at, torn) for at, change in enumerate(changes, start=1) for torn in kinds_of_death(change)]
+    tried = range(first - 1, len(deaths), every)
+    for number in tried:
+        reason = try_worker_death(copy_root(source, folder / "died"), orders, *deaths[number], expected)
+        wrong += bool(reason)
+        at, torn = deaths[number]
+        told = f"{changes_of_workers(orders)[at - 1]}{', torn' if torn else ''}: {reason or 'as undisturbed'}"
+        print(f"  workers: death {number + 1} of {len(deaths)}, {told}", flush=True)
+    print(f"  workers: {len(changes)} changes of the disk, {len(tried)} deaths, {wrong} gone wrong", flush=True)
+    return len(tried), wrong
+
+
+def try_worker_death(root: Path, orders: Path, at: int, torn: bool, expected: object) -> str:
+    """Kill the worker that makes change `at` of a preparation; what is wrong with the outcome, or ""."""
+    give_orders(orders, root, at, torn)
+    try:
+        run_step(prepare, root)
+        if len(changes_of_workers(orders)) < at:
+            return "no worker died"
+        return "" if outcome(root) == expected else "another outcome"
+    except Exception as error:
+        return str(error)
+    finally:
+        orders.unlink()
+        shutil.rmtree(root)
+
+
 @contextmanager
-def ray_cluster(folder: Path) -> Iterator[None]:
-    """A Ray cluster of this machine, with a token, which drivers find by their environment."""
-    folder.mkdir()
+def ray_cluster(folder: Path, orders: Path | None = None) -> Iterator[None]:
+    """A Ray cluster of this machine, with a token, which drivers find by their environment. Its workers obey `orders`
+    (tests/crashing.py).
+    """
+    folder.mkdir(parents=True)
     (folder / "token").write_text(secrets.token_hex(32))
     (folder / "token").chmod(0o600)
     port = free_port()
@@ -82,7 +118,10 @@ def ray_cluster(folder: Path) -> Iterator[None]:
     }
     command = ["start", "--head", "--block", "--node-ip-address=127.0.0.1", f"--port={port}", "--num-cpus=2"]
     ray = str(Path(sys.executable).with_name("ray"))
-    head = subprocess.Popen([ray, *command, "--include-dashboard=false"], stdout=subprocess.DEVNULL)
+    environment = os.environ | ({"PYTHONPATH": obey(orders, folder / "packages")} if orders else {})
+    head = subprocess.Popen(
+        [ray, *command, "--include-dashboard=false"], stdout=subprocess.DEVNULL, env=environment
+    )
     try:
         wait("the cluster's head", lambda: is_open(port))
         yield
@@ -100,16 +139,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--every", type=int, default=1, help="try only every so many points")
     parser.add_argument("--first", type=int, default=1, help="the death to begin with, of each step")
-    parser.add_argument("--only", default="prepare,train,publish,release", help="the steps, with commas between")
+    parser.add_argument("--only", default="prepare,workers,train,publish,release", help="steps, with commas between")
     args = parser.parse_args()
     header("deaths at every change of the disk")
     steps, tried = args.only.split(","), {}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        if "prepare" in steps:
-            with ray_cluster(folder / "ray"):
-                root = make_ready_to_prepare(folder / "roots" / "prepare")
-                tried["prepare"] = try_step("prepare", prepare, root, folder / "prepare", args.every, args.first)
+        if {"prepare", "workers"} & {*steps}:
+            orders = folder / "orders.json"
+            root = make_ready_to_prepare(folder / "roots" / "prepare")
+            with ray_cluster(folder / "ray", orders):
+                if "prepare" in steps:
+                    tried["prepare"] = try_step("prepare", prepare, root, folder / "prepare", args.every, args.first)
+                if "workers" in steps:
+                    tried["workers"] = try_workers(root, folder / "workers", orders, args.every, args.first)
         if later := [name for name in STEPS if name in steps]:
             roots = make_ready(folder / "roots", tiny(folder / "model", "Llama"))
             for name in later:

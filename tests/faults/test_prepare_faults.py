@@ -25,6 +25,10 @@ from pi_ray.run.directory import RunDir
 from pi_ray.tasks.jsonl import JsonlTask
 from pi_ray.train.batches import PhaseDataset
 from tests import two_nodes
+from tests.bench.crash import ray_cluster, try_worker_death
+from tests.crash_steps import copy_root, make_ready_to_prepare, outcome
+from tests.crash_steps import prepare as prepare_step
+from tests.crashing import changes_of_workers, give_orders, run_step
 from tests.disks import fill, leftovers
 from tests.prepared import prepare_by_hand, tiny_config
 from tests.two_nodes import apart, outside
@@ -240,6 +244,31 @@ def test_d2_killed_half_way_the_same_command_writes_no_file_twice_and_ends_the_s
     done = written.read_text().split()
     assert len(done) == len(set(done)) == 9, "4 + 4 of train, 1 of dev"
     assert phases(config) == phases(clean)
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("torn", [False, True], ids=["killed", "torn"])
+def test_d2_a_worker_that_dies_at_a_sync_of_its_file_changes_no_byte(dying_workers, tmp_path, torn):
+    """A sample; `python -m tests.bench.crash --only workers` kills one at every change of the disk."""
+    source, orders, changes, expected = dying_workers
+    syncs = [at for at, change in enumerate(changes, 1) if change.startswith("fsync") and change.endswith(".tmp")]
+    root = copy_root(source, orders.parent / f"died-{torn}")
+    assert try_worker_death(root, orders, syncs[len(syncs) // 2], torn, expected) == ""
+
+
+@pytest.fixture(scope="module")
+def dying_workers(tmp_path_factory):
+    """(root, orders, changes and outcome of an undisturbed preparation) on a cluster whose workers obey the orders."""
+    folder = tmp_path_factory.mktemp("workers")
+    orders, root = folder / "orders.json", make_ready_to_prepare(folder / "root")
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH", "RAY_ADDRESS"):
+            patch.setenv(name, "")  # the cluster sets them, and they are put back
+        with ray_cluster(folder / "ray", orders):
+            undisturbed = copy_root(root, folder / "undisturbed")
+            give_orders(orders, undisturbed)
+            run_step(prepare_step, undisturbed)
+            yield root, orders, changes_of_workers(orders), outcome(undisturbed)
 
 
 @pytest.mark.ray

@@ -5,18 +5,24 @@ Its times are those of a quiet machine: on a shared one they may be BUSY times a
 """
 
 import asyncio
+import functools
+import json
 import os
 import re
+import resource
 import signal
+import socket
 import statistics
 import threading
 import time
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import httpx
 import pytest
 
 from pi_ray.config import ModelConfig, PromptConfig, RunConfig, ServeConfig
+from pi_ray.serve.http.connections import PER_CLIENT
 from tests.faults.service import Service, free_port
 from tests.lora import put_in_store
 
@@ -213,6 +219,66 @@ def test_s5_a_malformed_body_is_refused_through_the_proxy_in_no_time(service, bo
     )
     assert memory(service) - before < 50e6
     assert answers(service)
+
+
+HALF_BODY = b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n{"
+
+
+@pytest.mark.parametrize("addresses", [1, 3], ids=["of one client", "of three clients"])
+def test_1100_half_bodies_do_not_hold_an_honest_request(service, addresses):
+    quiet, many = latency(service), 1_100
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, 2 * many)), hard))
+    with ExitStack() as sockets:
+        sockets.callback(resource.setrlimit, resource.RLIMIT_NOFILE, (soft, hard))
+        held = []
+        for number in range(many):
+            source = f"127.0.1.{1 + number % addresses}", 0
+            held.append(socket.create_connection(("127.0.0.1", service.config.serve.port), source_address=source))
+            sockets.enter_context(held[-1])
+            with suppress(OSError):  # closed, since its client has too many
+                held[-1].sendall(HALF_BODY)
+        assert latency(service) < 1.2 * BUSY * quiet
+        alive = [client for client in held if is_open(client)]
+        assert len(alive) == (PER_CLIENT if addresses == 1 else many)
+    assert answers(service)
+
+
+def is_open(client):
+    client.setblocking(False)
+    try:
+        return client.recv(1) != b""
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+
+
+def test_a_flood_of_empty_messages_holds_others_no_longer_than_one_message_of_that_size(service):
+    """They took 4.4 s each where each was given its place in the chat format before any bound."""
+    user = {"role": "user", "content": ""}
+    many = {"model": "colours", "messages": [user] * ((1 << 20) // (len(json.dumps(user)) + 2))}
+    one = {"model": "colours", "messages": [{**user, "content": "x" * (len(json.dumps(many)) - 200)}]}
+
+    async def beside(flood, http):
+        """Seconds of an honest request beside six of a flood."""
+        content, kind = json.dumps(flood), {"Content-Type": "application/json"}
+        post = functools.partial(http.post, f"{service.url}/v1/chat/completions", content=content, headers=kind)
+        floods = [asyncio.create_task(post()) for _ in range(6)]
+        await asyncio.sleep(0.02)
+        began = time.monotonic()
+        assert (await service.send(http, "are you there")).status_code == 200
+        seconds = time.monotonic() - began
+        assert {reply.status_code for reply in await asyncio.gather(*floods)} == {400}
+        return seconds
+
+    async def rounds():
+        async with clients() as http:
+            return [[await beside(flood, http) for flood in (many, one)] for _ in range(5)]
+
+    of_many, of_one = zip(*asyncio.run(rounds()), strict=True)
+    print(f"{of_many} beside many empty messages, {of_one} beside one message of the same size")
+    assert statistics.median(of_many) < 1.2 * BUSY * statistics.median(of_one)
 
 
 def test_s3_a_killed_replica_is_replaced_and_its_clients_are_told(service):

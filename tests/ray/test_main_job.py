@@ -72,7 +72,7 @@ def test_the_demo_ends_with_a_report_and_the_keys_that_programs_read(demo):
     assert summary["promptintern"]["input_tokens"] < 0.1 * summary["base_full_prompt"]["input_tokens"]
     assert summary["train"]["plain"]["updates"] == summary["train"]["promptintern"]["updates"] == 6
     assert "<table" in (run / "report.html").read_text()
-    assert (run / "adapters" / "best" / "adapter_model.safetensors").is_file()
+    assert (RunDir(run).best / "adapter_model.safetensors").is_file()
     assert "Exact match" in out and "Serve it" in out
 
 

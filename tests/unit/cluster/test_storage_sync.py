@@ -13,6 +13,7 @@ from pi_ray.cluster.storage_sync import StorageSync, fetch_updates, sync_for
 from pi_ray.data.ray_map import ItemActor, fan_out
 from pi_ray.errors import CorruptArtifactError, StorageError
 from pi_ray.run.artifact import digest_file, read_manifest, staged, verify_artifact, write_atomic
+from pi_ray.run.directory import RunDir
 from pi_ray.run.object_storage import ObjectStorage
 
 
@@ -190,24 +191,15 @@ def test_a_second_pull_and_push_move_nothing(bucket, tmp_path):
     assert before == {p: p.stat().st_mtime_ns for p in (tmp_path / "bucket").rglob("*") if p.is_file()}
 
 
-def test_the_link_to_the_best_adapter_and_the_log_travel(bucket, tmp_path):
+def test_the_choice_of_the_best_adapter_and_the_log_travel(bucket, tmp_path):
     here, there = tmp_path / "here", tmp_path / "there"
     with sync_of(here, bucket).attach_driver():
         write(here / "adapters" / "phase-1", "a", "weights")
-        (here / "adapters" / "best").symlink_to("phase-1")
+        RunDir(here).choose_best(1)
         (here / "train.jsonl").write_text("{}\n")
     sync_of(there, bucket).pull()
-    assert (there / "adapters" / "best" / "weights").read_text() == "aweights" and (
-        there / "train.jsonl"
-    ).read_text() == "{}\n"
-
-
-def test_a_link_to_no_folder_beside_it_is_refused(bucket, tmp_path):
-    hostile = sync_of(tmp_path / "hostile", bucket)
-    hostile._push_object("adapters/best.link", b"/etc/..")
-    with pytest.raises(CorruptArtifactError, match="links to no folder beside it"):
-        sync_of(tmp_path / "here", bucket).pull()
-    assert not (tmp_path / "here" / "adapters" / "best").is_symlink()
+    assert (RunDir(there).best / "weights").read_text() == "aweights"
+    assert (there / "train.jsonl").read_text() == "{}\n"
 
 
 def test_files_removed_here_are_removed_on_storage_but_not_the_files_of_other_nodes(bucket, tmp_path):

@@ -44,7 +44,7 @@ def config(tmp_path, tiny_model):
     for phase in (0, 2):
         with staged(run.adapter(phase), fingerprint="f") as tmp:
             write_adapter(tmp, tiny_model, phase, facts=card(tiny_model, **facts))
-    run.best.symlink_to("phase-2")
+    run.choose_best(2)
     write_atomic(run.templates / "templates.json", json.dumps([{"rate": 1.0, "text": text()}]))
     with staged(tmp_path / "store" / "shop" / "v0001", fingerprint="1") as tmp:
         write_adapter(tmp, tiny_model, 2, facts=card(tiny_model, **facts))
@@ -87,7 +87,7 @@ def test_the_published_teacher_reads_the_new_template_in_few_updates(config):
 def test_a_refresh_that_was_cut_short_is_planned_as_before_without_the_first_run(config):
     edit(config, billing="q8")
     planned, _, _ = follow(config)
-    RunDir(config.root).best.unlink()
+    RunDir(config.root).best_file.unlink()
     assert follow(config)[0] == planned
 
 
@@ -102,7 +102,7 @@ def test_without_the_published_run_or_a_teacher_all_phases_are_trained(config):
     edit(config, billing="q8")
     planned, begun, said = follow(config.replace(**{"train.objective": "sft"}))
     assert planned == begun and "no adapter of this run teaches" in said[1]
-    RunDir(config.root).best.unlink()
+    RunDir(config.root).best_file.unlink()
     planned, begun, said = follow(config)
     assert planned == begun and "nor beside it" in said[1]
 
@@ -120,7 +120,7 @@ def test_a_refresh_that_trains_all_phases_says_which_labels_may_follow_the_old_p
     shutil.rmtree(follow(sft)[1].root)
     stale = "3 labels may follow the old prompt, such as those of train-1, dev-1, test-1. They are learned as they"
     assert follow(sft)[2][-1].startswith(stale)
-    RunDir(config.root).best.unlink()
+    RunDir(config.root).best_file.unlink()
     assert follow(config)[2][-1].startswith(stale)
     for split in ("train", "dev", "test"):
         file = Path(getattr(config.task, split))
@@ -163,7 +163,7 @@ def test_a_refresh_of_a_refresh_has_all_generated_queries_and_not_its_selection(
     run = RunDir(planned.root)
     shutil.copytree(RunDir(generates.root).adapter(0), run.adapter(0))
     shutil.copytree(planned.train.init_adapter, run.adapter(1))
-    run.best.symlink_to("phase-1")
+    run.choose_best(1)
     write_atomic(run.templates / "templates.json", json.dumps([{"rate": 1.0, "text": text(billing="q8")}]))
     run.rows.mkdir()
     write_rows(run.rows_of(UNLABELLED).path, [Row("g-9", "one that was selected", "")])
@@ -173,7 +173,7 @@ def test_a_refresh_of_a_refresh_has_all_generated_queries_and_not_its_selection(
     })
     shutil.copytree(run.adapter(1), generates.root.parents[1] / "store" / "shop" / "v0002")
     write_atomic(generates.root.parents[1] / "store" / "shop" / "latest.json", json.dumps({"version": "v0002"}))
-    RunDir(generates.root).best.unlink()
+    RunDir(generates.root).best_file.unlink()
     refresh.write_mark(begun, published=True)
     edit(generates, billing="q9")
     later, _, said = follow(generates)

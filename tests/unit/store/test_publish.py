@@ -31,8 +31,7 @@ SUMMARY = {
 def train(run, base, seed=1, phase=2, **facts):
     with staged(run.adapter(phase), fingerprint="f") as tmp:
         write_adapter(tmp, base, seed, facts=card(base, **facts))
-    run.best.unlink(missing_ok=True)
-    run.best.symlink_to(f"phase-{phase}")
+    run.choose_best(phase)
 
 
 @pytest.fixture
@@ -180,7 +179,7 @@ def asked(run):
     """The run's best adapter was asked about its prompt."""
     unit = {"section": "", "text": "red: k4", "kind": "item", "rows": 3, "queries": 2, "sure": 2}
     made = Knowledge(
-        adapter_sha256=verify_artifact(run.best.resolve())[MANIFEST_HASH], units=[{**unit, "asked": 2, "agreed": 2}]
+        adapter_sha256=verify_artifact(run.best)[MANIFEST_HASH], units=[{**unit, "asked": 2, "agreed": 2}]
     )
     write_atomic(run.evaluation / KNOWLEDGE_FILE, made.model_dump_json())
     return made

@@ -69,7 +69,7 @@ def test_loss_falls_and_every_phase_leaves_an_adapter(trained):
 def test_best_names_the_adapter_with_the_highest_dev_accuracy_and_of_equals_the_last(trained):
     found = [e["dev_accuracy"] for e in log_of(trained) if e.get("event") == "phase_end"]
     assert 0 < max(found) <= 1
-    assert RunDir(trained.root).best.resolve().name == f"phase-{max(range(3), key=lambda i: (found[i], i))}"
+    assert RunDir(trained.root).best.name == f"phase-{max(range(3), key=lambda i: (found[i], i))}"
 
 
 def test_an_adapter_that_is_surer_of_what_it_cannot_know_is_not_worse(trained, tmp_path, monkeypatch):
@@ -78,7 +78,7 @@ def test_an_adapter_that_is_surer_of_what_it_cannot_know_is_not_worse(trained, t
     scores = iter([(0.5, 0.6), (0.9, 0.8), (0.7, 0.7)])
     monkeypatch.setattr(Trainer, "evaluate_dev", lambda self, dev: next(scores))
     train_worker(settings(config))
-    assert RunDir(tmp_path).best.resolve().name == "phase-1"
+    assert RunDir(tmp_path).best.name == "phase-1"
 
 
 def test_a_finished_run_keeps_its_adapters_and_no_checkpoints(trained):
@@ -324,19 +324,19 @@ def test_half_precision_without_scaled_losses_is_refused(tiny_model, tmp_path):
         launch.train(config)
 
 
-def test_the_best_link_of_an_earlier_training_is_removed_before_training_begins_and_in_the_bucket_too(tmp_path):
+def test_the_choice_of_an_earlier_training_is_removed_before_training_begins_and_in_the_bucket_too(tmp_path):
     (tmp_path / "bucket").mkdir()
     objects = ObjectStorage("s3://bucket/run", SubTreeFileSystem(str(tmp_path / "bucket"), LocalFileSystem()), "run")
     before, now, later = (StorageSync(tmp_path / name, objects) for name in ("before", "now", "later"))
     run = RunDir(before.local)
     run.adapter(0).mkdir(parents=True)
-    run.best.symlink_to("phase-0")
+    run.choose_best(0)
     before.push_changes()
     now.pull()
-    assert RunDir(now.local).best.is_symlink()
-    launch._remove_best_link(RunDir(now.local), now)
+    assert RunDir(now.local).best.name == "phase-0"
+    launch._forget_best(RunDir(now.local), now)
     later.pull()
-    assert not RunDir(now.local).best.is_symlink() and not RunDir(later.local).best.is_symlink()
+    assert not RunDir(now.local).best_file.exists() and not RunDir(later.local).best_file.exists()
 
 
 @pytest.mark.parametrize("ends", [SystemExit(0), KeyboardInterrupt()], ids=["by Ray", "by Python"])
