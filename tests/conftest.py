@@ -12,6 +12,7 @@ UNIT, CLUSTER = (Path(__file__).parent / name for name in ("unit", "cluster"))
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S", "0")  # a node's last 30 s, in which nobody asks anything
 if "PYTEST_XDIST_WORKER" in os.environ:  # processes side by side: more threads than cores would wait for each other
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("LOKY_MAX_CPU_COUNT", "1")  # joblib's count, by which evaluation takes its threads

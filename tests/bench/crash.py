@@ -114,7 +114,7 @@ def ray_cluster(folder: Path, orders: Path | None = None) -> Iterator[None]:
     port = free_port()
     os.environ |= {
         "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(folder / "token"), "RAY_ADDRESS": f"127.0.0.1:{port}",
-        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_USAGE_STATS_ENABLED": "0", "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
     }
     command = ["start", "--head", "--block", "--node-ip-address=127.0.0.1", f"--port={port}", "--num-cpus=2"]
     ray = str(Path(sys.executable).with_name("ray"))
