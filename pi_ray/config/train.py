@@ -74,6 +74,8 @@ class LoraConfig(Block):
     targets: str | tuple[str, ...] = doc("all-linear", "module names as peft takes them. all-linear: every linear "
         "layer but the output; in a mixture of experts only attention's, since the experts are fused tensors and the "
         "router stays as it is; with ia3 peft's own choice")
+    layers: Annotated[float, Field(gt=0, le=1)] = omit_default(1.0, "share of the model's layers that are adapted, "
+        "from the last one down: the backward pass ends below them, so that an update takes less time")
     experts: bool = omit_default(False, "also LoRA for each fused expert of a mixture of experts (peft's "
         "target_parameters); such an adapter is served merged into its base (serve.merge)")
 
@@ -81,6 +83,8 @@ class LoraConfig(Block):
         refuse(self.experts and (self.dropout or self.method not in ("lora", "rslora")),
             "train.lora.experts goes with method lora or rslora and without dropout: "
             "peft has nothing else for fused experts")
+        refuse(self.layers < 1 and (self.experts or self.method == "ia3"),
+            "train.lora.layers goes with method lora, rslora, dora or pissa and without experts: leave it out")
         if self.method == "ia3":
             keys = ("rank", "alpha", "dropout")
             forbid_unused(self, keys, "train.lora", "method ia3 scales activations and has no matrices")

@@ -208,7 +208,8 @@ def tokens_of_updates(config: RunConfig) -> list[float]:
 def update_operations(size: ModelSize, shape: Shape, config: RunConfig) -> float:
     """Operations of one update over all workers: two for each multiply-add."""
     prefix, rows = update_tokens(size, shape, config)
-    trips = 6 if config.train.gradient_checkpointing else 4  # recomputing adds one more forward pass
+    # once forward, and twice as much, or three times with recomputing, back down to the lowest adapted layer
+    trips = 2 + (4 if config.train.gradient_checkpointing else 2) * config.train.lora.layers
     per_token = trips * size.active + 6 * size.lora
     attention = 12 * size.layers * size.hidden * (prefix * shape.prefix / 2 + rows * (shape.prefix + shape.fed / 2))
     return per_token * (prefix + rows) + 4 * size.head * config.train.batch_size * shape.label + attention

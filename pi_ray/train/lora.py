@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
+from transformers.pytorch_utils import Conv1D
 
 from pi_ray.config import LoraConfig, RunConfig
 from pi_ray.errors import ConfigError, CorruptArtifactError, TrainingError
@@ -30,6 +31,7 @@ SCALE_KEYS = ("lora_alpha", "use_rslora", "init_lora_weights")
 # Model types with Mamba's kernels, which read the weights of some layers past any adapter; peft refuses two of them.
 MAMBAS = {"bamba", "falcon_h1", "falcon_mamba", "jamba", "mamba", "mamba2", "nemotron_h", "zamba", "zamba2"}
 READ_BY_KERNELS = {"conv1d", "dt_proj", "out_proj"}
+LAYER = re.compile(r"\.(\d+)\.")  # the number of a module's layer, in its name
 MODULE = re.compile(r"[\w.]{1,256}", re.ASCII)  # a module's name, or its end
 NAMES = {"target_modules", "feedforward_modules", "target_parameters", "exclude_modules", "modules_to_save"}
 ACTED_ON = ("megatron_config", "auto_mapping", "layer_replication")  # settings by which peft would do other things
@@ -62,6 +64,8 @@ def peft_config(model: Any, config: LoraConfig) -> Any:
         targets = sorted({".".join(p[-2:]) for p in parts if len(p) > 1 and "att" in p[-2]})
     elif targets == "all-linear" and model.config.model_type in MAMBAS:
         targets = sorted({p[-1] for p in parts if len(p) > 1} - READ_BY_KERNELS)
+    if config.layers < 1:
+        targets = _in_upper_layers(model, targets, config.layers)
     return peft.LoraConfig(
         r=config.rank, lora_alpha=config.alpha, lora_dropout=config.dropout, task_type="CAUSAL_LM",
         target_modules=targets, target_parameters=_expert_weights(model) if config.experts else None,
@@ -85,6 +89,19 @@ def _targets(model: Any, config: LoraConfig) -> Any:
         raise ConfigError(f"train.lora.targets {config.targets!r} is no pattern ({error})") from error
     if not found:
         raise ConfigError(f"train.lora.targets {config.targets!r} fits no layer's name, such as {_some_layer(model)!r}")
+    return found
+
+
+def _in_upper_layers(model: Any, targets: Any, share: float) -> list[str]:
+    """The modules that `targets` names in this share of the layers, from the last one down. Raises ConfigError."""
+    layers = model.config.get_text_config().num_hidden_layers
+    first = layers - max(1, round(share * layers))
+    linears = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear | Conv1D)]
+    upper = [name for name in linears if int((LAYER.search(name) or [0, -1])[1]) >= first]
+    ends = tuple(f".{target}" for target in targets)
+    found = upper if targets == "all-linear" else [name for name in upper if f".{name}".endswith(ends)]
+    if not found:
+        raise ConfigError(f"train.lora.layers: the last {layers - first} of {layers} layers have none of {targets}")
     return found
 
 

@@ -162,6 +162,30 @@ def test_a_pattern_names_the_layers_that_it_fits_and_the_adapter_holds_their_nam
         lora.peft_config(base, LoraConfig(targets="(q_proj"))
 
 
+def test_a_share_of_the_layers_is_taken_from_the_last_one_down(tiny_model, tiny_mixtral):
+    def named(model, **settings):
+        base = load_model(ModelConfig(base=str(model)))
+        return lora.peft_config(base, LoraConfig(**settings)).target_modules
+
+    assert named(tiny_model, layers=0.5) == {
+        f"model.layers.1.{name}" for name in ATTENTION | {f"mlp.{name}_proj" for name in ("gate", "up", "down")}
+    }
+    assert named(tiny_model, layers=0.4, targets=("q_proj",)) == {"model.layers.1.self_attn.q_proj"}
+    assert len(named(tiny_model, layers=0.8, targets=("q_proj",))) == 2
+    assert named(tiny_mixtral, layers=0.5) == {f"model.layers.1.{name}" for name in ATTENTION}
+    with pytest.raises(ConfigError, match=r"the last 1 of 2 layers have none of \['model.layers.0"):
+        named(tiny_model, layers=0.5, targets=r".*layers\.0\..*q_proj")
+    with pytest.raises(ValueError, match="without experts"):
+        LoraConfig(layers=0.5, experts=True)
+
+
+def test_layers_below_the_adapted_ones_take_no_backward_pass_and_the_adapter_is_published(trained, tmp_path):
+    config = trained("tiny_model", layers=0.5)
+    weights = load_file(RunDir(config.root).best / "adapter_model.safetensors")
+    assert {name.split(".layers.")[1][0] for name in weights} == {"1"}
+    assert publish_adapter(RunDir(config.root), config.replace(store=str(tmp_path))).name == "v0001"
+
+
 @pytest.mark.parametrize("changes", [
     {"target_modules": "(a+)+b"}, {"target_modules": [["q_proj"]]}, {"exclude_modules": "(a+)+b"},
     {"feedforward_modules": ".*"}, {"target_modules": ["q_proj("]}, {"megatron_config": {"a": 1}},
