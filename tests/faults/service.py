@@ -115,7 +115,7 @@ class Service:
         path.write_text(configuration.dump_config(config))
         return str(path)
 
-    def deploy(self, seconds: float = 120, **changes: Any) -> dict[str, str]:
+    def deploy(self, seconds: float = 300, **changes: Any) -> dict[str, str]:
         """A new version, with these config keys changed, over what is served; what came of it."""
         return self._tell(self._write(self.config.replace(**changes)), seconds)
 

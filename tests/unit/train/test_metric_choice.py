@@ -129,13 +129,13 @@ def test_a_phase_ends_early_when_the_metric_gains_no_more(scored_as):
 
 def test_another_metric_chooses_again_among_the_same_adapters_without_training(scored_as):
     config, seen = scored_as("and more", 9, 5), []
-    other, best = config.replace(**{"task.metric": ["exact_match"]}), RunDir(config.root).best
-    assert best.resolve().name == "phase-0" and launch.is_trained(config) and not launch.is_trained(other)
+    other, run = config.replace(**{"task.metric": ["exact_match"]}), RunDir(config.root)
+    assert run.best.name == "phase-0" and launch.is_trained(config) and not launch.is_trained(other)
     launch.train(other, seen.append)
-    assert best.resolve().name == "phase-1" and launch.is_trained(other) and not launch.is_trained(config)
+    assert run.best.name == "phase-1" and launch.is_trained(other) and not launch.is_trained(config)
     assert [(e["event"], e["phase"], e["metric"], e["score"]) for e in seen] == [("best", 1, "exact_match", 0.75)]
     launch.train(config, seen.append)
-    assert best.resolve().name == "phase-0" and launch.is_trained(config)
+    assert run.best.name == "phase-0" and launch.is_trained(config)
 
 
 def test_a_run_that_dies_and_goes_on_ends_with_the_same_adapters_and_choice(by_metric, tmp_path, monkeypatch):
