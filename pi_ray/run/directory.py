@@ -59,7 +59,7 @@ class RunDir:
                 return self.adapters / chosen
         except FileNotFoundError:
             return self.best_file
-        except (ValueError, TypeError, KeyError):
+        except (ValueError, TypeError, KeyError, RecursionError):
             pass
         raise CorruptArtifactError(f"{self.best_file}: names no adapter of a phase; delete it, and train again")
 

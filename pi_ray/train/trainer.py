@@ -290,7 +290,7 @@ class Trainer:
         return 0
 
     def finish(self) -> None:
-        """Link the best adapter and remove the checkpoints, which nothing needs any more."""
+        """Choose the best adapter and remove the checkpoints, which nothing needs any more."""
         if self.rank == 0:
             self.log.add({"event": "best", "step": self.updates[-1].step, **lora.choose_best_adapter(self.config)})
             checkpoint.remove_checkpoints(self.dir.checkpoints)

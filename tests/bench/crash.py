@@ -82,7 +82,8 @@ def try_workers(source: Path, folder: Path, orders: Path, every: int, first: int
         reason = try_worker_death(copy_root(source, folder / "died"), orders, *deaths[number], expected)
         wrong += bool(reason)
         at, torn = deaths[number]
-        told = f"{changes_of_workers(orders)[at - 1]}{', torn' if torn else ''}: {reason or 'as undisturbed'}"
+        change = "".join(changes_of_workers(orders)[at - 1 : at])  # none where no worker came so far
+        told = f"{change}{', torn' if torn else ''}: {reason or 'as undisturbed'}"
         print(f"  workers: death {number + 1} of {len(deaths)}, {told}", flush=True)
     print(f"  workers: {len(changes)} changes of the disk, {len(tried)} deaths, {wrong} gone wrong", flush=True)
     return len(tried), wrong

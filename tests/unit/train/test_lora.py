@@ -179,7 +179,14 @@ def test_a_share_of_the_layers_is_taken_from_the_last_one_down(tiny_model, tiny_
         LoraConfig(layers=0.5, experts=True)
 
 
-def test_layers_below_the_adapted_ones_take_no_backward_pass_and_the_adapter_is_published(trained, tmp_path):
+def test_below_the_adapted_layers_nothing_is_kept_for_a_backward_pass(tiny_model):
+    wrapped = lora.add_lora(load_model(ModelConfig(base=str(tiny_model))), LoraConfig(rank=2, layers=0.5), seed=0)
+    lower, upper, _ = wrapped(torch.arange(8)[None], output_hidden_states=True).hidden_states[-3:]
+    assert not lower.requires_grad and not upper.requires_grad, "what goes into the second layer and out of the first"
+    assert wrapped(torch.arange(8)[None]).logits.requires_grad
+
+
+def test_an_adapter_of_the_upper_layers_alone_is_published(trained, tmp_path):
     config = trained("tiny_model", layers=0.5)
     weights = load_file(RunDir(config.root).best / "adapter_model.safetensors")
     assert {name.split(".layers.")[1][0] for name in weights} == {"1"}
