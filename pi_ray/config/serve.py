@@ -34,6 +34,8 @@ class ServeConfig(Block):
         "that needs more alone is refused; 0: half of the memory that is free once the model is loaded")
     prefix_cache_mb: Count | Literal["auto"] = doc("auto", "per replica, for keys and values of prompts that begin "
         "alike; auto: an eighth of the memory that is free once the model is loaded, at least 512; 0: none")
+    router: Literal["power_of_two", "prefix"] = doc("power_of_two", "how a request finds a replica: the less busy of "
+        "two; or prefix, that which has read most of the prompt's beginning, for many long prompts that are sent whole")
     share_prefix_cache: bool = doc(False, "among clients of different keys: faster where prompts begin alike, but the "
         "time to a first token can tell what others sent; false: each key has its own")
     prefill_tokens: Count = doc(0, "prompt tokens read between two decoding steps; 0: 256 on a CPU, 2048 on a GPU")

@@ -25,7 +25,7 @@ from pi_ray.protocols import GenerationRequest
 from pi_ray.serve.engine import completion
 from pi_ray.serve.engine.completion import Completer, Events
 from pi_ray.serve.engine.refusal import RefusedError
-from pi_ray.serve.engine.replica_options import DEFAULT_MAX_LORAS, replica_options
+from pi_ray.serve.engine.replica_options import DEFAULT_MAX_LORAS, replica_options, router_options
 from pi_ray.serve.engine.request import CompletionRequest
 from pi_ray.serve.http.api import create_api
 from pi_ray.serve.http.streaming import StreamCoalescer
@@ -207,6 +207,7 @@ def build_application(config: RunConfig, digest: str = "") -> serve.Application:
                 "one: take serve.engine vllm, which splits each layer over them"
             )
         options = replica_options(config.serve, cluster, placement.worker_options(config, "serve"))
+        options |= router_options(config.serve)
         model = serve.deployment(**options)(Model).bind(config)
 
     def create_ingress() -> Any:  # called in the ingress replica

@@ -1,8 +1,10 @@
-"""Options of Ray Serve for the replicas that hold a base model: queues, autoscaling, resources, health checks."""
+"""Options of Ray Serve for the replicas that hold a base model: queues, autoscaling, resources, health checks, router.
+"""
 
 from typing import Any
 
 from pi_ray.config import ServeConfig
+from pi_ray.errors import ConfigError
 
 HEALTH_PERIOD_S = 2  # Serve replaces a replica after three failures in a row
 DEFAULT_MAX_LORAS = 16  # when serve.max_loras is not set
@@ -27,3 +29,17 @@ def replica_options(limits: ServeConfig, cluster: dict[str, float], actor_option
         "health_check_period_s": HEALTH_PERIOD_S, "health_check_timeout_s": 10,
         "graceful_shutdown_timeout_s": limits.graceful_shutdown_timeout_s,
     }
+
+
+def router_options(limits: ServeConfig) -> dict[str, Any]:
+    """Options of a deployment for `serve.router`. A replica that is much busier than others gets no more for what it
+    has read. Raises ConfigError where this version of Ray has its prefix-aware router elsewhere.
+    """
+    if limits.router == "power_of_two":
+        return {}
+    try:
+        from pi_ray.serve.engine.prefix_router import PrefixRouter
+    except ImportError as error:
+        raise ConfigError(f"serve.router prefix: not with this version of Ray ({error}); take power_of_two") from error
+    arguments = {"imbalanced_threshold": max(1, limits.max_ongoing_requests // 2), "do_eviction": True}
+    return {"request_router_config": {"request_router_class": PrefixRouter, "request_router_kwargs": arguments}}

@@ -23,7 +23,7 @@ from pi_ray.errors import AdapterError, ConfigError, MissingExtraError
 from pi_ray.models.base_files import resolve_base
 from pi_ray.protocols import GenerationRequest, Token
 from pi_ray.serve.engine.refusal import RefusedError
-from pi_ray.serve.engine.replica_options import DEFAULT_MAX_LORAS, replica_options
+from pi_ray.serve.engine.replica_options import DEFAULT_MAX_LORAS, replica_options, router_options
 from pi_ray.store.adapters import AdapterStore, check_unchanged
 from pi_ray.store.verify import CONFIG_FILE, read_json
 from pi_ray.train import vllm_options
@@ -113,7 +113,7 @@ def llm_config_arguments(config: RunConfig, on_cpus: bool = False) -> dict[str, 
         "max_lora_rank": rank, "structured_outputs_config": {"backend": "guidance"},
         **({"kv_cache_memory_bytes": cache} if (cache := _kv_cache_bytes(limits, on_cpus)) else {}),
     }
-    deployment = replica_options(limits, {}, {})  # no surge: seldom is there a spare GPU
+    deployment = replica_options(limits, {}, {}) | router_options(limits)  # no surge: seldom is there a spare GPU
     options = placement.worker_options(config, "serve")
     kept = ("num_cpus", "memory", "resources")  # no GPUs, which vLLM's workers take
     deployment["ray_actor_options"] = {key: value for key, value in options.items() if key in kept}

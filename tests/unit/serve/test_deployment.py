@@ -1,9 +1,12 @@
 """The Model deployment as the ingress sees it, without Ray: routing by adapter, failures; and Serve's options."""
 
 import asyncio
+import sys
 import threading
 from contextlib import aclosing, nullcontext
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import ray
@@ -12,7 +15,7 @@ from ray.serve.config import AutoscalingConfig
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
 from pi_ray.config import CostConfig, ModelConfig, RunConfig, ServeConfig
-from pi_ray.errors import AdapterError
+from pi_ray.errors import AdapterError, ConfigError
 from pi_ray.models import load_tokenizer
 from pi_ray.run import object_storage
 from pi_ray.run.artifact import write_atomic
@@ -333,3 +336,31 @@ def test_serve_resources_become_actor_options(config):
     made = deployment.build_application(config.replace(**{"cluster.serve_resources": {"CPU": 3, "server": 1}}))
     model = made._bound_deployment.init_args[0]._bound_deployment
     assert model.ray_actor_options["num_cpus"] == 3 and model.ray_actor_options["resources"] == {"server": 1}
+
+
+def test_the_prefix_router_is_the_models_alone_and_only_where_asked_for(config, monkeypatch):
+    def routers(config):
+        api = deployment.build_application(config)._bound_deployment
+        model = api.init_args[0]._bound_deployment
+        return [d._deployment_config.request_router_config for d in (api, model)]
+
+    usual, chosen = routers(config), routers(config.replace(**{"serve.router": "prefix"}))
+    assert usual[0] == usual[1] == chosen[0]
+    assert chosen[1].request_router_class.endswith("PrefixRouter")
+    assert chosen[1].request_router_kwargs["imbalanced_threshold"] == config.serve.max_ongoing_requests // 2
+    monkeypatch.setitem(sys.modules, "pi_ray.serve.engine.prefix_router", None)
+    with pytest.raises(ConfigError, match=r"serve\.router prefix: not with this version of Ray"):
+        deployment.build_application(config.replace(**{"serve.router": "prefix"}))
+
+
+def test_requests_are_routed_by_what_can_share_a_cached_prefix():
+    from pi_ray.serve.engine.prefix_router import routed_text
+
+    one, other = (CompletionRequest("m", query, history=(("system", "the rules"),)) for query in ("blue?", "grey?"))
+    head = routed_text(one).removesuffix("blue?")
+    assert head.endswith("the rules\n\n") and routed_text(other) == f"{head}grey?"
+    for change in ({"model": "n"}, {"cache_salt": "of another key"}):
+        assert not routed_text(replace(one, **change)).startswith("m\0\0")
+    ids = [routed_text(SimpleNamespace(model="m", cache_salt=None, prompt=prompt)) for prompt in ([5, 0xD800], [5])]
+    assert ids == ["m\0\0\x05\ud800", "m\0\0\x05"]
+    assert routed_text(CompletionRequest("m", "")), "Ray's router divides by its length"
