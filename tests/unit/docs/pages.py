@@ -40,8 +40,8 @@ def inline_code(page: str) -> list[str]:
 
 
 def commands(block: CodeBlock) -> list[str]:
-    """The commands of a block, one for each line that is not continued, without comments."""
-    lines = re.split(r"(?<!\\)\n", block.text)
+    """The commands of a block, one for each line, without comments; continued lines are joined as a shell does."""
+    lines = block.text.replace("\\\n", "").splitlines()
     return [line for line in (re.sub(r"(^|\s+)#\s.*$", "", line).strip() for line in lines) if line]
 
 

@@ -209,7 +209,7 @@ def test_extras_that_pip_installs_exist():
 
 def test_the_curl_line_asks_as_the_server_wants_it():
     (line,) = {command for _, command in COMMANDS if command.startswith("curl ")}
-    body = json.loads(shlex.split(line.replace("\\\n", ""))[-1])
+    body = json.loads(shlex.split(line)[-1])
     assert body["model"] == "my-task" and body["messages"][-1]["role"] == "user"
 
 
