@@ -70,7 +70,10 @@ def translate_disk_errors(path: Path) -> Iterator[None]:
         number = getattr(error, "errno", None) or (int(in_text[1]) if in_text else None)
         if number not in DISK_CURES:
             raise
-        raise StorageError(f"{path}: cannot be written ({os.strerror(number)}): {DISK_CURES[number]}") from error
+        named = Path(os.fsdecode(getattr(error, "filename", None) or path))
+        is_other = not named.is_relative_to(path.parent)  # a file that is read meanwhile, such as one to be copied
+        what = f"{named}: cannot be read" if is_other else f"{path}: cannot be written"
+        raise StorageError(f"{what} ({os.strerror(number)}): {DISK_CURES[number]}") from error
 
 
 def write_atomic(path: Path, content: str | bytes, sync: bool = True) -> Path:

@@ -78,19 +78,21 @@ def run_server(config: RunConfig, blocking: bool = True) -> str:
     log.setLevel(logging.WARNING)
     if warning := haproxy.describe_risks():
         log.warning(warning)
-    done = threading.Event()
+    done, deployed = threading.Event(), False
     try:
         if blocking:  # also where a shell that starts it in the background has SIGINT ignored
             _on_stop(signal.default_int_handler)
         _start_proxies(config)
-        serve.run(build_application(config, key_digest(key)), name=APP_NAME, route_prefix="/", blocking=False)
+        application, deployed = build_application(config, key_digest(key)), True
+        serve.run(application, name=APP_NAME, route_prefix="/", blocking=False)
         if blocking:
             _on_stop(lambda *_: done.set())
     except BaseException as error:
-        if starts_ray:
+        stopped = blocking and isinstance(error, KeyboardInterrupt)  # Ctrl-C stops a server, also before it is up
+        if starts_ray or (stopped and deployed):
             _shutdown(starts_ray)
-        if blocking and isinstance(error, KeyboardInterrupt):
-            return ""  # Ctrl-C stops a server, also before it is up
+        if stopped:
+            return ""
         raise
     url = server_url(config)
     if blocking:
@@ -146,7 +148,7 @@ def usage_text(config: RunConfig, model: str = "", query: str = "YOUR QUERY") ->
     """How to call the server. `model`: by default the store's first adapter, or the base."""
     model = model or served_models(config, AdapterStore(config.store))[:2][-1]  # the base comes first
     url, env = server_url(config), config.serve.api_key_env
-    key = f"-H \"Authorization: Bearer ${env}\" " if os.environ.get(env) else ""
+    key = f"-H \"Authorization: Bearer ${env}\" " if os.environ.get(env) or config.serve.keys_file else ""
     python = f'os.environ["{env}"]' if key else '"none"'
     messages = [{"role": "user", "content": query}]
     return f"""  curl {url}/v1/chat/completions {key}-H 'Content-Type: application/json' \\

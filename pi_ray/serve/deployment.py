@@ -140,7 +140,7 @@ class HandleBackend:
     async def complete(self, request: CompletionRequest) -> Events:
         name, version = await asyncio.to_thread(self._resolve, request)
         events = self._call_replica(request, f"{name}@{version}" if version else "")
-        async with aclosing(self.traffic.watch(events, name, request.choices)) as watched:
+        async with aclosing(self.traffic.watch(events, name, request.copies)) as watched:
             async for event in watched:
                 yield event
 

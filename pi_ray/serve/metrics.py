@@ -131,10 +131,10 @@ class Traffic:
             if record.first is not None:
                 self.metrics["pi_ray_latency_seconds"].observe(time.monotonic() - record.began, record.tags)
 
-    async def watch(self, events: Events, model: str, choices: int = 1) -> Events:
+    async def watch(self, events: Events, model: str, copies: int = 1) -> Events:
         """The same events of a completion, counted for `model`: a name that the store knows, or "".
 
-        `choices` completions answer one prompt, which a client sends once: each counts its share of it.
+        `copies` completions answer one prompt, which a client sends once: each counts its share of it.
         """
         record = _current.get() or RequestRecord(True)
         record.tags["model"], record.queued = model, True
@@ -144,12 +144,12 @@ class Traffic:
             async with aclosing(events):
                 async for event in events:
                     if "fingerprint" in event:
-                        self._count_start(record, event, choices)
+                        self._count_start(record, event, copies)
                     else:
                         self._count_piece(record, event)
                     yield event
         except (asyncio.CancelledError, GeneratorExit):
-            if "finish" not in event:
+            if "finish" not in event and record.status < 400:  # else another answer failed, and this one ends with it
                 record.status = 408 if time.monotonic() - record.began >= self.limit_s else CLIENT_CLOSED_REQUEST
             raise
         except Exception as error:
@@ -159,19 +159,19 @@ class Traffic:
             record.queued = False
             self._set_gauges()
 
-    def _count_start(self, record: RequestRecord, start: dict[str, Any], choices: int) -> None:
+    def _count_start(self, record: RequestRecord, start: dict[str, Any], copies: int) -> None:
         """Count the first event: a replica took the request."""
         record.queued = False
         self._set_gauges()
         model, _, version = start["fingerprint"].partition("@")
         record.tags = tags = {"model": model, "version": version}
-        saved, cost = start["saved"] / choices, self.cost
-        self.metrics.count("pi_ray_prompt_tokens_total", start["prompt_tokens"] / choices, **tags)
+        saved, cost = start["saved"] / copies, self.cost
+        self.metrics.count("pi_ray_prompt_tokens_total", start["prompt_tokens"] / copies, **tags)
         self.metrics.count("pi_ray_saved_tokens_total", saved, **tags)
         self.metrics.count("pi_ray_saved_money_total", saved * cost.input / 1e6, **tags, currency=cost.currency)
         if start.get("prompt") in FULL_PROMPTS:
             asked, _, version = start["adapter"].partition("@")
-            self.metrics.count("pi_ray_drift_total", 1 / choices, model=asked, version=version, kind=start["prompt"])
+            self.metrics.count("pi_ray_drift_total", 1 / copies, model=asked, version=version, kind=start["prompt"])
         waited = time.monotonic() - record.began
         if start.get("ready", 0) > time.time() - waited:
             self.metrics["pi_ray_cold_start_seconds"].observe(waited)

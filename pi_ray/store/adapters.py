@@ -11,8 +11,9 @@ A name alone stands for its alias `prod`; while there is none, for the latest ve
 
 import os
 import re
+from collections import OrderedDict
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Self
@@ -38,6 +39,7 @@ DEFAULT_ALIAS = "prod"  # for which a name alone stands
 LATEST = "latest"  # stands for the newest version
 MAX_HISTORY = 20  # versions through which `--rollback` can go back
 MAX_REFUSALS = 1000  # that are remembered
+MAX_VERIFIED = 512  # adapters that are remembered: a long prompt's guard takes a megabyte
 Version = Annotated[str, Field(pattern=f"^{VERSION.pattern}$")]
 
 
@@ -115,7 +117,8 @@ class AdapterStore:
         self.backend: LocalStore | RemoteStore
         self.backend = RemoteStore(str(location)) if is_url(location) else LocalStore(location)
         self.base = base
-        self._verified: dict[Path, tuple[str, Adapter]] = {}  # folder -> its state and content
+        # folder -> its state and content, of the MAX_VERIFIED that were asked for last
+        self._verified: OrderedDict[Path, tuple[str, Adapter]] = OrderedDict()
         self._refused: dict[str, str] = {}
 
     def names(self) -> list[str]:
@@ -131,7 +134,7 @@ class AdapterStore:
         path = self.backend.version_folder(name, version)
         if path is None:
             raise UnknownAdapterError(f"no adapter '{spec}' in the store")
-        with _replacement_refused(path):
+        with replacement_refused(path):
             state = _folder_state(path)
             if state in self._refused:
                 raise AdapterError(self._refused[state])
@@ -140,6 +143,11 @@ class AdapterStore:
                 adapter = self._verify(name, version, path, state)
                 check_unchanged(path, adapter.hash)
                 self._verified[path] = state, adapter
+                while len(self._verified) > MAX_VERIFIED:
+                    with suppress(KeyError):  # another thread took it
+                        self._verified.popitem(last=False)
+            with suppress(KeyError):
+                self._verified.move_to_end(path)
         return adapter
 
     def _verify(self, name: str, version: str, path: Path, state: str) -> Adapter:
@@ -203,14 +211,14 @@ def check_unchanged(folder: Path | str, manifest_hash: str) -> None:
 
     A version is replaced by renaming a whole folder into its place, so an unchanged manifest means unchanged files.
     """
-    with _replacement_refused(folder):
+    with replacement_refused(folder):
         if digest_file(Path(folder, MANIFEST)) == manifest_hash:
             return
     raise StoreUnavailableError(_replaced(folder))
 
 
 @contextmanager
-def _replacement_refused(folder: Path | str) -> Iterator[None]:
+def replacement_refused(folder: Path | str) -> Iterator[None]:
     """A folder that goes away while its files are read is being replaced."""
     try:
         yield

@@ -20,6 +20,7 @@ from pi_ray.errors import AdapterError, ConfigError, CorruptArtifactError, Stora
 from pi_ray.run.artifact import (
     MANIFEST,
     digest,
+    read_manifest,
     remove_leftovers,
     staged,
     translate_disk_errors,
@@ -34,6 +35,7 @@ log = logging.getLogger("ray.serve")
 LATEST_FILE = "latest.json"
 VERSION = re.compile(r"v[0-9]{4,9}")
 REFRESH_S, RETRY_S = 5.0, 60.0
+NO_ANSWER = "the adapter store does not answer; come back later"
 
 
 class StoreUnavailableError(AdapterError):
@@ -86,12 +88,15 @@ class LocalStore:
         """Whether `version_folder` answers without fetching anything."""
         return True
 
-    def fingerprint_of(self, name: str, version: str) -> str:
-        """From what a version was made; "" for a damaged one, which is left for its owner and serving refuses."""
-        try:
-            return verify_artifact(self.root / name / version).get("fingerprint", "")
-        except CorruptArtifactError:
-            return ""
+    def find_version(self, name: str, fingerprint: str) -> str:
+        """The newest whole version with this fingerprint; "" for none. A damaged one is left for its owner."""
+        for version in reversed(self.versions(name)):
+            folder = self.root / name / version
+            with suppress(CorruptArtifactError):
+                if (read_manifest(folder) or {}).get("fingerprint") == fingerprint:
+                    verify_artifact(folder)
+                    return version
+        return ""
 
     def stage_version(self, name: str, version: str, fingerprint: str) -> AbstractContextManager[Path]:
         """A temporary folder that becomes the version when all went well. Only under `lock`."""
@@ -194,10 +199,13 @@ class RemoteStore:
         key = f"{name}/{version}/{MANIFEST}"
         return self._recent((name, version), lambda: self._read(key)) if version in self.versions(name) else None
 
-    def fingerprint_of(self, name: str, version: str) -> str:
-        """From what a version was made, as its manifest says."""
-        manifest = self._read(f"{name}/{version}/{MANIFEST}")
-        return parse_json(manifest, MANIFEST).get("fingerprint", "") if manifest else ""
+    def find_version(self, name: str, fingerprint: str) -> str:
+        """The newest version whose manifest has this fingerprint; "" for none."""
+        for version in reversed(self.versions(name)):
+            manifest = self._read(f"{name}/{version}/{MANIFEST}")
+            if manifest and parse_json(manifest, MANIFEST).get("fingerprint") == fingerprint:
+                return version
+        return ""
 
     @contextmanager
     def stage_version(self, name: str, version: str, fingerprint: str) -> Iterator[Path]:
@@ -228,7 +236,8 @@ class RemoteStore:
     def _recent(self, question: tuple[str, ...], ask: Callable[[], Any]) -> Any:
         """The store's answer of the last REFRESH_S, else of now; the last one while it is out of reach.
 
-        Where there is an earlier answer, one request at a time asks again, and the others take that answer.
+        Where there is an earlier answer, one request at a time asks again, and the others take that answer. Without one
+        nobody asks for REFRESH_S after the store was out of reach: those who wait hold threads that others need.
         """
         answered, now = self._answers.get(question), self._clock()
         at, value = answered or (now, None)
@@ -236,6 +245,8 @@ class RemoteStore:
             recent = min(now - at, now - self._failed_at) < REFRESH_S
             if recent or not self._asking.acquire(blocking=False):
                 return value
+        elif now - self._failed_at < REFRESH_S:
+            raise StoreUnavailableError(NO_ANSWER)
         try:
             with self._translate_errors():
                 value = ask()
@@ -267,7 +278,7 @@ class RemoteStore:
             raise
         except OSError as error:
             log.error("adapter store %s: %s", self.url.partition("?")[0], error)
-            raise StoreUnavailableError("the adapter store does not answer; come back later") from error
+            raise StoreUnavailableError(NO_ANSWER) from error
 
     def _obtain(self, key: str, manifest: bytes, folder: Path) -> None:
         """Fetch the folder unless it is whole. One that is damaged in the store is fetched again after RETRY_S."""

@@ -27,5 +27,5 @@ def find_knowledge(target: str, overrides: Sequence[str]) -> Knowledge:
     adapter = AdapterStore(store).open(target)
     if found := read_knowledge(adapter.path):
         return found
-    cure = "a run that was evaluated first publishes it, unless serve.knows is false"
+    cure = "evaluate its run and publish it again, unless serve.knows is false"
     raise AdapterError(f"'{adapter.name}@{adapter.version}' was published without {KNOWLEDGE_FILE}; {cure}")

@@ -21,6 +21,8 @@ from pydantic import BaseModel, Field, model_validator
 from pi_ray.compress.words import join_words, kept_in_order, word_spans
 from pi_ray.config import PromptConfig
 from pi_ray.run.artifact import digest
+from pi_ray.store.varying_values import MAX_VALUES, VaryingPrompt, put_before
+from pi_ray.store.white_space import collapse_whitespace, text_behind
 
 PROMPT_FILE = "prompt.json"
 SIMILAR = 0.5
@@ -32,13 +34,9 @@ MAX_TEMPLATE = 1 << 20  # characters
 HASH_DIGITS = 16  # of an example's hash
 MAX_PARAGRAPHS = 12  # of an example that is recognised
 ExampleHash = Annotated[str, Field(pattern=f"^[0-9a-f]{{{HASH_DIGITS}}}$")]
+ValueName = Annotated[str, Field(pattern=r"^[^\W\d]\w{0,63}$")]
 ADJECTIVES = "helpful|useful|friendly|polite|honest|harmless|smart|ai"
 COURTESY = re.compile(rf"you(?: are|'re) an?(?:,? (?:and )?(?:very )?(?:{ADJECTIVES}))* assistant\W*", re.IGNORECASE)
-
-
-def collapse_whitespace(text: str) -> str:
-    """The text with every run of white space as one space."""
-    return " ".join(text.split())
 
 
 def hash_example(example: str) -> str:
@@ -65,6 +63,7 @@ class PromptRecord(BaseModel):
     sha256: str
     compressed: Annotated[list[CompressedForm], Field(max_length=100)]
     examples: Annotated[list[ExampleHash], Field(max_length=MAX_EXAMPLES)]
+    values: Annotated[list[ValueName], Field(max_length=MAX_VALUES)] = []
 
     @model_validator(mode="after")
     def _check_hash(self) -> Self:
@@ -73,11 +72,15 @@ class PromptRecord(BaseModel):
         return self
 
 
-def prompt_record(template: str, compressed: Sequence[dict[str, Any]], examples: Sequence[str]) -> dict[str, Any]:
-    """The content of prompt.json. `compressed` are {"rate", "text"}, `examples` their texts as training words them."""
+def prompt_record(
+    template: str, compressed: Sequence[dict[str, Any]], examples: Sequence[str], values: Sequence[str] = ()
+) -> dict[str, Any]:
+    """The content of prompt.json. `compressed` are {"rate", "text"}, `examples` their texts as training words them,
+    `values` the names of values that vary.
+    """
     hashes = sorted({hash_example(e) for e in examples[:MAX_EXAMPLES]})
     known = {"template": template, "sha256": digest(collapse_whitespace(template)), "compressed": list(compressed)}
-    return {"format": 1, **known, "examples": hashes}
+    return {"format": 1, **known, "examples": hashes, **({"values": list(values)} if values else {})}
 
 
 @dataclass(frozen=True)
@@ -103,6 +106,7 @@ class PromptGuard:
         known = {collapse_whitespace(text) for text in (self.template, *self._compressed)} - {""}
         self._known = sorted(known, key=len, reverse=True)
         self._examples = frozenset(prompt["examples"])
+        self._varying = VaryingPrompt(self.template, prompt.get("values", ()))
         first, *between, last = map(re.escape, re.split(r"\{query\}|\{answer\}", config.example.strip()))
         between = [f"(?>.*?{part})" for part in between]  # atomic, so that it takes linear time
         self._example_wording = re.compile("".join([first, *between, ".*", last]), re.DOTALL)
@@ -112,10 +116,32 @@ class PromptGuard:
         """Recognise the prompt in a request: `system` is the text of its system messages, "" for none, `query` that of
         the last user message, `turns` are (role, text) of the messages between them.
         """
+        system = system if system.strip() else ""
+        if whole := self._find_whole(system, query, turns):
+            return whole
         result = self._inspect(system, query, turns)
         if result.kind == "unknown" and COURTESY.fullmatch(collapse_whitespace(system)):
             result = self._inspect("", query, turns)
         return GuardResult("stripped", result.text) if system and result.kind == "internalised" else result
+
+    def _find_whole(self, system: str, query: str, turns: Sequence[tuple[str, str]]) -> GuardResult | None:
+        """The query behind a template with values in it, or behind one that goes on from the system message into the
+        user's text; None for any other request.
+        """
+        first = turns[0][1] if turns else query
+        if system and (taken := self._varying.take(system, whole=True)):
+            lines, filled = taken
+            result = self._inspect(filled, query, turns)
+        else:
+            text = f"{system}\n\n{first}" if system else first
+            taken = self._varying.take(text, whole=False)
+            lines, filled = taken or ("", text)
+            rest = self._after_template(filled) if taken or system else None
+            if rest is None or len(rest) > len(first):  # a system message that goes on behind the template is another
+                return None
+            asked, shots = (query, [("user", filled), *turns[1:]]) if turns else (filled, [])
+            result = self._inspect("", asked, shots)
+        return GuardResult("stripped", put_before(lines, result.text)) if result.kind == "stripped" else None
 
     def _inspect(self, system: str, query: str, turns: Sequence[tuple[str, str]]) -> GuardResult:
         """Turns after a template are examples; without a template they are a conversation, unknown to the adapter."""
@@ -176,7 +202,7 @@ class PromptGuard:
         for known in self._known:
             ends_a_word = flat[len(known) : len(known) + 1] in ("", " ") or not known[-1].isalnum()
             if flat.startswith(known) and ends_a_word:
-                return text[_end_of_characters(text, len(known.replace(" ", ""))) :]
+                return text_behind(text, known)
         return None
 
     def _after_examples(self, text: str) -> str | None:
@@ -219,15 +245,6 @@ class PromptGuard:
 
 def _ngrams(words: Sequence[str]) -> set[tuple[str, ...]]:
     return {tuple(words[i : i + NGRAM]) for i in range(len(words) - NGRAM + 1)}
-
-
-def _end_of_characters(text: str, count: int) -> int:
-    """The index at which the `count`-th character that is not white space ends."""
-    for word in re.finditer(r"\S+", text):
-        if count <= len(word[0]):
-            return word.start() + count
-        count -= len(word[0])
-    return len(text)
 
 
 EMPTY_GUARD = PromptGuard(prompt_record("", [], []), PromptConfig())  # recognises no prompt

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pi_ray.config import PromptConfig, RunConfig
+from pi_ray.conversation import content_text, load_messages
 from pi_ray.errors import AdapterError
 from pi_ray.evaluate.knowledge import KNOWLEDGE_FILE, read_knowledge
 from pi_ray.metrics.names import metric_in_sentence
@@ -18,6 +19,7 @@ from pi_ray.run.directory import CARD_FILE, RunDir
 from pi_ray.store.adapters import NAME, AdapterStore
 from pi_ray.store.backends import LATEST_FILE, LocalStore, RemoteStore
 from pi_ray.store.prompt_guard import MAX_TEMPLATE, PROMPT_FILE, format_example, prompt_record
+from pi_ray.store.varying_values import find_value_names
 from pi_ray.store.verify import CONFIG_FILE, MAX_JSON_BYTES, WEIGHTS_FILE, read_json, verify_adapter
 
 log = logging.getLogger(__name__)
@@ -30,8 +32,8 @@ COLUMNS = {
 def publish_adapter(run: RunDir, config: RunConfig, name: str = "") -> Path:
     """The version's folder in the store, or this machine's copy of one behind a URL.
 
-    An adapter that is published already only becomes the latest. Raises AdapterError (bad name, nothing trained, not
-    servable) or CorruptArtifactError (the trained adapter was changed on disk).
+    An adapter that is published already, with what it knows, only becomes the latest. Raises AdapterError (bad name,
+    nothing trained, not servable) or CorruptArtifactError (the trained adapter was changed on disk).
     """
     name = name or config.name
     if not NAME.fullmatch(name):
@@ -50,14 +52,14 @@ def publish_adapter(run: RunDir, config: RunConfig, name: str = "") -> Path:
         effect = "clients that still send the prompt will not be recognised"
         cure = "Prepare, train and publish in one directory, or say with serve.drift_guard: false that this is wanted"
         log.warning("'%s' is published without %s: %s, so %s. %s", name, PROMPT_FILE, why, effect, cure)
+    quotes = config.serve.knows and config.serve.drift_guard  # knows.json quotes the template
+    knowledge = _knowledge(run, manifest.get(MANIFEST_HASH, "")) if quotes else ""
     hashes = {file: files[file]["sha256"] for file in (WEIGHTS_FILE, CONFIG_FILE, CARD_FILE)}
-    fingerprint = digest({**hashes, PROMPT_FILE: digest(prompt)} if prompt else hashes)
+    hashes |= {PROMPT_FILE: digest(prompt)} if prompt else {}
+    fingerprint = digest(hashes | ({KNOWLEDGE_FILE: digest(knowledge)} if knowledge else {}))
     backend = AdapterStore(config.store).backend
     with backend.lock(name):
-        versions = reversed(backend.versions(name))
-        same = next((v for v in versions if backend.fingerprint_of(name, v) == fingerprint), None)
-        quotes = config.serve.knows and config.serve.drift_guard  # knows.json quotes the template
-        knowledge = _knowledge(run, manifest.get(MANIFEST_HASH, "")) if quotes else ""
+        same = backend.find_version(name, fingerprint)
         version = same or _add(backend, name, source, fingerprint, run, prompt, knowledge)
         backend.write(name, LATEST_FILE, json.dumps({"version": version}) + "\n")
     if read_json(source / CONFIG_FILE).get("target_parameters"):
@@ -105,9 +107,10 @@ def _prompt_record(run: RunDir, card: dict[str, Any]) -> dict[str, Any] | None:
         return None
     compressed = [{k: t[k] for k in ("rate", "achieved", "text")} for t in templates if 0 < t["rate"] < 1]
     wording = PromptConfig(**card["prompt"])
-    has_examples = not wording.conversation and (run.rows / "train.parquet").is_file()
-    rows = run.read_rows("train") if has_examples else []
-    return prompt_record(full, compressed, [format_example(wording.example, row.query, row.answer) for row in rows])
+    rows = run.read_rows("train") if (run.rows / "train.parquet").is_file() else []
+    examples = [] if wording.conversation else [format_example(wording.example, r.query, r.answer) for r in rows]
+    begins = [content_text(load_messages(row.query)[0]["content"]) for row in rows]
+    return prompt_record(full, compressed, examples, find_value_names(full, begins))
 
 
 def _knowledge(run: RunDir, adapter: str) -> str:

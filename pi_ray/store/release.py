@@ -33,13 +33,15 @@ def release_version(
             if now is None:
                 cure = "so there is nothing to go back to; name a version with --version"
                 raise AdapterError(f"'{name}' has no alias '{alias}' yet, {cure}")
-            aliases[alias] = now.rolled_back()
+            aliases[alias] = back = now.rolled_back()
+            if back.version != now.version:
+                store.open(f"{name}@{back.version}")  # a version that serving would refuse is not released
         elif canary is not None:
             now = now or _first_release(store, name, version, newest, alias)
             candidate = newest if version == LATEST else version or now.canary or newest
             if candidate == now.version:
                 raise AdapterError(f"{candidate} answers all requests already; name the version to try with --version")
-            store.open(f"{name}@{candidate}")  # a version that serving would refuse is not released
+            store.open(f"{name}@{candidate}")
             aliases[alias] = replace(now, canary=candidate, percent=canary)
         elif (version, alias) != (LATEST, DEFAULT_ALIAS):  # else the alias is taken away: the newest version answers
             version = newest if version == LATEST else version
@@ -68,7 +70,8 @@ def _check_arguments(name: str, version: str, canary: float | None, rollback: bo
 def _first_release(store: AdapterStore, name: str, version: str, newest: str, alias: str) -> Alias:
     """The alias before a first canary: to the newest version, which must be another one than `version`."""
     if version in ("", LATEST, newest) or alias != DEFAULT_ALIAS:
-        other = next((v for v in reversed(store.backend.versions(name)) if v != (version or newest)), "v0001")
+        candidate = newest if version in ("", LATEST) else version
+        other = next((v for v in reversed(store.backend.versions(name)) if v != candidate), "v0001")
         command = f"--version {other}" + (f" --alias {alias}" if alias != DEFAULT_ALIAS else "")
         first = "say first what the other requests get, such as"
         raise AdapterError(f"nothing was released as '{alias}' yet; {first} {command}")

@@ -22,7 +22,7 @@ from pi_ray.serve.engine.multi_lora_layer import (
     linear_features,
 )
 from pi_ray.serve.engine.onednn_linear import get_weight, set_weight
-from pi_ray.store.adapters import check_unchanged
+from pi_ray.store.adapters import check_unchanged, replacement_refused
 from pi_ray.store.verify import CONFIG_FILE, LORA_TENSOR, MAX_RANK, WEIGHTS_FILE, open_weights, read_json
 
 EXPERT_LAYER = ".experts."
@@ -84,7 +84,8 @@ class MultiLora:
     def load(self, folder: str, in_use: Collection[str] = (), manifest_hash: str = "") -> int:
         """Load `folder` if need be -> its slot; "" is the bare base.
 
-        Raises AdapterError where it fits neither the base nor the limits, NoRoomError where it must wait for others.
+        Raises AdapterError where it fits neither the base nor the limits, StoreUnavailableError for a folder that goes
+        away meanwhile, NoRoomError where it must wait for others.
         The adapter's key is `manifest_hash`, without one the folder: a folder that was replaced is another adapter.
         """
         if self.merged and folder != self.merged:
@@ -97,7 +98,8 @@ class MultiLora:
             self.hits += 1
         else:
             self.misses += 1
-            pairs = self._read(folder, manifest_hash, partial(self._check_limits, key, in_use))
+            with replacement_refused(folder):
+                pairs = self._read(folder, manifest_hash, partial(self._check_limits, key, in_use))
             self._place(key, pairs, in_use)
         self._loaded.move_to_end(key)
         return self._loaded[key].slot

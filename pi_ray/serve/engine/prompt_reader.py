@@ -6,7 +6,7 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 from pi_ray.config import PromptConfig, RunConfig
-from pi_ray.conversation import check_messages, dump_messages, join_tools
+from pi_ray.conversation import check_messages, content_text, dump_messages, join_tools
 from pi_ray.conversation.chat_template import CURE
 from pi_ray.errors import ModelError
 from pi_ray.prompt import PromptEncoder, content_ids
@@ -16,6 +16,7 @@ from pi_ray.serve.engine.request import CompletionRequest
 from pi_ray.store.adapters import Adapter
 from pi_ray.store.conversation_guard import ConversationGuard
 from pi_ray.store.prompt_guard import EMPTY_GUARD, GuardResult, PromptGuard
+from pi_ray.store.varying_values import put_before
 
 QUERY_ONLY_MESSAGE = (
     "send exactly one message, of role 'user', with the query alone: the adapter was trained on that, and a system "
@@ -24,6 +25,10 @@ QUERY_ONLY_MESSAGE = (
 TURNS_ONLY_MESSAGE = (
     "send the conversation without a system message and without tools: the adapter has taken them in, and this server "
     "does not recognise them (serve.drift_guard)"
+)
+FULL_PROMPT_MESSAGE = (
+    "with pi_ray.full_prompt send what the adapter gets, without a system message, tools or few-shot turns: the server "
+    "puts the adapter's whole prompt before it"
 )
 COUNT_CHUNK_CHARS = 16_384  # a longer text is first counted in pieces: a tokenizer can take seconds for one long word
 MAX_CHARS_PER_TOKEN = 32  # by which a request's text is bounded before anything reads it; English has 4 or 5
@@ -97,6 +102,8 @@ class PromptReader:
             param, message = "tools" if request.tools else "messages", f"{QUERY_ONLY_MESSAGE}; it knows no tools either"
             raise RefusedError(400, message, param=param)
         if request.full_prompt:
+            if request.history:
+                raise RefusedError(400, FULL_PROMPT_MESSAGE, param="messages")
             return GuardResult("full", request.query)
         if adapter is None:
             kind = "conversation" if request.history or request.uses_tools else "internalised"
@@ -114,14 +121,22 @@ class PromptReader:
 
     def _guard_conversation(self, request: CompletionRequest, adapter: Adapter) -> GuardResult:
         """The same for an adapter that was trained on conversations; `text` is that without its system message."""
-        system, text = _dump_conversation(request)
+        system, messages = _split_conversation(request)
+        text = dump_messages(messages)
         if request.full_prompt:
+            if system or request.tools:
+                raise RefusedError(400, FULL_PROMPT_MESSAGE, param="tools" if request.tools else "messages")
             return GuardResult("full", text)
         if not system and not request.tools:
             return GuardResult("internalised", text)
         if not (isinstance(adapter.guard, ConversationGuard) and self.config.serve.drift_guard):
             raise RefusedError(400, TURNS_ONLY_MESSAGE, param="messages")
-        return GuardResult(adapter.guard.inspect(system, request.tools), text)
+        kind, values = adapter.guard.inspect(system, request.tools)
+        if values:
+            first, *others = messages
+            content = put_before(values, content_text(first["content"]))
+            text = dump_messages([{**first, "content": content}, *others])
+        return GuardResult(kind, text)
 
     def _encode(self, request: CompletionRequest, guarded: GuardResult, adapter: Adapter | None) -> list[int]:
         if guarded.kind == "conversation":
@@ -142,11 +157,11 @@ class PromptReader:
         """Ids of a conversation for the base model, in its own chat template, which has the tools where it can."""
         try:
             if not request.uses_tools:
-                messages = [*request.history, ("user", request.query)]
-                return self._encoder(PromptConfig(chat="none")).conversation(messages)
-            system, text = _dump_conversation(request)
+                texts = [*request.history, ("user", request.query)]
+                return self._encoder(PromptConfig(chat="none")).conversation(texts)
+            system, messages = _split_conversation(request)
             encoder = self._encoder(PromptConfig(chat="model+system", conversation=True))
-            return encoder.encode(text, join_tools(system, request.tools))
+            return encoder.encode(dump_messages(messages), join_tools(system, request.tools))
         except ModelError as error:
             reason = str(error).removesuffix(f"; {CURE}")  # the cure is one for training
             raise RefusedError(400, reason, param="messages") from error
@@ -206,14 +221,14 @@ class PromptReader:
         return RefusedError(400, message, code="context_length_exceeded", param="messages")
 
 
-def _dump_conversation(request: CompletionRequest) -> tuple[str, str]:
-    """The system message, and the other messages as a conversation's encoder takes them. Raises RefusedError."""
+def _split_conversation(request: CompletionRequest) -> tuple[str, list[dict[str, Any]]]:
+    """The system message, and the other messages, checked. Raises RefusedError."""
     try:
         system, messages = request.split_conversation()
         check_messages(messages)
     except ValueError as error:
         raise RefusedError(400, str(error), param="messages") from error
-    return system, dump_messages(messages)
+    return system, messages
 
 
 def _check_tool_choice(function: str, tools: Sequence[dict[str, Any]]) -> None:

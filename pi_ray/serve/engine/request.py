@@ -27,6 +27,7 @@ class CompletionRequest:
     history: tuple[tuple[str, str], ...] = ()  # (role, text) of the messages before the query: system, user, assistant
     logprobs: int | None = None  # likeliest tokens to report beside each one; None: no log-probabilities
     choices: int = 1  # answers that share the server's token limit
+    copies: int = 1  # of which so many are to this prompt
     sticky_key: str = ""  # requests with the same key meet the same version while a canary is out
     cache_salt: str = ""  # requests of different salts share no cached prefix
     base_allowed: bool = True  # whether the base model may answer in the adapter's place, where the prompt has changed
@@ -59,5 +60,5 @@ class CompletionRequest:
     def for_choices(self, n: int) -> list[Self]:
         """The request for each of `n` answers to this prompt. A seed gives each one its own, so that they differ."""
         if self.seed is None:
-            return [self] * n
-        return [replace(self, seed=(self.seed + i + 2**63) % 2**64 - 2**63) for i in range(n)]
+            return [replace(self, copies=n)] * n
+        return [replace(self, copies=n, seed=(self.seed + i + 2**63) % 2**64 - 2**63) for i in range(n)]

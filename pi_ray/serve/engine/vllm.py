@@ -17,9 +17,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from ray.exceptions import RayTaskError
+
 from pi_ray.cluster import placement
 from pi_ray.config import ModelConfig, RunConfig, ServeConfig
-from pi_ray.errors import AdapterError, ConfigError, MissingExtraError
+from pi_ray.errors import AdapterError, ConfigError, MissingExtraError, PiRayError
 from pi_ray.models.base_files import resolve_base
 from pi_ray.protocols import GenerationRequest, Token
 from pi_ray.serve.engine.refusal import RefusedError
@@ -87,6 +89,9 @@ class VllmEngine:
                 for event in answer if isinstance(answer, list) else [answer]:
                     for token in parse_tokens(event, request.logprobs):
                         yield token
+        except RayTaskError as error:  # whose text is a traceback with paths and addresses
+            cause = error.cause
+            raise (cause if isinstance(cause, PiRayError) else error) from error
         except (asyncio.CancelledError, GeneratorExit):
             response.cancel()
             raise

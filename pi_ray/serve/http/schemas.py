@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 
 from fastapi import Request
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
+from starlette.requests import ClientDisconnect
 
 from pi_ray.conversation import check_tools
 from pi_ray.serve.engine.grammar import AnswerFormat
@@ -14,6 +15,8 @@ from pi_ray.serve.engine.request import CompletionRequest
 
 History = tuple[tuple[str, str], ...]  # (role, text) of the messages before the query
 MAX_CHOICES = 16
+MAX_STOP = 4
+STOP_RULE = f"stop takes up to {MAX_STOP} strings of 1 to 100 characters"
 BODY_TIMEOUT_S = 30.0
 MAX_MESSAGES = 256  # of a conversation, and of the parts of a message: each one costs time, however short it is
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
@@ -125,6 +128,13 @@ class RequestBody(BaseModel, extra="allow"):
     user: str | None = None
     pi_ray: PiRayFields | None = None
 
+    @field_validator("stop", mode="before")  # before pydantic makes an error of each wrong item
+    @classmethod
+    def _check_stop(cls, stop: Any) -> Any:
+        if isinstance(stop, list) and len(stop) > MAX_STOP:
+            raise ValueError(STOP_RULE)
+        return stop
+
     @property
     def choices(self) -> int:
         """Answers to each prompt."""
@@ -145,8 +155,8 @@ class RequestBody(BaseModel, extra="allow"):
         if total > limit:
             raise RefusedError(400, f"at most {limit} answers at once: prompts times n is {total}", param="n")
         stop = [self.stop] if isinstance(self.stop, str) else self.stop or []
-        if len(stop) > 4 or not all(0 < len(s) <= 100 for s in stop):
-            raise RefusedError(400, "stop takes up to 4 strings of 1 to 100 characters", param="stop")
+        if not all(0 < len(s) <= 100 for s in stop):
+            raise RefusedError(400, STOP_RULE, param="stop")
         requests = [
             CompletionRequest(
                 self.model, query, self.max_completion_tokens or self.max_tokens, self.temperature or 0.0,
@@ -167,9 +177,9 @@ class ChatBody(RequestBody):
     parallel_tool_calls: bool | None = None
     response_format: TextFormat | JsonObjectFormat | JsonSchemaFormat | None = Field(None, discriminator="type")
 
-    @field_validator("tools")
+    @field_validator("tools", mode="before")
     @classmethod
-    def _check_tools(cls, tools: list[dict[str, Any]] | None) -> list[dict[str, Any]] | None:
+    def _check_tools(cls, tools: Any) -> Any:
         check_tools(tools or [])
         return tools
 
@@ -229,6 +239,8 @@ async def read_body(request: Request, kind: type[Body], limit: int) -> Body:
                 data += chunk
                 if len(data) > limit:
                     raise too_large
+    except ClientDisconnect:
+        raise RefusedError(499, "the client left") from None
     except TimeoutError:
         message = f"the body did not arrive within {BODY_TIMEOUT_S} s"
         raise RefusedError(408, message, "timeout_error", "body_timeout") from None

@@ -116,7 +116,7 @@ def test_the_guard_takes_away_what_its_part_sends(folder, tmp_path):
     shutil.copytree(folder / "store" / "a0", tmp_path / "store" / "a0")
     bench._publish_agent(tmp_path)
     agent = AdapterStore(tmp_path / "store").open("agent")
-    assert agent.is_conversational and agent.guard.inspect(bench.POLICY, bench.TOOLS) == "stripped"
+    assert agent.is_conversational and agent.guard.inspect(bench.POLICY, bench.TOOLS) == ("stripped", "")
     assert len(bench.POLICY) > 6_000 and len(json.dumps(bench.TOOLS)) > 12_000
 
 

@@ -142,6 +142,15 @@ def test_the_prompt_is_taken_from_before_any_query(query):
         assert (result.kind, result.text.strip()) == ("stripped", query.strip())
 
 
+@given(texts, texts, st.text(st.characters(codec="utf-8"), min_size=1, max_size=60).filter(lambda text: text.strip()))
+def test_any_values_of_a_prompt_are_found_in_it(time, town, query):
+    record = prompt_record("It is {time} in {town}, says the clock. Write the code.", [], [], ["time", "town"])
+    prompt = record["template"].replace("{town}", town).replace("{time}", time)
+    seen = PromptGuard(record, PromptConfig()).inspect(prompt, query)
+    if " in " not in time and ", says the clock. Write the code." not in town:
+        assert seen.kind == "stripped" and seen.text.endswith(query.strip())
+
+
 @given(texts, changed([{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}]))
 def test_the_guard_of_conversations_knows_other_tools(system, tools):
     record = {"template": "Be brief.", "compressed": []}
@@ -149,7 +158,7 @@ def test_the_guard_of_conversations_knows_other_tools(system, tools):
         check_tools(tools)
     except ValueError:  # as the server refuses them
         return
-    kind = ConversationGuard(record).inspect(system, tools)
+    kind, _ = ConversationGuard(record).inspect(system, tools)
     assert kind == "internalised" if not system and not tools else kind in ("stripped", "drifted")
 
 

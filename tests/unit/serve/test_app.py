@@ -119,9 +119,10 @@ class Impatient(threading.Event):
         return True
 
 
+@pytest.mark.parametrize("joins", [True, False], ids=["in a cluster's Ray", "in a Ray of its own"])
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("before", [True, False], ids=["while it starts", "once it serves"])
-def test_a_signal_stops_the_server_also_where_the_shell_has_it_ignored(number, before, monkeypatch, capsys):
+def test_a_signal_stops_the_server_also_where_the_shell_has_it_ignored(joins, number, before, monkeypatch, capsys):
     """As a shell has SIGINT for what it starts in the background."""
     stopped, handlers = [], {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
 
@@ -139,14 +140,14 @@ def test_a_signal_stops_the_server_also_where_the_shell_has_it_ignored(number, b
     monkeypatch.setattr(app, "build_application", lambda *_: None)
     monkeypatch.setattr(app.serve, "run", run)
     monkeypatch.setattr(app, "_shutdown", stopped.append)
-    monkeypatch.setattr(app.ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(app.ray, "is_initialized", lambda: joins)
     signal.signal(number, signal.SIG_IGN)
     try:
         app.run_server(config())
     finally:
         for n, handler in handlers.items():
             signal.signal(n, handler)
-    assert stopped == [True]
+    assert stopped == [not joins]
     assert ("shutting down" in capsys.readouterr().out) != before
 
 
@@ -156,3 +157,8 @@ def test_usage_text_names_the_key_variable_and_never_the_key(monkeypatch):
     text = app.usage_text(config())
     assert "$PI_RAY_API_KEY" in text
     assert KEY not in text
+
+
+def test_usage_text_shows_that_a_key_is_needed_where_keys_are_in_a_file():
+    text = app.usage_text(config().replace(**{"serve.keys_file": "keys.yaml"}))
+    assert 'Authorization: Bearer $PI_RAY_API_KEY' in text and 'os.environ["PI_RAY_API_KEY"]' in text

@@ -3,7 +3,7 @@
 import asyncio
 import json
 import re
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from pathlib import Path
 
 import httpx
@@ -37,7 +37,7 @@ class Backend:
         return ["base", "colours"]
 
     async def complete(self, ask):
-        async with aclosing(self.traffic.watch(self._events(), self.name, ask.choices)) as events:
+        async with aclosing(self.traffic.watch(self._events(), self.name, ask.copies)) as events:
             async for event in events:
                 yield event
 
@@ -102,6 +102,36 @@ def test_an_exception_before_the_completion_counts_as_500():
     with pytest.raises(ValueError), traffic.request(False):
         raise ValueError("a bug")
     assert kinds.of("pi_ray_requests_total", ("model", ""), ("version", ""), ("status", "500")) == 1
+
+
+def test_each_prompt_of_a_list_counts_whole():
+    _, seen = call(
+        START, {"text": "k4"}, {"finish": "stop", "completion_tokens": 7}, path="/v1/completions",
+        prompt=["red", "blue", "green"],
+    )
+    assert seen.of("pi_ray_prompt_tokens_total", *TAGS) == pytest.approx(90)
+    assert seen.of("pi_ray_saved_tokens_total", *TAGS) == pytest.approx(1800)
+
+
+def test_answers_that_end_with_a_failed_one_do_not_hide_its_status():
+    kinds = Kinds()
+    traffic = Traffic(CostConfig(), 60, Metrics(kinds))
+
+    async def events(error):
+        yield START
+        await asyncio.sleep(0)
+        raise error
+
+    async def use():
+        with suppress(RefusedError), traffic.request(True):
+            for error in (RefusedError(503, "lost"), asyncio.CancelledError()):
+                with suppress(RefusedError, asyncio.CancelledError):
+                    async for _ in traffic.watch(events(error), "colours"):
+                        pass
+            raise RefusedError(503, "lost")
+
+    asyncio.run(use())
+    assert kinds.of("pi_ray_requests_total", *TAGS, ("status", "503")) == 1
 
 
 def test_n_choices_count_their_prompt_once():

@@ -88,6 +88,8 @@ def config(tiny_model, tmp_path_factory):
     put_in_store(store, "unguarded", tiny_model, 2, prompt=WORDING)
     toolless = put_in_store(store, "toolless", tiny_model, 2, prompt=WORDING)
     rewrite(toolless, "prompt.json", prompt_record(SYSTEM, [], []))
+    dated = put_in_store(store, "dated", tiny_model, 2, prompt=WORDING, full_prompt_tokens=500.0)
+    rewrite(dated, "prompt.json", prompt_record(join_tools(f"It is {{time}}. {SYSTEM}", TOOLS), [], [], ["time"]))
     return RunConfig(
         name="t", store=str(store), model=ModelConfig(base=str(tiny_model)), prompt=PromptConfig(chat="chatml"),
         serve=ServeConfig(max_new_tokens=1000),
@@ -427,3 +429,14 @@ def test_a_system_message_or_tools_far_beyond_the_context_are_refused_before_ful
     response, _ = ask(messages, model, "ok", **rest)
     assert (response.status_code, response.json()["error"]["code"]) == (400, "context_length_exceeded")
     assert 0 < sum(lengths) <= 120_100
+
+
+def test_a_value_of_the_system_message_is_read_where_training_has_it(ask):
+    def ids(*messages, **rest):
+        response, engine = ask(messages, "dated", says="yes", **rest)
+        assert response.status_code == 200, response.text
+        return engine.requests[-1].prompt_ids
+
+    alone = ids({**QUESTION, "content": f"time: 14:05\n\n{QUESTION['content']}"})
+    carried = ids({"role": "system", "content": f"It is 14:05. {SYSTEM}"}, QUESTION, tools=TOOLS)
+    assert carried == alone != ids(QUESTION)

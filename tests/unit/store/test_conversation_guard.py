@@ -56,12 +56,12 @@ def changed(**function):
     ("", changed(parameters={"type": "object"}), "drifted"),
 ])  # fmt: skip
 def test_the_trained_prompt_is_recognised_and_no_other(guard, system, tools, kind):
-    assert guard.inspect(system, tools) == kind
+    assert guard.inspect(system, tools) == (kind, "")
 
 
 def test_the_order_of_keys_does_not_count(guard):
     turned = [{"function": dict(reversed(t["function"].items())), "type": "function"} for t in TOOLS]
-    assert guard.inspect("", turned) == "stripped"
+    assert guard.inspect("", turned) == ("stripped", "")
 
 
 def test_the_tools_that_it_knows_are_those_of_the_template(guard):
@@ -72,9 +72,17 @@ def test_the_tools_that_it_knows_are_those_of_the_template(guard):
 def test_tools_that_are_none_are_text_of_the_system_message(lines):
     text = f"{SYSTEM}\n\n{BEFORE}{lines}{AFTER}"
     guard = ConversationGuard(prompt_record(text, [], []))
-    assert guard.tools == () and guard.inspect(text, []) == "stripped" and guard.inspect(SYSTEM, []) == "drifted"
+    assert guard.tools == () and guard.inspect(text, [])[0] == "stripped" and guard.inspect(SYSTEM, [])[0] == "drifted"
 
 
 def test_a_template_without_tools_knows_none():
     guard = ConversationGuard(prompt_record(SYSTEM, [], []))
-    assert guard.tools == () and guard.inspect(SYSTEM, []) == "stripped" and guard.inspect(SYSTEM, TOOLS) == "drifted"
+    assert guard.tools == () and [guard.inspect(SYSTEM, tools)[0] for tools in ([], TOOLS)] == ["stripped", "drifted"]
+
+
+def test_values_that_vary_are_told_for_the_users_first_text():
+    text = f"It is {{time}} now. {SYSTEM}"
+    dated = ConversationGuard(prompt_record(join_tools(text, TOOLS), [], [], ["time"]))
+    assert dated.inspect(text.replace("{time}", "14:05"), TOOLS) == ("stripped", "time: 14:05")
+    assert dated.inspect(text.replace("{time}", "14:05"), TOOLS[:1]) == ("drifted", "")
+    assert dated.inspect("", TOOLS) == ("stripped", "")

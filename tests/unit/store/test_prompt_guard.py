@@ -11,9 +11,10 @@ from pi_ray.store.prompt_guard import (
     MAX_TEMPLATE,
     PromptGuard,
     PromptRecord,
-    collapse_whitespace,
     prompt_record,
 )
+from pi_ray.store.varying_values import find_value_names
+from pi_ray.store.white_space import collapse_whitespace
 
 TEMPLATE = """Translate the question of a user into one query of the alert language.
 Write the code of the service and nothing else, without any explanation of it.
@@ -253,3 +254,65 @@ def test_hostile_texts_take_little_time():
         "red is k4, " * 90_000,
     ):
         assert known.inspect("", text).kind in ("internalised", "stripped", "drifted")
+
+
+DATED = f"It is {{time}} in {{town}}. {TEMPLATE}"
+HEAD = "time: 14:05, Monday\ntown: Bern"
+
+
+def dated(time="14:05,\n Monday", town="Bern", template=DATED):
+    return template.replace("{time}", time).replace("{town}", town)
+
+
+def dated_guard(template=DATED, config=PLAIN):
+    examples = {"examples": sorted(guard(config)._examples)}
+    return PromptGuard(prompt_record(template, [], [], ["time", "town"]) | examples, config)
+
+
+@pytest.mark.parametrize("config", [PLAIN, WORDED], ids=["plain", "worded"])
+@pytest.mark.parametrize("shots", [(), SHOTS], ids=len)
+def test_values_that_vary_stand_before_the_query_as_in_training(config, shots):
+    known = dated_guard(config=config)
+    seen = known.inspect("", render_prompt(config, QUERY, dated(), shots))
+    assert (seen.kind, seen.text) == ("stripped", f"{HEAD}\n\n{QUERY}")
+    as_system = known.inspect(dated(), render_prompt(config, QUERY, "", shots))
+    assert as_system == seen
+    as_turns = [turn for s in SHOTS for turn in (("user", s.query), ("assistant", s.answer))]
+    assert known.inspect(dated(), QUERY, as_turns) == seen
+    first = ("user", f"{dated()}\n\n{as_turns[0][1]}")
+    assert known.inspect("", QUERY, [first, *as_turns[1:]]) == seen
+
+
+def test_a_value_that_is_not_there_has_no_line_and_one_that_ends_a_system_message_is_found():
+    assert dated_guard().inspect("", f"{dated(town='')}\n\n{QUERY}").text == f"time: 14:05, Monday\n\n{QUERY}"
+    ending = f"{TEMPLATE}\nTown: {{town}}, {{time}}"
+    found = dated_guard(ending).inspect(dated(template=ending), QUERY)
+    assert (found.kind, found.text) == ("stripped", f"town: Bern\ntime: 14:05, Monday\n\n{QUERY}")
+    behind = dated_guard(ending).inspect("", f"{dated(template=ending)}\n\n{QUERY}")
+    assert behind.kind == "drifted", "where the value ends and the query begins cannot be told"
+
+
+def test_a_changed_prompt_with_values_keeps_them_for_the_base_model():
+    changed = dated(template=DATED.replace("black is b7", "black is b8"))
+    seen = dated_guard().inspect("", f"{changed}\n\n{QUERY}")
+    assert seen.kind == "drifted" and "Bern" in seen.text and "b8" in seen.text
+    twice = f"{DATED} Once more: {{town}}."
+    assert dated_guard(twice).inspect(dated(template=twice), QUERY).text == f"{HEAD}\n\n{QUERY}"
+    other = twice.replace("more: {town}", "more: Basel")
+    assert dated_guard(twice).inspect(dated(template=other), QUERY).kind == "drifted", "one name, two values"
+
+
+def test_a_template_may_begin_as_system_message_and_end_before_the_query():
+    system, user = TEMPLATE.split("\n\n", 1)
+    for known, begin in ((guard(), system), (dated_guard(), dated(template=f"It is {{time}} in {{town}}. {system}"))):
+        seen = known.inspect(begin, f"{user}\n\n{QUERY}")
+        assert seen.kind == "stripped" and seen.text in (QUERY, f"{HEAD}\n\n{QUERY}")
+    more = guard().inspect(f"{TEMPLATE}\n\nAnswer in French.", QUERY)
+    assert more.kind == "drifted", "a system message says more than the template"
+
+
+def test_only_placeholders_that_rows_begin_with_are_values():
+    named = ["time: 14:05\ntown: Bern\n\nq", "time: 1\n\nq", "town: x\n\nq"]
+    assert find_value_names("In {town} at {time}, {team}.", named) == ["town", "time"]
+    assert find_value_names("In {town} at {time}.", [*named, "time: 1\nelse: 2\n\nq"]) == []
+    assert find_value_names("In {town}.", []) == find_value_names("none", named) == find_value_names("{q}", ["q"]) == []

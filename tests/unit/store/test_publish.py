@@ -155,6 +155,20 @@ def test_the_prompt_is_published_with_the_adapter_so_that_serving_recognises_it(
     assert "prompt.json" in (folder / "README.md").read_text() and "prompt.json" not in (bare / "README.md").read_text()
 
 
+def test_values_before_each_training_query_are_published_as_values_of_the_prompt(run, config, tiny_model):
+    template = "It is {time}. Answer with one code for every {colour} that is asked for, and never with two of them."
+    prepare(run, template)
+    pq.write_table(
+        pa.table({"id": ["1"], "query": ["time: 9:00\n\nred"], "answer": ["k4"], "group": [""]}),
+        run.rows / "train.parquet",
+    )
+    train(run, tiny_model, full_template_sha256=digest(template))
+    folder = publish_adapter(run, config)
+    assert json.loads((folder / "prompt.json").read_text())["values"] == ["time"]
+    guard = AdapterStore(config.store, config.model).open("colours").guard
+    assert guard.inspect(template.replace("{time}", "9:30"), "blue").text == "time: 9:30\n\nblue"
+
+
 def test_publishing_without_a_known_prompt_is_a_warning(run, config, tiny_model, caplog):
     publish_adapter(run, config)
     assert "without prompt.json" in caplog.text

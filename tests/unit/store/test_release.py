@@ -86,6 +86,19 @@ def test_rollback_ends_a_canary_first_and_then_goes_back_step_by_step(store):
         release_version(store, "colours", rollback=True)
 
 
+def test_a_damaged_version_is_not_gone_back_to(store, published):
+    release_version(store, "colours", "v0001")
+    release_version(store, "colours", "v0002")
+    (published / "colours" / "v0001" / "x.bin").write_bytes(b"")
+    with pytest.raises(AdapterError, match=r"x\.bin"):
+        release_version(store, "colours", rollback=True)
+    assert version(store) == "v0002"
+    release_version(store, "colours", "v0003", canary=5)
+    release_version(store, "colours", rollback=True)
+    assert version(store) == "v0002", "the end of a canary opens nothing"
+    (published / "colours" / "v0001" / "x.bin").unlink()
+
+
 def test_a_canary_becomes_the_release_and_can_be_taken_back(store):
     release_version(store, "colours", "v0001")
     release_version(store, "colours", "v0003", canary=5)
@@ -125,6 +138,11 @@ def test_a_wrong_release_is_an_error_and_changes_nothing(store, published, optio
         release_version(store, **{"name": "colours", **options})
     assert not (published / "colours" / "aliases.json").exists()
     assert {p.name for p in published.iterdir()} == {"colours"}
+
+
+def test_the_command_for_a_first_release_names_another_version_than_the_newest(store):
+    with pytest.raises(AdapterError, match="--version v0002"):
+        release_version(store, "colours", "latest", canary=20)
 
 
 def test_an_older_version_can_be_tried_against_the_newest(store):

@@ -99,7 +99,11 @@ def test_while_the_store_is_out_of_reach_known_adapters_are_served(store, bucket
     with pytest.raises(StoreUnavailableError) as error:
         store.open("shapes")
     assert "secret-bucket" not in str(error.value)
-    bucket.down = False
+    asked, bucket.down = bucket.asked, False
+    with pytest.raises(StoreUnavailableError):
+        store.open("shapes")
+    assert bucket.asked == asked, "requests do not wait one after the other for a store that has just not answered"
+    store.backend._clock.now += backends.REFRESH_S
     assert store.open("shapes").name == "shapes"
 
 

@@ -89,3 +89,12 @@ def test_full_prompt_is_refused_without_an_adapter_that_has_its_prompt(ask, tiny
 def test_an_unknown_key_of_the_pi_ray_block_is_refused(ask):
     assert ask(pi_ray={"full_promt": True})[0].status_code == 400
     assert ask(pi_ray={})[0].status_code == 200
+
+
+def test_messages_that_the_whole_prompt_has_no_place_for_are_refused_and_not_dropped(ask):
+    asked = {"role": "user", "content": QUERY}
+    turn = [asked, {"role": "assistant", "content": "a"}]
+    for before in ([{"role": "system", "content": "Answer in French."}], turn):
+        reply, requests = ask(pi_ray={"full_prompt": True}, messages=[*before, asked])
+        assert reply.status_code == 400 and not requests
+        assert "send what the adapter gets" in reply.json()["error"]["message"]

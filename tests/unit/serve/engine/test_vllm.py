@@ -13,6 +13,7 @@ from types import SimpleNamespace
 
 import psutil
 import pytest
+from ray.exceptions import RayTaskError
 
 from pi_ray.config import ModelConfig, RunConfig, ServeConfig
 from pi_ray.errors import AdapterError, ConfigError, MissingExtraError
@@ -237,6 +238,22 @@ def test_an_adapter_that_two_first_requests_load_at_once_is_asked_again():
     broken.answers = (ValueError("no such adapter"),)
     with pytest.raises(ValueError, match="no such adapter"):
         generate(broken, GenerationRequest([7], 5))
+
+
+class Refuses(Handle):
+    """Ray's error of an adapter that the replica refuses, whose text is a traceback."""
+
+    async def __aiter__(self):
+        cause = AdapterError("it has rank 128; this server takes up to 64")
+        traceback = "ray::ServeReplica:Vllm (pid=7, ip=10.0.0.5)\n  File '/srv/secret/vllm.py', line 3"
+        raise RayTaskError("f", traceback, cause).as_instanceof_cause()
+        yield
+
+
+def test_of_a_refused_adapter_the_client_sees_the_reason_and_not_rays_traceback():
+    with pytest.raises(AdapterError) as error:
+        generate(Refuses(), GenerationRequest([7], 5))
+    assert str(error.value) == "it has rank 128; this server takes up to 64"
 
 
 def test_tokens_are_read_from_batches_of_events():

@@ -14,6 +14,7 @@ from contextlib import aclosing
 import httpx
 import openai
 import pytest
+from pydantic import ValidationError
 
 from pi_ray.config import ModelConfig, PromptConfig, RunConfig, ServeConfig
 from pi_ray.errors import AdapterError, ConfigError, CorruptArtifactError, ModelError, StorageError
@@ -28,7 +29,7 @@ from pi_ray.serve.engine.refusal import RefusedError
 from pi_ray.serve.engine.request import CompletionRequest
 from pi_ray.serve.http.api import PUBLIC_PATHS, create_api
 from pi_ray.serve.http.keys import key_digest, keys_file_line
-from pi_ray.serve.http.schemas import MAX_CHOICES
+from pi_ray.serve.http.schemas import MAX_CHOICES, ChatBody
 from pi_ray.store.adapters import StoreUnavailableError
 from pi_ray.store.prompt_guard import prompt_record
 from tests.lora import put_in_store, rewrite
@@ -366,6 +367,8 @@ def test_prompt_format_that_the_model_forbids_is_422_with_the_cure(backend, tiny
     (chat(frequency_penalty=0.5), "frequency_penalty"),
     (chat(tools=[{"type": "function"}]), "tools"),
     (chat(response_format={"type": "yaml"}), "response_format"),
+    (chat(stop=[0] * 3000), "stop"),
+    (chat(tools=[0] * 3000), "tools"),
     (chat(stop=["a"] * 3000), "stop"),
     ({**chat(), "messages": [{"role": "user", "content": "x"}] * 300}, "messages"),
     ({**chat(), "messages": [{"role": "system", "content": "x"}]}, "messages"),
@@ -395,6 +398,14 @@ def test_invalid_or_unsupported_fields_are_400_with_param(backend, body, param):
     assert error["type"] == "invalid_request_error"
     assert param is None or error["param"] == param
     assert backend.completer.engine.requests == []
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize("field", ["stop", "tools", "messages"])
+def test_a_long_list_of_wrong_items_makes_few_errors(field):
+    with pytest.raises(ValidationError) as error:
+        ChatBody.model_validate(chat(**{field: [0] * 100_000}))
+    assert error.value.error_count() < 1000
 
 
 @pytest.mark.fault
@@ -821,6 +832,25 @@ def test_timeout_within_a_stream_is_its_last_event(backend):
     assert json.loads(text.strip().split("\n\n")[-1][6:])["error"]["code"] == "request_timeout"
     assert "[DONE]" not in text
     assert backend.completer.engine.open == 0
+
+
+def test_a_client_that_leaves_while_it_sends_is_no_fault_of_the_server(backend, caplog):
+    sent, messages = [], [
+        {"type": "http.request", "body": b'{"model": ', "more_body": True}, {"type": "http.disconnect"},
+    ]
+
+    async def receive():
+        return messages.pop(0)
+
+    async def send(message):
+        sent.append(message)
+
+    scope = {
+        "type": "http", "method": "POST", "path": "/v1/chat/completions", "headers": [], "query_string": b"",
+        "http_version": "1.1", "asgi": {"version": "3.0", "spec_version": "2.3"},
+    }
+    asyncio.run(create_api(backend, ServeConfig())(scope, receive, send))
+    assert sent[0]["status"] == 499 and "request failed" not in caplog.text
 
 
 def test_client_disconnect_stops_the_generation(backend):
