@@ -18,7 +18,7 @@ from pi_ray.models import base_digest, base_name, context_length, load_tokenizer
 from pi_ray.prompt import PromptEncoder
 from pi_ray.protocols import SPLITS, UNLABELLED, Row, Task
 from pi_ray.registry import tasks
-from pi_ray.retrieve.neighbours import normalised
+from pi_ray.retrieve.neighbours import question_of
 from pi_ray.run.answered import has_labelled, labelled_splits
 from pi_ray.run.artifact import digest, is_current, read_manifest, staged
 from pi_ray.run.directory import RunDir
@@ -55,7 +55,7 @@ def _make_answered_rows(
         tell("answer: nothing to do, the answers are there")
         return (read_manifest(run.answered) or {})["facts"]
     limit = answer_limit(config, template, queries)
-    asked, copies = split_for(config, template, queries)
+    asked, copies = split_queries(queries, template, read_held_out(config, task))
     rows = [row for some in asked.values() for row in some]
     teacher, views = config.train.distill.teacher, 1
     if teacher == "endpoint":
@@ -96,12 +96,12 @@ def read_queries_to_answer(
     if len(rejects) > config.task.max_bad_rows:
         worst = "\n".join(f"  {reject.source}:{reject.line}: {reject.reason}" for reject in rejects[:3])
         raise DataError(f"{len(rejects)} bad rows, and task.max_bad_rows is {config.task.max_bad_rows}:\n{worst}")
-    known = {normalised(row.query) for name in names for row in splits[name]}
+    known = {question_of(row) for name in names for row in splits[name]}
     queries = []
     if generated is None:
         generated = generated_rows(RunDir(config.root)) if config.task.generate else ()
     for row in [*splits.get(UNLABELLED, ()), *generated]:
-        if (query := normalised(row.query)) not in known:
+        if (query := question_of(row)) not in known:
             known.add(query)
             queries.append(row)
     if not queries:
@@ -120,9 +120,9 @@ def planned_splits(config: RunConfig, task: Task, stand_ins: Sequence[Row] = ())
     """
     labelled, queries = read_queries_to_answer(config, task, stand_ins or None)
     template = task.template().text
-    asked = _merge_held_out(config, draw_splits(queries)) if stand_ins else split_for(config, template, queries)[0]
-    own = [split for split in ("dev", "test") if has_labelled(config, split)]
-    return {**asked, **read_splits(task, own)[0], "train": [*labelled, *asked["train"]]}
+    held_out = read_held_out(config, task)
+    asked = draw_splits(queries, held_out) if stand_ins else split_queries(queries, template, held_out)[0]
+    return {**asked, **held_out, "train": [*labelled, *asked["train"]]}
 
 
 def is_answered(config: RunConfig, task: Task) -> bool:
@@ -131,17 +131,9 @@ def is_answered(config: RunConfig, task: Task) -> bool:
     return is_current(RunDir(config.root).answered, _fingerprint(config, task.template().text, labelled, queries))
 
 
-def split_for(config: RunConfig, template: str, queries: Sequence[Row]) -> tuple[dict[str, list[Row]], int]:
-    """As `split_queries`; where people's rows are measured, all queries may teach."""
-    asked, copies = split_queries(queries, template)
-    return _merge_held_out(config, asked), copies
-
-
-def _merge_held_out(config: RunConfig, asked: dict[str, list[Row]]) -> dict[str, list[Row]]:
-    for split in ("dev", "test"):
-        if has_labelled(config, split):
-            asked["train"] += asked.pop(split)
-    return asked
+def read_held_out(config: RunConfig, task: Task) -> dict[str, list[Row]]:
+    """Split -> people's rows, of dev and test where they have labelled some: no query is held out there."""
+    return read_splits(task, [split for split in ("dev", "test") if has_labelled(config, split)])[0]
 
 
 def answer_limit(config: RunConfig, template: str, queries: Sequence[Row]) -> int:

@@ -33,12 +33,15 @@ class ConversationContext:
         self.context = min(own, config.prompt.context or own)
         self.template = len(encoder.prefix(template.text))
         self.room = self.context - self.template
-        self.is_own_template, self.all_turns = config.prompt.chat == "model", config.task.learn == "all"
+        self.is_own_template, self.all_turns = config.prompt.chat != "chatml", config.task.learn == "all"
         self.rows = self.cut = self.messages = self.left_out = 0
         self.trained, self.evaluated = set[bytes](), list[bytes]()  # digests of what stands before turns
         if self.room <= 0:
-            raise DataError(f"system message and tools have {self.template:,} tokens, and the model's context is "
-                            f"{self.context:,}; take a model with a longer one, or shorten them")
+            limit, cure = ("the model's context", "take a model with a longer one")
+            if self.context < own:
+                limit, cure = "prompt.context", "raise it"
+            raise DataError(f"system message and tools have {self.template:,} tokens, and {limit} is "
+                            f"{self.context:,}; {cure}, or shorten them")
 
     def fit(self, row: Row | Reject) -> Row | Reject | None:
         """The row with as many of its conversation's messages as fit with its answer; None where too few do. A Reject

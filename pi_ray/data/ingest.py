@@ -20,7 +20,7 @@ from pi_ray.config import TaskConfig
 from pi_ray.data.context import ConversationContext
 from pi_ray.errors import DataError
 from pi_ray.protocols import SPLITS, UNLABELLED, Reject, Row, Task
-from pi_ray.retrieve.neighbours import normalised
+from pi_ray.retrieve.neighbours import question_of
 from pi_ray.run.artifact import staged, translate_disk_errors, write_atomic
 from pi_ray.run.directory import RunDir
 from pi_ray.run.queries import generated_rows
@@ -106,7 +106,7 @@ def _accepted(
 
 
 def _key(row: Row) -> RowKey:
-    query = normalised(row.query)
+    query = question_of(row)
     if len(query) <= KEY_CHARACTERS:
         return RowKey(row.id, query)
     digest = blake2b(query.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
@@ -143,10 +143,11 @@ def check_splits(splits: Splits, rejects: Sequence[Reject], config: TaskConfig, 
         cure = f"Mend the rows or raise task.max_bad_rows; 'pi-ray prepare' lists all of them in {run.rejects}"
         raise DataError(f"{len(rejects)} bad rows, and task.max_bad_rows is {config.max_bad_rows}:\n{first}\n{cure}")
     require_unique_ids(splits)
-    notes = _make_dev(splits) + separate_splits(splits, config.overlap) + _new_queries(splits)
+    notes = separate_splits(splits, config.overlap)  # before training rows may become dev rows
+    notes += _make_dev(splits) + _shared_held_out(splits) + _new_queries(splits)
     for split in SPLITS:
         if not splits[split]:
-            counted = f"{len(rejects)} rows were rejected, see {run.rejects}"
+            counted = "; ".join([f"{len(rejects)} rows were rejected, see {run.rejects}", *notes])
             raise DataError(f"task '{config.name}' has no {split} rows; {counted}")
     return notes
 
@@ -166,20 +167,20 @@ def _make_dev(splits: Splits) -> list[str]:
         return []
     size = max(1, int(len(splits["train"]) * DEV_SHARE))
     splits["train"], splits["dev"] = splits["train"][:-size], splits["train"][-size:]
-    dropped = _drop(splits, {normalised(r.query) for r in splits["dev"]})
+    dropped = _drop(splits, {question_of(r) for r in splits["dev"]})
     note = f"no dev rows: the last {size} train rows serve as dev"
     return [note + (f" ({dropped} more with the same queries left out of train)" if dropped else "")]
 
 
 def separate_splits(splits: Splits, overlap: str) -> list[str]:
     """Refuse (DataError), or drop from train, the queries that also stand in dev or test. Returns notes."""
-    splits_of = {normalised(r.query): s for s in ("dev", "test") for r in splits[s]}
-    shared = [r for r in splits["train"] if normalised(r.query) in splits_of]
+    splits_of = {question_of(r): s for s in ("dev", "test") for r in splits[s]}
+    shared = [r for r in splits["train"] if question_of(r) in splits_of]
     if not shared:
         return []
     if overlap == "error":
         examples = "\n".join(
-            f"  train row {r.id!r}, also in {splits_of[normalised(r.query)]}: {r.query[:100]!r}" for r in shared[:SHOWN]
+            f"  train row {r.id!r}, also in {splits_of[question_of(r)]}: {r.query[:100]!r}" for r in shared[:SHOWN]
         )
         found = f"{len(shared)} train queries also stand in dev or test, so scores would measure memory"
         raise DataError(f"{found}:\n{examples}\nRemove them, or set task.overlap: drop to leave them out of train")
@@ -187,12 +188,19 @@ def separate_splits(splits: Splits, overlap: str) -> list[str]:
     return [f"{len(shared)} train rows dropped, because their queries also stand in dev or test"]
 
 
+def _shared_held_out(splits: Splits) -> list[str]:
+    """Say how many dev queries also stand in test: dev rows choose the adapter that test rows then measure."""
+    tested = {question_of(row) for row in splits["test"]}
+    shared = sum(question_of(row) in tested for row in splits["dev"])
+    return [f"{shared} dev queries also stand in test, which favours what dev rows choose"] if shared else []
+
+
 def _new_queries(splits: Splits) -> list[str]:
     """Unlabelled queries that no split has, each once: a teacher must never be asked what is evaluated."""
-    known = {normalised(r.query) for s in SPLITS for r in splits[s]}
+    known = {question_of(r) for s in SPLITS for r in splits[s]}
     rows, fresh = splits.get(UNLABELLED, []), []
     for row in rows:
-        if (query := normalised(row.query)) not in known:
+        if (query := question_of(row)) not in known:
             known.add(query)
             fresh.append(row)
     if len(fresh) == len(rows):
@@ -203,5 +211,5 @@ def _new_queries(splits: Splits) -> list[str]:
 
 def _drop(splits: Splits, queries: set[str]) -> int:
     before = len(splits["train"])
-    splits["train"] = [r for r in splits["train"] if normalised(r.query) not in queries]
+    splits["train"] = [r for r in splits["train"] if question_of(r) not in queries]
     return before - len(splits["train"])

@@ -171,7 +171,7 @@ def _rounded_mean(lengths: np.ndarray) -> float:
 def remove_stale(phases: Path, keep: set[str], fingerprint: str) -> None:
     """Remove what a longer schedule, another configuration or a killed run left under phases/."""
     for folder in phases.glob("*"):
-        extra = re.fullmatch(rf"({UNLABELLED}-)?\d+", folder.name) and folder.name not in keep
+        extra = re.fullmatch(rf"({UNLABELLED}-|dev-)?\d+", folder.name) and folder.name not in keep
         other = folder.suffix == ".partial" and not folder.name.endswith(f"-{fingerprint[:12]}.partial")
         if extra or other or re.fullmatch(r"\.\w+\.[0-9a-f]{32}\.(tmp|old)", folder.name):
             shutil.rmtree(folder, ignore_errors=True)

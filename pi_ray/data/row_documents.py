@@ -74,12 +74,15 @@ def rate_of_documents(config: CompressConfig, rate: float) -> float:
 
 
 def has_documents(run: RunDir, fingerprint: str, wanted: Iterable[tuple[str, float]]) -> bool:
-    """Whether rows have no documents, or those of each (split, template rate) in `wanted` were compressed."""
+    """Whether rows have no documents, or those of each (split, template rate) in `wanted` were compressed.
+
+    None is wanted at rate 0, as in the baseline without a prompt.
+    """
     manifest = read_manifest(run.rows)
     if not (manifest and manifest.get("documents")):
         return True
     files = [run.documents / documents_file(split, rate) for split, rate in wanted]
-    return is_current(run.documents, fingerprint) and all(file.exists() for file in files)
+    return not files or (is_current(run.documents, fingerprint) and all(file.exists() for file in files))
 
 
 def compress_documents(

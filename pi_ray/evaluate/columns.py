@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from pi_ray import hosted
@@ -41,7 +42,11 @@ class Column:
 
 
 def columns_of(config: RunConfig) -> list[Column]:
-    """The columns of a trained run: "plain" only when its baseline was trained, "teacher" where an adapter taught."""
+    """The columns of a trained run: "plain" where evaluate.baseline is set, "teacher" where an adapter taught.
+
+    Raises TrainingError where the run or its baseline was not prepared or not trained.
+    """
+    RunDir(config.root).prepared_fingerprint()
     adapters = {"base": "", "base_full_prompt": "", **({"plain": plain} if (plain := _plain_adapter(config)) else {})}
     if wants_unlabelled(config) and config.train.distill.teacher == "adapter":
         adapters["teacher"] = str(RunDir(config.root).adapter(0))
@@ -60,7 +65,7 @@ def trained_column(config: RunConfig) -> Column:
             cure = "run 'pi-ray train' (or 'pi-ray run') with this run.yaml first"
             raise TrainingError(f"{config.root}: no model was tuned with these settings; {cure}")
         return Column("promptintern", model, *prompts_of_columns(config)["promptintern"])
-    best = RunDir(config.root).best
+    best = _chosen_adapter(RunDir(config.root), "adapter was")
     card = json.loads((best / CARD_FILE).read_text())
     return Column("promptintern", str(best), card["template"], card["shots"], card["rate"], card.get("gist", 0))
 
@@ -76,8 +81,16 @@ def _plain_adapter(config: RunConfig) -> str:
     if not config.evaluate.baseline:
         return ""
     if not hosted.is_hosted(config):
-        return str(RunDir(plain.root).best)
+        return str(_chosen_adapter(RunDir(plain.root), "baseline was"))
     return hosted.tuned_phases(plain)[-1].get("model", "") if RunDir(plain.root).rows.exists() else ""
+
+
+def _chosen_adapter(run: RunDir, what: str) -> Path:
+    """The adapter that training chose. Raises TrainingError before one is."""
+    if not run.best.is_dir():
+        cure = "run 'pi-ray train' (or 'pi-ray run') with this run.yaml first"
+        raise TrainingError(f"{run.root}: no {what} trained; {cure}")
+    return run.best
 
 
 class AnswerLengths(NamedTuple):

@@ -66,6 +66,8 @@ def dry_config(config: RunConfig) -> Iterator[RunConfig]:
     """The run in small, in a temporary folder of its own. Raises ConfigError for a model of a service."""
     if hosted.is_hosted(config):
         raise ConfigError("a dry run needs a model whose weights are here; train.backend.name openai would cost money")
+    if config.answers_first:
+        raise ConfigError("a dry run needs labelled rows: its random model answers no query, and an endpoint costs")
     with TemporaryDirectory(prefix="pi-ray-dry-") as folder:
         tiny = str(Path(folder) / "model")
         _write_tiny_model(config, Path(tiny))

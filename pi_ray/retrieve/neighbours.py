@@ -9,7 +9,7 @@ row with the same query, which would hand over the answer.
 import hashlib
 from collections.abc import Iterable, Sequence
 from heapq import nsmallest
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -27,6 +27,15 @@ EXACT_ROWS = 100_000
 def normalised(query: str) -> str:
     """Queries that differ in case or white space only are the same query."""
     return " ".join(query.casefold().split())
+
+
+def question_of(row: Any) -> str:
+    """What a row asks, by which rows are the same: its query, normalised, and the documents that come with it."""
+    query, documents = normalised(row.query), getattr(row, "documents", ())
+    if not documents:
+        return query
+    digest = hashlib.sha256("\0".join(documents).encode("utf-8", "surrogatepass")).hexdigest()
+    return f"{query} [documents {digest[:16]}]"
 
 
 class Neighbours(NamedTuple):
@@ -59,13 +68,13 @@ class Bank:
         from pi_ray.retrieve.rouge import RougeIndex
 
         # position follows id, so that a tie goes to the smaller id
-        entries = sorted((r.id, getattr(r, by), r.query) for r in rows)
+        entries = sorted((r.id, getattr(r, by), question_of(r)) for r in rows)
         texts = [text for _, text, _ in entries]
         self.ids = pa.array([i for i, *_ in entries], pa.string())
         self.texts = pa.array(texts, pa.large_string()) if config.diversity else None
         self.by, self.config = by, config
         self.is_exact = scores_all_pairs(config, len(entries))
-        groups = _groups(query for *_, query in entries)
+        groups = _groups(question for *_, question in entries)
         encoder: Encoder = ConfiguredEncoder(config)
         self.index: ScoreIndex
         if config.score == "bleu":
@@ -85,7 +94,7 @@ class Bank:
         count = max(self.config.candidates, k) if self.config.diversity or not exact else k
         while todo:
             asked = [rows[i] for i in todo]
-            texts, groups = [getattr(r, self.by) for r in asked], _groups(r.query for r in asked)
+            texts, groups = [getattr(r, self.by) for r in asked], _groups(map(question_of, asked))
             among = None if exact or self.candidates is None else self.candidates.nearest(texts, count)
             positions, scores = self.index.top(texts, count if self.config.diversity else k, groups, among)
             for i, near, values in zip(todo, positions, scores, strict=True):
@@ -111,9 +120,9 @@ class Bank:
         return Neighbours(ids, [round(float(scores[p]), 4) for p in chosen])
 
 
-def _groups(queries: Iterable[str]) -> np.ndarray:
-    """A number from 0 on for each query, equal for queries that are the same. int64."""
-    return hash_texts(map(normalised, queries), np.int64) & np.iinfo(np.int64).max
+def _groups(questions: Iterable[str]) -> np.ndarray:
+    """A number from 0 on for each question, equal for those that are the same. int64."""
+    return hash_texts(questions, np.int64) & np.iinfo(np.int64).max
 
 
 def audit_bank(bank: Bank, rows: Sequence[Row], k: int) -> dict[str, float]:

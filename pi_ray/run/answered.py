@@ -23,7 +23,9 @@ def answered_config(config: RunConfig) -> RunConfig:
         return config
     made = [split for split in SPLITS if split == "train" or not has_labelled(config, split)]
     files = {f"task.{split}": str(RunDir(config.root).answered / f"{split}.jsonl") for split in made}
-    return config.replace(ask={}, **files, **{"task.queries": "", "task.generate": False})
+    rows = {split: 0 for split in made}  # all: what the queries were limited to is answered
+    asked = {"task.queries": "", "task.generate": False, "task.rows": {**config.task.rows.model_dump(), **rows}}
+    return config.replace(ask={}, **files, **asked)
 
 
 def require_queries(config: RunConfig) -> None:

@@ -103,6 +103,8 @@ def _logits_and_gradient(model: Any, batch: Batch) -> tuple[torch.Tensor, torch.
     logits = answer_logits(model, batch).float()
     labels = batch.labels[batch.labels != -100]
     weights = [p for p in model.parameters() if p.requires_grad]
+    if not weights:  # a frozen teacher
+        return logits.detach(), torch.zeros(1)
     grads = torch.autograd.grad(F.cross_entropy(logits, labels), weights, allow_unused=True)
     flat = [torch.zeros_like(p) if g is None else g for p, g in zip(weights, grads, strict=True)]
     return logits.detach(), torch.cat([grad.float().flatten() for grad in flat])

@@ -97,12 +97,7 @@ class TrainDataLoader:
         data = self._phases[update.phase] if asked is None else self._rounds[asked.number]
         if isinstance(data, DistilledRows):
             rows = mixed_batch_rows(update, data.kinds, train)
-            groups = [data.by_prefix(numbers) for numbers in self._split(rows, data)]
-            parts: list[Part] = [
-                [(self.pack(prefix, data.take(some)), data.targets(some)) for prefix, some in part]
-                if part else self._idle_part(*data.by_prefix(rows[:1])[0], data)
-                for part in groups
-            ]
+            parts = [self._taught_part(numbers, rows, data) for numbers in self._split(rows, data)]
             return UpdateBatches(parts, float(data.token_counts[rows].sum()))
         rows, prefix = batch_rows(update, len(data), train), data.prefix + gist.gist_ids(train.gist)
         labels: dict[int, list[int]] = {}
@@ -113,8 +108,24 @@ class TrainDataLoader:
             taken = zip(numbers, data.take(numbers), strict=True)
             mine = [(prompt, labels.get(n, own)) for n, (prompt, own) in taken]
             batches.append([(self.pack(prefix, mine), None)] if mine else self._idle_part(prefix, rows[:1], data))
-        answer_tokens = sum(map(len, labels.values())) if labels else int(data.label_lengths[rows].sum())
+        answer_tokens = sum(len(labels[n]) for n in rows) if labels else int(data.label_lengths[rows].sum())
         return UpdateBatches(batches, answer_tokens)
+
+    def _taught_part(self, numbers: list[int], rows: list[int], data: DistilledRows) -> Part:
+        """The batches of these of an update's rows, one for each prefix.
+
+        Sharded weights need all workers in each pass: there every worker has a batch for each prefix of the update.
+        """
+        sharded = self.config.train.backend.shards_weights
+        mine = {tuple(prefix): some for prefix, some in data.by_prefix(numbers)}
+        passes = data.by_prefix(rows if sharded else numbers or rows[:1])
+        part: Part = []
+        for prefix, some in passes:
+            if own := mine.get(tuple(prefix)):
+                part.append((self.pack(prefix, data.take(own)), data.targets(own)))
+            else:
+                part += self._idle_part(prefix, some[:1], data)
+        return part
 
     def _idle_part(self, prefix: list[int], rows: list[int], data: PhaseDataset | DistilledRows) -> Part:
         """A part in which nothing is learned, for a worker without rows: sharded models need all workers in each pass.

@@ -30,7 +30,7 @@ from pi_ray.run.phases import first_taught_phase
 from pi_ray.run.row_store import read_range
 from pi_ray.schedule import plan_phases
 from pi_ray.train.batches import dataset_manifest
-from pi_ray.train.facts import WORD, FactGroup, find_facts, shape_of
+from pi_ray.train.facts import WORD, FactGroup, find_facts, is_heading, shape_of
 
 LIST_LINE = re.compile(r"[-*+] |\||[^\s:|][^:|]{0,60}: ")  # a bullet, a row of a table, or "name: value"
 FEWEST_LINES = 3  # of a list
@@ -202,8 +202,10 @@ def template_views(template: str, groups: Sequence[FactGroup], count: int, seed:
 
 def _fact_lines(lines: list[str], groups: Sequence[FactGroup]) -> list[list[int]]:
     """For each group of this section the numbers of the lines that hold its words."""
-    own = [set(group.words) for group in groups if group.section == "\n".join(lines).strip().split("\n")[0]]
-    return [[i for i, line in enumerate(lines) if words.intersection(WORD.findall(line))] for words in own]
+    heading = lines[0] if is_heading(lines[0]) else ""  # the text before the first one is a section of its own
+    own = [set(group.words) for group in groups if (group.section if is_heading(group.section) else "") == heading]
+    places = [i for i, line in enumerate(lines) if not is_heading(line)]
+    return [[i for i in places if words.intersection(WORD.findall(lines[i]))] for words in own]
 
 
 def _list_lines(lines: list[str]) -> list[list[int]]:

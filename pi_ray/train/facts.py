@@ -21,7 +21,7 @@ WORD = re.compile(r"[^\W_](?:[\w./-]*[^\W_])?")  # ends with a letter or digit, 
 class FactGroup:
     """The codes of one shape in one section of a template, in their order there. `used`: those that stand in labels."""
 
-    section: str  # its first line
+    section: str  # its heading; of the text before the first heading its first line
     shape: str
     words: tuple[str, ...]
     used: tuple[str, ...]
@@ -35,6 +35,11 @@ def shape_of(word: str) -> str:
     """The kind of each character: r9 -> a0, QX-417 -> AA-000."""
     kinds = ((str.isdigit, "0"), (str.isupper, "A"), (str.isalpha, "a"))
     return "".join(next((kind for test, kind in kinds if test(c)), c) for c in word)
+
+
+def is_heading(line: str) -> bool:
+    """Whether a section begins with this line."""
+    return line.startswith("## ")
 
 
 def is_code(word: str) -> bool:
@@ -70,6 +75,8 @@ def _codes_by_shape(section: str, words: set[str]) -> Iterator[tuple[str, tuple[
     """(shape, its words) for each shape that has words on FEWEST lines or more."""
     by_shape: dict[str, dict[str, int]] = {}
     for number, line in enumerate(section.split("\n")):
+        if is_heading(line):  # no line of a list
+            continue
         for word in WORD.findall(line):
             if is_code(word) or word in words:
                 by_shape.setdefault(shape_of(word), {}).setdefault(word, number)

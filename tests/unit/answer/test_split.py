@@ -41,3 +41,10 @@ def test_of_very_many_queries_no_more_are_held_out_than_a_test_needs():
     many = [Row(f"q{i}", f"{i} questions about {NAMES[i % 6]} and number {i * 7}", "") for i in range(3000)]
     splits, _ = split_queries(many, TEMPLATE)
     assert len(splits["test"]) <= MOST_TEST and len(splits["train"]) > 2700
+
+
+def test_where_people_labelled_what_is_held_out_all_queries_teach_but_near_copies_of_that():
+    held_out = {"dev": [Row("d", "dahlia in dev", "k3")], "test": [Row("t", ROWS[0].query.upper() + "!", "k0")]}
+    splits, copies = split_queries(ROWS, TEMPLATE, held_out)
+    assert set(splits) == {"train"} and len(splits["train"]) == len(ROWS) - copies
+    assert copies == 1 and ROWS[0] not in splits["train"]

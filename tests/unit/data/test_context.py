@@ -24,9 +24,9 @@ def make(monkeypatch):
         row=lambda query: [word for m in load_messages(query) for word in m["content"].split()],
     )
 
-    def make(tokens):
-        make.tokens = tokens
-        config = RunConfig(name="a", prompt={"chat": "chatml"})
+    def make(tokens, limit=0):
+        make.tokens = 10 * limit or tokens
+        config = RunConfig(name="a", prompt={"chat": "chatml", "context": limit})
         return ConversationContext(config, encoder, Template(" ".join(["word"] * WORDS)))
 
     return make
@@ -109,3 +109,8 @@ def test_turns_that_are_trained_and_evaluated_are_counted_whatever_their_ids(mak
 def test_a_template_that_fills_the_context_is_refused(make):
     with pytest.raises(DataError, match="have 10 tokens, and the model's context is 10"):
         make(WORDS)
+
+
+def test_a_limit_of_ones_own_is_named_and_not_the_models(make):
+    with pytest.raises(DataError, match=r"have 10 tokens, and prompt\.context is 8; raise it, or shorten"):
+        make(WORDS, limit=8)

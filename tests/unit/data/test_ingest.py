@@ -4,11 +4,12 @@ import json
 
 import pytest
 
-from pi_ray.config import TaskConfig
+from pi_ray.config import RetrieveConfig, TaskConfig
 from pi_ray.data import ingest as step
 from pi_ray.data.ingest import check_splits, ingest
 from pi_ray.errors import DataError
 from pi_ray.protocols import Row
+from pi_ray.retrieve.neighbours import Bank
 from pi_ray.run.directory import RunDir
 from pi_ray.tasks.jsonl import JsonlTask
 
@@ -77,3 +78,35 @@ def test_dev_rows_are_taken_out_of_train_on_disk_too(tmp_path):
 def test_what_is_held_of_a_row_does_not_grow_with_it():
     key = step._key(Row("a", LONG * 1000, "an answer" * 1000))
     assert len(key.query) < 2 * step.KEY_CHARACTERS and key == step._key(Row("a", (LONG * 1000).upper(), ""))
+
+
+def test_a_training_row_that_is_in_test_is_refused_also_where_it_would_become_a_dev_row(tmp_path):
+    splits = {"train": [Row(f"t{i}", f"q{i}", "a") for i in range(20)], "dev": [], "test": [Row("x", "Q19", "a")]}
+    with pytest.raises(DataError, match="train row 't19', also in test"):
+        check_splits(splits, [], TaskConfig(), RunDir(tmp_path))
+
+
+def test_dev_queries_that_stand_in_test_are_told(tmp_path):
+    splits = {"train": [Row("a", "one", "1")], "dev": [Row("b", "two", "1")], "test": [Row("c", "TWO", "1")]}
+    assert "1 dev queries also stand in test" in check_splits(splits, [], TaskConfig(), RunDir(tmp_path))[0]
+
+
+def test_rows_with_one_query_and_other_documents_ask_something_else(tmp_path):
+    def row(name, *documents):
+        return Row(name, "Summarise the passage.", "a", documents=documents)
+
+    splits = {"train": [row("a", "one"), row("b", "two")], "dev": [row("c", "three")], "test": [row("d", "four")]}
+    assert check_splits(splits, [], TaskConfig(), RunDir(tmp_path)) == []
+    keys = {split: [step._key(r) for r in rows] for split, rows in splits.items()}
+    assert check_splits(keys, [], TaskConfig(), RunDir(tmp_path)) == []
+    splits["train"].append(row("e", "four"))
+    with pytest.raises(DataError, match="train row 'e', also in test"):
+        check_splits(splits, [], TaskConfig(), RunDir(tmp_path))
+    bank = Bank([row("a", "one"), row("b", "two")], RetrieveConfig())
+    assert bank.find([row("d", "one")], 2)[0].ids == ["b"], "no example asks what the row asks"
+
+
+def test_an_empty_split_is_told_with_what_emptied_it(tmp_path):
+    splits = {"train": [Row("a", "one", "1")], "dev": [Row("b", "two", "1")], "test": [Row("c", "ONE", "1")]}
+    with pytest.raises(DataError, match=r"no train rows; .*; 1 train rows dropped, because their queries"):
+        check_splits(splits, [], TaskConfig(overlap="drop"), RunDir(tmp_path))

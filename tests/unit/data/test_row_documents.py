@@ -10,11 +10,13 @@ from pi_ray.config import ModelConfig, PromptConfig, RunConfig, TaskConfig
 from pi_ray.data import row_documents
 from pi_ray.data.ingest import ingest
 from pi_ray.data.pieces import MapRange, RangeSource, write_files
+from pi_ray.data.prepare import wanted_documents
 from pi_ray.models import load_tokenizer
 from pi_ray.prompt import Example, PromptEncoder, render_prompt
 from pi_ray.protocols import Reject, Row
 from pi_ray.run.artifact import read_manifest
 from pi_ray.run.directory import RunDir, documents_file
+from pi_ray.run.phases import plain_finetuning_config
 from pi_ray.tasks.jsonl import JsonlTask
 
 LONG = (
@@ -207,3 +209,10 @@ class KeepDocuments:
         counts = {name: [0 if name == "off" else len(row) for row in texts] for name in row_documents.COUNTS}
         columns = {"id": table["id"], "documents": texts, **counts}
         return {0.5: pa.table(columns, schema=row_documents.SCHEMA)}
+
+
+def test_a_baseline_without_a_prompt_needs_no_documents(prepared):
+    config, run = prepared
+    plain = plain_finetuning_config(config)
+    assert wanted_documents(plain) == [] and row_documents.has_documents(run, "f", wanted_documents(plain))
+    assert wanted_documents(config), "the run itself does"

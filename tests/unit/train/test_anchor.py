@@ -124,6 +124,29 @@ def test_a_part_of_an_update_has_one_batch_for_each_prefix(anchored, pack):
     loader.close()
 
 
+def test_workers_of_sharded_weights_make_as_many_passes_as_each_other(anchored):
+    """Also where one of them has no anchor row: it would not come to the collective operations of the others' pass."""
+    sharded = anchored.replace(**{
+        "train.backend": {"name": "deepspeed", "zero_stage": 3}, "train.distill": {"anchor": 0.25},
+    })
+    updates = plan_updates([12] * 3, plan_phases(sharded.schedule), sharded.train)
+    loaders = [TrainDataLoader(sharded, "by-hand", updates, packed_batch, rank, 3) for rank in range(3)]
+    for loader in loaders:
+        loader.has_answers, loader.fingerprint = True, fingerprint_of(anchored)
+    uneven = 0
+    for update in (u for u in updates if u.phase == 1):
+        parts = [loader[update].parts for loader in loaders]
+        assert len({tuple(map(len, some)) for some in parts}) == 1
+        uneven += len({tuple(sum(t is None for _, t in part) for part in some) for some in parts}) > 1
+        data = rows_of_phase(anchored, 1)
+        rows = mixed_batch_rows(update, data.kinds, sharded.train)
+        learned = sum(int((batch.labels != -100).sum()) for some in parts for part in some for batch, _ in part)
+        assert learned == data.label_lengths[rows].sum()
+    assert uneven, "some worker had no anchor row"
+    for loader in loaders:
+        loader.close()
+
+
 @pytest.mark.parametrize("stop_at", [9, 16])
 def test_a_run_with_all_options_that_dies_goes_on_to_the_same_adapter(anchored, tmp_path, monkeypatch, stop_at):
     config = anchored.replace(run_dir=str(tmp_path / "run"))

@@ -257,3 +257,31 @@ def test_answers_on_which_views_differ_are_left_out_or_count_less(drilled, tmp_p
     assert len(data) == kept
     weights = data.targets(list(range(kept))).weights
     assert set(weights.tolist()) == ({1.0, 0.5} if agreement == "weight" else {1.0})
+
+
+@pytest.mark.parametrize("heading", ["## Runbooks of release QX-100\n\n", ""], ids=["code in heading", "no heading"])
+def test_the_first_line_of_a_section_keeps_its_place_and_may_be_left_out_where_it_is_no_heading(heading):
+    lines = [f"queue {i}: AB-{i}00" for i in range(1, 7)]
+    text = "Answer.\n\n" * bool(heading) + heading + "\n".join(lines)
+    groups = find_facts(text, [("q", f"AB-{i}00") for i in (1, 3, 4, 5)])
+    assert groups and "QX-100" not in groups[0].words
+    for view in template_views(text, groups, 4, 0)[1:]:
+        assert view.startswith(text[: len(text) - len("\n".join(lines))]) and sorted(view) == sorted(text)
+    drills = Drills(text, groups, DrillsConfig(share=1, kinds=("part", "order", "facts")), 0, answers=["AB-300"] * 3)
+    variants = [drills.variant(step, [1]) for step in range(30)]
+    assert all(variant.words["AB-300"] in variant.text for variant in variants)
+    assert len({variant.text.count("queue") for variant in variants}) > 3, "lines are left out"
+    assert len({re.findall("queue (.):", variant.text)[0] for variant in variants}) > 2, "the first one too"
+    if heading:
+        assert all("## Runbooks of release QX-100" in variant.text for variant in variants)
+
+
+def test_a_row_that_is_twice_in_an_update_counts_twice(drilled):
+    phases = plan_phases(drilled.schedule)
+    twice = drilled.replace(**{"train.batch_size": 16, "train.drills.share": 1.0})
+    updates = plan_updates([12] * len(phases), phases, twice.train)
+    loader = TrainDataLoader(twice, "by-hand", updates, packed_batch)
+    made = loader[updates[0]]
+    assert len(set(batch_rows(updates[0], 12, twice.train))) < 16
+    assert made.answer_tokens == sum(int((batch.labels != -100).sum()) for ((batch, _),) in made.parts)
+    loader.close()
