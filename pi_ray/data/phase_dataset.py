@@ -135,8 +135,9 @@ def publish_phase(folder: Path, final: Path, prefix_ids: list[int], **manifest: 
 
 
 class Lengths(NamedTuple):
-    """Tokens of each row: those that are fed alone and those that are learned, then those before and in its longest
-    answer. Without turns that are fed between learned ones, both pairs are the prompt and the label.
+    """Four numbers of tokens for each row: fed and not learned; learned; before its longest answer; of that answer.
+
+    For a row with one answer the last two are the first two.
     """
 
     fed: np.ndarray

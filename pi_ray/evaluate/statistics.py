@@ -146,7 +146,8 @@ def gap_recovered(columns: Sequence[Any], score: Score, bootstrap: int, seed: in
     gains, gaps = drawn[:, 0] - drawn[:, 1], drawn[:, 2] - drawn[:, 1]
     if min(full - none, _interval(gaps)[0]) <= 0:
         return math.nan, math.nan, math.nan, False
-    # at most 1 in 40 resamples has no gap; one of almost 0 makes these the most extreme, and not of the wrong sign
+    # Up to 1 in 40 resamples may have a gap of 0 or less. Raised to a tiny one, it makes their ratios very large and
+    # keeps their sign.
     return float((mine - none) / (full - none)), *_interval(gains / np.maximum(gaps, NEAR * (full - none))), True
 
 

@@ -16,7 +16,7 @@ from pi_ray.schedule import plan_phases
 
 PREPARED = ("task", "model", "prompt", "compress", "retrieve")  # the blocks that preparation reads
 # Keys of `train` that do not change the adapter. workers and micro_batch only spread the rows of an update, which
-# changes rounding alone: a run may go on with others.
+# changes rounding alone, and with dropout which random numbers a row meets: a run may go on with others.
 NOT_LEARNED = {
     "max_failures", "keep_checkpoints", "checkpoint_every", "collective_timeout_s", "tracker", "attention", "workers",
     "min_workers", "resize_every_s", "micro_batch",
@@ -96,7 +96,8 @@ def training_metric_settings(config: RunConfig) -> dict[str, Any]:
 
 
 def _metric_marks(config: RunConfig) -> list[Any]:
-    """List what adapters depend on of task.metric: that dev answers are kept, and by which metric early stop decides.
+    """The parts of task.metric that change an adapter: that there is one, since dev answers are then kept, and with
+    early stopping the metric that decides.
     """
     if not config.training_metric:
         return []

@@ -2,9 +2,11 @@
 
 - The template of training or a compressed form of it, before the query or as system message, is stripped, with examples
   of training rows, also as turns of user and assistant: the adapter gets the query. White space does not count.
+- Values that vary (varying_values.py) may stand in the template, and it may begin as system message and end before the
+  query.
 - A changed template (at least SIMILAR of its n-grams are there) goes to the base model, compressed as far as that needs
-  no compressor: of each run of MIN_MATCH or more template words, those are dropped that the best compressed form (that
-  of the highest rate below 1) dropped. Where the compressor rewrote the template instead, the prompt stays as it came.
+  no compressor: where MIN_MATCH or more words in a row are the template's, those are left out that its best compressed
+  form (that of the highest rate below 1) leaves out. Where the compressor rewrote the template, the prompt stays.
 - A system message that says no more than "You are a helpful assistant." is stripped. Any other is refused: the adapter
   was trained without it, and to drop its request in silence would give a wrong answer.
 - Anything else is a query.

@@ -35,8 +35,8 @@ class Batch:
 
 LEAST_SUFFIX = 2  # tokens of a row behind a cache: one alone is taken for generation, which changes the cache in place
 
-# Prompt ids (without the prefix), and label ids: those to learn, and between them the complements, below 0, of ids that
-# are fed alone, such as a user's turns between an assistant's.
+# (prompt ids without the prefix, label ids). A label may hold ids that are fed and not learned, such as a user's turn
+# between two answers: these are stored as ~id, which is below 0.
 TokenRow = tuple[list[int], list[int]]
 Pack = Callable[[list[int], Sequence[TokenRow]], Batch]  # (prefix, rows) -> batch
 

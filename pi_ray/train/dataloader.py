@@ -148,9 +148,8 @@ class Prefetcher(Generic[T]):
     """`prefetcher[i]` is `make(i)`; `make(i + 1)` then starts in the background, below `count` and where `can_make`.
 
     What `make` raises is raised where the item is asked for. Only the present and the next item are kept. The thread
-    computes alone: with a second team of OpenMP threads there were more threads than cores, and libgomp would let
-    training's own sleep between operations instead of spinning, which slows each update.
-    Threads that begin after it and do not set their number of OpenMP threads get one too.
+    has one OpenMP thread: with more there were more than cores, and training's own would sleep between operations,
+    which slows each update. Threads that start later begin with one too, unless they set their number.
     """
 
     def __init__(self, make: Callable[[int], T], count: int, can_make: Callable[[int], bool] = lambda i: True):

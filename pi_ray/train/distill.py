@@ -1,13 +1,13 @@
 """Distillation: a teacher that reads the full prompt answers for students that will not see it.
 
 The teacher is the adapter after the full-prompt phase, which has learned to read the prompt, or the base model. Once,
-at the first phase transition, it answers the unlabelled queries greedily, and its likeliest tokens are stored at each
-place of every answer. Labels stand as they are, since it may misread what a label says; with a smaller `label_weight`
-its tokens are stored along them too. It judges under several views of the prompt, which differ in the order of its
-lists: a line that is misread is misread otherwise in another order, so that an answer is kept where all views agree.
-The first view judges while it generates; each other one takes a forward pass over the answer.
-Later phases learn from both kinds, so that facts which only the template tells reach an adapter that sees the query
-alone. The paper trains on labels only; this goes beyond it.
+before the first phase that learns from it, it answers the unlabelled queries greedily, and its likeliest tokens are
+stored at each place of every answer. Labels stand as they are, since it may misread what a label says; with a smaller
+`label_weight` its tokens are stored along them too. It judges under several views of the prompt, which differ in the
+order of its lists: it misreads a line differently in another order, so that an answer is kept where all views agree.
+The first view judges while it generates; each other one takes a forward pass over the answer. Later phases learn from
+both kinds, so that facts which only the template tells reach an adapter that sees the query alone. The paper trains on
+labels only; this goes beyond it.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The prefix cache: keys and values of prompts in blocks of 16 tokens, which prompts with the same beginning reuse.
 
 Layers that keep a state have it at one position and not of every block. Their states are kept behind some blocks: where
-a prompt was read in pieces, and where two prompts part. Of two prompts the first leaves its blocks, the second finds
-how far they are the same and leaves the states there, and from the third one on both are reused.
+a prompt was read in pieces, and where two prompts part. The first of two prompts that begin alike leaves its blocks.
+The second finds how far they agree and keeps the states there. From the third on, blocks and states are reused.
 """
 
 from collections import OrderedDict

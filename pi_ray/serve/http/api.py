@@ -105,9 +105,9 @@ def create_api(backend: CompletionBackend, serve: ServeConfig, digest: str = "")
 class AuthMiddleware:
     """ASGI middleware that checks the bearer key before anything else, and has it in `request.state.key`.
 
-    A server without keys listens on loopback, where a web page that somebody looks at can reach it too: such requests
-    bear a foreign name in Origin, or (DNS rebinding) in Host, or say cross-site in Sec-Fetch-Site, as an image's or a
-    script's does, whose success alone would tell which adapters there are. They are refused, and so is UNCANCELLABLE.
+    A server without keys listens on loopback, where a web page that somebody looks at can reach it too. Browsers mark
+    such requests, which are refused: Origin or (DNS rebinding) Host names another site, or Sec-Fetch-Site is
+    cross-site, as for images and scripts, which would tell a page what there is. UNCANCELLABLE is refused too.
     """
 
     def __init__(self, app: Any, keys: ApiKeys):

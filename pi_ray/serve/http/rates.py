@@ -45,7 +45,8 @@ class KeyRates:
 
     def admit(self, key: ApiKey, requests: int = 1) -> None:
         """Count what one body asks for: `requests` answers. Raises RefusedError 429, which says when to come back,
-        while a limit is used up. More answers than a minute's worth wait for a full bucket, and are paid back.
+        while a limit is used up. More answers than a minute allows are admitted once the bucket is full, which then
+        falls below zero: later requests wait until it has refilled.
 
         The tokens of a request are known only afterwards (`charge`), so it is admitted while any are left.
         """
