@@ -30,7 +30,7 @@ def normalised(query: str) -> str:
 
 
 def question_of(row: Any) -> str:
-    """What a row asks, by which rows are the same: its query, normalised, and the documents that come with it."""
+    """Return what a row asks, its normalised query and a hash of its documents: rows that ask the same are the same."""
     query, documents = normalised(row.query), getattr(row, "documents", ())
     if not documents:
         return query

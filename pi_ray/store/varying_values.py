@@ -46,8 +46,11 @@ class VaryingPrompt:
 
         With `whole` the prompt is all of `text`, else its beginning, which cannot end with a value.
         """
-        flat, (first, *others) = collapse_whitespace(text), self._parts
-        if not others or not flat.startswith(first) or not (others[-1] or whole):
+        first, *others = self._parts
+        if not others or not (others[-1] or whole):
+            return None
+        flat = collapse_whitespace(text)
+        if not flat.startswith(first):
             return None
         at, values = len(first), list[str]()
         for left, part in zip(reversed(range(len(others))), others, strict=True):
