@@ -82,6 +82,21 @@ def attach_of(sync: StorageSync | None) -> Attach | None:
     return partial(sync.attach_worker, uuid.uuid4().hex) if sync else None
 
 
+def fetch_on_nodes(sync: StorageSync) -> None:
+    """Fetch the run directory on every node that the cluster has now, for actors that are not pi-ray's, as vLLM's are.
+
+    Raises StorageError and CorruptArtifactError as `StorageSync.pull` does.
+    """
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    fetch = ray.remote(num_cpus=0)(lambda: sync.pull(unfinished=False))
+    nodes = [node["NodeID"] for node in ray.nodes() if node["Alive"]]
+    strategies = [NodeAffinitySchedulingStrategy(node, soft=False) for node in nodes]
+    with raise_worker_errors():
+        ray.get([fetch.options(scheduling_strategy=strategy).remote() for strategy in strategies])
+
+
 def to_payload(error: errors.PiRayError) -> list[str]:
     """An error as a JSON value that `from_payload` makes the same error of."""
     return [type(error).__name__, str(error)]

@@ -13,7 +13,7 @@ from typing import Any
 
 from pi_ray.cluster import placement, session, storage_sync
 from pi_ray.config import RunConfig
-from pi_ray.data.ray_map import quiet_context
+from pi_ray.data.ray_map import fetch_on_nodes, quiet_context
 from pi_ray.errors import ConfigError, ModelError
 from pi_ray.models.base_files import resolve_base
 from pi_ray.train import vllm_options
@@ -62,8 +62,6 @@ def why_not_vllm(config: RunConfig, adapters: Sequence[str], nodes: Sequence[Map
         return "the cluster has no GPU, and this vLLM is not its build for CPUs"
     if for_cpus and gpus:
         return "the cluster has GPUs, and this vLLM is its build for CPUs"
-    if adapters and storage_sync.sync_for(config.root):
-        return "the run directory is on object storage, where vLLM does not find adapters"
     if config.cluster.labels.get("evaluate"):
         return "cluster.labels chooses the nodes of evaluation, which Ray Data's processor for LLMs cannot"
     settings = [adapter_settings(folder) for folder in adapters]
@@ -94,6 +92,9 @@ def answer_prompts(
     from ray.exceptions import RayError
 
     options = processor_arguments(config, prompts, nodes, actors)
+    if sync := storage_sync.sync_for(config.root):
+        sync.push_changes()
+        fetch_on_nodes(sync)  # where vLLM looks for adapters
     prefixes = {id(p.prefix): list(p.prefix) for p in prompts}
     rows = [
         {
@@ -131,7 +132,7 @@ def processor_arguments(
         key = "cluster.evaluate_resources.GPU is not cluster.gpus_per_replica"
         raise ConfigError(f"vLLM takes the GPUs of one copy for each actor, and {key}; leave out one of them")
     share = {name: amount / gpus for name, amount in config.cluster.evaluate_resources.items()}
-    bundle = {"CPU": placed.get("num_cpus", 1) if on_cpus else 1, **share, **({} if on_cpus else {"GPU": 1})}
+    bundle = {"CPU": placed.get("num_cpus", 1) / gpus if on_cpus else 1, **share, **({} if on_cpus else {"GPU": 1})}
     adapters = sorted({p.adapter for p in prompts if p.adapter})
     ranks = [adapter_settings(folder)["r"] for folder in adapters]
     longest = max(len(p.prefix) + len(p.ids) + p.sampling["max_tokens"] for p in prompts)

@@ -27,11 +27,14 @@ def is_for_cpus() -> bool:
 
 def engine_options(config: RunConfig, on_cpus: bool) -> dict[str, Any]:
     """vLLM's engine arguments for the base model, over as many GPUs as one copy takes. Raises ConfigError, ModelError.
+
+    Ray's actors hold the parts of a copy on GPUs; vLLM has them in processes of its own on CPUs, where Ray's have none.
     """
-    model = config.model
+    model, parts = config.model, replica_gpus(config)
     return {
         "dtype": str(model_dtype(model, "cpu" if on_cpus else "cuda")).removeprefix("torch."),
-        "trust_remote_code": False, "enable_lora": True, "tensor_parallel_size": replica_gpus(config),
+        "trust_remote_code": False, "enable_lora": True, "tensor_parallel_size": parts,
+        **({"distributed_executor_backend": "mp"} if on_cpus and parts > 1 else {}),
         **({"revision": model.revision} if model.revision else {}),
         **({"quantization": "bitsandbytes"} if model.quantize else {}),
     }

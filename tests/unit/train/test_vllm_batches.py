@@ -68,9 +68,6 @@ def test_each_reason_against_vllm_is_said(tiny_model, adapter, installed, tmp_pa
     assert "an adapter has 600" in why_not_vllm(run, [changed(adapter, tmp_path / "r", r=600)], GPUS)
     labelled = config(tiny_model, **{"cluster.labels": {"evaluate": {"zone": "a"}}})
     assert "cluster.labels" in why_not_vllm(labelled, [adapter], GPUS)
-    monkeypatch.setattr(vllm_batches.storage_sync, "sync_for", lambda root: object())
-    assert "object storage" in why_not_vllm(run, [adapter], GPUS)
-    assert why_not_vllm(run, [], GPUS) == "", "the base alone needs no adapter's folder"
 
 
 def test_rays_processor_is_told_of_adapters_gpus_and_lengths(tiny_model, adapter, installed, tmp_path):
