@@ -21,13 +21,13 @@ class AskConfig(Block):
     kinds: tuple[AskKind, ...] = doc(("direct", "reworded", "two", "edge"), "direct: in the unit's words; reworded: in "
         "others; two: needs two units; edge: at a rule's border. An adapter writes direct and two alone")
     rounds: Positive = doc(3, "times that what is missing is asked for again")
-    temperature: Annotated[float, Field(gt=0, le=2)] = 1.0
-    top_p: Annotated[float, Field(gt=0, le=1)] = 0.95
+    temperature: Annotated[float, Field(gt=0, le=2)] = doc(1.0, "of the writer: lower ones repeat themselves")
+    top_p: Annotated[float, Field(gt=0, le=1)] = doc(0.95, "share of the probability that the writer draws from")
     near: Rate = doc(0.85, "a query is too near to another about the same units from this Jaccard similarity of their "
         "one- and two-word sequences on")
     updates: Positive = doc(60, "of the adapter that writes, 16 rows each")
     lr: Annotated[float, Field(gt=0)] = doc(1e-3, "of the adapter that writes")
-    seed: Count = 0
+    seed: Count = doc(0, "another one writes other queries")
 
     def model_post_init(self, context: Any) -> None:
         refuse(not self.kinds, "ask.kinds: name at least one kind of query")

@@ -16,13 +16,13 @@ Line = Annotated[str, Field(pattern=r"^[^\n\r]*$")]
 class KubernetesConfig(Block):
     """Values of the KubeRay files besides the nodes. Names of secrets stand here, secrets never."""
 
-    namespace: Name = "pi-ray"
+    namespace: Name = doc("pi-ray", "namespace of all that is rendered")
     secret: Name = doc("pi-ray", "Secret with the keys auth_token (Ray), api_key (serving), redis_password, and "
         "hf_token if the hub asks for one")
     service_account: Literal[""] | Name = doc("", "account of pods that read s3:// or gs:// by workload identity")
     storage_claim: Name = doc("pi-ray", "ReadWriteMany PersistentVolumeClaim, mounted at cluster.storage_path")
     storage_class: Literal[""] | Name = doc("", "class of a claim that is made for you; empty: the cluster's default")
-    storage_gib: Positive = 1000
+    storage_gib: Positive = doc(1000, "size of the shared volume for runs and store, without cluster.storage_path")
     redis: Word = doc("", "host:port of your Redis for the GCS's fault tolerance; empty: a small one is rendered too")
     refresh: Annotated[str, Field(pattern=r"^[0-9A-Za-z*/, -]+$")] = doc("0 3 * * 0", "when the adapter is trained "
         "again on the rows as they are then, from where it stands (cron)")
@@ -31,7 +31,7 @@ class KubernetesConfig(Block):
 class LauncherConfig(Block):
     """Machines of a cloud, for `ray up`."""
 
-    provider: Literal["aws", "gcp"] = "aws"
+    provider: Literal["aws", "gcp"] = doc("aws", "whose machines `ray up` starts")
     region: Word = doc("", "empty: us-west-2, us-central1")
     zone: Word = doc("", "empty: us-west-2a, us-central1-a")
     project: Word = doc("", "GCP's project id; empty: that of your credentials")
@@ -46,9 +46,9 @@ class LauncherConfig(Block):
 class SlurmConfig(Block):
     """The batch job."""
 
-    partition: Word = ""
-    account: Word = ""
-    time: Annotated[str, Field(pattern=r"^[0-9:-]+$")] = "2-00:00:00"
+    partition: Word = doc("", "empty: the cluster's default")
+    account: Word = doc("", "account that the hours are charged to; empty: your default")
+    time: Annotated[str, Field(pattern=r"^[0-9:-]+$")] = doc("2-00:00:00", "longest a job may take, as Slurm writes it")
     setup: tuple[Line, ...] = doc((), "lines run before Ray starts, such as 'source /shared/venv/bin/activate'")
 
 
@@ -66,7 +66,7 @@ class ClusterConfig(Block):
     storage_path: Word = doc("", "storage that every node sees, for run directories and the adapter store: a folder "
         "such as an NFS mount, s3://bucket/folder or gs://bucket/folder")
     image: Word = doc("pi-ray:cuda", "container image, made from cluster/Dockerfile")
-    gpus_per_node: Positive = 8
+    gpus_per_node: Positive = doc(8, "GPUs of a GPU node")
     gpu_memory_gib: Positive = doc(80, "memory of one GPU: 80, or 40 for the smaller A100")
     gpus_per_replica: Literal["auto"] | Positive = doc("auto", "GPUs of a node over which one copy of the base model "
         "is spread in evaluation, as a teacher and in serving; auto: as few as hold it")
@@ -75,8 +75,8 @@ class ClusterConfig(Block):
     gpu_node_labels: dict[Word, Word] = doc({}, "Kubernetes labels of GPU nodes, such as "
         "{cloud.google.com/gke-accelerator: nvidia-a100-80gb}")
     cpu_nodes: Count = doc(4, "CPU nodes that are added while rows are prepared, at most")
-    cpu_node_cpus: Positive = 30
-    cpu_node_memory_gib: Positive = 110
+    cpu_node_cpus: Positive = doc(30, "CPUs that a CPU node gives to Ray")
+    cpu_node_memory_gib: Positive = doc(110, "memory that a CPU node gives to Ray")
     kubernetes: KubernetesConfig = KubernetesConfig()
     launcher: LauncherConfig = LauncherConfig()
     slurm: SlurmConfig = SlurmConfig()

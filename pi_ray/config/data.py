@@ -29,9 +29,9 @@ COMPRESS_MODELS = {  # compressor -> its default model, where that is not compre
 class RowsConfig(Block):
     """Rows of each split that are used, 0: all. opsql takes the first ones, other tasks those whose ids hash lowest."""
 
-    train: Count = 0
-    dev: Count = 0
-    test: Count = 0
+    train: Count = doc(0, "training rows that are taken; 0: all")
+    dev: Count = doc(0, "dev rows; 0: all")
+    test: Count = doc(0, "test rows; 0: all")
     unlabelled: Count = doc(0, "queries without an answer, for distillation")
 
 

@@ -47,7 +47,7 @@ class EvaluateConfig(Block):
     baseline: bool = doc(True, "also train and evaluate plain fine-tuning without a prompt")
     engine: Literal["auto", "transformers", "vllm"] = omit_default("auto", "what generates answers, and those of a "
         "teacher in actors; auto: vllm where it is installed and can, else transformers, which always measures latency")
-    batch_size: Positive = 16
+    batch_size: Positive = doc(16, "rows answered at once; fewer take less memory")
     max_new_tokens: Count = doc(0, "0: the longest answer of the data, plus a quarter")
     shots: Count = doc(0, "examples in the base model's full prompt; 0: as the first phase")
     latency_rows: Positive = doc(12, "rows timed one by one")
@@ -61,12 +61,12 @@ class EvaluateConfig(Block):
 class CostConfig(Block):
     """Prices in money per million tokens, for the cost table and the break-even."""
 
-    currency: str = "USD"
+    currency: str = doc("USD", "what the prices are in")
     input: Amount = doc(0.50, "per million input tokens")
     cached_input: Amount = doc(0.05, "per million input tokens read from a prefix cache")
     output: Amount = doc(1.50, "per million output tokens")
     training_hour: Amount = doc(2.00, "one worker for an hour")
-    requests_per_month: Positive = 1_000_000
+    requests_per_month: Positive = doc(1_000_000, "for the days until training is paid back")
 
 
 TEACHES = ("distill", "mixed")  # objectives with a teacher
@@ -76,7 +76,8 @@ CONVERSATION_DEFAULTS = (("prompt", "conversation", True), ("schedule", "shots",
 class RunConfig(Block):
     """One run.yaml."""
 
-    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")]
+    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$",
+        description="of the run, its folder, its adapter in the store and the model's name in the API")]
     run_dir: str = doc("", "default: ./runs/<name>")
     store: str = doc("", "adapter store: a folder, s3://, gs://, hf:// or file://; default: ./store")
     task: TaskConfig = TaskConfig()

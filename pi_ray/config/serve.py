@@ -8,15 +8,15 @@ from pi_ray.config.block import Amount, Block, Count, Positive, doc, omit_defaul
 
 
 class ServeConfig(Block):
-    host: str = "127.0.0.1"
-    port: Annotated[int, Field(ge=1, le=65535)] = 8000
-    engine: str = "transformers"
-    min_replicas: Count = 1
-    max_replicas: Positive = 1
-    max_ongoing_requests: Positive = 8
-    max_queued_requests: Positive = 16
+    host: str = doc("127.0.0.1", "address to listen on; 0.0.0.0: all, with keys alone")
+    port: Annotated[int, Field(ge=1, le=65535)] = doc(8000, "port of the API")
+    engine: str = doc("transformers", "transformers: pi-ray's own; vllm: vLLM in Ray's deployment for it")
+    min_replicas: Count = doc(1, "replicas without load; 0: none, and the first request waits for one")
+    max_replicas: Positive = doc(1, "replicas under full load")
+    max_ongoing_requests: Positive = doc(8, "requests that a replica answers at once, in one batch")
+    max_queued_requests: Positive = doc(16, "requests that wait; further ones get 429")
     api_replicas: Positive = doc(1, "replicas of the HTTP side (keys, bodies, streams), each with its own queue")
-    request_timeout_s: Annotated[float, Field(gt=0)] = 60.0
+    request_timeout_s: Annotated[float, Field(gt=0)] = doc(60.0, "longest a request may take; then 408")
     step_timeout_s: Annotated[float, Field(gt=0)] = doc(300.0, "a replica is replaced when a decoding step takes "
         "longer")
     upscale_delay_s: Amount = doc(5.0, "how long too many requests must go on before another replica starts; the "
@@ -39,7 +39,7 @@ class ServeConfig(Block):
     share_prefix_cache: bool = doc(False, "among clients of different keys: faster where prompts begin alike, but the "
         "time to a first token can tell what others sent; false: each key has its own")
     prefill_tokens: Count = doc(0, "prompt tokens read between two decoding steps; 0: 256 on a CPU, 2048 on a GPU")
-    body_limit_bytes: Positive = 1_048_576
+    body_limit_bytes: Positive = doc(1_048_576, "largest body of a request; larger ones get 413")
     api_key_env: str = doc("PI_RAY_API_KEY", "variable with the bearer key; off loopback it or keys_file must be set")
     keys_file: str = doc("", "YAML or JSON with more keys: the sha256 of each, whose it is, and the adapters it may "
         "use; 'pi-ray key NAME' makes one")

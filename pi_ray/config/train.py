@@ -41,8 +41,8 @@ class ScheduleConfig(Block):
     """Phases: template rate and shots fall to nothing (paper 4.1, 4.2)."""
 
     name: str = doc("linear", "linear, exp, inverse-exp, constant, list")
-    phases: Annotated[int, Field(ge=1, le=1000)] = 3
-    rate_start: Rate = 1.0
+    phases: Annotated[int, Field(ge=1, le=1000)] = doc(3, "phases over which the prompt shrinks")
+    rate_start: Rate = doc(1.0, "share of the template in the first phase")
     rate_end: Rate = doc(0.0, "above 0: that much template is still sent at inference")
     shots: Count = doc(2, "examples in the first phase")
     epochs: Positive | tuple[Positive, ...] = doc(1, "passes over the rows: one number, or one for each phase")
@@ -69,8 +69,8 @@ class LoraConfig(Block):
     method: Literal["lora", "rslora", "dora", "pissa", "ia3"] = omit_default("lora", "as peft has them; pissa is saved "
         "as LoRA of twice the rank; dora and ia3 can be evaluated, but not published")
     rank: Positive = doc(32, "paper A.2")
-    alpha: Positive = 64
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    alpha: Positive = doc(64, "scale of the update: alpha / rank")
+    dropout: Annotated[float, Field(ge=0, lt=1)] = doc(0.0, "share of a LoRA layer's inputs that are left out")
     targets: str | tuple[str, ...] = doc("all-linear", "module names as peft takes them. all-linear: every linear "
         "layer but the output; in a mixture of experts only attention's, since the experts are fused tensors and the "
         "router stays as it is; with ia3 peft's own choice")
@@ -178,7 +178,7 @@ class TrainConfig(Block):
         "while a node is lost")
     min_workers: Count = omit_default(0, "what train.workers: [least, most] sets")
     resize_every_s: Amount = omit_default(60.0, "with [least, most]: how often it is looked whether more workers fit")
-    gpu: bool | Literal["auto"] = doc("auto", "auto: use GPUs when the cluster has them")
+    gpu: bool | Literal["auto"] = doc("auto", "auto: GPUs where the cluster has one for each worker, else CPUs")
     backend: BackendConfig = BackendConfig()
     lora: LoraConfig = LoraConfig()
     objective: Literal["sft", "distill", "mixed"] = doc("sft", "labels (the paper), a fully prompted teacher, or both")
@@ -186,11 +186,11 @@ class TrainConfig(Block):
     drills: DrillsConfig = DrillsConfig()
     batch_size: Positive = doc(16, "rows of one update, over all workers")
     micro_batch: Count = doc(0, "rows of one forward pass on one worker; 0: as many as the batch gives it")
-    lr: Annotated[float, Field(gt=0)] = 5e-4
+    lr: Annotated[float, Field(gt=0)] = doc(5e-4, "highest learning rate")
     warmup: Annotated[float, Field(ge=0, lt=1)] = doc(0.05, "share of the updates with rising learning rate")
     lr_end: Rate = doc(0.1, "share of lr at the last update (cosine)")
-    weight_decay: Amount = 0.0
-    grad_clip: Annotated[float, Field(gt=0)] = 1.0
+    weight_decay: Amount = doc(0.0, "of AdamW")
+    grad_clip: Annotated[float, Field(gt=0)] = doc(1.0, "largest norm of an update's gradient")
     phase_transition: Literal["carry", "rewarm", "reset"] = doc("carry", "at a phase transition: keep optimiser and "
         "learning rate, warm the rate up again, or also clear the optimiser")
     share_prefix: bool = doc(True, "compute the template once per batch")
@@ -199,9 +199,10 @@ class TrainConfig(Block):
     init_adapter: str = omit_default("", "folder of an adapter, such as store/NAME/v0001, whose weights training "
         "starts from; of the same base, LoRA shape and alpha. Empty: a fresh one")
     gist: Count = omit_default(0, "trained gist tokens through which rows see the template (Mu et al. 2024); 0: none")
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool = doc(False, "compute each layer again in the backward pass: far less memory for "
+        "activations, a third more time")
     checkpoint_every: Positive = doc(20, "updates between checkpoints")
-    keep_checkpoints: Annotated[int, Field(ge=2)] = 3
+    keep_checkpoints: Annotated[int, Field(ge=2)] = doc(3, "newest checkpoints that are kept")
     max_failures: Count = doc(3, "restarts of the worker group before the run stops")
     collective_timeout_s: Positive = omit_default(300, "seconds a worker waits for others before the group restarts")
     dev_every: Count = omit_default(0, "updates between dev scores inside a phase, under the last phase's prompt, or "
@@ -209,7 +210,7 @@ class TrainConfig(Block):
     early_stop: Count = omit_default(0, "dev scores without gain in a row, under the phase's own prompt, that end a "
         "phase; the next goes on from its best adapter; 0: off")
     tracker: Literal["", "tensorboard", "wandb", "mlflow"] = omit_default("", "also gets losses, dev scores and phases")
-    seed: Count = 0
+    seed: Count = doc(0, "of the order of rows, LoRA's first weights, drills and all else that is drawn")
 
     @model_validator(mode="before")
     @classmethod

@@ -24,9 +24,10 @@ from pi_ray.config import ModelConfig, PromptConfig
 from pi_ray.errors import AdapterError
 from pi_ray.run.artifact import MANIFEST, digest, digest_file
 from pi_ray.run.object_storage import is_url
-from pi_ray.store.backends import LATEST_FILE, VERSION, LocalStore, RemoteStore, StoreUnavailableError
 from pi_ray.store.conversation_guard import ConversationGuard
+from pi_ray.store.local import LATEST_FILE, VERSION, LocalStore
 from pi_ray.store.prompt_guard import PROMPT_FILE, PromptGuard
+from pi_ray.store.remote import RemoteStore, StoreUnavailableError
 from pi_ray.store.verify import read_json, validate, verify_adapter
 
 __all__ = [

@@ -10,7 +10,7 @@ from typing import Any
 
 from pi_ray.errors import AdapterError, ConfigError
 from pi_ray.store.adapters import ALIAS, ALIASES, ALIASES_FILE, DEFAULT_ALIAS, LATEST, AdapterStore, Alias, split_name
-from pi_ray.store.backends import VERSION
+from pi_ray.store.local import VERSION
 
 
 def release_version(

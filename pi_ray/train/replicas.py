@@ -48,11 +48,12 @@ def replica_gpus(config: RunConfig) -> int:
     needed = sum(replica_bytes(config).values())
     found = asked if asked != "auto" else 1 << max(0, math.ceil(math.log2(needed / each)))
     if found > cluster.gpus_per_node:
-        where = f"one copy of {config.model.base} takes {needed / GIB:.0f} GiB"
+        copy = f"one copy of {config.model.base}, with a batch of {BATCH_TOKENS:,} tokens, takes {needed / GIB:.0f} GiB"
         raise ConfigError(
-            f"{where}, so {found} GPUs of {gib:.0f} GiB, and a node has {cluster.gpus_per_node} "
+            f"{copy}, so {found} GPUs of {gib:.0f} GiB, and a node has {cluster.gpus_per_node} "
             f"(cluster.gpus_per_node): the smallest cluster that would do has a node of {found} such GPUs; or give "
-            "cluster.gpu_memory_gib, or take model.quantize: 4bit or a smaller model.base"
+            "cluster.gpu_memory_gib, or cluster.gpus_per_replica where rows are few and short, or take "
+            "model.quantize: 4bit or a smaller model.base"
         )
     return found
 

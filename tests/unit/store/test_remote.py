@@ -14,7 +14,7 @@ from pi_ray.errors import AdapterError, ConfigError
 from pi_ray.run import object_storage
 from pi_ray.run.artifact import seal_folder, staged, temporary_path, write_atomic
 from pi_ray.run.directory import RunDir
-from pi_ray.store import backends, disk_cache
+from pi_ray.store import disk_cache, remote
 from pi_ray.store.adapters import AdapterStore, StoreUnavailableError, UnknownAdapterError
 from pi_ray.store.publish import publish_adapter
 from pi_ray.store.release import release_version
@@ -86,7 +86,7 @@ def test_a_new_version_is_seen_within_seconds_and_the_store_is_not_asked_for_eve
     store.open("colours")
     put_in_store(root, "colours", tiny_model, 3, version="v0002")
     assert store.open("colours").version == "v0001"
-    store.backend._clock.now += backends.REFRESH_S
+    store.backend._clock.now += remote.REFRESH_S
     assert store.open("colours").version == "v0002"
     assert store.open("colours@v0001").version == "v0001"
 
@@ -103,7 +103,7 @@ def test_while_the_store_is_out_of_reach_known_adapters_are_served(store, bucket
     with pytest.raises(StoreUnavailableError):
         store.open("shapes")
     assert bucket.asked == asked, "requests do not wait one after the other for a store that has just not answered"
-    store.backend._clock.now += backends.REFRESH_S
+    store.backend._clock.now += remote.REFRESH_S
     assert store.open("shapes").name == "shapes"
 
 
@@ -111,7 +111,7 @@ def test_while_the_store_is_out_of_reach_one_request_in_some_seconds_waits_for_i
     store.open("colours")
     bucket.down = True
     for times in (1, 2):
-        store.backend._clock.now += backends.REFRESH_S
+        store.backend._clock.now += remote.REFRESH_S
         asked = bucket.asked
         for _ in range(10):
             assert store.open("colours").version == store.backend.versions("colours")[-1] == "v0001", times
@@ -120,7 +120,7 @@ def test_while_the_store_is_out_of_reach_one_request_in_some_seconds_waits_for_i
 
 def test_requests_beside_the_one_that_waits_for_the_store_do_not(store, bucket):
     store.open("colours")
-    store.backend._clock.now += backends.REFRESH_S
+    store.backend._clock.now += remote.REFRESH_S
     entered, goes_on, asking = threading.Event(), threading.Event(), []
     bucket._check = lambda: (
         asking.append(threading.current_thread()) or entered.set() or (asking[-1] is waiting and goes_on.wait(30))
@@ -211,7 +211,7 @@ def test_a_flipped_bit_is_refused_and_not_fetched_again_with_every_request(store
     assert bucket.opened == []
     data[-1] ^= 1
     file.write_bytes(data)
-    store.backend._clock.now += backends.RETRY_S
+    store.backend._clock.now += remote.RETRY_S
     assert store.open("colours").name == "colours"
 
 
@@ -286,7 +286,7 @@ def test_a_url_by_fsspec_sees_new_versions(root, tiny_model):
     store.backend._clock = Clock()
     assert store.open("colours").version == "v0001"
     put_in_store(root, "colours", tiny_model, 3, version="v0002")
-    store.backend._clock.now += backends.REFRESH_S
+    store.backend._clock.now += remote.REFRESH_S
     assert store.open("colours").version == "v0002"
 
 
@@ -416,7 +416,7 @@ def test_a_url_with_a_secret_is_refused_without_being_shown():
 
 
 def test_a_manifest_too_large_is_not_read_whole(store, root):
-    (root / "colours" / "v0001" / "manifest.json").write_bytes(b" " * (backends.MAX_JSON_BYTES + 2))
+    (root / "colours" / "v0001" / "manifest.json").write_bytes(b" " * (remote.MAX_JSON_BYTES + 2))
     refused(store, "too large")
 
 
@@ -426,6 +426,6 @@ def test_a_folder_without_a_manifest_is_no_version(store, root):
         store.open("colours")
     write_atomic(root / "colours" / "latest.json", "{}")
     seal_folder(root / "colours" / "v0001")
-    store.backend._clock.now += backends.REFRESH_S
+    store.backend._clock.now += remote.REFRESH_S
     with pytest.raises(AdapterError, match="names no version"):
         store.open("colours")
