@@ -76,10 +76,15 @@ def score_interval(
 
     Then the other end is the exact binomial one for so many rows, or clusters (Clopper and Pearson 1934).
     """
-    mean, low, high = mean_interval(values, bootstrap, seed, clusters)
-    draws, (least, most) = len(values if clusters is None else set(clusters)), (np.min(values), np.max(values))
+    draws = len(values if clusters is None else set(clusters))
+    return exact_ends(mean_interval(values, bootstrap, seed, clusters), values, draws)
+
+
+def exact_ends(found: Interval, values: Sequence[float] | np.ndarray, draws: int) -> Interval:
+    """An interval of the mean of `values` from 0 to 1, as `score_interval` has it for so many rows or clusters."""
+    mean, low, high = found
     bound = 0.025 ** (1 / draws)
-    return mean, (bound if least == 1 else low), (1 - bound if most == 0 else high)
+    return mean, (bound if np.min(values) == 1 else low), (1 - bound if np.max(values) == 0 else high)
 
 
 def paired_mean(

@@ -17,7 +17,9 @@ from pi_ray.config import INPUTS, Block, RunConfig, run_file
 from pi_ray.errors import ConfigError
 from pi_ray.run.artifact import digest
 from pi_ray.run.directory import RunDir
+from pi_ray.run.fingerprint import NOT_LEARNED
 
+NOT_ASKED = {"confirmed", "poll_s", "train_price", "input_price", "output_price", "api_key_env"}  # of a service
 PREFIX = "table."  # overrides that begin so are for the table file, the others for every run of it
 
 
@@ -53,8 +55,8 @@ class SweepConfig(Block):
         "run.yaml for each name; table.model=NAME takes another than the first")
     model: str = ""
     set: dict[str, Any] = Field({}, description="dotted keys of run.yaml that all columns share")
-    metric: str = Field("", description="the metric of the table: exact_match, bleu, pass_at_1, ...; default: the "
-        "first of the run file's task.metric, else exact_match")
+    metric: str | dict[str, str] = Field("", description="the metric of the table: exact_match, bleu, pass_at_1, ..., "
+        "or one for each task; default: the first of the run file's task.metric, else exact_match")
     seeds: Annotated[tuple[int, ...], Field(min_length=1)] = (0, 1)
     columns: dict[str, ColumnConfig]
     mine: str = Field("promptintern", description="the column that the others are compared with")
@@ -109,6 +111,7 @@ class Sweep(NamedTuple):
 
     config: SweepConfig
     base: RunConfig  # the run that all columns start from
+    metric: str  # by which its columns are compared
     runs: tuple[SweepRun, ...]  # first seed first: a sweep that is stopped has one of every column before two of any
     source: Path
 
@@ -126,18 +129,19 @@ def load_sweep(path: Path, overrides: Sequence[str] = ()) -> Sweep:
     """Read a table file and the run file that it names. Raises ConfigError for mistakes in either, and in columns."""
     own = [o.removeprefix(PREFIX) for o in overrides if o.startswith(PREFIX)]
     config = run_file.validate_yaml(SweepConfig, run_file.read_run_file(path), str(path), own)
-    base = run_file.load_run_file(path.parent / config.run_file, [o for o in overrides if not o.startswith(PREFIX)])
+    loaded = run_file.load_run_file(path.parent / config.run_file, [o for o in overrides if not o.startswith(PREFIX)])
     typed = {o.partition("=")[0] for o in overrides if not o.startswith(PREFIX)}
     model, of_model = _model_keys(config, path)
     every = {"evaluate.baseline": False, **config.set, **of_model}
-    base = _replace_keys(base, {key: value for key, value in every.items() if key not in typed}, f"{path}: set")
+    shared = {key: value for key, value in every.items() if not any(_is_inside(key, own) for own in typed)}
+    base = _replace_keys(loaded, shared, f"{path}: set")
+    again = {own: loaded.model_dump() for own in typed if any(_is_inside(own, key) for key in shared)}
+    base = _replace_keys(base, {key: _value_at(dump, key) for key, dump in again.items()}, f"{path}: set")
     base = base.replace(run_dir=str(base.root / model)) if model and "run_dir" not in typed else base
     _refuse_hidden(config, typed, path)
-    config = config.model_copy(update={
-        "metric": _table_metric(config.metric, base, path),
-        "paper": config.papers.get(config.chosen_task, config.paper),
-    })
-    return Sweep(config, base, tuple(_sweep_runs(config, base, path)), path)
+    metric = _table_metric(_metric_of_task(config, path), base, path)
+    config = config.model_copy(update={"paper": config.papers.get(config.chosen_task, config.paper)})
+    return Sweep(config, base, metric, tuple(_sweep_runs(config, base, path)), path)
 
 
 def _choose(key: str, name: str, named: Mapping[str, Any]) -> str:
@@ -164,12 +168,31 @@ def _refuse_hidden(config: SweepConfig, typed: Iterable[str], path: Path) -> Non
     for name, column in config.columns.items():
         for key in typed:
             keys = {*column.set, *column.tasks.get(config.chosen_task, ())}
-            hidden = [own for own in keys if f"{own}.".startswith(f"{key}.") or f"{key}.".startswith(f"{own}.")]
+            hidden = [own for own in keys if _is_inside(own, key) or _is_inside(key, own)]
             if hidden and (not config.only or name in config.only):
                 raise ConfigError(
                     f"{path}: {key} would have no effect on column {name}, which sets {hidden[0]} itself; change it in "
                     "the file, or name other columns with table.only=[...]"
                 )
+
+
+def _is_inside(key: str, block: str) -> bool:
+    """Whether a dotted key is `block` or lies in it."""
+    return f"{key}.".startswith(f"{block}.")
+
+
+def _value_at(values: Any, key: str) -> Any:
+    for part in key.split("."):
+        values = values[part]
+    return values
+
+
+def _metric_of_task(config: SweepConfig, path: Path) -> str:
+    if isinstance(config.metric, str):
+        return config.metric
+    if config.chosen_task not in config.metric:
+        raise ConfigError(f"{path}: metric names none for the task '{config.chosen_task}'")
+    return config.metric[config.chosen_task]
 
 
 def _table_metric(named: str, base: RunConfig, path: Path) -> str:
@@ -193,10 +216,23 @@ def _sweep_runs(config: SweepConfig, base: RunConfig, path: Path) -> Iterator[Sw
                 continue  # the base model has no seed
             changes = column.tasks.get(config.chosen_task, column.set)
             own = _replace_keys(base, changes, f"{path}: columns.{name}.set")
-            shared = {key: True for key in ("run_dir", "name", "evaluate", "serve", "cost", "store", "cluster")}
-            settings = digest(own.model_dump(mode="json", exclude={**shared, "task": set(INPUTS)}))[:8]
-            folder = base.root / "columns" / f"{name}-{settings}" / f"seed-{seed}"
+            folder = base.root / "columns" / f"{name}-{digest(_settings(own))[:8]}" / f"seed-{seed}"
             yield SweepRun(name, seed, column.trained, own.replace(run_dir=str(folder), **{"train.seed": seed}))
+
+
+def _settings(config: RunConfig) -> dict[str, Any]:
+    """The settings that a run's folder is named by: those that change no adapter stand at their defaults.
+
+    So a table goes on in the same folders with another price, or once a service's costs are confirmed.
+    """
+    shared = {key: True for key in ("run_dir", "name", "evaluate", "serve", "cost", "store", "cluster")}
+    found = config.model_dump(mode="json", exclude={**shared, "task": set(INPUTS)})
+    usual = RunConfig(name="usual").model_dump(mode="json")
+    for block, keys in (("train", NOT_LEARNED), ("closed", NOT_ASKED)):
+        for key in keys:
+            found[block].pop(key, None)
+            found[block] |= {key: usual[block][key]} if key in usual[block] else {}
+    return found
 
 
 def _replace_keys(config: RunConfig, changes: dict[str, Any], where: str) -> RunConfig:

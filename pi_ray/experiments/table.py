@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
+from pi_ray.errors import DataError
 from pi_ray.evaluate import statistics
 from pi_ray.evaluate.generation_workers import KINDS
 from pi_ray.evaluate.scoring import clusters_of
@@ -59,7 +60,10 @@ class ColumnResults:
     @cached_property
     def measured(self) -> tuple[float, float, float]:
         """(value, low, high) over seeds and rows."""
-        return statistics.over_seeds(self.statistics, *self.bootstrap, score=score_function(self.metric))
+        found = statistics.over_seeds(self.statistics, *self.bootstrap, score=score_function(self.metric))
+        if self.metric == "bleu":
+            return found
+        return statistics.exact_ends(found, np.array(self.scores), len(self.statistics[0]))
 
     def mean(self, fact: str) -> float:
         return fmean(f[fact] for f in self.facts)
@@ -71,15 +75,24 @@ def score_function(metric: str) -> Any:
     return lambda rows: score(rows.sum(axis=0))
 
 
+def require_metric(facts: dict[str, Any], metric: str) -> None:
+    """Raise DataError where a column's block of a summary lacks the metric of the table."""
+    if facts.get(metric) is None:
+        there = ", ".join(facts["intervals"])
+        raise DataError(f"the table's metric is {metric}, and its runs have {there}; take one of these as table.metric")
+
+
 def read_results(sweep: Sweep) -> list[ColumnResults]:
-    """The columns of which at least one seed has been evaluated, with those seeds."""
-    found, metric = [], sweep.config.metric
+    """The columns of which at least one seed has been evaluated, with those seeds. Raises DataError as above."""
+    found, metric = [], sweep.metric
     for name, column in sweep.config.columns.items():
         runs = [r for r in sweep.runs_of(name) if (r.directory.evaluation / "summary.json").is_file()]
         if not runs:
             continue
         folders, key = [r.directory.evaluation for r in runs], "promptintern" if column.trained else "base"
         summaries = [json.loads((f / "summary.json").read_bytes()) for f in folders]
+        for summary in summaries:
+            require_metric(summary[key], metric)
         rows = [[json.loads(line) for line in (f / "outputs.jsonl").open(encoding="utf-8")] for f in folders]
         found.append(ColumnResults(
             name, column.label, metric, runs, summaries, facts=[s[key] for s in summaries],
@@ -98,14 +111,16 @@ NOTHING = "–"
 
 def table_rows(sweep: Sweep, columns: Sequence[ColumnResults], latencies: Latencies) -> Iterator[list[str]]:
     """The head, then one row for each column. The paper's models come last, one cell each."""
-    metric, paper, base = sweep.config.metric, sweep.config.paper, sweep.base
+    metric, paper, base = sweep.metric, sweep.config.paper, sweep.base
     mine = next((c for c in columns if c.name == sweep.config.mine), None)
     groups = list(columns[0].summaries[0].get("groups", {})) if columns else []
+    of_paper = f" ({paper.metric})" if paper.metric else ""
     names = {
         "metric": metric_name(metric), "currency": base.cost.currency, "groups": " / ".join(groups) or "groups",
         "mine": sweep.config.columns[sweep.config.mine].label,
     }
-    yield ["", *(h.format(**names) for h in (*QUALITY, *REQUEST)), *(f"paper, {model}" for model in paper.rows)]
+    heads = [h.format(**names) for h in (*QUALITY, *REQUEST)]
+    yield ["", *heads, *(f"paper, {model}{of_paper}" for model in paper.rows)]
     tokens = {c.name: c.mean("input_tokens") for c in columns}
     whole = tokens.get(sweep.config.whole or sweep.config.full) or max(tokens.values(), default=0.0)  # of 1.0x
     for c in columns:
@@ -164,7 +179,7 @@ def recovered_gap(sweep: Sweep, columns: Sequence[ColumnResults]) -> tuple[str, 
     values = [c.statistics for c in (mine, none, full)]
     found, low, high, resolved = statistics.gap_recovered(values, score_function(mine.metric), *mine.bootstrap)
     if not resolved:
-        upper, lower = (f"{c.label} {format_metric(sweep.config.metric, c.measured[0], 1)}" for c in (full, none))
+        upper, lower = (f"{c.label} {format_metric(sweep.metric, c.measured[0], 1)}" for c in (full, none))
         return f"No gap to recover at this size: {upper} is not clearly above {lower}.", None
     sentence = f"Gap recovered: {found:.0%} (95%: {low:.0%} to {high:.0%}) of what {full.label} is above {none.label}."
     return sentence, {"value": found, "low": low, "high": high}

@@ -4,7 +4,7 @@ import re
 
 from pi_ray.config import MetricConfig, TaskConfig
 from pi_ray.errors import ConfigError, DataError
-from pi_ray.metrics.normalized import normalize
+from pi_ray.metrics.normalized import PUNCTUATION, normalize
 from pi_ray.protocols import Row
 
 
@@ -16,7 +16,7 @@ class ChoiceMatch:
     """
 
     def __init__(self, config: MetricConfig, task: TaskConfig):
-        self.choices = {normalize(choice) or choice.strip(): choice for choice in config.choices}
+        self.choices = {_key(choice): choice for choice in config.choices}
         if len(self.choices) < max(2, len(config.choices)) or not all(choice.strip() for choice in config.choices):
             raise ConfigError("task.metric choice: choices are two or more texts that differ in more than case and "
                 "punctuation")
@@ -36,7 +36,12 @@ class ChoiceMatch:
 
     def choice_of(self, text: str) -> str:
         """The one choice that a text is or names; "" for none, and for several."""
-        if (whole := normalize(text) or text.strip()) in self.choices:
+        if (whole := _key(text)) in self.choices:
             return self.choices[whole]
-        named = {normalize(found) or found for found in self.named.findall(text)}
+        named = {_key(found) for found in self.named.findall(text)}
         return self.choices.get(named.pop(), "") if len(named) == 1 else ""
+
+
+def _key(text: str) -> str:
+    """What texts that are the same choice have in common: "A" is no article here, and neither is "a)"."""
+    return normalize(text) or PUNCTUATION.sub("", text.casefold()).strip() or text.strip()

@@ -1,12 +1,14 @@
 """Containment: the answer stands somewhere in the output, both normalised."""
 
-import re
+import regex
 
 from pi_ray.config import MetricConfig, TaskConfig
 from pi_ray.metrics.normalized import normalize
 from pi_ray.protocols import Row
 
-APART = r"[0-9a-z]"  # a letter or digit that goes on beside the answer makes another word of it
+# What goes on beside the answer makes another word of it, or another number: 5 is not 3.5, 5.9 or -5.
+LETTER = r"[\p{L}\p{M}\p{N}--[\p{Han}\p{Hiragana}\p{Katakana}]]"
+BEFORE, BEHIND = rf"(?<!{LETTER}|\d\.|(?<!\d)-)", rf"(?!{LETTER}|\.\d)"
 
 
 class Contains:
@@ -19,4 +21,4 @@ class Contains:
         answer = normalize(row.answer)
         if not answer:
             return float(row.answer.strip() in output)
-        return float(bool(re.search(f"(?<!{APART}){re.escape(answer)}(?!{APART})", normalize(output))))
+        return float(bool(regex.search(f"{BEFORE}{regex.escape(answer)}{BEHIND}", normalize(output), regex.V1)))

@@ -49,7 +49,10 @@ def find_leaves(value: Any) -> Leaves:
 
 
 class JsonFields:
-    """Each of `fields` counts as one; without any, each leaf of output and answer does, so that inventing costs too."""
+    """Each of `fields` that output or answer has counts as one; without `fields`, each of their leaves does.
+
+    So inventing costs too, and a field that neither has is no point for free.
+    """
 
     def __init__(self, config: MetricConfig, task: TaskConfig):
         self.fields = [tuple(field.split(".")) for field in config.fields]
@@ -59,7 +62,8 @@ class JsonFields:
 
     def check(self, row: Row) -> str:
         try:
-            reason = self._broken(parse_json_answer(row.answer))
+            answer = parse_json_answer(row.answer)
+            reason = self._broken(answer) or self._lacking(find_leaves(answer))
         except ValueError as error:
             reason = f"it is no JSON ({error})"
         return f"its answer does not fit task.metric json: {reason}" if reason else ""
@@ -77,8 +81,17 @@ class JsonFields:
             return 0.0
         found = find_leaves(value)
         if self.fields:
-            return sum(_below(found, f) == _below(wanted, f) for f in self.fields) / len(self.fields)
+            pairs = [(_below(found, field), _below(wanted, field)) for field in self.fields]
+            there = [ours == theirs for ours, theirs in pairs if ours or theirs]
+            return sum(there) / len(there) if there else 1.0
         return sum(found.get(path) == leaf for path, leaf in wanted.items()) / len(wanted.keys() | found.keys())
+
+    def _lacking(self, leaves: Leaves) -> str:
+        """Why an answer cannot be scored by the fields, such as mistyped ones; "" where it can, or says nothing."""
+        nothing = leaves.get(()) in (("dict", None), ("list", None))
+        if not self.fields or nothing or any(_below(leaves, field) for field in self.fields):
+            return ""
+        return f"it has none of the fields ({', '.join(map('.'.join, self.fields))})"
 
     def _broken(self, value: Any) -> str:
         """Why a value does not follow the schema; "" where it does, or there is none."""

@@ -32,6 +32,10 @@ class RegexMatch:
         except regex.error as error:
             raise ConfigError(f"task.metric regex: '{config.pattern}' is no regular expression: {error}") from None
 
+    def check(self, row: Row) -> str:
+        nothing = "task.metric regex finds an empty text in its answer, as it would in any; let it take a character"
+        return nothing if self._find(row.answer) == "" else ""
+
     def score(self, row: Row, output: str) -> float:
         found = self._find(output)
         if found is None:

@@ -33,6 +33,7 @@ def modelfile_text(adapter: Adapter, encoder: PromptEncoder, model: str, weights
         f'TEMPLATE """{before}{PROMPT}{after}"""',
         f'PARAMETER stop "{tokenizer.eos_token}"',
         "PARAMETER temperature 0",
+        "PARAMETER repeat_penalty 1",  # Ollama's own 1.1 would count against codes that an answer copies
         f"PARAMETER num_predict {adapter.card['max_answer_tokens']}",
     ]
     return "\n".join(lines) + "\n"

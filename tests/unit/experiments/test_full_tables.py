@@ -1,5 +1,6 @@
 """The paper's tables at the paper's size: every file, task and model can be planned, and has the paper's settings."""
 
+import json
 import os
 import shutil
 from io import StringIO
@@ -9,11 +10,13 @@ import pytest
 from rich.console import Console
 
 from pi_ray.config import ModelConfig, RunConfig
-from pi_ray.errors import ConfigError
+from pi_ray.errors import ConfigError, DataError
 from pi_ray.experiments import dry
 from pi_ray.experiments.plan_table import print_table_plan
 from pi_ray.experiments.sweep import is_table, load_sweep
 from pi_ray.models import load_tokenizer
+from pi_ray.run.artifact import write_atomic
+from pi_ray.run.directory import RunDir
 from pi_ray.schedule import plan_phases
 
 ROOT = Path(__file__).parents[3]
@@ -163,9 +166,15 @@ def test_every_column_has_a_dry_run(table, task, shapes, written_once):
 
 
 def test_a_dry_table_prepares_trains_and_evaluates_each_column_once(shapes, monkeypatch):
-    done = []
+    done, scores = [], {"bleu": 1.0, "intervals": {"bleu": [0, 2]}}
+
+    def take(step, config):
+        done.append((step, config.run_dir))
+        if step == "evaluate":
+            write_atomic(RunDir(config.root).evaluation / "summary.json", json.dumps({"promptintern": scores}))
+
     for step in ("prepare", "train", "evaluate"):
-        monkeypatch.setattr(dry.pipeline, step, lambda config, *rest, step=step: done.append((step, config.run_dir)))
+        monkeypatch.setattr(dry.pipeline, step, lambda config, *rest, step=step: take(step, config))
     monkeypatch.setattr(dry, "trained_column", lambda config: "column")
     sweep = load_sweep(FULL / "table7.yaml", [
         f"model.base={shapes / 'llama-2-7b'}", "table.only=[promptintern,gist]",
@@ -175,6 +184,9 @@ def test_a_dry_table_prepares_trains_and_evaluates_each_column_once(shapes, monk
     assert [step for step, _ in done] == ["prepare", "train", "evaluate"] * 2, "of three seeds the first"
     assert len({folder for _, folder in done}) == 2 and not any(Path(folder).exists() for _, folder in done)
     assert "every step of 2 columns works" in console.file.getvalue()
+    scores = {"exact_match": 1.0, "intervals": {"exact_match": [0, 1]}}
+    with pytest.raises(DataError, match="the table's metric is bleu, and its runs have exact_match; take one"):
+        dry.dry_table(sweep, console)
 
 
 def test_a_model_of_a_service_has_no_dry_run():

@@ -116,6 +116,31 @@ def test_a_mistake_is_named(tmp_path, changes, says):
         sweep.load_sweep(table_file(tmp_path, **changes))
 
 
+def test_a_key_inside_a_block_of_the_tables_own_can_be_given_on_the_command_line(tmp_path):
+    path = table_file(tmp_path, set={"prompt": {"chat": "none", "query": "Q: {query}"}, "task.rows.train": 600})
+    base = sweep.load_sweep(path, ["prompt.query='ask: {query}'", "task.rows={train: 50, dev: 5}"]).base
+    assert (base.prompt.query, base.prompt.chat) == ("ask: {query}", "none")
+    assert (base.task.rows.train, base.task.rows.dev) == (50, 5)
+
+
+def test_settings_that_change_no_adapter_change_no_folder(tmp_path):
+    path = table_file(tmp_path)
+    folders = [
+        [run.config.run_dir for run in sweep.load_sweep(path, overrides).runs] for overrides in (
+            [], ["closed.confirmed=true", "closed.input_price=2", "train.max_failures=9", "train.checkpoint_every=1"],
+            ["train.lr=0.5"],
+        )
+    ]
+    assert folders[0] == folders[1] != folders[2]
+
+
+def test_a_table_of_several_tasks_has_a_metric_for_each(tmp_path):
+    path = table_file(tmp_path, run={"a": "run.yaml", "b": "run.yaml"}, metric={"a": "bleu"})
+    assert sweep.load_sweep(path).metric == "bleu"
+    with pytest.raises(ConfigError, match="metric names none for the task 'b'"):
+        sweep.load_sweep(path, ["table.task=b"])
+
+
 def test_another_seed_takes_over_the_preparation(tmp_path):
     found = sweep.load_sweep(table_file(tmp_path))
     first, second = found.runs_of("full")
@@ -219,10 +244,10 @@ def test_the_tables_that_ship_load_and_their_paper_columns_are_there(path):
 
 def test_a_table_is_about_the_runs_first_metric_unless_it_names_another(tmp_path):
     path = table_file(tmp_path)
-    assert sweep.load_sweep(path).config.metric == "exact_match"
+    assert sweep.load_sweep(path).metric == "exact_match"
     (tmp_path / "run.yaml").write_text("name: small\ntask: {metric: [{name: f1, label: words}, number]}\n")
-    assert sweep.load_sweep(path).config.metric == "words"
-    assert sweep.load_sweep(path, ["table.metric=number"]).config.metric == "number"
+    assert sweep.load_sweep(path).metric == "words"
+    assert sweep.load_sweep(path, ["table.metric=number"]).metric == "number"
     with pytest.raises(ConfigError, match=r"metric 'bleu' is none of the run's task\.metric, which has words, number"):
         sweep.load_sweep(path, ["table.metric=bleu"])
     (tmp_path / "run.yaml").write_text("name: small\ntask: {metric: {name: python, file: s.py}}\n")

@@ -11,7 +11,12 @@ LABELS = {"name": "choice", "choices": ["card", "card lost", "card_fee", "Refund
 
 def test_letters_are_chosen_alone_or_in_a_sentence():
     assert score(LETTERS, "B", "B", "b", "(B)", "B.", "The answer is B") == [1, 1, 1, 1, 1]
-    assert score(LETTERS, "A", "A", "A.", "a", "I take a chance", "") == [1, 1, 0, 0, 0]
+    assert score(LETTERS, "A", "A", "A.", "I take a chance", "") == [1, 1, 0, 0]
+
+
+def test_the_letter_that_is_an_article_too_is_a_choice_in_every_case():
+    assert score(LETTERS, "A", "A", "a", "a)", "(A)", "a.", "b") == [1, 1, 1, 1, 1, 0]
+    assert score(LETTERS, "B", "b", "(b)", "a") == [1, 1, 0]
 
 
 def test_an_output_that_names_two_choices_has_chosen_none():

@@ -33,7 +33,15 @@ def test_named_fields_count_alike_whatever_else_there_is():
     assert score(metric, ANSWER, ANSWER, '{"name": "Ann", "x": 1}', '{"home": {"city": "Oslo"}, "tags": [0, "b"]}') == [
         1, 0.333, 0.667,
     ]
-    assert score({"name": "json", "fields": ["none"]}, ANSWER, "{}", '{"none": 1}') == [1, 0], "missing in both"
+    metric = {"name": "json", "fields": ["name", "none"]}
+    assert score(metric, ANSWER, ANSWER, '{"name": "Bo"}', '{"name": "Ann", "none": 1}') == [1, 0, 0.5], "not for free"
+    assert score(metric, "{}", "{}", '{"name": "Ann"}') == [1, 0], "nothing was to be found"
+
+
+def test_an_answer_without_any_of_the_fields_is_refused():
+    mistyped = {"name": "json", "fields": ["nmae", "home.town"]}
+    assert check(mistyped, ANSWER).endswith("it has none of the fields (nmae, home.town)")
+    assert check(mistyped, "5") and not check(mistyped, "[]")
 
 
 @pytest.mark.parametrize("output", [
