@@ -12,8 +12,8 @@ from urllib.parse import urlsplit
 from pi_ray import __version__, hosted
 from pi_ray.config import RunConfig
 from pi_ray.evaluate.columns import AnswerLengths, Answers, Column, RowWatch
-from pi_ray.hosted.client import OPENAI, PARALLEL, replies
-from pi_ray.hosted.price import confirm_cost
+from pi_ray.hosted.client import OPENAI, PARALLEL, replies, unpaid_places
+from pi_ray.hosted.price import confirm_cost, is_confirmed
 from pi_ray.models import load_tokenizer
 from pi_ray.prompt import PromptEncoder, render_prompt
 from pi_ray.run.artifact import digest
@@ -25,7 +25,7 @@ from pi_ray.run.phases import ColumnPrompt
 class HostedAnswerer:
     """The answerer of a run whose models a service has. Answers that are there already are not asked for again.
 
-    Where all columns are the base model no training has confirmed the cost, so it is confirmed here.
+    The cost of the others is confirmed here, unless that was done before the models were tuned.
     """
 
     def __init__(
@@ -45,14 +45,19 @@ class HostedAnswerer:
     def answer(self, columns: Sequence[Column], lengths: AnswerLengths, watch: RowWatch) -> dict[str, Answers]:
         """Raises TrainingError when the cost is declined or the service cannot be reached."""
         config, split = self.config, self.config.evaluate.split
-        if not any(c.adapter for c in columns):
-            prompts = [ColumnPrompt(c.template, c.shots, c.rate) for c in columns]
-            confirm_cost(config, (), prompts, lambda sentence: None, self.confirm)
         encoder = PromptEncoder(load_tokenizer(config.model), config.prompt)
-        bank, answers = {r.id: r for r in self.run.read_rows("train")}, {}
+        bank, answers, sent_of = {r.id: r for r in self.run.read_rows("train")}, {}, {}
         for c in columns:
             shots, rows = self.run.read_shots(split, bank, c.shots), self.run.read_rows(split, c.rate)
             asked = [render_prompt(config.prompt, r.query, c.template, shots.get(r.id, ()), r.documents) for r in rows]
+            sent_of[c.name] = shots, rows, asked
+        missing = partial(unpaid_places, config, limit=lengths.limit)
+        unpaid = [c for c in columns if missing(c.adapter or self.model, sent_of[c.name][2])]
+        if unpaid and not (is_confirmed(config) and any(c.adapter for c in columns)):
+            prompts = [ColumnPrompt(c.template, c.shots, c.rate) for c in unpaid]
+            confirm_cost(config, (), prompts, lambda sentence: None, self.confirm)
+        for c in columns:
+            shots, rows, asked = sent_of[c.name]
             found = replies(config, c.adapter or self.model, asked, lengths.limit, partial(watch, c.name), self.wait)
             # the tokenizer's counts give the share of the prefix, and stand in where the service counts nothing
             prefix = len(encoder.prefix(c.template))

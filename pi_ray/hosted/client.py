@@ -6,6 +6,7 @@ The key comes from the environment and goes to the service alone; it is cut out 
 import json
 import os
 import random
+import re
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -33,6 +34,8 @@ CUT_OFF = ("length", "content_filter")  # reasons for which a reply ends before 
 PAGE = 100  # jobs or events of one listing
 ENDED_BADLY = ("failed", "cancelled")
 CHOSEN_BY = "train.backend.name 'openai'"  # the key that asks for a service, where none else is named
+UNSUPPORTED = re.compile(r"Unsupported (?:parameter|value): '(max_tokens|temperature)'")
+REPLACED = {"max_tokens": "max_completion_tokens"}
 OUT_OF_MONEY = ("insufficient_quota", "billing_hard_limit_reached")  # come as 429, and do not pass
 
 T = TypeVar("T")
@@ -84,6 +87,7 @@ class Service:
             cure = "put the service's key there (any word for a service that wants none)"
             raise ConfigError(f"{block}.api_key_env: the environment variable {settings.api_key_env} is empty; {cure}")
         self.settings, self.wait, self.openai = settings, wait, openai
+        self.refused: dict[str, dict[str, None]] = {}  # model -> keys of a request that it does not take
         url = settings.base_url or OPENAI
         self.client = openai.OpenAI(api_key=self.key, base_url=url, max_retries=0, timeout=REQUEST_S)
 
@@ -128,14 +132,26 @@ class Service:
             return []
 
     def chat(self, model: str, prompt: str, limit: int, sampling: Sampling = MappingProxyType({})) -> Reply:
-        """The answer to one user message, at most `limit` tokens, greedy unless `sampling` says otherwise."""
-        settings: dict[str, Any] = {"temperature": 0, **sampling}
+        """The answer to one user message, at most `limit` tokens, greedy unless `sampling` says otherwise.
+
+        A model that reasons takes its limit by another name, and no temperature but its own.
+        """
+        create: Any = self.client.chat.completions.create
 
         def request() -> Reply:
+            settings = {"max_tokens": limit, "temperature": 0, **sampling}
+            for name in tuple(self.refused.get(model, ())):
+                settings |= {REPLACED[name]: settings[name]} if name in REPLACED else {}
+                del settings[name]
             start = time.perf_counter()
-            done = self.client.chat.completions.create(
-                model=model, messages=[{"role": "user", "content": prompt}], max_tokens=limit, **settings
-            )
+            try:
+                done = create(model=model, messages=[{"role": "user", "content": prompt}], **settings)
+            except self.openai.BadRequestError as error:
+                named = [name for name in UNSUPPORTED.findall(str(error)) if name in settings]
+                if not named:
+                    raise
+                self.refused.setdefault(model, {}).update(dict.fromkeys(named))
+                return request()
             seconds, usage = time.perf_counter() - start, done.usage
             choice = done.choices[0] if done.choices else None
             text, finish = (choice.message.content or "", choice.finish_reason) if choice else ("", None)

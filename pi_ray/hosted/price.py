@@ -1,14 +1,17 @@
 """Money before it is spent: the cost of the phases still to be tuned and of the evaluation, and a person's consent."""
 
+import json
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
 
 from pi_ray.config import RunConfig
 from pi_ray.errors import ConfigError, TrainingError
 from pi_ray.models import load_tokenizer
 from pi_ray.progress import format_money
 from pi_ray.prompt import PromptEncoder
-from pi_ray.run.artifact import read_manifest
+from pi_ray.run.artifact import read_manifest, write_atomic
 from pi_ray.run.directory import RunDir
 from pi_ray.run.phases import ColumnPrompt
 from pi_ray.schedule import plan_phases
@@ -48,8 +51,30 @@ def confirm_cost(
     config: RunConfig, phases: Sequence[int], prompts: Sequence[ColumnPrompt],
     tell: Callable[[str], None], confirm: Callable[[str], bool],
 ) -> None:
-    """Have the cost confirmed, or only told with closed.confirmed. Raises TrainingError when it is declined."""
+    """Have the cost confirmed, or only told with closed.confirmed. Raises TrainingError when it is declined.
+
+    What the evaluation asks is noted, so that `is_confirmed` knows it.
+    """
     require_consent(config, describe_cost(config, phases, prompts), "uploaded", tell, confirm)
+    write_atomic(_consent_path(config), json.dumps(_asked(config)) + "\n")
+
+
+def is_confirmed(config: RunConfig) -> bool:
+    """Whether the cost of an evaluation of this split, these rows and this length of answers was confirmed."""
+    path = _consent_path(config)
+    return path.is_file() and json.loads(path.read_bytes()) == _asked(config)
+
+
+def _consent_path(config: RunConfig) -> Path:
+    return config.root / "closed" / "confirmed.json"
+
+
+def _asked(config: RunConfig) -> dict[str, Any]:
+    settings = config.evaluate
+    return {
+        "split": settings.split, "max_new_tokens": settings.max_new_tokens, "shots": settings.shots,
+        "rows": RunDir(config.root).prepared_fingerprint(),
+    }
 
 
 def require_consent(

@@ -1,7 +1,7 @@
 """Tokens -> money: the price of a request, of training, and the number of requests after which training is paid back.
 
 The adapter's tokens are priced like the base model's; hosts that charge more for adapters need other prices in
-run.yaml. Plain fine-tuning sends the same tokens as PromptIntern, so there is nothing to break even against.
+run.yaml. Plain fine-tuning sends the query alone, so there is nothing to break even against.
 """
 
 import math
@@ -79,21 +79,23 @@ def verdict(summary: dict[str, Any], cost: CostConfig) -> str:
     if is_own_teacher(summary) and not weak:
         without = numbers.format_metric(metric, summary["base"][metric])
         agrees = f"with {name} {ours}, where the base model without any prompt has {without}"
-        if numbers.compare_intervals(mine, summary["base"], metric) != "better":
+        if numbers.compare_to(summary, "base", metric) != "better":
             cure = "Give it more queries, more epochs, or a base model that reads the prompt better."
             return f"Keep your prompt: the adapter answers as it does {agrees}, which shows no gain. {cure}"
         decide = f"The adapter answers as your prompt does {agrees}: look at samples whether that is enough."
         return f"{decide} {payback_verdict(summary_economics(summary, cost), cost)}"
-    if numbers.compare_intervals(mine, full, metric) == "worse":
+    if numbers.compare_to(summary, "base_full_prompt", metric) == "worse":
         worse = f"{name} {ours} against {theirs} with the full prompt"
         return f"Keep your prompt: the adapter is cheaper to ask but measurably worse, {worse}."
     if weak:
         cure = "Give the last phase more epochs, or more rows, before comparing prices."
         return f"Keep looking: with {name} {ours} the adapter is not of use yet, whatever it saves. {cure}"
     text, plain = payback_verdict(summary_economics(summary, cost), cost), summary.get("plain")
-    if plain and (against := numbers.compare_intervals(plain, mine, metric)) != "worse":
+    if plain and (mine_is := numbers.compare_to(summary, "plain", metric)) != "better":
         trained = format_money(trained_cost(cost, summary["train"]["plain"]), cost.currency)
-        text += f" Plain fine-tuning saves as much, its quality is {against}, and its training cost {trained}."
+        saves = "as much" if plain["input_tokens"] == mine["input_tokens"] else "more"
+        quality = "better" if mine_is == "worse" else "level"
+        text += f" Plain fine-tuning saves {saves}, its quality is {quality}, and its training cost {trained}."
     return text
 
 

@@ -70,6 +70,7 @@ def _context(run: RunDir, config: RunConfig, summary: dict[str, Any]) -> dict[st
         "lines": numbers.table_lines(summary), "group_lines": numbers.group_lines(summary, metric),
         "metric": metric_name(metric), "knows": page_knowledge(read_knowledge(run.evaluation)),
         "cost": _cost(summary, config),
+        "same_tokens": summary.get("plain", {}).get("input_tokens") == summary["promptintern"]["input_tokens"],
         "phases": _phase_lines(run, spans),
         "neighbours": summarise_facts(facts, config.retrieve.by) if "method" in facts else "",
         "tokens_svg": charts.tokens_chart(summary), "quality_svg": charts.quality_chart(summary, metric),

@@ -1,7 +1,8 @@
 """The numbers of eval/summary.json as people read them: tables, who is better, and the sentences to take away.
 
-A column is one way of answering (base model, full prompt, plain fine-tuning, PromptIntern). Two columns are called
-different only where their 95% intervals do not overlap, which is stricter than a test of the difference.
+A column is one way of answering (base model, full prompt, plain fine-tuning, PromptIntern). PromptIntern differs from
+another column where the 95% interval of their difference, row by row, leaves out 0. Groups of rows, and summaries
+without that interval, are called different where their own intervals do not overlap, which is stricter.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -66,6 +67,14 @@ def compare_intervals(one: dict[str, Any], other: dict[str, Any], metric: str) -
     """How `one` compares to `other`: "better" or "worse" where the 95% intervals are apart, else "level"."""
     (low, high), (other_low, other_high) = metric_interval(one, metric), metric_interval(other, metric)
     return "better" if low > other_high else "worse" if high < other_low else "level"
+
+
+def compare_to(summary: dict[str, Any], name: str, metric: str) -> str:
+    """How PromptIntern compares to another column: "better", "worse" or "level"."""
+    if found := summary.get("paired", {}).get(name, {}).get(metric):
+        _, low, high, _ = found
+        return "better" if low > 0 else "worse" if high < 0 else "level"
+    return compare_intervals(summary["promptintern"], summary[name], metric)
 
 
 def format_percent(share: float) -> str:
@@ -190,7 +199,8 @@ def headline(summary: dict[str, Any], last: Phase) -> str:
     fewer = token_reduction(summary, mine)
     tokens = f"{mine['input_tokens']:,.0f} input tokens instead of {full['input_tokens']:,.0f}"
     saving = f"{tokens} ({format_percent(fewer)} fewer)" if fewer > 0 else f"{tokens}, which saves nothing"
-    link = {"better": "against", "worse": "below", "level": "level with"}[compare_intervals(mine, full, metric)]
+    compared = compare_to(summary, "base_full_prompt", metric)
+    link = {"better": "against", "worse": "below", "level": "level with"}[compared]
     ours, theirs = (format_metric(metric, c[metric]) for c in (mine, full))
     if facts := reference_teacher(summary):
         name = metric_in_sentence(metric)
@@ -216,8 +226,8 @@ def findings(summary: dict[str, Any]) -> Iterator[str]:
         answered = f"answered {facts['answered']:,} of {facts['queries']:,} unlabelled queries"
         views = f" that it gave in each of {facts['views']} orders of the prompt" if facts.get("views", 1) > 1 else ""
         learned = f"the adapter also learned from the {facts['kept']:,} answers{views or ' that it was sure of'}"
-        plain = "Plain fine-tuning had as many updates, on the labelled rows alone."
-        yield f"A teacher with the full prompt before it {answered}; {learned}. {plain}"
+        plain = " Plain fine-tuning had as many updates, on the labelled rows alone." * ("plain" in summary)
+        yield f"A teacher with the full prompt before it {answered}; {learned}.{plain}"
     if facts.get("generated"):
         yield f"{facts['generated']:,} of these queries were generated from the template: {WRITERS[facts['writer']]}."
     if facts.get("options"):
@@ -237,15 +247,14 @@ def findings(summary: dict[str, Any]) -> Iterator[str]:
 
 
 def _plain_sentences(summary: dict[str, Any], mine: dict[str, Any], metric: str) -> Iterator[str]:
-    """All rows, with the paired test, which sees smaller differences than two intervals; and the most unlike group."""
+    """All rows, with the paired test, and the most unlike group."""
     plain = summary["plain"]
     ours, theirs = format_metric(metric, mine[metric]), format_metric(metric, plain[metric])
     end = {
-        "better": f"reaches {theirs}; PromptIntern's {ours} is better, and the 95% intervals do not overlap.",
+        "better": f"reaches {theirs}; PromptIntern's {ours} is better.",
         "worse": f"does better: {theirs} against {ours}. Use it instead of PromptIntern here.",
-        "level": f"reaches {theirs} against {ours}: the 95% intervals overlap, "
-        "so over all test rows no difference is shown.",
-    }[compare_intervals(mine, plain, metric)]
+        "level": f"reaches {theirs} against {ours}: over all test rows no difference is shown.",
+    }[compare_to(summary, "plain", metric)]
     if found := summary.get("paired", {}).get("plain", {}).get(metric):
         difference, low, high = (v if metric == "bleu" else 100 * v for v in found[:3])
         p = f"= {found[3]:.3f}" if found[3] >= 0.001 else "< 0.001"

@@ -508,6 +508,24 @@ def test_answers_come_in_the_order_of_the_prompts_several_at_a_time_and_greedy(c
     assert {(c["temperature"], c["max_tokens"], c["model"]) for c in service.chats} == {(0, 9, "base-1")}
 
 
+def test_a_model_that_reasons_is_asked_with_the_keys_that_it_takes(config, service):
+    chat = service.chat
+
+    def refuse(wanted):
+        for key, word in (("max_tokens", "parameter"), ("temperature", "value")):
+            if key in wanted:
+                message = f"Unsupported {word}: '{key}' is not supported with this model."
+                return 400, {"error": {"message": message, "type": "invalid_request_error"}}
+        return chat(wanted)
+
+    service.chat = refuse
+    assert answers(config, "base-1", ["a", "b"], 9) == ["k4", "k4"]
+    assert {(c["max_completion_tokens"], c.get("temperature")) for c in service.chats} == {(9, None)}
+    service.chat = lambda wanted: (400, {"error": {"message": "max_tokens is too large: 9"}})
+    with pytest.raises(TrainingError, match="too large"):
+        answers(config, "base-1", ["c"], 9)
+
+
 @pytest.mark.fault
 def test_answers_that_are_there_are_not_asked_for_again_even_after_a_kill_in_mid_line(config, service):
     service.answer = lambda model, prompt: prompt.upper()
@@ -624,6 +642,20 @@ def test_an_evaluation_is_skipped_when_nothing_changed_and_then_asks_nothing(con
     assert evaluate(config) == first
     evaluate(config.replace(**{"evaluate.bootstrap": 30}))
     assert service.requests == []
+
+
+def test_an_evaluation_of_other_rows_is_asked_only_after_its_cost_was_confirmed(config, service):
+    config, asked = config.replace(**{"closed.confirmed": False}), []
+    tune(config, confirm=lambda sentence: asked.append(sentence) or True)
+    evaluate(config)
+    assert len(asked) == 1, "the evaluation was confirmed with the training"
+    longer = config.replace(**{"evaluate.max_new_tokens": 50})
+    service.chats.clear()
+    with pytest.raises(TrainingError, match="not confirmed"):
+        evaluate(longer)
+    assert not service.chats
+    evaluate(longer, confirm=lambda sentence: asked.append(sentence) or True)
+    assert len(asked) == 2 and asked[1].startswith("Evaluation on 6 rows") and service.chats
 
 
 def test_the_base_model_alone_is_asked_only_after_its_cost_was_confirmed(config, service):

@@ -10,8 +10,9 @@ from html.parser import HTMLParser
 import pytest
 from rich.console import Console
 
+from pi_ray.config import CostConfig
 from pi_ray.errors import CorruptArtifactError, DataError
-from pi_ray.report import charts
+from pi_ray.report import charts, cost
 from pi_ray.report import summary as numbers
 from pi_ray.report.loss_plot import read_updates
 from pi_ray.report.page import write_report
@@ -130,6 +131,20 @@ def test_findings_are_honest_about_plain_fine_tuning():
     assert "no difference is shown" in next(numbers.findings(level))
     assert "does better: 90% against 70%" in next(numbers.findings(wins))
     assert "PromptIntern 43%, plain fine-tuning 2%" in list(numbers.findings(summary()))[1]
+
+
+def test_a_difference_that_the_paired_test_sees_is_no_level_though_the_intervals_overlap():
+    close = {"base_full_prompt.exact_match": 0.76, "base_full_prompt.intervals.exact_match": [0.7, 0.82]}
+    lost = summary(**close) | {"paired": {"base_full_prompt": {"exact_match": [-0.06, -0.095, -0.03, 0.0005]}}}
+    assert "level with 76%" in numbers.headline(summary(**close), QUERY_ALONE)
+    assert "70%, below 76%" in numbers.headline(lost, QUERY_ALONE)
+    assert "measurably worse" in cost.verdict(lost, CostConfig())
+    assert "measurably worse" not in cost.verdict(summary(**close), CostConfig())
+    plain = summary(**{"plain.exact_match": 0.68, "plain.intervals.exact_match": [0.6, 0.74]})
+    won = plain | {"paired": {"plain": {"exact_match": [0.02, 0.01, 0.03, 0.01]}}}
+    assert "PromptIntern's 70% is better. Row by row: +2.0 points" in next(numbers.findings(won))
+    even = plain | {"paired": {"plain": {"exact_match": [0.02, -0.01, 0.05, 0.2]}}}
+    assert "no difference is shown. Row by row" in next(numbers.findings(even))
 
 
 def test_headline_says_when_quality_is_lower_or_the_prompt_is_only_shortened():
