@@ -5,6 +5,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 from pi_ray import hosted
@@ -18,7 +19,7 @@ from pi_ray.evaluate.scoring import ScoredAnswers, clusters_of, output_lines
 from pi_ray.protocols import Task
 from pi_ray.registry import tasks
 from pi_ray.run.answered import answered_facts
-from pi_ray.run.artifact import is_current, staged
+from pi_ray.run.artifact import MANIFEST_HASH, is_current, read_manifest, staged
 from pi_ray.run.directory import RunDir
 from pi_ray.run.lock import run_lock
 from pi_ray.run.phases import plain_finetuning_config
@@ -85,6 +86,8 @@ def _evaluate(
         own = {**column.summarise(), **measured, "groups": column.summarise_groups(groups)}
         summary[name] = {"label": LABELS.get(name, name), **own}
     if mine := scored.get("promptintern"):
+        asked = next(c.adapter for c in columns if c.name == "promptintern")
+        summary["adapter_sha256"] = (read_manifest(Path(asked)) or {}).get(MANIFEST_HASH, "")
         summary["paired"] = {name: mine.compare(other) for name, other in scored.items() if other is not mine}
     with staged(run.evaluation, fingerprint=fingerprint) as tmp:
         (tmp / "summary.json").write_text(json.dumps(summary, indent=1, ensure_ascii=False) + "\n")

@@ -25,7 +25,7 @@ from pi_ray.report import charts, cost
 from pi_ray.report import summary as numbers
 from pi_ray.report.knowledge import page_knowledge
 from pi_ray.report.loss_plot import phase_spans, read_log, read_template_entries, read_updates
-from pi_ray.run.artifact import read_manifest, write_atomic
+from pi_ray.run.artifact import MANIFEST_HASH, read_manifest, write_atomic
 from pi_ray.run.directory import RunDir
 from pi_ray.schedule import plan_phases
 
@@ -65,7 +65,7 @@ def _context(run: RunDir, config: RunConfig, summary: dict[str, Any]) -> dict[st
         "names": [(name, numbers.column_label(name, column)) for name, column in found.items()],
         "headline": numbers.headline(summary, phases[-1]),
         "verdict": cost.verdict(summary, config.cost),
-        "findings": list(numbers.findings(summary)), "caveats": list(numbers.caveats(summary)),
+        "findings": list(numbers.findings(summary)), "caveats": [*_stale(run, summary), *numbers.caveats(summary)],
         "tiles": _tiles(summary, config, metric),
         "lines": numbers.table_lines(summary), "group_lines": numbers.group_lines(summary, metric),
         "metric": metric_name(metric), "knows": page_knowledge(read_knowledge(run.evaluation)),
@@ -79,6 +79,13 @@ def _context(run: RunDir, config: RunConfig, summary: dict[str, Any]) -> dict[st
         "templates": read_template_entries(run), "config": dump_config(config),
         "command": summary.get("command") or f"pi-ray run {shlex.quote(str(run.config))}",
     }
+
+
+def _stale(run: RunDir, summary: dict[str, Any]) -> Iterator[str]:
+    """A sentence where the run was trained again since it was evaluated."""
+    here = (read_manifest(run.best) or {}).get(MANIFEST_HASH, "")
+    if here and summary.get("adapter_sha256", here) != here:
+        yield "These scores are those of an earlier adapter of this run: 'pi-ray evaluate' measures the present one."
 
 
 def _tiles(summary: dict[str, Any], config: RunConfig, metric: str) -> list[tuple[str, str, str]]:

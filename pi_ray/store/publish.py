@@ -61,7 +61,7 @@ def publish_adapter(run: RunDir, config: RunConfig, name: str = "") -> Path:
     backend = AdapterStore(config.store).backend
     with backend.lock(name):
         same = backend.find_version(name, fingerprint)
-        version = same or _add(backend, name, source, fingerprint, run, prompt, knowledge)
+        version = same or _add(backend, name, source, fingerprint, _scores(run, manifest), prompt, knowledge)
         backend.write(name, LATEST_FILE, json.dumps({"version": version}) + "\n")
     if read_json(source / CONFIG_FILE).get("target_parameters"):
         log.warning("'%s' adapts experts: serve it alone with serve.merge=%s, or export it --to merged", name, name)
@@ -72,7 +72,7 @@ def publish_adapter(run: RunDir, config: RunConfig, name: str = "") -> Path:
 
 
 def _add(
-    backend: LocalStore | RemoteStore, name: str, source: Path, fingerprint: str, run: RunDir,
+    backend: LocalStore | RemoteStore, name: str, source: Path, fingerprint: str, scores: dict[str, Any],
     prompt: dict[str, Any] | None, knowledge: str,
 ) -> str:
     """Add the next version: check, copy, describe and check again, and only then give the folder its name."""
@@ -80,8 +80,6 @@ def _add(
     base = card["base"]  # training may have written the path of a cache folder instead of the model's public name
     config = read_json(source / CONFIG_FILE)
     config["base_model_name_or_path"] = PACKAGED[base].hub_id if base in PACKAGED else base_name(base)
-    summary = run.evaluation / "summary.json"
-    scores = read_json(summary) if summary.is_file() else {}
     version = f"v{int(next(reversed(backend.versions(name)), 'v0')[1:]) + 1:04d}"
     with backend.stage_version(name, version, fingerprint) as tmp:
         shutil.copyfile(source / WEIGHTS_FILE, tmp / WEIGHTS_FILE)
@@ -95,6 +93,13 @@ def _add(
         seal_folder(tmp)  # verification reads the manifest; leaving `stage_version` writes it again, with its facts
         verify_adapter(tmp)
     return version
+
+
+def _scores(run: RunDir, manifest: dict[str, Any]) -> dict[str, Any]:
+    """The summary of the run's evaluation; nothing where it measured another adapter than that with this manifest."""
+    summary = run.evaluation / "summary.json"
+    scores, adapter = read_json(summary) if summary.is_file() else {}, manifest.get(MANIFEST_HASH, "")
+    return scores if scores.get("adapter_sha256", adapter) == adapter else {}
 
 
 def _prompt_record(run: RunDir, card: dict[str, Any]) -> dict[str, Any] | None:

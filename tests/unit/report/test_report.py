@@ -16,6 +16,7 @@ from pi_ray.report import charts, cost
 from pi_ray.report import summary as numbers
 from pi_ray.report.loss_plot import read_updates
 from pi_ray.report.page import write_report
+from pi_ray.run.artifact import staged
 from pi_ray.schedule import Phase
 from tests.unit.fake_run import HOSTILE, SUMMARY, config, summary, write_run
 
@@ -145,6 +146,16 @@ def test_a_difference_that_the_paired_test_sees_is_no_level_though_the_intervals
     assert "PromptIntern's 70% is better. Row by row: +2.0 points" in next(numbers.findings(won))
     even = plain | {"paired": {"plain": {"exact_match": [0.02, -0.01, 0.05, 0.2]}}}
     assert "no difference is shown. Row by row" in next(numbers.findings(even))
+
+
+def test_a_run_that_was_trained_again_says_that_its_scores_are_older(tmp_path):
+    run = write_run(tmp_path)
+    with staged(run.adapter(2)):
+        pass
+    run.best_file.write_text(json.dumps({"adapter": run.adapter(2).name}))
+    summary_file = run.evaluation / "summary.json"
+    summary_file.write_text(json.dumps(json.loads(summary_file.read_text()) | {"adapter_sha256": "0" * 64}))
+    assert "those of an earlier adapter" in write_report(run, config(tmp_path)).read_text()
 
 
 def test_headline_says_when_quality_is_lower_or_the_prompt_is_only_shortened():

@@ -122,6 +122,15 @@ def test_the_card_shows_scores_tokens_and_how_to_serve(run, config):
         assert part in text
 
 
+def test_the_card_shows_no_scores_of_another_adapter(run, config):
+    summary = run.evaluation / "summary.json"
+    own = json.loads((run.best / "manifest.json").read_bytes())["manifest_sha256"]
+    write_atomic(summary, json.dumps(SUMMARY | {"adapter_sha256": "0" * 64}))
+    assert "| this adapter | 87.5%" not in (publish_adapter(run, config, "other") / "README.md").read_text()
+    write_atomic(summary, json.dumps(SUMMARY | {"adapter_sha256": own}))
+    assert "| this adapter | 87.5%" in (publish_adapter(run, config, "own") / "README.md").read_text()
+
+
 def test_the_card_says_so_when_nothing_was_evaluated(run, config):
     assert "Not evaluated before" in (publish_adapter(run, config) / "README.md").read_text()
 
