@@ -109,10 +109,17 @@ def _explain_yaml(source: str) -> Iterator[None]:
 
 
 def _line_numbers(node: yaml.Node, path: tuple[str, ...] = ()) -> dict[tuple[str, ...], int]:
-    """Path of each key, such as ("train", "lr") -> its line in the file, from 1. ValueError: aliases make too many."""
+    """Path of each key, such as ("train", "lr") -> its line in the file, from 1.
+
+    Raises MarkedYAMLError for a key that is there twice, ValueError where aliases make too many.
+    """
     found = {path: node.start_mark.line + 1}
     if isinstance(node, yaml.MappingNode):
         for key, value in node.value:
+            if first := found.get((*path, str(key.value))):
+                lines = f"in lines {first} and {key.start_mark.line + 1}; keep one of them"
+                problem = f"key '{'.'.join((*path, str(key.value)))}' is there twice, {lines}"
+                raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
             found.update(_line_numbers(value, (*path, str(key.value))))
             found[(*path, str(key.value))] = key.start_mark.line + 1
     elif isinstance(node, yaml.SequenceNode):

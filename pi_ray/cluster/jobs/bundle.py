@@ -50,14 +50,17 @@ def gather_inputs(config: RunConfig, folder: Path) -> tuple[RunConfig, dict[str,
 def files_of(name: str, source: Path) -> dict[str, Path]:
     """Name in the bundle -> file: a file, or a folder's without hidden ones (.git, Ray's ignore files) and caches.
 
-    Raises ConfigError for a symbolic link that leads out of the folder.
+    Raises ConfigError for a symbolic link that leads out of the folder, or to a folder.
     """
     if source.is_file():
         return {name: source}
-    inside = [path.relative_to(source) for path in sorted(source.rglob("*")) if path.is_file()]
+    paths = (path for path in sorted(source.rglob("*")) if path.is_file() or (path.is_symlink() and path.is_dir()))
+    inside = [path.relative_to(source) for path in paths]
     seen = [p for p in inside if not any(part.startswith(".") or part == "__pycache__" for part in p.parts)]
     for path in seen:
         _refuse_links(source / path, source)
+        if (source / path).is_dir():
+            raise ConfigError(f"{source / path}: a job takes no linked folder along; put the folder itself there")
     return {f"{name}/{path.as_posix()}": source / path for path in seen}
 
 

@@ -114,6 +114,16 @@ def test_a_symbolic_link_out_of_the_task_folder_is_refused(task, tmp_path, link,
         bundle.gather_inputs(settings, task)
 
 
+def test_a_linked_folder_is_refused_and_not_left_out(tmp_path):
+    (tmp_path / "shared").mkdir()
+    (tmp_path / "shared" / "part.txt").write_text("part")
+    (tmp_path / ".hidden").symlink_to("shared")
+    assert list(bundle.files_of("folder", tmp_path)) == ["folder/shared/part.txt"]
+    (tmp_path / "again").symlink_to("shared")
+    with pytest.raises(ConfigError, match="again: a job takes no linked folder along; put the folder itself there"):
+        bundle.files_of("folder", tmp_path)
+
+
 def test_a_symbolic_link_inside_the_task_folder_travels_as_the_file_that_it_leads_to(task):
     (task / "rows").mkdir()
     shutil.move(task / "train.jsonl", task / "rows" / "all.jsonl")

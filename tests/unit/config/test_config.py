@@ -40,6 +40,12 @@ from pi_ray.experiments import sweep
     ("name: a\ntrain: {lora: {method: ia3, alpha: 3}}", "train.lora.alpha would have no effect"),
     ("name: a\ntrain: {share_prefix: false, attention: flex}", "train.attention would have no effect"),
     ("name: [", "not valid YAML"),
+    (
+        "name: a\ntrain: {lr: 1}\n\ntrain: {seed: 1}",
+        "t.yaml:4: not valid YAML: key 'train' is there twice, in lines 2 and 4; keep one of them",
+    ),
+    ("name: a\ntrain:\n  seed: 1\n  lr: 1\n  seed: 2", "t.yaml:5: not valid YAML: key 'train.seed' is there twice"),
+    ("name: a\nclosed: {base_url: 'https://x.com?api-key=abc'}", "without user, password or query"),
     ("- a", "expected labelled blocks"),
 ])
 def test_a_mistake_is_named_with_its_place_and_cure(text, message):
