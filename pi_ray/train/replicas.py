@@ -84,7 +84,8 @@ def generation_workers(
     """(number of actors, Ray's options of each) for generation on `nodes` with these resources.
 
     One actor for each copy that the GPUs hold, unless `actors` says how many; without GPUs one with almost all CPUs of
-    a node, or with `train.gpu: true` one on GPUs whose node is still to come. `cluster.evaluate_resources` comes first. Raises ConfigError where no node has the GPUs of one copy.
+    a node, or with `train.gpu: true` one on GPUs whose node is still to come. `cluster.evaluate_resources` comes first.
+    Raises ConfigError where no node has the GPUs of one copy.
     """
     options = placement.worker_options(config, "evaluate")
     gpus = [int(node.get("GPU", 0)) for node in nodes]

@@ -45,7 +45,7 @@ def rendered(size: estimate.ModelSize, kind: str, overrides: Sequence[str] = ())
 
 def files(size: estimate.ModelSize) -> dict[Path, str]:
     """Every file of cluster/ that is rendered."""
-    gcp = rendered(size, "launcher", ["cluster.launcher.provider=gcp"])[0]
+    gcp = rendered(size, "launcher", ["cluster.launcher.provider=gcp", "cluster.launcher.project=my-project"])[0]
     found = {kind: rendered(size, kind)[0] | (gcp if kind == "launcher" else {}) for kind in KINDS}
     return {FOLDER / kind / name: text for kind, texts in found.items() for name, text in texts.items()}
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pi_ray.config import RunConfig, dump_config
+from pi_ray.config.run_file import expand_home
 from pi_ray.errors import ConfigError
 from pi_ray.models.base_files import PACKAGED
 from pi_ray.run.artifact import digest, digest_file
@@ -32,7 +33,7 @@ def gather_inputs(config: RunConfig, folder: Path) -> tuple[RunConfig, dict[str,
     names: dict[str, str] = {}
     found: dict[str, Path] = {}
     for key, value in config.task.inputs.items():
-        path = Path(value).expanduser()
+        path = expand_home(value)
         if value and not path.is_absolute() and (source := folder / path).exists():
             _refuse_links(source, folder)
             name = f"{key}{source.suffix}" if source.is_file() else key
