@@ -17,6 +17,7 @@ from pi_ray.errors import ConfigError
 from pi_ray.plan import estimate
 from pi_ray.run.artifact import digest, write_atomic
 from pi_ray.run.object_storage import is_url
+from pi_ray.train.replicas import replica_gpus
 
 KINDS = {
     "k8s": ("base.yaml", "raycluster.yaml", "rayjob.yaml", "raycronjob.yaml", "rayservice.yaml"),
@@ -46,7 +47,7 @@ class Nodes:
     serve_cpus: int
     serve_memory: int
     fixed: float  # GPU memory that weights and optimiser take on each GPU, before activations
-    base: float  # the whole base model on one device
+    copy: int  # GPUs over which one copy of the base is spread
 
 
 def render_cluster_files(kind: str, config: RunConfig, folder: Path) -> tuple[dict[str, str], list[str]]:
@@ -157,7 +158,7 @@ def _nodes(config: RunConfig, size: estimate.ModelSize) -> Nodes:
         if fixed > cluster.cpu_node_memory_gib * GIB:
             offered = f"cluster.cpu_node_memory_gib is {cluster.cpu_node_memory_gib}"
             raise ConfigError(f"one training worker holds {fixed / GIB:.0f} GiB and {offered}; name larger nodes")
-        return Nodes(0, 0, 0, cluster.cpu_node_cpus, cluster.cpu_node_memory_gib, fixed, base)
+        return Nodes(0, 0, 0, cluster.cpu_node_cpus, cluster.cpu_node_memory_gib, fixed, 0)
     gpus = min(cluster.gpus_per_node, train.workers)
     if fixed > cluster.gpu_memory_gib * GIB:
         taken = f"{fixed / GIB:.0f} GiB of each GPU's {cluster.gpu_memory_gib} (cluster.gpu_memory_gib)"
@@ -168,8 +169,10 @@ def _nodes(config: RunConfig, size: estimate.ModelSize) -> Nodes:
     if given and given < needed:
         taken = f"{gpus} workers of this model take about {needed} GiB of a node's memory"
         raise ConfigError(f"cluster.gpu_node_memory_gib is {given}, and {taken}; raise it, or leave it out")
-    cpus, serving = max(1, cluster.gpu_node_cpus // cluster.gpus_per_node), _round(base / GIB + OBJECT_STORE + MARGIN)
-    return Nodes(math.ceil(train.workers / gpus), gpus, given or needed, cpus, serving, fixed, base)
+    copy, serving = replica_gpus(config), _round(base / GIB + OBJECT_STORE + MARGIN)
+    share = copy if config.serve.engine == "vllm" else 1  # of a node's GPUs, for one serving replica
+    cpus = max(1, cluster.gpu_node_cpus * share // cluster.gpus_per_node)
+    return Nodes(math.ceil(train.workers / gpus), gpus, given or needed, cpus, serving, fixed, copy)
 
 
 def _round(gib: float) -> int:
@@ -224,7 +227,8 @@ def _notes(config: RunConfig, nodes: Nodes, folder: Path) -> list[str]:
     elsewhere = [k for k, v in paths.items() if v.startswith("/") and not v.startswith(f"{root}/")]
     if elsewhere:
         notes.append(f"{', '.join(elsewhere)} must be on every node under the same path")
-    if nodes.gpu and nodes.base > config.cluster.gpu_memory_gib * GIB:
-        sizes = f"{nodes.base / GIB:.0f} GiB, and a GPU here has {config.cluster.gpu_memory_gib}"
-        notes.append(f"evaluating and serving hold the whole base on one GPU: {sizes}; they need a larger one")
+    if nodes.copy > 1 and config.serve.engine != "vllm":
+        sizes = f"a copy takes {nodes.copy} of {config.cluster.gpu_memory_gib} GiB"
+        cure = "take serve.engine vllm, which splits it, or larger GPUs"
+        notes.append(f"serve.engine {config.serve.engine} holds the whole base on one GPU, and {sizes}: {cure}")
     return notes

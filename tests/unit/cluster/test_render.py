@@ -286,8 +286,22 @@ def test_beside_a_bucket_jobs_copy_their_run_there_and_what_needs_a_shared_folde
 
 
 def test_what_a_file_cannot_do_is_noted():
-    _, notes = cluster.rendered(cluster.mixtral(), "k8s")
-    assert any("87 GiB, and a GPU here has 80" in n for n in notes)
+    files, notes = cluster.rendered(cluster.mixtral(), "k8s", ["serve.engine=transformers"])
+    assert any("transformers holds the whole base on one GPU, and a copy takes 2 of 80 GiB" in n for n in notes)
+    assert "Not on these GPUs: a copy of the base takes 2 of them" in files["rayservice.yaml"]
+    assert served(files) == {"cpu": "11", "memory": "112Gi", "nvidia.com/gpu": "1"}
+
+
+def served(files):
+    service = next(d for d in yaml.safe_load_all(files["rayservice.yaml"]) if d["kind"] == "RayService")
+    return limits(service["spec"]["rayClusterConfig"]["workerGroupSpecs"][0])
+
+
+def test_a_serving_pod_has_the_gpus_over_which_vllm_spreads_the_base(small, tmp_path):
+    files, notes = cluster.rendered(cluster.mixtral(), "k8s")
+    assert served(files) == {"cpu": "22", "memory": "112Gi", "nvidia.com/gpu": "2"}
+    assert "Not on these GPUs" not in files["rayservice.yaml"] and not any("one GPU" in n for n in notes)
+    assert "nvidia.com/gpu" not in served(made("k8s", tmp_path, "train.gpu=false", "serve.engine=vllm")[0])
 
 
 @pytest.mark.parametrize("override, message", [
