@@ -155,6 +155,13 @@ def test_the_rule_that_ray_adds_to_a_security_group_is_noted_with_the_command_th
     assert not any("ssh_from" in note for note in made("launcher", tmp_path)[1])
 
 
+def test_files_send_their_reader_to_pages_that_are_there(small, tmp_path):
+    made_files = (made(*kind)[0] for kind in (("k8s", tmp_path), ("launcher", tmp_path), ("launcher", tmp_path, *GCP)))
+    for text in (text for files in made_files for text in files.values()):
+        assert "README.md" not in text
+        assert all((cluster.REPO / page).is_file() for page in re.findall(r"docs/[a-z]+\.md", text))
+
+
 def test_gcp_needs_a_project(small, tmp_path):
     with pytest.raises(ConfigError, match=r"cluster\.launcher\.project is empty"):
         made("launcher", tmp_path, GCP[0])

@@ -426,6 +426,13 @@ def test_a_job_is_found_by_its_id_and_by_its_run():
         jobs.find("other")
 
 
+@pytest.mark.parametrize("verb, reads", [("submit", True), ("status", False), ("logs", False), ("stop", False)])
+def test_the_help_names_the_run_file_where_it_is_read(capsys, verb, reads):
+    with pytest.raises(SystemExit):
+        cli.main([verb, "--help"])
+    assert ("cluster.address of" in capsys.readouterr().out) == reads
+
+
 # On the cluster
 
 
