@@ -21,7 +21,7 @@ fi
 chmod 600 "$RAY_AUTH_TOKEN_PATH"
 
 export HF_HOME="${HF_HOME:-/shared/hub}"
-run=/shared/inputs/mixtral-8x7b/run.yaml
+run=/shared/inputs/mixtral-8x7b.yaml  # the run.yaml that came with this file
 nodes=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
 address=$(srun --nodes=1 --ntasks=1 --nodelist="${nodes%%$'\n'*}" hostname --ip-address)
 address=${address%% *}
@@ -30,6 +30,7 @@ port=$((20000 + SLURM_JOB_ID % 10000))  # two jobs of one person do not meet
 # On each node the same command: the first starts Ray's head and, when all have come, the run, which RAY_ADDRESS leads to it; the others join and wait.
 # The dashboard listens on the first node's loopback alone, where Ray puts it.
 export RAY_SYMMETRIC_RUN_CLUSTER_WAIT_TIMEOUT=600
+export SRUN_CPUS_PER_TASK="$SLURM_CPUS_PER_TASK"  # which srun does not take from the job since Slurm 22.05
 srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --kill-on-bad-exit=1 \
-  ray symmetric-run --address "$address:$port" --min-nodes "$SLURM_JOB_NUM_NODES" --num-gpus=8 -- \
-  env RAY_ADDRESS="$address:$port" pi-ray run "$run" run_dir=/shared/runs/mixtral-8x7b store=/shared/store train.gpu=true "$@"
+  ray symmetric-run --address "$address:$port" --min-nodes "$SLURM_JOB_NUM_NODES" --num-cpus="$SLURM_CPUS_PER_TASK" --num-gpus=8 -- \
+  env RAY_ADDRESS="$address:$port" pi-ray run "$run" "$@"

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from pi_ray.cli.verbs import OVERRIDES, RUN, argument, load_config, run_file_of, verb
 
-ADDRESS = argument("--address", default="", metavar="URL", help="URL of the cluster's Jobs API; "
-    "default: cluster.address of run.yaml, RAY_API_SERVER_ADDRESS, or http://127.0.0.1:8265")
+API = "URL of the cluster's Jobs API; default: {}RAY_API_SERVER_ADDRESS, or http://127.0.0.1:8265"
+ADDRESS = argument("--address", default="", metavar="URL", help=API.format(""))
 STEPS = ["run", "prepare", "train", "evaluate", "report", "publish", "serve"]
 JOB = argument("job", metavar="JOB", help="a job's id, or a run's name")
 
@@ -29,7 +29,8 @@ def doctor(args: argparse.Namespace) -> None:
 
 @verb(
     "run a run file as a job of a Ray cluster, and follow its output",
-    RUN, ADDRESS, argument("--step", default="run", choices=STEPS, help="only this step; default: all"), OVERRIDES,
+    RUN, argument("--address", default="", metavar="URL", help=API.format("cluster.address of run.yaml, ")),
+    argument("--step", default="run", choices=STEPS, help="only this step; default: all"), OVERRIDES,
 )
 def submit(args: argparse.Namespace) -> None:
     """Run a run file as a job of a Ray cluster, and follow its output.

@@ -26,6 +26,11 @@ def worker_options(config: RunConfig, step: Step) -> dict[str, Any]:
     return {**known, **({"resources": own} if own else {}), **({"label_selector": labels} if labels else {})}
 
 
+def expects_gpus(config: RunConfig, step: Step) -> bool:
+    """Whether run.yaml says that a worker of a step has a GPU, whose node may be still to come."""
+    return bool(getattr(config.cluster, f"{step}_resources").get("GPU", config.train.gpu is True))
+
+
 def training_scaling(config: RunConfig, nodes: Sequence[Mapping[str, float]]) -> dict[str, Any]:
     """Arguments of Ray Train's ScalingConfig on `nodes` with these resources: all workers start or none, one a GPU.
 

@@ -15,7 +15,7 @@ Amount = Annotated[float, Field(ge=0)]  # of money, seconds, or a Ray resource
 CREDENTIALS = re.compile(  # user or password before the host, or a query such as ?secret_key=
     r"://(?!anonymous@)([^/@]*@|[^/@]*:[^@]*@)|[?&][^=&]*(key|token|secret|sig|passw|credential)[^=&]*=", re.I
 )
-PLAIN_URL = r"https?://[^/@\s]+(/[^@?\s]*)?"  # without user, password or query
+PLAIN_URL = r"https?://[^/@?#\s]+(/[^@?#\s]*)?"  # without user, password or query
 
 
 class Block(BaseModel):

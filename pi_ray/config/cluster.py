@@ -22,7 +22,8 @@ class KubernetesConfig(Block):
     service_account: Literal[""] | Name = doc("", "account of pods that read s3:// or gs:// by workload identity")
     storage_claim: Name = doc("pi-ray", "ReadWriteMany PersistentVolumeClaim, mounted at cluster.storage_path")
     storage_class: Literal[""] | Name = doc("", "class of a claim that is made for you; empty: the cluster's default")
-    storage_gib: Positive = doc(1000, "size of the shared volume for runs and store, without cluster.storage_path")
+    storage_gib: Positive = doc(1000, "GiB of storage_claim, for runs, store and the hub's cache; unused where "
+        "cluster.storage_path is a bucket")
     redis: Word = doc("", "host:port of your Redis for the GCS's fault tolerance; empty: a small one is rendered too")
     refresh: Annotated[str, Field(pattern=r"^[0-9A-Za-z*/, -]+$")] = doc("0 3 * * 0", "when the adapter is trained "
         "again on the rows as they are then, from where it stands (cron)")
@@ -34,13 +35,14 @@ class LauncherConfig(Block):
     provider: Literal["aws", "gcp"] = doc("aws", "whose machines `ray up` starts")
     region: Word = doc("", "empty: us-west-2, us-central1")
     zone: Word = doc("", "empty: us-west-2a, us-central1-a")
-    project: Word = doc("", "GCP's project id; empty: that of your credentials")
+    project: Word = doc("", "GCP's project id, without which 'pi-ray render' makes no file for GCP")
     image_id: Word = doc("", "AMI or GCP image with Docker and recent NVIDIA driver; empty: Ray's (driver may be old)")
     gpu_machine: Word = doc("", "empty: 8 A100s of gpu_memory_gib, such as p4d.24xlarge or a2-ultragpu-8g")
     cpu_machine: Word = doc("", "empty: m6i.8xlarge, n2-standard-32")
     nfs: Word = doc("", "server:/path that each node mounts at cluster.storage_path")
     ssh_from: Annotated[str, Field(pattern=r"^[0-9./]*$")] = doc("", "addresses that may reach the nodes by SSH (AWS), "
-        "such as 203.0.113.0/24; empty: any")
+        "such as 203.0.113.0/24, once the rule for any address that Ray makes as well is revoked: 'pi-ray render' "
+        "prints the command; empty: any")
 
 
 class SlurmConfig(Block):

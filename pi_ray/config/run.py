@@ -49,7 +49,7 @@ class EvaluateConfig(Block):
         "teacher in actors; auto: vllm where it is installed and can, else transformers, which always measures latency")
     batch_size: Positive = doc(16, "rows answered at once; fewer take less memory")
     max_new_tokens: Count = doc(0, "0: the longest answer of the data, plus a quarter")
-    shots: Count = doc(0, "examples in the base model's full prompt; 0: as the first phase")
+    shots: Count = doc(0, "examples in the base model's full prompt; 0: the most that any phase has")
     latency_rows: Positive = doc(12, "rows timed one by one")
     bootstrap: Positive = doc(2000, "resamples for the 95% intervals")
     probe: bool = doc(True, "also measure forgetting (perplexity on other text) and the share of the template recited")

@@ -33,8 +33,10 @@ def read_run_file(path: Path) -> str:
     except UnicodeDecodeError as error:
         line = path.read_bytes()[: error.start].count(b"\n") + 1
         raise ConfigError(f"{path}:{line}: not UTF-8 text; save the file as UTF-8") from None
-    except (FileNotFoundError, IsADirectoryError):
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
         raise ConfigError(f"{path}: no such file; 'pi-ray init FOLDER' writes one to start from") from None
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror}); mend that, or name another file") from None
 
 
 def parse_run_file(text: str, source: str, overrides: Sequence[str] = (), folder: Path | None = None) -> RunConfig:
@@ -76,22 +78,38 @@ def validate_yaml(model: type[M], text: str, source: str, overrides: Sequence[st
 
 
 def make_paths_absolute(config: RunConfig, folder: Path) -> RunConfig:
-    """Resolve paths: those of `task` from `folder`; run directory, store and keys file from the current folder."""
+    """Resolve paths: those of `task` from `folder`; run directory, store and keys file from the current folder.
+
+    Raises ConfigError for a ~user that is unknown here, and where a file stands in place of the run directory.
+    """
 
     def resolve(base: Path, value: str) -> str:
-        return str(base / Path(value).expanduser()) if value and "://" not in value else value
+        return str(base / expand_home(value)) if value and "://" not in value else value
 
     task, here = config.task, Path.cwd()
+    for name in (config.model.base, config.compress.model, config.retrieve.encoder_model):
+        expand_home(name)
+    root = Path(resolve(here, config.run_dir or f"runs/{config.name}"))
+    if wrong := next((path for path in (root, *root.parents) if path.is_file()), None):
+        raise ConfigError(f"run_dir {root}: {wrong} is a file, and a run directory is a folder; name another one")
     paths = {key: resolve(folder, getattr(task, key)) for key in INPUTS} if task.name != "opsql" else {}
     metric = tuple(m.model_copy(update={"file": resolve(folder, m.file)}) for m in task.metric)
     return config.model_copy(update={
         "task": task.model_copy(update={**paths, "metric": metric}),
-        "run_dir": resolve(here, config.run_dir or f"runs/{config.name}"),
+        "run_dir": str(root),
         "store": resolve(here, config.store or "store"),
         "serve": config.serve.model_copy(update={
             "keys_file": resolve(here, config.serve.keys_file), "usage_dir": resolve(here, config.serve.usage_dir),
         }),
     })
+
+
+def expand_home(value: str) -> Path:
+    """The path with its ~ or ~user. Raises ConfigError for a user who is unknown here."""
+    try:
+        return Path(value).expanduser()
+    except RuntimeError:
+        raise ConfigError(f"{value}: no such user, or no home, on this machine; write the path in full") from None
 
 
 @contextmanager
@@ -109,10 +127,17 @@ def _explain_yaml(source: str) -> Iterator[None]:
 
 
 def _line_numbers(node: yaml.Node, path: tuple[str, ...] = ()) -> dict[tuple[str, ...], int]:
-    """Path of each key, such as ("train", "lr") -> its line in the file, from 1. ValueError: aliases make too many."""
+    """Path of each key, such as ("train", "lr") -> its line in the file, from 1.
+
+    Raises MarkedYAMLError for a key that is there twice, ValueError where aliases make too many.
+    """
     found = {path: node.start_mark.line + 1}
     if isinstance(node, yaml.MappingNode):
         for key, value in node.value:
+            if first := found.get((*path, str(key.value))):
+                lines = f"in lines {first} and {key.start_mark.line + 1}; keep one of them"
+                problem = f"key '{'.'.join((*path, str(key.value)))}' is there twice, {lines}"
+                raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
             found.update(_line_numbers(value, (*path, str(key.value))))
             found[(*path, str(key.value))] = key.start_mark.line + 1
     elif isinstance(node, yaml.SequenceNode):

@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from pi_ray.config.block import Amount, Block, Count, Positive, Rate, doc, forbid_unused, omit_default, refuse
+from pi_ray.registry import backends
 
 
 class PromptConfig(Block):
@@ -97,6 +98,8 @@ class BackendConfig(Block):
     offload_params: bool = omit_default(False, "each worker's share of the base model in host memory (ZeRO stage 3)")
 
     def model_post_init(self, context: Any) -> None:
+        reason = "" if self.name == "openai" else backends.why_unknown(self.name)
+        refuse(reason, reason)
         stage = self.zero_stage if self.name == "deepspeed" else 0
         refuse(self.offload_optimizer and not stage,
             "train.backend.offload_optimizer needs name: deepspeed and zero_stage 1, 2 or 3")

@@ -84,10 +84,11 @@ def dry_config(config: RunConfig) -> Iterator[RunConfig]:
             "task.rows": dict.fromkeys(("train", "dev", "test", "unlabelled"), ROWS), "task.overlap": "drop",
             "schedule": {"name": "list", "list": phases, "floor": config.schedule.floor},
             "compress": {**config.compress.model_dump(mode="json"), "name": compressor, "model": tiny},
-            "train.workers": workers, "train.batch_size": 2 * workers, "train.micro_batch": 0, "train.gpu": False,
-            "train.attention": "auto", "train.early_stop": 0, "train.dev_every": 0, "train.tracker": "",
-            "evaluate.latency_rows": 1, "evaluate.bootstrap": 50, "evaluate.shots": min(config.evaluate.shots, SHOTS),
-            "evaluate.max_new_tokens": 8, "cluster": {}, "closed.confirmed": False,
+            "train.workers": workers, "train.min_workers": 0, "train.batch_size": 2 * workers, "train.micro_batch": 0,
+            "train.gpu": False, "train.attention": "auto", "train.early_stop": 0, "train.dev_every": 0,
+            "train.tracker": "", "evaluate.latency_rows": 1, "evaluate.bootstrap": 50,
+            "evaluate.shots": min(config.evaluate.shots, SHOTS), "evaluate.max_new_tokens": 8,
+            "cluster": {}, "closed.confirmed": False,
         })
 
 

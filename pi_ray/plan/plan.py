@@ -34,7 +34,7 @@ from pi_ray.run.answered import answered_config, answered_facts, require_queries
 from pi_ray.run.artifact import is_current
 from pi_ray.run.directory import RunDir
 from pi_ray.run.fingerprint import wants_unlabelled
-from pi_ray.run.phases import first_taught_phase, plain_finetuning_config
+from pi_ray.run.phases import first_taught_phase, max_shots, plain_finetuning_config
 from pi_ray.schedule import Phase, plan_phases
 from pi_ray.train.anchor import AnchorRows
 from pi_ray.train.drills import describe_drills
@@ -100,7 +100,7 @@ def plan_run(config: RunConfig, inputs: PlanInputs | None = None) -> Plan:
     plain = plan_phases(plain_finetuning_config(config).schedule) if config.evaluate.baseline else []
     # a training conversation is many requests, and a test row is one of them
     asked_counts = count_row_tokens(task, splits["test"], config) if config.prompt.conversation else counts
-    full = asked_counts.shape(1.0, config.evaluate.shots or schedule[0].shots)
+    full = asked_counts.shape(1.0, config.evaluate.shots or max_shots(config))
     query = asked_counts.shape(schedule[-1].rate, schedule[-1].shots)
     query = replace(query, prefix=config.train.gist) if config.train.gist else query
     asked_first = sum(rows.values()) if unanswered and config.train.distill.teacher == "base" else 0

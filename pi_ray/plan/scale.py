@@ -110,7 +110,7 @@ def with_workers(config: RunConfig, workers: int) -> RunConfig:
     """The run on so many GPUs, with the same batch, or the next larger one that they share evenly."""
     each, micro = math.ceil(config.train.batch_size / workers), config.train.micro_batch
     return config.replace(**{
-        "train.workers": workers, "train.batch_size": workers * each, "train.gpu": True,
+        "train.workers": workers, "train.min_workers": 0, "train.batch_size": workers * each, "train.gpu": True,
         "train.micro_batch": micro if micro and each % micro == 0 else 0,
     })
 

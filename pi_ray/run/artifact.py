@@ -29,6 +29,7 @@ FULL = "the disk is full; free some space and give the same command again"
 FORBIDDEN = "this user may not write there; mend its owner or permissions, or take another folder"
 DISK_CURES = {
     errno.ENOSPC: FULL, errno.EDQUOT: FULL, errno.EACCES: FORBIDDEN, errno.EPERM: FORBIDDEN,
+    **dict.fromkeys((errno.EEXIST, errno.ENOTDIR), "a file stands where a folder is needed; take another folder"),
     errno.EROFS: "the disk is mounted read-only; mount it for writing, or take another folder",
 }
 AnyPath = TypeVar("AnyPath", bound=PurePath)

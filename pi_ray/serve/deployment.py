@@ -201,6 +201,8 @@ def build_application(config: RunConfig, digest: str = "") -> serve.Application:
         model = serve.deployment(**options, num_replicas=1)(Model).bind(config, engine_deployment(config))
     else:
         cluster = ray.cluster_resources() if ray.is_initialized() else {}
+        if placement.expects_gpus(config, "serve"):
+            cluster.setdefault("GPU", 1)  # its node comes when the replica asks for it
         if cluster.get("GPU") and (gpus := replica_gpus(config)) > 1:
             raise ConfigError(
                 f"{config.model.base} takes {gpus} GPUs (cluster.gpus_per_replica), and serve.engine transformers has "

@@ -84,18 +84,19 @@ def generation_workers(
     """(number of actors, Ray's options of each) for generation on `nodes` with these resources.
 
     One actor for each copy that the GPUs hold, unless `actors` says how many; without GPUs one with almost all CPUs of
-    a node. `cluster.evaluate_resources` comes first. Raises ConfigError where no node has the GPUs of one copy.
+    a node, or with `train.gpu: true` one on GPUs whose node is still to come. `cluster.evaluate_resources` comes first.
+    Raises ConfigError where no node has the GPUs of one copy.
     """
     options = placement.worker_options(config, "evaluate")
     gpus = [int(node.get("GPU", 0)) for node in nodes]
     if asked := config.cluster.evaluate_resources:
         fitting = int(sum(count // asked["GPU"] for count in gpus)) if asked.get("GPU") else 1
         return actors or max(1, fitting), options
-    if not any(gpus):
+    if not (any(gpus) or placement.expects_gpus(config, "evaluate")):
         cpus = max(1, int(max(node.get("CPU", 0) for node in nodes)) - 1)
         return actors or 1, {"num_cpus": cpus, **options}
     each = replica_gpus(config)
-    copies = sum(count // each for count in gpus)
+    copies = sum(count // each for count in gpus) if any(gpus) else 1  # whose node comes when it asks for it
     if not copies:
         raise ConfigError(
             f"one copy of {config.model.base} is spread over {each} GPUs of a node (cluster.gpus_per_replica), and the "

@@ -57,7 +57,7 @@ def why_not_vllm(config: RunConfig, adapters: Sequence[str], nodes: Sequence[Map
     """Say why vLLM cannot answer with these adapters on `nodes`, which have these resources; "" where it can."""
     if not vllm_options.is_installed():
         return "vLLM is not installed (pip install 'pi-ray[vllm]')"
-    for_cpus, gpus = vllm_options.is_for_cpus(), any(node.get("GPU") for node in nodes)
+    for_cpus, gpus = vllm_options.is_for_cpus(), _on_gpus(config, nodes)
     if not for_cpus and not gpus:
         return "the cluster has no GPU, and this vLLM is not its build for CPUs"
     if for_cpus and gpus:
@@ -71,6 +71,10 @@ def why_not_vllm(config: RunConfig, adapters: Sequence[str], nodes: Sequence[Map
     if ranks and not vllm_options.supported_rank(ranks):
         return f"vLLM has kernels up to rank {vllm_options.SUPPORTED_RANKS[-1]}, and an adapter has {max(ranks)}"
     return ""
+
+
+def _on_gpus(config: RunConfig, nodes: Sequence[Mapping[str, float]]) -> bool:
+    return any(node.get("GPU") for node in nodes) or placement.expects_gpus(config, "evaluate")
 
 
 def adapter_settings(folder: str) -> dict[str, Any]:
@@ -124,7 +128,7 @@ def processor_arguments(
     config: RunConfig, prompts: Sequence[VllmPrompt], nodes: Sequence[Mapping[str, float]], actors: int = 0
 ) -> dict[str, Any]:
     """Arguments of ray.data.llm.vLLMEngineProcessorConfig for these prompts."""
-    on_cpus = not any(node.get("GPU") for node in nodes)
+    on_cpus = not _on_gpus(config, nodes)
     actors, placed = generation_workers(config, nodes, actors)
     engine = vllm_options.engine_options(config, on_cpus)
     gpus = engine["tensor_parallel_size"]

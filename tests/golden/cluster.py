@@ -18,6 +18,7 @@ from pi_ray.cluster.render import KINDS, render_cluster_files, write_cluster_fil
 from pi_ray.config import LoraConfig, ModelConfig
 from pi_ray.config.run_file import load_run_file
 from pi_ray.plan import estimate
+from pi_ray.train.base_size import BaseSize
 
 REPO = Path(__file__).parents[2]
 FOLDER = REPO / "cluster"
@@ -36,16 +37,18 @@ def mixtral() -> estimate.ModelSize:
 
 def rendered(size: estimate.ModelSize, kind: str, overrides: Sequence[str] = ()) -> tuple[dict[str, str], list[str]]:
     """(file -> text, notes) of one kind for the Mixtral run."""
+    counts = BaseSize(size.weights, size.linear, 2 * size.key_value * size.layers)
     with (
         patch.object(estimate, "model_size", lambda model, lora: size),
         patch("pi_ray.cluster.render.version", lambda name: RAY),
+        patch("pi_ray.train.replicas.base_size", lambda model: counts),
     ):
         return render_cluster_files(kind, load_run_file(RUN, overrides), RUN.parent)
 
 
 def files(size: estimate.ModelSize) -> dict[Path, str]:
     """Every file of cluster/ that is rendered."""
-    gcp = rendered(size, "launcher", ["cluster.launcher.provider=gcp"])[0]
+    gcp = rendered(size, "launcher", ["cluster.launcher.provider=gcp", "cluster.launcher.project=my-project"])[0]
     found = {kind: rendered(size, kind)[0] | (gcp if kind == "launcher" else {}) for kind in KINDS}
     return {FOLDER / kind / name: text for kind, texts in found.items() for name, text in texts.items()}
 

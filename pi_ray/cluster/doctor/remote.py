@@ -133,9 +133,10 @@ def _check_nodes(address: str, config: RunConfig | None) -> Iterator[Finding]:
     cpus, gpus, memory = (sum(r.get(name, 0) for r in found) for name in ("CPU", "GPU", "memory"))
     number = "1 node" if len(found) == 1 else f"{len(found)} nodes"
     message = f"{number}, {cpus:g} CPUs, {gpus:g} GPUs, {memory / GIB:.0f} GiB"
-    if config and config.train.gpu is True and gpus < config.train.workers:
+    workers = (config.train.min_workers or config.train.workers) if config else 0
+    if config and config.train.gpu is True and gpus < workers:
         cure = "fine where the autoscaler adds nodes; else start more, or lower train.workers"
-        yield note("GPUs", f"{message}, for {config.train.workers} workers that need a GPU each", cure)
+        yield note("GPUs", f"{message}, for {workers} workers that need a GPU each", cure)
     else:
         yield ok("nodes", message)
     for step in ("prepare", "train", "evaluate", "serve"):

@@ -172,7 +172,7 @@ def disk_needed(config: RunConfig, size: estimate.ModelSize) -> float:
 
 def check_devices(config: RunConfig, gpus: list[tuple[str, float]]) -> Finding:
     """Check usable GPUs, each (name, bytes), against the training workers."""
-    workers = config.train.workers
+    workers = config.train.min_workers or config.train.workers
     if config.train.gpu is False:
         return ok("GPUs", f"none asked for (train.gpu: false), {workers} workers on CPUs")
     if len(gpus) >= workers:
@@ -204,13 +204,14 @@ def check_memory(
 ) -> Iterator[Finding]:
     """Check a plan's bytes: a `worker`'s on its device, and those of all GPU workers on the `host` with its `free`."""
     one, workers = sum(worker.values()), config.train.workers
+    least = config.train.min_workers or workers
     smaller = "lower train.micro_batch (or batch_size), set train.gradient_checkpointing: true"
     if config.train.backend.zero_stage != 3:
         smaller += ", or shard the model with train.backend.zero_stage: 3"
-    if gpus and config.train.gpu is not False and len(gpus) >= workers:
-        least = min(total for _, total in gpus)
-        message = f"a worker takes about {one / GIB:.1f} GiB of its GPU's {least / GIB:.0f}"
-        yield _fits(one <= 0.95 * least, message, f"{smaller}, or take more workers")
+    if gpus and config.train.gpu is not False and len(gpus) >= least:
+        smallest = min(total for _, total in gpus)
+        message = f"a worker takes about {one / GIB:.1f} GiB of its GPU's {smallest / GIB:.0f}"
+        yield _fits(one <= 0.95 * smallest, message, f"{smaller}, or take more workers")
         message = f"the workers take about {host / GIB:.1f} GiB of this host's {free / GIB:.1f} GiB free"
         cure = "end other programs, or leave out train.backend.offload_params and offload_optimizer"
         yield _fits(host <= free, message, cure)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pi_ray.config import RunConfig, dump_config
+from pi_ray.config.run_file import expand_home
 from pi_ray.errors import ConfigError
 from pi_ray.models.base_files import PACKAGED
 from pi_ray.run.artifact import digest, digest_file
@@ -32,7 +33,7 @@ def gather_inputs(config: RunConfig, folder: Path) -> tuple[RunConfig, dict[str,
     names: dict[str, str] = {}
     found: dict[str, Path] = {}
     for key, value in config.task.inputs.items():
-        path = Path(value).expanduser()
+        path = expand_home(value)
         if value and not path.is_absolute() and (source := folder / path).exists():
             _refuse_links(source, folder)
             name = f"{key}{source.suffix}" if source.is_file() else key
@@ -50,14 +51,17 @@ def gather_inputs(config: RunConfig, folder: Path) -> tuple[RunConfig, dict[str,
 def files_of(name: str, source: Path) -> dict[str, Path]:
     """Name in the bundle -> file: a file, or a folder's without hidden ones (.git, Ray's ignore files) and caches.
 
-    Raises ConfigError for a symbolic link that leads out of the folder.
+    Raises ConfigError for a symbolic link that leads out of the folder, or to a folder.
     """
     if source.is_file():
         return {name: source}
-    inside = [path.relative_to(source) for path in sorted(source.rglob("*")) if path.is_file()]
+    paths = (path for path in sorted(source.rglob("*")) if path.is_file() or (path.is_symlink() and path.is_dir()))
+    inside = [path.relative_to(source) for path in paths]
     seen = [p for p in inside if not any(part.startswith(".") or part == "__pycache__" for part in p.parts)]
     for path in seen:
         _refuse_links(source / path, source)
+        if (source / path).is_dir():
+            raise ConfigError(f"{source / path}: a job takes no linked folder along; put the folder itself there")
     return {f"{name}/{path.as_posix()}": source / path for path in seen}
 
 

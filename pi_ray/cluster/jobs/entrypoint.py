@@ -51,24 +51,40 @@ def settle(path: Path, overrides: Sequence[str], refreshes: bool = False) -> Run
     path = path / "run.yaml" if path.is_dir() else path
     config = run_file.validate_yaml(RunConfig, run_file.read_run_file(path), str(path), overrides)
     home, folder = storage_folder(config), path.resolve().parent
-    root = home / Path(config.run_dir or f"runs/{config.name}").expanduser()
+    root = home / run_file.expand_home(config.run_dir or f"runs/{config.name}")
     store, place = config.store or "store", config.cluster.storage_path
-    if not is_url(store) and not Path(store).expanduser().is_absolute():
+    if not is_url(store) and not run_file.expand_home(store).is_absolute():
         store = f"{place.rstrip('/')}/{store}" if is_url(place) else str(home / store)
+    # As the store: the job's working directory goes away, and a keys file does not travel with it.
+    serving = {"keys_file": config.serve.keys_file, "usage_dir": config.serve.usage_dir}
+    places = {f"serve.{key}": str(home / run_file.expand_home(value)) for key, value in serving.items() if value}
     # A score file is its submitter's program on a machine that others use.
     walled = {f"task.metric.{i}.sandbox": True for i, m in enumerate(config.task.metric) if m.name == "python"}
-    config = config.replace(run_dir=str(root), store=store, **walled)
+    config = config.replace(run_dir=str(root), store=store, **walled, **places)
     found: dict[str, Path] = {}
-    if folder.is_relative_to(Path.cwd()):  # it came with the job
+    came = folder.is_relative_to(Path.cwd())  # with the job
+    if came:
         config, found = bundle.gather_inputs(config, folder)
-        folder = root
-    config = _copy_inputs(run_file.make_paths_absolute(config, folder), found)
     if refreshes:
-        there = _url_of(config)
-        config = refresh.refresh_config(config, storage=ObjectStorage(there.rpartition("/")[0]) if there else None)
+        config = _as_refresh(config, None if came else folder, found)
+    config = _copy_inputs(run_file.make_paths_absolute(config, config.root if came else folder), found)
     once = config.replace(**{"closed.confirmed": False})  # a confirmed cost holds for one job
     write_atomic(config.root / "run.yaml", dump_config(once))
     return config
+
+
+def _as_refresh(config: RunConfig, folder: Path | None, found: dict[str, Path]) -> RunConfig:
+    """The refresh of a run, whose inputs lie in `folder`, or in the job. Its directory's name hangs on what they hold.
+
+    So they are first read in a folder that goes away: the first run's own stay as they are.
+    """
+    there = _url_of(config)
+    storage = ObjectStorage(there.rpartition("/")[0]) if there else None
+    with tempfile.TemporaryDirectory() as scratch:
+        read = config.replace(run_dir=scratch)
+        read = _copy_inputs(run_file.make_paths_absolute(read, folder or Path(scratch)), dict(found))
+        made = refresh.refresh_config(read.replace(run_dir=config.run_dir), storage=storage)
+    return config.replace(run_dir=made.run_dir, **{"train.init_adapter": made.train.init_adapter})
 
 
 def storage_folder(config: RunConfig) -> Path:

@@ -59,7 +59,8 @@ class VllmEngine:
         except ImportError as error:
             cure = f"pip install 'pi-ray[vllm]', on a machine with a GPU ({str(error).splitlines()[0]})"
             raise MissingExtraError(f"serve.engine vllm needs vLLM: {cure}") from error
-        if not on_cpus and ray.is_initialized() and not ray.cluster_resources().get("GPU"):
+        come = placement.expects_gpus(config, "serve")  # nodes with GPUs, when the replica asks for them
+        if not (on_cpus or come) and ray.is_initialized() and not ray.cluster_resources().get("GPU"):
             needs = "needs a GPU, and the cluster has none; take serve.engine transformers, or vLLM's build for CPUs"
             raise ConfigError(f"serve.engine vllm {needs}")
         rank = config.serve.max_lora_rank

@@ -313,16 +313,19 @@ def test_the_slurm_script_starts_ray_on_every_node_and_shows_the_token_to_nobody
     environment = {
         "PATH": f"{tmp_path}/bin:/usr/bin:/bin", "HOME": str(tmp_path), "OUT": str(tmp_path), "SLURM_JOB_ID": "123",
         "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_JOB_NUM_NODES": "2",
+        "SLURM_CPUS_PER_TASK": "88",
     }
     done = subprocess.run(
         ["bash", FOLDER / "slurm" / "run.sh", "train.lr=0.001"], env=environment, capture_output=True, text=True,
         check=True,
     )
     args = (tmp_path / "args").read_text().split("\n")
-    assert args[:6] == ["symmetric-run", "--address", "10.0.0.7:20123", "--min-nodes", "2", "--num-gpus=8"]
+    assert args[:5] == ["symmetric-run", "--address", "10.0.0.7:20123", "--min-nodes", "2"]
+    assert args[5:7] == ["--num-cpus=88", "--num-gpus=8"]
+    assert "SRUN_CPUS_PER_TASK=88" in (tmp_path / "env").read_text()
     assert args[args.index("--") + 1 :] == [
-        "env", "RAY_ADDRESS=10.0.0.7:20123", "pi-ray", "run", "/shared/inputs/mixtral-8x7b/run.yaml",
-        "run_dir=/shared/runs/mixtral-8x7b", "store=/shared/store", "train.gpu=true", "train.lr=0.001", "",
+        "env", "RAY_ADDRESS=10.0.0.7:20123", "pi-ray", "run", "/shared/inputs/mixtral-8x7b.yaml",
+        "train.lr=0.001", "",
     ]
     token = tmp_path / ".ray" / "auth_token"
     assert re.fullmatch(r"[0-9a-f]{64}", token.read_text()) and token.stat().st_mode & 0o777 == 0o600

@@ -274,6 +274,11 @@ def test_gpus_are_counted_against_workers(tmp_path):
     )
     assert run.check_devices(asked, [("A100", 80e9)] * 4).state == "ok"
     assert run.check_devices(settings(tmp_path, "train={workers: 4}"), [("A100", 80e9)]).state == "note"
+    elastic = settings(tmp_path, "train={workers: [2, 4], gpu: true}")
+    assert run.check_devices(elastic, [("A100", 80e9)] * 2).state == "ok", "the least is what is needed"
+    assert run.check_devices(elastic, [("A100", 80e9)]).state == "fail"
+    (memory, _) = run.check_memory(elastic, {"base weights": GIB}, GIB, [("A100", 40 * GIB)] * 2, 100 * GIB)
+    assert "of its GPU's 40" in memory.message
 
 
 def test_too_little_memory_is_told_with_what_lowers_it(tmp_path):

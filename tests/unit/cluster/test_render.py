@@ -1,6 +1,7 @@
 """`pi-ray render`: what is in the files follows the run file."""
 
 import json
+import re
 import subprocess
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +22,7 @@ SMALL = estimate.ModelSize(
     weights=10**8, active=10**8, head=10**7, block=10**7, linear=9 * 10**7, lora=10**6, layers=8, hidden=512,
     inner=1024, key_value=256,
 )
+GCP = ("cluster.launcher.provider=gcp", "cluster.launcher.project=my-project")
 TEXT = "name: my.task\ncluster: {storage_path: /data}\n"
 
 
@@ -122,7 +124,7 @@ def test_whatever_is_asked_for_the_files_fit_their_schemas(small, tmp_path, over
             yaml.safe_load(
                 made(
                     "launcher", tmp_path, *overrides,
-                    f"cluster.launcher={{provider: {provider}, ssh_from: 10.0.0.0/8, image_id: ami-1}}",
+                    f"cluster.launcher={{provider: {provider}, project: p, ssh_from: 10.0.0.0/8, image_id: ami-1}}",
                 )[0][f"{provider}.yaml"]
             ),
             schema,
@@ -132,9 +134,61 @@ def test_whatever_is_asked_for_the_files_fit_their_schemas(small, tmp_path, over
 
 
 def test_names_that_kubernetes_cannot_have_are_changed(small, tmp_path):
-    assert yaml.safe_load(made("k8s", tmp_path)[0]["rayjob.yaml"])["metadata"]["name"] == "my-task"
-    long = made("k8s", tmp_path, text=TEXT.replace("my.task", "a" + "-b" * 31))[0]
-    assert len(yaml.safe_load(long["raycronjob.yaml"])["metadata"]["name"]) <= 32
+    names, long = {}, "a" + "-b" * 30
+    for run in ("my-task", "my.task", "my_task", "2024", "9-lives", "on", "null", "a-", long, f"{long}-b"):
+        files = made("k8s", tmp_path, text=TEXT.replace("my.task", f"'{run}'"))[0]
+        names[run] = yaml.safe_load(files["rayjob.yaml"])["metadata"]["name"]
+        assert yaml.safe_load(files["raycronjob.yaml"])["metadata"]["name"] == f"{names[run]}-refresh"
+        assert re.fullmatch(r"[a-z]([a-z0-9-]{0,22}[a-z0-9])?", names[run]), "a label of DNS-1035"
+    assert len(set(names.values())) == len(names), "no two runs have one name"
+    assert names["my-task"] == "my-task" and names["on"] == "on" and names["my.task"].startswith("r-my-task-")
+    aws = made("launcher", tmp_path, "cluster.launcher.ssh_from=10.0.0.0/8", text=TEXT.replace("my.task", "'on'"))[0]
+    found = yaml.safe_load(aws["aws.yaml"])
+    assert found["cluster_name"] == found["provider"]["security_group"]["GroupName"] == "on"
+
+
+def test_the_rule_that_ray_adds_to_a_security_group_is_noted_with_the_command_that_revokes_it(small, tmp_path):
+    _, notes = made("launcher", tmp_path, "cluster.launcher.ssh_from=10.0.0.0/8", text=TEXT.replace("my.task", "shop"))
+    (note,) = (note for note in notes if "ssh_from" in note)
+    assert "revoke-security-group-ingress --region us-west-2 --protocol tcp --port 22 --cidr 0.0.0.0/0" in note
+    assert "Values=shop " in note
+    assert not any("ssh_from" in note for note in made("launcher", tmp_path)[1])
+
+
+def test_files_send_their_reader_to_pages_that_are_there(small, tmp_path):
+    made_files = (made(*kind)[0] for kind in (("k8s", tmp_path), ("launcher", tmp_path), ("launcher", tmp_path, *GCP)))
+    for text in (text for files in made_files for text in files.values()):
+        assert "README.md" not in text
+        assert all((cluster.REPO / page).is_file() for page in re.findall(r"docs/[a-z]+\.md", text))
+
+
+def test_gcp_needs_a_project(small, tmp_path):
+    with pytest.raises(ConfigError, match=r"cluster\.launcher\.project is empty"):
+        made("launcher", tmp_path, GCP[0])
+    assert yaml.safe_load(made("launcher", tmp_path, *GCP)[0]["gcp.yaml"])["provider"]["project_id"] == "my-project"
+
+
+def test_a_slurm_job_reads_the_run_with_its_overrides(small, tmp_path):
+    files, notes = made("slurm", tmp_path, "train={workers: 4, batch_size: 32}", "task.dev=dev.jsonl")
+    seen = run_file.parse_run_file(files["run.yaml"], "run.yaml", folder=Path("/data/inputs"))
+    assert (seen.train.workers, seen.train.gpu, seen.task.dev) == (4, True, "/data/inputs/my.task/dev.jsonl")
+    assert (seen.run_dir, seen.store) == ("/data/runs/my.task", "/data/store")
+    assert "copy run.yaml to /data/inputs/my.task.yaml, where run.sh reads it" in notes
+    assert "\nrun=/data/inputs/my.task.yaml " in files["run.sh"] and 'pi-ray run "$run" "$@"' in files["run.sh"]
+    before, after = files["run.sh"].split("ray symmetric-run")
+    assert 'export SRUN_CPUS_PER_TASK="$SLURM_CPUS_PER_TASK"' in before, "srun does not take it from the job"
+    assert '--num-cpus="$SLURM_CPUS_PER_TASK"' in after.splitlines()[0]
+
+
+def test_paths_of_the_serve_block_lie_on_the_storage(small, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    files, notes = made("k8s", tmp_path, "serve.usage_dir=usage", "serve.keys_file=keys.yaml")
+    text = next(d for d in yaml.safe_load_all(files["base.yaml"]) if d["kind"] == "ConfigMap")["data"]["run.yaml"]
+    seen = run_file.parse_run_file(text, "run.yaml").serve
+    assert (seen.usage_dir, seen.keys_file) == ("/data/usage", "/data/keys.yaml")
+    assert "put the keys file at /data/keys.yaml, where serving reads it" in notes
+    _, notes = made("k8s", tmp_path, "serve.keys_file=/elsewhere/keys.yaml")
+    assert "serve.keys_file must be on every node under the same path" in notes
 
 
 def test_nodes_offer_the_resources_that_steps_ask_for(small, tmp_path):
@@ -159,7 +213,7 @@ def test_nodes_carry_the_labels_that_steps_are_bound_to(small, tmp_path):
     assert (found["cpu"]["labels"], found["gpu"]["labels"]) == ({"pool": "cheap"}, {"pool": "fast"}), (
         "those of Ray itself it knows"
     )
-    types = yaml.safe_load(made("launcher", tmp_path, *asked, "cluster.launcher.provider=gcp")[0]["gcp.yaml"])[
+    types = yaml.safe_load(made("launcher", tmp_path, *asked, *GCP)[0]["gcp.yaml"])[
         "available_node_types"
     ]
     assert types["cpu"]["labels"] == {"pool": "cheap"} and types["gpu"]["labels"] == {"pool": "fast"}
@@ -175,7 +229,7 @@ def test_nodes_carry_the_labels_that_steps_are_bound_to(small, tmp_path):
 )
 def test_the_machine_has_the_gpus_that_are_asked_for(small, tmp_path, provider, gib, machine):
     files, _ = made(
-        "launcher", tmp_path, f"cluster.launcher.provider={provider}", f"cluster.gpu_memory_gib={gib}",
+        "launcher", tmp_path, *GCP, f"cluster.launcher.provider={provider}", f"cluster.gpu_memory_gib={gib}",
         "train={workers: 8}",
     )
     node = yaml.safe_load(files[f"{provider}.yaml"])["available_node_types"]["gpu"]["node_config"]
@@ -239,8 +293,22 @@ def test_beside_a_bucket_jobs_copy_their_run_there_and_what_needs_a_shared_folde
 
 
 def test_what_a_file_cannot_do_is_noted():
-    _, notes = cluster.rendered(cluster.mixtral(), "k8s")
-    assert any("87 GiB, and a GPU here has 80" in n for n in notes)
+    files, notes = cluster.rendered(cluster.mixtral(), "k8s", ["serve.engine=transformers"])
+    assert any("transformers holds the whole base on one GPU, and a copy takes 2 of 80 GiB" in n for n in notes)
+    assert "Not on these GPUs: a copy of the base takes 2 of them" in files["rayservice.yaml"]
+    assert served(files) == {"cpu": "11", "memory": "112Gi", "nvidia.com/gpu": "1"}
+
+
+def served(files):
+    service = next(d for d in yaml.safe_load_all(files["rayservice.yaml"]) if d["kind"] == "RayService")
+    return limits(service["spec"]["rayClusterConfig"]["workerGroupSpecs"][0])
+
+
+def test_a_serving_pod_has_the_gpus_over_which_vllm_spreads_the_base(small, tmp_path):
+    files, notes = cluster.rendered(cluster.mixtral(), "k8s")
+    assert served(files) == {"cpu": "22", "memory": "112Gi", "nvidia.com/gpu": "2"}
+    assert "Not on these GPUs" not in files["rayservice.yaml"] and not any("one GPU" in n for n in notes)
+    assert "nvidia.com/gpu" not in served(made("k8s", tmp_path, "train.gpu=false", "serve.engine=vllm")[0])
 
 
 @pytest.mark.parametrize("override, message", [
@@ -276,3 +344,5 @@ def test_files_are_written_and_the_script_can_be_run(small, tmp_path, capsys):
         "Namespace", "RayCluster", "RayJob", "RayCronJob", "RayService", "NetworkPolicy",
     }
     assert write_cluster_files({"a": "b"}, tmp_path / "new")[0].read_text() == "b"
+    assert cli.main(["render", "k8s", str(tmp_path / "run.yaml"), "--out", str(tmp_path / "new" / "a")]) == 10
+    assert "a file stands where a folder is needed" in capsys.readouterr().err

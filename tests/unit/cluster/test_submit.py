@@ -21,7 +21,9 @@ from pi_ray.errors import ClusterError, ConfigError
 from pi_ray.progress import LogProgress, progress_line
 from pi_ray.run.artifact import staged
 from pi_ray.serve.http.keys import new_key
+from pi_ray.store import refresh
 from tests.conftest import unset
+from tests.lora import put_in_store
 
 
 @pytest.fixture(autouse=True)
@@ -112,6 +114,16 @@ def test_a_symbolic_link_out_of_the_task_folder_is_refused(task, tmp_path, link,
     settings = unresolved(task, *(["task.train=deep/id_rsa"] if key == "deep" else []), "task.folder=data")
     with pytest.raises(ConfigError, match="leads out of"):
         bundle.gather_inputs(settings, task)
+
+
+def test_a_linked_folder_is_refused_and_not_left_out(tmp_path):
+    (tmp_path / "shared").mkdir()
+    (tmp_path / "shared" / "part.txt").write_text("part")
+    (tmp_path / ".hidden").symlink_to("shared")
+    assert list(bundle.files_of("folder", tmp_path)) == ["folder/shared/part.txt"]
+    (tmp_path / "again").symlink_to("shared")
+    with pytest.raises(ConfigError, match="again: a job takes no linked folder along; put the folder itself there"):
+        bundle.files_of("folder", tmp_path)
 
 
 def test_a_symbolic_link_inside_the_task_folder_travels_as_the_file_that_it_leads_to(task):
@@ -414,6 +426,13 @@ def test_a_job_is_found_by_its_id_and_by_its_run():
         jobs.find("other")
 
 
+@pytest.mark.parametrize("verb, reads", [("submit", True), ("status", False), ("logs", False), ("stop", False)])
+def test_the_help_names_the_run_file_where_it_is_read(capsys, verb, reads):
+    with pytest.raises(SystemExit):
+        cli.main([verb, "--help"])
+    assert ("cluster.address of" in capsys.readouterr().out) == reads
+
+
 # On the cluster
 
 
@@ -432,6 +451,33 @@ def test_a_job_keeps_its_inputs_in_the_run_directory_under_paths_that_stay(task,
         tmp_path / "storage" / "store"
     )
     assert (root / "inputs" / "train.jsonl").read_bytes() == (task / "train.jsonl").read_bytes()
+
+
+def test_what_serving_keeps_and_reads_lies_on_the_storage(task, tmp_path, monkeypatch):
+    monkeypatch.setenv("PI_RAY_STORAGE", str(tmp_path / "storage"))
+    monkeypatch.chdir(task)
+    serve = entrypoint.settle(task / "run.yaml", ["serve.usage_dir=usage", "serve.keys_file=keys.yaml"]).serve
+    assert (serve.usage_dir, serve.keys_file) == (f"{tmp_path}/storage/usage", f"{tmp_path}/storage/keys.yaml")
+    serve = entrypoint.settle(task / "run.yaml", [f"serve.usage_dir={tmp_path}/mine"]).serve
+    assert (serve.usage_dir, serve.keys_file) == (f"{tmp_path}/mine", "")
+
+
+def test_a_refresh_keeps_its_inputs_apart_from_those_of_the_first_run(task, tmp_path, monkeypatch, tiny_model):
+    storage = tmp_path / "storage"
+    monkeypatch.setenv("PI_RAY_STORAGE", str(storage))
+    put_in_store(storage / "store", "my-task", tiny_model)
+    monkeypatch.chdir(task)
+    settings = [f"model.base={tiny_model}"]
+    first = entrypoint.settle(task / "run.yaml", settings)
+    before = (first.root / "inputs" / "train.jsonl").read_bytes()
+    (task / "train.jsonl").write_bytes(before + before)
+    again = entrypoint.settle(task / "run.yaml", settings, refreshes=True)
+    assert again.root.parent == first.root.parent and again.root.name.startswith("my-task-")
+    assert again.task.train == str(again.root / "inputs" / "train.jsonl")
+    assert Path(again.task.train).read_bytes() == before + before
+    assert (first.root / "inputs" / "train.jsonl").read_bytes() == before
+    refresh.copy_start_adapter(again)
+    assert entrypoint.settle(task / "run.yaml", settings, refreshes=True) == again, "it goes on"
 
 
 def test_a_score_file_runs_in_the_sandbox_of_a_job_whatever_the_run_file_says(task, tmp_path, monkeypatch):

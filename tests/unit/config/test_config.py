@@ -40,6 +40,18 @@ from pi_ray.experiments import sweep
     ("name: a\ntrain: {lora: {method: ia3, alpha: 3}}", "train.lora.alpha would have no effect"),
     ("name: a\ntrain: {share_prefix: false, attention: flex}", "train.attention would have no effect"),
     ("name: [", "not valid YAML"),
+    (
+        "name: a\ntrain: {lr: 1}\n\ntrain: {seed: 1}",
+        "t.yaml:4: not valid YAML: key 'train' is there twice, in lines 2 and 4; keep one of them",
+    ),
+    ("name: a\ntrain:\n  seed: 1\n  lr: 1\n  seed: 2", "t.yaml:5: not valid YAML: key 'train.seed' is there twice"),
+    ("name: a\nclosed: {base_url: 'https://x.com?api-key=abc'}", "without user, password or query"),
+    (
+        "name: a\ntrain: {backend: {name: deepsped}}",
+        "t.yaml:2: train.backend: no backend named 'deepsped'; did you mean 'deepspeed'?",
+    ),
+    ("name: a\ntask: {train: ~nosuchuser/x}", "~nosuchuser/x: no such user, or no home, on this machine"),
+    ("name: a\nmodel: {base: ~nosuchuser/x}", "~nosuchuser/x: no such user, or no home, on this machine"),
     ("- a", "expected labelled blocks"),
 ])
 def test_a_mistake_is_named_with_its_place_and_cure(text, message):
@@ -119,6 +131,25 @@ def test_relative_paths_start_from_the_run_file(tmp_path):
 def test_a_missing_run_file_says_how_to_get_one():
     with pytest.raises(ConfigError, match="pi-ray init"):
         run_file.load_run_file("nowhere/run.yaml")
+
+
+@pytest.mark.parametrize("folder", ["afile", "afile/sub/run"])
+def test_a_file_in_place_of_a_folder_is_named(tmp_path, folder, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "afile").write_text("x")
+    with pytest.raises(ConfigError, match=rf"run_dir {tmp_path}/{folder}: {tmp_path}/afile is a file"):
+        run_file.parse_run_file("name: a", "t.yaml", [f"run_dir={folder}"])
+    with pytest.raises(ConfigError, match=r"afile/run\.yaml: no such file"):
+        run_file.load_run_file("afile/run.yaml")
+
+
+def test_a_run_file_that_cannot_be_read_is_named(tmp_path, monkeypatch):
+    def refuse(*args, **keys):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("pathlib.Path.read_text", refuse)
+    with pytest.raises(ConfigError, match=r"run\.yaml: cannot be read \(Permission denied\)"):
+        run_file.load_run_file(tmp_path / "run.yaml")
 
 
 def test_the_schema_describes_every_block(capsys):

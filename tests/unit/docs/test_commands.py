@@ -35,7 +35,7 @@ EXECUTED = {
     "pi-ray compress my-task/template.md --rate 0.5",
     "pi-ray render k8s my-task/run.yaml --out my-cluster/k8s",
     "pi-ray render launcher my-task/run.yaml --out my-cluster/launcher",
-    "pi-ray render launcher my-task/run.yaml cluster.launcher.provider=gcp --out my-cluster/launcher",
+    "pi-ray render launcher my-task/run.yaml 'cluster.launcher={provider: gcp, project: my-id}' --out my-cluster/gcp",
     "pi-ray render slurm my-task/run.yaml --out my-cluster/slurm",
     "pi-ray key team-a --adapters my-task other-task",
 }  # fmt: skip

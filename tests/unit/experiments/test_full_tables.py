@@ -165,6 +165,12 @@ def test_every_column_has_a_dry_run(table, task, shapes, written_once):
         assert not Path(small_run.model.base).exists()
 
 
+def test_an_elastic_run_has_a_dry_run(shapes, written_once):
+    settings = {"model.base": str(shapes / "llama-2-7b"), "train.workers": [4, 8]}
+    with dry.dry_config(RunConfig(name="a").replace(**settings)) as small:
+        assert (small.train.min_workers, small.train.workers) == (0, 2)
+
+
 def test_a_dry_table_prepares_trains_and_evaluates_each_column_once(shapes, monkeypatch):
     done, scores = [], {"bleu": 1.0, "intervals": {"bleu": [0, 2]}}
 

@@ -90,6 +90,13 @@ def test_phases_shrink_and_updates_follow_rows_epochs_and_batch(config):
     assert made.rows == {"train": 50, "dev": 6, "test": 8}
 
 
+def test_the_full_prompt_has_the_most_examples_of_any_phase(config):
+    phases = [{"rate": 1, "shots": 0}, {"rate": 0.5, "shots": 2}, {"rate": 0, "shots": 0}]
+    most = plan_run(config.replace(schedule={"name": "list", "list": phases}))
+    asked = plan_run(config.replace(schedule={"name": "list", "list": phases}, **{"evaluate.shots": 2}))
+    assert most.full == asked.full and most.full.row > most.phases[0].shape.row
+
+
 def test_tokens_are_those_of_the_encoder(config):
     encoder = PromptEncoder(load_tokenizer(config.model), config.prompt)
     made = plan_run(config.replace(**{"schedule.shots": 0}))

@@ -47,6 +47,11 @@ def test_zero_3_gathers_all_weights_twice_a_micro_batch():
     assert scale.traffic(MIXTRAL, scale.with_workers(config, 8))[1] == 0, "one node needs no network"
 
 
+def test_an_elastic_run_is_scaled_to_any_number_of_gpus():
+    config = scale.with_workers(plan_of(**{"train.workers": [8, 16]}).config, 4)
+    assert (config.train.min_workers, config.train.workers) == (0, 4)
+
+
 def test_an_update_takes_the_longer_of_computing_and_gathering():
     config = plan_of().config
     found = scale.scaled_update(MIXTRAL, SHAPES[0], config)

@@ -95,6 +95,13 @@ def test_a_full_disk_is_an_error_with_its_cure_from_python_and_from_rust(tmp_pat
     assert not list(tmp_path.iterdir())
 
 
+def test_a_file_where_a_folder_is_needed_is_an_error_with_its_cure(tmp_path):
+    (tmp_path / "afile").write_text("x")
+    for path in (tmp_path / "afile" / "x", tmp_path / "afile" / "deep" / "x"):
+        with pytest.raises(StorageError, match="a file stands where a folder is needed; take another folder"):
+            write_atomic(path, "")
+
+
 def test_files_made_elsewhere_get_their_places_and_listeners_hear_of_them(tmp_path, monkeypatch):
     heard = []
     monkeypatch.setattr("pi_ray.run.artifact.write_listeners", [heard.append])

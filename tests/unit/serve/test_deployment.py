@@ -338,6 +338,20 @@ def test_serve_resources_become_actor_options(config):
     assert model.ray_actor_options["num_cpus"] == 3 and model.ray_actor_options["resources"] == {"server": 1}
 
 
+@pytest.mark.parametrize("keys, gpus", [
+    ({}, 0), ({"train.gpu": True}, 1), ({"cluster.serve_resources": {"GPU": 1}}, 1),
+    ({"train.gpu": True, "cluster.serve_resources": {"GPU": 0}}, 0),
+])  # fmt: skip
+def test_a_replica_asks_for_the_gpu_of_a_node_that_is_still_to_come(config, keys, gpus):
+    made = deployment.build_application(config.replace(**keys))
+    model = made._bound_deployment.init_args[0]._bound_deployment
+    assert model.ray_actor_options.get("num_gpus", 0) == gpus
+    assert model._deployment_config.max_surge_percent == 0
+    if gpus:
+        with pytest.raises(ConfigError, match="takes 2 GPUs"):
+            deployment.build_application(config.replace(**keys, **{"cluster.gpus_per_replica": 2}))
+
+
 def test_the_prefix_router_is_the_models_alone_and_only_where_asked_for(config, monkeypatch):
     def routers(config):
         api = deployment.build_application(config)._bound_deployment

@@ -82,8 +82,15 @@ def test_nodes_with_too_few_gpus_are_named(mixtral):
 
 
 def test_a_node_without_gpus_gives_almost_all_of_its_cpus(mixtral):
-    assert generation_workers(mixtral(), [{"CPU": 4.0}, {"CPU": 16.0}]) == (1, {"num_cpus": 15})
-    assert generation_workers(mixtral(), [{"CPU": 1.0}]) == (1, {"num_cpus": 1})
+    for gpu in ("auto", False):
+        config = mixtral(**{"train.gpu": gpu})
+        assert generation_workers(config, [{"CPU": 4.0}, {"CPU": 16.0}]) == (1, {"num_cpus": 15})
+        assert generation_workers(config, [{"CPU": 1.0}]) == (1, {"num_cpus": 1})
+
+
+def test_gpus_that_the_run_file_is_sure_of_are_asked_for_before_their_node_is_there(mixtral):
+    assert generation_workers(mixtral(), [{"CPU": 16.0}]) == (1, {"num_gpus": 2})
+    assert generation_workers(mixtral(), [{"CPU": 16.0}], actors=3) == (3, {"num_gpus": 2})
 
 
 def test_what_the_run_file_asks_for_is_taken_as_it_is(mixtral):

@@ -59,6 +59,11 @@ def test_each_reason_against_vllm_is_said(tiny_model, adapter, installed, tmp_pa
     run = config(tiny_model)
     assert why_not_vllm(run, [adapter], GPUS) == ""
     assert "no GPU" in why_not_vllm(run, [adapter], CPUS)
+    to_come = config(tiny_model, **{"train.gpu": True})
+    assert why_not_vllm(to_come, [adapter], CPUS) == "", "nodes with GPUs come when they are asked for"
+    prompts = [VllmPrompt([1], [1], "", {"max_tokens": 5})]
+    bundle = processor_arguments(to_come, prompts, CPUS)["placement_group_config"]["bundle_per_worker"]
+    assert bundle == {"CPU": 1, "GPU": 1}
     installed.cpus = True
     assert why_not_vllm(run, [adapter], CPUS) == ""
     assert "build for CPUs" in why_not_vllm(run, [adapter], GPUS), "GPUs would be idle"

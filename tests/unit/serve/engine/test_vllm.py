@@ -7,12 +7,14 @@ tests/ray/test_serve.py runs against vLLM itself where it and a GPU are there.
 import asyncio
 import importlib.util
 import json
+import sys
 from contextlib import aclosing
 from functools import partial
 from types import SimpleNamespace
 
 import psutil
 import pytest
+import ray
 from ray.exceptions import RayTaskError
 
 from pi_ray.config import ModelConfig, RunConfig, ServeConfig
@@ -129,6 +131,21 @@ def test_merge_is_refused_and_quantisation_revision_and_prefix_cache_are_passed_
 def test_without_vllm_the_error_says_what_to_install(store, tiny_model):
     with pytest.raises(MissingExtraError, match=r"pip install 'pi-ray\[vllm\]'.*GPU"):
         engines["vllm"].deployment(config(store, tiny_model))
+
+
+def test_gpus_may_be_on_nodes_that_are_still_to_come(store, tiny_model, monkeypatch):
+    def build(arguments, **keys):
+        return arguments
+
+    monkeypatch.setitem(sys.modules, "ray.serve.llm", SimpleNamespace(LLMConfig=dict, build_llm_deployment=build))
+    monkeypatch.setattr(vllm.vllm_options, "is_for_cpus", lambda: False)
+    monkeypatch.setattr(ray, "is_initialized", lambda: True)
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 4.0})
+    run = config(store, tiny_model)
+    with pytest.raises(ConfigError, match="needs a GPU, and the cluster has none"):
+        engines["vllm"].deployment(run)
+    for keys in ({"train.gpu": True}, {"cluster.serve_resources": {"GPU": 1}}):
+        assert engines["vllm"].deployment(run.replace(**keys))["engine_kwargs"]
 
 
 def test_only_verified_folders_reach_vllm(store, tiny_model):
