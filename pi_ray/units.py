@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from pi_ray.prompt import split_sections
+from pi_ray.prompt import FENCE, split_sections
 
 Kind = Literal["item", "rule", "example"]
 WORD = re.compile(r"[^\W_]+")
@@ -21,7 +21,6 @@ TABLE_RULE = re.compile(r"[\s|:+-]+")
 # "billing: Q7, logins: Q2": three or more pairs on one line are items of a list
 PAIRS = re.compile(r"[^,;:.]{1,40}: [^,;:.]{1,40}(?:[,;] [^,;:.]{1,40}: [^,;:.]{1,40}){2,}\.?")
 SENTENCE_END = re.compile(r"(?<=[.!?;])\s+(?=[^\W\d_a-z])|(?<=[.!?])\s*\n")
-FENCE = "```"
 RARE = 2  # units that a word may stand in, and still tell them from others
 
 
@@ -51,7 +50,7 @@ def find_units(template: str) -> list[Unit]:
 
 
 def _split_section(text: str) -> Iterator[tuple[str, Kind]]:
-    for i, block in enumerate(re.split(rf"^[ \t]*{FENCE}.*\n?", text, flags=re.M)):
+    for i, block in enumerate(re.split(rf"^{FENCE}(?:\n|\Z)", text, flags=re.M)):
         if i % 2:  # between two fences
             if block.strip():
                 yield block.strip("\n"), "example"

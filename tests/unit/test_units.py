@@ -47,6 +47,11 @@ def test_lists_tables_sentences_and_fenced_blocks_are_units():
     ]
 
 
+def test_code_on_one_line_opens_no_block_and_tildes_do():
+    found = find_units("Ask with ```SELECT 1``` alone.\n\n```SELECT 2```\n\nBe kind.\n\n~~~\nx = 1\n~~~\n")
+    assert [(unit.text, unit.kind) for unit in found][2:] == [("Be kind.", "rule"), ("x = 1", "example")]
+
+
 def test_pairs_on_one_line_are_items():
     found = find_units("## Queues\n\nbilling: Q7, logins: Q2, delivery: Q5, anything else: Q9\n")
     assert [unit.text for unit in found] == ["billing: Q7", "logins: Q2", "delivery: Q5", "anything else: Q9"]
