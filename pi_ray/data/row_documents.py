@@ -58,7 +58,8 @@ class CompressDocuments:
         made = [[self._compressed(text, rate) for text in row or ()] for row in texts]
         tolerance = self.documents_config.tolerance
         columns = {
-            "id": ids, "documents": [[c.text for c in row if c.text.strip()] for row in made], "count": [len(row) for row in made],
+            "id": ids, "documents": [[c.text for c in row if c.text.strip()] for row in made],
+            "count": [len(row) for row in made],
             "tokens": [sum(c.tokens for c in row) for row in made],
             "full_tokens": [sum(c.full_tokens for c in row) for row in made],
             "off": [sum(abs(c.achieved - c.asked) > tolerance for c in row) for row in made],

@@ -73,9 +73,14 @@ def load_model_config(config: ModelConfig) -> Any:
 
 def context_length(config: ModelConfig) -> int:
     """Tokens that the base model can attend to; NO_LIMIT where its config does not say."""
+    return known_context_length(config) or NO_LIMIT
+
+
+def known_context_length(config: ModelConfig) -> int | None:
+    """Tokens that the base model can attend to by its config; None where it does not say."""
     found = load_model_config(config).get_text_config()
     names = ("max_position_embeddings", "seq_length", "max_seq_len")
-    return next((length for name in names if (length := getattr(found, name, None))), NO_LIMIT)
+    return next((length for name in names if (length := getattr(found, name, None))), None)
 
 
 def model_dtype(config: ModelConfig, device: str = "cpu") -> Any:

@@ -13,6 +13,7 @@ from pi_ray.evaluate.knowledge import KNOWLEDGE_FILE, read_knowledge
 from pi_ray.metrics.names import metric_in_sentence
 from pi_ray.models import base_name
 from pi_ray.models.base_files import PACKAGED
+from pi_ray.prompt import format_example
 from pi_ray.run.answered import reference_teacher
 from pi_ray.run.artifact import MANIFEST_HASH, digest, seal_folder, verify_artifact, write_atomic
 from pi_ray.run.directory import CARD_FILE, RunDir
