@@ -71,13 +71,16 @@ def audit_sample(run: RunDir, bank: Any, k: int, attach: Attach | None = None) -
 
 
 def has_neighbours(config: RunConfig, run: RunDir, fingerprint: str) -> bool:
-    """Whether neighbours.parquet is there and undamaged (its hash stands beside it), or the run needs none."""
+    """Whether neighbours.parquet is there with enough for each row and undamaged (its hash stands beside it), or the
+    run needs none.
+    """
     if not max_shots(config):
         return True
     facts = read_facts(run)
     try:
-        return facts.get("fingerprint") == fingerprint and facts["sha256"] == digest_file(run.neighbours)
-    except (OSError, KeyError):
+        made = facts.get("fingerprint") == fingerprint and facts["shots"] >= max_shots(config)
+        return made and facts["sha256"] == digest_file(run.neighbours)
+    except (OSError, KeyError, TypeError):
         return False
 
 
@@ -95,7 +98,7 @@ def find_neighbours(
 ) -> None:
     """Find the examples of all rows and write neighbours.parquet, in the order of the splits and their rows."""
     k, exact = max_shots(config), is_exact(config.retrieve, run)
-    folder = partial_folder(run.neighbours, fingerprint)
+    folder = partial_folder(run.neighbours, f"{k}-{fingerprint}")
     pieces = Pieces(run, SCHEMA, PIECE_ROWS, {split: {split: f"{folder}/{split}-"} for split in splits})
     todo = pieces.unfinished("neighbours", progress)
     audit: dict[str, Any] = {}

@@ -18,7 +18,7 @@ from pi_ray.data.pieces import Pieces, partial_folder, run_pipeline
 from pi_ray.data.row_documents import compress_documents, has_documents
 from pi_ray.data.templates import compress_templates
 from pi_ray.errors import ModelError
-from pi_ray.models import base_digest, known_context_length, load_tokenizer
+from pi_ray.models import known_context_length, load_tokenizer, preparation_digest
 from pi_ray.prompt import PromptEncoder
 from pi_ray.protocols import SPLITS, UNLABELLED, Task
 from pi_ray.run.artifact import is_current, set_aside_damaged
@@ -45,8 +45,8 @@ def _prepare(config: RunConfig, progress: Progress) -> str:
     from pi_ray.tasks.changed_prompt import open_task
 
     task: Task = open_task(config.task)
-    run, base = RunDir(config.root), base_digest(config.model)
-    fingerprint = prepare_fingerprint(config, task.fingerprint(), queries_digest(run), base)
+    run, models = RunDir(config.root), preparation_digest(config)
+    fingerprint = prepare_fingerprint(config, task.fingerprint(), queries_digest(run), models)
     for folder in (run.rows, run.templates, run.documents, *(run.phase(data.name) for data in plan_datasets(config))):
         set_aside_damaged(folder, fingerprint, progress)
     if _is_done(config, run, fingerprint):
