@@ -14,7 +14,9 @@ from typing import Literal
 from pi_ray.prompt import FENCE, split_sections
 
 Kind = Literal["item", "rule", "example"]
-WORD = re.compile(r"[^\W_]+")
+HAN = "\u3005\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
+KANA = "\u3041-\u3096\u30a1-\u30fa\u30fc\uff66-\uff9f"
+WORD = re.compile(rf"[{HAN}{KANA}]|[^\W_{HAN}{KANA}]+")  # each character of a script without spaces is a word
 MARK = r"[-*+•] |\d{1,3}[.)] |\|"  # that begins a line of a list or a table
 ITEM = re.compile(rf"\s*(?:{MARK}|[^\s:][^:.!?]{{0,60}}:\s+\S)")
 TABLE_RULE = re.compile(r"[\s|:+-]+")

@@ -145,6 +145,9 @@ def summarise_facts(facts: dict[str, Any], by: str = "answer") -> str:
     score, by = SCORES[facts["score"]], facts.get("by", by)
     between = f"mean {score} {facts['train_score']:.1f} between train {'answers' if by == 'answer' else 'queries'}"
     start = f"{facts['shots']} for each of {facts['rows']} rows, {between}"
+    if not facts["train_score"]:
+        other = " (as of texts without spaces between words; take retrieve.score=rouge-l)" * (facts["score"] == "bleu")
+        start += f"; all scores are 0, so examples were chosen by their ids alone{other}"
     if share := facts.get("same_answer"):
         start += f", {share:.0%} of train rows have an example with their own answer"
     if share and share > COPY_TRAP:

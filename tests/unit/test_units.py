@@ -78,6 +78,12 @@ def test_a_text_is_about_the_units_whose_rare_words_it_has():
     assert index.touched("zebra") == []
 
 
+def test_characters_of_texts_without_spaces_are_words():
+    assert words_of("退款3天，Tokyoで") == ["退", "款", "3", "天", "tokyo", "で"]
+    index = UnitIndex(find_units("## 规则\n\n- 退款需要三天\n- 换货找客服\n"))
+    assert index.best("怎么退款？") == 0 and index.best("可以换货吗") == 1
+
+
 @pytest.mark.parametrize("text", ["billing, when ram is above 3 megabytes", "the code of a login", "", "zebra", PROMPT])
 def test_the_index_scores_as_its_definition_does(text):
     units = find_units(PROMPT)

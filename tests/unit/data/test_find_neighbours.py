@@ -36,6 +36,13 @@ def test_examples_that_give_the_answer_away_are_named():
     assert "90% of train rows" in many and "take retrieve.by=query or schedule.shots=0" in many
 
 
+def test_scores_that_tell_nothing_apart_are_named():
+    assert "all scores are 0" not in summarise_facts(FACTS)
+    said = summarise_facts({**FACTS, "train_score": 0.0})
+    assert "all scores are 0, so examples were chosen by their ids alone" in said and "retrieve.score=rouge-l" in said
+    assert "retrieve.score" not in summarise_facts({**FACTS, "train_score": 0.0, "score": "rouge-l"})
+
+
 def test_neighbours_are_there_with_as_many_as_the_run_asks_for(tmp_path):
     run, config = RunDir(tmp_path), RunConfig(name="t", run_dir=str(tmp_path)).replace(**{"schedule.shots": 2})
     run.neighbours.write_bytes(b"found")
