@@ -140,8 +140,9 @@ def test_documents_are_compressed_row_by_row_and_each_rate_finds_its_own(prepare
 
 
 def compress_in_process(config, monkeypatch, compressor, rows):
-    """The tables of CompressDocuments at rate 0.5 for rows of documents."""
+    """The table of CompressDocuments at rate 0.5 for rows of documents."""
     monkeypatch.setenv("PI_RAY_CACHE", "")
+    monkeypatch.setattr("pi_ray.compress.cache._path", lambda key: config.root / "compressed" / key)
     monkeypatch.setattr("pi_ray.registry.compressors._parts", {"halves": f"{__name__}:{compressor.__name__}"})
     table = pa.table({"id": [str(i) for i in range(len(rows))], "documents": rows})
     return row_documents.CompressDocuments(config, {"train": [0.5]})(table, RowRange("train", 0, len(rows), 0))[0.5]
