@@ -22,6 +22,7 @@ from pi_ray.errors import DataError, ModelError
 if TYPE_CHECKING:
     from pi_ray.config import PromptConfig
 
+FENCE = r"[ \t]*(?:`{3,}|~{3,})[^`\n]*"  # a line of Markdown that opens or closes a block of code
 CHATML = ("<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n")
 # Words of a chat template that only mark roles and turns.
 ROLE_WORDS = {
@@ -47,23 +48,24 @@ class Template:
     def parse(cls, markdown: str) -> Template:
         """Read template.md: the instruction, then documents that each begin at a `## ` heading, outside fenced code.
 
-        The lines `# Instruction` and `# Documents` are optional and never sent. With `# Documents`, only headings
-        below it begin documents, so that an instruction can have its own. HTML comments are dropped.
+        The lines `# Instruction` and `# Documents` are optional and never sent; with more words they are text. With
+        `# Documents`, only headings below it begin documents, so that an instruction can have its own. HTML comments
+        are dropped.
         """
         text = re.sub(r"<!--.*?-->\n?", "", markdown, flags=re.S).strip()
-        instruction, *below = re.split(r"^# Documents\b[^\n]*", text, maxsplit=1, flags=re.M)
+        instruction, *below = re.split(r"^# Documents:?[ \t]*$", text, maxsplit=1, flags=re.M)
         if below:
             sections = split_sections(below[0])
         else:
             instruction, *sections = split_sections(text)
-        instruction = re.sub(r"\A# Instruction[^\n]*(\n|\Z)", "", instruction).strip()
+        instruction = re.sub(r"\A# Instructions?:?[ \t]*(\n|\Z)", "", instruction).strip()
         return cls(instruction, tuple(filter(None, map(str.strip, sections))))
 
     @classmethod
     def load(cls, path: Path, may_be_empty: bool = False) -> Template:
         """Read a template file. Raises DataError if it is missing, not UTF-8, or empty and may not be."""
         try:
-            template = cls.parse(Path(path).read_text(encoding="utf-8"))
+            template = cls.parse(Path(path).read_text(encoding="utf-8-sig"))
         except FileNotFoundError:
             raise DataError(f"{path}: no such template file; `task.template` names it") from None
         except UnicodeDecodeError as error:
@@ -92,7 +94,7 @@ def split_sections(text: str) -> list[str]:
     """
     parts, fenced = [""], False
     for line in text.split("\n"):
-        fenced ^= line.lstrip().startswith("```")
+        fenced ^= bool(re.match(rf"{FENCE}$", line))
         if line.startswith("## ") and not fenced:
             parts.append("")
         parts[-1] += line + "\n"
@@ -125,8 +127,13 @@ def template_with_examples(config: PromptConfig, template: str, shots: Sequence[
 
 
 def _render_examples(config: PromptConfig, shots: Sequence[Example]) -> list[str]:
-    examples = [config.example.replace("{query}", s.query).replace("{answer}", s.answer) for s in shots]
+    examples = [format_example(config.example, s.query, s.answer) for s in shots]
     return [config.examples_heading, *examples] if shots and config.examples_heading else examples
+
+
+def format_example(wording: str, query: str, answer: str) -> str:
+    """An example as prompt.example words it, in one pass: a client's query may spell out {answer} a thousand times."""
+    return re.sub(r"\{(query|answer)\}", lambda found: query if found[1] == "query" else answer, wording)
 
 
 _tokenizer_lock = threading.Lock()  # a call sets split_special_tokens on the tokenizer, which a server's threads share

@@ -11,17 +11,18 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from pi_ray.prompt import split_sections
+from pi_ray.prompt import FENCE, split_sections
 
 Kind = Literal["item", "rule", "example"]
-WORD = re.compile(r"[^\W_]+")
+HAN = "\u3005\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
+KANA = "\u3041-\u3096\u30a1-\u30fa\u30fc\uff66-\uff9f"
+WORD = re.compile(rf"[{HAN}{KANA}]|[^\W_{HAN}{KANA}]+")  # each character of a script without spaces is a word
 MARK = r"[-*+•] |\d{1,3}[.)] |\|"  # that begins a line of a list or a table
 ITEM = re.compile(rf"\s*(?:{MARK}|[^\s:][^:.!?]{{0,60}}:\s+\S)")
 TABLE_RULE = re.compile(r"[\s|:+-]+")
 # "billing: Q7, logins: Q2": three or more pairs on one line are items of a list
 PAIRS = re.compile(r"[^,;:.]{1,40}: [^,;:.]{1,40}(?:[,;] [^,;:.]{1,40}: [^,;:.]{1,40}){2,}\.?")
 SENTENCE_END = re.compile(r"(?<=[.!?;])\s+(?=[^\W\d_a-z])|(?<=[.!?])\s*\n")
-FENCE = "```"
 RARE = 2  # units that a word may stand in, and still tell them from others
 
 
@@ -51,7 +52,7 @@ def find_units(template: str) -> list[Unit]:
 
 
 def _split_section(text: str) -> Iterator[tuple[str, Kind]]:
-    for i, block in enumerate(re.split(rf"^[ \t]*{FENCE}.*\n?", text, flags=re.M)):
+    for i, block in enumerate(re.split(rf"^{FENCE}(?:\n|\Z)", text, flags=re.M)):
         if i % 2:  # between two fences
             if block.strip():
                 yield block.strip("\n"), "example"

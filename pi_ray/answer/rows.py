@@ -14,6 +14,7 @@ from pi_ray.answer.teacher_answer import TeacherAnswer
 from pi_ray.config import RunConfig
 from pi_ray.data.ingest import read_splits, require_unique_ids, separate_splits
 from pi_ray.errors import DataError
+from pi_ray.metrics import RowScorer
 from pi_ray.models import base_digest, base_name, context_length, load_tokenizer
 from pi_ray.prompt import PromptEncoder
 from pi_ray.protocols import SPLITS, UNLABELLED, Row, Task
@@ -22,6 +23,7 @@ from pi_ray.retrieve.neighbours import question_of
 from pi_ray.run.answered import has_labelled, labelled_splits
 from pi_ray.run.artifact import digest, is_current, read_manifest, staged
 from pi_ray.run.directory import RunDir
+from pi_ray.run.fingerprint import metric_fingerprints
 from pi_ray.run.lock import run_lock
 from pi_ray.run.queries import generated_rows
 
@@ -50,12 +52,13 @@ def _make_answered_rows(
     run, task = RunDir(config.root), tasks[config.task.name](config.task)
     template = task.template().text
     labelled, queries = read_queries_to_answer(config, task)
-    fingerprint = _fingerprint(config, template, labelled, queries)
+    held_out = read_held_out(config, task)
+    fingerprint = _fingerprint(config, template, labelled, queries, held_out)
     if is_current(run.answered, fingerprint):
         tell("answer: nothing to do, the answers are there")
         return (read_manifest(run.answered) or {})["facts"]
     limit = answer_limit(config, template, queries)
-    asked, copies = split_queries(queries, template, read_held_out(config, task))
+    asked, copies = split_queries(queries, template, held_out)
     rows = [row for some in asked.values() for row in some]
     teacher, views = config.train.distill.teacher, 1
     if teacher == "endpoint":
@@ -65,11 +68,13 @@ def _make_answered_rows(
         answers, views = answer_by_base(config, rows, template, limit, watch)
     kept = {row.id: replace(row, answer=a.text) for row, a in zip(rows, answers, strict=True) if is_kept(config, a)}
     made = {split: [kept[row.id] for row in some if row.id in kept] for split, some in asked.items()}
+    unscored = _drop_unscored(config, made)
     facts = {
         "teacher": config.closed.model if teacher == "endpoint" else base_name(config.model.base), "views": views,
         "by": teacher, "queries": len(queries), "near_copies": copies, "asked": {s: len(r) for s, r in asked.items()},
         "answered": sum(answer.ended and bool(answer.text) for answer in answers), "limit": limit,
         "kept": {split: len(some) for split, some in made.items()}, "labelled": len(labelled),
+        **({"unscored": unscored} if unscored else {}),
     }
     _check(config, facts)
     made["train"] = [*labelled, *made["train"]]
@@ -128,7 +133,8 @@ def planned_splits(config: RunConfig, task: Task, stand_ins: Sequence[Row] = ())
 def is_answered(config: RunConfig, task: Task) -> bool:
     """Whether the rows of answered/ are there and were made from what the config names."""
     labelled, queries = read_queries_to_answer(config, task)
-    return is_current(RunDir(config.root).answered, _fingerprint(config, task.template().text, labelled, queries))
+    held_out, template = read_held_out(config, task), task.template().text
+    return is_current(RunDir(config.root).answered, _fingerprint(config, template, labelled, queries, held_out))
 
 
 def read_held_out(config: RunConfig, task: Task) -> dict[str, list[Row]]:
@@ -167,7 +173,23 @@ def describe_answers(facts: dict[str, Any]) -> str:
     agreed = f", {kept:,} of them the same in all {facts['views']} orders of the prompt" if facts["views"] > 1 else ""
     rows = ", ".join(f"{facts['kept'][split]:,} {split}" for split in SPLITS if split in facts["kept"])
     copies = f"; {facts['near_copies']:,} near copies of held-out queries left out" if facts["near_copies"] else ""
-    return f"{facts['teacher']} answered {facts['answered']:,} of {asked:,} queries{agreed}; rows: {rows}{copies}"
+    left_out = copies + _describe_unscored(facts)
+    return f"{facts['teacher']} answered {facts['answered']:,} of {asked:,} queries{agreed}; rows: {rows}{left_out}"
+
+
+def _describe_unscored(facts: dict[str, Any]) -> str:
+    count = facts.get("unscored")
+    return f"; {count:,} dev and test answers left out, which task.metric cannot score" if count else ""
+
+
+def _drop_unscored(config: RunConfig, made: dict[str, list[Row]]) -> int:
+    """Take dev and test rows away whose answer task.metric cannot score, as preparation would refuse; their number."""
+    if not config.task.metric:
+        return 0
+    scorer, before = RowScorer(config.task), sum(map(len, made.values()))
+    for split in made.keys() - {"train"}:
+        made[split] = [row for row in made[split] if not scorer.check(row)]
+    return before - sum(map(len, made.values()))
 
 
 def _check(config: RunConfig, facts: dict[str, Any]) -> None:
@@ -177,6 +199,7 @@ def _check(config: RunConfig, facts: dict[str, Any]) -> None:
     asked, limit = sum(facts["asked"].values()), facts["limit"]
     found = f"{facts['answered']:,} of {asked:,} queries have an answer that ends within {limit} tokens"
     found += f", and {sum(facts['kept'].values()):,} have the same one in each of {facts['views']} orders of the prompt"
+    found += _describe_unscored(facts)
     needs = ", ".join(f"{n} {split}" for split, n in FEWEST.items())
     raise DataError(
         f"too few answered queries for a run ({needs} at least): {found}. Give more queries (task.queries, or "
@@ -186,7 +209,9 @@ def _check(config: RunConfig, facts: dict[str, Any]) -> None:
     )
 
 
-def _fingerprint(config: RunConfig, template: str, labelled: Iterable[Row], queries: Iterable[Row]) -> str:
+def _fingerprint(
+    config: RunConfig, template: str, labelled: Iterable[Row], queries: Iterable[Row], held_out: dict[str, list[Row]]
+) -> str:
     distill = config.train.distill
     teacher: list[Any] = [config.closed.base_url, config.closed.model]
     if distill.teacher == "base":
@@ -194,9 +219,12 @@ def _fingerprint(config: RunConfig, template: str, labelled: Iterable[Row], quer
     settings = [distill.teacher, distill.views, distill.agreement, distill.confidence, distill.max_tokens]
     rows = [[[row.id, row.query, row.answer, row.group, row.documents] for row in some] for some in (labelled, queries)]
     files = [split for split in SPLITS if has_labelled(config, split)]
-    return digest([
+    parts = [
         __version__, teacher, settings, config.prompt.model_dump(mode="json"), config.train.seed, template, rows, files,
-    ])
+    ]
+    # near copies of people's rows are no queries, and a metric says which answers it can score
+    parts += [[[split, row.query] for split, some in held_out.items() for row in some]] if held_out else []
+    return digest([*parts, *(metric_fingerprints(config) if config.task.metric else [])])
 
 
 def _write_jsonl(path: Path, rows: Iterable[Row]) -> None:

@@ -37,17 +37,20 @@ def load_compressor(config: CompressConfig) -> Compressor:
 
 def compress_template(
     template: Template, rate: float, tokenizer: Any, config: CompressConfig,
-    load: Callable[[CompressConfig], Compressor] = load_compressor,
+    load: Callable[[CompressConfig], Compressor] = load_compressor, is_stored: bool = True,
 ) -> CompressedTemplate:
-    """The template at `rate` (0: nothing, 1: unchanged). What is in the cache needs no compressor."""
+    """The template at `rate` (0: nothing, 1: unchanged). What is in the cache needs no compressor; what is not goes
+    there if `is_stored`.
+    """
     parts = split_template(template, rate, config)
     if len(parts) > 1:
-        made = [compress_template(part.template, part.rate, tokenizer, part.config, load) for part in parts]
+        made = [compress_template(part.template, part.rate, tokenizer, part.config, load, is_stored) for part in parts]
         return combine_parts(template, tokenizer, parts, made)
     found = cached_template(template, rate, tokenizer, config)
     if found is None:
         found = _search(load(config), template, rate, tokenizer, config)
-        cache.store_result(_cache_key(template, rate, tokenizer, config), asdict(found))
+        if is_stored:
+            cache.store_result(_cache_key(template, rate, tokenizer, config), asdict(found))
     return found
 
 

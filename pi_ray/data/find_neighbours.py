@@ -71,13 +71,16 @@ def audit_sample(run: RunDir, bank: Any, k: int, attach: Attach | None = None) -
 
 
 def has_neighbours(config: RunConfig, run: RunDir, fingerprint: str) -> bool:
-    """Whether neighbours.parquet is there and undamaged (its hash stands beside it), or the run needs none."""
+    """Whether neighbours.parquet is there with enough for each row and undamaged (its hash stands beside it), or the
+    run needs none.
+    """
     if not max_shots(config):
         return True
     facts = read_facts(run)
     try:
-        return facts.get("fingerprint") == fingerprint and facts["sha256"] == digest_file(run.neighbours)
-    except (OSError, KeyError):
+        made = facts.get("fingerprint") == fingerprint and facts["shots"] >= max_shots(config)
+        return made and facts["sha256"] == digest_file(run.neighbours)
+    except (OSError, KeyError, TypeError):
         return False
 
 
@@ -95,7 +98,7 @@ def find_neighbours(
 ) -> None:
     """Find the examples of all rows and write neighbours.parquet, in the order of the splits and their rows."""
     k, exact = max_shots(config), is_exact(config.retrieve, run)
-    folder = partial_folder(run.neighbours, fingerprint)
+    folder = partial_folder(run.neighbours, f"{k}-{fingerprint}")
     pieces = Pieces(run, SCHEMA, PIECE_ROWS, {split: {split: f"{folder}/{split}-"} for split in splits})
     todo = pieces.unfinished("neighbours", progress)
     audit: dict[str, Any] = {}
@@ -142,6 +145,9 @@ def summarise_facts(facts: dict[str, Any], by: str = "answer") -> str:
     score, by = SCORES[facts["score"]], facts.get("by", by)
     between = f"mean {score} {facts['train_score']:.1f} between train {'answers' if by == 'answer' else 'queries'}"
     start = f"{facts['shots']} for each of {facts['rows']} rows, {between}"
+    if not facts["train_score"]:
+        other = " (as of texts without spaces between words; take retrieve.score=rouge-l)" * (facts["score"] == "bleu")
+        start += f"; all scores are 0, so examples were chosen by their ids alone{other}"
     if share := facts.get("same_answer"):
         start += f", {share:.0%} of train rows have an example with their own answer"
     if share and share > COPY_TRAP:

@@ -20,7 +20,7 @@ from pi_ray.config import TaskConfig
 from pi_ray.data.context import ConversationContext
 from pi_ray.errors import DataError
 from pi_ray.protocols import SPLITS, UNLABELLED, Reject, Row, Task
-from pi_ray.retrieve.neighbours import question_of
+from pi_ray.retrieve.neighbours import normalised, question_of
 from pi_ray.run.artifact import staged, translate_disk_errors, write_atomic
 from pi_ray.run.directory import RunDir
 from pi_ray.run.queries import generated_rows
@@ -32,10 +32,13 @@ KEY_CHARACTERS = 64  # of a query that are held
 
 
 class RowKey(NamedTuple):
-    """The part of a row that the checks need. `query` is normalised; a long one becomes its beginning and a hash."""
+    """The part of a row that the checks need. `query` is normalised, with a hash of documents; a long one becomes its
+    beginning and a hash. `bare` is the same without documents, "" for a row that has none.
+    """
 
     id: str
     query: str
+    bare: str = ""
 
 
 Splits = dict[str, list[Any]]  # split -> its rows, or their keys
@@ -106,11 +109,14 @@ def _accepted(
 
 
 def _key(row: Row) -> RowKey:
-    query = question_of(row)
+    return RowKey(row.id, _shortened(question_of(row)), _shortened(normalised(row.query)) if row.documents else "")
+
+
+def _shortened(query: str) -> str:
     if len(query) <= KEY_CHARACTERS:
-        return RowKey(row.id, query)
+        return query
     digest = blake2b(query.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
-    return RowKey(row.id, f"{query[:KEY_CHARACTERS].rstrip()}... {digest}")
+    return f"{query[:KEY_CHARACTERS].rstrip()}... {digest}"
 
 
 def _write_kept(split: str, kept: Sequence[RowKey], folder: Path, final: Path) -> None:
@@ -144,7 +150,7 @@ def check_splits(splits: Splits, rejects: Sequence[Reject], config: TaskConfig, 
         raise DataError(f"{len(rejects)} bad rows, and task.max_bad_rows is {config.max_bad_rows}:\n{first}\n{cure}")
     require_unique_ids(splits)
     notes = separate_splits(splits, config.overlap)  # before training rows may become dev rows
-    notes += _make_dev(splits) + _shared_held_out(splits) + _new_queries(splits)
+    notes += _make_dev(splits) + _shared_held_out(splits) + _told_apart_by_documents(splits) + _new_queries(splits)
     for split in SPLITS:
         if not splits[split]:
             counted = "; ".join([f"{len(rejects)} rows were rejected, see {run.rejects}", *notes])
@@ -193,6 +199,18 @@ def _shared_held_out(splits: Splits) -> list[str]:
     tested = {question_of(row) for row in splits["test"]}
     shared = sum(question_of(row) in tested for row in splits["dev"])
     return [f"{shared} dev queries also stand in test, which favours what dev rows choose"] if shared else []
+
+
+def _told_apart_by_documents(splits: Splits) -> list[str]:
+    """Say how many dev and test rows have a training row's query: a last phase at rate 0 sends no documents."""
+
+    def bare(row: Any) -> str:
+        return (row.bare or row.query) if isinstance(row, RowKey) else normalised(row.query)
+
+    trained = {bare(row) for row in splits["train"]}
+    shared = sum(bare(row) in trained for split in ("dev", "test") for row in splits[split])
+    said = "dev and test rows have a train row's query and differ in its documents alone, which rate 0 does not send"
+    return [f"{shared} {said}"] if shared else []
 
 
 def _new_queries(splits: Splits) -> list[str]:

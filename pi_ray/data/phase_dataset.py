@@ -110,10 +110,13 @@ def _ids(rows: list[list[int]]) -> pa.Array:
     return pa.array(rows, SCHEMA.field("prompt_ids").type)
 
 
-def publish_phase(folder: Path, final: Path, prefix_ids: list[int], **manifest: Any) -> dict[str, Any]:
+def publish_phase(
+    folder: Path, final: Path, prefix_ids: list[int], context: int | None = None, **manifest: Any
+) -> dict[str, Any]:
     """Count tokens, write the manifest, and give the working folder its final name. Returns the manifest.
 
-    A split without rows, such as queries of which there are none, becomes one file without rows.
+    A split without rows, such as queries of which there are none, becomes one file without rows. Raises DataError where
+    a row with the template is longer than the model's `context`.
     """
     for left in folder.glob(".*.tmp"):
         left.unlink()  # a worker was killed while it wrote
@@ -121,6 +124,14 @@ def publish_phase(folder: Path, final: Path, prefix_ids: list[int], **manifest: 
         write_piece(folder / "part-00000.parquet", SCHEMA.empty_table())
     lengths = zip(*(_lengths(path) for path in sorted(folder.glob("part-*.parquet"))), strict=True)
     fed, learned, before, longest = map(np.concatenate, lengths)
+    longest_row = int((before + longest).max(initial=0))
+    if context and len(prefix_ids) + longest_row > context:
+        raise DataError(
+            f"phase {final.name}: the template has {len(prefix_ids):,} tokens and the longest row with its answer "
+            f"{longest_row:,}, and model.base reads {context:,} in all; shorten them, take fewer examples "
+            "(schedule.shots), set prompt.context, which leaves out examples of long rows, or take a model.base with a "
+            "longer context"
+        )
     tokens = {
         "prefix": len(prefix_ids),
         "row_mean": _rounded_mean(fed), "row_max": int(before.max(initial=0)),

@@ -6,6 +6,7 @@ Each step is an artifact in the run directory, written once and skipped when it 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 
 from pi_ray.config import RunConfig
 from pi_ray.data import phase_dataset
@@ -16,7 +17,8 @@ from pi_ray.data.phase_dataset import PhaseData
 from pi_ray.data.pieces import Pieces, partial_folder, run_pipeline
 from pi_ray.data.row_documents import compress_documents, has_documents
 from pi_ray.data.templates import compress_templates
-from pi_ray.models import base_digest, load_tokenizer
+from pi_ray.errors import ModelError
+from pi_ray.models import known_context_length, load_tokenizer, preparation_digest
 from pi_ray.prompt import PromptEncoder
 from pi_ray.protocols import SPLITS, UNLABELLED, Task
 from pi_ray.run.artifact import is_current, set_aside_damaged
@@ -43,8 +45,8 @@ def _prepare(config: RunConfig, progress: Progress) -> str:
     from pi_ray.tasks.changed_prompt import open_task
 
     task: Task = open_task(config.task)
-    run, base = RunDir(config.root), base_digest(config.model)
-    fingerprint = prepare_fingerprint(config, task.fingerprint(), queries_digest(run), base)
+    run, models = RunDir(config.root), preparation_digest(config)
+    fingerprint = prepare_fingerprint(config, task.fingerprint(), queries_digest(run), models)
     for folder in (run.rows, run.templates, run.documents, *(run.phase(data.name) for data in plan_datasets(config))):
         set_aside_damaged(folder, fingerprint, progress)
     if _is_done(config, run, fingerprint):
@@ -101,6 +103,15 @@ def _splits(config: RunConfig) -> tuple[str, ...]:
     return (*SPLITS, UNLABELLED) if wants_unlabelled(config) else SPLITS
 
 
+def _row_context(config: RunConfig) -> int | None:
+    """The model's context, with which rows are compared; None where it is not known, as of a closed model, whose
+    tokenizer alone is there. Conversations were cut to it.
+    """
+    with suppress(ModelError):
+        return None if config.prompt.conversation else known_context_length(config.model)
+    return None
+
+
 def _tokenise_phases(
     config: RunConfig, encoder: PromptEncoder, run: RunDir, fingerprint: str, progress: Progress,
 ) -> None:
@@ -119,7 +130,8 @@ def _tokenise_phases(
     for name, _, rate, shots in todo:
         text, phase = texts[rate], {"rate": rate, "shots": shots}
         made = phase_dataset.publish_phase(
-            folders[name], run.phase(name), encoder.prefix(text), fingerprint=fingerprint, template=text, phase=phase,
+            folders[name], run.phase(name), encoder.prefix(text), _row_context(config), fingerprint=fingerprint,
+            template=text, phase=phase,
         )
         if not made["rows"]:
             continue

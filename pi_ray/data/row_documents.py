@@ -1,8 +1,8 @@
 """Documents that come with a row, such as passages retrieved for it, at the rate of each phase.
 
 The template's documents are one text for all rows; these differ from row to row, so actors compress them, each with the
-model loaded once, a range of rows at a time. Each document is compressed by itself: the cache has those that rows
-share.
+model loaded once, a range of rows at a time. Each document is compressed by itself, and an actor remembers those that
+rows share: there may be millions, too many for a file each in the cache.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable
+from functools import lru_cache
 from typing import Any
 
 import pyarrow as pa
@@ -27,6 +28,7 @@ from pi_ray.run.row_store import count_rows, join_pieces, read_range
 # A piece is at least PIECE_ROWS rows, since a model may take seconds a document, and at most MAX_PIECE_ROWS: each costs
 # Ray three tasks. PIECES of them balance the actors.
 PIECE_ROWS, MAX_PIECE_ROWS, PIECES = 32, 512, 64
+REMEMBERED = 4096  # documents, each at one rate, that an actor holds compressed
 COUNTS = ("count", "tokens", "full_tokens", "off")  # of a row's documents; off: not within the tolerance of their rate
 SCHEMA = pa.schema({"id": pa.string(), "documents": pa.list_(pa.string()), **dict.fromkeys(COUNTS, pa.int64())})
 
@@ -45,6 +47,7 @@ class CompressDocuments:
         self.config, self.documents_config = config.compress, config.compress.for_documents
         self.compressor = compressors[self.documents_config.name](self.documents_config)
         self.rates = rates
+        self._compressed = lru_cache(REMEMBERED)(self._compress_document)
 
     def __call__(self, table: pa.Table, rows: RowRange) -> dict[float, pa.Table]:
         texts = table["documents"].to_pylist()
@@ -52,10 +55,11 @@ class CompressDocuments:
 
     def _compress(self, ids: pa.ChunkedArray, texts: list[list[str] | None], template_rate: float) -> pa.Table:
         rate = rate_of_documents(self.config, template_rate)
-        made = [[self._compress_document(text, rate) for text in row or ()] for row in texts]
+        made = [[self._compressed(text, rate) for text in row or ()] for row in texts]
         tolerance = self.documents_config.tolerance
         columns = {
-            "id": ids, "documents": [[c.text for c in row] for row in made], "count": [len(row) for row in made],
+            "id": ids, "documents": [[c.text for c in row if c.text.strip()] for row in made],
+            "count": [len(row) for row in made],
             "tokens": [sum(c.tokens for c in row) for row in made],
             "full_tokens": [sum(c.full_tokens for c in row) for row in made],
             "off": [sum(abs(c.achieved - c.asked) > tolerance for c in row) for row in made],
@@ -65,6 +69,7 @@ class CompressDocuments:
     def _compress_document(self, text: str, rate: float) -> Any:
         return compress_template(
             Template("", (text,)), rate, self.tokenizer, self.documents_config, lambda _: self.compressor,
+            is_stored=False,
         )
 
 

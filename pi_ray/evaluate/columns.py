@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 
 from pi_ray import hosted
 from pi_ray.config import RunConfig
-from pi_ray.errors import TrainingError
+from pi_ray.data.find_neighbours import read_facts
+from pi_ray.errors import DataError, TrainingError
 from pi_ray.evaluate.knowledge import Knowledge
 from pi_ray.models import load_tokenizer
 from pi_ray.prompt import PromptEncoder
@@ -52,6 +53,16 @@ def columns_of(config: RunConfig) -> list[Column]:
         adapters["teacher"] = str(RunDir(config.root).adapter(0))
     prompts = prompts_of_columns(config)
     return [*(Column(name, adapter, *prompts[name]) for name, adapter in adapters.items()), trained_column(config)]
+
+
+def require_examples(config: RunConfig, columns: Sequence[Column]) -> None:
+    """Raises DataError where evaluate.shots asks for more examples of each row than preparation retrieved."""
+    stored = read_facts(RunDir(config.root)).get("shots", 0)
+    if config.evaluate.shots > stored and any(column.shots > stored for column in columns):
+        raise DataError(
+            f"prepare again: only {stored} examples of each row were retrieved, and evaluate.shots is "
+            f"{config.evaluate.shots}; run 'pi-ray prepare' with it, or lower it"
+        )
 
 
 def trained_column(config: RunConfig) -> Column:

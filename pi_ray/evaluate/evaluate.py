@@ -11,7 +11,7 @@ from typing import Any
 from pi_ray import hosted
 from pi_ray.config import RunConfig
 from pi_ray.evaluate.adapter_answerer import AdapterAnswerer
-from pi_ray.evaluate.columns import LABELS, Column, RowWatch, answer_lengths, columns_of
+from pi_ray.evaluate.columns import LABELS, Column, RowWatch, answer_lengths, columns_of, require_examples
 from pi_ray.evaluate.hosted_answerer import HostedAnswerer
 from pi_ray.evaluate.judge import add_judgements, confirm_judging, judges_of
 from pi_ray.evaluate.knowledge import KNOWLEDGE_FILE
@@ -34,9 +34,9 @@ def evaluate_run(
     """Write eval/summary.json, samples.jsonl, outputs.jsonl and, of a trained adapter, knows.json; return the summary.
 
     Skipped when columns, adapters, metrics and the evaluate block are those of the last time. `confirm` is asked before
-    a judge (task.metric) costs money. Raises CorruptArtifactError for a damaged adapter, TrainingError where nothing
-    was prepared or tuned and where the judge's cost is declined, StorageError while another process has the run
-    directory's lock.
+    a judge (task.metric) costs money. Raises CorruptArtifactError for a damaged adapter, DataError where fewer examples
+    were retrieved than evaluate.shots, TrainingError where nothing was prepared or tuned and where the judge's cost is
+    declined, StorageError while another process has the run directory's lock.
     """
     run, columns = RunDir(config.root), columns or columns_of(config)
     if answerer is None:
@@ -44,6 +44,7 @@ def evaluate_run(
     fingerprint = answerer.fingerprint(columns)
     if is_current(run.evaluation, fingerprint):
         return json.loads((run.evaluation / "summary.json").read_text())
+    require_examples(config, columns)
     with run_lock(config.root, "is evaluating this run"):  # two would pay for the same answers
         return _evaluate(config, watch, columns, answerer, fingerprint, confirm)
 

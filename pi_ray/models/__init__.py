@@ -20,12 +20,13 @@ from pi_ray.run.artifact import digest
 if TYPE_CHECKING:
     import torch
 
-    from pi_ray.config import ModelConfig
+    from pi_ray.config import ModelConfig, RunConfig
 
 # Tokens of context where a config names none: recurrent models have no end, but were trained on some thousand tokens.
 NO_LIMIT = 8192
 SMALLEST_BFLOAT16 = 256  # hidden size from which a CPU is faster in bfloat16
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, LARGEST_KEPT = -1, -3, 32 << 20  # of malloc.h, with the most that glibc takes
+MODEL_FREE = ("none", "generation")  # compressors that load no model here
 MODEL_FILES = {".safetensors", ".bin", ".json", ".txt", ".model", ".jinja"}  # endings of weights, settings, tokenizers
 
 
@@ -41,6 +42,22 @@ def base_digest(config: ModelConfig) -> str:
         files = sorted(path for path in folder.iterdir() if path.suffix in MODEL_FILES)
         return digest({path.name: file_digest(path) for path in files})
     return _hub_commit(config)
+
+
+def preparation_digest(config: RunConfig) -> str:
+    """The hash of the base model's files, and of those of the compressors' and the encoder's where these are a folder
+    or a .gguf file of the user's, which may be replaced. Raises as `base_digest`.
+    """
+    base, compress = base_digest(config.model), config.compress
+    scorers = [c.model for c in (compress.for_instruction, compress.for_documents) if c.name not in MODEL_FREE]
+    encoder = [config.retrieve.encoder_model] if config.retrieve.encoder == "sentence-transformers" else []
+    found: dict[str, str] = {}
+    for name in {*scorers, *encoder} - {*PACKAGED, config.model.base, ""}:
+        path = Path(name).expanduser()
+        files = [path] if path.suffix == ".gguf" and path.is_file() else sorted(path.rglob("*"))
+        if known := [[str(f.relative_to(path)), file_digest(f)] for f in files if f.suffix in {*MODEL_FILES, ".gguf"}]:
+            found[name] = digest(known)
+    return digest([base, found]) if found else base
 
 
 @cache
@@ -73,9 +90,14 @@ def load_model_config(config: ModelConfig) -> Any:
 
 def context_length(config: ModelConfig) -> int:
     """Tokens that the base model can attend to; NO_LIMIT where its config does not say."""
+    return known_context_length(config) or NO_LIMIT
+
+
+def known_context_length(config: ModelConfig) -> int | None:
+    """Tokens that the base model can attend to by its config; None where it does not say."""
     found = load_model_config(config).get_text_config()
     names = ("max_position_embeddings", "seq_length", "max_seq_len")
-    return next((length for name in names if (length := getattr(found, name, None))), NO_LIMIT)
+    return next((length for name in names if (length := getattr(found, name, None))), None)
 
 
 def model_dtype(config: ModelConfig, device: str = "cpu") -> Any:

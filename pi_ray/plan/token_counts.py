@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from statistics import fmean
 
 from pi_ray.config import RunConfig
-from pi_ray.models import base_digest, load_tokenizer
+from pi_ray.models import load_tokenizer, preparation_digest
 from pi_ray.plan import estimate
 from pi_ray.prompt import Example, PromptEncoder
 from pi_ray.protocols import Row, Task
@@ -55,7 +55,7 @@ def count_row_tokens(task: Task, rows: Sequence[Row], config: RunConfig, all_tur
     pairs = list(zip(sample, others, strict=True))
     one, two = (fmean(len(encoder.row(r.query, [other] * n)) for r, other in pairs) for n in (1, 2))
     run = RunDir(config.root)
-    prepared = prepare_fingerprint(config, task.fingerprint(), queries_digest(run), base_digest(config.model))
+    prepared = prepare_fingerprint(config, task.fingerprint(), queries_digest(run), preparation_digest(config))
     made = is_current(run.templates, prepared)  # from exactly this config
     return TokenCounts(
         head=len(encoder.prefix("")), template=len(encoder.prefix(task.template().text)), query=fmean(queries),

@@ -1,9 +1,9 @@
 """ROUGE-L of many pairs at once: F1 of the longest common subsequence of words (Lin, 2004), 0 to 100.
 
-Words are those of rouge-score: a-z and 0-9, lower case. Bit vectors find the subsequence (Hyyro, 2004), 64 words each.
+Words are letters and digits of every script in lower case, in English those of rouge-score. Bit vectors find the
+subsequence (Hyyro, 2004), 64 words each.
 """
 
-import re
 from collections.abc import Sequence
 
 import numpy as np
@@ -11,6 +11,7 @@ from numba import njit
 
 from pi_ray.retrieve.index import ScoreIndex, as_shared
 from pi_ray.retrieve.ngrams import number_words
+from pi_ray.units import WORD
 
 
 class RougeIndex(ScoreIndex):
@@ -24,7 +25,7 @@ class RougeIndex(ScoreIndex):
 
     def _number_words(self, texts: Sequence[str], grow: bool = False) -> tuple[np.ndarray, np.ndarray]:
         """The word numbers of all texts, one text after another (-1: not in the bank), and where each text ends."""
-        words, lengths = number_words((re.findall(r"[a-z0-9]+", text.lower()) for text in texts), self.known, grow)
+        words, lengths = number_words((WORD.findall(text.lower()) for text in texts), self.known, grow)
         return words, np.concatenate([[0], np.cumsum(lengths)])
 
     def scores(self, references: Sequence[str], candidates: np.ndarray | None = None) -> np.ndarray:

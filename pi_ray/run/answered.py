@@ -45,6 +45,11 @@ def has_labelled(config: RunConfig, split: str) -> bool:
     return bool(named) and Path(named).is_file()
 
 
+def may_be_missing(path: Path, key: str) -> bool:
+    """Whether a file has the default name of task.`key`, in a folder that is there: nobody need have named it."""
+    return path.name == TaskConfig.model_fields[key].default and path.parent.is_dir()
+
+
 def labelled_splits(config: RunConfig) -> list[str]:
     """The splits of which the user has labelled rows. Those under the default names may be missing, beside run.yaml.
 
@@ -52,8 +57,7 @@ def labelled_splits(config: RunConfig) -> list[str]:
     """
     for split in SPLITS:
         path = Path(getattr(config.task, split))
-        is_default = path.name == TaskConfig.model_fields[split].default and path.parent.is_dir()
-        if path.name and not is_default and not path.is_file():
+        if path.name and not may_be_missing(path, split) and not path.is_file():
             raise DataError(f"{path}: no such file; put the {split} rows there, name another file with task.{split}, "
                 f"or set task.{split}='' where there are none")
     return [split for split in SPLITS if has_labelled(config, split)]

@@ -11,10 +11,13 @@ from pi_ray import __version__
 from pi_ray.config import INPUTS, MetricConfig, RunConfig
 from pi_ray.protocols import UNLABELLED
 from pi_ray.run.artifact import digest, digest_file, read_manifest
-from pi_ray.run.phases import max_shots
 from pi_ray.schedule import plan_phases
 
 PREPARED = ("task", "model", "prompt", "compress", "retrieve")  # the blocks that preparation reads
+# Keys of them that change no prepared row: they count as if at their defaults.
+NOT_PREPARED = {
+    "task": ("allow_code_execution", "unsafe_local_execution", "max_bad_rows"), "compress": ("api_key_env",),
+}
 # Keys of `train` that do not change the adapter. workers and micro_batch only spread the rows of an update, which
 # changes rounding alone, and with dropout which random numbers a row meets: a run may go on with others.
 NOT_LEARNED = {
@@ -30,10 +33,13 @@ def wants_unlabelled(config: RunConfig) -> bool:
 
 def prepare_fingerprint(config: RunConfig, task: str, queries: str = "", base: str = "") -> str:
     """The fingerprint of the prepared rows; `task` is that of the task's rows and template, `queries` the hash of the
-    generated queries, `base` that of the base model's files.
+    generated queries, `base` that of the files of models (`preparation_digest`).
+
+    Examples that the evaluation alone asks for do not count: neighbours.json says how many there are.
     """
     phases = [(p.rate, p.shots) for p in plan_phases(config.schedule)]
-    parts = [__version__, task, _dump(config, *PREPARED), phases, max_shots(config), *filter(None, [base])]
+    shots = max(shots for _, shots in phases)
+    parts = [__version__, task, _dump(config, *PREPARED), phases, shots, *filter(None, [base])]
     parts += [_dump(config, "ask"), queries] if config.task.generate else []
     return digest([*parts, UNLABELLED] if wants_unlabelled(config) else parts)
 
@@ -50,7 +56,8 @@ def train_fingerprint(config: RunConfig, prepare: str, base: str = "") -> str:
     """The fingerprint of all adapters, from that of the prepared rows and the base model's present content."""
     phases = [(p.rate, p.shots, p.epochs, p.steps) for p in plan_phases(config.schedule)]
     floor = "floor" if config.schedule.floor else ""  # its value decides after training
-    return digest([prepare, _learned(config), phases, *filter(None, [base, floor]), *_metric_marks(config)])
+    runs_code = "code execution" if floor and config.task.allow_code_execution else ""  # dev answers are scored by it
+    return digest([prepare, _learned(config), phases, *filter(None, [base, floor, runs_code]), *_metric_marks(config)])
 
 
 def evaluate_fingerprint(config: RunConfig, columns: list[tuple[str, str]]) -> str:
@@ -59,10 +66,13 @@ def evaluate_fingerprint(config: RunConfig, columns: list[tuple[str, str]]) -> s
 
 
 def metric_fingerprints(config: RunConfig) -> list[Any]:
-    """The parts of task.metric on which the scores of an evaluation depend; nothing where it is not set."""
+    """The parts of task.metric on which the scores of an evaluation depend, and whether programs are run for them;
+    nothing where it is not set and none are.
+    """
     metric = config.task.metric
     judge = [config.closed.base_url, config.closed.model] if any(m.asks_service for m in metric) else []
-    return [_metric_settings(metric), judge] if metric else []
+    runs_code = ["code execution"] if config.task.allow_code_execution else []
+    return [*([_metric_settings(metric), judge] if metric else []), *runs_code]
 
 
 def learning_settings(config: RunConfig, base: str = "") -> dict[str, Any]:
@@ -122,7 +132,11 @@ def _flatten(value: Any, key: str = "") -> dict[str, Any]:
 def _dump(config: RunConfig, *blocks: str) -> dict[str, Any]:
     """Blocks without the paths of rows and template, which may be moved: the task's fingerprint has their content.
 
-    Nor do metrics count here: rows do not depend on them.
+    Nor do metrics count here, nor NOT_PREPARED: rows do not depend on them.
     """
-    left_out = {"task": {*INPUTS, "metric"}}
-    return {b: getattr(config, b).model_dump(mode="json", exclude=left_out.get(b)) for b in blocks}
+    left_out, found = {"task": {*INPUTS, "metric"}}, dict[str, Any]()
+    for name in blocks:
+        block = getattr(config, name)
+        defaults = {key: type(block).model_fields[key].default for key in NOT_PREPARED.get(name, ())}
+        found[name] = block.model_copy(update=defaults).model_dump(mode="json", exclude=left_out.get(name))
+    return found

@@ -22,6 +22,7 @@ from pydantic import BaseModel, Field, model_validator
 
 from pi_ray.compress.words import join_words, kept_in_order, word_spans
 from pi_ray.config import PromptConfig
+from pi_ray.prompt import format_example
 from pi_ray.run.artifact import digest
 from pi_ray.store.varying_values import MAX_VALUES, VaryingPrompt, put_before
 from pi_ray.store.white_space import collapse_whitespace, text_behind
@@ -44,11 +45,6 @@ COURTESY = re.compile(rf"you(?: are|'re) an?(?:,? (?:and )?(?:very )?(?:{ADJECTI
 def hash_example(example: str) -> str:
     """The hash by which prompt.json knows an example."""
     return digest(collapse_whitespace(example))[:HASH_DIGITS]
-
-
-def format_example(wording: str, query: str, answer: str) -> str:
-    """An example as prompt.example words it, in one pass: a client's query may spell out {answer} a thousand times."""
-    return re.sub(r"\{(query|answer)\}", lambda found: query if found[1] == "query" else answer, wording)
 
 
 class CompressedForm(BaseModel):

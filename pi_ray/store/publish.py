@@ -13,12 +13,13 @@ from pi_ray.evaluate.knowledge import KNOWLEDGE_FILE, read_knowledge
 from pi_ray.metrics.names import metric_in_sentence
 from pi_ray.models import base_name
 from pi_ray.models.base_files import PACKAGED
+from pi_ray.prompt import format_example
 from pi_ray.run.answered import reference_teacher
 from pi_ray.run.artifact import MANIFEST_HASH, digest, seal_folder, verify_artifact, write_atomic
 from pi_ray.run.directory import CARD_FILE, RunDir
 from pi_ray.store.adapters import NAME, AdapterStore
 from pi_ray.store.local import LATEST_FILE, LocalStore
-from pi_ray.store.prompt_guard import MAX_TEMPLATE, PROMPT_FILE, format_example, prompt_record
+from pi_ray.store.prompt_guard import MAX_TEMPLATE, PROMPT_FILE, prompt_record
 from pi_ray.store.remote import RemoteStore
 from pi_ray.store.varying_values import find_value_names
 from pi_ray.store.verify import CONFIG_FILE, MAX_JSON_BYTES, WEIGHTS_FILE, read_json, verify_adapter

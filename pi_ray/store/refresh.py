@@ -12,7 +12,7 @@ from typing import Any
 
 from pi_ray.config import RunConfig
 from pi_ray.errors import AdapterError
-from pi_ray.models import base_digest
+from pi_ray.models import base_digest, preparation_digest
 from pi_ray.run.artifact import MANIFEST, notify_written, staged, write_atomic
 from pi_ray.run.directory import RunDir
 from pi_ray.run.fingerprint import prepare_fingerprint, train_fingerprint
@@ -69,7 +69,7 @@ def _fingerprint(config: RunConfig) -> str:
 
     bare = config.replace(**{"train.init_adapter": ""})
     task, base = tasks[config.task.name](config.task), base_digest(config.model)
-    return train_fingerprint(bare, prepare_fingerprint(bare, task.fingerprint(), base=base), base)
+    return train_fingerprint(bare, prepare_fingerprint(bare, task.fingerprint(), base=preparation_digest(bare)), base)
 
 
 def _read_marks(root: Path, storage: ObjectStorage | None) -> dict[str, dict[str, Any]]:

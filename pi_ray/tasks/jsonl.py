@@ -24,6 +24,7 @@ from pi_ray.errors import DataError
 from pi_ray.metrics import RowScorer
 from pi_ray.prompt import Template
 from pi_ray.protocols import SPLITS, UNLABELLED, Reject, Row
+from pi_ray.run.answered import may_be_missing
 from pi_ray.tasks.dataset import fingerprint_files, limit_rows, read_array
 
 MAX_FIELD = 1 << 20  # bytes of one field
@@ -43,16 +44,18 @@ class JsonlTask:
         self.config, self.scorer = config, RowScorer(config)
 
     def rows(self, split: str) -> Iterator[Row | Reject]:
-        """Raises DataError for a dev or test row that a metric cannot score, and when a named training or test file is
-        missing; dev rows and queries may be missing.
+        """Raises DataError for a dev or test row that a metric cannot score, and when a named file is missing; dev rows
+        and queries may be missing under their default names.
         """
-        named = self.config.queries if split == UNLABELLED else getattr(self.config, split)
+        key = "queries" if split == UNLABELLED else split
+        named = getattr(self.config, key)
         path = Path(named)
         if path.is_file():
             yield from limit_rows(lambda: self._checked(path, split), getattr(self.config.rows, split))
-        elif named and split not in ("dev", UNLABELLED):
-            other = f"name another file with task.{split} ('pi-ray init FOLDER' writes a sample)"
-            raise DataError(f"{path}: no such file; put the {split} rows there, or {other}")
+        elif named and not (split in ("dev", UNLABELLED) and may_be_missing(path, key)):
+            rows = "queries" if split == UNLABELLED else f"{split} rows"
+            other = f"name another file with task.{key} ('pi-ray init FOLDER' writes a sample)"
+            raise DataError(f"{path}: no such file; put the {rows} there, or {other}")
 
     def _checked(self, path: Path, split: str) -> Iterator[Row | Reject]:
         is_scored = split in ("dev", "test") or (split == "train" and not Path(self.config.dev).is_file())

@@ -186,7 +186,7 @@ def test_neighbours_of_a_killed_run_go_on_with_their_pieces(config, monkeypatch)
     run = RunDir(config.root)
     wanted = digest_file(run.neighbours)
     # as a kill leaves it: no neighbours, the first two of five pieces
-    folder = pieces.partial_folder(run.neighbours, fingerprint)
+    folder = pieces.partial_folder(run.neighbours, f"2-{fingerprint}")  # two examples of each row
     for i in range(2):
         table = pq.read_table(run.neighbours).slice(10 * i, 10).replace_schema_metadata()
         row_store.write_piece(folder / f"train-{i:05d}.parquet", table)

@@ -41,6 +41,13 @@ def test_template_examples_and_query_stand_in_this_order(tokenizer):
     assert text == f"<|im_start|>user\n{body}<|im_end|>\n<|im_start|>assistant\n"
 
 
+def test_a_query_that_spells_out_the_answers_place_stays_as_it_is(tokenizer):
+    encoder = PromptEncoder(tokenizer, PromptConfig(chat="none", examples_heading=""))
+    assert tokenizer.decode(encoder.row("Q", [Example("fill {answer} in", "A {query}")])).startswith(
+        "fill {answer} in\nA {query}\n\nQ"
+    )
+
+
 def test_query_alone_is_the_frame_and_the_query(tokenizer):
     encoder = PromptEncoder(tokenizer, PromptConfig(chat="chatml"))
     assert tokenizer.decode(encoder.encode("Q")) == "<|im_start|>user\nQ<|im_end|>\n<|im_start|>assistant\n"
@@ -83,6 +90,12 @@ def test_template_md_is_instruction_and_documents_without_the_authors_comments()
     ("Do it.\n# Documents\nloose\n## A\none", "Do it.", ["loose", "## A\none"]),
     ("Do it.\n### Small\nfine", "Do it.\n### Small\nfine", []),
     ("Do it:\n```\n## no heading\n```\n## A\none", "Do it:\n```\n## no heading\n```", ["## A\none"]),
+    ("Do it:\n~~~\n## no heading\n~~~\n## A\none", "Do it:\n~~~\n## no heading\n~~~", ["## A\none"]),
+    ("```SELECT 1```\n## A\none", "```SELECT 1```", ["## A\none"]),
+    ("````md\n## no heading\n````\n## A\none", "````md\n## no heading\n````", ["## A\none"]),
+    ("# Instruction:\nDo it.\n# Documents:\n## A\none", "Do it.", ["## A\none"]),
+    ("# Instructions: in French\nDo it.", "# Instructions: in French\nDo it.", []),
+    ("Do it.\n# Documents a claim needs\nA bill.", "Do it.\n# Documents a claim needs\nA bill.", []),
 ])  # fmt: skip
 def test_headings_begin_documents_and_below_a_documents_line_only_there(markdown, instruction, documents):
     assert Template.parse(markdown) == Template(instruction, tuple(documents))
@@ -94,6 +107,11 @@ def test_bundled_templates_have_a_document_for_each_heading(name):
     template = Template.parse(text)
     assert "#" not in template.instruction and template.instruction
     assert [d.splitlines()[0] for d in template.documents] == [x for x in text.splitlines() if x.startswith("## ")]
+
+
+def test_a_byte_order_mark_is_not_sent(tmp_path):
+    (tmp_path / "t.md").write_bytes(b"\xef\xbb\xbf# Instruction\nDo it.")
+    assert Template.load(tmp_path / "t.md") == Template("Do it.")
 
 
 def test_text_without_headings_is_all_instruction():

@@ -47,6 +47,11 @@ def test_lists_tables_sentences_and_fenced_blocks_are_units():
     ]
 
 
+def test_code_on_one_line_opens_no_block_and_tildes_do():
+    found = find_units("Ask with ```SELECT 1``` alone.\n\n```SELECT 2```\n\nBe kind.\n\n~~~\nx = 1\n~~~\n")
+    assert [(unit.text, unit.kind) for unit in found][2:] == [("Be kind.", "rule"), ("x = 1", "example")]
+
+
 def test_pairs_on_one_line_are_items():
     found = find_units("## Queues\n\nbilling: Q7, logins: Q2, delivery: Q5, anything else: Q9\n")
     assert [unit.text for unit in found] == ["billing: Q7", "logins: Q2", "delivery: Q5", "anything else: Q9"]
@@ -71,6 +76,12 @@ def test_a_text_is_about_the_units_whose_rare_words_it_has():
     assert "billing: Q7" in touched
     assert index.best("zebra") is None
     assert index.touched("zebra") == []
+
+
+def test_characters_of_texts_without_spaces_are_words():
+    assert words_of("退款3天，Tokyoで") == ["退", "款", "3", "天", "tokyo", "で"]
+    index = UnitIndex(find_units("## 规则\n\n- 退款需要三天\n- 换货找客服\n"))
+    assert index.best("怎么退款？") == 0 and index.best("可以换货吗") == 1
 
 
 @pytest.mark.parametrize("text", ["billing, when ram is above 3 megabytes", "the code of a login", "", "zebra", PROMPT])

@@ -7,7 +7,14 @@ import pytest
 
 from pi_ray.answer import rows as step
 from pi_ray.answer.endpoint import require_endpoint
-from pi_ray.answer.rows import answer_limit, is_answered, make_answered_rows, planned_splits, read_queries_to_answer
+from pi_ray.answer.rows import (
+    answer_limit,
+    describe_answers,
+    is_answered,
+    make_answered_rows,
+    planned_splits,
+    read_queries_to_answer,
+)
 from pi_ray.answer.teacher_answer import TeacherAnswer
 from pi_ray.ask.sources import task_sources
 from pi_ray.config import RunConfig
@@ -89,6 +96,33 @@ def test_rows_that_people_labelled_are_what_is_measured(config, monkeypatch, tmp
     assert "code of red" not in {r["query"] for split in ("train", "dev") for r in read(own, split)}
     plan = planned_splits(own, tasks["jsonl"](own.task))
     assert {split: len(rows) for split, rows in plan.items()} == {"train": 36, "dev": 3, "test": 2}
+
+
+def test_answers_are_made_again_where_a_labelled_query_is_another(config, monkeypatch, tmp_path):
+    file, own = tmp_path / "test.jsonl", config.replace(**{"task.test": str(tmp_path / "test.jsonl")})
+    file.write_text('{"query": "new", "answer": "x"}\n{"query": "other", "answer": "x"}\n')
+    answers(own, monkeypatch)
+    task = tasks["jsonl"](own.task)
+    assert is_answered(own, task) and "code of red" in {row["query"] for row in read(own, "train") + read(own, "dev")}
+    file.write_text('{"query": "the code of red", "answer": "x"}\n{"query": "other", "answer": "x"}\n')
+    assert not is_answered(own, task)
+
+
+def test_a_held_out_answer_that_the_metric_cannot_score_is_left_out_and_counted(config, monkeypatch):
+    def answer(row):
+        return TeacherAnswer("I do not know" if "red" in row.query else "7")
+
+    plain = answers(config, monkeypatch, answer)
+    scored = config.replace(**{"task.metric": ["number"]})
+    assert not is_answered(scored, tasks["jsonl"](scored.task)), "the metric decides which answers are rows"
+    facts = answers(scored, monkeypatch, answer)
+    lost = sum(plain["kept"].values()) - sum(facts["kept"].values())
+    assert facts["unscored"] == lost > 0 and "unscored" not in plain
+    assert facts["kept"]["train"] == plain["kept"]["train"]
+    assert f"; {lost} dev and test answers left out, which task.metric cannot score" in describe_answers(facts)
+    assert {row["answer"] for split in ("dev", "test") for row in read(scored, split)} == {"7"}
+    with pytest.raises(DataError, match=r"too few answered .*; 12 dev and test answers left out, which task\.metric"):
+        answers(scored.replace(**{"train.distill.max_tokens": 7}), monkeypatch, lambda row: TeacherAnswer("none"))
 
 
 def test_too_few_answers_are_an_error_that_says_what_to_do(config, monkeypatch):

@@ -32,6 +32,12 @@ def test_prefix_filtering_finds_what_comparing_all_pairs_finds(least):
     assert any(least <= similarity(a, b) < 1 or least == 1 for a, b in combinations(texts, 2))
 
 
+def test_texts_without_spaces_are_compared_character_by_character():
+    near = NearDuplicates(0.7)
+    near.add("请问我的订单现在到哪里了")
+    assert near.finds("请问我的订单现在到哪里了呢？") and not near.finds("我想知道今天的天气怎么样")
+
+
 def test_case_and_punctuation_make_no_difference_but_the_key_does():
     near = NearDuplicates(1.0)
     near.add("Is it late?", "a")

@@ -96,9 +96,12 @@ def test_rows_with_one_query_and_other_documents_ask_something_else(tmp_path):
         return Row(name, "Summarise the passage.", "a", documents=documents)
 
     splits = {"train": [row("a", "one"), row("b", "two")], "dev": [row("c", "three")], "test": [row("d", "four")]}
-    assert check_splits(splits, [], TaskConfig(), RunDir(tmp_path)) == []
     keys = {split: [step._key(r) for r in rows] for split, rows in splits.items()}
-    assert check_splits(keys, [], TaskConfig(), RunDir(tmp_path)) == []
+    for rows in (splits, keys):
+        (note,) = check_splits(rows, [], TaskConfig(), RunDir(tmp_path))
+        assert note.startswith("2 dev and test rows have a train row's query and differ in its documents alone")
+    splits["dev"], splits["test"] = [Row("c", "Who?", "a", documents=("one",))], [row("d", "four")]
+    assert check_splits(splits, [], TaskConfig(), RunDir(tmp_path))[0].startswith("1 dev and test rows")
     splits["train"].append(row("e", "four"))
     with pytest.raises(DataError, match="train row 'e', also in test"):
         check_splits(splits, [], TaskConfig(), RunDir(tmp_path))

@@ -10,9 +10,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from pi_ray.config import ModelConfig, PromptConfig, RunConfig
+from pi_ray.data import prepare
 from pi_ray.data.phase_dataset import SCHEMA, PhaseData, TokeniseRows, publish_phase
 from pi_ray.data.pieces import RowRange
-from pi_ray.errors import DataError
+from pi_ray.errors import DataError, ModelError
 from pi_ray.models import load_tokenizer
 from pi_ray.prompt import Example, PromptEncoder
 from pi_ray.protocols import Row
@@ -44,6 +45,34 @@ def test_turns_that_are_fed_between_learned_ones_count_as_prompt(tmp_path):
     data = PhaseDataset(tmp_path / "done")
     assert data.prompt_lengths.tolist() == [3, 3] and data.label_lengths.tolist() == [1, 3]
     assert data.take([1]) == [([4], [6, 7, ~8, ~9, 10])]
+
+
+def test_a_row_that_is_longer_than_the_models_context_is_an_error_and_leaves_nothing_sealed(tmp_path):
+    def publish(context):
+        (tmp_path / "work").mkdir(exist_ok=True)
+        rows = {"id": ["fed", "learned"], "prompt_ids": [[1] * 6, [1]], "label_ids": [[2], [2] * 5], "left_out": [0, 0]}
+        pq.write_table(pa.table(rows, schema=SCHEMA), tmp_path / "work" / "part-00000.parquet")
+        manifest = {"fingerprint": "f", "template": "", "phase": {"rate": 1.0, "shots": 0}}
+        return publish_phase(tmp_path / "work", tmp_path / "0", [1, 2], context, **manifest)
+
+    said = r"phase 0: the template has 2 tokens and .* 7, and model\.base reads 8 in all; .*schedule\.shots"
+    with pytest.raises(DataError, match=said):
+        publish(8)
+    assert not (tmp_path / "0").exists()
+    assert publish(9)["tokens"]["row_max"] == 6, "the longest prompt and the longest answer are those of two rows"
+
+
+@pytest.mark.parametrize(("conversation", "context"), [(False, 2048), (True, None)])
+def test_rows_are_compared_with_the_context_that_the_model_names(tiny_model, monkeypatch, conversation, context):
+    config = RunConfig.model_validate({"name": "long", "model": {"base": str(tiny_model)}})
+    config = config.model_copy(update={"prompt": PromptConfig(conversation=conversation)})
+    assert prepare._row_context(config) == context
+    monkeypatch.setattr("pi_ray.models.load_model_config", unloadable)
+    assert prepare._row_context(config) is None
+
+
+def unloadable(model):
+    raise ModelError("a tokenizer alone")
 
 
 SHOTS = [Example(f"what is number {i}?", f"the answer {i}") for i in range(4)]

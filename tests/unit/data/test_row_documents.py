@@ -9,7 +9,7 @@ import pytest
 from pi_ray.config import ModelConfig, PromptConfig, RunConfig, TaskConfig
 from pi_ray.data import row_documents
 from pi_ray.data.ingest import ingest
-from pi_ray.data.pieces import MapRange, RangeSource, write_files
+from pi_ray.data.pieces import MapRange, RangeSource, RowRange, write_files
 from pi_ray.data.prepare import wanted_documents
 from pi_ray.models import load_tokenizer
 from pi_ray.prompt import Example, PromptEncoder, render_prompt
@@ -136,12 +136,40 @@ def test_documents_are_compressed_row_by_row_and_each_rate_finds_its_own(prepare
     assert whole[3].documents == (LONG,) and half[1].documents[0] == half[3].documents[0]
     assert len(half[3].documents[0]) < 0.7 * len(LONG)
     assert run.read_rows("train", 0.5, 3, 5) == half[3:5] and (run.documents / documents_file("test", 0.5)).exists()
-    calls = Halves.calls
-    for file in run.documents.iterdir():
-        file.unlink()
-    row_documents.compress_documents(config, run, "f", [("train", 0.5)], said.append)
-    assert Halves.calls == calls, "documents that were compressed before come from the cache"
-    assert run.read_rows("train", 0.5) == half
+    assert not (tmp_path / "compressed").exists(), "the cache has no file for each document of a row"
+
+
+def compress_in_process(config, monkeypatch, compressor, rows):
+    """The table of CompressDocuments at rate 0.5 for rows of documents."""
+    monkeypatch.setenv("PI_RAY_CACHE", "")
+    monkeypatch.setattr("pi_ray.compress.cache._path", lambda key: config.root / "compressed" / key)
+    monkeypatch.setattr("pi_ray.registry.compressors._parts", {"halves": f"{__name__}:{compressor.__name__}"})
+    table = pa.table({"id": [str(i) for i in range(len(rows))], "documents": rows})
+    return row_documents.CompressDocuments(config, {"train": [0.5]})(table, RowRange("train", 0, len(rows), 0))[0.5]
+
+
+def test_a_document_that_rows_share_is_compressed_once(prepared, monkeypatch):
+    def calls(rows):
+        Halves.calls = 0
+        compress_in_process(prepared[0], monkeypatch, Halves, rows)
+        return Halves.calls
+
+    assert calls([[LONG], [LONG, LONG]]) == calls([[LONG]]) > 0
+
+
+class Nothing:
+    """A compressor that keeps no word."""
+
+    def __init__(self, config):
+        pass
+
+    def compress(self, text, rate):
+        return ""
+
+
+def test_a_document_of_which_nothing_is_left_is_left_out(prepared, monkeypatch):
+    table = compress_in_process(prepared[0], monkeypatch, Nothing, [[LONG, LONG], []])
+    assert table["documents"].to_pylist() == [[], []] and table["count"].to_pylist() == [2, 0]
 
 
 def test_an_actor_takes_the_cores_that_it_asked_for_and_no_share_of_the_node(prepared, monkeypatch):

@@ -1,11 +1,12 @@
 """Which columns a run has, and what is said where it is not ready for them."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
-from pi_ray.errors import TrainingError
-from pi_ray.evaluate.columns import columns_of
+from pi_ray.errors import DataError, TrainingError
+from pi_ray.evaluate.columns import Column, columns_of, require_examples
 from pi_ray.run.artifact import staged, write_atomic
 from pi_ray.run.directory import CARD_FILE, RunDir
 from pi_ray.run.phases import plain_finetuning_config
@@ -40,3 +41,14 @@ def test_what_is_missing_is_said_with_the_command_that_makes_it(tiny_model, tmp_
     assert [column.name for column in columns_of(alone)] == ["base", "base_full_prompt", "promptintern"]
     choose(RunDir(plain_finetuning_config(config).root))
     assert [column.name for column in columns_of(config)] == ["base", "base_full_prompt", "plain", "promptintern"]
+
+
+@pytest.mark.parametrize("stored", [None, 2])
+def test_more_examples_than_were_retrieved_are_refused(tiny_model, tmp_path, stored):
+    config = tiny_config(tiny_model, tmp_path / "run")
+    if stored:
+        write_atomic(RunDir(config.root).neighbours.with_suffix(".json"), json.dumps({"shots": stored}))
+    column = Column("base_full_prompt", "", "", 5)
+    with pytest.raises(DataError, match=rf"prepare again: only {stored or 0} examples .* evaluate.shots is 5"):
+        require_examples(config.replace(**{"evaluate.shots": 5}), [column])
+    require_examples(config.replace(**{"evaluate.shots": stored or 0}), [replace(column, shots=2)])

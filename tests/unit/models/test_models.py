@@ -9,8 +9,8 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from pi_ray.config import ModelConfig
-from pi_ray.models import NO_LIMIT, base_digest, context_length, model_dtype
+from pi_ray.config import ModelConfig, RunConfig
+from pi_ray.models import NO_LIMIT, base_digest, context_length, model_dtype, preparation_digest
 
 
 @pytest.mark.parametrize(("family", "settings", "length"), [
@@ -88,3 +88,21 @@ def test_freed_memory_is_kept_for_the_next_pass():
         for choice in ("keep", "default")
     }  # fmt: skip
     assert faults["keep"] * 3 < faults["default"]
+
+
+def test_a_local_model_of_preparation_counts_by_its_content_and_a_named_one_does_not(tmp_path):
+    for name in ("base", "scorer"):
+        (tmp_path / name / "deep").mkdir(parents=True)
+        (tmp_path / name / "config.json").write_text("{}")
+        (tmp_path / name / "deep" / "model.safetensors").write_bytes(b"one")
+    base, scorer = str(tmp_path / "base"), str(tmp_path / "scorer")
+    config = RunConfig(name="t").replace(**{"model.base": base})
+    assert preparation_digest(config) == base_digest(config.model)
+    assert preparation_digest(config.replace(**{"compress.model": base})) == base_digest(config.model)
+    encoder = {"retrieve.encoder": "sentence-transformers", "retrieve.encoder_model": scorer}
+    users = [{"compress.model": scorer}, {"compress.documents": {"model": scorer}}, encoder]
+    before = [preparation_digest(config.replace(**user)) for user in users]
+    (tmp_path / "scorer" / "deep" / "model.safetensors").write_bytes(b"two")
+    after = [preparation_digest(config.replace(**user)) for user in users]
+    assert all(one != other for one, other in zip(before, after, strict=True))
+    assert preparation_digest(config.replace(**{"retrieve.encoder_model": scorer})) == base_digest(config.model)

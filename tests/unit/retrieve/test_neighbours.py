@@ -225,6 +225,13 @@ def test_rouge_l_is_that_of_the_longest_common_subsequence():
     assert np.allclose(index.top(references, 4)[1], -np.sort(-np.array(expected), axis=1)[:, :4])
 
 
+def test_rouge_l_reads_every_script():
+    index = RougeIndex(["我想取消订单", "今天天气很好", "Где мой заказ", "注文をキャンセルしたい"])
+    assert index.scores(["我要取消订单"])[0] == pytest.approx([200 * 5 / 12, 0, 0, 0])
+    assert index.scores(["где заказ"])[0] == pytest.approx([0, 0, 80, 0])
+    assert index.scores(["キャンセルしたい"])[0] == pytest.approx([0, 0, 0, 200 * 8 / 19])
+
+
 def _words(text):
     return "".join(c if c.isalnum() else " " for c in text.lower()).split()
 

@@ -7,7 +7,7 @@ import pytest
 
 from pi_ray.config import TaskConfig, run_file
 from pi_ray.errors import DataError
-from pi_ray.protocols import Reject, Row
+from pi_ray.protocols import UNLABELLED, Reject, Row
 from pi_ray.run.fingerprint import learning_settings, prepare_fingerprint
 from pi_ray.tasks import jsonl
 from pi_ray.tasks.jsonl import JsonlTask
@@ -125,6 +125,17 @@ def test_missing_files_say_what_to_do_and_a_missing_dev_file_is_no_rows(tmp_path
         list(task.rows("test"))
     with pytest.raises(DataError, match=r"template\.md"):
         task.template()
+
+
+@pytest.mark.parametrize(("key", "split", "rows"), [("dev", "dev", "dev rows"), ("queries", UNLABELLED, "queries")])
+def test_a_dev_or_query_file_that_was_named_must_be_there(tmp_path, key, split, rows):
+    def read_named(path):
+        return list(JsonlTask(TaskConfig(**{key: str(path)})).rows(split))
+
+    assert read_named(tmp_path / f"{key}.jsonl") == []
+    for path in (tmp_path / "misspelt.jsonl", tmp_path / "no folder" / f"{key}.jsonl"):
+        with pytest.raises(DataError, match=rf"{path.name}: no such file; put the {rows} there, or .* task\.{key}"):
+            read_named(path)
 
 
 def test_a_broken_array_says_that_json_lines_would_lose_less(tmp_path):
