@@ -1,6 +1,7 @@
 """ROUGE-L: F1 of the longest common subsequence of words (Lin, 2004).
 
-Words are letters and digits of any script in small letters, without stemming; rouge-score's are a to z alone.
+Words are letters and digits of any script in small letters, without stemming; rouge-score's are a to z alone. Chinese
+and Japanese characters count one by one, since no spaces part their words.
 """
 
 import regex
@@ -8,7 +9,8 @@ import regex
 from pi_ray.config import MetricConfig, TaskConfig
 from pi_ray.protocols import Row
 
-WORD = regex.compile(r"[\p{L}\p{M}\p{N}]+")
+CHARACTER = r"[\p{Han}\p{Hiragana}\p{Katakana}]"
+WORD = regex.compile(rf"{CHARACTER}|[[\p{{L}}\p{{M}}\p{{N}}]--{CHARACTER}]+", regex.V1)
 
 
 def subsequence_length(a: list[str], b: list[str]) -> int:

@@ -13,6 +13,10 @@ def test_words_count_in_their_order():
     ]
 
 
+def test_characters_of_scripts_without_spaces_are_words():
+    assert score("rouge_l", "\u5317\u4eac\u5e02", "\u5317\u4eac\u5e02", "\u5317\u4eac", "\u4e0a\u6d77") == [1, 0.8, 0]
+
+
 def test_empty_outputs_score_nothing_and_answers_without_words_are_compared_as_they_are():
     assert score("rouge_l", "a b", "", "...") == [0, 0]
     assert score("rouge_l", "?!", "?!", "!", "") == [1, 0, 0]
