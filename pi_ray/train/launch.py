@@ -220,18 +220,12 @@ def _ray_timeouts(seconds: int) -> Iterator[None]:
 
 
 def _follow(log: LogFollower, watch: Callable[[dict[str, Any]], None], stop: threading.Event) -> None:
-    """Pass entries of the log to `watch` as they come. Workers elsewhere write it to shared storage.
-
-    Where several updates came since the last look, such as earlier ones of a resumed run, only the newest is passed.
-    """
+    """Pass entries of the log to `watch` as they come. Workers elsewhere write it to shared storage."""
     last = False
     while not last:
         last = stop.wait(0.5)
-        entries = list(log.new_entries())
-        newest = max((number for number, entry in enumerate(entries) if "loss" in entry), default=0)
-        for number, entry in enumerate(entries):
-            if "loss" not in entry or number == newest:
-                watch(entry)
+        for entry in log.new_entries():
+            watch(entry)
 
 
 def _root_cause(error: BaseException) -> BaseException:

@@ -1,11 +1,9 @@
 """The training log, followed while workers write it and resumes trim it."""
 
 import json
-import threading
 
 import pytest
 
-from pi_ray.train.launch import _follow
 from pi_ray.train.train_log import LogFollower, TrainLog
 
 
@@ -59,14 +57,3 @@ def test_a_log_that_begins_anew_is_told_from_its_start(log, new_steps):
     assert new_steps() == [0]
     log.path.write_text(json.dumps({"step": 7}) + "\n")
     assert new_steps() == [7]
-
-
-def test_a_resumed_run_shows_where_it_goes_on_and_all_events_before(log):
-    for step in range(4):
-        log.add({"step": step, "loss": 1.0})
-        if step == 1:
-            log.add({"event": "phase_end", "step": step})
-    stop, told = threading.Event(), []
-    stop.set()
-    _follow(LogFollower(log.path), told.append, stop)
-    assert [(entry.get("event"), entry["step"]) for entry in told] == [("phase_end", 1), (None, 3)]
