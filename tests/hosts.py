@@ -83,6 +83,8 @@ def alive(url: str) -> set[str]:
 def local_head(url: str, port: int, resources: dict[str, float], variables: dict[str, str]) -> Iterator[None]:
     """`ray start --head` on this machine, its dashboard at `url`, with a home and a temporary folder of its own."""
     # short: Ray's sockets lie in it, and their paths may have 107 characters
+    with suppress(OSError):
+        assert not alive(url), f"a head that was left behind answers at {url}; end it ('ray stop')"
     folder = Path(tempfile.mkdtemp(prefix="h", dir="/tmp"))
     ports = {
         "port": port, "dashboard-port": urlsplit(url).port,

@@ -7,7 +7,6 @@ or serving cannot handle. Answers are noise; nothing is published outside the dr
 from __future__ import annotations
 
 import inspect
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,7 +20,7 @@ from pi_ray.config import RunConfig
 from pi_ray.errors import ConfigError
 from pi_ray.evaluate.columns import trained_column, untrained_column
 from pi_ray.experiments.sweep import Sweep
-from pi_ray.experiments.table import require_metric
+from pi_ray.experiments.table import read_summary
 from pi_ray.models import load_model_config, load_tokenizer
 from pi_ray.run.directory import RunDir
 from pi_ray.schedule import plan_phases
@@ -55,8 +54,7 @@ def dry_table(sweep: Sweep, console: Console) -> None:
                 pipeline.train(dry, console)
             column = trained_column(dry) if run.trained else untrained_column(dry)
             pipeline.evaluate(dry, console, [column])
-            summary = json.loads((RunDir(dry.root).evaluation / "summary.json").read_bytes())
-            require_metric(summary["promptintern" if run.trained else "base"], sweep.metric)
+            read_summary(RunDir(dry.root), run.trained, sweep.metric)
     console.print(f"[bold]Dry run[/]  every step of {len(runs)} columns works")
 
 

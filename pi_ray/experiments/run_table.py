@@ -25,7 +25,7 @@ def run_table(sweep: Sweep, console: Console, command: str) -> Path:
         if run.trained:
             pipeline.train(run.config, console)
         pipeline.evaluate(run.config, console, [_column_of(run)])
-        table.read_results(sweep)  # which refuses a metric that the runs lack, before others are trained
+        table.read_summary(run.directory, run.trained, sweep.metric)  # before another run is trained for nothing
     latencies = {} if hosted.is_hosted(sweep.base) else _latencies(sweep, console)
     results = table.read_results(sweep)
     rows = list(table.table_rows(sweep, results, latencies))

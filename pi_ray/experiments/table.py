@@ -24,7 +24,9 @@ from pi_ray.metrics.names import metric_name
 from pi_ray.report import cost
 from pi_ray.report.summary import format_metric, format_seconds, terminal_table
 from pi_ray.run.artifact import write_atomic
+from pi_ray.run.directory import RunDir
 
+COLUMN = {True: "promptintern", False: "base"}  # of a run's summary, by whether it was trained
 Latencies = dict[str, dict[str, float]]  # column -> median seconds of each of KINDS, all on one engine
 
 
@@ -75,24 +77,26 @@ def score_function(metric: str) -> Any:
     return lambda rows: score(rows.sum(axis=0))
 
 
-def require_metric(facts: dict[str, Any], metric: str) -> None:
-    """Raise DataError where a column's block of a summary lacks the metric of the table."""
+def read_summary(run: RunDir, trained: bool, metric: str) -> dict[str, Any]:
+    """The summary of an evaluated run. Raises DataError where its column, a trained one or the base, lacks `metric`."""
+    summary = json.loads((run.evaluation / "summary.json").read_bytes())
+    facts = summary[COLUMN[trained]]
     if facts.get(metric) is None:
-        there = ", ".join(facts["intervals"])
-        raise DataError(f"the table's metric is {metric}, and its runs have {there}; take one of these as table.metric")
+        cure = "take one of these as table.metric, or have it measured (pass_at_1: task.allow_code_execution=true)"
+        raise DataError(f"the table's metric is {metric}, and its runs have {', '.join(facts['intervals'])}; {cure}")
+    return summary
 
 
 def read_results(sweep: Sweep) -> list[ColumnResults]:
-    """The columns of which at least one seed has been evaluated, with those seeds. Raises DataError as above."""
+    """The columns of which at least one seed has been evaluated, with those seeds. Raises what `read_summary` raises.
+    """
     found, metric = [], sweep.metric
     for name, column in sweep.config.columns.items():
         runs = [r for r in sweep.runs_of(name) if (r.directory.evaluation / "summary.json").is_file()]
         if not runs:
             continue
-        folders, key = [r.directory.evaluation for r in runs], "promptintern" if column.trained else "base"
-        summaries = [json.loads((f / "summary.json").read_bytes()) for f in folders]
-        for summary in summaries:
-            require_metric(summary[key], metric)
+        folders, key = [r.directory.evaluation for r in runs], COLUMN[column.trained]
+        summaries = [read_summary(r.directory, column.trained, metric) for r in runs]
         rows = [[json.loads(line) for line in (f / "outputs.jsonl").open(encoding="utf-8")] for f in folders]
         found.append(ColumnResults(
             name, column.label, metric, runs, summaries, facts=[s[key] for s in summaries],

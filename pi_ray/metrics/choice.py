@@ -43,5 +43,5 @@ class ChoiceMatch:
 
 
 def _key(text: str) -> str:
-    """What texts that are the same choice have in common: "A" is no article here, and neither is "a)"."""
+    """The text by which a choice is known, whatever its case and punctuation: "a)" is A, and no article."""
     return normalize(text) or PUNCTUATION.sub("", text.casefold()).strip() or text.strip()

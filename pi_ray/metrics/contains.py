@@ -6,7 +6,7 @@ from pi_ray.config import MetricConfig, TaskConfig
 from pi_ray.metrics.normalized import normalize
 from pi_ray.protocols import Row
 
-# What goes on beside the answer makes another word of it, or another number: 5 is not 3.5, 5.9 or -5.
+# A letter, digit or sign beside the answer makes another word or number of it: 5 is not 3.5, 5.9 or -5.
 LETTER = r"[\p{L}\p{M}\p{N}--[\p{Han}\p{Hiragana}\p{Katakana}]]"
 BEFORE, BEHIND = rf"(?<!{LETTER}|\d\.|(?<!\d)-)", rf"(?!{LETTER}|\.\d)"
 

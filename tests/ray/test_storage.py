@@ -1,7 +1,6 @@
 """A run directory on object storage, for actors that are not pi-ray's: each node fetches it before they start."""
 
 import shutil
-from pathlib import Path
 
 import pytest
 
@@ -14,29 +13,24 @@ from pi_ray.run.object_storage import ObjectStorage
 pytestmark = pytest.mark.ray
 
 
-def write_artifact(folder: Path, text: str) -> None:
-    with staged(folder) as made:
-        (made / "weights").write_text(text)
-
-
-def test_every_node_has_what_was_sent_before_other_actors_start(tmp_path, ray_local):
-    root, bucket = tmp_path / "run", tmp_path / "bucket"
-    bucket.mkdir()
-    sync = StorageSync(root, ObjectStorage(bucket.as_uri()))
-    write_artifact(root / "adapters" / "phase-0", "rank 32")
+@pytest.fixture
+def sent(tmp_path, ray_local):
+    """The sync of a run directory whose adapter is in a bucket, and not here any more."""
+    (tmp_path / "bucket").mkdir()
+    sync = StorageSync(tmp_path / "run", ObjectStorage((tmp_path / "bucket").as_uri()))
+    with staged(sync.local / "adapters" / "phase-0") as made:
+        (made / "weights").write_text("rank 32")
     sync.push_changes()
-    shutil.rmtree(root)
-    fetch_on_nodes(sync)
-    assert (root / "adapters" / "phase-0" / "weights").read_text() == "rank 32"
+    shutil.rmtree(sync.local)
+    return sync
 
 
-def test_a_node_that_finds_damage_says_so_in_our_own_words(tmp_path, ray_local):
-    root, bucket = tmp_path / "run", tmp_path / "bucket"
-    bucket.mkdir()
-    sync = StorageSync(root, ObjectStorage(bucket.as_uri()))
-    write_artifact(root / "adapters" / "phase-0", "rank 32")
-    sync.push_changes()
-    shutil.rmtree(root)
-    next(bucket.rglob("weights")).write_text("rank 64")
+def test_every_node_has_what_was_sent_before_other_actors_start(sent):
+    fetch_on_nodes(sent)
+    assert (sent.local / "adapters" / "phase-0" / "weights").read_text() == "rank 32"
+
+
+def test_a_node_that_finds_damage_says_so_in_our_own_words(sent, tmp_path):
+    next((tmp_path / "bucket").rglob("weights")).write_text("rank 64")
     with pytest.raises(CorruptArtifactError, match=r"phase-0 is damaged .*; remove it there"):
-        fetch_on_nodes(sync)
+        fetch_on_nodes(sent)
