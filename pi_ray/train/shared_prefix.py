@@ -11,6 +11,7 @@ backward pass of our own (cpu_attention.py).
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -198,8 +199,9 @@ def window_of(config: Any) -> int:
 
 
 def _keeps_state(model: Any) -> bool:
-    """Whether transformers calls a base model stateful, as recurrent ones are."""
-    return bool(getattr(model, "_is_stateful", False))
+    """Whether a base model has a state in place of attention: it takes one, or takes no attention mask."""
+    takes = inspect.signature(type(model).forward).parameters
+    return "state" in takes or "attention_mask" not in takes
 
 
 @contextmanager

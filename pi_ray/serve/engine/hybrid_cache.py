@@ -84,6 +84,12 @@ class HybridKVCache(KVCache):
     def is_recording_past(self, layer_idx: int) -> bool:
         return False
 
+    def get_recurrent_states_to_keep(self, layer_idx: int | None = None) -> int:
+        return 0
+
+    def increase_count(self, layer_idx: int, state_idx: int) -> None:
+        """Called for a token whose convolution changed its state in place; `lengths` count the tokens here."""
+
     def move_row(self, source: int, target: int) -> None:
         super().move_row(source, target)
         for state in self._states.values():

@@ -90,6 +90,11 @@ def test_only_answer_tokens_are_labels():
     assert sorted(n for n in plain_batch([1], ROWS).labels.tolist() if n != -100) == sorted([9, 10, 13, 14, 15, 17])
 
 
+class Decoder(SimpleNamespace):
+    def forward(self, input_ids, attention_mask=None):
+        raise NotImplementedError
+
+
 @pytest.mark.parametrize("config, reason", [
     ({"sliding_window": 99, "layer_types": ["full_attention", "sliding_attention"]}, ""),
     ({"sliding_window": 99, "layer_types": ["full_attention", "chunked_attention"]}, "chunked_attention"),
@@ -100,7 +105,7 @@ def test_only_answer_tokens_are_labels():
 ])
 def test_models_without_full_attention_say_why_they_get_plain_batches(config, reason):
     inner = SimpleNamespace(**config)
-    model = SimpleNamespace(
+    model = Decoder(
         config=SimpleNamespace(get_text_config=lambda: inner), _can_set_attn_implementation=lambda: True
     )
     found = shared_prefix.why_prefix_cannot_be_shared(model)
@@ -109,9 +114,17 @@ def test_models_without_full_attention_say_why_they_get_plain_batches(config, re
 
 def test_a_window_that_holds_the_longest_row_is_full_attention():
     windowed = SimpleNamespace(sliding_window=99)
-    model = SimpleNamespace(config=SimpleNamespace(get_text_config=lambda: windowed))
+    model = Decoder(config=SimpleNamespace(get_text_config=lambda: windowed))
     assert shared_prefix.why_not_all_is_seen(model, 99) == ""
     assert "sliding window of 99 tokens, and rows have up to 100" in shared_prefix.why_not_all_is_seen(model, 100)
+
+
+@pytest.mark.parametrize("name, own", [
+    ("Rwkv", {"num_hidden_layers": 2, "attention_hidden_size": 32}),
+    ("xLSTM", {"num_hidden_layers": 2, "num_heads": 2}),
+])
+def test_layers_that_keep_a_state_in_place_of_what_they_saw_are_known(name, own):
+    assert "keep a state in place of" in shared_prefix.why_not_all_is_seen(family(name, **own), 8)
 
 
 SMALL = {
