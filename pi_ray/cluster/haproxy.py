@@ -32,7 +32,7 @@ def is_wanted() -> bool:
     return os.environ.get(SWITCH) == "1"
 
 
-def environment() -> dict[str, str]:
+def start_variables() -> dict[str, str]:
     """Variables with which Ray starts HAProxy: files of this user alone, and connections that this process may open."""
     if not is_wanted():
         return {}

@@ -51,7 +51,7 @@ def connect() -> None:
         local, address = {"address": "local", "include_dashboard": False}, _on_loopback()
         # the log level is of Ray's C++ code, whose logs are for its makers
         quiet = {"RAY_BACKEND_LOG_LEVEL": "fatal"}
-        os.environ.update({**SERVE, **TRAIN, **quiet, **haproxy.environment(), **os.environ})
+        os.environ.update({**SERVE, **TRAIN, **quiet, **haproxy.start_variables(), **os.environ})
     elif _is_on_loopback_alone(named):
         address = _on_loopback()
     with address, _muted("Set ray log level"):

@@ -23,7 +23,7 @@ def test_nothing_is_set_where_it_is_not_wanted(monkeypatch, value):
     unset(monkeypatch, haproxy.SWITCH)
     if value:
         monkeypatch.setenv(haproxy.SWITCH, value)
-    assert haproxy.environment() == {} and haproxy.describe_risks() == ""
+    assert haproxy.start_variables() == {} and haproxy.describe_risks() == ""
 
 
 def test_its_files_are_this_users_alone_and_go_with_the_process():
@@ -81,6 +81,6 @@ def test_it_starts_where_few_files_may_be_open(tmp_path, open_files):
 
 def test_ray_serve_gets_no_more_connections_than_this_process_may_open(monkeypatch):
     monkeypatch.setenv(haproxy.SWITCH, "1")
-    assert haproxy.environment()[haproxy.CONNECTIONS] == str(haproxy.most_connections(HARD))
+    assert haproxy.start_variables()[haproxy.CONNECTIONS] == str(haproxy.most_connections(HARD))
     assert haproxy.most_connections(resource.RLIM_INFINITY) == haproxy.most_connections(1 << 20) == 4096
     assert constants.RAY_SERVE_HAPROXY_MAXCONN == 4096 or haproxy.CONNECTIONS in os.environ
