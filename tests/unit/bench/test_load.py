@@ -1,7 +1,8 @@
 """The synthetic mixture of experts that `tests.bench.load` writes, and its measure of memory."""
 
-import mmap
-import os
+import subprocess
+import sys
+from subprocess import PIPE
 
 import torch
 from transformers import AutoModelForCausalLM
@@ -19,10 +20,23 @@ def test_its_checkpoint_is_a_mixtral_of_the_hub(tmp_path, monkeypatch):
     assert model.model.layers[1].mlp.experts.gate_up_proj.std().item() > 0.01, "experts came from the files"
 
 
+TAKES_64_MIB = """
+import mmap
+print("before", flush=True), input()
+block = mmap.mmap(-1, 64 << 20)
+block.write(bytes(range(256)) * (1 << 18))
+print("after", flush=True), input()
+"""
+
+
 def test_memory_of_a_process_is_what_the_system_says():
-    before, _ = load.pss(os.getpid())
-    block = mmap.mmap(-1, 64 << 20)  # not memory that an earlier test has left to this process
-    block.write(bytes(range(256)) * (1 << 18))
-    after, files = load.pss(os.getpid())
+    # A small process of its own: this one shares much of its memory with processes that come and go.
+    with subprocess.Popen([sys.executable, "-c", TAKES_64_MIB], stdin=PIPE, stdout=PIPE, text=True) as process:
+        assert process.stdout.readline() == "before\n"
+        before, _ = load.pss(process.pid)
+        process.stdin.write("\n"), process.stdin.flush()
+        assert process.stdout.readline() == "after\n"
+        after, files = load.pss(process.pid)
+        process.stdin.write("\n")
     assert 60 << 20 < after - before < 80 << 20 and 0 < files < after
-    assert len(block) and load.pss(2**30) == (0.0, 0.0), "a process that has ended takes nothing"
+    assert load.pss(2**30) == (0.0, 0.0), "a process that has ended takes nothing"

@@ -102,16 +102,17 @@ def test_grammars_are_compiled_in_one_thread_of_their_own(engine, monkeypatch):
 
 @pytest.mark.fault
 def test_a_grammar_that_fails_under_way_ends_its_own_request_alone(engine, monkeypatch):
-    real = scheduler.mask_logits
+    real, steps = scheduler.mask_logits, 0
 
-    def break_one(logits, matchers):
-        for matcher in matchers:
-            if matcher and getattr(break_one, "after", 3) == 0:
+    def break_at_the_fourth_step(logits, matchers):
+        nonlocal steps
+        for matcher in filter(None, matchers):  # its grammar is compiled first: the other request may be ahead
+            steps += 1
+            if steps == 4:
                 matcher.consume_token(0)  # which its grammar does not allow
-        break_one.after = getattr(break_one, "after", 3) - 1
         return real(logits, matchers)
 
-    monkeypatch.setattr(scheduler, "mask_logits", break_one)
+    monkeypatch.setattr(scheduler, "mask_logits", break_at_the_fourth_step)
     failed, other = together(engine, request(), request(PROMPTS[1], grammar="", max_new_tokens=20))
     assert isinstance(failed, RefusedError) and "too complex" in failed.message
     assert len(other) == 20
