@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from pi_ray.errors import CorruptArtifactError, MissingExtraError, ModelError, StorageError
 from pi_ray.run.artifact import digest, digest_file, staged, verify_artifact, write_atomic
+from pi_ray.run.lock import waiting_lock
 
 LARGE_FILE, SHA256_DIGITS = 64 << 20, 64  # bytes from which a file's sha256 is kept; characters of one
 
@@ -132,11 +133,26 @@ def _digest_of(path: Path, size: int, *state: int) -> str:
 
 @cache
 def _dequantised(gguf: Path, folder: Path) -> Path:
-    """Fill `folder` with a GGUF file's weights as safetensors and its tokenizer (20 s); one that is whole is kept."""
+    """Fill `folder` with a GGUF file's weights as safetensors and its tokenizer (20 s); one that is whole is kept.
+
+    Of several processes one does so, and the others wait for it.
+    """
     source = file_digest(gguf)
-    with suppress(CorruptArtifactError):  # missing or damaged: made below
-        if verify_artifact(folder).get("source_sha256") == source:
-            return folder
+    if not _is_dequantised(folder, source):
+        with waiting_lock(folder.with_name(f".{folder.name}.lock")):
+            if not _is_dequantised(folder, source):
+                _write_dequantised(gguf, folder, source)
+    return folder
+
+
+def _is_dequantised(folder: Path, source: str) -> bool:
+    """False where it is missing or damaged too."""
+    with suppress(CorruptArtifactError):
+        return bool(verify_artifact(folder).get("source_sha256") == source)
+    return False
+
+
+def _write_dequantised(gguf: Path, folder: Path, source: str) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
@@ -150,4 +166,3 @@ def _dequantised(gguf: Path, folder: Path) -> Path:
     with staged(folder, source=gguf.name, source_sha256=source) as tmp:
         model.save_pretrained(tmp)
         AutoTokenizer.from_pretrained(gguf.parent, **options).save_pretrained(tmp)
-    return folder

@@ -174,7 +174,7 @@ def _matmul_speed(device: str, dtype: Any, size: int, budget: float = 0.5) -> fl
         a @ a
     wait()
     end, fastest = time.perf_counter() + budget, math.inf
-    while (start := time.perf_counter()) < end:
+    while (start := time.perf_counter()) < end or fastest == math.inf:  # once at least
         a @ a
         wait()
         fastest = min(fastest, time.perf_counter() - start)

@@ -149,6 +149,14 @@ def commit_folder(tmp: Path, final: Path, notify: bool = True) -> None:
         notify_written(final)
 
 
+def discard_folder(folder: Path) -> None:
+    """Remove a folder. It loses its name first, so that nobody finds half of it under that."""
+    gone = temporary_path(folder, "old")
+    with suppress(OSError):
+        os.rename(folder, gone)
+        shutil.rmtree(gone)
+
+
 def notify_written(path: Path) -> None:
     for listener in tuple(write_listeners):
         listener(path)

@@ -45,3 +45,18 @@ def run_lock(folder: Path, step: str) -> Iterator[None]:
             os.truncate(lock.fileno(), 0)
             os.write(lock.fileno(), step.encode())
         yield
+
+
+@contextmanager
+def waiting_lock(file: Path) -> Iterator[None]:
+    """Hold the lock `file`, whose folder is made where it is missing, once no other process has it."""
+    with translate_disk_errors(file):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        lock = open(file, "w")  # noqa: SIM115 (closed below, where errors are the caller's)
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+        yield

@@ -3,7 +3,6 @@
 Names given to both are valid already (adapters.split_name); the content of the files may be hostile.
 """
 
-import fcntl
 import os
 import re
 from collections.abc import Iterator
@@ -12,14 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from pi_ray.errors import AdapterError, CorruptArtifactError
-from pi_ray.run.artifact import (
-    read_manifest,
-    remove_leftovers,
-    staged,
-    translate_disk_errors,
-    verify_artifact,
-    write_atomic,
-)
+from pi_ray.run.artifact import read_manifest, remove_leftovers, staged, verify_artifact, write_atomic
+from pi_ray.run.lock import LOCK, waiting_lock
 from pi_ray.store.verify import read_json
 
 LATEST_FILE = "latest.json"
@@ -93,11 +86,7 @@ class LocalStore:
         What killed ones have left is removed.
         """
         folder = self.root / name
-        with translate_disk_errors(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-            lock = open(folder / ".lock", "w")  # noqa: SIM115 (closed below, where errors are the caller's)
-        with lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with waiting_lock(folder / LOCK):
             remove_leftovers(folder)
             yield
 

@@ -1,7 +1,6 @@
 """Resumable training state in `checkpoints/step-00000040/`, hashed and independent of world size and ZeRO stage."""
 
 import logging
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,15 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from pi_ray.errors import CorruptArtifactError, TrainingError
-from pi_ray.run.artifact import CORRUPT, read_manifest, remove_leftovers, set_aside, staged, verify_artifact
+from pi_ray.run.artifact import (
+    CORRUPT,
+    discard_folder,
+    read_manifest,
+    remove_leftovers,
+    set_aside,
+    staged,
+    verify_artifact,
+)
 
 log = logging.getLogger(__name__)
 STATE, BEST = "state.safetensors", "best.safetensors"
@@ -31,7 +38,7 @@ def save_checkpoint(
             if tensors is not None:
                 save_file({k: v.contiguous() for k, v in tensors.items()}, tmp / name)
     for old in list_checkpoints(folder)[keep:]:
-        shutil.rmtree(old, ignore_errors=True)
+        discard_folder(old)
     return path
 
 
@@ -43,7 +50,7 @@ def list_checkpoints(folder: Path) -> list[Path]:
 def remove_checkpoints(folder: Path) -> None:
     """Remove the checkpoints of a finished run. Damaged ones stay to be looked at."""
     for path in list_checkpoints(folder):
-        shutil.rmtree(path, ignore_errors=True)
+        discard_folder(path)
     remove_leftovers(folder)
     if folder.is_dir() and not any(folder.iterdir()):
         folder.rmdir()

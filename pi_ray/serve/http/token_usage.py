@@ -26,6 +26,7 @@ class TokenUsage:
 
     def __init__(self, folder: Path, clock: Callable[[], float] = time.time):
         self._file, self._clock = folder / f"{uuid.uuid4().hex}.json", clock
+        self._syncing = threading.Lock()  # one thread at a time: the one that counted last also writes last
         self._lock = threading.Lock()  # of the three that follow
         self._month = ""
         self._own: Counter[str] = Counter()
@@ -48,21 +49,22 @@ class TokenUsage:
 
         A folder that cannot be written is reported, and tried again by the next call.
         """
-        with self._lock:
-            self._begin_month()
-            month, own = self._month, dict(self._own)
-        try:
-            if own:
-                write_atomic(self._file, json.dumps({"month": month, "tokens": own}))
-        except (OSError, StorageError) as error:
-            log.error("the tokens of keys cannot be kept: %s", error)
-        others: Counter[str] = Counter()
-        for path in self._file.parent.glob("*.json"):
-            if path != self._file:
-                others += self._read(path, month)
-        with self._lock:
-            if month == self._month:
-                self._others = others
+        with self._syncing:
+            with self._lock:
+                self._begin_month()
+                month, own = self._month, dict(self._own)
+            try:
+                if own:
+                    write_atomic(self._file, json.dumps({"month": month, "tokens": own}))
+            except (OSError, StorageError) as error:
+                log.error("the tokens of keys cannot be kept: %s", error)
+            others: Counter[str] = Counter()
+            for path in self._file.parent.glob("*.json"):
+                if path != self._file:
+                    others += self._read(path, month)
+            with self._lock:
+                if month == self._month:
+                    self._others = others
 
     def _begin_month(self) -> None:
         if (month := time.strftime("%Y-%m", time.gmtime(self._clock()))) != self._month:

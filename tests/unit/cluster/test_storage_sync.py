@@ -15,6 +15,7 @@ from pi_ray.errors import CorruptArtifactError, StorageError
 from pi_ray.run.artifact import digest_file, read_manifest, staged, verify_artifact, write_atomic
 from pi_ray.run.directory import RunDir
 from pi_ray.run.object_storage import ObjectStorage
+from pi_ray.train.checkpoint import remove_checkpoints
 
 
 class Bucket:
@@ -258,10 +259,11 @@ class SlowBucket(Bucket):
 
     def __init__(self, files):
         super().__init__(files)
-        self.open = Event()
+        self.reached, self.open = Event(), Event()
 
     def __getattr__(self, name):
         if name == "open_output_stream":
+            self.reached.set()
             assert self.open.wait(60)
         return super().__getattr__(name)
 
@@ -315,7 +317,8 @@ def test_a_checkpoint_that_could_not_be_sent_is_an_error_of_the_next_thing_that_
 def test_checkpoints_that_a_finished_run_removes_while_they_are_sent_leave_nothing_behind(worker, tmp_path):
     sync, slow, _ = worker
     write(sync.local / "checkpoints" / "step-1", "a", "state", "best")
-    shutil.rmtree(sync.local / "checkpoints")
+    assert slow.reached.wait(60)
+    remove_checkpoints(sync.local / "checkpoints")
     slow.open.set()
     sync.push_changes()
     assert [path for path in (tmp_path / "bucket" / "run").rglob("*") if path.is_file()] == []
